@@ -1,0 +1,8 @@
+"""`python -m fd_large COMMAND`."""
+
+import sys
+
+from fd_large.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Words to calls: `python -m fd_large COMMAND` and `fd_large/train.py`.
+
+Flags come from the dataclasses of `recipes/run.py` through tyro; none is written here twice.
+torch is imported only once a command needs it, so that help, tables and the user's mistakes
+answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from difflib import get_close_matches
+from io import StringIO
+from typing import Any, get_type_hints
+
+from fd_large.errors import ConfigError, FDError, nearest
+from fd_large.recipes import registry
+from fd_large.recipes.run import Run, describe_type, field_names
+
+# Whoever started the ranks sets one of these; torch must not be needed to find rank 0.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Train a recipe. A recipe gives every field its value; flags override field by field."""
+
+    recipe: str = registry.DEFAULT_RECIPE
+    """Run of record whose values are the defaults below; without it fd_clip_vit_base."""
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON, for instance ds_configs/zero3.json; needed."""
+    fresh: bool = False
+    """Start anew although the folder of the run holds checkpoints."""
+    local_rank: int = -1
+    """Passed by the deepspeed launcher; ignored."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code; 2 and one sentence for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except FDError as error:
+        # Every rank makes the same mistake; one of them tells it.
+        if find_rank(os.environ) == 0:
+            print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def find_rank(environ: Mapping[str, str]) -> int:
+    """Returns this process's rank as its launcher states it; 0 if none does."""
+    given = (environ.get(name, "") for name in RANK_VARIABLES)
+    return next((int(text) for text in given if text.isdigit()), 0)
+
+
+def parse_train(arguments: list[str]) -> tuple[Run, TrainFlags]:
+    """Turns the words after `train` into a run and the flags beside it.
+
+    Raises:
+        ConfigError: A recipe, field or value that does not exist or does not fit.
+    """
+    words = _group(arguments)
+    run = _recipe(words)
+    flags_type = _flags_type(run)
+    known = field_names(flags_type)
+    for name in words:
+        if name not in known and name != "no_fresh":
+            raise ConfigError(f"--{name}: no such field; {_nearest_field(name, known)}")
+    parsed = _tyro(flags_type, _ungroup(words))
+    if parsed is None:
+        bad = next((n for n, v in words.items() if _tyro(flags_type, _ungroup({n: v})) is None), "")
+        got = " ".join(words.get(bad, [])) or "nothing"
+        raise ConfigError(
+            f"--{bad}: a value of the wrong type; got {got}, expected"
+            f" {describe_type(known.get(bad, str))}. Mend the value."
+        )
+    sections = {f.name: getattr(parsed, f.name) for f in fields(Run) if f.name != "name"}
+    return replace(run, **sections), parsed
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"{command}: no such command; {nearest(command, COMMANDS)}")
+    return COMMANDS[command](rest)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9} {_first_line(call)}" for name, call in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m fd_large COMMAND [--help] [flags]", "", "commands:", *lines]
+    )
+
+
+def _first_line(call: Callable[..., Any]) -> str:
+    return (call.__doc__ or "").splitlines()[0]
+
+
+def _train(arguments: list[str]) -> int:
+    """Distil a recipe; the same as `deepspeed fd_large/train.py`, for one process.
+
+    deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]
+    """
+    if "-h" in arguments or "--help" in arguments:
+        return _print_train_help(arguments)
+    run, flags = parse_train(arguments)
+    if not flags.deepspeed_config:
+        raise ConfigError(
+            "--deepspeed_config: not given; got nothing, expected the path of a DeepSpeed JSON."
+            " Pass --deepspeed_config ds_configs/zero3.json."
+        )
+    # torch and deepspeed: seconds.
+    from fd_large.engine.run import train
+    from fd_large.runtime.meter import Meter
+
+    return train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=[Meter()])
+
+
+def _print_train_help(arguments: list[str]) -> int:
+    words = _group([word for word in arguments if word not in ("-h", "--help")])
+    flags_type = _flags_type(_recipe(words))
+    if find_rank(os.environ) == 0:
+        import tyro
+
+        with suppress(SystemExit):
+            tyro.cli(flags_type, args=["--help"], prog="fd_large/train.py", use_underscores=True)
+    return 0
+
+
+def _recipes(arguments: list[str]) -> int:
+    """List the runs of record: nets, what they need, how long they take, what to expect."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m fd_large recipes\n\n{_first_line(_recipes)}")
+        return 0
+    if arguments:
+        raise ConfigError(
+            f"recipes: takes no flags; got {' '.join(arguments)}, expected none. Leave them out."
+        )
+    from rich.console import Console
+
+    # A pipe has no width of its own; 120 is what a page shows.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    Console(width=width).print(recipes_table())
+    return 0
+
+
+def recipes_table() -> Any:
+    """Returns the rich table of all runs of record, a block of lines each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True, title="Runs of record (--recipe NAME)", title_justify="left")
+    table.add_column("Recipe, teacher -> student", no_wrap=True)
+    table.add_column("What it needs, how long it takes, what to expect", ratio=1)
+    for name in registry.RECIPES:
+        run, facts = registry.get(name), registry.facts(name)
+        nets = f"\n{run.teacher.model}\n-> {run.student.model}"
+        said = f"needs:  {facts.hardware}\ntakes:  {facts.duration}\nexpect: {facts.result}"
+        table.add_row(Text(name, style="bold").append(nets, style="not bold"), Text(said))
+    return table
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "recipes": _recipes}
+
+
+def _flags_type(run: Run) -> type[TrainFlags]:
+    """The flags of `train` as a dataclass: the plain ones, then the sections with run's values."""
+    hints = get_type_hints(Run)
+    sections = [
+        (f.name, hints[f.name], field(default=getattr(run, f.name)))
+        for f in fields(Run)
+        if f.name != "name"
+    ]
+    named = TrainFlags(recipe=run.name)
+    plain = [
+        (f.name, get_type_hints(TrainFlags)[f.name], field(default=getattr(named, f.name)))
+        for f in fields(TrainFlags)
+    ]
+    return make_dataclass(
+        "Train", [*plain, *sections], bases=(TrainFlags,), frozen=True, kw_only=True
+    )
+
+
+def _group(arguments: list[str]) -> dict[str, list[str]]:
+    """Splits words at the flags: {"student.architecture.depths": ["2", "2"]}; the last one wins."""
+    words: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values = [value] if equals else []
+            # A later flag replaces an earlier one: scripts append the user's overrides.
+            name = name.replace("-", "_")
+            words.pop(name, None)
+            words[name] = values
+        elif values is None:
+            raise ConfigError(
+                f"train: a word without a flag; got {word!r}, expected --section.field VALUE."
+                " Name the field before the value."
+            )
+        else:
+            values.append(word)
+    return words
+
+
+def _recipe(words: Mapping[str, list[str]]) -> Run:
+    return registry.get(" ".join(words.get("recipe", [registry.DEFAULT_RECIPE])))
+
+
+def _ungroup(words: dict[str, list[str]]) -> list[str]:
+    return [word for name, values in words.items() for word in (f"--{name}", *values)]
+
+
+def _nearest_field(name: str, known: Mapping[str, Any]) -> str:
+    if "." not in name:  # A field typed without its section.
+        whole = [field_name for field_name in known if field_name.split(".")[-1] == name]
+        if whole:
+            return f"nearest: {', '.join(whole[:3])}"
+    # A near miss is told alone; the wider net of `nearest` is for words that are further off.
+    close = get_close_matches(name, known, n=2, cutoff=0.85)
+    return f"nearest: {', '.join(close)}" if close else nearest(name, known)
+
+
+def _tyro(flags_type: type[TrainFlags], arguments: list[str]) -> Any | None:
+    """Parses silently; None if tyro refuses, so that the mistake is told in one sentence."""
+    import tyro
+
+    # Its boxes go to stderr even with console_outputs=False.
+    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+        try:
+            return tyro.cli(flags_type, args=arguments, console_outputs=False, use_underscores=True)
+        except SystemExit:
+            return None

@@ -1,0 +1,1 @@
+"""Pictures to batches: every sample is a function of (seed, epoch, position in the epoch)."""

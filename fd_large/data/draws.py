@@ -1,0 +1,138 @@
+"""Random numbers by counting: what a sample draws depends on (seed, epoch, position, stream) alone.
+
+A generator with a state would tie a draw to what was drawn before it, so to the rank, the worker
+and the resume point. Here a draw is Philox-4x32-10 of a counter that spells out where it belongs.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
+algorithm is held to the known answers of its authors' library Random123.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from fd_large.errors import ConfigError
+
+STREAMS = {"order": 0, "view": 1, "drop_path": 2}
+
+_WORD = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_NUM_ROUNDS = 10
+_MAX_BLOCKS = 1 << 24
+
+
+def philox(
+    counter: Sequence[NDArray[np.uint64]], key: tuple[int, int]
+) -> tuple[NDArray[np.uint64], ...]:
+    """Philox-4x32-10, elementwise.
+
+    Args:
+        counter: Four words of 32 bits, each held in uint64 (a product of two must fit); their
+            shapes broadcast.
+        key: Two words of 32 bits.
+
+    Returns: four random words of 32 bits, each in uint64, of the broadcast shape.
+    """
+    a, b, c, d = counter
+    key_a, key_b = key
+    for _ in range(_NUM_ROUNDS):
+        product_a, product_c = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a = (product_c >> _SHIFT) ^ b ^ np.uint64(key_a)
+        b = product_c & _WORD
+        c = (product_a >> _SHIFT) ^ d ^ np.uint64(key_b)
+        d = product_a & _WORD
+        key_a, key_b = (key_a + _KEY_STEPS[0]) % 2**32, (key_b + _KEY_STEPS[1]) % 2**32
+    return a, b, c, d
+
+
+def random_words(
+    seed: int,
+    epoch: int,
+    positions: ArrayLike,
+    stream: str | int,
+    *,
+    first_block: int = 0,
+    num_blocks: int = 1,
+) -> NDArray[np.uint64]:
+    """The random words of each position, a block being four words of 32 bits.
+
+    The seed is the key. The counter is [stream (8 bits) and block (24), position (two words),
+    epoch], so that no two draws of a run share one.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        epoch: 0 to 2**32 - 1.
+        positions: (B,), whole numbers from 0.
+        stream: A name in `STREAMS`, or a number below 256 for a use that has no name here.
+        first_block: Where in the stream to start.
+        num_blocks: How many blocks to draw.
+
+    Returns: (B, num_blocks, 4) uint64, each below 2**32.
+    Raises: ConfigError: if the seed is out of range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ConfigError(
+            f"runtime.seed: out of range; got {seed}, expected 0 to 2**64 - 1. "
+            "Set --runtime.seed to a number in that range."
+        )
+    stream_number = STREAMS[stream] if isinstance(stream, str) else stream
+    assert 0 <= stream_number < 256
+    assert 0 <= epoch < 2**32
+    assert 0 <= first_block <= first_block + num_blocks <= _MAX_BLOCKS
+    position = np.atleast_1d(np.asarray(positions)).astype(np.uint64)[:, None]  # (B, 1)
+    blocks = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)[None]
+    counter = (
+        blocks | np.uint64(stream_number * _MAX_BLOCKS),
+        position & _WORD,
+        position >> _SHIFT,
+        np.full((1, 1), epoch, dtype=np.uint64),
+    )
+    words = philox(counter, (seed % 2**32, seed >> 32))
+    return np.stack(np.broadcast_arrays(*words), axis=-1)
+
+
+def uniforms(
+    seed: int, epoch: int, positions: ArrayLike, stream: str | int, count: int
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), each row a pure function of (seed, epoch, position, stream).
+
+    A row's first numbers do not depend on `count`. Two words make one number of 53 bits.
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        epoch: Counted from 0.
+        positions: (B,), in the epoch's order.
+        stream: What the numbers are for: a name in `STREAMS`, or a number below 256.
+        count: Numbers a position.
+
+    Returns: (B, count) float64.
+    """
+    num_blocks = (count + 1) // 2
+    words = random_words(seed, epoch, positions, stream, num_blocks=num_blocks)
+    pairs = words.reshape(len(words), 2 * num_blocks, 2)  # (B, numbers, 2 words)
+    numbers = (pairs[..., 0] << np.uint64(21)) | (pairs[..., 1] >> np.uint64(11))  # 32 + 21 bits
+    return numbers[:, :count] * 2.0**-53
+
+
+def drop_path_keep(
+    rates: Sequence[float], seed: int, epoch: int, positions: ArrayLike
+) -> torch.Tensor:
+    """Which branches stay: site i of a sample with probability 1 - rates[i], all independent.
+
+    Args:
+        rates: Drop rate of each site, in execution order.
+        seed: The run's seed.
+        epoch: Counted from 0.
+        positions: (B,), in the epoch's order; a tensor on the CPU will do.
+
+    Returns: (num_sites, B) bool, on the CPU.
+    """
+    draws = uniforms(seed, epoch, positions, "drop_path", len(rates))  # (B, num_sites)
+    keep = draws >= np.asarray(rates, dtype=np.float64)
+    return torch.from_numpy(np.ascontiguousarray(keep.T))

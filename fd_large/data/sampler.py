@@ -1,0 +1,143 @@
+"""Which sample goes where: the order of an epoch, and each rank's slice of a global batch.
+
+No list as long as the data set is ever made: the permutation is evaluated where it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fd_large.data.draws import random_words
+from fd_large.errors import ConfigError, DataError
+
+_NUM_FEISTEL_ROUNDS = 8
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -> NDArray[np.int64]:
+    """The samples at some positions of the epoch's order, a permutation of all samples.
+
+    A number below side**2 >= num_samples is read as two digits to the base side, which pass
+    through a Feistel network whose round function is Philox; what falls outside the data set is
+    passed through again until it is inside (cycle walking). Both steps keep a bijection, and
+    fewer than 2 * sqrt(num_samples) + 1 numbers lie outside, so few are walked.
+
+    Args:
+        num_samples: Size of the data set.
+        seed: The run's seed.
+        epoch: Counted from 0.
+        positions: (B,), each below num_samples.
+
+    Returns: (B,) sample indices.
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (the
+        generalised Feistel network and cycle walking).
+    """
+    numbers = np.array(positions, dtype=np.int64, ndmin=1)
+    assert num_samples > 0
+    assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < num_samples)
+    side = math.isqrt(num_samples - 1) + 1  # ceil(sqrt(num_samples))
+    numbers = _feistel(numbers, side, seed, epoch)
+    while (outside := numbers >= num_samples).any():
+        numbers[outside] = _feistel(numbers[outside], side, seed, epoch)
+    return numbers
+
+
+def _feistel(numbers: NDArray[np.int64], side: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    left, right = np.divmod(numbers, side)
+    for number in range(_NUM_FEISTEL_ROUNDS):
+        words = random_words(seed, epoch, right, "order", first_block=number)  # (B, 1, 4)
+        bits = (words[:, 0, 0] << np.uint64(32)) | words[:, 0, 1]
+        shift = (bits % np.uint64(side)).astype(np.int64)
+        left, right = right, (left + shift) % side
+    return left * side + right
+
+
+def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Whole global batches in an epoch; the rest of the order is dropped."""
+    return num_samples // global_batch_size
+
+
+def rank_positions(
+    update: int, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+) -> NDArray[np.int64]:
+    """Where in the epoch's order a rank reads for one update.
+
+    Global batch k is positions k*G to (k+1)*G - 1, rank r's slice of it G/W consecutive ones,
+    and a micro batch a consecutive piece of that.
+
+    Args:
+        update: Of this epoch, counted from 0.
+        global_batch_size: G, images an update over all ranks.
+        micro_batch_size: Images a forward pass of one rank.
+        rank: Counted from 0.
+        world_size: W, the number of ranks.
+
+    Returns: (micro batches an update, micro_batch_size).
+    """
+    share = global_batch_size // world_size
+    start = update * global_batch_size + rank * share
+    return np.arange(start, start + share).reshape(-1, micro_batch_size)
+
+
+def check_batch_sizes(
+    num_samples: int, *, global_batch_size: int, micro_batch_size: int, world_size: int
+) -> None:
+    """Refuses batch sizes that do not divide, or of which the data set has not one.
+
+    Args:
+        num_samples: Size of the data set.
+        global_batch_size: Images an update over all ranks.
+        micro_batch_size: Images a forward pass of one rank.
+        world_size: The number of ranks.
+
+    Raises:
+        ConfigError: if a size is not positive or the global batch does not divide into micro
+            batches on all ranks; the message names the nearest sizes that do.
+        DataError: if the global batch is larger than the data set.
+    """
+    for key, size in (
+        ("global_batch_size", global_batch_size),
+        ("micro_batch_size", micro_batch_size),
+    ):
+        if size < 1:
+            raise ConfigError(
+                f"batch.{key}: not a number of images; got {size}, expected 1 or more. "
+                f"Set --batch.{key} to a positive number."
+            )
+    step = world_size * micro_batch_size
+    if global_batch_size % step:
+        below = global_batch_size // step * step
+        near = " or ".join(str(size) for size in (below, below + step) if size)
+        remedy = f"Set --batch.global_batch_size to {near}"
+        if global_batch_size % world_size == 0:
+            near = " or ".join(map(str, _nearest_divisors(
+                global_batch_size // world_size, micro_batch_size
+            )))  # fmt: skip
+            remedy += f", or --batch.micro_batch_size to {near}"
+        raise ConfigError(
+            "batch.global_batch_size: does not divide into micro batches on all ranks; "
+            f"got global_batch_size {global_batch_size} with micro_batch_size "
+            f"{micro_batch_size} on {world_size} {'ranks' if world_size > 1 else 'rank'}, "
+            f"expected a multiple of {step} ({world_size} x {micro_batch_size}). {remedy}."
+        )
+    if global_batch_size > num_samples:
+        largest = num_samples // step * step
+        remedy = (
+            f"Set --batch.global_batch_size to {largest} or less, or add pictures"
+            if largest
+            else f"Add pictures, or lower --batch.micro_batch_size (now {micro_batch_size}) too"
+        )
+        raise DataError(
+            "batch.global_batch_size: larger than the data set; got global_batch_size "
+            f"{global_batch_size} and {num_samples} pictures in data.root, expected at least one "
+            f"global batch an epoch. {remedy}."
+        )
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The largest divisor of number below wanted and the smallest above."""
+    below = next(size for size in range(min(wanted, number), 0, -1) if number % size == 0)
+    above = next((size for size in range(wanted, number + 1) if number % size == 0), None)
+    return [below] if above is None or above == below else [below, above]

@@ -1,0 +1,1 @@
+"""Distillation: a frozen teacher, a projection, aligned maps, whitening and the loss as one task."""

@@ -1,0 +1,63 @@
+"""Activation checkpointing: which blocks keep only their inputs, and where those inputs wait.
+
+`every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with recomputed attention,
+and needs no saved random state, since drop path is an input. `offload` is fairscale's wrapper:
+torch's `save_on_cpu` moves what autograd saves, but a non-reentrant checkpoint holds its inputs
+itself, outside of that; fairscale's moves exactly these inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fd_large.errors import ConfigError
+
+MODES = ("off", "every", "offload")
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1) -> int:
+    """Wraps each `every`-th block's forward in place; parameter names stay.
+
+    Args:
+        blocks: In execution order.
+        mode: "off", "every" or "offload".
+        every: 1 for every block, k for each k-th (blocks k-1, 2k-1, ...).
+
+    Returns: the number of blocks wrapped.
+    Raises: ConfigError: if the mode is unknown or fairscale is missing.
+    """
+    if mode not in MODES:
+        raise ConfigError(
+            f"student.activation_checkpointing: unknown mode; got {mode!r}, expected one of "
+            f"{', '.join(MODES)}. Choose one of these."
+        )
+    chosen = [] if mode == "off" else [block for i, block in enumerate(blocks, 1) if i % every == 0]
+    for block in chosen:
+        if mode == "offload":
+            _fairscale_wrapper()(block, offload_to_cpu=True)
+        else:
+            block.forward = _recomputed(block.forward)
+    return len(chosen)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return checkpointed
+
+
+def _fairscale_wrapper() -> Callable[..., nn.Module]:
+    try:
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+    except ImportError:
+        raise ConfigError(
+            "student.activation_checkpointing: offload needs fairscale; got no such package, "
+            "expected fairscale>=0.4.13. Run `pip install fd_large[offload]`, or set "
+            "--student.activation_checkpointing every."
+        ) from None
+    return checkpoint_wrapper

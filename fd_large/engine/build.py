@@ -1,0 +1,229 @@
+"""Recipe, weights, teacher and task become one run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.distill.alignment import check_grids
+from fd_large.distill.objective import Distillation
+from fd_large.distill.task import Task
+from fd_large.distill.teacher import Teacher
+from fd_large.engine import config as ds
+from fd_large.engine import partition
+from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.optimizer import make_optimizer, parameter_groups
+from fd_large.engine.sharded_teacher import PlacedTeacher, place
+from fd_large.engine.start import deepspeed
+from fd_large.errors import ConfigError
+from fd_large.models.registry import build as build_net
+from fd_large.recipes.run import Run
+from fd_large.weights.facts import statistics_of
+
+log = logging.getLogger(__name__)
+
+
+class Precision(NamedTuple):
+    """Types that the recipe left to the machine."""
+
+    bfloat16: bool
+    teacher: torch.dtype
+
+
+class Engine(NamedTuple):
+    """A task inside its DeepSpeed engine.
+
+    Attributes:
+        deepspeed: The engine; its module is the task.
+        task: The trained Module.
+        stage: ZeRO stage.
+        config: The JSON that DeepSpeed got.
+    """
+
+    deepspeed: Any
+    task: Task
+    stage: int
+    config: dict[str, Any]
+
+
+def precision_of(run: Run) -> Precision:
+    """Resolves "auto": bfloat16 on GPUs, float32 on CPUs, where bfloat16 is slower."""
+    on_gpu = distributed.device().type == "cuda"
+    wanted = run.engine.precision
+    bfloat16 = on_gpu if wanted == "auto" else wanted == "bfloat16"
+    teacher = run.teacher.dtype
+    as_student = torch.bfloat16 if bfloat16 else torch.float32
+    return Precision(
+        bfloat16,
+        {"auto": as_student, "float32": torch.float32, "bfloat16": torch.bfloat16}[teacher],
+    )
+
+
+def node_size_of(run: Run, local_world_size: int) -> int:
+    """Ranks of a node: the recipe's, else the launcher's."""
+    size = run.engine.node_size or local_world_size
+    if distributed.world_size() % size:
+        raise ConfigError(
+            f"engine.node_size: nodes of unequal size; got {size} for {distributed.world_size()} "
+            "ranks, expected a divisor. Set --engine.node_size."
+        )
+    return size
+
+
+def teacher_maker(run: Run) -> Callable[[], Teacher]:
+    """A constructor of the recipe's teacher, with random weights."""
+    architecture = run.teacher_architecture()
+    # A net with absolute positions has one size; others take the student's images.
+    fixed = architecture.image_size if architecture.absolute_position else 0
+    image_size = run.objective.teacher_image_size or fixed or 0
+    if image_size == run.data.image_size:
+        image_size = 0
+
+    def make() -> Teacher:
+        net = build_net(
+            run.teacher.model,
+            run.teacher.architecture,
+            initialization="official",
+            attention_memory=_attention_memory("auto"),
+        )
+        return Teacher(net, statistics_of(run.teacher.model), image_size=image_size)
+
+    return make
+
+
+def task_maker(run: Run, teacher: Callable[[Tensor], Any], width: int) -> Callable[[], Task]:
+    """A constructor of the recipe's task around a teacher of that width."""
+    architecture = run.student.architecture
+    if run.student_architecture().family == "vit":
+        architecture = replace(architecture, image_size=run.data.image_size)
+
+    def make() -> Task:
+        student = build_net(
+            run.student.model,
+            architecture,
+            initialization=run.student.initialization,
+            drop_path_rate=run.student.drop_path_rate,
+            size_rule=run.student.size_rule,
+            residual_dtype=run.student.residual_dtype,
+            attention_memory=_attention_memory(run.student.attention_memory),
+        )
+        return Distillation(
+            student,
+            teacher,
+            width,
+            beta=run.objective.beta,
+            whitening_eps=run.objective.whitening_eps,
+            interpolation=run.objective.interpolation,
+        )
+
+    return make
+
+
+def parameter_sizes(run: Run) -> tuple[int, ...]:
+    """Elements of each tensor of student and teacher, from nets without memory; checks the grids.
+
+    Raises: ShapeError: if student and teacher cannot be aligned.
+    """
+    with torch.device("meta"):
+        teacher = teacher_maker(run)()
+        task = task_maker(run, teacher, teacher.width)()
+    size = run.data.image_size
+    check_grids(
+        task.student.grid(size, size),
+        teacher.grid(size),
+        interpolation=run.objective.interpolation,
+    )
+    return tuple(p.numel() for net in (task, teacher) for p in net.parameters())
+
+
+def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
+    """(name, tensor) of the recipe's teacher, or None for a random one.
+
+    Raises: ConfigError: if the recipe names no source.
+    """
+    if run.teacher.source == "":
+        raise ConfigError(
+            f"teacher.source: {run.teacher.model} has no weights; got nothing, expected a file. "
+            "Set --teacher.source PATH, or --teacher.source random for a test or a throughput run."
+        )
+    if run.teacher.source == "random":
+        log.warning("teacher: RANDOM weights (--teacher.source random): nothing to learn from it")
+        return None
+    from fd_large.weights.formats import read_weights
+
+    return read_weights(run.teacher.source, where="--teacher.source")
+
+
+def build_teacher(
+    run: Run, precision: Precision, *, node_size: int, persistence_threshold: int
+) -> PlacedTeacher:
+    """The recipe's teacher where the recipe wants it; before any student engine."""
+    weights = teacher_weights(run)
+    teacher = place(
+        teacher_maker(run),
+        placement=run.teacher.placement,
+        dtype=precision.teacher,
+        seed=run.runtime.seed + 1,
+        node_size=node_size,
+        persistence_threshold=persistence_threshold,
+        weights=weights,
+    )
+    log.info(
+        "teacher: %s, %s, %.1f MB on this rank, hash %s",
+        run.teacher.model,
+        run.teacher.placement,
+        teacher.held_bytes() / 1e6,
+        teacher.fingerprint,
+    )
+    return teacher
+
+
+def build_engine(run: Run, make: Callable[[], Task], config: dict[str, Any]) -> Engine:
+    """The task in its DeepSpeed engine, with exact float32 masters.
+
+    Args:
+        run: Optimiser, checkpointing, seed.
+        make: Constructs the task; draws from torch's global generator only.
+        config: A filled JSON.
+    """
+    stage = ds.stage_of(config)
+    bfloat16 = config["bf16"]["enabled"]
+    task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
+    exact = partition.to_bfloat16(task) if bfloat16 else None
+    if stage < 3:
+        task.to(distributed.device())
+    wrapped = checkpoint_blocks(
+        _blocks(task), mode=run.student.activation_checkpointing, every=run.student.checkpoint_every
+    )
+    if wrapped:
+        log.info("activation checkpointing: %d of %d blocks", wrapped, len(_blocks(task)))
+    on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
+    optimizer = make_optimizer(
+        parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=on_gpu
+    )
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
+    if exact is not None:
+        partition.set_masters(task, exact)
+    return Engine(engine, task, stage, config)
+
+
+def _blocks(task: Task) -> list[nn.Module]:
+    return task.student.blocks()
+
+
+def _attention_memory(wanted: str) -> str:
+    on_gpu = distributed.device().type == "cuda"
+    if wanted == "keep" and on_gpu:
+        raise ConfigError(
+            "student.attention_memory: keep would hold N x N float32 maps on the GPU; got keep, "
+            "expected recompute. Set --student.attention_memory auto."
+        )
+    if wanted == "auto":
+        return "recompute" if on_gpu else "keep"
+    return wanted

@@ -1,0 +1,320 @@
+"""The DeepSpeed JSON: read, checked at every level against closed lists, and filled by the run.
+
+The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, rates,
+clipping and precision. A number that both could name stands as "auto" in the JSON. DeepSpeed never
+sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at the
+top level), or a setting that its stage would ignore.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fd_large.errors import ConfigError, nearest
+
+AUTO = "auto"
+
+# The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no effect
+# on this engine; both deserve an error rather than silence.
+_OFFLOAD_OPTIMIZER = {"device", "pin_memory", "buffer_count", "ratio"}
+_OFFLOAD_PARAM = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+_STAGE3_KEYS = {
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "sub_group_size",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "offload_param",
+}
+_STAGE12_KEYS = {"allgather_partitions", "allgather_bucket_size", "round_robin_gradients"}
+_ANY_STAGE_KEYS = {
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "overlap_comm",
+    "offload_optimizer",
+}
+_BLOCKS: dict[str, set[str]] = {
+    "bf16": {"enabled"},
+    "data_types": {"grad_accum_dtype"},
+    "zero_optimization": _ANY_STAGE_KEYS | _STAGE12_KEYS | _STAGE3_KEYS,
+    "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
+    "activation_checkpointing": {
+        "partition_activations",
+        "cpu_checkpointing",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    },
+}
+_TOP = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    *_BLOCKS,
+}
+_OWNED_ELSEWHERE = {
+    "optimizer": "The recipe owns the optimiser: set --optim.*",
+    "scheduler": "The recipe owns the schedule: set --optim.*",
+    "fp16": "Training is bfloat16 or float32: set --engine.precision",
+    "torch_autocast": "Training is bfloat16 or float32: set --engine.precision",
+    "amp": "Training is bfloat16 or float32: set --engine.precision",
+    "compile": "Remove it: it does nothing until engine.compile() is called",
+    "checkpoint": "Remove it: the run folder decides how checkpoints are written",
+    "elasticity": "Remove it: the recipe's global batch holds for any number of ranks",
+}
+
+
+class RunNumbers(NamedTuple):
+    """What the recipe and the machine fill into the JSON.
+
+    Attributes:
+        micro_batch_size: Images per rank and forward.
+        accumulation: Micro batches per update.
+        world_size: Ranks.
+        node_size: Ranks of a node.
+        clip_norm: Global L2 norm to clip gradients at.
+        bfloat16: Whether parameters and products are bfloat16.
+        parameter_sizes: Elements of each parameter tensor of student and teacher.
+    """
+
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+    node_size: int
+    clip_norm: float
+    bfloat16: bool
+    parameter_sizes: tuple[int, ...]
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads and checks a DeepSpeed JSON; "auto" values stay.
+
+    Raises: ConfigError: if the file is missing, is no JSON, repeats a key or has an unknown one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"--deepspeed_config: no such file; got {path}, expected a JSON. "
+            "Take one of ds_configs/*.json."
+        )
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(
+                    f"{path}: {key} appears {keys.count(key)} times; expected once. "
+                    "Remove the repetition."
+                )
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: not JSON; got {error.msg} at line {error.lineno}. Mend the file."
+        ) from None
+    check_keys(config, where=str(path))
+    return config
+
+
+def check_keys(config: Any, *, where: str) -> None:
+    """Refuses unknown keys at every level, with the nearest names."""
+    _mapping(config, where, "")
+    for key in config:
+        if key in _OWNED_ELSEWHERE:
+            raise ConfigError(
+                f"{where}: {key} is not the JSON's to set; got {config[key]!r}, expected no such "
+                f"key. {_OWNED_ELSEWHERE[key]}."
+            )
+    _known(config, _TOP, where, "")
+    for block, keys in _BLOCKS.items():
+        if block in config:
+            _mapping(config[block], where, block)
+            _known(config[block], keys, where, f"{block}.")
+    zero = config.get("zero_optimization", {})
+    for name, keys in (("offload_optimizer", _OFFLOAD_OPTIMIZER), ("offload_param", _OFFLOAD_PARAM)):
+        if name in zero:
+            _mapping(zero[name], where, f"zero_optimization.{name}")
+            _known(zero[name], keys, where, f"zero_optimization.{name}.")
+
+
+def stage_of(config: dict[str, Any]) -> int:
+    """The ZeRO stage, 0 to 3."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage: no such stage; got {stage!r}, expected 0, 1, 2 or 3. "
+            "Choose one of these."
+        )
+    return stage
+
+
+def offloads(config: dict[str, Any], what: str) -> bool:
+    """Whether `offload_optimizer` or `offload_param` moves anything to host memory."""
+    block = config.get("zero_optimization", {}).get(what, {})
+    return block.get("device", "none") != "none"
+
+
+def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
+    """Returns the JSON that DeepSpeed gets: no "auto", every clash and silent setting refused.
+
+    Raises: ConfigError: if JSON and recipe name different values, if a value does not fit the
+        stage or the number of ranks, or if an "auto" is left that nobody fills.
+    """
+    filled = json.loads(json.dumps(config))
+    stage = stage_of(filled)
+    if stage == 0 and numbers.bfloat16:
+        raise ConfigError(
+            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there is "
+            "3.9e-2 off); got stage 0 and bfloat16. Use ds_configs/zero1.json, or "
+            "--engine.precision float32."
+        )
+    _owned(filled, "train_micro_batch_size_per_gpu", numbers.micro_batch_size, "--batch.micro_batch_size")
+    _owned(filled, "gradient_accumulation_steps", numbers.accumulation, "--batch.global_batch_size")
+    global_batch = numbers.micro_batch_size * numbers.accumulation * numbers.world_size
+    _owned(filled, "train_batch_size", global_batch, "--batch.global_batch_size")
+    _owned(filled, "gradient_clipping", float(numbers.clip_norm), "--optim.clip_norm")
+    bf16 = filled.setdefault("bf16", {})
+    _owned(bf16, "enabled", numbers.bfloat16, "--engine.precision", prefix="bf16.")
+    if numbers.bfloat16:
+        # Micro batches add up in float32 whatever the parameters are.
+        types = filled.setdefault("data_types", {})
+        _owned(types, "grad_accum_dtype", "fp32", "no field: gradients add up in float32", prefix="data_types.")
+    else:
+        filled.pop("data_types", None)
+    if "activation_checkpointing" in filled:
+        _refuse_activation_checkpointing(filled.pop("activation_checkpointing"))
+    _fill_zero(filled, stage, numbers)
+    # Torch's and apex's AdamW are "untested" to DeepSpeed, and so is our choice under offload.
+    filled["zero_allow_untested_optimizer"] = True
+    filled["zero_force_ds_cpu_optimizer"] = False
+    filled.setdefault("steps_per_print", 10**9)
+    _no_auto_left(filled, "")
+    return filled
+
+
+def persistence_threshold(sizes: Iterable[int], *, share: float = 0.01) -> tuple[int, int]:
+    """The largest threshold that keeps at most `share` of all elements whole on every rank.
+
+    Args:
+        sizes: Elements of each parameter tensor of student and teacher.
+        share: Of the sum of sizes.
+
+    Returns: (threshold, elements kept whole): tensors of at most `threshold` elements stay whole.
+    """
+    ordered = sorted(sizes)
+    allowed = share * sum(ordered)
+    threshold = kept = 0
+    position = 0
+    while position < len(ordered):
+        size = ordered[position]
+        end = position
+        while end < len(ordered) and ordered[end] == size:
+            end += 1
+        if kept + size * (end - position) > allowed:
+            break
+        kept += size * (end - position)
+        threshold, position = size, end
+    return threshold, kept
+
+
+def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
+    zero = filled.setdefault("zero_optimization", {})
+    zero.setdefault("stage", stage)
+    if zero.get("zero_hpz_partition_size") == AUTO:
+        # One node: its ranks hold the whole model between them already.
+        fits = numbers.node_size < numbers.world_size
+        zero["zero_hpz_partition_size"] = numbers.node_size if fits else 1
+    if zero.get("stage3_param_persistence_threshold") == AUTO:
+        zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)[0]
+    silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
+        stage, (_STAGE3_KEYS | _STAGE12_KEYS | _ANY_STAGE_KEYS) - {"stage"}
+    )
+    for key in zero:
+        if key in silent:
+            raise ConfigError(
+                f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
+                f"{zero[key]!r}, expected no such key. Remove it or change the stage."
+            )
+    for what in ("offload_optimizer", "offload_param"):
+        device = zero.get(what, {}).get("device", "cpu")
+        if device not in ("cpu", "none"):
+            raise ConfigError(
+                f"zero_optimization.{what}.device: not supported; got {device!r}, expected 'cpu' "
+                "or 'none'. Use ds_configs/zero3_offload.json."
+            )
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    if hpz < 1 or numbers.world_size % hpz:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
+            f"{numbers.world_size} ranks, expected a divisor. Set it to \"auto\"."
+        )
+
+
+def _refuse_activation_checkpointing(block: dict[str, Any]) -> None:
+    asked = sorted(key for key, value in block.items() if value not in (False, None))
+    if asked:
+        raise ConfigError(
+            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which this "
+            f"engine does not use; got {', '.join(asked)}, expected none. Set "
+            "--student.activation_checkpointing every (or offload)."
+        )
+
+
+def _mapping(value: Any, where: str, name: str) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{where}: {name or 'the file'} is no object; got {value!r}, expected {{...}}. Mend it."
+        )
+
+
+def _known(block: dict[str, Any], keys: set[str], where: str, prefix: str) -> None:
+    for key in block:
+        if key not in keys:
+            raise ConfigError(
+                f"{where}: {prefix}{key}: no such key; {nearest(key, keys)}. Mend or remove it."
+            )
+
+
+def _owned(block: dict[str, Any], key: str, value: Any, field: str, *, prefix: str = "") -> None:
+    given = block.get(key, AUTO)
+    same_kind = isinstance(given, bool) == isinstance(value, bool)
+    if given != AUTO and not (same_kind and given == value):
+        raise ConfigError(
+            f"{prefix}{key}: the JSON and the run disagree; got {given!r} in the JSON, expected "
+            f"{value!r} from the recipe and the ranks ({field}). Write \"auto\" in the JSON, or "
+            "change the recipe."
+        )
+    block[key] = value
+
+
+def _no_auto_left(value: Any, name: str) -> None:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _no_auto_left(child, f"{name}.{key}" if name else key)
+    elif value == AUTO:
+        raise ConfigError(
+            f"{name}: nobody fills this \"auto\", and DeepSpeed would take it for a value. "
+            "Give a number or remove the key."
+        )

@@ -1,0 +1,181 @@
+"""The largest micro batch that survives a step, found without running out of memory.
+
+Under ZeRO-3 a rank that runs out of memory leaves the others waiting in a collective, so the probe
+climbs: it runs a real step at 1, 2, 4 ... images, measures the peak, and takes the next size only
+if a straight line through the last two peaks says that it fits on every rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fd_large import distributed
+from fd_large.errors import FDError
+from fd_large.runtime.run_folder import write_json
+
+log = logging.getLogger(__name__)
+
+HEADROOM = 0.92
+"""Share of the memory that a prediction may fill: allocators fragment, and loaders grow."""
+
+
+class OutOfMemory(FDError):
+    """A step that does not fit; names the field and the next value to try."""
+
+
+class Memory(Protocol):
+    """Peak and capacity of one rank, in bytes."""
+
+    def reset(self) -> None: ...
+
+    def peak(self) -> int: ...
+
+    def capacity(self) -> int: ...
+
+
+class GpuMemory:
+    """Torch's allocator on this rank's GPU."""
+
+    def reset(self) -> None:
+        """Starts a new peak."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """The most that was reserved since `reset`."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved()
+
+    def capacity(self) -> int:
+        """What this process could reserve: free memory and what it holds already."""
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+
+
+class HostMemory:
+    """The process's resident memory, for CPU ranks (Linux)."""
+
+    def reset(self) -> None:
+        """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """The largest resident size since `reset`."""
+        return _kib(Path("/proc/self/status"), "VmHWM") * 1024
+
+    def capacity(self) -> int:
+        """This rank's part of what the host has left, and what it holds already."""
+        available = _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
+        held = _kib(Path("/proc/self/status"), "VmRSS") * 1024
+        return available // max(1, distributed.local_world_size()) + held
+
+
+def candidates(share: int) -> tuple[int, ...]:
+    """The powers of two that divide a rank's share, rising."""
+    sizes = [1]
+    while share % (2 * sizes[-1]) == 0:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+def largest_that_fits(
+    share: int, step: Callable[[int], None], memory: Memory
+) -> int:
+    """Climbs through the candidates; all ranks return the same size.
+
+    Args:
+        share: Images of a rank per update.
+        step: Runs one whole step, optimiser included, with that many images.
+        memory: Of this rank.
+
+    Raises: OutOfMemory: if not even one image fits.
+    """
+    best, peaks = 0, []
+    for size in candidates(share):
+        if len(peaks) >= 2:
+            (s0, p0), (s1, p1) = peaks[-2:]
+            predicted = p1 + (p1 - p0) / (s1 - s0) * (size - s1)
+            # The fullest rank decides for all.
+            if distributed.max_rank(float(predicted / memory.capacity())) > HEADROOM:
+                break
+        memory.reset()
+        with out_of_memory_named(size):
+            step(size)
+        peak = memory.peak()
+        log.info("micro batch %d: peak %.2f GB on this rank", size, peak / 1e9)
+        if distributed.max_rank(float(peak / memory.capacity())) > 1:
+            break
+        best = size
+        peaks.append((size, peak))
+    if not best:
+        raise OutOfMemory(
+            "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step in "
+            "memory. Set --student.activation_checkpointing every, use ds_configs/zero3_offload.json "
+            "or more GPUs."
+        )
+    return best
+
+
+class out_of_memory_named:  # noqa: N801 (a context manager, named as it reads)
+    """Turns an allocator's error inside the block into one sentence with the next value to try."""
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.size = micro_batch_size
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or not _is_out_of_memory(error):
+            return False
+        smaller = max(1, self.size // 2)
+        remedy = (
+            f"Set --batch.micro_batch_size {smaller}"
+            if smaller < self.size
+            else "Set --student.activation_checkpointing every, or use more GPUs"
+        )
+        raise OutOfMemory(
+            f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got "
+            f"{self.size} images a step, expected fewer. {remedy}."
+        ) from error
+
+
+def remembered(folder: Path, world_size: int, share: int) -> int | None:
+    """The size found by an earlier probe on as many ranks with the same share, else None."""
+    path = folder / "micro_batch.json"
+    found = None
+    if distributed.is_main() and path.exists():
+        stored = json.loads(path.read_text())
+        if stored["world_size"] == world_size and share % stored["micro_batch_size"] == 0:
+            found = stored["micro_batch_size"]
+    return distributed.broadcast_object(found)
+
+
+def remember(folder: Path, world_size: int, size: int) -> None:
+    """Keeps the size in the run folder; rank 0 writes."""
+    if distributed.is_main():
+        write_json(
+            folder / "micro_batch.json", {"world_size": world_size, "micro_batch_size": size}
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _kib(path: Path, key: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise AssertionError(f"{path} has no {key}")

@@ -1,0 +1,207 @@
+"""A run from recipe to summary: every check before anything heavy, then build, resume, train."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fd_large import distributed
+from fd_large.checkpoint import deepspeed_files
+from fd_large.data.folder import ImageFolder
+from fd_large.data.loader import build_loader
+from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
+from fd_large.distill.task import Task
+from fd_large.engine import config as ds
+from fd_large.engine import micro_batch, start
+from fd_large.engine.build import (
+    build_engine,
+    build_teacher,
+    node_size_of,
+    parameter_sizes,
+    precision_of,
+    task_maker,
+    teacher_weights,
+)
+from fd_large.engine.loop import Plan, probe_step, train_updates
+from fd_large.engine.schedule import CosineSchedule
+from fd_large.errors import ConfigError
+from fd_large.recipes.run import Run
+from fd_large.runtime import logs
+from fd_large.runtime.hooks import Hook, Setting
+from fd_large.runtime.run_folder import open_folder, write_environment
+
+log = logging.getLogger(__name__)
+
+
+def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]) -> int:
+    """Trains a recipe to its end; returns the exit code.
+
+    Args:
+        run: The resolved recipe.
+        deepspeed_config: Path of the DeepSpeed JSON.
+        fresh: Start over instead of resuming; the old run's files are moved aside.
+        hooks: Asked after every update.
+
+    Raises: FDError: for the user's mistakes, before training where that is possible.
+    """
+    launch = distributed.start()
+    _share_cores(launch.local_world_size)
+    json_config = ds.load(deepspeed_config)
+    source = ImageFolder(run.data.root)
+    teacher_weights(run)
+    precision = precision_of(run)
+    node_size = node_size_of(run, launch.local_world_size)
+    fixed = run.batch.micro_batch_size
+    check_batch_sizes(
+        len(source),
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=1 if fixed == "auto" else fixed,
+        world_size=launch.world_size,
+    )
+    share = run.batch.global_batch_size // launch.world_size
+    sizes = parameter_sizes(run)
+    fill = partial(_fill, run, json_config, precision.bfloat16, node_size, sizes)
+    config = fill(1 if fixed == "auto" else fixed, share)
+
+    folder = open_folder(run, fresh=fresh)
+    logs.set_up(folder)
+    start.start()
+    threshold, kept = ds.persistence_threshold(sizes)
+    log.info(
+        "whole on every rank: tensors of at most %d elements, %.2f%% of student and teacher",
+        threshold,
+        100 * kept / sum(sizes),
+    )
+    teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=threshold)
+    make_task = task_maker(run, teacher, teacher.width)
+    size = fixed
+    if size == "auto":
+        size = _probed(run, make_task, config, folder, share)
+    config = fill(size, share)
+    write_environment(folder, config, launch.launcher)
+
+    engine = build_engine(run, make_task, config)
+    per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
+    total = run.optim.max_steps or run.optim.epochs * per_epoch
+    manifest = deepspeed_files.newest(folder)
+    first = 0
+    if manifest is not None:
+        _same_teacher(manifest, teacher.fingerprint)
+        first = manifest["update"]
+        if first >= total:
+            log.info("%s: finished after %d updates; nothing to do", folder, first)
+            return 0
+        deepspeed_files.load(engine.deepspeed, manifest)
+        log.info("resumed after update %d of %d", first, total)
+    peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
+    schedule = CosineSchedule(
+        peak, warmup_start, minimum, total, int(run.optim.warmup_epochs * per_epoch)
+    )
+    setting = Setting(folder, run, first, total, size, share // size, launch.world_size)
+
+    def batches(epoch: int, first_update: int) -> Any:
+        return build_loader(
+            source,
+            seed=run.runtime.seed,
+            epoch=epoch,
+            first_update=first_update,
+            global_batch_size=run.batch.global_batch_size,
+            micro_batch_size=size,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            image_size=run.data.image_size,
+            min_crop_scale=run.data.min_crop_scale,
+            workers=run.data.workers,
+        )
+
+    def save(update: int) -> None:
+        deepspeed_files.save(
+            engine.deepspeed,
+            folder,
+            update,
+            {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint},
+        )
+
+    status = train_updates(
+        engine,
+        batches,
+        Plan(schedule, per_epoch, share // size, run.runtime.seed),
+        hooks,
+        setting,
+        save,
+    )
+    if (now := teacher.hash_now()) != teacher.fingerprint:
+        raise AssertionError(f"the teacher changed: hash {teacher.fingerprint}, now {now}")
+    log.info("%s after %d updates: %s", status, total, folder)
+    return 0
+
+
+def _fill(
+    run: Run,
+    json_config: dict[str, Any],
+    bfloat16: bool,
+    node_size: int,
+    sizes: tuple[int, ...],
+    micro_batch_size: int,
+    share: int,
+) -> dict[str, Any]:
+    numbers = ds.RunNumbers(
+        micro_batch_size=micro_batch_size,
+        accumulation=share // micro_batch_size,
+        world_size=distributed.world_size(),
+        node_size=node_size,
+        clip_norm=run.optim.clip_norm,
+        bfloat16=bfloat16,
+        parameter_sizes=sizes,
+    )
+    return ds.fill(json_config, numbers)
+
+
+def _probed(
+    run: Run, make_task: Callable[[], Task], config: dict[str, Any], folder: Path, share: int
+) -> int:
+    """The micro batch of the run folder, or of a probe on an engine that is thrown away."""
+    world_size = distributed.world_size()
+    size = micro_batch.remembered(folder, world_size, share)
+    if size is not None:
+        return size
+    on_gpu = distributed.device().type == "cuda"
+    memory = micro_batch.GpuMemory() if on_gpu else micro_batch.HostMemory()
+    # Every step of the probe is a whole update, moments included.
+    whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    engine = build_engine(run, make_task, {**whole, "train_batch_size": world_size})
+    engine.task.train()
+    size = micro_batch.largest_that_fits(
+        share, probe_step(engine, run.data.image_size, run.runtime.seed), memory
+    )
+    engine.deepspeed.destroy()
+    del engine
+    start.forget_engines()
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    micro_batch.remember(folder, world_size, size)
+    log.info("micro batch %d per rank, accumulation %d", size, share // size)
+    return size
+
+
+def _same_teacher(manifest: dict[str, Any], fingerprint: str) -> None:
+    if manifest["teacher_hash"] != fingerprint:
+        raise ConfigError(
+            f"teacher.source: not the teacher that this run began with; got hash {fingerprint}, "
+            f"expected {manifest['teacher_hash']} ({manifest['teacher_source']}). Give that file, or "
+            "--fresh."
+        )
+
+
+def _share_cores(local_world_size: int) -> None:
+    """CPU ranks of one host divide its cores between them, unless the user said otherwise."""
+    if distributed.device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))

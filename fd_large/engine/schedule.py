@@ -1,0 +1,53 @@
+"""The learning rate of an update: linear warm-up, then a half cosine (FACTS: timm's CosineLRScheduler).
+
+Counted in optimiser updates, so that neither ranks nor accumulation can change a rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """L(t) over T updates, W of them warm-up.
+
+    Attributes:
+        peak: Learning rate after warm-up.
+        warmup_start: Learning rate at t = 0.
+        minimum: Learning rate at t >= T.
+        total: T.
+        warmup: W.
+    """
+
+    peak: float
+    warmup_start: float
+    minimum: float
+    total: int
+    warmup: int
+
+    def value(self, t: int) -> float:
+        """L(t)."""
+        if t < self.warmup:
+            return self.warmup_start + t * (self.peak - self.warmup_start) / self.warmup
+        if t >= self.total:
+            return self.minimum
+        phase = math.pi * (t - self.warmup) / (self.total - self.warmup)
+        return self.minimum + 0.5 * (self.peak - self.minimum) * (1 + math.cos(phase))
+
+    def at_update(self, update: int) -> float:
+        """The rate that update `update` (from 0) runs at: L(max(update - 1, 0)).
+
+        The official loop advances its scheduler after the step with that step's own index, so the
+        first two updates both run at the warm-up start.
+        """
+        return self.value(max(update - 1, 0))
+
+
+def official_accumulated_rate(schedule: CosineSchedule, update: int, accumulation: int) -> float:
+    """The official code's rate under accumulation, where T, W and the index count micro batches.
+
+    Not used in training: L(max(A u - 1, 0)) makes the rate depend on how a batch is split.
+    """
+    return schedule.value(max(accumulation * update - 1, 0))

@@ -1,0 +1,108 @@
+"""Where the frozen teacher lives: whole on every rank, split over all, or split inside a node.
+
+A split teacher is a second ZeRO-3 engine without an optimiser: its own configuration, so that it is
+split under a student at any stage; no gradient, no float32 copy, no entry in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.distill.teacher import Teacher
+from fd_large.engine import partition
+from fd_large.engine.live_weights import load_weights
+from fd_large.engine.start import deepspeed
+from fd_large.models.feature_map import FeatureMap
+
+log = logging.getLogger(__name__)
+
+
+class PlacedTeacher:
+    """A teacher that is callable whatever its placement.
+
+    Attributes:
+        module: The Teacher; its parameters are pieces unless it is replicated.
+        fingerprint: Hash of the weights at build, the same for every placement.
+        width: Channels of the map.
+    """
+
+    def __init__(self, module: Teacher, engine: Any, group: Any) -> None:
+        self.module, self._engine, self._group = module, engine, group
+        self.fingerprint = self.hash_now()
+        self.width = module.width
+
+    def __call__(self, images: Tensor) -> FeatureMap:
+        """Returns the map of uint8 images (B, 3, H, W), without gradient."""
+        with torch.no_grad():
+            return (self._engine or self.module)(images)
+
+    def hash_now(self) -> str:
+        """Hashes the weights as they are; equal to `fingerprint` unless memory failed."""
+        return partition.fingerprint(self.module.net, group=self._group)
+
+    def held_bytes(self) -> int:
+        """Bytes of weights that this rank holds between steps."""
+        total = 0
+        for parameter in self.module.parameters():
+            total += parameter.numel() * parameter.element_size()
+            if partition.is_partitioned(parameter):
+                total += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+        return total
+
+
+def place(
+    make: Callable[[], Teacher],
+    *,
+    placement: str,
+    dtype: torch.dtype,
+    seed: int,
+    node_size: int,
+    persistence_threshold: int,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> PlacedTeacher:
+    """Builds the teacher where it is to live.
+
+    Must run before the student's engine: the hpZ group of a student is global to the process and
+    would give the teacher a second, permanent copy.
+
+    Args:
+        make: Constructs the Teacher with random weights.
+        placement: "replicated", "sharded" or "node".
+        dtype: Of its weights and products.
+        seed: Of the random weights.
+        node_size: Ranks of a node.
+        persistence_threshold: Tensors of at most so many elements stay whole.
+        weights: (name, full tensor) of the net, on every rank, or None for random weights.
+    """
+    group = None
+    if placement == "node" and node_size < distributed.world_size():
+        group = distributed.node_group(node_size)
+    shares = node_size if group is not None else distributed.world_size()
+    partitioned = placement != "replicated" and shares > 1
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": persistence_threshold,
+        },
+    }
+    module = partition.build(make, config, partitioned=partitioned, seed=seed, group=group)
+    if weights is not None:
+        load_weights(module.net, weights, where="--teacher.source")
+    if dtype == torch.bfloat16:
+        partition.to_bfloat16(module)
+        config["bf16"] = {"enabled": True}
+    if not partitioned:
+        module.to(distributed.device())
+        return PlacedTeacher(module, None, None)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    log.info("teacher: split over %d ranks", shares)
+    return PlacedTeacher(module, engine, group)

@@ -1,0 +1,42 @@
+"""The user's mistakes: one sentence, exit code 2, no traceback.
+
+Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes stay tracebacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FDError(Exception):
+    """A mistake that the user can mend; the command line prints it and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(FDError):
+    """A recipe, a flag or a DeepSpeed JSON that cannot be carried out as written."""
+
+
+class ShapeError(FDError):
+    """Images, grids or widths that do not fit each other."""
+
+
+class DataError(FDError):
+    """A data folder or an image that cannot be used."""
+
+
+class WeightsError(FDError):
+    """A weights file that is missing, damaged, or not of the expected network."""
+
+
+class LaunchError(FDError):
+    """An environment in which ranks cannot find each other."""
+
+
+def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
+    """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close."""
+    known = sorted(names)
+    close = get_close_matches(name, known, n=most, cutoff=0.5)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"

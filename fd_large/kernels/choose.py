@@ -1,0 +1,64 @@
+"""One place that says which implementation of an operation runs.
+
+`FD_KERNELS` holds the wish: `reference` (default) or `apex`. Asking for something that is not
+there is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+
+from fd_large.errors import ConfigError, nearest
+
+# apex's fused kernels exist for CUDA only; elsewhere the reference runs.
+APEX_DEVICES = ("cuda",)
+_IMPLEMENTATIONS = ("reference", "apex")
+
+
+def wished() -> str:
+    """Returns the value of FD_KERNELS, `reference` where it is not set.
+
+    Raises: ConfigError: if the value is none of the known implementations.
+    """
+    wish = os.environ.get("FD_KERNELS", "") or "reference"
+    if wish not in _IMPLEMENTATIONS:
+        raise ConfigError(
+            f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _IMPLEMENTATIONS)}."
+            " Set it to one of these or unset it."
+        )
+    return wish
+
+
+def implementation(device_type: str) -> str:
+    """Returns which LayerNorm runs on a device: `reference` or `apex`."""
+    return "apex" if wished() == "apex" and device_type in APEX_DEVICES else "reference"
+
+
+@lru_cache(maxsize=1)
+def apex_layer_norm() -> Callable:
+    """Returns NVIDIA apex's fused affine LayerNorm function.
+
+    The package named `apex` on the index is another project: NVIDIA's is known by FusedLayerNorm
+    and FusedAdam.
+
+    Raises: ConfigError: if NVIDIA apex is not installed.
+    """
+    if find_spec("apex") is not None:
+        try:
+            normalization = importlib.import_module("apex.normalization")
+            optimizers = importlib.import_module("apex.optimizers")
+            found = hasattr(normalization, "FusedLayerNorm") and hasattr(optimizers, "FusedAdam")
+        except ImportError:
+            found = False
+        if found:
+            module = importlib.import_module("apex.normalization.fused_layer_norm")
+            return module.fused_layer_norm_affine
+    raise ConfigError(
+        "FD_KERNELS=apex: NVIDIA apex is not installed (found by FusedLayerNorm and FusedAdam; the "
+        "package of that name on the index is another project); got none, expected "
+        "apex.normalization.FusedLayerNorm. Build it from NVIDIA's source or unset FD_KERNELS."
+    )

@@ -1,0 +1,51 @@
+"""The objective's last step: whiten the teacher's tokens, smooth L1 against the student's.
+
+Source: Wei et al., arXiv 2205.14141; beta and eps as in the official code.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fd_large.errors import ShapeError
+
+
+def whiten(feature_map: Tensor, eps: float = 1e-5) -> Tensor:
+    """Gives every token mean 0 and variance 1 over its channels: LayerNorm without affine.
+
+    Args:
+        feature_map: (..., C), any float dtype.
+        eps: Added to the variance.
+
+    Returns: (..., C), float32 (float64 for a float64 map).
+    """
+    wide = torch.promote_types(feature_map.dtype, torch.float32)
+    return F.layer_norm(feature_map.to(wide), feature_map.shape[-1:], eps=eps)
+
+
+def whitened_loss(
+    student_map: Tensor, teacher_map: Tensor, *, beta: float = 2.0, eps: float = 1e-5
+) -> Tensor:
+    """Smooth L1 between the student's map and the whitened teacher's map.
+
+    Args:
+        student_map: (B, N, C), projected to the teacher's width, any float dtype.
+        teacher_map: (B, N, C), after the teacher's final norm, not whitened; takes no gradient.
+        beta: Where square turns to linear, in whitened units.
+        eps: Added to the variance of a teacher's token.
+
+    Returns: scalar, float32 (float64 in a float64 run): the mean over B, N and C.
+    Raises: ShapeError: if the maps differ in shape.
+    """
+    if student_map.shape != teacher_map.shape:
+        raise ShapeError(
+            "whitened_loss: the maps differ in shape; got "
+            f"{tuple(student_map.shape)} from the student and {tuple(teacher_map.shape)} from the "
+            "teacher, expected equal. Align grids and prefix tokens, and project to the teacher's "
+            "width."
+        )
+    target = whiten(teacher_map.detach(), eps)
+    wide = torch.promote_types(student_map.dtype, target.dtype)
+    return F.smooth_l1_loss(student_map.to(wide), target.to(wide), beta=beta)

@@ -1,0 +1,1 @@
+"""Backbones as pure mathematics: plain arguments in, a feature map out."""

@@ -1,0 +1,73 @@
+"""Stochastic depth as an explicit input: which residual branch is kept for which sample.
+
+Nothing is drawn here. `keep` comes from the data's counter-based generator, so that ranks,
+accumulation and recomputation cannot change it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large.errors import ShapeError
+
+
+def linear_rates(rate: float, num_blocks: int) -> tuple[float, ...]:
+    """Returns one rate per site, two sites a block, rising linearly from 0 to `rate`."""
+    per_block = np.linspace(0.0, rate, num_blocks)
+    return tuple(float(r) for r in np.repeat(per_block, 2))
+
+
+def branch_scales(
+    keep: Tensor | None, rates: tuple[float, ...], batch_size: int, device: torch.device
+) -> Tensor | None:
+    """Returns the factor of each branch and sample, kept / (1 - rate): (num_sites, B) float32.
+
+    Args:
+        keep: (num_sites, B), bool or 0-1; None: no drop path, and the result is None.
+        rates: Of each site.
+        batch_size: B of the images.
+        device: Of the images.
+
+    Raises: ShapeError: if keep does not fit sites and batch.
+    """
+    if keep is None:
+        return None
+    if keep.shape != (len(rates), batch_size):
+        raise ShapeError(
+            f"drop path: keep must have a row per site and a column per image; got "
+            f"{tuple(keep.shape)}, expected {(len(rates), batch_size)}. Draw it for "
+            "net.drop_path_rates and this batch."
+        )
+    return keep.to(device, torch.float32) / _kept_shares(rates, device)
+
+
+def add_branch(
+    x: Tensor, branch: Tensor, scale: Tensor | None, gamma: Tensor | None = None
+) -> Tensor:
+    """Pre-norm residual: x + scale * gamma * branch, in the dtype of x.
+
+    Args:
+        x: (B, ..., C), the residual stream.
+        branch: (B, ..., C).
+        scale: (B,) float32 from `branch_scales`; None: 1.
+        gamma: (C,), LayerScale; None: 1.
+    """
+    # Summed wide and rounded once, whatever the dtypes of stream and branch.
+    branch = branch.to(torch.promote_types(x.dtype, torch.float32))
+    if gamma is not None:
+        branch = branch * gamma.to(branch.dtype)
+    if scale is not None:
+        branch = branch * scale.view(-1, *[1] * (x.dim() - 1)).to(branch.dtype)
+    return (x + branch).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_shares(rates: tuple[float, ...], device: torch.device) -> Tensor:
+    # Cached, because a copy from host memory in every forward would make the GPU wait.
+    with torch.inference_mode(False):
+        shares = 1.0 - np.asarray(rates, dtype=np.float64)[:, None]
+        return torch.from_numpy(shares.astype(np.float32)).to(device)

@@ -1,0 +1,24 @@
+"""What every backbone yields: a map of tokens that knows its grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class FeatureMap(NamedTuple):
+    """Tokens of an image, prefix tokens (CLS, distillation) first, patches row-major.
+
+    A NamedTuple, because DeepSpeed's ZeRO-3 hooks find the tensors inside tuples and nowhere else:
+    a parameter that a module owns directly would miss its gather before backward otherwise.
+
+    Attributes:
+        tokens: (B, N, C), N = num_prefix_tokens + H * W.
+        grid: (H, W).
+        num_prefix_tokens: Tokens before the patches.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    num_prefix_tokens: int

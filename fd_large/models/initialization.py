@@ -1,0 +1,148 @@
+"""How fresh weights are drawn: named schemes, and one function that fills a parameter.
+
+Every module fills its own parameters in its own constructor from plain arguments: under
+`deepspeed.zero.Init` a child is already partitioned when its parent's constructor goes on, and a
+write from there would be lost. Draws come from torch's global CPU generator in float32, whatever
+the device and dtype of the parameter, so that a net built under `zero.Init` or on a GPU has the
+weights of a plain one after the same `torch.manual_seed`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large.errors import ConfigError, nearest
+
+Initialization = Literal["fd", "official", "none"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A distribution of initial values.
+
+    Attributes:
+        kind: normal; uniform within +-1/sqrt(fan in), torch's default; or all the same value.
+        std: Of the normal, before the cut.
+        cut: The normal is truncated to +-cut, in absolute units.
+        divide: Divides what was drawn.
+        value: Of the constant.
+    """
+
+    kind: Literal["normal", "fan_in_uniform", "constant"]
+    std: float = 0.02
+    cut: float = math.inf
+    divide: float = 1.0
+    value: float = 0.0
+
+    def divided(self, by: float) -> Draw:
+        """Returns the same draw with its values divided."""
+        return replace(self, divide=self.divide * by)
+
+
+ZEROS = Draw("constant")
+NORMAL = Draw("normal")
+FAN_IN_UNIFORM = Draw("fan_in_uniform")
+# The published code writes +-.02 where it means +-1: the cut falls at one standard deviation.
+CUT_AT_ONE_SIGMA = Draw("normal", cut=0.02)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Initial values of a whole net.
+
+    Attributes:
+        linear: Weights of linear layers; their biases are 0.
+        convolution: Weight of the patch embedding.
+        convolution_bias: Its bias.
+        token: Prefix tokens and absolute positions.
+        table: Relative position tables.
+        rescale: Whether the weights that end residual branches shrink with depth.
+        post_norm_weight: Initial weight of norms that end a residual branch (SwinV2).
+    """
+
+    linear: Draw
+    convolution: Draw
+    convolution_bias: Draw
+    token: Draw
+    table: Draw
+    rescale: bool
+    post_norm_weight: float
+
+    def branch_end(self, divide_squared: float) -> Draw:
+        """Returns the draw of a weight that ends a residual branch."""
+        return self.linear.divided(math.sqrt(divide_squared)) if self.rescale else self.linear
+
+
+_OFFICIAL = Scheme(NORMAL, FAN_IN_UNIFORM, FAN_IN_UNIFORM, NORMAL, NORMAL, False, 0.0)
+# Zeros: for nets whose weights are loaded right away, without the time to draw them.
+_NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
+
+# FD: the Feature-Distillation repository. Official: Swin-Transformer's for Swin and SwinV2, DINO's
+# and DeiT's for ViT. Swin V1 is a teacher only; FD has no scheme of its own for it.
+SCHEMES: dict[str, dict[str, Scheme]] = {
+    "swinv2": {
+        "fd": Scheme(NORMAL, NORMAL, ZEROS, NORMAL, NORMAL, True, 1e-5),
+        "official": _OFFICIAL,
+        "none": _NONE,
+    },
+    "swin": {"fd": _OFFICIAL, "official": _OFFICIAL, "none": _NONE},
+    "vit": {
+        "fd": Scheme(CUT_AT_ONE_SIGMA, CUT_AT_ONE_SIGMA, ZEROS, CUT_AT_ONE_SIGMA, ZEROS, True, 1.0),
+        "official": replace(_OFFICIAL, table=ZEROS, post_norm_weight=1.0),
+        "none": _NONE,
+    },
+}
+
+
+def scheme(family: str, name: str) -> Scheme:
+    """Returns a family's scheme by name.
+
+    Raises: ConfigError: if there is no such scheme.
+    """
+    if name not in SCHEMES[family]:
+        raise ConfigError(
+            f"initialization: no such scheme; got {name!r}, {nearest(name, SCHEMES[family])}. "
+            "Use one of these."
+        )
+    return SCHEMES[family][name]
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, draw: Draw, fan_in: int | None = None) -> None:
+    """Overwrites a parameter with fresh values; does nothing on the meta device.
+
+    Args:
+        parameter: Any shape, float dtype and device.
+        draw: What to draw.
+        fan_in: Inputs of the layer, for fan_in_uniform; None: of the weight itself.
+    """
+    if parameter.is_meta:
+        return
+    if draw.kind == "constant":
+        parameter.fill_(draw.value / draw.divide)
+        return
+    in_place = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    # From numpy, because zero.Init patches torch's own factories to its dtype and device.
+    values = (
+        parameter if in_place else torch.from_numpy(np.empty(tuple(parameter.shape), np.float32))
+    )
+    if draw.kind == "fan_in_uniform":
+        bound = 1 / math.sqrt(fan_in or parameter[0].numel())
+        values.uniform_(-bound, bound)
+    elif math.isinf(draw.cut):
+        values.normal_(0.0, draw.std)
+    else:
+        # Inverse of the normal's distribution function between the cuts.
+        edge = math.erf(draw.cut / draw.std / math.sqrt(2))
+        values.uniform_(-edge, edge).erfinv_().mul_(draw.std * math.sqrt(2))
+        values.clamp_(-draw.cut, draw.cut)
+    if draw.divide != 1:
+        values.div_(draw.divide)
+    if not in_place:
+        parameter.copy_(values)

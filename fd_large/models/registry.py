@@ -1,0 +1,111 @@
+"""Named nets to modules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fd_large.errors import ConfigError
+from fd_large.kernels.attention import Memory
+from fd_large.models.hierarchical import SizeRule
+from fd_large.models.initialization import Initialization
+from fd_large.models.swin import Swin
+from fd_large.models.swinv2 import SwinV2
+from fd_large.models.vit import ViT
+from fd_large.recipes.architectures import Architecture, resolve
+
+
+def build(
+    name: str,
+    overrides: Architecture | None = None,
+    *,
+    drop_path_rate: float = 0.0,
+    size_rule: SizeRule = "drop",
+    attention_memory: Memory = "keep",
+    residual_dtype: Literal["float32", "compute"] = "compute",
+    initialization: Initialization = "fd",
+    seed: int | None = None,
+) -> SwinV2 | Swin | ViT:
+    """Builds a named net.
+
+    Args:
+        name: Of the table in `recipes.architectures`.
+        overrides: Fields that differ from the named net's; None: none.
+        drop_path_rate: Of the last block; blocks before rise linearly from 0.
+        size_rule: "drop" or "pad" image sizes that do not fit; only SwinV2 pads.
+        attention_memory: "keep" or "recompute" attention maps for backward.
+        residual_dtype: "compute": that of the weights; "float32": at least that.
+        initialization: "fd", "official" or "none" (zeros, for nets whose weights are loaded).
+        seed: Of the initial weights; None: torch's global CPU generator as it stands.
+
+    Raises: ConfigError: for an unknown name or values that do not fit.
+    """
+    a = resolve(name, overrides)
+    if size_rule == "pad" and a.family != "swinv2":
+        raise ConfigError(
+            f"student.size_rule: {name} is a {a.family} net, which cannot pad; got 'pad', expected "
+            "'drop'. Use an image size that fits."
+        )
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build(
+                name,
+                overrides,
+                drop_path_rate=drop_path_rate,
+                size_rule=size_rule,
+                attention_memory=attention_memory,
+                residual_dtype=residual_dtype,
+                initialization=initialization,
+            )
+    shared = {
+        "patch_size": a.patch_size,
+        "image_size": a.image_size,
+        "mlp_ratio": a.mlp_ratio,
+        "absolute_position": a.absolute_position,
+        "norm_eps": a.norm_eps,
+        "drop_path_rate": drop_path_rate,
+        "attention_memory": attention_memory,
+        "residual_dtype": residual_dtype,
+        "initialization": initialization,
+    }
+    if a.family == "swinv2":
+        return SwinV2(
+            a.embed_dim,
+            a.depths,
+            a.num_heads,
+            window_size=a.window_size,
+            qkv_bias=a.qkv_bias == "qv",
+            patch_norm=a.patch_norm,
+            pretrained_window_sizes=a.pretrained_window_sizes,
+            extra_norm_every=a.extra_norm_every,
+            shared_position_bias=a.shared_position_bias,
+            size_rule=size_rule,
+            **shared,
+        )
+    if a.family == "swin":
+        return Swin(
+            a.embed_dim,
+            a.depths,
+            a.num_heads,
+            window_size=a.window_size,
+            qkv_bias=a.qkv_bias == "fused",
+            patch_norm=a.patch_norm,
+            **shared,
+        )
+    return ViT(
+        a.embed_dim,
+        a.depths[0],
+        a.num_heads[0],
+        qkv_bias=a.qkv_bias,
+        patch_bias=a.patch_bias,
+        class_token=a.class_token,
+        distillation_token=a.distillation_token,
+        keep_distillation_token=a.keep_distillation_token,
+        relative_position=a.relative_position,
+        layer_scale=a.layer_scale,
+        activation=a.activation,
+        pre_norm_layer=a.pre_norm_layer,
+        **shared,
+    )

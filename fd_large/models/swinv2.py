@@ -1,0 +1,357 @@
+"""Swin Transformer V2 as a student or teacher, with FD's extra norms and shared position bias.
+
+Post-norm blocks, cosine attention with a learned scale, a continuous position bias from an MLP on
+log-spaced coordinates. Parameter names are those of the Swin-Transformer repository; an extra norm
+is `extra_norm` of its block, a shared position bias `position_bias` of its stage.
+
+Source: Liu et al., arXiv 2111.09883, and the code of Swin-Transformer and Feature-Distillation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.errors import ConfigError
+from fd_large.kernels.attention import Memory, attention
+from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
+from fd_large.models.initialization import Draw, Initialization, Scheme, scheme
+from fd_large.models.layers import Float32Linear, LayerNorm, Linear, Mlp, ResidualNorm
+from fd_large.models.windows import (
+    coordinate_table,
+    fit_window,
+    in_windows,
+    position_index,
+    window_shift,
+)
+
+_CPB_HIDDEN = 512
+_MAX_LOG_SCALE = math.log(100)
+
+
+class SwinV2(HierarchicalBackbone):
+    """SwinV2 backbone.
+
+    Args:
+        embed_dim: Channels of the first stage.
+        depths: Blocks of each stage, any number of stages.
+        num_heads: Heads of each stage.
+        window_size: Side of a window in tokens; a smaller map is one window.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the images.
+        mlp_ratio: Hidden width of the MLP over the width.
+        qkv_bias: Whether query and value have a bias (the key never has).
+        patch_norm: Whether the patch embedding ends with a norm.
+        absolute_position: Whether a learned embedding is added to the patches.
+        image_size: Pixels that the absolute positions are for.
+        pretrained_window_sizes: Window of each stage in pre-training, which scales coordinates; 0
+            or None: the present window.
+        extra_norm_every: A norm on the main path after every k-th block of a stage; 0: none.
+        shared_position_bias: One position-bias MLP per stage in place of one per block.
+        drop_path_rate: Of the last block; blocks before rise linearly from 0.
+        size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
+            "pad": image, windows and merging are padded right and bottom, and padding is masked.
+        attention_memory: "keep" or "recompute" attention maps for backward.
+        residual_dtype: "compute": that of the weights; "float32": at least that.
+        norm_eps: Of every norm.
+        initialization: "fd", "official" or "none".
+
+    Raises: ConfigError: for values that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        *,
+        window_size: int,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        patch_norm: bool = True,
+        absolute_position: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained_window_sizes: tuple[int, ...] | None = None,
+        extra_norm_every: int = 0,
+        shared_position_bias: bool = False,
+        drop_path_rate: float = 0.0,
+        size_rule: SizeRule = "drop",
+        attention_memory: Memory = "keep",
+        residual_dtype: str = "compute",
+        norm_eps: float = 1e-5,
+        initialization: Initialization = "fd",
+    ):
+        super().__init__(
+            embed_dim,
+            depths,
+            window_size=window_size,
+            patch_size=patch_size,
+            drop_path_rate=drop_path_rate,
+            size_rule=size_rule,
+            residual=residual_dtype,
+        )
+        pretrained = tuple(pretrained_window_sizes or (0,) * len(depths))
+        if not len(depths) == len(num_heads) == len(pretrained):
+            raise ConfigError(
+                "swinv2: depths, num_heads and pretrained_window_sizes must agree in length; got "
+                f"{len(depths)}, {len(num_heads)}, {len(pretrained)}, expected equal. Give one "
+                "value per stage."
+            )
+        initial = scheme("swinv2", initialization)
+        self._embed(
+            in_chans=in_chans,
+            scheme=initial,
+            patch_norm=patch_norm,
+            norm_eps=norm_eps,
+            absolute_position=absolute_position,
+            image_size=image_size,
+        )
+        self.layers = nn.ModuleList(
+            Stage(
+                embed_dim * 2**s,
+                depths[s],
+                num_heads[s],
+                first_block=sum(depths[:s]),
+                merge=s + 1 < len(depths),
+                window_size=window_size,
+                pretrained_window=pretrained[s],
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                extra_norm_every=extra_norm_every,
+                shared_position_bias=shared_position_bias,
+                attention_memory=attention_memory,
+                norm_eps=norm_eps,
+                scheme=initial,
+            )
+            for s in range(len(depths))
+        )
+        self._finish(norm_eps)
+
+
+class Stage(nn.Module):
+    """Blocks of one width, then, except in the last stage, patch merging."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        *,
+        first_block: int,
+        merge: bool,
+        window_size: int,
+        pretrained_window: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        extra_norm_every: int,
+        shared_position_bias: bool,
+        attention_memory: Memory,
+        norm_eps: float,
+        scheme: Scheme,
+    ):
+        super().__init__()
+        self.window_size, self.pretrained_window = window_size, pretrained_window
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                index=i,
+                number=first_block + i + 1,
+                window_size=window_size,
+                pretrained_window=pretrained_window,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                extra_norm=extra_norm_every > 0 and (i + 1) % extra_norm_every == 0,
+                own_position_bias=not shared_position_bias,
+                attention_memory=attention_memory,
+                norm_eps=norm_eps,
+                scheme=scheme,
+            )
+            for i in range(depth)
+        )
+        self.downsample = Downsample(width, norm_eps, scheme) if merge else None
+        self.position_bias = PositionBias(num_heads, scheme) if shared_position_bias else None
+
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Maps (B, H, W, C) to (B, H/2, W/2, 2C), or to its own shape in the last stage.
+
+        Args:
+            x: (B, H, W, C).
+            scales: (2 * depth, B) float32, drop path's factors; None: none.
+        """
+        table = None
+        if self.position_bias is not None:
+            window = fit_window(*x.shape[1:3], self.window_size)
+            table = self.position_bias(window, self.pretrained_window, x.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class Block(nn.Module):
+    """x + norm1(attention(x)), x + norm2(mlp(x)), and in some blocks a norm of the sum.
+
+    Args:
+        width: C.
+        num_heads: h.
+        index: Within the stage; odd blocks shift their windows.
+        number: Over the whole net, from 1; it sets how much the branch ends are scaled down.
+        extra_norm: Whether the block ends with a norm on the main path.
+        own_position_bias: Whether the block owns a position-bias MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        index: int,
+        number: int,
+        window_size: int,
+        pretrained_window: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        extra_norm: bool,
+        own_position_bias: bool,
+        attention_memory: Memory,
+        norm_eps: float,
+        scheme: Scheme,
+    ):
+        super().__init__()
+        self.index, self.window_size = index, window_size
+        end = scheme.branch_end(2 * number)
+        self.attn = CosineAttention(
+            width,
+            num_heads,
+            pretrained_window=pretrained_window,
+            qkv_bias=qkv_bias,
+            own_position_bias=own_position_bias,
+            memory=attention_memory,
+            scheme=scheme,
+            end=end,
+        )
+        self.norm1 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
+        self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=end)
+        self.norm2 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
+        self.extra_norm = LayerNorm(width, norm_eps) if extra_norm else None
+
+    def forward(
+        self, x: Tensor, scales: Tensor | None = None, position_table: Tensor | None = None
+    ) -> Tensor:
+        """Maps (B, H, W, C) to the same shape.
+
+        Args:
+            x: (B, H, W, C), the residual stream.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
+            position_table: (R, h) float32 of a shared position bias; None: the block's own.
+        """
+        height, width = x.shape[1:3]
+        window = fit_window(height, width, self.window_size)
+        shift = window_shift(height, width, self.window_size, self.index)
+
+        def attend(groups: Tensor, regions: Tensor | None) -> Tensor:
+            return self.attn(groups, window, regions, position_table)
+
+        # Cast before windows are cut, so that the rearranged copies have the narrower dtype.
+        branch = in_windows(x.to(self.attn.qkv.weight.dtype), window, shift, attend)
+        x = self.norm1(x, branch, None if scales is None else scales[0])
+        x = self.norm2(x, self.mlp(x), None if scales is None else scales[1])
+        return x if self.extra_norm is None else self.extra_norm(x)
+
+
+class CosineAttention(nn.Module):
+    """Attention in a window: logits = scale * cos(q, k) + position bias."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        pretrained_window: int,
+        qkv_bias: bool,
+        own_position_bias: bool,
+        memory: Memory,
+        scheme: Scheme,
+        end: Draw,
+    ):
+        super().__init__()
+        self.num_heads, self.pretrained_window, self.memory = num_heads, pretrained_window, memory
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        nn.init.constant_(self.logit_scale, math.log(10))
+        self.cpb_mlp = _cpb_mlp(num_heads, scheme) if own_position_bias else None
+        self.qkv = Linear(width, 3 * width, draw=scheme.linear, bias=False)
+        self.q_bias = self.v_bias = None
+        if qkv_bias:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.v_bias)
+        self.proj = Linear(width, width, draw=end)
+
+    def forward(
+        self, x: Tensor, window: int, regions: Tensor | None, position_table: Tensor | None
+    ) -> Tensor:
+        """Maps (G, w * w, C) to the same shape; regions and table as in `kernels.attention`."""
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = self.qkv(x, bias)
+        q, k, v = rearrange(qkv, "g n (three h d) -> three g h n d", three=3, h=self.num_heads)
+        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        if self.cpb_mlp is not None:
+            position_table = _position_table(self.cpb_mlp, window, self.pretrained_window, x.device)
+        out = attention(
+            q,
+            k,
+            v,
+            scale=self.logit_scale.to(wide).clamp(max=_MAX_LOG_SCALE).exp(),
+            cosine=True,
+            bias_table=position_table,
+            bias_index=position_index(window, x.device),
+            regions=regions,
+            memory=self.memory,
+        )
+        return self.proj(rearrange(out, "g h n d -> g n (h d)"))
+
+
+class PositionBias(nn.Module):
+    """One position-bias MLP for the blocks of a stage."""
+
+    def __init__(self, num_heads: int, scheme: Scheme):
+        super().__init__()
+        self.cpb_mlp = _cpb_mlp(num_heads, scheme)
+
+    def forward(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
+        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32."""
+        return _position_table(self.cpb_mlp, window, pretrained_window, device)
+
+
+class Downsample(PatchMerging):
+    """Patch merging of SwinV2: reduction first, then the norm."""
+
+    def __init__(self, width: int, norm_eps: float, scheme: Scheme):
+        super().__init__()
+        self.reduction = Linear(4 * width, 2 * width, draw=scheme.linear, bias=False)
+        self.norm = LayerNorm(2 * width, norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""
+        return self.norm(self.reduction(super().forward(x)), x.dtype)
+
+
+def _cpb_mlp(num_heads: int, scheme: Scheme) -> nn.Sequential:
+    return nn.Sequential(
+        Float32Linear(2, _CPB_HIDDEN, draw=scheme.linear),
+        nn.ReLU(),
+        Float32Linear(_CPB_HIDDEN, num_heads, draw=scheme.linear, bias=False),
+    )
+
+
+def _position_table(
+    mlp: nn.Sequential, window: int, pretrained_window: int, device: torch.device
+) -> Tensor:
+    return 16 * torch.sigmoid(mlp(coordinate_table(window, pretrained_window, device)))

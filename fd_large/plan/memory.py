@@ -1,0 +1,220 @@
+"""Bytes that a rank holds between two optimizer updates, by arithmetic.
+
+P is the student with its projection, W the ranks, b the bytes of the compute type (2 in bfloat16, 4
+in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keeps between updates:
+
+| ZeRO | parameters | masters        | moments | gradients             |
+|------|------------|----------------|---------|-----------------------|
+| 0    | bP         | none           | 8P      | none (set to None)    |
+| 1    | bP         | 4P/W           | 8P/W    | bf16: 4P, else none   |
+| 2    | bP         | 4P/W           | 8P/W    | none                  |
+| 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
+
+- Stage 0 trains the parameters themselves; it exists in float32 only.
+- Masters are a copy even where the parameters are float32 already. (Stage 3 means to share its
+  float32 shards, but asks whether a torch.device equals a string, which it never does.)
+- Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
+  rank: 12 GB for three billion parameters. Stage 2 adds up in its partition and frees it.
+- Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
+  the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
+  stays whole on every rank beside its shards.
+- hpZ's second copy inside the node lives from forward to step only: bP/G for groups of G.
+- Offloading the optimizer moves masters, moments and gradients to host memory, where the step's
+  own float32 gradient (4P/W) stays too. Offloading parameters moves the shards; K stays on the
+  device.
+- A stage 3 engine owns one bucket of `reduce_bucket_size` elements of b bytes.
+- The teacher: BT whole; split over S ranks BT/S, tensor by tensor, + B times its tensors under the
+  threshold. No gradients, masters or moments.
+
+Stages 1 and 2 pad a group by a few elements; that is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from fd_large.errors import ConfigError
+from fd_large.plan.parameters import projection_shapes, shapes, sizes, width
+from fd_large.recipes.run import Run
+
+# DeepSpeed's defaults for keys that a JSON leaves out.
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000
+DEFAULT_BUCKET_SIZE = 500_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What decides where bytes lie: the ZeRO block of the JSON, the ranks, the types."""
+
+    stage: Literal[0, 1, 2, 3]
+    world_size: int
+    node_size: int
+    bfloat16: bool
+    teacher_bfloat16: bool
+    teacher_placement: Literal["replicated", "sharded", "node"] = "replicated"
+    persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
+    teacher_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
+    hpz_size: int = 1
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = DEFAULT_BUCKET_SIZE
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        zero: Mapping[str, Any],
+        *,
+        world_size: int,
+        node_size: int,
+        bfloat16: bool,
+        teacher_persistence_threshold: int,
+    ) -> Placement:
+        """Returns the placement of a run.
+
+        Args:
+            run: Gives the teacher's placement and type.
+            zero: `zero_optimization` of the JSON, every "auto" filled.
+            world_size: Ranks.
+            node_size: Ranks of a node.
+            bfloat16: Whether the run computes in bfloat16.
+            teacher_persistence_threshold: Elements up to which the engine keeps a tensor of a split
+                teacher whole; the JSON's own threshold is the student's.
+        """
+        for key, value in zero.items():
+            if value == "auto":
+                raise ConfigError(
+                    f"zero_optimization.{key}: not filled; got 'auto', expected a value. Fill the"
+                    " DeepSpeed JSON before counting memory."
+                )
+        teacher = run.teacher.dtype
+        return cls(
+            stage=zero.get("stage", 0),
+            world_size=world_size,
+            node_size=node_size,
+            bfloat16=bfloat16,
+            teacher_bfloat16=bfloat16 if teacher == "auto" else teacher == "bfloat16",
+            teacher_placement=run.teacher.placement,
+            persistence_threshold=zero.get(
+                "stage3_param_persistence_threshold", DEFAULT_PERSISTENCE_THRESHOLD
+            ),
+            teacher_persistence_threshold=teacher_persistence_threshold,
+            hpz_size=zero.get("zero_hpz_partition_size", 1),
+            offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+            reduce_bucket_size=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes in one kind of memory, by what they are."""
+
+    parameters: int = 0
+    masters: int = 0
+    moments: int = 0
+    gradients: int = 0
+    teacher: int = 0
+    buckets: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a rank holds between updates.
+
+    Attributes:
+        device: On the GPU, or in the process's memory on CPU ranks.
+        host: Offloaded.
+        hpz_copy: On the device from forward to step only, beside `device`.
+    """
+
+    device: Held
+    host: Held = field(default_factory=Held)
+    hpz_copy: int = 0
+
+
+def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Memory:
+    """Returns the bytes of one rank between updates, after the first update.
+
+    Args:
+        student: Elements of each trained tensor: student and projection.
+        teacher: Elements of each tensor of the teacher.
+        place: Stage, ranks, types and offload.
+    """
+    ranks, total = place.world_size, sum(student)
+    compute = 2 if place.bfloat16 else 4
+    part = _shard(student, ranks) if place.stage == 3 else -(-total // ranks)
+    whole = _persistent(student, place.persistence_threshold)
+    device: dict[str, int] = {"teacher": _teacher(teacher, place)}
+    host: dict[str, int] = {}
+    if place.stage == 0:
+        device |= {"parameters": compute * total, "moments": 8 * total}
+        return Memory(device=Held(**device))
+
+    optimizer = host if place.offload_optimizer else device
+    optimizer["moments"] = 8 * part
+    if place.stage == 3:
+        device["parameters"] = compute * whole
+        shards = host if place.offload_param else device
+        shards["parameters"] = shards.get("parameters", 0) + compute * part
+        optimizer["masters"] = 4 * part
+        optimizer["gradients"] = 4 * part
+        device["buckets"] = compute * place.reduce_bucket_size
+    else:
+        device["parameters"] = compute * total
+        optimizer["masters"] = 4 * part
+        # DeepSpeed's BF16_Optimizer, which it takes at stage 1 for float32 accumulation.
+        full = place.stage == 1 and place.bfloat16 and not place.offload_optimizer
+        optimizer["gradients"] = 4 * total if full else 0
+    if place.offload_optimizer:  # The optimizer's own gradient is not freed there.
+        host["gradients"] += 4 * part
+    copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
+    return Memory(device=Held(**device), host=Held(**host), hpz_copy=copy)
+
+
+def held_by(run: Run, place: Placement) -> Memory:
+    """Returns `held` for a run's own student, projection and teacher."""
+    return held(student_sizes(run), teacher_sizes(run), place)
+
+
+def student_sizes(run: Run) -> list[int]:
+    """Returns the elements of each trained tensor: student, then projection."""
+    student, teacher = run.student_architecture(), run.teacher_architecture()
+    projection = projection_shapes(width(student), width(teacher))
+    # A ViT student's position table is made for the crop; a SwinV2 student's for its own size.
+    side = run.data.image_size if student.family == "vit" else 0
+    return sizes([shapes(student, image_size=side), projection])
+
+
+def teacher_sizes(run: Run) -> list[int]:
+    """Returns the elements of each tensor of the teacher."""
+    return sizes(shapes(run.teacher_architecture()))
+
+
+def _shard(tensors: Iterable[int], ranks: int) -> int:
+    return sum(-(-n // ranks) for n in tensors)
+
+
+def _persistent(tensors: Iterable[int], threshold: int) -> int:
+    return sum(n for n in tensors if n <= threshold)
+
+
+def _teacher(tensors: Sequence[int], place: Placement) -> int:
+    size = 2 if place.teacher_bfloat16 else 4
+    ranks = {
+        "replicated": 1,
+        "sharded": place.world_size,
+        "node": min(place.node_size, place.world_size),
+    }[place.teacher_placement]
+    if ranks == 1:
+        return size * sum(tensors)
+    return size * (
+        _shard(tensors, ranks) + _persistent(tensors, place.teacher_persistence_threshold)
+    )

@@ -1,0 +1,154 @@
+"""Parameters of a net, from its architecture alone: the shape of every tensor.
+
+Names are those of `fd_large.models` (the official repositories'), so that a built net can be held
+against this table name by name.
+
+Per SwinV2 block of width c with h heads: 12c^2 + 12c + 1536 + 513h (the last two: the position-bias
+MLP 2 -> 512 -> h and one logit scale a head); merging 8c^2 + 4c; stem 51C; final norm 16C for four
+stages; an extra norm 2c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fd_large.recipes.architectures import Architecture
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Hidden width of SwinV2's position-bias MLP (official code).
+POSITION_BIAS_WIDTH = 512
+# Relations of CLS in a ViT's table: CLS to any token, any token to CLS, CLS to itself.
+CLASS_TOKEN_ROWS = 3
+
+
+def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
+    """Returns {parameter name: shape} of a net, in no promised order.
+
+    Args:
+        architecture: Every field of the family set, as `resolve` returns it.
+        image_size: Side in pixels of the images, on which position tables (and the windows of
+            Swin V1) depend; 0: the architecture's own.
+    """
+    side = (image_size or architecture.image_size) // architecture.patch_size
+    if architecture.family == "vit":
+        return _vit(architecture, side)
+    return _swin(architecture, side)
+
+
+def width(architecture: Architecture) -> int:
+    """Returns the channels of the feature map."""
+    return architecture.embed_dim * 2 ** (len(architecture.depths) - 1)
+
+
+def projection_shapes(student_width: int, teacher_width: int) -> Shapes:
+    """Returns the shapes of the 1x1 projection from the student's width to the teacher's."""
+    return {"weight": (teacher_width, student_width), "bias": (teacher_width,)}
+
+
+def sizes(tables: Shapes | Iterable[Shapes]) -> list[int]:
+    """Returns the elements of each tensor of one table or several."""
+    tables = [tables] if isinstance(tables, dict) else tables
+    return [math.prod(shape) for table in tables for shape in table.values()]
+
+
+def count(table: Shapes) -> int:
+    """Returns the number of parameters."""
+    return sum(sizes(table))
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+
+
+def _linear(name: str, inputs: int, outputs: int, *, bias: bool = True) -> Shapes:
+    table: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return table | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def _attention(name: str, c: int, qkv_bias: str | None) -> Shapes:
+    table = _linear(f"{name}.qkv", c, 3 * c, bias=qkv_bias == "fused")
+    biases = {"qv": ("q", "v"), "qkv": ("q", "k", "v")}.get(qkv_bias or "none", ())
+    return (
+        table | {f"{name}.{letter}_bias": (c,) for letter in biases} | _linear(f"{name}.proj", c, c)
+    )
+
+
+def _mlp(name: str, c: int, ratio: float) -> Shapes:
+    hidden = int(c * ratio)
+    return _linear(f"{name}.fc1", c, hidden) | _linear(f"{name}.fc2", hidden, c)
+
+
+def _position_bias(name: str, heads: int) -> Shapes:
+    return _linear(f"{name}.0", 2, POSITION_BIAS_WIDTH) | _linear(
+        f"{name}.2", POSITION_BIAS_WIDTH, heads, bias=False
+    )
+
+
+def _swin(a: Architecture, side: int) -> Shapes:
+    v2 = a.family == "swinv2"
+    table: Shapes = {
+        "patch_embed.proj.weight": (a.embed_dim, 3, a.patch_size, a.patch_size),
+        "patch_embed.proj.bias": (a.embed_dim,),
+    }
+    if a.patch_norm:
+        table |= _norm("patch_embed.norm", a.embed_dim)
+    if a.absolute_position:
+        table["absolute_pos_embed"] = (1, side * side, a.embed_dim)
+    stages = len(a.depths)
+    for stage, (depth, heads) in enumerate(zip(a.depths, a.num_heads, strict=True)):
+        c, layer = a.embed_dim * 2**stage, f"layers.{stage}"
+        window = min(a.window_size, side // 2**stage)
+        if v2 and a.shared_position_bias:
+            table |= _position_bias(f"{layer}.position_bias.cpb_mlp", heads)
+        for index in range(depth):
+            block = f"{layer}.blocks.{index}"
+            table |= _attention(f"{block}.attn", c, a.qkv_bias)
+            if v2:
+                table[f"{block}.attn.logit_scale"] = (heads, 1, 1)
+                if not a.shared_position_bias:
+                    table |= _position_bias(f"{block}.attn.cpb_mlp", heads)
+                if a.extra_norm_every and (index + 1) % a.extra_norm_every == 0:
+                    table |= _norm(f"{block}.extra_norm", c)
+            else:
+                table[f"{block}.attn.relative_position_bias_table"] = (
+                    (2 * window - 1) ** 2,
+                    heads,
+                )
+            table |= _norm(f"{block}.norm1", c) | _norm(f"{block}.norm2", c)
+            table |= _mlp(f"{block}.mlp", c, a.mlp_ratio)
+        if stage < stages - 1:
+            table |= _linear(f"{layer}.downsample.reduction", 4 * c, 2 * c, bias=False)
+            # SwinV2 normalises after the reduction, Swin V1 before it.
+            table |= _norm(f"{layer}.downsample.norm", 2 * c if v2 else 4 * c)
+    return table | _norm("norm", width(a))
+
+
+def _vit(a: Architecture, side: int) -> Shapes:
+    c, (depth,), (heads,) = a.embed_dim, a.depths, a.num_heads
+    table: Shapes = {"patch_embed.proj.weight": (c, 3, a.patch_size, a.patch_size)}
+    if a.patch_bias:
+        table["patch_embed.proj.bias"] = (c,)
+    if a.class_token:
+        table["cls_token"] = (1, 1, c)
+    if a.distillation_token:
+        table["dist_token"] = (1, 1, c)
+    if a.absolute_position:
+        tokens = side * side + bool(a.class_token) + bool(a.distillation_token)
+        table["pos_embed"] = (1, tokens, c)
+    if a.pre_norm_layer:
+        table |= _norm("norm_pre", c)
+    rows = (2 * side - 1) ** 2 + (CLASS_TOKEN_ROWS if a.class_token else 0)
+    if a.relative_position == "shared":
+        table["rel_pos_bias.relative_position_bias_table"] = (rows, heads)
+    for index in range(depth):
+        block = f"blocks.{index}"
+        table |= _norm(f"{block}.norm1", c) | _norm(f"{block}.norm2", c)
+        table |= _attention(f"{block}.attn", c, a.qkv_bias)
+        if a.relative_position == "block":
+            table[f"{block}.attn.relative_position_bias_table"] = (rows, heads)
+        if a.layer_scale:
+            table |= {f"{block}.gamma_1": (c,), f"{block}.gamma_2": (c,)}
+        table |= _mlp(f"{block}.mlp", c, a.mlp_ratio)
+    return table | _norm("norm", c)

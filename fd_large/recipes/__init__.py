@@ -1,0 +1,1 @@
+"""What a run is: sections, the table of named nets, and the runs of record. No torch."""

@@ -1,0 +1,67 @@
+"""The runs of record by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fd_large.errors import ConfigError, nearest
+from fd_large.recipes import distillation, distillation_swinv2
+from fd_large.recipes.run import Run
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        distillation.fd_clip_vit_base,
+        distillation.fd_clip_vit_base_100ep,
+        distillation.fd_clip_vit_large,
+        distillation.fd_dino_vit_base,
+        distillation.fd_deit_vit_base,
+        distillation.fd_esvit_swin_base,
+        distillation_swinv2.fd_swinv2_base,
+        distillation_swinv2.fd_swinv2_large,
+        distillation_swinv2.fd_swinv2_1b,
+        distillation_swinv2.fd_swinv2h,
+        distillation_swinv2.fd_swinv2g,
+    )
+}
+
+DEFAULT_RECIPE = "fd_clip_vit_base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a recipe's docstring says of it, a line each; the table of recipes shows them."""
+
+    summary: str
+    hardware: str
+    duration: str
+    result: str
+
+
+def get(name: str) -> Run:
+    """Returns the run of that name.
+
+    Raises:
+        ConfigError: No recipe has it; the nearest names are given.
+    """
+    if name not in RECIPES:
+        close = nearest(name, RECIPES)
+        raise ConfigError(f"--recipe: no such recipe; got {name!r}, {close}")
+    return RECIPES[name]()
+
+
+def facts(name: str) -> Facts:
+    """Reads the first line and the lines `Hardware:`, `Duration:`, `Result:` of the docstring."""
+    lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
+
+    def first(key: str) -> str:
+        return next(line.removeprefix(key).strip() for line in lines if line.startswith(key))
+
+    return Facts(
+        summary=lines[0],
+        hardware=first("Hardware:"),
+        duration=first("Duration:"),
+        result=first("Result:"),
+    )

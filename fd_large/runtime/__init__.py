@@ -1,0 +1,1 @@
+"""Hooks around a run: they observe it and ask it to save or stop, and know nothing of how."""

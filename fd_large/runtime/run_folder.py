@@ -1,0 +1,129 @@
+"""The folder of a run: what it is, where it ran, and whether this recipe belongs to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fd_large import distributed
+from fd_large.errors import ConfigError
+from fd_large.recipes.run import Run, difference
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes aside, flushes to disk, renames: a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def open_folder(run: Run, *, fresh: bool) -> Path:
+    """Makes or enters the run's folder; rank 0 writes, the others follow.
+
+    Args:
+        run: The resolved recipe.
+        fresh: Start over: the old run's files go to FOLDER.old-N, never away.
+
+    Raises: ConfigError: if the folder belongs to another recipe; lists the fields that differ.
+    """
+    folder = Path(run.run_dir())
+    problem = None
+    if distributed.is_main():
+        problem = _enter(folder, run, fresh)
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ConfigError(problem)
+    return folder
+
+
+def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: str) -> None:
+    """Records versions, commit, host, devices, launcher, and the JSON that DeepSpeed got."""
+    write_json(folder / "deepspeed.json", deepspeed_config)
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    device = distributed.device()
+    write_json(
+        folder / "environment.json",
+        {
+            "python": sys.version.split()[0],
+            "packages": versions,
+            "commit": _commit(),
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "device": device.type,
+            "world_size": distributed.world_size(),
+            "launcher": launcher,
+            "command": sys.argv,
+        },
+    )
+
+
+def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
+    recipe = folder / "recipe.json"
+    if fresh and folder.exists() and any(folder.iterdir()):
+        number = 1
+        while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(old)
+    if recipe.exists():
+        before = Run.from_dict(json.loads(recipe.read_text()))
+        changed = {
+            name: pair for name, pair in difference(before, run).items() if name not in _MAY_CHANGE
+        }
+        if changed:
+            fields = "; ".join(f"{name} {a!r} -> {b!r}" for name, (a, b) in changed.items())
+            return (
+                f"{folder}: holds a run of another recipe; got {fields}, expected the same. Set "
+                "--runtime.run_dir to another folder, or --fresh to start over here."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--runtime.run_dir: cannot be made; got {error}. Choose another folder."
+    write_json(recipe, run.to_dict())
+    return None
+
+
+# What may differ between the parts of one run without changing its result.
+_MAY_CHANGE = {
+    "batch.micro_batch_size",
+    "data.root",
+    "data.workers",
+    "engine.node_size",
+    "runtime.log_every",
+    "runtime.run_dir",
+    "student.activation_checkpointing",
+    "student.attention_memory",
+    "student.checkpoint_every",
+    "teacher.placement",
+}
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, or None where it is no checkout."""
+    if shutil.which("git") is None:
+        return None
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None

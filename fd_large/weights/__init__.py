@@ -1,0 +1,1 @@
+"""Tensors in and out of files, by published names."""

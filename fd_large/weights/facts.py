@@ -1,0 +1,50 @@
+"""What is known of published weights beside their numbers: statistics, size, licence, origin."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fd_large.models.statistics import IMAGENET, OPENAI_CLIP, Statistics
+
+
+class WeightFacts(NamedTuple):
+    """Facts of one published checkpoint.
+
+    Attributes:
+        statistics: The normalisation that it was trained with.
+        licence: Of the weights.
+        origin: Where they are published.
+    """
+
+    statistics: Statistics
+    licence: str
+    origin: str
+
+
+_CLIP = WeightFacts(OPENAI_CLIP, "MIT", "github.com/openai/CLIP")
+_SWINV2 = WeightFacts(IMAGENET, "MIT", "github.com/microsoft/Swin-Transformer")
+
+# By the name of the net in recipes/architectures.py.
+FACTS: dict[str, WeightFacts] = {
+    "clip_vit_base_patch16": _CLIP,
+    "clip_vit_large_patch14": _CLIP,
+    "dino_vit_base_patch16": WeightFacts(
+        IMAGENET, "Apache-2.0", "github.com/facebookresearch/dino"
+    ),
+    "deit_vit_base_patch16": WeightFacts(
+        IMAGENET, "Apache-2.0", "github.com/facebookresearch/deit"
+    ),
+    "deit_distilled_vit_base_patch16": WeightFacts(
+        IMAGENET, "Apache-2.0", "github.com/facebookresearch/deit"
+    ),
+    "swin_base_esvit": WeightFacts(IMAGENET, "MIT", "github.com/microsoft/esvit"),
+    "swin_base_esvit_s3": WeightFacts(IMAGENET, "MIT", "github.com/microsoft/esvit"),
+    "swinv2_base": _SWINV2,
+    "swinv2_large": _SWINV2,
+    "swinv2_1b": _SWINV2,
+}
+
+
+def statistics_of(name: str) -> Statistics:
+    """The statistics of a net by name; ImageNet's where no published weights are known."""
+    return FACTS[name].statistics if name in FACTS else IMAGENET

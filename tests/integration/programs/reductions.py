@@ -1,0 +1,42 @@
+"""Meets the other ranks, runs every small collective once, and writes what came out."""
+
+import dataclasses
+import os
+import sys
+
+import torch
+
+from fd_large import distributed
+from tests.launch import write_result
+
+folder = sys.argv[-1]  # the deepspeed launcher puts --local_rank first
+launch = distributed.start()
+rank, world_size = distributed.rank(), distributed.world_size()
+ones = torch.full((3,), float(rank), dtype=torch.bfloat16)
+group = distributed.node_group(1)
+result = {
+    "launch": dataclasses.asdict(launch),
+    "again": distributed.start() is launch,
+    # The environment that start wrote names the same launch to whoever asks next.
+    "found_again": distributed.find_launch() == launch,
+    "environment": {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+    "rank": rank,
+    "world_size": world_size,
+    "is_main": distributed.is_main(),
+    "device": str(distributed.device()),
+    "mean": distributed.mean(float(rank)),
+    "mean_tensor": distributed.mean(ones).tolist(),
+    "mean_dtype": str(distributed.mean(ones).dtype),
+    "argument": ones.tolist(),
+    "max": distributed.max_rank(rank),
+    "min": distributed.min_rank(rank + 5),
+    "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
+    "broadcast": distributed.broadcast_object({"from": rank}, source=world_size - 1),
+    "gather": distributed.gather_objects("r" * rank),
+    "group": torch.distributed.get_process_group_ranks(group),
+    "group_again": distributed.node_group(1) is group,
+}
+distributed.barrier()
+distributed.stop()
+result["stopped"] = [distributed.rank(), distributed.world_size()]
+write_result(folder, result)

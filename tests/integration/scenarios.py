@@ -1,0 +1,191 @@
+"""Rank program: trains tiny runs under DeepSpeed in many settings and writes their losses.
+
+python tests/integration/scenarios.py SCENARIOS.json OUT.json, one process a rank. Every scenario is
+a list of overrides of one tiny recipe; rank 0 writes {name: result}. `plain_losses` is the
+same run in plain torch: one process, whole batches, torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fd_large import distributed
+from fd_large.data.draws import drop_path_keep
+from fd_large.data.loader import Batch
+from fd_large.engine.optimizer import parameter_groups
+from fd_large.engine.schedule import CosineSchedule
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+
+UPDATES = 10
+
+
+def tiny_run(**sections: dict[str, Any]) -> Run:
+    """The G recipe's shrunken twin: same code path, extra norms and drop path, small nets."""
+    run = registry.get("fd_swinv2g")
+    shape = Architecture(
+        embed_dim=32,
+        depths=(2, 2, 6, 2),
+        num_heads=(1, 2, 4, 8),
+        window_size=4,
+        extra_norm_every=3,
+    )
+    small = Architecture(
+        embed_dim=16,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 1, 2, 4),
+        window_size=4,
+        extra_norm_every=0,
+    )
+    run = replace(
+        run,
+        student=replace(
+            run.student, architecture=shape, drop_path_rate=0.3, activation_checkpointing="off"
+        ),
+        teacher=replace(
+            run.teacher, architecture=small, source="random", placement="sharded", dtype="auto"
+        ),
+        data=replace(run.data, image_size=64),
+        optim=replace(
+            run.optim, base_lr=5e-2, warmup_lr=5e-3, min_lr=1e-3, warmup_epochs=0.0, clip_norm=0.05
+        ),
+        batch=replace(run.batch, global_batch_size=12, micro_batch_size=2),
+        engine=replace(run.engine, precision="float32"),
+    )
+    for section, values in sections.items():
+        run = replace(run, **{section: replace(getattr(run, section), **values)})
+    return run
+
+
+def images_of(update: int, run: Run) -> torch.Tensor:
+    """The global batch of an update: uint8 noise with some structure, (G, 3, S, S)."""
+    size = run.data.image_size
+    generator = torch.Generator().manual_seed(1000 + update)
+    shape = (run.batch.global_batch_size, 3, size // 8, size // 8)
+    coarse = torch.randint(0, 200, shape, generator=generator, dtype=torch.uint8)
+    fine = torch.randint(0, 56, (*shape[:2], size, size), generator=generator, dtype=torch.uint8)
+    return coarse.repeat_interleave(8, 2).repeat_interleave(8, 3) + fine
+
+
+def schedule_of(run: Run) -> CosineSchedule:
+    """Rates of a ten-update run with two updates of warm-up."""
+    peak, start, minimum = run.optim.rates(run.batch.global_batch_size)
+    return CosineSchedule(peak, start, minimum, UPDATES, 2)
+
+
+def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
+    """One process, no engine: the reference of every scenario."""
+    from fd_large.engine.build import task_maker, teacher_maker
+
+    def seeded(make: Any, seed: int) -> Any:
+        torch.manual_seed(seed)
+        return make()
+
+    teacher = seeded(teacher_maker(run), run.runtime.seed + 1)
+    task = seeded(task_maker(run, teacher, teacher.width), run.runtime.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(task, run.optim.weight_decay),
+        lr=0.0,
+        betas=run.optim.betas,
+        eps=run.optim.eps,
+        foreach=False,
+    )
+    schedule, losses = schedule_of(run), []
+    positions = torch.arange(run.batch.global_batch_size)
+    for update in range(updates):
+        keep = drop_path_keep(
+            task.drop_path_rates, run.runtime.seed, 0, positions + update * len(positions)
+        )
+        loss, _ = task(**task.prepare(images_of(update, run), keep))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at_update(update)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
+    """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
+    from fd_large.engine import config as ds
+    from fd_large.engine import start
+    from fd_large.engine.build import (
+        build_engine,
+        build_teacher,
+        node_size_of,
+        parameter_sizes,
+        precision_of,
+        task_maker,
+    )
+    from fd_large.engine.loop import forward_backward
+    from fd_large.engine.optimizer import set_rate
+
+    world, rank = distributed.world_size(), distributed.rank()
+    precision, node_size = precision_of(run), node_size_of(run, world)
+    micro = run.batch.micro_batch_size
+    share = run.batch.global_batch_size // world
+    config = ds.fill(
+        {"zero_optimization": zero},
+        ds.RunNumbers(
+            micro, share // micro, world, node_size, run.optim.clip_norm, precision.bfloat16,
+            parameter_sizes(run),
+        ),
+    )  # fmt: skip
+    teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=0)
+    engine = build_engine(run, task_maker(run, teacher, teacher.width), config)
+    engine.task.train()
+    schedule, losses, norms = schedule_of(run), [], []
+    for update in range(updates):
+        set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
+        images, total = images_of(update, run), torch.zeros(())
+        for start_at in range(rank * share, (rank + 1) * share, micro):
+            positions = torch.arange(start_at, start_at + micro)
+            batch = Batch(
+                images[positions], 0, positions + update * len(images), positions
+            )
+            total += forward_backward(engine, batch, run.runtime.seed) * micro / share
+            engine.deepspeed.step()
+        losses.append(distributed.mean(total).item())
+        norms.append(engine.deepspeed.get_global_grad_norm())
+    result = {
+        "losses": losses,
+        "norms": [None if n is None else float(n) for n in norms],
+        "teacher_hash": [teacher.fingerprint, teacher.hash_now()],
+        "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
+    }
+    engine.deepspeed.destroy()
+    del engine, teacher
+    start.forget_engines()
+    gc.collect()
+    return result
+
+
+def main(scenarios: str, out: str) -> None:
+    """Runs all scenarios of the file in one group of ranks."""
+    from fd_large.engine import start
+
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    results = {}
+    for name, scenario in json.loads(Path(scenarios).read_text()).items():
+        run = tiny_run(**scenario.get("run", {}))
+        results[name] = engine_result(run, scenario["zero"])
+    if distributed.is_main():
+        Path(out).write_text(json.dumps(results))
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""The same program under every launcher, and no rank left behind when the launcher is ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
+
+PROGRAMS = Path(__file__).parent / "programs"
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("launcher", ["plain", "deepspeed", "torchrun", "mpirun"])
+def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> None:
+    run_ranks(PROGRAMS / "reductions.py", tmp_path, ranks=2, launcher=launcher, results=tmp_path)
+    for rank, result in enumerate(read_results(tmp_path, 2)):
+        launch = result.pop("launch")
+        assert launch["launcher"] == {"plain": "python"}.get(launcher, launcher)
+        assert launch["rank"] == launch["local_rank"] == rank
+        assert launch["world_size"] == launch["local_world_size"] == 2
+        assert launch["master_addr"] == "127.0.0.1"
+        assert result == {
+            "again": True,
+            "found_again": True,
+            "environment": {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            "rank": rank,
+            "world_size": 2,
+            "is_main": rank == 0,
+            "device": "cpu",
+            "mean": 0.5,
+            "mean_tensor": [0.5, 0.5, 0.5],
+            "mean_dtype": "torch.bfloat16",
+            "argument": [float(rank)] * 3,
+            "max": 1,
+            "min": 5,
+            "any": [True, False],
+            "broadcast": {"from": 1},
+            "gather": ["", "r"],
+            "group": [rank],
+            "group_again": True,
+            "stopped": [0, 1],
+        }
+
+
+def test_a_taken_port_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finished = run_ranks(
+            PROGRAMS / "reductions.py",
+            tmp_path,
+            ranks=1,
+            env={"MASTER_PORT": str(taken.getsockname()[1])},
+            check=False,
+        )
+    assert finished.returncodes == [1]
+    assert "LaunchError: launch: rank 0 of 1 did not meet the others" in finished.outputs[0]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+def ready(folder: Path, ranks: int) -> Callable[[], bool]:
+    return lambda: all((folder / f"rank_{r}.json").exists() for r in range(ranks))
+
+
+def runs(pid: int, words: str) -> bool:
+    try:
+        return words.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def ends_without_ranks(started: Started, pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    # The killed command is not reaped here: a zombie, as under a careless parent, counts as gone.
+    wait_for(
+        lambda: not started.pids(),
+        30.0,
+        lambda: f"still there: {started.pids()}\n" + "\n".join(started.outputs()),
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("launcher", "victim"),
+    [
+        ("deepspeed", "bin/deepspeed"),
+        ("deepspeed", "deepspeed.launcher.launch"),
+        ("torchrun", "bin/torchrun"),
+        ("mpirun", "bin/mpirun"),
+    ],
+)
+def test_sigterm_to_the_launcher_leaves_no_rank(
+    launcher: Launcher, victim: str, tmp_path: Path
+) -> None:
+    started = start_ranks(PROGRAMS / "waits.py", "default", tmp_path, ranks=2, launcher=launcher)
+    try:
+        wait_for(ready(tmp_path, 2), 60, lambda: "\n".join(started.outputs()))
+        ranks = read_results(tmp_path, 2)
+        assert set(ranks) <= set(started.pids())
+        [pid] = [pid for pid in started.pids() if runs(pid, victim) and pid not in ranks]
+        ends_without_ranks(started, pid)
+    finally:
+        started.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_sigterm_to_deepspeed_before_its_ranks_exist_leaves_no_rank(tmp_path: Path) -> None:
+    started = start_ranks(PROGRAMS / "waits.py", "default", tmp_path, ranks=2, launcher="deepspeed")
+    try:
+        # launch.py is there, and still importing.
+        wait_for(
+            lambda: any(runs(pid, "deepspeed.launcher.launch") for pid in started.pids()),
+            60,
+            lambda: "\n".join(started.outputs()),
+        )
+        ends_without_ranks(started, started.processes[0].pid)
+    finally:
+        outputs = started.kill()
+    assert "deepspeed, which started this rank, is gone; stopping" in outputs[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("handler", ["deaf", "saves"])
+def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
+    handler: str, tmp_path: Path
+) -> None:
+    # A stand-in for a launcher, which is known by its name and, killed, hands nothing on.
+    launcher = tmp_path / "mpirun"
+    launcher.write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))")
+    program = [sys.executable, str(PROGRAMS / "waits.py"), handler, str(tmp_path)]
+    command = [sys.executable, str(launcher), *program]
+    started = Started(mark=f"FD_TEST_MARK={tmp_path}")
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "FD_TEST_MARK": str(tmp_path)}
+    environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+    started.processes.append(process)
+    try:
+        wait_for(ready(tmp_path, 1), 60, lambda: (tmp_path / "log").read_text())
+        process.kill()
+        wait_for(lambda: not started.pids(), 15, lambda: (tmp_path / "log").read_text())
+    finally:
+        started.kill()
+    said = (tmp_path / "log").read_text()
+    assert "rank 0: mpirun, which started this rank, is gone; stopping" in said
+    assert (tmp_path / "saved_0").exists() == (handler == "saves")

@@ -1,0 +1,82 @@
+"""Pictures for the tests of this room: made here, or real ones from FD_DATA."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def find_data_file(name: str) -> Path:
+    folder = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
+    if not (folder / name).is_file():
+        pytest.skip(f"FD_DATA has no {name}")
+    return folder / name
+
+
+def make_photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth shapes and some grain, (H, W, 3) uint8: compresses and resizes like a photograph."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.zeros((height, width, 3))
+    for _ in range(6):
+        wave = np.sin(x * rng.uniform(-0.1, 0.1) + y * rng.uniform(-0.1, 0.1) + rng.uniform(0, 6))
+        image += wave[..., None] * rng.uniform(0, 40, 3)
+    image += rng.normal(128, 6, image.shape)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def data_file() -> Callable[[str], Path]:
+    """Finds a file of FD_DATA, or skips the test."""
+    return find_data_file
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Callable[..., np.ndarray]:
+    """Makes a picture of a given height and width."""
+    return make_photograph
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 small pictures in sub folders: JPEG, PNG, greyscale, EXIF-turned, palette, BMP."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(26):
+        folder = root / "abc"[number % 3]
+        folder.mkdir(exist_ok=True)
+        picture = Image.fromarray(make_photograph(40 + number, 72 - number, seed=number))
+        if number % 13 == 3:
+            picture.convert("L").save(folder / f"{number}.jpg")
+        elif number % 13 == 5:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            picture.save(folder / f"{number}.JPEG", exif=exif)
+        elif number % 13 == 7:
+            picture.convert("P").save(folder / f"{number}.png")
+        elif number % 13 == 9:
+            picture.save(folder / f"{number}.bmp")
+        elif number % 2:
+            picture.save(folder / f"{number}.png")
+        else:
+            picture.save(folder / f"{number}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 ImageNet pictures, among them greyscale ones and the one that EXIF turns."""
+    root = tmp_path_factory.mktemp("photos")
+    with tarfile.open(find_data_file("imagenet_sample256.tar")) as archive:
+        members = [member for member in archive if member.name.endswith(".JPEG")]
+        turned = [member for member in members if "can_opener" in member.name]
+        for member in turned + [m for m in members if m not in turned][:: len(members) // 23][:23]:
+            archive.extract(member, root, filter="data")
+    return root

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fd_large.data.folder import ImageFolder
+from fd_large.data.loader import Batch, build_loader
+from fd_large.errors import ConfigError, DataError
+
+SETTINGS = dict(
+    seed=1, epoch=3, global_batch_size=12, micro_batch_size=2, rank=0, world_size=1,
+    image_size=32, min_crop_scale=0.3, workers=0,
+)  # fmt: skip
+
+
+def load(source, **changes) -> list[Batch]:
+    return list(build_loader(source, **{**SETTINGS, **changes}))
+
+
+def by_position(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and indices in the order of their positions, which must be 0, 1, 2, ..."""
+    positions = torch.cat([batch.positions for batch in batches])
+    order = positions.argsort()
+    assert torch.equal(positions[order], torch.arange(len(positions)))
+    images, indices = (
+        torch.cat([getattr(batch, name) for batch in batches])[order]
+        for name in ("images", "indices")
+    )
+    return images, indices
+
+
+def check_pixels_over_ranks_and_workers(folder: ImageFolder) -> None:
+    images, indices = by_position(load(folder))
+    assert images.shape == (24, 3, 32, 32)
+    assert len(indices.unique()) == 24  # none twice
+    for world_size, micro_batch_size, workers in ((1, 6, 2), (2, 3, 0), (2, 2, 2), (3, 4, 0)):
+        batches = [
+            batch
+            for rank in range(world_size)
+            for batch in load(
+                folder,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=micro_batch_size,
+                workers=workers,
+            )
+        ]
+        their_images, their_indices = by_position(batches)
+        assert torch.equal(their_indices, indices)
+        assert torch.equal(their_images, images)
+
+
+def test_pixels_do_not_depend_on_ranks_and_workers(picture_folder):
+    check_pixels_over_ranks_and_workers(ImageFolder(picture_folder))
+
+
+def test_pixels_of_photographs_do_not_depend_on_ranks_and_workers(photo_folder):
+    check_pixels_over_ranks_and_workers(ImageFolder(photo_folder))
+
+
+def test_a_batch_says_where_it_belongs(picture_folder):
+    batches = load(ImageFolder(picture_folder), micro_batch_size=4)
+    assert len(batches) == 6  # 2 updates of 3 micro batches; 2 of 26 pictures are left over
+    for number, batch in enumerate(batches):
+        assert batch.epoch == 3
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous()
+        assert batch.positions.tolist() == list(range(4 * number, 4 * number + 4))
+        assert batch.indices.dtype == torch.int64
+
+
+def test_length_counts_micro_batches(picture_folder):
+    folder = ImageFolder(picture_folder)
+    for changes, expected in (({}, 12), ({"world_size": 3}, 4), ({"first_update": 1}, 6)):
+        loader = build_loader(folder, **{**SETTINGS, **changes})
+        assert len(loader) == len(list(loader)) == expected
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_batches(picture_folder):
+    folder = ImageFolder(picture_folder)
+    whole, rest = load(folder), load(folder, first_update=1, workers=2)
+    assert len(rest) == 6
+    for expected, batch in zip(whole[6:], rest, strict=True):
+        assert torch.equal(batch.positions, expected.positions)
+        assert torch.equal(batch.images, expected.images)
+    assert load(folder, first_update=2) == []
+
+
+def test_epochs_and_seeds_change_order_and_views(picture_folder):
+    folder = ImageFolder(picture_folder)
+    images, indices = by_position(load(folder))
+    for changes in ({"epoch": 4}, {"seed": 2}):
+        other_images, other_indices = by_position(load(folder, **changes))
+        assert not torch.equal(other_indices, indices)
+        sample = int(indices[0])
+        place = (other_indices == sample).nonzero()
+        if len(place):  # the same picture, another crop
+            assert not torch.equal(other_images[place[0, 0]], images[0])
+
+
+def test_workers_may_be_spawned(picture_folder):
+    folder = ImageFolder(picture_folder)
+    loader = build_loader(folder, **{**SETTINGS, "workers": 1, "micro_batch_size": 12})
+    loader.loader.multiprocessing_context = "spawn"
+    images, _ = by_position(list(loader))
+    assert torch.equal(images, by_position(load(folder))[0])
+
+
+def test_loading_does_not_touch_torchs_and_numpys_generators(picture_folder):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    load(ImageFolder(picture_folder))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+
+
+def test_only_the_images_go_to_the_device(picture_folder):
+    batch = load(ImageFolder(picture_folder))[0]
+    moved = batch.to("meta")
+    assert moved.images.device.type == "meta"
+    assert moved.positions is batch.positions
+    assert moved.epoch == batch.epoch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_pinned_for_a_gpu(picture_folder, workers):
+    expected = None
+    for batch in load(ImageFolder(picture_folder), workers=workers):
+        assert batch.images.is_pinned()
+        expected = batch.images
+        assert torch.equal(batch.to("cuda").images.cpu(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_one_sentence_with_its_name(tmp_path, picture_folder, workers):
+    source = ImageFolder(picture_folder).read(0)
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(source)
+    (tmp_path / "3.jpg").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"3\.jpg: not a picture") as info:
+        load(ImageFolder(tmp_path), global_batch_size=4, micro_batch_size=2, workers=workers)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"global_batch_size": 9}, ConfigError, r"batch\.global_batch_size: does not divide"),
+        ({"global_batch_size": 28}, DataError, r"larger than the data set"),
+        ({"image_size": 0}, ConfigError, r"data\.image_size"),
+        ({"min_crop_scale": 0.0}, ConfigError, r"data\.min_crop_scale"),
+        ({"min_crop_scale": 1.5}, ConfigError, r"data\.min_crop_scale"),
+        ({"workers": -1}, ConfigError, r"data\.workers"),
+        ({"seed": -1}, ConfigError, r"runtime\.seed"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(picture_folder, changes, error, message):
+    with pytest.raises(error, match=message):
+        load(ImageFolder(picture_folder), **changes)

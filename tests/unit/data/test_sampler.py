@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_large.data.sampler import (
+    check_batch_sizes,
+    epoch_order,
+    rank_positions,
+    updates_per_epoch,
+)
+from fd_large.errors import ConfigError, DataError
+
+
+@settings(deadline=None, max_examples=150)
+@given(num=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1))
+def test_an_epoch_is_a_permutation(num, seed, epoch):
+    order = epoch_order(num, seed, epoch, np.arange(num))
+    np.testing.assert_array_equal(np.sort(order), np.arange(num))
+
+
+@pytest.mark.parametrize("num", [*range(1, 66), 1_281_167])
+def test_an_epoch_of_this_size_is_a_permutation(num):
+    order = epoch_order(num, 0, 1, np.arange(num))
+    assert np.bincount(order, minlength=num).max() == 1
+    assert order.max() == num - 1
+
+
+def test_a_position_is_looked_up_alone():
+    whole = epoch_order(1000, 3, 7, np.arange(1000))
+    for position in (0, 1, 500, 999):
+        assert epoch_order(1000, 3, 7, [position]) == whole[position]
+
+
+def test_the_order_of_a_seed_stays_what_it_was():
+    """A run that resumes under a later version must find the order it began with."""
+    order = epoch_order(1_281_167, 0, 3, [0, 1, 2, 1_281_166])
+    assert order.tolist() == [203342, 1220322, 217925, 793059]
+
+
+def test_positions_are_left_as_they_were():
+    positions = np.arange(10)
+    epoch_order(10, 0, 0, positions)
+    np.testing.assert_array_equal(positions, np.arange(10))
+
+
+def test_a_set_too_large_for_any_list_costs_nothing():
+    num = 10**15
+    order = epoch_order(num, 0, 0, [0, 1, num - 1])
+    assert len(set(order.tolist())) == 3
+    assert ((order >= 0) & (order < num)).all()
+
+
+def test_epochs_and_seeds_differ():
+    orders = [epoch_order(1000, s, e, np.arange(1000)) for s, e in ((0, 0), (0, 1), (1, 0))]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[first] == orders[second]).sum() < 10  # one is expected
+
+
+@pytest.mark.parametrize("num", [2, 3, 7, 20])
+def test_every_sample_is_equally_likely_at_every_place(num):
+    epochs = 1000
+    counts = np.zeros((num, num))
+    for epoch in range(epochs):
+        counts[np.arange(num), epoch_order(num, 0, epoch, np.arange(num))] += 1
+    chi_squared = ((counts - epochs / num) ** 2 / (epochs / num)).sum()
+    freedom = (num - 1) ** 2
+    assert chi_squared < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_every_order_of_four_is_equally_likely():
+    epochs = 2400
+    orders = [tuple(epoch_order(4, 0, epoch, np.arange(4))) for epoch in range(epochs)]
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 24
+    chi_squared = ((counts - epochs / 24) ** 2 / (epochs / 24)).sum()
+    assert chi_squared < 23 + 4 * np.sqrt(2 * 23)
+
+
+def test_neighbours_and_halves_of_an_order_are_unrelated():
+    num = 5003
+    lags = []
+    for epoch in range(20):
+        order = epoch_order(num, 0, epoch, np.arange(num)) / num - 0.5
+        lags.append([(order[lag:] * order[:-lag]).mean() * 12 for lag in (1, 2, 70, 71, 72)])
+        drift = np.corrcoef(order, np.arange(num))[0, 1]
+        assert abs(drift) < 4.5 / np.sqrt(num)
+    assert np.abs(np.mean(lags, axis=0)).max() < 4 / np.sqrt(20 * num)
+
+
+def test_neighbours_step_as_in_a_true_shuffle():
+    """The difference of neighbours mod n: a weak Feistel network repeats some far too often."""
+    num, epochs, bins = 1024, 200, 64
+    counts = np.zeros(bins)
+    for epoch in range(epochs):
+        order = epoch_order(num, 1, epoch, np.arange(num))
+        counts += np.bincount((np.diff(order) % num) * bins // num, minlength=bins)
+    expected = np.full(bins, counts.sum() / (num - 1) * (num / bins))
+    expected[0] -= counts.sum() / (num - 1)  # a difference of 0 cannot be
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < bins - 1 + 4 * np.sqrt(2 * (bins - 1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    world_size=st.integers(1, 5),
+    micro_batch_size=st.integers(1, 6),
+    accumulation=st.integers(1, 4),
+    updates=st.integers(1, 4),
+)
+def test_ranks_share_each_global_batch(world_size, micro_batch_size, accumulation, updates):
+    size = world_size * micro_batch_size * accumulation
+    for update in range(updates):
+        slices = [
+            rank_positions(
+                update,
+                global_batch_size=size,
+                micro_batch_size=micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]
+        assert slices[0].shape == (accumulation, micro_batch_size)
+        np.testing.assert_array_equal(
+            np.concatenate([part.ravel() for part in slices]),
+            np.arange(update * size, (update + 1) * size),
+        )
+
+
+def test_the_rest_of_an_epoch_is_dropped():
+    assert updates_per_epoch(100, 32) == 3
+    assert updates_per_epoch(96, 32) == 3
+    assert updates_per_epoch(31, 32) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (
+            (1000, 100, 16, 2),
+            ConfigError,
+            r"batch\.global_batch_size: .*got global_batch_size 100 with micro_batch_size 16 on 2 "
+            r"ranks, expected a multiple of 32 .*Set --batch\.global_batch_size to 96 or 128, "
+            r"or --batch\.micro_batch_size to 10 or 25\.",
+        ),
+        (
+            (1000, 100, 4, 3),
+            ConfigError,
+            r"multiple of 12 \(3 x 4\)\. Set --batch\.global_batch_size to 96 or 108\.$",
+        ),
+        ((1000, 8, 16, 1), ConfigError, r"size to 16, or --batch\.micro_batch_size to 8\.$"),
+        ((50, 64, 8, 2), DataError, r"64 and 50 pictures .*global_batch_size to 48 or less"),
+        ((5, 64, 8, 2), DataError, r"64 and 5 pictures .*or lower --batch\.micro_batch_size"),
+        ((50, 0, 8, 2), ConfigError, r"batch\.global_batch_size: not a number of images; got 0"),
+        ((50, 8, -1, 2), ConfigError, r"batch\.micro_batch_size: not a number of images; got -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(sizes, error, message):
+    num, global_batch_size, micro_batch_size, world_size = sizes
+    with pytest.raises(error, match=message):
+        check_batch_sizes(
+            num,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+        )
+
+
+def test_sizes_that_fit_pass():
+    check_batch_sizes(64, global_batch_size=64, micro_batch_size=8, world_size=2)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from fd_large.data.draws import uniforms
+from fd_large.data.views import NUM_DRAWS, crop_box, random_view
+
+NUM = 4000
+
+
+def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's distance of two samples."""
+    grid = np.sort(np.concatenate([a, b]))
+    below = [np.searchsorted(np.sort(x), grid, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+@pytest.mark.parametrize("min_scale", [0.08, 0.5])
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (300, 100), (64, 64)])
+def test_boxes_have_the_distribution_of_torchvisions(height, width, min_scale):
+    draws = uniforms(0, 0, np.arange(NUM), "view", NUM_DRAWS).tolist()
+    ours = np.array([crop_box(height, width, row, min_crop_scale=min_scale) for row in draws])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width, dtype=torch.uint8)
+    scale, ratio = [min_scale, 1.0], [3 / 4, 4 / 3]
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(NUM)])
+    limit = 1.95 * np.sqrt(2 / NUM)  # exceeded by chance once in a thousand
+    for of in (
+        lambda box: box[:, 2] * box[:, 3],  # area
+        lambda box: box[:, 3] / box[:, 2],  # aspect
+        lambda box: box[:, 0] / np.maximum(height - box[:, 2], 1),  # place
+        lambda box: box[:, 1] / np.maximum(width - box[:, 3], 1),
+    ):
+        assert largest_gap(of(ours), of(theirs)) < limit
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (1, 1), (1, 9), (31, 33)])
+@pytest.mark.parametrize("min_scale", [0.08, 1.0])
+def test_boxes_lie_inside_pictures_of_any_shape(height, width, min_scale):
+    for row in uniforms(1, 0, np.arange(300), "view", NUM_DRAWS).tolist():
+        top, left, box_height, box_width = crop_box(height, width, row, min_crop_scale=min_scale)
+        assert top >= 0
+        assert left >= 0
+        assert 1 <= box_height <= height - top
+        assert 1 <= box_width <= width - left
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20)])
+def test_where_no_try_fits_the_middle_is_taken_as_in_torchvision(height, width):
+    image = torch.empty(3, height, width, dtype=torch.uint8)
+    expected = RandomResizedCrop.get_params(image, [1.0, 1.0], [3 / 4, 4 / 3])
+    assert crop_box(height, width, [0.5] * NUM_DRAWS, min_crop_scale=1.0) == tuple(expected)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_view_has_the_pixels_of_torchvisions_crop(photograph, size):
+    """Those of its Pillow path but for ties; its float path rounds once, the others twice."""
+    pixels = photograph(90, 120)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
+    for row in uniforms(2, 0, np.arange(20), "view", NUM_DRAWS).tolist():
+        view = random_view(image, row, image_size=size, min_crop_scale=0.2)
+        assert view.shape == (3, size, size)
+        assert view.dtype == torch.uint8
+        assert view.is_contiguous()
+        box = crop_box(90, 120, row, min_crop_scale=0.2)
+        arguments = (*box, [size, size], InterpolationMode.BILINEAR)
+        in_floats = F.resized_crop(image, *arguments, antialias=True)
+        by_pillow = F.pil_to_tensor(F.resized_crop(Image.fromarray(pixels), *arguments))
+        if row[0] < 0.5:
+            in_floats, by_pillow = in_floats.flip(-1), by_pillow.flip(-1)
+        for expected, most in ((by_pillow, 0.05), (in_floats, 0.5)):
+            difference = (view.int() - expected.int()).abs()
+            assert difference.max() <= 1
+            assert difference.double().mean() < most
+
+
+def test_memory_order_of_the_picture_does_not_matter(photograph):
+    interleaved = torch.from_numpy(photograph(50, 70)).permute(2, 0, 1)
+    for row in uniforms(3, 0, np.arange(8), "view", NUM_DRAWS).tolist():
+        a, b = (
+            random_view(image, row, image_size=32, min_crop_scale=0.2)
+            for image in (interleaved, interleaved.contiguous())
+        )
+        assert torch.equal(a, b)
+
+
+def test_half_of_the_views_are_flipped():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[..., 4:] = 255
+    rows = uniforms(4, 0, np.arange(1000), "view", NUM_DRAWS).tolist()
+    views = [random_view(image, row, image_size=8, min_crop_scale=1.0) for row in rows]
+    flipped = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
+    assert abs(flipped - 500) < 4 * np.sqrt(250)

@@ -1,0 +1,118 @@
+import json
+
+import pytest
+
+from fd_large.engine import config as ds
+from fd_large.errors import ConfigError
+
+NUMBERS = ds.RunNumbers(
+    micro_batch_size=4,
+    accumulation=2,
+    world_size=4,
+    node_size=2,
+    clip_norm=3.0,
+    bfloat16=True,
+    parameter_sizes=(10, 20, 3000, 5000),
+)
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def _zero(stage, **keys):
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_cliping": 1.0}, "nearest: gradient_clipping"),
+        (_zero(3, stage3_prefetch_bucket=1), "nearest: stage3_prefetch_bucket_size"),
+        (_zero(3, offload_optimizer={"devise": "cpu"}), "nearest: device"),
+        ({"bf16": {"enable": True}}, "nearest: enabled"),
+        ({"optimizer": {"type": "AdamW"}}, "--optim."),
+        ({"scheduler": {}}, "--optim."),
+        ({"fp16": {"enabled": True}}, "--engine.precision"),
+        ({"compile": {"deepcompile": True}}, "Remove it"),
+        ({"zero_optimization": 3}, "no object"),
+    ],
+)
+def test_load_refuses_with_the_remedy(tmp_path, config, said):
+    with pytest.raises(ConfigError, match=said.replace("*", ".")):
+        ds.load(_write(tmp_path, config))
+
+
+def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        ds.load(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="not JSON"):
+        ds.load(_write(tmp_path, "{"))
+    with pytest.raises(ConfigError, match="appears 2 times"):
+        ds.load(_write(tmp_path, '{"bf16": {}, "bf16": {}}'))
+
+
+def test_fill_leaves_no_auto_and_always_sets_clipping():
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"},
+        **_zero(3, zero_hpz_partition_size="auto", stage3_param_persistence_threshold="auto"),
+    }
+    filled = ds.fill(config, NUMBERS)
+    assert "auto" not in json.dumps(filled)
+    assert filled["gradient_clipping"] == 3.0
+    assert filled["train_batch_size"] == 32
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert filled["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 20
+    assert config["bf16"] == {"enabled": "auto"}, "the caller's JSON stays as it was"
+
+
+def test_hpz_is_off_on_a_single_node():
+    filled = ds.fill(_zero(3, zero_hpz_partition_size="auto"), NUMBERS._replace(node_size=4))
+    assert filled["zero_optimization"]["zero_hpz_partition_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_clipping": 1.0, **_zero(1)}, "--optim.clip_norm"),
+        ({"train_micro_batch_size_per_gpu": 8, **_zero(1)}, "got 8 in the JSON, expected 4"),
+        ({"train_batch_size": 33, **_zero(1)}, "expected 32"),
+        ({"bf16": {"enabled": False}, **_zero(1)}, "--engine.precision"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}, **_zero(1)}, "float32"),
+        (_zero(0), "zero1.json"),
+        (_zero(2, offload_param={"device": "cpu"}), "ignores it at stage 2"),
+        (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
+        (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
+        (_zero(3, reduce_bucket_size="auto"), "nobody fills"),
+        (_zero(3, offload_optimizer={"device": "nvme"}), "zero3_offload"),
+        (_zero(4), "expected 0, 1, 2 or 3"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)}, "--student.activation"),
+    ],
+)
+def test_fill_refuses_clashes_and_silent_settings(config, said):
+    with pytest.raises(ConfigError, match=said):
+        ds.fill(config, NUMBERS)
+
+
+def test_an_activation_checkpointing_block_that_asks_for_nothing_is_obeyed():
+    config = {"activation_checkpointing": {"cpu_checkpointing": False}, **_zero(1)}
+    assert "activation_checkpointing" not in ds.fill(config, NUMBERS)
+
+
+def test_float32_at_stage_0_is_allowed():
+    filled = ds.fill(_zero(0), NUMBERS._replace(bfloat16=False))
+    assert filled["bf16"] == {"enabled": False}
+    assert "data_types" not in filled
+
+
+def test_persistence_keeps_at_most_one_percent():
+    sizes = [100] * 50 + [10] * 20 + [100_000]
+    threshold, kept = ds.persistence_threshold(sizes)
+    assert (threshold, kept) == (10, 200), "50 tensors of 100 would pass 1% of 105,200"
+    assert ds.persistence_threshold([5]) == (0, 0)
+    assert ds.persistence_threshold([1, 1000]) == (1, 1)

@@ -1,0 +1,110 @@
+"""Runs of record: the paper's numbers, and what each docstring promises."""
+
+import inspect
+
+import pytest
+
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+
+# Published settings: student, teacher, epochs, rates per 512 images, drop path, smallest crop.
+VIT_RATES = (3e-4, 5e-7, 5e-6)
+PAPER = {
+    "fd_clip_vit_base": (
+        "vit_base_patch16", "clip_vit_base_patch16", 300, VIT_RATES, 0.2, 0.08,
+    ),
+    "fd_clip_vit_base_100ep": (
+        "vit_base_patch16", "clip_vit_base_patch16", 100, VIT_RATES, 0.1, 0.67,
+    ),
+    "fd_clip_vit_large": (
+        "vit_large_patch14", "clip_vit_large_patch14", 300, VIT_RATES, 0.3, 0.08,
+    ),
+    "fd_dino_vit_base": (
+        "vit_base_patch16", "dino_vit_base_patch16", 300, VIT_RATES, 0.3, 0.08,
+    ),
+    "fd_deit_vit_base": (
+        "vit_base_patch16", "deit_vit_base_patch16", 300, VIT_RATES, 0.3, 0.08,
+    ),
+    "fd_esvit_swin_base": (
+        "swinv2_base", "swin_base_esvit", 300, (2e-4, 1e-6, 1e-5), 0.3, 0.08,
+    ),
+}  # fmt: skip
+OURS = {
+    "fd_swinv2_base": "swinv2_base",
+    "fd_swinv2_large": "swinv2_large",
+    "fd_swinv2_1b": "swinv2_1b",
+    "fd_swinv2h": "swinv2_huge",
+    "fd_swinv2g": "swinv2_giant",
+}
+
+
+def test_the_registry_holds_these_and_names_them_by_function():
+    assert set(registry.RECIPES) == set(PAPER) | set(OURS)
+    assert all(registry.get(name).name == name for name in registry.RECIPES)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_published_run_has_the_published_settings(name):
+    run = registry.get(name)
+    optim = run.optim
+    assert (
+        run.student.model,
+        run.teacher.model,
+        optim.epochs,
+        (optim.base_lr, optim.warmup_lr, optim.min_lr),
+        run.student.drop_path_rate,
+        run.data.min_crop_scale,
+    ) == PAPER[name]
+    assert (run.data.image_size, run.batch.global_batch_size) == (224, 2048)
+    assert (optim.warmup_epochs, optim.weight_decay, optim.clip_norm) == (10, 0.05, 3.0)
+    assert (optim.betas, optim.eps, run.objective.beta) == ((0.9, 0.999), 1e-8, 2.0)
+    assert run.student.initialization == "fd"
+
+
+def test_the_esvit_student_has_window_14_as_its_teacher():
+    run = registry.get("fd_esvit_swin_base")
+    assert run.student_architecture().window_size == 14
+    assert run.teacher_architecture().window_size == 14
+
+
+@pytest.mark.parametrize(("name", "model"), OURS.items())
+def test_our_swinv2_runs_see_192_pixels_with_window_12(name, model):
+    run = registry.get(name)
+    for section, net in (
+        (run.student, run.student_architecture()),
+        (run.teacher, run.teacher_architecture()),
+    ):
+        assert section.model == model
+        assert net.window_size == 12
+    assert run.data.image_size == 192
+    assert run.student.initialization == "fd"
+    # The ends keep the ratio that the paper's Swin run has: 2e-4 / 1e-6 / 1e-5.
+    assert run.optim.base_lr / run.optim.warmup_lr == pytest.approx(200)
+    assert run.optim.base_lr / run.optim.min_lr == pytest.approx(20)
+
+
+def test_giant_fits_its_network():
+    run = registry.get("fd_swinv2g")
+    assert run.teacher.placement == "node"
+    assert run.batch.micro_batch_size >= 32
+    assert run.student.activation_checkpointing == "every"
+    assert run.student_architecture().extra_norm_every == 6
+    assert "--teacher.model swinv2_1b --teacher.source PATH" in inspect.getdoc(
+        registry.RECIPES["fd_swinv2g"]
+    )
+
+
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_the_docstring_tells_hardware_duration_and_result(name):
+    facts = registry.facts(name)
+    for line in (facts.summary, facts.hardware, facts.duration, facts.result):
+        assert 0 < len(line) <= 100
+    run = registry.get(name)
+    # 1,281,167 images, the last incomplete batch dropped.
+    updates = run.optim.epochs * (1_281_167 // run.batch.global_batch_size)
+    assert facts.duration.startswith(f"{updates:,} updates")
+
+
+def test_an_unknown_recipe_gets_the_nearest_names():
+    with pytest.raises(ConfigError, match=r"^--recipe: no such recipe; got 'fd_swinv2_g', nearest"):
+        registry.get("fd_swinv2_g")
