@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -22,6 +23,9 @@ from fd_large.recipes.run import Run, describe_type, field_names
 
 # Whoever started the ranks sets one of these; torch must not be needed to find rank 0.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+# A launcher ends all ranks when the first one exits: the silent ones let rank 0 speak before.
+SECONDS_FOR_RANK_0 = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Every rank makes the same mistake; one of them tells it.
         if find_rank(os.environ) == 0:
             print(error, file=sys.stderr)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

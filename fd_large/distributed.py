@@ -637,7 +637,7 @@ def watch_launcher() -> None:
 
 
 def _watch(launchers: Mapping[str, _Process]) -> None:
-    gone = ""
+    gone = "deepspeed" if _lost_its_runner(launchers) else ""
     while not gone:
         time.sleep(WATCH_INTERVAL_SECONDS)
         gone = next((name for name, p in launchers.items() if not p.is_running()), "")

@@ -18,6 +18,7 @@ from fd_large.distill.teacher import Teacher
 from fd_large.engine import config as ds
 from fd_large.engine import partition
 from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.live_weights import load_weights
 from fd_large.engine.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.sharded_teacher import PlacedTeacher, place
 from fd_large.engine.start import deepspeed
@@ -184,17 +185,26 @@ def build_teacher(
     return teacher
 
 
-def build_engine(run: Run, make: Callable[[], Task], config: dict[str, Any]) -> Engine:
+def build_engine(
+    run: Run,
+    make: Callable[[], Task],
+    config: dict[str, Any],
+    *,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> Engine:
     """The task in its DeepSpeed engine, with exact float32 masters.
 
     Args:
         run: Optimiser, checkpointing, seed.
         make: Constructs the task; draws from torch's global generator only.
         config: A filled JSON.
+        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
     """
     stage = ds.stage_of(config)
     bfloat16 = config["bf16"]["enabled"]
     task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
+    if weights is not None:
+        load_weights(task, weights, where="--student.init")
     exact = partition.to_bfloat16(task) if bfloat16 else None
     if stage < 3:
         task.to(distributed.device())

@@ -113,6 +113,10 @@ def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
         exact[name] = piece(parameter)[0].detach().clone()
         if is_partitioned(parameter):
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()
+            # hpZ's copy inside the node, which the first forward gathers from.
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                secondary = parameter.ds_secondary_tensor
+                secondary.data = secondary.data.bfloat16()
         parameter.data = parameter.data.bfloat16()
     return exact
 

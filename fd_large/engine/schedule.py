@@ -45,9 +45,21 @@ class CosineSchedule:
         return self.value(max(update - 1, 0))
 
 
-def official_accumulated_rate(schedule: CosineSchedule, update: int, accumulation: int) -> float:
+def official_accumulated_rate(
+    schedule: CosineSchedule, update: int, *, accumulation: int, micro_batches_per_epoch: int
+) -> float:
     """The official code's rate under accumulation, where T, W and the index count micro batches.
 
-    Not used in training: L(max(A u - 1, 0)) makes the rate depend on how a batch is split.
+    Not used in training: it makes the rate depend on how a batch is split. Micro batches that are
+    left at the end of an epoch are dropped, but counted.
+
+    Args:
+        schedule: T and W in micro batches.
+        update: From 0.
+        accumulation: Micro batches per update.
+        micro_batches_per_epoch: Of the official loop's one process.
     """
-    return schedule.value(max(accumulation * update - 1, 0))
+    if update == 0:
+        return schedule.value(0)
+    epoch, of_epoch = divmod(update - 1, micro_batches_per_epoch // accumulation)
+    return schedule.value(epoch * micro_batches_per_epoch + accumulation * (of_epoch + 1) - 1)

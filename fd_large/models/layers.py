@@ -43,7 +43,8 @@ class Float32Linear(Linear):
         """Maps (..., in) to (..., out) in float32 (float64 in a float64 run)."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = self.bias if bias is None else bias
-        with torch.autocast(x.device.type, enabled=False):
+        # The meta device knows no autocast.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return F.linear(
                 x.to(wide), self.weight.to(wide), None if bias is None else bias.to(wide)
             )

@@ -20,8 +20,9 @@ in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keep
   stays whole on every rank beside its shards.
 - hpZ's second copy inside the node lives from forward to step only: bP/G for groups of G.
 - Offloading the optimizer moves masters, moments and gradients to host memory, where the step's
-  own float32 gradient (4P/W) stays too. Offloading parameters moves the shards; K stays on the
-  device.
+  own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the way up
+  (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the shards;
+  K stays on the device.
 - A stage 3 engine owns one bucket of `reduce_bucket_size` elements of b bytes.
 - The teacher: BT whole; split over S ranks BT/S, tensor by tensor, + B times its tensors under the
   threshold. No gradients, masters or moments.
@@ -173,6 +174,10 @@ def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Me
         # DeepSpeed's BF16_Optimizer, which it takes at stage 1 for float32 accumulation.
         full = place.stage == 1 and place.bfloat16 and not place.offload_optimizer
         optimizer["gradients"] = 4 * total if full else 0
+        if place.offload_optimizer:
+            # Its partition in the compute type and a tensor's gradient on their way up and down.
+            host["buckets"] = compute * (part + max(student))
+            device["buckets"] = compute * max(student)
     if place.offload_optimizer:  # The optimizer's own gradient is not freed there.
         host["gradients"] += 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0

@@ -50,7 +50,7 @@ class Student:
     # Checkpoint each k-th block; 1: every block. Idle while activation_checkpointing is off.
     checkpoint_every: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "student")
         _require(
             0 <= self.drop_path_rate < 1,
@@ -78,7 +78,7 @@ class Teacher:
     # Type of weights and matrix products; auto: the same as the student's compute type.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "teacher")
 
 
@@ -95,7 +95,7 @@ class Data:
     # Loader processes per rank; 0: load in the training process.
     workers: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "data")
         _at_least("data.image_size", self.image_size, 1, "pixels")
         _require(
@@ -121,7 +121,7 @@ class Objective:
     # Side of the teacher's image, resized from the same crop, in pixels; 0: the student's.
     teacher_image_size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "objective")
         _positive("objective.beta", self.beta)
         _positive("objective.whitening_eps", self.whitening_eps)
@@ -135,7 +135,7 @@ class Task:
     # distillation: the student learns the teacher's feature map.
     name: Literal["distillation"] = "distillation"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "task")
 
 
@@ -170,7 +170,7 @@ class Optim:
     # torch's.
     fused: Literal["auto", "deepspeed", "apex", "torch"] = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "optim")
         for name in ("base_lr", "warmup_lr", "min_lr", "weight_decay", "clip_norm"):
             _not_negative(f"optim.{name}", getattr(self, name))
@@ -214,7 +214,7 @@ class Batch:
     # survives a probe step. Accumulation follows from it.
     micro_batch_size: int | Literal["auto"] = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "batch")
         _at_least("batch.global_batch_size", self.global_batch_size, 1, "images")
         if self.micro_batch_size != "auto":
@@ -239,7 +239,7 @@ class Engine:
     # Ranks that share a node; 0: what the launcher says.
     node_size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "engine")
         _at_least("engine.node_size", self.node_size, 0, "ranks")
 
@@ -255,7 +255,7 @@ class Runtime:
     # Decides initial weights, order, crops and drop path, whatever the number of ranks.
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "runtime")
         _at_least("runtime.log_every", self.log_every, 1, "updates")
         _require(
@@ -281,7 +281,7 @@ class Run:
     engine: Engine = field(default_factory=Engine)
     runtime: Runtime = field(default_factory=Runtime)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_types(self, "run")
         # Unknown nets and overrides that fit no net are found here, before any rank starts.
         for where, section in (("student", self.student), ("teacher", self.teacher)):

@@ -50,7 +50,12 @@ def open_folder(run: Run, *, fresh: bool) -> Path:
 
 
 def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: str) -> None:
-    """Records versions, commit, host, devices, launcher, and the JSON that DeepSpeed got."""
+    """Records versions, commit, host, devices, launcher, and the JSON that DeepSpeed got.
+
+    Rank 0 writes; the others return at once.
+    """
+    if not distributed.is_main():
+        return
     write_json(folder / "deepspeed.json", deepspeed_config)
     versions = {}
     for name in PACKAGES:

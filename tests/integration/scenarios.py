@@ -11,7 +11,6 @@ import gc
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
 from fd_large.engine.optimizer import parameter_groups
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
@@ -142,6 +142,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
             parameter_sizes(run),
         ),
     )  # fmt: skip
+    before = storages()
     teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=0)
     engine = build_engine(run, task_maker(run, teacher, teacher.width), config)
     engine.task.train()
@@ -162,6 +163,8 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         "losses": losses,
         "norms": [None if n is None else float(n) for n in norms],
         "teacher_hash": [teacher.fingerprint, teacher.hash_now()],
+        "held_bytes": distributed.gather_objects(_new_bytes(before)),
+        "planned_bytes": planned_bytes(run, config, node_size),
         "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
     }
     engine.deepspeed.destroy()
@@ -169,6 +172,38 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     start.forget_engines()
     gc.collect()
     return result
+
+
+def planned_bytes(run: Run, config: dict[str, Any], node_size: int) -> int:
+    """What the plan says that a rank holds between updates, device and host together."""
+    place = memory.Placement.of(
+        run,
+        config["zero_optimization"],
+        world_size=distributed.world_size(),
+        node_size=node_size,
+        bfloat16=config["bf16"]["enabled"],
+        teacher_persistence_threshold=0,
+    )
+    held = memory.held_by(run, place)
+    return held.device.total + held.host.total
+
+
+def _new_bytes(before: dict[int, int]) -> int:
+    return sum(size for address, size in storages().items() if address not in before)
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every tensor storage alive in this process, by address."""
+    gc.collect()
+    alive = {}
+    for thing in gc.get_objects():
+        # type() rather than isinstance: lazy proxies must not be woken.
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type != "meta":
+                    storage = tensor.untyped_storage()
+                    alive[storage.data_ptr()] = storage.nbytes()
+    return alive
 
 
 def main(scenarios: str, out: str) -> None:

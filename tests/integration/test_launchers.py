@@ -16,6 +16,7 @@ import pytest
 from tests.launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 
@@ -94,7 +95,7 @@ def ends_without_ranks(started: Started, pid: int) -> None:
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("launcher", "victim"),
     [
@@ -118,7 +119,7 @@ def test_sigterm_to_the_launcher_leaves_no_rank(
         started.kill()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@needs_proc
 def test_sigterm_to_deepspeed_before_its_ranks_exist_leaves_no_rank(tmp_path: Path) -> None:
     started = start_ranks(PROGRAMS / "waits.py", "default", tmp_path, ranks=2, launcher="deepspeed")
     try:
@@ -134,7 +135,7 @@ def test_sigterm_to_deepspeed_before_its_ranks_exist_leaves_no_rank(tmp_path: Pa
     assert "deepspeed, which started this rank, is gone; stopping" in outputs[0]
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("handler", ["deaf", "saves"])
 def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
     handler: str, tmp_path: Path

@@ -45,7 +45,12 @@ def test_dropping_every_branch_of_a_block_passes_the_stream():
     for net in nets(0.4):
         inputs, outputs = [], []
         block = net.blocks()[3]
-        block.register_forward_hook(lambda m, i, o: (inputs.append(i[0]), outputs.append(o)))
+
+        def hook(module, given, output, inputs=inputs, outputs=outputs):
+            inputs.append(given[0])
+            outputs.append(output)
+
+        block.register_forward_hook(hook)
         keep = torch.ones(len(net.drop_path_rates), 2, dtype=torch.bool)
         keep[6:8, 1] = False
         net(images, keep)

@@ -82,6 +82,14 @@ def test_offload_moves_shards_and_optimizer_to_the_host():
     )
 
 
+def test_offload_at_stage_2_leaves_the_parameters_on_the_device():
+    memory = held(STUDENT, TEACHER, place(2, True, offload_optimizer=True))
+    assert memory.device == Held(parameters=2 * 1017, teacher=2 * 609, buckets=2 * 1000)
+    assert memory.host == Held(
+        masters=4 * 509, moments=8 * 509, gradients=4 * 509, buckets=2 * (509 + 1000)
+    )
+
+
 @pytest.mark.parametrize(
     ("placement", "expected"),
     [

@@ -1,0 +1,176 @@
+"""Checks of oracle files that hold rates, optimiser groups and whole training runs.
+
+A training run is replayed by the engine itself under ZeRO-3, on one rank and on two with half a
+batch each; `oracle_training_run.py` is what the ranks run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import launch
+import torch
+from oracles_models import Row, Skipped, Tensors
+from safetensors.torch import load_file, save_file
+
+from fd_large.distill.objective import Distillation
+from fd_large.engine.optimizer import decays
+from fd_large.engine.schedule import CosineSchedule, official_accumulated_rate
+from fd_large.models.registry import build
+from fd_large.weights.formats import translate
+
+PROGRAM = Path(__file__).parent / "oracle_training_run.py"
+# Of a training run, on one process; two ranks may be twice as far off (other order of sums).
+RANKS = (1, 2)
+SCHEDULE_TOLERANCE = 1e-12
+
+
+def relative(got: float, expected: float) -> float:
+    return abs(got - expected) / (abs(expected) or 1.0)
+
+
+def check_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    rows = []
+    for number, combo in enumerate(spec["combos"]):
+        schedule = CosineSchedule(
+            combo["base_lr"],
+            combo["warmup_lr"],
+            combo["min_lr"],
+            combo["total"],
+            combo["warmup_steps"],
+        )
+        accumulation = combo["accumulation"]
+        used = [
+            schedule.at_update(u)
+            if accumulation == 1
+            else official_accumulated_rate(
+                schedule,
+                u,
+                accumulation=accumulation,
+                micro_batches_per_epoch=combo["steps_per_epoch"],
+            )
+            for u in range(len(combo["lr_used"]))
+        ]
+        values = [schedule.value(t) for t in range(len(combo["schedule_value"]))]
+        for label, got, expected in (
+            ("lr_used", used, combo["lr_used"]),
+            ("schedule_value", values, combo["schedule_value"]),
+        ):
+            worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
+            rows.append(Row(f"{label} {number}", worst, SCHEDULE_TOLERANCE))
+    return rows
+
+
+def check_optim_groups(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The pre-training part: every official name, sent through our table, in the same group."""
+    nets = {
+        "vit_base": ("vit_base_patch16", "fd_vit", 768),
+        "swin_base": ("swinv2_base", "fd_swinv2", 1024),
+    }
+    rows = []
+    for key, published in spec["fd_pretrain"].items():
+        if key not in nets:
+            rows.append(Row(f"{key}: no such net here", math.inf, 0.0))
+            continue
+        name, form, width = nets[key]
+        with torch.device("meta"):
+            task = Distillation(build(name), teacher=lambda images: None, teacher_width=width)
+        groups = {True: set(), False: set()}
+        for parameter_name, parameter in task.named_parameters():
+            decay = decays(parameter_name, parameter.ndim, *task.no_weight_decay())
+            groups[decay].add(parameter_name)
+        for decay, label in ((True, "decay"), (False, "no_decay")):
+            # A tensor of the projection's rank: the format squeezes it.
+            theirs = translate(form, ((n, torch.empty(1, 1, 1)) for n in published[label]))
+            names = {n if n.startswith("projection.") else f"student.{n}" for n, _ in theirs}
+            wrong = len(names ^ groups[decay]) + abs(len(names) - len(published[label]))
+            rows.append(Row(f"{key} {label}: {len(names)} names", float(wrong), 0.0))
+        elements = sum(p.numel() for p in task.parameters())
+        wrong = abs(elements - published["trainable_parameters"])
+        rows.append(Row(f"{key} elements", float(wrong), 0.0))
+    return rows
+
+
+def check_training_run(
+    spec: dict, tensors: Tensors, dtype: torch.dtype
+) -> list[Row] | Skipped:
+    if dtype != torch.float32:
+        return Skipped("left out", "the engine trains in float32 or bfloat16")
+    allowed = spec["suggested_tolerance"]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "spec.json").write_text(json.dumps(spec))
+        save_file(tensors, folder / "tensors.safetensors")
+        for ranks in RANKS:
+            launch.run_ranks(PROGRAM, folder, ranks=ranks, timeout=180, results=folder)
+            result = launch.read_results(folder, ranks)[0]
+            found = load_file(folder / "found.safetensors")
+            rows += _training_rows(spec, tensors, allowed, result, found, ranks)
+            for rank in range(ranks):
+                (folder / f"rank_{rank}.json").unlink()
+    return rows
+
+
+def _training_rows(
+    spec: dict, tensors: Tensors, allowed: dict, result: dict, found: Tensors, ranks: int
+) -> list[Row]:
+    by = f"{ranks} rank{'s' if ranks > 1 else ''}: "
+    rows = []
+
+    def add(label: str, error: float, tolerance: float) -> None:
+        rows.append(Row(by + label, error, tolerance * ranks))
+
+    for label, key, expected in (
+        ("losses", "loss_rel", tensors["losses"]),
+        ("grad_norms", "grad_norm_rel", tensors["grad_norms"]),
+        ("rates", "lr_rel", torch.tensor(spec["steps"]["lr"], dtype=torch.float64)),
+    ):
+        got = torch.tensor(result[label], dtype=torch.float64)
+        add(label, ((got - expected).abs() / expected.abs()).max().item(), allowed[key])
+    for label, key in (("student_map", "first_outputs_max_rel"), ("target", "first_outputs_max_rel")):
+        expected = tensors[f"first.{label}"]
+        add(
+            f"first.{label}",
+            ((found[f"first.{label}"] - expected).abs().max() / expected.abs().max()).item(),
+            allowed[key],
+        )
+    gradients = {n: found[f"gradient.{n}"] for n in _ours(spec, tensors, "first_step_grad.")}
+    difference = expected_square = 0.0
+    for name, expected in _ours(spec, tensors, "first_step_grad.").items():
+        error = (gradients[name].double() - expected.double()).norm().item()
+        size = expected.double().norm().item()
+        difference, expected_square = difference + error**2, expected_square + size**2
+        add(f"gradient {name}", error / size, allowed["first_step_grad_rel_l2_each"])
+    add(
+        "gradient, all",
+        math.sqrt(difference / expected_square),
+        allowed["first_step_grad_rel_l2_global"],
+    )
+    for name, expected in _ours(spec, tensors, "final.").items():
+        add(
+            f"final {name}",
+            (found[f"final.{name}"] - expected).abs().max().item(),
+            allowed["final_abs"],
+        )
+    return rows
+
+
+def _ours(spec: dict, tensors: Tensors, prefix: str) -> Tensors:
+    """The stored tensors under a prefix, by the names of our task."""
+    stored = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    form = "fd_swinv2" if "depths" in spec["config"]["student"] else "fd_vit"
+    return {
+        n if n.startswith("projection.") else f"student.{n}": t
+        for n, t in translate(form, stored.items())
+    }
+
+
+CHECKS = {
+    "schedule": check_schedule,
+    "fd_optim_groups": check_optim_groups,
+    "fd_training_run": check_training_run,
+}
