@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except FDError as error:
-        # Every rank makes the same mistake; one of them tells it.
-        if find_rank(os.environ) == 0:
+        # Every rank makes the same mistake and one of them tells it, but for what only one met.
+        if find_rank(os.environ) == 0 or error.rank_local:
             print(error, file=sys.stderr)
         else:
             time.sleep(SECONDS_FOR_RANK_0)
@@ -128,10 +128,13 @@ def _train(arguments: list[str]) -> int:
             " Pass --deepspeed_config ds_configs/zero3.json."
         )
     # torch and deepspeed: seconds.
+    from fd_large import distributed
     from fd_large.engine.run import train
     from fd_large.runtime.meter import Meter
 
-    return train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=[Meter()])
+    return distributed.leave(
+        train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=[Meter()])
+    )
 
 
 def _print_train_help(arguments: list[str]) -> int:

@@ -10,9 +10,14 @@ from difflib import get_close_matches
 
 
 class FDError(Exception):
-    """A mistake that the user can mend; the command line prints it and exits with `exit_code`."""
+    """A mistake that the user can mend; the command line prints it and exits with `exit_code`.
+
+    Attributes:
+        rank_local: Whether one rank may have met it alone; then that rank speaks, else rank 0.
+    """
 
     exit_code = 2
+    rank_local = False
 
 
 class ConfigError(FDError):

@@ -117,7 +117,9 @@ def start_ranks(
         if not name.startswith(_FOREIGN) and name not in _RANK
     }
     base = inherited | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
+        ),
         "PYTHONWARNINGS": "ignore::FutureWarning",
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from oracles_engine import CHECKS as ENGINE_CHECKS
 from oracles_models import CHECKS as MODEL_CHECKS
 from oracles_models import Row, Skipped, Tensors
 from safetensors.torch import load_file
 
-# Other files of checks (the engine's: schedule, optimiser groups, training runs) join here.
-CHECKS = {**MODEL_CHECKS}
+CHECKS = {**MODEL_CHECKS, **ENGINE_CHECKS}
 
 NOT_YET = {
     "simmim": "masked image modelling is no task of the engine yet; its decoder is left out",

@@ -94,9 +94,7 @@ def check_optim_groups(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list
     return rows
 
 
-def check_training_run(
-    spec: dict, tensors: Tensors, dtype: torch.dtype
-) -> list[Row] | Skipped:
+def check_training_run(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
     if dtype != torch.float32:
         return Skipped("left out", "the engine trains in float32 or bfloat16")
     allowed = spec["suggested_tolerance"]
@@ -131,7 +129,10 @@ def _training_rows(
     ):
         got = torch.tensor(result[label], dtype=torch.float64)
         add(label, ((got - expected).abs() / expected.abs()).max().item(), allowed[key])
-    for label, key in (("student_map", "first_outputs_max_rel"), ("target", "first_outputs_max_rel")):
+    for label, key in (
+        ("student_map", "first_outputs_max_rel"),
+        ("target", "first_outputs_max_rel"),
+    ):
         expected = tensors[f"first.{label}"]
         add(
             f"first.{label}",

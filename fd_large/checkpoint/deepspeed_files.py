@@ -72,7 +72,7 @@ def load(engine: Any, manifest: dict[str, Any]) -> None:
     if manifest["world_size"] != distributed.world_size():
         raise ConfigError(
             f"{manifest['path']}: written by another number of ranks; got "
-            f"{distributed.world_size()}, expected {manifest['world_size']}. Start that many ranks, "
-            "or --fresh."
+            f"{distributed.world_size()}, expected {manifest['world_size']}. Start that many "
+            "ranks, or --fresh."
         )
     engine.load_checkpoint(manifest["path"], tag="state")

@@ -1,1 +1,1 @@
-"""Distillation: a frozen teacher, a projection, aligned maps, whitening and the loss as one task."""
+"""Distillation as a task: frozen teacher, projection, aligned maps, whitening and the loss."""

@@ -27,10 +27,10 @@ def check_grids(
         )
     if student != teacher and interpolation == "none":
         raise ShapeError(
-            f"distill: the student's grid differs from the teacher's; got {student[0]}x{student[1]} "
-            f"and {teacher[0]}x{teacher[1]}, expected equal grids. Set --data.image_size or "
-            "--objective.teacher_image_size so that both agree, or --objective.interpolation bilinear to "
-            "resize the teacher's map."
+            "distill: the student's grid differs from the teacher's; got "
+            f"{student[0]}x{student[1]} and {teacher[0]}x{teacher[1]}, expected equal grids. Set "
+            "--data.image_size or --objective.teacher_image_size so that both agree, or "
+            "--objective.interpolation bilinear to resize the teacher's map."
         )
 
 

@@ -83,6 +83,15 @@ class Distillation(Task):
             metrics["cosine"] = F.cosine_similarity(projected.float(), whitened, dim=-1).mean()
         return loss, metrics
 
+    def reference(self, *, pixels: Tensor, keep: Tensor | None, target: FeatureMap) -> Tensor:
+        """The whitened target tokens (B, N, Ct) float32 that `forward` would compare with."""
+        grid, prefix = self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
+        shape_only = pixels.new_empty(len(pixels), prefix + grid[0] * grid[1], 0)
+        _, tokens = align(
+            FeatureMap(shape_only, grid, prefix), target, interpolation=self.interpolation
+        )
+        return whiten(tokens, self.whitening_eps)
+
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """The student's exemptions; the projection's weight decays, its bias is one-dimensional."""
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())

@@ -40,5 +40,5 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """Returns (exact parameter names, substrings of names) that are exempt from weight decay."""
+        """Returns (parameter names, substrings of names) that are exempt from weight decay."""
         return frozenset(), ()

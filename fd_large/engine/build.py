@@ -26,6 +26,7 @@ from fd_large.errors import ConfigError
 from fd_large.models.registry import build as build_net
 from fd_large.recipes.run import Run
 from fd_large.weights.facts import statistics_of
+from fd_large.weights.formats import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +155,13 @@ def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
             "Set --teacher.source PATH, or --teacher.source random for a test or a throughput run."
         )
     if run.teacher.source == "random":
-        log.warning("teacher: RANDOM weights (--teacher.source random): nothing to learn from it")
         return None
-    from fd_large.weights.formats import read_weights
-
-    return read_weights(run.teacher.source, where="--teacher.source")
+    architecture = run.teacher_architecture()
+    # FD's stage-3 target: the first stages of a published file, and a fresh norm.
+    first = len(architecture.depths) if architecture.family == "swin" else 4
+    return read_weights(
+        run.teacher.source, where="--teacher.source", stages=first if first < 4 else None
+    )
 
 
 def build_teacher(
@@ -166,6 +169,8 @@ def build_teacher(
 ) -> PlacedTeacher:
     """The recipe's teacher where the recipe wants it; before any student engine."""
     weights = teacher_weights(run)
+    if weights is None:
+        log.warning("teacher: RANDOM weights (--teacher.source random): nothing to learn from it")
     teacher = place(
         teacher_maker(run),
         placement=run.teacher.placement,

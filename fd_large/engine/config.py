@@ -2,8 +2,8 @@
 
 The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, rates,
 clipping and precision. A number that both could name stands as "auto" in the JSON. DeepSpeed never
-sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at the
-top level), or a setting that its stage would ignore.
+sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
+the top level), or a setting that its stage would ignore.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fd_large.errors import ConfigError, nearest
 
 AUTO = "auto"
 
-# The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no effect
-# on this engine; both deserve an error rather than silence.
+# The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
+# effect on this engine; both deserve an error rather than silence.
 _OFFLOAD_OPTIMIZER = {"device", "pin_memory", "buffer_count", "ratio"}
 _OFFLOAD_PARAM = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
 _STAGE3_KEYS = {
@@ -153,7 +153,10 @@ def check_keys(config: Any, *, where: str) -> None:
             _mapping(config[block], where, block)
             _known(config[block], keys, where, f"{block}.")
     zero = config.get("zero_optimization", {})
-    for name, keys in (("offload_optimizer", _OFFLOAD_OPTIMIZER), ("offload_param", _OFFLOAD_PARAM)):
+    for name, keys in (
+        ("offload_optimizer", _OFFLOAD_OPTIMIZER),
+        ("offload_param", _OFFLOAD_PARAM),
+    ):
         if name in zero:
             _mapping(zero[name], where, f"zero_optimization.{name}")
             _known(zero[name], keys, where, f"zero_optimization.{name}.")
@@ -186,11 +189,16 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     stage = stage_of(filled)
     if stage == 0 and numbers.bfloat16:
         raise ConfigError(
-            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there is "
-            "3.9e-2 off); got stage 0 and bfloat16. Use ds_configs/zero1.json, or "
-            "--engine.precision float32."
+            "zero_optimization.stage: stage 0 trains in float32 only (DeepSpeed's bfloat16 there "
+            "is 3.9e-2 off); got stage 0 and bfloat16, expected stage 1. Use "
+            "ds_configs/zero1.json, or --engine.precision float32."
         )
-    _owned(filled, "train_micro_batch_size_per_gpu", numbers.micro_batch_size, "--batch.micro_batch_size")
+    _owned(
+        filled,
+        "train_micro_batch_size_per_gpu",
+        numbers.micro_batch_size,
+        "--batch.micro_batch_size",
+    )
     _owned(filled, "gradient_accumulation_steps", numbers.accumulation, "--batch.global_batch_size")
     global_batch = numbers.micro_batch_size * numbers.accumulation * numbers.world_size
     _owned(filled, "train_batch_size", global_batch, "--batch.global_batch_size")
@@ -200,7 +208,13 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     if numbers.bfloat16:
         # Micro batches add up in float32 whatever the parameters are.
         types = filled.setdefault("data_types", {})
-        _owned(types, "grad_accum_dtype", "fp32", "no field: gradients add up in float32", prefix="data_types.")
+        _owned(
+            types,
+            "grad_accum_dtype",
+            "fp32",
+            "no field: gradients add up in float32",
+            prefix="data_types.",
+        )
     else:
         filled.pop("data_types", None)
     if "activation_checkpointing" in filled:
@@ -247,7 +261,9 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         fits = numbers.node_size < numbers.world_size
         zero["zero_hpz_partition_size"] = numbers.node_size if fits else 1
     if zero.get("stage3_param_persistence_threshold") == AUTO:
-        zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)[0]
+        zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)[
+            0
+        ]
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, (_STAGE3_KEYS | _STAGE12_KEYS | _ANY_STAGE_KEYS) - {"stage"}
     )
@@ -268,7 +284,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
     if hpz < 1 or numbers.world_size % hpz:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
-            f"{numbers.world_size} ranks, expected a divisor. Set it to \"auto\"."
+            f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
         )
 
 
@@ -276,8 +292,8 @@ def _refuse_activation_checkpointing(block: dict[str, Any]) -> None:
     asked = sorted(key for key, value in block.items() if value not in (False, None))
     if asked:
         raise ConfigError(
-            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which this "
-            f"engine does not use; got {', '.join(asked)}, expected none. Set "
+            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
+            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
             "--student.activation_checkpointing every (or offload)."
         )
 
@@ -303,7 +319,7 @@ def _owned(block: dict[str, Any], key: str, value: Any, field: str, *, prefix: s
     if given != AUTO and not (same_kind and given == value):
         raise ConfigError(
             f"{prefix}{key}: the JSON and the run disagree; got {given!r} in the JSON, expected "
-            f"{value!r} from the recipe and the ranks ({field}). Write \"auto\" in the JSON, or "
+            f'{value!r} from the recipe and the ranks ({field}). Write "auto" in the JSON, or '
             "change the recipe."
         )
     block[key] = value
@@ -315,6 +331,6 @@ def _no_auto_left(value: Any, name: str) -> None:
             _no_auto_left(child, f"{name}.{key}" if name else key)
     elif value == AUTO:
         raise ConfigError(
-            f"{name}: nobody fills this \"auto\", and DeepSpeed would take it for a value. "
+            f'{name}: nobody fills this "auto", and DeepSpeed would take it for a value. '
             "Give a number or remove the key."
         )

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.engine import partition
-from fd_large.errors import WeightsError
+from fd_large.weights.formats import covered
 
 
-def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> int:
+def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
     """Copies full tensors into a network, whole or partitioned, without communication.
 
     Args:
@@ -19,39 +19,10 @@ def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: 
         items: (name, full tensor), the network's own names, the same on every rank.
         where: What the user set, for the message.
 
-    Returns: the number of tensors taken.
     Raises: WeightsError: if a name is missing, left over or of another shape.
     """
     parameters = dict(net.named_parameters())
-    seen: set[str] = set()
-    left_over, misfits = [], []
+    expected = {name: tuple(partition.shape(p)) for name, p in parameters.items()}
     with torch.no_grad():
-        for name, tensor in items:
-            parameter = parameters.get(name)
-            if parameter is None:
-                left_over.append(name)
-            elif tuple(tensor.shape) != tuple(partition.shape(parameter)):
-                misfits.append(
-                    f"{name} {tuple(tensor.shape)} for {tuple(partition.shape(parameter))}"
-                )
-            else:
-                partition.write(parameter, tensor)
-                seen.add(name)
-    missing = [name for name in parameters if name not in seen]
-    if left_over or misfits or missing:
-        fitting = [m.split()[0] for m in misfits]
-        found = "; ".join(
-            f"{label} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for label, names in (
-                ("missing", [name for name in missing if name not in fitting]),
-                ("left over", left_over),
-                ("of another shape", misfits),
-            )
-            if names
-        )
-        raise WeightsError(
-            f"{where}: the weights do not fit the network; got {found}, expected every tensor once "
-            "and in shape. Name the network that the file holds (--teacher.model, "
-            "--teacher.architecture.*)."
-        )
-    return len(seen)
+        for name, tensor in covered(expected, items, where=where):
+            partition.write(parameters[name], tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +17,28 @@ from fd_large.engine.build import Engine
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.time_box import TimeBox
 from fd_large.runtime.hooks import Hook, Request, Setting, Update
 
 log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
-    """How long and in what portions a run trains.
+    """In what portions and at which rates a run trains.
 
     Attributes:
-        schedule: Learning rates.
+        schedule: Learning rates; its total is the run's length.
         updates_per_epoch: Whole global batches in an epoch.
         accumulation: Micro batches per update.
         seed: Of order, crops and drop path.
+        evaluate_every: Updates between evaluations; 0: only before the first and after the last.
     """
 
     schedule: CosineSchedule
     updates_per_epoch: int
     accumulation: int
     seed: int
+    evaluate_every: int = 0
 
 
 def train_updates(
@@ -43,7 +47,10 @@ def train_updates(
     plan: Plan,
     hooks: Sequence[Hook],
     setting: Setting,
+    *,
     save: Callable[[int], None],
+    evaluate: Callable[[bool], dict[str, float]] | None = None,
+    time_box: TimeBox | None = None,
 ) -> str:
     """Trains from `setting.first_update` to the end; returns `done` or `stopped`.
 
@@ -54,31 +61,47 @@ def train_updates(
         hooks: Asked after every update.
         setting: Told to the hooks.
         save: Writes a checkpoint of that many finished updates; called by all ranks.
+        evaluate: Measures the task on held-out data, the argument says whether for the last time.
+        time_box: Decides the length after the first updates.
     """
     for hook in hooks:
         hook.on_start(setting)
     engine.task.train()
-    update, saved = setting.first_update, setting.first_update
-    status = "done"
-    while update < setting.total_updates:
+    update = saved = setting.first_update
+
+    def evaluated(last: bool) -> None:
+        if evaluate is not None:
+            metrics = evaluate(last)
+            for hook in hooks:
+                hook.on_evaluation(update, metrics)
+
+    if update == 0:
+        evaluated(False)
+    stopped = False
+    while update < plan.schedule.total and not stopped:
         epoch, first = divmod(update, plan.updates_per_epoch)
         micro_batches = iter(batches(epoch, first))
-        for _ in range(first, plan.updates_per_epoch):
+        while update < min((epoch + 1) * plan.updates_per_epoch, plan.schedule.total):
             finished = _one_update(engine, micro_batches, plan, update, epoch)
             update += 1
+            if time_box is not None and (total := time_box.after_update()) is not None:
+                plan = plan._replace(schedule=replace(plan.schedule, total=total))
+                finished = replace(finished, total=total)
             request = _agreed([hook.after_update(finished) for hook in hooks])
-            if request.save:
+            if plan.evaluate_every and update % plan.evaluate_every == 0:
+                evaluated(update == plan.schedule.total)
+            if request.save and saved < update:
                 save(update)
                 saved = update
             if request.stop:
-                status = "stopped"
-            if request.stop or update == setting.total_updates:
+                stopped = True
                 break
         if saved < update:
             save(update)
             saved = update
-        if status == "stopped":
-            break
+    if not stopped and not (plan.evaluate_every and update % plan.evaluate_every == 0):
+        evaluated(True)
+    status = "stopped" if stopped else "done"
     for hook in hooks:
         hook.on_end(status)
     return status
@@ -100,7 +123,8 @@ def _one_update(
             engine.deepspeed.step()
     if norm is None:
         norm = engine.deepspeed.get_global_grad_norm()
-    return Update(update, epoch, torch.stack(losses).mean(), norm, rate)
+    loss = torch.stack(losses).mean()
+    return Update(update, plan.schedule.total, epoch, loss, norm, rate)
 
 
 def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:

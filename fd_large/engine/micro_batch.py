@@ -33,11 +33,14 @@ class OutOfMemory(FDError):
 class Memory(Protocol):
     """Peak and capacity of one rank, in bytes."""
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Starts a new peak."""
 
-    def peak(self) -> int: ...
+    def peak(self) -> int:
+        """The most that was held since `reset`."""
 
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """What this rank could hold."""
 
 
 class GpuMemory:
@@ -86,9 +89,7 @@ def candidates(share: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def largest_that_fits(
-    share: int, step: Callable[[int], None], memory: Memory
-) -> int:
+def largest_that_fits(share: int, step: Callable[[int], None], memory: Memory) -> int:
     """Climbs through the candidates; all ranks return the same size.
 
     Args:
@@ -117,14 +118,14 @@ def largest_that_fits(
         peaks.append((size, peak))
     if not best:
         raise OutOfMemory(
-            "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step in "
-            "memory. Set --student.activation_checkpointing every, use ds_configs/zero3_offload.json "
-            "or more GPUs."
+            "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step "
+            "in memory. Set --student.activation_checkpointing every, use "
+            "ds_configs/zero3_offload.json or more GPUs."
         )
     return best
 
 
-class out_of_memory_named:  # noqa: N801 (a context manager, named as it reads)
+class out_of_memory_named:
     """Turns an allocator's error inside the block into one sentence with the next value to try."""
 
     def __init__(self, micro_batch_size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from fd_large.distill.task import Task
 from fd_large.engine.start import deepspeed
 from fd_large.errors import ConfigError
+from fd_large.kernels.choose import has_nvidia_apex
 from fd_large.recipes.run import Optim
 
 log = logging.getLogger(__name__)
@@ -80,28 +81,13 @@ def set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def nvidia_apex(name: str) -> Any | None:
-    """Returns NVIDIA apex's class of this name, or None.
-
-    On the package index `apex` is another project; NVIDIA's is known by its optimisers and norms.
-    """
-    if importlib.util.find_spec("apex") is None:
-        return None
-    try:
-        from apex.normalization import FusedLayerNorm
-        from apex.optimizers import FusedAdam
-    except ImportError:
-        return None
-    return {"FusedAdam": FusedAdam, "FusedLayerNorm": FusedLayerNorm}[name]
-
-
 def _why_not(kind: str, on_gpu: bool) -> str | None:
     if kind == "torch":
         return None
     if not on_gpu:
         return "the masters are in host memory"
     if kind == "apex":
-        return None if nvidia_apex("FusedAdam") else "NVIDIA apex is not installed"
+        return None if has_nvidia_apex() else "NVIDIA apex is not installed"
     builder = deepspeed.ops.op_builder.FusedAdamBuilder()
     try:
         builder.load(verbose=False)
@@ -116,5 +102,6 @@ def _construct(
     if kind == "deepspeed":
         return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
     if kind == "apex":
-        return nvidia_apex("FusedAdam")(groups, adam_w_mode=True, **settings)
+        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+        return fused_adam(groups, adam_w_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)

@@ -81,11 +81,6 @@ def shape(parameter: nn.Parameter) -> torch.Size:
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
 
 
-def numel(parameter: nn.Parameter) -> int:
-    """The full number of elements."""
-    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
-
-
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Whole parameters on every rank, for reading."""

@@ -6,21 +6,22 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fd_large import distributed
 from fd_large.checkpoint import deepspeed_files
 from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import PictureSource, build_loader
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.distill.task import Task
 from fd_large.engine import config as ds
 from fd_large.engine import micro_batch, start
 from fd_large.engine.build import (
+    Engine,
+    Precision,
     build_engine,
     build_teacher,
     node_size_of,
@@ -29,9 +30,12 @@ from fd_large.engine.build import (
     task_maker,
     teacher_weights,
 )
+from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.loop import Plan, probe_step, train_updates
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.errors import ConfigError
+from fd_large.engine.time_box import TimeBox
+from fd_large.errors import ConfigError, FDError
+from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import Hook, Setting
@@ -53,22 +57,10 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
-    json_config = ds.load(deepspeed_config)
-    source = ImageFolder(run.data.root)
-    teacher_weights(run)
-    precision = precision_of(run)
-    node_size = node_size_of(run, launch.local_world_size)
+    checked = distributed.together(lambda: _check(run, deepspeed_config, launch))
+    source, precision, node_size, sizes, share, fill = checked
     fixed = run.batch.micro_batch_size
-    check_batch_sizes(
-        len(source),
-        global_batch_size=run.batch.global_batch_size,
-        micro_batch_size=1 if fixed == "auto" else fixed,
-        world_size=launch.world_size,
-    )
-    share = run.batch.global_batch_size // launch.world_size
-    sizes = parameter_sizes(run)
-    fill = partial(_fill, run, json_config, precision.bfloat16, node_size, sizes)
-    config = fill(1 if fixed == "auto" else fixed, share)
+    config = fill(1 if fixed == "auto" else fixed)
 
     folder = open_folder(run, fresh=fresh)
     logs.set_up(folder)
@@ -84,12 +76,17 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     size = fixed
     if size == "auto":
         size = _probed(run, make_task, config, folder, share)
-    config = fill(size, share)
+    config = fill(size)
     write_environment(folder, config, launch.launcher)
 
     engine = build_engine(run, make_task, config)
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
+    time_box = None
+    if run.optim.max_seconds:
+        time_box = TimeBox(run.optim.max_seconds, folder, total)
+        if (decided := time_box.decided()) is not None:
+            total, time_box = decided, None
     manifest = deepspeed_files.newest(folder)
     first = 0
     if manifest is not None:
@@ -129,39 +126,97 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint},
         )
 
-    status = train_updates(
-        engine,
-        batches,
-        Plan(schedule, per_epoch, share // size, run.runtime.seed),
-        hooks,
-        setting,
-        save,
-    )
+    plan = Plan(schedule, per_epoch, share // size, run.runtime.seed, run.eval.every)
+    evaluate = _evaluation(run, engine, source, size) if run.eval.root else None
+    try:
+        status = train_updates(
+            engine, batches, plan, hooks, setting, save=save, evaluate=evaluate, time_box=time_box
+        )
+    except FDError as error:
+        error.rank_local = True
+        raise
     if (now := teacher.hash_now()) != teacher.fingerprint:
         raise AssertionError(f"the teacher changed: hash {teacher.fingerprint}, now {now}")
-    log.info("%s after %d updates: %s", status, total, folder)
+    log.info("%s: %s", status, folder)
     return 0
 
 
-def _fill(
-    run: Run,
-    json_config: dict[str, Any],
-    bfloat16: bool,
-    node_size: int,
-    sizes: tuple[int, ...],
-    micro_batch_size: int,
-    share: int,
-) -> dict[str, Any]:
-    numbers = ds.RunNumbers(
-        micro_batch_size=micro_batch_size,
-        accumulation=share // micro_batch_size,
-        world_size=distributed.world_size(),
-        node_size=node_size,
-        clip_norm=run.optim.clip_norm,
-        bfloat16=bfloat16,
-        parameter_sizes=sizes,
+def _evaluation(
+    run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
+) -> Callable[[bool], dict[str, float]]:
+    """Measures held-out pictures, and crops of the training pictures that training never sees."""
+    sets = [
+        Evaluation(
+            name,
+            pictures,
+            views=run.eval.views,
+            image_size=run.data.image_size,
+            min_crop_scale=run.data.min_crop_scale,
+            micro_batch_size=micro_batch_size,
+            seed=run.runtime.seed,
+        )
+        for name, pictures in (
+            ("held_out", ImageFolder(run.eval.root)),
+            ("unseen_crops", source),
+        )
+    ]
+
+    def evaluate(last: bool) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for views in sets:
+            metrics |= views.measure(engine)
+            if last:
+                metrics[f"{views.name}_best_constant"] = views.best_constant(engine)
+        return metrics
+
+    return evaluate
+
+
+class _Checked(NamedTuple):
+    """What the checks before anything heavy have found."""
+
+    source: ImageFolder
+    precision: Precision
+    node_size: int
+    parameter_sizes: tuple[int, ...]
+    share: int
+    fill: Callable[[int], dict[str, Any]]
+
+
+def _check(run: Run, deepspeed_config: str, launch: Launch) -> _Checked:
+    """Finds the user's mistakes; no collective, no network with memory.
+
+    The last of the result fills the JSON for a micro batch size.
+    """
+    json_config = ds.load(deepspeed_config)
+    source = ImageFolder(run.data.root)
+    teacher_weights(run)
+    precision = precision_of(run)
+    node_size = node_size_of(run, launch.local_world_size)
+    fixed = run.batch.micro_batch_size
+    check_batch_sizes(
+        len(source),
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=1 if fixed == "auto" else fixed,
+        world_size=launch.world_size,
     )
-    return ds.fill(json_config, numbers)
+    share = run.batch.global_batch_size // launch.world_size
+    sizes = parameter_sizes(run)
+
+    def fill(micro_batch_size: int) -> dict[str, Any]:
+        numbers = ds.RunNumbers(
+            micro_batch_size=micro_batch_size,
+            accumulation=share // micro_batch_size,
+            world_size=launch.world_size,
+            node_size=node_size,
+            clip_norm=run.optim.clip_norm,
+            bfloat16=precision.bfloat16,
+            parameter_sizes=sizes,
+        )
+        return ds.fill(json_config, numbers)
+
+    fill(1 if fixed == "auto" else fixed)
+    return _Checked(source, precision, node_size, sizes, share, fill)
 
 
 def _probed(
@@ -196,8 +251,8 @@ def _same_teacher(manifest: dict[str, Any], fingerprint: str) -> None:
     if manifest["teacher_hash"] != fingerprint:
         raise ConfigError(
             f"teacher.source: not the teacher that this run began with; got hash {fingerprint}, "
-            f"expected {manifest['teacher_hash']} ({manifest['teacher_source']}). Give that file, or "
-            "--fresh."
+            f"expected {manifest['teacher_hash']} ({manifest['teacher_source']}). Give that file, "
+            "or --fresh."
         )
 
 

@@ -1,4 +1,4 @@
-"""The learning rate of an update: linear warm-up, then a half cosine (FACTS: timm's CosineLRScheduler).
+"""The learning rate of an update: linear warm-up, then a half cosine, as timm's scheduler.
 
 Counted in optimiser updates, so that neither ranks nor accumulation can change a rate.
 """

@@ -38,25 +38,31 @@ def implementation(device_type: str) -> str:
     return "apex" if wished() == "apex" and device_type in APEX_DEVICES else "reference"
 
 
+def has_nvidia_apex() -> bool:
+    """Says whether NVIDIA apex is installed.
+
+    The package named `apex` on the index is another project: NVIDIA's is known by FusedLayerNorm
+    and FusedAdam.
+    """
+    if find_spec("apex") is None:
+        return False
+    try:
+        normalization = importlib.import_module("apex.normalization")
+        optimizers = importlib.import_module("apex.optimizers")
+    except ImportError:
+        return False
+    return hasattr(normalization, "FusedLayerNorm") and hasattr(optimizers, "FusedAdam")
+
+
 @lru_cache(maxsize=1)
 def apex_layer_norm() -> Callable:
     """Returns NVIDIA apex's fused affine LayerNorm function.
 
-    The package named `apex` on the index is another project: NVIDIA's is known by FusedLayerNorm
-    and FusedAdam.
-
     Raises: ConfigError: if NVIDIA apex is not installed.
     """
-    if find_spec("apex") is not None:
-        try:
-            normalization = importlib.import_module("apex.normalization")
-            optimizers = importlib.import_module("apex.optimizers")
-            found = hasattr(normalization, "FusedLayerNorm") and hasattr(optimizers, "FusedAdam")
-        except ImportError:
-            found = False
-        if found:
-            module = importlib.import_module("apex.normalization.fused_layer_norm")
-            return module.fused_layer_norm_affine
+    if has_nvidia_apex():
+        module = importlib.import_module("apex.normalization.fused_layer_norm")
+        return module.fused_layer_norm_affine
     raise ConfigError(
         "FD_KERNELS=apex: NVIDIA apex is not installed (found by FusedLayerNorm and FusedAdam; the "
         "package of that name on the index is another project); got none, expected "

@@ -166,6 +166,9 @@ class Optim:
     warmup_epochs: float = 10.0
     # Optimizer updates of the run and of its schedule, in place of epochs; 0: epochs decide.
     max_steps: int = 0
+    # Seconds of training; after 20 updates the run sets its own length (and its schedule's) to what
+    # fits, at most max_steps; 0: no limit.
+    max_seconds: float = 0.0
     # Whose AdamW; auto: DeepSpeed's where it builds, else NVIDIA apex's where installed, else
     # torch's.
     fused: Literal["auto", "deepspeed", "apex", "torch"] = "auto"
@@ -185,6 +188,7 @@ class Optim:
         _at_least("optim.epochs", self.epochs, 1, "passes over the data")
         _not_negative("optim.warmup_epochs", self.warmup_epochs)
         _at_least("optim.max_steps", self.max_steps, 0, "optimizer updates")
+        _not_negative("optim.max_seconds", self.max_seconds)
         _require(
             bool(self.max_steps) or self.warmup_epochs < self.epochs,
             "optim.warmup_epochs: the warm-up outlasts the run",
@@ -245,6 +249,23 @@ class Engine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The loss on images that are held out of training."""
+
+    # Folder of held-out images; empty: no evaluation.
+    root: str = ""
+    # Updates between two evaluations; 0: only before the first update and after the last.
+    every: int = 0
+    # Views that an evaluation takes, fixed ones, spread over the images.
+    views: int = 256
+
+    def __post_init__(self):
+        _check_types(self, "eval")
+        _at_least("eval.every", self.every, 0, "updates")
+        _at_least("eval.views", self.views, 1, "views")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """The run's folder, seed and reports."""
 
@@ -279,6 +300,7 @@ class Run:
     optim: Optim = field(default_factory=Optim)
     batch: Batch = field(default_factory=Batch)
     engine: Engine = field(default_factory=Engine)
+    eval: Eval = field(default_factory=Eval)
     runtime: Runtime = field(default_factory=Runtime)
 
     def __post_init__(self) -> None:

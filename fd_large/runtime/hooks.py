@@ -1,7 +1,7 @@
 """What observes a run, and what it may ask for.
 
-A hook never stops, saves or skips by itself: it returns a Request, the loop agrees it over the ranks
-and carries it out, so that all ranks do the same in the same step.
+A hook never stops, saves or skips by itself: it returns a Request, the loop agrees it over the
+ranks and carries it out, so that all ranks do the same in the same step.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Update:
 
     Attributes:
         index: From 0.
+        total: Updates of the whole run, as known now; a time box sets it after the first ones.
         epoch: From 0.
         loss: Scalar float32 on the device, this rank's mean over its micro batches; reading it
             stops the host, so a hook keeps it until a log step.
@@ -62,6 +63,7 @@ class Update:
     """
 
     index: int
+    total: int
     epoch: int
     loss: Tensor
     grad_norm: Tensor | float
@@ -77,6 +79,12 @@ class Hook:
     def after_update(self, update: Update) -> Request:
         """After each update."""
         return NOTHING
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """After an evaluation that followed `index` updates, the same numbers on every rank.
+
+        Names: held_out_loss, held_out_cosine, and once at the end loss_best_constant.
+        """
 
     def on_end(self, status: str) -> None:
         """After the last update: `done`, or why the run ended early."""

@@ -108,44 +108,48 @@ def translate(form: str, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
             yield item
 
 
-def load_report(
-    expected: Mapping[str, tuple[int, ...]], items: Iterable[tuple[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Checks that tensors and parameters are the same set, and returns the tensors by name.
+def covered(
+    expected: Mapping[str, tuple[int, ...]], items: Iterable[tuple[str, Tensor]], *, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes tensors on one by one and checks that they and the net's are the same set.
 
     Args:
         expected: Shape of every parameter of the net.
         items: (name, tensor) in our names.
+        where: What the user set, for the message.
 
-    Raises: WeightsError: naming what is missing, left over, given twice or of the wrong shape.
+    Raises: WeightsError: after the last tensor, naming what was missing, left over, given twice or
+        of another shape; only fitting ones are passed on.
     """
-    found: dict[str, Tensor] = {}
-    twice = []
+    seen: set[str] = set()
+    left_over, misfits, twice = [], [], []
     for name, tensor in items:
-        if name in found:
+        if name not in expected:
+            left_over.append(name)
+        elif name in seen:
             twice.append(name)
-        found[name] = tensor
-    wrong = [
-        f"{name} {tuple(found[name].shape)} for {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(shape)
-    ]
+        else:
+            seen.add(name)
+            if tuple(tensor.shape) == tuple(expected[name]):
+                yield name, tensor
+            else:
+                misfits.append(f"{name} {tuple(tensor.shape)} for {tuple(expected[name])}")
     complaints = [
         f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
         for what, names in (
-            ("missing", [name for name in expected if name not in found]),
-            ("left over", [name for name in found if name not in expected]),
-            ("of another shape", wrong),
+            ("missing", [name for name in expected if name not in seen]),
+            ("left over", left_over),
+            ("of another shape", misfits),
             ("given twice", twice),
         )
         if names
     ]
     if complaints:
         raise WeightsError(
-            f"weights: the file does not fit the net; got {'; '.join(complaints)}, expected all "
-            f"{len(expected)} tensors of the net and no other. Use the file's own architecture."
+            f"{where}: the weights do not fit the net; got {'; '.join(complaints)}, expected all "
+            f"{len(expected)} tensors of the net and no other. Name the net that the file holds "
+            "(--teacher.model, --teacher.architecture.*)."
         )
-    return found
 
 
 def read_weights(

@@ -152,9 +152,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         images, total = images_of(update, run), torch.zeros(())
         for start_at in range(rank * share, (rank + 1) * share, micro):
             positions = torch.arange(start_at, start_at + micro)
-            batch = Batch(
-                images[positions], 0, positions + update * len(images), positions
-            )
+            batch = Batch(images[positions], 0, positions + update * len(images), positions)
             total += forward_backward(engine, batch, run.runtime.seed) * micro / share
             engine.deepspeed.step()
         losses.append(distributed.mean(total).item())

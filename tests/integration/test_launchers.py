@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests.launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
+from launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

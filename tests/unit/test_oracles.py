@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import oracles
 from oracles_models import Skipped
+from safetensors.torch import load_file, save_file
 
 FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[3] / "shared/oracles"))
 needs_oracles = pytest.mark.skipif(

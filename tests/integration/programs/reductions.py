@@ -5,9 +5,10 @@ import os
 import sys
 
 import torch
+from launch import write_result
 
 from fd_large import distributed
-from tests.launch import write_result
+from fd_large.launch import find_launch
 
 folder = sys.argv[-1]  # the deepspeed launcher puts --local_rank first
 launch = distributed.start()
@@ -18,7 +19,7 @@ result = {
     "launch": dataclasses.asdict(launch),
     "again": distributed.start() is launch,
     # The environment that start wrote names the same launch to whoever asks next.
-    "found_again": distributed.find_launch() == launch,
+    "found_again": find_launch() == launch,
     "environment": {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
     "rank": rank,
     "world_size": world_size,

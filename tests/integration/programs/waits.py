@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from fd_large import distributed
-from tests.launch import write_result
+from launch import write_result
+
+from fd_large import distributed, watch
 
 handler, folder = sys.argv[-2:]
 saving = False
@@ -24,13 +25,13 @@ def note(_signal: int, _frame: object) -> None:
 
 if handler != "default":
     signal.signal(signal.SIGTERM, note)
-    distributed.ORPHAN_GRACE_SECONDS = 1.0
+    watch.ORPHAN_GRACE_SECONDS = 1.0
 distributed.start()
 write_result(folder, os.getpid())
 while True:
     time.sleep(0.1)
     if saving:
-        with distributed.hold():
+        with watch.hold():
             time.sleep(3.0)
             (Path(folder) / f"saved_{distributed.rank()}").touch()
         saving = False

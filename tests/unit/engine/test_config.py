@@ -91,7 +91,10 @@ def test_hpz_is_off_on_a_single_node():
         (_zero(3, reduce_bucket_size="auto"), "nobody fills"),
         (_zero(3, offload_optimizer={"device": "nvme"}), "zero3_offload"),
         (_zero(4), "expected 0, 1, 2 or 3"),
-        ({"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)}, "--student.activation"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
+            "--student.activation",
+        ),
     ],
 )
 def test_fill_refuses_clashes_and_silent_settings(config, said):

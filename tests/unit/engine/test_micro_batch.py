@@ -1,4 +1,7 @@
+import re
+
 import pytest
+import torch
 
 from fd_large.engine import micro_batch
 
@@ -41,16 +44,25 @@ def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
     assert _climb(12, 10_000) == (4, [1, 2, 4])
 
 
-def test_out_of_memory_is_one_sentence_with_the_next_value():
-    with pytest.raises(micro_batch.OutOfMemory, match=r"--batch.micro_batch_size 8\."):
-        with micro_batch.out_of_memory_named(16):
-            raise MemoryError
-    with pytest.raises(micro_batch.OutOfMemory, match="--student.activation_checkpointing"):
-        with micro_batch.out_of_memory_named(1):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
-    with pytest.raises(RuntimeError, match="another"):
-        with micro_batch.out_of_memory_named(1):
-            raise RuntimeError("another")
+@pytest.mark.parametrize(
+    ("size", "error", "remedy"),
+    [
+        (16, MemoryError(), "--batch.micro_batch_size 8."),
+        (1, RuntimeError("DefaultCPUAllocator: can't allocate memory: x"), "--student.activation_"),
+        (6, torch.OutOfMemoryError("CUDA out of memory"), "--batch.micro_batch_size 3."),
+    ],
+)
+def test_out_of_memory_is_one_sentence_with_the_next_value(size, error, remedy):
+    with (
+        pytest.raises(micro_batch.OutOfMemory, match=re.escape(remedy)),
+        micro_batch.out_of_memory_named(size),
+    ):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="another"), micro_batch.out_of_memory_named(1):
+        raise RuntimeError("another")
 
 
 def test_host_memory_sees_an_allocation(tmp_path):

@@ -13,7 +13,10 @@ def test_first_updates_lag_by_one_and_the_last_never_reaches_the_minimum():
 
 
 def test_official_accumulated_rate_counts_micro_batches():
-    rates = [official_accumulated_rate(SCHEDULE, u, accumulation=4, micro_batches_per_epoch=20) for u in range(50)]
+    rates = [
+        official_accumulated_rate(SCHEDULE, u, accumulation=4, micro_batches_per_epoch=20)
+        for u in range(50)
+    ]
     assert rates[:4] == pytest.approx([2e-6, 1.817e-4, 4.213e-4, 6.609e-4], rel=1e-12)
     assert rates[49] == pytest.approx(2.22451281259e-5, rel=1e-11)
 

@@ -9,7 +9,7 @@ from fd_large.models.swin import Swin
 from fd_large.models.swinv2 import SwinV2
 from fd_large.models.vit import ViT
 from fd_large.recipes.architectures import Architecture
-from fd_large.weights.formats import FORMATS, detect, load_report, read_weights, translate
+from fd_large.weights.formats import FORMATS, covered, detect, read_weights, translate
 from fd_large.weights.swin import first_stages
 
 
@@ -48,7 +48,7 @@ def check(net, state, form):
     """The state is told as `form`, and translated it is exactly the net's own."""
     assert detect(state) == form
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    found = load_report(expected, translate(form, state.items()))
+    found = dict(covered(expected, translate(form, state.items()), where="test"))
     for name, parameter in net.named_parameters():
         assert torch.equal(found[name], parameter), name
 
@@ -115,7 +115,7 @@ def test_first_stages_end_with_a_norm_that_only_normalises():
     whole, target = swin(), swin(stages=3)
     items = translate("swin", whole.state_dict().items())
     expected = {name: tuple(p.shape) for name, p in target.named_parameters()}
-    found = load_report(expected, first_stages(items, 3))
+    found = dict(covered(expected, first_stages(items, 3), where="test"))
     assert (found["norm.weight"] == 1).all()
     assert (found["norm.bias"] == 0).all()
 
@@ -187,7 +187,7 @@ def test_the_report_names_everything_that_does_not_fit():
     expected = {"a": (2,), "b": (3,), "c": (1, 2)}
     items = [("b", torch.zeros(4)), ("c", torch.zeros(1, 2)), ("d", torch.zeros(1))]
     with pytest.raises(WeightsError) as caught:
-        load_report(expected, [*items, ("c", torch.zeros(1, 2))])
+        dict(covered(expected, [*items, ("c", torch.zeros(1, 2))], where="test"))
     message = str(caught.value)
     for piece in ("missing: a", "left over: d", "b (4,) for (3,)", "given twice: c"):
         assert piece in message

@@ -1,0 +1,127 @@
+"""Held-out loss of a run: fixed views, spread over the ranks, the same result on any number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.data.decode import decode
+from fd_large.data.draws import uniforms
+from fd_large.data.loader import PictureSource
+from fd_large.data.views import NUM_DRAWS, random_view
+from fd_large.distill.inspection import best_constant_loss, feature_panel
+from fd_large.distill.objective import Distillation
+from fd_large.engine.build import Engine
+
+# Views of an epoch that no training reaches: crops of training images are unseen ones.
+EVALUATION_EPOCH = 2**31 - 1
+PANEL_IMAGES = 6
+
+
+class Evaluation:
+    """The views of one set of pictures, cut once and kept as uint8 on the host.
+
+    Args:
+        name: Prefix of the metrics.
+        source: The pictures.
+        views: How many; view v shows picture v modulo their number.
+        image_size: Side of a view.
+        min_crop_scale: Smallest crop area, as a part of the picture's.
+        micro_batch_size: Views per forward.
+        seed: Of the crops.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: PictureSource,
+        *,
+        views: int,
+        image_size: int,
+        min_crop_scale: float,
+        micro_batch_size: int,
+        seed: int,
+    ) -> None:
+        self.name, self._micro = name, micro_batch_size
+        world = distributed.world_size()
+        self._mine = np.arange(distributed.rank(), views, world)
+        # Under ZeRO-3 every rank runs as many forwards as the one with most views.
+        self._rounds = math.ceil(math.ceil(views / world) / micro_batch_size)
+        draws = uniforms(seed, EVALUATION_EPOCH, np.arange(views), "view", NUM_DRAWS).tolist()
+
+        def cut(view: int) -> Tensor:
+            index = view % len(source)
+            image = decode(source.read(index), source[index])
+            return random_view(
+                image, draws[view], image_size=image_size, min_crop_scale=min_crop_scale
+            )
+
+        mine = [cut(int(view)) for view in self._mine]
+        self._images = torch.stack(mine or [cut(0)])
+        # The panel shows the same images on any number of ranks.
+        self._panel = torch.stack([cut(view) for view in range(min(PANEL_IMAGES, len(source)))])
+
+    def measure(self, engine: Engine) -> dict[str, float]:
+        """Mean loss and the task's metrics over all views, the same on every rank."""
+        totals: dict[str, Tensor] = {}
+        with _evaluating(engine):
+            for prepared, weight, count in self._batches(engine):
+                loss, metrics = engine.deepspeed(**prepared)
+                for key, value in {"loss": loss, **metrics}.items():
+                    part = value.double() * weight * count
+                    totals[key] = totals[key] + part if key in totals else part
+        views = distributed.sum_tensor(
+            torch.tensor(len(self._mine), dtype=torch.float64, device=distributed.device())
+        )
+        means = distributed.sum_tensor(torch.stack(list(totals.values()))) / views
+        names = [f"{self.name}_{key}" for key in totals]
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def best_constant(self, engine: Engine) -> float:
+        """The loss of the best prediction that ignores the image."""
+        assert isinstance(engine.task, Distillation)
+        with _evaluating(engine):
+            return best_constant_loss(
+                engine.task,
+                lambda: ((prepared, w) for prepared, w, _ in self._batches(engine)),
+                distributed.sum_tensor,
+            )
+
+    def panel(self, engine: Engine) -> dict[str, np.ndarray]:
+        """Maps of the first few pictures: `images`, `teacher`, `student` (see feature_panel)."""
+        assert isinstance(engine.task, Distillation)
+        with _evaluating(engine):
+            images = self._panel.to(distributed.device())
+            maps = feature_panel(engine.task, engine.deepspeed, images)
+        return {name: value.numpy() for name, value in maps.items()}
+
+    def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
+        for number in range(self._rounds):
+            start = number * self._micro
+            images = self._images[start : min(start + self._micro, len(self._mine))]
+            weight = 1
+            if len(images) == 0:
+                images, weight = self._images[:1], 0
+            prepared = engine.task.prepare(images.to(distributed.device()), None)
+            yield prepared, weight, len(images)
+
+
+class _evaluating:
+    """Evaluation mode without gradients, and training mode again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._task, self._no_grad = engine.task, torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._task.eval()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(*error)
+        self._task.train()

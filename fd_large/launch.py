@@ -1,0 +1,301 @@
+"""Which launcher started this process, and where the ranks meet; without torch.
+
+One function, `find_launch`, reads the environment that the deepspeed launcher, torchrun, srun,
+mpirun or plain python left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fd_large.errors import LaunchError
+
+log = logging.getLogger(__name__)
+
+Launcher = Literal["deepspeed", "torchrun", "srun", "mpirun", "python"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Who started this rank, and where the ranks meet."""
+
+    launcher: Launcher
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    node_rank: int | None = None
+
+
+def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Finds the launcher from the environment that it left.
+
+    An inner launcher wins over an outer one (torchrun or deepspeed inside srun or mpirun). A
+    batch script of Slurm is no step, so plain python in it is a single process. Under mpirun
+    without MASTER_ADDR and MASTER_PORT this starts MPI (mpi4py) for one broadcast and ends it.
+
+    Raises:
+        LaunchError: If the environment is half set, contradicts itself, or names no meeting place.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return _from_rank_variables(environ, "torchrun", node_rank="GROUP_RANK")
+    if "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
+        return _from_rank_variables(environ, "deepspeed", node_rank="CROSS_RANK")
+    if "OMPI_COMM_WORLD_RANK" in environ:
+        return _agreeing(environ, _from_mpi(environ, "OMPI_COMM_WORLD_", local="LOCAL_"))
+    # `srun --mpi=pmi2` sets PMI_RANK too, hydra's local rank it does not.
+    if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
+        return _agreeing(environ, _from_mpi(environ, "PMI_", local=""))
+    if _is_slurm_step(environ):
+        return _agreeing(environ, _from_slurm(environ))
+    if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _from_rank_variables(environ, "python", node_rank="GROUP_RANK")
+    if _integer(environ, "SLURM_NTASKS", 1) > 1:
+        log.warning(
+            "a Slurm job of %s tasks, but not under srun: running as a single process",
+            environ["SLURM_NTASKS"],
+        )
+    return Launch(
+        launcher="python",
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        master_addr="127.0.0.1",
+        master_port=_free_port(),
+        node_rank=0,
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(
+            f"launch: {name}; got {text!r}, expected an integer. Start all ranks with one of "
+            "deepspeed, torchrun, srun or mpirun, or unset RANK, WORLD_SIZE and LOCAL_RANK "
+            "to run a single process."
+        ) from None
+
+
+def _checked(launch: Launch) -> Launch:
+    for name, value, low, high in (
+        ("rank", launch.rank, 0, launch.world_size - 1),
+        ("local rank", launch.local_rank, 0, launch.local_world_size - 1),
+        ("ranks on this node", launch.local_world_size, 1, launch.world_size),
+        ("master port", launch.master_port, 1, 65535),
+    ):
+        if not low <= value <= high:
+            raise LaunchError(
+                f"launch: {name} under {launch.launcher}; got {value}, expected {low} to {high}. "
+                "Unset RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT where a "
+                "script set them and let the launcher set them."
+            )
+    return launch
+
+
+def _agreeing(environ: Mapping[str, str], launch: Launch) -> Launch:
+    """Refuses RANK and the like where they contradict srun or mpirun, which set none of them."""
+    for name, value in (
+        ("RANK", launch.rank),
+        ("WORLD_SIZE", launch.world_size),
+        ("LOCAL_RANK", launch.local_rank),
+    ):
+        if (given := _integer(environ, name, value)) != value:
+            raise LaunchError(
+                f"launch: {name} contradicts {launch.launcher}; got {given}, expected {value}. "
+                f"Unset {name} before {launch.launcher} starts the ranks."
+            )
+    return _checked(launch)
+
+
+def _from_rank_variables(
+    environ: Mapping[str, str], launcher: Launcher, *, node_rank: str
+) -> Launch:
+    world_size = _integer(environ, "WORLD_SIZE")
+    if world_size > 1 and not environ.get("MASTER_ADDR"):
+        raise LaunchError(
+            f"launch: MASTER_ADDR; got nothing, expected the address of rank 0 for {world_size} "
+            "ranks. Set MASTER_ADDR and MASTER_PORT."
+        )
+    return _checked(
+        Launch(
+            launcher=launcher,
+            rank=_integer(environ, "RANK"),
+            world_size=world_size,
+            local_rank=_integer(environ, "LOCAL_RANK"),
+            # deepspeed calls it LOCAL_SIZE; ranks set by hand are taken to share one node.
+            local_world_size=_integer(
+                environ, "LOCAL_WORLD_SIZE", _integer(environ, "LOCAL_SIZE", world_size)
+            ),
+            master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
+            master_port=_integer(environ, "MASTER_PORT", _free_port() if world_size == 1 else None),
+            node_rank=_integer(environ, node_rank) if node_rank in environ else None,
+        )
+    )
+
+
+def _from_mpi(environ: Mapping[str, str], prefix: str, *, local: str) -> Launch:
+    world_size = _integer(environ, f"{prefix}SIZE")
+    if local:
+        local_rank = _integer(environ, f"{prefix}LOCAL_RANK")
+        local_world_size = _integer(environ, f"{prefix}LOCAL_SIZE")
+    else:
+        local_rank = _integer(environ, "MPI_LOCALRANKID")
+        local_world_size = _integer(environ, "MPI_LOCALNRANKS")
+    one_node = world_size == local_world_size
+    if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
+        address, port = environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
+    else:
+        address, port = _meet_over_mpi(world_size, one_node=one_node)
+    return Launch(
+        launcher="mpirun",
+        rank=_integer(environ, f"{prefix}RANK"),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_addr=address,
+        master_port=port,
+        node_rank=0 if one_node else None,
+    )
+
+
+def _meet_over_mpi(world_size: int, *, one_node: bool) -> tuple[str, int]:
+    """Broadcasts rank 0's address and a free port of its node to all ranks of COMM_WORLD."""
+    remedy = (
+        "Install an mpi4py that is built for this mpirun (the mpi extra brings one with mpich), "
+        "or set MASTER_ADDR and MASTER_PORT for all ranks."
+    )
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"launch: mpi4py under mpirun; got {error}, expected a working one. {remedy}"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.size != world_size:
+        raise LaunchError(
+            f"launch: MPI ranks; mpi4py sees {world.size}, mpirun started {world_size}. {remedy}"
+        )
+    place = None
+    if world.rank == 0:
+        place = ("127.0.0.1" if one_node else _own_address(), _free_port())
+    address, port = world.bcast(place)
+    # A rank that later leaves by os._exit or a signal must not look to MPI like a crash of all.
+    MPI.Finalize()
+    return str(address), int(port)
+
+
+def _own_address() -> str:
+    """Returns an address of this host that other hosts can reach."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+        # Connecting a datagram socket sends nothing: it asks which interface faces outwards.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise LaunchError(
+            f"launch: address of rank 0; got {error}, expected one that other hosts can reach. "
+            "Set MASTER_ADDR and MASTER_PORT for all ranks."
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_slurm_step(environ: Mapping[str, str]) -> bool:
+    # The shells of sbatch (no step id) and of an interactive salloc (step ids from 0xfffffff0 on
+    # are Slurm's own) carry SLURM_PROCID too, but are not ranks.
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < 0xFFFFFFF0
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Launch:
+    rank = _integer(environ, "SLURM_PROCID")
+    world_size = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS", 1))
+    node_rank = _integer(environ, "SLURM_NODEID")
+    local_rank = _integer(environ, "SLURM_LOCALID")
+    counts: list[int] = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(","):
+        # "8(x2),4" is 8, 8, 4
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise LaunchError(
+                f"launch: SLURM_STEP_TASKS_PER_NODE; got {part!r}, expected a form like 8(x2),4. "
+                "Start the ranks with srun."
+            )
+        counts += [int(match[1])] * int(match[2] or 1)
+    if sum(counts) != world_size or node_rank >= len(counts):
+        raise LaunchError(
+            f"launch: the tasks of this Slurm step; got {counts} on its nodes, expected "
+            f"{world_size} in all. Start the ranks with srun and leave SLURM_* alone."
+        )
+    first = sum(counts[:node_rank])
+    expected = ",".join(str(first + task) for task in range(counts[node_rank]))
+    # The ranks of the whole node, so that all of it refuses and nobody waits for the others.
+    if (placed := environ.get("SLURM_GTIDS", expected)) != expected or first + local_rank != rank:
+        raise LaunchError(
+            f"launch: placement of Slurm tasks; got ranks {placed} on node {node_rank}, expected "
+            f"{expected}. Add --distribution=block to srun: the ranks of a node must be "
+            "consecutive."
+        )
+    return Launch(
+        launcher="srun",
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=counts[node_rank],
+        master_addr=environ.get("MASTER_ADDR") or _slurm_address(environ, len(counts)),
+        # The port must be known to all ranks without a message; jobs that share a node differ.
+        master_port=_integer(
+            environ, "MASTER_PORT", 10000 + _integer(environ, "SLURM_JOB_ID") % 20000
+        ),
+        node_rank=node_rank,
+    )
+
+
+def first_slurm_host(nodelist: str) -> str:
+    """Returns the first host of a Slurm node list: "gpu[003-004,9],login1" gives gpu003."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0]) if match else ""
+
+
+def _slurm_address(environ: Mapping[str, str], num_nodes: int) -> str:
+    if num_nodes == 1:
+        return "127.0.0.1"
+    # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was called, often a login node.
+    host = first_slurm_host(environ.get("SLURM_STEP_NODELIST", ""))
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        # Slurm may know a node by a name that no resolver does.
+        command = ["scontrol", "show", "node", host]
+        try:
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            shown = ""
+        if (match := re.search(r"\bNodeAddr=(\S+)", shown)) and match[1] != host:
+            return match[1]
+        raise LaunchError(
+            f"launch: first node of the Slurm step; got {host!r}, which does not resolve, expected "
+            "a host name or address. Set MASTER_ADDR to an address of that node."
+        ) from None
