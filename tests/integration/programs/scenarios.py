@@ -1,8 +1,8 @@
-"""Rank program: trains tiny runs under DeepSpeed in many settings and writes their losses.
+"""Rank program: trains tiny runs under DeepSpeed in many settings and writes what came out.
 
-python tests/integration/scenarios.py SCENARIOS.json OUT.json, one process a rank. Every scenario is
-a list of overrides of one tiny recipe; rank 0 writes {name: result}. `plain_losses` is the
-same run in plain torch: one process, whole batches, torch's AdamW.
+scenarios.py FOLDER, with scenarios.json in it: {name: {"run": overrides by section, "zero":
+zero_optimization of the JSON, "updates": 10}}. `plain_losses` is the same run in plain torch: one
+process, whole batches, torch's AdamW.
 """
 
 from __future__ import annotations
@@ -14,19 +14,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from launch import write_result
 
 from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
-from fd_large.engine.optimizer import parameter_groups
+from fd_large.engine import config as ds
+from fd_large.engine import partition, start
+from fd_large.engine.build import (
+    Engine,
+    build_engine,
+    build_teacher,
+    node_size_of,
+    parameter_sizes,
+    precision_of,
+    task_maker,
+    teacher_maker,
+)
+from fd_large.engine.loop import forward_backward
+from fd_large.engine.optimizer import parameter_groups, set_rate
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 
 UPDATES = 10
+# Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.
+ZERO1 = {"stage": 1, "reduce_bucket_size": 1_000_000}
+ZERO2 = {"stage": 2, "reduce_bucket_size": 1_000_000}
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
 
 
 def tiny_run(**sections: dict[str, Any]) -> Run:
@@ -84,7 +104,6 @@ def schedule_of(run: Run) -> CosineSchedule:
 
 def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
     """One process, no engine: the reference of every scenario."""
-    from fd_large.engine.build import task_maker, teacher_maker
 
     def seeded(make: Any, seed: int) -> Any:
         torch.manual_seed(seed)
@@ -116,36 +135,34 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
     return losses
 
 
-def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
-    """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
-    from fd_large.engine import config as ds
-    from fd_large.engine import start
-    from fd_large.engine.build import (
-        build_engine,
-        build_teacher,
-        node_size_of,
-        parameter_sizes,
-        precision_of,
-        task_maker,
-    )
-    from fd_large.engine.loop import forward_backward
-    from fd_large.engine.optimizer import set_rate
-
-    world, rank = distributed.world_size(), distributed.rank()
+def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, PlacedTeacher]:
+    """The run's engine and teacher on all ranks."""
+    world = distributed.world_size()
     precision, node_size = precision_of(run), node_size_of(run, world)
     micro = run.batch.micro_batch_size
-    share = run.batch.global_batch_size // world
-    config = ds.fill(
-        {"zero_optimization": zero},
-        ds.RunNumbers(
-            micro, share // micro, world, node_size, run.optim.clip_norm, precision.bfloat16,
-            parameter_sizes(run),
-        ),
-    )  # fmt: skip
-    before = storages()
+    numbers = ds.RunNumbers(
+        micro_batch_size=micro,
+        accumulation=run.batch.global_batch_size // world // micro,
+        world_size=world,
+        node_size=node_size,
+        clip_norm=run.optim.clip_norm,
+        bfloat16=precision.bfloat16,
+        parameter_sizes=parameter_sizes(run),
+    )
+    config = ds.fill({"zero_optimization": zero}, numbers)
     teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=0)
-    engine = build_engine(run, task_maker(run, teacher, teacher.width), config)
+    return build_engine(run, task_maker(run, teacher, teacher.width), config), teacher
+
+
+def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
+    """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
+    world, rank = distributed.world_size(), distributed.rank()
+    micro = run.batch.micro_batch_size
+    share = run.batch.global_batch_size // world
+    before = storages()
+    engine, teacher = start_engine(run, zero)
     engine.task.train()
+    master_error = _master_error(engine, task_maker(run, teacher, teacher.width), run)
     schedule, losses, norms = schedule_of(run), [], []
     for update in range(updates):
         set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
@@ -159,10 +176,11 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         norms.append(engine.deepspeed.get_global_grad_norm())
     result = {
         "losses": losses,
+        "master_error": master_error,
         "norms": [None if n is None else float(n) for n in norms],
         "teacher_hash": [teacher.fingerprint, teacher.hash_now()],
         "held_bytes": distributed.gather_objects(_new_bytes(before)),
-        "planned_bytes": planned_bytes(run, config, node_size),
+        "planned_bytes": planned_bytes(run, engine.config),
         "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
     }
     engine.deepspeed.destroy()
@@ -172,13 +190,28 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     return result
 
 
-def planned_bytes(run: Run, config: dict[str, Any], node_size: int) -> int:
+def _master_error(engine: Engine, make: Any, run: Run) -> float:
+    """Largest distance of a float32 master from the exact initial value."""
+    exact = dict(
+        partition.build(make, {}, partitioned=False, seed=run.runtime.seed).named_parameters()
+    )
+    worst = 0.0
+    for name, parameter in engine.task.named_parameters():
+        if engine.stage == 0:
+            master = parameter.detach()
+        else:
+            master = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        worst = max(worst, (master - exact[name]).abs().max().item())
+    return worst
+
+
+def planned_bytes(run: Run, config: dict[str, Any]) -> int:
     """What the plan says that a rank holds between updates, device and host together."""
     place = memory.Placement.of(
         run,
         config["zero_optimization"],
         world_size=distributed.world_size(),
-        node_size=node_size,
+        node_size=node_size_of(run, distributed.world_size()),
         bfloat16=config["bf16"]["enabled"],
         teacher_persistence_threshold=0,
     )
@@ -204,21 +237,18 @@ def storages() -> dict[int, int]:
     return alive
 
 
-def main(scenarios: str, out: str) -> None:
-    """Runs all scenarios of the file in one group of ranks."""
-    from fd_large.engine import start
-
+def main(folder: Path) -> None:
+    """Runs all scenarios of the folder in one group of ranks."""
     torch.set_num_threads(1)
     distributed.start()
     start.start()
     results = {}
-    for name, scenario in json.loads(Path(scenarios).read_text()).items():
+    for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))
-        results[name] = engine_result(run, scenario["zero"])
-    if distributed.is_main():
-        Path(out).write_text(json.dumps(results))
+        results[name] = engine_result(run, scenario["zero"], scenario.get("updates", UPDATES))
+    write_result(folder, results)
     distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,208 @@
+"""The real commands on real pictures: launchers, run folder, resume, micro batch, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import ROOT, Finished, Launcher, run_ranks
+from pictures import write_pictures
+
+from fd_large.plan import memory
+from fd_large.recipes.run import Run
+
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+
+TRAIN = ROOT / "fd_large" / "train.py"
+# The G recipe's shrunken twin: extra norms, checkpointing, a teacher split inside the node.
+FLAGS = """
+--recipe fd_swinv2g
+--student.architecture.embed_dim 32 --student.architecture.depths 2 2 6 2
+--student.architecture.num_heads 1 2 4 8 --student.architecture.window_size 4
+--student.architecture.extra_norm_every 3
+--teacher.architecture.embed_dim 16 --teacher.architecture.depths 1 1 2 1
+--teacher.architecture.num_heads 1 1 2 4 --teacher.architecture.window_size 4
+--teacher.source random --data.image_size 64 --data.workers 1 --runtime.log_every 1
+--optim.base_lr 1e-2 --optim.warmup_epochs 0
+"""
+TWIN = FLAGS.split()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 19)
+
+
+def train(
+    pictures: Path,
+    run_dir: Path,
+    *words: str,
+    ranks: int = 2,
+    launcher: Launcher = "plain",
+    config: str = "zero3",
+    check: bool = True,
+    env: dict[str, str] | None = None,
+    batch: tuple[str, ...] = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"),
+) -> Finished:
+    return run_ranks(
+        TRAIN,
+        "--deepspeed_config",
+        ROOT / f"ds_configs/{config}.json",
+        *TWIN,
+        "--data.root",
+        pictures,
+        "--runtime.run_dir",
+        run_dir,
+        *batch,
+        *words,
+        ranks=ranks,
+        launcher=launcher,
+        check=check,
+        env=env,
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of two updates under the deepspeed command."""
+    run_dir = tmp_path_factory.mktemp("runs") / "reference"
+    train(pictures, run_dir, "--optim.epochs", "3", launcher="deepspeed")
+    return run_dir
+
+
+def test_a_run_leaves_its_folder(reference: Path) -> None:
+    assert len(losses(reference)) == 6
+    summary = read(reference / "summary.json")
+    assert summary["status"] == "done"
+    assert summary["teacher"] == {"model": "swinv2_giant", "source": "random"}
+    assert summary["loss_start"] == losses(reference)[0]
+    assert read(reference / "environment.json")["launcher"] == "deepspeed"
+    assert "auto" not in json.dumps(read(reference / "deepspeed.json"))
+    assert read(reference / "recipe.json")["student"]["model"] == "swinv2_giant"
+    assert sorted(p.name for p in (reference / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    manifest = read(reference / "checkpoints/step_00000006/manifest.json")
+    assert manifest["teacher_source"] == "random"
+    assert len(manifest["teacher_hash"]) == 16
+    run = Run.from_dict(read(reference / "recipe.json"))
+    states = (reference / "checkpoints/step_00000006").rglob("*.pt")
+    # Masters and moments in float32 and a little text; the teacher would add 4 bytes a parameter.
+    beside = sum(path.stat().st_size for path in states) - 12 * sum(memory.student_sizes(run))
+    assert 0 < beside < 0.3 * 4 * sum(memory.teacher_sizes(run))
+    log = (reference / "logs/rank_00000.log").read_text()
+    assert "AdamW of torch" in log
+    assert "whole on every rank" in log
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_the_same_losses_under_every_launcher(
+    launcher: Launcher, pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    train(pictures, tmp_path / "run", "--optim.epochs", "3", launcher=launcher)
+    assert losses(tmp_path / "run") == losses(reference)
+    assert read(tmp_path / "run/environment.json")["launcher"] == launcher
+
+
+def test_resumes_at_the_last_checkpoint_and_knows_when_it_is_done(
+    pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step_00000006")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 6, "lo')  # torn
+    # Only what cannot change the result may differ from the first command.
+    train(pictures, run_dir, "--optim.epochs", "3", "--data.workers", "0")
+    assert losses(run_dir) == losses(reference)
+    again = train(pictures, run_dir, "--optim.epochs", "3", ranks=1, check=False)
+    assert again.returncodes == [0]
+    assert "nothing to do" in again.outputs[0]
+    other = train(pictures, run_dir, "--optim.epochs", "4", check=False)
+    assert other.returncodes == [2, 2]
+    assert "optim.epochs 3 -> 4" in other.outputs[0]
+    assert "--fresh" in other.outputs[0]
+
+
+def test_another_number_of_ranks_is_refused_until_it_is_supported(
+    pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step_00000006")
+    refused = train(pictures, run_dir, "--optim.epochs", "3", ranks=1, check=False)
+    assert refused.returncodes == [2]
+    assert "got 1, expected 2" in refused.outputs[0]
+    assert "Traceback" not in refused.outputs[0]
+
+
+def test_auto_micro_batch_trains_like_a_given_one_and_is_remembered(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Also without any compiler on the PATH, and with offload."""
+    words = ("--optim.max_steps", "3")
+    bare = {"PATH": str(_empty_folder(tmp_path)), "CC": "", "CXX": ""}
+    auto = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "auto")
+    train(pictures, tmp_path / "auto", *words, batch=auto, env=bare, config="zero3_offload")
+    found = read(tmp_path / "auto/micro_batch.json")
+    assert found == {"world_size": 2, "micro_batch_size": 4}
+    assert read(tmp_path / "auto/deepspeed.json")["gradient_accumulation_steps"] == 1
+    given = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "4")
+    train(pictures, tmp_path / "given", *words, batch=given, config="zero3_offload")
+    assert losses(tmp_path / "auto") == losses(tmp_path / "given")
+    shutil.rmtree(tmp_path / "auto/checkpoints")
+    train(pictures, tmp_path / "auto", *words, batch=auto, config="zero3_offload")
+    assert "peak" not in (tmp_path / "auto/logs/rank_00000.log").read_text().split("done:")[1]
+    assert losses(tmp_path / "auto") == losses(tmp_path / "given")
+
+
+def _empty_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "no_compiler_here"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--teacher.source", ""), "--teacher.source random"),
+        (("--teacher.source", "/no/such/file.pt"), "no such file"),
+        (("--data.root", "/no/such/folder"), "no such folder"),
+        (("--data.image_size", "72"), "window"),
+        (("--teacher.architecture.patch_size", "8"), "--objective.interpolation"),
+        (("--optim.base_rl", "1"), "nearest: optim.base_lr"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_written(
+    words: tuple[str, ...], said: str, pictures: Path, tmp_path: Path
+) -> None:
+    finished = train(pictures, tmp_path / "run", *words, ranks=1, check=False)
+    assert finished.returncodes == [2]
+    assert said in finished.outputs[0]
+    assert "Traceback" not in finished.outputs[0]
+    assert len([line for line in finished.outputs[0].splitlines() if "; got" in line]) <= 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_one_rank_speaks_of_a_common_mistake(pictures: Path, tmp_path: Path) -> None:
+    finished = train(
+        pictures, tmp_path / "run", "--data.root", os.devnull, ranks=2, launcher="deepspeed",
+        check=False,
+    )  # fmt: skip
+    assert finished.returncodes == [2]
+    assert finished.outputs[0].count("no such folder") == 1

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from fd_large.engine.activation import checkpoint_blocks
+from fd_large.errors import ConfigError
+from fd_large.models.swinv2 import SwinV2
+
+
+def _net():
+    torch.manual_seed(0)
+    return SwinV2(16, (2, 2), (1, 2), window_size=4, drop_path_rate=0.2)
+
+
+def _run(mode, every=1):
+    """Gradients, bytes that autograd saves, and blocks wrapped."""
+    net = _net()
+    wrapped = checkpoint_blocks(net.blocks(), mode=mode, every=every)
+    saved: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(8, 2, generator=torch.Generator().manual_seed(2)) > 0.2
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net(images, mask).tokens.square().mean()
+    loss.backward()
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    held = sum(size for address, size in saved.items() if address not in parameters)
+    return {n: p.grad for n, p in net.named_parameters()}, held, wrapped
+
+
+@pytest.mark.parametrize(
+    ("mode", "every", "blocks"), [("every", 1, 4), ("every", 2, 2), ("offload", 1, 4)]
+)
+def test_gradients_stay_and_memory_shrinks(mode, every, blocks):
+    expected, whole, none = _run("off")
+    gradients, held, wrapped = _run(mode, every)
+    assert (none, wrapped) == (0, blocks)
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
+    assert held < (0.3 if every == 1 else 0.75) * whole
+
+
+def test_names_stay():
+    net = _net()
+    before = [name for name, _ in net.named_parameters()]
+    checkpoint_blocks(net.blocks(), mode="every")
+    assert [name for name, _ in net.named_parameters()] == before
+
+
+def test_unknown_mode_and_missing_fairscale(monkeypatch):
+    with pytest.raises(ConfigError, match="sometimes"):
+        checkpoint_blocks(_net().blocks(), mode="sometimes")
+    monkeypatch.setitem(__import__("sys").modules, "fairscale.nn.checkpoint", None)
+    with pytest.raises(ConfigError, match=r"fd_large\[offload\]"):
+        checkpoint_blocks(_net().blocks(), mode="offload")
