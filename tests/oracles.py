@@ -25,6 +25,12 @@ NOT_YET = {
     "interpolation": "position tables are not resized when weights are read yet",
 }
 
+# Parts of files whose other parts are checked.
+NOT_YET_PARTS = {
+    "fd_optim_groups": "fine-tuning groups: fine-tuning is no task of the engine yet",
+    "schedule": "layer decay: fine-tuning is no task of the engine yet",
+}
+
 _CLASSES = (
     ("SwinV2ForFD", "fd_swinv2"),
     ("SimMIM", "simmim"),
@@ -99,6 +105,8 @@ def check_file(path: Path, dtype: torch.dtype = torch.float32) -> Verdict:
     worst = max(result, key=lambda row: row.error / row.tolerance if row.tolerance else row.error)
     past = [row.label for row in result if not row.error <= row.tolerance]
     text = f"FAIL: {', '.join(past[:4])}" if past else f"ok ({len(result)} compared)"
+    if kind in NOT_YET_PARTS:
+        text += f"; not yet: {NOT_YET_PARTS[kind]}"
     return Verdict(path.stem, kind, worst, text)
 
 

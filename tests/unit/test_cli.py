@@ -79,7 +79,7 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
 
 def test_without_a_recipe_the_default_one_runs(engine):
     assert cli.main(["train", "--deepspeed_config", "some.json"]) == 0
-    assert engine.run == registry.get("fd_clip_vit_base")
+    assert engine.run == registry.get("quickstart")
     assert engine.flags == ("some.json", False)
 
 
@@ -200,7 +200,7 @@ def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkey
         _flag, told = entry.group().split("\n", 1)
         assert len(told.split()) > 3, (name, told)
         assert "--" not in told, (name, told)
-    assert "fd_clip_vit_base" in text
+    assert f"without it {registry.DEFAULT_RECIPE}" in " ".join(text.split())
     assert "7.5e-05" in text
 
 

@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     distributed.start()
     start.start()
     shape = Architecture(
-        embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=2, extra_norm_every=1
+        embed_dim=8, depths=(1,), num_heads=(1,), window_size=2, extra_norm_every=1
     )
     run = tiny_run(
         student={"architecture": shape},

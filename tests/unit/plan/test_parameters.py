@@ -2,6 +2,7 @@
 
 import pytest
 
+from fd_large.errors import ConfigError
 from fd_large.plan.parameters import count, projection_shapes, shapes, sizes, width
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 
@@ -93,7 +94,13 @@ def test_absolute_positions_count_prefix_tokens(name, side, tokens):
     assert shapes(resolve(name), image_size=side)["pos_embed"][1] == tokens
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_net_of_timm_is_refused_in_one_sentence():
+    for call in (shapes, width):
+        with pytest.raises(ConfigError, match=r"plan: .*got tf_efficientnet_lite0.*built net"):
+            call(resolve("efficientnet_lite0"))
+
+
+@pytest.mark.parametrize("name", [n for n, net in ARCHITECTURES.items() if net.family != "timm"])
 def test_a_built_net_has_these_tensors(name):
     torch = pytest.importorskip("torch")
     from fd_large.models import registry

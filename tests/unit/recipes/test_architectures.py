@@ -46,6 +46,9 @@ def test_unknown_name_gives_the_nearest():
         ("swinv2_base", Architecture(qkv_bias="fused"), "qkv_bias"),
         ("swinv2_base", Architecture(pretrained_window_sizes=(12,)), "4 numbers"),
         ("swinv2_base", Architecture(window_size=0), "positive whole number"),
+        ("swinv2_base", Architecture(timm_name="resnet50"), "swinv2 net without that option"),
+        ("timm", Architecture(embed_dim=8), "timm net without that option"),
+        ("timm", Architecture(feature_stride=0), "feature_stride"),
     ],
 )
 def test_misfits_are_named(name, override, match):

@@ -39,7 +39,8 @@ OURS = {
 
 
 def test_the_registry_holds_these_and_names_them_by_function():
-    assert set(registry.RECIPES) == set(PAPER) | set(OURS)
+    assert set(registry.RECIPES) == set(PAPER) | set(OURS) | {"quickstart"}
+    assert next(iter(registry.RECIPES)) == registry.DEFAULT_RECIPE == "quickstart"
     assert all(registry.get(name).name == name for name in registry.RECIPES)
 
 
@@ -94,12 +95,32 @@ def test_giant_fits_its_network():
     )
 
 
+def test_the_quick_start_needs_nothing_of_the_user():
+    run = registry.get("quickstart")
+    assert run.data.root.startswith("builtin:")
+    assert run.eval.root.startswith("builtin:")
+    assert run.teacher.source.startswith("package:")
+    assert run.teacher.placement == "sharded"
+    # Both maps have stride 8: 16 x 16 tokens.
+    student, teacher = run.student_architecture(), run.teacher_architecture()
+    assert student.patch_size * 2 ** (len(student.depths) - 1) == teacher.feature_stride == 8
+    # Every power of two of ranks up to 16 gets a share.
+    assert run.batch.global_batch_size == 16
+    # Known only once the time box has measured its updates, the length must not matter before.
+    per_epoch = 18 * 256 // run.batch.global_batch_size
+    assert int(run.optim.warmup_epochs * per_epoch) == 20
+    assert 0 < run.optim.max_seconds <= 240
+
+
 @pytest.mark.parametrize("name", registry.RECIPES)
 def test_the_docstring_tells_hardware_duration_and_result(name):
     facts = registry.facts(name)
     for line in (facts.summary, facts.hardware, facts.duration, facts.result):
         assert 0 < len(line) <= 100
     run = registry.get(name)
+    if name == "quickstart":
+        assert facts.duration.startswith(f"at most {run.optim.max_steps:,} updates")
+        return
     # 1,281,167 images, the last incomplete batch dropped.
     updates = run.optim.epochs * (1_281_167 // run.batch.global_batch_size)
     assert facts.duration.startswith(f"{updates:,} updates")

@@ -1,0 +1,236 @@
+"""How fast do pictures become batches? Images per second and core, ours beside others.
+
+    python benchmarks/data_pipeline.py [--quick]
+
+Each pipeline reads the 256 pictures of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
+from files in memory's cache and makes 224 pixel random resized crops with flips, in one thread of
+one process. They take turns; time is the processor time of the process (other programs share the
+machine), and a ratio is that of neighbours. Writes results/data_pipeline.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from fd_large.data.loader import build_loader
+from fd_large.data.source import open_pictures
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+SIZE, MIN_SCALE, BATCH = 224, 0.08, 32
+PIL = "PIL, folder"
+
+
+def ours(root: str) -> Callable[[int], int]:
+    """The loader of this package, without workers."""
+    source = open_pictures(root)
+
+    def run(epoch: int) -> int:
+        loader = build_loader(
+            source,
+            seed=0,
+            epoch=epoch,
+            global_batch_size=BATCH,
+            micro_batch_size=BATCH,
+            rank=0,
+            world_size=1,
+            image_size=SIZE,
+            min_crop_scale=MIN_SCALE,
+            workers=0,
+        )
+        return sum(len(batch.images) for batch in loader)
+
+    return run
+
+
+def pil_transform() -> transforms.Compose:
+    """The usual training transform on PIL pictures."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(SIZE, scale=(MIN_SCALE, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ])  # fmt: skip
+
+
+def pil(root: str) -> Callable[[int], int]:
+    """Open, convert, crop, flip, ToTensor, in batches like the others."""
+    paths = sorted(path for path in Path(root).rglob("*.JPEG"))
+    transform = pil_transform()
+
+    def run(epoch: int) -> int:
+        done = 0
+        order = np.random.default_rng(epoch).permutation(len(paths))
+        for start in range(0, len(order), BATCH):
+            views = []
+            for index in order[start : start + BATCH]:
+                with Image.open(paths[index]) as picture:
+                    views.append(transform(picture.convert("RGB")))
+            done += len(torch.stack(views))
+        return done
+
+    return run
+
+
+def webdataset(tar: str) -> Callable[[int], int] | None:
+    """The package webdataset, which reads a tar in its own order; None where not installed."""
+    try:
+        import webdataset as wds
+    except ImportError:
+        return None
+    transform = pil_transform()
+
+    def run(_: int) -> int:
+        data = wds.WebDataset(tar, shardshuffle=False).select(lambda sample: "jpeg" in sample)
+        data = data.decode("pil").to_tuple("jpeg")
+        return sum(len(x) for (x,) in data.map_tuple(transform).batched(BATCH))
+
+    return run
+
+
+def measure(
+    pipelines: dict[str, Callable[[int], int]], repetitions: int
+) -> dict[str, dict[str, list[float]]]:
+    """Runs all in turn, the first round unmeasured."""
+    rates = {name: {"processor": [], "wall": []} for name in pipelines}
+    for epoch in range(repetitions + 1):
+        for name, run in pipelines.items():
+            processor, wall = time.process_time(), time.perf_counter()
+            num = run(epoch)
+            processor, wall = time.process_time() - processor, time.perf_counter() - wall
+            if epoch:
+                rates[name]["processor"].append(num / processor)
+                rates[name]["wall"].append(num / wall)
+    return rates
+
+
+def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, object]]:
+    """Medians, quartiles, and the ratio to PIL in the same round."""
+    result = {}
+    for name, samples in rates.items():
+        values = samples["processor"]
+        ratios = [a / b for a, b in zip(values, rates[PIL]["processor"], strict=True)]
+        result[name] = {
+            "images_per_second_per_core": round(statistics.median(values), 1),
+            "quartiles": [round(float(q), 1) for q in np.quantile(values, [0.25, 0.75])],
+            "ratio_to_pil": round(statistics.median(ratios), 3),
+            "ratio_quartiles": [round(float(q), 3) for q in np.quantile(ratios, [0.25, 0.75])],
+            "wall_images_per_second": round(statistics.median(samples["wall"]), 1),
+            "samples": [round(value, 1) for value in values],
+        }
+    return result
+
+
+def draw(result: dict[str, dict[str, object]], path: Path) -> None:
+    """One bar a pipeline: median, quartiles, every sample."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(result)[::-1]
+    figure, axes = plt.subplots(figsize=(7.5, 0.7 * len(names) + 1.3), layout="constrained")
+    for place, name in enumerate(names):
+        facts = result[name]
+        median = facts["images_per_second_per_core"]
+        low, high = facts["quartiles"]
+        color = "tab:blue" if name.startswith("fd_large") else "tab:gray"
+        axes.barh(place, median, color=color, alpha=0.8)
+        axes.errorbar(
+            median, place, xerr=[[median - low], [high - median]], color="black", capsize=4
+        )
+        axes.plot(facts["samples"], [place - 0.28] * len(facts["samples"]), "k.", markersize=3)
+        label = f"{median:.0f}/s, {facts['ratio_to_pil']:.2f} x"
+        axes.text(0.02 * median, place, label, va="center", color="white")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("images per second of processor time (median, quartiles, samples)")
+    axes.set_title(f"{SIZE} px random resized crop and flip, one core")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def processor_name() -> str:
+    """The model of the processor, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "pillow", "numpy", "webdataset"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def main() -> None:
+    """Measures and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tar = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
+    tar = tar / "imagenet_sample256.tar"
+    if not tar.is_file():
+        sys.exit("data_pipeline: no imagenet_sample256.tar. Set FD_DATA to its folder.")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(tar) as archive:
+            archive.extractall(folder, filter="data")
+        pipelines = {
+            "fd_large, folder": ours(folder),
+            "fd_large, tar in place": ours(str(tar)),
+            PIL: pil(folder),
+        }
+        if run := webdataset(str(tar)):
+            pipelines["webdataset, tar (PIL)"] = run
+        load_before = os.getloadavg()[0]
+        rates = measure(pipelines, 3 if options.quick else 15)
+    result = summary(rates)
+    RESULTS.mkdir(exist_ok=True)
+    record = {
+        "question": "images per second per core, 224 px random resized crop and flip",
+        "command": "python benchmarks/data_pipeline.py" + (" --quick" if options.quick else ""),
+        "data": "imagenet_sample256.tar, 256 pictures",
+        "versions": versions(),
+        "machine": {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        },
+        "unit": "images per second of processor time, one thread",
+        "pipelines": result,
+    }
+    (RESULTS / "data_pipeline.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(result, RESULTS / "data_pipeline.png")
+    for name, facts in result.items():
+        print(
+            f"{name:24} {facts['images_per_second_per_core']:7.1f} images/s "
+            f"{facts['quartiles']}  {facts['ratio_to_pil']:.2f} x PIL {facts['ratio_quartiles']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

