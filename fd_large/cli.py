@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 from fd_large.errors import ConfigError, FDError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, describe_type, field_names
+from fd_large.runtime import terminal
 
 # Whoever started the ranks sets one of these; torch must not be needed to find rank 0.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -33,7 +34,7 @@ class TrainFlags:
     """Train a recipe. A recipe gives every field its value; flags override field by field."""
 
     recipe: str = registry.DEFAULT_RECIPE
-    """Run of record whose values are the defaults below; without it fd_clip_vit_base."""
+    """Run of record whose values are the defaults below; without it quickstart."""
     deepspeed_config: str = ""
     """DeepSpeed's JSON, for instance ds_configs/zero3.json; needed."""
     fresh: bool = False
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FDError as error:
         # Every rank makes the same mistake and one of them tells it, but for what only one met.
         if find_rank(os.environ) == 0 or error.rank_local:
-            print(error, file=sys.stderr)
+            terminal.tell_error(str(error))
         else:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
@@ -127,14 +128,42 @@ def _train(arguments: list[str]) -> int:
             "--deepspeed_config: not given; got nothing, expected the path of a DeepSpeed JSON."
             " Pass --deepspeed_config ds_configs/zero3.json."
         )
+    terminal.take()
     # torch and deepspeed: seconds.
     from fd_large import distributed
-    from fd_large.engine.run import train
+    from fd_large.runtime import logs
     from fd_large.runtime.meter import Meter
+    from fd_large.runtime.pictures import Pictures
+    from fd_large.runtime.progress import Progress
+    from fd_large.runtime.tensorboard import TensorBoard
 
-    return distributed.leave(
-        train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=[Meter()])
-    )
+    logs.start(find_rank(os.environ))
+    from fd_large.engine.run import train
+
+    progress, board = Progress(), TensorBoard()
+    # The meter is asked first: at the end it hands the others its last rows.
+    meter = Meter(on_rows=[progress.show_rows, board.write_rows])
+    hooks = [meter, progress, board, Pictures()]
+    code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
+    if distributed.is_main() and os.path.exists(run.run_dir()):
+        _tell_report(run.run_dir())
+    return distributed.leave(code)
+
+
+def _tell_report(folder: str) -> None:
+    """Draws a finished run's pictures and says what came out; never the reason that a run fails."""
+    import logging
+
+    from fd_large.report.make import make_report
+
+    try:
+        text = make_report(folder)
+    except Exception:
+        logging.getLogger(__name__).exception(
+            "its report failed, the run stands: python -m fd_large report %s", folder
+        )
+        return
+    terminal.console().print(f"\n{text}", soft_wrap=True)
 
 
 def _print_train_help(arguments: list[str]) -> int:
@@ -165,6 +194,22 @@ def _recipes(arguments: list[str]) -> int:
     return 0
 
 
+def _report(arguments: list[str]) -> int:
+    """Draw a run's pictures and say what came out, from the files in its folder."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m fd_large report RUN\n\n{_first_line(_report)}")
+        return 0
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(
+            f"report: takes the folder of one run; got {' '.join(arguments) or 'nothing'}, expected"
+            " RUN. Name it, for instance runs/quickstart."
+        )
+    from fd_large.report.make import make_report
+
+    print(make_report(arguments[0]))
+    return 0
+
+
 def recipes_table() -> Any:
     """Returns the rich table of all runs of record, a block of lines each."""
     from rich.table import Table
@@ -181,7 +226,11 @@ def recipes_table() -> Any:
     return table
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "recipes": _recipes}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "recipes": _recipes,
+    "report": _report,
+}
 
 
 def _flags_type(run: Run) -> type[TrainFlags]:

@@ -36,6 +36,10 @@ class WeightsError(FDError):
     """A weights file that is missing, damaged, or not of the expected network."""
 
 
+class CheckpointError(FDError):
+    """Checkpoints that cannot be read back or written."""
+
+
 class LaunchError(FDError):
     """An environment in which ranks cannot find each other."""
 

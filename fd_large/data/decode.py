@@ -1,27 +1,42 @@
 """From the bytes of a picture file to RGB pixels, upright.
 
-torchvision's decoders go first, about twice as fast as Pillow; Pillow takes what they refuse
-(BMP, TIFF, animated WebP). A file that both refuse is a `DataError` with its name.
+torchvision's decoders go first, faster than Pillow; Pillow takes what they refuse or handle badly
+(BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are decoded, so that a small file
+cannot claim much memory. A file that cannot be used is a `DataError` with its name.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
+from fd_large.data.header import JpegHeader, read_header
+from fd_large.data.quiet import quiet
 from fd_large.errors import DataError
 
+# 8192 x 8192: 0.2 GB as RGB, about 0.8 GB at the worst (16 bits) while it is decoded.
+MAX_PIXELS = 1 << 26
+
+# Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black pictures.
 _PILLOW_MODES = (
     "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
 )  # fmt: skip
 
 
-def decode(encoded: bytes | bytearray, where: str) -> torch.Tensor:
+def decode(
+    encoded: bytes | bytearray,
+    where: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    num_rows: int | None = None,
+) -> torch.Tensor:
     """Decodes one picture.
 
     EXIF orientation is applied, grey repeated to three channels, transparency dropped, 16 bits
@@ -31,22 +46,42 @@ def decode(encoded: bytes | bytearray, where: str) -> torch.Tensor:
     Args:
         encoded: A picture file's bytes.
         where: What to call it in an error.
+        max_pixels: Larger pictures are refused unseen.
+        num_rows: The rows from the top that are wanted; None: all. More may come. Rows below are
+            only saved where `size_before_decoding` knows the size.
 
     Returns: (3, H, W) uint8; its memory may be in (H, W, 3) order.
-    Raises: DataError: if no decoder can read it.
+    Raises: DataError: if no decoder can read it, or it is too large.
     """
     if not encoded:
         raise _refused(where, "an empty file")
-    webp_with_exif = encoded[8:12] == b"WEBP" and b"EXIF" in encoded  # torchvision turns no WebP
-    if not webp_with_exif:
+    header = read_header(encoded)
+    with quiet():
+        if header is not None:
+            _check_size(header.width, header.height, max_pixels, where)
+            # torchvision turns no WebP
+            if not (header.format == "WEBP" and b"EXIF" in encoded):
+                try:
+                    if num_rows is not None and _rows_in_order(header):
+                        return _decode_top(encoded, header, num_rows)
+                    return _to_uint8(_decode_with_torchvision(encoded))
+                except RuntimeError:
+                    pass  # not its kind, or damaged: Pillow decides, and says what is wrong
         try:
-            return _to_uint8(_decode_with_torchvision(encoded))
-        except RuntimeError:
-            pass  # not its format, or damaged: Pillow decides, and says what is wrong
-    try:
-        return _decode_with_pillow(encoded)
-    except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
-        raise _refused(where, f"{type(error).__name__}: {error}") from error
+            return _decode_with_pillow(encoded, where, max_pixels)
+        except DataError:
+            raise
+        except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
+            raise _refused(where, f"{type(error).__name__}: {error}") from error
+
+
+def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
+    """The size of a picture of which `decode` can leave out the rows below a crop.
+
+    Returns: height and width in pixels, or None where it has to be decoded whole.
+    """
+    header = read_header(encoded)
+    return (header.height, header.width) if _rows_in_order(header) else None
 
 
 def _refused(where: str, got: str) -> DataError:
@@ -54,6 +89,36 @@ def _refused(where: str, got: str) -> DataError:
         f"{where}: not a picture that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."
     )
+
+
+def _check_size(width: int, height: int, max_pixels: int, where: str) -> None:
+    if width * height > max_pixels:
+        raise DataError(
+            f"{where}: too large; got {width} x {height} pixels, expected at most {max_pixels} in "
+            "all. Remove the file, make it smaller or raise --data.max_pixels."
+        )
+
+
+def _rows_in_order(header: object) -> bool:
+    return isinstance(header, JpegHeader) and header.upright and header.row_step > 0
+
+
+def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -> torch.Tensor:
+    """The upper rows of a JPEG, bit for bit those of the whole.
+
+    libjpeg stops at the height that the header tells, and skips the rest of the scan up to the end
+    marker (so that a cut file is still noticed). One row of coded units more than asked for: the
+    chroma of the last row wanted is interpolated with its neighbour below.
+    """
+    step = header.row_step
+    height = min(header.height, (-(-num_rows // step) + 1) * step)
+    shorter = encoded if isinstance(encoded, bytearray) else bytearray(encoded)
+    place = slice(header.height_at, header.height_at + 2)
+    try:
+        shorter[place] = height.to_bytes(2, "big")
+        return _decode_with_torchvision(shorter)
+    finally:
+        shorter[place] = header.height.to_bytes(2, "big")
 
 
 def _decode_with_torchvision(encoded: bytes | bytearray) -> torch.Tensor:
@@ -65,21 +130,25 @@ def _decode_with_torchvision(encoded: bytes | bytearray) -> torch.Tensor:
 
 
 def _to_uint8(image: torch.Tensor) -> torch.Tensor:
-    if image.ndim == 4:  # (pictures, 3, H, W) of an animated GIF
-        image = image[0]
-    if image.dtype == torch.uint16:
-        image = ((image.to(torch.int32) + 128) // 257).to(torch.uint8)  # 65535 = 255 * 257
-    return image
+    if image.dtype != torch.uint16:
+        return image
+    scaled = torch.empty(image.shape, dtype=torch.uint8)
+    for channel, target in zip(image, scaled, strict=True):  # one at a time: four bytes a pixel
+        target.copy_(channel.to(torch.int32).add_(128).floor_divide_(257))  # 65535 = 255 * 257
+    return scaled
 
 
-def _decode_with_pillow(encoded: bytes | bytearray) -> torch.Tensor:
-    with Image.open(io.BytesIO(encoded)) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):
-            grey = (np.asarray(picture).astype(np.int32) + 128) // 257
-            pixels = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-        elif picture.mode in _PILLOW_MODES:
-            pixels = np.array(picture.convert("RGB"))
-        else:
-            raise ValueError(f"pixels of mode {picture.mode}, whose range is not known")
+def _decode_with_pillow(encoded: bytes | bytearray, where: str, max_pixels: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes and of damaged EXIF
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
+            _check_size(*picture.size, max_pixels, where)
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):
+                grey = (np.asarray(picture).astype(np.int32) + 128) // 257
+                pixels = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+            elif picture.mode in _PILLOW_MODES:
+                pixels = np.array(picture.convert("RGB"))
+            else:
+                raise ValueError(f"pixels of mode {picture.mode}, whose range is not known")
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from fd_large.data.listing import Listing, ListingWriter, listed, settled
 from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm",
 )  # fmt: skip
+# No picture within the limit of pixels comes near it; a file that does is read for nothing.
+MAX_FILE_BYTES = 1 << 29
 
 
 class ImageFolder:
@@ -24,8 +30,9 @@ class ImageFolder:
     on the file system nor on the locale. Links to folders are followed; names that start with a
     dot are left out.
 
-    The names are one block of bytes and an array of ends rather than a list of strings: a worker
-    shares them (fork) or gets them in one copy (spawn), and no reference count ever touches them.
+    The list of a large folder is kept in the cache (`listing.py`) and made again when the
+    modification time of any folder in it changed: that is what adding, removing or renaming a
+    file changes. A file whose content alone changed is the same sample.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -39,27 +46,33 @@ class ImageFolder:
         self.root = os.fspath(root)
         if not self.root or not os.path.isdir(self.root):
             raise DataError(
-                f"data.root: no such folder; got {self.root!r}, expected a folder of pictures. "
-                "Set --data.root FOLDER."
+                f"data.root: no such folder; got {self.root!r}, expected a folder of pictures or "
+                "tar shards. Set --data.root FOLDER."
             )
-        names = sorted(os.fsencode(name) for name in _pictures_below(self.root))
-        if not names:
+        self._listing: Listing = listed(
+            f"folder {folder_key(self.root)}", fill=self._fill, is_current=self._is_current
+        )
+        if not len(self._listing):
             raise DataError(
                 f"data.root: no picture in the folder or below it; got {self.root!r}, expected "
                 f"files ending in {' '.join(EXTENSIONS)}. Set --data.root to a folder with such "
                 "files."
             )
-        self._names = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self.fingerprint = self._listing.fingerprint
+        if shards := self._listing.facts["num_tars"]:
+            log.warning(
+                "data.root: %s holds %d .tar files beside pictures; only the pictures are read. "
+                "To read the shards: --data.root '%s/*.tar'",
+                self.root,
+                shards,
+                self.root,
+            )
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._listing)
 
     def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
-        start = self._ends[index - 1] if index else 0
-        return os.path.join(self.root, os.fsdecode(self._names[start : self._ends[index]]))
+        return os.path.join(self.root, os.fsdecode(self._listing.name(index)))
 
     def read(self, index: int) -> bytearray:
         """The bytes of picture `index`.
@@ -68,39 +81,92 @@ class ImageFolder:
         """
         path = self[index]
         try:
-            with open(path, "rb") as file:
-                return bytearray(file.read())
+            with open(path, "rb", opener=_open_without_waiting) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError("no regular file")
+                if status.st_size > MAX_FILE_BYTES:
+                    raise OSError(f"a file of {status.st_size} bytes")
+                encoded = bytearray(status.st_size)
+                del encoded[file.readinto(encoded) :]
+                return encoded
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read; got {error.strerror or error}, expected a picture. "
                 "Restore the file or remove it from the folder."
             ) from error
 
+    def _fill(self, writer: ListingWriter) -> dict[str, Any]:
+        stamps, num_tars = [], 0
+        for kind, path, modified in walk(self.root):
+            if kind == "folder":
+                stamps.append([path, modified])
+            elif kind == "tar":
+                num_tars += 1
+            else:
+                writer.add(os.fsencode(path))
+        return {"stamps": stamps, "num_tars": num_tars}
 
-def _pictures_below(root: str) -> Iterator[str]:
-    """Yields the relative paths, "/" between the parts, in no order.
+    def _is_current(self, facts: dict[str, Any]) -> bool:
+        return all(
+            os.stat(os.path.join(self.root, path)).st_mtime_ns == modified
+            and settled(modified, facts["listed_at"])
+            for path, modified in facts["stamps"]
+        )
+
+
+def folder_key(root: str) -> str:
+    """Names a folder in the cache; a folder of the same path on another disk is another."""
+    status = os.stat(root)
+    return f"{os.path.realpath(root)} {status.st_dev} {status.st_ino}"
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for a writer
+
+
+def walk(root: str) -> Iterator[tuple[str, str, int]]:
+    """Yields ("folder" | "picture" | "tar", path, modification time of a folder in ns or 0).
+
+    Paths are relative, "/" between the parts, in the order of their bytes: a folder's place among
+    its neighbours is that of its name with the "/", so nothing larger than a folder is sorted.
 
     Raises: DataError: if a folder cannot be listed (an epoch over a part would go unnoticed).
     """
-    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
     while pending:
-        folder, above = pending.pop()
-        path = os.path.join(root, folder)
+        name, above = pending.pop()
+        if name and not name.endswith(b"/"):
+            path = os.fsdecode(name)
+            yield "tar" if path.lower().endswith(".tar") else "picture", path, 0
+            continue
+        folder = os.fsdecode(name)
         try:
-            status = os.stat(path)
+            status = os.stat(os.path.join(root, folder))
             identity = (status.st_dev, status.st_ino)
             if identity in above:  # a link to a folder that holds it would go round for ever
                 continue
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        pending.append((f"{folder}{entry.name}/", above | {identity}))
-                    elif entry.name.lower().endswith(EXTENSIONS):
-                        yield folder + entry.name
+            with os.scandir(os.path.join(root, folder)) as entries:
+                found = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
         except OSError as error:
             raise DataError(
                 f"data.root: a folder cannot be listed; got {error.strerror or error} for "
-                f"{path!r}, expected a readable folder. Mend its permissions or remove it."
+                f"{os.path.join(root, folder)!r}, expected a readable folder. Mend its "
+                "permissions or remove it."
             ) from error
+        yield "folder", folder, status.st_mtime_ns
+        here = above | {identity}
+        pending += [(name + entry, here) for entry in found]
+
+
+def _wanted(entries: Iterator[os.DirEntry[str]]) -> Iterator[str]:
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield f"{entry.name}/"
+        elif entry.name.lower().endswith((*EXTENSIONS, ".tar")) and (
+            # a link that leads nowhere is listed, so that its name comes up
+            entry.is_file() or entry.is_symlink()
+        ):
+            yield entry.name

@@ -8,35 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fd_large.data.decode import decode
+from fd_large.data import color, views
+from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
 from fd_large.data.draws import uniforms
+from fd_large.data.quiet import quiet
 from fd_large.data.sampler import (
     check_batch_sizes,
     epoch_order,
     rank_positions,
     updates_per_epoch,
 )
-from fd_large.data.views import NUM_DRAWS, random_view
+from fd_large.data.source import PictureSource
+from fd_large.data.worker import start_worker
 from fd_large.errors import ConfigError, DataError
 
-
-class PictureSource(Protocol):
-    """What a set of pictures has to offer; it must survive pickling."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> str:
-        """Says where picture `index` lies, for a message."""
-
-    def read(self, index: int) -> bytes | bytearray:
-        """Reads the bytes of picture `index`; DataError if that fails."""
+# Pictures tried for one place in a batch; where all are bad, so is the data set.
+MAX_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -44,13 +37,15 @@ class Batch:
     """Views of some samples, and where in the run they belong.
 
     `images` is (B, 3, S, S) uint8; `positions` (B,) int64 are places in the epoch's order,
-    `indices` (B,) int64 the samples there.
+    `indices` (B,) int64 the samples that were taken for them; `bad` says of each sample that was
+    tried and cannot be used what is wrong with it, its name first (`bad.py` counts them).
     """
 
     images: torch.Tensor
     epoch: int
     positions: torch.Tensor
     indices: torch.Tensor
+    bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """Copies the images without waiting for it.
@@ -75,10 +70,7 @@ class EpochLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for result in self.loader:
-            if isinstance(result, DataError):
-                raise result
-            yield result
+        return iter(self.loader)
 
 
 def build_loader(
@@ -94,6 +86,9 @@ def build_loader(
     image_size: int,
     min_crop_scale: float,
     workers: int,
+    color_jitter: float = 0.0,
+    grayscale_probability: float = 0.0,
+    max_pixels: int = MAX_PIXELS,
 ) -> EpochLoader:
     """The rest of an epoch for one rank: `micro batches an update` batches for each update.
 
@@ -109,9 +104,12 @@ def build_loader(
         image_size: Side of a view, in pixels.
         min_crop_scale: Smallest crop area, as a part of the picture's.
         workers: Processes that load; 0: this one does.
+        color_jitter: Strength, 0 (none) to 1; `color.jitter_color`.
+        grayscale_probability: Of a view without color.
+        max_pixels: Larger pictures are refused before they are decoded.
 
-    Returns: an iterable of `Batch`; a picture that cannot be read or decoded raises DataError
-        at its batch.
+    Returns: an iterable of `Batch`. A picture that cannot be read or decoded is replaced by
+        another, the same whatever the ranks and workers, and told in `Batch.bad`.
     Raises:
         ConfigError: if batch sizes do not divide or a number is out of range.
         DataError: if the global batch is larger than the data set.
@@ -137,6 +135,8 @@ def build_loader(
             f"data.workers: not a number of processes; got {workers}, expected 0 or more. "
             "Set --data.workers 0 to load in the training process."
         )
+    assert 0 <= color_jitter <= 1
+    assert 0 <= grayscale_probability <= 1
     num_updates = updates_per_epoch(len(source), global_batch_size)
     assert 0 <= first_update <= num_updates
     assert 0 <= rank < world_size
@@ -145,11 +145,21 @@ def build_loader(
     )
     return EpochLoader(
         DataLoader(
-            _Views(source, seed, epoch, image_size, min_crop_scale),
+            _Views(
+                source,
+                seed,
+                epoch,
+                image_size,
+                min_crop_scale,
+                color_jitter,
+                grayscale_probability,
+                max_pixels,
+            ),
             sampler=positions,
             batch_size=None,  # an item is a micro batch
             collate_fn=_unchanged,
             num_workers=workers,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch draws from torch's global one
         )
@@ -197,24 +207,73 @@ class _Views(Dataset):
     epoch: int
     image_size: int
     min_crop_scale: float
+    color_jitter: float
+    grayscale_probability: float
+    max_pixels: int
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch | DataError:
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         indices = epoch_order(len(self.source), self.seed, self.epoch, positions)
-        draws = uniforms(self.seed, self.epoch, positions, "view", NUM_DRAWS).tolist()
-        try:
-            images = torch.stack([
-                self._view(index, row) for index, row in zip(indices.tolist(), draws, strict=True)
-            ])  # fmt: skip
-        except DataError as error:
-            return error  # a worker's exception would come out as a traceback in its message
-        return Batch(images, self.epoch, torch.from_numpy(positions), torch.from_numpy(indices))
+        draws = self._draws(positions, "view", views.NUM_DRAWS)
+        images, bad = [], []
+        with quiet():
+            for place, position in enumerate(positions.tolist()):
+                image, indices[place] = self._sample(
+                    position, int(indices[place]), draws[place], bad
+                )
+                images.append(image)
+        return Batch(
+            torch.stack(images),
+            self.epoch,
+            torch.from_numpy(positions),
+            torch.from_numpy(indices),
+            tuple(bad),
+        )
+
+    def _sample(
+        self, position: int, index: int, draws: list[float], bad: list[str]
+    ) -> tuple[torch.Tensor, int]:
+        """The view for a place, and the sample that it shows; appends to `bad`.
+
+        A bad sample's stand-in is drawn from the whole data set by a count of its own, so from
+        (seed, epoch, position) again. When none of ten will do, the place stays black: a rank that
+        stopped here would leave the others waiting, and the count stops them all together.
+        """
+        others: list[float] = []
+        for number in range(MAX_TRIES):
+            if number:
+                others = others or self._draws([position], "replacement", MAX_TRIES)[0]
+                index = int(others[number] * len(self.source))
+            try:
+                return self._recolor(self._view(index, draws), position), index
+            except DataError as error:
+                bad.append(str(error))
+        return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), index
+
+    def _draws(self, positions: ArrayLike, stream: str, count: int) -> list[list[float]]:
+        return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
 
     def _view(self, index: int, draws: list[float]) -> torch.Tensor:
-        image = decode(self.source.read(index), self.source[index])
-        return random_view(
-            image, draws, image_size=self.image_size, min_crop_scale=self.min_crop_scale
+        encoded, where = self.source.read(index), self.source[index]
+        size, image = size_before_decoding(encoded), None
+        if size is None:
+            image = decode(encoded, where, max_pixels=self.max_pixels)
+            size = image.shape[-2:]
+        box = views.crop_box(*size, draws, min_crop_scale=self.min_crop_scale)
+        if image is None:
+            bottom = box[0] + box[2]
+            image = decode(encoded, where, max_pixels=self.max_pixels, num_rows=bottom)
+        return views.box_view(image, box, draws, image_size=self.image_size)
+
+    def _recolor(self, view: torch.Tensor, position: int) -> torch.Tensor:
+        if self.color_jitter == 0 and self.grayscale_probability == 0:
+            return view
+        return color.jitter_color(
+            view,
+            self._draws([position], "color", color.NUM_DRAWS)[0],
+            strength=self.color_jitter,
+            grayscale_probability=self.grayscale_probability,
         )
 
 
-def _unchanged(batch: Batch | DataError) -> Batch | DataError:
+def _unchanged(batch: Batch) -> Batch:
     return batch

@@ -94,7 +94,7 @@ def teacher_maker(run: Run) -> Callable[[], Teacher]:
             initialization="official",
             attention_memory=_attention_memory("auto"),
         )
-        return Teacher(net, statistics_of(run.teacher.model), image_size=image_size)
+        return Teacher(net, statistics_of(run.teacher.model, architecture), image_size=image_size)
 
     return make
 
@@ -157,6 +157,16 @@ def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
     if run.teacher.source == "random":
         return None
     architecture = run.teacher_architecture()
+    if architecture.family == "timm":
+        # timm takes a second to import, which other teachers are spared.
+        from fd_large.weights.timm_backbone import read_timm
+
+        return read_timm(
+            run.teacher.source,
+            architecture.timm_name,
+            stride=architecture.feature_stride,
+            where="--teacher.source",
+        )
     # FD's stage-3 target: the first stages of a published file, and a fresh norm.
     first = len(architecture.depths) if architecture.family == "swin" else 4
     return read_weights(
@@ -179,6 +189,7 @@ def build_teacher(
         node_size=node_size,
         persistence_threshold=persistence_threshold,
         weights=weights,
+        whole_first=run.teacher_architecture().family == "timm",
     )
     log.info(
         "teacher: %s, %s, %.1f MB on this rank, hash %s",

@@ -14,6 +14,9 @@ from fd_large.weights.formats import covered
 def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
     """Copies full tensors into a network, whole or partitioned, without communication.
 
+    Buffers of floating-point numbers that belong to the state (running statistics of batch
+    normalisation) are weights too; every rank holds them whole.
+
     Args:
         net: Parameters in pieces or whole.
         items: (name, full tensor), the network's own names, the same on every rank.
@@ -21,8 +24,12 @@ def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: 
 
     Raises: WeightsError: if a name is missing, left over or of another shape.
     """
-    parameters = dict(net.named_parameters())
-    expected = {name: tuple(partition.shape(p)) for name, p in parameters.items()}
+    held: dict[str, Tensor] = dict(net.named_parameters())
+    persistent = net.state_dict().keys()
+    for name, buffer in net.named_buffers():
+        if buffer.is_floating_point() and name in persistent:
+            held[name] = buffer
+    expected = {name: tuple(partition.shape(tensor)) for name, tensor in held.items()}
     with torch.no_grad():
         for name, tensor in covered(expected, items, where=where):
-            partition.write(parameters[name], tensor)
+            partition.write(held[name], tensor)

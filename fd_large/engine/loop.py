@@ -14,11 +14,12 @@ from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
 from fd_large.engine.build import Engine
+from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
-from fd_large.runtime.hooks import Hook, Request, Setting, Update
+from fd_large.runtime.hooks import Hook, Setting, Update
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def train_updates(
     hooks: Sequence[Hook],
     setting: Setting,
     *,
-    save: Callable[[int], None],
+    checkpoints: Checkpoints,
     evaluate: Callable[[bool], dict[str, float]] | None = None,
     time_box: TimeBox | None = None,
 ) -> str:
@@ -60,20 +61,25 @@ def train_updates(
         plan: Rates and portions.
         hooks: Asked after every update.
         setting: Told to the hooks.
-        save: Writes a checkpoint of that many finished updates; called by all ranks.
+        checkpoints: Asked when to save, and told what the ranks agreed.
         evaluate: Measures the task on held-out data, the argument says whether for the last time.
         time_box: Decides the length after the first updates.
     """
     for hook in hooks:
         hook.on_start(setting)
     engine.task.train()
-    update = saved = setting.first_update
+    update = setting.first_update
 
     def evaluated(last: bool) -> None:
         if evaluate is not None:
             metrics = evaluate(last)
             for hook in hooks:
                 hook.on_evaluation(update, metrics)
+
+    def save() -> None:
+        for hook in hooks:
+            hook.on_save(update)
+        checkpoints.save(update)
 
     if update == 0:
         evaluated(False)
@@ -87,21 +93,23 @@ def train_updates(
             if time_box is not None and (total := time_box.after_update()) is not None:
                 plan = plan._replace(schedule=replace(plan.schedule, total=total))
                 finished = replace(finished, total=total)
-            request = _agreed([hook.after_update(finished) for hook in hooks])
-            if plan.evaluate_every and update % plan.evaluate_every == 0:
-                evaluated(update == plan.schedule.total)
-            if request.save and saved < update:
-                save(update)
-                saved = update
-            if request.stop:
-                stopped = True
+            last = update == plan.schedule.total
+            wishes = [hook.after_update(finished) for hook in hooks]
+            # The one host read of an update: all ranks do what any of them needs.
+            wish_save, stopped, busy, failed = distributed.any_flags(
+                [any(w.save for w in wishes), any(w.stop for w in wishes), *checkpoints.flags]
+            )
+            checkpoints.after_update(busy_anywhere=busy, failed_anywhere=failed)
+            # Before the checkpoint: a resume does not evaluate again.
+            if last or (plan.evaluate_every and update % plan.evaluate_every == 0):
+                evaluated(last)
+            due = checkpoints.due(update, plan.updates_per_epoch)
+            if wish_save or stopped or last or due:
+                save()
+            if stopped:
                 break
-        if saved < update:
-            save(update)
-            saved = update
-    if not stopped and not (plan.evaluate_every and update % plan.evaluate_every == 0):
-        evaluated(True)
-    status = "stopped" if stopped else "done"
+    checkpoints.settle()
+    status = "done" if update >= plan.schedule.total else "stopped"
     for hook in hooks:
         hook.on_end(status)
     return status
@@ -146,14 +154,6 @@ def _whole_norm(task: torch.nn.Module) -> Tensor:
     """The norm that DeepSpeed keeps to itself at stage 0, before it clips."""
     norms = [p.grad.norm() for p in task.parameters() if p.grad is not None]
     return torch.stack(norms).norm()
-
-
-def _agreed(requests: Sequence[Request]) -> Request:
-    """What any rank's hook asked for, all ranks do."""
-    save, stop = distributed.any_flags(
-        [any(request.save for request in requests), any(request.stop for request in requests)]
-    )
-    return Request(save=save, stop=stop)
 
 
 def probe_step(engine: Engine, image_size: int, seed: int) -> Callable[[int], Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def build(
     partitioned: bool,
     seed: int,
     group: Any = None,
+    whole_first: bool = False,
 ) -> nn.Module:
     """Builds a module in float32, whole or in pieces, with the same values either way.
 
@@ -36,17 +38,27 @@ def build(
         partitioned: Whether the parameters are split over `group`.
         seed: Of torch's generator during construction; the caller's state is restored.
         group: Ranks that share the parameters; None for all.
+        whole_first: Build it whole on every rank and split it then: for constructors that write to
+            their children's parameters, as timm's do.
     """
     context = nullcontext()
     if partitioned:
         # float32 whatever the precision, since masters are to be exact: by a configuration without
         # bf16, because `dtype=torch.float32` gives bfloat16 on CPUs without float16 arithmetic.
         float32 = {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
-        context = deepspeed.zero.Init(config_dict_or_path=float32, data_parallel_group=group)
+        split = partial(deepspeed.zero.Init, config_dict_or_path=float32, data_parallel_group=group)
+        context = nullcontext() if whole_first else split()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with context:
-            return make()
+            module = make()
+    if partitioned and whole_first:
+        split(module=module)
+        # The engine takes a module in pieces for one that is on its device, buffers too.
+        for child in module.modules():
+            for name, buffer in child.named_buffers(recurse=False):
+                setattr(child, name, buffer.to(distributed.device()))
+    return module
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -138,7 +150,7 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
 
 def fingerprint(module: nn.Module, *, group: Any = None) -> str:
-    """A 64-bit hash of all parameters, the same however they are split.
+    """A 64-bit hash of all parameters and buffers, the same however they are split.
 
     Sum over elements of (bits + 1) * odd(position, name) modulo 2^64: linear, so that each rank
     hashes what it holds and one all-reduce adds the parts up; any single changed element changes
@@ -156,6 +168,9 @@ def fingerprint(module: nn.Module, *, group: Any = None) -> str:
         total += _hash_piece(name, held, offset).cpu()
     if partitioned:
         total = distributed.sum_tensor(total, group=group)
+    for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
+        if buffer.is_floating_point():
+            total += _hash_piece(name, buffer.view(-1), 0).cpu()
     return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from fd_large import distributed
-from fd_large.checkpoint import deepspeed_files
 from fd_large.data.folder import ImageFolder
 from fd_large.data.loader import PictureSource, build_loader
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
@@ -30,11 +29,12 @@ from fd_large.engine.build import (
     task_maker,
     teacher_weights,
 )
+from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.loop import Plan, probe_step, train_updates
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
-from fd_large.errors import ConfigError, FDError
+from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
@@ -87,16 +87,19 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         time_box = TimeBox(run.optim.max_seconds, folder, total)
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
-    manifest = deepspeed_files.newest(folder)
-    first = 0
-    if manifest is not None:
-        _same_teacher(manifest, teacher.fingerprint)
-        first = manifest["update"]
-        if first >= total:
-            log.info("%s: finished after %d updates; nothing to do", folder, first)
-            return 0
-        deepspeed_files.load(engine.deepspeed, manifest)
+    checkpoints = Checkpoints(
+        folder,
+        run,
+        engine,
+        {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint},
+    )
+    first = checkpoints.resume()
+    if first >= total:
+        log.info("%s: finished after %d updates; nothing to do", folder, first)
+        return 0
+    if first:
         log.info("resumed after update %d of %d", first, total)
+    checkpoints.say_what_disk_it_takes(total)
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     schedule = CosineSchedule(
         peak, warmup_start, minimum, total, int(run.optim.warmup_epochs * per_epoch)
@@ -118,19 +121,18 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             workers=run.data.workers,
         )
 
-    def save(update: int) -> None:
-        deepspeed_files.save(
-            engine.deepspeed,
-            folder,
-            update,
-            {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint},
-        )
-
     plan = Plan(schedule, per_epoch, share // size, run.runtime.seed, run.eval.every)
     evaluate = _evaluation(run, engine, source, size) if run.eval.root else None
     try:
         status = train_updates(
-            engine, batches, plan, hooks, setting, save=save, evaluate=evaluate, time_box=time_box
+            engine,
+            batches,
+            plan,
+            hooks,
+            setting,
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            time_box=time_box,
         )
     except FDError as error:
         error.rank_local = True
@@ -245,15 +247,6 @@ def _probed(
     micro_batch.remember(folder, world_size, size)
     log.info("micro batch %d per rank, accumulation %d", size, share // size)
     return size
-
-
-def _same_teacher(manifest: dict[str, Any], fingerprint: str) -> None:
-    if manifest["teacher_hash"] != fingerprint:
-        raise ConfigError(
-            f"teacher.source: not the teacher that this run began with; got hash {fingerprint}, "
-            f"expected {manifest['teacher_hash']} ({manifest['teacher_source']}). Give that file, "
-            "or --fresh."
-        )
 
 
 def _share_cores(local_world_size: int) -> None:

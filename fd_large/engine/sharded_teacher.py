@@ -65,6 +65,7 @@ def place(
     node_size: int,
     persistence_threshold: int,
     weights: Iterable[tuple[str, Tensor]] | None = None,
+    whole_first: bool = False,
 ) -> PlacedTeacher:
     """Builds the teacher where it is to live.
 
@@ -79,6 +80,7 @@ def place(
         node_size: Ranks of a node.
         persistence_threshold: Tensors of at most so many elements stay whole.
         weights: (name, full tensor) of the net, on every rank, or None for random weights.
+        whole_first: See `partition.build`.
     """
     group = None
     if placement == "node" and node_size < distributed.world_size():
@@ -93,7 +95,9 @@ def place(
             "stage3_param_persistence_threshold": persistence_threshold,
         },
     }
-    module = partition.build(make, config, partitioned=partitioned, seed=seed, group=group)
+    module = partition.build(
+        make, config, partitioned=partitioned, seed=seed, group=group, whole_first=whole_first
+    )
     if weights is not None:
         load_weights(module.net, weights, where="--teacher.source")
     if dtype == torch.bfloat16:

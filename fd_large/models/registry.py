@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ from fd_large.models.swinv2 import SwinV2
 from fd_large.models.vit import ViT
 from fd_large.recipes.architectures import Architecture, resolve
 
+if TYPE_CHECKING:
+    from fd_large.models.timm_backbone import TimmBackbone
+
 
 def build(
     name: str,
@@ -26,8 +29,8 @@ def build(
     residual_dtype: Literal["float32", "compute"] = "compute",
     initialization: Initialization = "fd",
     seed: int | None = None,
-) -> SwinV2 | Swin | ViT:
-    """Builds a named net.
+) -> SwinV2 | Swin | ViT | TimmBackbone:
+    """Builds a named net; of a timm net only name, overrides and seed are looked at.
 
     Args:
         name: Of the table in `recipes.architectures`.
@@ -59,6 +62,11 @@ def build(
                 residual_dtype=residual_dtype,
                 initialization=initialization,
             )
+    if a.family == "timm":
+        # timm takes a second to import, which other nets are spared.
+        from fd_large.models.timm_backbone import TimmBackbone
+
+        return TimmBackbone(a.timm_name, stride=a.feature_stride)
     shared = {
         "patch_size": a.patch_size,
         "image_size": a.image_size,

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from fd_large.recipes.architectures import Architecture
+from fd_large.errors import ConfigError
+from fd_large.recipes.architectures import FIELDS, Architecture
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,7 +31,10 @@ def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
         architecture: Every field of the family set, as `resolve` returns it.
         image_size: Side in pixels of the images, on which position tables (and the windows of
             Swin V1) depend; 0: the architecture's own.
+
+    Raises: ConfigError: for a net of timm, whose shapes only timm and torch know.
     """
+    _refuse_timm(architecture)
     side = (image_size or architecture.image_size) // architecture.patch_size
     if architecture.family == "vit":
         return _vit(architecture, side)
@@ -38,7 +42,11 @@ def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
 
 
 def width(architecture: Architecture) -> int:
-    """Returns the channels of the feature map."""
+    """Returns the channels of the feature map.
+
+    Raises: ConfigError: for a net of timm.
+    """
+    _refuse_timm(architecture)
     return architecture.embed_dim * 2 ** (len(architecture.depths) - 1)
 
 
@@ -56,6 +64,16 @@ def sizes(tables: Shapes | Iterable[Shapes]) -> list[int]:
 def count(table: Shapes) -> int:
     """Returns the number of parameters."""
     return sum(sizes(table))
+
+
+def _refuse_timm(architecture: Architecture) -> None:
+    if architecture.family == "timm":
+        known = ", ".join(sorted(FIELDS.keys() - {"timm"}))
+        raise ConfigError(
+            "plan: the tensors of a timm net are not in this table; got "
+            f"{architecture.timm_name}, expected a net of {known}. "
+            "Count the parameters of the built net instead."
+        )
 
 
 def _norm(name: str, channels: int) -> Shapes:

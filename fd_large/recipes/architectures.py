@@ -20,7 +20,7 @@ from typing import Literal
 
 from fd_large.errors import ConfigError, nearest
 
-Family = Literal["swinv2", "swin", "vit"]
+Family = Literal["swinv2", "swin", "vit", "timm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Architecture:
     """The shape of a net; None: as the named net has it."""
 
     family: Family | None = None
-    """swinv2, swin (first version) or vit; fixed by the named net."""
+    """swinv2, swin (first version), vit or timm (any backbone of timm, as a teacher); fixed by the
+    named net."""
     embed_dim: int | None = None
     """Channels after the patch embedding; Swin nets double them at every merging."""
     depths: tuple[int, ...] | None = None
@@ -74,6 +75,10 @@ class Architecture:
     """gelu: exact; quick_gelu: x sigmoid(1.702 x), OpenAI CLIP's."""
     pre_norm_layer: bool | None = None
     """A LayerNorm before the first block (CLIP)."""
+    timm_name: str | None = None
+    """timm's own name of a net of the timm family."""
+    feature_stride: int | None = None
+    """Pixels per token of the map that is taken from a net of the timm family."""
 
 
 _COMMON_FIELDS = {
@@ -93,6 +98,7 @@ FIELDS: dict[str, frozenset[str]] = {
         | {"patch_bias", "class_token", "distillation_token", "keep_distillation_token"}
         | {"relative_position", "layer_scale", "activation", "pre_norm_layer"}
     ),
+    "timm": frozenset({"family", "timm_name", "feature_stride"}),
 }
 
 
@@ -203,6 +209,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dino_vit_base_patch16": _VIT_BASE,
     "deit_vit_base_patch16": _VIT_BASE,
     "deit_distilled_vit_base_patch16": replace(_VIT_BASE, distillation_token=True),
+    "efficientnet_lite0": Architecture(
+        family="timm", timm_name="tf_efficientnet_lite0", feature_stride=8
+    ),
+    # Any other net of timm: --teacher.architecture.timm_name and .feature_stride.
+    "timm": Architecture(family="timm", timm_name="resnet50", feature_stride=32),
 }
 
 
@@ -247,6 +258,9 @@ def _check(name: str, a: Architecture) -> None:
                 f"{expected}. Change --student.architecture or --teacher.architecture."
             )
 
+    if a.family == "timm":  # What timm has is known where timm is imported.
+        require(a.feature_stride >= 1, "feature_stride", "a positive whole number")
+        return
     stages = len(a.depths)
     require(stages >= 1 and min(a.depths) >= 1, "depths", "one or more blocks in each stage")
     require(a.family != "vit" or stages == 1, "depths", "one number for a ViT")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import distillation, distillation_swinv2
+from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
 
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (
+        quickstart,
         distillation.fd_clip_vit_base,
         distillation.fd_clip_vit_base_100ep,
         distillation.fd_clip_vit_large,
@@ -27,7 +29,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     )
 }
 
-DEFAULT_RECIPE = "fd_clip_vit_base"
+DEFAULT_RECIPE = "quickstart"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,8 +69,8 @@ class Teacher:
     model: str
     # Overrides of the named net's shape; None: as the net has it.
     architecture: Architecture = field(default_factory=Architecture)
-    # File of the weights, or `random` for a random teacher (throughput runs, tests); empty: none,
-    # and training stops.
+    # File of the weights, package:NAME for those that an installed Python package carries, or
+    # `random` for a random teacher (throughput runs, tests); empty: none, and training stops.
     source: str = ""
     # replicated: whole on every rank; sharded: split over all ranks; node: split over the ranks of
     # a node, whole in every node.
@@ -86,12 +86,24 @@ class Teacher:
 class Data:
     """Pictures and the one crop of each that student and teacher see."""
 
-    # Folder of images, read recursively; labels are not used.
+    # Images: a folder, read recursively (labels are not used); tar shards, as their folder, one
+    # file or a pattern like "train-{000..146}.tar"; or builtin:photographs.
     root: str = ""
     # Side of the square crop, in pixels.
     image_size: int = 224
     # Smallest area of a crop as a fraction of the image's; 1: the whole image.
     min_crop_scale: float = 0.08
+    # Strength of random changes of brightness, contrast, saturation and (a quarter of it) hue; 0:
+    # off, as in the paper.
+    color_jitter: float = 0.0
+    # Probability of a view without color; 0: off, as in the paper.
+    grayscale_probability: float = 0.0
+    # Images that cannot be used are skipped and named; past this fraction of those tried (counted
+    # from 1000 up) the run stops with their list. 0: the first one stops it.
+    max_bad_fraction: float = 0.01
+    # Images of more pixels are skipped like damaged ones, before they take memory; 67108864: 8192 x
+    # 8192, up to 0.8 GB while decoded.
+    max_pixels: int = 2**26
     # Loader processes per rank; 0: load in the training process.
     workers: int = 4
 
@@ -104,6 +116,16 @@ class Data:
             self.min_crop_scale,
             "0 < scale <= 1",
         )
+        for name in ("color_jitter", "grayscale_probability"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"data.{name}: out of range", value, "0 to 1")
+        _require(
+            0 <= self.max_bad_fraction < 1,
+            "data.max_bad_fraction: no fraction of the images",
+            self.max_bad_fraction,
+            "0 <= fraction < 1",
+        )
+        _at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         _at_least("data.workers", self.workers, 0, "processes")
 
 
@@ -252,7 +274,7 @@ class Engine:
 class Eval:
     """The loss on images that are held out of training."""
 
-    # Folder of held-out images; empty: no evaluation.
+    # Folder of held-out images, or builtin:photographs-held-out; empty: no evaluation.
     root: str = ""
     # Updates between two evaluations; 0: only before the first update and after the last.
     every: int = 0
@@ -275,10 +297,22 @@ class Runtime:
     log_every: int = 20
     # Decides initial weights, order, crops and drop path, whatever the number of ranks.
     seed: int = 0
+    # Updates between two checkpoints; 0: one an epoch. The last update is always saved.
+    save_every: int = 0
+    # Newest checkpoints that stay.
+    keep_last: int = 2
+    # Updates whose multiples' checkpoints stay as well; 0: none.
+    keep_every: int = 0
+    # Checkpoints in a row that may fail (a full disk) before the run stops; 0: it never stops.
+    max_failed_saves: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self, "runtime")
         _at_least("runtime.log_every", self.log_every, 1, "updates")
+        _at_least("runtime.save_every", self.save_every, 0, "updates")
+        _at_least("runtime.keep_last", self.keep_last, 1, "checkpoints")
+        _at_least("runtime.keep_every", self.keep_every, 0, "updates")
+        _at_least("runtime.max_failed_saves", self.max_failed_saves, 0, "checkpoints")
         _require(
             0 <= self.seed < 2**63,
             "runtime.seed: no seed of the counter-based generator",
@@ -311,6 +345,12 @@ class Run:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
+        _require(
+            self.student_architecture().family != "timm",
+            "student.model: nets of timm only teach",
+            self.student.model,
+            "a net of the families swinv2, swin or vit",
+        )
 
     def student_architecture(self) -> Architecture:
         """Returns the student's architecture with the overrides filled in."""

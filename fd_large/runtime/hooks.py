@@ -80,6 +80,9 @@ class Hook:
         """After each update."""
         return NOTHING
 
+    def on_save(self, index: int) -> None:
+        """Before a checkpoint of `index` updates: a resume from it must find what they left."""
+
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """After an evaluation that followed `index` updates, the same numbers on every rank.
 

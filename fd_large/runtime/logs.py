@@ -1,35 +1,87 @@
-"""Who speaks where: rank 0 on the console, every rank in its own file, libraries in files only."""
+"""Who speaks where: rank 0 on the terminal, every rank in its own file, libraries in files only.
+
+A rank other than 0 reaches the terminal only with an error.
+"""
 
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from fd_large import distributed
+from fd_large.runtime import terminal
+
+FILE_ONLY = {"file_only": True}
+"""As `extra` of a record: it is on the terminal in another form already."""
+
+_early: list[logging.LogRecord] = []
 
 
-def set_up(folder: Path) -> None:
-    """Sends fd_large's log to the console on rank 0 and everything to logs/rank_N.log."""
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+class _Terminal(logging.Handler):
+    """Shows fd_large's records through the console that the progress bar lives on."""
+
+    def __init__(self, rank: int) -> None:
+        # Warnings are alike on all ranks; an error may be one rank's own.
+        super().__init__(logging.INFO if rank == 0 else logging.ERROR)
+        self._prefix = f"rank {rank}: " if rank else ""
+        self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "file_only", False):
+            return False
+        return record.name.split(".")[0] == "fd_large" or record.levelno >= logging.ERROR
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            terminal.console().print(self._prefix + self.format(record), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _Keep(logging.Handler):
+    """Holds what is said before the run's folder is known."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _early.append(record)
+
+
+def start(rank: int) -> None:
+    """Lets rank 0 speak on the terminal and keeps all records for the file that `set_up` opens."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    file = logging.FileHandler(logs / f"rank_{distributed.rank():05d}.log")
+    _early.clear()
+    root.addHandler(_Terminal(rank))
+    root.addHandler(_Keep())
+    logging.captureWarnings(True)
+
+
+def set_up(folder: Path) -> None:
+    """Sends everything to logs/rank_N.log, and fd_large's own lines to the terminal on rank 0.
+
+    Where the terminal was taken (`terminal.take`), what anything prints follows into the file.
+    """
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Keep) for handler in root.handlers):
+        start(distributed.rank())
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / f"rank_{distributed.rank():05d}.log"
+    file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for handler in list(root.handlers):
+        if isinstance(handler, _Keep):
+            root.removeHandler(handler)
+    for record in _early:
+        file.handle(record)
+    _early.clear()
     root.addHandler(file)
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    console.addFilter(logging.Filter("fd_large"))
-    # Others speak only when they fail.
-    console.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
-    root.addHandler(console)
-    # DeepSpeed brings its own console handler: its chatter belongs in the file.
+    terminal.hand_over(path)
+    # DeepSpeed brings its own console handler; through the root its lines get the file's form.
     for name in ("DeepSpeed", "deepspeed"):
         library = logging.getLogger(name)
         for handler in list(library.handlers):
             library.removeHandler(handler)
+        library.setLevel(logging.INFO)
         library.propagate = True
-    logging.captureWarnings(True)

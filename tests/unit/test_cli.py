@@ -1,6 +1,7 @@
 """Words to calls: flags, mistakes in one sentence, and no torch before it is needed."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -33,6 +34,13 @@ def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[s
 def no_launcher(monkeypatch):
     for name in cli.RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    # `train` takes over the log of the process.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -68,7 +76,8 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     assert cli.main(["train", *words.split()]) == 0
     recipe = registry.get("fd_swinv2g")
     assert engine.flags == ("some.json", True)
-    assert [type(hook).__name__ for hook in engine.hooks] == ["Meter"]
+    names = [type(hook).__name__ for hook in engine.hooks]
+    assert names == ["Meter", "Progress", "TensorBoard", "Pictures"]
     assert engine.run.student == recipe.student
     assert engine.run.teacher == recipe.teacher
     assert engine.run.name == "fd_swinv2g"
@@ -153,6 +162,34 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(words, message, engine, capsy
     assert engine.run is None
 
 
+def test_a_run_ends_with_its_report(engine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fd_large.report.make.make_report", lambda folder: f"report of {folder}")
+    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"\nreport of {tmp_path}\n"
+
+
+def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch, capsys):
+    # No recipe.json in it: no run.
+    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert f"the run stands: python -m fd_large report {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "report: takes the folder of one run; got nothing, expected RUN."),
+        ("one two", "got one two, expected RUN"),
+        ("--run one", "got --run one, expected RUN"),
+        ("nowhere", "report: no run here; got nowhere, expected a folder with recipe.json."),
+    ],
+)
+def test_a_mistake_in_report_is_one_sentence(words, message, capsys):
+    assert cli.main(["report", *words.split()]) == 2
+    assert message in one_sentence(capsys)
+
+
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert one_sentence(capsys) == "trian: no such command; nearest: train"
@@ -228,7 +265,14 @@ print(json.dumps([code, heavy]))
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["recipes"], ["recipes", "--help"], ["train", "--typo", "1"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes"],
+        ["recipes", "--help"],
+        ["report", "--help"],
+        ["train", "--typo", "1"],
+    ],
 )
 def test_answers_without_torch(arguments):
     done = run_python("-c", IMPORTS.format(arguments=arguments))

@@ -33,6 +33,14 @@ def make_photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FD_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_file() -> Callable[[str], Path]:
     """Finds a file of FD_DATA, or skips the test."""

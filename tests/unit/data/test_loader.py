@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import Batch, build_loader
+from fd_large.data.loader import MAX_TRIES, Batch, build_loader
+from fd_large.data.sampler import epoch_order
 from fd_large.errors import ConfigError, DataError
 
 SETTINGS = dict(
@@ -133,15 +134,79 @@ def test_images_are_pinned_for_a_gpu(picture_folder, workers):
         assert torch.equal(batch.to("cuda").images.cpu(), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_is_one_sentence_with_its_name(tmp_path, picture_folder, workers):
-    source = ImageFolder(picture_folder).read(0)
-    for number in range(4):
-        (tmp_path / f"{number}.jpg").write_bytes(source)
-    (tmp_path / "3.jpg").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"3\.jpg: not a picture") as info:
-        load(ImageFolder(tmp_path), global_batch_size=4, micro_batch_size=2, workers=workers)
-    assert "\n" not in str(info.value)
+@pytest.fixture
+def damaged_folder(tmp_path, picture_folder):
+    """24 files, of which three are no pictures."""
+    source = ImageFolder(picture_folder)
+    for number in range(24):
+        (tmp_path / f"{number:02}.png").write_bytes(source.read(number))
+    for number in (3, 11, 17):
+        (tmp_path / f"{number:02}.png").write_bytes(b"damaged")
+    return tmp_path
+
+
+def test_a_damaged_picture_is_replaced_and_told_the_same_everywhere(damaged_folder):
+    folder = ImageFolder(damaged_folder)
+    whole = load(folder)
+    images, indices = by_position(whole)
+    bad = sorted(message for batch in whole for message in batch.bad)
+    assert len(bad) >= 3
+    assert {message.partition(": ")[0][-6:] for message in bad} == {"03.png", "11.png", "17.png"}
+    assert "not a picture that can be decoded" in bad[0]
+    assert not set(indices.tolist()) & {3, 11, 17}
+    for world_size, micro_batch_size, workers in ((1, 12, 2), (2, 3, 0), (3, 4, 1)):
+        parts = [
+            load(
+                folder,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=micro_batch_size,
+                workers=workers,
+            )
+            for rank in range(world_size)
+        ]
+        batches = [batch for part in parts for batch in part]
+        their_images, their_indices = by_position(batches)
+        assert torch.equal(their_indices, indices)
+        assert torch.equal(their_images, images)
+        assert sorted(message for batch in batches for message in batch.bad) == bad
+
+
+def test_stand_ins_differ_between_places_and_epochs(damaged_folder):
+    folder = ImageFolder(damaged_folder)
+    chosen = set()
+    for epoch in range(6):
+        batches = load(folder, epoch=epoch)
+        _, indices = by_position(batches)
+        order = epoch_order(24, SETTINGS["seed"], epoch, np.arange(24))
+        chosen |= {int(i) for i, was in zip(indices, order, strict=True) if i != was}
+    assert len(chosen) > 6  # of 18 stand-ins
+
+
+def test_where_nothing_can_be_used_the_run_is_told_not_hung(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02}.jpg").write_bytes(b"damaged")
+    batches = load(ImageFolder(tmp_path))
+    assert sum(len(batch.bad) for batch in batches) == 12 * MAX_TRIES
+    assert not any(batch.images.any() for batch in batches)
+
+
+def test_a_picture_over_the_limit_of_pixels_is_replaced(picture_folder):
+    batches = load(ImageFolder(picture_folder), max_pixels=50 * 62)
+    told = [message for batch in batches for message in batch.bad]
+    assert told
+    assert all("too large; got" in message for message in told)
+
+
+def test_color_is_changed_by_position_alone(picture_folder):
+    folder = ImageFolder(picture_folder)
+    plain, _ = by_position(load(folder))
+    images, _ = by_position(load(folder, color_jitter=0.4, grayscale_probability=0.2))
+    others, _ = by_position(
+        load(folder, color_jitter=0.4, grayscale_probability=0.2, micro_batch_size=6, workers=1)
+    )
+    assert torch.equal(images, others)
+    assert (images != plain).flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize(

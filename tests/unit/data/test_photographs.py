@@ -23,7 +23,9 @@ def source(request):
 
 def test_no_scene_is_in_both_sets():
     assert len(set(HELD_OUT)) == 2
-    scenes = [{n.split("/")[1].split(".")[0].split("_")[0] for n in s} for s in (HELD_OUT, TRAINING)]
+    scenes = [
+        {n.split("/")[1].split(".")[0].split("_")[0] for n in s} for s in (HELD_OUT, TRAINING)
+    ]
     assert not scenes[0] & scenes[1]
     assert sum(name.startswith("skimage/motorcycle") for name in TRAINING) == 2
 

@@ -68,7 +68,7 @@ def test_a_vision_transformer_without_its_class_token():
     net = TimmBackbone("vit_tiny_patch16_224", stride=16).eval()
     feature_map = net(torch.randn(1, 3, 224, 224))
     assert feature_map.tokens.shape == (1, 196, 192)
-    with pytest.raises(ShapeError, match="--objective.teacher_image_size 224"):
+    with pytest.raises(ShapeError, match=r"--objective\.teacher_image_size 224"):
         net.grid(192, 192)
 
 

@@ -97,6 +97,11 @@ def test_from_dict_names_a_needed_field_that_is_absent():
         (Data, {"image_size": 0}, "data.image_size: too small; got 0, expected 1 or more pixels"),
         (Data, {"min_crop_scale": 0.0}, "data.min_crop_scale"),
         (Data, {"workers": -1}, "data.workers"),
+        (Data, {"max_bad_fraction": 1.0}, "data.max_bad_fraction: no fraction of the images"),
+        (Data, {"max_bad_fraction": -0.1}, "data.max_bad_fraction"),
+        (Data, {"max_pixels": 0}, "data.max_pixels: too small; got 0, expected 1 or more pixels"),
+        (Data, {"color_jitter": 1.5}, "data.color_jitter: out of range; got 1.5, expected 0 to 1"),
+        (Data, {"grayscale_probability": -0.1}, "data.grayscale_probability: out of range"),
         (Objective, {"beta": 0.0}, "objective.beta: must be positive"),
         (Objective, {"whitening_eps": float("inf")}, "objective.whitening_eps"),
         (Optim, {"base_lr": -1.0}, "optim.base_lr: must not be negative"),
@@ -127,6 +132,12 @@ def test_a_run_refuses_an_unknown_net_with_the_nearest():
         a_run(student=Student(model="swinv2_gaint"))
     with pytest.raises(ConfigError, match=r"^teacher\.model: "):
         a_run(teacher=Teacher(model="clip"))
+
+
+def test_a_net_of_timm_teaches_and_does_not_learn():
+    assert a_run(teacher=Teacher(model="timm")).teacher_architecture().timm_name == "resnet50"
+    with pytest.raises(ConfigError, match=r"^student\.model: nets of timm only teach; got timm"):
+        a_run(student=Student(model="timm"))
 
 
 def test_max_steps_may_be_shorter_than_the_warmup_of_the_epochs():

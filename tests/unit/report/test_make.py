@@ -67,7 +67,7 @@ def test_a_run_that_is_not_finished_can_go_on(status, make_run):
 
 
 def test_no_run_and_a_damaged_file_are_one_sentence(make_run, tmp_path):
-    with pytest.raises(DataError, match="no run here; got .*nowhere"):
+    with pytest.raises(DataError, match=r"no run here; got .*nowhere"):
         make_report(tmp_path / "nowhere")
     folder = make_run()
     (folder / "metrics.jsonl").write_text("{}{\n")

@@ -1,7 +1,7 @@
 """docs/recipes.md is what the recipes' docstrings say now."""
 
 from fd_large.recipes import registry
-from fd_large.report.recipe_page import PATH, recipe_page
+from fd_large.report.recipe_page import PATH, _listed, recipe_page
 
 
 def test_the_page_is_up_to_date():
@@ -15,3 +15,9 @@ def test_every_recipe_has_its_row_and_its_section():
         assert f"| [{name}](#{name}) |" in page
         assert f"\n### {name}\n\n{facts.summary}\n\n- needs: {facts.hardware}\n" in page
     assert page.isascii()
+
+
+def test_reasons_by_section_become_items():
+    lines = ["Why:", "student: small", "    and quick.", "optim: fast.", "", "note: no item"]
+    expected = ["Why:", "", "- student: small", "    and quick.", "- optim: fast.", ""]
+    assert _listed(lines) == [*expected, "note: no item"]

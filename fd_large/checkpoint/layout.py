@@ -1,0 +1,109 @@
+"""Which rank holds which elements of a tensor: arithmetic, from a few numbers in the manifest.
+
+A run's state is stored as its ranks held it, one file a rank; a reader on any other number of ranks
+computes from the layout which files hold the elements that it needs, so that no index grows with
+the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+
+class Span(NamedTuple):
+    """Elements [start, stop) of a flattened tensor."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class EachTensor:
+    """ZeRO-3 (and stage 0): every tensor is cut into `ranks` equal pieces, the last one shorter."""
+
+    sizes: dict[str, int]
+    ranks: int
+
+    def span(self, rank: int, name: str) -> Span:
+        """What a rank holds of a tensor; empty where start == stop."""
+        size = self.sizes[name]
+        each = -(-size // self.ranks)
+        return Span(min(rank * each, size), min((rank + 1) * each, size))
+
+    def holders(self, name: str, wanted: Span) -> Iterator[int]:
+        """The ranks that hold any of the wanted elements, in order."""
+        each = -(-self.sizes[name] // self.ranks)
+        if wanted.start < wanted.stop:
+            yield from range(wanted.start // each, (wanted.stop - 1) // each + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {"kind": "each", "ranks": self.ranks, "sizes": self.sizes}
+
+
+@dataclass(frozen=True)
+class FlatGroups:
+    """ZeRO-1 and 2: the tensors of a parameter group lie end to end, and that line is cut.
+
+    Attributes:
+        groups: For each group the (name, elements) of its tensors in order.
+        shares: Elements of a rank's part of each group's line; the end is padded.
+        ranks: Parts.
+    """
+
+    groups: tuple[tuple[tuple[str, int], ...], ...]
+    shares: tuple[int, ...]
+    ranks: int
+
+    def __post_init__(self) -> None:
+        places = {}
+        for number, group in enumerate(self.groups):
+            ends = accumulate(size for _, size in group)
+            for (name, size), end in zip(group, ends, strict=True):
+                places[name] = (number, end - size, size)
+        object.__setattr__(self, "_places", places)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of every tensor."""
+        return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
+
+    def span(self, rank: int, name: str) -> Span:
+        """What a rank holds of a tensor; empty where start == stop."""
+        group, begin, size = self._places[name]  # type: ignore[attr-defined]
+        share = self.shares[group]
+        start = max(rank * share, begin) - begin
+        stop = min((rank + 1) * share, begin + size) - begin
+        return Span(start, stop) if start < stop else Span(0, 0)
+
+    def holders(self, name: str, wanted: Span) -> Iterator[int]:
+        """The ranks that hold any of the wanted elements, in order."""
+        group, begin, _ = self._places[name]  # type: ignore[attr-defined]
+        share = self.shares[group]
+        if wanted.start < wanted.stop:
+            first, last = begin + wanted.start, begin + wanted.stop - 1
+            yield from range(first // share, last // share + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        groups = [[list(item) for item in group] for group in self.groups]
+        return {
+            "kind": "flat",
+            "ranks": self.ranks,
+            "groups": groups,
+            "shares": list(self.shares),
+        }
+
+
+Layout = EachTensor | FlatGroups
+
+
+def from_dict(values: dict[str, Any]) -> Layout:
+    """The layout that `to_dict` wrote."""
+    if values["kind"] == "each":
+        return EachTensor(values["sizes"], values["ranks"])
+    groups = tuple(tuple((name, size) for name, size in group) for group in values["groups"])
+    return FlatGroups(groups, tuple(values["shares"]), values["ranks"])

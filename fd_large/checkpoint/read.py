@@ -1,0 +1,82 @@
+"""Reads a stored state on any number of ranks: only the slices that this rank needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.checkpoint import layout as layouts
+from fd_large.checkpoint import store
+from fd_large.checkpoint.layout import Span
+
+
+class Reader:
+    """Slices of a complete checkpoint.
+
+    Args:
+        stored: The checkpoint.
+        sound: Stored ranks whose files were checked against their receipts.
+
+    Attributes:
+        path: Of the checkpoint.
+        manifest: As stored.
+        layout: How the state lies in the files.
+    """
+
+    def __init__(self, stored: store.Stored, sound: set[int]) -> None:
+        self.path, self.manifest = stored.path, stored.manifest
+        self.layout = layouts.from_dict(self.manifest["layout"])
+        self._sound = sound
+        # Files stay mapped while slices are taken; a handful covers neighbouring pieces.
+        self._open = lru_cache(maxsize=8)(self._map)
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, float32; kind is master, exp_avg, ..."""
+        parts = []
+        for rank in self.layout.holders(name, Span(start, stop)):
+            held = self.layout.span(rank, name)
+            first, last = max(start, held.start), min(stop, held.stop)
+            if first < last:
+                stored = self._open(rank).get_slice(f"{kind}.{name}")
+                parts.append(stored[first - held.start : last - held.start])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _map(self, rank: int) -> Any:
+        assert rank in self._sound, f"{self.path}: rank {rank}'s file was not checked"
+        return safe_open(self.path / store.file_of(rank), framework="pt")
+
+
+def newest_sound(
+    folder: Path, needs: Callable[[layouts.Layout], set[int]]
+) -> tuple[Reader | None, list[str]]:
+    """The newest checkpoint that is sound for every rank, and what was wrong with newer ones.
+
+    All ranks call it and get the same answer; each checks the files that it is going to read.
+
+    Args:
+        folder: The run's.
+        needs: Layout -> the stored ranks whose files this rank reads.
+    """
+    complaints: list[str] = []
+    seen = {item.path.name: item for item in store.complete(folder)}
+    for name in reversed(distributed.broadcast_object(list(seen))):
+        item = seen.get(name)
+        wanted: set[int] = set()
+        problem = f"{name}: rank {distributed.rank()} does not see it"
+        if item is not None:
+            wanted = needs(layouts.from_dict(item.manifest["layout"]))
+            found = (store.damage(item.path, rank) for rank in sorted(wanted))
+            problem = next((f"{item.path}: {p}" for p in found if p), "")
+        problems = [p for p in distributed.gather_objects(problem) if p]
+        if not problems:
+            assert item is not None
+            return Reader(item, wanted), complaints
+        complaints.append(problems[0])
+    return None, complaints

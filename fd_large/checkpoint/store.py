@@ -1,0 +1,162 @@
+"""The folder of a run's checkpoints: what is complete, what is sound, what may go.
+
+checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (bytes and checksum of
+that file, written by its rank) for every rank, and manifest.json. It is written as step_*.part and
+renamed when all is flushed: a folder without `.part` is complete. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PART = ".part"
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        """Finished updates."""
+        return self.manifest["update"]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.path.iterdir())
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return folder / "checkpoints"
+
+
+def name_of(update: int) -> str:
+    """Folder name after so many finished updates."""
+    return f"step_{update:08d}"
+
+
+def file_of(rank: int) -> str:
+    """A rank's tensors."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def receipt_of(rank: int) -> str:
+    """A rank's bytes and checksum."""
+    return f"rank_{rank:05d}.json"
+
+
+def complete(folder: Path) -> list[Stored]:
+    """Complete checkpoints of a run, oldest first; one without a readable manifest is none."""
+    found = []
+    for path in sorted(checkpoints_of(folder).glob("step_*")):
+        if path.suffix == PART:
+            continue
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(manifest, dict) and "update" in manifest:
+            found.append(Stored(path, manifest))
+    return found
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, eight hexadecimal digits: it finds flipped bytes, at disk speed."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def damage(path: Path, rank: int) -> str | None:
+    """What is wrong with a rank's part of a checkpoint, or None."""
+    tensors, receipt = path / file_of(rank), path / receipt_of(rank)
+    try:
+        expected = json.loads(receipt.read_text())
+        size, wanted = expected["bytes"], expected["crc32"]
+    except (OSError, ValueError, KeyError):
+        return f"{receipt.name} is missing or damaged"
+    if not tensors.is_file():
+        return f"{tensors.name} is missing"
+    if tensors.stat().st_size != size:
+        return f"{tensors.name} has {tensors.stat().st_size} bytes, expected {size}"
+    if (found := checksum(tensors)) != wanted:
+        return f"{tensors.name} has checksum {found}, expected {wanted}"
+    return None
+
+
+def verify(stored: Stored, said: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Checks every rank's part; returns what is wrong."""
+    problems = []
+    for rank in range(stored.manifest["world_size"]):
+        problem = damage(stored.path, rank)
+        if problem:
+            problems.append(problem)
+            said(problem)
+    return problems
+
+
+def commit(part: Path, manifest: dict[str, Any]) -> Path:
+    """Makes a fully written `.part` folder current, in one atomic step; rank 0 calls it."""
+    with (part / "manifest.json").open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(part)
+    final = part.with_suffix("")
+    if final.exists():  # A resumed run arrives at the same update again.
+        old = final.with_name(f"{final.name}.old{PART}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        part.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        part.rename(final)
+    flush_folder(final.parent)
+    return final
+
+
+def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+    """Removes all but the last `keep_last` and every `keep_every`-th update (0: none); rank 0."""
+    removed = []
+    stored = complete(folder)
+    for old in stored[: max(0, len(stored) - keep_last)]:
+        if keep_every and old.update % keep_every == 0:
+            continue
+        # Out of sight first: a half removed folder must not look complete.
+        aside = old.path.with_name(old.path.name + PART)
+        shutil.rmtree(aside, ignore_errors=True)
+        old.path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        removed.append(old.path)
+    return removed
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed run left half written; before any rank writes."""
+    for path in checkpoints_of(folder).glob(f"*{PART}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flush_folder(path: Path) -> None:
+    """Makes renames and new names inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

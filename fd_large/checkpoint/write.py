@@ -1,0 +1,138 @@
+"""Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
+
+Every rank writes one safetensors file of its pieces, so a run on 1,000 ranks writes 1,000 files of
+tensors and 1,000 receipts, and no rank does more than its own. All ranks agree in the loop's one
+small all-reduce that all have finished; then rank 0 commits by a rename.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.checkpoint import store
+
+log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """This rank's elements of one tensor of the state.
+
+    Attributes:
+        key: KIND.NAME, KIND one of master, exp_avg, exp_avg_sq.
+        values: Flat float32, a view of the live state.
+    """
+
+    key: str
+    values: Tensor
+
+
+class Saver:
+    """One checkpoint at a time, from `begin` to `finish`.
+
+    Args:
+        folder: The run's.
+        keep_last: Complete checkpoints that stay.
+        keep_every: Updates whose multiples stay as well; 0: none.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._manifest: dict[str, Any] = {}
+        self._part = Path()
+        self.stall_seconds = 0.0
+        """How long training stood still for the last `begin`."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._thread is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write what it should have."""
+        return self._problem is not None
+
+    def begin(self, manifest: dict[str, Any], pieces: Iterable[Piece]) -> None:
+        """Copies the state to host memory and starts to write it; blocks for the copy only."""
+        assert not self.begun
+        start = time.perf_counter()
+        self._manifest, self._problem = manifest, None
+        self._part = store.checkpoints_of(self.folder) / (
+            store.name_of(manifest["update"]) + store.PART
+        )
+        copies = {key: values.detach().to("cpu", copy=True) for key, values in pieces}
+        self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
+        self._thread.start()
+        self.stall_seconds = time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Blocks until this rank has written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def finish(self, *, failed_anywhere: bool) -> bool:
+        """Commits, or throws away if any rank failed; all ranks call it when none is busy.
+
+        Returns: whether the checkpoint is current now.
+        """
+        self.wait()
+        self._thread = None
+        if self._problem:
+            log.error("CHECKPOINT NOT WRITTEN on rank %d: %s", distributed.rank(), self._problem)
+        if distributed.is_main():
+            if failed_anywhere:
+                shutil.rmtree(self._part, ignore_errors=True)
+                log.error(
+                    "CHECKPOINT of update %d was thrown away; the ones before it stay, training "
+                    "goes on. Make room in %s.",
+                    self._manifest["update"],
+                    self.folder,
+                )
+            else:
+                final = store.commit(self._part, self._manifest)
+                store.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+                log.info("checkpoint: %s", final)
+        self._problem = None
+        return not failed_anywhere
+
+    def _write(self, copies: dict[str, Tensor]) -> None:
+        rank = distributed.rank()
+        path = self._part / store.file_of(rank)
+        try:
+            self._part.mkdir(parents=True, exist_ok=True)
+            # No empty file for a rank without a piece: safetensors holds zero tensors as well.
+            save_file(copies, path)
+            copies.clear()
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
+            aside = self._part / (store.receipt_of(rank) + ".new")
+            with aside.open("w") as file:
+                json.dump(receipt, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(self._part / store.receipt_of(rank))
+        except (OSError, SafetensorError) as error:
+            self._problem = str(error).splitlines()[0]
+            # Room for the others, and for what training itself writes.
+            path.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""Pictures that cannot be used: counted, named once, and past a limit the end of the run.
+
+A rank counts its own; `past_limit` and `limit_error` take sums over ranks, so that all ranks come
+to the same decision in the same step. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# The fraction is taken of at least so many: one bad picture among the first ten is no tenth.
+FEWEST_SAMPLES = 1000
+MAX_NAMES = 20
+_MAX_REMEMBERED = 10_000
+
+
+class BadCount(NamedTuple):
+    """`num_bad` of `num_tried` samples could not be used; adds up over ranks."""
+
+    num_bad: int
+    num_tried: int
+
+
+class BadPictures:
+    """The count of one rank since the start of the process."""
+
+    def __init__(self) -> None:
+        self.count = BadCount(0, 0)
+        self.names: list[str] = []
+        self._known: set[str] = set()
+
+    def add(self, num_samples: int, bad: Sequence[str]) -> None:
+        """Counts a batch and names in the log what had not been named before.
+
+        Args:
+            num_samples: Samples in the batch, all of them sound.
+            bad: A message for each sample that was tried and replaced, its name first.
+        """
+        num_bad, num_tried = self.count
+        self.count = BadCount(num_bad + len(bad), num_tried + num_samples + len(bad))
+        for message in bad:
+            name = message.partition(": ")[0]
+            if name in self._known or len(self._known) >= _MAX_REMEMBERED:
+                continue  # seen in another epoch, or too many to tell one by one
+            self._known.add(name)
+            self.names.append(name)
+            log.warning("skipped: %s", message)
+
+
+def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
+    """Whether a run has to stop; the same on all ranks, given the sum of their counts."""
+    return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
+
+
+def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) -> DataError:
+    """The end of such a run, with the list of what was bad.
+
+    Args:
+        count: The sum over ranks.
+        max_bad_fraction: data.max_bad_fraction.
+        names: Of bad pictures, from one rank or all.
+    """
+    distinct = sorted(set(names))
+    listed = ", ".join(distinct[:MAX_NAMES])
+    if len(distinct) > MAX_NAMES:
+        listed += f" and {len(distinct) - MAX_NAMES} more (see the log)"
+    return DataError(
+        f"data.max_bad_fraction: too many pictures cannot be used; got {count.num_bad} of "
+        f"{count.num_tried} samples, expected at most {max_bad_fraction:g} of them: {listed}. "
+        "Replace or remove these files, or raise --data.max_bad_fraction."
+    )

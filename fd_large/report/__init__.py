@@ -1,0 +1,1 @@
+"""Pictures, summary and tables, from the files of a run alone. No torch at import."""

@@ -1,0 +1,142 @@
+"""The feature panel: photographs beside the teacher's and the student's maps, before and after.
+
+The first three principal components of the whitened teacher's tokens become lightness, blue to
+yellow, and green to red, in this order of importance (CIELAB's axes), so that most of a map is
+legible without red-green vision. The student's map is shown in the teacher's basis and scale: the
+same colour means the same feature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from fd_large.report import style
+
+MOST_ROWS = 4
+
+
+class Basis(NamedTuple):
+    """Three principal components and what is spread over the colours.
+
+    Attributes:
+        mean: (C,).
+        components: (3, C), orthonormal.
+        scale: Range of each component, (3,): the 99th percentile of its absolute value.
+    """
+
+    mean: numpy.ndarray
+    components: numpy.ndarray
+    scale: numpy.ndarray
+
+
+def fit_basis(tokens: numpy.ndarray) -> Basis:
+    """Fits the basis to tokens (..., C); a component's sign makes its largest entry positive."""
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(numpy.float64)
+    mean = flat.mean(0)
+    covariance = (flat - mean).T @ (flat - mean) / len(flat)
+    _, vectors = numpy.linalg.eigh(covariance)
+    components = vectors[:, ::-1][:, :3].T
+    if len(components) < 3:  # Fewer channels than colours.
+        components = numpy.pad(components, ((0, 3 - len(components)), (0, 0)))
+    largest = numpy.abs(components).argmax(1)
+    sign = numpy.sign(components[numpy.arange(3), largest])
+    components = components * numpy.where(sign == 0, 1, sign)[:, None]
+    scale = numpy.percentile(numpy.abs((flat - mean) @ components.T), 99, axis=0)
+    return Basis(mean, components, numpy.where(scale > 0, scale, 1.0))
+
+
+def colours(tokens: numpy.ndarray, basis: Basis) -> numpy.ndarray:
+    """Returns tokens (..., C) as sRGB colours (..., 3) in 0..1."""
+    parts = numpy.clip((tokens - basis.mean) @ basis.components.T / basis.scale, -1, 1)
+    lightness = 55 + 38 * parts[..., 0]
+    return _srgb(lightness, 55 * parts[..., 2], 65 * parts[..., 1])
+
+
+def mean_cosine(teacher: numpy.ndarray, student: numpy.ndarray) -> float:
+    """Returns the mean over tokens of the cosine between two maps (..., C)."""
+    norms = numpy.linalg.norm(teacher, axis=-1) * numpy.linalg.norm(student, axis=-1)
+    return float(((teacher * student).sum(-1) / numpy.maximum(norms, 1e-12)).mean())
+
+
+def draw_features(folder: Path, path: Path) -> bool:
+    """Draws the panel from FOLDER/features_*.npz as a PNG; returns False where there is none."""
+    panels = {}
+    for when in ("before", "after"):
+        if (file := folder / f"features_{when}.npz").exists():
+            with numpy.load(file) as arrays:
+                panels[when] = {name: arrays[name] for name in arrays.files}
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    newest = panels.get("after") or panels["before"]
+    basis = fit_basis(newest["teacher"])
+    images, teacher = newest["images"][:MOST_ROWS], newest["teacher"][:MOST_ROWS]
+    columns = [("photograph", None, images), ("teacher", None, colours(teacher, basis))]
+    for panel in panels.values():
+        student, update = panel["student"][:MOST_ROWS], int(panel["update"])
+        heading = f"student after\n{update} updates" if update else "student\nbefore training"
+        cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
+        columns.append((heading, cosines, colours(student, basis)))
+
+    rows, side, top, foot = len(images), 1.85, 0.55, 0.72
+    figure = Figure(figsize=(side * len(columns), side * rows * 1.085 + top + foot), dpi=style.DPI)
+    height = figure.get_figheight()
+    cells = figure.subplots(rows, len(columns), squeeze=False)
+    figure.subplots_adjust(
+        left=0.012,
+        right=0.988,
+        top=1 - top / height,
+        bottom=foot / height,
+        wspace=0.06,
+        hspace=0.12,
+    )
+    for column, (heading, cosines, pictures) in enumerate(columns):
+        for row, picture in enumerate(pictures):
+            axes = cells[row][column]
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                axes.set_title(heading, fontsize=style.TEXT_SIZE, pad=5)
+            if cosines is not None:
+                axes.set_xlabel(
+                    f"cosine {cosines[row]:z.2f}",
+                    fontsize=style.SMALL_SIZE,
+                    color=style.GREY,
+                    labelpad=3,
+                )
+    high, wide, channels = teacher.shape[1:]
+    figure.text(
+        0.012,
+        0.1 / height,
+        f"Maps of {high} x {wide} tokens, {channels} channels; held-out photographs.\n"
+        "Colour: the teacher's first three principal components, one basis for all maps.",
+        fontsize=style.SMALL_SIZE,
+        color=style.GREY,
+        linespacing=1.4,
+    )
+    figure.savefig(path)
+    return True
+
+
+def _srgb(lightness: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
+    """CIELAB (D65) to sRGB, IEC 61966-2-1; what is out of the gamut is clipped."""
+    fy = (lightness + 16) / 116
+    steps = numpy.stack([fy + a / 500, fy, fy - b / 200], -1)
+    delta = 6 / 29
+    xyz = numpy.where(steps > delta, steps**3, 3 * delta**2 * (steps - 4 / 29))
+    xyz = xyz * (0.95047, 1.0, 1.08883)
+    linear = xyz @ numpy.array(
+        [
+            [3.2404542, -0.9692660, 0.0556434],
+            [-1.5371385, 1.8760108, -0.2040259],
+            [-0.4985314, 0.0415560, 1.0572252],
+        ]
+    )
+    linear = numpy.clip(linear, 0, 1)
+    return numpy.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

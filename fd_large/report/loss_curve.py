@@ -1,0 +1,100 @@
+"""The loss curve: training loss, held-out loss, the best constant's, and the learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+
+from fd_large.report import style
+from fd_large.report.run_files import RunFiles
+
+# What is evaluated: prefix of its numbers, label, colour and marker.
+SETS = (
+    ("held_out", "held-out photographs", style.VERMILLION, "o"),
+    ("unseen_crops", "unseen crops of the training photographs", style.GREEN, "s"),
+)
+DASHES = (0, (5, 3))
+
+
+def draw_loss_curve(files: RunFiles, path: Path) -> bool:
+    """Draws the curve as a PNG; returns False where no update is written yet."""
+    if len(files.updates) == 0:
+        return False
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8.0, 5.0), dpi=style.DPI, layout="constrained")
+    upper, lower = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.04}
+    )
+    smooth = smoothed(files.loss)
+    upper.plot(files.updates, files.loss, color=style.BLUE, alpha=0.28, linewidth=0.8)
+    upper.plot(files.updates, smooth, color=style.BLUE, linewidth=2, label="training")
+    seen = [smooth, [numpy.nanpercentile(files.loss, 99.5)]]
+
+    last = int(files.updates[-1])
+    constant_seen = False
+    for name, label, color, marker in SETS:
+        steps, held_out = files.evaluated(f"{name}_loss")
+        if len(steps):
+            upper.plot(
+                steps,
+                held_out,
+                color=color,
+                linewidth=1.5,
+                marker=marker,
+                markersize=5 if len(steps) <= 40 else 0,
+                label=label,
+                clip_on=False,
+                zorder=3,
+            )
+            seen.append(held_out)
+            last = max(last, int(steps[-1]))
+        _, constants = files.evaluated(f"{name}_best_constant")
+        if len(constants):
+            upper.axhline(constants[-1], color=color, linewidth=1.2, linestyle=DASHES)
+            seen.append(constants[-1:])
+            constant_seen = True
+    if constant_seen:
+        label = "best constant map of the same colour"
+        upper.plot([], [], color=style.GREY, linewidth=1.2, linestyle=DASHES, label=label)
+
+    values = numpy.concatenate([numpy.asarray(part, dtype=float) for part in seen])
+    low, high = numpy.nanmin([*values, numpy.nanmin(files.loss)]), numpy.nanmax(values)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    upper.set_ylim(low - margin, high + margin)
+    upper.set_ylabel("smooth L1 loss", fontsize=style.TEXT_SIZE)
+    upper.set_title(_title(files), fontsize=style.TITLE_SIZE, loc="left")
+    upper.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="upper right")
+
+    lower.plot(files.updates, files.learning_rate, color=style.GREY, linewidth=1.5)
+    lower.set_ylim(0, 1.15 * (files.learning_rate.max() or 1.0))
+    lower.set_ylabel("learning rate", fontsize=style.TEXT_SIZE)
+    lower.set_xlabel("updates", fontsize=style.TEXT_SIZE)
+    lower.set_xlim(0, last)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.yaxis.set_major_locator(MaxNLocator(3))
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    lower.yaxis.get_offset_text().set(size=style.SMALL_SIZE, color=style.GREY)
+    for axes in (upper, lower):
+        style.plain_axes(axes)
+    figure.align_ylabels()
+    figure.savefig(path)
+    return True
+
+
+def smoothed(values: numpy.ndarray) -> numpy.ndarray:
+    """Averages over a centred window of a 25th of the curve, narrower near the ends."""
+    half = len(values) // 50
+    sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    centre = numpy.arange(len(values))
+    # The same reach to both sides, so that a slope is not bent at the ends.
+    reach = numpy.minimum(half, numpy.minimum(centre, len(values) - 1 - centre))
+    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
+
+
+def _title(files: RunFiles) -> str:
+    student, teacher = files.recipe["student"]["model"], files.recipe["teacher"]["model"]
+    random = ", random weights" if files.recipe["teacher"].get("source") == "random" else ""
+    return f"{files.recipe['name']}: {student} learns from {teacher}{random}"

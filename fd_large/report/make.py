@@ -1,0 +1,34 @@
+"""A report: both pictures, the summary's last fields and the closing text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fd_large.report.closing import closing_text, next_steps
+from fd_large.report.features import draw_features
+from fd_large.report.loss_curve import draw_loss_curve
+from fd_large.report.run_files import read_run, write_object
+
+
+def make_report(folder: str | Path) -> str:
+    """Draws pictures/loss_curve.png and features.png, completes summary.json; returns the text.
+
+    A run that is not finished has no summary yet, and its report writes none.
+
+    Raises: DataError: If the folder is no run's, or a file in it is damaged.
+    """
+    files = read_run(folder)
+    pictures = files.folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    drawn = [
+        pictures / name
+        for name, is_drawn in (
+            ("loss_curve.png", draw_loss_curve(files, pictures / "loss_curve.png")),
+            ("features.png", draw_features(pictures, pictures / "features.png")),
+        )
+        if is_drawn
+    ]
+    if files.summary:
+        files.summary["next"] = next_steps(files)
+        write_object(files.folder / "summary.json", files.summary)
+    return closing_text(files, drawn)

@@ -1,0 +1,109 @@
+"""docs/recipes.md, made from the recipes' docstrings: `python -m fd_large.report.recipe_page`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from fd_large.recipes import registry
+
+PATH = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+
+_FACTS = ("Hardware:", "Duration:", "Result:")
+
+
+def recipe_page() -> str:
+    """Returns the page: a table of all recipes, then each with its settings and reasons."""
+    lines = [
+        "# Recipes",
+        "",
+        "Made from the recipes' docstrings by `make docs`: change those, not this page.",
+        "`python -m fd_large recipes` prints the same table.",
+        "",
+        "```",
+        "deepspeed fd_large/train.py --deepspeed_config ds_configs/zero3.json --recipe NAME",
+        "```",
+        "",
+        "| recipe | teacher | student | duration | result |",
+        "|---|---|---|---|---|",
+    ]
+    for name in registry.RECIPES:
+        run, facts = registry.get(name), registry.facts(name)
+        cells = (
+            f"[{name}](#{name})",
+            run.teacher.model,
+            run.student.model,
+            facts.duration,
+            facts.result,
+        )
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    module = None
+    for name, recipe in registry.RECIPES.items():
+        if recipe.__module__ != module:
+            module = recipe.__module__
+            lines += ["", *_module(sys.modules[module])]
+        lines += ["", *_recipe(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _module(module: object) -> list[str]:
+    title, *body = (inspect.getdoc(module) or "").splitlines()
+    return [f"## {title.rstrip('.')}", *body]
+
+
+def _recipe(name: str) -> list[str]:
+    """A section: first sentence, facts, settings that a reader compares, the rest as written."""
+    run, facts = registry.get(name), registry.facts(name)
+    _, *body = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
+    rest: list[str] = []
+    seen: set[str] = set()
+    for line in body:
+        key = next((key for key in _FACTS if line.startswith(key)), None)
+        # The first of each is a fact, a later `Duration:` belongs to the reasons.
+        if key is not None and key not in seen:
+            seen.add(key)
+        else:
+            rest.append(line)
+    length = f"{run.optim.epochs} epochs"
+    if run.optim.max_steps:
+        length = f"at most {run.optim.max_steps} updates"
+    settings = (
+        f"{run.data.image_size} px, crops of at least {run.data.min_crop_scale:g} of the area,"
+        f" global batch {run.batch.global_batch_size}, {length}, peak rate"
+        f" {run.optim.base_lr:g} per 512 images, drop path {run.student.drop_path_rate:g}"
+    )
+    lines = [
+        f"### {name}",
+        "",
+        facts.summary,
+        "",
+        f"- needs: {facts.hardware}",
+        f"- takes: {facts.duration}",
+        f"- expect: {facts.result}",
+        f"- nets: {run.teacher.model} -> {run.student.model}",
+        f"- settings: {settings}",
+    ]
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(_listed(rest))).strip("\n")
+    return [*lines, "", *text.splitlines()] if text else lines
+
+
+def _listed(lines: list[str]) -> list[str]:
+    """Makes Markdown's items of `section: reason` lines that follow a line ending in a colon."""
+    listed: list[str] = []
+    inside = False
+    for line in lines:
+        item = re.match(r"[a-z_]+: ", line)
+        if item and not inside and listed and listed[-1].endswith(":"):
+            listed.append("")
+            inside = True
+        elif not item and not line.startswith(" "):
+            inside = False
+        listed.append(f"- {line}" if item and inside else line)
+    return listed
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(recipe_page())

@@ -1,0 +1,98 @@
+"""What the folder of a run holds, read for a report: the run may be over, going, or killed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from fd_large.errors import DataError
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its folder tells it.
+
+    Attributes:
+        folder: Where it is.
+        recipe: recipe.json.
+        environment: environment.json; empty where there is none yet.
+        summary: summary.json; empty while the run goes, or where it was killed.
+        updates: Finished updates that the training rows stand at, from 1, (n,).
+        loss: Training loss of each, (n,).
+        learning_rate: Rate of each, (n,).
+        evaluations: Rows of evaluations.jsonl: update (finished ones) and metrics.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    updates: numpy.ndarray
+    loss: numpy.ndarray
+    learning_rate: numpy.ndarray
+    evaluations: list[dict[str, float]]
+
+    def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Returns (updates, values) of a held-out number, where it was evaluated."""
+        rows = [row for row in self.evaluations if row.get(name) is not None]
+        return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
+
+
+def read_run(folder: str | Path) -> RunFiles:
+    """Reads a run's folder.
+
+    Raises: DataError: If it is none, or a file in it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise DataError(
+            f"report: no run here; got {folder}, expected a folder with recipe.json. Give the "
+            "folder of a run, for instance runs/quickstart."
+        )
+    rows = _rows(folder / "metrics.jsonl")
+    return RunFiles(
+        folder=folder,
+        recipe=_object(folder / "recipe.json"),
+        environment=_object(folder / "environment.json"),
+        summary=_object(folder / "summary.json"),
+        updates=numpy.array([row["update"] + 1 for row in rows], dtype=numpy.int64),
+        loss=numpy.array([row["loss"] for row in rows], dtype=numpy.float64),
+        learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
+        evaluations=_rows(folder / "evaluations.jsonl"),
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DataError(
+            f"report: {path} is damaged; got {error}, expected JSON. Remove it and report again."
+        ) from None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; the last one of a run that goes, or was killed, may be torn."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(
+            f"report: {path} is damaged; got {error}, expected a JSON object a line. Resume the "
+            "run, which drops what follows the damage."
+        ) from None
+
+
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object aside and renames it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.replace(path)

@@ -1,0 +1,29 @@
+"""The look of all pictures: one font size scale, colours that colour-blind readers tell apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, "Color Universal Design", 2008.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+GREY = "#5f5f5f"
+LIGHT_GREY = "#d9d9d9"
+
+DPI = 150
+TITLE_SIZE = 12
+TEXT_SIZE = 10
+SMALL_SIZE = 9
+
+
+def plain_axes(axes: Axes) -> None:
+    """Leaves of a frame what carries numbers: two sides and a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelsize=SMALL_SIZE)
+    axes.grid(axis="y", color=LIGHT_GREY, linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,28 @@
+"""How an evaluation names its numbers: SET_METRIC, as in `held_out_loss`. No torch.
+
+Sets: `held_out` (pictures that training never sees), `unseen_crops` (crops of training pictures
+that training never cuts). Metrics: `loss`; `cosine` of the projected student and the whitened
+teacher; `best_constant`, the loss of the best map that ignores the image, once at the end.
+"""
+
+from __future__ import annotations
+
+METRICS = ("loss", "cosine", "best_constant")
+SETS = {"held_out": "held-out", "unseen_crops": "unseen crops"}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Returns ("held_out", "loss") for `held_out_loss`; ("evaluation", name) for a strange one."""
+    for metric in METRICS:
+        if name.endswith(f"_{metric}"):
+            return name.removesuffix(f"_{metric}"), metric
+    return "evaluation", name
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """Returns "held-out loss 0.3100, cosine 0.4200; unseen crops loss 0.2900, ..."."""
+    sets: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        group, metric = split_name(name)
+        sets.setdefault(group, []).append(f"{metric.replace('_', ' ')} {value:z.4f}")
+    return "; ".join(f"{SETS.get(group, group)} {', '.join(told)}" for group, told in sets.items())

@@ -1,0 +1,57 @@
+"""The raw material of the feature panel: maps of a few held-out photographs, before and after.
+
+Written during the run as pictures/features_before.npz and features_after.npz, so that the report
+needs neither the nets nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy
+
+from fd_large import distributed
+from fd_large.runtime.hooks import Hook, Setting
+
+
+class Pictures(Hook):
+    """Keeps on rank 0 what the engine computes for the panel."""
+
+    def on_start(self, setting: Setting) -> None:
+        """Remembers where pictures go."""
+        self._folder = setting.folder / "pictures"
+
+    def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
+        """Writes the panel as it is after `index` updates; 0: before training.
+
+        Args:
+            index: Finished updates.
+            panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, whitened; student of the
+                same shape and type, projected. Only rank 0's is looked at.
+        """
+        if not distributed.is_main():
+            return
+        self._folder.mkdir(exist_ok=True)
+        write_panel(self._folder / f"features_{'after' if index else 'before'}.npz", index, panel)
+
+
+def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
+    """Writes a panel aside and renames it; the number of updates goes with it as `update`."""
+    images, teacher, student = (panel[name] for name in ("images", "teacher", "student"))
+    assert images.dtype == numpy.uint8
+    assert images.shape[-1] == 3
+    assert teacher.shape == student.shape
+    assert len(teacher) == len(images)
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        numpy.savez_compressed(
+            file,
+            images=images,
+            teacher=teacher.astype(numpy.float32),
+            student=student.astype(numpy.float32),
+            update=numpy.int64(index),
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,128 @@
+"""What the user sees while a run goes: a progress bar on a terminal, plain lines anywhere else.
+
+Only numbers that the Meter has read are shown, so that watching a run costs it nothing; the bar
+itself moves with every update. It is drawn from the training thread: a drawing thread would
+compete with the ranks of a CPU run, and its lock would be copied into forked loader processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from fd_large import distributed
+from fd_large.runtime import terminal
+from fd_large.runtime.evaluation_names import in_words
+from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
+from fd_large.runtime.logs import FILE_ONLY
+from fd_large.runtime.meter import Row
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_DRAWINGS = 0.25
+
+
+class Progress(Hook):
+    """Shows the run on rank 0; give `show_rows` to the Meter."""
+
+    def on_start(self, setting: Setting) -> None:
+        """Draws the bar, where there is a terminal."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._setting = setting
+        self._total = setting.total_updates
+        self._seconds_per_update: float | None = None
+        self._drawn = 0.0
+        self._bar: Bar | None = None
+        console = terminal.console()
+        if distributed.is_main() and console.is_terminal and not console.is_dumb_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}", style="bold"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[left]}", style="cyan"),
+                console=console,
+                expand=True,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task(
+                # At 80 columns the numbers need the name's room.
+                setting.run.name if console.width >= 100 else "",
+                total=self._total,
+                completed=setting.first_update,
+                numbers="",
+                left="",
+            )
+            self._bar.start()
+            terminal.before_errors.append(self._bar.stop)
+
+    def after_update(self, update: Update) -> Request:
+        """Moves the bar."""
+        self._total = update.total
+        if self._bar is not None:
+            done = update.index + 1
+            self._bar.update(
+                self._task, completed=done, total=update.total, left=self._time_left(done)
+            )
+            now = time.monotonic()
+            if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS or done == update.total:
+                self._drawn = now
+                self._bar.refresh()
+        return NOTHING
+
+    def show_rows(self, rows: list[Row]) -> None:
+        """Shows what the Meter has read."""
+        last = rows[-1]
+        done = last["update"] + 1
+        per_second = last["images_per_second"]
+        self._seconds_per_update = self._setting.run.batch.global_batch_size / per_second
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                numbers=f"loss {last['loss']:.4f}  rate {last['learning_rate']:.2g}"
+                f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s",
+                left=self._time_left(done),
+            )
+        log.info(
+            "update %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s  %s",
+            done,
+            self._total,
+            last["epoch"],
+            last["loss"],
+            last["grad_norm"],
+            last["learning_rate"],
+            per_second,
+            self._time_left(done),
+            extra=FILE_ONLY if self._bar is not None else None,
+        )
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Says the held-out numbers; with a bar, in a line above it."""
+        log.info("after %d updates: %s", index, in_words(metrics))
+
+    def on_end(self, status: str) -> None:
+        """Leaves the bar as it stands and frees the terminal."""
+        if self._bar is not None:
+            self._bar.update(self._task, left=status)
+            self._bar.stop()
+            self._bar = None
+
+    def _time_left(self, done: int) -> str:
+        if self._seconds_per_update is None:
+            return ""
+        return f"{clock((self._total - done) * self._seconds_per_update)} left"
+
+
+def clock(seconds: float) -> str:
+    """Returns a duration as 0:07, 12:34, 1:02:03 or 3d 04h."""
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"

@@ -1,0 +1,70 @@
+"""TensorBoard events of a run: the curves of metrics.jsonl and evaluations.jsonl in RUN/events.
+
+A step is the number of finished updates: training rows stand at update + 1, evaluations at the
+updates that they followed, as on the progress bar.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fd_large import distributed
+from fd_large.runtime.evaluation_names import split_name
+from fd_large.runtime.hooks import Hook, Setting
+from fd_large.runtime.meter import Row, rows_before
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "images_per_second": "speed/images_per_second",
+}
+
+
+class TensorBoard(Hook):
+    """Writes events on rank 0; give `write_rows` to the Meter."""
+
+    def on_start(self, setting: Setting) -> None:
+        """Opens a file of events that hides what the run will write again."""
+        self._writer: SummaryWriter | None = None
+        if not distributed.is_main():
+            return
+        # A second of imports that only rank 0 needs.
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = setting.first_update
+        # The last update that is kept stands at step `first`.
+        self._writer = SummaryWriter(
+            str(setting.folder / "events"), purge_step=first + 1 if first else None, flush_secs=30
+        )
+        # An evaluation at the seam may come again.
+        self._seam = first
+        self._at_seam: set[str] = set()
+        for row in rows_before(setting.folder / "evaluations.jsonl", first + 1):
+            if first and row["update"] == first:
+                self._at_seam |= row.keys()
+
+    def write_rows(self, rows: list[Row]) -> None:
+        """Writes what the Meter has read."""
+        if self._writer is not None:
+            for row in rows:
+                for name, tag in TAGS.items():
+                    if name in row:
+                        self._writer.add_scalar(tag, row[name], row["update"] + 1)
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Writes the held-out numbers."""
+        if self._writer is None:
+            return
+        for name, value in metrics.items():
+            if not (index == self._seam and name in self._at_seam):
+                self._writer.add_scalar("/".join(split_name(name)), value, index)
+        self._writer.flush()
+
+    def on_end(self, status: str) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,136 @@
+"""The terminal, kept for what fd_large says; all else that a rank writes goes into its log file.
+
+Libraries write to file descriptors 1 and 2 from Python, C++ and child processes. `take` keeps
+private copies of the two, `hand_over` points the numbers at the rank's log: what is written to
+the copies is what the user sees. Without `take` (fd_large used as a library) nothing changes.
+No torch, so that the command line may tell a mistake through it at once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_out: TextIO | None = None
+_err: TextIO | None = None
+_handed_over = False
+
+
+before_errors: list[Callable[[], None]] = []
+"""Called before a failure is told: a live progress bar ends its line."""
+
+
+def out() -> TextIO:
+    """Returns the stream that reaches the user: the private copy, or sys.stdout."""
+    return _out or sys.stdout
+
+
+def err() -> TextIO:
+    """Returns the stream that tells the user of failures: the private copy, or sys.stderr."""
+    return _err or sys.stderr
+
+
+def take() -> None:
+    """Keeps private copies of descriptors 1 and 2 and sends uncaught errors there; once.
+
+    Where Python's streams are not those descriptors (a notebook, a test runner), nothing is taken.
+    """
+    global _out, _err
+    try:
+        plain = (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
+    except (OSError, ValueError):
+        plain = False
+    if _out is not None or not plain:
+        return
+    _out, _err = (
+        os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace")
+        for number in (1, 2)
+    )
+    # A death by signal leaves no Python to speak: this writes the stack where the user looks.
+    faulthandler.enable(_err)
+    sys.excepthook = _tell_uncaught
+
+
+def hand_over(path: Path) -> None:
+    """Points descriptors 1 and 2 at the end of a log file; nothing happens without `take`."""
+    global _handed_over
+    if _out is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    _handed_over = True
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def give_back() -> None:
+    """Undoes `take` and `hand_over`."""
+    global _out, _err, _handed_over
+    if _out is None or _err is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, stream in ((1, _out), (2, _err)):
+        stream.flush()
+        os.dup2(stream.fileno(), number)
+    faulthandler.disable()
+    sys.excepthook = sys.__excepthook__
+    for stream in (_out, _err):
+        stream.close()
+    before_errors.clear()
+    _out = _err = None
+    _handed_over = False
+    console.cache_clear()
+
+
+def tell_error(text: str) -> None:
+    """Writes to the user and, once there is one, to the rank's log."""
+    _clear_the_line()
+    if _handed_over:
+        print(text, file=sys.stderr)
+    print(text, file=err())
+
+
+@cache
+def console() -> Console:
+    """Returns the one rich console on `out`, so that a line never tears a live progress bar."""
+    from rich.console import Console
+
+    class Plain(Console):
+        """A console that leaves the cursor alone: a run that is killed could not show it again."""
+
+        def show_cursor(self, show: bool = True) -> bool:
+            return False
+
+    # Without a private copy, whatever sys.stdout is when a line is printed.
+    return Plain(file=_out, highlight=False, markup=False, emoji=False)
+
+
+def _clear_the_line() -> None:
+    while before_errors:
+        before_errors.pop()()
+
+
+def _tell_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    _clear_the_line()
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    if _handed_over:
+        print(text, file=sys.stderr)
+    # Whoever presses Ctrl-C knows where; the log keeps the stack.
+    print("interrupted" if issubclass(kind, KeyboardInterrupt) else text, file=err())

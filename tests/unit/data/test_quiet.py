@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+
+from fd_large.data.decode import decode
+from fd_large.data.quiet import quiet
+
+NOISE = b"Corrupt JPEG data: 3826 extraneous bytes before marker 0xd9\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        NOISE,
+        b"Premature end of JPEG file\n",
+        b"libpng warning: iCCP: known incorrect sRGB profile\n",
+        b"TIFFReadDirectory: Warning, Unknown field with tag 700.\n",
+    ],
+)
+def test_lines_of_the_decoders_are_dropped_and_others_kept_in_order(capfd, line):
+    with quiet():
+        os.write(2, b"before\n")
+        os.write(2, line)
+        print("after", file=sys.stderr, flush=True)
+    os.write(2, b"outside\n")
+    assert capfd.readouterr().err == "before\nafter\noutside\n"
+
+
+def test_nothing_stays_for_the_next_time(capfd):
+    for _ in range(3):
+        with quiet():
+            os.write(2, b"once\n")
+        assert capfd.readouterr().err == "once\n"
+
+
+def test_blocks_may_be_nested_and_left_by_an_error(capfd):
+    with pytest.raises(KeyError), quiet(), quiet():
+        os.write(2, NOISE + b"kept\n")
+        raise KeyError
+    os.write(2, b"outside\n")
+    assert capfd.readouterr().err == "kept\noutside\n"
+
+
+def test_a_forked_child_has_its_own(capfd):
+    with quiet():
+        os.write(2, NOISE)
+    child = os.fork()
+    if child == 0:
+        with quiet():
+            os.write(2, NOISE + b"child\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+    with quiet():
+        os.write(2, b"parent\n")
+    assert capfd.readouterr().err == "child\nparent\n"
+
+
+def test_threads_lose_nothing(capfd):
+    def write() -> None:
+        for _ in range(200):
+            with quiet():
+                os.write(2, NOISE + b"kept\n")
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capfd.readouterr().err.count("kept\n") == 600
+
+
+def test_a_process_without_stderr_decodes(photograph, tmp_path):
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(photograph(20, 30)).save(buffer, "JPEG")
+    saved = os.dup(2)
+    os.close(2)
+    try:
+        shape = decode(buffer.getvalue(), "x").shape
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+    assert shape == (3, 20, 30)
