@@ -105,7 +105,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {_first_line(call)}" for name, call in COMMANDS.items()]
+    lines = [f"  {name:<10} {_first_line(call)}" for name, call in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m fd_large COMMAND [--help] [flags]", "", "commands:", *lines]
     )
@@ -226,10 +226,18 @@ def recipes_table() -> Any:
     return table
 
 
+def _checkpoint(arguments: list[str]) -> int:
+    """List, verify or prune a run's checkpoints; export to DeepSpeed's format, or import."""
+    from fd_large.commands import checkpoint
+
+    return checkpoint.main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "recipes": _recipes,
     "report": _report,
+    "checkpoint": _checkpoint,
 }
 
 

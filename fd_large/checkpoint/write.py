@@ -39,6 +39,12 @@ class Piece(NamedTuple):
     values: Tensor
 
 
+def _mask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
 class Saver:
     """One checkpoint at a time, from `begin` to `finish`.
 
@@ -123,6 +129,8 @@ class Saver:
             # No empty file for a rank without a piece: safetensors holds zero tensors as well.
             save_file(copies, path)
             copies.clear()
+            # safetensors makes it readable to its owner alone, whatever the user's mask says.
+            path.chmod(0o666 & ~_mask())
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}

@@ -21,7 +21,7 @@ from fd_large.engine.build import Engine
 
 # Views of an epoch that no training reaches: crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
-PANEL_IMAGES = 6
+PANEL_IMAGES = 4
 
 
 class Evaluation:
@@ -65,7 +65,7 @@ class Evaluation:
         mine = [cut(int(view)) for view in self._mine]
         self._images = torch.stack(mine or [cut(0)])
         # The panel shows the same images on any number of ranks.
-        self._panel = torch.stack([cut(view) for view in range(min(PANEL_IMAGES, len(source)))])
+        self._panel = torch.stack([cut(view) for view in range(PANEL_IMAGES)])
 
     def measure(self, engine: Engine) -> dict[str, float]:
         """Mean loss and the task's metrics over all views, the same on every rank."""

@@ -50,7 +50,7 @@ def train_updates(
     setting: Setting,
     *,
     checkpoints: Checkpoints,
-    evaluate: Callable[[bool], dict[str, float]] | None = None,
+    evaluate: Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]] | None = None,
     time_box: TimeBox | None = None,
 ) -> str:
     """Trains from `setting.first_update` to the end; returns `done` or `stopped`.
@@ -62,7 +62,8 @@ def train_updates(
         hooks: Asked after every update.
         setting: Told to the hooks.
         checkpoints: Asked when to save, and told what the ranks agreed.
-        evaluate: Measures the task on held-out data, the argument says whether for the last time.
+        evaluate: (update, whether for the last time) -> held-out numbers, and the feature panel
+            where one is due; called by all ranks.
         time_box: Decides the length after the first updates.
     """
     for hook in hooks:
@@ -72,9 +73,11 @@ def train_updates(
 
     def evaluated(last: bool) -> None:
         if evaluate is not None:
-            metrics = evaluate(last)
+            metrics, panel = evaluate(update, last)
             for hook in hooks:
                 hook.on_evaluation(update, metrics)
+                if panel is not None:
+                    hook.on_features(update, panel)
 
     def save() -> None:
         for hook in hooks:

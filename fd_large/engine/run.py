@@ -33,6 +33,7 @@ from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.loop import Plan, probe_step, train_updates
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.engine.time_box import TimeBox
 from fd_large.errors import FDError
 from fd_large.launch import Launch
@@ -44,16 +45,29 @@ from fd_large.runtime.run_folder import open_folder, write_environment
 log = logging.getLogger(__name__)
 
 
-def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]) -> int:
-    """Trains a recipe to its end; returns the exit code.
+class Opened(NamedTuple):
+    """A run with everything built and nothing trained or restored yet."""
 
-    Args:
-        run: The resolved recipe.
-        deepspeed_config: Path of the DeepSpeed JSON.
-        fresh: Start over instead of resuming; the old run's files are moved aside.
-        hooks: Asked after every update.
+    run: Run
+    folder: Path
+    launch: Launch
+    source: PictureSource
+    engine: Engine
+    teacher: PlacedTeacher
+    checkpoints: Checkpoints
+    micro_batch_size: int
 
-    Raises: FDError: for the user's mistakes, before training where that is possible.
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per update."""
+        share = self.run.batch.global_batch_size // self.launch.world_size
+        return share // self.micro_batch_size
+
+
+def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
+    """Checks everything, then builds teacher, student and engine on all ranks.
+
+    Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
@@ -80,6 +94,24 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     write_environment(folder, config, launch.launcher)
 
     engine = build_engine(run, make_task, config)
+    facts = {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint}
+    checkpoints = Checkpoints(folder, run, engine, facts)
+    return Opened(run, folder, launch, source, engine, teacher, checkpoints, size)
+
+
+def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]) -> int:
+    """Trains a recipe to its end; returns the exit code.
+
+    Args:
+        run: The resolved recipe.
+        deepspeed_config: Path of the DeepSpeed JSON.
+        fresh: Start over instead of resuming; the old run's files are moved aside.
+        hooks: Asked after every update.
+
+    Raises: FDError: for the user's mistakes, before training where that is possible.
+    """
+    opened = open_run(run, deepspeed_config=deepspeed_config, fresh=fresh)
+    folder, engine, teacher, source = opened.folder, opened.engine, opened.teacher, opened.source
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     time_box = None
@@ -87,24 +119,19 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         time_box = TimeBox(run.optim.max_seconds, folder, total)
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
-    checkpoints = Checkpoints(
-        folder,
-        run,
-        engine,
-        {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint},
-    )
-    first = checkpoints.resume()
+    first = opened.checkpoints.resume()
     if first >= total:
         log.info("%s: finished after %d updates; nothing to do", folder, first)
         return 0
     if first:
         log.info("resumed after update %d of %d", first, total)
-    checkpoints.say_what_disk_it_takes(total)
+    opened.checkpoints.say_what_disk_it_takes(total)
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     schedule = CosineSchedule(
         peak, warmup_start, minimum, total, int(run.optim.warmup_epochs * per_epoch)
     )
-    setting = Setting(folder, run, first, total, size, share // size, launch.world_size)
+    size, launch = opened.micro_batch_size, opened.launch
+    setting = Setting(folder, run, first, total, size, opened.accumulation, launch.world_size)
 
     def batches(epoch: int, first_update: int) -> Any:
         return build_loader(
@@ -121,7 +148,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             workers=run.data.workers,
         )
 
-    plan = Plan(schedule, per_epoch, share // size, run.runtime.seed, run.eval.every)
+    plan = Plan(schedule, per_epoch, opened.accumulation, run.runtime.seed, run.eval.every)
     evaluate = _evaluation(run, engine, source, size) if run.eval.root else None
     try:
         status = train_updates(
@@ -130,7 +157,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             plan,
             hooks,
             setting,
-            checkpoints=checkpoints,
+            checkpoints=opened.checkpoints,
             evaluate=evaluate,
             time_box=time_box,
         )
@@ -145,7 +172,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
 
 def _evaluation(
     run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
-) -> Callable[[bool], dict[str, float]]:
+) -> Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]]:
     """Measures held-out pictures, and crops of the training pictures that training never sees."""
     sets = [
         Evaluation(
@@ -163,13 +190,14 @@ def _evaluation(
         )
     ]
 
-    def evaluate(last: bool) -> dict[str, float]:
+    def evaluate(update: int, last: bool) -> tuple[dict[str, float], dict[str, Any] | None]:
         metrics: dict[str, float] = {}
         for views in sets:
             metrics |= views.measure(engine)
             if last:
                 metrics[f"{views.name}_best_constant"] = views.best_constant(engine)
-        return metrics
+        panel = sets[0].panel(engine) if update == 0 or last else None
+        return metrics, panel
 
     return evaluate
 

@@ -121,7 +121,7 @@ def _progress(files: RunFiles) -> str:
 
 def _teacher(teacher: dict[str, Any]) -> str:
     if teacher.get("source") == "random":
-        return f"{teacher['model']} with RANDOM weights: the machinery works, nothing was learned"
+        return f"{teacher['model']} with RANDOM weights: shows the machinery works, no more"
     return f"{teacher['model']} from {teacher.get('source') or 'no weights'}"
 
 

@@ -96,5 +96,5 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 def _title(files: RunFiles) -> str:
     student, teacher = files.recipe["student"]["model"], files.recipe["teacher"]["model"]
-    random = ", random weights" if files.recipe["teacher"].get("source") == "random" else ""
+    random = " (random weights)" if files.recipe["teacher"].get("source") == "random" else ""
     return f"{files.recipe['name']}: {student} learns from {teacher}{random}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from torch import Tensor
 
 from fd_large.recipes.run import Run
@@ -86,7 +87,13 @@ class Hook:
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """After an evaluation that followed `index` updates, the same numbers on every rank.
 
-        Names: held_out_loss, held_out_cosine, and once at the end loss_best_constant.
+        Names: see evaluation_names.py.
+        """
+
+    def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
+        """Maps of a few held-out pictures, before the first update and after the last.
+
+        images (n, S, S, 3) uint8; teacher, whitened, and student, projected, (n, h, w, C) float32.
         """
 
     def on_end(self, status: str) -> None:

@@ -28,9 +28,10 @@ FLOORS = {
     "evaluate": 5,
     "diagnose": 5,
     "report": 5,
-    "cli": 6,
-    "__main__": 7,
-    "train": 7,
+    "commands": 6,
+    "cli": 7,
+    "__main__": 8,
+    "train": 8,
 }
 FOR_ALL = {"errors", "distributed"}
 ONLY_IN = {

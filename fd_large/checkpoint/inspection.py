@@ -1,0 +1,67 @@
+"""`python -m fd_large checkpoint list|verify|prune RUN`: what is on disk, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fd_large.checkpoint import store
+from fd_large.errors import CheckpointError, ConfigError
+
+
+def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
+    """The folder of a run and its complete checkpoints, oldest first.
+
+    Raises: ConfigError: if the folder is no run or holds no checkpoint.
+    """
+    folder = Path(run_dir)
+    if not (folder / "recipe.json").is_file():
+        raise ConfigError(
+            f"checkpoint: {run_dir}: no run; got a path without recipe.json, expected the folder "
+            "of a run. Name one, for example runs/quickstart."
+        )
+    found = store.complete(folder)
+    if not found:
+        raise ConfigError(
+            f"checkpoint: {run_dir}: nothing is stored yet; got no complete checkpoint, expected "
+            "one. Train the run first."
+        )
+    return folder, found
+
+
+def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
+    """What `list` shows of each checkpoint."""
+    return [
+        {
+            "update": item.update,
+            "samples": item.manifest["samples"],
+            "ranks": item.manifest["world_size"],
+            "zero": item.manifest["zero_stage"],
+            "bytes": item.bytes,
+            "teacher": item.manifest["teacher_hash"],
+        }
+        for item in found
+    ]
+
+
+def verify_all(found: list[store.Stored]) -> list[str]:
+    """Every damage of every checkpoint, each naming its file."""
+    return [f"{item.path}: {problem}" for item in found for problem in store.verify(item)]
+
+
+def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
+    """Removes what the recipe (or `keep_last`) does not keep; returns what went.
+
+    Raises: CheckpointError: if the newest that would stay is damaged.
+    """
+    runtime = json.loads((folder / "recipe.json").read_text())["runtime"]
+    keep = runtime["keep_last"] if keep_last is None else keep_last
+    newest = store.complete(folder)[-1]
+    problems = store.verify(newest)
+    if problems:
+        raise CheckpointError(
+            f"checkpoint prune: the newest is damaged; got {newest.path}: {problems[0]}, expected "
+            "a sound one. Remove that folder by hand, then prune."
+        )
+    return store.prune(folder, keep_last=keep, keep_every=runtime["keep_every"])

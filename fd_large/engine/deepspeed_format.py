@@ -1,0 +1,85 @@
+"""DeepSpeed's own checkpoints, for those who have tools on them: out of a run, and into one.
+
+Both build the run as training does and let DeepSpeed read or write; its files belong to one number
+of ranks (0.19.8), ours to any.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from fd_large.engine.run import Opened, open_run
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.recipes.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def export_checkpoint(run_dir: str, out: str, *, deepspeed_config: str) -> int:
+    """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
+
+    Returns: its updates.
+    Raises: CheckpointError: if the run has no checkpoint.
+    """
+    opened = _open(run_dir, deepspeed_config)
+    updates = opened.checkpoints.resume()
+    if not updates:
+        raise CheckpointError(
+            f"checkpoint export: {run_dir}: nothing is stored yet; got no complete checkpoint, "
+            "expected one. Train the run first."
+        )
+    opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{updates}")
+    return updates
+
+
+def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> int:
+    """Reads a DeepSpeed checkpoint of the same model and stores it as the run's newest.
+
+    Args:
+        source: The folder that `save_checkpoint` was given, with `latest` in it.
+        run_dir: A folder with the run's recipe.json.
+        deepspeed_config: The JSON that it was trained with: same stage, and as many ranks now.
+
+    Returns: its updates.
+    Raises: CheckpointError: if DeepSpeed cannot read it.
+    """
+    if not (Path(source) / "latest").is_file():
+        raise CheckpointError(
+            f"checkpoint import: {source}: no DeepSpeed checkpoint; got a folder without `latest`, "
+            "expected what save_checkpoint was given. Name that folder."
+        )
+    opened = _open(run_dir, deepspeed_config)
+    engine = opened.engine.deepspeed
+    try:
+        path, _ = engine.load_checkpoint(source)
+    except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
+        raise CheckpointError(
+            f"checkpoint import: {source}: DeepSpeed cannot read it; got "
+            f"{str(error).splitlines()[0]}, expected a checkpoint of this recipe, stage and number "
+            "of ranks. Start as many ranks as wrote it."
+        ) from error
+    if path is None:
+        raise CheckpointError(
+            f"checkpoint import: {source}: DeepSpeed read nothing; got no files for this engine, "
+            "expected those of this stage and number of ranks. Check --deepspeed_config."
+        )
+    updates = engine.global_steps
+    opened.checkpoints.save(updates)
+    opened.checkpoints.settle()
+    return updates
+
+
+def _open(run_dir: str, deepspeed_config: str) -> Opened:
+    recipe = Path(run_dir) / "recipe.json"
+    if not recipe.is_file():
+        raise ConfigError(
+            f"checkpoint: {run_dir}: no run; got a path without recipe.json, expected the folder "
+            "of a run. Name one, for example runs/quickstart."
+        )
+    run = Run.from_dict(json.loads(recipe.read_text()))
+    # The folder may have moved since.
+    run = replace(run, runtime=replace(run.runtime, run_dir=run_dir))
+    return open_run(run, deepspeed_config=deepspeed_config)

@@ -1,0 +1,238 @@
+"""Checkpoints under fire: kills, other ranks and stages, full disks, damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, run_ranks
+from pictures import write_pictures
+from safetensors.torch import load_file
+from twin import losses, start, train
+
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+
+# A third of the kills wait for a save under way.
+KILLS = 6
+EVERY_UPDATE = ("--optim.max_steps", "12", "--runtime.save_every", "1")
+TWELVE = ("--batch.global_batch_size", "12", "--optim.max_steps", "8", "--runtime.save_every", "4")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 26)
+
+
+def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    folder = run_dir / f"checkpoints/step_{update:08d}"
+    parts: dict[str, list[torch.Tensor]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for key, values in load_file(path).items():
+            parts.setdefault(key, []).append(values)
+    return {key: torch.cat(values) for key, values in parts.items()}
+
+
+def kill_and_resume(
+    pictures: Path, run_dir: Path, kills: int, seed: int, *more: str
+) -> list[dict[str, object]]:
+    """Trains with kills at random moments, a third inside a save; what each one met."""
+    draw = random.Random(seed)
+    met = []
+    for number in range(kills):
+        inside_a_save, everyone = number % 3 == 0, draw.random() < 0.5
+        started = start(pictures, run_dir, *more)
+        try:
+            before = time.monotonic()
+            while not list(run_dir.glob("metrics.jsonl")) and time.monotonic() < before + 60:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0.0, 4.0))
+            parts: list[Path] = []
+            while inside_a_save and not parts and time.monotonic() < before + 90:
+                if all(process.poll() is not None for process in started.processes):
+                    break
+                parts = list(run_dir.glob("checkpoints/*.part"))
+            victims = started.processes if everyone else [draw.choice(started.processes)]
+            alive = any(process.poll() is None for process in started.processes)
+            for process in victims:
+                if process.poll() is None:
+                    os.kill(process.pid, signal.SIGKILL)
+            met.append({"in a save": bool(parts), "alive": alive, "all": everyone})
+        finally:
+            started.kill()
+    return met
+
+
+def test_killed_runs_end_with_the_same_weights(pictures: Path, tmp_path: Path) -> None:
+    train(pictures, tmp_path / "calm", *EVERY_UPDATE)
+    met = kill_and_resume(pictures, tmp_path / "killed", KILLS, 0, *EVERY_UPDATE)
+    train(pictures, tmp_path / "killed", *EVERY_UPDATE)
+    assert any(kill["in a save"] and kill["alive"] for kill in met), met
+    calm, killed = state(tmp_path / "calm", 12), state(tmp_path / "killed", 12)
+    assert calm.keys() == killed.keys()
+    for key, values in calm.items():
+        assert torch.equal(values, killed[key]), key
+    assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
+    assert not list((tmp_path / "killed/checkpoints").glob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight updates of a global batch of 12 on two ranks at ZeRO-3, and the checkpoint of four."""
+    run_dir = tmp_path_factory.mktemp("runs") / "reference"
+    train(pictures, run_dir, *TWELVE)
+    return run_dir
+
+
+def halfway(reference: Path, run_dir: Path) -> Path:
+    shutil.copytree(reference, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step_00000008")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("ranks", "config"),
+    [(1, "zero3"), (3, "zero3"), (2, "zero1"), (3, "zero2"), (2, "zero3_offload")],
+)
+def test_resumes_on_other_ranks_and_stages(
+    ranks: int, config: str, pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = halfway(reference, tmp_path / "run")
+    train(pictures, run_dir, *TWELVE, ranks=ranks, config=config)
+    expected = losses(reference)
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
+    # And back: what that stage wrote is read on two ranks at ZeRO-3, to the bit.
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["optim"]["max_steps"] = 9
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    before = state(run_dir, 8)
+    finished = train(pictures, run_dir, *TWELVE, "--optim.max_steps", "9")
+    assert "resumed after update 8 of 9" in finished.outputs[0]
+    moved = state(run_dir, 9)
+    assert before.keys() == moved.keys()
+    for key, values in before.items():
+        if key.startswith("master."):
+            # One update at the schedule's end: small, and nothing of another tensor.
+            assert (values - moved[key]).abs().max() < 1e-3, key
+
+
+def test_damage_is_named_and_the_one_before_is_taken(
+    pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    for number, harm in enumerate((_flip_a_byte, _lose_a_file)):
+        run_dir = tmp_path / f"run{number}"
+        shutil.copytree(reference, run_dir)
+        victim = harm(run_dir / "checkpoints/step_00000008")
+        finished = train(pictures, run_dir, *TWELVE)
+        assert "DAMAGED CHECKPOINT" in finished.outputs[0]
+        assert victim in finished.outputs[0]
+        assert "resumed after update 4 of 8" in finished.outputs[0]
+        assert losses(run_dir) == losses(reference)
+    both = tmp_path / "both"
+    shutil.copytree(reference, both)
+    for folder in (both / "checkpoints").iterdir():
+        _flip_a_byte(folder)
+    refused = train(pictures, both, *TWELVE, check=False)
+    assert refused.returncodes == [2, 2]
+    assert "no checkpoint is sound" in refused.outputs[0]
+    words = ("-m", "fd_large", "checkpoint", "verify", str(both))
+    verified = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+    assert verified.returncode == 1
+    assert "0 of 2 checkpoints are sound" in verified.stdout
+
+
+def _flip_a_byte(checkpoint: Path) -> str:
+    victim = checkpoint / "rank_00001.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return victim.name
+
+
+def _lose_a_file(checkpoint: Path) -> str:
+    victim = checkpoint / "rank_00000.safetensors"
+    victim.unlink()
+    return victim.name
+
+
+def test_another_model_and_another_recipe_are_refused(
+    pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir)
+    (run_dir / "recipe.json").unlink()
+    other_model = ("--student.architecture.depths", "2", "2", "3", "2")
+    refused = train(pictures, run_dir, *TWELVE, *other_model, check=False)
+    assert refused.returncodes == [2, 2]
+    assert "of another model" in refused.outputs[0]
+    assert "Traceback" not in refused.outputs[0]
+    shutil.copy(reference / "recipe.json", run_dir)
+    refused = train(pictures, run_dir, *TWELVE, "--optim.base_lr", "2e-2", check=False)
+    assert "optim.base_lr 0.01 -> 0.02" in refused.outputs[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 MB: two checkpoints of 38 MB fit, a third does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
+    pictures: Path, reference: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    run_dir = small_disk / "run"
+    block = small_disk / "block"
+    block.write_bytes(bytes(44 << 20))
+    words = (*TWELVE, "--runtime.save_every", "2")
+    finished = train(pictures, run_dir, *words)
+    output = finished.outputs[0]
+    assert "CHECKPOINT of update 4 was thrown away" in output
+    assert "Make room" in output
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
+    assert losses(run_dir) == losses(reference)
+    # Space is back: the same command goes on from what stands, to the end.
+    block.unlink()
+    train(pictures, run_dir, *words)
+    assert losses(run_dir) == losses(reference)
+    assert (run_dir / "checkpoints/step_00000008").is_dir()
+    shutil.rmtree(run_dir)
+    block.write_bytes(bytes(44 << 20))
+    limited = train(pictures, run_dir, *words, "--runtime.max_failed_saves", "2", check=False)
+    assert set(limited.returncodes) <= {2, -9}
+    assert 2 in limited.returncodes
+    assert "runtime.max_failed_saves" in "".join(limited.outputs)
+
+
+def test_deepspeeds_own_format_goes_out_and_comes_back(
+    pictures: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = halfway(reference, tmp_path / "run")
+    outside, back = tmp_path / "outside", tmp_path / "back"
+    config = ("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"))
+    main = ROOT / "fd_large" / "__main__.py"
+    run_ranks(main, "checkpoint", "export", run_dir, outside, *config, ranks=2)
+    assert (outside / "latest").read_text() == "update_4"
+    back.mkdir()
+    shutil.copy(run_dir / "recipe.json", back)
+    run_ranks(main, "checkpoint", "import", outside, back, *config, ranks=2)
+    before, after = state(run_dir, 4), state(back, 4)
+    assert all(torch.equal(values, after[key]) for key, values in before.items())
+    assert before.keys() == after.keys()

@@ -1,0 +1,98 @@
+"""One data set, loose or in shards, over any number of ranks and workers: the same pixels."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fd_large.data.loader import build_loader
+from fd_large.data.sampler import epoch_order
+from fd_large.data.source import PictureSource, open_pictures
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_SAMPLES, SEED = 256, 11
+GLOBAL_BATCH = 36  # 7 updates of 36: 252 of 256 samples
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PictureSource]:
+    """The same 256 pictures three times: loose, in the tar as it came, in four shards."""
+    data = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
+    tar = data / "imagenet_sample256.tar"
+    if not tar.is_file():
+        pytest.skip("FD_DATA has no imagenet_sample256.tar")
+    root = tmp_path_factory.mktemp("forms")
+    (root / "shards").mkdir()
+    with tarfile.open(tar) as archive:
+        archive.extractall(root / "loose", filter="data")
+    files = sorted((root / "loose").rglob("*.JPEG"), key=lambda path: path.name[::-1])
+    for number in range(4):
+        with tarfile.open(root / f"shards/{number}.tar", "w") as archive:
+            for path in files[number::4]:
+                archive.add(path, path.relative_to(root / "loose"))
+    return {
+        name: open_pictures(str(path))
+        for name, path in (
+            ("loose", root / "loose"),
+            ("tar", tar),
+            ("shards", f"{root}/shards/{{0..3}}.tar"),
+        )
+    }
+
+
+def epoch_of(
+    source: PictureSource, epoch: int, *, world_size: int, workers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples and pixels in the order of positions, from all ranks one after the other."""
+    indices = torch.full((252,), -1)
+    images = torch.zeros(252, 3, 64, 64, dtype=torch.uint8)
+    for rank in range(world_size):
+        for batch in build_loader(
+            source,
+            seed=SEED,
+            epoch=epoch,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=6,
+            rank=rank,
+            world_size=world_size,
+            image_size=64,
+            min_crop_scale=0.08,
+            workers=workers,
+            color_jitter=0.4,
+            grayscale_probability=0.1,
+        ):
+            assert (indices[batch.positions] == -1).all()  # no place twice
+            assert batch.bad == ()
+            indices[batch.positions] = batch.indices
+            images[batch.positions] = batch.images
+    return indices, images
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_an_epoch_is_a_permutation_and_the_same_in_every_setting(forms):
+    assert len({source.fingerprint for source in forms.values()}) == 1
+    before = None
+    for epoch in (0, 1):
+        expected = epoch_of(forms["loose"], epoch, world_size=1, workers=0)
+        order = epoch_order(NUM_SAMPLES, SEED, epoch, np.arange(NUM_SAMPLES))
+        assert sorted(order.tolist()) == list(range(NUM_SAMPLES))
+        assert expected[0].tolist() == order[:252].tolist()
+        assert before is None or not torch.equal(before, expected[0])
+        before = expected[0]
+        for form, source in forms.items():
+            for world_size in (1, 2, 3):
+                for workers in (0, 3):
+                    if epoch == 1 and (world_size, workers) != (3, 3):
+                        continue  # once is enough for the rest
+                    indices, images = epoch_of(
+                        source, epoch, world_size=world_size, workers=workers
+                    )
+                    setting = f"{form}, epoch {epoch}, {world_size} ranks, {workers} workers"
+                    assert torch.equal(indices, expected[0]), setting
+                    assert torch.equal(images, expected[1]), setting
