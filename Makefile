@@ -1,10 +1,11 @@
 # make train   install into .venv, then the quick start: minutes, on all GPUs or on two CPU ranks
 # make test    install into .venv, then run the tests
 # make check   style
+# make docs    docs/recipes.md from the recipes' docstrings
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check
+.PHONY: train test check docs
 
 # One stamp an extra: the quick start does without the tests' packages.
 .venv/%: setup.py
@@ -24,3 +25,6 @@ test: .venv/test
 check: .venv/test
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/ruff check fd_large tests benchmarks
+
+docs: .venv/test
+	$(BIN)/python -m fd_large.report.recipe_page

@@ -5,7 +5,8 @@
 Each pipeline reads the 256 pictures of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
 from files in memory's cache and makes 224 pixel random resized crops with flips, in one thread of
 one process. They take turns; time is the processor time of the process (other programs share the
-machine), and a ratio is that of neighbours. Writes results/data_pipeline.json and .png.
+machine), and a ratio is that of neighbours. Then 100,000 empty files are listed, first and again
+from the cache. Writes results/data_pipeline.json and .png.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from fd_large.data.listing import SETTLED_SECONDS
 from fd_large.data.loader import build_loader
 from fd_large.data.source import open_pictures
 
@@ -117,6 +119,30 @@ def measure(
                 rates[name]["processor"].append(num / processor)
                 rates[name]["wall"].append(num / wall)
     return rates
+
+
+def measure_listing(num: int) -> dict[str, float]:
+    """Seconds to list a folder tree of that many empty files, first and from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FD_CACHE"] = f"{folder}/cache"
+        for number in range(num):
+            place = Path(folder, "tree", f"{number % 100:03}")
+            if number < 100:
+                place.mkdir(parents=True)
+            (place / f"{number:08}.jpg").touch()
+        time.sleep(1.5 * SETTLED_SECONDS)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            assert len(open_pictures(f"{folder}/tree")) == num
+            seconds.append(time.perf_counter() - start)
+        (kept,) = Path(folder, "cache", "listings").glob("*.listing")
+        return {
+            "files": num,
+            "first_seconds": round(seconds[0], 3),
+            "cached_seconds": round(statistics.median(seconds[1:]), 4),
+            "bytes_per_file": round(kept.stat().st_size / num, 1),
+        }
 
 
 def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, object]]:
@@ -209,6 +235,7 @@ def main() -> None:
         load_before = os.getloadavg()[0]
         rates = measure(pipelines, 3 if options.quick else 15)
     result = summary(rates)
+    listing = measure_listing(100_000)
     RESULTS.mkdir(exist_ok=True)
     record = {
         "question": "images per second per core, 224 px random resized crop and flip",
@@ -222,6 +249,7 @@ def main() -> None:
         },
         "unit": "images per second of processor time, one thread",
         "pipelines": result,
+        "listing": listing,
     }
     (RESULTS / "data_pipeline.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(result, RESULTS / "data_pipeline.png")
@@ -230,6 +258,10 @@ def main() -> None:
             f"{name:24} {facts['images_per_second_per_core']:7.1f} images/s "
             f"{facts['quartiles']}  {facts['ratio_to_pil']:.2f} x PIL {facts['ratio_quartiles']}"
         )
+    print(
+        f"listing of {listing['files']} files: {listing['first_seconds']} s, then "
+        f"{listing['cached_seconds']} s from the cache"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from io import StringIO
 from typing import Any, get_type_hints
 
-from fd_large.errors import ConfigError, FDError, nearest
+from fd_large.errors import ConfigError, FDError, LaunchError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.run import Run, describe_type, field_names
 from fd_large.runtime import terminal
@@ -81,7 +81,7 @@ def parse_train(arguments: list[str]) -> tuple[Run, TrainFlags]:
             raise ConfigError(f"--{name}: no such field; {_nearest_field(name, known)}")
     parsed = _tyro(flags_type, _ungroup(words))
     if parsed is None:
-        bad = next((n for n, v in words.items() if _tyro(flags_type, _ungroup({n: v})) is None), "")
+        bad = next((n for n, v in words.items() if not _parses_alone(flags_type, n, v)), "")
         got = " ".join(words.get(bad, [])) or "nothing"
         raise ConfigError(
             f"--{bad}: a value of the wrong type; got {got}, expected"
@@ -144,7 +144,15 @@ def _train(arguments: list[str]) -> int:
     # The meter is asked first: at the end it hands the others its last rows.
     meter = Meter(on_rows=[progress.show_rows, board.write_rows])
     hooks = [meter, progress, board, Pictures()]
-    code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
+    try:
+        code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
+    except RuntimeError as error:
+        if not distributed.peer_is_gone(error):
+            raise
+        raise LaunchError(
+            "train: another rank has ended, its own message says why; got a closed connection, "
+            "expected an answer. Start the same command again once that is mended."
+        ) from error
     if distributed.is_main() and os.path.exists(run.run_dir()):
         _tell_report(run.run_dir())
     return distributed.leave(code)
@@ -210,6 +218,13 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _weights(arguments: list[str]) -> int:
+    """Say what a weights file holds, or write it in another format: weights inspect|convert."""
+    from fd_large.weights import command
+
+    return command.run(arguments)
+
+
 def recipes_table() -> Any:
     """Returns the rich table of all runs of record, a block of lines each."""
     from rich.table import Table
@@ -238,6 +253,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "recipes": _recipes,
     "report": _report,
     "checkpoint": _checkpoint,
+    "weights": _weights,
 }
 
 
@@ -297,6 +313,14 @@ def _nearest_field(name: str, known: Mapping[str, Any]) -> str:
     # A near miss is told alone; the wider net of `nearest` is for words that are further off.
     close = get_close_matches(name, known, n=2, cutoff=0.85)
     return f"nearest: {', '.join(close)}" if close else nearest(name, known)
+
+
+def _parses_alone(flags_type: type[TrainFlags], name: str, values: list[str]) -> bool:
+    """Whether a flag's words are of its type; that it fits no other field is another matter."""
+    try:
+        return _tyro(flags_type, _ungroup({name: values})) is not None
+    except ConfigError:
+        return True
 
 
 def _tyro(flags_type: type[TrainFlags], arguments: list[str]) -> Any | None:

@@ -237,6 +237,14 @@ def together(check: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended: that rank's message is the cause."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "Connection closed by peer" in text or "Connection reset by peer" in text
+    )
+
+
 def node_group(node_size: int) -> dist.ProcessGroup:
     """Returns the process group of this rank's node, where node = rank // node_size.
 
@@ -244,6 +252,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
 
     Raises:
         ConfigError: If nodes of this size do not fill the ranks.
+        LaunchError: If ranks that should share a node run on several hosts.
     """
     if node_size < 1 or world_size() % node_size:
         raise ConfigError(
@@ -252,6 +261,15 @@ def node_group(node_size: int) -> dist.ProcessGroup:
         )
     if node_size not in _node_groups:
         assert dist.is_initialized(), "node_group comes after start"
+        hosts = gather_objects(socket.gethostname())
+        first = rank() // node_size * node_size
+        if len(set(hosts[first : first + node_size])) > 1:
+            raise LaunchError(
+                f"engine.node_size: ranks {first} to {first + node_size - 1} are no node; got hosts "
+                f"{', '.join(sorted(set(hosts[first : first + node_size])))}, expected one. Place "
+                "ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
+                "--engine.node_size."
+            )
         groups = [
             dist.new_group(list(range(first, first + node_size)))
             for first in range(0, world_size(), node_size)

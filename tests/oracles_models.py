@@ -28,7 +28,11 @@ from fd_large.models.windows import (
     region_ids,
     window_shift,
 )
-from fd_large.weights.formats import covered, detect, translate
+from fd_large.weights.coverage import covered
+from fd_large.weights.formats import FORMATS, detect, translate
+from fd_large.weights.resize import progression, resize_positions, resize_table
+from fd_large.weights.swin import expand_shared_bias
+from fd_large.weights.translation import translated
 
 Tensors = dict[str, Tensor]
 CPU = torch.device("cpu")
@@ -36,6 +40,8 @@ CPU = torch.device("cpu")
 GRADIENT_FACTOR = 4
 # Tolerances that a JSON lacks; from the README of the oracles.
 README_TOLERANCES = {"fd_teacher_resize": 2e-5}
+TABLE_TOLERANCE = 2e-6  # Absolute.
+BICUBIC_TOLERANCE = 1e-5
 
 
 @dataclass
@@ -378,6 +384,73 @@ def check_teacher_clip(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list
     return check_net(net, spec, tensors, dtype, tolerance_of(spec), extra=outputs, images=images)
 
 
+def check_simmim(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The encoder under the mask that pre-training puts in; decoder and losses are left out."""
+    mask = tensors["mask"].flatten(1)[..., None].to(dtype)
+    token = tensors["weights.encoder.mask_token"].to(dtype)
+
+    def hide(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        patches = output.flatten(1, 2)
+        return (patches * (1 - mask) + token * mask).view(output.shape)
+
+    def outputs(given: Tensor, trace: Trace, feature_map: FeatureMap) -> Tensors:
+        expected = tensors["out.encoder_map"]
+        found = {"encoder_map": feature_map.tokens.transpose(1, 2).reshape(expected.shape)}
+        # Traced after the mask, which the published module puts in behind its patch embedding.
+        return found | {"patch_embed": flat(unmasked["patches"])}
+
+    net, unmasked = fd_swinv2(spec["config"]), {}
+    net.patch_embed.register_forward_hook(lambda m, i, o: unmasked.update(patches=o))
+    net.patch_embed.register_forward_hook(hide)
+    kept = {
+        name: value
+        for name, value in tensors.items()
+        if name not in ("out.final", "out.norm_target")
+    }
+    return check_net(net, spec, kept, dtype, tolerance_of(spec), extra=outputs)
+
+
+def check_interpolation(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    rows = []
+    for case, facts in spec["cases"].items():
+        if "source_positions" in facts:
+            positions = torch.tensor(facts["source_positions"], dtype=torch.float64)
+            got = progression(len(positions), len(facts["target_positions"]))
+            error = (torch.from_numpy(got) - positions).abs().max().item()
+            rows.append(Row(f"{case}: positions", error, TABLE_TOLERANCE))
+        if "keys_in" in facts:
+            rows.append(_expansion_row(case, facts))
+        for name in tensors:
+            if name.startswith(f"{case}.") and name.endswith(".in"):
+                rows.append(_resize_row(name, facts, tensors, dtype))
+    return rows
+
+
+def _resize_row(name: str, facts: dict, tensors: Tensors, dtype: torch.dtype) -> Row:
+    given, expected = tensors[name].to(dtype), tensors[name.removesuffix(".in") + ".out"]
+    if "pos_embed" in name:
+        side = round((expected.shape[-2] - 1) ** 0.5)
+        got = resize_positions(given.view(1, *given.shape[-2:]), 1, side).view(expected.shape)
+        return Row(name, max_relative(got, expected), BICUBIC_TOLERANCE)
+    got = resize_table(given, expected.shape[0], 3 if facts.get("cls_token") else 0)
+    same = got.shape == expected.shape
+    error = (got - expected).abs().max().item() if same else float("inf")
+    return Row(name, error, TABLE_TOLERANCE)
+
+
+def _expansion_row(case: str, facts: dict) -> Row:
+    """A shared position bias for every block, by names alone."""
+    rule = FORMATS["fd_swinv2"].rule
+    wanted = {name: () for name in translated(facts["keys_out"], rule).pieces}
+    pieces = translated(facts["keys_in"], rule).pieces
+    got = expand_shared_bias(pieces, wanted)
+    wrong = len(got.keys() ^ wanted.keys())
+    for name, piece in got.items():
+        stage, last = name.split(".")[1], name.split("cpb_mlp.")[-1]
+        wrong += piece.sources != (f"layers.{stage}.rel_pos_bias.rpe_mlp.{last}",)
+    return Row(f"{case}: {len(wanted)} names", float(wrong), 0.0)
+
+
 def check_teacher_resize(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     tolerance = tolerance_of(spec)
     size = (spec["config"]["size_out"],) * 2
@@ -442,4 +515,6 @@ CHECKS: dict[str, Callable[[dict, Tensors, torch.dtype], list[Row] | Skipped]] =
     "fd_teacher_swin": check_teacher_swin,
     "fd_teacher_resize": check_teacher_resize,
     "fd_loss": check_loss,
+    "simmim": check_simmim,
+    "interpolation": check_interpolation,
 }

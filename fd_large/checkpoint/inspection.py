@@ -50,6 +50,15 @@ def verify_all(found: list[store.Stored]) -> list[str]:
     return [f"{item.path}: {problem}" for item in found for problem in store.verify(item)]
 
 
+def without_manifest(folder: Path) -> list[str]:
+    """Checkpoints that nothing can be read of."""
+    return [
+        f"{path}: manifest.json is missing or damaged"
+        for path in store.renamed(folder)
+        if store.manifest_of(path) is None
+    ]
+
+
 def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
     """Removes what the recipe (or `keep_last`) does not keep; returns what went.
 

@@ -66,10 +66,11 @@ def newest_sound(
     """
     complaints: list[str] = []
     seen = {item.path.name: item for item in store.complete(folder)}
-    for name in reversed(distributed.broadcast_object(list(seen))):
+    names = distributed.broadcast_object([path.name for path in store.renamed(folder)])
+    for name in reversed(names):
         item = seen.get(name)
         wanted: set[int] = set()
-        problem = f"{name}: rank {distributed.rank()} does not see it"
+        problem = f"{store.checkpoints_of(folder) / name}: manifest.json is missing or damaged"
         if item is not None:
             wanted = needs(layouts.from_dict(item.manifest["layout"]))
             found = (store.damage(item.path, rank) for rank in sorted(wanted))

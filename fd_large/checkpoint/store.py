@@ -18,6 +18,7 @@ from typing import Any
 
 PART = ".part"
 CHUNK = 1 << 24
+MANIFEST_KEYS = {"update", "world_size", "layout"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,24 @@ def receipt_of(rank: int) -> str:
 
 
 def complete(folder: Path) -> list[Stored]:
-    """Complete checkpoints of a run, oldest first; one without a readable manifest is none."""
-    found = []
-    for path in sorted(checkpoints_of(folder).glob("step_*")):
-        if path.suffix == PART:
-            continue
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(manifest, dict) and "update" in manifest:
-            found.append(Stored(path, manifest))
-    return found
+    """Complete checkpoints of a run with a sound manifest, oldest first."""
+    read = ((path, manifest_of(path)) for path in renamed(folder))
+    return [Stored(path, manifest) for path, manifest in read if manifest is not None]
+
+
+def renamed(folder: Path) -> list[Path]:
+    """Folders that were made current, oldest first, whatever became of their files since."""
+    return sorted(p for p in checkpoints_of(folder).glob("step_*") if p.suffix != PART)
+
+
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None where it is missing or damaged."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
+    return manifest if sound else None
 
 
 def checksum(path: Path) -> str:

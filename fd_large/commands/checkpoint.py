@@ -43,12 +43,14 @@ def verify(run: RunDir) -> int:
     Args:
         run: Folder of the run.
     """
-    _, found = inspection.stored_of(run)
-    problems = inspection.verify_all(found)
+    folder, found = inspection.stored_of(run)
+    unreadable = inspection.without_manifest(folder)
+    problems = unreadable + inspection.verify_all(found)
     for problem in problems:
         print(f"damaged: {problem}")
     damaged = {problem.split(": ")[0] for problem in problems}
-    print(f"{len(found) - len(damaged)} of {len(found)} checkpoints are sound")
+    whole = len(found) + len(unreadable)
+    print(f"{whole - len(damaged)} of {whole} checkpoints are sound")
     return 1 if problems else 0
 
 

@@ -12,14 +12,14 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from fd_large.data.header import JpegHeader, read_header
 from fd_large.data.quiet import quiet
 from fd_large.errors import DataError
 
-# 8192 x 8192: 0.2 GB as RGB, about 0.8 GB at the worst (16 bits) while it is decoded.
+# 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
 MAX_PIXELS = 1 << 26
 
 # Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
@@ -71,6 +71,8 @@ def decode(
             return _decode_with_pillow(encoded, where, max_pixels)
         except DataError:
             raise
+        except UnidentifiedImageError:  # its own text has an address in memory
+            raise _refused(where, "bytes of no known format, or cut in its header") from None
         except Exception as error:  # Pillow's plugins raise many kinds on damaged bytes
             raise _refused(where, f"{type(error).__name__}: {error}") from error
 
@@ -143,10 +145,14 @@ def _decode_with_pillow(encoded: bytes | bytearray, where: str, max_pixels: int)
         warnings.simplefilter("ignore")  # of sizes and of damaged EXIF
         with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
             _check_size(*picture.size, max_pixels, where)
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode.startswith("I;16"):
-                grey = (np.asarray(picture).astype(np.int32) + 128) // 257
+                grey = np.asarray(picture).astype(np.int32)
+                grey += 128
+                grey //= 257  # 65535 = 255 * 257
                 pixels = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+            elif picture.mode == "RGB":
+                pixels = np.array(picture)
             elif picture.mode in _PILLOW_MODES:
                 pixels = np.array(picture.convert("RGB"))
             else:

@@ -7,9 +7,11 @@ leads to memory; afterwards the decoders' lines are dropped and whatever else wa
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,14 +22,17 @@ _CODEC_LINE = re.compile(
     rb"|libpng (warning|error)|(TIFF|LZW|JPEG|ZIP|Fax|LogLuv|_TIFF)\w*: "
 )
 
+_MAX_BYTES = 1 << 20
+
 _memory: int | None = None
-_inside = False
+_done = 0  # bytes of it that were passed on
+_lock = threading.Lock()
 
 
 def _forget() -> None:
-    """A forked child shares the parent's file, offset included: it needs one of its own."""
-    global _memory, _inside
-    _memory, _inside = None, False
+    """A forked child would write into its parent's file: it needs one of its own."""
+    global _memory, _done, _lock
+    _memory, _done, _lock = None, 0, threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -36,16 +41,17 @@ os.register_at_fork(after_in_child=_forget)
 @contextmanager
 def quiet() -> Iterator[None]:
     """Drops the decoders' lines on stderr; other lines appear when the block ends."""
-    global _memory, _inside
-    if _inside:  # an outer block, or another thread's, is at it
+    global _memory, _done
+    lock = _lock
+    if not lock.acquire(blocking=False):  # an outer block, or another thread's, is at it
         yield
         return
     try:
         stderr = os.dup(2)
     except OSError:  # no stderr at all: nothing to keep clean
+        lock.release()
         yield
         return
-    _inside = True
     try:
         if _memory is None:
             _memory = _open_memory()
@@ -54,21 +60,25 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             os.dup2(stderr, 2)
-            if size := os.fstat(_memory).st_size:
-                text = os.pread(_memory, size, 0)
+            text = os.pread(_memory, os.fstat(_memory).st_size - _done, _done)
+            _done += len(text)
+            _pass_on(text, stderr)
+            if _done > _MAX_BYTES:  # not each time: a line in the middle of being written is lost
                 os.ftruncate(_memory, 0)
-                os.lseek(_memory, 0, os.SEEK_SET)
-                _pass_on(text, stderr)
+                _done = 0
     finally:
-        _inside = False
         os.close(stderr)
+        lock.release()
 
 
 def _open_memory() -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("stderr")
-    descriptor, path = tempfile.mkstemp()
-    os.unlink(path)
+        descriptor = os.memfd_create("stderr")
+    else:
+        descriptor, path = tempfile.mkstemp()
+        os.unlink(path)
+    # threads that write at once must not share a place: in memory the kernel does not see to it
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
     return descriptor
 
 

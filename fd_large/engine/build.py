@@ -22,11 +22,13 @@ from fd_large.engine.live_weights import load_weights
 from fd_large.engine.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.sharded_teacher import PlacedTeacher, place
 from fd_large.engine.start import deepspeed
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.models.registry import build as build_net
+from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
 from fd_large.weights.facts import statistics_of
-from fd_large.weights.formats import read_weights
+from fd_large.weights.settle import statistics_of_run
+from fd_large.weights.source import MODULE, TIMM, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,9 @@ def node_size_of(run: Run, local_world_size: int) -> int:
 def teacher_maker(run: Run) -> Callable[[], Teacher]:
     """A constructor of the recipe's teacher, with random weights."""
     architecture = run.teacher_architecture()
-    # A net with absolute positions has one size; others take the student's images.
-    fixed = architecture.image_size if architecture.absolute_position else 0
+    # A net with a table of positions has one size; others take the student's images.
+    has_table = architecture.relative_position not in (None, "none")
+    fixed = architecture.image_size if architecture.absolute_position or has_table else 0
     image_size = run.objective.teacher_image_size or fixed or 0
     if image_size == run.data.image_size:
         image_size = 0
@@ -94,7 +97,9 @@ def teacher_maker(run: Run) -> Callable[[], Teacher]:
             initialization="official",
             attention_memory=_attention_memory("auto"),
         )
-        return Teacher(net, statistics_of(run.teacher.model, architecture), image_size=image_size)
+        own = statistics_of_run(run.teacher) or getattr(net, "statistics", None)
+        statistics = own or statistics_of(run.teacher.model, architecture)
+        return Teacher(net, statistics, image_size=image_size)
 
     return make
 
@@ -136,41 +141,72 @@ def parameter_sizes(run: Run) -> tuple[int, ...]:
         teacher = teacher_maker(run)()
         task = task_maker(run, teacher, teacher.width)()
     size = run.data.image_size
-    check_grids(
-        task.student.grid(size, size),
-        teacher.grid(size),
-        interpolation=run.objective.interpolation,
-    )
+    grids = []
+    for whose, grid_of in (
+        ("student", lambda: task.student.grid(size, size)),
+        ("teacher", lambda: teacher.grid(size)),
+    ):
+        try:
+            grids.append(grid_of())
+        except ShapeError as error:
+            raise ShapeError(f"{whose}: {error}") from None
+    check_grids(*grids, interpolation=run.objective.interpolation)
     return tuple(p.numel() for net in (task, teacher) for p in net.parameters())
 
 
 def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
-    """(name, tensor) of the recipe's teacher, or None for a random one.
+    """(name, tensor) of a settled run's teacher; None if it is random or brings its own.
 
-    Raises: ConfigError: if the recipe names no source.
+    Reads headers only; that the file covers the net is known when this returns.
+
+    Raises: ConfigError: if the recipe names no source; WeightsError: if the file does not fit.
     """
-    if run.teacher.source == "":
+    source = run.teacher.source
+    if source == "":
         raise ConfigError(
             f"teacher.source: {run.teacher.model} has no weights; got nothing, expected a file. "
             "Set --teacher.source PATH, or --teacher.source random for a test or a throughput run."
         )
-    if run.teacher.source == "random":
+    if source == "random" or source.startswith(MODULE):
         return None
     architecture = run.teacher_architecture()
     if architecture.family == "timm":
         # timm takes a second to import, which other teachers are spared.
-        from fd_large.weights.timm_backbone import read_timm
+        from fd_large.weights.timm_backbone import read_pretrained, read_timm
 
-        return read_timm(
-            run.teacher.source,
+        read = read_pretrained if source.startswith(TIMM) else read_timm
+        return read(
+            source,
             architecture.timm_name,
             stride=architecture.feature_stride,
             where="--teacher.source",
         )
-    # FD's stage-3 target: the first stages of a published file, and a fresh norm.
-    first = len(architecture.depths) if architecture.family == "swin" else 4
-    return read_weights(
-        run.teacher.source, where="--teacher.source", stages=first if first < 4 else None
+    return open_weights(source, where="--teacher.source").fitted(
+        architecture,
+        shapes(architecture),
+        allow=run.teacher.allow,
+        where="--teacher.source",
+        remedy="Set --teacher.model auto to take the net of the file, or --teacher.allow NAMES to "
+        "do without.",
+    )
+
+
+def student_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
+    """(name, tensor) of a settled run's student from `student.init`; None for random weights.
+
+    Raises: WeightsError: if the file does not fit the student.
+    """
+    if not run.student.init:
+        return None
+    architecture = run.student_architecture()
+    size = run.data.image_size if architecture.family == "vit" else 0
+    return open_weights(run.student.init, where="--student.init").fitted(
+        architecture,
+        shapes(architecture, image_size=size),
+        allow=run.student.init_allow,
+        where="--student.init",
+        remedy="Name the net of the file by --student.model and --student.architecture.*, or set "
+        "--student.init_allow NAMES to do without.",
     )
 
 
@@ -179,7 +215,7 @@ def build_teacher(
 ) -> PlacedTeacher:
     """The recipe's teacher where the recipe wants it; before any student engine."""
     weights = teacher_weights(run)
-    if weights is None:
+    if run.teacher.source == "random":
         log.warning("teacher: RANDOM weights (--teacher.source random): nothing to learn from it")
     teacher = place(
         teacher_maker(run),
@@ -189,7 +225,7 @@ def build_teacher(
         node_size=node_size,
         persistence_threshold=persistence_threshold,
         weights=weights,
-        whole_first=run.teacher_architecture().family == "timm",
+        whole_first=run.teacher_architecture().family in ("timm", "module"),
     )
     log.info(
         "teacher: %s, %s, %.1f MB on this rank, hash %s",
@@ -214,13 +250,16 @@ def build_engine(
         run: Optimiser, checkpointing, seed.
         make: Constructs the task; draws from torch's global generator only.
         config: A filled JSON.
-        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
+        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights, the
+            student's from `student.init`.
     """
     stage = ds.stage_of(config)
     bfloat16 = config["bf16"]["enabled"]
     task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
     if weights is not None:
         load_weights(task, weights, where="--student.init")
+    elif (initial := student_weights(run)) is not None:
+        load_weights(task.student, initial, where="--student.init")
     exact = partition.to_bfloat16(task) if bfloat16 else None
     if stage < 3:
         task.to(distributed.device())

@@ -142,6 +142,12 @@ class Checkpoints:
                 f"({reader.manifest['teacher_source']}). Give that file, or --fresh."
             )
 
+        if reader.manifest.get("pictures") != self._facts["pictures"]:
+            log.warning(
+                "data.root: NOT THE PICTURES that this run began with (names were added, removed "
+                "or changed): the run goes on, its order is another one from here"
+            )
+
     def _finish(self, failed_anywhere: bool) -> None:
         if self._saver.finish(failed_anywhere=failed_anywhere):
             self._failures = 0

@@ -9,7 +9,7 @@ the top level), or a setting that its stage would ignore.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,60 +17,99 @@ from fd_large.errors import ConfigError, nearest
 
 AUTO = "auto"
 
+Kind = tuple[str, Callable[[Any], bool]]
+
+
+def _is_int(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+# What a value may be, in words and as a check; bool is no int here, though Python thinks so.
+_BOOL: Kind = ("true or false", lambda value: type(value) is bool)
+_COUNT: Kind = ("a whole number of 0 or more", _is_int(0))
+_POSITIVE: Kind = ("a whole number of 1 or more", _is_int(1))
+_NUMBER: Kind = (
+    "a number of 0 or more",
+    lambda value: type(value) in (int, float) and value >= 0,
+)
+_DTYPE: Kind = ('"fp16", "bf16" or "fp32"', lambda value: value in ("fp16", "bf16", "fp32"))
+_DEVICE: Kind = ('"cpu" or "none"', lambda value: value in ("cpu", "none"))
+_STAGE: Kind = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)
+_LIST: Kind = ("a list of names", lambda value: isinstance(value, list))
+_OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
+
 # The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
 # effect on this engine; both deserve an error rather than silence.
-_OFFLOAD_OPTIMIZER = {"device", "pin_memory", "buffer_count", "ratio"}
-_OFFLOAD_PARAM = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+_OFFLOAD_OPTIMIZER = {
+    "device": _DEVICE,
+    "pin_memory": _BOOL,
+    "buffer_count": _COUNT,
+}
+_OFFLOAD_PARAM = {
+    "device": _DEVICE,
+    "pin_memory": _BOOL,
+    "buffer_count": _COUNT,
+    "buffer_size": _COUNT,
+    "max_in_cpu": _COUNT,
+}
 _STAGE3_KEYS = {
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
-    "sub_group_size",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-    "offload_param",
+    "stage3_prefetch_bucket_size": _COUNT,
+    "stage3_param_persistence_threshold": _COUNT,
+    "stage3_model_persistence_threshold": _COUNT,
+    "stage3_max_live_parameters": _COUNT,
+    "stage3_max_reuse_distance": _COUNT,
+    "stage3_module_granularity_threshold": _COUNT,
+    "sub_group_size": _POSITIVE,
+    "zero_hpz_partition_size": _POSITIVE,
+    "zero_quantized_weights": _BOOL,
+    "zero_quantized_gradients": _BOOL,
+    "offload_param": _OBJECT,
 }
-_STAGE12_KEYS = {"allgather_partitions", "allgather_bucket_size", "round_robin_gradients"}
+_STAGE12_KEYS = {
+    "allgather_partitions": _BOOL,
+    "allgather_bucket_size": _COUNT,
+    "round_robin_gradients": _BOOL,
+}
 _ANY_STAGE_KEYS = {
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "overlap_comm",
-    "offload_optimizer",
+    "stage": _STAGE,
+    "contiguous_gradients": _BOOL,
+    "reduce_scatter": _BOOL,
+    "reduce_bucket_size": _POSITIVE,
+    "overlap_comm": _BOOL,
+    "offload_optimizer": _OBJECT,
 }
-_BLOCKS: dict[str, set[str]] = {
-    "bf16": {"enabled"},
-    "data_types": {"grad_accum_dtype"},
-    "zero_optimization": _ANY_STAGE_KEYS | _STAGE12_KEYS | _STAGE3_KEYS,
-    "comms_logger": {"enabled", "verbose", "prof_all", "prof_ops", "debug"},
+_BLOCKS: dict[str, dict[str, Kind]] = {
+    "bf16": {"enabled": _BOOL},
+    "data_types": {"grad_accum_dtype": _DTYPE},
+    "zero_optimization": {**_ANY_STAGE_KEYS, **_STAGE12_KEYS, **_STAGE3_KEYS},
+    "comms_logger": {
+        "enabled": _BOOL,
+        "verbose": _BOOL,
+        "prof_all": _BOOL,
+        "prof_ops": _LIST,
+        "debug": _BOOL,
+    },
     "activation_checkpointing": {
-        "partition_activations",
-        "cpu_checkpointing",
-        "contiguous_memory_optimization",
-        "number_checkpoints",
-        "synchronize_checkpoint_boundary",
-        "profile",
+        "partition_activations": _BOOL,
+        "cpu_checkpointing": _BOOL,
+        "contiguous_memory_optimization": _BOOL,
+        "number_checkpoints": _COUNT,
+        "synchronize_checkpoint_boundary": _BOOL,
+        "profile": _BOOL,
     },
 }
-_TOP = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    *_BLOCKS,
+_TOP: dict[str, Kind] = {
+    "train_batch_size": _POSITIVE,
+    "train_micro_batch_size_per_gpu": _POSITIVE,
+    "gradient_accumulation_steps": _POSITIVE,
+    "gradient_clipping": _NUMBER,
+    "communication_data_type": _DTYPE,
+    "steps_per_print": _POSITIVE,
+    "wall_clock_breakdown": _BOOL,
+    "memory_breakdown": _BOOL,
+    "zero_allow_untested_optimizer": _BOOL,
+    "zero_force_ds_cpu_optimizer": _BOOL,
+    **dict.fromkeys(_BLOCKS, _OBJECT),
 }
 _OWNED_ELSEWHERE = {
     "optimizer": "The recipe owns the optimiser: set --optim.*",
@@ -129,17 +168,19 @@ def load(path: str | Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        config = json.loads(path.read_text(), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except ValueError as error:  # Also bytes that are no UTF-8.
         raise ConfigError(
-            f"{path}: not JSON; got {error.msg} at line {error.lineno}. Mend the file."
+            f"{path}: not JSON; got {error}, expected an object. Mend the file."
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read; got {error}. Name another file.") from None
     check_keys(config, where=str(path))
     return config
 
 
 def check_keys(config: Any, *, where: str) -> None:
-    """Refuses unknown keys at every level, with the nearest names."""
+    """Refuses unknown keys at every level, with the nearest names, and values of another kind."""
     _mapping(config, where, "")
     for key in config:
         if key in _OWNED_ELSEWHERE:
@@ -164,13 +205,7 @@ def check_keys(config: Any, *, where: str) -> None:
 
 def stage_of(config: dict[str, Any]) -> int:
     """The ZeRO stage, 0 to 3."""
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            f"zero_optimization.stage: no such stage; got {stage!r}, expected 0, 1, 2 or 3. "
-            "Choose one of these."
-        )
-    return stage
+    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def offloads(config: dict[str, Any], what: str) -> bool:
@@ -265,7 +300,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
             0
         ]
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
-        stage, (_STAGE3_KEYS | _STAGE12_KEYS | _ANY_STAGE_KEYS) - {"stage"}
+        stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
     )
     for key in zero:
         if key in silent:
@@ -273,15 +308,8 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
                 f"zero_optimization.{key}: DeepSpeed ignores it at stage {stage}; got "
                 f"{zero[key]!r}, expected no such key. Remove it or change the stage."
             )
-    for what in ("offload_optimizer", "offload_param"):
-        device = zero.get(what, {}).get("device", "cpu")
-        if device not in ("cpu", "none"):
-            raise ConfigError(
-                f"zero_optimization.{what}.device: not supported; got {device!r}, expected 'cpu' "
-                "or 'none'. Use ds_configs/zero3_offload.json."
-            )
     hpz = zero.get("zero_hpz_partition_size", 1)
-    if hpz < 1 or numbers.world_size % hpz:
+    if numbers.world_size % hpz:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
             f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
@@ -305,11 +333,18 @@ def _mapping(value: Any, where: str, name: str) -> None:
         )
 
 
-def _known(block: dict[str, Any], keys: set[str], where: str, prefix: str) -> None:
-    for key in block:
+def _known(block: dict[str, Any], keys: dict[str, Kind], where: str, prefix: str) -> None:
+    for key, value in block.items():
         if key not in keys:
             raise ConfigError(
                 f"{where}: {prefix}{key}: no such key; {nearest(key, keys)}. Mend or remove it."
+            )
+        expected, fits = keys[key]
+        # Objects are looked into one by one; who fills an "auto" is found when it is filled.
+        if value != AUTO and expected != "an object" and not fits(value):
+            raise ConfigError(
+                f"{where}: {prefix}{key}: no such value; got {value!r}, expected {expected}. "
+                "Mend it."
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.data.decode import decode
 from fd_large.data.draws import uniforms
-from fd_large.data.loader import PictureSource
+from fd_large.data.source import PictureSource
 from fd_large.data.views import NUM_DRAWS, random_view
 from fd_large.distill.inspection import best_constant_loss, feature_panel
 from fd_large.distill.objective import Distillation

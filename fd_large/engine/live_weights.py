@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.engine import partition
-from fd_large.weights.formats import covered
+from fd_large.weights.coverage import Fitted, covered
 
 
 def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
@@ -19,7 +19,8 @@ def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: 
 
     Args:
         net: Parameters in pieces or whole.
-        items: (name, full tensor), the network's own names, the same on every rank.
+        items: (name, full tensor), the network's own names, the same on every rank; of a file with
+            gaps that the user allowed, those stay as they are.
         where: What the user set, for the message.
 
     Raises: WeightsError: if a name is missing, left over or of another shape.
@@ -30,6 +31,7 @@ def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: 
         if buffer.is_floating_point() and name in persistent:
             held[name] = buffer
     expected = {name: tuple(partition.shape(tensor)) for name, tensor in held.items()}
+    gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
     with torch.no_grad():
-        for name, tensor in covered(expected, items, where=where):
+        for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
             partition.write(held[name], tensor)

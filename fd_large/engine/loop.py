@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
 from fd_large.engine.build import Engine
@@ -19,6 +20,7 @@ from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
+from fd_large.errors import DataError
 from fd_large.runtime.hooks import Hook, Setting, Update
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class Plan(NamedTuple):
         accumulation: Micro batches per update.
         seed: Of order, crops and drop path.
         evaluate_every: Updates between evaluations; 0: only before the first and after the last.
+        max_bad_fraction: Of pictures that may be bad before the run stops.
+        count_bad_every: Updates between two looks at the sum over ranks.
     """
 
     schedule: CosineSchedule
@@ -40,6 +44,8 @@ class Plan(NamedTuple):
     accumulation: int
     seed: int
     evaluate_every: int = 0
+    max_bad_fraction: float = 1.0
+    count_bad_every: int = 20
 
 
 def train_updates(
@@ -70,6 +76,7 @@ def train_updates(
         hook.on_start(setting)
     engine.task.train()
     update = setting.first_update
+    pictures = BadPictures()
 
     def evaluated(last: bool) -> None:
         if evaluate is not None:
@@ -91,7 +98,7 @@ def train_updates(
         epoch, first = divmod(update, plan.updates_per_epoch)
         micro_batches = iter(batches(epoch, first))
         while update < min((epoch + 1) * plan.updates_per_epoch, plan.schedule.total):
-            finished = _one_update(engine, micro_batches, plan, update, epoch)
+            finished = _one_update(engine, micro_batches, plan, update, epoch, pictures)
             update += 1
             if time_box is not None and (total := time_box.after_update()) is not None:
                 plan = plan._replace(schedule=replace(plan.schedule, total=total))
@@ -106,9 +113,15 @@ def train_updates(
             # Before the checkpoint: a resume does not evaluate again.
             if last or (plan.evaluate_every and update % plan.evaluate_every == 0):
                 evaluated(last)
+            too_bad = None
+            if last or update % plan.count_bad_every == 0:
+                too_bad = _too_many_bad(pictures, plan.max_bad_fraction)
             due = checkpoints.due(update, plan.updates_per_epoch)
-            if wish_save or stopped or last or due:
+            if wish_save or stopped or last or due or too_bad:
                 save()
+            if too_bad:
+                checkpoints.settle()
+                raise too_bad
             if stopped:
                 break
     checkpoints.settle()
@@ -118,8 +131,22 @@ def train_updates(
     return status
 
 
+def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError | None:
+    """The error that ends the run, the same on every rank, or None."""
+    count = BadCount(*distributed.sum_tensor(torch.tensor(pictures.count)).tolist())
+    if not past_limit(count, max_bad_fraction):
+        return None
+    names = [name for mine in distributed.gather_objects(pictures.names) for name in mine]
+    return limit_error(count, max_bad_fraction, names)
+
+
 def _one_update(
-    engine: Engine, micro_batches: Iterator[Batch], plan: Plan, update: int, epoch: int
+    engine: Engine,
+    micro_batches: Iterator[Batch],
+    plan: Plan,
+    update: int,
+    epoch: int,
+    pictures: BadPictures,
 ) -> Update:
     rate = plan.schedule.at_update(update)
     set_rate(engine.deepspeed.optimizer, rate)
@@ -127,6 +154,7 @@ def _one_update(
     norm: Tensor | float | None = None
     for portion in range(plan.accumulation):
         batch = next(micro_batches)
+        pictures.add(len(batch.positions), batch.bad)
         with out_of_memory_named(len(batch.positions)):
             losses.append(forward_backward(engine, batch, plan.seed))
             if engine.stage == 0 and portion == plan.accumulation - 1:
@@ -159,13 +187,17 @@ def _whole_norm(task: torch.nn.Module) -> Tensor:
     return torch.stack(norms).norm()
 
 
-def probe_step(engine: Engine, image_size: int, seed: int) -> Callable[[int], Any]:
-    """A function that runs one whole step on grey images, for the micro-batch probe."""
+def probe_phases(
+    engine: Engine, image_size: int, seed: int
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """A whole update on grey images in two phases, for the micro-batch probe."""
 
-    def step(size: int) -> None:
+    def through(size: int) -> None:
         images = torch.full((size, 3, image_size, image_size), 128, dtype=torch.uint8)
         positions = torch.arange(size)
         forward_backward(engine, Batch(images, 0, positions, positions), seed)
+
+    def step(size: int) -> None:
         engine.deepspeed.step()
 
-    return step
+    return through, step

@@ -1,8 +1,9 @@
 """The largest micro batch that survives a step, found without running out of memory.
 
 Under ZeRO-3 a rank that runs out of memory leaves the others waiting in a collective, so the probe
-climbs: it runs a real step at 1, 2, 4 ... images, measures the peak, and takes the next size only
-if a straight line through the last two peaks says that it fits on every rank.
+climbs: it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and takes the
+next size only if straight lines through the last two peaks say that every phase fits on every rank.
+The phases are measured apart, because their maximum bends where one overtakes the other.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +30,8 @@ HEADROOM = 0.92
 
 class OutOfMemory(FDError):
     """A step that does not fit; names the field and the next value to try."""
+
+    rank_local = True
 
 
 class Memory(Protocol):
@@ -89,33 +93,40 @@ def candidates(share: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def largest_that_fits(share: int, step: Callable[[int], None], memory: Memory) -> int:
+def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memory: Memory) -> int:
     """Climbs through the candidates; all ranks return the same size.
 
     Args:
         share: Images of a rank per update.
-        step: Runs one whole step, optimiser included, with that many images.
+        phases: One after the other they run a whole update with that many images: forward and
+            backward, then the optimiser's step.
         memory: Of this rank.
 
     Raises: OutOfMemory: if not even one image fits.
     """
-    best, peaks = 0, []
+    best = 0
+    measured: list[tuple[int, list[int]]] = []
     for size in candidates(share):
-        if len(peaks) >= 2:
-            (s0, p0), (s1, p1) = peaks[-2:]
-            predicted = p1 + (p1 - p0) / (s1 - s0) * (size - s1)
+        if len(measured) >= 2:
+            (s0, before), (s1, last) = measured[-2:]
+            predicted = max(
+                p1 + (p1 - p0) / (s1 - s0) * (size - s1)
+                for p0, p1 in zip(before, last, strict=True)
+            )
             # The fullest rank decides for all.
             if distributed.max_rank(float(predicted / memory.capacity())) > HEADROOM:
                 break
-        memory.reset()
-        with out_of_memory_named(size):
-            step(size)
-        peak = memory.peak()
-        log.info("micro batch %d: peak %.2f GB on this rank", size, peak / 1e9)
-        if distributed.max_rank(float(peak / memory.capacity())) > 1:
+        peaks = []
+        for phase in phases:
+            memory.reset()
+            with out_of_memory_named(size):
+                phase(size)
+            peaks.append(memory.peak())
+        log.info("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
+        if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
         best = size
-        peaks.append((size, peak))
+        measured.append((size, peaks))
     if not best:
         raise OutOfMemory(
             "batch.micro_batch_size: not even one image fits; got micro batch 1, expected a step "
@@ -123,6 +134,23 @@ def largest_that_fits(share: int, step: Callable[[int], None], memory: Memory) -
             "ds_configs/zero3_offload.json or more GPUs."
         )
     return best
+
+
+class building_in_memory:
+    """Turns an allocator's error while nets are built into one sentence."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or not _is_out_of_memory(error):
+            return False
+        raise OutOfMemory(
+            f"engine: out of memory on rank {distributed.rank()} while student and teacher are "
+            "built; got no room for parameters and optimiser, expected some. Use "
+            "ds_configs/zero3.json or zero3_offload.json, --teacher.placement sharded, or more "
+            "ranks."
+        ) from error
 
 
 class out_of_memory_named:
@@ -149,23 +177,27 @@ class out_of_memory_named:
         ) from error
 
 
-def remembered(folder: Path, world_size: int, share: int) -> int | None:
-    """The size found by an earlier probe on as many ranks with the same share, else None."""
-    path = folder / "micro_batch.json"
+def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
+    """The size found by an earlier probe in the same setting, else None.
+
+    Args:
+        folder: The run's.
+        setting: What decides the memory of a step: ranks, DeepSpeed's JSON, checkpointing ...
+        share: Images of a rank per update.
+    """
     found = None
-    if distributed.is_main() and path.exists():
-        stored = json.loads(path.read_text())
-        if stored["world_size"] == world_size and share % stored["micro_batch_size"] == 0:
-            found = stored["micro_batch_size"]
+    if distributed.is_main():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # Absent or damaged: measure.
+            stored = json.loads((folder / "micro_batch.json").read_text())
+            if stored["setting"] == setting and share % stored["micro_batch_size"] == 0:
+                found = stored["micro_batch_size"]
     return distributed.broadcast_object(found)
 
 
-def remember(folder: Path, world_size: int, size: int) -> None:
+def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
     """Keeps the size in the run folder; rank 0 writes."""
     if distributed.is_main():
-        write_json(
-            folder / "micro_batch.json", {"world_size": world_size, "micro_batch_size": size}
-        )
+        write_json(folder / "micro_batch.json", {"micro_batch_size": size, "setting": setting})
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -61,17 +61,18 @@ def make_optimizer(
     Raises: ConfigError: if the recipe names an implementation that is not there.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    passed_over = []
     for kind in (optim.fused,) if optim.fused != "auto" else ("deepspeed", "apex", "torch"):
         reason = _why_not(kind, on_gpu)
         if reason is None:
-            log.info("optimiser: AdamW of %s", kind)
+            log.info("optimiser: AdamW of %s%s", kind, "".join(passed_over))
             return _construct(kind, groups, settings)
         if optim.fused != "auto":
             raise ConfigError(
                 f"optim.fused: {kind}'s AdamW is not to be had here; got {reason}, expected "
                 "a working one. Set --optim.fused auto."
             )
-        log.info("optimiser: not %s's: %s", kind, reason)
+        passed_over.append(f"; not {kind}'s: {reason}")
     raise AssertionError("torch's AdamW is always there")
 
 

@@ -6,6 +6,7 @@ The only file that knows how ZeRO-3 lays a parameter out: rank r of the group ho
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -180,7 +181,7 @@ _CHUNK = 1 << 22  # Elements hashed at once: 32 MiB of int64 beside the paramete
 
 def _hash_piece(name: str, held: Tensor, offset: int) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=held.device)
-    salt = int.from_bytes(name.encode()[-7:].rjust(7, b"\0"), "big") * 2 + len(name)
+    salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
     for start in range(0, held.numel(), _CHUNK):
         bits = held[start : start + _CHUNK].contiguous().view(_BITS[held.dtype]).long()
         position = torch.arange(bits.numel(), device=held.device) + (offset + start)

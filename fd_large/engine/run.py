@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fd_large import distributed
-from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import PictureSource, build_loader
+from fd_large.data.loader import build_loader
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
+from fd_large.data.source import PictureSource, open_pictures
 from fd_large.distill.task import Task
 from fd_large.engine import config as ds
 from fd_large.engine import micro_batch, start
@@ -31,16 +31,16 @@ from fd_large.engine.build import (
 )
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.evaluation import Evaluation
-from fd_large.engine.loop import Plan, probe_step, train_updates
+from fd_large.engine.loop import Plan, probe_phases, train_updates
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.engine.time_box import TimeBox
-from fd_large.errors import FDError
+from fd_large.errors import DataError, FDError
 from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import Hook, Setting
-from fd_large.runtime.run_folder import open_folder, write_environment
+from fd_large.runtime.run_folder import open_folder, source_commit, write_environment
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,11 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     folder = open_folder(run, fresh=fresh)
     logs.set_up(folder)
     start.start()
-    threshold, kept = ds.persistence_threshold(sizes)
-    log.info(
-        "whole on every rank: tensors of at most %d elements, %.2f%% of student and teacher",
-        threshold,
-        100 * kept / sum(sizes),
-    )
-    teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=threshold)
+    threshold = _persistence(run, config, sizes)
+    with micro_batch.building_in_memory():
+        teacher = build_teacher(
+            run, precision, node_size=node_size, persistence_threshold=threshold
+        )
     make_task = task_maker(run, teacher, teacher.width)
     size = fixed
     if size == "auto":
@@ -93,8 +91,14 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     config = fill(size)
     write_environment(folder, config, launch.launcher)
 
-    engine = build_engine(run, make_task, config)
-    facts = {"teacher_source": run.teacher.source, "teacher_hash": teacher.fingerprint}
+    with micro_batch.building_in_memory():
+        engine = build_engine(run, make_task, config)
+    facts = {
+        "teacher_source": run.teacher.source,
+        "teacher_hash": teacher.fingerprint,
+        "pictures": _same_pictures(source),
+        "commit": distributed.broadcast_object(source_commit()),
+    }
     checkpoints = Checkpoints(folder, run, engine, facts)
     return Opened(run, folder, launch, source, engine, teacher, checkpoints, size)
 
@@ -146,10 +150,28 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             image_size=run.data.image_size,
             min_crop_scale=run.data.min_crop_scale,
             workers=run.data.workers,
+            color_jitter=run.data.color_jitter,
+            grayscale_probability=run.data.grayscale_probability,
+            max_pixels=run.data.max_pixels,
         )
 
-    plan = Plan(schedule, per_epoch, opened.accumulation, run.runtime.seed, run.eval.every)
+    plan = Plan(
+        schedule,
+        per_epoch,
+        opened.accumulation,
+        run.runtime.seed,
+        evaluate_every=run.eval.every,
+        max_bad_fraction=run.data.max_bad_fraction,
+        count_bad_every=run.runtime.log_every,
+    )
     evaluate = _evaluation(run, engine, source, size) if run.eval.root else None
+    if total <= schedule.warmup and not run.optim.max_seconds:
+        log.warning(
+            "optim.warmup_epochs: the whole run of %d updates is warm-up (%d updates): the rate "
+            "never reaches its peak",
+            total,
+            schedule.warmup,
+        )
     try:
         status = train_updates(
             engine,
@@ -170,6 +192,44 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     return 0
 
 
+def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> int:
+    """The size up to which tensors stay whole in an engine that splits; logs their share."""
+    zero = config["zero_optimization"]
+    automatic, _ = ds.persistence_threshold(sizes)
+    threshold = zero.get("stage3_param_persistence_threshold", automatic)
+    if zero["stage"] == 3 or run.teacher.placement != "replicated":
+        kept = sum(size for size in sizes if size <= threshold)
+        log.info(
+            "whole on every rank where nets are split: tensors of at most %d elements, %.2f%% of "
+            "student and teacher",
+            threshold,
+            100 * kept / sum(sizes),
+        )
+    return threshold
+
+
+def _same_pictures(source: PictureSource) -> str:
+    """The fingerprint of the listing; every rank must see the same pictures.
+
+    Raises: DataError: if a rank lists others, which would give a sample twice or never.
+    """
+    seen = distributed.gather_objects((source.fingerprint, len(source)))
+    for number, (fingerprint, count) in enumerate(seen):
+        if fingerprint != seen[0][0]:
+            raise DataError(
+                f"data.root: the ranks see different pictures; got {count} on rank {number} and "
+                f"{seen[0][1]} on rank 0, expected the same names. Copy the data set to every node."
+            )
+    return source.fingerprint
+
+
+def _held_out(run: Run) -> PictureSource:
+    try:
+        return open_pictures(run.eval.root)
+    except DataError as error:
+        raise DataError(str(error).replace("data.root", "eval.root")) from None
+
+
 def _evaluation(
     run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
 ) -> Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]]:
@@ -185,7 +245,7 @@ def _evaluation(
             seed=run.runtime.seed,
         )
         for name, pictures in (
-            ("held_out", ImageFolder(run.eval.root)),
+            ("held_out", _held_out(run)),
             ("unseen_crops", source),
         )
     ]
@@ -205,7 +265,7 @@ def _evaluation(
 class _Checked(NamedTuple):
     """What the checks before anything heavy have found."""
 
-    source: ImageFolder
+    source: PictureSource
     precision: Precision
     node_size: int
     parameter_sizes: tuple[int, ...]
@@ -219,7 +279,9 @@ def _check(run: Run, deepspeed_config: str, launch: Launch) -> _Checked:
     The last of the result fills the JSON for a micro batch size.
     """
     json_config = ds.load(deepspeed_config)
-    source = ImageFolder(run.data.root)
+    source = open_pictures(run.data.root)
+    if run.eval.root:
+        _held_out(run)
     teacher_weights(run)
     precision = precision_of(run)
     node_size = node_size_of(run, launch.local_world_size)
@@ -254,7 +316,16 @@ def _probed(
 ) -> int:
     """The micro batch of the run folder, or of a probe on an engine that is thrown away."""
     world_size = distributed.world_size()
-    size = micro_batch.remembered(folder, world_size, share)
+    setting = {
+        "world_size": world_size,
+        "deepspeed": config["zero_optimization"],
+        "bfloat16": config["bf16"]["enabled"],
+        "activation_checkpointing": run.student.activation_checkpointing,
+        "checkpoint_every": run.student.checkpoint_every,
+        "attention_memory": run.student.attention_memory,
+        "teacher_placement": run.teacher.placement,
+    }
+    size = micro_batch.remembered(folder, setting, share)
     if size is not None:
         return size
     on_gpu = distributed.device().type == "cuda"
@@ -264,7 +335,7 @@ def _probed(
     engine = build_engine(run, make_task, {**whole, "train_batch_size": world_size})
     engine.task.train()
     size = micro_batch.largest_that_fits(
-        share, probe_step(engine, run.data.image_size, run.runtime.seed), memory
+        share, probe_phases(engine, run.data.image_size, run.runtime.seed), memory
     )
     engine.deepspeed.destroy()
     del engine
@@ -272,7 +343,7 @@ def _probed(
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    micro_batch.remember(folder, world_size, size)
+    micro_batch.remember(folder, setting, size)
     log.info("micro batch %d per rank, accumulation %d", size, share // size)
     return size
 

@@ -6,6 +6,7 @@ import json
 import logging
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fd_large import distributed
@@ -36,8 +37,9 @@ class TimeBox:
     def decided(self) -> int | None:
         """The length that an earlier part of the run decided, the same on all ranks."""
         total = None
-        if distributed.is_main() and self._path.exists():
-            total = json.loads(self._path.read_text())["updates"]
+        if distributed.is_main():
+            with suppress(OSError, ValueError, KeyError, TypeError):  # Absent or damaged: measure.
+                total = json.loads(self._path.read_text())["updates"]
         return distributed.broadcast_object(total)
 
     def after_update(self) -> int | None:

@@ -34,8 +34,17 @@ def wished() -> str:
 
 
 def implementation(device_type: str) -> str:
-    """Returns which LayerNorm runs on a device: `reference` or `apex`."""
-    return "apex" if wished() == "apex" and device_type in APEX_DEVICES else "reference"
+    """Returns which LayerNorm runs on a device: `reference` or `apex`.
+
+    Raises: ConfigError: if apex is wished for on a device that it has no kernel for.
+    """
+    wish = wished()
+    if wish == "apex" and device_type not in (*APEX_DEVICES, "meta"):
+        raise ConfigError(
+            f"FD_KERNELS: apex has no kernel for this device; got {device_type}, expected "
+            f"{' or '.join(APEX_DEVICES)}. Unset FD_KERNELS here."
+        )
+    return "apex" if wish == "apex" and device_type in APEX_DEVICES else "reference"
 
 
 def has_nvidia_apex() -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from fd_large.errors import ConfigError
 from fd_large.kernels.attention import Memory
 from fd_large.models.hierarchical import SizeRule
 from fd_large.models.initialization import Initialization
+from fd_large.models.own import build_own
 from fd_large.models.swin import Swin
 from fd_large.models.swinv2 import SwinV2
 from fd_large.models.vit import ViT
@@ -29,8 +31,8 @@ def build(
     residual_dtype: Literal["float32", "compute"] = "compute",
     initialization: Initialization = "fd",
     seed: int | None = None,
-) -> SwinV2 | Swin | ViT | TimmBackbone:
-    """Builds a named net; of a timm net only name, overrides and seed are looked at.
+) -> SwinV2 | Swin | ViT | TimmBackbone | nn.Module:
+    """Builds a named net; of timm's and the user's own only name, overrides and seed count.
 
     Args:
         name: Of the table in `recipes.architectures`.
@@ -67,6 +69,8 @@ def build(
         from fd_large.models.timm_backbone import TimmBackbone
 
         return TimmBackbone(a.timm_name, stride=a.feature_stride)
+    if a.family == "module":
+        return build_own(a.function)
     shared = {
         "patch_size": a.patch_size,
         "image_size": a.image_size,

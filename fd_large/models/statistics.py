@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ OPENAI_CLIP = Statistics(
 
 def normalise(images: Tensor, statistics: Statistics) -> Tensor:
     """Maps uint8 images (B, 3, H, W) to normalised float32 images of the same shape."""
-    mean = torch.tensor(statistics.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(statistics.std, device=images.device).view(1, 3, 1, 1)
+    mean, std = _constants(statistics, images.device)
     return (images.float() / 255 - mean) / std
+
+
+@lru_cache
+def _constants(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 3, 1, 1) each; kept, since a copy to a GPU would stop the host at every step."""
+    mean, std = (torch.tensor(row, device=device).view(1, 3, 1, 1) for row in statistics)
+    return mean, std

@@ -67,11 +67,11 @@ def count(table: Shapes) -> int:
 
 
 def _refuse_timm(architecture: Architecture) -> None:
-    if architecture.family == "timm":
-        known = ", ".join(sorted(FIELDS.keys() - {"timm"}))
+    if architecture.family in ("timm", "module"):
+        known = ", ".join(sorted(FIELDS.keys() - {"timm", "module"}))
         raise ConfigError(
-            "plan: the tensors of a timm net are not in this table; got "
-            f"{architecture.timm_name}, expected a net of {known}. "
+            "plan: the tensors of a timm net, or of one's own, are not in this table; got "
+            f"{architecture.timm_name or architecture.function}, expected a net of {known}. "
             "Count the parameters of the built net instead."
         )
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from fd_large.errors import ConfigError, nearest
 
-Family = Literal["swinv2", "swin", "vit", "timm"]
+Family = Literal["swinv2", "swin", "vit", "timm", "module"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Architecture:
     """The shape of a net; None: as the named net has it."""
 
     family: Family | None = None
-    """swinv2, swin (first version), vit or timm (any backbone of timm, as a teacher); fixed by the
-    named net."""
+    """swinv2, swin (first version), vit, timm (any backbone of timm, as a teacher) or module (a net
+    of one's own, as a teacher); fixed by the named net."""
     embed_dim: int | None = None
     """Channels after the patch embedding; Swin nets double them at every merging."""
     depths: tuple[int, ...] | None = None
@@ -79,6 +79,8 @@ class Architecture:
     """timm's own name of a net of the timm family."""
     feature_stride: int | None = None
     """Pixels per token of the map that is taken from a net of the timm family."""
+    function: str | None = None
+    """package.file:function that returns a net of one's own, weights and all."""
 
 
 _COMMON_FIELDS = {
@@ -99,6 +101,7 @@ FIELDS: dict[str, frozenset[str]] = {
         | {"relative_position", "layer_scale", "activation", "pre_norm_layer"}
     ),
     "timm": frozenset({"family", "timm_name", "feature_stride"}),
+    "module": frozenset({"family", "function"}),
 }
 
 
@@ -220,9 +223,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 def resolve(name: str, overrides: Architecture | None = None) -> Architecture:
     """Returns the named net with the overrides filled in; every field of its family is set.
 
+    A family (vit, swin, swinv2, module) is a name too: of a net that the overrides describe whole.
+
     Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
         other values.
     """
+    if name not in ARCHITECTURES and name in FIELDS:
+        return _from_fields_alone(name, overrides or Architecture())
     if name not in ARCHITECTURES:
         raise ConfigError(
             f"model: no such net; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed name."
@@ -249,6 +256,23 @@ def resolve(name: str, overrides: Architecture | None = None) -> Architecture:
     return architecture
 
 
+def _from_fields_alone(family: Family, given: Architecture) -> Architecture:
+    missing = sorted(
+        field_name
+        for field_name in FIELDS[family] - {"family"}
+        if getattr(given, field_name) is None
+    )
+    if missing:
+        raise ConfigError(
+            f"model: {family} is a family, whose nets have no values of their own; got none for "
+            f"{', '.join(missing)}, expected every field. Set them by --teacher.architecture or "
+            "--student.architecture, or name a net."
+        )
+    architecture = replace(given, family=family)
+    _check(family, architecture)
+    return architecture
+
+
 def _check(name: str, a: Architecture) -> None:
     def require(ok: bool, field_name: str, expected: str) -> None:
         if not ok:
@@ -261,6 +285,10 @@ def _check(name: str, a: Architecture) -> None:
     if a.family == "timm":  # What timm has is known where timm is imported.
         require(a.feature_stride >= 1, "feature_stride", "a positive whole number")
         return
+    if a.family == "module":
+        module, colon, function = a.function.partition(":")
+        require(bool(module and colon and function), "function", "package.file:function")
+        return
     stages = len(a.depths)
     require(stages >= 1 and min(a.depths) >= 1, "depths", "one or more blocks in each stage")
     require(a.family != "vit" or stages == 1, "depths", "one number for a ViT")
@@ -268,6 +296,9 @@ def _check(name: str, a: Architecture) -> None:
     for field_name in ("embed_dim", "patch_size", "window_size", "image_size"):
         value = getattr(a, field_name)
         require(value is None or value >= 1, field_name, "a positive whole number")
+    require(a.mlp_ratio > 0, "mlp_ratio", "a positive number")
+    require(a.norm_eps > 0, "norm_eps", "a positive number")
+    require(a.layer_scale is None or a.layer_scale >= 0, "layer_scale", "0 (none) or more")
     for stage, heads in enumerate(a.num_heads):
         width = a.embed_dim * 2**stage
         require(heads >= 1 and width % heads == 0, "num_heads", f"divisors of width {width}")

@@ -31,7 +31,7 @@ block.
 | giant | 2.998e9    | 54.0 GB        | 6.0 GB  | 66 MB         | 93 MB     | 1303 MB             |
 
 ("One block" and "without" are counted for giant with unfused attention and a bfloat16 stream;
-huge and 1b are scaled by width and by depth x width.)
+huge and 1b are scaled by width and by the stages' sum of depth x tokens x width.)
 
 Durations are arithmetic, not measurements: FLOPs an image x 3.84e8 images at an assumed 200 TFLOP/s
 a GPU; 3 x student + teacher, and one more student forward with checkpoints.
@@ -180,8 +180,9 @@ def fd_swinv2g() -> Run:
     S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s) 52 ms. ZeRO-3 of both nets over all ranks
     makes four passes a micro-step (student forward, backward, gradients, teacher): 210 ms. A
     teacher split inside the node makes three, hpZ (backward gathers inside the node) two: 105 ms.
-    Computing 32 images takes 136 ms (170 with checkpoints) at the limits of an H100, so the network
-    hides behind it; 8 images would take 34 and wait. Hence placement node, hpZ, and 32 images a GPU
+    Computing 32 images takes 136 ms (170 with checkpoints) at the limits of an H100 with fused
+    kernels, 343 (425) without, so the network hides behind either; 8 fused ones would take 34 and
+    wait. Hence placement node, hpZ, and 32 images a GPU
     as a number rather than `auto`: 2048 = 64 x 32. On 256 GPUs raise the batch to 8192, not the
     number of GPUs alone. Recomputed forwards gather again inside the node under hpZ, at no cost to
     the network. One 100 Gb/s card a node (12.5 GB/s) makes it 839 ms: use fewer, larger nodes.

@@ -20,11 +20,13 @@ from fd_large.recipes.architectures import Architecture, resolve
 
 # Every rate of the paper's configurations is stated per this many images of a global batch.
 RATE_BATCH_SIZE = 512
+# teacher.model: the net that the weights show.
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The net that learns; it starts from random weights."""
+    """The net that learns; it starts from random weights, or from a file."""
 
     # Name of the net (`python -m fd_large recipes` and architectures.py list them).
     model: str
@@ -36,6 +38,11 @@ class Student:
     # Probability of dropping a residual branch in the last block, rising linearly from 0 in the
     # first; 0: off.
     drop_path_rate: float = 0.1
+    # File of weights to start from (docs/weights.md lists the formats); empty: random weights.
+    init: str = ""
+    # Name patterns (*, ?) of tensors that may be missing in that file, and stay random, or be left
+    # over.
+    init_allow: tuple[str, ...] = ()
     # Image sizes that are no multiple of the patch: drop the remainder as published, or pad the
     # image and mask the padding out of attention.
     size_rule: Literal["drop", "pad"] = "drop"
@@ -65,13 +72,22 @@ class Student:
 class Teacher:
     """The frozen net whose last feature map is the target."""
 
-    # Name of the net; its image statistics and its final norm come with it.
+    # Name of the net; its image statistics and its final norm come with it. auto: the net that the
+    # weights of `source` show.
     model: str
     # Overrides of the named net's shape; None: as the net has it.
     architecture: Architecture = field(default_factory=Architecture)
-    # File of the weights, package:NAME for those that an installed Python package carries, or
-    # `random` for a random teacher (throughput runs, tests); empty: none, and training stops.
+    # The weights: a file (docs/weights.md lists the formats), package:NAME for those that an
+    # installed Python package carries, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
+    # module:package.file:function (the last two bring their own net), or `random` for a random
+    # teacher (throughput runs, tests); empty: none, and training stops.
     source: str = ""
+    # Name patterns (*, ?) of tensors that may be missing in the file, and stay random, or be left
+    # over.
+    allow: tuple[str, ...] = ()
+    # Mean and standard deviation of red, green and blue, six numbers in 0..1, by which its images
+    # are normalised; empty: those that its weights were trained with.
+    statistics: tuple[float, ...] = ()
     # replicated: whole on every rank; sharded: split over all ranks; node: split over the ranks of
     # a node, whole in every node.
     placement: Literal["replicated", "sharded", "node"] = "replicated"
@@ -80,6 +96,12 @@ class Teacher:
 
     def __post_init__(self) -> None:
         _check_types(self, "teacher")
+        _require(
+            len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
+            "teacher.statistics: no means and deviations of three channels",
+            self.statistics,
+            "six numbers, the last three above 0, or none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +124,7 @@ class Data:
     # from 1000 up) the run stops with their list. 0: the first one stops it.
     max_bad_fraction: float = 0.01
     # Images of more pixels are skipped like damaged ones, before they take memory; 67108864: 8192 x
-    # 8192, up to 0.8 GB while decoded.
+    # 8192, up to 0.9 GB while decoded.
     max_pixels: int = 2**26
     # Loader processes per rank; 0: load in the training process.
     workers: int = 4
@@ -341,13 +363,15 @@ class Run:
         _check_types(self, "run")
         # Unknown nets and overrides that fit no net are found here, before any rank starts.
         for where, section in (("student", self.student), ("teacher", self.teacher)):
+            if where == "teacher" and self.teacher.model == AUTO:
+                continue  # Known once the weights are open.
             try:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
         _require(
-            self.student_architecture().family != "timm",
-            "student.model: nets of timm only teach",
+            self.student_architecture().family not in ("timm", "module"),
+            "student.model: nets of timm, or of one's own, only teach",
             self.student.model,
             "a net of the families swinv2, swin or vit",
         )
@@ -357,7 +381,17 @@ class Run:
         return resolve(self.student.model, self.student.architecture)
 
     def teacher_architecture(self) -> Architecture:
-        """Returns the teacher's architecture with the overrides filled in."""
+        """Returns the teacher's architecture with the overrides filled in.
+
+        Raises: ConfigError: while the net is `auto`, which the weights decide (weights/settle.py).
+        """
+        _require(
+            self.teacher.model != AUTO,
+            "teacher.model: auto is the net of the weights",
+            f"teacher.source {self.teacher.source!r}",
+            "weights to be opened first",
+            "Set --teacher.source, or name a net",
+        )
         return resolve(self.teacher.model, self.teacher.architecture)
 
     def run_dir(self) -> str:

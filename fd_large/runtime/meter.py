@@ -7,10 +7,12 @@ whoever shows them (progress bar, TensorBoard) is handed what was read and reads
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
 from fd_large.runtime.run_folder import write_json
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate,
@@ -43,14 +47,17 @@ class Meter(Hook):
         self._first_loss: float | None = None
         self._last_loss: float | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
-        self._file: IO[str] | None = None
+        self._path: Path | None = None
+        self._unwritten: list[str] = []
         if distributed.is_main():
             path = setting.folder / "metrics.jsonl"
             kept = rows_before(path, setting.first_update)
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            path.touch()
+            # The rows that stay are the file's beginning: cutting needs no room and no copy.
+            os.truncate(path, sum(len(json.dumps(row)) + 1 for row in kept))
             if kept:
                 self._first_loss, self._last_loss = kept[0]["loss"], kept[-1]["loss"]
-            self._file = path.open("a")
+            self._path = path
             # An evaluation after `first_update` updates belongs to what is kept.
             for row in rows_before(_evaluations_path(setting.folder), setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row
@@ -79,7 +86,7 @@ class Meter(Hook):
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Writes the evaluation, together with what is known already of the same update."""
-        if self._file is not None:
+        if self._path is not None:
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
         # What the evaluation took is not training time.
@@ -89,9 +96,8 @@ class Meter(Hook):
         """Writes what is pending and summary.json."""
         self._flush()
         peak = distributed.max_rank(peak_memory_bytes())
-        if self._file is None:
+        if self._path is None:
             return
-        self._file.close()
         run, setting = self._setting.run, self._setting
         images = (self._written - 1) * run.batch.global_batch_size
         first = self._evaluations[min(self._evaluations)] if self._evaluations else {}
@@ -135,7 +141,7 @@ class Meter(Hook):
         )
         self._interval_seconds = 0.0
         self._written += len(pending)
-        if self._file is None:
+        if self._path is None:
             return
         if self._first_loss is None:
             self._first_loss = losses[0]
@@ -151,10 +157,23 @@ class Meter(Hook):
             }
             for update, loss, norm in zip(pending, losses, norms, strict=True)
         ]
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
+        self._unwritten += [json.dumps(row) + "\n" for row in rows]
+        self._append()
         for call in self._on_rows:
             call(rows)
+
+    def _append(self) -> None:
+        """Writes whole rows or none: on a full disk they wait for the next interval."""
+        assert self._path is not None
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError as error:
+            os.truncate(self._path, size)
+            log.error("%s: %d rows wait: %s", self._path, len(self._unwritten), error)
+            return
+        self._unwritten = []
 
     def _write_evaluations(self) -> None:
         path = _evaluations_path(self._setting.folder)

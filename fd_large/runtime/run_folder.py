@@ -69,7 +69,7 @@ def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: 
         {
             "python": sys.version.split()[0],
             "packages": versions,
-            "commit": _commit(),
+            "commit": source_commit(),
             "host": platform.node(),
             "platform": platform.platform(),
             "device": device.type,
@@ -81,6 +81,17 @@ def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: 
 
 
 def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
+    """Enters or makes the folder on rank 0; returns the user's mistake, which all ranks raise."""
+    try:
+        return _enter_or_raise(folder, run, fresh)
+    except OSError as error:
+        return (
+            f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
+            "written. Choose another."
+        )
+
+
+def _enter_or_raise(folder: Path, run: Run, fresh: bool) -> str | None:
     recipe = folder / "recipe.json"
     if fresh and folder.exists() and any(folder.iterdir()):
         number = 1
@@ -88,7 +99,13 @@ def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
             number += 1
         folder.rename(old)
     if recipe.exists():
-        before = Run.from_dict(json.loads(recipe.read_text()))
+        try:
+            before = Run.from_dict(json.loads(recipe.read_text()))
+        except (ValueError, ConfigError, AttributeError) as error:
+            return (
+                f"{recipe}: no recipe that this version can read; got {error}, expected what a run "
+                "wrote. Set --runtime.run_dir to another folder, or --fresh to start over here."
+            )
         changed = {
             name: pair for name, pair in difference(before, run).items() if name not in _MAY_CHANGE
         }
@@ -98,10 +115,7 @@ def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
                 f"{folder}: holds a run of another recipe; got {fields}, expected the same. Set "
                 "--runtime.run_dir to another folder, or --fresh to start over here."
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"--runtime.run_dir: cannot be made; got {error}. Choose another folder."
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(recipe, run.to_dict())
     return None
 
@@ -109,11 +123,16 @@ def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
 # What may differ between the parts of one run without changing its result.
 _MAY_CHANGE = {
     "batch.micro_batch_size",
+    "data.max_bad_fraction",
     "data.root",
     "data.workers",
     "engine.node_size",
+    "runtime.keep_every",
+    "runtime.keep_last",
     "runtime.log_every",
+    "runtime.max_failed_saves",
     "runtime.run_dir",
+    "runtime.save_every",
     "student.activation_checkpointing",
     "student.attention_memory",
     "student.checkpoint_every",
@@ -121,7 +140,7 @@ _MAY_CHANGE = {
 }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of the source tree, or None where it is no checkout."""
     if shutil.which("git") is None:
         return None

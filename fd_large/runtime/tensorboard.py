@@ -6,6 +6,8 @@ updates that they followed, as on the progress bar.
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fd_large import distributed
@@ -15,6 +17,8 @@ from fd_large.runtime.meter import Row, rows_before
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 TAGS = {
     "loss": "train/loss",
@@ -49,11 +53,10 @@ class TensorBoard(Hook):
 
     def write_rows(self, rows: list[Row]) -> None:
         """Writes what the Meter has read."""
-        if self._writer is not None:
-            for row in rows:
-                for name, tag in TAGS.items():
-                    if name in row:
-                        self._writer.add_scalar(tag, row[name], row["update"] + 1)
+        for row in rows:
+            for name, tag in TAGS.items():
+                if name in row:
+                    self._add(tag, row[name], row["update"] + 1)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Writes the held-out numbers."""
@@ -61,10 +64,21 @@ class TensorBoard(Hook):
             return
         for name, value in metrics.items():
             if not (index == self._seam and name in self._at_seam):
-                self._writer.add_scalar("/".join(split_name(name)), value, index)
-        self._writer.flush()
+                self._add("/".join(split_name(name)), value, index)
 
     def on_end(self, status: str) -> None:
         """Closes the file."""
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):
+                writer.close()
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.add_scalar(tag, value, step)
+        except OSError as error:
+            # A full disk; the numbers are in metrics.jsonl as soon as there is room.
+            log.error("TensorBoard's events end at step %d: %s", step, error)
+            self._writer = None

@@ -1,23 +1,26 @@
 """The one table of published formats: how each is told from its names, and who translates it.
 
-Pure functions of names and tensors, but for `read_weights`, which opens a file by `read.py` and
-sends it through the table. A live net takes its tensors from the engine. Our own files use the
-names of the nets themselves, which are the official repositories', and pass through the same table.
+Pure functions of names. Our own files use the names of the nets themselves, which are the official
+repositories', and pass through the same table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 
 from fd_large.errors import WeightsError, nearest
+from fd_large.models.statistics import IMAGENET, OPENAI_CLIP, Statistics
+from fd_large.recipes.architectures import Architecture
 from fd_large.weights import swin, vit
-from fd_large.weights.read import read
+from fd_large.weights.translation import Target, translated
 
 Names = frozenset[str]
+
+_NOTHING = Architecture()
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,34 @@ class Format:
     """A layout of names.
 
     Attributes:
-        tell_tale: Whether a set of names is of this format; the table's first match counts.
-        translate: One (name, tensor) to ours; None drops it on purpose.
         what: In words, for messages.
+        family: Of the net.
+        tell_tale: Whether names, and the keys that they stood under, are of this format; the
+            table's first match counts.
+        rule: A name to its target; None drops it on purpose.
+        facts: What all its files have in common and no name tells.
+        ask: Fields that files of this format differ in and no name tells: a config beside the
+            file or the user must.
+        statistics: That all its files were trained with; None: they differ.
+        refusal: Why nets of this format cannot be read; empty: they can.
     """
 
-    tell_tale: Callable[[Names], bool]
-    translate: Callable[[str, Tensor], tuple[str, Tensor] | None]
     what: str
+    family: str
+    tell_tale: Callable[[Names, tuple[str, ...]], bool]
+    rule: Callable[[str], Target | None]
+    facts: Architecture = _NOTHING
+    ask: tuple[str, ...] = ()
+    statistics: Statistics | None = None
+    refusal: str = ""
 
 
 def _any(names: Names, *pieces: str) -> bool:
     return any(all(piece in name for piece in pieces) for name in names)
+
+
+def _starts(names: Names, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _timm_swin(names: Names) -> bool:
@@ -44,47 +63,200 @@ def _timm_swin(names: Names) -> bool:
     return _any(names, "layers.1.downsample.") and not _any(names, "layers.0.downsample.")
 
 
+def _plain_vit(names: Names) -> bool:
+    return "blocks.0.attn.qkv.weight" in names and "patch_embed.proj.weight" in names
+
+
+_TABLE = ".relative_position_bias_table"
+_GELU_6 = Architecture(norm_eps=1e-6, activation="gelu")
+_EPS_5 = Architecture(norm_eps=1e-5)
+
 FORMATS: dict[str, Format] = {
+    "simmim_swinv2": Format(
+        "SimMIM's SwinV2",
+        "swinv2",
+        lambda n, w: _any(n, "mask_token") and (_any(n, ".cpb_mlp.") or _any(n, ".rpe_mlp.")),
+        swin.simmim,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
     "openai_clip": Format(
-        lambda n: "visual.conv1.weight" in n, vit.openai_clip, "OpenAI CLIP's image tower"
+        "OpenAI CLIP's image tower",
+        "vit",
+        lambda n, w: "visual.class_embedding" in n and "input_resolution" in n,
+        vit.clip,
+        Architecture(norm_eps=1e-5, activation="quick_gelu"),
+        statistics=OPENAI_CLIP,
+    ),
+    "open_clip_timm": Format(
+        "open_clip with an image tower of timm",
+        "vit",
+        lambda n, w: "visual.trunk.blocks.0.attn.qkv.weight" in n,
+        vit.open_clip_trunk,
+        ask=("norm_eps", "activation"),
+    ),
+    "open_clip": Format(
+        "open_clip's image tower",
+        "vit",
+        lambda n, w: "visual.class_embedding" in n,
+        vit.clip,
+        _EPS_5,
+        ask=("activation",),
+        statistics=OPENAI_CLIP,
+    ),
+    "hf_clip": Format(
+        "Hugging Face CLIP",
+        "vit",
+        lambda n, w: _any(n, "embeddings.class_embedding"),
+        vit.hugging_face_clip,
+        ask=("norm_eps", "activation"),
+        statistics=OPENAI_CLIP,
+    ),
+    "hf_vit": Format(
+        "Hugging Face ViT or DeiT",
+        "vit",
+        lambda n, w: _any(n, "embeddings.cls_token") and _any(n, "embeddings.patch_embeddings."),
+        vit.hugging_face_vit,
+        ask=("norm_eps", "activation"),
+    ),
+    "hf_swinv2": Format(
+        "Hugging Face Swin V2",
+        "swinv2",
+        lambda n, w: _any(n, "attention.self.continuous_position_bias_mlp."),
+        partial(swin.hugging_face, version=2),
+        ask=("norm_eps",),
+    ),
+    "hf_swin": Format(
+        "Hugging Face Swin",
+        "swin",
+        lambda n, w: _any(n, "attention.self" + _TABLE),
+        partial(swin.hugging_face, version=1),
+        ask=("norm_eps",),
+    ),
+    "timm_swinv2_cr": Format(
+        "timm's other SwinV2 (swinv2_cr_*)",
+        "swinv2",
+        lambda n, w: _starts(n, "stages.") and _any(n, ".meta_mlp."),
+        Target,
+        refusal="it is another net: another position bias, another order in merging, no final "
+        "norm. Use --teacher.source timm:swinv2_cr_...",
     ),
     "fd_swinv2": Format(
-        lambda n: _any(n, ".rpe_mlp."), swin.fd_swinv2, "Feature-Distillation SwinV2 student"
+        "Feature-Distillation SwinV2 student",
+        "swinv2",
+        lambda n, w: _any(n, ".rpe_mlp."),
+        swin.fd,
+        _EPS_5,
+        statistics=IMAGENET,
     ),
     "fd_vit": Format(
-        lambda n: not n.isdisjoint({"encoder.blocks.0.attn.q_bias", "blocks.0.attn.q_bias"}),
-        vit.fd_vit,
         "Feature-Distillation ViT student",
+        "vit",
+        lambda n, w: _starts(n, "encoder.blocks.") or _starts(n, "rel_pos_bias."),
+        vit.fd,
+        _GELU_6,
+        statistics=IMAGENET,
+    ),
+    "timm_swinv2": Format(
+        "timm's SwinV2",
+        "swinv2",
+        lambda n, w: _any(n, ".cpb_mlp.") and _timm_swin(n),
+        swin.timm,
+        _EPS_5,
+    ),
+    "timm_swin": Format(
+        "timm's Swin",
+        "swin",
+        lambda n, w: _any(n, "layers.", _TABLE) and _timm_swin(n),
+        swin.timm,
+        _EPS_5,
     ),
     "swinv2": Format(
-        lambda n: _any(n, ".cpb_mlp.") and not _timm_swin(n),
-        swin.official_swinv2,
         "Swin-Transformer's SwinV2",
+        "swinv2",
+        lambda n, w: _any(n, ".cpb_mlp."),
+        swin.official,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
+    "esvit": Format(
+        "EsViT's Swin",
+        "swin",
+        lambda n, w: (
+            _any(n, "layers.", _TABLE)
+            and (_starts(n, "head_dense.") or _starts(n, "head.mlp.") or w[-1:] == ("student",))
+        ),
+        swin.official,
+        # FD's teacher; EsViT itself trained with 1e-6.
+        _EPS_5,
+        statistics=IMAGENET,
     ),
     "swin": Format(
-        lambda n: _any(n, "layers.", ".relative_position_bias_table") and not _timm_swin(n),
-        swin.swin_v1,
-        "Swin V1 (Swin-Transformer, EsViT)",
+        "Swin-Transformer's Swin V1",
+        "swin",
+        lambda n, w: _any(n, "layers.", _TABLE),
+        swin.official,
+        _EPS_5,
+        statistics=IMAGENET,
     ),
-    "vit": Format(
-        lambda n: "blocks.0.attn.qkv.bias" in n and "patch_embed.proj.weight" in n,
-        vit.plain_vit,
-        "DINO, DeiT or timm ViT",
+    "beit": Format(
+        "BEiT (timm's or its own), or a fine-tuned Feature-Distillation ViT",
+        "vit",
+        lambda n, w: "blocks.0.attn.q_bias" in n,
+        vit.fd,
+        _GELU_6,
     ),
+    "deit": Format(
+        "DeiT",
+        "vit",
+        lambda n, w: (
+            _plain_vit(n) and ("dist_token" in n or (w == ("model",) and "head.bias" in n))
+        ),
+        vit.plain,
+        _GELU_6,
+        statistics=IMAGENET,
+    ),
+    "timm_clip": Format(
+        "timm's ViT of a CLIP",
+        "vit",
+        lambda n, w: _plain_vit(n) and _starts(n, "norm_pre."),
+        vit.plain,
+        _EPS_5,
+        ask=("activation",),
+        statistics=OPENAI_CLIP,
+    ),
+    "timm_vit": Format(
+        "timm's ViT",
+        "vit",
+        lambda n, w: _plain_vit(n) and (_starts(n, "head.") or _starts(n, "fc_norm.")) and not w,
+        vit.plain,
+        _GELU_6,
+    ),
+    "dino": Format("DINO", "vit", lambda n, w: _plain_vit(n), vit.plain, _GELU_6, (), IMAGENET),
 }
 
 
-def detect(names: Iterable[str], *, where: str = "weights") -> str:
+def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str, ...] = ()) -> str:
     """Returns the format's name.
 
-    Raises: WeightsError: if the names are of no format in the table.
+    Args:
+        names: Of a file's tensors.
+        where: What the user set, for messages.
+        wrapping: Keys that the tensors stood under, outermost first.
+
+    Raises: WeightsError: if the names are of no format in the table, or of one that no net here
+        can take.
     """
     names = frozenset(names)
-    if not _any(names, "mask_token"):  # SimMIM's encoders hold one; their reader is another's.
-        for name, form in FORMATS.items():
-            if form.tell_tale(names):
-                return name
-    known = "; ".join(form.what for form in FORMATS.values())
+    for name, form in FORMATS.items():
+        if form.tell_tale(names, wrapping):
+            if form.refusal:
+                raise WeightsError(
+                    f"{where}: weights that no net here can take; got {form.what}, expected one of "
+                    f"{', '.join(FORMATS)}: {form.refusal}"
+                )
+            return name
+    known = "; ".join(form.what for form in FORMATS.values() if not form.refusal)
     raise WeightsError(
         f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected one "
         f"of: {known}. Convert the file, or rename its tensors to the net's own names."
@@ -102,73 +274,6 @@ def translate(form: str, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[
         raise WeightsError(
             f"weights: no such format; got {form!r}, {nearest(form, FORMATS)}. Use one of these."
         )
-    for name, tensor in items:
-        item = FORMATS[form].translate(name, tensor)
-        if item is not None:
-            yield item
-
-
-def covered(
-    expected: Mapping[str, tuple[int, ...]], items: Iterable[tuple[str, Tensor]], *, where: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on one by one and checks that they and the net's are the same set.
-
-    Args:
-        expected: Shape of every parameter of the net.
-        items: (name, tensor) in our names.
-        where: What the user set, for the message.
-
-    Raises: WeightsError: after the last tensor, naming what was missing, left over, given twice or
-        of another shape; only fitting ones are passed on.
-    """
-    seen: set[str] = set()
-    left_over, misfits, twice = [], [], []
-    for name, tensor in items:
-        if name not in expected:
-            left_over.append(name)
-        elif name in seen:
-            twice.append(name)
-        else:
-            seen.add(name)
-            if tuple(tensor.shape) == tuple(expected[name]):
-                yield name, tensor
-            else:
-                misfits.append(f"{name} {tuple(tensor.shape)} for {tuple(expected[name])}")
-    complaints = [
-        f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for what, names in (
-            ("missing", [name for name in expected if name not in seen]),
-            ("left over", left_over),
-            ("of another shape", misfits),
-            ("given twice", twice),
-        )
-        if names
-    ]
-    if complaints:
-        raise WeightsError(
-            f"{where}: the weights do not fit the net; got {'; '.join(complaints)}, expected all "
-            f"{len(expected)} tensors of the net and no other. Name the net that the file holds "
-            "(--teacher.model, --teacher.architecture.*)."
-        )
-
-
-def read_weights(
-    path: str | Path, *, where: str = "weights", stages: int | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Opens a published or own file and yields a net's (name, tensor) in our names.
-
-    The format is told from the names at once; tensors are read one by one. A student's projection
-    is left out.
-
-    Args:
-        path: A safetensors or torch file.
-        where: What the user set, for messages.
-        stages: Keep the first stages of a Swin net, with a final norm that only normalises (FD's
-            stage-3 target); None: all.
-
-    Raises: WeightsError: if the file cannot be read or is of no known format.
-    """
-    tensors = read(path, where=where)
-    items = translate(detect(tensors, where=where), tensors.items())
-    items = ((name, t) for name, t in items if not name.startswith("projection."))
-    return items if stages is None else swin.first_stages(items, stages)
+    tensors = dict(items)
+    for name, piece in translated(tensors, FORMATS[form].rule).pieces.items():
+        yield name, piece.read(tensors)

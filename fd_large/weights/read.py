@@ -1,88 +1,195 @@
-"""Opens weights files without executing anything in them: safetensors and torch files."""
+"""Opens weights files without executing anything in them: safetensors and torch files.
+
+Nothing is read before it is asked for: safetensors give slices, torch files are mapped into memory,
+so that the ranks of a host share one copy in its page cache.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large.errors import WeightsError
+from fd_large.weights.inert import stand_ins
 from fd_large.weights.package import locate
 
+# A file that holds several nets names them by these, after a `#`: FILE#teacher.
+PARTS = ("student", "teacher", "projector")
 
-class SafetensorsFile(Mapping[str, Tensor]):
-    """Tensors of a safetensors file by name; each is read when asked for."""
+# In the order in which a folder is searched: Hugging Face's and open_clip's names.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+_INDEX = ".index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
-    def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
+
+class _Slice(NamedTuple):
+    """A tensor in an open safetensors file, not read yet."""
+
+    file: Any
+    name: str
+
+    def header(self) -> Any:
+        """Knows shape and type."""
+        return self.file.get_slice(self.name)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors of a file, or of several, by name; each is read when asked for.
+
+    Attributes:
+        path: The file, or the index of several.
+        wrapping: Keys under which the tensors were found, outermost first.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Tensor | _Slice],
+        path: Path | None = None,
+        wrapping: tuple[str, ...] = (),
+    ):
+        self._entries, self.path, self.wrapping = dict(entries), path, wrapping
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
+        entry = self._entries[name]
+        return entry.file.get_tensor(entry.name) if isinstance(entry, _Slice) else entry
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
+        entry = self._entries[name]
+        return tuple(entry.header().get_shape() if isinstance(entry, _Slice) else entry.shape)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """Returns a tensor's type without reading it; a type that torch lacks by its name."""
+        entry = self._entries[name]
+        if isinstance(entry, _Slice):
+            return _DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
+        return entry.dtype
+
+    def under(self, names: Mapping[str, str]) -> Tensors:
+        """Returns some of the tensors under other names: {new name: old name}."""
+        entries = {new: self._entries[old] for new, old in names.items()}
+        return Tensors(entries, self.path, self.wrapping)
 
 
-def read(path: str | Path, *, where: str = "weights") -> Mapping[str, Tensor]:
+def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]:
+    """Splits `FILE#PART`; the part is empty where none is named.
+
+    Raises: WeightsError: if no file can have such a part.
+    """
+    name, mark, part = str(source).rpartition("#")
+    if not mark or Path(str(source)).exists():
+        return str(source), ""
+    if part not in PARTS:
+        raise WeightsError(
+            f"{where}: no such part of a weights file; got #{part}, expected one of "
+            f"{', '.join('#' + known for known in PARTS)}. Name one, or leave it out."
+        )
+    return name, part
+
+
+def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors:
     """Opens a weights file and takes off its wrapping.
 
-    Safetensors are read lazily; torch files are mapped into memory where their format allows it.
     TorchScript archives (OpenAI CLIP's) give their state dict.
 
     Args:
-        path: A file, or `package:NAME` (see package.py).
+        path: A file, an index of several, a folder that holds one or the other, or `package:NAME`
+            (see package.py).
         where: What the user set, for messages.
+        part: "student" or "teacher" where the file holds both by name; "": the first found.
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
         only arbitrary code could restore.
     """
-    path = locate(path, where=where)
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "nothing there"
-        raise WeightsError(
-            f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file. "
-            "Check the path."
-        )
+    path = file_of(locate(path, where=where), where=where)
     try:
-        if path.suffix == ".safetensors":
-            tensors = SafetensorsFile(path)
-            strip = all(name.startswith("module.") for name in tensors)
-            return unwrap(tensors, where) if strip else tensors
-        return unwrap(_torch_file(path, where), where)
+        if path.name.endswith(_INDEX):
+            entries = _sharded(path, where)
+        elif path.suffix == ".safetensors":
+            entries = _safetensors(path)
+        else:
+            tensors, wrapping = unwrap(_torch_file(path, where), where, part)
+            return Tensors(tensors, path, wrapping)
+        return Tensors(_without_prefixes(entries), path)
     except SafetensorError as error:
         raise _damaged(path, error, where) from error
 
 
-def unwrap(contents: Any, where: str = "weights") -> dict[str, Tensor]:
-    """Returns the (name, tensor) pairs inside a file's wrapping.
+def file_of(path: Path, *, where: str = "weights") -> Path:
+    """Returns the weights file (or index) that a path means: itself, or one in the folder.
 
-    Descends through `model`, `state_dict` and `student`, then takes off a common `module.` and
-    `backbone.`.
+    Raises: WeightsError: if there is none.
+    """
+    if path.is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        raise WeightsError(
+            f"{where}: {path}: the folder of a run, whose checkpoints are read on resuming only; "
+            "got a folder, expected a weights file. Export the student first."
+        )
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    got = f"a folder without {', '.join(_FOLDER_FILES)}" if path.is_dir() else "nothing there"
+    raise WeightsError(
+        f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file, or "
+        "a folder of Hugging Face's. Check the path."
+    )
+
+
+def unwrap(
+    contents: Any, where: str = "weights", part: str = ""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Returns the (name, tensor) pairs inside a file's wrapping, and the keys taken off.
+
+    Descends through `model`, `state_dict` and `student` (or the part asked for), then takes off a
+    common `module.` and `backbone.`.
 
     Raises: WeightsError: if no tensors are found, or something else stands among them.
     """
+    wrapping: list[str] = []
+    keys = (part, "model", "state_dict", "student") if part else ("model", "state_dict", "student")
     while isinstance(contents, Mapping):
-        inner = [contents[k] for k in ("model", "state_dict", "student") if k in contents]
-        if not inner or not isinstance(inner[0], Mapping):
+        key = next((k for k in keys if isinstance(contents.get(k), Mapping)), None)
+        if key is None:
             break
-        contents = inner[0]
+        wrapping.append(key)
+        contents = contents[key]
     if not isinstance(contents, Mapping) or not contents:
         raise WeightsError(
             f"{where}: no tensors by name in the file; got {type(contents).__name__}, expected a "
@@ -92,14 +199,49 @@ def unwrap(contents: Any, where: str = "weights") -> dict[str, Tensor]:
     if strange:
         raise WeightsError(
             f"{where}: not only tensors in the file; got {', '.join(strange[:5])}, expected a "
-            "mapping of names to tensors, alone or under model, state_dict or student. Save the "
-            "net's state_dict()."
+            "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
+            "Save the net's state_dict()."
         )
+    return _without_prefixes(contents), tuple(wrapping)
+
+
+def _without_prefixes(contents: Mapping[str, Any]) -> dict[str, Any]:
     for prefix in ("module.", "backbone."):
         named = [name for name in contents if not name.startswith(("head.", "head_dense."))]
         if named and all(name.startswith(prefix) for name in named):
             contents = {name.removeprefix(prefix): t for name, t in contents.items()}
     return dict(contents)
+
+
+def _safetensors(path: Path) -> dict[str, _Slice]:
+    file = safe_open(path, framework="pt")
+    return {name: _Slice(file, name) for name in file.keys()}  # noqa: SIM118
+
+
+def _sharded(path: Path, where: str) -> dict[str, Any]:
+    """All tensors of the files that an index names."""
+    try:
+        index = json.loads(path.read_text())["weight_map"]
+        files = sorted(set(index.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error, where) from error
+    entries: dict[str, Any] = {}
+    for name in files:
+        file = path.parent / Path(name).name
+        if not file.is_file():
+            raise WeightsError(
+                f"{where}: {path}: one of its files is missing; got {len(files)} names without "
+                f"{name}, expected them all beside the index. Fetch the files again."
+            )
+        entries |= _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file, where)
+    absent = sorted(index.keys() - entries.keys())
+    if absent:
+        raise WeightsError(
+            f"{where}: {path}: tensors of the index are in none of its files; got no {absent[0]}"
+            f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, expected "
+            f"{len(index)} tensors. Fetch the files again."
+        )
+    return entries
 
 
 def _torch_file(path: Path, where: str) -> Any:
@@ -110,19 +252,31 @@ def _torch_file(path: Path, where: str) -> Any:
                 # Deprecated, but the only reader of the files that OpenAI publishes.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
-        # Files of before torch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with stand_ins():
+            # Files of before torch 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            culprit = str(error).split("GLOBAL ")[-1].split()[0]
+        if any(words in str(error) for words in _REFUSALS):
             raise WeightsError(
                 f"{where}: {path}: holds objects that only running code of the file could restore; "
-                f"got {culprit}, expected tensors. Where the file was made, save its state dict "
-                "alone with torch.save."
+                f"got {_culprit(str(error))}, expected tensors. If you trust the file, load it "
+                "where its code is installed, and save the state dict alone: "
+                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)."
             ) from error
         raise _damaged(path, error, where) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError) as error:
         raise _damaged(path, error, where) from error
+
+
+# How torch words that it would have to run something; anything else is damage.
+_REFUSALS = ("nsupported global", "nsupported GLOBAL", "Trying to call", "Can only ")
+
+
+def _culprit(message: str) -> str:
+    """The name of what was refused, from torch's message."""
+    if "GLOBAL " in message:
+        return message.split("GLOBAL ")[-1].split()[0]
+    return next(line for line in message.splitlines() if any(w in line for w in _REFUSALS))
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -131,7 +285,9 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception, where: str) -> WeightsError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # torch puts advice around its reason, which does not help here.
+    reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+    reason = (reason.splitlines() or [type(error).__name__])[0]
     return WeightsError(
         f"{where}: {path}: damaged, cut short, or not a weights file; got {path.stat().st_size} "
         f"bytes ({reason}), expected safetensors or a torch file. Fetch the file again."

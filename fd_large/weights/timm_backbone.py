@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from fd_large.errors import WeightsError
 from fd_large.models.timm_backbone import TimmBackbone, create
+from fd_large.weights.coverage import check_finite
 from fd_large.weights.read import read
 
 
@@ -33,10 +35,68 @@ def read_timm(
     """
     with torch.device("meta"):
         whole = create(name)
-        kept = TimmBackbone(name, stride=stride)
     items = in_timm_names(read(source, where=where), _state(whole), where=f"{where}: {name}")
-    names = {full.removeprefix("net.") for full in _state(kept)}
-    return ((f"net.{key}", tensor) for key, tensor in items.items() if key in names)
+    return _kept(items, name, stride, source, where)
+
+
+def read_pretrained(
+    source: str, name: str, *, stride: int, where: str = "weights"
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the (name, tensor) of a `TimmBackbone` with the weights that timm has for it.
+
+    They come from timm's cache or the network, once the first is asked for.
+
+    Args:
+        source: What the user set, for messages.
+        name: timm's name of the net.
+        stride: Pixels per token of the map.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if timm has no weights for the net, or they cannot be had.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is not None and not config.has_weights:
+        raise WeightsError(
+            f"{where}: timm has no weights for this net; got {source}, expected one of "
+            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
+            f"--teacher.architecture.timm_name {name}."
+        )
+    return _pretrained(source, name, stride, where)
+
+
+def _pretrained(source: str, name: str, stride: int, where: str) -> Iterator[tuple[str, Tensor]]:
+    try:
+        net = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{where}: timm cannot get the weights; got {first_line} for {source}, expected them "
+            "in its cache or within reach. Fetch the file elsewhere, and give its path, and "
+            f"--teacher.model timm --teacher.architecture.timm_name {name}."
+        ) from error
+    yield from _kept(_state(net), name, stride, source, where)
+
+
+def strides(name: str) -> list[int]:
+    """Returns the strides at which a net of timm has maps, rising.
+
+    Raises: ConfigError: if timm has no such net.
+    """
+    with torch.device("meta"):
+        return sorted({stage["reduction"] for stage in create(name).feature_info})
+
+
+def _kept(
+    items: Mapping[str, Tensor], name: str, stride: int, source: str | Path, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the part up to the stride, looked at one by one."""
+    with torch.device("meta"):
+        kept = TimmBackbone(name, stride=stride)
+    for key in _state(kept):
+        key = key.removeprefix("net.")
+        if key in items:
+            check_finite(key, items[key], str(source), where)
+            yield f"net.{key}", items[key]
 
 
 def in_timm_names(

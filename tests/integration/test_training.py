@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Launcher
+import twin
+from launch import Launcher, start_ranks
 from pictures import write_pictures
 from twin import losses, train
 
@@ -100,7 +103,8 @@ def test_auto_micro_batch_trains_like_a_given_one_and_is_remembered(
     auto = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "auto")
     train(pictures, tmp_path / "auto", *words, *auto, env=bare, config="zero3_offload")
     found = read(tmp_path / "auto/micro_batch.json")
-    assert found == {"world_size": 2, "micro_batch_size": 4}
+    assert found["micro_batch_size"] == 4
+    assert found["setting"]["world_size"] == 2
     assert read(tmp_path / "auto/deepspeed.json")["gradient_accumulation_steps"] == 1
     given = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "4")
     train(pictures, tmp_path / "given", *words, *given, config="zero3_offload")
@@ -146,3 +150,23 @@ def test_only_one_rank_speaks_of_a_common_mistake(pictures: Path, tmp_path: Path
     )  # fmt: skip
     assert finished.returncodes == [2]
     assert finished.outputs[0].count("no such folder") == 1
+
+
+def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Path) -> None:
+    """In the middle of steps, collectives and loader workers."""
+    run_dir = tmp_path / "run"
+    words = twin.words(pictures, run_dir, "--optim.max_steps", "100000")
+    started = start_ranks(twin.TRAIN, *words, ranks=2, launcher="deepspeed")
+    try:
+        deadline = time.monotonic() + 120
+        rows = run_dir / "metrics.jsonl"
+        while not (rows.exists() and len(rows.read_text().splitlines()) > 3):
+            assert time.monotonic() < deadline, "\n".join(started.outputs())
+            time.sleep(0.1)
+        os.kill(started.processes[0].pid, signal.SIGTERM)
+        ended = time.monotonic()
+        while started.pids() and time.monotonic() < ended + 30:
+            time.sleep(0.1)
+        assert not started.pids(), "\n".join(started.outputs())
+    finally:
+        started.kill()

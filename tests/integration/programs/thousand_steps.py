@@ -1,22 +1,23 @@
-"""Rank program: a thousand updates of a tiny run; memory after each hundred.
+"""Rank program: a thousand updates by the trainer itself; memory after each hundred.
 
-thousand_steps.py FOLDER writes, per rank, the bytes of all tensors alive and the resident size.
+thousand_steps.py PICTURES FOLDER writes, per rank, the bytes of all tensors alive, the resident
+size and the last rate. Loader, hooks, checkpoints and evaluation are those of any run.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from launch import write_result
-from scenarios import ZERO3, images_of, start_engine, storages, tiny_run
+from launch import ROOT, write_result
+from scenarios import storages, tiny_run
 
-from fd_large import distributed
-from fd_large.data.loader import Batch
-from fd_large.engine import start
-from fd_large.engine.loop import forward_backward
+from fd_large.engine.run import train
 from fd_large.recipes.architectures import Architecture
+from fd_large.runtime.hooks import NOTHING, Hook, Request, Update
+from fd_large.runtime.meter import Meter
 
 
 def resident() -> int:
@@ -26,31 +27,42 @@ def resident() -> int:
     raise AssertionError("no VmRSS")
 
 
-def main(folder: Path) -> None:
+class Memory(Hook):
+    """Notes what is held after each hundred updates."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def after_update(self, update: Update) -> Request:
+        if update.index % 100 == 99:
+            row = {"tensors": sum(storages().values()), "resident": resident()}
+            self.rows.append({**row, "rate": update.learning_rate})
+        return NOTHING
+
+
+def main(pictures: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.start()
-    start.start()
     shape = Architecture(
         embed_dim=8, depths=(1,), num_heads=(1,), window_size=2, extra_norm_every=1
     )
     run = tiny_run(
         student={"architecture": shape},
         teacher={"architecture": shape},
-        data={"image_size": 16},
+        data={"root": pictures, "image_size": 16, "workers": 1},
         batch={"global_batch_size": 4, "micro_batch_size": 2},
+        runtime={"run_dir": str(folder / "run"), "log_every": 50, "save_every": 250},
+        eval={"root": pictures, "every": 200, "views": 4},
     )
-    engine, _ = start_engine(run, ZERO3)
-    positions = torch.arange(2)
-    images = images_of(0, run)[2 * distributed.rank() :][:2]
-    rows = []
-    for update in range(1000):
-        loss = forward_backward(engine, Batch(images, 0, positions + 4 * update, positions), 0)
-        engine.deepspeed.step()
-        if update % 100 == 99:
-            rows.append({"tensors": sum(storages().values()), "resident": resident()})
-    write_result(folder, {"rows": rows, "loss": loss.item()})
-    distributed.barrier()
+    run = replace(run, optim=replace(run.optim, max_steps=1000))
+    memory = Memory()
+    train(
+        run,
+        deepspeed_config=str(ROOT / "ds_configs/zero3.json"),
+        fresh=False,
+        hooks=[Meter(), memory],
+    )
+    write_result(folder, memory.rows)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    main(sys.argv[-2], Path(sys.argv[-1]))

@@ -75,6 +75,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(folder):
     assert store.receipt_of(0) in store.damage(newer, 0)
     (newer / "manifest.json").write_text("{")
     assert [item.update for item in store.complete(folder)] == [1]
+    _, complaints = newest_sound(folder, lambda layout: {0})
+    assert "manifest.json is missing or damaged" in complaints[0]
 
 
 def test_a_write_that_fails_leaves_the_old_ones(folder, monkeypatch):

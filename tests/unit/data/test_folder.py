@@ -71,3 +71,34 @@ def test_a_picture_that_is_gone_is_named(tmp_path):
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(DataError, match=r"a\.jpg: cannot be read; got No such file"):
         folder.read(0)
+
+
+def test_what_would_wait_or_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    folder = ImageFolder(tmp_path)
+    (tmp_path / "a.jpg").unlink()
+    os.mkfifo(tmp_path / "a.jpg")
+    assert len(ImageFolder(tmp_path)) == 1
+    with pytest.raises(DataError, match=r"a\.jpg: cannot be read; got no regular file"):
+        folder.read(0)
+    monkeypatch.setattr("fd_large.data.folder.MAX_FILE_BYTES", 4)
+    with pytest.raises(DataError, match=r"b\.jpg: cannot be read; got a file of 5 bytes"):
+        folder.read(1)
+
+
+def test_a_link_that_leads_nowhere_comes_up_by_name(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "gone")
+    folder = ImageFolder(tmp_path)
+    assert len(folder) == 2
+    with pytest.raises(DataError, match=r"b\.jpg: cannot be read; got No such file"):
+        folder.read(1)
+
+
+def test_the_order_is_that_of_whole_paths(tmp_path):
+    """A folder's name is compared with its slash: "a-b", "a.b" come before "a/", "a0" after."""
+    wanted = ["a-b/x.jpg", "a.b.jpg", "a.b/x.jpg", "a/-.jpg", "a/x.jpg", "a0.jpg"]
+    touch(tmp_path, *wanted)
+    folder = ImageFolder(tmp_path)
+    names = [os.path.relpath(folder[i], tmp_path) for i in range(len(folder))]
+    assert names == wanted == sorted(wanted, key=str.encode)

@@ -38,6 +38,19 @@ def _zero(stage, **keys):
         ({"fp16": {"enabled": True}}, "--engine.precision"),
         ({"compile": {"deepcompile": True}}, "Remove it"),
         ({"zero_optimization": 3}, "no object"),
+        (_zero("3"), "expected 0, 1, 2 or 3"),
+        (_zero(True), "expected 0, 1, 2 or 3"),
+        (_zero(3.0), "expected 0, 1, 2 or 3"),
+        (_zero(3, reduce_bucket_size="x"), "whole number of 1 or more"),
+        (_zero(3, reduce_bucket_size=-5), "whole number of 1 or more"),
+        (_zero(3, overlap_comm="yes please"), "true or false"),
+        (_zero(3, zero_hpz_partition_size="2"), "whole number"),
+        (_zero(3, offload_optimizer={"device": "nvme"}), '"cpu" or "none"'),
+        (_zero(3, offload_param=None), "no object"),
+        ({"communication_data_type": "fp8"}, "fp32"),
+        ({"comms_logger": {"enabled": "x"}}, "true or false"),
+        ({"steps_per_print": "x"}, "whole number"),
+        ({"prescale_gradients": True}, "no such key"),
     ],
 )
 def test_load_refuses_with_the_remedy(tmp_path, config, said):
@@ -50,6 +63,9 @@ def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
         ds.load(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="not JSON"):
         ds.load(_write(tmp_path, "{"))
+    (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(ConfigError, match="not JSON"):
+        ds.load(tmp_path / "latin.json")
     with pytest.raises(ConfigError, match="appears 2 times"):
         ds.load(_write(tmp_path, '{"bf16": {}, "bf16": {}}'))
 
@@ -89,8 +105,6 @@ def test_hpz_is_off_on_a_single_node():
         (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
         (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
         (_zero(3, reduce_bucket_size="auto"), "nobody fills"),
-        (_zero(3, offload_optimizer={"device": "nvme"}), "zero3_offload"),
-        (_zero(4), "expected 0, 1, 2 or 3"),
         (
             {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
             "--student.activation",

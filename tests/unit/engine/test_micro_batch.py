@@ -7,29 +7,34 @@ from fd_large.engine import micro_batch
 
 
 class FakeMemory:
-    """Peak = base + slope * size, without a device."""
+    """Peak of a phase = base + slope * size, without a device."""
 
-    def __init__(self, base, slope, capacity):
-        self.base, self.slope, self.room, self.size = base, slope, capacity, 0
+    def __init__(self, capacity):
+        self.room, self.now = capacity, 0
 
     def reset(self):
-        self.size = 0
+        self.now = 0
 
     def peak(self):
-        return self.base + self.slope * self.size
+        return self.now
 
     def capacity(self):
         return self.room
 
 
-def _climb(share, capacity, *, base=100, slope=10):
-    memory, ran = FakeMemory(base, slope, capacity), []
+def _climb(share, capacity, *phases):
+    """Runs the climb over (base, slope) phases; returns the size and all sizes that ran."""
+    memory, ran = FakeMemory(capacity), []
 
-    def step(size):
-        ran.append(size)
-        memory.size = size
+    def phase(base, slope):
+        def run(size):
+            memory.now = base + slope * size
+            ran.append(size)
 
-    return micro_batch.largest_that_fits(share, step, memory), ran
+        return run
+
+    found = micro_batch.largest_that_fits(share, [phase(*p) for p in phases], memory)
+    return found, sorted(set(ran))
 
 
 def test_candidates_are_powers_of_two_that_divide_the_share():
@@ -39,9 +44,19 @@ def test_candidates_are_powers_of_two_that_divide_the_share():
 
 def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
     # 8 images need 180; 16 would need 260 of 250.
-    assert _climb(64, 250) == (8, [1, 2, 4, 8])
-    assert _climb(64, 10_000) == (64, [1, 2, 4, 8, 16, 32, 64])
-    assert _climb(12, 10_000) == (4, [1, 2, 4])
+    assert _climb(64, 250, (100, 10)) == (8, [1, 2, 4, 8])
+    assert _climb(64, 10_000, (100, 10)) == (64, [1, 2, 4, 8, 16, 32, 64])
+    assert _climb(12, 10_000, (100, 10)) == (4, [1, 2, 4])
+
+
+def test_a_phase_that_overtakes_another_is_foreseen():
+    # The step's flat 200 hides the activations at 1, 2 and 4 images; at 16 they need 260 of 250.
+    assert _climb(64, 250, (100, 10), (200, 0)) == (8, [1, 2, 4, 8])
+
+
+def test_not_even_one_image():
+    with pytest.raises(micro_batch.OutOfMemory):
+        _climb(8, 10, (5, 0), (10, 1))
 
 
 @pytest.mark.parametrize(
@@ -77,9 +92,12 @@ def test_host_memory_sees_an_allocation(tmp_path):
     assert memory.capacity() > memory.peak()
 
 
-def test_a_found_size_is_remembered_for_the_same_ranks_only(tmp_path):
-    assert micro_batch.remembered(tmp_path, 2, 16) is None
-    micro_batch.remember(tmp_path, 2, 8)
-    assert micro_batch.remembered(tmp_path, 2, 16) == 8
-    assert micro_batch.remembered(tmp_path, 3, 16) is None
-    assert micro_batch.remembered(tmp_path, 2, 12) is None, "8 does not divide 12"
+def test_a_found_size_is_remembered_for_the_same_setting_only(tmp_path):
+    two = {"world_size": 2, "activation_checkpointing": "off"}
+    assert micro_batch.remembered(tmp_path, two, 16) is None
+    micro_batch.remember(tmp_path, two, 8)
+    assert micro_batch.remembered(tmp_path, two, 16) == 8
+    assert micro_batch.remembered(tmp_path, {**two, "world_size": 3}, 16) is None
+    assert micro_batch.remembered(tmp_path, two, 12) is None, "8 does not divide 12"
+    (tmp_path / "micro_batch.json").write_text("{")
+    assert micro_batch.remembered(tmp_path, two, 16) is None

@@ -98,10 +98,11 @@ def test_another_project_named_apex_is_refused(apex_stand_in, monkeypatch):
         layer_norm(x, weight, bias, 1e-5)
 
 
-def test_apex_leaves_the_cpu_to_the_reference(monkeypatch):
+def test_apex_where_it_has_no_kernel_is_refused(monkeypatch):
     monkeypatch.setenv("FD_KERNELS", "apex")
-    assert choose.implementation("cpu") == "reference"
     assert choose.implementation("cuda") == "apex"
+    with pytest.raises(ConfigError, match="got cpu, expected cuda"):
+        choose.implementation("cpu")
 
 
 def test_unknown_implementation_is_named(monkeypatch):

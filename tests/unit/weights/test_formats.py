@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from fd_large.errors import WeightsError
-from fd_large.models.registry import build
 from fd_large.models.swin import Swin
 from fd_large.models.swinv2 import SwinV2
 from fd_large.models.vit import ViT
-from fd_large.recipes.architectures import Architecture
-from fd_large.weights.formats import FORMATS, covered, detect, read_weights, translate
-from fd_large.weights.swin import first_stages
+from fd_large.weights.coverage import covered
+from fd_large.weights.formats import FORMATS, detect, translate
+from fd_large.weights.swin import expand_shared_bias, first_stages
+from fd_large.weights.translation import Piece, Target, translated
 
 
 def swinv2(**options):
@@ -44,9 +44,9 @@ def renamed(net, pairs):
     return state
 
 
-def check(net, state, form):
+def check(net, state, form, wrapping=()):
     """The state is told as `form`, and translated it is exactly the net's own."""
-    assert detect(state) == form
+    assert detect(state, wrapping=wrapping) == form
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
     found = dict(covered(expected, translate(form, state.items()), where="test"))
     for name, parameter in net.named_parameters():
@@ -72,12 +72,11 @@ def test_fd_swinv2_student_without_its_teacher(shared):
     check(net, state, "fd_swinv2")
 
 
-@pytest.mark.parametrize("teacher", ["visual.conv1.weight", "layers.0.norm.weight", "cls_token"])
-def test_fd_vit_student_without_its_teacher(teacher):
+def test_fd_vit_student():
     net = vit(**STUDENT)
     state = {f"encoder.{n}": t for n, t in net.state_dict().items()}
     state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(1)
-    state[f"feature_model.{teacher}"] = torch.zeros(1)
+    state["feature_model.cls_token"] = torch.zeros(1)
     check(net, state, "fd_vit")
 
 
@@ -100,44 +99,72 @@ def test_official_swinv2_and_our_own_files():
     check(own, own.state_dict(), "swinv2")
 
 
-def test_esvit_with_its_heads():
+@pytest.mark.parametrize("cpb", [".cpb_mlp.", ".rpe_mlp."])
+def test_simmim_swinv2(cpb):
+    net = swinv2()
+    state = {f"encoder.{n}": t for n, t in renamed(net, [(".cpb_mlp.", cpb)]).items()}
+    state |= {"encoder.mask_token": torch.zeros(1), "decoder.0.weight": torch.zeros(1, 1, 1, 1)}
+    check(net, state, "simmim_swinv2")
+
+
+def test_esvit_with_its_heads_and_swin_without():
     net = swin()
     state = net.state_dict() | {
-        "head.mlp.0.weight": torch.zeros(1),
-        "head_dense.last_layer.weight_g": torch.zeros(1),
         "layers.0.blocks.0.attn.relative_position_index": torch.zeros(1),
         "layers.0.blocks.1.attn_mask": torch.zeros(1),
     }
-    check(net, state, "swin")
+    check(net, state | {"head.weight": torch.zeros(3, 8)}, "swin")
+    check(net, state, "esvit", wrapping=("student",))
+    heads = {"head.mlp.0.weight": torch.zeros(1), "head_dense.last_layer.weight_g": torch.zeros(1)}
+    check(net, state | heads, "esvit")
 
 
 def test_first_stages_end_with_a_norm_that_only_normalises():
     whole, target = swin(), swin(stages=3)
-    items = translate("swin", whole.state_dict().items())
-    expected = {name: tuple(p.shape) for name, p in target.named_parameters()}
-    found = dict(covered(expected, first_stages(items, 3), where="test"))
+    state = whole.state_dict()
+    pieces = first_stages(translated(state, FORMATS["swin"].rule).pieces, 3, 32)
+    found = {name: piece.read(state) for name, piece in pieces.items()}
+    target.load_state_dict(found)
     assert (found["norm.weight"] == 1).all()
     assert (found["norm.bias"] == 0).all()
 
 
-def test_openai_clip_without_its_text_tower():
+def test_a_shared_bias_is_copied_to_every_block():
+    shared, own = swinv2(shared_position_bias=True), swinv2()
+    expected = {name: tuple(p.shape) for name, p in own.named_parameters()}
+    state = shared.state_dict()
+    pieces = expand_shared_bias({name: Piece((name,)) for name in state}, expected)
+    assert pieces.keys() == expected.keys()
+    table = "layers.1.position_bias.cpb_mlp.2.weight"
+    assert pieces["layers.1.blocks.1.attn.cpb_mlp.2.weight"].sources == (table,)
+    block = vit(**{**STUDENT, "relative_position": "block"})
+    expected = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    pieces = {name: Piece((name,)) for name in vit(**STUDENT).state_dict()}
+    assert expand_shared_bias(pieces, expected).keys() == expected.keys()
+    same = {name: tuple(t.shape) for name, t in state.items()}
+    pieces = {name: Piece((name,)) for name in state}
+    assert expand_shared_bias(pieces, same) is pieces
+
+
+CLIP_NAMES = [
+    ("blocks.", "transformer.resblocks."),
+    ("norm_pre.", "ln_pre."),
+    (".norm1.", ".ln_1."),
+    (".norm2.", ".ln_2."),
+    (".attn.qkv.weight", ".attn.in_proj_weight"),
+    (".attn.qkv.bias", ".attn.in_proj_bias"),
+    (".attn.proj.", ".attn.out_proj."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+    ("patch_embed.proj.", "conv1."),
+]
+
+
+@pytest.mark.parametrize("openai", [True, False])
+def test_clip_without_its_text_tower(openai):
     net = vit(pre_norm_layer=True, patch_bias=False, activation="quick_gelu")
     state = {}
-    for name, tensor in renamed(
-        net,
-        [
-            ("blocks.", "transformer.resblocks."),
-            ("norm_pre.", "ln_pre."),
-            (".norm1.", ".ln_1."),
-            (".norm2.", ".ln_2."),
-            (".attn.qkv.weight", ".attn.in_proj_weight"),
-            (".attn.qkv.bias", ".attn.in_proj_bias"),
-            (".attn.proj.", ".attn.out_proj."),
-            (".mlp.fc1.", ".mlp.c_fc."),
-            (".mlp.fc2.", ".mlp.c_proj."),
-            ("patch_embed.proj.", "conv1."),
-        ],
-    ).items():
+    for name, tensor in renamed(net, CLIP_NAMES).items():
         if name == "cls_token":
             name, tensor = "class_embedding", tensor[0, 0]
         elif name == "pos_embed":
@@ -149,38 +176,54 @@ def test_openai_clip_without_its_text_tower():
         "visual.proj": torch.zeros(8, 4),
         "positional_embedding": torch.zeros(1),
         "transformer.resblocks.0.ln_1.weight": torch.zeros(1),
-        "input_resolution": torch.tensor(16),
         "logit_scale": torch.zeros(()),
     }
-    check(net, state, "openai_clip")
+    if openai:
+        state["input_resolution"] = torch.tensor(16)
+    check(net, state, "openai_clip" if openai else "open_clip")
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_dino_and_deit_without_heads(distilled):
+def test_dino_deit_and_timm_differ_in_wrapping_and_heads(distilled):
     net = vit(distillation_token=distilled)
-    check(net, net.state_dict(), "vit")
-    heads = {"head.weight": torch.zeros(2, 8), "head_dist.bias": torch.zeros(2)}
-    check(net, net.state_dict() | heads, "vit")
+    heads = {"head.weight": torch.zeros(2, 8), "head.bias": torch.zeros(2)}
+    check(net, net.state_dict(), "deit" if distilled else "dino")
+    check(net, net.state_dict() | heads, "deit" if distilled else "timm_vit")
+    heads |= {"head_dist.weight": torch.zeros(2, 8)}
+    check(net, net.state_dict() | heads, "deit", wrapping=("model",))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["a.weight"],
-        ["encoder.mask_token", "encoder.layers.0.blocks.0.attn.rpe_mlp.0.weight"],
-        ["layers.0.blocks.0.attn.cpb_mlp.0.weight", "layers.1.downsample.norm.weight"],
-    ],
-)
-def test_unknown_names_list_the_known_formats(names):
+def test_beit_and_fine_tuned_fd_vits():
+    net = vit(**{**STUDENT, "relative_position": "block"})
+    state = net.state_dict() | {"fc_norm.weight": torch.zeros(8), "head.bias": torch.zeros(3)}
+    check(net, state, "beit")
+
+
+def test_unknown_names_list_the_known_formats():
     with pytest.raises(WeightsError, match="OpenAI CLIP") as caught:
-        detect(names)
-    assert names[0] in str(caught.value)
+        detect(["a.weight"])
+    assert "a.weight" in str(caught.value)
+    with pytest.raises(WeightsError, match="no known format"):
+        detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
 
 
 def test_unknown_format_gives_the_nearest():
     with pytest.raises(WeightsError, match="nearest: swinv2"):
         list(translate("swinv3", []))
-    assert "swinv2" in FORMATS
+
+
+def test_a_query_without_its_key_makes_no_tensor():
+    def rule(name):
+        return Target("qkv", "qkv".index(name)) if name in "qkv" else None
+
+    whole = translated(["q", "v", "x", "k"], rule)
+    assert whole.pieces == {"qkv": Piece(("q", "k", "v"))}
+    assert whole.dropped == ["x"]
+    broken = translated(["q", "v"], rule)
+    assert broken.pieces == {}
+    assert broken.unfit == ["q", "v"]
+    twice = translated(["a", "b"], lambda name: Target("same"))
+    assert twice.unfit == ["b"]
 
 
 def test_the_report_names_everything_that_does_not_fit():
@@ -191,15 +234,6 @@ def test_the_report_names_everything_that_does_not_fit():
     message = str(caught.value)
     for piece in ("missing: a", "left over: d", "b (4,) for (3,)", "given twice: c"):
         assert piece in message
-
-
-def test_read_weights_takes_a_file_all_the_way(tmp_path):
-    net = build(
-        "vit_base_patch16",
-        Architecture(embed_dim=8, depths=(1,), num_heads=(2,), patch_size=4, image_size=16),
-    )
-    state = {f"encoder.{n}": t for n, t in net.state_dict().items()}
-    state |= {"decoder.0.weight": torch.zeros(6, 8, 1), "decoder.0.bias": torch.zeros(6)}
-    torch.save({"model": state, "epoch": 3}, tmp_path / "fd.pth")
-    found = dict(read_weights(tmp_path / "fd.pth"))
-    assert found.keys() == net.state_dict().keys()
+    allowed = frozenset({"a"})
+    good = [("b", torch.zeros(3)), ("c", torch.zeros(1, 2))]
+    assert dict(covered(expected, good, where="test", may_be_missing=allowed)).keys() == {"b", "c"}

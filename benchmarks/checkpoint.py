@@ -1,0 +1,214 @@
+"""How long does training stand still for a checkpoint, and how long from a kill to the next step?
+
+    python benchmarks/checkpoint.py [--quick]
+
+Two CPU ranks hold a SwinV2 of more than 100M parameters with masters and moments under ZeRO-3. In
+turns: our save (copy to host memory, then a thread writes), the same files written while training
+waits, and DeepSpeed's own `save_checkpoint`. Then a small run is killed and started again by the
+same command. Writes benchmarks/results/checkpoint.json and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small net, few rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
+    parser.add_argument("--kills", type=int, default=3, help="kills of a small run")
+    parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Seconds of every save by kind, on this rank; the ranks take turns in step."""
+    import torch
+
+    from fd_large import distributed
+    from fd_large.checkpoint.write import Saver
+    from fd_large.engine import config as ds
+    from fd_large.engine import start, state
+    from fd_large.engine.build import build_engine, parameter_sizes, task_maker
+    from fd_large.recipes import registry
+    from fd_large.recipes.architectures import Architecture
+
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    run = registry.get("fd_swinv2_base")
+    shape = Architecture(depths=(2, 2, 2, 2) if arguments.quick else (2, 2, 26, 2))
+    run = replace(run, student=replace(run.student, architecture=shape))
+    world = distributed.world_size()
+    numbers = ds.RunNumbers(1, 1, world, world, 3.0, False, parameter_sizes(run))
+    config = ds.fill(ds.load(ROOT / "ds_configs/zero3.json"), numbers)
+    engine = build_engine(run, task_maker(run, lambda images: None, 1024), config)
+    parameters = sum(state.layout_of(engine).sizes.values())
+    seconds: dict[str, list[float]] = {"ours": [], "ours, waiting": [], "deepspeed": []}
+    saver = Saver(scratch, keep_last=1, keep_every=0)
+    layout = state.layout_of(engine).to_dict()
+    list(state.pieces(engine))  # Moments come into being here, as after a first step.
+    for turn in range(arguments.rounds + 1):
+        for kind in seconds:
+            distributed.barrier()
+            begin = time.perf_counter()
+            if kind == "deepspeed":
+                engine.deepspeed.save_checkpoint(str(scratch / "deepspeed"), tag="state")
+                taken = time.perf_counter() - begin
+            else:
+                manifest = {"update": turn, "world_size": world, "layout": layout}
+                saver.begin(manifest, state.pieces(engine))
+                taken = time.perf_counter() - begin
+                saver.wait()
+                distributed.barrier()
+                saver.finish(failed_anywhere=distributed.any_rank(saver.failed))
+                if kind == "ours, waiting":
+                    taken = time.perf_counter() - begin
+            distributed.barrier()
+            if turn:  # The first round warms the page cache and the allocator.
+                seconds[kind].append(distributed.max_rank(taken))
+    return {"parameters": parameters, "seconds": seconds}
+
+
+def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
+    """Seconds from a kill, and the same command at once, to the next finished update."""
+    import signal
+
+    import twin
+    from pictures import write_pictures
+
+    pictures = write_pictures(scratch / "pictures", 26)
+    run_dir = scratch / "run"
+    words = ("--optim.max_steps", "4000", "--runtime.save_every", "4")
+    rows = run_dir / "metrics.jsonl"
+
+    def lines() -> int:
+        return len(rows.read_text().splitlines()) if rows.exists() else 0
+
+    def wait_past(count: int) -> None:
+        while lines() <= count:
+            time.sleep(0.02)
+
+    found = []
+    started = twin.start(pictures, run_dir, *words)
+    try:
+        wait_past(6)
+        for _ in range(kills):
+            for process in started.processes:
+                os.kill(process.pid, signal.SIGKILL)
+            begin, before = time.perf_counter(), lines()
+            started.kill()
+            stored = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_????????"))
+            started = twin.start(pictures, run_dir, *words)
+            while lines() > stored:  # The resumed run cuts what it will do again.
+                time.sleep(0.02)
+            wait_past(stored)
+            first = time.perf_counter() - begin
+            found.append({"seconds": first, "updates_lost": before - stored})
+            wait_past(stored + 6)
+    finally:
+        started.kill()
+    return found
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """How long training stands still, a box a kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {
+        "ours": "fd_large",
+        "ours, waiting": "fd_large,\nwriting awaited",
+        "deepspeed": "DeepSpeed's\nsave_checkpoint",
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    samples = [results["seconds"][kind] for kind in names]
+    axes.boxplot(samples, orientation="horizontal", widths=0.5, medianprops={"color": "#bb5566"})
+    axes.set_yticks(range(1, len(names) + 1), list(names.values()))
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds that training stands still for a checkpoint")
+    axes.set_title(
+        f"{results['parameters'] / 1e6:.0f}M parameters, ZeRO-3 on 2 CPU ranks, "
+        f"{results['checkpoint_gigabytes']:.1f} GB",
+        size=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """Starts the ranks, or is one."""
+    arguments = parse()
+    if arguments.quick:
+        arguments.rounds, arguments.kills = 2, 1
+    if arguments.as_rank:
+        found = saves(arguments, arguments.as_rank)
+        from fd_large import distributed
+
+        if distributed.is_main():
+            (arguments.as_rank / "found.json").write_text(json.dumps(found))
+        return distributed.leave(0)
+    scratch = Path(tempfile.mkdtemp(prefix="checkpoint_benchmark_"))
+    try:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        command += [__file__, *sys.argv[1:], "--as-rank", str(scratch)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+        subprocess.run(command, env=environment, check=True)
+        found = json.loads((scratch / "found.json").read_text())
+        kills = restarts(arguments.kills, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    seconds = found["seconds"]
+    ratios = {
+        kind: [a / b for a, b in zip(seconds["ours"], seconds[kind], strict=True)]
+        for kind in ("ours, waiting", "deepspeed")
+    }
+    results = {
+        "question": __doc__.splitlines()[0],
+        "command": " ".join(["python benchmarks/checkpoint.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "parameters": found["parameters"],
+        "checkpoint_gigabytes": 12 * found["parameters"] / 1e9,
+        "seconds": seconds,
+        "median_seconds": {kind: statistics.median(v) for kind, v in seconds.items()},
+        "stall_relative_to": {
+            kind: {"median": statistics.median(v), "all": v} for kind, v in ratios.items()
+        },
+        "kill_to_next_update": kills,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, arguments.out.with_suffix(".png"))
+    for kind, value in results["median_seconds"].items():
+        print(f"{kind}: {value:.2f} s")
+    for kind, value in results["stall_relative_to"].items():
+        print(f"stall / {kind}: {value['median']:.2f}")
+    print("kill to next update:", ", ".join(f"{k['seconds']:.1f} s" for k in kills))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Every tensor of a net from a file, and nothing of the file left over, or the run does not start.
+
+What fits is found from names and shapes before anything is read; tensors are then read one by one,
+resized where the net has another grid, and looked at: a NaN must not reach a net.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from fd_large.errors import WeightsError
+from fd_large.weights.read import Tensors
+from fd_large.weights.resize import DINO_MARGIN, resize_positions, resize_table, square_side
+from fd_large.weights.translation import Piece, Shape
+
+log = logging.getLogger(__name__)
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_POSITIONS = ("pos_embed", "absolute_pos_embed")
+_TABLE = "relative_position_bias_table"
+
+
+class Fitted:
+    """The (name, tensor) of a net, from a file that covers it; iterating reads the file.
+
+    Args:
+        pieces: In the net's names.
+        file: What they are made of.
+        expected: Shape of every tensor of the net.
+        allow: Patterns (*, ?) of names that may be missing or left over.
+        what: Of the file, in words, for messages and the log.
+        where: What the user set, for messages.
+        margin: See `resize_positions`.
+        notes: For the log: what was done to the file's tensors already.
+        remedy: What the user can do about tensors that do not fit.
+
+    Attributes:
+        may_be_missing: Names of the net that the file lacks, with the user's leave.
+        notes: For the log.
+
+    Raises: WeightsError: if the file does not cover the net, has tensors over, or holds others
+        than floating-point ones.
+    """
+
+    def __init__(
+        self,
+        pieces: Mapping[str, Piece],
+        file: Tensors,
+        expected: Mapping[str, Shape],
+        *,
+        allow: tuple[str, ...] = (),
+        what: str,
+        where: str = "weights",
+        margin: float = 0.0,
+        notes: Iterable[str] = (),
+        remedy: str = "",
+    ):
+        self._file, self._expected, self._margin = file, dict(expected), margin
+        self._what, self._where, self.notes = what, where, list(notes)
+        self._pieces = {name: piece for name, piece in pieces.items() if name in expected}
+        shapes = {name: piece.shape(file.shape) for name, piece in pieces.items()}
+        self.match = match(shapes, self._expected, allow=allow)
+        self.may_be_missing = frozenset(self.match.allowed) & expected.keys()
+        for name in self.match.allowed:
+            side = "in the file alone" if name in pieces else "missing, as it was initialised"
+            self.notes.append(f"{name}: {side} (allowed)")
+        if self.match.complaints:
+            raise WeightsError(
+                f"{where}: {what}: {self.match.summary()}; got {'; '.join(self.match.complaints)}, "
+                f"expected all {len(expected)} tensors of the net and no other. "
+                f"{remedy or _REMEDY}"
+            )
+        self._refuse_other_types()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Reads and yields (name, tensor of the net's shape), one by one.
+
+        Raises: WeightsError: for a tensor that holds NaN or infinity.
+        """
+        log.info("%s: %s: %s", self._where, self._what, self.match.summary())
+        for note in self.notes:
+            log.info("%s: %s", self._where, note)
+        changed: dict[tuple[str, Shape, Shape], int] = {}
+        for name, piece in self._pieces.items():
+            tensor, shape = piece.read(self._file), self._expected[name]
+            check_finite(name, tensor, self._what, self._where)
+            if tuple(tensor.shape) != shape:
+                key = (name.rpartition(".")[2], tuple(tensor.shape), shape)
+                changed[key] = changed.get(key, 0) + 1
+                tensor = resized(name, tensor, shape, self._expected, self._margin, self._where)
+            yield name, tensor
+        for (name, old, new), count in changed.items():
+            how = "by geometric progression" if name == _TABLE else "bicubic"
+            log.info(
+                "%s: %d x %s resized from %s to %s, %s", self._where, count, name, old, new, how
+            )
+
+    def _refuse_other_types(self) -> None:
+        for piece in self._pieces.values():
+            for name in piece.sources:
+                dtype = self._file.dtype(name)
+                if dtype not in _FLOATS:
+                    raise WeightsError(
+                        f"{self._where}: {self._what}: a tensor of another type; got {name} in "
+                        f"{str(dtype).removeprefix('torch.')}, expected float64, float32, float16 "
+                        "or bfloat16. Use the weights before they were quantised."
+                    )
+
+
+_REMEDY = "Name the net that the file holds, or allow the differences by name."
+
+
+class Match:
+    """How the tensors of a file fit those of a net.
+
+    Attributes:
+        matched: Names that fit, resized or not.
+        to_resize: Those of them that have another grid.
+        missing: Names of the net that the file lacks.
+        left_over: Names of the file that the net lacks.
+        misfits: Names of both that have other shapes: {name: (file's, net's)}.
+        allowed: Names of the last three that the user allowed.
+    """
+
+    def __init__(self, total: int):
+        self.matched: list[str] = []
+        self.to_resize: list[str] = []
+        self.missing: list[str] = []
+        self.left_over: list[str] = []
+        self.misfits: dict[str, tuple[Shape, Shape]] = {}
+        self.allowed: list[str] = []
+        self.parameters = 0
+        self.total = total
+
+    @property
+    def complaints(self) -> list[str]:
+        """What keeps a net from being filled; empty: nothing."""
+        misfits = [f"{name} {old} for {new}" for name, (old, new) in self.misfits.items()]
+        return [
+            f"{what}: {listed(names)}"
+            for what, names in (
+                ("missing", self.missing),
+                ("left over", self.left_over),
+                ("of another shape", misfits),
+            )
+            if names
+        ]
+
+    def summary(self) -> str:
+        """The coverage in words."""
+        share = 100 * self.parameters / self.total if self.total else 0.0
+        # Rounding must not call a net covered that is not.
+        share = share if self.parameters == self.total else min(share, 99.99)
+        return f"{share:.4g}% of the net's {self.total:,} parameters, {len(self.matched)} tensors"
+
+
+def match(
+    shapes: Mapping[str, Shape], expected: Mapping[str, Shape], *, allow: tuple[str, ...] = ()
+) -> Match:
+    """Compares a file's shapes with a net's, both in our names."""
+    found = Match(sum(map(math.prod, expected.values())))
+    for name, shape in expected.items():
+        if name not in shapes:
+            _sort(name, found.missing, found, allow)
+        elif shapes[name] == tuple(shape):
+            found.matched.append(name)
+        elif can_resize(name, shapes[name], tuple(shape)):
+            found.matched.append(name)
+            found.to_resize.append(name)
+        else:
+            found.misfits[name] = (shapes[name], tuple(shape))
+    for name in shapes:
+        if name not in expected:
+            _sort(name, found.left_over, found, allow)
+    found.parameters = sum(math.prod(expected[name]) for name in found.matched)
+    return found
+
+
+def _sort(name: str, complaint: list[str], found: Match, allow: tuple[str, ...]) -> None:
+    (found.allowed if any(fnmatchcase(name, p) for p in allow) else complaint).append(name)
+
+
+def can_resize(name: str, old: Shape, new: Shape) -> bool:
+    """Whether a tensor is a position table that only its grid keeps from fitting."""
+    last = name.rpartition(".")[2]
+    if last in _POSITIONS:
+        return len(old) == len(new) == 3 and old[::2] == new[::2]
+    return last == _TABLE and len(old) == len(new) == 2 and old[1] == new[1]
+
+
+def resized(
+    name: str,
+    tensor: Tensor,
+    shape: Shape,
+    expected: Mapping[str, Shape],
+    margin: float = 0.0,
+    where: str = "weights",
+) -> Tensor:
+    """Returns a position table for the grid of a net.
+
+    Args:
+        name: Ours.
+        tensor: The file's.
+        shape: Wanted.
+        expected: Shapes of the net, which tell its class tokens.
+        margin: See `resize_positions`.
+        where: What the user set, for messages.
+    """
+    where = f"{where}: {name}"
+    if name.endswith(_TABLE):
+        extra = 3 if "cls_token" in expected else 0
+        return resize_table(tensor, shape[0], extra, where=where)
+    prefix = sum(token in expected for token in ("cls_token", "dist_token"))
+    side = square_side(shape[1] - prefix, where=where)
+    return resize_positions(tensor, prefix, side, margin=margin, where=where)
+
+
+def margin_of(form: str) -> float:
+    """What a format adds to the scale when it resizes positions."""
+    return DINO_MARGIN if form == "dino" else 0.0
+
+
+def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:
+    """Looks at every element, without a second copy of the tensor.
+
+    Raises: WeightsError: for NaN or infinity.
+    """
+    if tensor.numel() == 0:
+        return
+    low, high = torch.aminmax(tensor)
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise WeightsError(
+            f"{where}: {what}: numbers that are none; got {bad} of {tensor.numel():,} elements NaN "
+            f"or infinite in {name}, expected finite ones. Fetch the file again, or use an earlier "
+            "one of the run that wrote it."
+        )
+
+
+def covered(
+    expected: Mapping[str, Shape],
+    items: Iterable[tuple[str, Tensor]],
+    *,
+    where: str,
+    may_be_missing: frozenset[str] = frozenset(),
+) -> Iterator[tuple[str, Tensor]]:
+    """Passes tensors on one by one and checks that they and the net's are the same set.
+
+    Args:
+        expected: Shape of every parameter of the net.
+        items: (name, tensor) in our names.
+        where: What the user set, for the message.
+        may_be_missing: Names that the user allowed to be missing.
+
+    Raises: WeightsError: after the last tensor, naming what was missing, left over, given twice or
+        of another shape; only fitting ones are passed on.
+    """
+    seen: set[str] = set()
+    left_over, misfits, twice = [], [], []
+    for name, tensor in items:
+        if name not in expected:
+            left_over.append(name)
+        elif name in seen:
+            twice.append(name)
+        else:
+            seen.add(name)
+            if tuple(tensor.shape) == tuple(expected[name]):
+                yield name, tensor
+            else:
+                misfits.append(f"{name} {tuple(tensor.shape)} for {tuple(expected[name])}")
+    missing = [name for name in expected if name not in seen | may_be_missing]
+    complaints = [
+        f"{what}: {listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("left over", left_over),
+            ("of another shape", misfits),
+            ("given twice", twice),
+        )
+        if names
+    ]
+    if complaints:
+        raise WeightsError(
+            f"{where}: the weights do not fit the net; got {'; '.join(complaints)}, expected all "
+            f"{len(expected)} tensors of the net and no other. Name the net that the file holds "
+            "(--teacher.model, --teacher.architecture.*)."
+        )
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

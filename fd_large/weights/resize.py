@@ -1,0 +1,154 @@
+"""Position tables for another grid or window than the file's.
+
+Position embeddings bicubic; tables of relative positions on a geometric progression, as BEiT and
+Feature-Distillation do when they fine-tune. SwinV2 needs neither: its bias is a net on coordinates
+that are scaled by the window of pre-training.
+
+Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et
+al., arXiv 2104.14294 (DINO's scale).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fd_large.errors import WeightsError
+
+# DINO asks for a grid that much larger, against rounding down; it changes the values a little.
+DINO_MARGIN = 0.1
+
+
+def resize_positions(
+    positions: Tensor, prefix: int, side: int, *, margin: float = 0.0, where: str = "weights"
+) -> Tensor:
+    """Resizes a position embedding to another square grid, bicubic with corners not aligned.
+
+    Args:
+        positions: (1, prefix + n * n, C).
+        prefix: Rows of class and distillation tokens, which stay as they are.
+        side: Of the new grid.
+        margin: Added to the new side in the scale alone (DINO's 0.1).
+        where: What the user set, for the message.
+
+    Returns: (1, prefix + side * side, C), float32 at least.
+    Raises: WeightsError: if the grid of the file is no square.
+    """
+    wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    old = square_side(positions.shape[1] - prefix, where=where)
+    grid = rearrange(wide[:, prefix:], "one (h w) c -> one c h w", h=old)
+    if margin:
+        scale = (side + margin) / old
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    else:
+        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    assert grid.shape[-2:] == (side, side), grid.shape
+    return torch.cat([wide[:, :prefix], rearrange(grid, "one c h w -> one (h w) c")], dim=1)
+
+
+def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights") -> Tensor:
+    """Resizes a table of relative positions to another square grid.
+
+    The old offsets are spread over the range of the new ones by a geometric progression, so that
+    near offsets stay nearly as they are and far ones stretch; a cubic spline through them gives
+    the new entries.
+
+    Args:
+        table: ((2n - 1)^2 + extra, heads).
+        rows: Wanted, extra ones included.
+        extra: Rows at the end for class tokens, which stay as they are.
+        where: What the user set, for the message.
+
+    Returns: (rows, heads), float32 at least.
+    Raises: WeightsError: if the offsets of the file form no square.
+    """
+    old = square_side(table.shape[0] - extra, where=where)
+    new = square_side(rows - extra, where=where)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    along = torch.from_numpy(_spline_matrix(old, new))
+    offsets = rearrange(wide[: len(wide) - extra].double(), "(y x) heads -> heads y x", y=old)
+    resized = rearrange(along @ offsets @ along.T, "heads y x -> (y x) heads").to(wide.dtype)
+    return torch.cat([resized, wide[len(wide) - extra :]])
+
+
+def square_side(cells: int, *, where: str = "weights") -> int:
+    """Returns the side of a square of so many cells.
+
+    Raises: WeightsError: if it is none.
+    """
+    side = math.isqrt(max(cells, 0))
+    if side < 1 or side * side != cells:
+        raise WeightsError(
+            f"{where}: positions of no square grid; got {cells} of them, expected a square number. "
+            "Only square grids are resized: set --teacher.architecture.image_size as in the file."
+        )
+    return side
+
+
+def progression(old: int, new: int) -> np.ndarray:
+    """Returns where the old offsets lie on the axis of the new ones: (old,) float64.
+
+    Offset k lies at 1 + q + ... + q^(k-1), with q such that the outermost reaches the new
+    outermost; q is sought by bisection between 1.01 and 1.5 to a millionth, as published.
+
+    Args:
+        old: Odd number of old offsets, 2n - 1.
+        new: Odd number of new offsets.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if (1 - q ** (old // 2)) / (1 - q) > new // 2:
+            high = q
+        else:
+            low = q
+    half = np.cumsum([q**k for k in range(old // 2)]) if old > 1 else np.empty(0)
+    return np.concatenate([-half[::-1], [0.0], half])
+
+
+@lru_cache(maxsize=16)
+def _spline_matrix(old: int, new: int) -> np.ndarray:
+    """What a spline through the old offsets makes of the new: (new, old) float64."""
+    at = progression(old, new)
+    wanted = np.arange(new, dtype=np.float64) - new // 2
+    # Beyond the outermost old offset its value holds.
+    return spline_matrix(at, np.clip(wanted, at[0], at[-1]))
+
+
+def spline_matrix(knots: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The cubic spline through values at knots, as a matrix: (points, knots) float64.
+
+    The ends are "not a knot": the first two pieces are one cubic, and the last two. Up to four
+    values make a single polynomial.
+
+    Args:
+        knots: Rising.
+        points: Within the knots.
+    """
+    n = len(knots)
+    if n < 5:
+        vandermonde = np.vander(knots, n)
+        return np.vander(points, n) @ np.linalg.inv(vandermonde)
+    h = np.diff(knots)
+    # Second derivatives at the knots from values: left @ second = right @ values.
+    left, right = np.zeros((n, n)), np.zeros((n, n))
+    for i in range(1, n - 1):
+        left[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        right[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
+    left[0, :3] = h[1], -h[0] - h[1], h[0]
+    left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
+    second = np.linalg.solve(left, right)
+    piece = np.clip(np.searchsorted(knots, points, side="right") - 1, 0, n - 2)
+    a, b = (knots[piece + 1] - points)[:, None], (points - knots[piece])[:, None]
+    width, values = h[piece][:, None], np.eye(n)
+    return (
+        (second[piece] * a**3 + second[piece + 1] * b**3) / (6 * width)
+        + (values[piece] / width - second[piece] * width / 6) * a
+        + (values[piece + 1] / width - second[piece + 1] * width / 6) * b
+    )

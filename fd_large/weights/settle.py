@@ -1,0 +1,275 @@
+"""A run whose sources are settled: teacher and student have the architecture that the files show.
+
+What keys tell is a fact; what they cannot tell comes from the format, a configuration beside the
+file, the named net or the user, and is asked for where nothing tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+from fd_large.errors import WeightsError
+from fd_large.models.statistics import Statistics
+from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
+from fd_large.recipes.run import AUTO, Run, Student, Teacher
+from fd_large.weights.source import MODULE, TIMM, Weights, open_weights
+
+log = logging.getLogger(__name__)
+
+# A net may have these otherwise than its file: tables are resized, coordinates scaled.
+_RESIZABLE = ("image_size", "window_size", "pretrained_window_sizes")
+# No file has an opinion on these.
+_OURS = ("keep_distillation_token",)
+
+
+def settle(run: Run) -> Run:
+    """Returns the run with the teacher's and the student's net as their files show them.
+
+    Reads headers only. Sources `timm:` and `module:` become nets of these families. To be called
+    before anything is built; a settled run is settled again without change.
+
+    Raises: WeightsError: if a file cannot be read, does not hold the named net, or leaves fields
+        open that nothing tells; ConfigError: if a net cannot be as it is described.
+    """
+    return replace(run, teacher=_teacher(run.teacher), student=_student(run.student))
+
+
+def _teacher(teacher: Teacher) -> Teacher:
+    where = "--teacher.source"
+    if teacher.source.startswith(TIMM):
+        return _of_timm(teacher)
+    if teacher.source.startswith(MODULE):
+        given = Architecture(family="module", function=teacher.source.removeprefix(MODULE))
+        return replace(teacher, model="module", architecture=given)
+    if teacher.source in ("", "random") or _is_foreign(teacher):
+        return teacher
+    weights = open_weights(teacher.source, where=where)
+    # A family alone names no net: its fields are all the user's, or a settled run's.
+    by_itself = teacher.model == AUTO or teacher.model not in ARCHITECTURES
+    named = None if by_itself else resolve(teacher.model)
+    architecture = reconcile(
+        weights, teacher.architecture, named, name=teacher.model, where=where, section="teacher"
+    )
+    statistics = teacher.statistics
+    if not statistics and weights.statistics is not None:
+        statistics = (*weights.statistics.mean, *weights.statistics.std)
+    if not statistics and teacher.model == AUTO:
+        log.warning(
+            "%s: nothing tells the image statistics of the weights: ImageNet's are used "
+            "(--teacher.statistics)",
+            where,
+        )
+    model = architecture.family if by_itself else teacher.model
+    return replace(
+        teacher,
+        model=model,
+        architecture=_sparse(architecture, named),
+        statistics=tuple(map(float, statistics)),
+    )
+
+
+def _student(student: Student) -> Student:
+    if not student.init:
+        return student
+    weights = open_weights(student.init, where="--student.init")
+    named = resolve(student.model)
+    architecture = reconcile(
+        weights,
+        student.architecture,
+        named,
+        name=student.model,
+        where="--student.init",
+        section="student",
+    )
+    return replace(student, architecture=_sparse(architecture, named))
+
+
+def _is_foreign(teacher: Teacher) -> bool:
+    """Whether the named net is timm's, whose files timm_backbone.py reads."""
+    if teacher.model == AUTO:
+        return False
+    return resolve(teacher.model, teacher.architecture).family in ("timm", "module")
+
+
+def _of_timm(teacher: Teacher) -> Teacher:
+    import timm
+
+    from fd_large.weights.timm_backbone import strides
+
+    name = teacher.source.removeprefix(TIMM)
+    stride = teacher.architecture.feature_stride
+    if stride is None:
+        stride = max(strides(name))
+        log.info("--teacher.source: %s: the map at stride %d, its last", teacher.source, stride)
+    given = replace(Architecture(), timm_name=name, feature_stride=stride)
+    statistics = teacher.statistics
+    if not statistics:
+        config = timm.get_pretrained_cfg(name)
+        statistics = (*config.mean, *config.std)
+    return replace(
+        teacher, model="timm", architecture=given, statistics=tuple(map(float, statistics))
+    )
+
+
+def reconcile(
+    weights: Weights,
+    given: Architecture,
+    named: Architecture | None,
+    *,
+    name: str,
+    where: str,
+    section: str,
+) -> Architecture:
+    """Returns the architecture of a net that takes the weights, every field of its family set.
+
+    Args:
+        weights: Opened.
+        given: The user's fields, which come first.
+        named: Of the named net; None: the net is what the file shows.
+        name: Of the named net, for messages.
+        where: What the user set, for messages.
+        section: "teacher" or "student"; "": flags have none.
+
+    Raises: WeightsError: if file and net differ, or a field is known to nobody.
+    """
+    family = weights.format.family
+    if named is not None and named.family != family:
+        raise WeightsError(
+            f"{where}: {weights.what}: a net of another family; got {family}, expected "
+            f"{named.family} (model {name}). {_name_another(section, family)}"
+        )
+    values: dict[str, Any] = {"family": family}
+    open_fields, conflicts = list(weights.unknown(given)), []
+    depths = weights.found.depths or (0,)
+    for field in sorted(FIELDS[family] - {"family"}):
+        user, net = getattr(given, field), named and getattr(named, field)
+        shown, told = getattr(weights.found, field), getattr(weights.told, field)
+        if field in _OURS:
+            values[field] = next(v for v in (user, net, False) if v is not None)
+        elif field in _RESIZABLE:
+            values[field] = next((v for v in (user, net, shown, told) if v is not None), None)
+        else:
+            fact = shown if shown is not None else told if user is None else None
+            wanted = user if user is not None else net
+            if fact is not None and wanted is not None and not _agree(field, fact, wanted, depths):
+                conflicts.append(f"{field} {_text(fact)} for {_text(wanted)}")
+            values[field] = fact if wanted is None else wanted
+        if values[field] is None and field not in open_fields:
+            open_fields.append(field)
+    if family == "swinv2":
+        if values["image_size"] is None and not values["absolute_position"]:
+            _full_windows(values, open_fields)
+        _scale_coordinates(values, weights, given, named, open_fields, where)
+    if conflicts:
+        whose = f"the net {name}" if named is not None else "what was set"
+        raise WeightsError(
+            f"{where}: {weights.what}: not the net of the run; got {', '.join(conflicts)} of "
+            f"{whose}, expected the same. {_name_another(section, family)}"
+        )
+    if open_fields:
+        prefix = f"--{section}.architecture." if section else "--architecture."
+        flags = ", ".join(prefix + field for field in sorted(open_fields))
+        raise WeightsError(
+            f"{where}: {weights.what}: neither its tensors nor a config.json beside it tell "
+            f"everything; got no {', '.join(sorted(open_fields))}, expected every field of a "
+            f"{family} net. Set {flags}."
+        )
+    return Architecture(**values)
+
+
+def _full_windows(values: dict[str, Any], open_fields: list[str]) -> None:
+    """The image on which every stage has a full window, where no tensor depends on the size."""
+    window, stages = values["window_size"], len(values["depths"] or ())
+    if window is not None and values["patch_size"] is not None:
+        values["image_size"] = window * values["patch_size"] * 2 ** max(stages - 1, 0)
+    if "image_size" in open_fields:
+        open_fields.remove("image_size")
+
+
+def _scale_coordinates(
+    values: dict[str, Any],
+    weights: Weights,
+    given: Architecture,
+    named: Architecture | None,
+    open_fields: list[str],
+    where: str,
+) -> None:
+    """SwinV2's rule for another window: coordinates are scaled by the window of pre-training."""
+    field = "pretrained_window_sizes"
+    if getattr(given, field) is not None:
+        return
+    known = getattr(weights.found, field) or getattr(weights.told, field)
+    if known is None:
+        if named is not None:
+            log.info(
+                "%s: nothing in the file tells its windows: it is taken for one of window %d, as "
+                "the net has",
+                where,
+                values["window_size"],
+            )
+        return
+    stages = len(values["depths"] or known)
+    values[field] = tuple(known[:stages])
+    if field in open_fields:
+        open_fields.remove(field)
+    window = values["window_size"]
+    if window is not None and max(known) != window:
+        log.info(
+            "%s: window %d in place of %d: coordinates are scaled by the windows of the file, %s",
+            where,
+            window,
+            max(known),
+            _text(known),
+        )
+
+
+def _agree(field: str, fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
+    """Whether weights with the one value make a net with the other."""
+    if field == "extra_norm_every":  # Beyond the deepest stage it means none.
+        return (
+            all(k > max(depths) for k in (fact or math.inf, wanted or math.inf)) or fact == wanted
+        )
+    if field in ("depths", "num_heads"):  # The first stages of a Swin.
+        return tuple(fact[: len(wanted)]) == tuple(wanted)
+    if field == "layer_scale":  # Its value is in the weights.
+        return bool(fact) == bool(wanted)
+    if field == "relative_position":  # What is shared can be copied to every block.
+        return fact == wanted or (fact, wanted) == ("shared", "block")
+    if field == "shared_position_bias":
+        return fact == wanted or (fact and not wanted)
+    if isinstance(fact, float):
+        return math.isclose(fact, wanted, rel_tol=1e-6)
+    return fact == wanted
+
+
+def _sparse(architecture: Architecture, named: Architecture | None) -> Architecture:
+    """The fields that differ from the named net's; all where there is none."""
+    if named is None:
+        return architecture
+    whole = asdict(architecture)
+    return Architecture(
+        **{k: v for k, v in whole.items() if k != "family" and v != getattr(named, k)}
+    )
+
+
+def _name_another(section: str, family: str) -> str:
+    if section != "student":
+        flag = "--teacher.model" if section else "--model"
+        return f"Set {flag} auto to take the net of the file."
+    return f"Name a {family} net by --student.model, or set --student.architecture.*."
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def statistics_of_run(teacher: Teacher) -> Statistics | None:
+    """Returns the statistics that a (settled) run states; None: those of its named net."""
+    if not teacher.statistics:
+        return None
+    return Statistics(tuple(teacher.statistics[:3]), tuple(teacher.statistics[3:]))

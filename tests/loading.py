@@ -1,0 +1,81 @@
+"""A net as the engine makes it from a source: settled, built, filled."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from fd_large.engine.build import student_weights, teacher_weights
+from fd_large.engine.live_weights import load_weights
+from fd_large.models.registry import build
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Teacher
+from fd_large.weights.settle import settle
+
+# No test may ask a server.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def teacher_run(source, model="auto", *, allow=(), **fields):
+    """A settled run with that teacher."""
+    run = registry.get("fd_clip_vit_base")
+    teacher = Teacher(
+        model=model, source=str(source), allow=allow, architecture=Architecture(**fields)
+    )
+    return settle(replace(run, teacher=teacher))
+
+
+def loaded(source, model="auto", *, allow=(), **fields):
+    """The teacher's net with the weights of a source, frozen, and its settled section."""
+    run = teacher_run(source, model, allow=allow, **fields)
+    net = build(run.teacher.model, run.teacher.architecture, initialization="none")
+    load_weights(net, teacher_weights(run), where="--teacher.source")
+    return net.requires_grad_(False).eval(), run.teacher
+
+
+def student_run(init, model, size=224, *, allow=(), **fields):
+    """A settled run whose student starts from a file."""
+    run = registry.get("fd_clip_vit_base")
+    student = replace(
+        run.student,
+        model=model,
+        init=str(init),
+        init_allow=allow,
+        architecture=Architecture(**fields),
+    )
+    return settle(replace(run, student=student, data=replace(run.data, image_size=size)))
+
+
+def initial(init, model, size=224, *, allow=(), **fields):
+    """A student's net filled from a file."""
+    run = student_run(init, model, size, allow=allow, **fields)
+    architecture = run.student.architecture
+    if run.student_architecture().family == "vit":
+        architecture = replace(architecture, image_size=size)
+    net = build(model, architecture, initialization="official", seed=0)
+    load_weights(net, student_weights(run), where="--student.init")
+    return net.eval(), run.student
+
+
+def scattered(net, seed=0):
+    """A net whose every parameter is random: fresh ones hide mistakes behind zeros and ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            scale = 0.3 if "bias_table" in name or "cpb_mlp" in name else 0.1
+            parameter.copy_(1 + 0.1 * noise if is_norm else scale * noise)
+            if "logit_scale" in name:
+                parameter.copy_(2.3 + 0.5 * noise)
+    return net.eval()
+
+
+def close(a, b, tolerance=1e-5):
+    """The largest difference, relative to the largest value."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    assert error < tolerance, error

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from fd_large.data.folder import ImageFolder
+from fd_large.data.loader import build_loader
+
+SETTINGS = dict(
+    seed=0, epoch=0, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, image_size=32,
+    min_crop_scale=0.3,
+)  # fmt: skip
+
+# Prints its workers once they load, then waits in the middle of the epoch, its pipes full.
+TRAINING = """
+import sys, time, psutil
+from fd_large.data.folder import ImageFolder
+from fd_large.data.loader import build_loader
+batches = iter(build_loader(
+    ImageFolder(sys.argv[1]), seed=0, epoch=0, global_batch_size=2, micro_batch_size=2, rank=0,
+    world_size=1, image_size=512, min_crop_scale=0.3, workers=3,
+))
+next(batches)
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+if len(sys.argv) > 2:
+    sys.exit(0)
+time.sleep(100)
+"""
+
+
+def gone(pids: list[int], within_seconds: float) -> bool:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=within_seconds)
+    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def start(picture_folder, *arguments: str) -> tuple[subprocess.Popen, list[int]]:
+    training = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(picture_folder), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    workers = [int(pid) for pid in training.stdout.readline().split()]
+    assert len(workers) == 3
+    return training, workers
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_do_not_outlive_their_parent(picture_folder, how):
+    training, workers = start(picture_folder)
+    training.send_signal(how)
+    training.wait(10)
+    assert gone(workers, 10)
+
+
+@pytest.mark.multirank
+def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
+    training, workers = start(picture_folder, "leave")
+    _, err = training.communicate(timeout=30)
+    assert training.returncode == 0
+    assert "Error" not in err
+    assert gone(workers, 10)
+
+
+@pytest.mark.multirank
+def test_signals_to_the_group_are_the_parents_affair(picture_folder):
+    """Batches still come after Ctrl-C or SIGTERM reached all workers."""
+    batches = iter(build_loader(ImageFolder(picture_folder), **SETTINGS, workers=2))
+    next(batches)
+    workers = [worker.pid for worker in batches._workers]
+    # from another process, as a launcher or a scheduler would
+    kill = f"import os\nfor pid in {workers}:\n os.kill(pid, 2)\n os.kill(pid, 15)"
+    subprocess.run([sys.executable, "-c", kill], check=True)
+    time.sleep(0.3)
+    assert len(list(batches)) == 12
+    del batches
+    assert gone(workers, 10)
+
+
+@pytest.mark.multirank
+def test_a_worker_obeys_its_parent(picture_folder):
+    batches = iter(build_loader(ImageFolder(picture_folder), **SETTINGS, workers=1))
+    next(batches)
+    worker = batches._workers[0]
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
