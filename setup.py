@@ -33,6 +33,7 @@ setup(
     extras_require={
         # Photographs, and a teacher trained on ImageNet, without a download at run time.
         "quickstart": QUICKSTART,
+        "open_clip": ["open_clip_torch>=2.24"],
         # fairscale: its checkpoint wrapper moves block inputs to host memory.
         "offload": ["fairscale>=0.4.13"],
         # mpi4py: ranks under mpirun; mpich brings an MPI as a wheel.
@@ -43,6 +44,11 @@ setup(
             "fairscale>=0.4.13",
             "mpi4py>=4",
             "mpich>=5",
+            # Beside our own loader in benchmarks/data_pipeline.py.
+            "webdataset>=0.2.100",
+            # Whose checkpoints and nets ours are held against.
+            "open_clip_torch>=2.24",
+            "transformers>=4.40",
             *QUICKSTART,
         ],
     },

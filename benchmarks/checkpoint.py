@@ -56,8 +56,13 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     distributed.start()
     start.start()
     run = registry.get("fd_swinv2_base")
-    shape = Architecture(depths=(2, 2, 2, 2) if arguments.quick else (2, 2, 26, 2))
-    run = replace(run, student=replace(run.student, architecture=shape))
+    depths = (2, 2, 2, 2) if arguments.quick else (2, 2, 26, 2)
+    shape = Architecture(depths=depths, window_size=12)
+    run = replace(
+        run,
+        student=replace(run.student, architecture=shape),
+        teacher=replace(run.teacher, source="random"),
+    )
     world = distributed.world_size()
     numbers = ds.RunNumbers(1, 1, world, world, 3.0, False, parameter_sizes(run))
     config = ds.fill(ds.load(ROOT / "ds_configs/zero3.json"), numbers)

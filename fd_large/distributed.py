@@ -265,9 +265,9 @@ def node_group(node_size: int) -> dist.ProcessGroup:
         first = rank() // node_size * node_size
         if len(set(hosts[first : first + node_size])) > 1:
             raise LaunchError(
-                f"engine.node_size: ranks {first} to {first + node_size - 1} are no node; got hosts "
-                f"{', '.join(sorted(set(hosts[first : first + node_size])))}, expected one. Place "
-                "ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
+                f"engine.node_size: ranks {first} to {first + node_size - 1} are no node; got "
+                f"hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, expected one. "
+                "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."
             )
         groups = [

@@ -1,5 +1,7 @@
 """Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
 
+The host memory, 12 bytes for each parameter of the rank's share, is kept from save to save.
+
 Every rank writes one safetensors file of its pieces, so a run on 1,000 ranks writes 1,000 files of
 tensors and 1,000 receipts, and no rank does more than its own. All ranks agree in the loop's one
 small all-reduce that all have finished; then rank 0 commits by a rename.
@@ -17,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,6 +63,7 @@ class Saver:
         self._problem: str | None = None
         self._manifest: dict[str, Any] = {}
         self._part = Path()
+        self._buffers: dict[str, Tensor] = {}
         self.stall_seconds = 0.0
         """How long training stood still for the last `begin`."""
 
@@ -86,10 +90,20 @@ class Saver:
         self._part = store.checkpoints_of(self.folder) / (
             store.name_of(manifest["update"]) + store.PART
         )
-        copies = {key: values.detach().to("cpu", copy=True) for key, values in pieces}
+        copies = {key: self._copied(key, values.detach()) for key, values in pieces}
         self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
         self._thread.start()
         self.stall_seconds = time.perf_counter() - start
+
+    def _copied(self, key: str, values: Tensor) -> Tensor:
+        """Into host memory that stays for the next save: fresh pages cost as much as the copy."""
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != values.shape:
+            buffer = torch.empty(
+                values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda"
+            )
+            self._buffers[key] = buffer
+        return buffer.copy_(values)
 
     def wait(self) -> None:
         """Blocks until this rank has written."""
@@ -128,7 +142,6 @@ class Saver:
             self._part.mkdir(parents=True, exist_ok=True)
             # No empty file for a rank without a piece: safetensors holds zero tensors as well.
             save_file(copies, path)
-            copies.clear()
             # safetensors makes it readable to its owner alone, whatever the user's mask says.
             path.chmod(0o666 & ~_mask())
             with path.open("rb") as file:

@@ -35,6 +35,9 @@ class Evaluation:
         min_crop_scale: Smallest crop area, as a part of the picture's.
         micro_batch_size: Views per forward.
         seed: Of the crops.
+        max_pixels: Larger pictures are refused before they are decoded.
+
+    Raises: DataError: for a picture that cannot be used: held-out sets are mended by hand.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Evaluation:
         min_crop_scale: float,
         micro_batch_size: int,
         seed: int,
+        max_pixels: int,
     ) -> None:
         self.name, self._micro = name, micro_batch_size
         world = distributed.world_size()
@@ -57,7 +61,7 @@ class Evaluation:
 
         def cut(view: int) -> Tensor:
             index = view % len(source)
-            image = decode(source.read(index), source[index])
+            image = decode(source.read(index), source[index], max_pixels=max_pixels)
             return random_view(
                 image, draws[view], image_size=image_size, min_crop_scale=min_crop_scale
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -80,7 +81,10 @@ def train_updates(
 
     def evaluated(last: bool) -> None:
         if evaluate is not None:
+            begin = time.monotonic()
             metrics, panel = evaluate(update, last)
+            if time_box is not None:
+                time_box.after_evaluation(time.monotonic() - begin)
             for hook in hooks:
                 hook.on_evaluation(update, metrics)
                 if panel is not None:

@@ -26,6 +26,7 @@ from fd_large.engine.build import (
     node_size_of,
     parameter_sizes,
     precision_of,
+    student_weights,
     task_maker,
     teacher_weights,
 )
@@ -41,6 +42,7 @@ from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.runtime.run_folder import open_folder, source_commit, write_environment
+from fd_large.weights.settle import settle
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
+    # What a weights file decides (net, window, statistics) is part of the recipe from here on.
+    run = distributed.together(lambda: settle(run))
     checked = distributed.together(lambda: _check(run, deepspeed_config, launch))
     source, precision, node_size, sizes, share, fill = checked
     fixed = run.batch.micro_batch_size
@@ -115,12 +119,13 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
     opened = open_run(run, deepspeed_config=deepspeed_config, fresh=fresh)
+    run = opened.run
     folder, engine, teacher, source = opened.folder, opened.engine, opened.teacher, opened.source
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     time_box = None
     if run.optim.max_seconds:
-        time_box = TimeBox(run.optim.max_seconds, folder, total)
+        time_box = TimeBox(run.optim.max_seconds, folder, total, run.eval.every)
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
     first = opened.checkpoints.resume()
@@ -234,21 +239,22 @@ def _evaluation(
     run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
 ) -> Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]]:
     """Measures held-out pictures, and crops of the training pictures that training never sees."""
-    sets = [
-        Evaluation(
-            name,
-            pictures,
-            views=run.eval.views,
-            image_size=run.data.image_size,
-            min_crop_scale=run.data.min_crop_scale,
-            micro_batch_size=micro_batch_size,
-            seed=run.runtime.seed,
-        )
-        for name, pictures in (
-            ("held_out", _held_out(run)),
-            ("unseen_crops", source),
-        )
-    ]
+    pictures = {"held_out": _held_out(run), "unseen_crops": source}
+    sets = distributed.together(
+        lambda: [
+            Evaluation(
+                name,
+                of,
+                views=run.eval.views,
+                image_size=run.data.image_size,
+                min_crop_scale=run.data.min_crop_scale,
+                micro_batch_size=micro_batch_size,
+                seed=run.runtime.seed,
+                max_pixels=run.data.max_pixels,
+            )
+            for name, of in pictures.items()
+        ]
+    )
 
     def evaluate(update: int, last: bool) -> tuple[dict[str, float], dict[str, Any] | None]:
         metrics: dict[str, float] = {}
@@ -283,6 +289,7 @@ def _check(run: Run, deepspeed_config: str, launch: Launch) -> _Checked:
     if run.eval.root:
         _held_out(run)
     teacher_weights(run)
+    student_weights(run)
     precision = precision_of(run)
     node_size = node_size_of(run, launch.local_world_size)
     fixed = run.batch.micro_batch_size

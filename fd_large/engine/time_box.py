@@ -15,8 +15,10 @@ from fd_large.runtime.run_folder import write_json
 log = logging.getLogger(__name__)
 
 MEASURED_UPDATES = 20
-RESERVE = 0.06
-"""Share of the seconds that is kept for the evaluation and the checkpoint at the end."""
+RESERVE = 0.03
+"""Share of the seconds that is kept for the checkpoint at the end."""
+LAST_EVALUATION = 3.0
+"""The last evaluation also finds the best constant: about three times another one."""
 
 
 class TimeBox:
@@ -26,10 +28,12 @@ class TimeBox:
         seconds: Of training.
         folder: The run's; the decision is kept in time_box.json.
         most: Updates that the recipe allows at most.
+        evaluate_every: Updates between evaluations, which take time of the box too; 0: none.
     """
 
-    def __init__(self, seconds: float, folder: Path, most: int) -> None:
-        self.seconds, self.most = seconds, most
+    def __init__(self, seconds: float, folder: Path, most: int, evaluate_every: int = 0) -> None:
+        self.seconds, self.most, self.evaluate_every = seconds, most, evaluate_every
+        self._evaluation_seconds = 0.0
         self._path = folder / "time_box.json"
         self._start = self._last = time.monotonic()
         self._durations: list[float] = []
@@ -42,6 +46,11 @@ class TimeBox:
                 total = json.loads(self._path.read_text())["updates"]
         return distributed.broadcast_object(total)
 
+    def after_evaluation(self, seconds: float) -> None:
+        """Learns what an evaluation takes."""
+        self._evaluation_seconds = seconds
+        self._last = time.monotonic()
+
     def after_update(self) -> int | None:
         """Measures an update; after the last measured one returns the length, else None."""
         now = time.monotonic()
@@ -52,7 +61,11 @@ class TimeBox:
         # The first updates pay for caches, workers and kernels.
         each = statistics.median(self._durations[MEASURED_UPDATES // 4 :])
         left = self.seconds * (1 - RESERVE) - (now - self._start)
-        total = min(self.most, MEASURED_UPDATES + max(0, int(left / each)))
+        left -= LAST_EVALUATION * self._evaluation_seconds
+        with_evaluations = each
+        if self.evaluate_every:
+            with_evaluations += self._evaluation_seconds / self.evaluate_every
+        total = min(self.most, MEASURED_UPDATES + max(0, int(left / with_evaluations)))
         total = distributed.broadcast_object(total)
         if distributed.is_main():
             write_json(self._path, {"updates": total, "seconds_per_update": each})
