@@ -16,8 +16,9 @@ BIN := .venv/bin
 
 # Without a GPU, two CPU ranks; with some, the launcher starts one rank on each.
 train: .venv/quickstart
-	$(BIN)/deepspeed $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')") \
-	  fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
+	if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; \
+	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
+	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
