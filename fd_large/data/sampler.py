@@ -116,6 +116,9 @@ def check_batch_sizes(
                 global_batch_size // world_size, micro_batch_size
             )))  # fmt: skip
             remedy += f", or --batch.micro_batch_size to {near}"
+        elif global_batch_size % micro_batch_size == 0:
+            ranks = _nearest_divisors(global_batch_size // micro_batch_size, world_size)
+            remedy += f", or start {' or '.join(map(str, ranks))} ranks"
         raise ConfigError(
             "batch.global_batch_size: does not divide into micro batches on all ranks; "
             f"got global_batch_size {global_batch_size} with micro_batch_size "

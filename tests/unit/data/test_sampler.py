@@ -149,7 +149,8 @@ def test_the_rest_of_an_epoch_is_dropped():
         (
             (1000, 100, 4, 3),
             ConfigError,
-            r"multiple of 12 \(3 x 4\)\. Set --batch\.global_batch_size to 96 or 108\.$",
+            r"multiple of 12 \(3 x 4\)\. Set --batch\.global_batch_size to 96 or 108, "
+            r"or start 1 or 5 ranks\.$",
         ),
         ((1000, 8, 16, 1), ConfigError, r"size to 16, or --batch\.micro_batch_size to 8\.$"),
         ((50, 64, 8, 2), DataError, r"64 and 50 pictures .*global_batch_size to 48 or less"),

@@ -1,0 +1,75 @@
+"""A stored checkpoint as (name, full tensor), one at a time, on a machine with nothing but torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fd_large.checkpoint import store
+from fd_large.checkpoint.read import Reader, newest_sound
+from fd_large.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+STUDENT, PROJECTION = "student.", "projection."
+
+Shape = tuple[int, ...]
+
+
+def newest(folder: Path) -> Reader:
+    """Opens a run's newest sound checkpoint, every file of it checked against its receipt.
+
+    Raises: CheckpointError: if the run has none.
+    """
+    reader, complaints = newest_sound(folder, lambda layout: set(range(layout.ranks)))
+    for complaint in complaints:
+        log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+    if reader is None:
+        got = complaints[0] if complaints else "no complete checkpoint"
+        raise CheckpointError(
+            f"{store.checkpoints_of(folder)}: no sound checkpoint; got {got}, expected one that "
+            "was written whole. Train the run first, or restore its files."
+        )
+    return reader
+
+
+def stream(
+    reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, float32 master of the given shape), read when it is asked for.
+
+    Args:
+        reader: Of a checkpoint.
+        shapes: By name without the prefix; they also say the order.
+        prefix: Of the stored names, for instance "student.".
+
+    Raises: CheckpointError: before the first tensor, if the stored ones are not these.
+    """
+    check(reader, shapes, prefix=prefix)
+    return ((name, read(reader, prefix + name, shape)) for name, shape in shapes.items())
+
+
+def read(reader: Reader, name: str, shape: Shape) -> Tensor:
+    """Returns the float32 master of one tensor, by its stored name."""
+    return reader.read("master", name, 0, math.prod(shape)).view(shape)
+
+
+def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> None:
+    """Compares names and sizes of the stored tensors under a prefix with those of a net.
+
+    Raises: CheckpointError: if they differ.
+    """
+    sizes = reader.layout.sizes
+    stored = {n.removeprefix(prefix): s for n, s in sizes.items() if n.startswith(prefix)}
+    expected = {name: math.prod(shape) for name, shape in shapes.items()}
+    wrong = sorted(n for n in stored.keys() | expected.keys() if stored.get(n) != expected.get(n))
+    if wrong:
+        raise CheckpointError(
+            f"{reader.path}: of another net than recipe.json tells; got {len(wrong)} tensors that "
+            f"differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
+            f"{len(expected)} of the recipe's. Restore the recipe.json of the run."
+        )
