@@ -1,6 +1,6 @@
 """Words to calls: `python -m fd_large COMMAND` and `fd_large/train.py`.
 
-Flags come from the dataclasses of `recipes/run.py` through tyro; none is written here twice.
+Flags come from the dataclasses of `recipes/sections.py` through tyro; none is written here twice.
 torch is imported only once a command needs it, so that help, tables and the user's mistakes
 answer at once.
 """
@@ -19,7 +19,8 @@ from typing import Any, get_type_hints
 
 from fd_large.errors import ConfigError, FDError, LaunchError, nearest
 from fd_large.recipes import registry
-from fd_large.recipes.run import Run, describe_type, field_names
+from fd_large.recipes.fields import describe_type, field_names
+from fd_large.recipes.run import Run
 from fd_large.runtime import terminal
 
 # Whoever started the ranks sets one of these; torch must not be needed to find rank 0.
@@ -248,12 +249,20 @@ def _checkpoint(arguments: list[str]) -> int:
     return checkpoint.main(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    """Write a run's student where timm or Hugging Face load it, with a model card."""
+    from fd_large.commands import export
+
+    return export.main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "recipes": _recipes,
     "report": _report,
     "checkpoint": _checkpoint,
     "weights": _weights,
+    "export": _export,
 }
 
 

@@ -12,7 +12,7 @@ from fd_large.engine.live_weights import load_weights
 from fd_large.models.registry import build
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Teacher
+from fd_large.recipes.sections import Teacher
 from fd_large.weights.settle import settle
 
 # No test may ask a server.

@@ -14,7 +14,7 @@ from fd_large.distill.task import Task
 from fd_large.engine.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
-from fd_large.recipes.run import Optim
+from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
 

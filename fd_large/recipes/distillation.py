@@ -15,7 +15,8 @@ multiply-add) x 300 x 1,281,167 images, at an assumed 200 TFLOP/s a GPU (a fifth
 
 from __future__ import annotations
 
-from fd_large.recipes.run import Batch, Data, Optim, Run, Student, Teacher
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Batch, Data, Optim, Student, Teacher
 
 PAPER_BATCH = Batch(global_batch_size=2048)
 

@@ -40,7 +40,8 @@ a GPU; 3 x student + teacher, and one more student forward with checkpoints.
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Batch, Data, Optim, Run, Student, Teacher
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Batch, Data, Optim, Student, Teacher
 
 # 1b, huge and giant have window 12 as their own; base and large are named with 14, for 224 px.
 WINDOW_12 = Architecture(window_size=12)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Batch, Data, Eval, Optim, Run, Runtime, Student, Teacher
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Batch, Data, Eval, Optim, Runtime, Student, Teacher
 
 
 def quickstart() -> Run:

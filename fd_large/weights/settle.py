@@ -14,7 +14,8 @@ from typing import Any
 from fd_large.errors import WeightsError
 from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
-from fd_large.recipes.run import AUTO, Run, Student, Teacher
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import AUTO, Student, Teacher
 from fd_large.weights.source import MODULE, TIMM, Weights, open_weights
 
 log = logging.getLogger(__name__)

@@ -8,19 +8,17 @@ import pytest
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import (
+from fd_large.recipes.fields import describe_type, field_names
+from fd_large.recipes.run import Run, difference
+from fd_large.recipes.sections import (
     Batch,
     Data,
     Engine,
     Objective,
     Optim,
-    Run,
     Runtime,
     Student,
     Teacher,
-    describe_type,
-    difference,
-    field_names,
 )
 
 
@@ -169,7 +167,7 @@ def test_run_dir_follows_the_name_unless_given():
 
 
 def test_field_names_flatten_nested_sections():
-    names = field_names()
+    names = field_names(Run)
     assert {"name", "optim.base_lr", "teacher.architecture.depths"} <= set(names)
     assert "teacher.architecture" not in names
     assert describe_type(names["batch.micro_batch_size"]) == "a whole number or auto"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fd_large.recipes import registry
-from fd_large.recipes.run import Batch, Runtime
+from fd_large.recipes.sections import Batch, Runtime
 from fd_large.runtime.hooks import Setting, Update
 
 

@@ -16,7 +16,8 @@ from fd_large.models.swin import Swin
 from fd_large.models.windows import coordinate_table
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
-from fd_large.recipes.run import Run, Teacher
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Teacher
 from fd_large.weights.recognise import recognise
 from fd_large.weights.settle import settle
 from fd_large.weights.source import open_weights

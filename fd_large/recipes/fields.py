@@ -1,0 +1,164 @@
+"""Fields of the recipe's dataclasses: their types, checks and plain values.
+
+A section checks itself when it is made, so that a wrong value is told the same way from the command
+line, a recipe and a stored recipe.json.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fd_large.errors import ConfigError, nearest
+
+
+def field_names(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Returns {"student.model": type, ...}: every field of a dataclass, nested ones flattened."""
+    names: dict[str, Any] = {}
+    for name, hint in hints_of(cls).items():
+        if is_dataclass(hint):
+            names |= field_names(hint, f"{prefix}{name}.")
+        else:
+            names[prefix + name] = hint
+    return names
+
+
+def describe_type(hint: Any) -> str:
+    """Returns words for a field's type: "a whole number or auto"."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        options = [str(option) for option in get_args(hint)]
+        return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(part) for part in get_args(hint))
+    if origin is tuple:
+        count, part = len(get_args(hint)), get_args(hint)[0]
+        some = "" if Ellipsis in get_args(hint) else f"{count} "
+        return some + {int: "whole numbers", float: "numbers"}.get(part, describe_type(part))
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "True or False",
+        NoneType: "None",
+    }.get(hint, f"a section {getattr(hint, '__name__', hint)}")
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+_Section = TypeVar("_Section")
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Field name to type, annotations evaluated; cached because every construction asks."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; True is no number here."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in get_args(hint))
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in get_args(hint))
+    if origin is tuple:
+        parts = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if Ellipsis in parts:
+            return all(fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(fits, value, parts))
+    if hint is float:  # A whole number will do; True is not a number here.
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def check_types(section: Any, where: str) -> None:
+    """Raises ConfigError where a value is not of its field's type."""
+    for name, hint in hints_of(type(section)).items():
+        value = getattr(section, name)
+        if not fits(value, hint):
+            raise ConfigError(
+                f"{where}.{name}: a value of the wrong type; got {value!r},"
+                f" expected {describe_type(hint)}. Mend the value."
+            )
+
+
+def require(ok: bool, what: str, got: Any, expected: str, remedy: str = "") -> None:
+    """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok."""
+    if not ok:
+        remedy = remedy or f"Mend --{what.partition(':')[0]}"
+        raise ConfigError(f"{what}; got {got}, expected {expected}. {remedy}.")
+
+
+def positive(where: str, value: float) -> None:
+    """Raises ConfigError unless the value is a finite number above 0."""
+    require(0 < value < math.inf, f"{where}: must be positive", value, "a number above 0")
+
+
+def not_negative(where: str, value: float) -> None:
+    """Raises ConfigError unless the value is a finite number from 0 up."""
+    require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number from 0 up")
+
+
+def at_least(where: str, value: int, least: int, unit: str) -> None:
+    """Raises ConfigError below a least number of units."""
+    require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, all the way down, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.base_lr": value, ...} of a section and all inside it."""
+    named: dict[str, Any] = {}
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if is_dataclass(value):
+            named |= flat(value, f"{prefix}{f.name}.")
+        else:
+            named[prefix + f.name] = value
+    return named
+
+
+def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
+    """The dataclass that `plain` of `asdict` came from; absent keys take the defaults."""
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{prefix.rstrip('.') or 'recipe'}: not a section; got {values!r}, expected names with"
+            " values. Write the section as a JSON object."
+        )
+    hints = hints_of(cls)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            close = nearest(prefix + name, [prefix + known for known in hints])
+            raise ConfigError(f"{prefix}{name}: no such field; {close}")
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = from_plain(hint, value, f"{prefix}{name}.")
+        elif isinstance(value, list):  # JSON has no tuples.
+            value = tuple(value)
+        if not is_dataclass(hint) and not fits(value, hint):
+            raise ConfigError(
+                f"{prefix}{name}: a value of the wrong type; got {value!r},"
+                f" expected {describe_type(hint)}. Mend the value."
+            )
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:  # A field without a default is absent.
+        where = prefix.rstrip(".") or "recipe"
+        raise ConfigError(f"{where}: incomplete; {error}. Add the field.") from None
