@@ -80,14 +80,25 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 engine.deepspeed.save_checkpoint(str(scratch / "deepspeed"), tag="state")
                 taken = time.perf_counter() - begin
             else:
-                manifest = {"update": turn, "world_size": world, "layout": layout}
+                manifest = {
+                    "update": turn,
+                    "samples": 0,
+                    "world_size": world,
+                    "zero_stage": 3,
+                    "teacher_hash": "",
+                    "layout": layout,
+                }
                 saver.begin(manifest, state.pieces(engine))
                 taken = time.perf_counter() - begin
                 saver.wait()
-                distributed.barrier()
-                saver.finish(failed_anywhere=distributed.any_rank(saver.failed))
+                failed = distributed.any_rank(saver.failed)
+                # Training stands still for the commit as well, some updates later.
+                before_commit = time.perf_counter()
+                saver.finish(failed_anywhere=failed)
+                taken += time.perf_counter() - before_commit
                 if kind == "ours, waiting":
                     taken = time.perf_counter() - begin
+                saver.close()
             distributed.barrier()
             if turn:  # The first round warms the page cache and the allocator.
                 seconds[kind].append(distributed.max_rank(taken))

@@ -7,8 +7,10 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from launch import Started
 from safetensors.torch import load_file
 from twin import start
 
@@ -23,31 +25,61 @@ def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
     return {key: torch.cat(values) for key, values in parts.items()}
 
 
+def updates_done(started: Started) -> int:
+    """Updates that this start has finished, by its own words."""
+    return "".join(started.outputs()).count("  update ")
+
+
+def resumed_from(started: Started) -> int:
+    """The update that this start went on from; 0 for the beginning."""
+    text = "".join(started.outputs())
+    return int(text.split("resumed after update ")[1].split()[0]) if "resumed after" in text else 0
+
+
 def kill_and_resume(
     pictures: Path, run_dir: Path, kills: int, seed: int, *more: str
-) -> list[dict[str, object]]:
-    """Trains with kills at random moments, a third inside a save; what each one met."""
+) -> list[dict[str, Any]]:
+    """Trains with kills at random moments of training, a third inside a save.
+
+    Returns: of each kill, whether the run was alive, whether a save was under way (a `.part` folder
+        that was not there before this start's first update), whether all ranks were killed, and
+        from which update this start had gone on.
+    """
     draw = random.Random(seed)
     met = []
     for number in range(kills):
         inside_a_save, everyone = number % 3 == 0, draw.random() < 0.5
         started = start(pictures, run_dir, *more)
         try:
-            before = time.monotonic()
-            while not list(run_dir.glob("metrics.jsonl")) and time.monotonic() < before + 60:
+            deadline = time.monotonic() + 120
+
+            def running(until: float = deadline, run: Started = started) -> bool:
+                alive = all(process.poll() is None for process in run.processes)
+                return alive and time.monotonic() < until
+
+            # Leftovers of the last kill are swept before the first update.
+            while running() and updates_done(started) < 1:
                 time.sleep(0.02)
-            time.sleep(draw.uniform(0.0, 4.0))
-            parts: list[Path] = []
-            while inside_a_save and not parts and time.monotonic() < before + 90:
-                if all(process.poll() is not None for process in started.processes):
-                    break
-                parts = list(run_dir.glob("checkpoints/*.part"))
+            rest = draw.uniform(0.0, 2.0)
+            begin = time.monotonic()
+            while running() and time.monotonic() < begin + rest:
+                time.sleep(0.01)
+            saving = False
+            while inside_a_save and not saving and running():
+                saving = bool(list(run_dir.glob("checkpoints/step_*.part/rank_*")))
+            alive = running()
             victims = started.processes if everyone else [draw.choice(started.processes)]
-            alive = any(process.poll() is None for process in started.processes)
             for process in victims:
                 if process.poll() is None:
                     os.kill(process.pid, signal.SIGKILL)
-            met.append({"in a save": bool(parts), "alive": alive, "all": everyone})
+            met.append(
+                {
+                    "alive": alive,
+                    "in a save": saving and alive,
+                    "all": everyone,
+                    "resumed from": resumed_from(started),
+                }
+            )
         finally:
             started.kill()
     return met

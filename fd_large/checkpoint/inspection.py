@@ -66,6 +66,11 @@ def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
     """
     runtime = json.loads((folder / "recipe.json").read_text())["runtime"]
     keep = runtime["keep_last"] if keep_last is None else keep_last
+    if keep < 1:
+        raise ConfigError(
+            f"checkpoint prune: --keep_last: nothing would stay; got {keep}, expected 1 or more. "
+            "Remove the run's folder by hand if that is meant."
+        )
     newest = store.complete(folder)[-1]
     problems = store.verify(newest)
     if problems:

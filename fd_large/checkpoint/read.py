@@ -78,6 +78,9 @@ def newest_sound(
         problems = [p for p in distributed.gather_objects(problem) if p]
         if not problems:
             assert item is not None
+            if distributed.is_main():
+                # They would count among the newest that stay, and push sound ones out.
+                store.set_aside(folder, names[names.index(name) + 1 :])
             return Reader(item, wanted), complaints
         complaints.append(problems[0])
     return None, complaints

@@ -18,7 +18,8 @@ from typing import Any
 
 PART = ".part"
 CHUNK = 1 << 24
-MANIFEST_KEYS = {"update", "world_size", "layout"}
+MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage", "teacher_hash"}
+DAMAGED = "damaged_"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,15 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError):
         return None
-    sound = isinstance(manifest, dict) and manifest.keys() >= MANIFEST_KEYS
+    if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
+        return None
+    own = manifest.pop("crc32", None)
+    sound = own == _crc_of(manifest) and path.name == name_of(manifest["update"])
     return manifest if sound else None
+
+
+def _crc_of(manifest: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def checksum(path: Path) -> str:
@@ -117,8 +125,26 @@ def verify(stored: Stored, said: Callable[[str], None] = lambda text: None) -> l
     return problems
 
 
+def set_aside(folder: Path, names: list[str]) -> None:
+    """Renames damaged checkpoints, so that they are kept for a look and count no more; rank 0."""
+    for name in names:
+        path = checkpoints_of(folder) / name
+        aside = path.with_name(DAMAGED + name)
+        shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            path.rename(aside)
+
+
 def commit(part: Path, manifest: dict[str, Any]) -> Path:
-    """Makes a fully written `.part` folder current, in one atomic step; rank 0 calls it."""
+    """Makes a fully written `.part` folder current, in one atomic step; rank 0 calls it.
+
+    Raises: OSError: if a rank's file is not there, or the disk takes no more.
+    """
+    for rank in range(manifest["world_size"]):
+        for name in (file_of(rank), receipt_of(rank)):
+            if not (part / name).is_file():
+                raise OSError(f"{part / name} is missing: do all nodes share this folder?")
+    manifest = {**manifest, "crc32": _crc_of(manifest)}
     with (part / "manifest.json").open("w") as file:
         json.dump(manifest, file, indent=1)
         file.write("\n")
@@ -142,7 +168,7 @@ def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
     """Removes all but the last `keep_last` and every `keep_every`-th update (0: none); rank 0."""
     removed = []
     stored = complete(folder)
-    for old in stored[: max(0, len(stored) - keep_last)]:
+    for old in stored[: max(0, len(stored) - max(1, keep_last))]:
         if keep_every and old.update % keep_every == 0:
             continue
         # Out of sight first: a half removed folder must not look complete.

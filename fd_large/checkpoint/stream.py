@@ -1,4 +1,4 @@
-"""A stored checkpoint as (name, full tensor), one at a time, on a machine with nothing but torch."""
+"""A stored checkpoint as (name, full tensor), one at a time, without process group or engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fd_large.checkpoint import store
-from fd_large.checkpoint.read import Reader, newest_sound
+from fd_large.checkpoint.read import Reader
 from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -23,18 +23,21 @@ Shape = tuple[int, ...]
 def newest(folder: Path) -> Reader:
     """Opens a run's newest sound checkpoint, every file of it checked against its receipt.
 
+    Only reads: the run may be another user's, or still train. No collective.
+
     Raises: CheckpointError: if the run has none.
     """
-    reader, complaints = newest_sound(folder, lambda layout: set(range(layout.ranks)))
-    for complaint in complaints:
+    complaint = "no complete checkpoint"
+    for stored in reversed(store.complete(folder)):
+        problems = store.verify(stored)
+        if not problems:
+            return Reader(stored, set(range(stored.manifest["world_size"])))
+        complaint = f"{stored.path}: {problems[0]}"
         log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
-    if reader is None:
-        got = complaints[0] if complaints else "no complete checkpoint"
-        raise CheckpointError(
-            f"{store.checkpoints_of(folder)}: no sound checkpoint; got {got}, expected one that "
-            "was written whole. Train the run first, or restore its files."
-        )
-    return reader
+    raise CheckpointError(
+        f"{store.checkpoints_of(folder)}: no sound checkpoint; got {complaint}, expected one that "
+        "was written whole. Train the run first, or restore its files."
+    )
 
 
 def stream(

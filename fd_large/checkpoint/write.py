@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,6 +59,7 @@ class Saver:
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self._thread: threading.Thread | None = None
+        self._pruner: threading.Thread | None = None
         self._problem: str | None = None
         self._manifest: dict[str, Any] = {}
         self._part = Path()
@@ -86,6 +86,7 @@ class Saver:
         """Copies the state to host memory and starts to write it; blocks for the copy only."""
         assert not self.begun
         start = time.perf_counter()
+        self.close()
         self._manifest, self._problem = manifest, None
         self._part = store.checkpoints_of(self.folder) / (
             store.name_of(manifest["update"]) + store.PART
@@ -117,10 +118,22 @@ class Saver:
         """
         self.wait()
         self._thread = None
+        if not failed_anywhere and distributed.is_main():
+            try:
+                final = store.commit(self._part, self._manifest)
+                log.info("checkpoint: %s", final)
+            except OSError as error:
+                self._problem = str(error)
         if self._problem:
             log.error("CHECKPOINT NOT WRITTEN on rank %d: %s", distributed.rank(), self._problem)
+        # All ranks count the same failures.
+        written = distributed.broadcast_object(not failed_anywhere and not self._problem)
         if distributed.is_main():
-            if failed_anywhere:
+            if written:
+                # What goes may be large: beside training, and done before the next save.
+                self._pruner = threading.Thread(target=self._prune, name="prune")
+                self._pruner.start()
+            else:
                 shutil.rmtree(self._part, ignore_errors=True)
                 log.error(
                     "CHECKPOINT of update %d was thrown away; the ones before it stay, training "
@@ -128,12 +141,20 @@ class Saver:
                     self._manifest["update"],
                     self.folder,
                 )
-            else:
-                final = store.commit(self._part, self._manifest)
-                store.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
-                log.info("checkpoint: %s", final)
         self._problem = None
-        return not failed_anywhere
+        return written
+
+    def close(self) -> None:
+        """Waits until old checkpoints are removed."""
+        if self._pruner is not None:
+            self._pruner.join()
+            self._pruner = None
+
+    def _prune(self) -> None:
+        try:
+            store.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:
+            log.warning("old checkpoints stay: %s", error)
 
     def _write(self, copies: dict[str, Tensor]) -> None:
         rank = distributed.rank()
@@ -153,7 +174,7 @@ class Saver:
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(self._part / store.receipt_of(rank))
-        except (OSError, SafetensorError) as error:
-            self._problem = str(error).splitlines()[0]
+        except Exception as error:  # Whatever it was, this rank's part is not there.
+            self._problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             # Room for the others, and for what training itself writes.
             path.unlink(missing_ok=True)

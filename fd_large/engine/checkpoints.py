@@ -41,8 +41,11 @@ class Checkpoints:
         )
         self._failures = 0
         self._saved: int | None = None
+
+    def sweep(self) -> None:
+        """Removes what a killed run left half written; before a run trains, never beside one."""
         if distributed.is_main():
-            store.sweep(folder)
+            store.sweep(self._folder)
         distributed.barrier()
 
     def say_what_disk_it_takes(self, total_updates: int) -> None:
@@ -92,11 +95,13 @@ class Checkpoints:
             "checkpoint of update %d: training stood %.2f s", update, self._saver.stall_seconds
         )
 
-    def settle(self) -> None:
-        """Waits for the checkpoint under way, on all ranks."""
+    def settle(self) -> bool:
+        """Waits for the checkpoint under way, on all ranks; says whether the last one is there."""
         if self._saver.begun:
             self._saver.wait()
             self._finish(distributed.any_rank(self._saver.failed))
+        self._saver.close()
+        return self._failures == 0
 
     def resume(self) -> int:
         """Restores the newest sound checkpoint; returns its updates, 0 where there is none.

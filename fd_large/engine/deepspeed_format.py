@@ -68,7 +68,11 @@ def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> in
         )
     updates = engine.global_steps
     opened.checkpoints.save(updates)
-    opened.checkpoints.settle()
+    if not opened.checkpoints.settle():
+        raise CheckpointError(
+            f"checkpoint import: {run_dir}: the checkpoint was not written; got a failed save, "
+            "expected room for it. Make room and start the same command again."
+        )
     return updates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +14,20 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.data.decode import decode
 from fd_large.data.draws import uniforms
+from fd_large.data.sampler import epoch_order
 from fd_large.data.source import PictureSource
 from fd_large.data.views import NUM_DRAWS, random_view
 from fd_large.distill.inspection import best_constant_loss, feature_panel
 from fd_large.distill.objective import Distillation
 from fd_large.engine.build import Engine
+from fd_large.errors import DataError
 
 # Views of an epoch that no training reaches: crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
 PANEL_IMAGES = 4
+TRIES = 10
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -36,8 +42,9 @@ class Evaluation:
         micro_batch_size: Views per forward.
         seed: Of the crops.
         max_pixels: Larger pictures are refused before they are decoded.
+        skip_bad: Take the next picture for one that cannot be used, as training does.
 
-    Raises: DataError: for a picture that cannot be used: held-out sets are mended by hand.
+    Raises: DataError: for a picture that cannot be used, unless such are skipped.
     """
 
     def __init__(
@@ -51,17 +58,33 @@ class Evaluation:
         micro_batch_size: int,
         seed: int,
         max_pixels: int,
+        skip_bad: bool = False,
     ) -> None:
         self.name, self._micro = name, micro_batch_size
         world = distributed.world_size()
         self._mine = np.arange(distributed.rank(), views, world)
         # Under ZeRO-3 every rank runs as many forwards as the one with most views.
         self._rounds = math.ceil(math.ceil(views / world) / micro_batch_size)
-        draws = uniforms(seed, EVALUATION_EPOCH, np.arange(views), "view", NUM_DRAWS).tolist()
+        cuts = np.arange(max(views, PANEL_IMAGES))
+        draws = uniforms(seed, EVALUATION_EPOCH, cuts, "view", NUM_DRAWS).tolist()
+        # Spread over the set, which may list its classes one after the other.
+        places = np.arange(min(len(cuts), len(source)))
+        order = epoch_order(len(source), seed, EVALUATION_EPOCH, places)
+        tries = TRIES if skip_bad else 1
+
+        def picture(view: int) -> Tensor:
+            for number in range(tries):
+                index = int(order[(view + number) % len(order)])
+                try:
+                    return decode(source.read(index), source[index], max_pixels=max_pixels)
+                except DataError as error:
+                    if number + 1 == tries:
+                        raise
+                    log.warning("skipped in evaluation: %s", error)
+            raise AssertionError("one try at least")
 
         def cut(view: int) -> Tensor:
-            index = view % len(source)
-            image = decode(source.read(index), source[index], max_pixels=max_pixels)
+            image = picture(view)
             return random_view(
                 image, draws[view], image_size=image_size, min_crop_scale=min_crop_scale
             )

@@ -60,7 +60,7 @@ def train_updates(
     evaluate: Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]] | None = None,
     time_box: TimeBox | None = None,
 ) -> str:
-    """Trains from `setting.first_update` to the end; returns `done` or `stopped`.
+    """Trains from `setting.first_update` to the end; returns `done`, `stopped` or `not saved`.
 
     Args:
         engine: The task in its engine.
@@ -128,8 +128,10 @@ def train_updates(
                 raise too_bad
             if stopped:
                 break
-    checkpoints.settle()
+    saved = checkpoints.settle()
     status = "done" if update >= plan.schedule.total else "stopped"
+    if not saved:
+        status = "not saved"
     for hook in hooks:
         hook.on_end(status)
     return status

@@ -123,13 +123,24 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     folder, engine, teacher, source = opened.folder, opened.engine, opened.teacher, opened.source
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
+    opened.checkpoints.sweep()
+    first = opened.checkpoints.resume()
     time_box = None
     if run.optim.max_seconds:
-        time_box = TimeBox(run.optim.max_seconds, folder, total, run.eval.every)
+        time_box = TimeBox(
+            run.optim.max_seconds, folder, total, first=first, evaluate_every=run.eval.every
+        )
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
-    first = opened.checkpoints.resume()
+    size, launch = opened.micro_batch_size, opened.launch
+    setting = Setting(folder, run, first, total, size, opened.accumulation, launch.world_size)
     if first >= total:
+        if distributed.broadcast_object(not (folder / "summary.json").exists()):
+            # A kill between the last checkpoint and the summary.
+            for hook in hooks:
+                hook.on_start(setting)
+            for hook in hooks:
+                hook.on_end("done")
         log.info("%s: finished after %d updates; nothing to do", folder, first)
         return 0
     if first:
@@ -139,8 +150,6 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     schedule = CosineSchedule(
         peak, warmup_start, minimum, total, int(run.optim.warmup_epochs * per_epoch)
     )
-    size, launch = opened.micro_batch_size, opened.launch
-    setting = Setting(folder, run, first, total, size, opened.accumulation, launch.world_size)
 
     def batches(epoch: int, first_update: int) -> Any:
         return build_loader(
@@ -194,7 +203,8 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     if (now := teacher.hash_now()) != teacher.fingerprint:
         raise AssertionError(f"the teacher changed: hash {teacher.fingerprint}, now {now}")
     log.info("%s: %s", status, folder)
-    return 0
+    # 75: the last checkpoint stands; the same command goes on from it.
+    return 75 if status == "not saved" else 0
 
 
 def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> int:
@@ -251,6 +261,7 @@ def _evaluation(
                 micro_batch_size=micro_batch_size,
                 seed=run.runtime.seed,
                 max_pixels=run.data.max_pixels,
+                skip_bad=name == "unseen_crops",
             )
             for name, of in pictures.items()
         ]

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fd_large import distributed
-from fd_large.runtime.run_folder import write_json
+from fd_large.runtime.run_folder import write_json, written_or_told
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,15 @@ class TimeBox:
         seconds: Of training.
         folder: The run's; the decision is kept in time_box.json.
         most: Updates that the recipe allows at most.
+        first: Update that the run starts or goes on at.
         evaluate_every: Updates between evaluations, which take time of the box too; 0: none.
     """
 
-    def __init__(self, seconds: float, folder: Path, most: int, evaluate_every: int = 0) -> None:
+    def __init__(
+        self, seconds: float, folder: Path, most: int, *, first: int = 0, evaluate_every: int = 0
+    ) -> None:
         self.seconds, self.most, self.evaluate_every = seconds, most, evaluate_every
+        self.first = first
         self._evaluation_seconds = 0.0
         self._path = folder / "time_box.json"
         self._start = self._last = time.monotonic()
@@ -65,10 +69,12 @@ class TimeBox:
         with_evaluations = each
         if self.evaluate_every:
             with_evaluations += self._evaluation_seconds / self.evaluate_every
-        total = min(self.most, MEASURED_UPDATES + max(0, int(left / with_evaluations)))
+        done = self.first + MEASURED_UPDATES
+        total = min(self.most, done + max(0, int(left / with_evaluations)))
         total = distributed.broadcast_object(total)
         if distributed.is_main():
-            write_json(self._path, {"updates": total, "seconds_per_update": each})
+            with written_or_told(self._path):
+                write_json(self._path, {"updates": total, "seconds_per_update": each})
         log.info(
             "time box: %.0f s at %.2f s an update: %d updates in all", self.seconds, each, total
         )

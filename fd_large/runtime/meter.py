@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
-from fd_large.runtime.run_folder import write_json
+from fd_large.runtime.run_folder import write_json, written_or_told
 
 log = logging.getLogger(__name__)
 
@@ -104,32 +104,33 @@ class Meter(Hook):
         last: dict[str, float] = {}
         for index in sorted(self._evaluations):
             last |= self._evaluations[index]
-        write_json(
-            setting.folder / "summary.json",
-            {
-                "status": status,
-                "recipe": run.name,
-                "student": run.student.model,
-                "teacher": {"model": run.teacher.model, "source": run.teacher.source},
-                "updates": setting.first_update + self._written,
-                "total_updates": self._total,
-                "world_size": setting.world_size,
-                "device": distributed.device().type,
-                "global_batch_size": run.batch.global_batch_size,
-                "micro_batch_size": setting.micro_batch_size,
-                "accumulation": setting.accumulation,
-                "loss_start": self._first_loss,
-                "loss_end": self._last_loss,
-                "held_out_loss_start": first.get("held_out_loss"),
-                "held_out_loss": last.get("held_out_loss"),
-                "held_out_cosine": last.get("held_out_cosine"),
-                "loss_best_constant": last.pop("held_out_best_constant", None),
-                # Whatever else was evaluated, under its own name.
-                **last,
-                "images_per_second": images / self._seconds if images > 0 else None,
-                "peak_memory_bytes": peak,
-            },
-        )
+        with written_or_told(setting.folder / "summary.json"):
+            write_json(
+                setting.folder / "summary.json",
+                {
+                    "status": status,
+                    "recipe": run.name,
+                    "student": run.student.model,
+                    "teacher": {"model": run.teacher.model, "source": run.teacher.source},
+                    "updates": setting.first_update + self._written,
+                    "total_updates": self._total,
+                    "world_size": setting.world_size,
+                    "device": distributed.device().type,
+                    "global_batch_size": run.batch.global_batch_size,
+                    "micro_batch_size": setting.micro_batch_size,
+                    "accumulation": setting.accumulation,
+                    "loss_start": self._first_loss,
+                    "loss_end": self._last_loss,
+                    "held_out_loss_start": first.get("held_out_loss"),
+                    "held_out_loss": last.get("held_out_loss"),
+                    "held_out_cosine": last.get("held_out_cosine"),
+                    "loss_best_constant": last.pop("held_out_best_constant", None),
+                    # Whatever else was evaluated, under its own name.
+                    **last,
+                    "images_per_second": images / self._seconds if images > 0 else None,
+                    "peak_memory_bytes": peak,
+                },
+            )
 
     def _flush(self) -> None:
         if not self._pending:
@@ -180,13 +181,15 @@ class Meter(Hook):
         if not self._evaluations and not path.exists():
             return
         aside = path.with_name(path.name + ".part")
-        aside.write_text(
-            "".join(
-                json.dumps({"update": index, **self._evaluations[index]}) + "\n"
-                for index in sorted(self._evaluations)
+        # All rows each time: what a full disk did not take is written with the next evaluation.
+        with written_or_told(path):
+            aside.write_text(
+                "".join(
+                    json.dumps({"update": index, **self._evaluations[index]}) + "\n"
+                    for index in sorted(self._evaluations)
+                )
             )
-        )
-        aside.replace(path)
+            aside.replace(path)
 
 
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 from fd_large import distributed
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run, difference
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
 
@@ -28,6 +33,15 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def written_or_told(what: object) -> Iterator[None]:
+    """For files that a run can do without: a full disk is told, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s: NOT WRITTEN: %s", what, error)
 
 
 def open_folder(run: Run, *, fresh: bool) -> Path:

@@ -67,6 +67,7 @@ def _teacher(teacher: Teacher) -> Teacher:
     return replace(
         teacher,
         model=model,
+        source=weights.source,
         architecture=_sparse(architecture, named),
         statistics=tuple(map(float, statistics)),
     )
@@ -85,7 +86,7 @@ def _student(student: Student) -> Student:
         where="--student.init",
         section="student",
     )
-    return replace(student, architecture=_sparse(architecture, named))
+    return replace(student, init=weights.source, architecture=_sparse(architecture, named))
 
 
 def _is_foreign(teacher: Teacher) -> bool:

@@ -1,4 +1,4 @@
-"""safetensors files written tensor by tensor, cut at a chosen size, with an index as Hugging Face's.
+"""safetensors written tensor by tensor, cut at a chosen size, with an index as Hugging Face's.
 
 The format wants its header first; the header needs shapes only, so that no file has to stand in
 memory before it is written. Source: the safetensors format, and transformers' sharded checkpoints.
@@ -78,7 +78,7 @@ def write_shards(
             _write_header(file, tensors)
             for expected, shape in tensors.items():
                 name, tensor = next(stream)
-                assert name == expected and tuple(tensor.shape) == shape, (name, expected)
+                assert (name, tuple(tensor.shape)) == (expected, shape)
                 _write_values(file, tensor)
             file.flush()
             os.fsync(file.fileno())

@@ -2,13 +2,14 @@
 
 A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
 `open_clip:ARCH/TAG`, `timm:NAME` or `module:package.file:function`. All but the last two end in a
-file, which `open_weights` opens; nets of timm and of one's own bring their weights themselves.
+file, which `open_weights` opens; nets of timm and of one's own bring their weights themselves. What
+a path means beside files (a run's checkpoint) is read by whoever `serve`s it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Weights:
     """An opened file of a net, in our names; nothing is read yet.
 
     Attributes:
-        source: As the user gave it.
+        source: As the user gave it; of a run's folder the checkpoint that was taken.
         form: Its format's name.
         file: Its tensors as they are.
         pieces: Our names to what makes each.
@@ -154,6 +155,37 @@ class Weights:
         )
 
 
+class Stored(NamedTuple):
+    """A net of this project's that no weights file holds.
+
+    Attributes:
+        path: By which it is opened again, whatever is stored since.
+        file: Its tensors in our names.
+        architecture: Every field of its family set.
+        statistics: By which its images are normalised.
+    """
+
+    path: Path
+    file: Tensors
+    architecture: Architecture
+    statistics: Statistics
+
+
+# (path, what the user set) -> the net, or None where the path means nothing to it.
+StoredReader = Callable[[Path, str], Stored | None]
+_readers: list[StoredReader] = []
+
+
+def serve(reader: StoredReader) -> None:
+    """Has paths asked of a reader before they are taken for files; for rooms that may not be here.
+
+    Args:
+        reader: Without collectives.
+    """
+    if reader not in _readers:
+        _readers.append(reader)
+
+
 class Told(NamedTuple):
     """A source that ends in a file, and what its name tells of the net."""
 
@@ -173,7 +205,11 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
     """
     told = locate(str(source), where=where)
     name, part = split_part(told.path, where=where)
-    file, names = _part(read(name, where=where, part=part), part, name, where)
+    stored = _stored(Path(name), where) if part in ("", "student") else None
+    if stored is None:
+        file, names = _part(read(name, where=where, part=part), part, name, where)
+    else:
+        file, names, source = stored.file, [], stored.path
     form = detect(file, where=where, wrapping=file.wrapping)
     if form == "open_clip" and part == "teacher":
         form = "openai_clip"  # The only CLIP that the Feature-Distillation repository teaches with.
@@ -187,7 +223,11 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
     elif projector:
         pieces = {n: p for n, p in pieces.items() if n not in projector}
         dropped += [source for piece in projector.values() for source in piece.sources]
-    config = beside(file.path, form, where=where) if file.path else Beside(Architecture(), None)
+    config = Beside(Architecture(), None)
+    if stored is not None:
+        config = Beside(stored.architecture, stored.statistics, own=True)
+    elif file.path:
+        config = beside(file.path, form, where=where)
     known = _filled(told.architecture, config.architecture)
     statistics = told.statistics or config.statistics
     if not config.own:  # Names that are ours alone say nothing of who trained the weights.
@@ -222,6 +262,10 @@ def locate(source: str, *, where: str = "weights") -> Told:
             "file of weights. Name it as --teacher.source."
         )
     return Told(Path(source))
+
+
+def _stored(path: Path, where: str) -> Stored | None:
+    return next((found for reader in _readers if (found := reader(path, where))), None)
 
 
 def _from_hub(repository: str, where: str) -> Path:

@@ -1,7 +1,7 @@
 """Weights into files that others read: our own export, the official names, timm's.
 
-A writer takes the (name, tensor) of a net in our names, whoever supplies them. Exports of a run
-(model cards, sharded files) build on these.
+A writer takes the (name, tensor) of a net in our names, whoever supplies them. The export of a run
+(export.py) streams; this writes a net that fits in memory.
 """
 
 from __future__ import annotations
@@ -108,20 +108,24 @@ def _is_beit(architecture: Architecture) -> bool:
     return architecture.relative_position != "none" or architecture.qkv_bias == "qv"
 
 
-def _check_timm(a: Architecture) -> None:
-    lacks = ""
+def lacks_in_timm(a: Architecture) -> str:
+    """Says what of a net timm's of the same family has not; empty: it has all."""
     if a.family == "vit" and _is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
-        lacks = "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
-    elif a.family == "vit" and a.qkv_bias == "qkv":
-        lacks = "its ViT has one vector for the three biases"
-    elif a.family == "swinv2" and a.extra_norm_every:
-        lacks = "its SwinV2 has no norms on the main path"
-    elif a.family == "swinv2" and a.shared_position_bias:
-        lacks = "its SwinV2 has a position bias per block"
-    elif a.family.startswith("swin") and a.absolute_position:
-        lacks = "its Swin nets have no absolute positions"
-    if lacks:
+        return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
+    if a.family == "vit" and a.qkv_bias == "qkv":
+        return "its ViT has one vector for the three biases"
+    if a.family == "swinv2" and a.extra_norm_every:
+        return "its SwinV2 has no norms on the main path"
+    if a.family == "swinv2" and a.shared_position_bias:
+        return "its SwinV2 has a position bias per block"
+    if a.family.startswith("swin") and a.absolute_position:
+        return "its Swin nets have no absolute positions"
+    return ""
+
+
+def _check_timm(a: Architecture) -> None:
+    if lacks := lacks_in_timm(a):
         raise WeightsError(
             f"weights convert: timm has no such net; got a {a.family} net, expected one that timm "
             f"has: {lacks}. Convert it to fd or official."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,8 @@ pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 # A third of the kills wait for a save under way.
 KILLS = 6
-EVERY_UPDATE = ("--optim.max_steps", "12", "--runtime.save_every", "1")
+# Three updates an epoch: most kills and resumes are in mid-epoch.
+EVERY_UPDATE = ("--optim.max_steps", "40", "--runtime.save_every", "1")
 TWELVE = ("--batch.global_batch_size", "12", "--optim.max_steps", "8", "--runtime.save_every", "4")
 
 
@@ -33,8 +33,11 @@ def test_killed_runs_end_with_the_same_weights(pictures: Path, tmp_path: Path) -
     train(pictures, tmp_path / "calm", *EVERY_UPDATE)
     met = kill_and_resume(pictures, tmp_path / "killed", KILLS, 0, *EVERY_UPDATE)
     train(pictures, tmp_path / "killed", *EVERY_UPDATE)
-    assert any(kill["in a save"] and kill["alive"] for kill in met), met
-    calm, killed = state(tmp_path / "calm", 12), state(tmp_path / "killed", 12)
+    assert all(kill["alive"] for kill in met), met
+    assert sum(kill["in a save"] for kill in met) == KILLS // 3, met
+    # Runs went on from where the ones before were killed, not from the beginning.
+    assert sum(kill["resumed from"] > 0 for kill in met) >= KILLS - 2, met
+    calm, killed = state(tmp_path / "calm", 40), state(tmp_path / "killed", 40)
     assert calm.keys() == killed.keys()
     for key, values in calm.items():
         assert torch.equal(values, killed[key]), key
@@ -67,19 +70,16 @@ def test_resumes_on_other_ranks_and_stages(
     train(pictures, run_dir, *TWELVE, ranks=ranks, config=config)
     expected = losses(reference)
     assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
-    # And back: what that stage wrote is read on two ranks at ZeRO-3, to the bit.
-    recipe = json.loads((run_dir / "recipe.json").read_text())
-    recipe["optim"]["max_steps"] = 9
-    (run_dir / "recipe.json").write_text(json.dumps(recipe))
-    before = state(run_dir, 8)
-    finished = train(pictures, run_dir, *TWELVE, "--optim.max_steps", "9")
-    assert "resumed after update 8 of 9" in finished.outputs[0]
-    moved = state(run_dir, 9)
-    assert before.keys() == moved.keys()
-    for key, values in before.items():
-        if key.startswith("master."):
-            # One update at the schedule's end: small, and nothing of another tensor.
-            assert (values - moved[key]).abs().max() < 1e-3, key
+    # And back, to the bit: two ranks at ZeRO-3 read what that stage wrote, and save it at once.
+    back = tmp_path / "back"
+    back.mkdir()
+    shutil.copy(run_dir / "recipe.json", back)
+    shutil.copytree(run_dir / "checkpoints", back / "checkpoints")
+    program = Path(__file__).parent / "programs" / "read_and_save.py"
+    run_ranks(program, back, ranks=2)
+    before, after = state(run_dir, 8), state(back, 9)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(values, after[key]) for key, values in before.items())
 
 
 def test_damage_is_named_and_the_one_before_is_taken(
@@ -158,7 +158,8 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     block = small_disk / "block"
     block.write_bytes(bytes(74 << 20))
     words = (*TWELVE, "--runtime.save_every", "2")
-    finished = train(pictures, run_dir, *words)
+    finished = train(pictures, run_dir, *words, check=False)
+    assert finished.returncodes == [75, 75], "the last checkpoint is not there: run me again"
     output = finished.outputs[0]
     assert "CHECKPOINT of update 4 was thrown away" in output
     assert "Make room" in output
@@ -172,8 +173,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     shutil.rmtree(run_dir)
     block.write_bytes(bytes(74 << 20))
     limited = train(pictures, run_dir, *words, "--runtime.max_failed_saves", "2", check=False)
-    assert set(limited.returncodes) <= {2, -9}
-    assert 2 in limited.returncodes
+    assert limited.returncodes[0] == 2
     assert "runtime.max_failed_saves" in "".join(limited.outputs)
 
 

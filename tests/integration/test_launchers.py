@@ -145,7 +145,8 @@ def test_an_orphan_with_a_handler_leaves_after_its_grace_or_its_save(
     program = [sys.executable, str(PROGRAMS / "waits.py"), handler, str(tmp_path)]
     command = [sys.executable, str(launcher), *program]
     started = Started(mark=f"FD_TEST_MARK={tmp_path}")
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "FD_TEST_MARK": str(tmp_path)}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environ = os.environ | {"PYTHONPATH": paths, "FD_TEST_MARK": str(tmp_path)}
     environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)

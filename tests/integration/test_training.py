@@ -170,3 +170,23 @@ def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Pa
         assert not started.pids(), "\n".join(started.outputs())
     finally:
         started.kill()
+
+
+def test_held_out_numbers_do_not_depend_on_the_ranks(pictures: Path, tmp_path: Path) -> None:
+    """Seven views over one and two ranks: one rank has a view more than the other."""
+    words = ("--eval.root", str(pictures), "--eval.views", "7", "--optim.max_steps", "1")
+    rows = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / f"on_{ranks}"
+        train(pictures, run_dir, *words, ranks=ranks)
+        lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+        summary = read(run_dir / "summary.json")
+        assert 0 < summary["held_out_loss"] < summary["held_out_loss_start"]
+    for alone, shared in zip(*rows, strict=True):
+        assert alone.keys() == shared.keys()
+        for name, value in alone.items():
+            assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    first, last = rows[0]
+    assert first["held_out_loss"] == pytest.approx(first["unseen_crops_loss"]), "the same pictures"
+    assert {"held_out_best_constant", "held_out_cosine"} <= last.keys()

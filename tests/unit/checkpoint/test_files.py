@@ -25,6 +25,7 @@ def _save(folder, update, value, **keep):
     tensor.zero_()  # Training goes on: what is written is what was.
     saver.wait()
     assert saver.finish(failed_anywhere=saver.failed)
+    saver.close()
     return store.checkpoints_of(folder) / store.name_of(update)
 
 
@@ -67,12 +68,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(folder):
     assert reader.manifest["update"] == 1
     assert str(newer) in complaints[0]
     assert "checksum" in complaints[0]
+    aside = newer.with_name("damaged_" + newer.name)
+    assert aside.is_dir(), "kept for a look, and counted no more"
+    assert [item.update for item in store.complete(folder)] == [1]
+    aside.rename(newer)
     tensors.write_bytes(content[:-8])
     assert "bytes" in store.damage(newer, 0)
     tensors.unlink()
     assert "missing" in store.damage(newer, 0)
     (newer / store.receipt_of(0)).unlink()
     assert store.receipt_of(0) in store.damage(newer, 0)
+    manifest = (newer / "manifest.json").read_text()
+    (newer / "manifest.json").write_text(manifest.replace('"update": 2', '"update": 3'))
+    assert [item.update for item in store.complete(folder)] == [1], "a digit has flipped"
     (newer / "manifest.json").write_text("{")
     assert [item.update for item in store.complete(folder)] == [1]
     _, complaints = newest_sound(folder, lambda layout: {0})
@@ -93,6 +101,15 @@ def test_a_write_that_fails_leaves_the_old_ones(folder, monkeypatch):
     assert not saver.finish(failed_anywhere=True)
     assert [item.update for item in store.complete(folder)] == [1]
     assert not list(folder.rglob("*.part"))
+
+
+def test_nothing_is_made_current_without_every_ranks_files(folder):
+    saver = Saver(folder, keep_last=2, keep_every=0)
+    manifest = {"update": 2, "world_size": 2}
+    saver.begin(manifest, [Piece("master.w", torch.zeros(5))])
+    saver.wait()
+    assert not saver.finish(failed_anywhere=saver.failed), "rank 1 wrote elsewhere"
+    assert store.complete(folder) == []
 
 
 def test_a_half_written_folder_is_invisible_and_swept(folder):
@@ -116,6 +133,8 @@ def test_list_verify_and_prune(folder):
     inspection.prune_run(folder, 1)
     assert [item.update for item in store.complete(folder)] == [4, 6]
     (store.checkpoints_of(folder) / "step_00000006" / store.file_of(0)).unlink()
+    with pytest.raises(ConfigError, match="nothing would stay"):
+        inspection.prune_run(folder, 0)
     with pytest.raises(CheckpointError, match="newest is damaged"):
         inspection.prune_run(folder, 1)
     with pytest.raises(ConfigError, match="no run"):

@@ -34,6 +34,10 @@ def test_at_most_what_the_recipe_allows_and_at_least_what_was_done(clock, tmp_pa
     assert _run(TimeBox(5.0, tmp_path, 100), clock, 1.0) == MEASURED_UPDATES
 
 
+def test_a_run_that_goes_on_counts_from_where_it_is(clock, tmp_path):
+    assert _run(TimeBox(5.0, tmp_path, 100, first=15), clock, 1.0) == 15 + MEASURED_UPDATES
+
+
 def test_a_damaged_note_is_measured_again(clock, tmp_path):
     (tmp_path / "time_box.json").write_text("{")
     assert TimeBox(240.0, tmp_path, 100).decided() is None

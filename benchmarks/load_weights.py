@@ -1,0 +1,292 @@
+"""How much memory and time does each rank take to load a large net under ZeRO-3?
+
+    python benchmarks/load_weights.py [--quick]
+
+Two CPU ranks load a ViT of more than 300M parameters from a .pth and from a .safetensors file and
+end with their share of bf16 weights and exact float32 masters. In turns, each in processes of its
+own: the public loader, and the naive one, by which every rank reads the whole file, fills a whole
+float32 net and splits it then. The growth of anonymous memory (RssAnon) over its value just before
+building is sampled by a thread. Writes benchmarks/results/load_weights.json and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+LOADERS = ("fd_large", "naive")
+FILES = ("weights.pth", "weights.safetensors")
+RANKS = 2
+ALLOWANCE = 300e6
+
+
+class PeakMemory(threading.Thread):
+    """Samples this process's anonymous memory; `growth` is the peak over the value at the start."""
+
+    def __init__(self, seconds_between: float = 0.002) -> None:
+        super().__init__(daemon=True)
+        self._between, self._done = seconds_between, threading.Event()
+        self._before = self._peak = anonymous_bytes()
+        self.samples = 0
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self._done.wait(self._between):
+            self._peak = max(self._peak, anonymous_bytes())
+            self.samples += 1
+
+    def stop(self) -> dict[str, int]:
+        """Returns bytes: the peak growth, and the growth that stays."""
+        self._done.set()
+        self.join()
+        after = anonymous_bytes()
+        return {"peak": max(self._peak, after) - self._before, "after": after - self._before}
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller net, one round")
+    parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
+    parser.add_argument("--out", type=Path, default=RESULTS / "load_weights.json")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def named(quick: bool) -> str:
+    """The net."""
+    return "vit_base_patch16" if quick else "vit_large_patch14"
+
+
+def write_files(folder: Path, name: str) -> dict[str, int]:
+    """Writes the net in both kinds of file; returns its size in parameters."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fd_large.models.registry import build
+
+    state = build(name, initialization="official", seed=1).state_dict()
+    torch.save({"model": state}, folder / "weights.pth")
+    save_file(state, folder / "weights.safetensors")
+    sizes = [tensor.numel() for tensor in state.values()]
+    return {"parameters": sum(sizes), "largest_tensor": max(sizes)}
+
+
+def load(path: Path, name: str, loader: str) -> dict[str, Any]:
+    """Loads on this rank; returns memory and seconds, and a hash of the masters of all ranks."""
+    import torch
+    from safetensors.torch import load_file
+
+    from fd_large import distributed
+    from fd_large.engine import partition, start
+    from fd_large.engine.build import student_weights
+    from fd_large.engine.live_weights import load_weights
+    from fd_large.models.registry import build
+    from fd_large.recipes import registry
+    from fd_large.weights.settle import settle
+
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    run = registry.get("fd_clip_vit_base")
+    run = replace(run, student=replace(run.student, model=name, init=str(path)))
+
+    def whole() -> torch.nn.Module:
+        net = build(name, initialization="official")
+        read = torch.load(path, map_location="cpu") if path.suffix == ".pth" else load_file(path)
+        net.load_state_dict(read.get("model", read))
+        return net
+
+    distributed.barrier()
+    memory, begin = PeakMemory(), time.perf_counter()
+    memory.start()
+    if loader == "naive":
+        net = partition.build(whole, config, partitioned=True, seed=0, whole_first=True)
+    else:
+        run = settle(run)
+        net = partition.build(
+            lambda: build(name, initialization="official"), config, partitioned=True, seed=0
+        )
+        load_weights(net, student_weights(run), where="--student.init")
+    hashed = time.perf_counter()
+    fingerprint = partition.fingerprint(net)
+    begin += time.perf_counter() - hashed  # Not part of loading.
+    masters = partition.to_bfloat16(net)
+    distributed.barrier()
+    seconds = time.perf_counter() - begin
+    grown = memory.stop()
+    assert sum(held.numel() for held in masters.values()) > 0
+    return {
+        "seconds": seconds,
+        "peak_bytes": grown["peak"],
+        "bytes_after": grown["after"],
+        "samples": memory.samples,
+        "fingerprint": fingerprint,
+    }
+
+
+def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[dict[str, Any]]:
+    """Loads once in fresh processes; returns what each rank measured."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
+    command += [__file__, "--as-rank", str(path), "--loader", loader]
+    command += ["--quick"] if arguments.quick else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = str(ROOT)
+    subprocess.run(command, env=environment, check=True)
+    return [json.loads(found_of(path, rank).read_text()) for rank in range(RANKS)]
+
+
+def found_of(path: Path, rank: int) -> Path:
+    """Where a rank leaves its numbers."""
+    return path.with_name(f"found-{rank}.json")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Peak memory and time of both loaders, side by side, for both kinds of file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    colors = {"fd_large": "#4477aa", "naive": "#bb5566"}
+    for place, loader in enumerate(LOADERS):
+        at = [i + 0.38 * (place - 0.5) for i in range(len(FILES))]
+        cases = [results["loads"][loader][file] for file in FILES]
+        for axes, values in (
+            (left, [case["peak_bytes"] / 1e9 for case in cases]),
+            (right, [case["median_seconds"] for case in cases]),
+        ):
+            bars = axes.bar(at, values, width=0.36, color=colors[loader], label=loader)
+            axes.bar_label(bars, fmt="%.2f" if axes is left else "%.1f", size=8, padding=2)
+    left.axhline(results["bound_bytes"] / 1e9, color="0.3", linestyle="--", linewidth=1)
+    left.annotate(
+        "bound", (0.5, results["bound_bytes"] / 1e9), va="bottom", ha="center", size=8, color="0.3"
+    )
+    left.set_ylabel("peak growth of RssAnon a rank, GB")
+    right.set_ylabel("seconds to load (median)")
+    for axes in (left, right):
+        axes.set_xticks(range(len(FILES)), [Path(file).suffix for file in FILES])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.15)
+    left.legend(frameon=False, loc="upper right")
+    figure.suptitle(
+        f"{results['parameters'] / 1e6:.0f}M parameters onto {RANKS} CPU ranks under ZeRO-3",
+        size=10,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def bound(sizes: dict[str, int]) -> int:
+    """A rank's bf16 and float32 master partitions, the largest tensor in float32, 300 MB."""
+    share = -(-sizes["parameters"] // RANKS)
+    return int((2 + 4) * share + 4 * sizes["largest_tensor"] + ALLOWANCE)
+
+
+def main() -> int:
+    """Starts the ranks, or is one."""
+    arguments = parse()
+    name = named(arguments.quick)
+    if arguments.as_rank:
+        found = load(arguments.as_rank, name, arguments.loader)
+        from fd_large import distributed
+
+        found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(found))
+        return distributed.leave(0)
+    rounds = 1 if arguments.quick else arguments.rounds
+    scratch = Path(tempfile.mkdtemp(prefix="load_weights_"))
+    loads: dict[str, dict[str, list]] = {loader: {file: [] for file in FILES} for loader in LOADERS}
+    try:
+        sizes = write_files(scratch, name)
+        for _ in range(rounds):
+            for file in FILES:
+                for loader in LOADERS:
+                    loads[loader][file].append(start_ranks(scratch / file, arguments, loader))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    hashes = {
+        rank["fingerprint"]
+        for files in loads.values()
+        for turns in files.values()
+        for turn in turns
+        for rank in turn
+    }
+    results = {
+        "question": __doc__.splitlines()[0],
+        "command": " ".join(["python benchmarks/load_weights.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "net": name,
+        **sizes,
+        "ranks": RANKS,
+        "bound_bytes": bound(sizes),
+        "same_masters": len(hashes) == 1,
+        "loads": {
+            loader: {file: summary(turns) for file, turns in files.items()}
+            for loader, files in loads.items()
+        },
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, arguments.out.with_suffix(".png"))
+    return tell(results)
+
+
+def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of one loader and file: the largest peak of any rank and turn, and all that was measured."""
+    seconds = [max(rank["seconds"] for rank in turn) for turn in turns]
+    return {
+        "peak_bytes": max(rank["peak_bytes"] for turn in turns for rank in turn),
+        "peak_bytes_by_rank": [[rank["peak_bytes"] for rank in turn] for turn in turns],
+        "bytes_after": max(rank["bytes_after"] for turn in turns for rank in turn),
+        "median_seconds": statistics.median(seconds),
+        "seconds": seconds,
+    }
+
+
+def tell(results: dict[str, Any]) -> int:
+    """Prints the table; returns 1 if the loader is over the bound or the weights differ."""
+    print(f"{results['net']}: {results['parameters']:,} parameters, {RANKS} ranks, ZeRO-3")
+    for file in FILES:
+        for loader in LOADERS:
+            case = results["loads"][loader][file]
+            print(
+                f"  {file:20} {loader:9} peak {case['peak_bytes'] / 1e6:7.0f} MB a rank, "
+                f"{case['median_seconds']:5.1f} s"
+            )
+    worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in FILES)
+    kept = worst < results["bound_bytes"]
+    print(f"  bound {results['bound_bytes'] / 1e6:.0f} MB: {'kept' if kept else 'BROKEN'}")
+    print(f"  masters of all loads {'equal' if results['same_masters'] else 'DIFFER'}")
+    return 0 if kept and results["same_masters"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

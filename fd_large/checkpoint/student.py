@@ -1,0 +1,117 @@
+"""A run's student as a source of weights, like a file: read lazily, straight from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fd_large.checkpoint import layout, store, stream
+from fd_large.checkpoint.read import Reader
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.models.statistics import IMAGENET
+from fd_large.plan.parameters import shapes
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+from fd_large.weights.read import Tensors
+from fd_large.weights.source import Stored, serve
+
+log = logging.getLogger(__name__)
+
+
+def trained_at(run: Run) -> Architecture:
+    """The student's architecture with the image size that its windows and tables are for."""
+    architecture = run.student_architecture()
+    if architecture.family == "swin" or (
+        architecture.family == "swinv2" and architecture.absolute_position
+    ):
+        return architecture  # Its tensors are made for its own size, whatever the images have.
+    return replace(architecture, image_size=run.data.image_size)
+
+
+def student_of(path: Path, where: str) -> Stored | None:
+    """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
+
+    Every file is checked against its receipt, once in a process. No collective: ranks that look
+    while another run trains may see different checkpoints, so the result names the one it took.
+
+    Args:
+        path: The folder of a run, or step_NNNNNNNN in its checkpoints.
+        where: What the user set, for messages.
+
+    Returns: None if the path is neither.
+    Raises: CheckpointError: if no checkpoint is sound, or it is of another net than its recipe.
+    """
+    if (path / "checkpoints").is_dir():
+        candidates = store.complete(path)[::-1]
+    elif path.name.startswith("step_") and (manifest := store.manifest_of(path)) is not None:
+        candidates = [store.Stored(path, manifest)]
+    else:
+        return None
+    complaint = "no complete checkpoint"
+    for stored in candidates:
+        problems = _problems(stored.path)
+        if not problems:
+            return _opened(stored, where)
+        complaint = f"{stored.path.name}: {problems[0]}"
+        log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+    raise CheckpointError(
+        f"{where}: {path}: no sound checkpoint; got {complaint}, expected one that was written "
+        "whole. Train the run first, or restore its files."
+    )
+
+
+def serve_runs() -> None:
+    """Lets `weights` take the folder of a run, which it knows nothing of, as a source."""
+    serve(student_of)
+
+
+@lru_cache
+def _problems(path: Path) -> tuple[str, ...]:
+    manifest = store.manifest_of(path)
+    assert manifest is not None, path
+    return tuple(store.verify(store.Stored(path, manifest)))
+
+
+def _opened(stored: store.Stored, where: str) -> Stored:
+    try:
+        architecture = trained_at(Run.from_dict(stored.manifest["recipe"]))
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(
+            f"{where}: {stored.path}: its manifest holds no recipe that can be read; got {error}, "
+            "expected what the run wrote. Export the student with the release that wrote it."
+        ) from error
+    ranks = set(range(layout.from_dict(stored.manifest["layout"]).ranks))
+    tensors = _Tensors(Reader(stored, ranks), shapes(architecture))
+    return Stored(stored.path, tensors, architecture, IMAGENET)
+
+
+class _Tensors(Tensors):
+    """The masters of a student, each read from the ranks' files when it is asked for."""
+
+    def __init__(self, reader: Reader, table: dict[str, stream.Shape]) -> None:
+        super().__init__({})
+        stream.check(reader, table, prefix=stream.STUDENT)
+        self._reader, self._table = reader, table
+
+    def __getitem__(self, name: str) -> Tensor:
+        return stream.read(self._reader, f"{stream.STUDENT}{name}", self._table[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def shape(self, name: str) -> stream.Shape:
+        """Returns a tensor's shape without reading it."""
+        return self._table[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns float32, the type of every master."""
+        return torch.float32

@@ -1,0 +1,223 @@
+"""What stands beside exported tensors: config.json; and whether a format has such a net at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fd_large.errors import ConfigError
+from fd_large.models.statistics import Statistics
+from fd_large.plan.parameters import width
+from fd_large.recipes.architectures import Architecture
+from fd_large.weights.export_names import has_extra_norms, in_official_names
+from fd_large.weights.write import config, lacks_in_timm
+
+EXPORTS = {
+    "timm": "timm's SwinV2, Swin, BEiT or ViT",
+    "hf": "Hugging Face's Swinv2Model",
+    "fd": "the names of the Feature-Distillation repository",
+}
+# timm's entry whose arguments are the nearest; config.json overrides all of them.
+_TIMM_ENTRIES = {
+    "swin": {"": "swin_base_patch4_window7_224"},
+    "swinv2": {
+        "": "swinv2_base_window8_256",
+        (96, (2, 2, 6, 2)): "swinv2_tiny_window8_256",
+        (96, (2, 2, 18, 2)): "swinv2_small_window8_256",
+        (192, (2, 2, 18, 2)): "swinv2_large_window12_192",
+    },
+    "beit": {"": "beit_base_patch16_224", (1024, (24,)): "beit_large_patch16_224"},
+    "vit": {"": "vit_base_patch16_224", (1024, (24,)): "vit_large_patch16_224"},
+}
+
+
+def check(architecture: Architecture, to: str, *, pads: bool) -> None:
+    """Refuses a net that the format does not have.
+
+    Args:
+        architecture: With the image size of the run.
+        to: One of EXPORTS.
+        pads: Whether the run pads images that do not fit.
+
+    Raises: ConfigError: naming the formats that have it.
+    """
+    lacks = {form: _lacks(architecture, form, pads) for form in EXPORTS}
+    if lacks[to]:
+        able = [f"--to {form}" for form in EXPORTS if not lacks[form]]
+        remedy = f"Use {' or '.join(able)}" if able else "No format has it: keep the checkpoint"
+        raise ConfigError(
+            f"export: --to {to}: {EXPORTS[to]} cannot hold this student; got {lacks[to]}. {remedy}."
+        )
+
+
+def configuration(architecture: Architecture, to: str, statistics: Statistics) -> dict[str, Any]:
+    """Returns config.json: what the format's own loader reads, and what ours does.
+
+    Args:
+        architecture: With the image size of the run.
+        to: One of EXPORTS, checked.
+        statistics: By which images are normalised.
+    """
+    own = architecture
+    if to == "timm" and architecture.relative_position == "shared":
+        own = replace(architecture, relative_position="block")
+    theirs: dict[str, Any] = {}
+    if to == "timm":
+        theirs = _timm(architecture, statistics)
+    elif to == "hf":
+        theirs = _hugging_face(architecture)
+    return theirs | config(own, statistics)
+
+
+def naming(architecture: Architecture, to: str) -> str:
+    """Says whose names the tensors have."""
+    if to == "fd" and in_official_names(architecture):
+        extra = "; norms on the main path are `layers.S.blocks.B.extra_norm`"
+        extra = extra if has_extra_norms(architecture) else ""
+        return f"the names of the Swin-Transformer repository{extra}"
+    return EXPORTS[to]
+
+
+def timm_class(architecture: Architecture) -> str:
+    """Returns timm's class of the net."""
+    return {
+        "swin": "timm.models.swin_transformer.SwinTransformer",
+        "swinv2": "timm.models.swin_transformer_v2.SwinTransformerV2",
+        "beit": "timm.models.beit.Beit",
+        "vit": "timm.models.vision_transformer.VisionTransformer",
+    }[_timm_family(architecture)]
+
+
+def _lacks(a: Architecture, to: str, pads: bool) -> str:
+    """What a format has not; empty: it has all."""
+    if to == "fd":
+        return ""
+    if a.family.startswith("swin"):
+        if has_extra_norms(a):
+            return f"extra_norm_every {a.extra_norm_every}, expected no norms on the main path"
+        if a.shared_position_bias:
+            return "a shared position bias, expected one per block"
+        if pads and not _fits(a):
+            return (
+                f"size_rule pad, which masks what {a.image_size} px leaves empty, expected an "
+                "image size that fits"
+            )
+        if not a.patch_norm:
+            return "no norm after the patch embedding, expected one"
+        if a.absolute_position:
+            return "absolute positions, expected none"
+        if a.norm_eps != 1e-5:
+            return f"norm_eps {a.norm_eps:g}, expected 1e-05"
+    if to == "hf":
+        return "" if a.family == "swinv2" else f"a {a.family} net, expected SwinV2"
+    if a.family == "vit":
+        beit = _timm_family(a) == "beit"
+        if a.distillation_token:
+            return "a distillation token, expected none"
+        if a.norm_eps != 1e-6:
+            return f"norm_eps {a.norm_eps:g}, expected 1e-06"
+        if beit and a.activation != "gelu":
+            return f"activation {a.activation}, expected gelu"
+        if not beit and a.patch_bias == a.pre_norm_layer:
+            return "a patch bias beside a norm before the blocks (or neither), expected one"
+    lacks = lacks_in_timm(a)
+    return f"a {a.family} net of which timm has no like: {lacks}" if lacks else ""
+
+
+def _fits(a: Architecture) -> bool:
+    """Whether every stage divides into windows and merges without padding."""
+    side, rest = divmod(a.image_size, a.patch_size)
+    for stage in range(len(a.depths)):
+        rest += side % min(a.window_size, side) if side else 1
+        if stage + 1 < len(a.depths):
+            side, odd = divmod(side, 2)
+            rest += odd
+    return rest == 0
+
+
+def _timm_family(a: Architecture) -> str:
+    if a.family != "vit":
+        return a.family
+    return "beit" if a.relative_position != "none" or a.qkv_bias == "qv" else "vit"
+
+
+def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
+    family = _timm_family(a)
+    entries = _TIMM_ENTRIES[family]
+    arguments: dict[str, Any] = {
+        "img_size": a.image_size,
+        "patch_size": a.patch_size,
+        "embed_dim": a.embed_dim,
+        "mlp_ratio": a.mlp_ratio,
+        "qkv_bias": a.qkv_bias != "none",
+    }
+    if a.family == "vit":
+        pool = "token" if a.class_token else "avg"
+        arguments |= {
+            "depth": a.depths[0],
+            "num_heads": a.num_heads[0],
+            "init_values": a.layer_scale or None,
+            "global_pool": pool,
+        }
+        if family == "beit":
+            arguments |= {
+                "use_abs_pos_emb": a.absolute_position,
+                "use_rel_pos_bias": a.relative_position != "none",
+            }
+        else:
+            arguments |= {
+                "class_token": a.class_token,
+                "pos_embed": "learn" if a.absolute_position else "none",
+                "pre_norm": a.pre_norm_layer,
+                "act_layer": a.activation,
+                "fc_norm": False,
+            }
+    else:
+        pool = "avg"
+        arguments |= {
+            "depths": list(a.depths),
+            "num_heads": list(a.num_heads),
+            "window_size": a.window_size,
+        }
+        if family == "swinv2":
+            arguments["pretrained_window_sizes"] = list(a.pretrained_window_sizes)
+    return {
+        "architecture": entries.get((a.embed_dim, a.depths), entries[""]),
+        "num_classes": 0,
+        "num_features": width(a),
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, a.image_size, a.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": list(statistics.mean),
+            "std": list(statistics.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def _hugging_face(a: Architecture) -> dict[str, Any]:
+    return {
+        "architectures": ["Swinv2Model"],
+        "model_type": "swinv2",
+        "dtype": "float32",
+        "image_size": a.image_size,
+        "patch_size": a.patch_size,
+        "num_channels": 3,
+        "embed_dim": a.embed_dim,
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "window_size": a.window_size,
+        "pretrained_window_sizes": list(a.pretrained_window_sizes),
+        "mlp_ratio": a.mlp_ratio,
+        "qkv_bias": a.qkv_bias != "none",
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "layer_norm_eps": a.norm_eps,
+        "drop_path_rate": 0.0,
+    }

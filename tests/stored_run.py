@@ -1,0 +1,58 @@
+"""The folder of a run as training leaves it, without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fd_large.checkpoint import store
+from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout
+
+
+def store_tensors(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    update: int = 3,
+    ranks: int = 1,
+    stage: int = 3,
+    recipe: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint of float32 masters as so many ranks at that ZeRO stage do."""
+    layout = layout_of({name: t.numel() for name, t in tensors.items()}, ranks, stage)
+    part = store.checkpoints_of(folder) / (store.name_of(update) + store.PART)
+    part.mkdir(parents=True)
+    for rank in range(ranks):
+        held = {}
+        for name, tensor in tensors.items():
+            span = layout.span(rank, name)
+            if span.start < span.stop:
+                held[f"master.{name}"] = tensor.reshape(-1)[span.start : span.stop].clone()
+        path = part / store.file_of(rank)
+        save_file(held, path)
+        receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
+        (part / store.receipt_of(rank)).write_text(json.dumps(receipt))
+    manifest = {
+        "update": update,
+        "samples": 64 * update,
+        "world_size": ranks,
+        "zero_stage": stage,
+        "teacher_source": "/somewhere/clip.pt",
+        "teacher_hash": "0123456789abcdef",
+        "pictures": "fingerprint-of-the-pictures",
+        "commit": "c0ffee",
+        "recipe": recipe or {},
+        "layout": layout.to_dict(),
+    }
+    return store.commit(part, manifest)
+
+
+def layout_of(sizes: dict[str, int], ranks: int, stage: int) -> Layout:
+    """ZeRO-3 cuts every tensor, stages 1 and 2 a line of them."""
+    if stage == 3:
+        return EachTensor(sizes, ranks)
+    return FlatGroups((tuple(sizes.items()),), (-(-sum(sizes.values()) // ranks),), ranks)

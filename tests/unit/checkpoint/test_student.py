@@ -1,0 +1,107 @@
+"""The folder of a run as a teacher's or a student's source."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from loading import close, initial, loaded, scattered, student_run
+from stored_run import store_tensors
+
+from fd_large.checkpoint import store
+from fd_large.checkpoint.student import serve_runs, student_of
+from fd_large.errors import CheckpointError, WeightsError
+from fd_large.models.registry import build
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.weights import source
+from fd_large.weights.source import open_weights
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
+VIT = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8}
+NETS = [
+    ("swinv2_base", {**SWIN, "extra_norm_every": 2, "shared_position_bias": True}),
+    ("vit_base_patch16", VIT),
+    ("dino_vit_base_patch16", {**VIT, "norm_eps": 1e-5}),
+    ("swin_base_esvit", {**SWIN, "image_size": 32}),
+]
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    monkeypatch.setattr(source, "_readers", [])
+    serve_runs()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Stores a net's weights as a run's checkpoint; returns the net."""
+
+    def store_net(name, fields, update, stage=3):
+        run = registry.get("fd_clip_vit_base")
+        student = replace(run.student, model=name, architecture=Architecture(**fields))
+        run = replace(run, student=student, data=replace(run.data, image_size=32))
+        architecture = replace(student.architecture, image_size=32)
+        net = scattered(build(name, architecture), seed=update).requires_grad_(False)
+        tensors = {f"student.{n}": t for n, t in net.named_parameters()}
+        tensors |= {"projection.weight": torch.zeros(2, net.width)}
+        tensors |= {"projection.bias": torch.zeros(2)}
+        store_tensors(tmp_path, tensors, update=update, ranks=3, stage=stage, recipe=run.to_dict())
+        return net
+
+    return store_net
+
+
+@pytest.mark.parametrize(("name", "fields"), NETS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_teaches(stored, tmp_path, name, fields, stage):
+    stored(name, fields, 3, stage)
+    net = stored(name, fields, 5, stage)
+    again, teacher = loaded(tmp_path)
+    assert torch.equal(again(IMAGES).tokens, net(IMAGES).tokens)
+    # The recipe says which checkpoint it was, and finds it again once the run has gone on.
+    assert teacher.source.endswith("step_00000005")
+    stored(name, fields, 7, stage)
+    again, _ = loaded(teacher.source)
+    close(again(IMAGES).tokens, net(IMAGES).tokens)
+
+
+def test_a_student_goes_on_from_a_run(stored, tmp_path):
+    net = stored("vit_base_patch16", VIT, 3)
+    again, student = initial(tmp_path, "vit_base_patch16", 32, **VIT)
+    assert torch.equal(again(IMAGES).tokens, net(IMAGES).tokens)
+    assert student.init.endswith("step_00000003")
+
+
+def test_another_net_is_refused(stored, tmp_path):
+    stored("vit_base_patch16", VIT, 3)
+    with pytest.raises(WeightsError, match="not the net of the run"):
+        student_run(tmp_path, "vit_base_patch16", 32)
+
+
+def test_a_damaged_checkpoint_is_passed_over(stored, tmp_path):
+    for update in (3, 4):
+        stored("vit_base_patch16", VIT, update)
+    open_one = partial(student_of, tmp_path, "--teacher.source")
+    (store.checkpoints_of(tmp_path) / store.name_of(4) / store.file_of(2)).unlink()
+    assert open_one().path.name == store.name_of(3)
+
+
+def test_no_sound_checkpoint(stored, tmp_path):
+    stored("vit_base_patch16", VIT, 3)
+    (store.checkpoints_of(tmp_path) / store.name_of(3) / store.receipt_of(0)).unlink()
+    with pytest.raises(CheckpointError, match=r"--teacher\.source.*no sound checkpoint"):
+        student_of(tmp_path, "--teacher.source")
+
+
+def test_other_paths_are_left_to_others(tmp_path):
+    assert student_of(tmp_path, "weights") is None
+    assert student_of(tmp_path / "file.pth", "weights") is None
+
+
+def test_without_a_reader_a_run_is_no_source(stored, tmp_path, monkeypatch):
+    stored("vit_base_patch16", VIT, 3)
+    monkeypatch.setattr(source, "_readers", [])
+    with pytest.raises(WeightsError, match="Export the student first"):
+        open_weights(tmp_path)

@@ -1,0 +1,301 @@
+"""A run's student out, into timm and transformers and back here: the same features."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from loading import close, initial, loaded, scattered
+from safetensors.torch import load_file
+from stored_run import store_tensors
+
+from fd_large import cli
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.models.registry import build
+from fd_large.models.statistics import IMAGENET
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.weights.export import export as export_items
+from fd_large.weights.read import read
+from fd_large.weights.shards import parse_size, planned
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
+FOUR = {**SWIN, "num_heads": (1, 2, 2, 4), "depths": (1, 2, 2, 1)}
+VIT = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8}
+NETS = {
+    "swinv2 of two stages": ("swinv2_base", {**SWIN, "pretrained_window_sizes": (3, 2)}),
+    "swinv2 of four stages": ("swinv2_tiny", FOUR),
+    "vit with a shared table": ("vit_base_patch16", VIT),
+    "plain vit": ("dino_vit_base_patch16", VIT),
+    "swin": ("swin_base_esvit", {**SWIN, "image_size": 32}),
+}
+SUMMARY = {
+    "updates": 3,
+    "loss_start": 0.5,
+    "loss_end": 0.25,
+    "held_out_loss": 0.3125,
+    "held_out_cosine": 0.75,
+}
+
+
+def stored(folder, name, fields, *, source="random", **options):
+    """A run's folder and the student whose weights its newest checkpoint holds."""
+    run = registry.get("fd_clip_vit_base")
+    architecture = Architecture(**fields)
+    run = replace(
+        run,
+        student=replace(run.student, model=name, architecture=architecture, **options),
+        teacher=replace(run.teacher, source=source),
+        data=replace(run.data, root="/somewhere/pictures", image_size=32),
+    )
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(run.to_dict()))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    net = scattered(build(name, replace(architecture, image_size=32), **options))
+    tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
+    tensors["projection.weight"] = torch.randn(6, net.width)
+    tensors["projection.bias"] = torch.randn(6)
+    store_tensors(folder, tensors, ranks=3, recipe=run.to_dict())
+    return net.requires_grad_(False)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Stores a run of a named net and exports it; returns the net and the folder."""
+
+    def make(what, to, *words, **options):
+        name, fields = NETS.get(what, what)
+        net = stored(tmp_path / "run", name, fields, **options)
+        export(tmp_path, to, *words)
+        return net, tmp_path / "out"
+
+    return make
+
+
+def export(folder, to, *words):
+    arguments = ["export", str(folder / "run"), "--to", to, str(folder / "out"), *words]
+    assert cli._dispatch(arguments) == 0
+
+
+def features(net):
+    with torch.no_grad():
+        found = net.forward_features(IMAGES)
+    return found.flatten(1, 2) if found.dim() == 4 else found
+
+
+@pytest.mark.parametrize("what", NETS)
+def test_timm_loads_it(exported, what):
+    net, out = exported(what, "timm")
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    close(features(theirs), net(IMAGES).tokens)
+    theirs = timm.create_model(f"local-dir:{out}")
+    assert theirs.load_state_dict(load_file(out / "model.safetensors")).missing_keys == []
+
+
+def test_timms_beit_by_name_loads_it(tmp_path):
+    fields = {"depths": (1,)}
+    run = registry.get("fd_clip_vit_base")
+    net = stored(tmp_path / "run", run.student.model, {**fields, "patch_size": 16})
+    export(tmp_path, "timm")
+    theirs = timm.create_model(
+        "beit_base_patch16_224", img_size=32, depth=1, num_classes=0, global_pool="token"
+    ).eval()
+    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    close(features(theirs), net(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("what", ["swinv2 of two stages", "swinv2 of four stages"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_transformers_load_it(exported, what, sharded):
+    transformers = pytest.importorskip("transformers")
+    net, out = exported(what, "hf", *(["--shard_size", "40KB"] if sharded else []))
+    assert (out / "model.safetensors.index.json").exists() == sharded
+    theirs, told = transformers.Swinv2Model.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    with torch.no_grad():
+        close(theirs(pixel_values=IMAGES).last_hidden_state, net(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("to", ["timm", "hf", "fd"])
+@pytest.mark.parametrize("what", NETS)
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+def test_we_load_it(exported, what, to, size):
+    if to == "hf" and "swinv2" not in what:
+        pytest.skip("not exported to this format")
+    net, out = exported(what, to, "--shard_size", size)
+    again, teacher = loaded(out)
+    close(again(IMAGES).tokens, net(IMAGES).tokens)
+    if what != "swin":  # Its tables alone tell of it.
+        assert teacher.architecture.image_size == 32
+    assert teacher.statistics[:3] == (0.485, 0.456, 0.406)
+    files = list(out.glob("*.safetensors"))
+    assert (len(files) > 1) == (size == "30KB")
+
+
+def test_a_student_starts_from_it(exported):
+    net, out = exported("vit with a shared table", "fd")
+    fields = {n: v for n, v in VIT.items() if n != "image_size"}
+    again, _ = initial(out, "vit_base_patch16", 32, **fields)
+    close(again(IMAGES).tokens, net(IMAGES).tokens)
+
+
+def test_names_of_feature_distillation(exported):
+    _, out = exported("vit with a shared table", "fd")
+    found = read(out)
+    assert "encoder.rel_pos_bias.relative_position_bias_table" in found
+    assert found.shape("decoder.0.weight") == (6, 32, 1)
+    assert found.shape("decoder.0.bias") == (6,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "words"),
+    [
+        ({"extra_norm_every": 2}, {}, "extra_norm_every 2"),
+        ({"shared_position_bias": True}, {}, "shared position bias"),
+        ({"window_size": 3}, {"size_rule": "pad"}, "size_rule pad"),
+    ],
+)
+def test_what_the_others_have_not(tmp_path, fields, options, words):
+    net = stored(tmp_path / "run", "swinv2_base", {**SWIN, **fields}, **options)
+    for to in ("timm", "hf"):
+        with pytest.raises(ConfigError, match=rf"{words}.*Use --to fd\.$"):
+            export(tmp_path, to)
+    export(tmp_path, "fd")
+    if not options:
+        again, _ = loaded(tmp_path / "out")
+        close(again(IMAGES).tokens, net(IMAGES).tokens)
+    names = list(read(tmp_path / "out"))
+    extra = [name for name in names if "extra_norm" in name]
+    assert bool(extra) == ("extra_norm_every" in fields)
+    # What Feature-Distillation has goes out in its names, G's norms in the official ones.
+    assert ("layers.0.blocks.0.norm1.weight" in names) == bool(extra)
+
+
+def test_a_vit_for_transformers_is_refused(tmp_path):
+    stored(tmp_path / "run", "vit_base_patch16", VIT)
+    with pytest.raises(ConfigError, match="Use --to timm or --to fd"):
+        export(tmp_path, "hf")
+
+
+def test_the_model_card(exported):
+    _, out = exported("swinv2 of two stages", "timm", source="/somewhere/else/clip.pt")
+    card = (out / "README.md").read_text()
+    assert "somewhere" not in card
+    for words in (
+        "clip.pt",
+        "0123456789abcdef",
+        "fd_clip_vit_base",
+        "| pictures | pictures |",
+        "fingerprint-of-the-pictures",
+        "| samples seen | 192 |",
+        "| training loss, last update | 0.2500 |",
+        "| held-out loss | 0.3125 |",
+        "0.485, 0.456, 0.406",
+        "local-dir:FOLDER",
+        "SwinTransformerV2",
+    ):
+        assert words in card, words
+
+
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+@pytest.mark.parametrize(
+    ("what", "to"),
+    [
+        ("swinv2 of four stages", "timm"),
+        ("vit with a shared table", "timm"),
+        ("swinv2 of two stages", "hf"),
+    ],
+)
+def test_the_code_of_the_card_runs(exported, what, to, size):
+    if to == "hf":
+        pytest.importorskip("transformers")
+    net, out = exported(what, to, "--shard_size", size)
+    card = (out / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
+    found = {"images": IMAGES}
+    exec(code, found)
+    with torch.no_grad():
+        found["net"].eval()
+        exec(code.splitlines()[-1], found)
+    tokens = found["tokens"]
+    close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(IMAGES).tokens)
+
+
+def test_one_tensor_at_a_time(tmp_path):
+    """The next tensor is asked for when the last one is on disk and gone."""
+    net = build("vit_base_patch16", Architecture(**VIT, image_size=32), seed=0)
+    shapes = {name: tuple(t.shape) for name, t in net.named_parameters()}
+    alive = []
+
+    def items():
+        for name, tensor in net.named_parameters():
+            given = tensor.detach().clone()
+            alive.append(weakref.ref(given))
+            yield name, given
+            del given
+            # A generator that renames, and one that writes, may hold the last one yet.
+            assert sum(reference() is not None for reference in alive) <= 1
+
+    files = export_items(
+        items(),
+        shapes,
+        resolve("vit_base_patch16", Architecture(**VIT, image_size=32)),
+        "timm",
+        tmp_path / "out",
+        statistics=IMAGENET,
+        shard_size=10**6,
+        card="",
+    )
+    assert len(alive) == len(shapes)
+    assert len(files) == 1
+
+
+def test_the_card_says_that_a_teacher_was_random(exported):
+    _, out = exported("plain vit", "fd")
+    assert "random weights" in (out / "README.md").read_text()
+
+
+def test_what_stands_there_stays(tmp_path):
+    stored(tmp_path / "run", "vit_base_patch16", VIT)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="something is there already"):
+        export(tmp_path, "timm")
+
+
+def test_a_nan_is_not_exported(tmp_path):
+    net = stored(tmp_path / "run", "vit_base_patch16", VIT)
+    tensors = {f"student.{n}": t.detach().clone() for n, t in net.named_parameters()}
+    tensors["student.norm.bias"][0] = torch.nan
+    tensors |= {"projection.weight": torch.zeros(6, 32), "projection.bias": torch.zeros(6)}
+    store_tensors(tmp_path / "run", tensors, update=4)
+    with pytest.raises(WeightsError, match=r"norm\.bias"):
+        export(tmp_path, "timm")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match=r"without recipe\.json"):
+        export(tmp_path, "timm")
+
+
+def test_sizes():
+    assert [parse_size(t) for t in ("5GB", "300 MB", "80kb", "1.5GB", "12")] == [
+        5 * 10**9,
+        300 * 10**6,
+        80_000,
+        1_500_000_000,
+        12,
+    ]
+    for text in ("", "much", "0", "-5GB", "5PB"):
+        with pytest.raises(ConfigError, match="shard_size"):
+            parse_size(text)
+    files = planned([("a", (3,)), ("b", (2,)), ("c", (100,)), ("d", ())], 20)
+    assert [list(file) for file in files] == [["a", "b"], ["c"], ["d"]]
