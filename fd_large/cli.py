@@ -221,8 +221,10 @@ def _report(arguments: list[str]) -> int:
 
 def _weights(arguments: list[str]) -> int:
     """Say what a weights file holds, or write it in another format: weights inspect|convert."""
+    from fd_large.checkpoint.student import serve_runs
     from fd_large.weights import command
 
+    serve_runs()
     return command.run(arguments)
 
 

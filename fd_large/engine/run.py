@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fd_large import distributed
+from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import build_loader
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.data.source import PictureSource, open_pictures
@@ -74,7 +75,10 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     launch = distributed.start()
     _share_cores(launch.local_world_size)
     # What a weights file decides (net, window, statistics) is part of the recipe from here on.
-    run = distributed.together(lambda: settle(run))
+    serve_runs()
+    settled = distributed.together(lambda: settle(run))
+    # A source that still trains may show ranks different checkpoints.
+    run = distributed.broadcast_object(settled)
     checked = distributed.together(lambda: _check(run, deepspeed_config, launch))
     source, precision, node_size, sizes, share, fill = checked
     fixed = run.batch.micro_batch_size

@@ -159,7 +159,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
         return path
     if (path / "checkpoints").is_dir():
         raise WeightsError(
-            f"{where}: {path}: the folder of a run, whose checkpoints are read on resuming only; "
+            f"{where}: {path}: the folder of a run, which is no file; "
             "got a folder, expected a weights file. Export the student first."
         )
     for name in _FOLDER_FILES:
