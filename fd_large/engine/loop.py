@@ -128,6 +128,9 @@ def train_updates(
                 raise too_bad
             if stopped:
                 break
+        # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
+        if update % plan.updates_per_epoch == 0:
+            assert next(micro_batches, None) is None
     saved = checkpoints.settle()
     status = "done" if update >= plan.schedule.total else "stopped"
     if not saved:
