@@ -114,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from fd_large import distributed
     from fd_large.data.loader import Batch
     from fd_large.engine import start
-    from fd_large.engine.loop import forward_backward
+    from fd_large.engine.forward import forward_backward
     from fd_large.engine.optimizer import set_rate
 
     distributed.start()

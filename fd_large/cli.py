@@ -133,8 +133,10 @@ def _train(arguments: list[str]) -> int:
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.runtime import logs
+    from fd_large.runtime.guard import Guard
     from fd_large.runtime.meter import Meter
     from fd_large.runtime.pictures import Pictures
+    from fd_large.runtime.preemption import Preemption
     from fd_large.runtime.progress import Progress
     from fd_large.runtime.tensorboard import TensorBoard
 
@@ -145,6 +147,10 @@ def _train(arguments: list[str]) -> int:
     # The meter is asked first: at the end it hands the others its last rows.
     meter = Meter(on_rows=[progress.show_rows, board.write_rows])
     hooks = [meter, progress, board, Pictures()]
+    if run.guard.enabled:
+        hooks.append(Guard())
+    if run.runtime.preemption:
+        hooks.append(Preemption())
     try:
         code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
     except RuntimeError as error:
@@ -154,7 +160,7 @@ def _train(arguments: list[str]) -> int:
             "train: another rank has ended, its own message says why; got a closed connection, "
             "expected an answer. Start the same command again once that is mended."
         ) from error
-    if distributed.is_main() and os.path.exists(run.run_dir()):
+    if code == 0 and distributed.is_main():
         _tell_report(run.run_dir())
     return distributed.leave(code)
 
@@ -258,13 +264,37 @@ def _export(arguments: list[str]) -> int:
     return export.main(arguments)
 
 
+def _replay(arguments: list[str]) -> int:
+    """Run a step that the guard refused again, on one device."""
+    from fd_large.commands import replay
+
+    return replay.main(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    """Plan a recipe on a cluster, without torch: memory, time, network, disk."""
+    from fd_large.commands import plan
+
+    return plan.main(arguments, lambda words: parse_train(words)[0])
+
+
+def _doctor(arguments: list[str]) -> int:
+    """Say what a run finds on this machine, or on all nodes, and what to mend."""
+    from fd_large.commands import doctor
+
+    return doctor.main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "recipes": _recipes,
+    "plan": _plan,
     "report": _report,
     "checkpoint": _checkpoint,
     "weights": _weights,
     "export": _export,
+    "doctor": _doctor,
+    "replay": _replay,
 }
 
 

@@ -133,6 +133,11 @@ def local_world_size() -> int:
     return _launch.local_world_size if _launch else 1
 
 
+def node_name() -> str:
+    """Returns this node's name, Slurm's where Slurm started the rank."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def is_main() -> bool:
     """Says whether this is rank 0, the one that writes and speaks."""
     return rank() == 0
@@ -166,8 +171,7 @@ def max_rank(value: float) -> float:
     """Returns the largest of the ranks' numbers, exact for integers below 2**53."""
     if not dist.is_initialized():
         return value
-    largest = torch.tensor(value, dtype=torch.float64, device=device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    largest = max_tensor(torch.tensor(value, dtype=torch.float64, device=device()))
     return type(value)(largest.item())
 
 
@@ -185,9 +189,16 @@ def any_flags(flags: Sequence[bool]) -> list[bool]:
     """Says of each flag whether it is true on any rank, in one collective."""
     if not dist.is_initialized():
         return list(flags)
-    seen = torch.tensor(flags, dtype=torch.int32, device=device())
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    seen = max_tensor(torch.tensor(flags, dtype=torch.int32, device=device()))
     return [bool(flag) for flag in seen.tolist()]
+
+
+def max_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Returns the elementwise largest over the ranks."""
+    largest = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -219,6 +230,8 @@ def gather_objects(value: T) -> list[T]:
 def together(check: Callable[[], T]) -> T:
     """Runs a check on every rank; where it fails on any, all fail with the first rank's error.
 
+    Where it fails on some, the error names them: the nodes, or of a single node the rank.
+
     Args:
         check: Raises an FDError, or returns a value, without collectives.
 
@@ -229,11 +242,15 @@ def together(check: Callable[[], T]) -> T:
         value = check()
     except FDError as caught:
         error = caught
-    errors = gather_objects(error)
-    for number, found in enumerate(errors):
+    told = gather_objects((error, node_name()))
+    for number, (found, _) in enumerate(told):
         if found is not None:
-            everywhere = all(str(other) == str(found) for other in errors)
-            raise found if everywhere else type(found)(f"rank {number}: {found}")
+            met = [node for other, node in told if str(other) == str(found)]
+            if len(met) == len(told):
+                raise found
+            one_node = len({node for _, node in told}) == 1
+            where = f"rank {number}" if one_node else ", ".join(dict.fromkeys(met))
+            raise type(found)(f"{where}: {found}")
     return value  # type: ignore[return-value]
 
 

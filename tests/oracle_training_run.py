@@ -25,7 +25,7 @@ from fd_large.distill.teacher import Teacher
 from fd_large.engine import config as ds
 from fd_large.engine import partition, start
 from fd_large.engine.build import build_engine
-from fd_large.engine.loop import forward_backward
+from fd_large.engine.forward import forward_backward
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import place

@@ -59,9 +59,15 @@ def train(
     )
 
 
-def start(pictures: Path, run_dir: Path, *more: str, ranks: int = 2) -> Started:
+def start(
+    pictures: Path,
+    run_dir: Path,
+    *more: str,
+    ranks: int = 2,
+    env: dict[str, str] | None = None,
+) -> Started:
     """Starts to train; the caller must `kill`."""
-    return start_ranks(TRAIN, *words(pictures, run_dir, *more), ranks=ranks)
+    return start_ranks(TRAIN, *words(pictures, run_dir, *more), ranks=ranks, env=env)
 
 
 def losses(run_dir: Path) -> list[float]:

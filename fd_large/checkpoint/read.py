@@ -54,7 +54,10 @@ class Reader:
 
 
 def newest_sound(
-    folder: Path, needs: Callable[[layouts.Layout], set[int]]
+    folder: Path,
+    needs: Callable[[layouts.Layout], set[int]],
+    *,
+    at_most: int | None = None,
 ) -> tuple[Reader | None, list[str]]:
     """The newest checkpoint that is sound for every rank, and what was wrong with newer ones.
 
@@ -63,10 +66,17 @@ def newest_sound(
     Args:
         folder: The run's.
         needs: Layout -> the stored ranks whose files this rank reads.
+        at_most: Updates; later checkpoints are not looked at. None: all are.
     """
     complaints: list[str] = []
     seen = {item.path.name: item for item in store.complete(folder)}
-    names = distributed.broadcast_object([path.name for path in store.renamed(folder)])
+    names = distributed.broadcast_object(
+        [
+            path.name
+            for path in store.renamed(folder)
+            if at_most is None or path.name <= store.name_of(at_most)
+        ]
+    )
     for name in reversed(names):
         item = seen.get(name)
         wanted: set[int] = set()

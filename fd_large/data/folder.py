@@ -32,7 +32,8 @@ class ImageFolder:
 
     The list of a large folder is kept in the cache (`listing.py`) and made again when the
     modification time of any folder in it changed: that is what adding, removing or renaming a
-    file changes. A file whose content alone changed is the same sample.
+    file changes. A file whose content alone changed is the same sample. `modified` is the newest of
+    these times, in ns.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -59,6 +60,7 @@ class ImageFolder:
                 "files."
             )
         self.fingerprint = self._listing.fingerprint
+        self.modified: int = self._listing.facts["modified"]
         if shards := self._listing.facts["num_tars"]:
             log.warning(
                 "data.root: %s holds %d .tar files beside pictures; only the pictures are read. "
@@ -105,10 +107,11 @@ class ImageFolder:
                 num_tars += 1
             else:
                 writer.add(os.fsencode(path))
-        return {"stamps": stamps, "num_tars": num_tars}
+        newest = max(modified for _, modified in stamps)
+        return {"stamps": stamps, "modified": newest, "num_tars": num_tars}
 
     def _is_current(self, facts: dict[str, Any]) -> bool:
-        return all(
+        return "modified" in facts and all(
             os.stat(os.path.join(self.root, path)).st_mtime_ns == modified
             and settled(modified, facts["listed_at"])
             for path, modified in facts["stamps"]

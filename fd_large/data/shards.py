@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES
@@ -50,7 +51,7 @@ class TarShards:
             is_current=self._is_current,
         )
         facts = self._listing.facts
-        self._sizes_and_times: list[list[int]] = facts["shards"]
+        self.sizes_and_times: list[list[int]] = facts["shards"]
         self.torn: tuple[str, ...] = tuple(facts["torn"])
         for message in self.torn:
             log.warning("%s", message)
@@ -70,6 +71,21 @@ class TarShards:
         shard = self.paths[self._listing.number("shard", index)]
         return f"{shard}/{os.fsdecode(self._listing.name(index))}"
 
+    def at(self, paths: Sequence[str]) -> TarShards:
+        """The same samples, read from copies of the shards.
+
+        Args:
+            paths: Of the copies, in the order of `self.paths`.
+        """
+        assert len(paths) == len(self.paths)
+        moved = copy(self)
+        moved.paths = list(paths)
+        moved.sizes_and_times = []
+        for path in paths:
+            status = os.stat(path)
+            moved.sizes_and_times.append([status.st_size, status.st_mtime_ns])
+        return moved
+
     def read(self, index: int) -> bytearray:
         """The bytes of picture `index`.
 
@@ -81,7 +97,7 @@ class TarShards:
             if size > MAX_FILE_BYTES:
                 raise OSError(f"a member of {size} bytes")
             with open(self.paths[number], "rb", buffering=0) as file:
-                if _size_and_time(file.fileno()) != self._sizes_and_times[number]:
+                if _size_and_time(file.fileno()) != self.sizes_and_times[number]:
                     raise OSError("a shard that changed since it was indexed")
                 encoded = bytearray(size)
                 done = os.preadv(file.fileno(), [encoded], self._listing.number("offset", index))

@@ -92,6 +92,12 @@ class Distillation(Task):
         )
         return whiten(tokens, self.whitening_eps)
 
+    def nets(self) -> dict[str, nn.Module]:
+        """The teacher first, as it runs first."""
+        teacher = getattr(self._teacher[0], "module", self._teacher[0])
+        frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
+        return {**frozen, "": self}
+
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """The student's exemptions; the projection's weight decays, its bias is one-dimensional."""
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())

@@ -39,6 +39,10 @@ class Task(nn.Module):
         """Returns the loss, scalar float32, and detached scalar metrics by name."""
         raise NotImplementedError
 
+    def nets(self) -> dict[str, nn.Module]:
+        """Returns the Modules whose layers an incident is traced through, by prefix of names."""
+        return {"": self}
+
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay."""
         return frozenset(), ()

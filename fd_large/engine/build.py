@@ -18,6 +18,7 @@ from fd_large.distill.teacher import Teacher
 from fd_large.engine import config as ds
 from fd_large.engine import partition
 from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.gate import StepGate
 from fd_large.engine.live_weights import load_weights
 from fd_large.engine.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.sharded_teacher import PlacedTeacher, place
@@ -28,7 +29,7 @@ from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
 from fd_large.weights.facts import statistics_of
 from fd_large.weights.settle import statistics_of_run
-from fd_large.weights.source import MODULE, TIMM, open_weights
+from fd_large.weights.source import MODULE, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ class Engine(NamedTuple):
         task: The trained Module.
         stage: ZeRO stage.
         config: The JSON that DeepSpeed got.
+        gate: Before each step of the optimiser.
     """
 
     deepspeed: Any
     task: Task
     stage: int
     config: dict[str, Any]
+    gate: StepGate
 
 
 def precision_of(run: Run) -> Precision:
@@ -172,13 +175,13 @@ def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
     architecture = run.teacher_architecture()
     if architecture.family == "timm":
         # timm takes a second to import, which other teachers are spared.
-        from fd_large.weights.timm_backbone import read_pretrained, read_timm
+        from fd_large.weights.timm_backbone import fitted
 
-        read = read_pretrained if source.startswith(TIMM) else read_timm
-        return read(
+        return fitted(
             source,
             architecture.timm_name,
             stride=architecture.feature_stride,
+            allow=run.teacher.allow,
             where="--teacher.source",
         )
     return open_weights(source, where="--teacher.source").fitted(
@@ -275,7 +278,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
     if exact is not None:
         partition.set_masters(task, exact)
-    return Engine(engine, task, stage, config)
+    return Engine(engine, task, stage, config, StepGate(optimizer))
 
 
 def _blocks(task: Task) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fd_large.engine import state
 from fd_large.engine.build import Engine
 from fd_large.errors import CheckpointError
 from fd_large.recipes.run import Run
+from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,10 @@ class Checkpoints:
         run: How often, how many to keep, how many failures to bear.
         engine: Whose state is saved and restored.
         facts: JSON-safe values for every manifest: commit, teacher's source and hash.
+
+    Attributes:
+        optimizer_steps: Updates that were not skipped; the trainer counts on.
+        evaluated: Whether the evaluation due at the restored checkpoint was made.
     """
 
     def __init__(self, folder: Path, run: Run, engine: Engine, facts: dict[str, Any]) -> None:
@@ -41,6 +47,14 @@ class Checkpoints:
         )
         self._failures = 0
         self._saved: int | None = None
+        self._begun = 0.0
+        self.optimizer_steps = 0
+        self.evaluated = True
+
+    @property
+    def bytes(self) -> int:
+        """Of one checkpoint, over all ranks."""
+        return BYTES_PER_PARAMETER * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
         """Removes what a killed run left half written; before a run trains, never beside one."""
@@ -50,9 +64,7 @@ class Checkpoints:
 
     def say_what_disk_it_takes(self, total_updates: int) -> None:
         """Logs the bytes of a checkpoint and of all that will be kept, against the free disk."""
-        sizes = state.layout_of(self._engine).sizes
-        each = BYTES_PER_PARAMETER * sum(sizes.values())
-        runtime = self._run.runtime
+        each, runtime = self.bytes, self._run.runtime
         # One more while the next is being written.
         most = runtime.keep_last + 1
         if runtime.keep_every:
@@ -71,19 +83,30 @@ class Checkpoints:
         """(still writing, failed) of this rank, for the loop's one all-reduce."""
         return [self._saver.busy, self._saver.failed]
 
-    def after_update(self, *, busy_anywhere: bool, failed_anywhere: bool) -> None:
-        """Commits a checkpoint that all ranks have written."""
+    def after_update(self, *, busy_anywhere: bool, failed_anywhere: bool) -> float | None:
+        """Commits a checkpoint that all ranks have written; returns the seconds it took."""
         if self._saver.begun and not busy_anywhere:
-            self._finish(failed_anywhere)
+            return self._finish(failed_anywhere)
+        return None
 
-    def save(self, update: int) -> None:
-        """Starts to write the state after so many updates; all ranks call it."""
+    def save(self, update: int, *, evaluated: bool = True) -> float | None:
+        """Starts to write the state after so many updates; all ranks call it.
+
+        Args:
+            update: Updates so far.
+            evaluated: Whether the evaluation that is due then, if any, was made.
+
+        Returns: the seconds of a save before it that had to be waited for, or None.
+        """
         if self._saved == update:
-            return
-        self.settle()
+            return None
+        waited = self._wait()
+        self._begun = time.monotonic()
         manifest = {
             **self._facts,
             "update": update,
+            "optimizer_steps": self.optimizer_steps,
+            "evaluated": evaluated,
             "samples": update * self._run.batch.global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
@@ -94,14 +117,21 @@ class Checkpoints:
         log.info(
             "checkpoint of update %d: training stood %.2f s", update, self._saver.stall_seconds
         )
+        return waited
 
     def settle(self) -> bool:
         """Waits for the checkpoint under way, on all ranks; says whether the last one is there."""
-        if self._saver.begun:
-            self._saver.wait()
-            self._finish(distributed.any_rank(self._saver.failed))
+        self._wait()
         self._saver.close()
         return self._failures == 0
+
+    def _wait(self) -> float | None:
+        if not self._saver.begun:
+            return None
+        # An orphaned rank outlives its grace for as long as this takes.
+        with hold():
+            self._saver.wait()
+            return self._finish(distributed.any_rank(self._saver.failed))
 
     def resume(self) -> int:
         """Restores the newest sound checkpoint; returns its updates, 0 where there is none.
@@ -109,15 +139,7 @@ class Checkpoints:
         Raises: CheckpointError: if there are checkpoints and none is sound, or one is of another
             model or teacher.
         """
-
-        def wanted(layout: Layout) -> set[int]:
-            # Another model's layout has other names; `_fits` says so.
-            own = state.layout_of(self._engine).sizes
-            return state.needs(self._engine, layout) if layout.sizes == own else {0}
-
-        reader, complaints = newest_sound(self._folder, wanted)
-        for complaint in complaints:
-            log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+        reader, complaints = self._newest()
         if reader is None:
             if complaints:
                 raise CheckpointError(
@@ -126,10 +148,39 @@ class Checkpoints:
                     "--fresh to start over."
                 )
             return 0
-        self._fits(reader)
-        state.restore(self._engine, reader.read, reader.manifest["update"])
-        self._saved = reader.manifest["update"]
+        self._restore(reader)
         return reader.manifest["update"]
+
+    def roll_back(self, at_most: int) -> int | None:
+        """Takes back the state of the newest sound checkpoint of at most so many updates.
+
+        Returns: its updates; None where there is none.
+        """
+        self.settle()
+        reader, _ = self._newest(at_most)
+        if reader is None:
+            return None
+        self._restore(reader)
+        return reader.manifest["update"]
+
+    def _newest(self, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
+        def wanted(layout: Layout) -> set[int]:
+            # Another model's layout has other names; `_fits` says so.
+            own = state.layout_of(self._engine).sizes
+            return state.needs(self._engine, layout) if layout.sizes == own else {0}
+
+        reader, complaints = newest_sound(self._folder, wanted, at_most=at_most)
+        for complaint in complaints:
+            log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+        return reader, complaints
+
+    def _restore(self, reader: Reader) -> None:
+        self._fits(reader)
+        manifest = reader.manifest
+        self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
+        self.evaluated = manifest.get("evaluated", True)
+        state.restore(self._engine, reader.read, self.optimizer_steps)
+        self._saved = manifest["update"]
 
     def _fits(self, reader: Reader) -> None:
         own, stored = state.layout_of(self._engine).sizes, reader.layout.sizes
@@ -153,10 +204,10 @@ class Checkpoints:
                 "or changed): the run goes on, its order is another one from here"
             )
 
-    def _finish(self, failed_anywhere: bool) -> None:
+    def _finish(self, failed_anywhere: bool) -> float | None:
         if self._saver.finish(failed_anywhere=failed_anywhere):
             self._failures = 0
-            return
+            return time.monotonic() - self._begun
         self._saved = None
         self._failures += 1
         limit = self._run.runtime.max_failed_saves
@@ -166,3 +217,4 @@ class Checkpoints:
                 f"failures one after the other, expected fewer than {limit}. Make room in "
                 f"{self._folder} and start the same command again."
             )
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -94,11 +94,17 @@ class Evaluation:
         # The panel shows the same images on any number of ranks.
         self._panel = torch.stack([cut(view) for view in range(PANEL_IMAGES)])
 
-    def measure(self, engine: Engine) -> dict[str, float]:
-        """Mean loss and the task's metrics over all views, the same on every rank."""
+    def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
+        """Mean loss and the task's metrics over all views, the same on every rank.
+
+        Args:
+            engine: Whose task is measured.
+            between: Called before each batch, on every rank alike; may raise to end it.
+        """
         totals: dict[str, Tensor] = {}
         with _evaluating(engine):
             for prepared, weight, count in self._batches(engine):
+                between()
                 loss, metrics = engine.deepspeed(**prepared)
                 for key, value in {"loss": loss, **metrics}.items():
                     part = value.double() * weight * count
@@ -110,15 +116,17 @@ class Evaluation:
         names = [f"{self.name}_{key}" for key in totals]
         return dict(zip(names, means.tolist(), strict=True))
 
-    def best_constant(self, engine: Engine) -> float:
+    def best_constant(self, engine: Engine, between: Callable[[], None]) -> float:
         """The loss of the best prediction that ignores the image."""
+
+        def batches() -> Iterator[tuple[dict[str, Any], int]]:
+            for prepared, weight, _ in self._batches(engine):
+                between()
+                yield prepared, weight
+
         assert isinstance(engine.task, Distillation)
         with _evaluating(engine):
-            return best_constant_loss(
-                engine.task,
-                lambda: ((prepared, w) for prepared, w, _ in self._batches(engine)),
-                distributed.sum_tensor,
-            )
+            return best_constant_loss(engine.task, batches, distributed.sum_tensor)
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
         """Maps of the first few pictures: `images`, `teacher`, `student` (see feature_panel)."""

@@ -13,18 +13,25 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
-from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
 from fd_large.engine.build import Engine
 from fd_large.engine.checkpoints import Checkpoints
+from fd_large.engine.evidence import evidence_of
+from fd_large.engine.forward import forward_backward
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.errors import DataError
-from fd_large.runtime.hooks import Hook, Setting, Update
+from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
 
 log = logging.getLogger(__name__)
+
+DONE, PREEMPTED, NOT_SAVED, GUARD = "done", "preempted", "not saved", "guard"
+
+Evaluate = Callable[
+    [int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]
+]
 
 
 class Plan(NamedTuple):
@@ -49,95 +56,251 @@ class Plan(NamedTuple):
     count_bad_every: int = 20
 
 
-def train_updates(
-    engine: Engine,
-    batches: Callable[[int, int], Iterator[Batch]],
-    plan: Plan,
-    hooks: Sequence[Hook],
-    setting: Setting,
-    *,
-    checkpoints: Checkpoints,
-    evaluate: Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]] | None = None,
-    time_box: TimeBox | None = None,
-) -> str:
-    """Trains from `setting.first_update` to the end; returns `done`, `stopped` or `not saved`.
+class Interrupted(Exception):
+    """The ranks have agreed to leave an evaluation."""
+
+
+class _Agreed(NamedTuple):
+    """What the ranks know together before an update's step."""
+
+    update: Update
+    save: bool
+    stop: bool
+    busy: bool
+    failed: bool
+    verdict: Verdict
+
+
+class Trainer:
+    """Trains one run from where it stands to its end.
 
     Args:
         engine: The task in its engine.
-        batches: (epoch, first update of it) -> this rank's micro batches to the epoch's end.
         plan: Rates and portions.
-        hooks: Asked after every update.
+        hooks: Asked around every update.
         setting: Told to the hooks.
         checkpoints: Asked when to save, and told what the ranks agreed.
-        evaluate: (update, whether for the last time) -> held-out numbers, and the feature panel
-            where one is due; called by all ranks.
+        evaluate: (update, whether for the last time, called between batches) -> held-out numbers,
+            and the feature panel where one is due; called by all ranks.
         time_box: Decides the length after the first updates.
     """
-    for hook in hooks:
-        hook.on_start(setting)
-    engine.task.train()
-    update = setting.first_update
-    pictures = BadPictures()
 
-    def evaluated(last: bool) -> None:
-        if evaluate is not None:
-            begin = time.monotonic()
-            metrics, panel = evaluate(update, last)
-            if time_box is not None:
-                time_box.after_evaluation(time.monotonic() - begin)
-            for hook in hooks:
-                hook.on_evaluation(update, metrics)
-                if panel is not None:
-                    hook.on_features(update, panel)
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        hooks: Sequence[Hook],
+        setting: Setting,
+        *,
+        checkpoints: Checkpoints,
+        evaluate: Evaluate | None = None,
+        time_box: TimeBox | None = None,
+    ) -> None:
+        self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
+        self._checkpoints, self._evaluate, self._time_box = checkpoints, evaluate, time_box
+        self._update = setting.first_update
+        self._status = ""
+        self._pictures = BadPictures()
 
-    def save() -> None:
-        for hook in hooks:
-            hook.on_save(update)
-        checkpoints.save(update)
+    def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
+        """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
 
-    if update == 0:
-        evaluated(False)
-    stopped = False
-    while update < plan.schedule.total and not stopped:
-        epoch, first = divmod(update, plan.updates_per_epoch)
+        Args:
+            batches: (epoch, first update of it) -> this rank's micro batches to the epoch's end.
+        """
+        for hook in self._hooks:
+            hook.on_start(self._setting)
+        self._engine.task.train()
+        if self._stop_wished():
+            self._status = PREEMPTED
+        elif self._update == 0:
+            self._evaluated(last=False)
+        elif not self._checkpoints.evaluated:
+            # The evaluation that a pre-emption cut short.
+            self._evaluated(last=self._update == self._total)
+        while self._update < self._total and not self._status:
+            self._epoch(batches)
+        saved = self._checkpoints.settle()
+        status = self._status or DONE
+        if not saved and status in (DONE, PREEMPTED):
+            status = NOT_SAVED
+        for hook in self._hooks:
+            hook.on_end(status)
+        return status
+
+    @property
+    def _total(self) -> int:
+        return self._plan.schedule.total
+
+    def _epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
+        epoch, first = divmod(self._update, self._plan.updates_per_epoch)
+        end = min((epoch + 1) * self._plan.updates_per_epoch, self._total)
         micro_batches = iter(batches(epoch, first))
-        while update < min((epoch + 1) * plan.updates_per_epoch, plan.schedule.total):
-            finished = _one_update(engine, micro_batches, plan, update, epoch, pictures)
-            update += 1
-            if time_box is not None and (total := time_box.after_update()) is not None:
-                plan = plan._replace(schedule=replace(plan.schedule, total=total))
-                finished = replace(finished, total=total)
-            last = update == plan.schedule.total
-            wishes = [hook.after_update(finished) for hook in hooks]
-            # The one host read of an update: all ranks do what any of them needs.
-            wish_save, stopped, busy, failed = distributed.any_flags(
-                [any(w.save for w in wishes), any(w.stop for w in wishes), *checkpoints.flags]
-            )
-            checkpoints.after_update(busy_anywhere=busy, failed_anywhere=failed)
-            # Before the checkpoint: a resume does not evaluate again.
-            if last or (plan.evaluate_every and update % plan.evaluate_every == 0):
-                evaluated(last)
-            too_bad = None
-            if last or update % plan.count_bad_every == 0:
-                too_bad = _too_many_bad(pictures, plan.max_bad_fraction)
-            due = checkpoints.due(update, plan.updates_per_epoch)
-            if wish_save or stopped or last or due or too_bad:
-                save()
-            if too_bad:
-                checkpoints.settle()
-                raise too_bad
-            if stopped:
-                break
+        while self._update < min(end, self._total) and not self._status:
+            self._one_update(micro_batches, epoch)
         # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
-        if update % plan.updates_per_epoch == 0:
+        if not self._status and self._update % self._plan.updates_per_epoch == 0:
             assert next(micro_batches, None) is None
-    saved = checkpoints.settle()
-    status = "done" if update >= plan.schedule.total else "stopped"
-    if not saved:
-        status = "not saved"
-    for hook in hooks:
-        hook.on_end(status)
-    return status
+
+    def _one_update(self, micro_batches: Iterator[Batch], epoch: int) -> None:
+        agreed, batches, losses = self._stepped(micro_batches, epoch)
+        finished, verdict = agreed.update, agreed.verdict
+        self._update += 1
+        seconds = self._checkpoints.after_update(
+            busy_anywhere=agreed.busy, failed_anywhere=agreed.failed
+        )
+        if seconds is not None:
+            self._tell_saved(seconds)
+        if finished.skipped:
+            numbers = torch.stack(losses).tolist()
+            evidence = evidence_of(self._engine, batches, numbers, self._plan.seed)
+            for hook in self._hooks:
+                hook.on_skip(finished, evidence)
+        if self._time_box is not None and (total := self._time_box.after_update()) is not None:
+            self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
+            finished = replace(finished, total=total)
+        verdict = Verdict.all_of([verdict, *(h.after_update(finished) for h in self._hooks)])
+        if verdict.stop:
+            self._status = verdict.stop
+            return
+        rolled_back = verdict.roll_back is not None and self._roll_back(finished, verdict.roll_back)
+        if self._status:
+            return
+        self._evaluate_and_save(agreed, rolled_back)
+
+    def _evaluate_and_save(self, agreed: _Agreed, rolled_back: bool) -> None:
+        plan, update = self._plan, self._update
+        last = update == self._total
+        if agreed.stop:
+            self._status = PREEMPTED
+        evaluated = True
+        # Before the checkpoint: a resume does not evaluate again.
+        if last or (plan.evaluate_every and update % plan.evaluate_every == 0):
+            evaluated = not agreed.stop and self._evaluated(last=last)
+        too_bad = None
+        if last or update % plan.count_bad_every == 0:
+            too_bad = _too_many_bad(self._pictures, plan.max_bad_fraction)
+        # Not in a row of refused updates: a good checkpoint is what they may be rolled back to.
+        due = self._checkpoints.due(update, plan.updates_per_epoch) and not agreed.update.skipped
+        if agreed.save or self._status or last or due or too_bad or rolled_back:
+            for hook in self._hooks:
+                hook.on_save(update)
+            self._tell_saved(self._checkpoints.save(update, evaluated=evaluated))
+        if too_bad:
+            self._checkpoints.settle()
+            raise too_bad
+
+    def _stepped(
+        self, micro_batches: Iterator[Batch], epoch: int
+    ) -> tuple[_Agreed, list[Batch], list[Tensor]]:
+        """Forward, backward, agreement, and the step unless it is refused."""
+        engine, plan = self._engine, self._plan
+        rate = plan.schedule.at_update(self._update)
+        set_rate(engine.deepspeed.optimizer, rate)
+        batches: list[Batch] = []
+        losses: list[Tensor] = []
+        for portion in range(plan.accumulation):
+            self._beat()
+            batch = next(micro_batches)
+            self._pictures.add(len(batch.positions), batch.bad)
+            batches.append(batch)
+            with out_of_memory_named(len(batch.positions)):
+                losses.append(forward_backward(engine, batch, plan.seed))
+                if portion < plan.accumulation - 1:
+                    engine.deepspeed.step()
+        # Before DeepSpeed clips; at other stages it keeps the norm itself.
+        norm = _whole_norm(engine.task) if engine.stage == 0 else None
+        agreements: list[_Agreed] = []
+
+        def ask() -> bool:
+            agreements.append(self._agree(losses, norm, epoch, rate))
+            return not agreements[0].verdict.skip
+
+        with out_of_memory_named(len(batches[-1].positions)):
+            moved = engine.gate.step(engine.deepspeed, ask)
+        # DeepSpeed refuses a norm that is not finite by itself.
+        agreed = agreements[0] if agreements else self._agree(losses, norm, epoch, rate)
+        self._checkpoints.optimizer_steps += moved
+        return agreed._replace(update=replace(agreed.update, skipped=not moved)), batches, losses
+
+    def _agree(
+        self, losses: list[Tensor], norm: Tensor | None, epoch: int, rate: float
+    ) -> _Agreed:
+        """The one collective and the one host read of an update."""
+        if norm is None:
+            norm = self._engine.deepspeed.optimizer._global_grad_norm
+        wishes = [hook.wish() for hook in self._hooks]
+        flags = [
+            any(wish.save for wish in wishes),
+            any(wish.stop for wish in wishes),
+            *self._checkpoints.flags,
+        ]
+        device = distributed.device()
+        loss = torch.stack(losses).mean().double().reshape(1)
+        told = torch.tensor(flags, dtype=torch.float64).to(device, non_blocking=True)
+        summed = distributed.sum_tensor(torch.cat([loss, told]))
+        norm = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
+        loss_sum, save, stop, busy, failed, grad_norm = torch.cat([summed, norm]).tolist()
+        update = Update(
+            self._update,
+            self._total,
+            epoch,
+            loss_sum / distributed.world_size(),
+            grad_norm,
+            rate,
+        )
+        verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
+        return _Agreed(update, save > 0, stop > 0, busy > 0, failed > 0, verdict)
+
+    def _roll_back(self, update: Update, at_most: int) -> bool:
+        restored = self._checkpoints.roll_back(at_most)
+        if restored is None:
+            log.error(
+                "runtime: no checkpoint of at most %d updates to go back to; the run ends. Lower "
+                "--optim.base_lr or save more often (--runtime.save_every), and start again.",
+                at_most,
+            )
+            self._status = GUARD
+            return False
+        log.warning("after update %d: back to the state of %d updates", update.index + 1, restored)
+        for hook in self._hooks:
+            hook.on_roll_back(update, restored)
+        return True
+
+    def _evaluated(self, *, last: bool) -> bool:
+        """Evaluates; says whether it came to its end."""
+        if self._evaluate is None:
+            return True
+        begin = time.monotonic()
+        try:
+            metrics, panel = self._evaluate(self._update, last, self._between_evaluation_batches)
+        except Interrupted:
+            self._status = PREEMPTED
+            return False
+        if self._time_box is not None:
+            self._time_box.after_evaluation(time.monotonic() - begin)
+        for hook in self._hooks:
+            hook.on_evaluation(self._update, metrics)
+            if panel is not None:
+                hook.on_features(self._update, panel)
+        return True
+
+    def _between_evaluation_batches(self) -> None:
+        self._beat()
+        if self._stop_wished():
+            raise Interrupted
+
+    def _stop_wished(self) -> bool:
+        return distributed.any_rank(any(hook.wish().stop for hook in self._hooks))
+
+    def _beat(self) -> None:
+        for hook in self._hooks:
+            hook.beat()
+
+    def _tell_saved(self, seconds: float | None) -> None:
+        if seconds is not None:
+            for hook in self._hooks:
+                hook.on_saved(seconds)
 
 
 def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError | None:
@@ -149,64 +312,7 @@ def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError |
     return limit_error(count, max_bad_fraction, names)
 
 
-def _one_update(
-    engine: Engine,
-    micro_batches: Iterator[Batch],
-    plan: Plan,
-    update: int,
-    epoch: int,
-    pictures: BadPictures,
-) -> Update:
-    rate = plan.schedule.at_update(update)
-    set_rate(engine.deepspeed.optimizer, rate)
-    losses = []
-    norm: Tensor | float | None = None
-    for portion in range(plan.accumulation):
-        batch = next(micro_batches)
-        pictures.add(len(batch.positions), batch.bad)
-        with out_of_memory_named(len(batch.positions)):
-            losses.append(forward_backward(engine, batch, plan.seed))
-            if engine.stage == 0 and portion == plan.accumulation - 1:
-                norm = _whole_norm(engine.task)
-            engine.deepspeed.step()
-    if norm is None:
-        norm = engine.deepspeed.get_global_grad_norm()
-    loss = torch.stack(losses).mean()
-    return Update(update, plan.schedule.total, epoch, loss, norm, rate)
-
-
-def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
-    """One micro batch forward and backward; returns its detached loss."""
-    batch = batch.to(distributed.device())
-    keep = None
-    if any(engine.task.drop_path_rates):
-        keep = drop_path_keep(engine.task.drop_path_rates, seed, batch.epoch, batch.positions)
-        keep = keep.to(distributed.device(), non_blocking=True)
-    with torch.no_grad():
-        prepared = engine.task.prepare(batch.images, keep)
-    loss, _ = engine.deepspeed(**prepared)
-    # DeepSpeed divides by the accumulation itself; what backward returns is not the loss.
-    engine.deepspeed.backward(loss)
-    return loss.detach()
-
-
 def _whole_norm(task: torch.nn.Module) -> Tensor:
     """The norm that DeepSpeed keeps to itself at stage 0, before it clips."""
     norms = [p.grad.norm() for p in task.parameters() if p.grad is not None]
     return torch.stack(norms).norm()
-
-
-def probe_phases(
-    engine: Engine, image_size: int, seed: int
-) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """A whole update on grey images in two phases, for the micro-batch probe."""
-
-    def through(size: int) -> None:
-        images = torch.full((size, 3, image_size, image_size), 128, dtype=torch.uint8)
-        positions = torch.arange(size)
-        forward_backward(engine, Batch(images, 0, positions, positions), seed)
-
-    def step(size: int) -> None:
-        engine.deepspeed.step()
-
-    return through, step

@@ -16,9 +16,10 @@ from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import build_loader
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.staging import stage
 from fd_large.distill.task import Task
 from fd_large.engine import config as ds
-from fd_large.engine import micro_batch, start
+from fd_large.engine import micro_batch, same_everywhere, start
 from fd_large.engine.build import (
     Engine,
     Precision,
@@ -33,7 +34,8 @@ from fd_large.engine.build import (
 )
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.evaluation import Evaluation
-from fd_large.engine.loop import Plan, probe_phases, train_updates
+from fd_large.engine.forward import probe_phases
+from fd_large.engine.loop import DONE, GUARD, NOT_SAVED, PREEMPTED, Evaluate, Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.engine.time_box import TimeBox
@@ -42,10 +44,13 @@ from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import Hook, Setting
-from fd_large.runtime.run_folder import open_folder, source_commit, write_environment
+from fd_large.runtime.run_folder import open_folder, source_commit, status_of, write_environment
 from fd_large.weights.settle import settle
 
 log = logging.getLogger(__name__)
+
+EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75, GUARD: 3, "teacher changed": 3}
+"""75: the last checkpoint stands, the same command goes on from it. 3: somebody has to look."""
 
 
 class Opened(NamedTuple):
@@ -81,6 +86,8 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     run = distributed.broadcast_object(settled)
     checked = distributed.together(lambda: _check(run, deepspeed_config, launch))
     source, precision, node_size, sizes, share, fill = checked
+    same_everywhere.check(run, source)
+    source = stage(source, run.data.stage_to)
     fixed = run.batch.micro_batch_size
     config = fill(1 if fixed == "auto" else fixed)
 
@@ -104,7 +111,7 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     facts = {
         "teacher_source": run.teacher.source,
         "teacher_hash": teacher.fingerprint,
-        "pictures": _same_pictures(source),
+        "pictures": source.fingerprint,
         "commit": distributed.broadcast_object(source_commit()),
     }
     checkpoints = Checkpoints(folder, run, engine, facts)
@@ -137,14 +144,18 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
     size, launch = opened.micro_batch_size, opened.launch
-    setting = Setting(folder, run, first, total, size, opened.accumulation, launch.world_size)
-    if first >= total:
-        if distributed.broadcast_object(not (folder / "summary.json").exists()):
-            # A kill between the last checkpoint and the summary.
-            for hook in hooks:
-                hook.on_start(setting)
-            for hook in hooks:
-                hook.on_end("done")
+    setting = Setting(
+        folder,
+        run,
+        first,
+        total,
+        size,
+        opened.accumulation,
+        launch.world_size,
+        checkpoint_bytes=opened.checkpoints.bytes,
+        name_of=source.__getitem__,
+    )
+    if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
         log.info("%s: finished after %d updates; nothing to do", folder, first)
         return 0
     if first:
@@ -191,9 +202,8 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             schedule.warmup,
         )
     try:
-        status = train_updates(
+        trainer = Trainer(
             engine,
-            batches,
             plan,
             hooks,
             setting,
@@ -201,14 +211,14 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             evaluate=evaluate,
             time_box=time_box,
         )
+        status = trainer.train(batches)
     except FDError as error:
         error.rank_local = True
         raise
-    if (now := teacher.hash_now()) != teacher.fingerprint:
+    if status == DONE and (now := teacher.hash_now()) != teacher.fingerprint:
         raise AssertionError(f"the teacher changed: hash {teacher.fingerprint}, now {now}")
     log.info("%s: %s", status, folder)
-    # 75: the last checkpoint stands; the same command goes on from it.
-    return 75 if status == "not saved" else 0
+    return EXIT_CODES[status]
 
 
 def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> int:
@@ -227,21 +237,6 @@ def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> in
     return threshold
 
 
-def _same_pictures(source: PictureSource) -> str:
-    """The fingerprint of the listing; every rank must see the same pictures.
-
-    Raises: DataError: if a rank lists others, which would give a sample twice or never.
-    """
-    seen = distributed.gather_objects((source.fingerprint, len(source)))
-    for number, (fingerprint, count) in enumerate(seen):
-        if fingerprint != seen[0][0]:
-            raise DataError(
-                f"data.root: the ranks see different pictures; got {count} on rank {number} and "
-                f"{seen[0][1]} on rank 0, expected the same names. Copy the data set to every node."
-            )
-    return source.fingerprint
-
-
 def _held_out(run: Run) -> PictureSource:
     try:
         return open_pictures(run.eval.root)
@@ -251,7 +246,7 @@ def _held_out(run: Run) -> PictureSource:
 
 def _evaluation(
     run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
-) -> Callable[[int, bool], tuple[dict[str, float], dict[str, Any] | None]]:
+) -> Evaluate:
     """Measures held-out pictures, and crops of the training pictures that training never sees."""
     pictures = {"held_out": _held_out(run), "unseen_crops": source}
     sets = distributed.together(
@@ -271,12 +266,14 @@ def _evaluation(
         ]
     )
 
-    def evaluate(update: int, last: bool) -> tuple[dict[str, float], dict[str, Any] | None]:
+    def evaluate(
+        update: int, last: bool, between: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, Any] | None]:
         metrics: dict[str, float] = {}
         for views in sets:
-            metrics |= views.measure(engine)
+            metrics |= views.measure(engine, between)
             if last:
-                metrics[f"{views.name}_best_constant"] = views.best_constant(engine)
+                metrics[f"{views.name}_best_constant"] = views.best_constant(engine, between)
         panel = sets[0].panel(engine) if update == 0 or last else None
         return metrics, panel
 

@@ -87,15 +87,16 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
 
 
 def restore(engine: Engine, read: Read, updates: int) -> None:
-    """Writes a stored state into a fresh engine.
+    """Writes a stored state into an engine, all ranks together.
 
     Args:
-        engine: Before its first step.
+        engine: Between two updates, or before the first.
         read: (kind, name, start, stop) -> those elements of the flattened tensor.
         updates: Steps that the optimiser has made.
     """
     inner = _inner(engine)
     owners: dict[int, Tensor] = {}
+    _forget_whole_copies(engine)
     with torch.no_grad():
         for name, parameter in engine.task.named_parameters():
             home = _home(engine, parameter, whole=True)
@@ -114,6 +115,12 @@ def restore(engine: Engine, read: Read, updates: int) -> None:
         if "step" in group:
             group["step"] = updates
     engine.deepspeed.global_steps = updates
+
+
+def _forget_whole_copies(engine: Engine) -> None:
+    """Small tensors stay whole from the first forward on; the next one gathers them anew."""
+    if engine.stage == 3:
+        engine.deepspeed.optimizer._partition_all_parameters()
 
 
 def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, read: Read) -> None:

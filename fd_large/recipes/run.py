@@ -19,6 +19,7 @@ from fd_large.recipes.sections import (
     Data,
     Engine,
     Eval,
+    Guard,
     Objective,
     Optim,
     Runtime,
@@ -42,6 +43,7 @@ class Run:
     batch: Batch = field(default_factory=Batch)
     engine: Engine = field(default_factory=Engine)
     eval: Eval = field(default_factory=Eval)
+    guard: Guard = field(default_factory=Guard)
     runtime: Runtime = field(default_factory=Runtime)
 
     def __post_init__(self) -> None:

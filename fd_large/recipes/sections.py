@@ -105,6 +105,9 @@ class Data:
     # Images: a folder, read recursively (labels are not used); tar shards, as their folder, one
     # file or a pattern like "train-{000..146}.tar"; or builtin:photographs.
     root: str = ""
+    # Folder on a disk of each node's own, to which the data set is copied once and checked, before
+    # training; empty: it is read where it is.
+    stage_to: str = ""
     # Side of the square crop, in pixels.
     image_size: int = 224
     # Smallest area of a crop as a fraction of the image's; 1: the whole image.
@@ -304,6 +307,27 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What becomes of an update whose loss or gradient norm is not finite, or far off."""
+
+    # Skip such updates; off: only those that DeepSpeed refuses by itself.
+    enabled: bool = True
+    # Updates skipped in a row after which the run is taken back to the last checkpoint before them.
+    skips: int = 5
+    # Times that the run is taken back before it is stopped (exit code 3).
+    roll_backs: int = 3
+    # Times the running spread (of the last 100 accepted updates) that a value may lie above its
+    # median; the spread counts as at least 5% of the loss, and a factor of 1.28 of the norm.
+    spread: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "guard")
+        at_least("guard.skips", self.skips, 1, "updates")
+        at_least("guard.roll_backs", self.roll_backs, 0, "times")
+        positive("guard.spread", self.spread)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """The run's folder, seed and reports."""
 
@@ -321,6 +345,11 @@ class Runtime:
     keep_every: int = 0
     # Checkpoints in a row that may fail (a full disk) before the run stops; 0: it never stops.
     max_failed_saves: int = 0
+    # Whether SIGTERM, SIGUSR1, a file named stop in the run's folder, or the end of the Slurm job
+    # makes all ranks save and exit with 75.
+    preemption: bool = True
+    # Between such a signal and the end: what sbatch is asked for by its option signal.
+    notice_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         check_types(self, "runtime")
@@ -329,6 +358,7 @@ class Runtime:
         at_least("runtime.keep_last", self.keep_last, 1, "checkpoints")
         at_least("runtime.keep_every", self.keep_every, 0, "updates")
         at_least("runtime.max_failed_saves", self.max_failed_saves, 0, "checkpoints")
+        not_negative("runtime.notice_seconds", self.notice_seconds)
         require(
             0 <= self.seed < 2**63,
             "runtime.seed: no seed of the counter-based generator",

@@ -1,13 +1,17 @@
 """What observes a run, and what it may ask for.
 
-A hook never stops, saves or skips by itself: it returns a Request, the loop agrees it over the
-ranks and carries it out, so that all ranks do the same in the same step.
+A hook never stops, saves or skips by itself. What one rank alone knows (a signal came) is a Wish,
+which the loop agrees over the ranks; what all ranks know alike (the loss is not finite) is a
+Verdict, the same on each of them. The loop carries both out, so that all ranks do the same in the
+same step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 from torch import Tensor
@@ -16,14 +20,43 @@ from fd_large.recipes.run import Run
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a hook asks the loop to do after this update."""
+class Wish:
+    """What this rank would like after the update under way; done if any rank wishes it.
+
+    Attributes:
+        save: Write a checkpoint.
+        stop: Save, and end as `preempted`.
+    """
 
     save: bool = False
     stop: bool = False
 
 
-NOTHING = Request()
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done with an update; the same on every rank.
+
+    Attributes:
+        skip: Leave weights and moments as they were.
+        roll_back: Take the state of the newest checkpoint of at most so many updates, and go on
+            with the next data; None: no.
+        stop: End without saving, under this status; empty: go on.
+    """
+
+    skip: bool = False
+    roll_back: int | None = None
+    stop: str = ""
+
+    @classmethod
+    def all_of(cls, verdicts: Iterable[Verdict]) -> Verdict:
+        """The gravest of several."""
+        given = list(verdicts)
+        back = [v.roll_back for v in given if v.roll_back is not None]
+        stop = next((v.stop for v in given if v.stop), "")
+        return cls(any(v.skip for v in given), min(back, default=None), stop)
+
+
+NOTHING, PASS = Wish(), Verdict()
 
 
 @dataclass(frozen=True)
@@ -38,6 +71,11 @@ class Setting:
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per update.
         world_size: Ranks.
+        checkpoint_bytes: Of a whole checkpoint, over all ranks.
+        checks: What a hook may measure on the live run, by name; each is a function without
+            arguments that every rank calls. `teacher_shard`: hash of this rank's own part of the
+            teacher. `teacher_map`: the teacher's map (B, N, C) of a fixed batch.
+        name_of: A sample's place in the listing -> where it lies.
     """
 
     folder: Path
@@ -47,28 +85,52 @@ class Setting:
     micro_batch_size: int
     accumulation: int
     world_size: int
+    checkpoint_bytes: int = 0
+    checks: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    name_of: Callable[[int], str] = str
 
 
 @dataclass(frozen=True)
 class Update:
-    """One finished update.
+    """One update, the same numbers on every rank.
 
     Attributes:
         index: From 0.
         total: Updates of the whole run, as known now; a time box sets it after the first ones.
         epoch: From 0.
-        loss: Scalar float32 on the device, this rank's mean over its micro batches; reading it
-            stops the host, so a hook keeps it until a log step.
-        grad_norm: Global L2 norm before clipping, a number or a device scalar.
+        loss: Mean over ranks and micro batches.
+        grad_norm: Global L2 norm before clipping.
         learning_rate: What the update ran at.
+        skipped: Whether weights and moments stayed as they were.
     """
 
     index: int
     total: int
     epoch: int
-    loss: Tensor
-    grad_norm: Tensor | float
+    loss: float
+    grad_norm: float
     learning_rate: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a skipped update was made of.
+
+    Attributes:
+        images: (B, 3, S, S) uint8, this rank's pictures of the update in order.
+        positions: (B,) int64, their places in the epoch's order.
+        indices: (B,) int64, their places in the listing.
+        losses: Of this rank's micro batches.
+        maxima: Layer -> largest magnitude of its output on the unchanged weights, in execution
+            order, over all ranks; infinite where one is not finite.
+    """
+
+    images: Tensor
+    positions: Tensor
+    indices: Tensor
+    losses: list[float]
+    maxima: dict[str, float]
 
 
 class Hook:
@@ -77,12 +139,35 @@ class Hook:
     def on_start(self, setting: Setting) -> None:
         """Before the first update."""
 
-    def after_update(self, update: Update) -> Request:
-        """After each update."""
+    def beat(self) -> None:
+        """The run moves: called with every micro batch, in training and in evaluation."""
+
+    def wish(self) -> Wish:
+        """What this rank would like now; asked before each optimiser step, and in evaluations."""
         return NOTHING
+
+    def judge(self, update: Update) -> Verdict:
+        """What becomes of an update whose loss and norm are known and that no weight felt yet.
+
+        The answer must follow from what is the same on every rank.
+        """
+        return PASS
+
+    def on_skip(self, update: Update, evidence: Evidence) -> None:
+        """After an update that was skipped."""
+
+    def on_roll_back(self, update: Update, restored: int) -> None:
+        """After the state of `restored` updates was taken back."""
+
+    def after_update(self, update: Update) -> Verdict:
+        """After each update; the same answer on every rank. `skip` comes too late here."""
+        return PASS
 
     def on_save(self, index: int) -> None:
         """Before a checkpoint of `index` updates: a resume from it must find what they left."""
+
+    def on_saved(self, seconds: float) -> None:
+        """A checkpoint is complete, so many seconds after it was begun."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """After an evaluation that followed `index` updates, the same numbers on every rank.
@@ -97,4 +182,5 @@ class Hook:
         """
 
     def on_end(self, status: str) -> None:
-        """After the last update: `done`, or why the run ended early."""
+        """After the last update: `done`, or why the run ended early: `preempted`, `not saved`,
+        `guard`, `teacher changed`."""

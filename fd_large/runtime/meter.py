@@ -1,7 +1,6 @@
 """The numbers of a run: metrics.jsonl, evaluations.jsonl, and at the end summary.json.
 
-Losses stay on the device until a log step, where one all-reduce and one read fetch all of them;
-whoever shows them (progress bar, TensorBoard) is handed what was read and reads nothing itself.
+Whoever shows them (progress bar, TensorBoard) is handed the rows as they are written.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fd_large import distributed
-from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
+from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
 from fd_large.runtime.run_folder import write_json, written_or_told
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate,
-images_per_second (the same in all rows that were read together)."""
+images_per_second (the same in all rows of an interval), and skipped: true where weights stayed."""
 
 
 class Meter(Hook):
@@ -65,7 +63,7 @@ class Meter(Hook):
         self._seconds = self._interval_seconds = 0.0
         self._mark = time.perf_counter()
 
-    def after_update(self, update: Update) -> Request:
+    def after_update(self, update: Update) -> Verdict:
         """Keeps the update; at the end of an interval, fetches and writes the interval."""
         now = time.perf_counter()
         self._interval_seconds += now - self._mark
@@ -78,7 +76,7 @@ class Meter(Hook):
         done = update.index + 1
         if done == update.total or done % self._setting.run.runtime.log_every == 0:
             self._flush()
-        return NOTHING
+        return PASS
 
     def on_save(self, index: int) -> None:
         """Before a checkpoint of `index` updates: a resume from it must find all their rows."""
@@ -136,7 +134,6 @@ class Meter(Hook):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        losses, norms = _read(pending)
         per_second = (
             len(pending) * self._setting.run.batch.global_batch_size / self._interval_seconds
         )
@@ -145,18 +142,19 @@ class Meter(Hook):
         if self._path is None:
             return
         if self._first_loss is None:
-            self._first_loss = losses[0]
-        self._last_loss = losses[-1]
+            self._first_loss = pending[0].loss
+        self._last_loss = pending[-1].loss
         rows = [
             {
                 "update": update.index,
                 "epoch": update.epoch,
-                "loss": loss,
-                "grad_norm": norm,
+                "loss": update.loss,
+                "grad_norm": update.grad_norm,
                 "learning_rate": update.learning_rate,
                 "images_per_second": per_second,
+                **({"skipped": True} if update.skipped else {}),
             }
-            for update, loss, norm in zip(pending, losses, norms, strict=True)
+            for update in pending
         ]
         self._unwritten += [json.dumps(row) + "\n" for row in rows]
         self._append()
@@ -217,18 +215,6 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _read(updates: list[Update]) -> tuple[list[float], list[float]]:
-    """Losses averaged over the ranks and gradient norms: one all-reduce, one read of the device."""
-    losses = distributed.mean(torch.stack([update.loss for update in updates]))
-    norms = [_scalar(update.grad_norm, losses.device) for update in updates]
-    both = torch.stack([losses, torch.stack(norms)]).tolist()
-    return both[0], both[1]
-
-
-def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32).detach().reshape(()).to(device)
 
 
 def _evaluations_path(folder: Path) -> Path:

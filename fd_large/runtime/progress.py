@@ -13,7 +13,7 @@ import time
 from fd_large import distributed
 from fd_large.runtime import terminal
 from fd_large.runtime.evaluation_names import in_words
-from fd_large.runtime.hooks import NOTHING, Hook, Request, Setting, Update
+from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
 from fd_large.runtime.logs import FILE_ONLY
 from fd_large.runtime.meter import Row
 
@@ -60,7 +60,7 @@ class Progress(Hook):
             self._bar.start()
             terminal.before_errors.append(self._bar.stop)
 
-    def after_update(self, update: Update) -> Request:
+    def after_update(self, update: Update) -> Verdict:
         """Moves the bar."""
         self._total = update.total
         if self._bar is not None:
@@ -72,7 +72,7 @@ class Progress(Hook):
             if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS or done == update.total:
                 self._drawn = now
                 self._bar.refresh()
-        return NOTHING
+        return PASS
 
     def show_rows(self, rows: list[Row]) -> None:
         """Shows what the Meter has read."""

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -134,17 +134,32 @@ def _enter_or_raise(folder: Path, run: Run, fresh: bool) -> str | None:
     return None
 
 
+def status_of(folder: Path) -> str | None:
+    """The status in summary.json, None where there is none."""
+    with suppress(OSError, ValueError):
+        summary = json.loads((folder / "summary.json").read_text())
+        return summary.get("status") if isinstance(summary, dict) else None
+    return None
+
+
 # What may differ between the parts of one run without changing its result.
 _MAY_CHANGE = {
     "batch.micro_batch_size",
     "data.max_bad_fraction",
     "data.root",
+    "data.stage_to",
     "data.workers",
     "engine.node_size",
+    "guard.enabled",
+    "guard.roll_backs",
+    "guard.skips",
+    "guard.spread",
     "runtime.keep_every",
     "runtime.keep_last",
     "runtime.log_every",
     "runtime.max_failed_saves",
+    "runtime.notice_seconds",
+    "runtime.preemption",
     "runtime.run_dir",
     "runtime.save_every",
     "student.activation_checkpointing",

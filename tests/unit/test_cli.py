@@ -77,7 +77,8 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     recipe = registry.get("fd_swinv2g")
     assert engine.flags == ("some.json", True)
     names = [type(hook).__name__ for hook in engine.hooks]
-    assert names == ["Meter", "Progress", "TensorBoard", "Pictures"]
+    assert names[0] == "Meter"
+    assert {"Progress", "TensorBoard", "Pictures", "Preemption"} <= set(names)
     assert engine.run.student == recipe.student
     assert engine.run.teacher == recipe.teacher
     assert engine.run.name == "fd_swinv2g"

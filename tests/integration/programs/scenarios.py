@@ -33,7 +33,7 @@ from fd_large.engine.build import (
     task_maker,
     teacher_maker,
 )
-from fd_large.engine.loop import forward_backward
+from fd_large.engine.forward import forward_backward
 from fd_large.engine.optimizer import parameter_groups, set_rate
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import PlacedTeacher

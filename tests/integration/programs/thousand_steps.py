@@ -16,7 +16,7 @@ from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
 from fd_large.recipes.architectures import Architecture
-from fd_large.runtime.hooks import NOTHING, Hook, Request, Update
+from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 from fd_large.runtime.meter import Meter
 
 
@@ -33,11 +33,11 @@ class Memory(Hook):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
-    def after_update(self, update: Update) -> Request:
+    def after_update(self, update: Update) -> Verdict:
         if update.index % 100 == 99:
             row = {"tensors": sum(storages().values()), "resident": resident()}
             self.rows.append({**row, "rate": update.learning_rate})
-        return NOTHING
+        return PASS
 
 
 def main(pictures: str, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from fd_large.recipes import registry
 from fd_large.recipes.sections import Batch, Runtime
@@ -35,8 +34,8 @@ def run_updates():
                 index,
                 total or setting.total_updates,
                 0,
-                torch.tensor(index / 100 + shift),
-                torch.tensor(1.5),
+                index / 100 + shift,
+                1.5,
                 1e-3,
             )
             for hook in hooks:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from fd_large import distributed
 from fd_large.runtime import meter as meter_module
 from fd_large.runtime.meter import Meter
 
@@ -30,14 +29,6 @@ def test_a_row_an_update_and_a_summary(make_setting, run_updates, tmp_path):
     assert summary["held_out_cosine"] is None
     assert summary["images_per_second"] > 0
     assert summary["peak_memory_bytes"] > 0
-
-
-def test_the_device_is_read_once_an_interval(make_setting, run_updates, monkeypatch):
-    calls = []
-    mean = distributed.mean
-    monkeypatch.setattr(distributed, "mean", lambda value: calls.append(len(value)) or mean(value))
-    run_updates([Meter()], make_setting(), 10)
-    assert calls == [4, 4, 2]
 
 
 @pytest.mark.parametrize("killed_at", [5, 8, 9])

@@ -1,0 +1,48 @@
+"""The moment between an update's gradients and its step, whatever the ZeRO stage.
+
+DeepSpeed's `step` finds the norm, clips and calls the inner optimiser, once or once a group. The
+gate stands in front of that call: gradients are complete, no weight has moved yet, and an update
+that is refused leaves weights, moments and step counts as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class StepGate:
+    """Asks once an update whether the inner optimiser may step.
+
+    Args:
+        inner: The optimiser that DeepSpeed wraps, or steps itself at stage 0. Its `step` is
+            replaced on this object.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._step = inner.step
+        self._ask: Callable[[], bool] | None = None
+        self._open = True
+        inner.step = self._guarded  # type: ignore[method-assign]
+
+    def step(self, engine: Any, ask: Callable[[], bool]) -> bool:
+        """Lets the engine step; returns whether the weights moved.
+
+        Args:
+            engine: DeepSpeed's, at the boundary of an update.
+            ask: Called on every rank before the first weight moves, unless DeepSpeed refuses the
+                step by itself (a norm that is not finite): whether to go on.
+        """
+        # Stays closed where DeepSpeed throws the gradients away and never steps.
+        self._ask, self._open = ask, False
+        engine.step()
+        moved, self._ask, self._open = self._open, None, True
+        return moved
+
+    def _guarded(self, *arguments: Any, **named: Any) -> Any:
+        if self._ask is not None:
+            ask, self._ask = self._ask, None
+            self._open = ask()
+        return self._step(*arguments, **named) if self._open else None

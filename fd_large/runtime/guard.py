@@ -1,0 +1,354 @@
+"""Refuses updates whose loss or gradient norm is off, and takes a run back when they keep coming.
+
+Off: NaN, infinite, or far above the running spread of the last accepted updates. The median and
+the median distance from it tell the spread, since a spike must not widen what it is measured by;
+a floor keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl
+and RUN/incidents alone, so a resumed run decides as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import safetensors.torch
+
+from fd_large import distributed
+from fd_large.runtime.hooks import PASS, Evidence, Hook, Setting, Update, Verdict
+from fd_large.runtime.meter import rows_before
+from fd_large.runtime.run_folder import write_json, written_or_told
+
+log = logging.getLogger(__name__)
+
+WINDOW = 100
+"""Accepted updates that the running median and spread look back on."""
+KNOWN = 20
+"""Accepted updates before a finite number can be far off."""
+LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
+"""Least spread: of the loss as a part of its median, of the norm in natural logarithms."""
+INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
+"""Newest incidents that keep their pictures, and ranks whose pictures are written for each."""
+FILE = "incident.json"
+MAD_TO_DEVIATION = 1.4826  # Of a normal distribution.
+
+Values = tuple[int, float, float]
+"""Update, loss, gradient norm."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is off about an update.
+
+    Attributes:
+        what: `loss` or `gradient norm`.
+        value: Of this update.
+        median: Of the accepted updates before it; None while there is none.
+        limit: Above it a value is off; None while too few are known.
+        spread: Of the accepted ones, in the value's units or, of the norm, in logarithms.
+    """
+
+    what: str
+    value: float
+    median: float | None
+    limit: float | None
+    spread: float | None
+
+    def in_words(self) -> str:
+        """A sentence's predicate."""
+        if not math.isfinite(self.value):
+            usual = "" if self.median is None else f" (median so far {self.median:.4g})"
+            return f"its {self.what} is {self.value:g}{usual}"
+        return (
+            f"its {self.what} is {self.value:.4g}, far above the median {self.median:.4g} "
+            f"(limit {self.limit:.4g})"
+        )
+
+
+def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
+    """What is off about an update, given those accepted before it.
+
+    Args:
+        update: Loss and norm to judge.
+        accepted: The last `WINDOW` before it, oldest first.
+        spread: Spreads above the median that are still in order.
+    """
+    known = list(accepted)
+    found = (
+        _loss_off(update.loss, [loss for _, loss, _ in known], spread),
+        _norm_off(update.grad_norm, [norm for _, _, norm in known], spread),
+    )
+    return [finding for finding in found if finding is not None]
+
+
+def _loss_off(value: float, known: list[float], factor: float) -> Finding | None:
+    middle, spread, limit = _bounds(known, factor, lambda middle: LOSS_FLOOR * abs(middle))
+    return _off("loss", value, middle, limit, spread)
+
+
+def _norm_off(value: float, known: list[float], factor: float) -> Finding | None:
+    # Norms spread by factors: what is far off is judged on their logarithms.
+    logs = [math.log(max(norm, 1e-30)) for norm in known]
+    middle, spread, limit = _bounds(logs, factor, lambda _: NORM_FLOOR)
+    middle, limit = (None if x is None else math.exp(min(x, 700.0)) for x in (middle, limit))
+    return _off("gradient norm", value, middle, limit, spread)
+
+
+def _bounds(
+    known: list[float], factor: float, floor: Callable[[float], float]
+) -> tuple[float | None, float | None, float | None]:
+    """Median, spread and limit; None while too few are known."""
+    if not known:
+        return None, None, None
+    middle = median(known)
+    distance = MAD_TO_DEVIATION * median(abs(value - middle) for value in known)
+    spread = max(distance, floor(middle))
+    return middle, spread, middle + factor * spread if len(known) >= KNOWN else None
+
+
+def _off(
+    what: str, value: float, middle: float | None, limit: float | None, spread: float | None
+) -> Finding | None:
+    far = not math.isfinite(value) or (limit is not None and value > limit)
+    return Finding(what, value, middle, limit, spread) if far else None
+
+
+@dataclass
+class _Past:
+    """What the updates so far have left.
+
+    Attributes:
+        accepted: The last ones whose weights the present ones descend from.
+        refused: The unbroken row of refused updates that led here.
+        roll_backs: How often the run was taken back.
+    """
+
+    accepted: deque[Values]
+    refused: list[int]
+    roll_backs: int
+
+    def add(self, update: int, loss: float, norm: float, *, skipped: bool) -> None:
+        if skipped:
+            self.refused.append(update)
+            return
+        self.refused.clear()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.accepted.append((update, loss, norm))
+
+
+def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
+    """What a run's guard knows after the updates of `rows`.
+
+    Args:
+        rows: Of metrics.jsonl.
+        roll_backs: Update after which the run was taken back -> updates of the state it took.
+    """
+    past = _Past(deque(), [], 0)
+    for row in rows:
+        update = row["update"]
+        past.add(update, row["loss"], row["grad_norm"], skipped=row.get("skipped", False))
+        if (restored := roll_backs.get(update)) is not None:
+            past.roll_backs += 1
+            past.refused.clear()
+            past.accepted = deque(item for item in past.accepted if item[0] < restored)
+    past.accepted = deque(past.accepted, maxlen=WINDOW)
+    return past
+
+
+class Guard(Hook):
+    """Skips bad updates, rolls back from rows of them, ends a run that keeps meeting them.
+
+    Skipped updates have a folder in RUN/incidents: what was off, where, and the pictures.
+    """
+
+    def on_start(self, setting: Setting) -> None:
+        """Takes up what the guard of the run before a resume knew."""
+        self._setting, self._limits = setting, setting.run.guard
+        self._incidents = setting.folder / "incidents"
+        self._findings: list[Finding] = []
+        self._incident: dict[str, Any] = {}
+        if distributed.is_main():
+            _set_aside(self._incidents, setting.first_update)
+        self._past = self._read(setting.first_update)
+
+    def judge(self, update: Update) -> Verdict:
+        """Refuses an update whose loss or gradient norm is off."""
+        self._findings = findings(update, self._past.accepted, self._limits.spread)
+        return Verdict(skip=bool(self._findings))
+
+    def on_skip(self, update: Update, evidence: Evidence) -> None:
+        """Writes the incident down and says what was off."""
+        mine = {
+            "rank": distributed.rank(),
+            "host": socket.gethostname(),
+            "losses": evidence.losses,
+            "positions": evidence.positions.tolist(),
+            "indices": evidence.indices.tolist(),
+            "names": [self._setting.name_of(index) for index in evidence.indices.tolist()],
+        }
+        folder = self._incidents / f"update_{update.index:08d}"
+        part = folder.with_name(folder.name + ".part")
+        if distributed.is_main():
+            with written_or_told(folder):
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+        ranks = distributed.gather_objects(mine)
+        culprits = culprits_of([entry["losses"] for entry in ranks])
+        written = False
+        if distributed.rank() in culprits[:RANKS_WITH_IMAGES]:
+            name = images_of(distributed.rank())
+            with written_or_told(folder / name):
+                (part / name).write_bytes(
+                    safetensors.torch.save(
+                        {"images": evidence.images.contiguous(), "positions": evidence.positions}
+                    )
+                )
+                written = True
+        with_images = [
+            rank for rank, done in enumerate(distributed.gather_objects(written)) if done
+        ]
+        not_finite = [name for name, value in evidence.maxima.items() if not math.isfinite(value)]
+        self._incident = {
+            **asdict(update),
+            "off": [asdict(finding) for finding in self._findings],
+            "restored": None,
+            "world_size": self._setting.world_size,
+            "micro_batch_size": self._setting.micro_batch_size,
+            "accumulation": self._setting.accumulation,
+            "culprits": culprits,
+            "images": [images_of(rank) for rank in with_images],
+            "first_layer_not_finite": not_finite[0] if not_finite else None,
+            "layers": evidence.maxima,
+            "ranks": ranks,
+        }
+        if not distributed.is_main():
+            return
+        with written_or_told(folder):
+            write_json(part / FILE, self._incident)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            _drop_old_images(self._incidents)
+        log.warning("%s", _in_words(self._incident, self._findings, folder))
+
+    def after_update(self, update: Update) -> Verdict:
+        """Counts; asks for a roll-back after too many refused in a row, or for the end."""
+        self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
+        refused, limits = self._past.refused, self._limits
+        if len(refused) < limits.skips:
+            return PASS
+        if self._past.roll_backs < limits.roll_backs:
+            return Verdict(roll_back=refused[0])
+        if distributed.is_main():
+            log.error(
+                "guard: the run ends: updates %d to %d were refused one after the other, and it "
+                "was taken back %d times before (--guard.roll_backs). Mend what %s tells and start "
+                "the same command again, or anew with a lower --optim.base_lr.",
+                refused[0],
+                update.index,
+                self._past.roll_backs,
+                self._incidents,
+            )
+        return Verdict(stop="guard")
+
+    def on_roll_back(self, update: Update, restored: int) -> None:
+        """Forgets what the abandoned updates have shown; a resume must know of it as well."""
+        roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
+        folder = self._incidents / f"update_{update.index:08d}"
+        self._incident["restored"] = restored
+        if distributed.is_main():
+            with written_or_told(folder / FILE):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / FILE, self._incident)
+            log.warning(
+                "guard: %d updates refused in a row: weights and moments are those of %d updates "
+                "again, and the run goes on with the next data (roll-back %d of %d)",
+                refused,
+                restored,
+                roll_backs,
+                self._limits.roll_backs,
+            )
+        self._past = self._read(restored)
+        # The updates that follow are no part of a row that ended there; and the incident may not
+        # have been written.
+        self._past.refused.clear()
+        self._past.roll_backs = roll_backs
+
+    def _read(self, updates: int) -> _Past:
+        """What the first `updates` of the run have left, the same on every rank."""
+        past = None
+        if distributed.is_main():
+            rows = rows_before(self._setting.folder / "metrics.jsonl", updates)
+            past = past_of(rows, _roll_backs(self._incidents))
+        return distributed.broadcast_object(past)
+
+
+def culprits_of(losses: list[list[float]]) -> list[int]:
+    """The ranks with a loss that is not finite; where there is none, the one with the largest."""
+    bad = [rank for rank, own in enumerate(losses) if not all(map(math.isfinite, own))]
+    return bad or [max(range(len(losses)), key=lambda rank: max(losses[rank], default=-math.inf))]
+
+
+def images_of(rank: int) -> str:
+    """File of a rank's pictures."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> str:
+    why = " and ".join(finding.in_words() for finding in found) or "the step was refused"
+    rank = incident["culprits"][0]
+    more = f" and {n} more" if (n := len(incident["culprits"]) - 1) else ""
+    layer = incident["first_layer_not_finite"]
+    where = f"; {layer} is the first layer that is not finite" if layer else ""
+    host = incident["ranks"][rank]["host"]
+    return (
+        f"guard: update {incident['index']} skipped: {why}; worst on rank {rank}{more} ({host})"
+        f"{where}; python -m fd_large replay {folder}"
+    )
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("update_"))
+
+
+def _folders(incidents: Path) -> list[Path]:
+    """Complete incidents, oldest first."""
+    return sorted(p for p in incidents.glob("update_*") if p.name.removeprefix("update_").isdigit())
+
+
+def _set_aside(incidents: Path, first_update: int) -> None:
+    """Renames incidents of updates that will be run again: what they say may not come true."""
+    for folder in _folders(incidents):
+        if _number(folder) >= first_update:
+            with written_or_told(folder):
+                aside = folder.with_name(f"superseded_{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+
+
+def _roll_backs(incidents: Path) -> dict[int, int]:
+    """Update after which the run was taken back -> updates of the state it took."""
+    found = {}
+    for folder in _folders(incidents):
+        try:
+            restored = json.loads((folder / FILE).read_text())["restored"]
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s: cannot be read: %s", folder / FILE, error)
+            continue
+        if restored is not None:
+            found[_number(folder)] = restored
+    return found
+
+
+def _drop_old_images(incidents: Path) -> None:
+    with_images = [folder for folder in _folders(incidents) if any(folder.glob("*.safetensors"))]
+    for folder in with_images[: max(0, len(with_images) - INCIDENTS_WITH_IMAGES)]:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()

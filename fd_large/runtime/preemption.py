@@ -1,0 +1,136 @@
+"""Pre-emption: a signal, a file or the job's end on any rank stops all of them, saved.
+
+SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; a file named `stop`
+in the run's folder is for people. Whichever rank notices wishes to stop; the trainer agrees it in
+the collective of the next update (or evaluation batch), saves, and the run exits with 75.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from fd_large import distributed
+from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+SECONDS_BETWEEN_LOOKS = 2.0
+"""At the file: a shared file system is not asked at every update."""
+PROBE_BYTES = 1 << 25
+MARGIN_SECONDS = 15.0
+"""Between a save that fits exactly and the end of the job: the update under way, leaving."""
+
+
+class Preemption(Hook):
+    """Wishes to stop after a signal, for a file, or when the job's time is nearly up.
+
+    Signals are caught from the construction on, so that one that comes while nets are built is
+    not lost.
+    """
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._told = False
+        self._slowest = 0.0
+        self._file: Path | None = None
+        self._looked = 0.0
+        # Seconds since the epoch, set by Slurm in every step of a job.
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._job_end = float(end) if end.isdigit() else None
+        for number in SIGNALS:
+            signal.signal(number, self._caught)
+
+    def on_start(self, setting: Setting) -> None:
+        """Estimates a save, and says whether it fits between a signal and the end."""
+        self._setting = setting
+        # One look a node is enough.
+        self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
+        seconds = self._estimated(setting)
+        if seconds is None:
+            return
+        self._slowest = seconds
+        notice = setting.run.runtime.notice_seconds
+        if seconds + MARGIN_SECONDS > notice:
+            log.warning(
+                "runtime.notice_seconds: A SAVE DOES NOT FIT between a pre-emption and its end: "
+                "about %.0f s to write, %.0f s of notice; such a stop would lose the updates since "
+                "the last checkpoint. Ask for more notice (sbatch --signal=B:USR1@%d and "
+                "--runtime.notice_seconds %d) or save more often (--runtime.save_every).",
+                seconds,
+                notice,
+                *[round(seconds + 2 * MARGIN_SECONDS)] * 2,
+            )
+        else:
+            log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, notice)
+
+    def wish(self) -> Wish:
+        """Stop, once this rank has a reason."""
+        if not self._reason:
+            self._reason = self._file_or_end()
+        if not self._reason:
+            return NOTHING
+        if not self._told:
+            self._told = True
+            log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
+        return Wish(stop=True)
+
+    def on_saved(self, seconds: float) -> None:
+        """Learns what a save takes."""
+        notice = self._setting.run.runtime.notice_seconds
+        if seconds > max(self._slowest, notice):
+            log.warning(
+                "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
+                seconds,
+                notice,
+            )
+        self._slowest = max(self._slowest, seconds)
+
+    def on_end(self, status: str) -> None:
+        """Removes the file: the next start is to train."""
+        if distributed.is_main():
+            with suppress(OSError):
+                (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        # Nothing but an assignment: logging from a handler may meet a held lock.
+        self._reason = self._reason or signal.Signals(number).name
+
+    def _file_or_end(self) -> str:
+        now = time.time()
+        if self._job_end is not None and now > self._job_end - self._slowest - MARGIN_SECONDS:
+            return f"the job ends in {max(0.0, self._job_end - now):.0f} s"
+        if self._file is not None and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
+            self._looked = time.monotonic()
+            if self._file.exists():
+                return f"found {self._file}"
+        return ""
+
+    def _estimated(self, setting: Setting) -> float | None:
+        """Seconds that a checkpoint will take, from a file that all ranks write at once."""
+        share = setting.checkpoint_bytes / setting.world_size
+        size = int(min(PROBE_BYTES, share))
+        probe = setting.folder / f".write_probe_{distributed.rank()}"
+        distributed.barrier()
+        begin = time.perf_counter()
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+            seconds = (time.perf_counter() - begin) * share / max(size, 1)
+        except OSError:
+            # A full disk: the first save says it.
+            seconds = -1.0
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        if distributed.min_rank(seconds) < 0:
+            return None
+        return distributed.max_rank(seconds)
