@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def main() -> int:
         found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(found))
         return distributed.leave(0)
     rounds = 1 if arguments.quick else arguments.rounds
+    load_before = os.getloadavg()[0]
     scratch = Path(tempfile.mkdtemp(prefix="load_weights_"))
     loads: dict[str, dict[str, list]] = {loader: {file: [] for file in FILES} for loader in LOADERS}
     try:
@@ -242,7 +244,12 @@ def main() -> int:
     results = {
         "question": __doc__.splitlines()[0],
         "command": " ".join(["python benchmarks/load_weights.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
+        "machine": {
+            "processor": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+            "load_average_before": round(load_before, 1),
+        },
         "net": name,
         **sizes,
         "ranks": RANKS,

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from io import StringIO
 from typing import Any, get_type_hints
 
-from fd_large.errors import ConfigError, FDError, LaunchError, nearest
+from fd_large.errors import ConfigError, FDError, LostRankError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import describe_type, field_names
 from fd_large.recipes.run import Run
@@ -133,12 +133,14 @@ def _train(arguments: list[str]) -> int:
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.runtime import logs
+    from fd_large.runtime.canary import Canary
     from fd_large.runtime.guard import Guard
     from fd_large.runtime.meter import Meter
     from fd_large.runtime.pictures import Pictures
     from fd_large.runtime.preemption import Preemption
     from fd_large.runtime.progress import Progress
     from fd_large.runtime.tensorboard import TensorBoard
+    from fd_large.runtime.watchdog import Watchdog
 
     logs.start(find_rank(os.environ))
     from fd_large.engine.run import train
@@ -151,12 +153,17 @@ def _train(arguments: list[str]) -> int:
         hooks.append(Guard())
     if run.runtime.preemption:
         hooks.append(Preemption())
+    if run.runtime.canary_every:
+        hooks.append(Canary(run.runtime.canary_every))
+    if run.runtime.watchdog_seconds:
+        # The last one: what the others do at the end is watched as well.
+        hooks.append(Watchdog())
     try:
         code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
     except RuntimeError as error:
         if not distributed.peer_is_gone(error):
             raise
-        raise LaunchError(
+        raise LostRankError(
             "train: another rank has ended, its own message says why; got a closed connection, "
             "expected an answer. Start the same command again once that is mended."
         ) from error
@@ -282,7 +289,7 @@ def _doctor(arguments: list[str]) -> int:
     """Say what a run finds on this machine, or on all nodes, and what to mend."""
     from fd_large.commands import doctor
 
-    return doctor.main(arguments)
+    return doctor.main(arguments, speaks=find_rank(os.environ) == 0)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -44,6 +44,16 @@ class LaunchError(FDError):
     """An environment in which ranks cannot find each other."""
 
 
+class LostRankError(FDError):
+    """Another rank has ended; its own message and exit code say why.
+
+    1 and not 2: of all ranks' codes launchers return the largest, and a batch job whose rank was
+    lost with its node is to start again.
+    """
+
+    exit_code = 1
+
+
 def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close."""
     known = sorted(names)

@@ -46,10 +46,11 @@ def train(
     check: bool = True,
     env: dict[str, str] | None = None,
     timeout: float = 180.0,
+    program: Path = TRAIN,
 ) -> Finished:
     """Trains to the end."""
     return run_ranks(
-        TRAIN,
+        program,
         *words(pictures, run_dir, *more, config=config),
         ranks=ranks,
         launcher=launcher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -20,24 +21,45 @@ STUDENT, PROJECTION = "student.", "projection."
 Shape = tuple[int, ...]
 
 
-def newest(folder: Path) -> Reader:
-    """Opens a run's newest sound checkpoint, every file of it checked against its receipt.
+def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
+    """Opens a run's newest sound checkpoint; each file is checked, once in a process.
 
     Only reads: the run may be another user's, or still train. No collective.
 
-    Raises: CheckpointError: if the run has none.
+    Args:
+        folder: Of the run, or one of its checkpoints.
+        where: What the user set, for messages.
+
+    Raises: CheckpointError: if there is none.
     """
+    manifest = store.manifest_of(folder)
+    candidates = store.complete(folder) if manifest is None else [store.Stored(folder, manifest)]
     complaint = "no complete checkpoint"
-    for stored in reversed(store.complete(folder)):
-        problems = store.verify(stored)
+    for stored in reversed(candidates):
+        problems = _problems(stored)
         if not problems:
             return Reader(stored, set(range(stored.manifest["world_size"])))
-        complaint = f"{stored.path}: {problems[0]}"
+        complaint = f"{stored.path.name}: {problems[0]}"
         log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
     raise CheckpointError(
-        f"{store.checkpoints_of(folder)}: no sound checkpoint; got {complaint}, expected one that "
-        "was written whole. Train the run first, or restore its files."
+        f"{where}: {folder}: no sound checkpoint; got {complaint}, expected one that was written "
+        "whole. Train the run first, or restore its files."
     )
+
+
+def _problems(stored: store.Stored) -> tuple[str, ...]:
+    try:
+        states = [(path.name, path.stat()) for path in sorted(stored.path.iterdir())]
+        seen = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+        return _problems_of(stored.path, stored.manifest["world_size"], seen)
+    except FileNotFoundError as error:
+        return (f"gone meanwhile ({error})",)
+
+
+@lru_cache
+def _problems_of(path: Path, ranks: int, seen: tuple) -> tuple[str, ...]:
+    """Sums of files that have not changed since (size, time) are not taken again."""
+    return tuple(p for rank in range(ranks) if (p := store.damage(path, rank)))
 
 
 def stream(
@@ -57,8 +79,17 @@ def stream(
 
 
 def read(reader: Reader, name: str, shape: Shape) -> Tensor:
-    """Returns the float32 master of one tensor, by its stored name."""
-    return reader.read("master", name, 0, math.prod(shape)).view(shape)
+    """Returns the float32 master of one tensor, by its stored name.
+
+    Raises: CheckpointError: if the file is there no more: a run that trains prunes its checkpoints.
+    """
+    try:
+        return reader.read("master", name, 0, math.prod(shape)).view(shape)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{reader.path}: a file of it is gone; got {error}, expected what was there a moment "
+            "ago. If its run prunes checkpoints, take a newer one."
+        ) from error
 
 
 def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fd_large.checkpoint import layout, store, stream
+from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.models.statistics import IMAGENET
@@ -20,8 +18,6 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.weights.read import Tensors
 from fd_large.weights.source import Stored, serve
-
-log = logging.getLogger(__name__)
 
 
 def trained_at(run: Run) -> Architecture:
@@ -47,23 +43,10 @@ def student_of(path: Path, where: str) -> Stored | None:
     Returns: None if the path is neither.
     Raises: CheckpointError: if no checkpoint is sound, or it is of another net than its recipe.
     """
-    if (path / "checkpoints").is_dir():
-        candidates = store.complete(path)[::-1]
-    elif path.name.startswith("step_") and (manifest := store.manifest_of(path)) is not None:
-        candidates = [store.Stored(path, manifest)]
-    else:
+    is_checkpoint = path.name.startswith("step_") and store.manifest_of(path) is not None
+    if not is_checkpoint and not store.checkpoints_of(path).is_dir():
         return None
-    complaint = "no complete checkpoint"
-    for stored in candidates:
-        problems = _problems(stored.path)
-        if not problems:
-            return _opened(stored, where)
-        complaint = f"{stored.path.name}: {problems[0]}"
-        log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
-    raise CheckpointError(
-        f"{where}: {path}: no sound checkpoint; got {complaint}, expected one that was written "
-        "whole. Train the run first, or restore its files."
-    )
+    return _opened(stream.newest(path, where=where), where)
 
 
 def serve_runs() -> None:
@@ -71,24 +54,15 @@ def serve_runs() -> None:
     serve(student_of)
 
 
-@lru_cache
-def _problems(path: Path) -> tuple[str, ...]:
-    manifest = store.manifest_of(path)
-    assert manifest is not None, path
-    return tuple(store.verify(store.Stored(path, manifest)))
-
-
-def _opened(stored: store.Stored, where: str) -> Stored:
+def _opened(reader: Reader, where: str) -> Stored:
     try:
-        architecture = trained_at(Run.from_dict(stored.manifest["recipe"]))
+        architecture = trained_at(Run.from_dict(reader.manifest["recipe"]))
     except (KeyError, ConfigError) as error:
         raise CheckpointError(
-            f"{where}: {stored.path}: its manifest holds no recipe that can be read; got {error}, "
+            f"{where}: {reader.path}: its manifest holds no recipe that can be read; got {error}, "
             "expected what the run wrote. Export the student with the release that wrote it."
         ) from error
-    ranks = set(range(layout.from_dict(stored.manifest["layout"]).ranks))
-    tensors = _Tensors(Reader(stored, ranks), shapes(architecture))
-    return Stored(stored.path, tensors, architecture, IMAGENET)
+    return Stored(reader.path, _Tensors(reader, shapes(architecture)), architecture, IMAGENET)
 
 
 class _Tensors(Tensors):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from fd_large.errors import ConfigError
+from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
+
+log = logging.getLogger(__name__)
 
 Positional = Annotated[str, tyro.conf.Positional]
 
@@ -24,7 +28,7 @@ def export(
     Args:
         run: Folder of the run.
         out: Folder to write; nothing may stand there.
-        to: timm; hf, Hugging Face's Swinv2; fd, the names of the Feature-Distillation repository.
+        to: timm; hf, transformers' Swinv2, BEiT or ViT; fd, Feature-Distillation's names.
         shard_size: Most bytes of a file; more go into several with an index.
     """
     # The words are checked before torch is there.
@@ -41,34 +45,27 @@ def export(
     recipe = read_recipe(folder)
     architecture = trained_at(recipe)
     check(architecture, to, pads=recipe.student.size_rule == "pad")
-    reader = stream.newest(folder)
     table = shapes(architecture)
-    stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
-    bias = f"{stream.PROJECTION}bias"
-    projection = {
-        f"{stream.PROJECTION}{name}": shape
-        for name, shape in projection_shapes(
-            width(architecture), reader.layout.sizes.get(bias, 0)
-        ).items()
-    }
-    # The whole task is checked, whatever part of it goes out.
-    stream.check(reader, stored | projection)
-    if to == "fd":
-        stored |= projection
-    items = (
-        (name.removeprefix(stream.STUDENT), stream.read(reader, name, shape))
-        for name, shape in stored.items()
-    )
-    wanted = {name.removeprefix(stream.STUDENT): shape for name, shape in stored.items()}
-    files = exports.export(
-        items,
-        wanted,
-        architecture,
-        to,
-        Path(out),
-        statistics=IMAGENET,
-        shard_size=size,
-        card=card(
+
+    def write() -> tuple[int, list[Path]]:
+        reader = stream.newest(folder, where="export")
+        stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
+        bias = f"{stream.PROJECTION}bias"
+        projection = {
+            f"{stream.PROJECTION}{name}": shape
+            for name, shape in projection_shapes(
+                width(architecture), reader.layout.sizes.get(bias, 0)
+            ).items()
+        }
+        # The whole task is checked, whatever part of it goes out.
+        stream.check(reader, stored | projection)
+        if to == "fd":
+            stored |= projection
+        items = (
+            (name.removeprefix(stream.STUDENT), stream.read(reader, name, shape))
+            for name, shape in stored.items()
+        )
+        text = card(
             recipe,
             architecture,
             to,
@@ -76,13 +73,39 @@ def export(
             summary=_json(folder / "summary.json"),
             statistics=IMAGENET,
             sharded=4 * count(table) > size,
-        ),
-    )
+        )
+        files = exports.export(
+            items,
+            {name.removeprefix(stream.STUDENT): shape for name, shape in stored.items()},
+            architecture,
+            to,
+            Path(out),
+            statistics=IMAGENET,
+            shard_size=size,
+            card=text,
+        )
+        return reader.manifest["update"], files
+
+    update, files = _while_pruned(folder, write)
     print(
-        f"update {reader.manifest['update']}: {count(table):,} parameters in {len(files)} "
+        f"update {update}: {count(table):,} parameters in {len(files)} "
         f"file{'s' if len(files) > 1 else ''}: {out}"
     )
     return 0
+
+
+def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
+    """Writes; again if a run that trains has pruned the checkpoint under it: it has a newer one."""
+    from fd_large.checkpoint import store
+
+    while True:
+        before = store.renamed(folder)
+        try:
+            return write()
+        except CheckpointError as error:
+            if store.renamed(folder) == before:
+                raise
+            log.warning("export: %s The newest is taken.", error)
 
 
 def read_recipe(folder: Path) -> Run:

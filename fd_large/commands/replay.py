@@ -46,7 +46,7 @@ def replay(file: Positional) -> int:
 
 def _tell_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
     said, step = incident.said, incident.said["index"]
-    console.print(f"update {step} of {incident.folder}", style="bold", markup=False)
+    console.print(f"update {step + 1} of {incident.folder}", style="bold", markup=False)
     for off in said["off"]:
         usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
         limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"

@@ -175,7 +175,43 @@ def fingerprint(module: nn.Module, *, group: Any = None) -> str:
     return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
+    """Returns "PART/PARTS HASH" of what this rank itself holds of a module, no other rank asked.
+
+    Its pieces, all buffers, and what ZeRO-3 keeps whole beside the pieces. Ranks that hold the same
+    part give the same.
+
+    Args:
+        module: Whole or partitioned parameters.
+        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
+            fetches them at a forward of its choice, so they count by what changed since.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    part, parts = 0, 1
+    for name, parameter in module.named_parameters():
+        total += _hash_piece(name, *piece(parameter)).cpu()
+        if is_partitioned(parameter):
+            part = torch.distributed.get_rank(parameter.ds_process_group)
+            parts = torch.distributed.get_world_size(parameter.ds_process_group)
+            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
+                now = _hash_piece(name, parameter.data.view(-1), 0).cpu()
+                total += now - whole.setdefault(name, now)
+    for name, buffer in module.named_buffers():
+        flat = buffer.reshape(-1)
+        total += _hash_piece(name, flat if flat.is_floating_point() else _bytes(flat), 0).cpu()
+    return f"{part + 1}/{parts} {total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.contiguous().view(torch.uint8)
+
+
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.uint8: torch.uint8,
+}
 _CHUNK = 1 << 22  # Elements hashed at once: 32 MiB of int64 beside the parameter.
 
 

@@ -153,6 +153,10 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         opened.accumulation,
         launch.world_size,
         checkpoint_bytes=opened.checkpoints.bytes,
+        checks={
+            "teacher_shard": teacher.shard_hash,
+            "teacher_map": lambda: teacher.map_of_fixed_images(run.data.image_size),
+        },
         name_of=source.__getitem__,
     )
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):

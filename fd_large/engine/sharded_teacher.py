@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.data.draws import random_words
 from fd_large.distill.teacher import Teacher
 from fd_large.engine import partition
 from fd_large.engine.live_weights import load_weights
@@ -34,6 +35,7 @@ class PlacedTeacher:
 
     def __init__(self, module: Teacher, engine: Any, group: Any) -> None:
         self.module, self._engine, self._group = module, engine, group
+        self._whole: dict[str, Tensor] = {}
         self.fingerprint = self.hash_now()
         self.width = module.width
 
@@ -45,6 +47,24 @@ class PlacedTeacher:
     def hash_now(self) -> str:
         """Hashes the weights as they are; equal to `fingerprint` unless memory failed."""
         return partition.fingerprint(self.module.net, group=self._group)
+
+    def shard_hash(self) -> str:
+        """Returns "PART/PARTS HASH" of what this rank itself holds, no other rank asked.
+
+        A gathered weight is the same on all ranks, whoever spoiled its part; this is not.
+        """
+        return partition.held_fingerprint(self.module, self._whole)
+
+    def map_of_fixed_images(self, image_size: int) -> Tensor:
+        """The map (2, N, C) of two images of noise, always the same; all ranks call it.
+
+        Args:
+            image_size: Side of the run's crops, in pixels.
+        """
+        words = random_words(0, 0, range(2), "canary", num_blocks=-(-3 * image_size**2 // 4))
+        pixels = (words.reshape(2, -1)[:, : 3 * image_size**2] >> 24).astype("uint8")
+        images = torch.from_numpy(pixels).view(2, 3, image_size, image_size)
+        return self(images.to(distributed.device())).tokens
 
     def held_bytes(self) -> int:
         """Bytes of weights that this rank holds between steps."""

@@ -1,50 +1,154 @@
 """One place that says which implementation of an operation runs.
 
-`FD_KERNELS` holds the wish: `reference` (default) or `apex`. Asking for something that is not
-there is an error, never a silent fallback.
+`FD_KERNELS` holds the wish:
+
+- `auto` (default): Triton on CUDA for the cases that an operation was tested in, else the
+  reference.
+- `triton`: the same, but an error where Triton cannot run at all. On CPU it runs in Triton's
+  interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device shapes alone are followed.
+- `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as under `auto`.
+- `reference`: plain torch everywhere.
+
+Asking for something that is not there is an error, never a silent fallback. A single case outside
+of what was tested runs on the reference, and the log says so.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from fd_large.errors import ConfigError, nearest
 
+Implementation = Literal["triton", "apex", "reference"]
+
+log = logging.getLogger(__name__)
+
 # apex's fused kernels exist for CUDA only; elsewhere the reference runs.
 APEX_DEVICES = ("cuda",)
-_IMPLEMENTATIONS = ("reference", "apex")
+_WISHES = ("auto", "triton", "apex", "reference")
+# The kernels multiply bfloat16 in tensor cores, which came with this generation.
+_OLDEST_CAPABILITY = (8, 0)
+
+
+class _Operation(NamedTuple):
+    untested: Callable[..., str]
+    apex_untested: Callable[..., str] | None
+
+
+_operations: dict[str, _Operation] = {}
+
+
+def register(
+    op: str, untested: Callable[..., str], apex_untested: Callable[..., str] | None = None
+) -> None:
+    """Makes an operation known; its own file calls this once.
+
+    Args:
+        op: Name of the operation.
+        untested: Gets a case as keywords; says in a few words why the Triton kernels were not
+            tested in it, or returns "" if they were.
+        apex_untested: The same for apex's kernel; None: apex has none.
+    """
+    _operations[op] = _Operation(untested, apex_untested)
 
 
 def wished() -> str:
-    """Returns the value of FD_KERNELS, `reference` where it is not set.
+    """Returns the value of FD_KERNELS, `auto` where it is not set.
 
-    Raises: ConfigError: if the value is none of the known implementations.
+    Raises: ConfigError: if the value is none of the known ones.
     """
-    wish = os.environ.get("FD_KERNELS", "") or "reference"
-    if wish not in _IMPLEMENTATIONS:
+    wish = os.environ.get("FD_KERNELS", "") or "auto"
+    if wish not in _WISHES:
         raise ConfigError(
-            f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _IMPLEMENTATIONS)}."
-            " Set it to one of these or unset it."
+            f"FD_KERNELS: no such implementation; got {wish!r}, {nearest(wish, _WISHES)}. Set it "
+            "to one of these or unset it."
         )
     return wish
 
 
-def implementation(device_type: str) -> str:
-    """Returns which LayerNorm runs on a device: `reference` or `apex`.
+@torch.compiler.assume_constant_result
+def implementation(op: str, device_type: str, **case: Any) -> Implementation:
+    """Returns what runs an operation: `triton`, `apex` or `reference`.
 
-    Raises: ConfigError: if apex is wished for on a device that it has no kernel for.
+    Args:
+        op: A registered operation.
+        device_type: "cuda", "cpu", "meta" or another of torch's.
+        case: What the operation's test of cases looks at: dtypes, widths; hashable values.
+
+    Raises: ConfigError: if the wish cannot be met on this device.
     """
-    wish = wished()
-    if wish == "apex" and device_type not in (*APEX_DEVICES, "meta"):
-        raise ConfigError(
-            f"FD_KERNELS: apex has no kernel for this device; got {device_type}, expected "
-            f"{' or '.join(APEX_DEVICES)}. Unset FD_KERNELS here."
-        )
-    return "apex" if wish == "apex" and device_type in APEX_DEVICES else "reference"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _implementation(op, device_type, wished(), interpreted, tuple(sorted(case.items())))
+
+
+@lru_cache(maxsize=4096)
+def _implementation(
+    op: str, device_type: str, wish: str, interpreted: bool, case: tuple[tuple[str, Any], ...]
+) -> Implementation:
+    choice, why = _choose(op, device_type, wish, interpreted, dict(case))
+    if device_type != "meta":
+        _say(op, device_type, choice, why)
+    return choice
+
+
+@lru_cache(maxsize=256)
+def _say(op: str, device_type: str, choice: str, why: str) -> None:
+    # Cached: one line for an operation and a reason, not one for every shape.
+    log.info("%s on %s: %s (%s)", op, device_type, choice, why)
+
+
+def _choose(
+    op: str, device_type: str, wish: str, interpreted: bool, case: dict[str, Any]
+) -> tuple[Implementation, str]:
+    operation = _operations[op]
+    if wish == "reference":
+        return "reference", "FD_KERNELS=reference"
+    if wish == "apex" and operation.apex_untested is not None:
+        if device_type not in (*APEX_DEVICES, "meta"):
+            raise ConfigError(
+                f"FD_KERNELS: apex has no kernel for this device; got {device_type}, expected "
+                f"{' or '.join(APEX_DEVICES)}. Unset FD_KERNELS here."
+            )
+        if device_type in APEX_DEVICES and not operation.apex_untested(**case):
+            return "apex", "FD_KERNELS=apex"
+    problem = _triton_problem(device_type, interpreted)
+    if wish == "triton":
+        if problem:
+            raise ConfigError(
+                f"FD_KERNELS: triton cannot run here; got {problem}. Unset FD_KERNELS here."
+            )
+    elif device_type != "cuda":
+        return "reference", "fused kernels are for CUDA"
+    elif problem:
+        return "reference", f"no Triton: got {problem}"
+    untested = operation.untested(**case)
+    if untested:
+        return "reference", f"not tested in Triton: {untested}"
+    return "triton", "interpreted" if device_type == "cpu" else f"FD_KERNELS={wish}"
+
+
+def _triton_problem(device_type: str, interpreted: bool) -> str:
+    """Says what keeps Triton from running on a device; empty if nothing does."""
+    if device_type == "meta":
+        return ""
+    if find_spec("triton") is None:
+        return "no package triton, expected triton>=3.2"
+    if device_type == "cuda":
+        capability = torch.cuda.get_device_capability()
+        if capability < _OLDEST_CAPABILITY:
+            return f"compute capability {capability}, expected {_OLDEST_CAPABILITY} or later"
+        return ""
+    if device_type == "cpu":
+        return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"
+    return f"device {device_type}, expected cuda"
 
 
 def has_nvidia_apex() -> bool:

@@ -1,10 +1,15 @@
-"""LayerNorm, and the post-norm residual y = x + scale * LayerNorm(branch); not RMS or batch norm.
+"""Norms and residual sums: LayerNorm, x + scale * LayerNorm(branch), and LayerNorm(x + branch).
 
 Statistics are float32 always (float64 in a float64 run). Under ZeRO-3 a weight is whole only
 inside its own module's forward, so the modules that own these weights call the functions here.
+
+Each function has a plain twin (`..._reference`) and one or two operations whose Triton kernels are
+in `residual_norm_triton.py`; `choose.py` says which of them runs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +38,21 @@ def layer_norm(
     Returns: (..., C).
     """
     dtype = dtype or x.dtype
-    if x.dtype == weight.dtype == dtype:
-        # The kernels behind both calls keep float32 statistics for half-precision inputs.
-        if choose.implementation(x.device.type) == "apex":
-            return choose.apex_layer_norm()(x, weight, bias, weight.shape, eps)
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return _wide_layer_norm(x, weight, bias, eps).to(dtype)
+    choice = choose.implementation(
+        "layer_norm",
+        x.device.type,
+        width=x.shape[-1],
+        empty=not x.numel(),
+        stream=dtype,
+        branch=x.dtype,
+        weight=weight.dtype,
+    )
+    if choice == "triton":
+        rows = x.contiguous()
+        return torch.ops.fd_large.residual_norm(None, rows, weight, bias, None, eps, dtype, None)[0]
+    if choice == "apex":
+        return choose.apex_layer_norm()(x, weight, bias, weight.shape, eps)
+    return layer_norm_reference(x, weight, bias, eps, dtype)
 
 
 def residual_norm(
@@ -48,7 +62,9 @@ def residual_norm(
     bias: Tensor,
     eps: float,
     scale: Tensor | None = None,
-) -> Tensor:
+    *,
+    copy: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Adds a normalised branch to the residual stream: x + scale * LayerNorm(branch).
 
     Args:
@@ -57,11 +73,87 @@ def residual_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        scale: (B,) float32, drop path's factor per sample; None: 1.
+        scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
+        copy: Dtype of the second result; None: that of x.
 
-    Returns: (B, ..., C).
+    Returns: (B, ..., C) in the dtype of x, and the same in the dtype `copy`, written in the same
+        pass (the same tensor where the dtypes are equal).
     """
-    return residual_norm_reference(x, branch, weight, bias, eps, scale)
+    choice = choose.implementation(
+        "residual_norm",
+        x.device.type,
+        width=x.shape[-1],
+        empty=not x.numel(),
+        stream=x.dtype,
+        branch=branch.dtype,
+        weight=weight.dtype,
+        copy=copy or x.dtype,
+    )
+    if choice == "triton":
+        narrow = None if copy == x.dtype else copy
+        y, copied, _, _ = torch.ops.fd_large.residual_norm(
+            x.contiguous(), branch.contiguous(), weight, bias, scale, eps, x.dtype, narrow
+        )
+        return y, y if narrow is None else copied
+    y = residual_norm_reference(x, branch, weight, bias, eps, scale)
+    return y, y if copy is None else y.to(copy)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pre-norm residual and the next norm: y = x + scale * gamma * branch, and LayerNorm(y).
+
+    Args:
+        x: (B, ..., C), the stream.
+        branch: (B, ..., C), any float dtype.
+        weight: (C,), of the norm.
+        bias: (C,), of the norm.
+        eps: Added to the variance.
+        scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
+        gamma: (C,), LayerScale; None: 1.
+        dtype: Of the normalised sum; None: that of x.
+
+    Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
+    """
+    dtype = dtype or x.dtype
+    if _add_choice(x, branch, gamma, dtype, weight) == "triton":
+        y, normed, _, _ = torch.ops.fd_large.add_norm(
+            x.contiguous(), branch.contiguous(), gamma, scale, weight, bias, eps, dtype
+        )
+        return y, normed
+    y = add_branch_reference(x, branch, scale, gamma)
+    # Its own choice, because a norm alone may run where the pair does not.
+    return y, layer_norm(y, weight, bias, eps, dtype=dtype)
+
+
+def add_branch(
+    x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
+) -> Tensor:
+    """Pre-norm residual with no norm after it: x + scale * gamma * branch, in the dtype of x."""
+    if _add_choice(x, branch, gamma, x.dtype, None) == "triton":
+        return torch.ops.fd_large.add_norm(
+            x.contiguous(), branch.contiguous(), gamma, scale, None, None, 0.0, x.dtype
+        )[0]
+    return add_branch_reference(x, branch, scale, gamma)
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The plain twin of `layer_norm`."""
+    if x.dtype == weight.dtype == dtype:
+        # The kernels behind this call keep float32 statistics for half-precision inputs.
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return _wide_layer_norm(x, weight, bias, eps).to(dtype)
 
 
 def residual_norm_reference(
@@ -79,6 +171,258 @@ def residual_norm_reference(
     return (x + normed).to(x.dtype)
 
 
+def add_branch_reference(
+    x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
+) -> Tensor:
+    """The plain twin of `add_branch`: summed in float32 and rounded once."""
+    branch = branch.to(torch.promote_types(x.dtype, torch.float32))
+    if gamma is not None:
+        branch = branch * gamma.to(branch.dtype)
+    if scale is not None:
+        branch = branch * scale.view(-1, *[1] * (x.dim() - 1)).to(branch.dtype)
+    return (x + branch).to(x.dtype)
+
+
 def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+
+
+# What the tests cover; everything else runs on the reference.
+_DTYPES = (torch.float32, torch.bfloat16)
+_WIDTHS = range(32, 8193)
+# Beyond, three sums per channel do not fit a program's registers.
+_GAMMA_WIDTHS = range(32, 4097)
+
+
+def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
+    """Says why the kernels were not tested in a case; empty if they were."""
+    if width not in _WIDTHS:
+        return f"{width} channels"
+    if empty:
+        return "no rows"
+    return ", ".join(f"{k} {v}" for k, v in dtypes.items() if v not in _DTYPES)
+
+
+def _add_untested(*, gamma: bool, **case: Any) -> str:
+    if gamma and case["width"] not in _GAMMA_WIDTHS:
+        return f"LayerScale of {case['width']} channels"
+    return untested(**case)
+
+
+def _apex_untested(
+    *, stream: torch.dtype, branch: torch.dtype, weight: torch.dtype, **case: Any
+) -> str:
+    return "" if stream == branch == weight else "mixed dtypes"
+
+
+choose.register("layer_norm", untested, _apex_untested)
+choose.register("residual_norm", untested)
+choose.register("add_norm", _add_untested)
+
+
+def _add_choice(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, dtype: torch.dtype, weight: Tensor | None
+) -> choose.Implementation:
+    return choose.implementation(
+        "add_norm",
+        x.device.type,
+        width=x.shape[-1],
+        empty=not x.numel(),
+        stream=x.dtype,
+        branch=branch.dtype,
+        weight=torch.float32 if weight is None else weight.dtype,
+        gamma=gamma is not None,
+        normed=dtype,
+    )
+
+
+# The operations: contiguous tensors in, contiguous tensors out. A result that was not asked for has
+# no elements, because an operation's results cannot be None. The backward of a sum is one too, so
+# that torch.compile and the meta device see every tensor that is read or written.
+
+
+@torch.library.custom_op("fd_large::residual_norm", mutates_args=())
+def _residual_norm(
+    x: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    copy: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns x + scale * norm(branch) in `dtype`, in `copy`, and the rows' mean and 1/deviation.
+
+    Without x and scale it is LayerNorm.
+    """
+    from fd_large.kernels import residual_norm_triton
+
+    return residual_norm_triton.residual_norm_forward(
+        x, branch, weight, bias, scale, eps, dtype, copy
+    )
+
+
+@_residual_norm.register_fake
+def _(x, branch, weight, bias, scale, eps, dtype, copy):
+    y = torch.empty_like(branch, dtype=dtype)
+    narrow = branch.new_empty(0) if copy is None else torch.empty_like(branch, dtype=copy)
+    return y, narrow, *_statistics(branch)
+
+
+@torch.library.custom_op("fd_large::residual_norm_backward", mutates_args=())
+def _residual_norm_backward(
+    dy: Tensor | None,
+    dcopy: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns dy + dcopy in `dx`, and the gradients of branch, weight and bias."""
+    from fd_large.kernels import residual_norm_triton
+
+    return residual_norm_triton.residual_norm_backward(
+        dy, dcopy, branch, weight, scale, mean, rstd, dx
+    )
+
+
+@_residual_norm_backward.register_fake
+def _(dy, dcopy, branch, weight, scale, mean, rstd, dx):
+    total = branch.new_empty(0) if dx is None else torch.empty_like(branch, dtype=dx)
+    return total, torch.empty_like(branch), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _residual_norm_setup(ctx, inputs, output):
+    x, branch, weight, _, scale, _, _, copy = inputs
+    _, narrow, mean, rstd = output
+    ctx.save_for_backward(branch, weight, scale, mean, rstd)
+    ctx.stream = None if x is None else x.dtype
+    ctx.mark_non_differentiable(mean, rstd, *((narrow,) if copy is None else ()))
+    # Else a copy that nobody used would cost a map of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
+    if dy is None and dcopy is None:
+        return (None,) * 8
+    branch, weight, scale, mean, rstd = ctx.saved_tensors
+    dy, dcopy = _contiguous(dy), _contiguous(dcopy)
+    # The gradient of a sum is that of its terms: only where two come together is it written.
+    summed = dcopy is not None and ctx.stream is not None
+    total, dbranch, dweight, dbias = torch.ops.fd_large.residual_norm_backward(
+        dy, dcopy, branch, weight, scale, mean, rstd, ctx.stream if summed else None
+    )
+    dx = None if ctx.stream is None else total if summed else dy
+    return dx, dbranch, dweight, dbias, None, None, None, None
+
+
+_residual_norm.register_autograd(_residual_norm_gradients, setup_context=_residual_norm_setup)
+
+
+@torch.library.custom_op("fd_large::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation.
+
+    Without weight and bias it is the sum alone.
+    """
+    from fd_large.kernels import residual_norm_triton
+
+    return residual_norm_triton.add_norm_forward(x, branch, gamma, scale, weight, bias, eps, dtype)
+
+
+@_add_norm.register_fake
+def _(x, branch, gamma, scale, weight, bias, eps, dtype):
+    if weight is None:
+        nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return torch.empty_like(x), x.new_empty(0), *nothing
+    return torch.empty_like(x), torch.empty_like(x, dtype=dtype), *_statistics(x)
+
+
+@torch.library.custom_op("fd_large::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dy: Tensor | None,
+    dnormed: Tensor | None,
+    y: Tensor | None,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x (where not dy itself), branch, gamma, weight and bias.
+
+    y goes with dnormed, branch with gamma; `dtype` is that of branch.
+    """
+    from fd_large.kernels import residual_norm_triton
+
+    return residual_norm_triton.add_norm_backward(
+        dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype
+    )
+
+
+@_add_norm_backward.register_fake
+def _(dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype):
+    like = dy if dnormed is None else dnormed
+    vectors = (gamma, *(None if dnormed is None else weight for _ in range(2)))
+    return (
+        like.new_empty(0) if dnormed is None else torch.empty_like(y),
+        torch.empty_like(like, dtype=dtype),
+        *(mean.new_empty(0) if vector is None else torch.empty_like(vector) for vector in vectors),
+    )
+
+
+def _add_norm_setup(ctx, inputs, output):
+    _, branch, gamma, scale, weight, _, _, _ = inputs
+    y, normed, mean, rstd = output
+    ctx.save_for_backward(
+        None if weight is None else y,
+        None if gamma is None else branch,
+        gamma,
+        scale,
+        weight,
+        mean,
+        rstd,
+    )
+    ctx.branch = branch.dtype
+    ctx.mark_non_differentiable(mean, rstd, *((normed,) if weight is None else ()))
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradients(ctx, dy, dnormed, _mean, _rstd):
+    if dy is None and dnormed is None:
+        return (None,) * 8
+    y, branch, gamma, scale, weight, mean, rstd = ctx.saved_tensors
+    dy, dnormed = _contiguous(dy), _contiguous(dnormed)
+    dx, dbranch, dgamma, dweight, dbias = torch.ops.fd_large.add_norm_backward(
+        dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, ctx.branch
+    )
+    if dnormed is None:
+        dx, dweight, dbias = dy, None, None
+    return dx, dbranch, None if gamma is None else dgamma, None, dweight, dbias, None, None
+
+
+_add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
+
+
+def _statistics(rows: Tensor) -> list[Tensor]:
+    count = rows.numel() // rows.shape[-1]
+    return [rows.new_empty(count, dtype=torch.float32) for _ in range(2)]
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()

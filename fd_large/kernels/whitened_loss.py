@@ -1,15 +1,22 @@
 """The objective's last step: whiten the teacher's tokens, smooth L1 against the student's.
 
+The operation's Triton kernels, one pass over both maps each way, are in `whitened_loss_triton.py`;
+`choose.py` says whether they or the plain twin run.
+
 Source: Wei et al., arXiv 2205.14141; beta and eps as in the official code.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.errors import ShapeError
+from fd_large.kernels import choose
+from fd_large.kernels.residual_norm import untested
 
 
 def whiten(feature_map: Tensor, eps: float = 1e-5) -> Tensor:
@@ -46,6 +53,82 @@ def whitened_loss(
             "teacher, expected equal. Align grids and prefix tokens, and project to the teacher's "
             "width."
         )
+    choice = choose.implementation(
+        "whitened_loss",
+        student_map.device.type,
+        width=student_map.shape[-1],
+        empty=not student_map.numel(),
+        beta=beta,
+        student=student_map.dtype,
+        teacher=teacher_map.dtype,
+    )
+    if choice == "triton":
+        return torch.ops.fd_large.whitened_loss(
+            student_map.contiguous(), teacher_map.detach().contiguous(), beta, eps
+        )[0]
+    return whitened_loss_reference(student_map, teacher_map, beta, eps)
+
+
+def whitened_loss_reference(
+    student_map: Tensor, teacher_map: Tensor, beta: float, eps: float
+) -> Tensor:
+    """The plain twin of `whitened_loss`."""
     target = whiten(teacher_map.detach(), eps)
     wide = torch.promote_types(student_map.dtype, target.dtype)
     return F.smooth_l1_loss(student_map.to(wide), target.to(wide), beta=beta)
+
+
+def _untested(*, beta: float, **case: Any) -> str:
+    return untested(**case) if beta > 0 else f"beta {beta}"
+
+
+choose.register("whitened_loss", _untested)
+
+
+@torch.library.custom_op("fd_large::whitened_loss", mutates_args=())
+def _whitened_loss(
+    student: Tensor, teacher: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss and the teacher's mean and 1/deviation per token; maps are contiguous."""
+    from fd_large.kernels import whitened_loss_triton
+
+    return whitened_loss_triton.whitened_loss_forward(student, teacher, beta, eps)
+
+
+@_whitened_loss.register_fake
+def _(student, teacher, beta, eps):
+    rows = student.numel() // student.shape[-1]
+    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in ((), rows, rows))
+
+
+@torch.library.custom_op("fd_large::whitened_loss_backward", mutates_args=())
+def _whitened_loss_backward(
+    dloss: Tensor, student: Tensor, teacher: Tensor, mean: Tensor, rstd: Tensor, beta: float
+) -> Tensor:
+    """Returns the gradient of the student's map."""
+    from fd_large.kernels import whitened_loss_triton
+
+    return whitened_loss_triton.whitened_loss_backward(dloss, student, teacher, mean, rstd, beta)
+
+
+@_whitened_loss_backward.register_fake
+def _(dloss, student, teacher, mean, rstd, beta):
+    return torch.empty_like(student)
+
+
+def _setup(ctx, inputs, output):
+    student, teacher, beta, _ = inputs
+    ctx.save_for_backward(student, teacher, *output[1:])
+    ctx.beta = beta
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dloss, _mean, _rstd):
+    if dloss is None:
+        return (None,) * 4
+    dstudent = torch.ops.fd_large.whitened_loss_backward(dloss, *ctx.saved_tensors, ctx.beta)
+    return dstudent, None, None, None
+
+
+_whitened_loss.register_autograd(_gradients, setup_context=_setup)

@@ -45,26 +45,6 @@ def branch_scales(
     return keep.to(device, torch.float32) / _kept_shares(rates, device)
 
 
-def add_branch(
-    x: Tensor, branch: Tensor, scale: Tensor | None, gamma: Tensor | None = None
-) -> Tensor:
-    """Pre-norm residual: x + scale * gamma * branch, in the dtype of x.
-
-    Args:
-        x: (B, ..., C), the residual stream.
-        branch: (B, ..., C).
-        scale: (B,) float32 from `branch_scales`; None: 1.
-        gamma: (C,), LayerScale; None: 1.
-    """
-    # Summed wide and rounded once, whatever the dtypes of stream and branch.
-    branch = branch.to(torch.promote_types(x.dtype, torch.float32))
-    if gamma is not None:
-        branch = branch * gamma.to(branch.dtype)
-    if scale is not None:
-        branch = branch * scale.view(-1, *[1] * (x.dim() - 1)).to(branch.dtype)
-    return (x + branch).to(x.dtype)
-
-
 @lru_cache(maxsize=64)
 def _kept_shares(rates: tuple[float, ...], device: torch.device) -> Tensor:
     # Cached, because a copy from host memory in every forward would make the GPU wait.

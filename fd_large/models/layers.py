@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.kernels.residual_norm import layer_norm, residual_norm
+from fd_large.kernels.residual_norm import add_norm, layer_norm, residual_norm
 from fd_large.models.initialization import Draw, Scheme, fill
 
 
@@ -73,9 +73,26 @@ class LayerNorm(nn.Module):
 class ResidualNorm(LayerNorm):
     """The post-norm residual of SwinV2 in one module, so that its weight is whole where used."""
 
-    def forward(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Returns x + scale * LayerNorm(branch): (B, ..., C), scale (B,), dtype of x."""
-        return residual_norm(x, branch, self.weight, self.bias, self.eps, scale)
+    def forward(
+        self, x: Tensor, branch: Tensor, scale: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Returns x + scale * LayerNorm(branch), (B, ..., C), in the dtype of x and in `dtype`."""
+        return residual_norm(x, branch, self.weight, self.bias, self.eps, scale, copy=dtype)
+
+
+class AddNorm(LayerNorm):
+    """A pre-norm residual and the norm that follows it, in one module for the same reason."""
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        gamma: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns y = x + scale * gamma * branch, (B, ..., C), and LayerNorm(y) in `dtype`."""
+        return add_norm(x, branch, self.weight, self.bias, self.eps, scale, gamma, dtype=dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.attention import Memory, attention
-from fd_large.models.drop_path import add_branch
+from fd_large.kernels.residual_norm import add_branch
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
-from fd_large.models.layers import LayerNorm, Linear, Mlp
+from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.models.windows import fit_window, in_windows, position_index, window_shift
 
 
@@ -181,7 +181,7 @@ class Block(nn.Module):
             draw=scheme.linear,
             table=scheme.table,
         )
-        self.norm2 = LayerNorm(width, norm_eps)
+        self.norm2 = AddNorm(width, norm_eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=scheme.linear)
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -196,9 +196,9 @@ class Block(nn.Module):
         shift = window_shift(height, width, self.window_size, self.index)
         compute = self.attn.qkv.weight.dtype
         branch = in_windows(self.norm1(x, compute), self.window_size, shift, self.attn)
-        x = add_branch(x, branch, None if scales is None else scales[0])
-        branch = self.mlp(self.norm2(x, compute))
-        return add_branch(x, branch, None if scales is None else scales[1])
+        first, second = (None, None) if scales is None else scales
+        x, normed = self.norm2(x, branch, first, None, compute)
+        return add_branch(x, self.mlp(normed), second)
 
 
 class WindowAttention(nn.Module):

@@ -257,10 +257,12 @@ class Block(nn.Module):
         def attend(groups: Tensor, regions: Tensor | None) -> Tensor:
             return self.attn(groups, window, regions, position_table)
 
+        compute = self.attn.qkv.weight.dtype
         # Cast before windows are cut, so that the rearranged copies have the narrower dtype.
-        branch = in_windows(x.to(self.attn.qkv.weight.dtype), window, shift, attend)
-        x = self.norm1(x, branch, None if scales is None else scales[0])
-        x = self.norm2(x, self.mlp(x), None if scales is None else scales[1])
+        branch = in_windows(x.to(compute), window, shift, attend)
+        first, second = (None, None) if scales is None else scales
+        x, narrow = self.norm1(x, branch, first, compute)
+        x, _ = self.norm2(x, self.mlp(narrow), second, x.dtype)
         return x if self.extra_norm is None else self.extra_norm(x)
 
 

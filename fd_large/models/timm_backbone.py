@@ -1,7 +1,8 @@
 """Any backbone of timm as a frozen teacher: the map at a chosen stride, in the common form.
 
-The map is what the last stage of that stride gives out: raw activations, which no final norm has
-passed. What the net computes after it is not built.
+The map is what the last stage of that stride gives out; of the net's last stage it has passed the
+net's final norm, on every token, as `forward_features` of timm has it. An earlier stage's are raw
+activations. What the net computes after the map is not built.
 
 Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -14,6 +15,8 @@ from typing import Any
 import timm
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError, nearest
@@ -48,7 +51,9 @@ class TimmBackbone(nn.Module):
         self.name, self.stride = name, stride
         net = create(name)
         index, self.width = _last_stage(net, name, stride)
-        net.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+        # Hiera's norms are its heads': its map is raw, and timm refuses to be asked.
+        ends = index == len(net.feature_info) - 1 and not isinstance(net, Hiera | HieraDet)
+        net.prune_intermediate_layers([index], prune_norm=not ends, prune_head=True)
         config = net.pretrained_cfg
         self.fixed_size = config["input_size"][1:] if config.get("fixed_input_size") else None
         for module in net.modules():
@@ -59,7 +64,7 @@ class TimmBackbone(nn.Module):
         net.forward = partial(
             net.forward_intermediates,
             indices=[index],
-            norm=False,
+            norm=ends,
             output_fmt="NCHW",
             intermediates_only=True,
         )
@@ -98,7 +103,7 @@ class TimmBackbone(nn.Module):
         return height // self.stride, width // self.stride
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
-        """Maps normalised images to raw activations.
+        """Maps normalised images to tokens.
 
         Args:
             images: (B, 3, H, W), any float dtype.

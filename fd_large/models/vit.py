@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.attention import Memory, attention
-from fd_large.models.drop_path import add_branch, branch_scales, linear_rates
+from fd_large.kernels.residual_norm import add_branch
+from fd_large.models.drop_path import branch_scales, linear_rates
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
-from fd_large.models.layers import LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
+from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
 from fd_large.models.windows import grid_index
 
 QkvBias = Literal["none", "qv", "qkv", "fused"]
@@ -279,7 +280,7 @@ class Block(nn.Module):
             scheme=scheme,
             end=end,
         )
-        self.norm2 = LayerNorm(width, norm_eps)
+        self.norm2 = AddNorm(width, norm_eps)
         self.mlp = Mlp(
             width, int(width * mlp_ratio), draw=scheme.linear, end=end, activation=activation
         )
@@ -301,9 +302,9 @@ class Block(nn.Module):
         """
         compute = self.attn.qkv.weight.dtype
         branch = self.attn(self.norm1(x, compute), table, index)
-        x = add_branch(x, branch, None if scales is None else scales[0], self.gamma_1)
-        branch = self.mlp(self.norm2(x, compute))
-        return add_branch(x, branch, None if scales is None else scales[1], self.gamma_2)
+        first, second = (None, None) if scales is None else scales
+        x, normed = self.norm2(x, branch, first, self.gamma_1, compute)
+        return add_branch(x, self.mlp(normed), second, self.gamma_2)
 
 
 class Attention(nn.Module):

@@ -37,7 +37,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import projection_shapes, shapes, sizes, width
+from fd_large.plan.parameters import (
+    projection_shapes,
+    shapes,
+    sizes,
+    timm_counts,
+    width,
+)
 from fd_large.recipes.run import Run
 
 # DeepSpeed's defaults for keys that a JSON leaves out.
@@ -199,8 +205,14 @@ def student_sizes(run: Run) -> list[int]:
 
 
 def teacher_sizes(run: Run) -> list[int]:
-    """Returns the elements of each tensor of the teacher."""
-    return sizes(shapes(run.teacher_architecture()))
+    """Returns the elements of each tensor of the teacher.
+
+    Those of a net of timm stand as one number: what it is split into is known where it is built.
+    """
+    teacher = run.teacher_architecture()
+    if teacher.family in ("timm", "module"):
+        return [timm_counts(teacher).parameters]
+    return sizes(shapes(teacher))
 
 
 def _shard(tensors: Iterable[int], ranks: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import FIELDS, Architecture
@@ -22,6 +23,28 @@ Shapes = dict[str, tuple[int, ...]]
 POSITION_BIAS_WIDTH = 512
 # Relations of CLS in a ViT's table: CLS to any token, any token to CLS, CLS to itself.
 CLASS_TOKEN_ROWS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmCounts:
+    """What was counted on the built part of a net of timm, up to a stride.
+
+    Attributes:
+        width: Channels of the map.
+        parameters: Elements of all tensors.
+        macs_per_pixel: Multiply-adds of a forward over the image's pixels; a convolutional net has
+            the same number at every size that its stride divides.
+    """
+
+    width: int
+    parameters: int
+    macs_per_pixel: int
+
+
+TIMM = {
+    ("tf_efficientnet_lite0", 8): TimmCounts(width=40, parameters=55_504, macs_per_pixel=2267),
+    ("resnet50", 32): TimmCounts(width=2048, parameters=23_508_032, macs_per_pixel=81_456),
+}
 
 
 def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
@@ -44,10 +67,33 @@ def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
 def width(architecture: Architecture) -> int:
     """Returns the channels of the feature map.
 
-    Raises: ConfigError: for a net of timm.
+    Raises: ConfigError: for a net of timm that `TIMM` does not list, and for one's own.
     """
-    _refuse_timm(architecture)
+    if architecture.family in ("timm", "module"):
+        return timm_counts(architecture).width
     return architecture.embed_dim * 2 ** (len(architecture.depths) - 1)
+
+
+def prefix_tokens(architecture: Architecture) -> int:
+    """Returns the tokens of the feature map that stand for no place: CLS, distillation."""
+    kept = architecture.distillation_token and architecture.keep_distillation_token
+    return bool(architecture.class_token) + bool(kept)
+
+
+def timm_counts(architecture: Architecture) -> TimmCounts:
+    """Returns the counts of a net of timm.
+
+    Raises: ConfigError: if `TIMM` does not list the net at that stride, or it is one's own.
+    """
+    key = (architecture.timm_name, architecture.feature_stride)
+    if key not in TIMM:
+        known = ", ".join(f"{name} at stride {stride}" for name, stride in TIMM)
+        raise ConfigError(
+            "plan: this net can be counted only where it is built; got "
+            f"{architecture.timm_name or architecture.function}, expected a net of swinv2, swin, "
+            f"vit, or of timm {known}. Plan with the one that is nearest in size."
+        )
+    return TIMM[key]
 
 
 def projection_shapes(student_width: int, teacher_width: int) -> Shapes:

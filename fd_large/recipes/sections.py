@@ -350,6 +350,12 @@ class Runtime:
     preemption: bool = True
     # Between such a signal and the end: what sbatch is asked for by its option signal.
     notice_seconds: float = 120.0
+    # Updates between two looks at the teacher and at the speed of each rank; the teacher is looked
+    # at before each checkpoint as well. 0: off.
+    canary_every: int = 500
+    # Seconds without a step, a batch of an evaluation or the end of a save, after which a rank
+    # writes its stacks and exits with 75; below 1800, when collectives give up. 0: off.
+    watchdog_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         check_types(self, "runtime")
@@ -359,6 +365,13 @@ class Runtime:
         at_least("runtime.keep_every", self.keep_every, 0, "updates")
         at_least("runtime.max_failed_saves", self.max_failed_saves, 0, "checkpoints")
         not_negative("runtime.notice_seconds", self.notice_seconds)
+        at_least("runtime.canary_every", self.canary_every, 0, "updates")
+        require(
+            0 <= self.watchdog_seconds < 1800,
+            "runtime.watchdog_seconds: out of range",
+            self.watchdog_seconds,
+            "0 <= seconds < 1800",
+        )
         require(
             0 <= self.seed < 2**63,
             "runtime.seed: no seed of the counter-based generator",

@@ -194,7 +194,7 @@ class Guard(Hook):
             "indices": evidence.indices.tolist(),
             "names": [self._setting.name_of(index) for index in evidence.indices.tolist()],
         }
-        folder = self._incidents / f"update_{update.index:08d}"
+        folder = _folder_of(self._incidents, update.index)
         part = folder.with_name(folder.name + ".part")
         if distributed.is_main():
             with written_or_told(folder):
@@ -249,11 +249,12 @@ class Guard(Hook):
         if distributed.is_main():
             log.error(
                 "guard: the run ends: updates %d to %d were refused one after the other, and it "
-                "was taken back %d times before (--guard.roll_backs). Mend what %s tells and start "
-                "the same command again, or anew with a lower --optim.base_lr.",
-                refused[0],
-                update.index,
+                "was taken back %d time%s before (--guard.roll_backs). Mend what %s tells and "
+                "start the same command again, or anew with a lower --optim.base_lr.",
+                refused[0] + 1,
+                update.index + 1,
                 self._past.roll_backs,
+                "" if self._past.roll_backs == 1 else "s",
                 self._incidents,
             )
         return Verdict(stop="guard")
@@ -261,7 +262,7 @@ class Guard(Hook):
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Forgets what the abandoned updates have shown; a resume must know of it as well."""
         roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
-        folder = self._incidents / f"update_{update.index:08d}"
+        folder = _folder_of(self._incidents, update.index)
         self._incident["restored"] = restored
         if distributed.is_main():
             with written_or_told(folder / FILE):
@@ -309,13 +310,18 @@ def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> s
     where = f"; {layer} is the first layer that is not finite" if layer else ""
     host = incident["ranks"][rank]["host"]
     return (
-        f"guard: update {incident['index']} skipped: {why}; worst on rank {rank}{more} ({host})"
+        f"guard: update {incident['index'] + 1} skipped: {why}; worst on rank {rank}{more} ({host})"
         f"{where}; python -m fd_large replay {folder}"
     )
 
 
-def _number(folder: Path) -> int:
-    return int(folder.name.removeprefix("update_"))
+def _folder_of(incidents: Path, index: int) -> Path:
+    """Counted from 1, as the terminal and the loss curve count updates."""
+    return incidents / f"update_{index + 1:08d}"
+
+
+def _index(folder: Path) -> int:
+    return int(folder.name.removeprefix("update_")) - 1
 
 
 def _folders(incidents: Path) -> list[Path]:
@@ -326,7 +332,7 @@ def _folders(incidents: Path) -> list[Path]:
 def _set_aside(incidents: Path, first_update: int) -> None:
     """Renames incidents of updates that will be run again: what they say may not come true."""
     for folder in _folders(incidents):
-        if _number(folder) >= first_update:
+        if _index(folder) >= first_update:
             with written_or_told(folder):
                 aside = folder.with_name(f"superseded_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -343,7 +349,7 @@ def _roll_backs(incidents: Path) -> dict[int, int]:
             log.warning("%s: cannot be read: %s", folder / FILE, error)
             continue
         if restored is not None:
-            found[_number(folder)] = restored
+            found[_index(folder)] = restored
     return found
 
 

@@ -14,7 +14,7 @@ from fd_large.recipes.architectures import Architecture
 OWN = "fd_large"
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 _CLIP_HEAD_WIDTH = 64
-_HF_TYPES = ("clip", "clip_vision_model", "vit", "deit", "swin", "swinv2")
+_HF_TYPES = ("clip", "clip_vision_model", "vit", "deit", "beit", "swin", "swinv2")
 
 
 class Beside(NamedTuple):

@@ -39,6 +39,7 @@ class Fitted:
         margin: See `resize_positions`.
         notes: For the log: what was done to the file's tensors already.
         remedy: What the user can do about tensors that do not fit.
+        resize: Whether position tables may have another grid.
 
     Attributes:
         may_be_missing: Names of the net that the file lacks, with the user's leave.
@@ -60,12 +61,13 @@ class Fitted:
         margin: float = 0.0,
         notes: Iterable[str] = (),
         remedy: str = "",
+        resize: bool = True,
     ):
         self._file, self._expected, self._margin = file, dict(expected), margin
         self._what, self._where, self.notes = what, where, list(notes)
         self._pieces = {name: piece for name, piece in pieces.items() if name in expected}
         shapes = {name: piece.shape(file.shape) for name, piece in pieces.items()}
-        self.match = match(shapes, self._expected, allow=allow)
+        self.match = match(shapes, self._expected, allow=allow, resize=resize)
         self.may_be_missing = frozenset(self.match.allowed) & expected.keys()
         for name in self.match.allowed:
             side = "in the file alone" if name in pieces else "missing, as it was initialised"
@@ -161,16 +163,20 @@ class Match:
 
 
 def match(
-    shapes: Mapping[str, Shape], expected: Mapping[str, Shape], *, allow: tuple[str, ...] = ()
+    shapes: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    *,
+    allow: tuple[str, ...] = (),
+    resize: bool = True,
 ) -> Match:
-    """Compares a file's shapes with a net's, both in our names."""
+    """Compares a file's shapes with a net's, both in our names; see `Fitted`."""
     found = Match(sum(map(math.prod, expected.values())))
     for name, shape in expected.items():
         if name not in shapes:
             _sort(name, found.missing, found, allow)
         elif shapes[name] == tuple(shape):
             found.matched.append(name)
-        elif can_resize(name, shapes[name], tuple(shape)):
+        elif resize and can_resize(name, shapes[name], tuple(shape)):
             found.matched.append(name)
             found.to_resize.append(name)
         else:

@@ -10,11 +10,11 @@ from fd_large.models.statistics import Statistics
 from fd_large.plan.parameters import width
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.export_names import has_extra_norms, in_official_names
-from fd_large.weights.write import config, lacks_in_timm
+from fd_large.weights.write import config, is_beit, lacks_in_timm
 
 EXPORTS = {
     "timm": "timm's SwinV2, Swin, BEiT or ViT",
-    "hf": "Hugging Face's Swinv2Model",
+    "hf": "Hugging Face's Swinv2Model, BeitModel or ViTModel",
     "fd": "the names of the Feature-Distillation repository",
 }
 # timm's entry whose arguments are the nearest; config.json overrides all of them.
@@ -88,6 +88,13 @@ def timm_class(architecture: Architecture) -> str:
     }[_timm_family(architecture)]
 
 
+def hugging_face_class(architecture: Architecture) -> str:
+    """Returns transformers' class of the net."""
+    if architecture.family == "vit":
+        return "BeitModel" if is_beit(architecture) else "ViTModel"
+    return "Swinv2Model"
+
+
 def _lacks(a: Architecture, to: str, pads: bool) -> str:
     """What a format has not; empty: it has all."""
     if to == "fd":
@@ -108,12 +115,12 @@ def _lacks(a: Architecture, to: str, pads: bool) -> str:
             return "absolute positions, expected none"
         if a.norm_eps != 1e-5:
             return f"norm_eps {a.norm_eps:g}, expected 1e-05"
+    if a.family == "vit" and a.distillation_token:
+        return "a distillation token, expected none"
     if to == "hf":
-        return "" if a.family == "swinv2" else f"a {a.family} net, expected SwinV2"
+        return _lacks_in_transformers(a)
     if a.family == "vit":
-        beit = _timm_family(a) == "beit"
-        if a.distillation_token:
-            return "a distillation token, expected none"
+        beit = is_beit(a)
         if a.norm_eps != 1e-6:
             return f"norm_eps {a.norm_eps:g}, expected 1e-06"
         if beit and a.activation != "gelu":
@@ -122,6 +129,23 @@ def _lacks(a: Architecture, to: str, pads: bool) -> str:
             return "a patch bias beside a norm before the blocks (or neither), expected one"
     lacks = lacks_in_timm(a)
     return f"a {a.family} net of which timm has no like: {lacks}" if lacks else ""
+
+
+def _lacks_in_transformers(a: Architecture) -> str:
+    if a.family == "swin":
+        return "a swin net, expected swinv2 or vit"
+    if a.family == "swinv2":
+        return ""
+    if is_beit(a):
+        fits = a.qkv_bias == "qv" and a.class_token
+    else:
+        fits = a.class_token and a.absolute_position and not a.layer_scale and a.qkv_bias != "qkv"
+    if not fits or a.pre_norm_layer or not a.patch_bias:
+        return (
+            "a vit net of another make, expected q and v biases with relative positions, or "
+            "absolute positions without layer scale; with a class token, and no norm before"
+        )
+    return ""
 
 
 def _fits(a: Architecture) -> bool:
@@ -136,9 +160,7 @@ def _fits(a: Architecture) -> bool:
 
 
 def _timm_family(a: Architecture) -> str:
-    if a.family != "vit":
-        return a.family
-    return "beit" if a.relative_position != "none" or a.qkv_bias == "qv" else "vit"
+    return "beit" if a.family == "vit" and is_beit(a) else a.family
 
 
 def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
@@ -202,13 +224,36 @@ def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
 
 
 def _hugging_face(a: Architecture) -> dict[str, Any]:
-    return {
-        "architectures": ["Swinv2Model"],
-        "model_type": "swinv2",
+    theirs = hugging_face_class(a)
+    common = {
+        "architectures": [theirs],
+        "model_type": theirs.removesuffix("Model").lower(),
         "dtype": "float32",
         "image_size": a.image_size,
         "patch_size": a.patch_size,
         "num_channels": 3,
+        "layer_norm_eps": a.norm_eps,
+    }
+    if a.family == "vit":
+        common |= {
+            "hidden_size": a.embed_dim,
+            "intermediate_size": round(a.embed_dim * a.mlp_ratio),
+            "num_hidden_layers": a.depths[0],
+            "num_attention_heads": a.num_heads[0],
+            "hidden_act": a.activation,
+        }
+        if not is_beit(a):
+            return common | {"qkv_bias": a.qkv_bias != "none"}
+        return common | {
+            "use_absolute_position_embeddings": a.absolute_position,
+            "use_relative_position_bias": a.relative_position == "block",
+            "use_shared_relative_position_bias": a.relative_position == "shared",
+            "layer_scale_init_value": float(a.layer_scale),
+            "use_mean_pooling": False,
+            "use_mask_token": False,
+            "drop_path_rate": 0.0,
+        }
+    return common | {
         "embed_dim": a.embed_dim,
         "depths": list(a.depths),
         "num_heads": list(a.num_heads),
@@ -218,6 +263,5 @@ def _hugging_face(a: Architecture) -> dict[str, Any]:
         "qkv_bias": a.qkv_bias != "none",
         "hidden_act": "gelu",
         "use_absolute_embeddings": False,
-        "layer_norm_eps": a.norm_eps,
         "drop_path_rate": 0.0,
     }

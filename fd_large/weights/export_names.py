@@ -20,17 +20,28 @@ _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 _FEATURE_DISTILLATION = ((".position_bias.", ".rel_pos_bias."), (".cpb_mlp.", ".rpe_mlp."))
 _HUGGING_FACE = (
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-    ("patch_embed.norm.", "embeddings.norm."),
-    ("layers.", "encoder.layers."),
-    (".attn.cpb_mlp.", ".attention.self.continuous_position_bias_mlp."),
-    (".attn.logit_scale", ".attention.self.logit_scale"),
-    (".attn.q_bias", ".attention.self.query.bias"),
-    (".attn.v_bias", ".attention.self.value.bias"),
     (".attn.proj.", ".attention.output.dense."),
+    (".attn.q_bias", ".attn.query.bias"),
+    (".attn.v_bias", ".attn.value.bias"),
     (".norm1.", ".layernorm_before."),
     (".norm2.", ".layernorm_after."),
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),
+)
+_HUGGING_FACE_SWIN = (
+    ("patch_embed.norm.", "embeddings.norm."),
+    ("layers.", "encoder.layers."),
+    (".cpb_mlp.", ".continuous_position_bias_mlp."),
+    (".attn.", ".attention.self."),
+)
+_HUGGING_FACE_VIT = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("rel_pos_bias.", "encoder.relative_position_bias."),
+    ("blocks.", "encoder.layer."),
+    (".attn.relative", ".attn.relative_position_bias.relative"),
+    (".attn.", ".attention.attention."),
+    (".gamma_", ".lambda_"),
 )
 
 
@@ -60,7 +71,7 @@ def outputs(name: str, shape: Shape, architecture: Architecture, to: str) -> lis
     if to == "fd":
         return _feature_distillation(name, shape, architecture)
     if to == "hf":
-        return _hugging_face(name, shape)
+        return _hugging_face(name, shape, architecture.family)
     if name == _SHARED_TABLE:  # timm's beit_* nets have a table in every block.
         (depth,) = architecture.depths
         return [_same(f"blocks.{i}.attn.relative_position_bias_table", shape) for i in range(depth)]
@@ -92,11 +103,12 @@ def _feature_distillation(name: str, shape: Shape, architecture: Architecture) -
     return [_same(f"encoder.{replaced(name, _FEATURE_DISTILLATION)}", shape)]
 
 
-def _hugging_face(name: str, shape: Shape) -> list[Output]:
+def _hugging_face(name: str, shape: Shape, family: str) -> list[Output]:
     if name.startswith("norm."):
         return [_same(f"layernorm.{name.removeprefix('norm.')}", shape)]
-    name = replaced(name, _HUGGING_FACE)
-    fused = re.fullmatch(r"(.*)\.attn\.qkv\.weight", name)
+    own = _HUGGING_FACE_VIT if family == "vit" else _HUGGING_FACE_SWIN
+    name = replaced(replaced(name, _HUGGING_FACE), own)
+    fused = re.fullmatch(r"(.*)\.qkv\.(weight|bias)", name)
     if fused is None:
         return [_same(name, shape)]
     rows, third = shape[0] // 3, (shape[0] // 3, *shape[1:])
@@ -105,6 +117,6 @@ def _hugging_face(name: str, shape: Shape) -> list[Output]:
         return lambda tensor: tensor[which * rows : (which + 1) * rows]
 
     return [
-        Output(f"{fused[1]}.attention.self.{letter}.weight", third, part(i))
+        Output(f"{fused[1]}.{letter}.{fused[2]}", third, part(i))
         for i, letter in enumerate(("query", "key", "value"))
     ]

@@ -112,6 +112,13 @@ FORMATS: dict[str, Format] = {
         ask=("norm_eps", "activation"),
         statistics=OPENAI_CLIP,
     ),
+    "hf_beit": Format(
+        "Hugging Face BEiT",
+        "vit",
+        lambda n, w: _any(n, "embeddings.cls_token") and (_any(n, ".lambda_1") or _any(n, _TABLE)),
+        vit.hugging_face_beit,
+        ask=("norm_eps", "activation"),
+    ),
     "hf_vit": Format(
         "Hugging Face ViT or DeiT",
         "vit",

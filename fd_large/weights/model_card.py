@@ -9,7 +9,7 @@ from fd_large.models.statistics import Statistics
 from fd_large.plan.parameters import count, shapes
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.weights.export_config import naming, timm_class
+from fd_large.weights.export_config import hugging_face_class, naming, timm_class
 
 _LIBRARIES = {"timm": "timm", "hf": "transformers", "fd": "fd_large"}
 _SCHEMES = ("package:", "hf:", "open_clip:", "timm:", "module:", "random", "builtin:")
@@ -144,9 +144,11 @@ def _metrics(manifest: dict[str, Any], summary: dict[str, Any]) -> str:
 
 def _loading(a: Architecture, to: str, *, sharded: bool) -> str:
     if to == "hf":
+        theirs = hugging_face_class(a)
+        bare = ", add_pooling_layer=False" if theirs == "ViTModel" else ""
         return _code(
-            "from transformers import Swinv2Model\n\n"
-            'net = Swinv2Model.from_pretrained("FOLDER")\n'
+            f"from transformers import {theirs}\n\n"
+            f'net = {theirs}.from_pretrained("FOLDER"{bare})\n'
             "tokens = net(pixel_values=images).last_hidden_state  # (B, N, C)"
         )
     ours = "With fd_large: `--teacher.source FOLDER` or `--student.init FOLDER`."

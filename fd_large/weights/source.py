@@ -9,6 +9,7 @@ a path means beside files (a run's checkpoint) is read by whoever `serve`s it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,10 +109,10 @@ class Weights:
         if shared is not pieces:
             pieces = shared
             notes.append("the shared position bias is copied to every block")
-        if "norm.weight" not in pieces and any(n.startswith("fc_norm.") for n in self.dropped):
+        if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in self.dropped):
             pieces = pieces | fresh_norm(architecture.embed_dim)
             notes.append(
-                "the file has no norm for tokens (its fc_norm is for their mean): a norm that only "
+                "the file has no norm for tokens, only one for their mean: a norm that only "
                 "normalises"
             )
         if self.found.distillation_token:
@@ -342,6 +343,8 @@ def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, lis
 
 
 _TEACHER = "feature_model."
+# timm's and Hugging Face's names of a norm that follows the mean of the tokens.
+_OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
 def _filled(first: Architecture, second: Architecture) -> Architecture:

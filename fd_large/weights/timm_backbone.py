@@ -5,7 +5,7 @@ Running statistics of batch normalisation come along: buffers, but weights like 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -14,59 +14,79 @@ from torch import Tensor, nn
 
 from fd_large.errors import WeightsError
 from fd_large.models.timm_backbone import TimmBackbone, create
-from fd_large.weights.coverage import check_finite
-from fd_large.weights.read import read
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.read import Tensors, read
+from fd_large.weights.swin import RECOMPUTED
+from fd_large.weights.translation import Piece, Shape
+
+PREFIX = "timm:"
+_COUNTER = "num_batches_tracked"
 
 
-def read_timm(
-    source: str | Path, name: str, *, stride: int, where: str = "weights"
-) -> Iterator[tuple[str, Tensor]]:
-    """Opens a file and yields the (name, tensor) of a `TimmBackbone`.
+def fitted(
+    source: str | Path,
+    name: str,
+    *,
+    stride: int,
+    allow: tuple[str, ...] = (),
+    where: str = "weights",
+) -> Fitted:
+    """The tensors of a `TimmBackbone`, checked against its shapes.
 
     What belongs to the whole net but not to the part up to the stride is left out.
 
     Args:
-        source: A file, or `package:NAME`.
+        source: A file, `package:NAME`, or `timm:NAME` for the weights that timm has.
         name: timm's name of the net.
         stride: Pixels per token of the map.
+        allow: Patterns of names that may be missing or left over.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if the file cannot be read, or is not of that net.
+    Raises: WeightsError: if the file cannot be read or is not of that net, or timm has no weights
+        for it.
     """
     with torch.device("meta"):
-        whole = create(name)
-    items = in_timm_names(read(source, where=where), _state(whole), where=f"{where}: {name}")
-    return _kept(items, name, stride, source, where)
+        whole = _state(create(name))
+        kept = _state(TimmBackbone(name, stride=stride))
+    if str(source).startswith(PREFIX):
+        file: Tensors = _Pretrained(str(source), name, whole, where)
+    else:
+        file = read(source, where=where)
+    expected = {key: tuple(tensor.shape) for key, tensor in kept.items()}
+    theirs = in_timm_names(
+        {key: file.shape(key) for key in file if not key.endswith((_COUNTER, *RECOMPUTED))},
+        {key: tuple(tensor.shape) for key, tensor in whole.items()},
+        where=f"{where}: {name}",
+    )
+    after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
+    pieces = {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after}
+    return Fitted(
+        pieces,
+        file,
+        expected,
+        allow=allow,
+        what=f"{source} (timm's {name})",
+        where=where,
+        notes=[f"left out on purpose: {len(after)} tensors that come after the map"],
+        remedy="Name the net that the file holds: --teacher.architecture.timm_name.",
+        resize=False,
+    )
 
 
-def read_pretrained(
-    source: str, name: str, *, stride: int, where: str = "weights"
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the (name, tensor) of a `TimmBackbone` with the weights that timm has for it.
-
-    They come from timm's cache or the network, once the first is asked for.
+def pretrained(source: str, name: str, *, where: str = "weights") -> nn.Module:
+    """Returns a net with the weights that timm has for it, from its cache or the network.
 
     Args:
         source: What the user set, for messages.
         name: timm's name of the net.
-        stride: Pixels per token of the map.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if timm has no weights for the net, or they cannot be had.
+    Raises: WeightsError: if timm has no weights for the net, or they cannot be had; ConfigError:
+        if there is no such net.
     """
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    if config is not None and not config.has_weights:
-        raise WeightsError(
-            f"{where}: timm has no weights for this net; got {source}, expected one of "
-            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
-            f"--teacher.architecture.timm_name {name}."
-        )
-    return _pretrained(source, name, stride, where)
-
-
-def _pretrained(source: str, name: str, stride: int, where: str) -> Iterator[tuple[str, Tensor]]:
+    _refuse_untrained(source, name, where)
     try:
-        net = timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
@@ -74,7 +94,21 @@ def _pretrained(source: str, name: str, stride: int, where: str) -> Iterator[tup
             "in its cache or within reach. Fetch the file elsewhere, and give its path, and "
             f"--teacher.model timm --teacher.architecture.timm_name {name}."
         ) from error
-    yield from _kept(_state(net), name, stride, source, where)
+
+
+class _Pretrained(Tensors):
+    """The tensors of a net with timm's weights, which come once the first is asked for."""
+
+    def __init__(self, source: str, name: str, shapes: Mapping[str, Tensor], where: str):
+        _refuse_untrained(source, name, where)
+        super().__init__(shapes)
+        self._asked, self._there = (source, name, where), False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._there:
+            source, net, where = self._asked
+            self._entries, self._there = _state(pretrained(source, net, where=where)), True
+        return super().__getitem__(name)
 
 
 def strides(name: str) -> list[int]:
@@ -86,44 +120,29 @@ def strides(name: str) -> list[int]:
         return sorted({stage["reduction"] for stage in create(name).feature_info})
 
 
-def _kept(
-    items: Mapping[str, Tensor], name: str, stride: int, source: str | Path, where: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the part up to the stride, looked at one by one."""
-    with torch.device("meta"):
-        kept = TimmBackbone(name, stride=stride)
-    for key in _state(kept):
-        key = key.removeprefix("net.")
-        if key in items:
-            check_finite(key, items[key], str(source), where)
-            yield f"net.{key}", items[key]
-
-
 def in_timm_names(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str = "weights"
-) -> dict[str, Tensor]:
-    """Returns the tensors under timm's names.
+    given: Mapping[str, Shape], expected: Mapping[str, Shape], *, where: str = "weights"
+) -> dict[str, str]:
+    """Returns timm's name of each tensor of a file: {timm's: the file's}.
 
     A port of the same net into other names is told from this: as many tensors, in the same order,
-    all of the same shapes, and not one name in common. Counters of batches are left out.
+    all of the same shapes, and not one name in common.
 
     Args:
-        tensors: A file's.
-        expected: timm's names and shapes, of the whole net, in order.
+        given: A file's names and shapes, in order.
+        expected: timm's, of the whole net, in order.
         where: What the user set, for the message.
 
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
     """
-    given = {key: t for key, t in tensors.items() if not key.endswith(_COUNTER)}
     if not given.keys().isdisjoint(expected):
-        # By name; what is missing or left over, the net tells when it takes them.
-        return given
+        return {name: name for name in given}
     pairs = list(zip(expected.items(), given.items(), strict=False))
     misfit = next(
         (
-            f"{theirs} {tuple(tensor.shape)} for {ours} {tuple(like.shape)}"
-            for (ours, like), (theirs, tensor) in pairs
-            if tensor.shape != like.shape
+            f"{theirs} {shape} for {ours} {like}"
+            for (ours, like), (theirs, shape) in pairs
+            if shape != like
         ),
         "",
     )
@@ -133,11 +152,19 @@ def in_timm_names(
             f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the net that the "
             "file holds: --teacher.architecture.timm_name."
         )
-    return {ours: tensor for (ours, _), (_, tensor) in pairs}
+    return {ours: theirs for (ours, _), (theirs, _) in pairs}
 
 
-_COUNTER = "num_batches_tracked"
+def _refuse_untrained(source: str, name: str, where: str) -> None:
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is not None and not config.has_weights:
+        raise WeightsError(
+            f"{where}: timm has no weights for this net; got {source}, expected one of "
+            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
+            f"--teacher.architecture.timm_name {name}."
+        )
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    return {name: t for name, t in net.state_dict().items() if not name.endswith(_COUNTER)}
+    """Parameters and running statistics; integer buffers are no weights."""
+    return {name: t for name, t in net.state_dict().items() if t.is_floating_point()}

@@ -51,6 +51,14 @@ _HF_VIT_PARTS = (
     (".layernorm_before.", ".norm1."),
     (".layernorm_after.", ".norm2."),
 )
+# Before those of the ViT.
+_HF_BEIT_PARTS = (
+    ("encoder.relative_position_bias.", "rel_pos_bias."),
+    ("shared_position_bias.", "rel_pos_bias."),
+    (".attention.attention.relative_position_bias.", ".attn."),
+    (".relative_position_bias.", ".attn."),
+    (".lambda_", ".gamma_"),
+)
 _THIRDS = {"q": 0, "k": 1, "v": 2}
 _LAYER_SCALE = ((".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
 
@@ -97,6 +105,17 @@ def hugging_face_vit(name: str) -> Target | None:
     if name.startswith("layernorm."):
         return Target(name.replace("layernorm.", "norm."))
     return _fused(replaced(name, _HF_VIT_PARTS))
+
+
+def hugging_face_beit(name: str) -> Target | None:
+    """Hugging Face's BEiT; a norm for the mean of the tokens is its pooler's, and dropped."""
+    name = name.removeprefix("beit.")
+    if name.startswith("lm_head.") or name.endswith(RECOMPUTED):
+        return None
+    target = hugging_face_vit(replaced(name, _HF_BEIT_PARTS))
+    if target and (bias := re.fullmatch(r"(.*\.attn\.)qkv\.bias", target.name)):
+        return Target(f"{bias[1]}{'qkv'[target.third]}_bias")
+    return target
 
 
 def plain(name: str) -> Target | None:

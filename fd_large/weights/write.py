@@ -98,19 +98,19 @@ def timm_name(name: str, architecture: Architecture) -> str:
     merging = re.match(r"layers\.(\d+)\.downsample\.", name)
     if merging:
         return f"layers.{int(merging[1]) + 1}.downsample.{name[merging.end() :]}"
-    if architecture.family == "vit" and not _is_beit(architecture):
+    if architecture.family == "vit" and not is_beit(architecture):
         return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
     return name
 
 
-def _is_beit(architecture: Architecture) -> bool:
+def is_beit(architecture: Architecture) -> bool:
     """Whether timm has the ViT as a BEiT: relative positions, biases of query and value."""
     return architecture.relative_position != "none" or architecture.qkv_bias == "qv"
 
 
 def lacks_in_timm(a: Architecture) -> str:
     """Says what of a net timm's of the same family has not; empty: it has all."""
-    if a.family == "vit" and _is_beit(a):
+    if a.family == "vit" and is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
         return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
     if a.family == "vit" and a.qkv_bias == "qkv":

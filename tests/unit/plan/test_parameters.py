@@ -94,10 +94,12 @@ def test_absolute_positions_count_prefix_tokens(name, side, tokens):
     assert shapes(resolve(name), image_size=side)["pos_embed"][1] == tokens
 
 
-def test_a_net_of_timm_is_refused_in_one_sentence():
-    for call in (shapes, width):
-        with pytest.raises(ConfigError, match=r"plan: .*got tf_efficientnet_lite0.*built net"):
-            call(resolve("efficientnet_lite0"))
+def test_the_tensors_of_a_net_of_timm_are_refused_in_one_sentence():
+    with pytest.raises(ConfigError, match=r"plan: .*got tf_efficientnet_lite0.*built net"):
+        shapes(resolve("efficientnet_lite0"))
+    assert width(resolve("efficientnet_lite0")) == 40
+    with pytest.raises(ConfigError, match=r"plan: .*where it is built; got convnext_tiny"):
+        width(resolve("timm", Architecture(timm_name="convnext_tiny")))
 
 
 @pytest.mark.parametrize("name", [n for n, net in ARCHITECTURES.items() if net.family != "timm"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime import guard as guard_module
-from fd_large.runtime.guard import KNOWN, WINDOW, Guard, culprits_of, findings
+from fd_large.runtime.guard import KNOWN, WINDOW, Guard, culprits_of, findings, past_of
 from fd_large.runtime.hooks import Evidence, Update, Verdict
 from fd_large.runtime.meter import Meter
 
@@ -85,6 +85,15 @@ def test_an_ordinary_curve_is_never_off(loss):
         assert findings(judged, curve[max(0, index - WINDOW) : index], 10.0) == []
 
 
+def test_what_was_let_through_while_the_guard_was_off_does_not_blind_it():
+    rows = [
+        {"update": i, "loss": NAN if i % 2 else 1.0, "grad_norm": 2.0} for i in range(2 * KNOWN)
+    ]
+    past = past_of(rows, {})
+    assert [index for index, _, _ in past.accepted] == list(range(0, 2 * KNOWN, 2))
+    assert findings(update(loss=3.0), past.accepted, 10.0)
+
+
 def test_the_ranks_at_fault():
     assert culprits_of([[1.0, 2.0], [1.0, NAN], [INF, 1.0]]) == [1, 2]
     assert culprits_of([[1.0, 2.0], [1.0, 9.0], [3.0, 3.0]]) == [1]
@@ -119,26 +128,27 @@ def one(hooks, judged, evidence_of_it=None):
 
 def test_a_row_of_refused_updates_rolls_back_and_then_ends_the_run(started, tmp_path, caplog):
     hooks = started(skips=2, roll_backs=1)
-    said = []
+    # The row of 1 is what the restored state came from: 5 does not go on with it.
+    bad, said = (1, 3, 4, 5, 7, 8), []
     for index in range(9):
-        verdict = one(hooks, update(index, NAN if index in (1, 3, 4, 7, 8) else 1.0))
+        verdict = one(hooks, update(index, NAN if index in bad else 1.0))
         said.append(verdict)
         if verdict.roll_back is not None:
             for hook in hooks:
                 hook.on_save(index + 1)
                 hook.on_roll_back(update(index), 2)
-    assert [verdict.skip for verdict in said] == [i in (1, 3, 4, 7, 8) for i in range(9)]
+    assert [verdict.skip for verdict in said] == [i in bad for i in range(9)]
     # One alone is no row; the second of a row asks for the state before the first of it.
     assert {i: v.roll_back for i, v in enumerate(said) if v.roll_back is not None} == {4: 3}
     assert {i: v.stop for i, v in enumerate(said) if v.stop} == {8: "guard"}
-    assert "updates 7 to 8 were refused one after the other, and it was taken back 1" in caplog.text
+    assert "updates 8 to 9 were refused one after the other, and it was taken back 1" in caplog.text
     incidents = sorted(path.name for path in (tmp_path / "incidents").iterdir())
-    assert incidents == [f"update_{i:08d}" for i in (1, 3, 4, 7, 8)]
+    assert incidents == [f"update_{i + 1:08d}" for i in bad]
     restored = [
         json.loads((tmp_path / "incidents" / name / "incident.json").read_text())["restored"]
         for name in incidents
     ]
-    assert restored == [None, None, 2, None, None]
+    assert restored == [None, None, 2, None, None, None]
 
 
 def test_no_roll_back_allowed_ends_the_run_at_once(started):
@@ -151,7 +161,7 @@ def test_an_incident_says_what_was_off_and_keeps_the_pictures(started, tmp_path,
         one(hooks, update(index))
     layers = {"teacher.a": 1.0, "student.b": INF, "student.c": INF}
     one(hooks, update(KNOWN, 4.0, NAN), evidence((3.0, 5.0), layers))
-    folder = tmp_path / "incidents" / f"update_{KNOWN:08d}"
+    folder = tmp_path / "incidents" / f"update_{KNOWN + 1:08d}"
     said = json.loads((folder / "incident.json").read_text())
     assert (said["index"], said["loss"], said["skipped"]) == (KNOWN, 4.0, True)
     loss, norm = said["off"]
@@ -182,7 +192,7 @@ def test_only_the_newest_incidents_keep_pictures(started, tmp_path, monkeypatch)
     for index in range(4):
         one(hooks, update(index, NAN))
     kept = [path.parent.name[-1] for path in (tmp_path / "incidents").rglob("*.safetensors")]
-    assert sorted(kept) == ["2", "3"]
+    assert sorted(kept) == ["3", "4"]
     assert len(list((tmp_path / "incidents").rglob("incident.json"))) == 4
 
 
@@ -288,7 +298,7 @@ def test_an_incident_that_a_resume_undoes_counts_no_more(started, tmp_path):
     # Killed before the checkpoint that follows a roll-back; this time the update is sound.
     hooks = started(1, skips=1, roll_backs=1)
     assert [path.name for path in (tmp_path / "incidents").iterdir()] == [
-        "superseded_update_00000001"
+        "superseded_update_00000002"
     ]
     one(hooks, update(1))
     for hook in hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from stored_run import store_tensors
 
 from fd_large import cli
-from fd_large.errors import ConfigError, WeightsError
+from fd_large.checkpoint import stream
+from fd_large.errors import CheckpointError, ConfigError, WeightsError
 from fd_large.models.registry import build
 from fd_large.models.statistics import IMAGENET
 from fd_large.recipes import registry
@@ -31,6 +33,10 @@ NETS = {
     "swinv2 of two stages": ("swinv2_base", {**SWIN, "pretrained_window_sizes": (3, 2)}),
     "swinv2 of four stages": ("swinv2_tiny", FOUR),
     "vit with a shared table": ("vit_base_patch16", VIT),
+    "vit with tables": (
+        "vit_base_patch16",
+        {**VIT, "relative_position": "block", "absolute_position": True, "layer_scale": 0.0},
+    ),
     "plain vit": ("dino_vit_base_patch16", VIT),
     "swin": ("swin_base_esvit", {**SWIN, "image_size": 32}),
 }
@@ -109,13 +115,16 @@ def test_timms_beit_by_name_loads_it(tmp_path):
     close(features(theirs), net(IMAGES).tokens)
 
 
-@pytest.mark.parametrize("what", ["swinv2 of two stages", "swinv2 of four stages"])
+@pytest.mark.parametrize("what", [what for what in NETS if what != "swin"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_transformers_load_it(exported, what, sharded):
     transformers = pytest.importorskip("transformers")
     net, out = exported(what, "hf", *(["--shard_size", "40KB"] if sharded else []))
     assert (out / "model.safetensors.index.json").exists() == sharded
-    theirs, told = transformers.Swinv2Model.from_pretrained(out, output_loading_info=True)
+    make, options = transformers.AutoModel, {}
+    if what == "plain vit":  # Its pooler is a head that no student has.
+        options = {"add_pooling_layer": False}
+    theirs, told = make.from_pretrained(out, output_loading_info=True, **options)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     assert not told["mismatched_keys"]
@@ -127,8 +136,10 @@ def test_transformers_load_it(exported, what, sharded):
 @pytest.mark.parametrize("what", NETS)
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
 def test_we_load_it(exported, what, to, size):
-    if to == "hf" and "swinv2" not in what:
-        pytest.skip("not exported to this format")
+    if to == "hf" and what == "swin":
+        with pytest.raises(ConfigError, match=r"got a swin net.*Use --to timm or --to fd"):
+            exported(what, to)
+        return
     net, out = exported(what, to, "--shard_size", size)
     again, teacher = loaded(out)
     close(again(IMAGES).tokens, net(IMAGES).tokens)
@@ -178,9 +189,18 @@ def test_what_the_others_have_not(tmp_path, fields, options, words):
     assert ("layers.0.blocks.0.norm1.weight" in names) == bool(extra)
 
 
-def test_a_vit_for_transformers_is_refused(tmp_path):
-    stored(tmp_path / "run", "vit_base_patch16", VIT)
-    with pytest.raises(ConfigError, match="Use --to timm or --to fd"):
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit_base_patch16", {"qkv_bias": "qkv"}),
+        ("dino_vit_base_patch16", {"layer_scale": 0.1}),
+        ("dino_vit_base_patch16", {"absolute_position": False}),
+        ("clip_vit_base_patch16", {}),
+    ],
+)
+def test_vits_that_transformers_has_not(tmp_path, name, fields):
+    stored(tmp_path / "run", name, {**VIT, **fields})
+    with pytest.raises(ConfigError, match="a vit net of another make"):
         export(tmp_path, "hf")
 
 
@@ -211,6 +231,8 @@ def test_the_model_card(exported):
         ("swinv2 of four stages", "timm"),
         ("vit with a shared table", "timm"),
         ("swinv2 of two stages", "hf"),
+        ("vit with a shared table", "hf"),
+        ("plain vit", "hf"),
     ],
 )
 def test_the_code_of_the_card_runs(exported, what, to, size):
@@ -278,6 +300,40 @@ def test_a_nan_is_not_exported(tmp_path):
     with pytest.raises(WeightsError, match=r"norm\.bias"):
         export(tmp_path, "timm")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_that_trains_on_prunes_what_is_exported(tmp_path, monkeypatch, caplog):
+    """The newest checkpoint goes while it is read: the one that took its place goes out."""
+    net = stored(tmp_path / "run", "vit_base_patch16", VIT)
+    tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
+    tensors |= {"projection.weight": torch.zeros(6, 32), "projection.bias": torch.zeros(6)}
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    newest = stream.newest
+
+    def pruned(folder, **options):
+        reader = newest(folder, **options)
+        if reader.manifest["update"] == 3:
+            store_tensors(folder, tensors, update=4, recipe=recipe)
+            shutil.rmtree(reader.path)
+        return reader
+
+    monkeypatch.setattr(stream, "newest", pruned)
+    export(tmp_path, "timm")
+    assert "step_00000003: a file of it is gone" in caplog.text
+    assert "| updates | 4 " in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_checkpoint_that_goes_and_leaves_none(tmp_path, monkeypatch):
+    stored(tmp_path / "run", "vit_base_patch16", VIT)
+    read = stream.read
+
+    def gone(reader, *arguments):
+        shutil.rmtree(reader.path, ignore_errors=True)
+        return read(reader, *arguments)
+
+    monkeypatch.setattr(stream, "read", gone)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        export(tmp_path, "timm")
 
 
 def test_a_folder_that_is_no_run(tmp_path):

@@ -269,6 +269,31 @@ def test_deit_of_transformers(transformers, tmp_path):
         close(net(IMAGES).tokens, model(pixel_values=IMAGES).last_hidden_state)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_beit_of_transformers(transformers, tmp_path, shared, pool, head):
+    config = transformers.BeitConfig(
+        **HF_VIT,
+        use_shared_relative_position_bias=shared,
+        use_relative_position_bias=not shared,
+        use_absolute_position_embeddings=head,
+        use_mask_token=head,
+        use_mean_pooling=pool,
+        layer_scale_init_value=0.1,
+    )
+    make = transformers.BeitForImageClassification if head else transformers.BeitModel
+    model = scattered(make(config))
+    pretrained(model, tmp_path)
+    assert open_weights(tmp_path).form == "hf_beit"
+    net, teacher = loaded(tmp_path)
+    assert teacher.architecture.norm_eps == 1e-12
+    with torch.no_grad():
+        found = (model.beit if head else model)(pixel_values=IMAGES).last_hidden_state
+    expected = torch.nn.functional.layer_norm(found, (32,), eps=1e-12) if pool else found
+    close(net(IMAGES).tokens, expected)
+
+
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_swinv2_of_transformers(transformers, tmp_path, head, sharded):

@@ -63,11 +63,25 @@ def test_backbones_of_timm_teach(name, stride, width):
     assert got.tokens.shape == (2, side * side, width)
     assert got.tokens.isfinite().all()
     assert not got.tokens.requires_grad
-    # The weights are those of timm's constructor, not the ones the net was built with.
-    expected = dict(timm_backbone.timm.create_model(name, pretrained=True).named_parameters())
+    # The weights are those of timm's constructor, not the ones the net was built with; the map is
+    # after the net's final norm, without its class token.
+    whole = timm_backbone.timm.create_model(name, pretrained=True).eval()
+    expected = dict(whole.named_parameters())
     held = {n.removeprefix("net."): p for n, p in teacher.net.named_parameters()}
     assert held
     assert all(torch.equal(p, expected[n]) for n, p in held.items())
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    with torch.no_grad():
+        theirs = whole.forward_features((images / 255 - mean) / std)
+    close(got.tokens, as_tokens(theirs, width)[:, -side * side :])
+
+
+def as_tokens(features, width):
+    """(B, N, C) from the layouts that timm's families have: NLC, NCHW, NHWC."""
+    if features.dim() == 3:
+        return features
+    channels_first = features.shape[1] == width
+    return features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
 
 
 @pytest.mark.usefixtures("_no_downloads")
@@ -84,7 +98,7 @@ def test_backbones_that_timm_lacks():
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )
     with pytest.raises(WeightsError, match="timm has no weights for this net"):
-        timm_backbone.read_pretrained(f"timm:{untrained}", untrained, stride=8)
+        timm_backbone.pretrained(f"timm:{untrained}", untrained)
 
 
 def test_weights_of_timm_out_of_reach(monkeypatch):
@@ -95,7 +109,7 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
     items = teacher_weights(run)
     monkeypatch.setattr(timm_backbone.timm, "create_model", offline)
     with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
-        next(items)
+        list(items)
 
 
 def test_nets_that_bring_their_weights_only_teach():

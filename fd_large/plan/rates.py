@@ -1,0 +1,123 @@
+"""What a card and its links do in a second: named cards, or a file of measured rates.
+
+`peak` is the data sheet's dense bfloat16 rate and serves as the denominator of MFU. The other rates
+of the H100 are measured ones as published (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35);
+those of the other cards are the data sheet's times the same shares, 0.81 and 0.90. The link inside
+a node is the data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fd_large.errors import ConfigError, nearest
+
+# Operations beside the matrix products, by what limits them on a CPU; on a GPU it is the memory
+# for all of them. `plan.traffic` counts their bytes.
+CLASSES = ("attention", "stream", "activation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A card, or a CPU rank.
+
+    Attributes:
+        name: For people.
+        memory_bytes: That a rank may hold.
+        peak: FLOP/s, the denominator of MFU.
+        matmul: FLOP/s reached in large products of the compute type.
+        bandwidth: Bytes/s, read and written together, of a copy.
+        link: Bytes/s that a rank sends to the others of its node, in collectives.
+        network_share: Of the network cards' rate that collectives reach.
+        bfloat16: The compute type; else float32.
+        overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
+        batched_matmul: FLOP/s in attention's small products; 0: as `matmul`.
+        attention, stream, activation: Bytes/s of these classes of operations; 0: as `bandwidth`.
+        launch_seconds: To start an operation from Python; assumed for the named cards.
+    """
+
+    name: str
+    memory_bytes: float
+    peak: float
+    matmul: float
+    bandwidth: float
+    link: float
+    network_share: float = 0.8
+    bfloat16: bool = True
+    overlap: bool = True
+    batched_matmul: float = 0.0
+    attention: float = 0.0
+    stream: float = 0.0
+    activation: float = 0.0
+    launch_seconds: float = 5e-6
+
+    def bytes_rate(self, kind: str) -> float:
+        """Bytes/s of a class of operations."""
+        return getattr(self, kind, 0.0) or self.bandwidth
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--rates` reads it."""
+        return asdict(self)
+
+
+def _card(name: str, gigabytes: float, teraflops: float, terabytes: float, link: float) -> Rates:
+    return Rates(
+        name=name,
+        memory_bytes=gigabytes * 1e9,
+        peak=teraflops * 1e12,
+        matmul=0.81 * teraflops * 1e12,
+        bandwidth=0.90 * terabytes * 1e12,
+        link=0.78 * link * 1e9,
+    )
+
+
+# GB of memory, data sheet TFLOP/s (dense bfloat16), TB/s of memory, GB/s per direction inside a
+# node (NVLink; PCIe for the L40S).
+CARDS = {
+    "h100": _card("H100 SXM 80 GB", 80, 989, 3.35, 450),
+    "h200": _card("H200 SXM 141 GB", 141, 989, 4.8, 450),
+    "b200": _card("B200 180 GB", 180, 2250, 7.7, 900),
+    "a100": _card("A100 SXM 80 GB", 80, 312, 2.039, 300),
+    "a100_40": _card("A100 SXM 40 GB", 40, 312, 1.555, 300),
+    "l40s": _card("L40S 48 GB", 48, 362, 0.864, 32),
+}
+
+
+def rates_of(gpu: str, file: str = "") -> Rates:
+    """Returns the rates of a named card, or of a JSON file over those of the card it names.
+
+    Args:
+        gpu: A key of `CARDS`.
+        file: A JSON object with any fields of `Rates`; measured values win. Empty: none.
+
+    Raises: ConfigError: for an unknown card, an unknown field, or a value that is no rate.
+    """
+    if gpu not in CARDS:
+        raise ConfigError(f"--gpu: no such card; got {gpu!r}, {nearest(gpu, CARDS)}. Use --rates.")
+    if not file:
+        return CARDS[gpu]
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--rates: no readable JSON; got {error}, expected an object. Mend {file}."
+        ) from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"--rates: {file} holds no object; got {given!r}, expected rates.")
+    known = {field.name: field.type for field in fields(Rates)}
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(f"--rates: {key}: no such rate; {nearest(key, known)}. Mend {file}.")
+        if known[key] == "float" and (type(value) not in (int, float) or value < 0):
+            raise ConfigError(
+                f"--rates: {key}: no rate; got {value!r}, expected a number of 0 or more. Mend"
+                f" {file}."
+            )
+        if known[key] == "bool" and type(value) is not bool:
+            raise ConfigError(
+                f"--rates: {key}: no switch; got {value!r}, expected true or false. Mend {file}."
+            )
+    return replace(CARDS[gpu], **given)

@@ -1,0 +1,129 @@
+"""Every setting of a run on a machine: the fastest first, and why the others do not work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fd_large.errors import ConfigError
+from fd_large.plan.peak import HEADROOM, Peak, peak_of
+from fd_large.plan.setting import Machine, Setting, Workload
+from fd_large.plan.step import Estimate, estimate
+
+# Settings whose times differ by less are equal; of those the one that communicates least wins.
+SAME_TIME = 0.01
+
+# float32 masters and two moments of each trained parameter are what a checkpoint stores.
+CHECKPOINT_BYTES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A setting that does not work, for any micro batch."""
+
+    setting: Setting
+    reason: str
+
+
+def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
+    """Returns the settings that fit, fastest first, each with its best micro batch; and the others.
+
+    Raises: ConfigError: if the ranks do not divide the global batch.
+    """
+    batch, ranks = load.run.batch.global_batch_size, machine.cluster.gpus
+    if batch % ranks:
+        raise ConfigError(
+            f"batch.global_batch_size: the ranks do not divide it; got {batch} images for {ranks} "
+            f"ranks, expected a multiple. Set --batch.global_batch_size {_multiple(batch, ranks)}, "
+            "or another --gpus."
+        )
+    sizes = _powers(batch // ranks)
+    good: list[Estimate] = []
+    bad: list[Refused] = []
+    for setting in _settings(machine):
+        memory = peak_of(load, setting, machine)
+        if not memory.fits(machine.rates):
+            bad.append(Refused(setting=setting, reason=_too_large(memory, machine)))
+            continue
+        tried = [
+            estimate(load, each, machine)
+            for each in (replace(setting, micro_batch_size=size) for size in sizes)
+            if peak_of(load, each, machine).fits(machine.rates)
+        ]
+        good.append(min(tried, key=lambda one: (one.seconds.total, one.memory.total)))
+    good.sort(key=lambda one: one.seconds.total)
+    return _ties_by_communication(good), bad
+
+
+def checkpoint_bytes(load: Workload) -> int:
+    """Returns what one stored checkpoint takes on disk."""
+    return CHECKPOINT_BYTES * load.parameters
+
+
+def updates(load: Workload, images: int) -> int:
+    """Returns the optimizer updates of the whole run on a data set of so many images."""
+    optim = load.run.optim
+    return optim.max_steps or optim.epochs * (images // load.run.batch.global_batch_size)
+
+
+def _settings(machine: Machine) -> Iterator[Setting]:
+    ranks, nodes = machine.cluster.gpus, machine.cluster.nodes
+    placements: list[Literal["replicated", "node", "sharded"]] = ["replicated"]
+    if nodes > 1 and machine.cluster.node_size > 1:
+        placements.append("node")
+    if ranks > 1:
+        placements.append("sharded")
+    for stage in (1, 2, 3):
+        for teacher in placements:
+            for hpz in (False, True) if stage == 3 and "node" in placements else (False,):
+                for checkpointing in (False, True):
+                    yield Setting(
+                        stage=stage,  # type: ignore[arg-type]
+                        hpz=hpz,
+                        teacher=teacher,
+                        checkpointing=checkpointing,
+                        micro_batch_size=1,
+                    )
+
+
+def _ties_by_communication(ordered: list[Estimate]) -> list[Estimate]:
+    """Sorts runs of equally fast settings by what they communicate, then by memory."""
+    result: list[Estimate] = []
+    left = list(ordered)
+    while left:
+        limit = left[0].seconds.total * (1 + SAME_TIME)
+        same = [one for one in left if one.seconds.total <= limit]
+        result += sorted(same, key=lambda one: (_communication(one), one.memory.total))
+        left = left[len(same) :]
+    return result
+
+
+def _communication(one: Estimate) -> float:
+    return one.seconds.communication * one.seconds.accumulation + one.seconds.update
+
+
+def _too_large(memory: Peak, machine: Machine) -> str:
+    limit = HEADROOM * machine.rates.memory_bytes
+    parts = {
+        "states": memory.states,
+        "teacher": memory.teacher,
+        "activations": memory.activations,
+        "buffers": memory.buffers,
+    }
+    most = max(parts, key=lambda name: parts[name])
+    return (
+        f"{memory.total / 1e9:.0f} GB for one image ({most} {parts[most] / 1e9:.0f}), "
+        f"{limit / 1e9:.0f} usable"
+    )
+
+
+def _powers(share: int) -> list[int]:
+    sizes = [1]
+    while share % (2 * sizes[-1]) == 0:
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+def _multiple(batch: int, ranks: int) -> int:
+    return max(1, round(batch / ranks)) * ranks

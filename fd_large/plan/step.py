@@ -1,0 +1,255 @@
+"""How long an update takes: computation, communication, optimizer.
+
+Computation of a micro batch:
+
+- matrix products: each takes the longer of FLOPs / matmul rate and bytes / bandwidth; backward is
+  two products for one;
+- the rest: bytes moved (`plan.traffic`) / bandwidth, and the gradients of the parameters;
+- with checkpoints, the student's blocks once more;
+- starting the operations from Python, which runs ahead of a GPU and counts only where it is longer
+  than the rest together; on CPU ranks it adds up.
+
+Communication of a micro batch; S, T: one gather or scatter of student, teacher (`plan.cluster`):
+
+| ZeRO | student, each micro batch            | student, each update                   |
+|------|--------------------------------------|----------------------------------------|
+| 1    | none                                 | float32 gradients 2 S, parameters S    |
+| 2    | gradients S                          | parameters S                           |
+| 3    | S forward, S backward, gradients S   | none                                   |
+
+A split teacher adds T a micro batch, over all ranks or inside each node. With hpZ the gather of
+backward stays inside a node. On GPUs communication runs beside computation, and only the longer of
+the two counts; CPU ranks, whose cores do both, add them up. After the last micro batch come the
+collectives of the update and the optimizer, which moves 34 bytes for each parameter of the rank's
+share (the norm's pass; gradient, master and two moments read; parameter, master, moments written).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from fd_large.plan import flops, traffic
+from fd_large.plan.peak import Peak, peak_of
+from fd_large.plan.rates import Rates
+from fd_large.plan.setting import BUCKET_ELEMENTS, Machine, Setting, Workload
+
+OPTIMIZER_BYTES = 34
+# A parameter's gradient is written, copied into a bucket (read, written), and added to the
+# accumulated one (read), in the compute type.
+GRADIENT_PASSES = 4
+# Operations of a block, as benchmarks/roofline.py counts them.
+OPERATIONS = {
+    "fused": {"forward": 14, "backward": 24, "inference": 14},
+    "reference": {"forward": 53, "backward": 76, "inference": 50},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """What an update takes.
+
+    Attributes:
+        products: Matrix products of a micro batch.
+        rest: Everything else that a micro batch computes.
+        communication: Of a micro batch.
+        update: Collectives and optimizer after the last micro batch.
+        accumulation: Micro batches.
+        overlap: Whether communication runs beside computation.
+    """
+
+    products: float
+    rest: float
+    communication: float
+    update: float
+    accumulation: int
+    overlap: bool
+
+    @property
+    def computation(self) -> float:
+        """Of a micro batch."""
+        return self.products + self.rest
+
+    @property
+    def total(self) -> float:
+        """Of an update."""
+        both = self.computation, self.communication
+        return self.accumulation * (max(both) if self.overlap else sum(both)) + self.update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A setting with its figures.
+
+    Attributes:
+        setting: What was chosen.
+        memory: Bytes of a rank.
+        seconds: Of an update.
+        flops: Of a micro batch.
+        images: Of an update, over all ranks.
+        peak: FLOP/s of a card.
+    """
+
+    setting: Setting
+    memory: Peak
+    seconds: Seconds
+    flops: flops.StepFlops
+    images: int
+    peak: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole cluster."""
+        return self.images / self.seconds.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over the peak."""
+        return self._share(self.flops.model)
+
+    @property
+    def hardware_utilisation(self) -> float:
+        """FLOPs with recomputation over the peak."""
+        return self._share(self.flops.hardware)
+
+    def _share(self, count: int) -> float:
+        return count * self.seconds.accumulation / self.seconds.total / self.peak
+
+
+def estimate(load: Workload, setting: Setting, machine: Machine) -> Estimate:
+    """Returns memory and time of a setting; the memory may be more than the card has."""
+    share = load.run.batch.global_batch_size // machine.cluster.gpus
+    products, rest = _computation(load, setting, machine)
+    again = not machine.fused and machine.recomputes_attention
+    return Estimate(
+        setting=setting,
+        memory=peak_of(load, setting, machine),
+        seconds=Seconds(
+            products=products,
+            rest=rest,
+            communication=_communication(load, setting, machine),
+            update=_update(load, setting, machine),
+            accumulation=max(1, share // setting.micro_batch_size),
+            overlap=machine.rates.overlap,
+        ),
+        flops=flops.of_run(
+            setting.of(load.run),
+            micro_batch_size=setting.micro_batch_size,
+            attention_recomputed=again or machine.fused,
+        ),
+        images=load.run.batch.global_batch_size,
+        peak=machine.rates.peak,
+    )
+
+
+def _computation(load: Workload, setting: Setting, machine: Machine) -> tuple[float, float]:
+    run, rates, batch = load.run, machine.rates, setting.micro_batch_size
+    kernels: traffic.Kernels = "fused" if machine.fused else "reference"
+    student, teacher = run.student_architecture(), run.teacher_architecture()
+
+    def products(table: Iterable[flops.Product], kind: Literal["forward", "backward"]) -> float:
+        return sum(product_seconds(p, kind, batch, machine) for p in table)
+
+    def moved(phase: traffic.Phase) -> dict[str, float]:
+        inference = phase == "inference"
+        return traffic.moved(
+            teacher if inference else student,
+            phase,
+            image_size=flops.teacher_image_size(run) if inference else run.data.image_size,
+            kernels=kernels,
+            bfloat16=load.teacher_bfloat16(machine) if inference else rates.bfloat16,
+            float32_stream=not inference and run.student.residual_dtype == "float32",
+        )
+
+    def rest(by_class: dict[str, float]) -> float:
+        return sum(batch * moved / rates.bytes_rate(kind) for kind, moved in by_class.items())
+
+    forward = moved("forward")
+    matrix = products(load.student_products, "forward")
+    matrix += products(load.student_products, "backward")
+    matrix += products(load.teacher_products, "forward")
+    other = rest(forward) + rest(moved("backward")) + rest(moved("inference"))
+    if setting.checkpointing:
+        share = 1 / run.student.checkpoint_every
+        matrix += share * products([p for p in load.student_products if p.in_block], "forward")
+        other += share * rest(forward)
+    if machine.recomputes_attention and not machine.fused:
+        matrix += products([p for p in load.student_products if p.kind == "logits"], "forward")
+        other += rest({"attention": forward["attention"]})
+    size = load.compute_bytes(machine)
+    other += GRADIENT_PASSES * size * load.parameters / rates.bandwidth
+    starting = _starts(load, setting, kernels) * rates.launch_seconds
+    if not rates.overlap:
+        return matrix, other + starting
+    return matrix, max(other, starting - matrix)
+
+
+def _starts(load: Workload, setting: Setting, kernels: traffic.Kernels) -> int:
+    """Operations of a micro batch."""
+    count = OPERATIONS[kernels]
+    student = sum(load.run.student_architecture().depths)
+    teacher = sum(load.run.teacher_architecture().depths or ())
+    again = count["forward"] if setting.checkpointing else 0
+    return student * (count["forward"] + count["backward"] + again) + teacher * count["inference"]
+
+
+def product_seconds(
+    product: flops.Product,
+    kind: Literal["forward", "backward"],
+    batch: int,
+    machine: Machine,
+) -> float:
+    """Returns how long the products of an entry take for `batch` images."""
+    rates = machine.rates
+    inside = product.kind in flops.ATTENTION
+    computed = product.forward(batch) if kind == "forward" else product.backward(batch)
+    seconds = computed / ((rates.batched_matmul if inside else 0.0) or rates.matmul)
+    if inside and machine.fused:  # Its maps never leave the chip.
+        return seconds
+    return max(seconds, _product_bytes(product, kind, batch, rates) / rates.bandwidth)
+
+
+def _product_bytes(
+    product: flops.Product, kind: Literal["forward", "backward"], batch: int, rates: Rates
+) -> float:
+    images = 1 if product.once else batch
+    rows, inner, columns = product.rows, product.inner, product.columns
+    if product.kind in flops.ATTENTION:
+        elements = images * (rows * inner + inner * columns + rows * columns)
+    else:  # Weights are read once for the whole batch.
+        elements = images * rows * (inner + columns) + inner * columns
+    passes = 1 if kind == "forward" or not product.input_gradient else 2
+    return passes * (2 if rates.bfloat16 else 4) * product.count * elements
+
+
+def _communication(load: Workload, setting: Setting, machine: Machine) -> float:
+    cluster, rates = machine.cluster, machine.rates
+    whole = load.compute_bytes(machine) * load.parameters
+    calls = sum(1 for n in load.student if n > load.threshold)
+    buckets = -(-load.parameters // BUCKET_ELEMENTS)
+    total = 0.0
+    if setting.stage == 3:
+        total += cluster.seconds(whole, rates, calls=calls)
+        total += cluster.seconds(whole, rates, span="node" if setting.hpz else "all", calls=calls)
+    if setting.stage >= 2:
+        total += cluster.seconds(whole, rates, calls=buckets)
+    if setting.teacher != "replicated":
+        size = 2 if load.teacher_bfloat16(machine) else 4
+        calls = sum(1 for n in load.teacher if n > load.threshold)
+        span = "node" if setting.teacher == "node" else "all"
+        total += cluster.seconds(size * sum(load.teacher), rates, span=span, calls=calls)
+    return total
+
+
+def _update(load: Workload, setting: Setting, machine: Machine) -> float:
+    cluster, rates = machine.cluster, machine.rates
+    buckets = -(-load.parameters // BUCKET_ELEMENTS)
+    split = 1 if setting.stage == 0 else cluster.gpus
+    total = OPTIMIZER_BYTES * load.parameters / split / rates.bandwidth
+    whole = load.compute_bytes(machine) * load.parameters
+    if setting.stage in (1, 2):
+        total += cluster.seconds(whole, rates, calls=buckets)
+    if setting.stage <= 1:  # An all-reduce is a scatter and a gather.
+        total += 2 * cluster.seconds(4 * load.parameters, rates, calls=buckets)
+    return total

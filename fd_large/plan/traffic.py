@@ -1,0 +1,305 @@
+"""Bytes of a net beside its matrix products: moved in a step, and kept for backward.
+
+Each block of width C with T tokens, h heads and maps of N x N moves and keeps so many bytes per
+T C, per T h and per T N h; the tables below hold these numbers, which follow from the operations:
+a norm of a bfloat16 branch onto a float32 stream reads 4 + 2 and writes 4 bytes, and so on. They
+are the counts of benchmarks/roofline.py, and a test holds them to it.
+
+Rules of the count: each operation reads every distinct input once and writes every new output once;
+views are free; there is no cache.
+
+"fused" is one pass each for residual and norm, and for everything between the qkv and the output
+projection; "reference" is plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fd_large.plan.rates import CLASSES
+from fd_large.recipes.architectures import Architecture
+
+Kernels = Literal["fused", "reference"]
+Phase = Literal["forward", "backward", "inference"]
+
+
+class Per(NamedTuple):
+    """Bytes of a block.
+
+    Attributes:
+        channels: Per token and channel.
+        heads: Per token and head.
+        maps: Per entry of an N x N map.
+        shifted_channels: More per token and channel where windows are shifted.
+        shifted_maps: More per entry where windows are shifted.
+    """
+
+    channels: float
+    heads: float = 0.0
+    maps: float = 0.0
+    shifted_channels: float = 0.0
+    shifted_maps: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """A kind of block in a compute type.
+
+    Attributes:
+        stream: Norms, residuals, casts, window copies and the gradients of biases, by phase; with a
+            float32 residual stream.
+        narrow: What a residual stream of the compute type saves of it, by phase, per token and
+            channel.
+        attention: Between the projections of attention, by phase.
+        kept: For backward, without attention's maps.
+        kept_maps: More where attention's maps are kept as well.
+    """
+
+    stream: dict[Phase, Per]
+    narrow: dict[Phase, float]
+    attention: dict[Phase, Per]
+    kept: Per
+    kept_maps: Per
+
+
+def _counts(
+    stream: tuple[float, float, float],
+    narrow: tuple[float, float, float],
+    attention: tuple[Per, Per, Per],
+    *,
+    kept: Per,
+    kept_maps: Per = Per(0),  # noqa: B008 (a tuple)
+    roll: float = 0.0,
+) -> Counts:
+    phases: tuple[Phase, ...] = ("forward", "backward", "inference")
+    return Counts(
+        stream={
+            phase: Per(value, shifted_channels=roll)
+            for phase, value in zip(phases, stream, strict=True)
+        },
+        narrow=dict(zip(phases, narrow, strict=True)),
+        attention=dict(zip(phases, attention, strict=True)),
+        kept=kept,
+        kept_maps=kept_maps,
+    )
+
+
+def _both(forward: Per, backward: Per) -> tuple[Per, Per, Per]:
+    return forward, backward, forward
+
+
+# By kernels, family and whether the compute type is bfloat16. Inference is a teacher's: its stream
+# has the compute type.
+COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
+    ("fused", "swinv2", True): _counts(
+        (24, 46, 12),
+        (12, 8, 0),
+        _both(Per(8, 4), Per(16, 8)),
+        kept=Per(32, 4),
+    ),
+    ("fused", "vit", True): _counts(
+        (24, 54, 12),
+        (12, 8, 0),
+        _both(Per(8, 4), Per(16, 8)),
+        kept=Per(40, 4),
+    ),
+    ("fused", "swin", True): _counts(
+        (24, 54, 12),
+        (12, 8, 0),
+        _both(Per(8, 4), Per(16, 8)),
+        kept=Per(40, 4),
+    ),
+    ("reference", "swinv2", True): _counts(
+        (88, 114, 68),
+        (4, 0, 0),
+        _both(Per(72, 46, 28, shifted_maps=8), Per(244, 107, 28)),
+        kept=Per(36, 4),
+        kept_maps=Per(12, 16, 6),
+        roll=8,
+    ),
+    ("reference", "swinv2", False): _counts(
+        (72, 116, 56),
+        (0, 0, 0),
+        _both(Per(64, 44, 16, shifted_maps=8), Per(248, 106, 16)),
+        kept=Per(64, 4),
+        kept_maps=Per(16, 16, 4),
+        roll=16,
+    ),
+    ("reference", "vit", True): _counts(
+        (96, 154, 52),
+        (12, 12, 0),
+        _both(Per(48, 0, 28), Per(60, 0, 28)),
+        kept=Per(44, 4),
+        kept_maps=Per(0, 0, 6),
+    ),
+    ("reference", "vit", False): _counts(
+        (72, 148, 40),
+        (0, 0, 0),
+        _both(Per(40, 0, 16), Per(64, 0, 16)),
+        kept=Per(72, 4),
+        kept_maps=Per(0, 0, 4),
+    ),
+    ("reference", "swin", True): _counts(
+        (88, 114, 60),
+        (12, 12, 0),
+        _both(Per(48, 0, 28, shifted_maps=8), Per(60, 0, 28)),
+        kept=Per(40, 4),
+        kept_maps=Per(0, 0, 6),
+        roll=8,
+    ),
+    ("reference", "swin", False): _counts(
+        (72, 116, 56),
+        (0, 0, 0),
+        _both(Per(40, 0, 16, shifted_maps=8), Per(64, 0, 16)),
+        kept=Per(68, 4),
+        kept_maps=Per(0, 0, 4),
+        roll=16,
+    ),
+}
+# Exact GELU on the 4 C channels of the MLP: forward reads and writes, backward reads two.
+ACTIVATION = {"forward": 2, "backward": 3, "inference": 2}
+# Three operations forward, where no kernel fuses them; a teacher's.
+QUICK_GELU = 7
+# Per input token and channel: patch embedding and merging; per output token and channel: final
+# norm, projection and loss. Small beside the blocks.
+_ENDS = {
+    "forward": (14.0, 21.0, 72.0),
+    "backward": (18.0, 23.0, 48.0),
+    "inference": (4.0, 6.0, 4.0),
+}
+# A value of a pixel from uint8 to the normalised one: for the student and for the teacher.
+_PIXEL = 2 * 35
+
+
+class Stage(NamedTuple):
+    """Blocks of one width.
+
+    Attributes:
+        width: C.
+        depth: Blocks.
+        tokens: T of an image.
+        heads: h.
+        group: N, tokens that see each other.
+        shifted: Blocks whose windows are shifted.
+    """
+
+    width: int
+    depth: int
+    tokens: int
+    heads: int
+    group: int
+    shifted: int
+
+
+def moved(
+    architecture: Architecture,
+    phase: Phase,
+    *,
+    image_size: int,
+    kernels: Kernels,
+    bfloat16: bool,
+    float32_stream: bool,
+) -> dict[str, float]:
+    """Returns the bytes read and written an image beside matrix products, by class of operation.
+
+    Args:
+        architecture: Of families swinv2, swin or vit; a net of timm moves 0 here.
+        phase: forward and backward of a student, inference of a teacher.
+        image_size: Side in pixels.
+        kernels: What runs.
+        bfloat16: The compute type; else float32.
+        float32_stream: Whether the residual stream is float32.
+    """
+    total = dict.fromkeys(CLASSES, 0.0)
+    if architecture.family in ("timm", "module"):
+        return total
+    counts = counts_of(architecture, kernels, bfloat16)
+    size = 2 if bfloat16 else 4
+    first = last = None
+    for stage in stages(architecture, image_size):
+        first, last = first or stage, stage
+        stream = counts.stream[phase]
+        if not float32_stream:
+            stream = stream._replace(channels=stream.channels - counts.narrow[phase])
+        attention = counts.attention[phase]
+        if architecture.family == "vit" and architecture.relative_position == "none":
+            attention = attention._replace(maps=max(0.0, attention.maps - 8))
+        total["stream"] += _of(stream, stage)
+        total["attention"] += _of(attention, stage)
+        hidden = architecture.mlp_ratio * stage.width
+        passes = QUICK_GELU if architecture.activation == "quick_gelu" else ACTIVATION[phase]
+        total["activation"] += passes * size * stage.tokens * hidden * stage.depth
+        if stage is not first:
+            total["stream"] += _ENDS[phase][1] * stage.tokens * 2 * stage.width
+    if phase == "inference":
+        total["stream"] += _PIXEL * 3 * image_size**2
+    assert first is not None
+    assert last is not None
+    total["stream"] += _ENDS[phase][0] * first.tokens * first.width
+    total["stream"] += _ENDS[phase][2] * last.tokens * last.width
+    return total
+
+
+def kept(
+    architecture: Architecture,
+    *,
+    image_size: int,
+    kernels: Kernels,
+    bfloat16: bool,
+    float32_stream: bool,
+    keep_maps: bool,
+    checkpoint_every: int,
+) -> float:
+    """Returns the bytes an image that forward keeps for backward, one live block included.
+
+    Args:
+        architecture: Of a student.
+        image_size: Side in pixels.
+        kernels: What runs.
+        bfloat16: The compute type; else float32.
+        float32_stream: Whether the residual stream is float32.
+        keep_maps: Whether attention's maps are kept, as on CPUs.
+        checkpoint_every: Each k-th block keeps its input only; 0: none does.
+    """
+    counts = counts_of(architecture, kernels, bfloat16)
+    stream = 4 if float32_stream or not bfloat16 else 2
+    total = largest = 0.0
+    for stage in stages(architecture, image_size):
+        block = _of(counts.kept, stage) / stage.depth
+        if keep_maps:
+            block += _of(counts.kept_maps, stage) / stage.depth
+        if not float32_stream and architecture.family != "swinv2":
+            block -= 4 * stage.tokens * stage.width
+        largest = max(largest, block)
+        saved = stage.depth // checkpoint_every if checkpoint_every else 0
+        total += (stage.depth - saved) * block + saved * stream * stage.tokens * stage.width
+    return total + (largest if checkpoint_every else 0.0)
+
+
+def counts_of(architecture: Architecture, kernels: Kernels, bfloat16: bool) -> Counts:
+    """Returns the table of a family; float32 always runs the reference."""
+    return COUNTS[kernels if bfloat16 else "reference", str(architecture.family), bfloat16]
+
+
+def _of(per: Per, stage: Stage) -> float:
+    tokens, entries = stage.tokens, stage.tokens * stage.group * stage.heads
+    every = per.channels * tokens * stage.width + per.heads * tokens * stage.heads
+    every += per.maps * entries
+    shifted = per.shifted_channels * tokens * stage.width + per.shifted_maps * entries
+    return stage.depth * every + stage.shifted * shifted
+
+
+def stages(a: Architecture, image_size: int) -> Iterator[Stage]:
+    """Yields the stages of a net of swinv2, swin or vit; a ViT has one."""
+    side = image_size // a.patch_size
+    if a.family == "vit":
+        tokens = side * side + bool(a.class_token) + bool(a.distillation_token)
+        yield Stage(a.embed_dim, a.depths[0], tokens, a.num_heads[0], tokens, 0)
+        return
+    for i, (depth, heads) in enumerate(zip(a.depths, a.num_heads, strict=True)):
+        window = min(a.window_size, side)
+        shifted = depth // 2 if side > window else 0
+        yield Stage(a.embed_dim * 2**i, depth, side * side, heads, window * window, shifted)
+        side = -(-side // 2)

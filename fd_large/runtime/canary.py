@@ -1,0 +1,205 @@
+"""Finds the rank whose teacher changed in memory, that computes wrongly, or that is slow.
+
+A training loss does not tell: a student learns from a damaged teacher just as well. Every rank
+hashes the part of the teacher that it holds itself, since a weight that was gathered is the same on
+all of them, and maps a fixed batch; both must be as they were at the start. A short product that
+waits for nobody tells how fast each rank is.
+
+Cost of a look on one H100, for the 1.06B teacher in bf16: hashed whole (replicated; a split one is
+hashed in parts), about 10 passes over 16 bytes an element, 1.06e9 x 160 B at 3 TB/s = 0.06 s; the
+map of two images, 2 x 0.6 TFLOP at a tenth of the peak or less, 0.02 s; seven products of
+2 x 4096^3 = 0.14 TFLOP, 0.003 s; two small collectives. Under 0.2 s every 500 updates is below 1%
+of training time where an update takes 0.04 s or more; those of the 3B run take seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from statistics import median, median_low
+
+import torch
+
+from fd_large import distributed
+from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.run_folder import written_or_told
+
+log = logging.getLogger(__name__)
+
+TEACHER_CHANGED = "teacher changed"
+SET_ASIDE = "distrusted_"
+MAP_TOLERANCE = 0.01
+"""Of the map's norm: bf16 products may be summed in another order. The hash is exact."""
+SLOW = 1.5
+"""Times the median of the ranks."""
+CHECKS_BETWEEN_NAMINGS = 20
+PRODUCTS = 5
+
+
+def seconds_of_product() -> float:
+    """Median time of a square product on this rank's device, without any other rank."""
+    device = distributed.device()
+    on_gpu = device.type == "cuda"
+    side, dtype = (4096, torch.bfloat16) if on_gpu else (512, torch.float32)
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    times = []
+    for _ in range(PRODUCTS + 2):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return median(times[2:])
+
+
+class Canary(Hook):
+    """Looks every so many updates, after the last one, and before each checkpoint.
+
+    Reads `Setting.checks`: `teacher_shard` returns "PART HASH" of what this rank holds itself,
+    ranks that hold the same name the same PART; `teacher_map` the map (B, N, C) of a fixed batch.
+    A changed teacher ends the run on all ranks alike, without saving.
+
+    Args:
+        every: Updates between two looks.
+        seconds: How long a fixed computation takes on this rank.
+    """
+
+    def __init__(self, every: int, *, seconds: Callable[[], float] = seconds_of_product) -> None:
+        self._every, self._seconds = every, seconds
+        self._changed = False
+        self._doubtful: int | None = None
+        self._checks = 0
+        self._slow: dict[int, float] = {}
+        self._named: dict[int, int] = {}
+
+    def on_start(self, setting: Setting) -> None:
+        """Remembers the teacher; compares the ranks that hold the same part of it."""
+        self._shard_of = setting.checks["teacher_shard"]
+        self._map_of = setting.checks["teacher_map"]
+        self._map = self._map_of().float()
+        self._shard = self._shard_of()
+        self._folder, self._good = setting.folder, setting.first_update
+        device = str(distributed.device())
+        told = distributed.gather_objects((self._shard, distributed.node_name(), device))
+        self._places = [f"rank {r} ({host}, {dev})" for r, (_, host, dev) in enumerate(told)]
+        odd = _odd_holders([shard for shard, _, _ in told])
+        if odd:
+            self._changed = True
+            if distributed.is_main():
+                log.error(
+                    "canary: THE TEACHER IS NOT THE SAME ON ALL RANKS at the start: %s; got other "
+                    "bits than on the ranks that hold the same part, expected the same. The run "
+                    "ends. Start the same command again without that node; if its kind of "
+                    "processor differs by design, with --runtime.canary_every 0.",
+                    self._names(odd),
+                )
+
+    def after_update(self, update: Update) -> Verdict:
+        """Looks when it is time; a changed teacher ends the run."""
+        done = update.index + 1
+        if not self._changed and (done % self._every == 0 or done == update.total):
+            self._look(done)
+            self._look_at_speed()
+        return Verdict(stop=TEACHER_CHANGED) if self._changed else PASS
+
+    def on_save(self, index: int) -> None:
+        """Looks, so that what a checkpoint learned from is known; it comes too late to prevent it.
+
+        So none but this one can be in doubt, and the state before it stands.
+        """
+        if index != self._good and not self._changed:
+            self._look(index, saving=True)
+
+    def on_end(self, status: str) -> None:
+        """Sets a checkpoint aside that learned from a changed teacher: no resume takes it."""
+        if self._doubtful is None or not distributed.is_main():
+            return
+        path = self._folder / "checkpoints" / f"step_{self._doubtful:08d}"
+        with written_or_told(path):
+            if path.exists():
+                aside = path.with_name(SET_ASIDE + path.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                log.warning("canary: %s was set aside as %s", path, aside.name)
+
+    def _look(self, done: int, *, saving: bool = False) -> None:
+        wrong = self._shard_of() != self._shard
+        found = distributed.gather_objects((wrong, self._distance()))
+        changed = [rank for rank, (wrong, _) in enumerate(found) if wrong]
+        # Not a number is no small distance.
+        differs = [rank for rank, (_, far) in enumerate(found) if not far <= MAP_TOLERANCE]
+        if not changed and not differs:
+            self._good = done
+            return
+        self._changed = True
+        self._doubtful = done if saving else None
+        if distributed.is_main():
+            self._tell(done, changed, differs, max(far for _, far in found))
+
+    def _distance(self) -> float:
+        """Of the map from that of the start, as a part of the latter's norm."""
+        now = self._map_of().float()
+        return ((now - self._map).norm() / self._map.norm()).item()
+
+    def _tell(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
+        if changed:
+            what = f"on {self._names(changed)}: the bits held there are not those of the start"
+        else:
+            what = (
+                f"on {self._names(differs)}: the weights have the bits of the start, but the map "
+                f"of a fixed batch is off by {distance:.2g} of its norm"
+            )
+        log.error(
+            "canary: THE TEACHER CHANGED after update %d, seen after update %d, %s. The run ends; "
+            "of its checkpoints %s Start the same command again, without that node: it goes on "
+            "from the newest one that is left.",
+            self._good,
+            done,
+            what,
+            "all are sound."
+            if self._doubtful is None
+            else f"step_{done:08d}, begun now, is not to be trusted and is set aside.",
+        )
+
+    def _look_at_speed(self) -> None:
+        self._checks += 1
+        seconds = distributed.gather_objects(self._seconds())
+        usual = median_low(seconds)
+        before = self._slow
+        self._slow = {r: s for r, s in enumerate(seconds) if s > SLOW * usual}
+        for rank in self._slow.keys() & before.keys():
+            if self._checks - self._named.get(rank, -math.inf) >= CHECKS_BETWEEN_NAMINGS:
+                self._named[rank] = self._checks
+                if distributed.is_main():
+                    log.warning(
+                        "canary: %s is slow: a fixed product took it %.3g ms, the median of the "
+                        "ranks is %.3g ms, twice in a row; every update waits for it",
+                        self._places[rank],
+                        1e3 * seconds[rank],
+                        1e3 * usual,
+                    )
+
+    def _names(self, ranks: list[int]) -> str:
+        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        return ", ".join(self._places[rank] for rank in ranks[:4]) + more
+
+
+def _odd_holders(shards: list[str]) -> list[int]:
+    """Ranks whose hash is not that of most ranks with the same part; all of them in a tie."""
+    holders: dict[str, list[int]] = defaultdict(list)
+    for rank, shard in enumerate(shards):
+        holders[shard.split()[0]].append(rank)
+    odd = []
+    for ranks in holders.values():
+        counts = Counter(shards[rank] for rank in ranks)
+        most, count = counts.most_common(1)[0]
+        if len(counts) > 1:
+            clear = count > len(ranks) / 2
+            odd += [rank for rank in ranks if not clear or shards[rank] != most]
+    return sorted(odd)

@@ -1,0 +1,233 @@
+"""Ends a run that no longer moves: stacks into the log, exit code 75, no help from other ranks.
+
+A collective that waits for a rank which is stuck waits for half an hour, and so do all GPUs. The
+thread here counts the seconds since the training thread last moved. It works while that thread
+sits in a collective or in any other call that has let go of Python's lock; a call that holds the
+lock stops this thread as well, and the other ranks' watchdogs end the run then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fd_large import distributed
+from fd_large.runtime import terminal
+from fd_large.runtime.hooks import PASS, Evidence, Hook, Setting, Update, Verdict
+from fd_large.runtime.logs import FILE_ONLY
+from fd_large.runtime.run_folder import write_json, written_or_told
+
+log = logging.getLogger(__name__)
+
+HUNG, EXIT_CODE = "hung", 75
+MOST_SECONDS_BETWEEN_LOOKS = 1.0
+MOST_SECONDS_OF_LINGERING = 30.0
+"""From a rank's stacks to its end: the others, at most a micro batch later, write theirs before
+they see a closed connection."""
+SECONDS_FOR_LAST_WORDS = 20.0
+"""The disk of the log may be what hangs."""
+
+
+class Silence:
+    """How long nothing has moved, by looks at a counter.
+
+    Args:
+        limit: Seconds that are too long.
+        interval: Seconds between two looks, as intended.
+        now: By the clock.
+    """
+
+    def __init__(self, limit: float, interval: float, now: float) -> None:
+        self._limit, self._interval, self._looked = limit, interval, now
+        self._seen = -1
+        self.seconds = 0.0
+
+    def lasts(self, now: float, beats: int) -> bool:
+        """One look: whether it is too long."""
+        # A longer pause than asked for was not the training thread's alone.
+        passed, self._looked = min(now - self._looked, 2 * self._interval), now
+        self.seconds = self.seconds + passed if beats == self._seen else 0.0
+        self._seen = beats
+        return self.seconds >= self._limit
+
+
+class Watchdog(Hook):
+    """Ends this rank once it has not moved for `runtime.watchdog_seconds`.
+
+    Seconds count only while this process runs: one that is stopped (Ctrl-Z, a machine that sleeps)
+    and goes on finds its watchdog where it was.
+
+    Args:
+        clock: Seconds.
+        leave: Ends the process.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._clock, self._leave = clock, leave
+        self._beats = 0
+        self._over, self._fired = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def on_start(self, setting: Setting) -> None:
+        """Starts the clock."""
+        self._folder = setting.folder
+        self._where = f"after update {setting.first_update} of {setting.total_updates}"
+        self._limit = setting.run.runtime.watchdog_seconds
+        self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
+        self._training = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        # A rank whose peers end first fails in its collective; it is to leave as they did.
+        atexit.register(self._end_if_fired)
+
+    def beat(self) -> None:
+        """The run moves."""
+        self._beats += 1
+
+    def after_update(self, update: Update) -> Verdict:
+        """Moves, and knows from where."""
+        self.beat()
+        self._where = f"after update {update.index + 1} of {update.total}"
+        return PASS
+
+    def on_skip(self, update: Update, evidence: Evidence) -> None:
+        """Moves."""
+        self.beat()
+
+    def on_roll_back(self, update: Update, restored: int) -> None:
+        """Moves."""
+        self.beat()
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Moves."""
+        self.beat()
+
+    def on_save(self, index: int) -> None:
+        """Moves."""
+        self.beat()
+
+    def on_saved(self, seconds: float) -> None:
+        """Moves; warns of saves that a watchdog may take for a standstill."""
+        self.beat()
+        if seconds > self._limit / 2:
+            log.warning(
+                "a save took %.0f s, and the run waits for its last one: after %.0f s it counts as "
+                "hung. Raise --runtime.watchdog_seconds.",
+                seconds,
+                self._limit,
+            )
+
+    def on_end(self, status: str) -> None:
+        """Stops the clock."""
+        self._over.set()
+        if self._thread is not None and not self._fired.is_set():
+            self._thread.join()
+        atexit.unregister(self._end_if_fired)
+
+    def _watch(self) -> None:
+        silence = Silence(self._limit, self._interval, self._clock())
+        while not self._over.wait(self._interval):
+            if silence.lasts(self._clock(), self._beats):
+                self._fired.set()
+                try:
+                    self._last_words(silence.seconds)
+                finally:
+                    self._leave(EXIT_CODE)
+                return
+
+    def _last_words(self, seconds: float) -> None:
+        self._quiet = seconds
+        begin = time.monotonic()
+        # Each on its own: any of them may meet the disk, the lock or the pipe that hangs.
+        words = [
+            threading.Thread(target=call, name=f"watchdog {call.__name__}", daemon=True)
+            for call in (self._dump, self._say, self._write_status)
+        ]
+        for thread in words:
+            thread.start()
+        for thread in words:
+            thread.join(max(0.0, begin + SECONDS_FOR_LAST_WORDS - time.monotonic()))
+        lingering = min(MOST_SECONDS_OF_LINGERING, self._limit / 10)
+        time.sleep(max(0.0, begin + lingering - time.monotonic()))
+
+    def _dump(self) -> None:
+        # No lock, no source line: reaches stderr whatever hangs.
+        with suppress(OSError, ValueError):
+            faulthandler.dump_traceback(terminal.err())
+
+    def _say(self) -> None:
+        frames = sys._current_frames()
+        log.error(
+            "watchdog: rank %d (%s) has not moved for %.0f s, %s: %s. It ends with exit code %d; "
+            "the same command goes on from the last checkpoint. If it waits in a collective, "
+            "another rank may be the cause: one whose log has no such line, or other stacks. If it "
+            "is only slow, raise --runtime.watchdog_seconds.",
+            distributed.rank(),
+            distributed.node_name(),
+            self._quiet,
+            self._where,
+            standpoint(frames[self._training]) if self._training in frames else "it has ended",
+            EXIT_CODE,
+        )
+        log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
+
+    def _write_status(self) -> None:
+        # Whoever gets there: rank 0 may be the one that hangs.
+        path = self._folder / "summary.json"
+        with written_or_told(path):
+            summary: Any = {}
+            with suppress(OSError, ValueError):
+                summary = json.loads(path.read_text())
+            known = summary if isinstance(summary, dict) else {}
+            aside = path.with_name(f"summary_of_rank_{distributed.rank()}.json")
+            write_json(aside, {**known, "status": HUNG})
+            aside.replace(path)
+
+    def _end_if_fired(self) -> None:
+        if self._fired.is_set() and self._thread is not None:
+            self._thread.join()
+
+
+def standpoint(frame: FrameType) -> str:
+    """Where a thread stands: its innermost call, and the innermost one of this package."""
+    package = Path(__file__).parents[1].name
+    calls = [
+        ("/".join(Path(code.co_filename).parts[-3:]), line, code.co_name)
+        for each, line in traceback.walk_stack(frame)
+        for code in (each.f_code,)
+    ]
+    own = next((call for call in calls if f"{package}/" in call[0]), calls[0])
+    told = " called from ".join("{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], own]))
+    return f"its training thread stands in {told}"
+
+
+def stacks(frames: dict[int, FrameType]) -> str:
+    """The stacks of threads, the main one first.
+
+    Args:
+        frames: Of `sys._current_frames`.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    return "\n".join(
+        f"thread {names.get(number, 'unknown to Python')} ({number}):\n"
+        + "".join(traceback.format_stack(frame))
+        for number, frame in sorted(frames.items(), key=lambda item: (item[0] != main, item[0]))
+    )

@@ -1,0 +1,33 @@
+#!/bin/bash
+# CLIP ViT-B/16 into a ViT-B/16 under ZeRO-1 on 16 GPUs; any other recipe of that size by its name.
+#
+#   TEACHER_SOURCE=/weights/ViT-B-16.pt sbatch slurm/fd_vit.sh
+#   TEACHER_SOURCE=/weights/dino_vitbase16_pretrain.pth \
+#       sbatch slurm/fd_vit.sh --recipe fd_dino_vit_base
+#
+# Submit from the repository's root; data, teacher and all else of the site: slurm/site.sh. The
+# options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
+# docs/clusters.md.
+
+#SBATCH --job-name=fd_vit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+
+cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
+if [[ ! -f slurm/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+    exit 2
+fi
+source slurm/launch.sh
+
+launch --recipe fd_clip_vit_base --deepspeed_config ds_configs/zero1.json \
+    --runtime.notice_seconds 300 "$@"

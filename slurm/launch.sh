@@ -1,0 +1,233 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts, in the repository root.
+#
+#   launch WORDS...    trains with these words for train.py, then ends the batch script
+#
+# One Python per GPU under srun; ranks and meeting place come from Slurm's own variables
+# (fd_large/launch.py). How the ranks end decides what follows:
+#
+#   0         done: a job that starts once more finds the run finished and does nothing
+#   2, 3      a mistake of the user's, stopped by the guard: never requeued
+#   75        saved before the time limit, or hung: requeued, by this script or by Slurm, once
+#   others    a crash, a lost rank, a node that srun cannot reach: requeued as well
+#
+# A job is given up after MAX_RESTARTS restarts that brought no newer checkpoint.
+
+set -u -o pipefail
+source slurm/site.sh
+
+ranks=   # srun's process, while it runs
+asked=   # the last signal that asked this job to end
+
+say() {
+    echo "$(date '+%F %T') job ${SLURM_JOB_ID:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+}
+
+refuse() {
+    echo "$*" >&2
+    exit 2
+}
+
+# value_of NAME WORDS...: what train.py takes for --NAME: the last one, with - or _, = or a blank.
+value_of() {
+    local name=--$1 value='' word key previous=''
+    shift
+    for word; do
+        key=${word%%=*}
+        if [[ $word == --*=* && ${key//-/_} == "${name//-/_}" ]]; then value=${word#*=}; fi
+        if [[ ${previous//-/_} == "${name//-/_}" ]]; then value=$word; fi
+        previous=$word
+    done
+    printf '%s' "$value"
+}
+
+launch() {
+    words=(--data.root "$DATA_ROOT" --teacher.source "$TEACHER_SOURCE" "$@")
+    check_settings
+    # Slurm's names for job and rank; they also make the names of the ranks' logs.
+    logs="$LOG_DIR/slurm-${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-none}"
+    ledger="$logs.restarts"
+    mkdir -p "$LOG_DIR" || refuse "LOG_DIR: cannot be made; got $LOG_DIR, expected a folder that" \
+        "can be written. Set it in slurm/site.sh."
+    # A job keeps its number over restarts. The file's time is that of this start.
+    if ((${SLURM_RESTART_COUNT:-0})); then touch "$ledger"; else : >"$ledger"; fi
+
+    # srun in the background: a trap runs at once while bash waits, but only after a command ends.
+    trap 'hand_on USR1' USR1
+    trap 'hand_on TERM' TERM
+    load_software
+    check_nodes
+    if [[ $asked ]]; then code=75; elif ((code == 0)); then run_ranks; fi
+    finish
+}
+
+check_settings() {
+    local recipe
+    if [[ -z $(value_of data.root "${words[@]}") ]]; then
+        refuse "slurm/site.sh: DATA_ROOT is empty; got nothing, expected a folder of pictures or" \
+            "tar files. Set it there, or DATA_ROOT=FOLDER sbatch ..."
+    fi
+    if [[ -z $(value_of teacher.source "${words[@]}") ]]; then
+        refuse "slurm/site.sh: TEACHER_SOURCE is empty; got nothing, expected the teacher's" \
+            "weights or \"random\". Set it there, or TEACHER_SOURCE=FILE sbatch ..."
+    fi
+    if [[ " ${words[*]} " == *" --fresh "* ]]; then
+        refuse "--fresh: every restart of the job would begin anew; got --fresh, expected none in" \
+            "a batch job. Move the run's folder away, or set --runtime.run_dir."
+    fi
+    recipe=$(value_of recipe "${words[@]}")
+    run_dir=$(value_of runtime.run_dir "${words[@]}")
+    run_dir=${run_dir:-runs/${recipe:-quickstart}}
+}
+
+load_software() {
+    local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    outside=() inside=()
+    if [[ $MODULES ]]; then
+        # shellcheck disable=SC2086 # several names
+        module load $MODULES || refuse "slurm/site.sh: MODULES; got \"$MODULES\", expected" \
+            "what module load takes. See module avail."
+    fi
+    case $CONTAINER in
+        '') ;;
+        *.sif)
+            inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$CONTAINER")
+            ;;
+        *)
+            outside=(--container-image="$CONTAINER" --container-workdir="$PWD"
+                --container-mounts="$mounts")
+            ;;
+    esac
+}
+
+# Every node: the files that the run names, and the source by its checksum, which tells of changes
+# that are not committed, too, and needs no git in a container.
+# shellcheck disable=SC2016 # expanded on the nodes
+on_a_node='
+absent=
+for path; do [ -e "$path" ] || absent="$absent $path"; done
+sum=$(find fd_large ds_configs -name "*.py" -o -name "*.json" | LC_ALL=C sort | xargs cat | cksum)
+printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
+
+check_nodes() {
+    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=()
+    for name in data.root eval.root teacher.source student.init; do
+        path=$(value_of "$name" "${words[@]}")
+        # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.
+        [[ -z $path || $path == random || $path == *[:*?\{]* ]] || paths+=("${path%%#*}")
+    done
+    report=$(srun "${outside[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        "${inside[@]}" bash -c "$on_a_node" check "${paths[@]}")
+    code=$?
+    # srun's own trouble: a node is lost, or the container; what it said stands above.
+    if ((code != 0)); then
+        say "srun returned $code: no answer from every node"
+        code=1
+        return
+    fi
+    path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
+    [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
+        "job sees. Mend DATA_ROOT or TEACHER_SOURCE in slurm/site.sh, or put the files there."
+    if (($(cut -f 2 <<<"$report" | sort -u | wc -l) != 1)); then
+        refuse "fd_large: the nodes see different sources; got" \
+            "$(cut -f 1,2 <<<"$report" | tr '\t\n' '= '), expected one checksum. Submit from a" \
+            "folder that all nodes share, or copy it to every node."
+    fi
+}
+
+# Blocks of ranks share a node (hpZ and a split teacher rely on it). The last ranks get a minute
+# after the first one has ended: ended at once, those that are about to say why would not come to
+# it. srun does not take --cpus-per-task over from sbatch.
+run_ranks() {
+    local caught
+    say "ranks speak in $logs-rank_*.log"
+    srun "${outside[@]}" \
+        --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --open-mode=append --output="$logs-rank_%t.log" \
+        "${inside[@]}" "$PYTHON" fd_large/train.py "${words[@]}" &
+    ranks=$!
+    # A trap ends wait early; then it has to be called again for srun's own code.
+    while :; do
+        caught=$asked asked=
+        wait "$ranks"
+        code=$?
+        [[ $asked ]] || break
+    done
+    asked=$caught ranks=
+}
+
+# Ranks take USR1 as the wish to save and to end. srun passes it on to all of them; at a TERM,
+# which Slurm sends to ranks as well, it does no harm.
+hand_on() {
+    asked=$1
+    say "got SIG$1"
+    [[ -z $ranks ]] || kill -USR1 "$ranks" 2>/dev/null
+}
+
+finish() {
+    local status=''
+    # A rank that is lost on its way out, or killed while it waits, hides the code of the others.
+    if [[ ! $code =~ ^(0|2|3|75)$ && $run_dir/summary.json -nt $ledger ]]; then
+        status=$(sed -n 's/^ *"status": "\(.*\)",*$/\1/p' "$run_dir/summary.json")
+        say "srun returned $code, the run's status is $status"
+        case $status in
+            done) code=0 ;;
+            preempted | 'not saved') code=75 ;;
+            guard | 'teacher changed') code=3 ;;
+        esac
+    fi
+    case $code in
+        0) say "done: $run_dir" ;;
+        2 | 3)
+            say "exit code $code, not requeued. The last words of rank 0:"
+            tail -n 3 "$logs-rank_0.log" 2>/dev/null
+            ;;
+        *) requeue ;;
+    esac
+    exit "$code"
+}
+
+newest_checkpoint() {
+    find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.part' -printf '%f\n' \
+        2>/dev/null | sort | tail -n 1
+}
+
+# Once: a job that Slurm requeues as well would run a second time after its end.
+requeue() {
+    local job state reason newest count=0 before='' pause
+    job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+    field() { sed -n "s/.* $1=\([^ ]*\).*/\1/p" <<<"$job"; }
+    state=$(field JobState) reason=$(field Reason)
+    # Where a partition's pre-emption means to cancel, nobody else would requeue.
+    if [[ $(field PreemptTime) =~ ^[0-9] ]] &&
+        ! scontrol show partition "$(field Partition)" | grep -q PreemptMode=CANCEL; then
+        say "exit code $code; pre-empted by another job: Slurm requeues this one itself"
+        return
+    fi
+    if [[ $(field Requeue) == 0 ]]; then
+        say "exit code $code; not requeued: the job was submitted with --no-requeue"
+        return
+    fi
+    if [[ $state && $state != RUNNING && $reason != TimeLimit ]]; then
+        say "exit code $code; not requeued: cancelled, or Slurm has requeued it ($state)"
+        return
+    fi
+    newest=$(newest_checkpoint)
+    read -r count before <"$ledger"
+    [[ $newest == "$before" ]] || count=0
+    if ((count >= MAX_RESTARTS)); then
+        say "exit code $code; given up: no newer checkpoint than ${newest:-none} after $count" \
+            "restarts. See $logs-rank_*.log"
+        return
+    fi
+    echo "$((count + 1)) $newest" >"$ledger"
+    for pause in 0 10 60; do
+        sleep "$pause"
+        scontrol requeue "$SLURM_JOB_ID" || continue
+        say "exit code $code; requeued (${newest:-no checkpoint yet}, restart $((count + 1)) of" \
+            "$MAX_RESTARTS from there)"
+        return
+    done
+    say "exit code $code; Slurm did not take the requeue: submit again, the run goes on"
+}

@@ -1,0 +1,50 @@
+#!/bin/bash
+# Goes on with a run from its folder alone, on as many nodes as there are now.
+#
+#   sbatch --nodes=4 slurm/resume.sh runs/fd_swinv2g [--section.field VALUE ...]
+#
+# The words that started it stand in the folder (environment.json), whoever launched it; words after
+# the folder win over them. The options below are explained in slurm/fd_swinv2g.sh.
+
+#SBATCH --job-name=fd_resume
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+
+cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
+if [[ ! -f slurm/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+    exit 2
+fi
+source slurm/launch.sh
+
+run=${1:-}
+[[ -f $run/environment.json ]] ||
+    refuse "slurm/resume.sh: no run; got \"$run\", expected a folder with an environment.json." \
+        "Name it first: sbatch slurm/resume.sh runs/NAME."
+shift
+# Outside of a container, whose Python may not be this node's.
+reader=$(command -v "$PYTHON" || command -v python3) ||
+    refuse "slurm/resume.sh: no Python; got PYTHON=$PYTHON, expected one that runs here. Set it" \
+        "in slurm/site.sh."
+mapfile -d '' -t before < <("$reader" - "$run/environment.json" <<'PYTHON'
+import json, sys
+
+words = json.load(open(sys.argv[1]))["command"][1:]
+# What a launcher adds, and what would begin anew.
+words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
+sys.stdout.write("".join(word + "\0" for word in words))
+PYTHON
+)
+[[ ${#before[@]} -gt 0 ]] || refuse "$run/environment.json: no command; got nothing, expected the" \
+    "words that started the run. Submit again the script that started it."
+
+launch "${before[@]}" --runtime.run_dir "$run" "$@"

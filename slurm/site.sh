@@ -1,0 +1,59 @@
+# shellcheck shell=bash
+# The site: all that differs between clusters, in one place. Every batch script sources it on the
+# job's first node; what is set already wins, and sbatch hands your environment on:
+#
+#   DATA_ROOT=/data/imagenet22k sbatch slurm/fd_swinv2g.sh
+
+# ---- data and weights ---------------------------------------------------------------------------
+# Pictures that every node sees: a folder or tar files (docs/data.md).
+DATA_ROOT=${DATA_ROOT:-}
+# The teacher's weights (docs/weights.md); "random" for a test of throughput. No weights of the 3B
+# SwinV2-G are public. The largest SwinV2 that is, 1.06B parameters, is SimMIM's "SwinV2-giant" of
+# the model hub of microsoft/Swin-Transformer; it is a net of another size, so name that as well:
+#   TEACHER_SOURCE=/weights/swinv2_giant_22k_500k.pth sbatch slurm/fd_swinv2g.sh \
+#       --teacher.model swinv2_1b
+TEACHER_SOURCE=${TEACHER_SOURCE:-}
+
+# ---- queue --------------------------------------------------------------------------------------
+# sbatch has read its options before it runs a script. It also reads these two variables: set them
+# here and `source slurm/site.sh` in the shell that you submit from.
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=vision
+
+# ---- software -----------------------------------------------------------------------------------
+# A Python with fd_large's packages, at the same path on every node (or in the container).
+PYTHON=${PYTHON:-python}
+# Names for `module load`, separated by blanks.
+MODULES=${MODULES:-}
+# An image of the Dockerfile: IMAGE.sif runs under apptainer, all else is given to srun as
+# --container-image (pyxis with enroot: IMAGE.sqsh or a registry's name). Mounts, SOURCE:TARGET
+# separated by commas; the repository is mounted anyway.
+CONTAINER=${CONTAINER:-}
+CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
+
+# ---- files --------------------------------------------------------------------------------------
+# What each rank says, and how often a job was restarted; on a file system that all nodes share.
+LOG_DIR=${LOG_DIR:-logs}
+
+# ---- restarts -----------------------------------------------------------------------------------
+# A job that was restarted this often without a newer checkpoint than before is given up.
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+
+# ---- network ------------------------------------------------------------------------------------
+# NCCL finds the fast fabric by itself; these are for where it does not. A node with several
+# networks: the interface over which ranks first meet. gloo carries the small messages of the CPU.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# The InfiniBand cards to use, by the beginning of their names. Without it storage's may be taken.
+# export NCCL_IB_HCA=mlx5
+# RoCE: the index of the address (show_gids) that the switches route, often 3. InfiniBand: leave it.
+# export NCCL_IB_GID_INDEX=3
+# A start that hangs: what NCCL chose, in every rank's log. "NET/Socket" means that it found no fast
+# fabric, "NET/IB ... GDRDMA" that cards read the GPU's memory directly.
+# export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET
+# The address of the job's first node, where its name leads to another network than the ranks'.
+# export MASTER_ADDR=10.0.0.1
+
+# torch ends a rank whose collective failed instead of leaving it waiting: then the job restarts.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Data workers are processes; threads beside them would fight over the same cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

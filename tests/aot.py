@@ -1,0 +1,163 @@
+"""Compiles Triton kernels for GPUs that are not there, exactly as an operation launches them.
+
+    rows = usage(lambda: forward(*tensors_on_meta))     # forward launches kernels
+    rows[0] == {"kernel": ..., "capability": 90, "registers": 32, "shared_bytes": ..., ...}
+
+Not in a process with TRITON_INTERPRET=1: there `@triton.jit` makes no compilable function.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES = (80, 90)
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+# Triton's launcher takes these for itself; they are no arguments of the kernel.
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, by arguments' names."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    grid: Any
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it launches of Triton kernels are written down and nothing runs."""
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        for parameter in self.params:
+            if parameter.name not in arguments:
+                arguments[parameter.name] = parameter.default
+        launches.append(Launch(self, arguments, options, grid))
+
+    original = triton.JITFunction.run
+    triton.JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        triton.JITFunction.run = original
+
+
+def usage(
+    call: Callable[[], Any], capabilities: tuple[int, ...] = CAPABILITIES
+) -> list[dict[str, Any]]:
+    """Returns what each kernel that `call` launches takes, once per GPU generation.
+
+    Args:
+        call: Launches kernels, on tensors of any device; meta will do, since nothing runs.
+        capabilities: 80 for A100, 90 for H100.
+
+    Returns: rows with kernel, capability, constants, num_warps, num_stages, registers (a thread),
+        shared_bytes (a program) and spill_bytes (of a thread's stack and local memory).
+    """
+    with recorded() as launches:
+        call()
+    if not launches:
+        raise AssertionError("nothing was launched")
+    return [compiled(launch, capability) for launch in launches for capability in capabilities]
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """Compiles one launch for one generation and returns its row, as in `usage`."""
+    signature, constants, aligned = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or _is_one(value):
+            # Triton makes a constant of None and of the number 1 too.
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        signature[parameter.name] = _type(value)
+        # Tensors of torch start on such a boundary.
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    with _fusion_as_on_a_gpu():
+        kernel = triton.compile(source, target=target, options=launch.options)
+    text = _resources(kernel.asm["cubin"])
+    return {
+        "kernel": launch.kernel.__name__,
+        "capability": capability,
+        "constants": {
+            name: value
+            for name, value in constants.items()
+            if isinstance(value, (int, float, bool)) or value is None
+        },
+        "num_warps": launch.options.get("num_warps", 4),
+        "num_stages": launch.options.get("num_stages", 3),
+        "registers": _number(r"REG:(\d+)", text),
+        "shared_bytes": kernel.metadata.shared + _number(r" SHARED:(\d+)", text),
+        "spill_bytes": _number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text),
+    }
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value == 1
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _resources(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_BINARIES / "cuobjdump"), "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise AssertionError(f"cuobjdump printed no {pattern}: {text}")
+    return int(found[1])
+
+
+@contextmanager
+def _fusion_as_on_a_gpu() -> Iterator[None]:
+    # Stated, because the default changes between releases of Triton.
+    before = os.environ.get("TRITON_DEFAULT_FP_FUSION")
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_DEFAULT_FP_FUSION"]
+        else:
+            os.environ["TRITON_DEFAULT_FP_FUSION"] = before

@@ -1,0 +1,81 @@
+"""Rank program: trains under a canary while one rank's teacher loses a bit; how each run ends.
+
+flipped.py FOLDER PICTURES; four ranks, nodes of two.
+"""
+
+import gc
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from launch import write_result
+from twin import words
+
+from fd_large import distributed
+from fd_large.cli import parse_train
+from fd_large.engine import partition, start
+from fd_large.engine.run import train
+from fd_large.runtime import logs
+from fd_large.runtime.canary import Canary
+from fd_large.runtime.hooks import PASS, Hook
+from fd_large.runtime.meter import Meter
+
+RUNS = {
+    # Updates between looks, and the rank that loses a bit.
+    "replicated": (3, 2),
+    "node": (3, 1),
+    "sharded": (100, 3),
+}
+
+
+@dataclass
+class Flip(Hook):
+    """Flips the lowest bit of one weight that `rank` holds: no map shows it."""
+
+    rank: int
+    kept_whole: bool
+    done = 0
+
+    def on_start(self, setting):
+        """Finds the teacher."""
+        self.teacher = setting.checks["teacher_shard"].__self__
+
+    def after_update(self, update):
+        """Counts."""
+        self.done = update.index + 1
+        return PASS
+
+    def on_save(self, index):
+        """After the canary has looked."""
+        if index != 2 or distributed.rank() != self.rank:
+            return
+        parameters = list(self.teacher.module.parameters())
+        flat = max((partition.piece(p)[0] for p in parameters), key=torch.numel)
+        if self.kept_whole:
+            flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
+        flat[:1].view(torch.int32).bitwise_xor_(1)
+
+
+folder, pictures = map(Path, sys.argv[-2:])
+distributed.start()
+found = {}
+for placement, (every, rank) in RUNS.items():
+    logs.start(distributed.rank())
+    more = f"--optim.max_steps 20 --runtime.save_every 2 --engine.node_size 2 --data.workers 0 \
+        --student.architecture.depths 1 1 1 1 --teacher.placement {placement}"
+    run, flags = parse_train(words(pictures, folder / placement, *more.split()))
+    # In the node, a tensor that every rank keeps whole beside its piece.
+    flip = Flip(rank, kept_whole=placement == "node")
+    code = train(
+        run,
+        deepspeed_config=flags.deepspeed_config,
+        fresh=False,
+        hooks=[Meter(), Canary(every), flip],
+    )
+    found[placement] = {"code": code, "done": flip.done, "hash": flip.teacher.shard_hash()}
+    del flip
+    start.forget_engines()
+    gc.collect()
+write_result(folder, found)
+distributed.leave(0)

@@ -1,0 +1,117 @@
+"""Rank program: `train` with pictures that make the loss NaN, or fifty times as large.
+
+guarded.py FOLDER WORDS OF TRAIN...; spoilt.json in FOLDER: {update: [rank, "nan" or "spike"]} of
+the first epoch. Each rank leaves what it saw of every update: whether it was skipped, a digest of
+all that training changes, and where its pictures came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import write_result
+from torch import Tensor
+
+from fd_large.data.loader import Batch
+from fd_large.distill.objective import Distillation
+
+# A picture of this one value is the mark; no photograph has one.
+MARKS = {"nan": 77, "spike": 78}
+
+
+def spoil(patch: Callable[[Any, str, Any], None]) -> None:
+    """Lets marked pictures do what they are marked for, in any process that trains or replays.
+
+    Args:
+        patch: setattr, or a monkeypatch's.
+    """
+    prepare, forward = Distillation.prepare, Distillation.forward
+
+    def spoilt_prepare(self: Distillation, images: Tensor, keep: Tensor | None) -> dict[str, Any]:
+        prepared = prepare(self, images, keep)
+        prepared["pixels"][_marked(images, MARKS["nan"])] = torch.nan
+        return prepared
+
+    def spoilt_forward(self: Distillation, *, pixels: Tensor, **rest: Any) -> Any:
+        loss, metrics = forward(self, pixels=pixels, **rest)
+        return loss * (50.0 if _marked(pixels, pixels[..., :1, :1]).any() else 1.0), metrics
+
+    patch(Distillation, "prepare", spoilt_prepare)
+    patch(Distillation, "forward", spoilt_forward)
+
+
+def _marked(images: Tensor, value: Any) -> Tensor:
+    return (images == value).flatten(1).all(1)
+
+
+def main(folder: Path, words: list[str]) -> int:
+    """Trains under watch."""
+    # After the launch's variables are read; seconds.
+    from fd_large import cli, distributed
+    from fd_large.engine import partition, run, state
+    from fd_large.runtime import guard
+    from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
+
+    spoilt = {int(u): mark for u, mark in json.loads((folder / "spoilt.json").read_text()).items()}
+    guard.KNOWN = 4
+    spoil(setattr)
+    engines: list[Any] = []
+    build_engine, build_loader, train = run.build_engine, run.build_loader, run.train
+
+    def kept_engine(*arguments: Any, **named: Any) -> Any:
+        engines.append(build_engine(*arguments, **named))
+        return engines[-1]
+
+    class Watch(Hook):
+        def __init__(self) -> None:
+            self.updates: list[dict[str, Any]] = []
+            self.restored: list[dict[str, Any]] = []
+            self.served: list[int] = []
+
+        def after_update(self, update: Update) -> Verdict:
+            seen = {"index": update.index, "skipped": update.skipped, "loss": update.loss}
+            self.updates.append(seen | {"digest": digest()})
+            return PASS
+
+        def on_roll_back(self, update: Update, restored: int) -> None:
+            self.restored.append({"at": update.index, "to": restored, "digest": digest()})
+
+        def on_end(self, status: str) -> None:
+            write_result(folder, vars(self) | {"status": status})
+
+    watch = Watch()
+
+    def digest() -> str:
+        total = hashlib.blake2b(digest_size=8)
+        for piece in state.pieces(engines[0]):
+            total.update(piece.values.contiguous().view(torch.uint8).numpy().tobytes())
+        for parameter in engines[0].task.parameters():
+            held, _ = partition.piece(parameter)
+            total.update(held.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    def marked_loader(*arguments: Any, **named: Any) -> Iterator[Batch]:
+        for batch in build_loader(*arguments, **named):
+            update = int(batch.positions[0]) // named["global_batch_size"]
+            watch.served.append(update)
+            rank, mark = spoilt.get(update, (None, ""))
+            if rank == distributed.rank():
+                batch = replace(batch, images=torch.full_like(batch.images, MARKS[mark]))
+            yield batch
+
+    def watched_train(recipe: Any, *, hooks: list[Any], **named: Any) -> int:
+        return train(recipe, hooks=[*hooks, watch], **named)
+
+    run.build_engine, run.build_loader, run.train = kept_engine, marked_loader, watched_train
+    return cli.main(["train", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

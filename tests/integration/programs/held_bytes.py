@@ -1,0 +1,91 @@
+"""Bytes that a rank holds between updates, against the plan: three twins at ZeRO 1 to 3."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import replace
+from typing import Any
+
+import scenarios
+import torch
+from launch import write_result
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.engine import start
+from fd_large.engine.forward import forward_backward
+from fd_large.engine.optimizer import set_rate
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+
+SWIN = Architecture(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4)
+VIT = Architecture(embed_dim=96, depths=(3,), num_heads=(3,))
+# Swin V1's windows and CLIP's positions are made for an image size.
+TWINS = {
+    "fd_swinv2g": (SWIN, SWIN, "sharded"),
+    "fd_clip_vit_base": (VIT, replace(VIT, image_size=64), "replicated"),
+    "fd_esvit_swin_base": (SWIN, replace(SWIN, image_size=64, window_size=2), "sharded"),
+}
+ZERO = {
+    1: {"stage": 1, "reduce_bucket_size": 1_000_000},
+    2: {"stage": 2, "reduce_bucket_size": 1_000_000},
+    3: {"stage": 3, "reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 500},
+}
+
+
+def twin(name: str) -> Run:
+    """The recipe with small nets."""
+    run = registry.get(name)
+    student, teacher, placement = TWINS[name]
+    return replace(
+        run,
+        student=replace(run.student, architecture=student),
+        teacher=replace(
+            run.teacher, architecture=teacher, source="random", placement=placement, dtype="auto"
+        ),
+        data=replace(run.data, image_size=64),
+        batch=replace(run.batch, global_batch_size=2, micro_batch_size=1),
+    )
+
+
+def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks hold after an update, and what the plan says."""
+    before = scenarios.storages()
+    engine, teacher = scenarios.start_engine(run, dict(zero))
+    set_rate(engine.deepspeed.optimizer, 1e-4)
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    forward_backward(engine, Batch(images, 0, torch.zeros(1), torch.zeros(1, dtype=int)), 0)
+    engine.deepspeed.step()
+    after = scenarios.storages()
+    mine = sum(size for address, size in after.items() if address not in before)
+    result = {
+        "measured": distributed.gather_objects(mine),
+        "planned": scenarios.planned_bytes(run, engine.config),
+    }
+    engine.deepspeed.destroy()
+    del engine, teacher
+    start.forget_engines()
+    gc.collect()
+    return result
+
+
+def main(folder: str) -> None:
+    """Measures every twin at every stage, in both types."""
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    results = {}
+    for name in TWINS:
+        for stage, zero in ZERO.items():
+            precision = "bfloat16" if stage == 2 or name == "fd_swinv2g" else "float32"
+            run = twin(name)
+            run = replace(run, engine=replace(run.engine, precision=precision))
+            results[f"{name}, ZeRO-{stage}, {precision}"] = held(run, zero)
+    write_result(folder, results)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])

@@ -1,0 +1,117 @@
+"""Two ranks that are nodes n1 and n2, or two ranks of one node: what each is told, and copies."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from launch import write_result
+
+from fd_large import distributed
+from fd_large.data import staging
+from fd_large.data.source import open_pictures
+from fd_large.engine import same_everywhere
+from fd_large.errors import DataError, FDError
+from fd_large.recipes import registry
+
+results, root, local, small, weights, other_weights = sys.argv[-6:]
+distributed.start()
+rank = distributed.rank()
+found = {}
+
+
+def told(call):
+    try:
+        return call()
+    except FDError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+# --- two ranks of one node -----------------------------------------------------------------------
+said = []
+
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+
+logging.getLogger("fd_large.data.staging").addHandler(Keep())
+logging.getLogger().setLevel(logging.INFO)
+copied = []
+copy = staging._Copying._copy
+staging._Copying._copy = lambda self, part: copied.append(part.name) or copy(self, part)
+source = open_pictures(root)
+staged = staging.stage(source, local)
+found["copied"] = list(copied)
+found["same"] = [
+    staged.fingerprint == source.fingerprint,
+    all(staged.read(i) == source.read(i) for i in range(len(source))),
+    staged[0].startswith(local),
+]
+found["said"] = list(said)
+# Rank 1 must not wait for a rank 0 that cannot.
+found["full"] = told(lambda: staging.stage(source, small))
+
+# --- two nodes -----------------------------------------------------------------------------------
+os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
+distributed.local_rank = lambda: 0
+recipe = registry.get("quickstart").to_dict()
+recipe["teacher"]["source"] = weights
+run = type(registry.get("quickstart")).from_dict(recipe)
+
+
+def check():
+    return told(lambda: same_everywhere.check(run, source))
+
+
+found["alike"] = check()
+
+
+def on_second(name, value):
+    """The check with something else on n2."""
+    before = getattr(same_everywhere, name)
+    if rank == 1:
+        setattr(same_everywhere, name, value)
+    try:
+        return check()
+    finally:
+        setattr(same_everywhere, name, before)
+
+
+found["code"] = on_second("code_hash", lambda: "0123456789")
+found["versions"] = on_second("_version", lambda name: "1.2.3")
+digest = same_everywhere.weights_digest
+found["weights"] = on_second("weights_digest", lambda name: name and digest(other_weights))
+found["gone"] = on_second("weights_digest", lambda name: name and digest(name + "x"))
+if rank == 1:
+    Path(root, "train-1.tar").rename(Path(root, "train-1.away"))
+distributed.barrier()
+if rank == 1:
+    fewer = open_pictures(root)
+    full, source = source, fewer
+found["pictures"] = check()
+if rank == 1:
+    source = full
+    Path(root, "train-1.away").rename(Path(root, "train-1.tar"))
+distributed.barrier()
+
+
+def refuses():
+    if rank == 1:
+        raise DataError("data.root: no such folder")
+
+
+found["together"] = told(lambda: distributed.together(refuses))
+# A node whose origin gives other bytes of the same size and time.
+if rank == 1:
+    shard = Path(root, "train-0.tar")
+    status, held = shard.stat(), shard.read_bytes()
+    shard.write_bytes(held[:600] + bytes([held[600] ^ 1]) + held[601:])
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    found["differ"] = told(lambda: staging.stage(source, local + "-n2"))
+else:
+    found["differ"] = told(lambda: staging.stage(source, local))
+distributed.barrier()
+distributed.stop()
+write_result(results, found)

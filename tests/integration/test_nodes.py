@@ -1,0 +1,111 @@
+"""Several ranks and nodes: one copies, all are told of the node that differs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, read_results, run_ranks
+from PIL import Image
+from safetensors.torch import save_file
+from twin import losses, train
+
+PROGRAM = ROOT / "tests/integration/programs/nodes.py"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 pictures in two shards."""
+    root = tmp_path_factory.mktemp("shards")
+    loose = tmp_path_factory.mktemp("loose")
+    for number in range(32):
+        torch.manual_seed(number)
+        pixels = torch.randint(256, (80, 90, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(loose / f"{number}.png")
+    for number in range(2):
+        with tarfile.open(root / f"train-{number}.tar", "w") as archive:
+            for path in sorted(loose.iterdir())[number::2]:
+                archive.add(path, path.name)
+    return root
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.multirank
+def test_one_rank_of_a_node_copies_and_a_node_that_differs_is_named(
+    pictures: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "shards"
+    shutil.copytree(pictures, root)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):  # of one size, with one header
+        save_file({"w": torch.rand(1000, generator=generator)}, tmp_path / f"{name}.safetensors")
+    weights = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    run_ranks(
+        PROGRAM, tmp_path, root, tmp_path / "local", small_disk, *weights, ranks=2, results=tmp_path
+    )
+    first, second = read_results(tmp_path, 2)
+    assert len(first["copied"]) == 2
+    assert second["copied"] == []
+    assert first["same"] == second["same"] == [True, True, True]
+    assert "2 of 2 files copied" in first["said"][-1]
+    assert first["full"] == second["full"]
+    assert "too little room" in first["full"]
+
+    assert first["alike"] is second["alike"] is None
+    for name, words in {
+        "code": ("LaunchError: nodes: other code", "hash 01234567 on n2, expected", "as on n1."),
+        "versions": ("other versions of torch; got 1.2.3 on n2 (and other deepspeed, ", "as on n1"),
+        "weights": ("WeightsError: --teacher.source: the nodes see different weights", " on n2, "),
+        "gone": ("WeightsError: n2: ", "one.safetensorsx: no such file"),
+        "pictures": ("DataError: data.root: ", "got 16 pictures", " on n2, expected 32 pictures"),
+        "together": ("DataError: n2: data.root: no such folder",),
+        "differ": ("DataError: data.stage_to: the copies differ; got other bytes on n2, ",),
+    }.items():
+        if name != "differ":  # There each node has a folder of its own.
+            assert first[name] == second[name], name
+        for word in words:
+            assert word in first[name], (name, first[name])
+
+
+@pytest.mark.multirank
+def test_a_run_goes_on_staged_where_it_began_unstaged(pictures: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ("--optim.max_steps", "4", "--runtime.save_every", "2")
+    train(pictures, run_dir, *words, ranks=1)
+    whole = losses(run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step_00000004")
+    (run_dir / "summary.json").unlink()
+    local = tmp_path / "local"
+    resumed = train(pictures, run_dir, *words, "--data.stage_to", str(local), ranks=1)
+    assert "resumed after update 2" in resumed.outputs[0]
+    assert "2 of 2 files copied" in resumed.outputs[0]
+    assert losses(run_dir) == whole
+
+
+@pytest.mark.multirank
+def test_the_doctor_has_ranks_meet_and_names_the_node_that_lacks_something(tmp_path: Path) -> None:
+    program = ROOT / "tests/integration/programs/doctor.py"
+    finished = run_ranks(program, tmp_path, ranks=2, check=False, env={"GLOO_SOCKET_IFNAME": "lo"})
+    assert finished.returncodes == [1, 1]
+    said, silent = finished.outputs
+    assert silent == ""
+    assert "2 ranks on 2 nodes met" in said
+    assert "; n2: GLOO_SOCKET_IFNAME=lo, NCCL_P2P_DISABLE=1" in said
+    assert "n2: /proc/runs (proc)" in said
+    assert said.splitlines()[-1] == "Training cannot start: run folder."

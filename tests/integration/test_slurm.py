@@ -1,0 +1,202 @@
+"""The batch scripts in a real Slurm: pre-empted, out of time, a node dead, crashing, 64 ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from launch import ROOT, read_results
+from pictures import write_pictures
+from slurm_cluster import Cluster, ended, missing
+from slurm_run import Job, lines, start, updates_done
+from twin import losses
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.multirank,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "runs"),
+]
+UPDATES = 36
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    write_pictures(folder / "pictures", 192)  # 24 updates an epoch
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[Cluster]:
+    with Cluster(folder / "cluster") as cluster:
+        yield cluster
+
+
+class Interrupted(NamedTuple):
+    """A run that was stopped three times; where each start but the first went on, and by whom."""
+
+    job: Job
+    shown: dict[str, str]
+    resumed: list[int]
+
+
+@pytest.fixture(scope="module")
+def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
+    job = start(cluster, folder, "interrupted", updates=UPDATES)
+
+    def after_some_updates(restarts: int) -> None:
+        done = updates_done(job.run_dir)
+        cluster.wait(job.number, lambda shown: updates_done(job.run_dir) >= done + 3)
+        assert cluster.show(job.number)["Restarts"] == str(restarts)
+
+    def back(restarts: int) -> None:
+        cluster.wait(
+            job.number,
+            lambda s: s["Restarts"] == str(restarts) and s["JobState"] == "RUNNING",
+        )
+        # Rows of updates that will be made again go when the run goes on.
+        cluster.wait(job.number, lambda s: len(lines(job, "resumed after")) == restarts)
+
+    after_some_updates(0)
+    # What #SBATCH --signal=B:USR1@N does.
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
+    back(1)
+    after_some_updates(1)
+    high = cluster.submit(
+        *("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"),
+        *("--wrap", "sleep 1"),
+    )
+    cluster.wait(high, ended)
+    back(2)
+    after_some_updates(2)
+    cluster.kill_node("n2")
+    cluster.wait(job.number, lambda shown: shown["Restarts"] == "3")
+    cluster.start_node("n2")
+    back(3)
+    shown = cluster.wait(job.number, ended)
+    resumed = [
+        int(line.split("resumed after update ")[1].split()[0])
+        for line in lines(job, "resumed after")
+    ]
+    return Interrupted(job, shown, resumed)
+
+
+def test_stopped_three_times_a_run_ends_with_the_same_losses(
+    cluster: Cluster, folder: Path, interrupted: Interrupted
+) -> None:
+    calm = start(cluster, folder, "calm", updates=UPDATES)
+    assert cluster.wait(calm.number, ended)["JobState"] == "COMPLETED", calm.said()
+    assert len(losses(calm.run_dir)) == UPDATES
+    assert losses(interrupted.job.run_dir) == losses(calm.run_dir), interrupted.job.said()
+
+
+def test_it_went_on_in_mid_epoch_each_time(interrupted: Interrupted) -> None:
+    assert len(interrupted.resumed) == 3
+    assert interrupted.resumed == sorted(set(interrupted.resumed))
+    assert all(0 < update < UPDATES for update in interrupted.resumed)
+    assert any(update % 24 for update in interrupted.resumed)
+
+
+def test_it_ran_once_after_each_requeue(interrupted: Interrupted) -> None:
+    shown, said = interrupted.shown, interrupted.job.said()
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "3")
+    assert said.count("ranks speak in") == 4
+    # By itself after the signal; by Slurm after the other job, and for the dead node.
+    assert said.count("; requeued (step_") == 1, said
+    assert said.count("pre-empted by another job: Slurm requeues this one itself") == 1, said
+    summary = json.loads((interrupted.job.run_dir / "summary.json").read_text())
+    assert summary["status"] == "done"
+
+
+def test_resume_finds_a_finished_run_from_its_folder(
+    cluster: Cluster, interrupted: Interrupted
+) -> None:
+    before = (interrupted.job.run_dir / "metrics.jsonl").read_bytes()
+    job = interrupted.job.again(cluster, "slurm/resume.sh", interrupted.job.run_dir)
+    shown = cluster.wait(job.number, ended)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0"), job.said()
+    assert len(lines(job, "nothing to do")) == 1
+    assert (job.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def stand_in(folder: Path, name: str, text: str) -> Path:
+    """A command in place of Python, which counts its starts in a file."""
+    program = folder / name
+    program.write_text(f"#!/bin/bash\necho start >>{program}.starts\n{text}\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
+    """Jobs of one rank without training, side by side since the time limit takes a while."""
+    ends: dict[str, tuple[str, str, str, int]] = {}
+    programs = {
+        # Until the signal, which Slurm sends since the limit is less than the notice; then saved.
+        "limit": "[[ $(wc -l <$0.starts) == 2 ]] && exit 0\n"
+        "trap 'exit 75' USR1; while sleep 0.1; do :; done",
+        "crash": "exit 1",
+        "mistake": "exit 2",
+        "guard": "exit 3",
+        "site": "exit 0",
+    }
+    jobs: dict[str, Job] = {}
+    for name, text in programs.items():
+        program = stand_in(folder, name, text)
+        jobs[name] = start(
+            cluster,
+            folder,
+            name,
+            updates=1,
+            sbatch=("--nodes=1", "--time=1"),
+            environ={"PYTHON": str(program), "MAX_RESTARTS": "2"}
+            | ({"DATA_ROOT": ""} if name == "site" else {}),
+        )
+    for name, job in jobs.items():
+        shown = cluster.wait(job.number, ended)
+        starts = folder / f"{name}.starts"
+        count = len(starts.read_text().splitlines()) if starts.exists() else 0
+        ends[name] = (shown["JobState"], shown["ExitCode"], shown["Restarts"], count)
+    assert ends == {
+        "limit": ("COMPLETED", "0:0", "1", 2),
+        "crash": ("FAILED", "1:0", "2", 3),
+        "mistake": ("FAILED", "2:0", "0", 1),
+        "guard": ("FAILED", "3:0", "0", 1),
+        "site": ("FAILED", "2:0", "0", 0),
+    }, "\n".join(job.said() for job in jobs.values())
+    assert "got SIGUSR1" in jobs["limit"].said()
+    assert "given up: no newer checkpoint than none after 2 restarts" in jobs["crash"].said()
+    assert "slurm/site.sh: DATA_ROOT is empty" in jobs["site"].said()
+
+
+def test_eight_nodes_of_eight_gpus(folder: Path) -> None:
+    """fd_swinv2g.sh as it stands, on nodes that claim 96 processors and 8 GPUs each."""
+    results = folder / "layout"
+    results.mkdir()
+    program = ROOT / "tests/integration/programs/slurm_layout.py"
+    python = stand_in(folder, "layout.sh", f'shift; exec {sys.executable} {program} {results} "$@"')
+    with Cluster(folder / "large", nodes=8, processors=96, gpus=8) as cluster:
+        job = start(
+            cluster,
+            folder,
+            "layout-run",
+            updates=1,
+            sbatch=("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12"),
+            environ={"PYTHON": str(python)},
+        )
+        shown = cluster.wait(job.number, ended)
+    assert shown["JobState"] == "COMPLETED", job.said()
+    found = read_results(results, 64)
+    for rank, one in enumerate(found):
+        assert (one["rank"], one["world_size"], one["launcher"]) == (rank, 64, "srun")
+        assert (one["local_rank"], one["local_world_size"]) == (rank % 8, 8)
+        assert (one["node_rank"], one["node"]) == (rank // 8, f"n{rank // 8 + 1}")
+        # Every rank sees all of its node's devices, and finds its own by the local rank.
+        assert one["devices"] == "0,1,2,3,4,5,6,7"
+        assert (one["master_addr"], one["master_port"]) == ("127.0.0.1", 10000 + job.number)
+    assert found[0]["heard"] == list(range(64))
+    assert "fd_swinv2g" in found[63]["words"]

@@ -1,0 +1,37 @@
+"""Where the kernels run, and how close they must come."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fd_large.kernels import choose
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton can run: a GPU, or the CPU in Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
+    return "cuda"
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Which operations ran on what, in order; fresh choices for a test that changes the wish."""
+    choose._implementation.cache_clear()
+    found = []
+    choice = choose.implementation
+
+    def noted(op, device_type, **case):
+        made = choice(op, device_type, **case)
+        found.append((op, made))
+        return made
+
+    monkeypatch.setattr(choose, "implementation", noted)
+    yield found
+    choose._implementation.cache_clear()

@@ -1,0 +1,35 @@
+"""Runs what is in `triton_*.py`: tests of the Triton kernels, here in Triton's interpreter.
+
+The interpreter is chosen by the environment when a kernel's module is imported, hence processes of
+their own. On a GPU the same files run as they are: `pytest tests/unit/kernels/triton_*.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FILES = sorted(Path(__file__).parent.glob("triton_*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_in_the_interpreter(path, tmp_path):
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "FD_KERNELS": "triton",
+        "OMP_NUM_THREADS": "1",
+        # The interpreter wants none.
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    # A file whose every test was skipped shows nothing.
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout[-2000:]

@@ -1,0 +1,212 @@
+"""Settings of a run on a cluster: arithmetic against hand-made figures, choices, refusals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fd_large.engine import config as ds
+from fd_large.errors import ConfigError
+from fd_large.plan.cluster import PER_NODE_SECONDS, START_SECONDS, Cluster
+from fd_large.plan.memory import held_by
+from fd_large.plan.peak import peak_of, placement_of
+from fd_large.plan.rates import CARDS, rates_of
+from fd_large.plan.search import checkpoint_bytes, search, updates
+from fd_large.plan.setting import Machine, Setting, Workload, persistence_threshold
+from fd_large.plan.step import estimate
+from fd_large.recipes import registry
+
+GIANT = Workload.of(registry.get("fd_swinv2g"))
+IDEAL = replace(CARDS["h100"], network_share=1.0, link=350e9)
+
+
+def cluster(gpus, *, gigabits=400, nics=8):
+    return Cluster(gpus=gpus, gpus_per_node=8, nic_gigabits=gigabits, nics_per_node=nics)
+
+
+def machine(gpus, *, rates=CARDS["h100"], kernels="fused", **network):
+    return Machine(cluster=cluster(gpus, **network), rates=rates, kernels=kernels)
+
+
+def milliseconds(phases, gpus, **network):
+    there = cluster(gpus, **network)
+    start = START_SECONDS + PER_NODE_SECONDS * (there.nodes - 1)
+    return 1e3 * phases * (there.seconds(6.0e9, IDEAL) - start)
+
+
+@pytest.mark.parametrize(
+    ("phases", "nodes", "gigabits", "nics", "expected"),
+    [
+        # Passes of 6.0 GB over 8 and 32 nodes: both nets over all ranks; teacher inside; hpZ.
+        (4, 8, 100, 8, 210),
+        (4, 32, 100, 8, 232),
+        (3, 8, 100, 8, 157),
+        (2, 32, 100, 8, 116),
+        (4, 8, 100, 1, 1679),
+        (2, 32, 100, 1, 929),
+    ],
+)
+def test_network_time_of_giant(phases, nodes, gigabits, nics, expected):
+    found = milliseconds(phases, 8 * nodes, gigabits=gigabits, nics=nics)
+    assert found == pytest.approx(expected, rel=0.005)
+
+
+def test_inside_a_node_links_decide():
+    assert milliseconds(1, 8) == pytest.approx(1e3 * 6.0e9 * 7 / 8 / 350e9)
+    assert cluster(1).seconds(6.0e9, IDEAL) == 0.0
+    # 8 x 400 Gb/s bring 400 GB/s into a node, more than one rank's link takes.
+    assert milliseconds(1, 64) == pytest.approx(1e3 * 6.0e9 * 7 / 8 / 350e9)
+
+
+def test_giant_by_hand_on_64():
+    setting = Setting(stage=3, hpz=True, teacher="node", micro_batch_size=32)
+    one = estimate(GIANT, setting, machine(64))
+    # 3 x 744.2 + 743.0 GFLOP an image at 0.81 x 989 TFLOP/s, nearly all of it limited by that.
+    assert one.seconds.products == pytest.approx(32 * 2.976e12 / 801e12, rel=0.03)
+    assert one.flops.model / 32 == pytest.approx(2.976e12, rel=0.005)
+    assert one.seconds.total == one.seconds.computation + one.seconds.update
+    assert one.images_per_second == pytest.approx(2048 / one.seconds.total)
+    assert one.mfu == pytest.approx(one.flops.model / one.seconds.total / 989e12)
+    assert one.seconds.accumulation == 1
+    states = one.memory.states + one.memory.teacher
+    assert states == pytest.approx((54 / 64 + 6 / 8 + 6 / 8) * 1e9, rel=0.05)
+
+
+def test_the_longer_of_computation_and_communication_counts():
+    setting = Setting(stage=3, teacher="sharded", micro_batch_size=32)
+    slow = estimate(GIANT, setting, machine(64, gigabits=100, nics=1))
+    assert slow.seconds.communication > slow.seconds.computation
+    assert slow.seconds.total == pytest.approx(slow.seconds.communication + slow.seconds.update)
+    cpu = replace(CARDS["h100"], overlap=False, bfloat16=False)
+    both = estimate(GIANT, setting, machine(64, rates=cpu)).seconds
+    assert both.total == both.computation + both.communication + both.update
+
+
+def test_checkpoints_cost_a_forward_and_save_memory():
+    without = Setting(stage=3, micro_batch_size=16)
+    with_them = replace(without, checkpointing=True)
+    a, b = (estimate(GIANT, each, machine(64)) for each in (without, with_them))
+    assert b.seconds.products / a.seconds.products == pytest.approx(5 / 4, rel=0.01)
+    assert b.memory.activations < 0.25 * a.memory.activations
+    assert a.mfu > b.mfu
+    assert b.hardware_utilisation > 1.2 * b.mfu
+
+
+def test_fused_kernels_are_faster_and_hold_less():
+    setting = Setting(stage=3, micro_batch_size=16)
+    fused, plain = (
+        estimate(GIANT, setting, machine(64, kernels=kernels)) for kernels in ("fused", "reference")
+    )
+    assert plain.seconds.rest > 3 * fused.seconds.rest
+    assert plain.memory.activations > fused.memory.activations
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64, 256, 1024])
+def test_giant_finds_a_place(gpus):
+    good, bad = search(GIANT, machine(gpus))
+    assert good
+    for one in good:
+        assert one.memory.fits(CARDS["h100"])
+        assert one.setting.micro_batch_size * one.seconds.accumulation * gpus == 2048
+    assert good[0].seconds.total <= 1.01 * min(o.seconds.total for o in good)
+    for one in bad:
+        assert not peak_of(GIANT, one.setting, machine(gpus)).fits(CARDS["h100"])
+
+
+def test_what_does_not_fit_says_why():
+    good, bad = search(GIANT, machine(1, rates=CARDS["a100_40"]))
+    assert not good
+    assert {one.setting.stage for one in bad} == {1, 2, 3}
+    assert "GB for one image (states 5" in bad[-1].reason
+    assert bad[-1].reason.endswith("37 usable")
+    good, bad = search(GIANT, machine(4, rates=CARDS["a100_40"]))
+    assert {one.setting.stage for one in good} == {2, 3}
+    assert {one.setting.stage for one in bad} == {1}
+
+
+def test_a_narrow_network_prefers_what_communicates_least():
+    good, _ = search(GIANT, machine(64, gigabits=100, nics=8))
+    best = good[0]
+    full = Setting(stage=3, teacher="sharded", micro_batch_size=best.setting.micro_batch_size)
+    assert (
+        best.seconds.communication
+        < estimate(GIANT, full, machine(64, gigabits=100, nics=8)).seconds.communication
+    )
+
+
+def test_ranks_must_divide_the_batch():
+    with pytest.raises(ConfigError, match=r"got 2048 images for 24 ranks.*batch_size 2040"):
+        search(GIANT, machine(24))
+
+
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_every_recipe_can_be_planned(name):
+    run = registry.get(name)
+    gpus = 8 if run.batch.global_batch_size % 8 == 0 else 1
+    load = Workload.of(run)
+    good, _ = search(load, machine(gpus))
+    assert good
+    assert good[0].images_per_second > 0
+    assert updates(load, 1_281_167) in (2000, 62_500, 187_500)
+
+
+def test_the_json_of_a_setting_is_accepted(tmp_path):
+    for stage, hpz in ((1, False), (2, False), (3, False), (3, True)):
+        setting = Setting(stage=stage, hpz=hpz, micro_batch_size=32)
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(setting.deepspeed()))
+        numbers = ds.RunNumbers(32, 1, 64, 8, 3.0, True, GIANT.student + GIANT.teacher)
+        filled = ds.fill(ds.load(path), numbers)
+        zero = filled["zero_optimization"]
+        assert zero["stage"] == stage
+        assert zero.get("zero_hpz_partition_size", 1) == (8 if hpz else 1)
+        if stage == 3:
+            assert zero["stage3_param_persistence_threshold"] == GIANT.threshold
+
+
+def test_the_threshold_is_the_engines():
+    sizes = [*GIANT.student, *GIANT.teacher]
+    assert persistence_threshold(sizes) == ds.persistence_threshold(sizes)[0]
+
+
+def test_the_peak_starts_from_the_states_between_updates():
+    setting = Setting(stage=2, teacher="sharded", micro_batch_size=4)
+    there = machine(16)
+    memory = held_by(setting.of(GIANT.run), placement_of(GIANT, setting, there))
+    peak = peak_of(GIANT, setting, there)
+    assert peak.states + peak.teacher == memory.device.total
+
+
+def test_flags_of_a_setting_are_those_that_differ():
+    run = registry.get("fd_swinv2g")
+    same = Setting(stage=3, teacher="node", checkpointing=True, micro_batch_size=32)
+    assert same.flags(run) == ""
+    other = replace(same, checkpointing=False, micro_batch_size=16)
+    words = "--batch.micro_batch_size 16 --student.activation_checkpointing off"
+    assert other.flags(run) == words
+    assert other.of(run).student.activation_checkpointing == "off"
+
+
+def test_a_checkpoint_holds_masters_and_moments():
+    assert checkpoint_bytes(GIANT) == 12 * GIANT.parameters
+
+
+def test_rates_come_from_card_and_file(tmp_path):
+    path = tmp_path / "rates.json"
+    path.write_text('{"matmul": 7e14, "name": "mine"}')
+    rates = rates_of("h100", str(path))
+    assert (rates.matmul, rates.name, rates.bandwidth) == (7e14, "mine", CARDS["h100"].bandwidth)
+    for text, message in (
+        ('{"matmull": 1}', "no such rate; nearest: "),
+        ('{"matmul": "fast"}', "matmul: no rate; got 'fast'"),
+        ('{"overlap": 1}', "overlap: no switch"),
+        ("[1]", "holds no object"),
+        ("{", "no readable JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            rates_of("h100", str(path))
+    with pytest.raises(ConfigError, match=r"--rates: no readable JSON"):
+        rates_of("h100", str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"--gpu: no such card; got 'h1000', nearest: h100"):
+        rates_of("h1000")

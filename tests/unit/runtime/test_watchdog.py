@@ -1,0 +1,123 @@
+"""The watchdog: what counts as a standstill, and what is left of a rank that met one."""
+
+import json
+import logging
+import threading
+from dataclasses import replace
+
+import pytest
+
+from fd_large.errors import ConfigError
+from fd_large.recipes.sections import Runtime
+from fd_large.runtime import watchdog as module
+from fd_large.runtime.hooks import Update
+from fd_large.runtime.watchdog import EXIT_CODE, Silence, Watchdog
+
+
+@pytest.fixture
+def make_dog(make_setting, monkeypatch):
+    """A started watchdog of 0.2 s and the event that its end sets."""
+    monkeypatch.setattr(module, "MOST_SECONDS_OF_LINGERING", 0.0)
+    dogs = []
+
+    def make(seconds=0.2, first=0):
+        left = []
+        ended = threading.Event()
+        dog = Watchdog(leave=lambda code: (left.append(code), ended.set()))
+        setting = make_setting(first=first)
+        runtime = replace(setting.run.runtime, watchdog_seconds=seconds)
+        dog.on_start(replace(setting, run=replace(setting.run, runtime=runtime)))
+        dogs.append(dog)
+        return dog, left, ended
+
+    yield make
+    for dog in dogs:
+        dog.on_end("done")
+
+
+def test_silence_lasts_from_the_last_beat_on() -> None:
+    silence = Silence(limit=10.0, interval=1.0, now=100.0)
+    assert [silence.lasts(100.0 + t, beats=0) for t in range(1, 11)] == [False] * 10
+    assert not silence.lasts(111.0, beats=1)
+    assert [silence.lasts(111.0 + t, beats=1) for t in range(1, 11)] == [False] * 9 + [True]
+    assert silence.seconds == 10.0
+
+
+def test_time_in_which_nobody_looked_does_not_count() -> None:
+    """A process that was stopped for an hour was no more silent than its looks were late."""
+    silence = Silence(limit=10.0, interval=1.0, now=0.0)
+    assert not silence.lasts(1.0, beats=5)
+    assert not silence.lasts(3601.0, beats=5)
+    assert silence.seconds == 2.0
+
+
+def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, capfd) -> None:
+    (tmp_path / "summary.json").write_text('{"updates": 3, "status": "preempted"}')
+    dog, left, ended = make_dog(first=3)
+    dog.beat()
+    dog.after_update(Update(3, 10, 0, 1.0, 1.0, 1e-3))
+    assert ended.wait(60)
+    assert left == [EXIT_CODE]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"updates": 3, "status": "hung"}
+    line, stacks = (r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    assert "rank 0" in line
+    assert "has not moved for 0 s, after update 4 of 10" in line
+    assert "its training thread stands in" in line
+    assert "thread MainThread" in stacks
+    assert "test_a_standstill_leaves_stacks_a_status_and_75" in stacks
+    assert "test_a_standstill_leaves_stacks_a_status_and_75" in capfd.readouterr().err
+
+
+def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SECONDS_FOR_LAST_WORDS", 0.5)
+    going = threading.Event()
+
+    class Stuck(logging.Handler):
+        def emit(self, record):
+            going.wait()
+
+    stuck = Stuck()
+    logging.getLogger().addHandler(stuck)
+    try:
+        _, left, ended = make_dog()
+        assert ended.wait(60)
+        assert left == [EXIT_CODE]
+        assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "hung"}
+    finally:
+        going.set()
+        logging.getLogger().removeHandler(stuck)
+
+
+def test_every_kind_of_progress_counts_and_the_end_stops_the_clock(make_dog) -> None:
+    dog, left, _ = make_dog(seconds=600.0)
+    update = Update(0, 10, 0, 1.0, 1.0, 1e-3)
+    counts = [dog._beats]
+    for move in (
+        dog.beat,
+        lambda: dog.after_update(update),
+        lambda: dog.on_skip(update, None),
+        lambda: dog.on_roll_back(update, 0),
+        lambda: dog.on_evaluation(1, {}),
+        lambda: dog.on_save(1),
+        lambda: dog.on_saved(1.0),
+    ):
+        move()
+        counts.append(dog._beats)
+    assert counts == list(range(8))
+    dog.on_end("done")
+    assert not dog._thread.is_alive()
+    assert not left
+
+
+def test_a_save_that_may_be_taken_for_a_standstill_is_told(make_dog, caplog) -> None:
+    dog, _, _ = make_dog(seconds=600.0)
+    dog.on_saved(299.0)
+    assert not caplog.records
+    dog.on_saved(301.0)
+    assert "a save took 301 s" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1800.0])
+def test_seconds_out_of_range_are_refused(seconds) -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.watchdog_seconds"):
+        Runtime(watchdog_seconds=seconds)
