@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller net, one round")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
+    parser.add_argument("--files", nargs="+", choices=FILES, default=FILES)
     parser.add_argument("--out", type=Path, default=RESULTS / "load_weights.json")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
@@ -178,10 +179,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    files = list(results["loads"]["naive"])
     colors = {"fd_large": "#4477aa", "naive": "#bb5566"}
     for place, loader in enumerate(LOADERS):
-        at = [i + 0.38 * (place - 0.5) for i in range(len(FILES))]
-        cases = [results["loads"][loader][file] for file in FILES]
+        at = [i + 0.38 * (place - 0.5) for i in range(len(files))]
+        cases = [results["loads"][loader][file] for file in files]
         for axes, values in (
             (left, [case["peak_bytes"] / 1e9 for case in cases]),
             (right, [case["median_seconds"] for case in cases]),
@@ -195,7 +197,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set_ylabel("peak growth of RssAnon a rank, GB")
     right.set_ylabel("seconds to load (median)")
     for axes in (left, right):
-        axes.set_xticks(range(len(FILES)), [Path(file).suffix for file in FILES])
+        axes.set_xticks(range(len(files)), [Path(file).suffix for file in files])
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
     left.legend(frameon=False, loc="upper right")
@@ -225,11 +227,13 @@ def main() -> int:
     rounds = 1 if arguments.quick else arguments.rounds
     load_before = os.getloadavg()[0]
     scratch = Path(tempfile.mkdtemp(prefix="load_weights_"))
-    loads: dict[str, dict[str, list]] = {loader: {file: [] for file in FILES} for loader in LOADERS}
+    loads: dict[str, dict[str, list]] = {
+        loader: {file: [] for file in arguments.files} for loader in LOADERS
+    }
     try:
         sizes = write_files(scratch, name)
         for _ in range(rounds):
-            for file in FILES:
+            for file in arguments.files:
                 for loader in LOADERS:
                     loads[loader][file].append(start_ranks(scratch / file, arguments, loader))
     finally:
@@ -281,14 +285,15 @@ def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
 def tell(results: dict[str, Any]) -> int:
     """Prints the table; returns 1 if the loader is over the bound or the weights differ."""
     print(f"{results['net']}: {results['parameters']:,} parameters, {RANKS} ranks, ZeRO-3")
-    for file in FILES:
+    files = list(results["loads"]["naive"])
+    for file in files:
         for loader in LOADERS:
             case = results["loads"][loader][file]
             print(
                 f"  {file:20} {loader:9} peak {case['peak_bytes'] / 1e6:7.0f} MB a rank, "
                 f"{case['median_seconds']:5.1f} s"
             )
-    worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in FILES)
+    worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in files)
     kept = worst < results["bound_bytes"]
     print(f"  bound {results['bound_bytes'] / 1e6:.0f} MB: {'kept' if kept else 'BROKEN'}")
     print(f"  masters of all loads {'equal' if results['same_masters'] else 'DIFFER'}")

@@ -77,8 +77,9 @@ def parse_train(arguments: list[str]) -> tuple[Run, TrainFlags]:
     run = _recipe(words)
     flags_type = _flags_type(run)
     known = field_names(flags_type)
+    words = _switches(words, known)
     for name in words:
-        if name not in known and name != "no_fresh":
+        if name not in known and known.get(_switched_on(name)) is not bool:
             raise ConfigError(f"--{name}: no such field; {_nearest_field(name, known)}")
     parsed = _tyro(flags_type, _ungroup(words))
     if parsed is None:
@@ -343,6 +344,23 @@ def _group(arguments: list[str]) -> dict[str, list[str]]:
         else:
             values.append(word)
     return words
+
+
+def _switches(words: dict[str, list[str]], known: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Puts `--guard.enabled False` as tyro wants it, `--guard.no_enabled`."""
+    turned = {}
+    for name, values in words.items():
+        if known.get(name) is bool and values in (["True"], ["False"]):
+            section, dot, switch = name.rpartition(".")
+            name = name if values == ["True"] else f"{section}{dot}no_{switch}"
+            values = []
+        turned[name] = values
+    return turned
+
+
+def _switched_on(name: str) -> str:
+    section, dot, switch = name.rpartition(".")
+    return f"{section}{dot}{switch.removeprefix('no_')}"
 
 
 def _recipe(words: Mapping[str, list[str]]) -> Run:

@@ -13,8 +13,9 @@
 #
 # A job is given up after MAX_RESTARTS restarts that brought no newer checkpoint.
 
-set -u -o pipefail
 source slurm/site.sh
+# After it: what sites load is rarely written for -u.
+set -u -o pipefail
 
 ranks=   # srun's process, while it runs
 asked=   # the last signal that asked this job to end
@@ -84,9 +85,11 @@ load_software() {
     local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     outside=() inside=()
     if [[ $MODULES ]]; then
+        set +u
         # shellcheck disable=SC2086 # several names
         module load $MODULES || refuse "slurm/site.sh: MODULES; got \"$MODULES\", expected" \
             "what module load takes. See module avail."
+        set -u
     fi
     case $CONTAINER in
         '') ;;
@@ -200,8 +203,8 @@ requeue() {
     field() { sed -n "s/.* $1=\([^ ]*\).*/\1/p" <<<"$job"; }
     state=$(field JobState) reason=$(field Reason)
     # Where a partition's pre-emption means to cancel, nobody else would requeue.
-    if [[ $(field PreemptTime) =~ ^[0-9] ]] &&
-        ! scontrol show partition "$(field Partition)" | grep -q PreemptMode=CANCEL; then
+    if [[ $(field PreemptTime) =~ ^[0-9] &&
+        $(scontrol show partition "$(field Partition)") != *PreemptMode=CANCEL* ]]; then
         say "exit code $code; pre-empted by another job: Slurm requeues this one itself"
         return
     fi

@@ -176,7 +176,7 @@ def _details(load: Workload, best: Estimate, machine: Machine, images: int) -> T
         f"{seconds.rest * 1e3:,.0f} ms, communication {seconds.communication * 1e3:,.0f} ms "
         f"({longer} decides); after the last one {seconds.update * 1e3:,.0f} ms\n"
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
-        f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.0f} TFLOP/s\n"
+        f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s\n"
         f"Disk: a checkpoint is {_size(stored)}; {keep} at once, while one is written: "
         f"{_size(keep * stored)}\n"
         f"Run: {updates(load, images):,} updates"

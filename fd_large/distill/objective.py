@@ -16,6 +16,7 @@ from fd_large.distill.alignment import align
 from fd_large.distill.task import Task
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.models.feature_map import FeatureMap
+from fd_large.models.layer_ids import layer_scale
 from fd_large.models.statistics import IMAGENET, Statistics, normalise
 
 
@@ -97,6 +98,11 @@ class Distillation(Task):
         teacher = getattr(self._teacher[0], "module", self._teacher[0])
         frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
         return {**frozen, "": self}
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """By the depth in the student; the projection learns at the full rate."""
+        inside = name.removeprefix("student.")
+        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """The student's exemptions; the projection's weight decays, its bias is one-dimensional."""

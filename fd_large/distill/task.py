@@ -43,6 +43,10 @@ class Task(nn.Module):
         """Returns the Modules whose layers an incident is traced through, by prefix of names."""
         return {"": self}
 
+    def layer_scale(self, name: str, decay: float) -> float:
+        """Returns the factor of a parameter's learning rate under layer-wise decay; 1 for heads."""
+        return 1.0
+
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay."""
         return frozenset(), ()

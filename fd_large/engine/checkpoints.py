@@ -22,7 +22,7 @@ from fd_large.watch import hold
 log = logging.getLogger(__name__)
 
 BYTES_PER_PARAMETER = 12
-"""A float32 master and two moments."""
+"""A float32 master and two moments; an average takes four more."""
 
 
 class Checkpoints:
@@ -54,7 +54,8 @@ class Checkpoints:
     @property
     def bytes(self) -> int:
         """Of one checkpoint, over all ranks."""
-        return BYTES_PER_PARAMETER * sum(state.layout_of(self._engine).sizes.values())
+        each = BYTES_PER_PARAMETER + 4 * bool(self._run.optim.ema_decay)
+        return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
         """Removes what a killed run left half written; before a run trains, never beside one."""
@@ -107,6 +108,7 @@ class Checkpoints:
             "update": update,
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
+            "ema": bool(self._run.optim.ema_decay),
             "samples": update * self._run.batch.global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
@@ -179,7 +181,9 @@ class Checkpoints:
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
-        state.restore(self._engine, reader.read, self.optimizer_steps)
+        state.restore(
+            self._engine, reader.read, self.optimizer_steps, ema=manifest.get("ema", False)
+        )
         self._saved = manifest["update"]
 
     def _fits(self, reader: Reader) -> None:

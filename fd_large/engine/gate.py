@@ -19,10 +19,14 @@ class StepGate:
     Args:
         inner: The optimiser that DeepSpeed wraps, or steps itself at stage 0. Its `step` is
             replaced on this object.
+
+    Attributes:
+        inner: The optimiser.
+        inner_step: What an update that is let through calls.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self._step = inner.step
+        self.inner, self.inner_step = inner, inner.step
         self._ask: Callable[[], bool] | None = None
         self._open = True
         inner.step = self._guarded  # type: ignore[method-assign]
@@ -45,4 +49,4 @@ class StepGate:
         if self._ask is not None:
             ask, self._ask = self._ask, None
             self._open = ask()
-        return self._step(*arguments, **named) if self._open else None
+        return self.inner_step(*arguments, **named) if self._open else None

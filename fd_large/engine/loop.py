@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
 from fd_large.data.loader import Batch
 from fd_large.engine.build import Engine
 from fd_large.engine.checkpoints import Checkpoints
+from fd_large.engine.ema import Ema
 from fd_large.engine.evidence import evidence_of
 from fd_large.engine.forward import forward_backward
+from fd_large.engine.layer_rates import LayerRates
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
@@ -83,6 +86,8 @@ class Trainer:
         evaluate: (update, whether for the last time, called between batches) -> held-out numbers,
             and the feature panel where one is due; called by all ranks.
         time_box: Decides the length after the first updates.
+        layer_rates: Steps each layer at its own rate; None: all at one.
+        ema: Follows the weights.
     """
 
     def __init__(
@@ -95,9 +100,12 @@ class Trainer:
         checkpoints: Checkpoints,
         evaluate: Evaluate | None = None,
         time_box: TimeBox | None = None,
+        layer_rates: LayerRates | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluate, self._time_box = checkpoints, evaluate, time_box
+        self._layer_rates, self._ema = layer_rates, ema
         self._update = setting.first_update
         self._status = ""
         self._pictures = BadPictures()
@@ -197,11 +205,16 @@ class Trainer:
         engine, plan = self._engine, self._plan
         rate = plan.schedule.at_update(self._update)
         set_rate(engine.deepspeed.optimizer, rate)
+        if self._layer_rates is not None:
+            self._layer_rates.rate_of = partial(plan.schedule.scaled_at, self._update)
         batches: list[Batch] = []
         losses: list[Tensor] = []
+        waited = 0.0
         for portion in range(plan.accumulation):
             self._beat()
+            begin = time.perf_counter()
             batch = next(micro_batches)
+            waited += time.perf_counter() - begin
             self._pictures.add(len(batch.positions), batch.bad)
             batches.append(batch)
             with out_of_memory_named(len(batch.positions)):
@@ -221,7 +234,10 @@ class Trainer:
         # DeepSpeed refuses a norm that is not finite by itself.
         agreed = agreements[0] if agreements else self._agree(losses, norm, epoch, rate)
         self._checkpoints.optimizer_steps += moved
-        return agreed._replace(update=replace(agreed.update, skipped=not moved)), batches, losses
+        if moved and self._ema is not None:
+            self._ema.update()
+        update = replace(agreed.update, skipped=not moved, data_seconds=waited)
+        return agreed._replace(update=update), batches, losses
 
     def _agree(
         self, losses: list[Tensor], norm: Tensor | None, epoch: int, rate: float

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,10 @@ from fd_large.engine.build import (
     teacher_weights,
 )
 from fd_large.engine.checkpoints import Checkpoints
+from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.forward import probe_phases
+from fd_large.engine.layer_rates import by_layer
 from fd_large.engine.loop import DONE, GUARD, NOT_SAVED, PREEMPTED, Evaluate, Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import PlacedTeacher
@@ -135,6 +138,8 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     opened.checkpoints.sweep()
+    # Before the resume, which restores the average too.
+    ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
     first = opened.checkpoints.resume()
     time_box = None
     if run.optim.max_seconds:
@@ -197,7 +202,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    evaluate = _evaluation(run, engine, source, size) if run.eval.root else None
+    evaluate = _evaluation(run, engine, source, size, ema) if run.eval.root else None
     if total <= schedule.warmup and not run.optim.max_seconds:
         log.warning(
             "optim.warmup_epochs: the whole run of %d updates is warm-up (%d updates): the rate "
@@ -214,6 +219,8 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             checkpoints=opened.checkpoints,
             evaluate=evaluate,
             time_box=time_box,
+            layer_rates=by_layer(engine, run.optim.layer_decay),
+            ema=ema,
         )
         status = trainer.train(batches)
     except FDError as error:
@@ -249,9 +256,12 @@ def _held_out(run: Run) -> PictureSource:
 
 
 def _evaluation(
-    run: Run, engine: Engine, source: PictureSource, micro_batch_size: int
+    run: Run, engine: Engine, source: PictureSource, micro_batch_size: int, ema: Ema | None
 ) -> Evaluate:
-    """Measures held-out pictures, and crops of the training pictures that training never sees."""
+    """Measures held-out pictures, and crops of the training pictures that training never sees.
+
+    With the average of the weights where there is one.
+    """
     pictures = {"held_out": _held_out(run), "unseen_crops": source}
     sets = distributed.together(
         lambda: [
@@ -274,11 +284,12 @@ def _evaluation(
         update: int, last: bool, between: Callable[[], None]
     ) -> tuple[dict[str, float], dict[str, Any] | None]:
         metrics: dict[str, float] = {}
-        for views in sets:
-            metrics |= views.measure(engine, between)
-            if last:
-                metrics[f"{views.name}_best_constant"] = views.best_constant(engine, between)
-        panel = sets[0].panel(engine) if update == 0 or last else None
+        with ema.in_place_of_weights() if ema else nullcontext():
+            for views in sets:
+                metrics |= views.measure(engine, between)
+                if last:
+                    metrics[f"{views.name}_best_constant"] = views.best_constant(engine, between)
+            panel = sets[0].panel(engine) if update == 0 or last else None
         return metrics, panel
 
     return evaluate

@@ -6,7 +6,7 @@ Counted in optimiser updates, so that neither ranks nor accumulation can change 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class CosineSchedule:
         first two updates both run at the warm-up start.
         """
         return self.value(max(update - 1, 0))
+
+    def scaled_at(self, update: int, scale: float) -> float:
+        """The rate of a layer whose peak is scaled; both ends of the schedule are not."""
+        return replace(self, peak=self.peak * scale).at_update(update)
 
 
 def official_accumulated_rate(

@@ -19,6 +19,8 @@ from fd_large.engine import partition
 from fd_large.engine.build import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""Kind, and key in the optimiser's state, of the average that `ema.py` keeps."""
 Read = Callable[[str, str, int, int], Tensor]
 
 
@@ -57,15 +59,27 @@ def layout_of(engine: Engine) -> Layout:
 
 def pieces(engine: Engine) -> Iterator[Piece]:
     """This rank's masters and moments, as views of the live state."""
-    inner = _inner(engine)
+    inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
         if home is None or home.master.numel() == 0:
             continue
         yield Piece(f"master.{name}", home.master)
         state = _moments(inner, home.owner)
-        for moment in MOMENTS:
-            yield Piece(f"{moment}.{name}", _part(state[moment], home))
+        for kind in (*MOMENTS, EMA):
+            if kind in state:
+                yield Piece(f"{kind}.{name}", _part(state[kind], home))
+
+
+def stretches(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
+    """Yields (name, tensor that the optimiser steps, start, stop) of this rank's elements.
+
+    At stage 0 every rank steps whole tensors.
+    """
+    for name, parameter in engine.task.named_parameters():
+        home = _home(engine, parameter, whole=True)
+        if home is not None and home.master.numel():
+            yield name, home.owner, home.offset, home.offset + home.master.numel()
 
 
 def needs(engine: Engine, layout: Layout) -> set[int]:
@@ -86,15 +100,18 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
     return wanted
 
 
-def restore(engine: Engine, read: Read, updates: int) -> None:
+def restore(engine: Engine, read: Read, updates: int, *, ema: bool = False) -> None:
     """Writes a stored state into an engine, all ranks together.
+
+    An average that the engine keeps and the stored state has not begins as the weights.
 
     Args:
         engine: Between two updates, or before the first.
         read: (kind, name, start, stop) -> those elements of the flattened tensor.
         updates: Steps that the optimiser has made.
+        ema: Whether the stored state has an average.
     """
-    inner = _inner(engine)
+    inner = engine.gate.inner
     owners: dict[int, Tensor] = {}
     _forget_whole_copies(engine)
     with torch.no_grad():
@@ -103,8 +120,12 @@ def restore(engine: Engine, read: Read, updates: int) -> None:
             if home is not None and home.master.numel():
                 home.master.copy_(read("master", name, *home.span))
                 state = _moments(inner, home.owner)
-                for moment in MOMENTS:
-                    _part(state[moment], home).copy_(read(moment, name, *home.span))
+                for kind in MOMENTS:
+                    _part(state[kind], home).copy_(read(kind, name, *home.span))
+                if EMA in state:
+                    _part(state[EMA], home).copy_(
+                        read(EMA if ema else "master", name, *home.span)
+                    )
             if home is not None:
                 owners[id(home.owner)] = home.owner
             _restore_working_copy(engine, name, parameter, read)
@@ -115,6 +136,18 @@ def restore(engine: Engine, read: Read, updates: int) -> None:
         if "step" in group:
             group["step"] = updates
     engine.deepspeed.global_steps = updates
+
+
+def redistribute(engine: Engine) -> None:
+    """Gives every rank the parameters that forward uses, from the masters; all ranks together."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage in (1, 2):
+        optimizer.update_lp_params()
+    elif engine.stage == 3:
+        _forget_whole_copies(engine)
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()
 
 
 def _forget_whole_copies(engine: Engine) -> None:
@@ -169,11 +202,6 @@ def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _H
     owner = _flat_partitions(optimizer)[mapping.param_group_index]
     offset = mapping.hp_fragment_address.start
     return _Home(Span(start, start + length), owner.data.narrow(0, offset, length), owner, offset)
-
-
-def _inner(engine: Engine) -> torch.optim.Optimizer:
-    optimizer = engine.deepspeed.optimizer
-    return optimizer if engine.stage == 0 else optimizer.optimizer
 
 
 def _flat_partitions(optimizer: Any) -> list[Tensor]:

@@ -697,8 +697,8 @@ def _table_part(
     # Offsets do not change along a diagonal, and its first tile has all slots that any has.
     number_i = _slots(first_i, BLOCKS, PREFIX, WH, WW, ROW, SLOTS)
     number_j = _slots(first_j, BLOCKS, PREFIX, WH, WW, ROW, SLOTS)
-    _, _, offset_i, _ = _place(number_i, 0, H, W, PREFIX, WH, WW, 0, False)
-    _, _, offset_j, _ = _place(number_j, 0, H, W, PREFIX, WH, WW, 0, False)
+    offset_i = _place(number_i, 0, H, W, PREFIX, WH, WW, 0, False)[2]
+    offset_j = _place(number_j, 0, H, W, PREFIX, WH, WW, 0, False)[2]
     position = _add_bias(
         0.0, TABLE, number_i[:, None], number_j[None, :], offset_i[:, None], offset_j[None, :],
         0, 0, PREFIX, WH, WW, 0,

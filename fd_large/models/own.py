@@ -16,14 +16,17 @@ from fd_large.errors import ConfigError
 _NEEDED = ("width", "num_prefix_tokens", "grid")
 
 
-def build_own(function: str) -> nn.Module:
+def build_own(function: str, *, where: str = "--teacher.source module") -> nn.Module:
     """Imports `package.file` of `package.file:function`, calls the function, returns the net.
 
     It is called more than once, also under `torch.device("meta")`, where weights are only shapes.
 
+    Args:
+        function: `package.file:function`.
+        where: What the user set, for messages.
+
     Raises: ConfigError: if there is no such function, or what it returns is no such net.
     """
-    where = "--teacher.source module"
     module_name, _, name = function.partition(":")
     try:
         module = import_module(module_name)

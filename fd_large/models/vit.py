@@ -61,6 +61,7 @@ class ViT(nn.Module):
         width: Channels of the map.
         stride: Pixels per token, each way.
         num_prefix_tokens: CLS and distillation tokens of the map.
+        depths: Number of blocks, as of a net with one stage.
         drop_path_rates: One per site, attention then MLP of each block in order.
 
     Raises: ConfigError: for values that do not fit each other.
@@ -113,6 +114,7 @@ class ViT(nn.Module):
         self.width, self.patch_size, self.stride = embed_dim, patch_size, patch_size
         self.image_grid = (height // patch_size, width // patch_size)
         self.residual = residual_dtype
+        self.depths = (depth,)
         self.drop_path_rates = linear_rates(drop_path_rate, depth)
         self.drop_distillation_token = distillation_token and not keep_distillation_token
         num_tokens = int(class_token) + int(distillation_token)

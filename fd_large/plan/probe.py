@@ -73,27 +73,31 @@ def probe(run: Run, *, ranks: int, micro_batch_size: int = 8) -> Rates:
         return Rates(**json.loads(out.read_text()))
 
 
-def measure(run: Run, batch: int) -> dict[str, Any]:
-    """Measures on this rank, beside the others; the slowest rank's figures."""
+def measure(
+    run: Run, batch: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Measures on this rank, beside the others; the slowest rank's figures.
+
+    Args:
+        run: Gives the shapes.
+        batch: Images of a micro batch.
+        clock: Seconds; `time.process_time` leaves out what other processes took, on CPU ranks.
+
+    Returns: the fields of `Rates`. Needs torch's process group.
+    """
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if on_gpu:
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
+    world = dist.get_world_size()
     device = torch.device("cuda" if on_gpu else "cpu")
-    seconds = _Clock(torch, on_gpu)
+    seconds = _Clock(torch, on_gpu, clock)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     found = _products(torch, seconds, run, batch, device, dtype)
     source = torch.ones(COPY_ELEMENTS, device=device)
     target = torch.empty_like(source)
     found["bandwidth"] = 8 * COPY_ELEMENTS / seconds(lambda: target.copy_(source))
-    small = torch.ones(8, device=device, requires_grad=True)
-    found["launch_seconds"] = seconds(lambda: [small + 1 for _ in range(1000)]) / 1000
+    found["launch_seconds"] = _start(torch, seconds, device)
     if not on_gpu:
         found |= _classes(torch, seconds, run, batch)
     if world > 1:
@@ -104,7 +108,6 @@ def measure(run: Run, batch: int) -> dict[str, Any]:
         found["link"] = found["bandwidth"]
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, found)
-    dist.destroy_process_group()
     slowest = {
         name: (max if name == "launch_seconds" else min)(each[name] for each in everyone)
         for name in found
@@ -138,18 +141,50 @@ def _named(torch: Any, on_gpu: bool, world: int, matmul: float) -> dict[str, Any
 class _Clock:
     """Median seconds of a call, after one that does not count."""
 
-    def __init__(self, torch: Any, on_gpu: bool) -> None:
+    def __init__(self, torch: Any, on_gpu: bool, clock: Callable[[], float]) -> None:
+        self._now = clock
         self._wait = torch.cuda.synchronize if on_gpu else lambda: None
 
     def __call__(self, call: Callable[[], Any]) -> float:
         taken = []
         for _ in range(PASSES + 1):
             self._wait()
-            begin = time.perf_counter()
+            begin = self._now()
             call()
             self._wait()
-            taken.append(time.perf_counter() - begin)
+            taken.append(self._now() - begin)
         return statistics.median(taken[1:])
+
+
+def _start(torch: Any, seconds: _Clock, device: Any) -> float:
+    """Seconds of a call from Python, forward and backward of layers too small to compute."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            Count.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    layers = [
+        layer
+        for _ in range(30)
+        for layer in (torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.GELU())
+    ]
+    net = torch.nn.Sequential(*layers).to(device)
+    x = torch.ones(4, 16, 16, device=device)
+
+    def both() -> None:
+        for parameter in net.parameters():
+            parameter.grad = None
+        net(x).sum().backward()
+
+    with Count():
+        both()
+    return seconds(both) / Count.calls
 
 
 def _products(
@@ -281,8 +316,22 @@ def _classes(torch: Any, seconds: _Clock, run: Run, batch: int) -> dict[str, flo
     return {name: moved[name] / taken[name] for name in moved}
 
 
-if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
+def main(request: str) -> None:
+    """Is one of the ranks that `probe` starts."""
+    import torch
+    import torch.distributed as dist
+
+    asked = json.loads(request)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
     rates = measure(Run.from_dict(asked["run"]), asked["batch"])
-    if os.environ["RANK"] == "0":
+    dist.destroy_process_group()
+    if rank == 0:
         Path(asked["out"]).write_text(json.dumps(rates))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -4,9 +4,10 @@ Computation of a micro batch:
 
 - matrix products: each takes the longer of FLOPs / matmul rate and bytes / bandwidth; backward is
   two products for one;
-- the rest: bytes moved (`plan.traffic`) / bandwidth, and the gradients of the parameters;
+- the rest: bytes moved (`plan.traffic`) / bandwidth, the gradients of the parameters, and the
+  copies of gathered ones;
 - with checkpoints, the student's blocks once more;
-- starting the operations from Python, which runs ahead of a GPU and counts only where it is longer
+- starting the operations from Python, and DeepSpeed's hooks around each module at stage 3, which runs ahead of a GPU and counts only where it is longer
   than the rest together; on CPU ranks it adds up.
 
 Communication of a micro batch; S, T: one gather or scatter of student, teacher (`plan.cluster`):
@@ -20,8 +21,8 @@ Communication of a micro batch; S, T: one gather or scatter of student, teacher 
 A split teacher adds T a micro batch, over all ranks or inside each node. With hpZ the gather of
 backward stays inside a node. On GPUs communication runs beside computation, and only the longer of
 the two counts; CPU ranks, whose cores do both, add them up. After the last micro batch come the
-collectives of the update and the optimizer, which moves 34 bytes for each parameter of the rank's
-share (the norm's pass; gradient, master and two moments read; parameter, master, moments written).
+collectives of the update and the optimizer, which moves 46 bytes (bfloat16) for each parameter of
+the rank's share.
 """
 
 from __future__ import annotations
@@ -35,15 +36,22 @@ from fd_large.plan.peak import Peak, peak_of
 from fd_large.plan.rates import Rates
 from fd_large.plan.setting import BUCKET_ELEMENTS, Machine, Setting, Workload
 
-OPTIMIZER_BYTES = 34
+# Of an update and parameter of the rank's share, float32: the norm reads 4, clipping scales 8, AdamW
+# reads gradient, master and moments and writes the last three 28, the new parameter reads 4; and
+# writes its own bytes.
+OPTIMIZER_BYTES = 44
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), in the compute type.
 GRADIENT_PASSES = 4
-# Operations of a block, as benchmarks/roofline.py counts them.
+# Calls of a block that Python starts, views included, as torch dispatches them.
 OPERATIONS = {
-    "fused": {"forward": 14, "backward": 24, "inference": 14},
-    "reference": {"forward": 53, "backward": 76, "inference": 50},
+    "fused": {"forward": 40, "backward": 70, "inference": 38},
+    "reference": {"forward": 100, "backward": 177, "inference": 98},
 }
+# Modules of a block: DeepSpeed's hooks at stage 3 run before and after each, and take as long as so
+# many calls (measured with 0.19.8 on CPU ranks: 0.27 ms a module and pass, 23 us a call).
+MODULES = {"swinv2": 13, "swin": 9, "vit": 9}
+HOOK_CALLS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +187,11 @@ def _computation(load: Workload, setting: Setting, machine: Machine) -> tuple[fl
         other += rest({"attention": forward["attention"]})
     size = load.compute_bytes(machine)
     other += GRADIENT_PASSES * size * load.parameters / rates.bandwidth
+    if setting.stage == 3:  # What is gathered, for forward and for backward, is copied in place.
+        other += 4 * size * load.parameters / rates.bandwidth
+    if setting.teacher != "replicated":
+        own = 2 if load.teacher_bfloat16(machine) else 4
+        other += 2 * own * sum(load.teacher) / rates.bandwidth
     starting = _starts(load, setting, kernels) * rates.launch_seconds
     if not rates.overlap:
         return matrix, other + starting
@@ -186,12 +199,17 @@ def _computation(load: Workload, setting: Setting, machine: Machine) -> tuple[fl
 
 
 def _starts(load: Workload, setting: Setting, kernels: traffic.Kernels) -> int:
-    """Operations of a micro batch."""
+    """Calls that Python makes in a micro batch, hooks of ZeRO-3 included."""
     count = OPERATIONS[kernels]
-    student = sum(load.run.student_architecture().depths)
-    teacher = sum(load.run.teacher_architecture().depths or ())
-    again = count["forward"] if setting.checkpointing else 0
-    return student * (count["forward"] + count["backward"] + again) + teacher * count["inference"]
+    student, teacher = load.run.student_architecture(), load.run.teacher_architecture()
+    passes = 3 if setting.checkpointing else 2
+    calls = count["forward"] * (passes - 1) + count["backward"]
+    if setting.stage == 3:
+        calls += passes * HOOK_CALLS * MODULES[str(student.family)]
+    taught = count["inference"]
+    if setting.teacher != "replicated":
+        taught += HOOK_CALLS * MODULES.get(str(teacher.family), 9)
+    return calls * sum(student.depths) + taught * sum(teacher.depths or ())
 
 
 def product_seconds(
@@ -246,7 +264,8 @@ def _update(load: Workload, setting: Setting, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
     buckets = -(-load.parameters // BUCKET_ELEMENTS)
     split = 1 if setting.stage == 0 else cluster.gpus
-    total = OPTIMIZER_BYTES * load.parameters / split / rates.bandwidth
+    moved = OPTIMIZER_BYTES + load.compute_bytes(machine)
+    total = moved * load.parameters / split / rates.bandwidth
     whole = load.compute_bytes(machine) * load.parameters
     if setting.stage in (1, 2):
         total += cluster.seconds(whole, rates, calls=buckets)

@@ -201,6 +201,11 @@ class Optim:
     eps: float = 1e-8
     # Largest L2 norm of all gradients together; 0: no clipping.
     clip_norm: float = 3.0
+    # Factor of the rate from one layer to the one below it, down to the embedding; 1: all learn at
+    # one rate. Warm-up start and end of the schedule are the same for all.
+    layer_decay: float = 1.0
+    # Of an exponential moving average of the weights, which evaluation and export then use; 0: none.
+    ema_decay: float = 0.0
     # Passes over the data; they set the length of the schedule too.
     epochs: int = 300
     # Passes, or a fraction of one, over which the rate rises; 0: off.
@@ -226,6 +231,18 @@ class Optim:
                 "two numbers with 0 <= beta < 1",
             )
         positive("optim.eps", self.eps)
+        require(
+            0 < self.layer_decay <= 1,
+            "optim.layer_decay: no factor",
+            self.layer_decay,
+            "0 < layer_decay <= 1",
+        )
+        require(
+            0 <= self.ema_decay < 1,
+            "optim.ema_decay: no decay rate",
+            self.ema_decay,
+            "0 <= ema_decay < 1, for instance 0.9999",
+        )
         at_least("optim.epochs", self.epochs, 1, "passes over the data")
         not_negative("optim.warmup_epochs", self.warmup_epochs)
         at_least("optim.max_steps", self.max_steps, 0, "optimizer updates")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from fd_large.report.run_files import RunFiles
 from fd_large.runtime.evaluation_names import SETS
 
@@ -99,10 +101,11 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 
 
 def loss_ends(files: RunFiles) -> tuple[float | None, float | None]:
-    """Returns the training loss of the first and of the last update."""
-    if len(files.loss) == 0:
+    """Returns the training loss of the first and of the last update that was not skipped."""
+    losses = files.loss[numpy.isfinite(files.loss)]
+    if len(losses) == 0:
         return None, None
-    return float(files.loss[0]), float(files.loss[-1])
+    return float(losses[0]), float(losses[-1])
 
 
 def _headline(files: RunFiles) -> str:

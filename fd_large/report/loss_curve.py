@@ -18,8 +18,12 @@ DASHES = (0, (5, 3))
 
 
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
-    """Draws the curve as a PNG; returns False where no update is written yet."""
-    if len(files.updates) == 0:
+    """Draws the curve as a PNG; returns False where no update is written yet.
+
+    Skipped updates are left out: their losses say nothing of the weights.
+    """
+    counted = numpy.isfinite(files.loss)
+    if not counted.any():
         return False
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -28,10 +32,11 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     upper, lower = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.04}
     )
-    smooth = smoothed(files.loss)
-    upper.plot(files.updates, files.loss, color=style.BLUE, alpha=0.28, linewidth=0.8)
-    upper.plot(files.updates, smooth, color=style.BLUE, linewidth=2, label="training")
-    seen = [smooth, [numpy.nanpercentile(files.loss, 99.5)]]
+    updates, loss = files.updates[counted], files.loss[counted]
+    smooth = smoothed(loss)
+    upper.plot(updates, loss, color=style.BLUE, alpha=0.28, linewidth=0.8)
+    upper.plot(updates, smooth, color=style.BLUE, linewidth=2, label="training")
+    seen = [smooth, [numpy.percentile(loss, 99.5)]]
 
     last = int(files.updates[-1])
     constant_seen = False
@@ -61,7 +66,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
         upper.plot([], [], color=style.GREY, linewidth=1.2, linestyle=DASHES, label=label)
 
     values = numpy.concatenate([numpy.asarray(part, dtype=float) for part in seen])
-    low, high = numpy.nanmin([*values, numpy.nanmin(files.loss)]), numpy.nanmax(values)
+    low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
     upper.set_ylabel("smooth L1 loss", fontsize=style.TEXT_SIZE)

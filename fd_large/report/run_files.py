@@ -22,7 +22,7 @@ class RunFiles:
         environment: environment.json; empty where there is none yet.
         summary: summary.json; empty while the run goes, or where it was killed.
         updates: Finished updates that the training rows stand at, from 1, (n,).
-        loss: Training loss of each, (n,).
+        loss: Training loss of each, (n,); NaN where the update was skipped.
         learning_rate: Rate of each, (n,).
         evaluations: Rows of evaluations.jsonl: update (finished ones) and metrics.
     """
@@ -60,7 +60,9 @@ def read_run(folder: str | Path) -> RunFiles:
         environment=_object(folder / "environment.json"),
         summary=_object(folder / "summary.json"),
         updates=numpy.array([row["update"] + 1 for row in rows], dtype=numpy.int64),
-        loss=numpy.array([row["loss"] for row in rows], dtype=numpy.float64),
+        loss=numpy.array(
+            [numpy.nan if row.get("skipped") else row["loss"] for row in rows], dtype=numpy.float64
+        ),
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
         evaluations=_rows(folder / "evaluations.jsonl"),
     )

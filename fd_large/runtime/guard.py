@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import shutil
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -188,7 +187,7 @@ class Guard(Hook):
         """Writes the incident down and says what was off."""
         mine = {
             "rank": distributed.rank(),
-            "host": socket.gethostname(),
+            "host": distributed.node_name(),
             "losses": evidence.losses,
             "positions": evidence.positions.tolist(),
             "indices": evidence.indices.tolist(),
@@ -269,7 +268,7 @@ class Guard(Hook):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / FILE, self._incident)
             log.warning(
-                "guard: %d updates refused in a row: weights and moments are those of %d updates "
+                "guard: %d refused in a row: weights and moments are those of %d updates "
                 "again, and the run goes on with the next data (roll-back %d of %d)",
                 refused,
                 restored,

@@ -102,6 +102,7 @@ class Update:
         grad_norm: Global L2 norm before clipping.
         learning_rate: What the update ran at.
         skipped: Whether weights and moments stayed as they were.
+        data_seconds: That this rank waited for its pictures; its own number.
     """
 
     index: int
@@ -111,6 +112,7 @@ class Update:
     grad_norm: float
     learning_rate: float
     skipped: bool = False
+    data_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,18 @@ from typing import Any
 import torch
 
 from fd_large import distributed
+from fd_large.plan.utilisation import peak_of, shares, step_flops
 from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
 from fd_large.runtime.run_folder import write_json, written_or_told
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate,
-images_per_second (the same in all rows of an interval), and skipped: true where weights stayed."""
+"""A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
+true where weights stayed. The same in all rows of an interval: images_per_second (of all ranks),
+data_wait (share of the time that rank 0 waited for pictures), memory_bytes (the most that rank 0
+has held so far), and, where the nets are countable, tflops_per_gpu, and where the card's peak is
+known, mfu and hardware_utilisation (plan/utilisation.py)."""
 
 
 class Meter(Hook):
@@ -60,7 +64,11 @@ class Meter(Hook):
             for row in rows_before(_evaluations_path(setting.folder), setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row
             self._write_evaluations()
-        self._seconds = self._interval_seconds = 0.0
+        self._seconds = self._interval_seconds = self._waited = 0.0
+        device = distributed.device()
+        on_gpu = device.type == "cuda"
+        self._flops = step_flops(setting.run, setting.micro_batch_size, on_gpu=on_gpu)
+        self._peak = peak_of(torch.cuda.get_device_name(device)) if on_gpu else None
         self._mark = time.perf_counter()
 
     def after_update(self, update: Update) -> Verdict:
@@ -70,6 +78,7 @@ class Meter(Hook):
         if self._written or self._pending:
             # The first update also allocates and compiles: no part of the run's speed.
             self._seconds += now - self._mark
+            self._waited += update.data_seconds
         self._mark = now
         self._pending.append(update)
         self._total = update.total
@@ -97,7 +106,8 @@ class Meter(Hook):
         if self._path is None:
             return
         run, setting = self._setting.run, self._setting
-        images = (self._written - 1) * run.batch.global_batch_size
+        timed = max(0, self._written - 1)
+        images = timed * run.batch.global_batch_size
         first = self._evaluations[min(self._evaluations)] if self._evaluations else {}
         last: dict[str, float] = {}
         for index in sorted(self._evaluations):
@@ -126,6 +136,13 @@ class Meter(Hook):
                     # Whatever else was evaluated, under its own name.
                     **last,
                     "images_per_second": images / self._seconds if images > 0 else None,
+                    **shares(
+                        self._flops,
+                        self._peak,
+                        micro_batches=timed * setting.accumulation,
+                        seconds=self._seconds,
+                    ),
+                    "data_wait": self._waited / self._seconds if timed else None,
                     "peak_memory_bytes": peak,
                 },
             )
@@ -134,9 +151,18 @@ class Meter(Hook):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        per_second = (
-            len(pending) * self._setting.run.batch.global_batch_size / self._interval_seconds
-        )
+        seconds, setting = self._interval_seconds, self._setting
+        interval = {
+            "images_per_second": len(pending) * setting.run.batch.global_batch_size / seconds,
+            **shares(
+                self._flops,
+                self._peak,
+                micro_batches=len(pending) * setting.accumulation,
+                seconds=seconds,
+            ),
+            "data_wait": sum(update.data_seconds for update in pending) / seconds,
+            "memory_bytes": peak_memory_bytes(),
+        }
         self._interval_seconds = 0.0
         self._written += len(pending)
         if self._path is None:
@@ -151,7 +177,7 @@ class Meter(Hook):
                 "loss": update.loss,
                 "grad_norm": update.grad_norm,
                 "learning_rate": update.learning_rate,
-                "images_per_second": per_second,
+                **interval,
                 **({"skipped": True} if update.skipped else {}),
             }
             for update in pending

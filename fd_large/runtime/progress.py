@@ -88,7 +88,7 @@ class Progress(Hook):
                 left=self._time_left(done),
             )
         log.info(
-            "update %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s  %s",
+            "update %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s%s  %s",
             done,
             self._total,
             last["epoch"],
@@ -96,6 +96,7 @@ class Progress(Hook):
             last["grad_norm"],
             last["learning_rate"],
             per_second,
+            _beside_speed(last),
             self._time_left(done),
             extra=FILE_ONLY if self._bar is not None else None,
         )
@@ -126,3 +127,18 @@ def clock(seconds: float) -> str:
     if days:
         return f"{days}d {hour:02d}h"
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def _beside_speed(row: Row) -> str:
+    """What is known of utilisation, waiting and memory, each after two spaces."""
+    parts = []
+    if "tflops_per_gpu" in row:
+        parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s a rank")
+    if "mfu" in row:
+        again = f" ({100 * row['hardware_utilisation']:.1f}% with recomputation)"
+        parts.append(f"MFU {100 * row['mfu']:.1f}%{again}")
+    if "data_wait" in row:
+        parts.append(f"data wait {100 * row['data_wait']:.1f}%")
+    if "memory_bytes" in row:
+        parts.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
+    return "".join(f"  {part}" for part in parts)

@@ -25,6 +25,11 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "images_per_second": "speed/images_per_second",
+    "tflops_per_gpu": "speed/tflops_per_gpu",
+    "mfu": "speed/mfu",
+    "hardware_utilisation": "speed/hardware_utilisation",
+    "data_wait": "speed/data_wait",
+    "memory_bytes": "memory/rank_0_peak_bytes",
 }
 
 

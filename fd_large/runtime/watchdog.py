@@ -12,7 +12,9 @@ import atexit
 import faulthandler
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,6 +34,8 @@ from fd_large.runtime.run_folder import write_json, written_or_told
 log = logging.getLogger(__name__)
 
 HUNG, EXIT_CODE = "hung", 75
+STACKS_SIGNAL = signal.SIGUSR2
+"""Makes a rank, or a process that loads for it, write its stacks and go on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
 MOST_SECONDS_OF_LINGERING = 30.0
 """From a rank's stacks to its end: the others, at most a micro batch later, write theirs before
@@ -92,6 +96,8 @@ class Watchdog(Hook):
         self._limit = setting.run.runtime.watchdog_seconds
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
+        # Loading processes inherit it, so that they can be asked as well; descriptor 2 is the log.
+        faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         # A rank whose peers end first fails in its collective; it is to leave as they did.
@@ -158,7 +164,7 @@ class Watchdog(Hook):
         # Each on its own: any of them may meet the disk, the lock or the pipe that hangs.
         words = [
             threading.Thread(target=call, name=f"watchdog {call.__name__}", daemon=True)
-            for call in (self._dump, self._say, self._write_status)
+            for call in (self._dump, self._say, self._write_status, self._ask_workers)
         ]
         for thread in words:
             thread.start()
@@ -187,6 +193,12 @@ class Watchdog(Hook):
             EXIT_CODE,
         )
         log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
+
+    def _ask_workers(self) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, STACKS_SIGNAL)
 
     def _write_status(self) -> None:
         # Whoever gets there: rank 0 may be the one that hangs.
@@ -219,7 +231,7 @@ def standpoint(frame: FrameType) -> str:
 
 
 def stacks(frames: dict[int, FrameType]) -> str:
-    """The stacks of threads, the main one first.
+    """The stacks of threads other than the watchdog's, the main one first.
 
     Args:
         frames: Of `sys._current_frames`.
@@ -230,4 +242,5 @@ def stacks(frames: dict[int, FrameType]) -> str:
         f"thread {names.get(number, 'unknown to Python')} ({number}):\n"
         + "".join(traceback.format_stack(frame))
         for number, frame in sorted(frames.items(), key=lambda item: (item[0] != main, item[0]))
+        if not names.get(number, "").startswith("watchdog")
     )

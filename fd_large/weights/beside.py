@@ -1,4 +1,4 @@
-"""What a configuration beside a weights file tells: Hugging Face's, open_clip's and our own."""
+"""What a configuration beside a weights file tells: transformers', timm's, open_clip's, ours."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def beside(path: Path, form: str, *, where: str = "weights") -> Beside:
         preprocessing = _json(path.parent / "preprocessor_config.json", where)
         return Beside(
             hugging_face(config, where=where), _statistics(preprocessing, "image_mean", "image_std")
+        )
+    if "architecture" in config and "pretrained_cfg" in config:
+        from fd_large.weights import timm_config  # timm takes a second, which others are spared.
+
+        return Beside(
+            timm_config.of_config(config, where=where),
+            _statistics(config["pretrained_cfg"], "mean", "std"),
         )
     config = _json(path.parent / "open_clip_config.json", where)
     if form == "open_clip" and "model_cfg" in config:

@@ -60,8 +60,7 @@ def statistics_of(name: str, architecture: Architecture | None = None) -> Statis
             knows the statistics of its weights.
     """
     if architecture is not None and architecture.family == "timm":
-        import timm  # A second that other nets are spared.
+        from fd_large.weights import timm_config  # A second that other nets are spared.
 
-        config = timm.get_pretrained_cfg(architecture.timm_name)
-        return Statistics(tuple(config.mean), tuple(config.std))
+        return timm_config.statistics_of(architecture.timm_name)
     return FACTS[name].statistics if name in FACTS else IMAGENET

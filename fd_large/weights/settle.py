@@ -97,8 +97,7 @@ def _is_foreign(teacher: Teacher) -> bool:
 
 
 def _of_timm(teacher: Teacher) -> Teacher:
-    import timm
-
+    from fd_large.weights import timm_config
     from fd_large.weights.timm_backbone import strides
 
     name = teacher.source.removeprefix(TIMM)
@@ -109,8 +108,8 @@ def _of_timm(teacher: Teacher) -> Teacher:
     given = replace(Architecture(), timm_name=name, feature_stride=stride)
     statistics = teacher.statistics
     if not statistics:
-        config = timm.get_pretrained_cfg(name)
-        statistics = (*config.mean, *config.std)
+        found = timm_config.statistics_of(name)
+        statistics = (*found.mean, *found.std)
     return replace(
         teacher, model="timm", architecture=given, statistics=tuple(map(float, statistics))
     )

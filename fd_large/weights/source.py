@@ -2,8 +2,9 @@
 
 A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
 `open_clip:ARCH/TAG`, `timm:NAME` or `module:package.file:function`. All but the last two end in a
-file, which `open_weights` opens; nets of timm and of one's own bring their weights themselves. What
-a path means beside files (a run's checkpoint) is read by whoever `serve`s it.
+file; nets of timm and of one's own bring their tensors themselves. `open_weights` reads them all as
+weights of one of our nets; as teachers, the last two are nets of their own (settle.py). What a path
+means beside files (a run's checkpoint) is read by whoever `serve`s it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fd_large.errors import WeightsError, nearest
+from fd_large.models.own import build_own
 from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.beside import Beside, beside, open_clip
@@ -188,11 +190,12 @@ def serve(reader: StoredReader) -> None:
 
 
 class Told(NamedTuple):
-    """A source that ends in a file, and what its name tells of the net."""
+    """Where a source ends, and what its name tells of the net; tensors where that is no file."""
 
     path: Path
     architecture: Architecture = Architecture()
     statistics: Statistics | None = None
+    tensors: Tensors | None = None
 
 
 def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
@@ -206,8 +209,12 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
     """
     told = locate(str(source), where=where)
     name, part = split_part(told.path, where=where)
-    stored = _stored(Path(name), where) if part in ("", "student") else None
-    if stored is None:
+    stored = None
+    if told.tensors is None and part in ("", "student"):
+        stored = _stored(Path(name), where)
+    if told.tensors is not None:
+        file, names = told.tensors, []
+    elif stored is None:
         file, names = _part(read(name, where=where, part=part), part, name, where)
     else:
         file, names, source = stored.file, [], stored.path
@@ -257,16 +264,33 @@ def locate(source: str, *, where: str = "weights") -> Told:
         return Told(_from_hub(source.removeprefix(HUB), where))
     if source.startswith(OPEN_CLIP):
         return _from_open_clip(source.removeprefix(OPEN_CLIP), where)
-    if source.startswith((TIMM, MODULE)):
-        raise WeightsError(
-            f"{where}: a net that brings its own weights can only teach; got {source}, expected a "
-            "file of weights. Name it as --teacher.source."
+    if source.startswith(TIMM):
+        return _from_timm(source, where)
+    if source.startswith(MODULE):
+        net = build_own(source.removeprefix(MODULE), where=f"{where} module")
+        return Told(
+            Path(source),
+            statistics=getattr(net, "statistics", None),
+            tensors=Tensors(net.state_dict()),
         )
     return Told(Path(source))
 
 
 def _stored(path: Path, where: str) -> Stored | None:
     return next((found for reader in _readers if (found := reader(path, where))), None)
+
+
+def _from_timm(source: str, where: str) -> Told:
+    from fd_large.weights import timm_backbone, timm_config  # A second that others are spared.
+
+    name = source.removeprefix(TIMM)
+    net = timm_backbone.pretrained(source, name, where=where)
+    return Told(
+        Path(source),
+        timm_config.of_net(net, where=where),
+        timm_config.statistics_of(name),
+        Tensors(net.state_dict()),
+    )
 
 
 def _from_hub(repository: str, where: str) -> Path:

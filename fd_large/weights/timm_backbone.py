@@ -19,7 +19,7 @@ from fd_large.weights.read import Tensors, read
 from fd_large.weights.swin import RECOMPUTED
 from fd_large.weights.translation import Piece, Shape
 
-PREFIX = "timm:"
+TIMM = "timm:"
 _COUNTER = "num_batches_tracked"
 
 
@@ -48,7 +48,7 @@ def fitted(
     with torch.device("meta"):
         whole = _state(create(name))
         kept = _state(TimmBackbone(name, stride=stride))
-    if str(source).startswith(PREFIX):
+    if str(source).startswith(TIMM):
         file: Tensors = _Pretrained(str(source), name, whole, where)
     else:
         file = read(source, where=where)

@@ -20,11 +20,15 @@ pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 # A third of the kills wait for a save under way.
 KILLS = 6
 # Three updates an epoch: most kills and resumes are in mid-epoch.
-EVERY_UPDATE = ("--optim.max_steps", "40", "--runtime.save_every", "1")
+EVERY_UPDATE = (
+    *("--optim.max_steps", "40", "--runtime.save_every", "1"),
+    *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
+)
 PROGRAMS = Path(__file__).parent / "programs"
 TWENTY_MORE = (
     *("--batch.global_batch_size", "12", "--optim.max_steps", "24"),
     *("--runtime.save_every", "4", "--runtime.keep_last", "6"),
+    *("--optim.ema_decay", "0.9"),
 )
 TWELVE = ("--batch.global_batch_size", "12", "--optim.max_steps", "8", "--runtime.save_every", "4")
 
@@ -66,7 +70,7 @@ def halfway(reference: Path, run_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_rates(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the reference, but 24 updates, and parameter groups of different rate and decay."""
+    """24 updates, with groups of different rate and decay, and an average of the weights."""
     run_dir = tmp_path_factory.mktemp("runs") / "two_rates"
     train(pictures, run_dir, *TWENTY_MORE, program=PROGRAMS / "two_rates.py")
     return run_dir

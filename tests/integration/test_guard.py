@@ -168,6 +168,18 @@ def test_replay_reproduces_the_recorded_losses(
     assert "gradient: projection is the first layer that is not finite" in said
 
 
+def test_replay_says_how_far_its_weights_are_from_the_step(zero3: Path, tmp_path: Path) -> None:
+    shutil.copytree(zero3 / "run", tmp_path / "run")
+    spike = read_incident(incident(tmp_path, 8))
+    checkpoints = tmp_path / "run/checkpoints"
+    with (checkpoints / "step_00000008/rank_00001.safetensors").open("r+b") as file:
+        file.truncate(100)
+    # Damaged, so the one before it; of the four updates between them, one was skipped.
+    assert find_weights(spike)[1:] == (4, 3)
+    shutil.rmtree(checkpoints / "step_00000004")
+    assert find_weights(spike)[1:] == (12, None)
+
+
 def test_a_resume_counts_the_roll_backs_before_it(
     zero3: Path, pictures: Path, tmp_path: Path
 ) -> None:

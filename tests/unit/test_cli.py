@@ -98,6 +98,35 @@ def test_every_recipe_passes_the_flags_unchanged(name):
     assert cli.parse_train(["--recipe", name])[0] == registry.get(name)
 
 
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        ("--guard.enabled", True),
+        ("--guard.enabled True", True),
+        ("--guard.enabled False", False),
+        ("--guard.enabled=False", False),
+        ("--guard.no_enabled", False),
+        ("--guard.enabled False --guard.enabled", True),
+    ],
+)
+def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
+    assert cli.main(["train", "--deepspeed_config", "some.json", *words.split()]) == 0
+    assert engine.run.guard.enabled is on
+    assert ("Guard" in [type(hook).__name__ for hook in engine.hooks]) is on
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--guard.no_skips", "--guard.no_skips: no such field; nearest: guard.skips"),
+        ("--guard.enabled maybe", "--guard.enabled: a value of the wrong type; got maybe"),
+    ],
+)
+def test_a_switch_that_is_none(words, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        cli.parse_train(words.split())
+
+
 def test_tuples_unions_and_nested_architectures():
     words = (
         "--recipe fd_swinv2g --student.architecture.depths 2 2 6 2"

@@ -29,11 +29,11 @@ case $1 in
     requeue) echo "$2" >>"$SCRATCH/requeued" ;;
 esac
 """
-# sleep: the pauses between two tries of a requeue.
 MODULE = """#!/bin/bash
 [[ $2 == a ]] && exit 1
 echo "$@" >"$SCRATCH/modules"
 """
+# sleep: the pauses between two tries of a requeue.
 STAND_INS = {"srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n", "module": MODULE}
 
 

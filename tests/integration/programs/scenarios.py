@@ -21,6 +21,7 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
+from fd_large.distill.task import Task
 from fd_large.engine import config as ds
 from fd_large.engine import partition, start
 from fd_large.engine.build import (
@@ -102,15 +103,20 @@ def schedule_of(run: Run) -> CosineSchedule:
     return CosineSchedule(peak, start, minimum, UPDATES, 2)
 
 
-def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
-    """One process, no engine: the reference of every scenario."""
+def plain_task(run: Run) -> Task:
+    """The run's task with its initial weights, in plain torch."""
 
     def seeded(make: Any, seed: int) -> Any:
         torch.manual_seed(seed)
         return make()
 
     teacher = seeded(teacher_maker(run), run.runtime.seed + 1)
-    task = seeded(task_maker(run, teacher, teacher.width), run.runtime.seed)
+    return seeded(task_maker(run, teacher, teacher.width), run.runtime.seed)
+
+
+def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
+    """One process, no engine: the reference of every scenario."""
+    task = plain_task(run)
     optimizer = torch.optim.AdamW(
         parameter_groups(task, run.optim.weight_decay),
         lr=0.0,

@@ -6,6 +6,8 @@ import numpy
 import pytest
 from PIL import Image
 
+from fd_large.report import loss_curve
+from fd_large.report.closing import loss_ends
 from fd_large.report.loss_curve import draw_loss_curve, smoothed
 from fd_large.report.run_files import read_run
 
@@ -32,6 +34,21 @@ def test_a_loss_that_is_no_number_is_left_out(make_run, tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"update": 10, "loss": float("nan"), "learning_rate": 0.0}) + "\n")
     assert draw_loss_curve(read_run(folder), tmp_path / "curve.png")
+
+
+def test_skipped_updates_neither_bend_nor_break_the_curve(make_run, tmp_path, monkeypatch):
+    folder = make_run(updates=60, held_out=False)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[20] |= {"loss": float("nan"), "skipped": True}
+    rows[59] |= {"loss": 1e6, "skipped": True}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr(loss_curve, "smoothed", lambda values: drawn.append(values) or values)
+    files = read_run(folder)
+    assert draw_loss_curve(files, tmp_path / "curve.png")
+    assert drawn[0] == pytest.approx([0.5 - i / 300 for i in range(59) if i != 20])
+    assert files.updates[-1] == 60, "it has run all the same"
+    assert loss_ends(files) == pytest.approx((0.5, 0.5 - 58 / 300))
 
 
 def test_before_the_first_update_there_is_none(make_run, tmp_path):

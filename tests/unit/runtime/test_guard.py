@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime import guard as guard_module
 from fd_large.runtime.guard import KNOWN, WINDOW, Guard, culprits_of, findings, past_of
@@ -92,6 +93,12 @@ def test_what_was_let_through_while_the_guard_was_off_does_not_blind_it():
     past = past_of(rows, {})
     assert [index for index, _, _ in past.accepted] == list(range(0, 2 * KNOWN, 2))
     assert findings(update(loss=3.0), past.accepted, 10.0)
+
+
+@pytest.mark.parametrize("limits", [{"skips": 0}, {"roll_backs": -1}, {"spread": 0.0}])
+def test_limits_that_make_no_sense_are_refused(limits):
+    with pytest.raises(ConfigError, match=f"guard.{next(iter(limits))}: "):
+        Limits(**limits)
 
 
 def test_the_ranks_at_fault():

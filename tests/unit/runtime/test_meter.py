@@ -1,9 +1,12 @@
 """metrics.jsonl, evaluations.jsonl and summary.json, also over a seam."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from fd_large.plan import flops
+from fd_large.recipes.architectures import Architecture
 from fd_large.runtime import meter as meter_module
 from fd_large.runtime.meter import Meter
 
@@ -113,3 +116,40 @@ def test_a_run_that_stops_before_its_first_update_has_a_summary(
     assert summary["status"] == "stopped"
     assert summary["images_per_second"] is None
     assert summary["loss_start"] is None
+
+
+def test_flops_waiting_and_memory_stand_in_rows_and_summary(
+    make_setting, run_updates, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter_module, "peak_memory_bytes", lambda: 123)
+
+    class Clock(Meter):
+        def after_update(self, update):
+            now[0] += 100.0 if update.index == 0 else 2.0
+            return super().after_update(replace(update, data_seconds=0.5))
+
+    setting = make_setting()
+    run_updates([Clock()], setting, 10)
+    # Two micro batches of 4 images an update, on one rank.
+    step = flops.of_run(setting.run, micro_batch_size=4, attention_recomputed=False)
+    written = rows(tmp_path)
+    assert written[-1]["tflops_per_gpu"] == pytest.approx(2 * step.model / 2.0 / 1e12)
+    assert written[0]["tflops_per_gpu"] == pytest.approx(4 * 2 * step.model / 106 / 1e12)
+    assert written[-1]["data_wait"] == pytest.approx(0.25)
+    assert written[-1]["memory_bytes"] == 123
+    assert "mfu" not in written[-1], "a CPU has no peak"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["tflops_per_gpu"] == pytest.approx(2 * step.model / 2.0 / 1e12)
+    assert summary["data_wait"] == pytest.approx(0.25)
+
+
+def test_a_teacher_that_cannot_be_counted_has_no_flops(make_setting, run_updates, tmp_path, caplog):
+    setting = make_setting()
+    net = Architecture(family="timm", timm_name="vgg16")
+    teacher = replace(setting.run.teacher, model="timm", architecture=net)
+    caplog.set_level("INFO")
+    run_updates([Meter()], replace(setting, run=replace(setting.run, teacher=teacher)), 2)
+    assert "tflops_per_gpu" not in rows(tmp_path)[0]
+    assert "no FLOPs, no utilisation" in caplog.text

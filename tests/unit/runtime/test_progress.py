@@ -48,7 +48,8 @@ def test_plain_lines_where_there_is_no_terminal(shown, make_setting, run_updates
     lines = shown.text().splitlines()
     assert len(lines) == 4
     assert re.search(
-        r"update 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  0:0. left",
+        r"update 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  "
+        r".* TFLOP/s a rank  data wait 0.0%  .* GB  0:0. left",
         lines[0],
     )
     assert "after 4 updates: held-out loss 4.0000" in lines[1]

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -66,6 +68,27 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     assert "thread MainThread" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in capfd.readouterr().err
+
+
+def loads_for_ever() -> None:
+    time.sleep(600)
+
+
+def test_loading_processes_write_their_stacks_too(make_dog, capfd) -> None:
+    _, _, ended = make_dog(seconds=2.0)
+    child = multiprocessing.get_context("fork").Process(target=loads_for_ever)
+    child.start()
+    try:
+        assert ended.wait(60)
+        text, deadline = "", time.monotonic() + 60
+        while "in loads_for_ever" not in text and time.monotonic() < deadline:
+            time.sleep(0.05)
+            text += capfd.readouterr().err
+        assert "in loads_for_ever" in text
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from loading import close, loaded, scattered, student_run, teacher_run
+from loading import close, initial, loaded, scattered, student_run, teacher_run
 from torch import nn
 
 from fd_large.distill.teacher import Teacher as FrozenTeacher
@@ -21,6 +21,15 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.weights import timm_backbone
 from fd_large.weights.source import open_weights
 
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 3),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
 # A ConvNet, a ConvNeXt, a ViT, an EVA, a Swin: (name, stride, channels), smallest of their kind.
 BACKBONES = [
     ("resnet10t.c3_in1k", 32, 512),
@@ -112,10 +121,42 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
         list(items)
 
 
-def test_nets_that_bring_their_weights_only_teach():
-    for source in ("timm:resnet10t", "module:a:b"):
-        with pytest.raises(WeightsError, match="can only teach"):
-            student_run(source, "vit_base_patch16")
+@pytest.mark.usefixtures("_no_downloads")
+def test_a_student_starts_from_a_net_of_timm():
+    fields = {"embed_dim": 192, "num_heads": (3,), "image_size": 224}
+    source = "timm:vit_tiny_patch16_224.augreg_in21k"
+    net, student = initial(source, "dino_vit_base_patch16", 224, **fields)
+    assert student.init == source
+    theirs = timm_backbone.timm.create_model(source[5:], pretrained=True).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        close(net(images).tokens, theirs.forward_features(images))
+    with pytest.raises(WeightsError, match="names of no known format"):
+        student_run("timm:resnet10t", "vit_base_patch16")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "side"),
+    [
+        ("swinv2_tiny_window8_256", {**SWIN, "pretrained_window_sizes": (3, 2)}, 32),
+        ("swin_tiny_patch4_window7_224", SWIN, 32),
+        ("vit_base_patch16_clip_quickgelu_224", {**VIT, "act_layer": "quick_gelu"}, 32),
+        ("beit_base_patch16_224", VIT, 32),
+    ],
+)
+def test_a_folder_of_timm_on_the_hub_tells_everything(tmp_path, name, arguments, side):
+    theirs = scattered(timm.create_model(name, num_classes=0, **arguments))
+    timm.models.save_for_hf(theirs, tmp_path, model_args=arguments, safe_serialization=True)
+    net, teacher = loaded(tmp_path)
+    config = theirs.pretrained_cfg
+    assert teacher.statistics == (*config["mean"], *config["std"])
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+    got = net(images).tokens
+    if hasattr(theirs, "fc_norm") and not isinstance(theirs.fc_norm, nn.Identity):
+        expected = nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-6)
+    close(got, expected.flatten(1, 2) if expected.dim() == 4 else expected)
 
 
 OWN = """

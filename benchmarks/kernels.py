@@ -1,0 +1,400 @@
+"""How close do the fused kernels come to the memory's speed, and how do others do?
+
+    python benchmarks/kernels.py [--quick]    # on a CUDA device
+    python benchmarks/kernels.py --aot        # anywhere: registers, shared memory and spills
+
+Each operation, forward and backward apart, at the shapes of a SwinV2-G stage (192 px, window 12, 32
+images) and of ViT-B: this project's Triton kernels beside plain torch, torch.compile of it, and,
+where they are installed, NVIDIA apex's and Liger's LayerNorm; attention beside flex_attention and
+scaled_dot_product_attention. They take turns, and the cache is flushed before every sample. Bytes
+are those that an operation cannot do without: each input read once, each result written once.
+"Share" is that traffic a second over what a copy of 1 GiB reaches here, reads and writes counted.
+
+Writes benchmarks/results/kernels.json and a picture, or kernels_aot.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Question:
+    """One operation at one shape.
+
+    Attributes:
+        name: Shown in the table.
+        bytes_forward: Least traffic of a forward.
+        bytes_backward: Least traffic of a backward.
+        flops: Matrix FLOPs of a forward; a backward takes 2.5 times that.
+        inputs: All that a contender is called with; floating ones take a gradient.
+        contenders: Name -> function of the inputs.
+    """
+
+    name: str
+    bytes_forward: int
+    bytes_backward: int
+    inputs: list[Tensor]
+    contenders: dict[str, Callable[..., Any]]
+    flops: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
+    parser.add_argument("--aot", action="store_true", help="compile for sm_80 and sm_90, no GPU")
+    return parser.parse_args()
+
+
+def ahead_of_time() -> int:
+    """Compiles every case, prints and writes what the kernels take."""
+    import triton
+    from aot import usage
+    from aot_cases import CASES
+
+    cases = {}
+    for name, launch in CASES.items():
+        cases[name] = usage(launch)
+        for row in cases[name]:
+            print(
+                f"{name:46} {row['kernel']:26} sm_{row['capability']}  {row['registers']:3} "
+                f"registers  {row['shared_bytes']:6} B shared  {row['spill_bytes']} B spilled",
+                flush=True,
+            )
+    write("kernels_aot.json", {"triton": triton.__version__, "cases": cases})
+    spilled = [row for rows in cases.values() for row in rows if row["spill_bytes"]]
+    print(f"{len(cases)} cases, {sum(map(len, cases.values()))} kernels, {len(spilled)} spill")
+    return 1 if spilled else 0
+
+
+def write(name: str, found: dict[str, Any]) -> None:
+    """Writes a result with what it takes to repeat it."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    common = {
+        "question": __doc__.splitlines()[0],
+        "command": " ".join(["python benchmarks/kernels.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {card}",
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(common | found, indent=1) + "\n")
+
+
+def norm_questions(compiled: bool) -> list[Question]:
+    """residual_norm (with and without a float32 stream), layer_norm, add_norm and the loss."""
+    from fd_large.kernels import residual_norm as rn
+    from fd_large.kernels import whitened_loss as wl
+
+    def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+    def against(kernel: Callable, plain: Callable) -> dict[str, Callable]:
+        contenders = {"triton (ours)": kernel, "torch": plain}
+        return contenders | ({"torch.compile": torch.compile(plain)} if compiled else {})
+
+    questions = []
+    for width, tokens in ((512, 48 * 48), (1024, 24 * 24), (2048, 12 * 12), (4096, 36)):
+        n, scale = 32 * tokens * width, torch.ones(32, device="cuda")
+        for stream, s in ((torch.float32, 4), (BF16, 2)):
+            narrow = stream == torch.float32
+            copy = BF16 if narrow else None
+            questions.append(
+                Question(
+                    f"residual_norm {width}, {str(stream)[6:]} stream",
+                    # Stream in and out, branch, and the copy of a wide stream.
+                    n * (2 * s + 2 + 2 * narrow),
+                    # Gradients of stream and copy, branch; the branch's and a wide sum's out.
+                    n * (s + 2 + 2 + (2 + s) * narrow),
+                    [random(32, tokens, width, dtype=stream), random(32, tokens, width)]
+                    + [random(width) for _ in range(2)],
+                    against(
+                        lambda x, f, w, b, copy=copy, scale=scale: _results(
+                            rn.residual_norm(x, f, w, b, 1e-5, scale, copy=copy), copy
+                        ),
+                        lambda x, f, w, b, copy=copy, scale=scale: _with_copy(
+                            rn.residual_norm_reference(x, f, w, b, 1e-5, scale), copy
+                        ),
+                    ),
+                )
+            )
+        plain = against(
+            lambda x, w, b: rn.layer_norm(x, w, b, 1e-5),
+            lambda x, w, b: rn.layer_norm_reference(x, w, b, 1e-5, x.dtype),
+        )
+        norm = [random(32, tokens, width), random(width), random(width)]
+        question = Question(f"layer_norm {width}", 4 * n, 6 * n, norm, plain | other_norms())
+        questions.append(question)
+    width, tokens = 768, 197
+    n, scale = 32 * tokens * width, torch.ones(32, device="cuda")
+    questions.append(
+        Question(
+            "add_norm 768, float32 stream",
+            n * (4 + 2 + 4 + 2),
+            n * (4 + 2 + 4 + 2 + 4 + 2),
+            [random(32, tokens, width, dtype=torch.float32), random(32, tokens, width)]
+            + [random(width) for _ in range(3)],
+            against(
+                lambda x, f, w, b, g: rn.add_norm(x, f, w, b, 1e-6, scale, g, dtype=BF16),
+                lambda x, f, w, b, g: _add_norm(rn, x, f, w, b, scale, g),
+            ),
+        )
+    )
+    for width, tokens in ((768, 196), (4096, 36), (4096, 256)):
+        n, target = 32 * tokens * width, torch.randn(32, tokens, width, device="cuda").to(BF16)
+        questions.append(
+            Question(
+                f"whitened_loss {width} x {tokens}",
+                4 * n,
+                6 * n,
+                [random(32, tokens, width)],
+                against(
+                    lambda s, t=target: wl.whitened_loss(s, t),
+                    lambda s, t=target: wl.whitened_loss_reference(s, t, 2.0, 1e-5),
+                ),
+            )
+        )
+    return questions
+
+
+def _results(pair: tuple[Tensor, Tensor], copy: torch.dtype | None) -> tuple[Tensor, ...]:
+    return pair[:1] if copy is None else pair
+
+
+def _with_copy(y: Tensor, copy: torch.dtype | None) -> tuple[Tensor, ...]:
+    return (y,) if copy is None else (y, y.to(copy))
+
+
+def _add_norm(rn: Any, x: Tensor, f: Tensor, w: Tensor, b: Tensor, scale: Tensor, g: Tensor):
+    y = rn.add_branch_reference(x, f, scale, g)
+    return y, rn.layer_norm_reference(y, w, b, 1e-6, BF16)
+
+
+def other_norms() -> dict[str, Callable]:
+    """LayerNorms of packages that may be installed."""
+    from fd_large.kernels import choose
+
+    found: dict[str, Callable] = {}
+    if choose.has_nvidia_apex():
+        norm = choose.apex_layer_norm()
+        found["apex"] = lambda x, w, b: norm(x, w, b, w.shape, 1e-5)
+    try:
+        liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+        found["liger"] = lambda x, w, b: liger.apply(x, w, b, 1e-5)
+    except ImportError:
+        pass
+    return found
+
+
+def attention_questions() -> list[Question]:
+    """Window attention at SwinV2's windows, beside flex_attention on windows already cut."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from fd_large.kernels.window_attention import window_attention
+
+    flex = torch.compile(flex_attention)
+    questions = []
+    for window, side, heads in (
+        (8, 64, 16),
+        (12, 48, 16),
+        (16, 64, 16),
+        (24, 48, 16),
+        (48, 48, 16),
+    ):
+        batch, width, n = 8, heads * 32, window * window
+        qkv = torch.randn(batch, side, side, 3 * width, device="cuda").to(BF16).requires_grad_()
+        table = torch.rand((2 * window - 1) ** 2, heads, device="cuda").mul(16).requires_grad_()
+        scale = torch.full((heads,), 10.0, device="cuda").requires_grad_()
+
+        def ours(qkv, table, scale, window=window, heads=heads):
+            return window_attention(
+                qkv, num_heads=heads, window=window, shift=window // 2, scale=scale, cosine=True,
+                table=table, memory="recompute",
+            )  # fmt: skip
+
+        def by_flex(qkv, table, scale, window=window, heads=heads, batch=batch, side=side):
+            # Without the shift's mask, and with windows cut and put back by copies.
+            count = side // window
+            q, k, v = (
+                qkv.view(batch, count, window, count, window, 3, heads, 32)
+                .permute(5, 0, 1, 3, 6, 2, 4, 7)
+                .reshape(3, batch * count * count, heads, window * window, 32)
+            )
+            q = (F.normalize(q.float(), dim=-1) * scale.view(-1, 1, 1)).to(q.dtype)
+            k = F.normalize(k.float(), dim=-1).to(k.dtype)
+
+            def bias(score, _b, h, i, j):
+                dy = i // window - j // window + window - 1
+                dx = i % window - j % window + window - 1
+                return score + table[dy * (2 * window - 1) + dx, h]
+
+            return flex(q, k, v, score_mod=bias, scale=1.0)
+
+        tokens = batch * side * side
+        questions.append(
+            Question(
+                f"window_attention {window}, {heads} heads of 32",
+                tokens * width * 2 * 4,
+                tokens * width * 2 * (3 + 1 + 1 + 3),
+                [qkv, table, scale],
+                {"triton (ours)": ours, "flex_attention": by_flex},
+                flops=4.0 * tokens * n * width,
+            )
+        )
+    return questions
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    samples = [seconds(lambda: target.copy_(source)) for _ in range(20)]
+    return 2 * source.numel() / statistics.median(samples[5:])
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """One call's time on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def answer(question: Question, samples: int, copy: float) -> None:
+    """Times the contenders by turns and appends their rows."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    times: dict[str, tuple[list[float], list[float]]] = {}
+    failed = {}
+    for sample in range(samples + 3):
+        for name, call in question.contenders.items():
+            if name in failed:
+                continue
+            try:
+                forward, backward = once(call, question.inputs, flush)
+            except Exception as error:  # A rival that does not run here is told, not fatal.
+                failed[name] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if sample >= 3:
+                pair = times.setdefault(name, ([], []))
+                pair[0].append(forward)
+                pair[1].append(backward)
+    for name, pair in times.items():
+        for way, values, moved, work in (
+            ("forward", pair[0], question.bytes_forward, question.flops),
+            ("backward", pair[1], question.bytes_backward, 2.5 * question.flops),
+        ):
+            median = statistics.median(values)
+            question.rows.append(
+                {
+                    "operation": question.name,
+                    "way": way,
+                    "by": name,
+                    "microseconds": 1e6 * median,
+                    "quartiles": [1e6 * q for q in statistics.quantiles(values, n=4)],
+                    "gigabytes_per_second": moved / median / 1e9,
+                    "share_of_copy": moved / median / copy,
+                    "tflops": work / median / 1e12 or None,
+                }
+            )
+    question.rows += [
+        {"operation": question.name, "by": name, "failed": why} for name, why in failed.items()
+    ]
+
+
+def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, float]:
+    """Seconds of a forward and of its backward, each with a cold cache."""
+    results: list[Any] = []
+    flush.zero_()
+    forward = seconds(lambda: results.append(call(*inputs)))
+    outputs = results[0] if isinstance(results[0], tuple) else (results[0],)
+    gradients = [torch.ones_like(output) for output in outputs]
+    flush.zero_()
+    backward = seconds(lambda: torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
+    return forward, backward
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "failed" in row:
+        return f"{row['operation']:38} {'':8} {row['by']:15} did not run: {row['failed'][:80]}"
+    work = f"{row['tflops']:7.1f}" if row["tflops"] else "      -"
+    return (
+        f"{row['operation']:38} {row['way']:8} {row['by']:15} {row['microseconds']:9.1f} us "
+        f"{row['gigabytes_per_second']:7.0f} GB/s {100 * row['share_of_copy']:5.0f}% {work} TFLOP/s"
+    )
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the share of the copy's bandwidth, forward and backward."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["operation"] for row in rows))
+    contenders = list(dict.fromkeys(row["by"] for row in rows))
+    height = 0.8 / len(contenders)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.5 * len(names) + 2), sharey=True)
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        for index, by in enumerate(contenders):
+            found = {
+                r["operation"]: r["share_of_copy"] for r in rows if (r["by"], r["way"]) == (by, way)
+            }
+            places = [i + (index - len(contenders) / 2 + 0.5) * height for i in range(len(names))]
+            axis.barh(places, [100 * found.get(name, 0) for name in names], height, label=by)
+        axis.axvline(85, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=way, xlabel="% of a copy's bandwidth")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[1].legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Runs what can be run here."""
+    arguments = parse()
+    if arguments.aot:
+        return ahead_of_time()
+    if not torch.cuda.is_available():
+        print("No CUDA device here: nothing to time. What can be known without one is what the")
+        print("kernels compile to: python benchmarks/kernels.py --aot")
+        return 0
+    os.environ["FD_KERNELS"] = "triton"
+    copy = copy_bandwidth()
+    questions = norm_questions(compiled=not arguments.quick) + attention_questions()
+    for question in questions:
+        answer(question, 15 if arguments.quick else 60, copy)
+        question.inputs.clear()
+    rows = [row for question in questions for row in question.rows]
+    write("kernels.json", {"copy_gigabytes_per_second": copy / 1e9, "rows": rows})
+    picture([row for row in rows if "failed" not in row], RESULTS / "kernels.png")
+    print(f"copy of 1 GiB: {copy / 1e9:.0f} GB/s, reads and writes counted")
+    print(*map(line, rows), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

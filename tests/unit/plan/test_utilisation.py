@@ -1,0 +1,42 @@
+"""Shares of a peak, and the peak of a card by its driver's name."""
+
+import pytest
+
+from fd_large.plan.flops import StepFlops
+from fd_large.plan.utilisation import peak_of, shares, step_flops
+from fd_large.recipes import registry
+
+STEP = StepFlops(student_forward=100, student_backward=200, teacher_forward=90, recomputation=100)
+
+
+def test_shares_by_hand():
+    found = shares(STEP, 1e3, micro_batches=4, seconds=2.0)
+    assert found == {
+        "tflops_per_gpu": pytest.approx(390 * 4 / 2 / 1e12),
+        "mfu": pytest.approx(0.78),
+        "hardware_utilisation": pytest.approx(0.98),
+    }
+    assert shares(STEP, None, micro_batches=4, seconds=2.0).keys() == {"tflops_per_gpu"}
+    assert shares(None, 1e3, micro_batches=4, seconds=2.0) == {}
+    assert shares(STEP, 1e3, micro_batches=0, seconds=0.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_by_name(name, peak):
+    assert peak_of(name) == peak
+
+
+def test_attention_is_made_again_on_gpus():
+    run = registry.get("fd_clip_vit_base")
+    there, here = (step_flops(run, 2, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert there.model == here.model
+    assert there.recomputation > here.recomputation == 0
