@@ -198,14 +198,17 @@ newest_checkpoint() {
 
 # Once: a job that Slurm requeues as well would run a second time after its end.
 requeue() {
-    local job state reason newest count=0 before='' pause
+    local job state reason newest count=0 before='' early=0 pause
     job=$(scontrol show job --oneliner "$SLURM_JOB_ID")
     field() { sed -n "s/.* $1=\([^ ]*\).*/\1/p" <<<"$job"; }
     state=$(field JobState) reason=$(field Reason)
+    newest=$(newest_checkpoint) newest=${newest:-none}
+    read -r count before early <"$ledger"
     # Where a partition's pre-emption means to cancel, nobody else would requeue.
     if [[ $(field PreemptTime) =~ ^[0-9] &&
         $(scontrol show partition "$(field Partition)") != *PreemptMode=CANCEL* ]]; then
         say "exit code $code; pre-empted by another job: Slurm requeues this one itself"
+        leave_to_slurm
         return
     fi
     if [[ $(field Requeue) == 0 ]]; then
@@ -216,21 +219,33 @@ requeue() {
         say "exit code $code; not requeued: cancelled, or Slurm has requeued it ($state)"
         return
     fi
-    newest=$(newest_checkpoint)
-    read -r count before <"$ledger"
     [[ $newest == "$before" ]] || count=0
     if ((count >= MAX_RESTARTS)); then
-        say "exit code $code; given up: no newer checkpoint than ${newest:-none} after $count" \
-            "restarts. See $logs-rank_*.log"
+        say "exit code $code; given up: no newer checkpoint than $newest after $count restarts." \
+            "See $logs-rank_*.log"
         return
     fi
-    echo "$((count + 1)) $newest" >"$ledger"
+    echo "$((count + 1)) $newest $((early))" >"$ledger"
     for pause in 0 10 60; do
         sleep "$pause"
         scontrol requeue "$SLURM_JOB_ID" || continue
-        say "exit code $code; requeued (${newest:-no checkpoint yet}, restart $((count + 1)) of" \
+        say "exit code $code; requeued (newest checkpoint: $newest; restart $((count + 1)) of" \
             "$MAX_RESTARTS from there)"
         return
     done
     say "exit code $code; Slurm did not take the requeue: submit again, the run goes on"
+}
+
+# The nodes are free as soon as the script ends. But the MaxBatchRequeue-th time that a job ends in
+# the grace of a pre-emption Slurm holds it (launch_failure_limit_exceeded_requeued_held); one that
+# it ended itself, when the grace was over, is not counted. So near the limit the script waits.
+leave_to_slurm() {
+    local most
+    most=$(scontrol show config | sed -n 's/^MaxBatchRequeue *= *//p')
+    if ((early + 1 < ${most:-5})); then
+        echo "$((count)) ${before:-none} $((early + 1))" >"$ledger"
+        return
+    fi
+    say "left early $early times, MaxBatchRequeue is ${most:-5}: waits for the end of the grace"
+    while [[ $asked != TERM ]]; do sleep 1; done
 }

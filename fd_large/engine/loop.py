@@ -271,14 +271,15 @@ class Trainer:
     def _roll_back(self, update: Update, at_most: int) -> bool:
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
-            log.error(
-                "runtime: no checkpoint of at most %d updates to go back to; the run ends. Lower "
-                "--optim.base_lr or save more often (--runtime.save_every), and start again.",
-                at_most,
-            )
+            if distributed.is_main():
+                log.error(
+                    "no checkpoint of at most %d updates to go back to: the run ends. Start it "
+                    "anew (--fresh) with a lower --optim.base_lr, or save more often "
+                    "(--runtime.save_every).",
+                    at_most,
+                )
             self._status = GUARD
             return False
-        log.warning("after update %d: back to the state of %d updates", update.index + 1, restored)
         for hook in self._hooks:
             hook.on_roll_back(update, restored)
         return True

@@ -970,5 +970,5 @@ def _constants(geometry: Geometry) -> dict[str, Any]:
         "STEP": geometry.step,
         "REST": geometry.rest,
         "num_warps": 4 if geometry.padded_width <= 64 else 8,
-        "num_stages": 2,
+        "num_stages": 1,
     }

@@ -7,8 +7,9 @@ Computation of a micro batch:
 - the rest: bytes moved (`plan.traffic`) / bandwidth, the gradients of the parameters, and the
   copies of gathered ones;
 - with checkpoints, the student's blocks once more;
-- starting the operations from Python, and DeepSpeed's hooks around each module at stage 3, which runs ahead of a GPU and counts only where it is longer
-  than the rest together; on CPU ranks it adds up.
+- starting the operations from Python, and DeepSpeed's hooks around each module at stage 3: Python
+  runs ahead of a GPU, so that this counts only where it is longer than the rest together; on CPU
+  ranks it adds up.
 
 Communication of a micro batch; S, T: one gather or scatter of student, teacher (`plan.cluster`):
 
@@ -36,9 +37,9 @@ from fd_large.plan.peak import Peak, peak_of
 from fd_large.plan.rates import Rates
 from fd_large.plan.setting import BUCKET_ELEMENTS, Machine, Setting, Workload
 
-# Of an update and parameter of the rank's share, float32: the norm reads 4, clipping scales 8, AdamW
-# reads gradient, master and moments and writes the last three 28, the new parameter reads 4; and
-# writes its own bytes.
+# Of an update and parameter of the rank's share, float32: the norm reads 4, clipping scales 8,
+# AdamW reads gradient, master and moments and writes the last three 28, the new parameter reads 4;
+# and writes its own bytes.
 OPTIMIZER_BYTES = 44
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), in the compute type.

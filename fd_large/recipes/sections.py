@@ -204,7 +204,8 @@ class Optim:
     # Factor of the rate from one layer to the one below it, down to the embedding; 1: all learn at
     # one rate. Warm-up start and end of the schedule are the same for all.
     layer_decay: float = 1.0
-    # Of an exponential moving average of the weights, which evaluation and export then use; 0: none.
+    # Of an exponential moving average of the weights, which evaluation and export then use;
+    # 0: none.
     ema_decay: float = 0.0
     # Passes over the data; they set the length of the schedule too.
     epochs: int = 300

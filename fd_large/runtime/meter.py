@@ -57,8 +57,7 @@ class Meter(Hook):
             path.touch()
             # The rows that stay are the file's beginning: cutting needs no room and no copy.
             os.truncate(path, sum(len(json.dumps(row)) + 1 for row in kept))
-            if kept:
-                self._first_loss, self._last_loss = kept[0]["loss"], kept[-1]["loss"]
+            self._note_losses(kept)
             self._path = path
             # An evaluation after `first_update` updates belongs to what is kept.
             for row in rows_before(_evaluations_path(setting.folder), setting.first_update + 1):
@@ -167,9 +166,6 @@ class Meter(Hook):
         self._written += len(pending)
         if self._path is None:
             return
-        if self._first_loss is None:
-            self._first_loss = pending[0].loss
-        self._last_loss = pending[-1].loss
         rows = [
             {
                 "update": update.index,
@@ -182,10 +178,18 @@ class Meter(Hook):
             }
             for update in pending
         ]
+        self._note_losses(rows)
         self._unwritten += [json.dumps(row) + "\n" for row in rows]
         self._append()
         for call in self._on_rows:
             call(rows)
+
+    def _note_losses(self, rows: Sequence[Row]) -> None:
+        """Of the first and the last update that moved the weights."""
+        losses = [row["loss"] for row in rows if not row.get("skipped")]
+        if losses:
+            self._first_loss = losses[0] if self._first_loss is None else self._first_loss
+            self._last_loss = losses[-1]
 
     def _append(self) -> None:
         """Writes whole rows or none: on a full disk they wait for the next interval."""

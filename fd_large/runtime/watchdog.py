@@ -154,6 +154,7 @@ class Watchdog(Hook):
                 self._fired.set()
                 try:
                     self._last_words(silence.seconds)
+                    kill_workers()
                 finally:
                     self._leave(EXIT_CODE)
                 return
@@ -215,6 +216,12 @@ class Watchdog(Hook):
     def _end_if_fired(self) -> None:
         if self._fired.is_set() and self._thread is not None:
             self._thread.join()
+
+
+def kill_workers() -> None:
+    """Ends the processes that load: one that hangs would not notice that its parent is gone."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def standpoint(frame: FrameType) -> str:

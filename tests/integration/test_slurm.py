@@ -107,7 +107,7 @@ def test_it_ran_once_after_each_requeue(interrupted: Interrupted) -> None:
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "3")
     assert said.count("ranks speak in") == 4
     # By itself after the signal; by Slurm after the other job, and for the dead node.
-    assert said.count("; requeued (step_") == 1, said
+    assert said.count("; requeued (newest checkpoint: step_") == 1, said
     assert said.count("pre-empted by another job: Slurm requeues this one itself") == 1, said
     summary = json.loads((interrupted.job.run_dir / "summary.json").read_text())
     assert summary["status"] == "done"

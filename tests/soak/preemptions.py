@@ -29,9 +29,11 @@ from slurm_cluster import Cluster, ended, missing  # noqa: E402
 from slurm_run import Job, lines, start, updates_done  # noqa: E402
 from twin import losses  # noqa: E402
 
-UPDATES_EACH = 14
+UPDATES_EACH = 8
 """Updates of the run per pre-emption: enough that it does not end before the last of them."""
-LONGEST_REST = 1.5  # seconds of training between the first update of a start and the pre-emption
+GRACE = 10
+"""Seconds that a save has; from the fifth on a pre-empted job waits for their end."""
+LONGEST_REST = 1.0  # seconds of training between the first update of a start and the pre-emption
 
 
 def wait_until_started(cluster: Cluster, job: Job, restarts: int) -> None:
@@ -92,7 +94,10 @@ def main() -> int:
         return 2
     updates = UPDATES_EACH * arguments.preemptions
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster") as cluster:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Cluster(Path(scratch) / "cluster", grace_seconds=GRACE) as cluster,
+    ):
         folder = Path(scratch)
         write_pictures(folder / "pictures", 264)  # 33 updates an epoch
         calm = start(cluster, folder, "calm", updates=updates)
@@ -110,6 +115,7 @@ def main() -> int:
             "while the ranks started": sum(one["while starting"] for one in met),
             "requeued by the script": job.said().count("; requeued ("),
             "requeued by Slurm": job.said().count("Slurm requeues this one itself"),
+            "of these after the end of the grace": job.said().count("waits for the end of the"),
             "starts": job.said().count("ranks speak in"),
             "end": f"{shown['JobState']}, exit code {shown['ExitCode'].split(':')[0]}",
             "updates": updates,

@@ -24,8 +24,12 @@ eval "${RANKS:-exit 0}"
 """
 SCONTROL = """#!/bin/bash
 case $1 in
-    show) [[ $2 == partition ]] && echo " PreemptMode=${MODE:-REQUEUE}" ||
-        echo "JobId=7 ${JOB:-JobState=RUNNING Reason=None Requeue=1 PreemptTime=None} x=y" ;;
+    show)
+        case $2 in
+            partition) echo " PreemptMode=${MODE:-REQUEUE}" ;;
+            config) echo "MaxBatchRequeue         = 3" ;;
+            job) echo "JobId=7 ${JOB:-$RUNNING} x=y" ;;
+        esac ;;
     requeue) echo "$2" >>"$SCRATCH/requeued" ;;
 esac
 """
@@ -54,6 +58,7 @@ class Script:
             "LOG_DIR": str(scratch / "logs"),
             "DATA_ROOT": str(scratch),
             "TEACHER_SOURCE": "random",
+            "RUNNING": "JobState=RUNNING Reason=None Requeue=1 PreemptTime=None",
             "skip": "0",
         }
         self.run_dir = scratch / "run"
@@ -224,9 +229,32 @@ def test_no_second_requeue_beside_slurms_own(job: str, requeues: int, script: Sc
     assert (code, script.requeues()) == (75, requeues), said
 
 
+PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
+
+
+def test_a_pre_empted_job_leaves_early_until_slurm_would_hold_it(script: Script) -> None:
+    script.run(RANKS="exit 1")  # a requeue of its own between them is not counted
+    for start in (1, 2):
+        code, _ = script.run(RANKS="exit 75", JOB=PREEMPTED, SLURM_RESTART_COUNT=str(start))
+        assert code == 75
+    # The third would be held.
+    process = script.start(
+        *("--runtime.run_dir", str(script.run_dir)),
+        **{"RANKS": "exit 75", "JOB": PREEMPTED, "SLURM_RESTART_COUNT": "3"},
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert process.stdout is not None
+    assert "left early 2 times, MaxBatchRequeue is 3: waits" in process.stdout.read()
+    assert script.requeues() == 1
+    # Restarts without progress are still counted from before.
+    assert (script.scratch / "logs/slurm-x-7.restarts").read_text() == "1 none 2\n"
+
+
 def test_a_pre_emption_that_would_cancel_is_requeued(script: Script) -> None:
-    job = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
-    script.run(RANKS="exit 75", JOB=job, MODE="CANCEL")
+    script.run(RANKS="exit 75", JOB=PREEMPTED, MODE="CANCEL")
     assert script.requeues() == 1
 
 
@@ -243,8 +271,7 @@ def test_without_a_newer_checkpoint_a_job_is_given_up(ranks: str, script: Script
         counts.append(script.requeues())
     # Two restarts from nothing, two from 10, three from 20; then none.
     assert counts == [1, 2, 3, 4, 5, 6, 7, 7, 7]
-    assert "given up: no newer checkpoint than" in said
-    assert "step_00000020 after 3 restarts" in said
+    assert "given up: no newer checkpoint than step_00000020 after 3 restarts." in said
     # Another job counts from the beginning.
     script.run(RANKS=ranks)
     assert script.requeues() == 8

@@ -8,6 +8,7 @@ import pytest
 from fd_large.plan import flops
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime import meter as meter_module
+from fd_large.runtime.hooks import Update
 from fd_large.runtime.meter import Meter
 
 
@@ -153,3 +154,14 @@ def test_a_teacher_that_cannot_be_counted_has_no_flops(make_setting, run_updates
     run_updates([Meter()], replace(setting, run=replace(setting.run, teacher=teacher)), 2)
     assert "tflops_per_gpu" not in rows(tmp_path)[0]
     assert "no FLOPs, no utilisation" in caplog.text
+
+
+def test_losses_of_the_summary_are_of_updates_that_moved_the_weights(make_setting, tmp_path):
+    meter, nan = Meter(), float("nan")
+    meter.on_start(make_setting(total=4))
+    for index, (loss, skipped) in enumerate([(nan, True), (0.5, False), (0.4, False), (9.0, True)]):
+        meter.after_update(Update(index, 4, 0, loss, 1.0, 1e-3, skipped))
+    meter.on_end("done")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["loss_start"], summary["loss_end"]) == (0.5, 0.4)
+    assert [row.get("skipped", False) for row in rows(tmp_path)] == [True, False, False, True]

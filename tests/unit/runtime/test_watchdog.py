@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -74,7 +75,9 @@ def loads_for_ever() -> None:
     time.sleep(600)
 
 
-def test_loading_processes_write_their_stacks_too(make_dog, capfd) -> None:
+def test_loading_processes_write_their_stacks_too_and_end(make_dog, monkeypatch, capfd) -> None:
+    kill_workers = module.kill_workers
+    monkeypatch.setattr(module, "kill_workers", lambda: None)  # for as long as it takes to write
     _, _, ended = make_dog(seconds=2.0)
     child = multiprocessing.get_context("fork").Process(target=loads_for_ever)
     child.start()
@@ -85,7 +88,9 @@ def test_loading_processes_write_their_stacks_too(make_dog, capfd) -> None:
             time.sleep(0.05)
             text += capfd.readouterr().err
         assert "in loads_for_ever" in text
-        assert child.is_alive()
+        kill_workers()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
     finally:
         child.kill()
         child.join()
