@@ -14,20 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large.kernels.attention import region_mask
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
+from fd_large.kernels.window_attention import position_index, region_ids, region_mask
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.resize import resize_images
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.models.swin import Swin
 from fd_large.models.swinv2 import SwinV2
-from fd_large.models.vit import ViT, relative_index
-from fd_large.models.windows import (
-    coordinate_table,
-    position_index,
-    region_ids,
-    window_shift,
-)
+from fd_large.models.vit import ViT
+from fd_large.models.windows import coordinate_table, window_shift
 from fd_large.weights.coverage import covered
 from fd_large.weights.formats import FORMATS, detect, translate
 from fd_large.weights.resize import progression, resize_positions, resize_table
@@ -259,7 +254,7 @@ def check_net(
     outputs = {"final": feature_map.tokens, "pooled": feature_map.tokens.mean(dim=1)}
     for name, value in trace.seen.items():
         if name == "rel_pos_bias":
-            index = relative_index(*net.image_grid, net.cls_token is not None, CPU)
+            index = position_index(*net.image_grid, net.cls_token is not None, CPU)
             outputs[name] = value[index].permute(2, 0, 1)
         elif name == "norm_pre":
             outputs["ln_pre"] = value
@@ -317,16 +312,17 @@ def _buffer_error(net: nn.Module, name: str, expected: Tensor, trace: Trace) -> 
         return max_relative(table.view(expected.shape), expected)
     if name.endswith("relative_position_index"):
         if isinstance(net, ViT):
-            index = relative_index(*net.image_grid, net.cls_token is not None, CPU)
+            index = position_index(*net.image_grid, net.cls_token is not None, CPU)
         else:
-            index = position_index(round(expected.shape[0] ** 0.5), CPU)
+            side = round(expected.shape[0] ** 0.5)
+            index = position_index(side, side, False, CPU)
         return max_relative(index, expected)
     if name.endswith("attn_mask"):
         stage, block = map(int, re.search(r"layers\.(\d+)\.blocks\.(\d+)", name).groups())
         height, width = trace.inputs[f"layers.{stage}.blocks.{block}"].shape[1:3]
         window = round(expected.shape[1] ** 0.5)
         shift = window_shift(height, width, window, block)
-        regions = region_ids(height, width, window, shift, CPU)
+        regions = region_ids(height, width, (window, window), shift, CPU)
         return max_relative(region_mask(regions, torch.float32), expected)
     return float("inf")
 

@@ -12,6 +12,7 @@ Debian's packages slurmctld, slurmd, slurm-client and munge; `missing()` says wh
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -64,6 +65,7 @@ SlurmdTimeout=10
 MessageTimeout=5
 KillWait=5
 MinJobAge=3600
+FirstJobId={first_job}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
@@ -114,7 +116,11 @@ class Cluster:
         self.config = self.folder / "slurm.conf"
         ports = _free_ports(nodes + 1)
         devices = [self.folder / f"gpu{number}" for number in range(gpus)]
-        text = CONFIG.format(port=ports[0], folder=self.folder, grace=grace_seconds)
+        # Ranks meet at a port made from the job's number: those of two clusters here must differ.
+        first_job = random.randrange(1, 60000)
+        text = CONFIG.format(
+            port=ports[0], folder=self.folder, grace=grace_seconds, first_job=first_job
+        )
         for number, port in enumerate(ports[1:], 1):
             count = f"Gres=gpu:{gpus}" if gpus else ""
             text += NODE.format(number=number, port=port, processors=processors, gpus=count)

@@ -381,10 +381,6 @@ def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 # --- the operation of the kernels ---
 
-# Side of the tiles of the bias table's gradient.
-SLOTS = 64
-
-
 class Partials(NamedTuple):
     """Shapes of the float32 partial sums of backward."""
 
@@ -444,12 +440,12 @@ class Geometry:
 
     @property
     def step(self) -> int:
-        """Tokens that a program looks at together."""
-        return 32 if self.tokens > 16 else 16
+        """Keys that forward looks at together; backward takes 16, as registers allow."""
+        return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property
     def rest(self) -> int:
-        """Tokens after whole steps, for a step of 16; 0: the last step is padded."""
+        """Keys after forward's whole steps, for a step of 16; 0: the last step is padded."""
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 
@@ -459,9 +455,14 @@ class Geometry:
         return _power_of_2(self.window[1])
 
     @property
+    def slots(self) -> int:
+        """Side of such a tile."""
+        return max(32, self.row)
+
+    @property
     def kinds(self) -> int:
         """Diagonals of such tiles; a prefix has three more."""
-        return 2 * _ceil(self.window[0], SLOTS // self.row) - 1 + 3 * self.prefix
+        return 2 * _ceil(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:
         """Over how many programs a head's windows are spread, for a tile of queries or keys.
@@ -478,7 +479,7 @@ class Geometry:
 
     def partials(self, batch: int) -> Partials:
         """Shapes of what backward sums in two stages."""
-        block = (2 * (SLOTS // self.row) - 1, self.window[1], self.window[1])
+        block = (2 * (self.slots // self.row) - 1, self.window[1], self.window[1])
         programs = self.chunks(batch) * self.tiles
         return Partials(
             (self.groups(batch), self.num_heads, self.kinds, *block),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fd_large.kernels.residual_norm_triton import on_device
-from fd_large.kernels.window_attention import SLOTS, Geometry
+from fd_large.kernels.window_attention import Geometry
 
 # Triton's interpreter multiplies bfloat16 wrongly and truncates where a GPU rounds.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -518,7 +518,6 @@ def _query_part(
     INTERPRETED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
-    REST: tl.constexpr,
 ):
     """Gradients of q, the bias and the scale: a tile of queries of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
@@ -536,16 +535,9 @@ def _query_part(
         dout, lse, delta = _output_terms(row, inside, BIAS, OUT, DOUT, LSE, rows, head, C, D, BD)
         narrow = _narrow(q, dtype, INTERPRETED)
         total = tl.zeros([TILE, BD], tl.float32)
-        for first in range(0, N - REST, STEP):
+        for first in range(0, N, STEP):
             total = _backward_keys(
                 first + tl.arange(0, STEP), total, narrow, dout, lse, delta,
-                number, offset, region, QKV, TABLE, scale * _LOG2_E, head, window, H, W, C,
-                PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
-            )  # fmt: skip
-        if REST > 0:
-            total = _backward_keys(
-                N - REST + tl.arange(0, triton.next_power_of_2(max(REST, 16))), total,
-                narrow, dout, lse, delta,
                 number, offset, region, QKV, TABLE, scale * _LOG2_E, head, window, H, W, C,
                 PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
             )  # fmt: skip
@@ -594,7 +586,6 @@ def _key_part(
     INTERPRETED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
-    REST: tl.constexpr,
 ):
     """Gradients of k and v: a tile of keys of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
@@ -608,16 +599,9 @@ def _key_part(
         scales = factor * (scale * _LOG2_E)
         dk = tl.zeros([TILE, BD], tl.float32)
         dv = tl.zeros([TILE, BD], tl.float32)
-        for first in range(0, N - REST, STEP):
+        for first in range(0, N, STEP):
             dk, dv = _backward_queries(
                 first + tl.arange(0, STEP), dk, dv, k, v, scales, inside, number, offset, region,
-                QKV, BIAS, TABLE, OUT, DOUT, LSE, rows, head, window, H, W, C,
-                PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
-            )  # fmt: skip
-        if REST > 0:
-            dk, dv = _backward_queries(
-                N - REST + tl.arange(0, triton.next_power_of_2(max(REST, 16))), dk, dv,
-                k, v, scales, inside, number, offset, region,
                 QKV, BIAS, TABLE, OUT, DOUT, LSE, rows, head, window, H, W, C,
                 PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
             )  # fmt: skip
@@ -772,7 +756,6 @@ def _backward(
     INTERPRETED: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
-    REST: tl.constexpr,
     SLOTS: tl.constexpr,
     ROW: tl.constexpr,
 ):
@@ -800,13 +783,13 @@ def _backward(
         _key_part(
             part - tables, head, QKV, BIAS, table, scale, OUT, DOUT, LSE, DQKV,
             rows, H, W, heads, windows, chunks,
-            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP, REST,
+            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP,
         )  # fmt: skip
     else:
         _query_part(
             part - tables - parts, head, QKV, BIAS, table, scale, OUT, DOUT, LSE, DQKV, DBIAS,
             DSCALE, rows, H, W, heads, windows, chunks,
-            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP, REST,
+            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP,
         )  # fmt: skip
 
 
@@ -872,6 +855,8 @@ def forward(
             geometry.height,
             geometry.width,
             geometry.num_heads,
+            STEP=geometry.step,
+            REST=geometry.rest,
             **_constants(geometry),
         )
     return out, lse
@@ -896,7 +881,7 @@ def backward(
     dbias = None if bias is None else scale.new_empty(shapes.bias)
     dscale = scale.new_empty(shapes.scale) if geometry.cosine else None
     tables = 0 if table is None else groups * geometry.kinds
-    slots = {"SLOTS": SLOTS, "ROW": geometry.row}
+    slots = {"SLOTS": geometry.slots, "ROW": geometry.row}
     with on_device(qkv):
         _backward[(heads * (tables + 2 * chunks * geometry.tiles),)](
             qkv,
@@ -917,6 +902,7 @@ def backward(
             batch * geometry.windows,
             chunks,
             groups,
+            STEP=16,
             **slots,
             **_constants(geometry),
         )
@@ -967,8 +953,6 @@ def _constants(geometry: Geometry) -> dict[str, Any]:
         "COSINE": geometry.cosine,
         "INTERPRETED": _INTERPRETED,
         "TILE": geometry.tile,
-        "STEP": geometry.step,
-        "REST": geometry.rest,
         "num_warps": 4 if geometry.padded_width <= 64 else 8,
         "num_stages": 1,
     }

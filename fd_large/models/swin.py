@@ -9,16 +9,15 @@ Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.kernels.attention import Memory, attention
 from fd_large.kernels.residual_norm import add_branch
+from fd_large.kernels.window_attention import Memory, window_attention
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp
-from fd_large.models.windows import fit_window, in_windows, position_index, window_shift
+from fd_large.models.windows import fit_window, window_shift
 
 
 class Swin(HierarchicalBackbone):
@@ -195,7 +194,7 @@ class Block(nn.Module):
             )
         shift = window_shift(height, width, self.window_size, self.index)
         compute = self.attn.qkv.weight.dtype
-        branch = in_windows(self.norm1(x, compute), self.window_size, shift, self.attn)
+        branch = self.attn(self.norm1(x, compute), shift)
         first, second = (None, None) if scales is None else scales
         x, normed = self.norm2(x, branch, first, None, compute)
         return add_branch(x, self.mlp(normed), second)
@@ -223,23 +222,20 @@ class WindowAttention(nn.Module):
         self.qkv = Linear(width, 3 * width, draw=draw, bias=qkv_bias)
         self.proj = Linear(width, width, draw=draw)
 
-    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:
-        """Maps (G, w * w, C) to the same shape; regions as in `kernels.attention`."""
-        qkv = self.qkv(x)
-        q, k, v = rearrange(qkv, "g n (three h d) -> three g h n d", three=3, h=self.num_heads)
+    def forward(self, x: Tensor, shift: int) -> Tensor:
+        """Maps (B, H, W, C) to the same shape; windows are shifted by so many tokens."""
         table = self.relative_position_bias_table
-        out = attention(
-            q,
-            k,
-            v,
-            scale=q.shape[-1] ** -0.5,
+        out = window_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            window=self.window_size,
+            shift=shift,
+            scale=(x.shape[-1] // self.num_heads) ** -0.5,
             cosine=False,
-            bias_table=table.to(torch.promote_types(table.dtype, torch.float32)),
-            bias_index=position_index(self.window_size, x.device),
-            regions=regions,
+            table=table.to(torch.promote_types(table.dtype, torch.float32)),
             memory=self.memory,
         )
-        return self.proj(rearrange(out, "g h n d -> g n (h d)"))
+        return self.proj(out)
 
 
 class Downsample(PatchMerging):

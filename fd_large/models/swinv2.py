@@ -12,23 +12,18 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError
-from fd_large.kernels.attention import Memory, attention
+from fd_large.kernels.window_attention import Memory, window_attention
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.models.initialization import Draw, Initialization, Scheme, scheme
 from fd_large.models.layers import Float32Linear, LayerNorm, Linear, Mlp, ResidualNorm
-from fd_large.models.windows import (
-    coordinate_table,
-    fit_window,
-    in_windows,
-    position_index,
-    window_shift,
-)
+from fd_large.models.windows import coordinate_table, fit_window, window_shift
 
 _CPB_HIDDEN = 512
+# That a frozen MLP remembers: as many as there are sizes of maps.
+_MOST_TABLES = 16
 _MAX_LOG_SCALE = math.log(100)
 
 
@@ -184,11 +179,12 @@ class Stage(nn.Module):
             x: (B, H, W, C).
             scales: (2 * depth, B) float32, drop path's factors; None: none.
         """
-        table = None
-        if self.position_bias is not None:
-            window = fit_window(*x.shape[1:3], self.window_size)
-            table = self.position_bias(window, self.pretrained_window, x.device)
+        window = fit_window(*x.shape[1:3], self.window_size)
+        where = (window, self.pretrained_window, x.device)
+        shared = None if self.position_bias is None else self.position_bias(*where)
         for i, block in enumerate(self.blocks):
+            # Here, where no activation checkpoint makes it a second time.
+            table = block.attn.cpb_mlp.table(*where) if shared is None else shared
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table)
         return x if self.downsample is None else self.downsample(x)
 
@@ -241,25 +237,21 @@ class Block(nn.Module):
         self.extra_norm = LayerNorm(width, norm_eps) if extra_norm else None
 
     def forward(
-        self, x: Tensor, scales: Tensor | None = None, position_table: Tensor | None = None
+        self, x: Tensor, scales: Tensor | None, position_table: Tensor
     ) -> Tensor:
         """Maps (B, H, W, C) to the same shape.
 
         Args:
             x: (B, H, W, C), the residual stream.
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
-            position_table: (R, h) float32 of a shared position bias; None: the block's own.
+            position_table: ((2w - 1)^2, h) float32, of the block or its stage.
         """
         height, width = x.shape[1:3]
         window = fit_window(height, width, self.window_size)
         shift = window_shift(height, width, self.window_size, self.index)
 
-        def attend(groups: Tensor, regions: Tensor | None) -> Tensor:
-            return self.attn(groups, window, regions, position_table)
-
         compute = self.attn.qkv.weight.dtype
-        # Cast before windows are cut, so that the rearranged copies have the narrower dtype.
-        branch = in_windows(x.to(compute), window, shift, attend)
+        branch = self.attn(x.to(compute), window, shift, position_table)
         first, second = (None, None) if scales is None else scales
         x, narrow = self.norm1(x, branch, first, compute)
         x, _ = self.norm2(x, self.mlp(narrow), second, x.dtype)
@@ -285,7 +277,7 @@ class CosineAttention(nn.Module):
         self.num_heads, self.pretrained_window, self.memory = num_heads, pretrained_window, memory
         self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
         nn.init.constant_(self.logit_scale, math.log(10))
-        self.cpb_mlp = _cpb_mlp(num_heads, scheme) if own_position_bias else None
+        self.cpb_mlp = PositionMlp(num_heads, scheme) if own_position_bias else None
         self.qkv = Linear(width, 3 * width, draw=scheme.linear, bias=False)
         self.q_bias = self.v_bias = None
         if qkv_bias:
@@ -294,30 +286,63 @@ class CosineAttention(nn.Module):
             nn.init.zeros_(self.v_bias)
         self.proj = Linear(width, width, draw=end)
 
-    def forward(
-        self, x: Tensor, window: int, regions: Tensor | None, position_table: Tensor | None
-    ) -> Tensor:
-        """Maps (G, w * w, C) to the same shape; regions and table as in `kernels.attention`."""
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = self.qkv(x, bias)
-        q, k, v = rearrange(qkv, "g n (three h d) -> three g h n d", three=3, h=self.num_heads)
+    def forward(self, x: Tensor, window: int, shift: int, position_table: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to the same shape.
+
+        Args:
+            x: (B, H, W, C).
+            window: Side w in tokens.
+            shift: Of the windows, in tokens.
+            position_table: ((2w - 1)^2, h) float32.
+        """
+        bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
-        if self.cpb_mlp is not None:
-            position_table = _position_table(self.cpb_mlp, window, self.pretrained_window, x.device)
-        out = attention(
-            q,
-            k,
-            v,
-            scale=self.logit_scale.to(wide).clamp(max=_MAX_LOG_SCALE).exp(),
+        out = window_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            window=window,
+            shift=shift,
+            scale=self.logit_scale.to(wide).clamp(max=_MAX_LOG_SCALE).exp().flatten(),
             cosine=True,
-            bias_table=position_table,
-            bias_index=position_index(window, x.device),
-            regions=regions,
+            bias=bias,
+            table=position_table,
             memory=self.memory,
         )
-        return self.proj(rearrange(out, "g h n d -> g n (h d)"))
+        return self.proj(out)
+
+
+class PositionMlp(nn.Sequential):
+    """From log-spaced offsets to position biases; a frozen one remembers its tables."""
+
+    def __init__(self, num_heads: int, scheme: Scheme):
+        super().__init__(
+            Float32Linear(2, _CPB_HIDDEN, draw=scheme.linear),
+            nn.ReLU(),
+            Float32Linear(_CPB_HIDDEN, num_heads, draw=scheme.linear, bias=False),
+        )
+        self._tables: dict[tuple, Tensor] = {}
+
+    def table(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
+        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32.
+
+        Args:
+            window: Side w in tokens.
+            pretrained_window: Of pre-training, which scales coordinates; 0: the window itself.
+            device: Of the result.
+        """
+        # Under ZeRO-3 (whose parameters have a number) modules must be called in the same order in
+        # every step. Versions count changes in place, so other weights make other tables.
+        frozen = not any(p.requires_grad or hasattr(p, "ds_id") for p in self.parameters())
+        versions = [(p._version, p.dtype) for p in self.parameters()] if frozen else ()
+        key = (window, pretrained_window, device, *versions)
+        if frozen and key in self._tables:
+            return self._tables[key]
+        table = 16 * torch.sigmoid(self(coordinate_table(window, pretrained_window, device)))
+        if frozen and not torch.is_inference(table):
+            if len(self._tables) == _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
 
 
 class PositionBias(nn.Module):
@@ -325,11 +350,11 @@ class PositionBias(nn.Module):
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__()
-        self.cpb_mlp = _cpb_mlp(num_heads, scheme)
+        self.cpb_mlp = PositionMlp(num_heads, scheme)
 
     def forward(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
         """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32."""
-        return _position_table(self.cpb_mlp, window, pretrained_window, device)
+        return self.cpb_mlp.table(window, pretrained_window, device)
 
 
 class Downsample(PatchMerging):
@@ -343,17 +368,3 @@ class Downsample(PatchMerging):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""
         return self.norm(self.reduction(super().forward(x)), x.dtype)
-
-
-def _cpb_mlp(num_heads: int, scheme: Scheme) -> nn.Sequential:
-    return nn.Sequential(
-        Float32Linear(2, _CPB_HIDDEN, draw=scheme.linear),
-        nn.ReLU(),
-        Float32Linear(_CPB_HIDDEN, num_heads, draw=scheme.linear, bias=False),
-    )
-
-
-def _position_table(
-    mlp: nn.Sequential, window: int, pretrained_window: int, device: torch.device
-) -> Tensor:
-    return 16 * torch.sigmoid(mlp(coordinate_table(window, pretrained_window, device)))

@@ -9,22 +9,19 @@ Sources: Dosovitskiy et al., arXiv 2010.11929; Wei et al., arXiv 2205.14141; Bao
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.kernels.attention import Memory, attention
 from fd_large.kernels.residual_norm import add_branch
+from fd_large.kernels.window_attention import Memory, image_attention
 from fd_large.models.drop_path import branch_scales, linear_rates
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
-from fd_large.models.windows import grid_index
 
 QkvBias = Literal["none", "qv", "qkv", "fused"]
 RelativePosition = Literal["none", "shared", "block"]
@@ -217,11 +214,8 @@ class ViT(nn.Module):
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         table = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        index = None
-        if self.has_relative_position:
-            index = relative_index(*grid, self.cls_token is not None, images.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, index)
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
         x = self.norm(x)
         if self.drop_distillation_token:
             x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
@@ -290,9 +284,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        scales: Tensor | None = None,
-        table: Tensor | None = None,
-        index: Tensor | None = None,
+        scales: Tensor | None,
+        table: Tensor | None,
+        grid: tuple[int, int],
     ) -> Tensor:
         """Maps (B, N, C) to the same shape.
 
@@ -300,10 +294,10 @@ class Block(nn.Module):
             x: (B, N, C), the residual stream.
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
             table: (R, h) float32, the shared position table; None: the block's own, or none.
-            index: (N, N) int64, rows of the table; None: no relative positions.
+            grid: Rows and columns of the patches.
         """
         compute = self.attn.qkv.weight.dtype
-        branch = self.attn(self.norm1(x, compute), table, index)
+        branch = self.attn(self.norm1(x, compute), table, grid)
         first, second = (None, None) if scales is None else scales
         x, normed = self.norm2(x, branch, first, self.gamma_1, compute)
         return add_branch(x, self.mlp(normed), second, self.gamma_2)
@@ -339,27 +333,25 @@ class Attention(nn.Module):
             fill(self.relative_position_bias_table, scheme.table)
         self.proj = Linear(width, width, draw=end)
 
-    def forward(self, x: Tensor, table: Tensor | None, index: Tensor | None) -> Tensor:
-        """Maps (B, N, C) to the same shape; table and index as in `kernels.attention`."""
-        bias = None
-        if self.q_bias is not None:
-            k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
-            bias = torch.cat([self.q_bias, k_bias, self.v_bias])
-        qkv = self.qkv(x, bias)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+    def forward(self, x: Tensor, table: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Maps (B, N, C) to the same shape; table and grid as in `image_attention`."""
+        projected = added = None
+        if self.k_bias is not None:
+            projected = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        elif self.q_bias is not None:
+            added = torch.stack([self.q_bias, self.v_bias])
         if self.relative_position_bias_table is not None:
             table = _float32(self.relative_position_bias_table)
-        out = attention(
-            q,
-            k,
-            v,
-            scale=q.shape[-1] ** -0.5,
-            cosine=False,
-            bias_table=table,
-            bias_index=index,
+        out = image_attention(
+            self.qkv(x, projected),
+            num_heads=self.num_heads,
+            grid=grid,
+            scale=(x.shape[-1] // self.num_heads) ** -0.5,
+            bias=added,
+            table=table,
             memory=self.memory,
         )
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return self.proj(out)
 
 
 class RelativePositionBias(nn.Module):
@@ -374,23 +366,6 @@ class RelativePositionBias(nn.Module):
         """Returns the table, (R, h) float32."""
         # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
         return _float32(self.relative_position_bias_table).clone()
-
-
-@lru_cache(maxsize=32)
-def relative_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
-    """Returns the table row of every (query, key) pair: (N, N) int64.
-
-    Pairs of patches come first, then three rows: CLS to any, any to CLS, CLS to itself.
-    """
-    index = grid_index(rows, columns)
-    if class_token:
-        n = (2 * rows - 1) * (2 * columns - 1)
-        patches, index = index, np.empty((rows * columns + 1,) * 2, dtype=np.int64)
-        index[1:, 1:] = patches
-        index[0, :], index[:, 0], index[0, 0] = n, n + 1, n + 2
-    # Not an inference tensor: a student may use the cache that a teacher filled.
-    with torch.inference_mode(False):
-        return torch.from_numpy(index).to(device)
 
 
 def _float32(table: Tensor) -> Tensor:

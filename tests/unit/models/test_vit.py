@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.models.vit import ViT, relative_index
+from fd_large.models.vit import ViT
 
-CPU = torch.device("cpu")
 STUDENT = {
     "absolute_position": False,
     "relative_position": "shared",
@@ -75,24 +74,6 @@ def test_dropped_distillation_token_leaves_the_others():
     whole = tiny(distillation_token=True)(images).tokens
     without = tiny(distillation_token=True, keep_distillation_token=False)(images).tokens
     assert torch.equal(without, whole[:, [0, *range(2, 18)]])
-
-
-@pytest.mark.parametrize(("grid", "rows"), [(14, 732), (16, 964)])
-def test_relative_table_has_three_rows_for_cls(grid, rows):
-    index = relative_index(grid, grid, True, CPU)
-    assert index.max() == rows - 1
-    assert index[0, 0] == rows - 1
-    assert (index[0, 1:] == rows - 3).all()
-    assert (index[1:, 0] == rows - 2).all()
-    assert (index[1:, 1:] < rows - 3).all()
-
-
-def test_relative_index_of_a_rectangle():
-    index = relative_index(2, 3, False, CPU)
-    for query in range(6):
-        for key in range(6):
-            dy, dx = query // 3 - key // 3, query % 3 - key % 3
-            assert index[query, key] == (dy + 1) * 5 + dx + 2
 
 
 def test_key_bias_cannot_change_the_output():

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
+from fd_large.kernels.window_attention import position_index
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
-from fd_large.models.windows import coordinate_table, position_index
+from fd_large.models.windows import coordinate_table
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.source import open_weights
 
@@ -105,7 +106,9 @@ def test_official_swinv2_tells_its_windows(name, tmp_path):
         for b in range(config["depths"][s]):
             at = f"layers.{s}.blocks.{b}.attn"
             state[f"{at}.relative_coords_table"] = made.view(1, n, n, 2)
-            state[f"{at}.relative_position_index"] = position_index(window, torch.device("cpu"))
+            state[f"{at}.relative_position_index"] = position_index(
+                window, window, False, torch.device("cpu")
+            )
     torch.save({"model": state}, tmp_path / "swinv2.pth")
     net, teacher = loaded(tmp_path / "swinv2.pth")
     assert teacher.architecture.window_size == min(table, side)
