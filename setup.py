@@ -46,6 +46,8 @@ setup(
             "mpich>=5",
             # Beside our own loader in benchmarks/data_pipeline.py.
             "webdataset>=0.2.100",
+            # Its interpreter runs the GPU kernels on the CPU, its compilers need no GPU.
+            "triton>=3.2; platform_system=='Linux'",
             # Whose checkpoints and nets ours are held against.
             "open_clip_torch>=2.24",
             "transformers>=4.40",

@@ -15,7 +15,7 @@
 # Runs are killed once they have enough updates, so that none writes its 50 GB checkpoint.
 # Writes benchmarks/results/gpu.json, kernels.json and kernels.png.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 DRY=${FD_GPU_DRY:-}
@@ -70,7 +70,7 @@ train() {
   FD_KERNELS=$kernels setsid "${command[@]}" >"$WORK/$name.log" 2>&1 &
   local group=$!
   while kill -0 "$group" 2>/dev/null && [ $SECONDS -lt $until ]; do
-    [ "$(wc -l <"$folder/metrics.jsonl" 2>/dev/null || echo 0)" -ge $UPDATES ] && break
+    [ "$(cat "$folder/metrics.jsonl" 2>/dev/null | wc -l)" -ge $UPDATES ] && break
     sleep 1
   done
   kill -KILL -- "-$group" 2>/dev/null

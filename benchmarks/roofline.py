@@ -61,6 +61,8 @@ FREE = {
     *("alias", "detach", "detach_", "_unsafe_view", "lift_fresh", "_reshape_alias", "sym_size"),
     *("_local_scalar_dense", "is_same_size"),
 }
+# They take a tensor for its dtype and device only.
+FACTORIES = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like"}
 WRITE_ONLY = {"zero_", "fill_", "copy_", "bernoulli_", "normal_", "uniform_", "random_"}
 GATHER = {"index", "index_select", "embedding", "gather"}
 
@@ -256,7 +258,7 @@ def _traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> tuple[in
             written += _bytes(t)
     if name in GATHER:
         seen[_place(args[0])] = min(_bytes(args[0]), sum(_bytes(t) for t in outs))
-    return sum(seen.values()), written
+    return 0 if name in FACTORIES else sum(seen.values()), written
 
 
 def _bytes(t: Tensor) -> int:

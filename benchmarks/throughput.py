@@ -1,232 +1,340 @@
-"""How many images a second does a distillation step take at ZeRO 1, 2 and 3?
+"""How many images a second does a distillation step take here, and how many do others take?
 
     python benchmarks/throughput.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
+        [--micro-batch 8] [--precision float32] [--contenders zero1 ddp ...] [--peer-repo PATH]
 
-Starts its own ranks (one per GPU, or `--ranks` CPU ranks), builds one engine per stage side by side
-and lets them take turns, so that whatever else the machine does hits all alike. The same student,
-teacher (random weights, sharded), batch and precision everywhere; images are uint8 noise in memory,
-so that no loader is measured. Writes benchmarks/results/throughput.json and a picture.
+Starts its own ranks (one per GPU, or `--ranks` CPU ranks; `--launcher "srun --nodes=4 ..."` for
+another way), builds all contenders side by side (contenders.py) and lets them take turns, so that
+whatever else the machine does hits all alike. The student is a SwinV2, the teacher a Swin of the
+same widths with random weights, whole on every rank; images are uint8 noise in memory, so that no
+loader is measured. `--ranks 1` sets the engine against the plain torch step.
+
+Then each contender runs alone in fresh ranks, for its peak of memory. Writes a table, and
+benchmarks/results/throughput_RANKS_PRECISION.json, .csv and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-STAGES = (1, 2, 3)
+import ranks as here
+from ranks import RESULTS
+
+WARM_UP = 2
+GIGABYTE = 1e9
 
 
 def parse() -> argparse.Namespace:
     """Flags of the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, a small student")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds, small images")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--model", default="swinv2_tiny", help="student and teacher")
-    parser.add_argument("--image-size", type=int, default=128, help="pixels")
+    parser.add_argument("--launcher", default="", help="what starts the ranks; default torchrun")
+    parser.add_argument("--model", default="swinv2_tiny", help="a SwinV2 student")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels, a multiple of 64")
     parser.add_argument("--micro-batch", type=int, default=8, help="images per rank and step")
-    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each stage")
-    parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
-    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument("--peer-repo", type=Path, help="a checkout of Feature-Distillation")
+    parser.add_argument("--no-memory", action="store_true", help="speed alone")
+    parser.add_argument("--out", type=Path, help="the JSON; .csv and .png lie beside it")
+    parser.add_argument("--as-rank", action="store_true", help="this process is a rank already")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.image_size, arguments.micro_batch = 4, 64, 2
+    return arguments
 
 
-def start_ranks(arguments: argparse.Namespace) -> int:
-    """Runs this file again on every rank."""
+def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
+    """The contenders in the order that they are built in."""
+    from contenders import ORDER
+
+    wanted = arguments.contenders or [n for n in ORDER if n != "peer" or arguments.peer_repo]
+    unknown = [name for name in wanted if name not in ORDER]
+    if unknown:
+        sys.exit(f"--contenders: no such name; got {unknown[0]}, expected some of {ORDER}.")
+    if world == 1 and not arguments.contenders:
+        wanted = [name for name in wanted if name in ("alone", "zero0", "zero1", "peer")]
+    return [name for name in ORDER if name in wanted]
+
+
+def run_as_rank(arguments: argparse.Namespace) -> int:
+    """Measures speed, or of one contender the memory; rank 0 writes the JSON."""
     import torch
-
-    ranks = torch.cuda.device_count() or arguments.ranks
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += [__file__, *sys.argv[1:], "--as-rank"]
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONWARNINGS": "ignore",
-    }
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
-def build_engines(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One engine per stage, all with the same recipe."""
-    from fd_large import distributed
-    from fd_large.engine import config as ds
-    from fd_large.engine.build import (
-        build_engine,
-        build_teacher,
-        parameter_sizes,
-        precision_of,
-        task_maker,
-    )
-    from fd_large.recipes import registry
-    from fd_large.recipes.architectures import Architecture
-
-    run = registry.get("fd_swinv2_base")
-    shape = Architecture(window_size=arguments.image_size // 16)
-    world = distributed.world_size()
-    run = replace(
-        run,
-        student=replace(run.student, model=arguments.model, architecture=shape),
-        teacher=replace(
-            run.teacher,
-            model=arguments.model,
-            architecture=shape,
-            source="random",
-            placement="sharded",
-        ),
-        data=replace(run.data, image_size=arguments.image_size),
-        batch=replace(
-            run.batch,
-            global_batch_size=arguments.micro_batch * world,
-            micro_batch_size=arguments.micro_batch,
-        ),
-    )
-    precision, sizes = precision_of(run), parameter_sizes(run)
-    threshold, _ = ds.persistence_threshold(sizes)
-    teacher = build_teacher(run, precision, node_size=world, persistence_threshold=threshold)
-    engines = {}
-    for stage in STAGES:
-        numbers = ds.RunNumbers(
-            arguments.micro_batch, 1, world, world, run.optim.clip_norm, precision.bfloat16, sizes
-        )
-        config = ds.fill(ds.load(ROOT / f"ds_configs/zero{stage}.json"), numbers)
-        engines[f"ZeRO-{stage}"] = build_engine(
-            run, task_maker(run, teacher, teacher.width), config
-        )
-    return engines
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Seconds of every measured step by stage; the report on rank 0, None elsewhere."""
-    import torch
+    from contenders import Setting, Unavailable, build, share
 
     from fd_large import distributed
     from fd_large.data.loader import Batch
     from fd_large.engine import start
-    from fd_large.engine.forward import forward_backward
-    from fd_large.engine.optimizer import set_rate
 
     distributed.start()
     start.start()
-    engines = build_engines(arguments)
-    device, size = distributed.device(), arguments.image_size
-    images = torch.randint(0, 256, (arguments.micro_batch, 3, size, size), dtype=torch.uint8)
-    positions = torch.arange(arguments.micro_batch)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    warm_up = 2
-    for turn in range(warm_up + arguments.rounds):
-        for name, engine in engines.items():
-            set_rate(engine.deepspeed.optimizer, 1e-4)
-            distributed.barrier()
-            begin = time.perf_counter()
-            forward_backward(engine, Batch(images, 0, positions, positions), 0)
-            engine.deepspeed.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            distributed.barrier()
-            if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - begin)
-    if not distributed.is_main():
-        return None
-    return report(arguments, seconds, sum(p.numel() for p in _any(engines).task.parameters()))
+    world, size = distributed.world_size(), arguments.image_size
+    before = _memory(reset=True)
+    setting: Setting = share(
+        arguments.model, size, arguments.micro_batch, arguments.precision, arguments.peer_repo
+    )
+    generator = torch.Generator().manual_seed(distributed.rank())
+    shape = (arguments.micro_batch, 3, size, size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    positions = torch.arange(arguments.micro_batch) + arguments.micro_batch * distributed.rank()
+    batch = Batch(images, 0, positions, positions)
+    steps, left_out, first_losses = {}, {}, {}
+    for name in [arguments.alone] if arguments.alone else chosen(arguments, world):
+        try:
+            steps[name] = build(name, setting)
+        except Unavailable as error:
+            left_out[name] = str(error)
+            continue
+        for turn in range(WARM_UP):
+            loss = distributed.mean(steps[name](batch)).item()
+            if turn == 0:
+                first_losses[name] = loss
+    found: dict[str, Any] = {"left_out": left_out}
+    if arguments.alone and steps:
+        _memory(reset=True)
+        for step in list(steps.values()) * 2:
+            step(batch)
+        found["peak_memory_bytes"] = distributed.max_rank(_memory() - before)
+    elif steps:
+        seconds = _take_turns(steps, batch, arguments.rounds)
+        found |= report(arguments, setting, seconds)
+        for name, loss in first_losses.items():
+            found["contenders"][name]["first_loss"] = loss
+    if distributed.is_main():
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    return distributed.leave(0)
 
 
-def _any(engines: dict[str, Any]) -> Any:
-    return engines["ZeRO-1"]
+def _memory(*, reset: bool = False) -> int:
+    """The most that this rank has held since a reset: of its GPU, else of the process."""
+    import torch
+
+    from fd_large import distributed
+    from fd_large.engine.micro_batch import HostMemory
+
+    if distributed.device().type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    memory = HostMemory()
+    if reset:
+        memory.reset()
+    return memory.peak()
 
 
-def report(
-    arguments: argparse.Namespace, seconds: dict[str, list[float]], parameters: int
-) -> dict[str, Any]:
-    """Medians, spread, and ratios of each round's pair, fastest stage first."""
-    from importlib.metadata import version
+def _take_turns(steps: dict[str, Any], batch: Any, rounds: int) -> dict[str, list[float]]:
+    import torch
 
     from fd_large import distributed
 
-    images = arguments.micro_batch * distributed.world_size()
-    fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
-    rows = {}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for order in here.turns(list(steps), rounds):
+        for name in order:
+            distributed.barrier()
+            begin = time.perf_counter()
+            steps[name](batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            distributed.barrier()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def report(
+    arguments: argparse.Namespace, setting: Any, seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Figures of every contender; speeds are relative to the fastest that does the whole work."""
+    from fd_large import distributed
+
+    world = distributed.world_size()
+    images = arguments.micro_batch * world
+    # Without exchange several ranks train several nets: a bound, no contender.
+    whole = [name for name in seconds if world == 1 or name != "alone"] or list(seconds)
+    medians = {name: here.spread(seconds[name])["median"] for name in seconds}
+    fastest = min(whole, key=medians.__getitem__)
+    rows: dict[str, Any] = {}
     for name, samples in seconds.items():
-        ratios = [a / b for a, b in zip(seconds[fastest], samples, strict=True)]
         rows[name] = {
-            "images_per_second": images / statistics.median(samples),
-            "seconds_median": statistics.median(samples),
-            "seconds_quartiles": statistics.quantiles(samples, n=4),
-            f"speed_relative_to_{fastest}": statistics.median(ratios),
-            "relative_quartiles": statistics.quantiles(ratios, n=4),
-            "samples": samples,
+            "images_per_second": images / medians[name],
+            "seconds": here.spread(samples),
+            "relative_speed": here.paired(seconds[fastest], samples),
         }
     return {
         "question": __doc__.splitlines()[0],
-        "command": "python benchmarks/throughput.py "
-        + " ".join(a for a in sys.argv[1:] if a != "--as-rank"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {distributed.device().type}",
-        "versions": {p: version(p) for p in ("torch", "deepspeed")},
-        "ranks": distributed.world_size(),
-        "student": arguments.model,
-        "trained_parameters": parameters,
+        **here.conditions(__file__),
+        "load_average": os.getloadavg()[0],
+        "ranks": world,
+        "nodes": world // distributed.local_world_size(),
+        "model": arguments.model,
+        "trained_parameters": sum(p.numel() for p in setting.make_task().parameters()),
         "image_size": arguments.image_size,
         "micro_batch": arguments.micro_batch,
-        "stages": rows,
+        "precision": "bfloat16" if setting.precision.bfloat16 else "float32",
+        "fastest": fastest,
+        "contenders": rows,
     }
 
 
+def start_ranks(arguments: argparse.Namespace) -> int:
+    """Speed of all side by side, then the memory of each alone; table, files, picture."""
+    words = [word for word in sys.argv[1:] if word != "--as-rank"]
+    with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
+        part = Path(folder) / "part.json"
+
+        def run(*more: str) -> dict[str, Any]:
+            part.unlink(missing_ok=True)
+            code = here.start(
+                __file__, *words, "--out", part, "--as-rank", *more,
+                ranks=arguments.ranks, launcher=arguments.launcher,
+            )  # fmt: skip
+            # A rank now and then aborts in its last moment, all work done.
+            if not part.exists():
+                sys.exit(f"{' '.join(more) or 'throughput'}: the ranks ended with {code}")
+            return json.loads(part.read_text())
+
+        results = run()
+        if "contenders" not in results:
+            sys.exit("; ".join(f"{n}: {why}" for n, why in results["left_out"].items()))
+        results["command"] = " ".join(["python benchmarks/throughput.py", *sys.argv[1:]])
+        for name in () if arguments.no_memory else results["contenders"]:
+            results["contenders"][name]["peak_memory_bytes"] = run("--alone", name)[
+                "peak_memory_bytes"
+            ]
+    name = f"throughput_{results['ranks']}_{results['precision']}.json"
+    out = arguments.out or RESULTS / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_csv(results, out.with_suffix(".csv"))
+    draw(results, out.with_suffix(".png"))
+    show(results)
+    print(f"written: {out}, .csv and .png")
+    return 0
+
+
+def sorted_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, figures), the fastest first."""
+    from contenders import TITLES
+
+    rows = results["contenders"].items()
+    ordered = sorted(rows, key=lambda row: -row[1]["images_per_second"])
+    return [(_title(name, TITLES, results), row) for name, row in ordered]
+
+
+def _title(name: str, titles: dict[str, str], results: dict[str, Any]) -> str:
+    return "plain torch" if name == "alone" and results["ranks"] == 1 else titles[name]
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the table."""
+    from contenders import TITLES
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=subtitle(results), title_justify="left")
+    for name in ("contender", "images/s", "s a step (quartiles)", "relative speed", "peak memory"):
+        table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=True)
+    for title, row in sorted_rows(results):
+        low, high = row["seconds"]["quartiles"]
+        slow, fast = row["relative_speed"]["quartiles"]
+        memory = row.get("peak_memory_bytes")
+        table.add_row(
+            title,
+            f"{row['images_per_second']:.2f}",
+            f"{row['seconds']['median']:.3f} ({low:.3f}-{high:.3f})",
+            f"{row['relative_speed']['median']:.3f} ({slow:.3f}-{fast:.3f})",
+            "-" if memory is None else f"{memory / GIGABYTE:.2f} GB",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for name, why in results["left_out"].items():
+        console.print(f"left out: {TITLES[name]}: {why}", soft_wrap=True)
+
+
+def subtitle(results: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    return (
+        f"{results['model']} ({results['trained_parameters'] / 1e6:.1f}M trained), "
+        f"{results['image_size']} px, {results['micro_batch']} images a rank, "
+        f"{results['precision']}, {results['ranks']} rank(s)\n"
+        f"{results['machine']}; load average {results['load_average']:.1f}"
+    )
+
+
+def write_csv(results: dict[str, Any], path: Path) -> None:
+    """One line a contender."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(
+            ["contender", "images_per_second", "seconds_median", "seconds_lower_quartile",
+             "seconds_upper_quartile", "relative_speed", "peak_memory_bytes"]
+        )  # fmt: skip
+        for title, row in sorted_rows(results):
+            rows.writerow(
+                [
+                    title,
+                    f"{row['images_per_second']:.4f}",
+                    f"{row['seconds']['median']:.4f}",
+                    *(f"{value:.4f}" for value in row["seconds"]["quartiles"]),
+                    f"{row['relative_speed']['median']:.4f}",
+                    row.get("peak_memory_bytes", ""),
+                ]
+            )
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
-    """One bar a stage, quartiles as whiskers."""
+    """Speed and, where it was measured, memory: a bar a contender; whiskers are quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(results["stages"])
+    rows = sorted_rows(results)
+    titles = [title for title, _ in rows]
+    colors = ["#4477aa" if title.startswith("fd_large") else "#bbbbbb" for title in titles]
     images = results["micro_batch"] * results["ranks"]
-    heights = [results["stages"][n]["images_per_second"] for n in names]
-    low, high = [], []
-    for name, height in zip(names, heights, strict=True):
-        quartiles = results["stages"][name]["seconds_quartiles"]
-        low.append(height - images / quartiles[2])
-        high.append(images / quartiles[0] - height)
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.bar(names, heights, yerr=[low, high], capsize=6, color="#4477aa", width=0.55)
-    for position, height in enumerate(heights):
-        axes.text(position, height * 0.5, f"{height:.1f}", ha="center", color="white", size=13)
-    axes.set_ylabel("images per second, all ranks")
-    axes.set_title(
-        f"{results['student']}, {results['image_size']} px, {results['micro_batch']} images a "
-        f"rank, {results['ranks']} ranks\n{results['machine']}",
-        size=10,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    speeds = [row["images_per_second"] for _, row in rows]
+    bounds = [row["seconds"]["quartiles"] for _, row in rows]
+    around = [
+        [speed - images / slow for speed, (_, slow) in zip(speeds, bounds, strict=True)],
+        [images / fast - speed for speed, (fast, _) in zip(speeds, bounds, strict=True)],
+    ]
+    memory = [row.get("peak_memory_bytes", 0) / GIGABYTE for _, row in rows]
+    panels = 2 if any(memory) else 1
+    figure, grid = plt.subplots(
+        1, panels, figsize=(4.6 * panels + 1.2, 0.42 * len(rows) + 1.6),
+        layout="constrained", sharey=True, squeeze=False,
+    )  # fmt: skip
+    values = [(speeds, around, "images per second, all ranks", "{:.1f}")]
+    values.append((memory, None, "peak memory of a rank, GB", "{:.2f}"))
+    for axes, (numbers, whiskers, label, form) in zip(grid[0], values, strict=False):
+        axes.barh(titles, numbers, xerr=whiskers, capsize=3, color=colors, height=0.66)
+        for place, number in enumerate(numbers):
+            axes.text(number * 0.03, place, form.format(number), va="center", size=9)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].invert_yaxis()
+    figure.suptitle(subtitle(results), size=9)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> int:
     """Starts the ranks, or is one."""
     arguments = parse()
-    if arguments.quick:
-        arguments.rounds, arguments.image_size, arguments.micro_batch = 4, 64, 2
-    if not arguments.as_rank:
-        return start_ranks(arguments)
-    results = measure(arguments)
-    if results is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        draw(results, arguments.out.with_suffix(".png"))
-        for name, row in results["stages"].items():
-            print(f"{name}: {row['images_per_second']:.1f} images/s")
-        print(f"written: {arguments.out}")
-    return 0
+    return run_as_rank(arguments) if arguments.as_rank else start_ranks(arguments)
 
 
 if __name__ == "__main__":

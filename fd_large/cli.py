@@ -40,6 +40,8 @@ class TrainFlags:
     """DeepSpeed's JSON, for instance ds_configs/zero3.json; needed."""
     fresh: bool = False
     """Start anew although the folder of the run holds checkpoints."""
+    profile: int = 0
+    """Updates to trace with torch's profiler, after three others; RUN/profile/ gets the trace."""
     local_rank: int = -1
     """Passed by the deepspeed launcher; ignored."""
 
@@ -130,6 +132,11 @@ def _train(arguments: list[str]) -> int:
             "--deepspeed_config: not given; got nothing, expected the path of a DeepSpeed JSON."
             " Pass --deepspeed_config ds_configs/zero3.json."
         )
+    if flags.profile < 0:
+        raise ConfigError(
+            f"--profile: no number of updates; got {flags.profile}, expected 0 (no trace) or more."
+            " Set --profile 3."
+        )
     terminal.take()
     # torch and deepspeed: seconds.
     from fd_large import distributed
@@ -154,6 +161,10 @@ def _train(arguments: list[str]) -> int:
         hooks.append(Guard())
     if run.runtime.preemption:
         hooks.append(Preemption())
+    if flags.profile:
+        from fd_large.runtime.profiler import Profiler
+
+        hooks.append(Profiler(flags.profile))
     if run.runtime.canary_every:
         hooks.append(Canary(run.runtime.canary_every))
     if run.runtime.watchdog_seconds:

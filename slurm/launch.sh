@@ -20,8 +20,10 @@ set -u -o pipefail
 ranks=   # srun's process, while it runs
 asked=   # the last signal that asked this job to end
 
+# Without $(...): traps use it, and bash 5.2 cannot parse one in a trap that interrupts another.
 say() {
-    echo "$(date '+%F %T') job ${SLURM_JOB_ID:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"
+    local start=$((${SLURM_RESTART_COUNT:-0} + 1))
+    printf '%(%F %T)T job %s, start %d: %s\n' -1 "${SLURM_JOB_ID:-none}" "$start" "$*"
 }
 
 refuse() {

@@ -53,7 +53,7 @@ def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
 
 
 def _meta(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -65,10 +65,9 @@ def start(
     run_dir: Path,
     *more: str,
     ranks: int = 2,
-    env: dict[str, str] | None = None,
 ) -> Started:
     """Starts to train; the caller must `kill`."""
-    return start_ranks(TRAIN, *words(pictures, run_dir, *more), ranks=ranks, env=env)
+    return start_ranks(TRAIN, *words(pictures, run_dir, *more), ranks=ranks)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -21,7 +21,9 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
     keep = None
     if any(task.drop_path_rates):
         keep = drop_path_keep(task.drop_path_rates, seed, batch.epoch, batch.positions)
-        keep = keep.to(distributed.device(), non_blocking=True)
+        if distributed.device().type == "cuda":
+            # From other memory than pinned the copy may wait for what the device has queued.
+            keep = keep.pin_memory().to(distributed.device(), non_blocking=True)
     with torch.no_grad():
         return task.prepare(batch.images, keep)
 

@@ -23,6 +23,7 @@ from fd_large.engine.forward import forward_backward
 from fd_large.engine.layer_rates import LayerRates
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
+from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.errors import DataError
@@ -143,14 +144,14 @@ class Trainer:
     def _epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
         epoch, first = divmod(self._update, self._plan.updates_per_epoch)
         end = min((epoch + 1) * self._plan.updates_per_epoch, self._total)
-        micro_batches = iter(batches(epoch, first))
+        micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
         while self._update < min(end, self._total) and not self._status:
             self._one_update(micro_batches, epoch)
         # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
         if not self._status and self._update % self._plan.updates_per_epoch == 0:
             assert next(micro_batches, None) is None
 
-    def _one_update(self, micro_batches: Iterator[Batch], epoch: int) -> None:
+    def _one_update(self, micro_batches: Prefetch, epoch: int) -> None:
         agreed, batches, losses = self._stepped(micro_batches, epoch)
         finished, verdict = agreed.update, agreed.verdict
         self._update += 1
@@ -199,7 +200,7 @@ class Trainer:
             raise too_bad
 
     def _stepped(
-        self, micro_batches: Iterator[Batch], epoch: int
+        self, micro_batches: Prefetch, epoch: int
     ) -> tuple[_Agreed, list[Batch], list[Tensor]]:
         """Forward, backward, agreement, and the step unless it is refused."""
         engine, plan = self._engine, self._plan
@@ -213,14 +214,18 @@ class Trainer:
         for portion in range(plan.accumulation):
             self._beat()
             begin = time.perf_counter()
-            batch = next(micro_batches)
+            batch, on_device = next(micro_batches)
             waited += time.perf_counter() - begin
             self._pictures.add(len(batch.positions), batch.bad)
             batches.append(batch)
             with out_of_memory_named(len(batch.positions)):
-                losses.append(forward_backward(engine, batch, plan.seed))
+                losses.append(forward_backward(engine, on_device, plan.seed))
                 if portion < plan.accumulation - 1:
                     engine.deepspeed.step()
+            # Before the host waits for the device in `_agree`.
+            begin = time.perf_counter()
+            micro_batches.stage()
+            waited += time.perf_counter() - begin
         # Before DeepSpeed clips; at other stages it keeps the norm itself.
         norm = _whole_norm(engine.task) if engine.stage == 0 else None
         agreements: list[_Agreed] = []

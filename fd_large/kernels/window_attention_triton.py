@@ -906,8 +906,7 @@ def backward(
             **slots,
             **_constants(geometry),
         )
-        none = scale.new_empty(0)
-        dtable = none if table is None else scale.new_empty(table.shape)
+        dtable = scale.new_empty((0,) if table is None else table.shape)
         if table is not None:
             offsets = len(table) - 3 * geometry.prefix
             _gather_table[(triton.cdiv(offsets, 64), heads)](
@@ -926,9 +925,9 @@ def backward(
                 dtable[offsets:] = parts[:, :, -3:].flatten(3).sum((0, 3)).t()
     return (
         dqkv,
-        none if dbias is None else dbias.sum(0),
+        scale.new_empty(0) if dbias is None else dbias.sum(0),
         dtable,
-        none if dscale is None else dscale.sum(1),
+        scale.new_empty(0) if dscale is None else dscale.sum(1),
     )
 
 

@@ -110,7 +110,7 @@ def products(
     Args:
         architecture: Every field of the family set, as `resolve` returns it.
         image_size: Side in pixels; 0: the architecture's own.
-        size_rule: The student's: "pad" computes the padding of windows too.
+        size_rule: The student's: "pad" pads images and, in attention, windows.
 
     Raises: ConfigError: for a net that is not countable.
     """
@@ -243,7 +243,6 @@ def _swin(a: Architecture, image_size: int, *, pad: bool) -> Iterator[Product]:
                     count=nets,
                     once=True,
                     input_gradient=in_gradient,
-                    in_block=not a.shared_position_bias,
                 )
         if stage + 1 < len(a.depths):
             side = -(-side // 2)
@@ -284,7 +283,7 @@ def _block(
     padded: int,
     group: int,
 ) -> Iterator[Product]:
-    """The products of a stage's blocks: `padded` tokens in groups of `group`, MLP on `tokens`."""
+    """The products of a stage's blocks: attention on `padded` tokens in groups of `group`."""
 
     def product(kind: Kind, rows: int, inner: int, columns: int, count: int = 1) -> Product:
         return Product(
@@ -298,9 +297,9 @@ def _block(
         )
 
     maps = padded // group * heads
-    yield product("qkv", padded, c, 3 * c)
+    yield product("qkv", tokens, c, 3 * c)
     yield product("logits", group, c // heads, group, maps)
     yield product("values", group, group, c // heads, maps)
-    yield product("proj", padded, c, c)
+    yield product("proj", tokens, c, c)
     yield product("mlp", tokens, c, hidden)
     yield product("mlp", tokens, hidden, c)

@@ -71,14 +71,10 @@ def _counts(
     *,
     kept: Per,
     kept_maps: Per = Per(0),  # noqa: B008 (a tuple)
-    roll: float = 0.0,
 ) -> Counts:
     phases: tuple[Phase, ...] = ("forward", "backward", "inference")
     return Counts(
-        stream={
-            phase: Per(value, shifted_channels=roll)
-            for phase, value in zip(phases, stream, strict=True)
-        },
+        stream={phase: Per(value) for phase, value in zip(phases, stream, strict=True)},
         narrow=dict(zip(phases, narrow, strict=True)),
         attention=dict(zip(phases, attention, strict=True)),
         kept=kept,
@@ -94,68 +90,64 @@ def _both(forward: Per, backward: Per) -> tuple[Per, Per, Per]:
 # has the compute type.
 COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
     ("fused", "swinv2", True): _counts(
-        (24, 46, 12),
-        (12, 8, 0),
-        _both(Per(8, 4), Per(16, 8)),
+        (28, 52, 12),
+        (16, 16, 0),
+        _both(Per(8, 14), Per(16, 50)),
         kept=Per(32, 4),
     ),
     ("fused", "vit", True): _counts(
-        (24, 54, 12),
-        (12, 8, 0),
-        _both(Per(8, 4), Per(16, 8)),
+        (28, 61, 18),
+        (10, 18, 0),
+        _both(Per(8, 5), Per(17, 80)),
         kept=Per(40, 4),
     ),
     ("fused", "swin", True): _counts(
-        (24, 54, 12),
-        (12, 8, 0),
-        _both(Per(8, 4), Per(16, 8)),
+        (28, 62, 18),
+        (10, 18, 0),
+        _both(Per(8, 5), Per(16, 30)),
         kept=Per(40, 4),
     ),
     ("reference", "swinv2", True): _counts(
-        (88, 114, 68),
+        (80, 100, 60),
         (4, 0, 0),
-        _both(Per(72, 46, 28, shifted_maps=8), Per(244, 107, 28)),
+        (Per(84, 46, 28, 16, 8), Per(250, 107, 28, 16), Per(84, 46, 28, 16, 8)),
         kept=Per(36, 4),
-        kept_maps=Per(12, 16, 6),
-        roll=8,
+        kept_maps=Per(16, 16, 6),
     ),
     ("reference", "swinv2", False): _counts(
-        (72, 116, 56),
+        (56, 88, 40),
         (0, 0, 0),
-        _both(Per(64, 44, 16, shifted_maps=8), Per(248, 106, 16)),
+        (Per(88, 44, 16, 32, 8), Per(260, 106, 16, 32), Per(88, 44, 16, 32, 8)),
         kept=Per(64, 4),
-        kept_maps=Per(16, 16, 4),
-        roll=16,
+        kept_maps=Per(12, 16, 4),
     ),
     ("reference", "vit", True): _counts(
-        (96, 154, 52),
+        (96, 148, 52),
         (12, 12, 0),
-        _both(Per(48, 0, 28), Per(60, 0, 28)),
+        (Per(60, 0, 28), Per(66, 0, 28), Per(48, 0, 28)),
         kept=Per(44, 4),
         kept_maps=Per(0, 0, 6),
     ),
     ("reference", "vit", False): _counts(
-        (72, 148, 40),
+        (72, 136, 40),
         (0, 0, 0),
-        _both(Per(40, 0, 16), Per(64, 0, 16)),
+        (Per(64, 0, 16), Per(76, 0, 16), Per(40, 0, 16)),
         kept=Per(72, 4),
         kept_maps=Per(0, 0, 4),
     ),
     ("reference", "swin", True): _counts(
-        (88, 114, 60),
+        (80, 106, 52),
         (12, 12, 0),
-        _both(Per(48, 0, 28, shifted_maps=8), Per(60, 0, 28)),
+        (Per(48, 0, 28, 16, 8), Per(60, 0, 28, 16), Per(48, 0, 28, 16, 8)),
         kept=Per(40, 4),
         kept_maps=Per(0, 0, 6),
-        roll=8,
     ),
     ("reference", "swin", False): _counts(
-        (72, 116, 56),
+        (56, 100, 40),
         (0, 0, 0),
-        _both(Per(40, 0, 16, shifted_maps=8), Per(64, 0, 16)),
+        (Per(40, 0, 16, 32, 8), Per(64, 0, 16, 32), Per(40, 0, 16, 32, 8)),
         kept=Per(68, 4),
         kept_maps=Per(0, 0, 4),
-        roll=16,
     ),
 }
 # Exact GELU on the 4 C channels of the MLP: forward reads and writes, backward reads two.
@@ -163,11 +155,11 @@ ACTIVATION = {"forward": 2, "backward": 3, "inference": 2}
 # Three operations forward, where no kernel fuses them; a teacher's.
 QUICK_GELU = 7
 # Per input token and channel: patch embedding and merging; per output token and channel: final
-# norm, projection and loss. Small beside the blocks.
+# norm, projection and loss. Small beside the blocks. With a float32 stream, and with one of the
+# compute type.
 _ENDS = {
-    "forward": (14.0, 21.0, 72.0),
-    "backward": (18.0, 23.0, 48.0),
-    "inference": (4.0, 6.0, 4.0),
+    True: {"forward": (14, 21, 72), "backward": (18, 23, 48)},
+    False: {"forward": (4, 6, 68), "backward": (6, 7, 42), "inference": (4, 6, 4)},
 }
 # A value of a pixel from uint8 to the normalised one: for the student and for the teacher.
 _PIXEL = 2 * 35
@@ -217,6 +209,7 @@ def moved(
         return total
     counts = counts_of(architecture, kernels, bfloat16)
     size = 2 if bfloat16 else 4
+    ends = _ENDS[float32_stream][phase]
     first = last = None
     for stage in stages(architecture, image_size):
         first, last = first or stage, stage
@@ -232,13 +225,13 @@ def moved(
         passes = QUICK_GELU if architecture.activation == "quick_gelu" else ACTIVATION[phase]
         total["activation"] += passes * size * stage.tokens * hidden * stage.depth
         if stage is not first:
-            total["stream"] += _ENDS[phase][1] * stage.tokens * 2 * stage.width
+            total["stream"] += ends[1] * stage.tokens * 2 * stage.width
     if phase == "inference":
         total["stream"] += _PIXEL * 3 * image_size**2
     assert first is not None
     assert last is not None
-    total["stream"] += _ENDS[phase][0] * first.tokens * first.width
-    total["stream"] += _ENDS[phase][2] * last.tokens * last.width
+    total["stream"] += ends[0] * first.tokens * first.width
+    total["stream"] += ends[2] * last.tokens * last.width
     return total
 
 

@@ -32,10 +32,9 @@ def stop(
     *words: str,
     when: Callable[[Started], bool],
     how: Callable[[Started], None],
-    env: dict[str, str] | None = None,
 ) -> list[int]:
     """Starts the run, stops it, waits for its ranks; returns their exit codes."""
-    started = twin.start(pictures, run_dir, *words, env=env)
+    started = twin.start(pictures, run_dir, *words)
     try:
         deadline = time.monotonic() + 120
         while not when(started):
@@ -110,23 +109,3 @@ def test_stopped_in_a_step_an_evaluation_and_a_save(pictures: Path, tmp_path: Pa
     assert (run_dir / "evaluations.jsonl").read_text() == (calm / "evaluations.jsonl").read_text()
     alone, together = state(calm, UPDATES), state(run_dir, UPDATES)
     assert all((alone[key] == together[key]).all() for key in alone)
-
-
-def test_stops_before_the_job_ends_and_says_that_a_save_does_not_fit(
-    pictures: Path, tmp_path: Path
-) -> None:
-    """Nobody sends a signal: the job's end is near."""
-    words = ("--optim.max_steps", "100000", "--runtime.notice_seconds", "1")
-    codes = stop(
-        pictures,
-        tmp_path / "run",
-        *words,
-        when=lambda started: True,
-        how=lambda started: None,
-        env={"SLURM_JOB_END_TIME": str(int(time.time()) + 40)},
-    )
-    assert (codes, status(tmp_path / "run")) == ([75, 75], "preempted")
-    assert stopped_at(tmp_path / "run") > 0
-    log = (tmp_path / "run/logs/rank_00000.log").read_text()
-    assert "A SAVE DOES NOT FIT" in log
-    assert "the job ends in" in log

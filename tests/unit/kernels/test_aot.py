@@ -27,7 +27,7 @@ CHECKED = [
 
 def assert_fits(row):
     assert row["spill_bytes"] == 0, row
-    assert 0 < row["shared_bytes"] <= SHARED_BYTES[row["capability"]], row
+    assert 0 <= row["shared_bytes"] <= SHARED_BYTES[row["capability"]], row
     assert 0 < row["registers"] * row["num_warps"] * 32 <= REGISTERS, row
 
 

@@ -34,9 +34,9 @@ NETS = {
     ),
 }
 EXPECTED = {
-    "swinv2": {"layer_norm", "residual_norm", "whitened_loss"},
-    "swin": {"layer_norm", "add_norm", "whitened_loss"},
-    "vit": {"layer_norm", "add_norm", "whitened_loss"},
+    "swinv2": {"layer_norm", "residual_norm", "whitened_loss", "window_attention"},
+    "swin": {"layer_norm", "add_norm", "whitened_loss", "window_attention"},
+    "vit": {"layer_norm", "add_norm", "whitened_loss", "window_attention"},
 }
 
 

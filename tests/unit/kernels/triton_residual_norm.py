@@ -164,12 +164,12 @@ def test_add_norm(shape, stream, branch, weight, out, scaled, with_gamma, with_n
     compare(kernel, reference, inputs, seed)
 
 
-@pytest.mark.parametrize(("width", "rows"), [(32, 20_000), (2048, 600), (3000, 300), (8192, 150)])
+@pytest.mark.parametrize(("width", "rows"), [(3000, 150), (8192, 130)])
 def test_more_tiles_than_programs(width, rows, device):
     from fd_large.kernels.residual_norm_triton import PARTIALS, tile
 
     assert rows > PARTIALS * tile(width)["ROWS"]
-    shape = (2, rows // 2, width)
+    shape = (2, rows // 2, width)  # Some programs have two tiles, some one.
     (x, f, w, b, gamma), scale = tensors(shape, *[torch.float32] * 3, device, 1)
     gamma = gamma if width <= 4096 else None
     compare(

@@ -102,6 +102,14 @@ def shrunken(name, *, checkpointing="off", every=1, teacher=None, **student):
     )
 
 
+def padded(run):
+    """The same on images and windows that do not divide, with one net as both."""
+    student = replace(run.student, size_rule="pad")
+    data = replace(run.data, image_size=170)
+    objective = replace(run.objective, teacher_image_size=192, interpolation="bilinear")
+    return replace(run, student=student, data=data, objective=objective)
+
+
 SWIN = {"embed_dim": 32, "depths": (2, 2, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": 6}
 VIT = {"embed_dim": 64, "depths": (3,), "num_heads": (2,)}
 STEPS = {
@@ -110,6 +118,7 @@ STEPS = {
         "fd_swinv2_base", checkpointing="every", shared_position_bias=True, **SWIN
     ),
     "swinv2, checkpointed": shrunken("fd_swinv2g", checkpointing="every", **SWIN),
+    "swinv2, padded": padded(shrunken("fd_swinv2_base", **(SWIN | {"window_size": 7}))),
     "vit, prefix matched": shrunken("fd_clip_vit_base", **VIT),
     "vit, checkpointed": shrunken("fd_clip_vit_base", checkpointing="every", **VIT),
     "vit, prefix dropped": shrunken(

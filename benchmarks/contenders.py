@@ -1,0 +1,286 @@
+"""One distillation step by this engine and by others: same nets, batch, precision and optimiser.
+
+Every contender is a function of a batch that does a whole update (teacher, student, backward,
+clipping, AdamW) and returns the loss. In bfloat16 all of them compute with bfloat16 parameters,
+send bfloat16 gradients and step float32 masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks import ROOT
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.engine import config as ds
+from fd_large.engine.build import (
+    Precision,
+    build_engine,
+    build_teacher,
+    parameter_sizes,
+    precision_of,
+    task_maker,
+)
+from fd_large.engine.forward import forward_backward, prepared
+from fd_large.engine.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+
+RATE = 1e-4
+TITLES = {
+    "alone": "plain torch, no exchange",
+    "zero0": "fd_large, ZeRO-0",
+    "zero1": "fd_large, ZeRO-1",
+    "zero2": "fd_large, ZeRO-2",
+    "zero3": "fd_large, ZeRO-3",
+    "hpz": "fd_large, ZeRO-3 with hpZ",
+    "ddp": "torch DDP",
+    "fsdp2": "torch FSDP2",
+    "fairscale": "fairscale FSDP",
+    "peer": "Feature-Distillation",
+}
+# hpZ's group is global to the process: an engine built after it would use it too.
+ORDER = ("alone", "ddp", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3", "peer", "hpz")
+
+Step = Callable[[Batch], Tensor]
+
+
+class Unavailable(Exception):
+    """A contender that does not run here, and why; on all ranks alike."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share.
+
+    Attributes:
+        run: The recipe, with sizes and batch.
+        precision: Of student and teacher.
+        teacher: Whole on every rank, the same object for all.
+        peer_repo: A checkout of Feature-Distillation, or None.
+    """
+
+    run: Run
+    precision: Precision
+    teacher: Any
+    peer_repo: Path | None
+
+    @property
+    def make_task(self) -> Callable[[], Any]:
+        """Constructs the student and its loss."""
+        return task_maker(self.run, self.teacher, self.teacher.width)
+
+
+def share(
+    model: str, image_size: int, micro_batch: int, precision: str, peer_repo: Path | None
+) -> Setting:
+    """The recipe of a SwinV2 student under a Swin teacher of the same widths, and that teacher.
+
+    Windows are a sixteenth of the image wide, as at 224 px (14) and 192 px (12).
+    """
+    run = registry.get("fd_esvit_swin_base")
+    world = distributed.world_size()
+    window = Architecture(window_size=image_size // 16)
+    run = replace(run, student=replace(run.student, model=model, architecture=window))
+    shape = run.student_architecture()
+    widths = replace(
+        window,
+        embed_dim=shape.embed_dim,
+        depths=shape.depths,
+        num_heads=shape.num_heads,
+        image_size=image_size,
+    )
+    run = replace(
+        run,
+        teacher=replace(run.teacher, architecture=widths, source="random", placement="replicated"),
+        data=replace(run.data, image_size=image_size),
+        batch=replace(
+            run.batch, global_batch_size=micro_batch * world, micro_batch_size=micro_batch
+        ),
+        engine=replace(run.engine, precision=precision),
+    )
+    computed = precision_of(run)
+    teacher = build_teacher(run, computed, node_size=1, persistence_threshold=0)
+    return Setting(run, computed, teacher, peer_repo)
+
+
+def build(name: str, setting: Setting) -> Step:
+    """Builds one contender; all ranks call it in the same order.
+
+    Raises: Unavailable: if it does not run here.
+    """
+    if name in ("hpz", "zero0", "zero1", "zero2", "zero3"):
+        return _engine(name, setting)
+    if name == "peer":
+        from peer import build_peer
+
+        if setting.peer_repo is None:
+            raise Unavailable("no --peer-repo")
+        return build_peer(setting)
+    return {"alone": _alone, "ddp": _ddp, "fsdp2": _fsdp2, "fairscale": _fairscale}[name](setting)
+
+
+def _engine(name: str, setting: Setting) -> Step:
+    run, bfloat16 = setting.run, setting.precision.bfloat16
+    if name == "zero0" and bfloat16:
+        raise Unavailable("the engine trains in float32 only at stage 0")
+    world, node = distributed.world_size(), distributed.local_world_size()
+    numbers = ds.RunNumbers(
+        run.batch.micro_batch_size, 1, world, node, run.optim.clip_norm, bfloat16,
+        parameter_sizes(run),
+    )  # fmt: skip
+    if name == "zero0":
+        config: dict[str, Any] = {}
+    else:
+        config = ds.load(ROOT / f"ds_configs/{'zero3_hpz' if name == 'hpz' else name}.json")
+    if name == "hpz" and node == world:
+        # A run on one node leaves hpZ off; here its cost is asked for.
+        config["zero_optimization"]["zero_hpz_partition_size"] = world
+    engine = build_engine(run, setting.make_task, ds.fill(config, numbers))
+    engine.task.train()
+
+    def step(batch: Batch) -> Tensor:
+        set_rate(engine.deepspeed.optimizer, RATE)
+        loss = forward_backward(engine, batch, 0)
+        engine.deepspeed.step()
+        return loss
+
+    return step
+
+
+def _seeded_task(setting: Setting) -> Any:
+    """The engine's initial weights, whole, on this rank's device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.run.runtime.seed)
+        task = setting.make_task()
+    return task.to(distributed.device()).train()
+
+
+def _optimizer(groups: list[dict[str, Any]], setting: Setting) -> torch.optim.Optimizer:
+    on_gpu = distributed.device().type == "cuda"
+    optimizer = make_optimizer(groups, setting.run.optim, on_gpu=on_gpu)
+    set_rate(optimizer, RATE)
+    return optimizer
+
+
+def _update(
+    setting: Setting,
+    module: Any,
+    optimizer: torch.optim.Optimizer,
+    clip: Callable[[], Any],
+    batch: Batch,
+) -> Tensor:
+    """The usual order: forward, backward, clip, step."""
+    task = getattr(module, "module", module)
+    loss, _ = module(**prepared(task, batch, 0))
+    loss.backward()
+    clip()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _clip(parameters: list[Tensor], norm: float) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def _whole(setting: Setting, wrap: Callable[[Any], Any]) -> Step:
+    """Plain torch with whole weights on every rank."""
+    task = _seeded_task(setting)
+    groups = parameter_groups(task, setting.run.optim.weight_decay)
+    norm = setting.run.optim.clip_norm
+    if not setting.precision.bfloat16:
+        module = wrap(task)
+        optimizer = _optimizer(groups, setting)
+        return partial(
+            _update, setting, module, optimizer, partial(_clip, [*task.parameters()], norm)
+        )
+
+    parameters = [p for group in groups for p in group["params"]]
+    masters = [p.detach().clone() for p in parameters]
+    position = iter(masters)
+    groups = [{**g, "params": [next(position) for _ in g["params"]]} for g in groups]
+    optimizer = _optimizer(groups, setting)
+    for parameter in task.parameters():
+        parameter.data = parameter.data.bfloat16()
+    module = wrap(task)
+
+    def step(batch: Batch) -> Tensor:
+        loss, _ = module(**prepared(task, batch, 0))
+        loss.backward()
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+        _clip(masters, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, masters)
+        return loss.detach()
+
+    return step
+
+
+def _alone(setting: Setting) -> Step:
+    return _whole(setting, lambda task: task)
+
+
+def _ddp(setting: Setting) -> Step:
+    from torch.nn.parallel import DistributedDataParallel
+
+    device_ids = [distributed.local_rank()] if distributed.device().type == "cuda" else None
+    # Gradients as views of the buckets: DDP's own fastest and smallest way.
+    wrap = partial(DistributedDataParallel, device_ids=device_ids, gradient_as_bucket_view=True)
+    return _whole(setting, wrap)
+
+
+def _fsdp2(setting: Setting) -> Step:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    task = _seeded_task(setting)
+    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
+    types = {}
+    if setting.precision.bfloat16:
+        # The nets cast by themselves, and keep what is float32 on purpose.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
+        types = {"mp_policy": policy}
+    # Stages ask for the blocks' bias tables outside the blocks: these small nets are one unit.
+    tables = [block.attn.cpb_mlp for block in task.student.blocks()]
+    fully_shard(tables, mesh=mesh, **types)
+    for block in task.student.blocks():
+        fully_shard(block, mesh=mesh, **types)
+    fully_shard(task, mesh=mesh, **types)
+    optimizer = _optimizer(parameter_groups(task, setting.run.optim.weight_decay), setting)
+    clip = partial(_clip, [*task.parameters()], setting.run.optim.clip_norm)
+    return partial(_update, setting, task, optimizer, clip)
+
+
+def _fairscale(setting: Setting) -> Step:
+    if distributed.device().type != "cuda":
+        raise Unavailable("fairscale's FSDP takes CUDA streams in every forward")
+    try:
+        from fairscale.nn import FullyShardedDataParallel
+    except ImportError:
+        raise Unavailable("fairscale is not installed") from None
+    task = _seeded_task(setting)
+    wrap = partial(
+        FullyShardedDataParallel, mixed_precision=setting.precision.bfloat16,
+        compute_dtype=torch.bfloat16 if setting.precision.bfloat16 else torch.float32,
+    )  # fmt: skip
+    # Stages, since a block's bias table is computed outside the block.
+    for position, stage in enumerate(task.student.layers):
+        task.student.layers[position] = wrap(stage)
+    module = wrap(task)
+    # Flattened parameters have lost their names: one group, all of it decays.
+    groups = [{"params": [*module.parameters()], "weight_decay": setting.run.optim.weight_decay}]
+    clip = partial(module.clip_grad_norm_, setting.run.optim.clip_norm)
+    return partial(_update, setting, module, _optimizer(groups, setting), clip)

@@ -1,0 +1,51 @@
+"""Micro batches whose copy to the device runs beside the computation of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fd_large.data.loader import Batch
+
+
+class Prefetch:
+    """A loader's micro batches, each with the copy of it that is computed with.
+
+    On a GPU, `stage` fetches the next one while the device is still busy, and copies it on a
+    stream of its own. Elsewhere there is nothing to copy, and `stage` does nothing.
+
+    Args:
+        batches: In pinned memory where the device is a GPU.
+        device: That computes.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staged: tuple[Batch, Batch] | None = None
+
+    def stage(self) -> None:
+        """Starts the next copy; called once the present micro batch is queued on the device."""
+        if self._stream is None or self._staged is not None:
+            return
+        batch = next(self._batches, None)
+        if batch is None:
+            return
+        with torch.cuda.stream(self._stream):
+            self._staged = batch, batch.to(self._device)
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self) -> tuple[Batch, Batch]:
+        """Returns (batch as the loader gave it, batch to compute with)."""
+        if self._staged is None:
+            batch = next(self._batches)
+            return batch, batch.to(self._device)
+        (batch, copy), self._staged = self._staged, None
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        # Else the allocator gives the images' memory to the next copy while they are being read.
+        copy.images.record_stream(computing)
+        return batch, copy

@@ -1,0 +1,235 @@
+"""The attention's kernels against float64, where Triton runs; started by test_triton.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fd_large.kernels.window_attention import (
+    image_attention,
+    position_index,
+    reference,
+    window_attention,
+)
+
+NAMES = ("out", "qkv", "bias", "table", "scale")
+
+
+def windows(batch, height, width, window, shift, heads, head_width, *, dtype, scale, seed, cosine):
+    """Tensors of a call, and what else it is given; the largest scale is `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = heads * head_width
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    tensors = (
+        normal(batch, height * width, 3 * channels).to(dtype),
+        normal(2, channels).to(dtype),
+        normal((2 * window - 1) ** 2, heads) * 3,
+        torch.linspace(scale / 3, scale, heads + 1)[1:],
+    )
+    geometry = {
+        "num_heads": heads,
+        "height": height,
+        "width": width,
+        "window": (window, window),
+        "shift": shift,
+        "cosine": cosine,
+    }
+    return tensors, normal(batch, height * width, channels).to(dtype), geometry
+
+
+def run(function, tensors, cotangent, device, dtype=None):
+    """Output and gradients of a function of (qkv, bias, table, scale), None where there is none."""
+    leaves = [
+        None if t is None else t.to(device, dtype or t.dtype).clone().requires_grad_()
+        for t in tensors
+    ]
+    out = function(*leaves)
+    out.backward(cotangent.to(device, dtype or cotangent.dtype))
+    return [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+def compare(kernel, plain, tensors, cotangent, device):
+    got = run(kernel, tensors, cotangent, device)
+    eager = run(plain, tensors, cotangent, device)
+    exact = run(plain, tensors, cotangent, device, torch.float64)
+    for name, a, b, c in zip(NAMES, got, exact, eager, strict=True):
+        if c is None:
+            assert a is None, name
+        elif name in ("table", "scale") and got[0].dtype == torch.float32:
+            # Sums over many windows: 1e-4 of 1 or of the largest.
+            limit = 1e-4 * max(1.0, b.abs().max().item())
+            assert (a.double() - b).abs().max() <= limit, name
+        else:
+            assert_close(name, a, b, c)
+
+
+def in_windows(geometry):
+    """The two functions to compare, of tensors as `windows` makes them."""
+    size = (geometry["height"], geometry["width"])
+
+    def kernel(qkv, bias, table, scale):
+        return window_attention(
+            qkv.unflatten(1, size),
+            num_heads=geometry["num_heads"],
+            window=geometry["window"][0],
+            shift=geometry["shift"],
+            scale=scale,
+            cosine=geometry["cosine"],
+            bias=bias,
+            table=table,
+        ).flatten(1, 2)
+
+    return kernel, lambda *tensors: reference(*tensors, **geometry)
+
+
+@settings(
+    deadline=None,
+    max_examples=10,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    window=st.integers(4, 9),
+    shifted=st.booleans(),
+    more=st.tuples(st.integers(0, 5), st.integers(0, 3)),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    head_width=st.sampled_from([16, 24, 32, 64, 88, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([1.0, 10.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
+def test_windows(window, shifted, more, batch, heads, head_width, dtype, scale, seed, device):
+    height, width = window + more[0], window + more[1]
+    shift = window // 2 if shifted and min(more) > 0 else 0
+    size = (batch, height, width, window, shift, heads, head_width)
+    tensors, cotangent, geometry = windows(
+        *size, dtype=dtype, scale=scale, seed=seed, cosine=True
+    )
+    compare(*in_windows(geometry), tensors, cotangent, device)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 12, 24, 12, 6, 1, 32),
+        (1, 14, 14, 14, 0, 1, 32),
+        (1, 23, 16, 16, 8, 1, 16),
+        (1, 20, 24, 24, 0, 1, 32),
+    ],
+    ids=["12", "14", "16-padded", "24-padded"],
+)
+def test_windows_of_the_large_nets(size, device):
+    tensors, cotangent, geometry = windows(
+        *size, dtype=torch.float32, scale=30.0, seed=0, cosine=True
+    )
+    compare(*in_windows(geometry), tensors, cotangent, device)
+
+
+def test_the_largest_scale(device):
+    # At the clamp a logit is 100 times a cosine, whose float32 rounding is 100 times as large in it
+    # too: 1e-4 of the largest for outputs, 1e-3 for gradients.
+    tensors, cotangent, geometry = windows(
+        1, 8, 8, 8, 0, 2, 32, dtype=torch.float32, scale=100.0, seed=3, cosine=True
+    )
+    kernel, plain = in_windows(geometry)
+    got = run(kernel, tensors, cotangent, device)
+    exact = run(plain, tensors, cotangent, device, torch.float64)
+    for name, a, b in zip(NAMES, got, exact, strict=True):
+        limit = (1e-4 if name == "out" else 1e-3) * max(1.0, b.abs().max().item())
+        assert (a.double() - b).abs().max() <= limit, name
+
+
+def test_dot_product_without_bias_of_its_own(device):
+    # Swin's first version: a table, no bias beside the projection's, a constant scale.
+    (qkv, _, table, _), cotangent, geometry = windows(
+        1, 7, 14, 7, 0, 2, 16, dtype=torch.bfloat16, scale=1.0, seed=4, cosine=False
+    )
+    kernel, plain = in_windows(geometry)
+    compare(
+        lambda q, b, t, s: kernel(q, b, t, 0.25),
+        lambda q, b, t, s: plain(q, b, t, 0.25),
+        (qkv, None, table, None),
+        cotangent,
+        device,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("grid", "prefix", "table"),
+    [((5, 7), 1, True), ((4, 4), 0, True), ((1, 20), 2, False)],
+    ids=["class token", "no class token", "no table"],
+)
+def test_whole_images(grid, prefix, table, dtype, device):
+    generator = torch.Generator().manual_seed(5)
+    heads, channels, tokens = 2, 64, prefix + grid[0] * grid[1]
+    offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 * prefix
+    tensors = (
+        torch.randn(2, tokens, 3 * channels, generator=generator).to(dtype),
+        torch.randn(2, channels, generator=generator).to(dtype),
+        torch.randn(offsets, heads, generator=generator) if table else None,
+        None,
+    )
+    cotangent = torch.randn(2, tokens, channels, generator=generator).to(dtype)
+
+    def kernel(qkv, bias, table, scale):
+        return image_attention(
+            qkv, num_heads=heads, grid=grid, scale=0.2, bias=bias, table=table
+        )
+
+    def plain(qkv, bias, table, scale):
+        # By its own hands: what the twin's index says is not taken for granted here.
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        q = q + bias[0].view(heads, 1, -1)
+        v = v + bias[1].view(heads, 1, -1)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        logits = (q @ k.transpose(-2, -1)).to(wide) * 0.2
+        if table is not None:
+            logits = logits + table[position_index(*grid, prefix > 0, table.device)].permute(2, 0, 1)
+        return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    compare(kernel, plain, tensors, cotangent, device)
+
+
+def test_the_same_bits_every_time(device):
+    tensors, cotangent, geometry = windows(
+        3, 4, 8, 4, 2, 1, 16, dtype=torch.bfloat16, scale=20.0, seed=6, cosine=True
+    )
+    kernel, _ = in_windows(geometry)
+    first = run(kernel, tensors, cotangent, device)
+    for _ in range(20):
+        for name, a, b in zip(NAMES, run(kernel, tensors, cotangent, device), first, strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_the_operation_is_registered_as_torch_wants_it(device):
+    tensors, _, geometry = windows(
+        1, 4, 4, 4, 0, 1, 16, dtype=torch.float32, scale=5.0, seed=7, cosine=True
+    )
+    leaves = [t.to(device).requires_grad_() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.fd_large.window_attention.default, (*leaves, 1, 4, 4, 4, 4, 0, True)
+    )
+
+
+def test_a_view_and_a_gradient_that_is_one(device):
+    tensors, cotangent, geometry = windows(
+        2, 4, 4, 4, 0, 1, 16, dtype=torch.float32, scale=5.0, seed=8, cosine=True
+    )
+    kernel, plain = in_windows(geometry)
+    wide = torch.cat([tensors[0], tensors[0]], dim=-1).to(device)
+    results = []
+    for function in (kernel, plain):
+        leaf = wide.clone().requires_grad_()
+        out = function(leaf[..., :48], *(t.to(device) for t in tensors[1:]))
+        # A sum's gradient is one number, seen everywhere.
+        results.append(torch.autograd.grad(out.sum(), leaf)[0])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
