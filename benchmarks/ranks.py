@@ -78,5 +78,8 @@ def conditions(program: str) -> dict[str, Any]:
     return {
         "command": " ".join([f"python benchmarks/{Path(program).name}", *words]),
         "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores, cpu",
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "deepspeed")},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "deepspeed")},
+        },
     }

@@ -171,7 +171,7 @@ hand_on() {
 }
 
 finish() {
-    local status=''
+    local status='' again=''
     # A rank that is lost on its way out, or killed while it waits, hides the code of the others.
     if [[ ! $code =~ ^(0|2|3|75)$ && $run_dir/summary.json -nt $ledger ]]; then
         status=$(sed -n 's/^ *"status": "\(.*\)",*$/\1/p' "$run_dir/summary.json")
@@ -190,7 +190,14 @@ finish() {
             ;;
         *) requeue ;;
     esac
+    [[ $again ]] || stay_ended
     exit "$code"
+}
+
+# A job that Slurm itself ended at the end of a pre-emption's grace is requeued once more after its
+# next end, whatever its exit code.
+stay_ended() {
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 }
 
 newest_checkpoint() {
@@ -210,6 +217,7 @@ requeue() {
     if [[ $(field PreemptTime) =~ ^[0-9] &&
         $(scontrol show partition "$(field Partition)") != *PreemptMode=CANCEL* ]]; then
         say "exit code $code; pre-empted by another job: Slurm requeues this one itself"
+        again=1
         leave_to_slurm
         return
     fi
@@ -219,6 +227,7 @@ requeue() {
     fi
     if [[ $state && $state != RUNNING && $reason != TimeLimit ]]; then
         say "exit code $code; not requeued: cancelled, or Slurm has requeued it ($state)"
+        again=1
         return
     fi
     [[ $newest == "$before" ]] || count=0
@@ -233,6 +242,7 @@ requeue() {
         scontrol requeue "$SLURM_JOB_ID" || continue
         say "exit code $code; requeued (newest checkpoint: $newest; restart $((count + 1)) of" \
             "$MAX_RESTARTS from there)"
+        again=1
         return
     done
     say "exit code $code; Slurm did not take the requeue: submit again, the run goes on"

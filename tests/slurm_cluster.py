@@ -267,8 +267,9 @@ class Cluster:
 
 
 def ended(shown: dict[str, str]) -> bool:
-    """Whether Slurm is done with a job."""
-    return shown["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    """Whether Slurm is done with a job; PREEMPTED is also said of one that ended by itself later."""
+    ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "REQUEUE_HOLD")
+    return shown["JobState"] in ends
 
 
 def _free_ports(count: int) -> list[int]:

@@ -62,4 +62,4 @@ class Ema:
         return list(owners.values())
 
     def _state(self, owner: Tensor) -> dict[str, Tensor]:
-        return self._engine.gate.inner.state[owner]
+        return state.optimizer_state(self._engine.gate.inner, owner)

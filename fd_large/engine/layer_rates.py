@@ -61,10 +61,11 @@ class LayerRates:
             for owner in group["params"]:
                 if owner.grad is None:
                     continue
-                for start, stop, scale in self._stretches[id(owner)]:
+                held = state.optimizer_state(inner, owner)
+                for start, stop, scale in self._stretches.get(id(owner), ()):
                     view = owner.data.view(-1)[start:stop]
                     view.grad = owner.grad.view(-1)[start:stop]
-                    cut_state[view] = self._cut(states[owner], owner, start, stop)
+                    cut_state[view] = _cut(held, start, stop)
                     by_scale[scale].append(view)
             for scale, views in by_scale.items():
                 cut_groups.append({**group, "params": views, "lr": self.rate_of(scale)})
@@ -83,19 +84,12 @@ class LayerRates:
                 if owner.grad is not None:
                     states[owner]["step"] = cut_state[view]["step"]
 
-    def _cut(self, held: dict[str, Any], owner: Tensor, start: int, stop: int) -> dict[str, Any]:
-        """A stretch's part of a tensor's state: moments are views, the count is a copy."""
-        if "step" not in held:
-            # torch's fused kernel wants the count beside the parameter.
-            on_device = isinstance(self._inner, torch.optim.AdamW)
-            held["step"] = torch.zeros((), device=owner.device) if on_device else 0
-        step = held["step"]
-        cut: dict[str, Any] = {"step": step.clone() if isinstance(step, Tensor) else step}
-        for moment in state.MOMENTS:
-            if moment not in held:
-                held[moment] = torch.zeros_like(owner, requires_grad=False)
-            cut[moment] = held[moment].view(-1)[start:stop]
-        return cut
+
+def _cut(held: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """A stretch's part of a tensor's state: moments are views, the count is a copy."""
+    step = held["step"]
+    moments = {name: held[name].view(-1)[start:stop] for name in state.MOMENTS}
+    return {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
 
 
 def by_layer(engine: Engine, decay: float) -> LayerRates | None:

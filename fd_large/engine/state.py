@@ -65,7 +65,7 @@ def pieces(engine: Engine) -> Iterator[Piece]:
         if home is None or home.master.numel() == 0:
             continue
         yield Piece(f"master.{name}", home.master)
-        state = _moments(inner, home.owner)
+        state = optimizer_state(inner, home.owner)
         for kind in (*MOMENTS, EMA):
             if kind in state:
                 yield Piece(f"{kind}.{name}", _part(state[kind], home))
@@ -119,7 +119,7 @@ def restore(engine: Engine, read: Read, updates: int, *, ema: bool = False) -> N
             home = _home(engine, parameter, whole=True)
             if home is not None and home.master.numel():
                 home.master.copy_(read("master", name, *home.span))
-                state = _moments(inner, home.owner)
+                state = optimizer_state(inner, home.owner)
                 for kind in MOMENTS:
                     _part(state[kind], home).copy_(read(kind, name, *home.span))
                 if EMA in state:
@@ -209,13 +209,17 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
     return flats if flats is not None else optimizer.fp32_groups_flat_partition
 
 
-def _moments(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
-    """The owner's state; before the first step the optimiser has none."""
-    state = inner.state[owner]
+def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
+    """A tensor's moments and count of steps; before the first step the optimiser has none."""
+    held = inner.state[owner]
+    if "step" not in held:
+        # torch's fused kernel wants the count beside the parameter.
+        on_device = isinstance(inner, torch.optim.AdamW)
+        held["step"] = torch.zeros((), device=owner.device) if on_device else 0
     for moment in MOMENTS:
-        if moment not in state:
-            state[moment] = torch.zeros_like(owner, requires_grad=False)
-    return state
+        if moment not in held:
+            held[moment] = torch.zeros_like(owner, requires_grad=False)
+    return held
 
 
 def _part(moment: Tensor, home: _Home) -> Tensor:

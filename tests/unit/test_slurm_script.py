@@ -31,6 +31,7 @@ case $1 in
             job) echo "JobId=7 ${JOB:-$RUNNING} x=y" ;;
         esac ;;
     requeue) echo "$2" >>"$SCRATCH/requeued" ;;
+    update) echo "${@:2}" >>"$SCRATCH/updated" ;;
 esac
 """
 MODULE = """#!/bin/bash
@@ -227,6 +228,19 @@ def test_an_old_summary_says_nothing_of_this_start(script: Script) -> None:
 def test_no_second_requeue_beside_slurms_own(job: str, requeues: int, script: Script) -> None:
     code, said = script.run(RANKS="exit 75", JOB=job)
     assert (code, script.requeues()) == (75, requeues), said
+
+
+@pytest.mark.parametrize("ranks", ["exit 0", "exit 2", "exit 75", "exit 1"])
+def test_slurm_is_told_when_a_restarted_job_is_not_to_come_back(ranks: str, script: Script) -> None:
+    told = script.scratch / "updated"
+    script.run(RANKS=ranks)
+    assert not told.exists()
+    script.run(RANKS=ranks, SLURM_RESTART_COUNT="1", MAX_RESTARTS="1")
+    # The first start's requeue used up the one that is allowed.
+    assert told.read_text() == "JobId=7 Requeue=0\n"
+    told.unlink()
+    script.run(RANKS="exit 75", JOB=PREEMPTED, SLURM_RESTART_COUNT="1")
+    assert not told.exists()
 
 
 PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"

@@ -90,15 +90,15 @@ def in_windows(geometry):
 
 @settings(
     deadline=None,
-    max_examples=10,
+    max_examples=8,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    window=st.integers(4, 9),
+    window=st.integers(4, 8),
     shifted=st.booleans(),
-    more=st.tuples(st.integers(0, 5), st.integers(0, 3)),
+    more=st.tuples(st.integers(0, 4), st.integers(0, 2)),
     batch=st.integers(1, 2),
     heads=st.integers(1, 2),
     head_width=st.sampled_from([16, 24, 32, 64, 88, 128]),
@@ -200,13 +200,21 @@ def test_whole_images(grid, prefix, table, dtype, device):
 
 
 def test_the_same_bits_every_time(device):
-    tensors, cotangent, geometry = windows(
-        3, 4, 8, 4, 2, 1, 16, dtype=torch.bfloat16, scale=20.0, seed=6, cosine=True
+    tensors, cotangent, _ = windows(
+        3, 4, 4, 4, 0, 1, 16, dtype=torch.bfloat16, scale=20.0, seed=6, cosine=True
     )
-    kernel, _ = in_windows(geometry)
-    first = run(kernel, tensors, cotangent, device)
+    numbers = (1, 4, 4, 4, 4, 0, True)
+    tensors, cotangent = [t.to(device) for t in tensors], cotangent.to(device)
+    results = torch.ops.fd_large.window_attention(*tensors, *numbers)
+
+    def gradients():
+        return torch.ops.fd_large.window_attention_backward(
+            cotangent, *tensors, *results, *numbers
+        )
+
+    first = gradients()
     for _ in range(20):
-        for name, a, b in zip(NAMES, run(kernel, tensors, cotangent, device), first, strict=True):
+        for name, a, b in zip(NAMES[1:], gradients(), first, strict=True):
             assert torch.equal(a, b), name
 
 

@@ -1,0 +1,227 @@
+"""What does layer-wise learning-rate decay cost a step, and what would a group per layer cost?
+
+    python benchmarks/layer_rates.py [--quick] [--ranks 2] [--stages 1 3]
+
+A SwinV2 of 50 blocks in three engines a ZeRO stage, side by side and in turns: without decay, with
+it (engine/layer_rates.py: two parameter groups), and in the way of the official fine-tuning code,
+a parameter group for each layer and kind of weight decay. Writes
+benchmarks/results/layer_rates.json and a picture; figures are ratios of the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import ranks as here
+from ranks import RESULTS, ROOT
+
+DECAY, RATE, WARM_UP = 0.9, 1e-4, 2
+DEPTHS = (2, 2, 42, 4)  # SwinV2-G's.
+WAYS = {
+    "none": "no decay",
+    "two groups": "decay inside two groups",
+    "group per layer": "a group per layer",
+}
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, a small net")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="of ZeRO")
+    parser.add_argument("--width", type=int, default=96, help="channels of the first stage")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels")
+    parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
+    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each")
+    parser.add_argument("--out", type=Path, default=RESULTS / "layer_rates.json")
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.width = 3, 32
+    return arguments
+
+
+def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """One group for each layer and kind of weight decay, with its factor of the rate."""
+    from fd_large.engine.optimizer import parameter_groups
+
+    names = {id(p): name for name, p in task.named_parameters()}
+    groups: dict[tuple[float, str], dict[str, Any]] = {}
+    for group in parameter_groups(task, weight_decay):
+        for parameter in group["params"]:
+            scale = task.layer_scale(names[id(parameter)], DECAY)
+            new = {**group, "name": f"{group['name']} {scale}", "scale": scale, "params": []}
+            groups.setdefault((scale, group["name"]), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def run_as_rank(arguments: argparse.Namespace) -> int:
+    """Builds all engines, lets them take turns; rank 0 reports."""
+    import torch
+
+    from fd_large import distributed
+    from fd_large.data.loader import Batch
+    from fd_large.engine import build, layer_rates, start
+    from fd_large.engine import config as ds
+    from fd_large.engine.forward import forward_backward
+    from fd_large.engine.optimizer import set_rate
+    from fd_large.recipes import registry
+    from fd_large.recipes.architectures import Architecture
+
+    distributed.start()
+    start.start()
+    world, size = distributed.world_size(), arguments.image_size
+    run = registry.get("fd_swinv2_base")
+    shape = Architecture(
+        embed_dim=arguments.width,
+        depths=DEPTHS,
+        num_heads=tuple(arguments.width // 32 * 2**stage for stage in range(4)),
+        window_size=size // 16,
+    )
+    small = replace(shape, depths=(1, 1, 1, 1))
+    run = replace(
+        run,
+        student=replace(run.student, architecture=shape),
+        teacher=replace(run.teacher, architecture=small, source="random", placement="replicated"),
+        data=replace(run.data, image_size=size),
+    )
+    precision, sizes = build.precision_of(run), build.parameter_sizes(run)
+    teacher = build.build_teacher(run, precision, node_size=1, persistence_threshold=0)
+    numbers = ds.RunNumbers(
+        arguments.micro_batch, 1, world, world, run.optim.clip_norm, precision.bfloat16, sizes
+    )
+    engines: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
+    for stage in arguments.stages:
+        config = ds.fill(ds.load(ROOT / f"ds_configs/zero{stage}.json"), numbers)
+        make = build.task_maker(run, teacher, teacher.width)
+        for way in WAYS:
+            name = f"ZeRO-{stage}, {way}"
+            if way == "group per layer":
+                with patch.object(build, "parameter_groups", groups_by_layer):
+                    engines[name] = build.build_engine(run, make, config)
+            else:
+                engines[name] = build.build_engine(run, make, config)
+            if way == "two groups":
+                rates[name] = layer_rates.by_layer(engines[name], DECAY)
+            engines[name].task.train()
+    images = torch.randint(0, 256, (arguments.micro_batch, 3, size, size), dtype=torch.uint8)
+    positions = torch.arange(arguments.micro_batch)
+    batch = Batch(images, 0, positions, positions)
+
+    def step(name: str) -> float:
+        """Seconds of a whole update; of them, the last number is of the optimiser's step."""
+        engine = engines[name]
+        set_rate(engine.deepspeed.optimizer, RATE)
+        for group in engine.deepspeed.optimizer.param_groups:
+            group["lr"] = RATE * group.get("scale", 1.0)
+        if name in rates:
+            rates[name].rate_of = partial(float.__mul__, RATE)
+        distributed.barrier()
+        begin = time.perf_counter()
+        forward_backward(engine, batch, 0)
+        engine.deepspeed.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        distributed.barrier()
+        return time.perf_counter() - begin
+
+    for _ in range(WARM_UP):
+        for name in engines:
+            step(name)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for order in here.turns(list(engines), arguments.rounds):
+        for name in order:
+            seconds[name].append(step(name))
+    if distributed.is_main():
+        ratios = {}
+        for stage in arguments.stages:
+            none, two, per_layer = (seconds[f"ZeRO-{stage}, {way}"] for way in WAYS)
+            ratios[f"ZeRO-{stage}"] = {
+                "two groups / none": here.paired(two, none),
+                "group per layer / none": here.paired(per_layer, none),
+                "group per layer / two groups": here.paired(per_layer, two),
+            }
+        results = {
+            "question": __doc__.splitlines()[0],
+            **here.conditions(__file__),
+            "load_average": os.getloadavg()[0],
+            "ranks": world,
+            "blocks": sum(DEPTHS),
+            "trained_parameters": sum(build.parameter_sizes(run)) - sum(
+                p.numel() for p in teacher.module.parameters()
+            ),
+            "image_size": size,
+            "micro_batch": arguments.micro_batch,
+            "groups": {n: len(e.deepspeed.optimizer.param_groups) for n, e in engines.items()},
+            "seconds": {name: here.spread(samples) for name, samples in seconds.items()},
+            "ratios": ratios,
+        }  # fmt: skip
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        draw(results, arguments.out.with_suffix(".png"))
+        for stage_name, pairs in ratios.items():
+            for pair, ratio in pairs.items():
+                low, high = ratio["quartiles"]
+                print(f"{stage_name}: {pair}: {ratio['median']:.3f} ({low:.3f}-{high:.3f})")
+        print(f"written: {arguments.out}")
+    return distributed.leave(0)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Seconds a step, a bar for each way and stage; whiskers are quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages = list(results["ratios"])
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for place, (way, label) in enumerate(WAYS.items()):
+        rows = [results["seconds"][f"{stage}, {way}"] for stage in stages]
+        heights = [row["median"] for row in rows]
+        around = [
+            [row["median"] - row["quartiles"][0] for row in rows],
+            [row["quartiles"][1] - row["median"] for row in rows],
+        ]
+        spots = [index + 0.27 * (place - 1) for index in range(len(stages))]
+        colors = ("#bbbbbb", "#4477aa", "#ee9966")
+        axes.bar(spots, heights, 0.25, yerr=around, capsize=3, label=label, color=colors[place])
+        ratio = {"two groups": "two groups / none", "group per layer": "group per layer / none"}
+        if way in ratio:
+            for spot, height, stage in zip(spots, heights, stages, strict=True):
+                text = f"x {results['ratios'][stage][ratio[way]]['median']:.3f}"
+                axes.text(spot, height * 0.5, text, ha="center", color="white", size=9)
+    axes.set_xticks(range(len(stages)), stages)
+    axes.set_ylabel("seconds a step")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
+    axes.set_title(
+        f"{results['blocks']} blocks, {results['trained_parameters'] / 1e6:.1f}M parameters, "
+        f"{results['ranks']} ranks\n{results['machine']}",
+        size=9,
+    )
+    axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """Starts the ranks, or is one."""
+    arguments = parse()
+    if arguments.as_rank:
+        return run_as_rank(arguments)
+    return here.start(__file__, *sys.argv[1:], "--as-rank", ranks=arguments.ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
