@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import ranks
+from ranks import RESULTS, ROOT
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
@@ -188,11 +187,7 @@ def main() -> int:
         return distributed.leave(0)
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint_benchmark_"))
     try:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        command += [__file__, *sys.argv[1:], "--as-rank", str(scratch)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-        subprocess.run(command, env=environment, check=True)
+        ranks.start(__file__, *sys.argv[1:], "--as-rank", scratch, ranks=2)
         found = json.loads((scratch / "found.json").read_text())
         kills = restarts(arguments.kills, scratch)
     finally:
@@ -204,8 +199,7 @@ def main() -> int:
     }
     results = {
         "question": __doc__.splitlines()[0],
-        "command": " ".join(["python benchmarks/checkpoint.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        **ranks.conditions(__file__),
         "parameters": found["parameters"],
         "checkpoint_gigabytes": 12 * found["parameters"] / 1e9,
         "seconds": seconds,

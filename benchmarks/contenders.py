@@ -35,21 +35,6 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 
 RATE = 1e-4
-TITLES = {
-    "alone": "plain torch, no exchange",
-    "zero0": "fd_large, ZeRO-0",
-    "zero1": "fd_large, ZeRO-1",
-    "zero2": "fd_large, ZeRO-2",
-    "zero3": "fd_large, ZeRO-3",
-    "hpz": "fd_large, ZeRO-3 with hpZ",
-    "ddp": "torch DDP",
-    "fsdp2": "torch FSDP2",
-    "fairscale": "fairscale FSDP",
-    "peer": "Feature-Distillation",
-}
-# hpZ's group is global to the process: an engine built after it would use it too.
-ORDER = ("alone", "ddp", "fsdp2", "fairscale", "zero0", "zero1", "zero2", "zero3", "peer", "hpz")
-
 Step = Callable[[Batch], Tensor]
 
 

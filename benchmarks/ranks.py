@@ -16,6 +16,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+# Contenders of a step (contenders.py), in the order that they are built in: hpZ's group is global
+# to the process, and an engine built after it would use it too.
+TITLES = {
+    "alone": "plain torch, no exchange",
+    "ddp": "torch DDP",
+    "fsdp2": "torch FSDP2",
+    "fairscale": "fairscale FSDP",
+    "zero0": "fd_large, ZeRO-0",
+    "zero1": "fd_large, ZeRO-1",
+    "zero2": "fd_large, ZeRO-2",
+    "zero3": "fd_large, ZeRO-3",
+    "peer": "Feature-Distillation",
+    "hpz": "fd_large, ZeRO-3 with hpZ",
+}
+
 
 def start(program: str, *words: object, ranks: int, launcher: str = "") -> int:
     """Runs a program on every rank, one thread or more each; returns the exit code.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ranks as here
-from ranks import RESULTS
+from ranks import RESULTS, TITLES
 
 WARM_UP = 2
 GIGABYTE = 1e9
@@ -59,15 +59,15 @@ def parse() -> argparse.Namespace:
 
 def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
     """The contenders in the order that they are built in."""
-    from contenders import ORDER
-
-    wanted = arguments.contenders or [n for n in ORDER if n != "peer" or arguments.peer_repo]
-    unknown = [name for name in wanted if name not in ORDER]
+    wanted = arguments.contenders or [n for n in TITLES if n != "peer" or arguments.peer_repo]
+    unknown = [name for name in wanted if name not in TITLES]
     if unknown:
-        sys.exit(f"--contenders: no such name; got {unknown[0]}, expected some of {ORDER}.")
+        sys.exit(
+            f"--contenders: no such name; got {unknown[0]}, expected some of {', '.join(TITLES)}."
+        )
     if world == 1 and not arguments.contenders:
         wanted = [name for name in wanted if name in ("alone", "zero0", "zero1", "peer")]
-    return [name for name in ORDER if name in wanted]
+    return [name for name in TITLES if name in wanted]
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
@@ -226,20 +226,17 @@ def start_ranks(arguments: argparse.Namespace) -> int:
 
 def sorted_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(title, figures), the fastest first."""
-    from contenders import TITLES
-
     rows = results["contenders"].items()
     ordered = sorted(rows, key=lambda row: -row[1]["images_per_second"])
-    return [(_title(name, TITLES, results), row) for name, row in ordered]
+    return [(_title(name, results), row) for name, row in ordered]
 
 
-def _title(name: str, titles: dict[str, str], results: dict[str, Any]) -> str:
-    return "plain torch" if name == "alone" and results["ranks"] == 1 else titles[name]
+def _title(name: str, results: dict[str, Any]) -> str:
+    return "plain torch" if name == "alone" and results["ranks"] == 1 else TITLES[name]
 
 
 def show(results: dict[str, Any]) -> None:
     """Prints the table."""
-    from contenders import TITLES
     from rich.console import Console
     from rich.table import Table
 

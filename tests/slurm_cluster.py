@@ -267,7 +267,7 @@ class Cluster:
 
 
 def ended(shown: dict[str, str]) -> bool:
-    """Whether Slurm is done with a job; PREEMPTED is also said of one that ended by itself later."""
+    """Whether Slurm is done with a job; PREEMPTED is said of one that ended by itself, too."""
     ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "REQUEUE_HOLD")
     return shown["JobState"] in ends
 

@@ -431,7 +431,8 @@ class Geometry:
     @property
     def tile(self) -> int:
         """Tokens that a program owns."""
-        return min(64, max(16, _power_of_2(self.tokens)))
+        most = 64 if self.padded_width <= 64 else 32
+        return min(most, max(16, _power_of_2(self.tokens)))
 
     @property
     def tiles(self) -> int:

@@ -952,6 +952,6 @@ def _constants(geometry: Geometry) -> dict[str, Any]:
         "COSINE": geometry.cosine,
         "INTERPRETED": _INTERPRETED,
         "TILE": geometry.tile,
-        "num_warps": 4 if geometry.padded_width <= 64 else 8,
+        "num_warps": 8 if geometry.padded_width > 64 or geometry.slots > 32 else 4,
         "num_stages": 1,
     }

@@ -69,8 +69,11 @@ def build(family, device, **options):
     return net.to(device)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("family", NETS)
+@pytest.mark.parametrize(
+    ("family", "checkpointed"),
+    [("swinv2", False), ("swin", False), ("vit", True)],
+    ids=["swinv2", "swin", "vit, checkpointed"],
+)
 def test_a_step_agrees_with_the_reference(family, checkpointed, device, chosen, monkeypatch):
     options = {"attention_memory": "recompute"}
     loss, gradients = step(build(family, device, **options), device, checkpointed=checkpointed)
@@ -86,7 +89,7 @@ def test_a_step_agrees_with_the_reference(family, checkpointed, device, chosen, 
         assert (gradients[name] - reference).abs().max() <= 1e-4 * largest + 1e-7, name
 
 
-@pytest.mark.parametrize("family", NETS)
+@pytest.mark.parametrize("family", ["swinv2", "vit"])
 def test_a_step_with_bfloat16_weights_and_a_float32_stream(family, device, monkeypatch):
     options = {"attention_memory": "recompute", "residual_dtype": "float32"}
 

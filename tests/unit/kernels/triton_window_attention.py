@@ -186,14 +186,15 @@ def test_whole_images(grid, prefix, table, dtype, device):
         )
 
     def plain(qkv, bias, table, scale):
-        # By its own hands: what the twin's index says is not taken for granted here.
+        # The twin written once more, without its detours.
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         q = q + bias[0].view(heads, 1, -1)
         v = v + bias[1].view(heads, 1, -1)
         wide = torch.promote_types(qkv.dtype, torch.float32)
         logits = (q @ k.transpose(-2, -1)).to(wide) * 0.2
         if table is not None:
-            logits = logits + table[position_index(*grid, prefix > 0, table.device)].permute(2, 0, 1)
+            index = position_index(*grid, prefix > 0, table.device)
+            logits = logits + table[index].permute(2, 0, 1)
         return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
     compare(kernel, plain, tensors, cotangent, device)
@@ -219,7 +220,7 @@ def test_the_same_bits_every_time(device):
 
 
 def test_the_operation_is_registered_as_torch_wants_it(device):
-    tensors, _, geometry = windows(
+    tensors, _, _ = windows(
         1, 4, 4, 4, 0, 1, 16, dtype=torch.float32, scale=5.0, seed=7, cosine=True
     )
     leaves = [t.to(device).requires_grad_() for t in tensors]
@@ -229,7 +230,7 @@ def test_the_operation_is_registered_as_torch_wants_it(device):
 
 
 def test_a_view_and_a_gradient_that_is_one(device):
-    tensors, cotangent, geometry = windows(
+    tensors, _, geometry = windows(
         2, 4, 4, 4, 0, 1, 16, dtype=torch.float32, scale=5.0, seed=8, cosine=True
     )
     kernel, plain = in_windows(geometry)

@@ -1,0 +1,129 @@
+"""How does a step's speed grow with the nodes? The table over several runs of throughput.py.
+
+    python benchmarks/scaling.py THROUGHPUT.json ... [--out benchmarks/results/scaling.csv]
+
+`sbatch slurm/throughput.sh` makes the files, one for each number of nodes, and calls this.
+Efficiency is images a second per rank, over those of the fewest nodes. Writes a .csv and a .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ranks import RESULTS, TITLES
+
+SAME = ("model", "image_size", "micro_batch", "precision", "machine")
+
+
+def table_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each contender and number of ranks, fewest ranks first.
+
+    Raises: SystemExit: where the runs are no measurements of one thing.
+    """
+    for key in SAME:
+        if len({run[key] for run in runs}) > 1:
+            sys.exit(f"scaling: runs of different {key}; got {[run[key] for run in runs]}.")
+    runs = sorted(runs, key=lambda run: run["ranks"])
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run["contenders"]):
+        with_it = [run for run in runs if name in run["contenders"]]
+        first = with_it[0]["contenders"][name]["images_per_second"] / with_it[0]["ranks"]
+        for run in with_it:
+            speed = run["contenders"][name]["images_per_second"]
+            rows.append(
+                {
+                    "contender": name,
+                    "nodes": run["nodes"],
+                    "ranks": run["ranks"],
+                    "images_per_second": speed,
+                    "efficiency": speed / run["ranks"] / first,
+                }
+            )
+    return rows
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Prints one line a contender, one column a number of ranks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sizes = list(dict.fromkeys((row["nodes"], row["ranks"]) for row in rows))
+    table = Table(title=title, title_justify="left")
+    table.add_column("images/s (efficiency)", no_wrap=True)
+    for nodes, ranks in sorted(sizes):
+        table.add_column(f"{nodes} node(s), {ranks} ranks", justify="right", no_wrap=True)
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        found = {row["ranks"]: row for row in rows if row["contender"] == name}
+        cells = [
+            f"{found[ranks]['images_per_second']:.1f} ({100 * found[ranks]['efficiency']:.0f}%)"
+            if ranks in found
+            else "-"
+            for _, ranks in sorted(sizes)
+        ]
+        table.add_row(TITLES[name], *cells)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Images a second over ranks, both logarithmic, with the straight line of the first point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        found = [row for row in rows if row["contender"] == name]
+        ranks = [row["ranks"] for row in found]
+        speeds = [row["images_per_second"] for row in found]
+        (line,) = axes.plot(ranks, speeds, marker="o", label=TITLES[name])
+        ideal = [speeds[0] * count / ranks[0] for count in ranks]
+        axes.plot(ranks, ideal, ":", color=line.get_color(), linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted({row["ranks"] for row in rows}))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("images per second, all ranks")
+    axes.set_title(f"{title}\ndotted: as many times the first point", size=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """Reads the files, writes table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="THROUGHPUT.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv")
+    arguments = parser.parse_args()
+    runs = [json.loads(path.read_text()) for path in arguments.files]
+    runs = [run for run in runs if "contenders" in run]
+    if not runs:
+        sys.exit(f"scaling: no measured run in {', '.join(map(str, arguments.files))}.")
+    rows = table_of(runs)
+    of = runs[0]
+    title = (
+        f"{of['model']}, {of['image_size']} px, {of['micro_batch']} images a rank, "
+        f"{of['precision']}; {of['machine']}"
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        lines = csv.DictWriter(file, rows[0], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+    draw(rows, title, arguments.out.with_suffix(".png"))
+    show(rows, title)
+    print(f"written: {arguments.out} and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
