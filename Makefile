@@ -1,5 +1,5 @@
 # make train   install into .venv, then the quick start: minutes, on all GPUs or on two CPU ranks
-# make test    install into .venv, then run the tests
+# make test    install into .venv, then run the tests; some of them: make test ARGS="tests/unit -k norm"
 # make check   style
 # make docs    docs/recipes.md from the recipes' docstrings
 PYTHON ?= python3
@@ -20,8 +20,16 @@ train: .venv/quickstart
 	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
 	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
+# Those of one process on two cores at once; then those that start ranks, one after the other.
 test: .venv/test
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit || status=1; \
+	$(BIN)/python -m pytest tests/integration || status=1; \
+	exit $$status
+endif
 
 check: .venv/test
 	$(BIN)/python -m pip install --quiet ruff

@@ -40,6 +40,8 @@ setup(
         "mpi": ["mpi4py>=4", "mpich>=5"],
         "test": [
             "pytest>=8",
+            # Tests of one process run on all cores at once.
+            "pytest-xdist>=3.5",
             "hypothesis>=6",
             "fairscale>=0.4.13",
             "mpi4py>=4",

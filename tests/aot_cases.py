@@ -52,6 +52,35 @@ def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
     kernels.whitened_loss_backward(_meta(), student, teacher, _meta(rows), _meta(rows), 2.0)
 
 
+def attention(
+    window: tuple[int, int],
+    *,
+    heads: int = 4,
+    head_width: int = 32,
+    shift: int = 0,
+    prefix: int = 0,
+    cosine: bool = True,
+    table: bool = True,
+    padded: bool = False,
+    dtype: torch.dtype = BFLOAT16,
+) -> None:
+    """Launches the kernels of `window_attention.py`; shifted or padded maps have four windows."""
+    from fd_large.kernels import window_attention_triton as kernels
+    from fd_large.kernels.window_attention import Geometry
+
+    batch, side = 32, 2 if shift or padded else 1
+    height, width = (side * n - padded for n in window)
+    geometry = Geometry(heads, head_width, height, width, window, shift, cosine, prefix)
+    channels, tokens = heads * head_width, prefix + height * width
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix
+    qkv, out = (_meta(batch, tokens, n * channels, dtype=dtype) for n in (3, 1))
+    bias = _meta(2, channels, dtype=dtype)
+    tables = _meta(rows, heads) if table else None
+    scale, lse = _meta(heads), _meta(heads, batch, tokens)
+    kernels.forward(qkv, bias, tables, scale, geometry)
+    kernels.backward(out, qkv, bias, tables, scale, out, lse, geometry)
+
+
 def _meta(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -69,4 +98,24 @@ CASES: dict[str, Callable[[], None]] = {
         for dtype in (FLOAT32, BFLOAT16)
     },
     "whitened_loss, 768 channels, two rows": partial(loss, 768, BFLOAT16, rows=2),
+    # SwinV2-G's windows of stages 1 to 3 and of 4, at 192 and 224 pixels; larger images' windows.
+    **{
+        f"window_attention, window {w}, shift {shift}": partial(attention, (w, w), shift=shift)
+        for w, shift in ((6, 0), (7, 0), (12, 0), (12, 6), (14, 0), (14, 7), (24, 12), (48, 24))
+    },
+    "window_attention, window 12, padded": partial(attention, (12, 12), shift=6, padded=True),
+    "window_attention, window 14, dot product": partial(attention, (14, 14), cosine=False),
+    "window_attention, window 8, head width 16": partial(attention, (8, 8), head_width=16),
+    "window_attention, window 14, head width 128": partial(attention, (14, 14), head_width=128),
+    "window_attention, window 12, float32": partial(attention, (12, 12), dtype=FLOAT32),
+    # ViT-B and ViT-L.
+    **{
+        f"window_attention, {side**2 + 1} tokens, table": partial(
+            attention, (side, side), head_width=64, prefix=1, cosine=False
+        )
+        for side in (14, 16)
+    },
+    "window_attention, 197 tokens": partial(
+        attention, (1, 197), head_width=64, cosine=False, table=False
+    ),
 }

@@ -21,17 +21,19 @@ def store_tensors(
     ranks: int = 1,
     stage: int = 3,
     recipe: dict[str, Any] | None = None,
+    ema: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes a checkpoint of float32 masters as so many ranks at that ZeRO stage do."""
+    """Writes a checkpoint of float32 masters, and averages, as so many ranks at that stage do."""
     layout = layout_of({name: t.numel() for name, t in tensors.items()}, ranks, stage)
     part = store.checkpoints_of(folder) / (store.name_of(update) + store.PART)
     part.mkdir(parents=True)
     for rank in range(ranks):
         held = {}
-        for name, tensor in tensors.items():
-            span = layout.span(rank, name)
-            if span.start < span.stop:
-                held[f"master.{name}"] = tensor.reshape(-1)[span.start : span.stop].clone()
+        for kind, kept in (("master", tensors), ("ema", ema or {})):
+            for name, tensor in kept.items():
+                span = layout.span(rank, name)
+                if span.start < span.stop:
+                    held[f"{kind}.{name}"] = tensor.reshape(-1)[span.start : span.stop].clone()
         path = part / store.file_of(rank)
         save_file(held, path)
         receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
@@ -47,6 +49,7 @@ def store_tensors(
         "commit": "c0ffee",
         "recipe": recipe or {},
         "layout": layout.to_dict(),
+        "ema": ema is not None,
     }
     return store.commit(part, manifest)
 

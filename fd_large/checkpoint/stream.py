@@ -78,13 +78,18 @@ def stream(
     return ((name, read(reader, prefix + name, shape)) for name, shape in shapes.items())
 
 
-def read(reader: Reader, name: str, shape: Shape) -> Tensor:
-    """Returns the float32 master of one tensor, by its stored name.
+def outcome(reader: Reader) -> str:
+    """What a run is trained for: the average of the weights where it keeps one, else these."""
+    return "ema" if reader.manifest.get("ema") else "master"
+
+
+def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Tensor:
+    """Returns one tensor in float32, by its stored name: the master, or what `kind` says.
 
     Raises: CheckpointError: if the file is there no more: a run that trains prunes its checkpoints.
     """
     try:
-        return reader.read("master", name, 0, math.prod(shape)).view(shape)
+        return reader.read(kind, name, 0, math.prod(shape)).view(shape)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{reader.path}: a file of it is gone; got {error}, expected what was there a moment "

@@ -66,7 +66,7 @@ def _opened(reader: Reader, where: str) -> Stored:
 
 
 class _Tensors(Tensors):
-    """The masters of a student, each read from the ranks' files when it is asked for."""
+    """The weights of a student, each read from the ranks' files when it is asked for."""
 
     def __init__(self, reader: Reader, table: dict[str, stream.Shape]) -> None:
         super().__init__({})
@@ -74,7 +74,9 @@ class _Tensors(Tensors):
         self._reader, self._table = reader, table
 
     def __getitem__(self, name: str) -> Tensor:
-        return stream.read(self._reader, f"{stream.STUDENT}{name}", self._table[name])
+        reader = self._reader
+        name, shape = f"{stream.STUDENT}{name}", self._table[name]
+        return stream.read(reader, name, shape, kind=stream.outcome(reader))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._table)

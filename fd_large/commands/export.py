@@ -62,7 +62,10 @@ def export(
         if to == "fd":
             stored |= projection
         items = (
-            (name.removeprefix(stream.STUDENT), stream.read(reader, name, shape))
+            (
+                name.removeprefix(stream.STUDENT),
+                stream.read(reader, name, shape, kind=stream.outcome(reader)),
+            )
             for name, shape in stored.items()
         )
         text = card(

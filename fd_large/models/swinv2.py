@@ -50,6 +50,8 @@ class SwinV2(HierarchicalBackbone):
         size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
             "pad": image, windows and merging are padded right and bottom, and padding is masked.
         attention_memory: "keep" or "recompute" attention maps for backward.
+        sequential_stages: Of so many first stages, whose maps are largest, few windows' attention
+            maps exist at a time, and they are made again for backward.
         residual_dtype: "compute": that of the weights; "float32": at least that.
         norm_eps: Of every norm.
         initialization: "fd", "official" or "none".
@@ -77,6 +79,7 @@ class SwinV2(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
         size_rule: SizeRule = "drop",
         attention_memory: Memory = "keep",
+        sequential_stages: int = 0,
         residual_dtype: str = "compute",
         norm_eps: float = 1e-5,
         initialization: Initialization = "fd",
@@ -119,7 +122,7 @@ class SwinV2(HierarchicalBackbone):
                 qkv_bias=qkv_bias,
                 extra_norm_every=extra_norm_every,
                 shared_position_bias=shared_position_bias,
-                attention_memory=attention_memory,
+                attention_memory="sequential" if s < sequential_stages else attention_memory,
                 norm_eps=norm_eps,
                 scheme=initial,
             )

@@ -26,7 +26,7 @@ READS = {
         *("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__"),
         *("__index__", "__contains__", "__array__", "equal", "is_nonzero"),
     )
-}
+} | {torch.equal, torch.nonzero, torch.is_nonzero}
 found: dict[int, list[str]] = defaultdict(list)
 
 

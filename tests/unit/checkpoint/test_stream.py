@@ -56,3 +56,13 @@ def test_another_net_is_refused(tmp_path, shapes):
     store_tensors(tmp_path, TENSORS)
     with pytest.raises(CheckpointError, match="of another net"):
         stream.stream(stream.newest(tmp_path), shapes, prefix="student.")
+
+
+def test_the_outcome_of_a_run_is_its_average_where_it_keeps_one(tmp_path):
+    average = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    for folder, ema, expected in (("plain", None, TENSORS), ("averaged", average, average)):
+        store_tensors(tmp_path / folder, TENSORS, ranks=3, ema=ema)
+        reader = stream.newest(tmp_path / folder)
+        found = stream.read(reader, "student.a", (5, 7), kind=stream.outcome(reader))
+        assert torch.equal(found, expected["student.a"])
+        assert torch.equal(stream.read(reader, "student.a", (5, 7)), TENSORS["student.a"])

@@ -22,6 +22,8 @@ CHECKED = [
     "residual_norm, 2048 channels, two rows",
     "whitened_loss, 4096 channels, bfloat16",
     "whitened_loss, 768 channels, two rows",
+    "window_attention, window 12, shift 6",
+    "window_attention, 197 tokens, table",
 ]
 
 

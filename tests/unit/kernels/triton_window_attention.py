@@ -58,15 +58,22 @@ def compare(kernel, plain, tensors, cotangent, device):
     got = run(kernel, tensors, cotangent, device)
     eager = run(plain, tensors, cotangent, device)
     exact = run(plain, tensors, cotangent, device, torch.float64)
+    sums = [i for i in (3, 4) if exact[i] is not None]
+    of_eager = max([0.0, *((eager[i].double() - exact[i]).abs().max().item() for i in sums)])
     for name, a, b, c in zip(NAMES, got, exact, eager, strict=True):
         if c is None:
             assert a is None, name
-        elif name in ("table", "scale") and got[0].dtype == torch.float32:
-            # Sums over many windows: 1e-4 of 1 or of the largest.
-            limit = 1e-4 * max(1.0, b.abs().max().item())
-            assert (a.double() - b).abs().max() <= limit, name
-        else:
+            continue
+        if name not in ("table", "scale"):
             assert_close(name, a, b, c)
+            continue
+        # Sums over many windows. In float32: 1e-4 of 1 or of the largest. In bfloat16: four times
+        # eager torch's largest error in the two, since sum(do * o) has the rounding of o, where
+        # eager torch takes sum(p * dp) of what it has; one number's error may be small by chance.
+        limit = 1e-4 * max(1.0, b.abs().max().item())
+        if got[0].dtype == torch.bfloat16:
+            limit = max(limit, 4 * of_eager)
+        assert (a.double() - b).abs().max() <= limit, name
 
 
 def in_windows(geometry):
@@ -90,7 +97,7 @@ def in_windows(geometry):
 
 @settings(
     deadline=None,
-    max_examples=8,
+    max_examples=6,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],

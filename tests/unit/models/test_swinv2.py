@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fd_large.engine.activation import checkpoint_blocks
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.models.swinv2 import SwinV2
 from fd_large.models.windows import coordinate_table
@@ -245,6 +246,38 @@ def test_recompute_saves_no_attention_map_and_equals_keep():
     assert shapes["recompute"] == []
     for a, b in zip(*gradients.values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sequential_stages_change_nothing_but_memory():
+    images = torch.randn(1, 3, 32, 32)
+    plain, sequential = tiny(), tiny(sequential_stages=1)
+    assert [block.attn.memory for block in sequential.blocks()] == ["sequential"] * 2 + ["keep"] * 2
+    torch.testing.assert_close(sequential(images).tokens, plain(images).tokens)
+
+
+def test_a_frozen_net_makes_its_position_tables_once():
+    net, images = tiny().requires_grad_(False), torch.randn(1, 3, 32, 32)
+    calls = []
+    for block in net.blocks():
+        block.attn.cpb_mlp.register_forward_hook(lambda *_: calls.append(1))
+    first = net(images).tokens
+    assert torch.equal(net(images).tokens, first)
+    assert len(calls) == 4
+    with torch.no_grad():
+        net.blocks()[0].attn.cpb_mlp[2].weight.neg_()
+    assert not torch.equal(net(images).tokens, first)
+    assert len(calls) == 5
+
+
+def test_position_tables_are_made_once_a_step_under_activation_checkpointing():
+    net = tiny()
+    calls = []
+    for block in net.blocks():
+        block.attn.cpb_mlp.register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_blocks(net.blocks(), mode="every")
+    net(torch.randn(1, 3, 32, 32)).tokens.sum().backward()
+    assert len(calls) == 4
+    assert all(block.attn.cpb_mlp[0].weight.grad.abs().sum() > 0 for block in net.blocks())
 
 
 @pytest.mark.parametrize(
