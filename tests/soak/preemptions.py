@@ -3,7 +3,7 @@
     python tests/soak/preemptions.py [--preemptions 20] [--seed 1]
 
 Half by the signal that comes before a time limit, half by a job of higher priority; a quarter while
-the ranks still start. Takes some eight minutes on two cores; needs root and Slurm's packages (see
+the ranks still start. Took 13 minutes on two busy cores; needs root and Slurm's packages (see
 tests/slurm_cluster.py). Writes benchmarks/results/preemptions.json and exits 1 if a loss differs in
 one bit from the uninterrupted run's, an update was made twice, or the job ran once too often.
 """
