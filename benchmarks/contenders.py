@@ -7,6 +7,7 @@ send bfloat16 gradients and step float32 masters.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +66,12 @@ class Setting:
 
 
 def share(
-    model: str, image_size: int, micro_batch: int, precision: str, peer_repo: Path | None
+    model: str,
+    width: int,
+    image_size: int,
+    micro_batch: int,
+    precision: str,
+    peer_repo: Path | None,
 ) -> Setting:
     """The recipe of a SwinV2 student under a Swin teacher of the same widths, and that teacher.
 
@@ -74,6 +80,9 @@ def share(
     run = registry.get("fd_esvit_swin_base")
     world = distributed.world_size()
     window = Architecture(window_size=image_size // 16)
+    if width:
+        heads = tuple(width // 32 * 2**stage for stage in range(4))
+        window = replace(window, embed_dim=width, num_heads=heads)
     run = replace(run, student=replace(run.student, model=model, architecture=window))
     shape = run.student_architecture()
     widths = replace(
@@ -92,6 +101,8 @@ def share(
         ),
         engine=replace(run.engine, precision=precision),
     )
+    # That its weights are random is no news here.
+    logging.getLogger("fd_large.engine.build").setLevel(logging.ERROR)
     computed = precision_of(run)
     teacher = build_teacher(run, computed, node_size=1, persistence_threshold=0)
     return Setting(run, computed, teacher, peer_repo)

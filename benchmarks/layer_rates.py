@@ -45,10 +45,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each")
     parser.add_argument("--out", type=Path, default=RESULTS / "layer_rates.json")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.rounds, arguments.width = 3, 32
-    return arguments
+    if parser.parse_args().quick:
+        parser.set_defaults(rounds=3, width=32)
+    return parser.parse_args()
 
 
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -120,7 +119,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     batch = Batch(images, 0, positions, positions)
 
     def step(name: str) -> float:
-        """Seconds of a whole update; of them, the last number is of the optimiser's step."""
+        """Seconds of a whole update."""
         engine = engines[name]
         set_rate(engine.deepspeed.optimizer, RATE)
         for group in engine.deepspeed.optimizer.param_groups:

@@ -28,7 +28,15 @@ say() {
 
 refuse() {
     echo "$*" >&2
+    stay_ended
     exit 2
+}
+
+# A job that Slurm itself ended at the end of a pre-emption's grace is requeued once more after its
+# next end, whatever its exit code.
+stay_ended() {
+    [[ ! ${SLURM_JOB_ID:-} ]] || ((${SLURM_RESTART_COUNT:-0} == 0)) ||
+        scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 }
 
 # value_of NAME WORDS...: what train.py takes for --NAME: the last one, with - or _, = or a blank.
@@ -192,12 +200,6 @@ finish() {
     esac
     [[ $again ]] || stay_ended
     exit "$code"
-}
-
-# A job that Slurm itself ended at the end of a pre-emption's grace is requeued once more after its
-# next end, whatever its exit code.
-stay_ended() {
-    ((${SLURM_RESTART_COUNT:-0} == 0)) || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 }
 
 newest_checkpoint() {

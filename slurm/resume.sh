@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes=4 slurm/resume.sh runs/fd_swinv2g [--section.field VALUE ...]
 #
-# The words that started it stand in the folder (environment.json), whoever launched it; words after
-# the folder win over them. The options below are explained in slurm/fd_swinv2g.sh.
+# The words that started it stand in the folder (environment.json), whoever launched it, as do its
+# data and teacher (recipe.json); words after the folder win over them. The options below are explained in slurm/fd_swinv2g.sh.
 
 #SBATCH --job-name=fd_resume
 #SBATCH --nodes=8
@@ -35,16 +35,29 @@ shift
 reader=$(command -v "$PYTHON" || command -v python3) ||
     refuse "slurm/resume.sh: no Python; got PYTHON=$PYTHON, expected one that runs here. Set it" \
         "in slurm/site.sh."
-mapfile -d '' -t before < <("$reader" - "$run/environment.json" <<'PYTHON'
+mapfile -d '' -t before < <("$reader" - "$run" <<'PYTHON'
 import json, sys
 
-words = json.load(open(sys.argv[1]))["command"][1:]
-# What a launcher adds, and what would begin anew.
-words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
-sys.stdout.write("".join(word + "\0" for word in words))
+try:
+    with open(sys.argv[1] + "/environment.json") as environment:
+        words = json.load(environment)["command"][1:]
+    with open(sys.argv[1] + "/recipe.json") as recipe:
+        fields = json.load(recipe)
+    # fd_large/train.py has no command, but `python -m fd_large train` has.
+    words = words[1:] if words[:1] == ["train"] else words
+    # What a launcher adds, and what would begin anew.
+    words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
+    # First, since they may be the recipe's, of which no word tells.
+    found = [fields["data"]["root"], fields["teacher"]["source"], *words]
+    told = "".join(word + "\0" for word in found)
+except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    told = f"{type(error).__name__}: {error}\0"
+sys.stdout.write(told)
 PYTHON
 )
-[[ ${#before[@]} -gt 0 ]] || refuse "$run/environment.json: no command; got nothing, expected the" \
-    "words that started the run. Submit again the script that started it."
+((${#before[@]} > 1)) || refuse "$run: cannot be read; got ${before[0]:-nothing}, expected the" \
+    "environment.json and recipe.json of a run. Submit again the script that started it."
+# The run's own, not the site's.
+DATA_ROOT=${before[0]} TEACHER_SOURCE=${before[1]}
 
-launch "${before[@]}" --runtime.run_dir "$run" "$@"
+launch "${before[@]:2}" --runtime.run_dir "$run" "$@"

@@ -55,7 +55,7 @@ def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
 def attention(
     window: tuple[int, int],
     *,
-    heads: int = 4,
+    heads: int = 16,
     head_width: int = 32,
     shift: int = 0,
     prefix: int = 0,

@@ -103,14 +103,17 @@ def damage(path: Path, rank: int) -> str | None:
     try:
         expected = json.loads(receipt.read_text())
         size, wanted = expected["bytes"], expected["crc32"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{receipt.name} is missing or damaged"
     if not tensors.is_file():
         return f"{tensors.name} is missing"
-    if tensors.stat().st_size != size:
-        return f"{tensors.name} has {tensors.stat().st_size} bytes, expected {size}"
-    if (found := checksum(tensors)) != wanted:
-        return f"{tensors.name} has checksum {found}, expected {wanted}"
+    try:
+        if tensors.stat().st_size != size:
+            return f"{tensors.name} has {tensors.stat().st_size} bytes, expected {size}"
+        if (found := checksum(tensors)) != wanted:
+            return f"{tensors.name} has checksum {found}, expected {wanted}"
+    except OSError as error:
+        return f"{tensors.name} cannot be read: {error.strerror}"
     return None
 
 

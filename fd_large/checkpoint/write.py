@@ -1,6 +1,7 @@
 """Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
 
-The host memory, 12 bytes for each parameter of the rank's share, is kept from save to save.
+The host memory, 12 bytes for each parameter of the rank's share and 4 more for an average, is kept
+from save to save.
 
 Every rank writes one safetensors file of its pieces, so a run on 1,000 ranks writes 1,000 files of
 tensors and 1,000 receipts, and no rank does more than its own. All ranks agree in the loop's one
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
     """This rank's elements of one tensor of the state.
 
     Attributes:
-        key: KIND.NAME, KIND one of master, exp_avg, exp_avg_sq.
+        key: KIND.NAME, KIND one of master, exp_avg, exp_avg_sq, ema.
         values: Flat float32, a view of the live state.
     """
 
@@ -64,6 +65,8 @@ class Saver:
         self._manifest: dict[str, Any] = {}
         self._part = Path()
         self._buffers: dict[str, Tensor] = {}
+        self.ended = 0.0
+        """When this rank had written, by time.monotonic."""
         self.stall_seconds = 0.0
         """How long training stood still for the last `begin`."""
 
@@ -178,3 +181,5 @@ class Saver:
             self._problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             # Room for the others, and for what training itself writes.
             path.unlink(missing_ok=True)
+        finally:
+            self.ended = time.monotonic()

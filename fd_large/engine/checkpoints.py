@@ -108,7 +108,7 @@ class Checkpoints:
             "update": update,
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
-            "ema": bool(self._run.optim.ema_decay),
+            "ema": state.has_average(self._engine),
             "samples": update * self._run.batch.global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
@@ -182,7 +182,11 @@ class Checkpoints:
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
         state.restore(
-            self._engine, reader.read, self.optimizer_steps, ema=manifest.get("ema", False)
+            self._engine,
+            reader.read,
+            updates=manifest["update"],
+            steps=self.optimizer_steps,
+            ema=manifest.get("ema", False),
         )
         self._saved = manifest["update"]
 
@@ -211,7 +215,8 @@ class Checkpoints:
     def _finish(self, failed_anywhere: bool) -> float | None:
         if self._saver.finish(failed_anywhere=failed_anywhere):
             self._failures = 0
-            return time.monotonic() - self._begun
+            # Not until now: an evaluation may have come between the last byte and this look.
+            return self._saver.ended - self._begun
         self._saved = None
         self._failures += 1
         limit = self._run.runtime.max_failed_saves

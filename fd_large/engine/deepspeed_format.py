@@ -17,6 +17,9 @@ from fd_large.recipes.run import Run
 
 log = logging.getLogger(__name__)
 
+UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
+"""Finished updates, and those of them that were not skipped: DeepSpeed's client state."""
+
 
 def export_checkpoint(run_dir: str, out: str, *, deepspeed_config: str) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
@@ -31,7 +34,8 @@ def export_checkpoint(run_dir: str, out: str, *, deepspeed_config: str) -> int:
             f"checkpoint export: {run_dir}: nothing is stored yet; got no complete checkpoint, "
             "expected one. Train the run first."
         )
-    opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{updates}")
+    told = {UPDATES: updates, STEPS: opened.checkpoints.optimizer_steps}
+    opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{updates}", client_state=told)
     return updates
 
 
@@ -54,7 +58,7 @@ def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> in
     opened = _open(run_dir, deepspeed_config)
     engine = opened.engine.deepspeed
     try:
-        path, _ = engine.load_checkpoint(source)
+        path, told = engine.load_checkpoint(source)
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
             f"checkpoint import: {source}: DeepSpeed cannot read it; got "
@@ -66,7 +70,8 @@ def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> in
             f"checkpoint import: {source}: DeepSpeed read nothing; got no files for this engine, "
             "expected those of this stage and number of ranks. Check --deepspeed_config."
         )
-    updates = engine.global_steps
+    updates = told.get(UPDATES, engine.global_steps)
+    opened.checkpoints.optimizer_steps = told.get(STEPS, updates - engine.skipped_steps)
     opened.checkpoints.save(updates)
     if not opened.checkpoints.settle():
         raise CheckpointError(

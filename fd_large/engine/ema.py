@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fd_large.engine import state
 from fd_large.engine.build import Engine
+from fd_large.engine.evaluation import Interrupted
 
 
 class Ema:
@@ -45,8 +46,11 @@ class Ema:
         self._exchange()
         try:
             yield
-        finally:
+        except Interrupted:
             self._exchange()
+            raise
+        # After an error of one rank alone the others are in another collective than this.
+        self._exchange()
 
     def _exchange(self) -> None:
         with torch.no_grad():

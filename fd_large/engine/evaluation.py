@@ -30,6 +30,10 @@ TRIES = 10
 log = logging.getLogger(__name__)
 
 
+class Interrupted(Exception):
+    """The ranks have agreed to leave an evaluation."""
+
+
 class Evaluation:
     """The views of one set of pictures, cut once and kept as uint8 on the host.
 

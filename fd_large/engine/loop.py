@@ -18,6 +18,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.build import Engine
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
+from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.evidence import evidence_of
 from fd_large.engine.forward import forward_backward
 from fd_large.engine.layer_rates import LayerRates
@@ -27,11 +28,18 @@ from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.errors import DataError
-from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import (
+    DONE,
+    GUARD,
+    NOT_SAVED,
+    PREEMPTED,
+    Hook,
+    Setting,
+    Update,
+    Verdict,
+)
 
 log = logging.getLogger(__name__)
-
-DONE, PREEMPTED, NOT_SAVED, GUARD = "done", "preempted", "not saved", "guard"
 
 Evaluate = Callable[
     [int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]
@@ -60,15 +68,10 @@ class Plan(NamedTuple):
     count_bad_every: int = 20
 
 
-class Interrupted(Exception):
-    """The ranks have agreed to leave an evaluation."""
-
-
 class _Agreed(NamedTuple):
     """What the ranks know together before an update's step."""
 
     update: Update
-    save: bool
     stop: bool
     busy: bool
     failed: bool
@@ -109,6 +112,7 @@ class Trainer:
         self._layer_rates, self._ema = layer_rates, ema
         self._update = setting.first_update
         self._status = ""
+        self._owed = False
         self._pictures = BadPictures()
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
@@ -149,7 +153,8 @@ class Trainer:
             self._one_update(micro_batches, epoch)
         # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
         if not self._status and self._update % self._plan.updates_per_epoch == 0:
-            assert next(micro_batches, None) is None
+            left = next(micro_batches, None)
+            assert left is None
 
     def _one_update(self, micro_batches: Prefetch, epoch: int) -> None:
         agreed, batches, losses = self._stepped(micro_batches, epoch)
@@ -189,15 +194,22 @@ class Trainer:
         too_bad = None
         if last or update % plan.count_bad_every == 0:
             too_bad = _too_many_bad(self._pictures, plan.max_bad_fraction)
+        self._owed |= self._checkpoints.due(update, plan.updates_per_epoch)
         # Not in a row of refused updates: a good checkpoint is what they may be rolled back to.
-        due = self._checkpoints.due(update, plan.updates_per_epoch) and not agreed.update.skipped
-        if agreed.save or self._status or last or due or too_bad or rolled_back:
-            for hook in self._hooks:
-                hook.on_save(update)
-            self._tell_saved(self._checkpoints.save(update, evaluated=evaluated))
+        due = self._owed and not agreed.update.skipped
+        if self._status or last or due or too_bad or rolled_back:
+            self._save(evaluated=evaluated)
         if too_bad:
             self._checkpoints.settle()
             raise too_bad
+
+    def _save(self, *, evaluated: bool) -> None:
+        verdict = Verdict.all_of(hook.on_save(self._update) for hook in self._hooks)
+        if verdict.stop:
+            self._status = verdict.stop
+            return
+        self._owed = False
+        self._tell_saved(self._checkpoints.save(self._update, evaluated=evaluated))
 
     def _stepped(
         self, micro_batches: Prefetch, epoch: int
@@ -252,29 +264,28 @@ class Trainer:
             norm = self._engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
         flags = [
-            any(wish.save for wish in wishes),
             any(wish.stop for wish in wishes),
             *self._checkpoints.flags,
         ]
         device = distributed.device()
         loss = torch.stack(losses).mean().double().reshape(1)
         told = torch.tensor(flags, dtype=torch.float64).to(device, non_blocking=True)
-        summed = distributed.sum_tensor(torch.cat([loss, told]))
+        # The norm is the same on all ranks, but for the last digit between unlike processors.
         norm = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
-        loss_sum, save, stop, busy, failed, grad_norm = torch.cat([summed, norm]).tolist()
+        summed = distributed.sum_tensor(torch.cat([loss, norm, told])).tolist()
+        loss_sum, norm_sum, stop, busy, failed = summed
+        ranks = distributed.world_size()
         update = Update(
-            self._update,
-            self._total,
-            epoch,
-            loss_sum / distributed.world_size(),
-            grad_norm,
-            rate,
+            self._update, self._total, epoch, loss_sum / ranks, norm_sum / ranks, rate
         )
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
-        return _Agreed(update, save > 0, stop > 0, busy > 0, failed > 0, verdict)
+        return _Agreed(update, stop > 0, busy > 0, failed > 0, verdict)
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
         restored = self._checkpoints.roll_back(at_most)
+        if restored is None:
+            # One of this row, by a pre-emption in it: no weight has moved since it began.
+            restored = self._checkpoints.roll_back(self._update)
         if restored is None:
             if distributed.is_main():
                 log.error(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from fd_large.engine.evidence import note_maximum, outputs_to
 from fd_large.engine.forward import prepared
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
-from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES
+from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.meter import rows_before
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,9 @@ class Weights(NamedTuple):
     Attributes:
         reader: Of the checkpoint.
         update: Updates of it.
-        accepted_between: Updates that moved weights after it and before the step; 0: these are the
-            weights that the step ran on. None: it is later than the step.
+        accepted_between: Updates that moved the step's weights and not these, but for those that a
+            roll-back undid; 0: these are the weights that the step ran on. None: it is later than
+            the step.
     """
 
     reader: Reader
@@ -106,7 +107,8 @@ class Replayed(NamedTuple):
 def read_incident(path: Path) -> Incident:
     """Reads incident.json, or the folder that holds it, where the run wrote it.
 
-    Raises: ConfigError: if it is none, stands outside of its run, or has no pictures any more.
+    Raises: ConfigError: if it is none, is damaged, stands outside of its run, or has no pictures
+        any more.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
@@ -123,12 +125,16 @@ def read_incident(path: Path) -> Incident:
         )
     pictures = []
     try:
+        _check(said)
         for name in said["images"]:
             if (file.parent / name).is_file():
                 stored = load_file(file.parent / name)
                 rank = int(name.split(".")[0].removeprefix("rank_"))
                 losses = said["ranks"][rank]["losses"]
                 pictures.append(Pictures(rank, stored["images"], stored["positions"], losses))
+                counts = (len(said["ranks"][rank]["names"]), len(stored["positions"]))
+                if counts != (len(stored["images"]),) * 2:
+                    raise ValueError(f"{name} has {len(stored['images'])} pictures, not {counts}")
         if not pictures:
             raise ConfigError(
                 f"replay: {file}: its pictures are gone; got none, expected those of a rank. The "
@@ -160,8 +166,9 @@ def find_weights(incident: Incident) -> Weights:
         if item.update > step:
             return Weights(reader, item.update, None)
         rows = rows_before(incident.folder / "metrics.jsonl", step)
-        moved = [row for row in rows if row["update"] >= item.update and not row.get("skipped")]
-        return Weights(reader, item.update, len(moved))
+        roll_backs = roll_backs_of(incident.folder / "incidents")
+        apart = _moved_by(rows, roll_backs, step) ^ _moved_by(rows, roll_backs, item.update)
+        return Weights(reader, item.update, len(apart))
     raise CheckpointError(
         f"replay: {store.checkpoints_of(incident.folder)}: no sound checkpoint; got {complaint}, "
         "expected one of the run's. Restore one, the newest before the incident if there is any."
@@ -212,6 +219,18 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     )
 
 
+def _moved_by(
+    rows: Sequence[Mapping[str, Any]], roll_backs: Mapping[int, int], updates: int
+) -> set[int]:
+    """Which of the first `updates` updates the weights after them descend from."""
+    last = max((update for update in roll_backs if update < updates), default=None)
+    kept, start = set(), 0
+    if last is not None:
+        kept, start = _moved_by(rows, roll_backs, min(roll_backs[last], last)), last + 1
+    between = (row for row in rows if start <= row["update"] < updates)
+    return kept | {row["update"] for row in between if not row.get("skipped")}
+
+
 def _task(run: Run, teacher: Any, reader: Reader, *, bfloat16: bool) -> Task:
     make = task_maker(run, teacher, teacher.width)
     task = partition.build(make, {}, partitioned=False, seed=run.runtime.seed)
@@ -249,6 +268,37 @@ def _recipe(folder: Path) -> Run:
         engine=replace(run.engine, precision=precision),
         teacher=replace(run.teacher, placement="replicated"),
     )
+
+
+# What is used of an incident, here and by whoever tells of it.
+_NUMBER = (int, float)
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "index": int,
+    "epoch": int,
+    "world_size": int,
+    "micro_batch_size": int,
+    "grad_norm": _NUMBER,
+    "off": list,
+    "images": list,
+    "layers": dict,
+    "ranks": list,
+}
+
+
+def _check(said: Mapping[str, Any]) -> None:
+    """Raises: KeyError, TypeError or ValueError: where something is not what the guard writes."""
+    for name, kind in _KEYS.items():
+        if not isinstance(said[name], kind):
+            raise TypeError(f"{name} {said[name]!r}")
+    if said["micro_batch_size"] < 1:
+        raise ValueError(f"micro_batch_size {said['micro_batch_size']}")
+    for off in said["off"]:
+        numbers = (off["value"], *(n for n in (off["median"], off["limit"]) if n is not None))
+        if not all(isinstance(number, _NUMBER) for number in numbers):
+            raise TypeError(f"{off['what']} {numbers}")
+    for name, value in said["layers"].items():
+        if not isinstance(value, _NUMBER):
+            raise TypeError(f"{name} {value!r}")
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.forward import probe_phases
 from fd_large.engine.layer_rates import by_layer
-from fd_large.engine.loop import DONE, GUARD, NOT_SAVED, PREEMPTED, Evaluate, Plan, Trainer
+from fd_large.engine.loop import Evaluate, Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.engine.time_box import TimeBox
@@ -46,13 +46,21 @@ from fd_large.errors import DataError, FDError
 from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
-from fd_large.runtime.hooks import Hook, Setting
+from fd_large.runtime.hooks import (
+    DONE,
+    GUARD,
+    NOT_SAVED,
+    PREEMPTED,
+    TEACHER_CHANGED,
+    Hook,
+    Setting,
+)
 from fd_large.runtime.run_folder import open_folder, source_commit, status_of, write_environment
 from fd_large.weights.settle import settle
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75, GUARD: 3, "teacher changed": 3}
+EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75, GUARD: 3, TEACHER_CHANGED: 3}
 """75: the last checkpoint stands, the same command goes on from it. 3: somebody has to look."""
 
 
@@ -67,6 +75,7 @@ class Opened(NamedTuple):
     teacher: PlacedTeacher
     checkpoints: Checkpoints
     micro_batch_size: int
+    ema: Ema | None
 
     @property
     def accumulation(self) -> int:
@@ -118,7 +127,9 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
         "commit": distributed.broadcast_object(source_commit()),
     }
     checkpoints = Checkpoints(folder, run, engine, facts)
-    return Opened(run, folder, launch, source, engine, teacher, checkpoints, size)
+    # Before any resume, which restores the average too.
+    ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
+    return Opened(run, folder, launch, source, engine, teacher, checkpoints, size, ema)
 
 
 def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]) -> int:
@@ -138,8 +149,6 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
     per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     opened.checkpoints.sweep()
-    # Before the resume, which restores the average too.
-    ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
     first = opened.checkpoints.resume()
     time_box = None
     if run.optim.max_seconds:
@@ -202,7 +211,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    evaluate = _evaluation(run, engine, source, size, ema) if run.eval.root else None
+    evaluate = _evaluation(run, engine, source, size, opened.ema) if run.eval.root else None
     if total <= schedule.warmup and not run.optim.max_seconds:
         log.warning(
             "optim.warmup_epochs: the whole run of %d updates is warm-up (%d updates): the rate "
@@ -220,7 +229,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
             evaluate=evaluate,
             time_box=time_box,
             layer_rates=by_layer(engine, run.optim.layer_decay),
-            ema=ema,
+            ema=opened.ema,
         )
         status = trainer.train(batches)
     except FDError as error:

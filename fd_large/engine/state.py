@@ -82,6 +82,11 @@ def stretches(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
             yield name, home.owner, home.offset, home.offset + home.master.numel()
 
 
+def has_average(engine: Engine) -> bool:
+    """Whether this rank's state holds an average of the weights."""
+    return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in stretches(engine))
+
+
 def needs(engine: Engine, layout: Layout) -> set[int]:
     """The stored ranks whose files this rank reads to restore its part.
 
@@ -100,7 +105,9 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
     return wanted
 
 
-def restore(engine: Engine, read: Read, updates: int, *, ema: bool = False) -> None:
+def restore(
+    engine: Engine, read: Read, *, updates: int, steps: int, ema: bool = False
+) -> None:
     """Writes a stored state into an engine, all ranks together.
 
     An average that the engine keeps and the stored state has not begins as the weights.
@@ -108,7 +115,8 @@ def restore(engine: Engine, read: Read, updates: int, *, ema: bool = False) -> N
     Args:
         engine: Between two updates, or before the first.
         read: (kind, name, start, stop) -> those elements of the flattened tensor.
-        updates: Steps that the optimiser has made.
+        updates: That are finished.
+        steps: Of them that the optimiser has made: all but the skipped ones.
         ema: Whether the stored state has an average.
     """
     inner = engine.gate.inner
@@ -130,11 +138,11 @@ def restore(engine: Engine, read: Read, updates: int, *, ema: bool = False) -> N
                 owners[id(home.owner)] = home.owner
             _restore_working_copy(engine, name, parameter, read)
     for owner in owners.values():
-        _set_steps(inner, owner, updates)
+        _set_steps(inner, owner, steps)
     for group in inner.param_groups:
         # DeepSpeed's and apex's FusedAdam count in the group.
         if "step" in group:
-            group["step"] = updates
+            group["step"] = steps
     engine.deepspeed.global_steps = updates
 
 

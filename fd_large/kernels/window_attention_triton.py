@@ -857,7 +857,7 @@ def forward(
             geometry.num_heads,
             STEP=geometry.step,
             REST=geometry.rest,
-            **_constants(geometry),
+            **_constants(geometry, qkv.dtype),
         )
     return out, lse
 
@@ -904,7 +904,7 @@ def backward(
             groups,
             STEP=16,
             **slots,
-            **_constants(geometry),
+            **_constants(geometry, qkv.dtype),
         )
         dtable = scale.new_empty((0,) if table is None else table.shape)
         if table is not None:
@@ -939,8 +939,10 @@ def _in_bits(table: Tensor | None) -> Tensor | None:
     return torch.mul(table.t(), math.log2(math.e), out=turned)
 
 
-def _constants(geometry: Geometry) -> dict[str, Any]:
+def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     window = geometry.window
+    # As many as keep tiles in registers; a window without a table may be any row of tokens.
+    large = geometry.padded_width > 64 or geometry.slots == 64 or dtype == torch.float32
     return {
         "PREFIX": geometry.prefix,
         "WH": window[0],
@@ -952,6 +954,6 @@ def _constants(geometry: Geometry) -> dict[str, Any]:
         "COSINE": geometry.cosine,
         "INTERPRETED": _INTERPRETED,
         "TILE": geometry.tile,
-        "num_warps": 8 if geometry.padded_width > 64 or geometry.slots > 32 else 4,
+        "num_warps": 8 if large else 4,
         "num_stages": 1,
     }

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -27,13 +26,10 @@ from statistics import median_low
 import torch
 
 from fd_large import distributed
-from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
-from fd_large.runtime.run_folder import written_or_told
+from fd_large.runtime.hooks import PASS, TEACHER_CHANGED, Hook, Setting, Update, Verdict
 
 log = logging.getLogger(__name__)
 
-TEACHER_CHANGED = "teacher changed"
-SET_ASIDE = "distrusted_"
 MAP_TOLERANCE = 0.01
 """Of the map's norm: bf16 products may be summed in another order. The hash is exact."""
 SLOW = 1.5
@@ -78,7 +74,6 @@ class Canary(Hook):
     def __init__(self, every: int, *, seconds: Callable[[], float] = seconds_of_product) -> None:
         self._every, self._seconds = every, seconds
         self._changed = False
-        self._doubtful: int | None = None
         self._checks = 0
         self._slow: dict[int, float] = {}
         self._named: dict[int, int] = {}
@@ -89,7 +84,7 @@ class Canary(Hook):
         self._map_of = setting.checks["teacher_map"]
         self._map = self._map_of().float()
         self._shard = self._shard_of()
-        self._folder, self._good = setting.folder, setting.first_update
+        self._good = setting.first_update
         device = str(distributed.device())
         told = distributed.gather_objects((self._shard, distributed.node_name(), device))
         self._places = [f"rank {r} ({host}, {dev})" for r, (_, host, dev) in enumerate(told)]
@@ -113,27 +108,13 @@ class Canary(Hook):
             self._look_at_speed()
         return Verdict(stop=TEACHER_CHANGED) if self._changed else PASS
 
-    def on_save(self, index: int) -> None:
-        """Looks, so that what a checkpoint learned from is known; it comes too late to prevent it.
-
-        So none but this one can be in doubt, and the state before it stands.
-        """
+    def on_save(self, index: int) -> Verdict:
+        """Looks, so that no checkpoint is written that learned from a changed teacher."""
         if index != self._good and not self._changed:
-            self._look(index, saving=True)
+            self._look(index)
+        return Verdict(stop=TEACHER_CHANGED) if self._changed else PASS
 
-    def on_end(self, status: str) -> None:
-        """Sets a checkpoint aside that learned from a changed teacher: no resume takes it."""
-        if self._doubtful is None or not distributed.is_main():
-            return
-        path = self._folder / "checkpoints" / f"step_{self._doubtful:08d}"
-        with written_or_told(path):
-            if path.exists():
-                aside = path.with_name(SET_ASIDE + path.name)
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                log.warning("canary: %s was set aside as %s", path, aside.name)
-
-    def _look(self, done: int, *, saving: bool = False) -> None:
+    def _look(self, done: int) -> None:
         wrong = self._shard_of() != self._shard
         found = distributed.gather_objects((wrong, self._distance()))
         changed = [rank for rank, (wrong, _) in enumerate(found) if wrong]
@@ -143,7 +124,6 @@ class Canary(Hook):
             self._good = done
             return
         self._changed = True
-        self._doubtful = done if saving else None
         if distributed.is_main():
             self._tell(done, changed, differs, max(far for _, far in found))
 
@@ -161,15 +141,12 @@ class Canary(Hook):
                 f"of a fixed batch is off by {distance:.2g} of its norm"
             )
         log.error(
-            "canary: THE TEACHER CHANGED after update %d, seen after update %d, %s. The run ends; "
-            "of its checkpoints %s Start the same command again, without that node: it goes on "
-            "from the newest one that is left.",
+            "canary: THE TEACHER CHANGED after update %d, seen after update %d, %s. The run ends "
+            "without a checkpoint of what it learned since; those that it has are sound. Start the "
+            "same command again, without that node: it goes on from the newest one.",
             self._good,
             done,
             what,
-            "all are sound."
-            if self._doubtful is None
-            else f"step_{done:08d}, begun now, is not to be trusted and is set aside.",
         )
 
     def _look_at_speed(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 
 from fd_large import distributed
-from fd_large.runtime.hooks import PASS, Evidence, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import GUARD, PASS, Evidence, Hook, Setting, Update, Verdict
 from fd_large.runtime.meter import rows_before
 from fd_large.runtime.run_folder import write_json, written_or_told
 
@@ -256,7 +256,7 @@ class Guard(Hook):
                 "" if self._past.roll_backs == 1 else "s",
                 self._incidents,
             )
-        return Verdict(stop="guard")
+        return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
         """Forgets what the abandoned updates have shown; a resume must know of it as well."""
@@ -286,7 +286,7 @@ class Guard(Hook):
         past = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / "metrics.jsonl", updates)
-            past = past_of(rows, _roll_backs(self._incidents))
+            past = past_of(rows, roll_backs_of(self._incidents))
         return distributed.broadcast_object(past)
 
 
@@ -338,7 +338,7 @@ def _set_aside(incidents: Path, first_update: int) -> None:
                 folder.rename(aside)
 
 
-def _roll_backs(incidents: Path) -> dict[int, int]:
+def roll_backs_of(incidents: Path) -> dict[int, int]:
     """Update after which the run was taken back -> updates of the state it took."""
     found = {}
     for folder in _folders(incidents):

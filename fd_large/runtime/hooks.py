@@ -18,17 +18,19 @@ from torch import Tensor
 
 from fd_large.recipes.run import Run
 
+DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
+GUARD, TEACHER_CHANGED = "guard", "teacher changed"
+"""How a run ends: the status in summary.json."""
+
 
 @dataclass(frozen=True)
 class Wish:
     """What this rank would like after the update under way; done if any rank wishes it.
 
     Attributes:
-        save: Write a checkpoint.
         stop: Save, and end as `preempted`.
     """
 
-    save: bool = False
     stop: bool = False
 
 
@@ -165,8 +167,12 @@ class Hook:
         """After each update; the same answer on every rank. `skip` comes too late here."""
         return PASS
 
-    def on_save(self, index: int) -> None:
-        """Before a checkpoint of `index` updates: a resume from it must find what they left."""
+    def on_save(self, index: int) -> Verdict:
+        """Before a checkpoint of `index` updates: a resume from it must find what they left.
+
+        The same answer on every rank; `stop` ends the run without this checkpoint.
+        """
+        return PASS
 
     def on_saved(self, seconds: float) -> None:
         """A checkpoint is complete, so many seconds after it was begun."""

@@ -86,9 +86,10 @@ class Meter(Hook):
             self._flush()
         return PASS
 
-    def on_save(self, index: int) -> None:
+    def on_save(self, index: int) -> Verdict:
         """Before a checkpoint of `index` updates: a resume from it must find all their rows."""
         self._flush()
+        return PASS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Writes the evaluation, together with what is known already of the same update."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from fd_large import distributed
-from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
+from fd_large.runtime.hooks import NOTHING, PASS, Hook, Setting, Update, Verdict, Wish
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 """At the file: a shared file system is not asked at every update."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
-"""Between a save that fits exactly and the end of the job: the update under way, leaving."""
+"""Between a save that fits exactly and the end of the job: leaving."""
 
 
 class Preemption(Hook):
@@ -39,7 +39,8 @@ class Preemption(Hook):
     def __init__(self) -> None:
         self._reason = ""
         self._told = False
-        self._slowest = 0.0
+        self._slowest = self._slowest_update = 0.0
+        self._mark: float | None = None
         self._file: Path | None = None
         self._looked = 0.0
         # Seconds since the epoch, set by Slurm in every step of a job.
@@ -82,6 +83,18 @@ class Preemption(Hook):
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
         return Wish(stop=True)
 
+    def after_update(self, update: Update) -> Verdict:
+        """Learns what an update takes: one more is finished before the run saves."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._slowest_update = max(self._slowest_update, now - self._mark)
+        self._mark = now
+        return PASS
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """What an evaluation takes is no update's time; it can be left."""
+        self._mark = None
+
     def on_saved(self, seconds: float) -> None:
         """Learns what a save takes."""
         notice = self._setting.run.runtime.notice_seconds
@@ -105,7 +118,8 @@ class Preemption(Hook):
 
     def _file_or_end(self) -> str:
         now = time.time()
-        if self._job_end is not None and now > self._job_end - self._slowest - MARGIN_SECONDS:
+        needed = self._slowest + self._slowest_update + MARGIN_SECONDS
+        if self._job_end is not None and now > self._job_end - needed:
             return f"the job ends in {max(0.0, self._job_end - now):.0f} s"
         if self._file is not None and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
             self._looked = time.monotonic()

@@ -16,7 +16,7 @@ from pictures import write_pictures
 
 from fd_large.commands import replay
 from fd_large.engine.replay import find_weights, read_incident, run_again
-from fd_large.errors import FDError
+from fd_large.errors import ConfigError, FDError
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
@@ -176,6 +176,12 @@ def test_replay_says_how_far_its_weights_are_from_the_step(zero3: Path, tmp_path
         file.truncate(100)
     # Damaged, so the one before it; of the four updates between them, one was skipped.
     assert find_weights(spike)[1:] == (4, 3)
+    # Update 10 was undone, by a roll-back to 8 updates; what was skipped moved nothing.
+    later = read_incident(incident(tmp_path, 13))
+    assert find_weights(later)[1:] == (12, 1)
+    (checkpoints / "step_00000012").rename(tmp_path / "aside")
+    assert find_weights(later)[1:] == (4, 4)
+    (tmp_path / "aside").rename(checkpoints / "step_00000012")
     shutil.rmtree(checkpoints / "step_00000004")
     assert find_weights(spike)[1:] == (12, None)
 
@@ -215,6 +221,26 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(
     with pytest.raises(FDError) as caught:
         replay.main([str(run / "incidents/update_00000006")])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "off", "layers", "epoch", "world_size", "micro_batch_size", "grad_norm"]
+)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda said, name: said.pop(name), lambda said, name: said.update({name: ""})],
+    ids=["missing", "of another type"],
+)
+def test_a_damaged_incident_is_told_when_it_is_read(
+    damage: Any, name: str, zero3: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(zero3 / "run", tmp_path / "run", ignore=lambda *_: ["checkpoints"])
+    file = run / "incidents/update_00000006/incident.json"
+    said = read(file)
+    damage(said, name)
+    file.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=f"damaged; got (KeyError|TypeError) '?{name}"):
+        read_incident(file)
 
 
 def _name_teacher(run: Path, source: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,9 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "runs"),
 ]
 UPDATES = 36
+# From a requeue to the next start: the cluster's cred_expire and a second (slurm_cluster.py), and
+# as long again on busy cores.
+REQUEUE_SECONDS = 12.0
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +107,12 @@ def test_it_went_on_in_mid_epoch_each_time(interrupted: Interrupted) -> None:
     assert any(update % 24 for update in interrupted.resumed)
 
 
-def test_it_ran_once_after_each_requeue(interrupted: Interrupted) -> None:
-    shown, said = interrupted.shown, interrupted.job.said()
+def test_it_ran_once_after_each_requeue(cluster: Cluster, interrupted: Interrupted) -> None:
+    # A requeued job waits before it starts: by now one requeue too many would have begun.
+    ended_at = datetime.fromisoformat(interrupted.shown["EndTime"])
+    passed = (datetime.now() - ended_at).total_seconds()
+    time.sleep(max(0.0, REQUEUE_SECONDS - passed))
+    shown, said = cluster.show(interrupted.job.number), interrupted.job.said()
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "3")
     assert said.count("ranks speak in") == 4
     # By itself after the signal; by Slurm after the other job, and for the dead node.

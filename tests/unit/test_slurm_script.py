@@ -81,6 +81,17 @@ class Script:
         said, _ = process.communicate(timeout=60)
         return process.returncode, said
 
+    def record(self, command: list[str], data: str, teacher: str) -> None:
+        """What a run leaves in its folder."""
+        self.run_dir.mkdir()
+        recipe = {"data": {"root": data}, "teacher": {"source": teacher}}
+        for name, found in (("environment", {"command": command}), ("recipe", recipe)):
+            (self.run_dir / f"{name}.json").write_text(json.dumps(found, indent=1))
+
+    def resume(self, *args: str, **environ: str) -> tuple[int, str]:
+        given = {"PYTHON": sys.executable, "DATA_ROOT": "", "TEACHER_SOURCE": ""} | environ
+        return self.run(str(self.run_dir), *args, name="resume", **given)
+
     def words(self) -> list[str]:
         return (self.scratch / "ranks").read_text().split("\0")[:-1]
 
@@ -243,6 +254,25 @@ def test_slurm_is_told_when_a_restarted_job_is_not_to_come_back(ranks: str, scri
     assert not told.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "environ"),
+    [
+        ("fd_swinv2g", {"DATA_ROOT": ""}),
+        ("fd_swinv2g", {"DATA_ROOT": "/no/such"}),
+        ("resume", {}),
+    ],
+)
+def test_a_restarted_job_that_is_refused_does_not_come_back(
+    name: str, environ: dict[str, str], script: Script
+) -> None:
+    told = script.scratch / "updated"
+    for restarts in ("0", "1"):
+        assert not told.exists()
+        code, said = script.run(name=name, SLURM_RESTART_COUNT=restarts, **environ)
+        assert code == 2, said
+    assert told.read_text() == "JobId=7 Requeue=0\n"
+
+
 PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
 
 
@@ -345,23 +375,47 @@ def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
     ]
 
 
-def test_resume_takes_the_words_from_the_runs_folder(script: Script) -> None:
-    script.run_dir.mkdir()
-    before = ["fd_large/train.py", "--local_rank=0", "--recipe", "fd_swinv2h", "--fresh"]
+@pytest.mark.parametrize(
+    "command",
+    [["fd_large/train.py", "--local_rank=0"], ["/x/fd_large/__main__.py", "train"]],
+    ids=["launcher", "module"],
+)
+def test_resume_takes_the_words_from_the_runs_folder(command: list[str], script: Script) -> None:
+    before = [*command, "--recipe", "fd_swinv2h", "--fresh"]
     before += ["--data.root", "builtin:photographs", "--teacher.source", "package:x y"]
-    (script.run_dir / "environment.json").write_text(json.dumps({"command": before}, indent=1))
-    code, said = script.run(
-        *(str(script.run_dir), "--optim.epochs", "9"),
-        **{"name": "resume", "PYTHON": sys.executable, "DATA_ROOT": "", "TEACHER_SOURCE": ""},
-    )
+    script.record(before, "builtin:photographs", "package:x y")
+    code, said = script.resume("--optim.epochs", "9")
     assert code == 0, said
     words = script.words()
     assert words[words.index("fd_large/train.py") + 1 :] == [
-        *("--data.root", "", "--teacher.source", ""),
+        *("--data.root", "builtin:photographs", "--teacher.source", "package:x y"),
         *("--recipe", "fd_swinv2h"),
         *("--data.root", "builtin:photographs", "--teacher.source", "package:x y"),
         *("--runtime.run_dir", str(script.run_dir), "--optim.epochs", "9"),
     ]
+
+
+@pytest.mark.parametrize("site", ["", "/site/of/others"])
+def test_resume_takes_data_and_teacher_from_the_recipe(site: str, script: Script) -> None:
+    script.record(["fd_large/train.py"], "builtin:photographs", "package:x")
+    code, said = script.resume(DATA_ROOT=site, TEACHER_SOURCE=site)
+    assert code == 0, said
+    words = script.words()
+    assert words[words.index("fd_large/train.py") + 1 :] == [
+        *("--data.root", "builtin:photographs", "--teacher.source", "package:x"),
+        *("--runtime.run_dir", str(script.run_dir)),
+    ]
+
+
+@pytest.mark.parametrize("damaged", ["environment.json", "recipe.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"command": 3, "data": 3}'])
+def test_resume_of_a_damaged_run_is_one_sentence(damaged: str, text: str, script: Script) -> None:
+    script.record(["fd_large/train.py"], "builtin:photographs", "package:x")
+    (script.run_dir / damaged).write_text(text)
+    code, said = script.resume()
+    assert (code, said.count("\n")) == (2, 1), said
+    assert said.startswith(f"{script.run_dir}: cannot be read; got ")
+    assert not (script.scratch / "ranks").exists()
 
 
 def test_resume_without_a_run_is_one_sentence(script: Script) -> None:

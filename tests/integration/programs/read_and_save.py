@@ -14,7 +14,6 @@ import torch
 from launch import ROOT
 
 from fd_large import distributed
-from fd_large.engine.ema import Ema
 from fd_large.engine.run import open_run
 from fd_large.recipes.run import Run
 
@@ -24,8 +23,6 @@ def main(folder: Path) -> None:
     run = Run.from_dict(json.loads((folder / "recipe.json").read_text()))
     run = replace(run, runtime=replace(run.runtime, run_dir=str(folder)))
     opened = open_run(run, deepspeed_config=str(ROOT / "ds_configs/zero3.json"))
-    if run.optim.ema_decay:
-        Ema(opened.engine, run.optim.ema_decay)
     updates = opened.checkpoints.resume()
     opened.checkpoints.save(updates + 1)
     assert opened.checkpoints.settle()

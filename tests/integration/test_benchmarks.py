@@ -1,0 +1,177 @@
+"""The benchmarks of a step: contenders compute the same, a peer's checkout joins, tables hold."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from launch import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+ENGINE = ("zero0", "zero1", "zero2", "zero3")
+
+# The names and arguments that the official code has, around a net of one layer.
+DISTILLATION = """
+from torch import nn
+from .esvit import load_esvit
+
+class FD(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        swin = config.MODEL.SWIN
+        assert config.MODEL.TYPE == "swin_v2" and swin.DEPTHS == [2, 2, 6, 2]
+        self.teacher = load_esvit(config.DEV.PRED_FEAT, return_s3=config.DEV.PRED_FEAT_S3)
+        self.teacher.requires_grad_(False)
+        self.student = nn.Linear(3 * config.DATA.IMG_SIZE ** 2, swin.EMBED_DIM)
+
+    def forward(self, x):
+        return {"loss": self.student(x.flatten(1)).square().mean() + self.teacher.size.sum() * 0}
+
+def build_fd(config):
+    return FD(config)
+"""
+ESVIT = """
+import torch
+from torch import nn
+
+class WarpperSwinTransformer(nn.Module):
+    def __init__(self, img_size, embed_dim, window_size, num_classes, **others):
+        super().__init__()
+        assert (img_size, window_size, num_classes) == (64, 4, 0)
+        self.size = nn.Parameter(torch.ones(embed_dim))
+
+def load_esvit(name, return_s3=False):
+    raise RuntimeError("would download weights")
+"""
+OPTIMIZER = """
+import torch
+
+def build_optimizer(config, model, logger, is_pretrain):
+    assert is_pretrain and config.TRAIN.OPTIMIZER.NAME == "adamw"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.TRAIN.BASE_LR)
+"""
+
+
+def run(program: str, *words: object, **environ: str) -> str:
+    """Runs a benchmark to its end and returns what it said."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / program), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Path:
+    """A checkout with the official code's names."""
+    folder = tmp_path / "Feature-Distillation"
+    (folder / "models").mkdir(parents=True)
+    (folder / "models/__init__.py").touch()
+    (folder / "models/feature_distillation.py").write_text(DISTILLATION)
+    (folder / "models/esvit.py").write_text(ESVIT)
+    (folder / "optimizer.py").write_text(OPTIMIZER)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+def test_contenders_compute_the_same_and_a_peer_joins(tmp_path: Path, peer: Path) -> None:
+    out = tmp_path / "found.json"
+    said = run(
+        *("throughput.py", "--quick", "--rounds", 2, "--width", 32, "--no-memory"),
+        *("--precision", "float32", "--peer-repo", peer, "--out", out),
+    )
+    results = json.loads(out.read_text())
+    rows = results["contenders"]
+    assert set(rows) == {"alone", "ddp", "fsdp2", *ENGINE, "hpz", "peer"}
+    before, after = rows["ddp"]["first_losses"]
+    assert before != pytest.approx(after, rel=1e-4)
+    for name in (*ENGINE, "hpz", "fsdp2"):
+        assert rows[name]["first_losses"] == pytest.approx([before, after], rel=2e-5), name
+    assert rows["alone"]["first_losses"][1] != pytest.approx(after, rel=2e-5)
+    fastest = results["fastest"]
+    assert fastest != "alone"  # Without exchange it is a bound.
+    assert rows[fastest]["relative_speed"]["median"] == 1.0
+    assert all(len(row["seconds"]["samples"]) == 2 for row in rows.values())
+    assert results["ranks"] == 2
+    # Where there is no GPU, fairscale's is left out, with the reason.
+    assert "CUDA streams" in results["left_out"]["fairscale"]
+    assert "left out: fairscale FSDP: fairscale's FSDP takes CUDA streams" in said
+    lines = list(csv.DictReader(out.with_suffix(".csv").open()))
+    speeds = [float(line["images_per_second"]) for line in lines]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(lines) == len(rows)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+    # The table over node counts, from this run and one that was as fast on each of twice the ranks.
+    twice = {**results, "ranks": 4, "nodes": 2, "contenders": {"ddp": dict(rows["ddp"])}}
+    twice["contenders"]["ddp"]["images_per_second"] *= 1.5
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    said = run("scaling.py", out, tmp_path / "twice.json", "--out", tmp_path / "scaling.csv")
+    assert "(75%)" in said
+    lines = list(csv.DictReader((tmp_path / "scaling.csv").open()))
+    found = [float(line["efficiency"]) for line in lines if line["contender"] == "ddp"]
+    assert found == pytest.approx([1.0, 0.75])
+
+
+def test_a_folder_that_is_no_checkout_is_said_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    peer_module = importlib.import_module("peer")
+    unavailable = importlib.import_module("contenders").Unavailable
+    with pytest.raises(unavailable, match=r"peer-repo: no models/feature_distillation\.py in"):
+        peer_module.build_peer(SimpleNamespace(peer_repo=tmp_path))
+
+
+SRUN = """#!/bin/bash
+echo "$@" >>"$SCRATCH/steps"
+while (($#)); do
+    [[ $1 == --out ]] && out=$2
+    [[ $1 == --output=* ]] && log=${1#--output=}
+    shift
+done
+[[ $out == *.json ]] && echo '{}' >"$out"
+echo "the table" >"${log/\\%t/0}"
+"""
+
+
+def test_the_batch_script_doubles_the_nodes(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    environ = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SCRATCH": str(tmp_path),
+        "LOG_DIR": str(tmp_path / "logs"),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "x",
+        "SLURM_JOB_NUM_NODES": "6",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "12",
+        "PYTHON": "/env/python",
+    }
+    script = ["bash", str(ROOT / "slurm/throughput.sh"), "--model", "swinv2_base"]
+    done = subprocess.run(script, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = (tmp_path / "steps").read_text().splitlines()
+    folder = tmp_path / "logs/slurm-x-7"
+    for step, (nodes, ranks) in zip(steps, [(1, 4), (2, 8), (4, 16), (6, 24)], strict=False):
+        assert f"--nodes={nodes} --ntasks={ranks} --ntasks-per-node=4 " in step
+        assert "--cpus-per-task=12 " in step
+        words = f"benchmarks/throughput.py --model swinv2_base --as-rank --out {folder}"
+        assert step.endswith(f"/env/python {words}/nodes_{nodes}.json")
+    files = " ".join(f"{folder}/nodes_{nodes}.json" for nodes in (1, 2, 4, 6))
+    assert steps[4].endswith(f"benchmarks/scaling.py {files} --out {folder}/scaling.csv")
+    assert len(steps) == 5
+    assert done.stdout.splitlines()[-1] == "the table"
