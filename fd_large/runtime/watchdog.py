@@ -125,9 +125,10 @@ class Watchdog(Hook):
         """Moves."""
         self.beat()
 
-    def on_save(self, index: int) -> None:
+    def on_save(self, index: int) -> Verdict:
         """Moves."""
         self.beat()
+        return PASS
 
     def on_saved(self, seconds: float) -> None:
         """Moves; warns of saves that a watchdog may take for a standstill."""
