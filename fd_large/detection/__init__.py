@@ -1,0 +1,1 @@
+"""Boxes and masks from a distilled student: heads, losses, data, official evaluation."""
