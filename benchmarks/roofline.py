@@ -321,7 +321,7 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
     with counter.named(teacher), counter.named(task):
         counter.phase = "teacher forward"
         with counter:
-            prepared = task.prepare(images, keep)
+            prepared = task.prepare(images, None, keep)
         counter.phase = "student forward"
         with counter:
             loss, _ = task(**prepared)

@@ -147,7 +147,7 @@ def first_maps(engine: object, images: Tensor) -> dict[str, Tensor]:
         lambda module, inputs, output: seen.update(student_map=output.tokens.detach().clone())
     )
     with torch.no_grad():
-        prepared = task.prepare(images, None)
+        prepared = task.prepare(images, None, None)
         engine.deepspeed(**prepared)
     handle.remove()
     return {

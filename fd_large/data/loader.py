@@ -6,8 +6,9 @@ nothing that a worker knows beforehand can change a pixel, and only positions tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class Batch:
     `images` is (B, 3, S, S) uint8; `positions` (B,) int64 are places in the epoch's order,
     `indices` (B,) int64 the samples that were taken for them; `bad` says of each sample that was
     tried and cannot be used what is wrong with it, its name first (`bad.py` counts them).
+    `targets` is what a task learns from besides: tensors, in lists, tuples or dicts; or None.
     """
 
     images: torch.Tensor
@@ -46,18 +48,27 @@ class Batch:
     positions: torch.Tensor
     indices: torch.Tensor
     bad: tuple[str, ...] = ()
+    targets: Any = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copies the images without waiting for it.
+        """Copies images and targets without waiting for it.
 
         Positions and indices stay on the CPU: draws are made there, and reading them back from a
         device would stop the host.
         """
-        return replace(self, images=self.images.to(device, non_blocking=True))
+        return self._through(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Moves the images to page-locked memory; the torch DataLoader calls this."""
-        return replace(self, images=self.images.pin_memory())
+        """Moves them to page-locked memory; the torch DataLoader calls this."""
+        return self._through(torch.Tensor.pin_memory)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields what `to` copies."""
+        yield self.images
+        yield from _tensors(self.targets)
+
+    def _through(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(self, images=move(self.images), targets=_mapped(move, self.targets))
 
 
 class EpochLoader:
@@ -277,3 +288,23 @@ class _Views(Dataset):
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def _mapped(move: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(move, part) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(move, part) for part in value)
+    if isinstance(value, dict):
+        return {key: _mapped(move, part) for key, part in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

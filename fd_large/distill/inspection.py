@@ -79,7 +79,7 @@ def feature_panel(
         lambda module, inputs, output: seen.append(output.detach().float().cpu())
     )
     with torch.no_grad():
-        prepared = task.prepare(images, None)
+        prepared = task.prepare(images, None, None)
         forward(**prepared)
         reference = task.reference(**prepared).cpu()
     handle.remove()

@@ -55,8 +55,9 @@ class Distillation(Task):
         # In a tuple, so that nn.Module does not adopt a teacher that is a Module.
         self._teacher = (teacher,)
 
-    def prepare(self, images: Tensor, keep: Tensor | None) -> dict[str, Any]:
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the drop-path draws and the teacher's map."""
+        del targets  # The images are all that there is.
         with torch.no_grad():
             return {
                 "pixels": normalise(images, self.statistics),

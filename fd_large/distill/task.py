@@ -21,7 +21,7 @@ class Task(nn.Module):
 
     drop_path_rates: tuple[float, ...] = ()
 
-    def prepare(self, images: Tensor, keep: Tensor | None) -> dict[str, Any]:
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Does what needs no gradient of the trained parameters, a teacher's forward for example.
 
         Runs under no_grad and outside the engine, so that the engine sees one forward and one
@@ -29,6 +29,7 @@ class Task(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8, on the device.
+            targets: What the task's loader put beside them, on the device; None if nothing.
             keep: (num_sites, B) bool, or None for no drop path.
 
         Returns: the keyword arguments of `forward`.

@@ -147,7 +147,7 @@ class Evaluation:
             weight = 1
             if len(images) == 0:
                 images, weight = self._images[:1], 0
-            prepared = engine.task.prepare(images.to(distributed.device()), None)
+            prepared = engine.task.prepare(images.to(distributed.device()), None, None)
             yield prepared, weight, len(images)
 
 

@@ -25,7 +25,7 @@ def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:
             # From other memory than pinned the copy may wait for what the device has queued.
             keep = keep.pin_memory().to(distributed.device(), non_blocking=True)
     with torch.no_grad():
-        return task.prepare(batch.images, keep)
+        return task.prepare(batch.images, batch.targets, keep)
 
 
 def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:

@@ -46,6 +46,7 @@ class Prefetch:
         (batch, copy), self._staged = self._staged, None
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
-        # Else the allocator gives the images' memory to the next copy while they are being read.
-        copy.images.record_stream(computing)
+        # Else the allocator gives their memory to the next copy while they are being read.
+        for tensor in copy.tensors():
+            tensor.record_stream(computing)
         return batch, copy

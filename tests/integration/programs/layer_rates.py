@@ -47,7 +47,7 @@ def plain(run: Run) -> Weights:
     for update in range(UPDATES):
         places = positions + update * len(positions)
         keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, places)
-        loss, _ = task(**task.prepare(images_of(update, run), keep))
+        loss, _ = task(**task.prepare(images_of(update, run), None, keep))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)

@@ -130,7 +130,7 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
         keep = drop_path_keep(
             task.drop_path_rates, run.runtime.seed, 0, positions + update * len(positions)
         )
-        loss, _ = task(**task.prepare(images_of(update, run), keep))
+        loss, _ = task(**task.prepare(images_of(update, run), None, keep))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)

@@ -27,7 +27,7 @@ def images():
 
 
 def test_loss_is_the_formula_written_out(task, images):
-    loss, metrics = task(**task.prepare(images, None))
+    loss, metrics = task(**task.prepare(images, None, None))
     pixels = normalise(images, IMAGENET)
     target = task._teacher[0].net(pixels).tokens
     mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True, unbiased=False)
@@ -49,7 +49,7 @@ def test_the_teacher_is_frozen_and_stays_in_evaluation(task, images):
     teacher.train()
     assert not teacher.training
     assert not teacher.net.training
-    loss, _ = task(**task.prepare(images, None))
+    loss, _ = task(**task.prepare(images, None, None))
     loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
@@ -76,16 +76,16 @@ def test_clip_teachers_see_their_own_statistics_and_size():
 
 
 def test_bfloat16_keeps_the_loss_in_float32(task, images):
-    exact, _ = task(**task.prepare(images, None))
+    exact, _ = task(**task.prepare(images, None, None))
     low = task.bfloat16()
-    loss, _ = low(**low.prepare(images, None))
+    loss, _ = low(**low.prepare(images, None, None))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
 def test_best_constant_is_the_minimum_over_constants(task, images):
     task.eval()
-    prepared = task.prepare(images, None)
+    prepared = task.prepare(images, None, None)
     found = best_constant_loss(task, lambda: iter([(prepared, 1), (prepared, 0)]), lambda t: t)
     target = task.reference(**prepared).flatten(0, 1)
     constant = nn.Parameter(torch.zeros(target.shape[1]))
@@ -104,7 +104,7 @@ def test_best_constant_is_the_minimum_over_constants(task, images):
 def test_evaluation_reports_the_cosine_and_a_panel(task, images):
     task.eval()
     with torch.no_grad():
-        _, metrics = task(**task.prepare(images, None))
+        _, metrics = task(**task.prepare(images, None, None))
     assert -1 <= metrics["cosine"].item() <= 1
     panel = feature_panel(task, task, images)
     assert panel["images"].shape == (3, 32, 32, 3)

@@ -154,7 +154,7 @@ def test_a_whole_step_as_torch_counts_it(name):
     keep = torch.empty(len(task.drop_path_rates), 2, dtype=torch.bool, device="meta")
     step = flops.of_run(run, micro_batch_size=2, attention_recomputed=recompute)
     prepared = {}
-    assert counted(lambda: prepared.update(task.prepare(images, keep))) == pytest.approx(
+    assert counted(lambda: prepared.update(task.prepare(images, None, keep))) == pytest.approx(
         step.teacher_forward, rel=1e-3
     )
     losses = []
