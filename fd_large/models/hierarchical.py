@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -156,23 +158,36 @@ class HierarchicalBackbone(nn.Module):
             "or --student.size_rule pad."
         )
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
-        """Maps normalised images to tokens after the final norm.
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, *, every_stage: bool = False
+    ) -> FeatureMap | tuple[Tensor, ...]:
+        """Maps normalised images to tokens after the final norm, or to the maps of all stages.
 
         Args:
             images: (B, 3, H, W), any float dtype.
             keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+            every_stage: Whether the map of each stage is wanted, before its merging and without
+                the final norm, in place of the last one's tokens.
 
-        Returns: tokens (B, N, C) in the dtype of the residual stream, no prefix tokens.
+        Returns: tokens (B, N, C) in the dtype of the residual stream, no prefix tokens; or a map
+            (B, H_s, W_s, C_s) of each stage in that dtype.
         Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
+        maps = self._stages(images, keep)
+        if every_stage:
+            return tuple(maps)
+        x = self.norm(deque(maps, maxlen=1).pop())
+        grid = (x.shape[1], x.shape[2])
+        return FeatureMap(rearrange(x, "b h w c -> b (h w) c"), grid, 0)
+
+    def _stages(self, images: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
         if images.dim() != 4:
             raise ShapeError(
                 f"{type(self).__name__.lower()}: not a batch of images; got shape "
                 f"{tuple(images.shape)}, expected (B, channels, H, W). Add the batch dimension."
             )
         height, width = images.shape[-2:]
-        grid = self.grid(height, width)
+        self.grid(height, width)  # Refuses a size that does not fit.
         scales = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
         if self.size_rule == "pad":
             p = self.patch_size
@@ -185,9 +200,10 @@ class HierarchicalBackbone(nn.Module):
         for stage, depth in zip(self.layers, self.depths, strict=True):
             sites = slice(site, site + 2 * depth)
             x = stage(x, None if scales is None else scales[sites])
+            yield x
+            if stage.downsample is not None:
+                x = stage.downsample(x)
             site += 2 * depth
-        x = self.norm(x)
-        return FeatureMap(rearrange(x, "b h w c -> b (h w) c"), grid, 0)
 
     def _positions(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[1:3]

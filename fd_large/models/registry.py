@@ -28,6 +28,7 @@ def build(
     drop_path_rate: float = 0.0,
     size_rule: SizeRule = "drop",
     attention_memory: Memory = "keep",
+    sequential_stages: int = 0,
     residual_dtype: Literal["float32", "compute"] = "compute",
     initialization: Initialization = "fd",
     seed: int | None = None,
@@ -38,8 +39,9 @@ def build(
         name: Of the table in `recipes.architectures`.
         overrides: Fields that differ from the named net's; None: none.
         drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        size_rule: "drop" or "pad" image sizes that do not fit; only SwinV2 pads.
+        size_rule: "drop" or "pad" image sizes that do not fit; only Swin nets pad.
         attention_memory: "keep" or "recompute" attention maps for backward.
+        sequential_stages: First stages of a SwinV2 of whose maps few windows' exist at a time.
         residual_dtype: "compute": that of the weights; "float32": at least that.
         initialization: "fd", "official" or "none" (zeros, for nets whose weights are loaded).
         seed: Of the initial weights; None: torch's global CPU generator as it stands.
@@ -47,7 +49,7 @@ def build(
     Raises: ConfigError: for an unknown name or values that do not fit.
     """
     a = resolve(name, overrides)
-    if size_rule == "pad" and a.family != "swinv2":
+    if size_rule == "pad" and a.family not in ("swin", "swinv2"):
         raise ConfigError(
             f"student.size_rule: {name} is a {a.family} net, which cannot pad; got 'pad', expected "
             "'drop'. Use an image size that fits."
@@ -61,6 +63,7 @@ def build(
                 drop_path_rate=drop_path_rate,
                 size_rule=size_rule,
                 attention_memory=attention_memory,
+                sequential_stages=sequential_stages,
                 residual_dtype=residual_dtype,
                 initialization=initialization,
             )
@@ -94,6 +97,7 @@ def build(
             extra_norm_every=a.extra_norm_every,
             shared_position_bias=a.shared_position_bias,
             size_rule=size_rule,
+            sequential_stages=sequential_stages,
             **shared,
         )
     if a.family == "swin":
@@ -104,6 +108,7 @@ def build(
             window_size=a.window_size,
             qkv_bias=a.qkv_bias == "fused",
             patch_norm=a.patch_norm,
+            size_rule=size_rule,
             **shared,
         )
     return ViT(

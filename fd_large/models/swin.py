@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import Memory, window_attention
-from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging
+from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.models.windows import fit_window, window_shift
@@ -37,6 +37,8 @@ class Swin(HierarchicalBackbone):
         patch_norm: Whether the patch embedding ends with a norm.
         absolute_position: Whether a learned embedding is added to the patches.
         drop_path_rate: Of the last block; blocks before rise linearly from 0.
+        size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
+            "pad": image, windows and merging are padded right and bottom, and padding is masked.
         attention_memory: "keep" or "recompute" attention maps for backward.
         residual_dtype: "compute": that of the weights; "float32": at least that.
         norm_eps: Of every norm.
@@ -60,6 +62,7 @@ class Swin(HierarchicalBackbone):
         patch_norm: bool = True,
         absolute_position: bool = False,
         drop_path_rate: float = 0.0,
+        size_rule: SizeRule = "drop",
         attention_memory: Memory = "keep",
         residual_dtype: str = "compute",
         norm_eps: float = 1e-5,
@@ -71,7 +74,7 @@ class Swin(HierarchicalBackbone):
             window_size=window_size,
             patch_size=patch_size,
             drop_path_rate=drop_path_rate,
-            size_rule="drop",
+            size_rule=size_rule,
             residual=residual_dtype,
         )
         if len(depths) != len(num_heads):
@@ -107,12 +110,9 @@ class Swin(HierarchicalBackbone):
         )
         self._finish(norm_eps)
 
-    def _remedy(self) -> str:
-        return super()._remedy().replace(", another window, or --student.size_rule pad", "")
-
 
 class Stage(nn.Module):
-    """Blocks of one width, then, except in the last stage, patch merging."""
+    """Blocks of one width; `downsample`, which merges patches, runs after them, by the net."""
 
     def __init__(
         self,
@@ -146,10 +146,10 @@ class Stage(nn.Module):
         self.downsample = Downsample(width, norm_eps, scheme) if merge else None
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to (B, H/2, W/2, 2C), or to its own shape in the last stage."""
+        """Maps (B, H, W, C) to the same shape."""
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2])
-        return x if self.downsample is None else self.downsample(x)
+        return x
 
 
 class Block(nn.Module):
@@ -247,6 +247,6 @@ class Downsample(PatchMerging):
         self.reduction = Linear(4 * width, 2 * width, draw=scheme.linear, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, H/2, W/2, 2C)."""
+        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""
         merged = self.norm(super().forward(x), self.reduction.weight.dtype)
         return self.reduction(merged).to(x.dtype)

@@ -132,7 +132,7 @@ class SwinV2(HierarchicalBackbone):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, then, except in the last stage, patch merging."""
+    """Blocks of one width; `downsample`, which merges patches, runs after them, by the net."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Stage(nn.Module):
         self.position_bias = PositionBias(num_heads, scheme) if shared_position_bias else None
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to (B, H/2, W/2, 2C), or to its own shape in the last stage.
+        """Maps (B, H, W, C) to the same shape.
 
         Args:
             x: (B, H, W, C).
@@ -189,7 +189,7 @@ class Stage(nn.Module):
             # Here, where no activation checkpoint makes it a second time.
             table = block.attn.cpb_mlp.table(*where) if shared is None else shared
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table)
-        return x if self.downsample is None else self.downsample(x)
+        return x
 
 
 class Block(nn.Module):

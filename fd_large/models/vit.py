@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
-from fd_large.kernels.window_attention import Memory, image_attention
+from fd_large.kernels.window_attention import Memory, image_attention, window_attention
 from fd_large.models.drop_path import branch_scales, linear_rates
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
@@ -287,6 +287,7 @@ class Block(nn.Module):
         scales: Tensor | None,
         table: Tensor | None,
         grid: tuple[int, int],
+        window: int = 0,
     ) -> Tensor:
         """Maps (B, N, C) to the same shape.
 
@@ -295,16 +296,18 @@ class Block(nn.Module):
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
             table: (R, h) float32, the shared position table; None: the block's own, or none.
             grid: Rows and columns of the patches.
+            window: Side of the windows within which patches see each other, in tokens, without
+                prefix tokens; 0: every token sees all.
         """
         compute = self.attn.qkv.weight.dtype
-        branch = self.attn(self.norm1(x, compute), table, grid)
+        branch = self.attn(self.norm1(x, compute), table, grid, window)
         first, second = (None, None) if scales is None else scales
         x, normed = self.norm2(x, branch, first, self.gamma_1, compute)
         return add_branch(x, self.mlp(normed), second, self.gamma_2)
 
 
 class Attention(nn.Module):
-    """Dot-product attention over all tokens of an image."""
+    """Dot-product attention over all tokens of an image, or within windows."""
 
     def __init__(
         self,
@@ -333,8 +336,10 @@ class Attention(nn.Module):
             fill(self.relative_position_bias_table, scheme.table)
         self.proj = Linear(width, width, draw=end)
 
-    def forward(self, x: Tensor, table: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Maps (B, N, C) to the same shape; table and grid as in `image_attention`."""
+    def forward(
+        self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
+    ) -> Tensor:
+        """Maps (B, N, C) to the same shape; table as in `image_attention`, or of the window."""
         projected = added = None
         if self.k_bias is not None:
             projected = torch.cat([self.q_bias, self.k_bias, self.v_bias])
@@ -342,16 +347,19 @@ class Attention(nn.Module):
             added = torch.stack([self.q_bias, self.v_bias])
         if self.relative_position_bias_table is not None:
             table = _float32(self.relative_position_bias_table)
-        out = image_attention(
-            self.qkv(x, projected),
-            num_heads=self.num_heads,
-            grid=grid,
-            scale=(x.shape[-1] // self.num_heads) ** -0.5,
-            bias=added,
-            table=table,
-            memory=self.memory,
-        )
-        return self.proj(out)
+        options = {
+            "num_heads": self.num_heads,
+            "scale": (x.shape[-1] // self.num_heads) ** -0.5,
+            "bias": added,
+            "table": table,
+            "memory": self.memory,
+        }
+        qkv = self.qkv(x, projected)
+        if window:
+            on_grid = qkv.unflatten(1, grid)
+            out = window_attention(on_grid, window=window, shift=0, cosine=False, **options)
+            return self.proj(out.flatten(1, 2))
+        return self.proj(image_attention(qkv, grid=grid, **options))
 
 
 class RelativePositionBias(nn.Module):
