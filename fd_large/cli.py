@@ -152,6 +152,7 @@ def _train(arguments: list[str]) -> int:
 
     logs.start(find_rank(os.environ))
     from fd_large.engine.run import train
+    from fd_large.jobs import job_of
 
     progress, board = Progress(), TensorBoard()
     # The meter is asked first: at the end it hands the others its last rows.
@@ -165,13 +166,19 @@ def _train(arguments: list[str]) -> int:
         from fd_large.runtime.profiler import Profiler
 
         hooks.append(Profiler(flags.profile))
-    if run.runtime.canary_every:
+    if run.runtime.canary_every and run.has_teacher:
         hooks.append(Canary(run.runtime.canary_every))
     if run.runtime.watchdog_seconds:
         # The last one: what the others do at the end is watched as well.
         hooks.append(Watchdog())
     try:
-        code = train(run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, hooks=hooks)
+        code = train(
+            run,
+            job_of,
+            deepspeed_config=flags.deepspeed_config,
+            fresh=flags.fresh,
+            hooks=hooks,
+        )
     except RuntimeError as error:
         if not distributed.peer_is_gone(error):
             raise
@@ -263,7 +270,8 @@ def recipes_table() -> Any:
     table.add_column("What it needs, how long it takes, what to expect", ratio=1)
     for name in registry.RECIPES:
         run, facts = registry.get(name), registry.facts(name)
-        nets = f"\n{run.teacher.model}\n-> {run.student.model}"
+        nets = f"\n{run.teacher.model}\n->" if run.has_teacher else f"\n{run.task.name}:"
+        nets += f" {run.student.model}"
         said = f"needs:  {facts.hardware}\ntakes:  {facts.duration}\nexpect: {facts.result}"
         table.add_row(Text(name, style="bold").append(nets, style="not bold"), Text(said))
     return table

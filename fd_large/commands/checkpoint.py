@@ -77,8 +77,9 @@ def export(run: RunDir, out: RunDir, deepspeed_config: str) -> int:
     """
     from fd_large import distributed
     from fd_large.engine.deepspeed_format import export_checkpoint
+    from fd_large.jobs import job_of
 
-    updates = export_checkpoint(run, out, deepspeed_config=deepspeed_config)
+    updates = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
         print(f"update {updates}: {out}")
     return distributed.leave(0)
@@ -94,8 +95,9 @@ def import_(source: RunDir, run: RunDir, deepspeed_config: str) -> int:
     """
     from fd_large import distributed
     from fd_large.engine.deepspeed_format import import_checkpoint
+    from fd_large.jobs import job_of
 
-    updates = import_checkpoint(source, run, deepspeed_config=deepspeed_config)
+    updates = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
         print(f"update {updates}: {run}")
     return distributed.leave(0)

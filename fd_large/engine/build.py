@@ -246,6 +246,7 @@ def build_engine(
     config: dict[str, Any],
     *,
     weights: Iterable[tuple[str, Tensor]] | None = None,
+    initial: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Engine:
     """The task in its DeepSpeed engine, with exact float32 masters.
 
@@ -253,15 +254,15 @@ def build_engine(
         run: Optimiser, checkpointing, seed.
         make: Constructs the task; draws from torch's global generator only.
         config: A filled JSON.
-        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights, the
-            student's from `student.init`.
+        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
+        initial: The same of `task.student` alone.
     """
     stage = ds.stage_of(config)
     bfloat16 = config["bf16"]["enabled"]
     task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
     if weights is not None:
         load_weights(task, weights, where="--student.init")
-    elif (initial := student_weights(run)) is not None:
+    elif initial is not None:
         load_weights(task.student, initial, where="--student.init")
     exact = partition.to_bfloat16(task) if bfloat16 else None
     if stage < 3:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fd_large.engine.job import Job
 from fd_large.engine.run import Opened, open_run
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
@@ -21,13 +23,15 @@ UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 """Finished updates, and those of them that were not skipped: DeepSpeed's client state."""
 
 
-def export_checkpoint(run_dir: str, out: str, *, deepspeed_config: str) -> int:
+def export_checkpoint(
+    run_dir: str, out: str, job_of: Callable[[Run], Job], *, deepspeed_config: str
+) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
 
     Returns: its updates.
     Raises: CheckpointError: if the run has no checkpoint.
     """
-    opened = _open(run_dir, deepspeed_config)
+    opened = _open(run_dir, job_of, deepspeed_config)
     updates = opened.checkpoints.resume()
     if not updates:
         raise CheckpointError(
@@ -39,12 +43,15 @@ def export_checkpoint(run_dir: str, out: str, *, deepspeed_config: str) -> int:
     return updates
 
 
-def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> int:
+def import_checkpoint(
+    source: str, run_dir: str, job_of: Callable[[Run], Job], *, deepspeed_config: str
+) -> int:
     """Reads a DeepSpeed checkpoint of the same model and stores it as the run's newest.
 
     Args:
         source: The folder that `save_checkpoint` was given, with `latest` in it.
         run_dir: A folder with the run's recipe.json.
+        job_of: Makes its task's job.
         deepspeed_config: The JSON that it was trained with: same stage, and as many ranks now.
 
     Returns: its updates.
@@ -55,7 +62,7 @@ def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> in
             f"checkpoint import: {source}: no DeepSpeed checkpoint; got a folder without `latest`, "
             "expected what save_checkpoint was given. Name that folder."
         )
-    opened = _open(run_dir, deepspeed_config)
+    opened = _open(run_dir, job_of, deepspeed_config)
     engine = opened.engine.deepspeed
     try:
         path, told = engine.load_checkpoint(source)
@@ -81,7 +88,7 @@ def import_checkpoint(source: str, run_dir: str, *, deepspeed_config: str) -> in
     return updates
 
 
-def _open(run_dir: str, deepspeed_config: str) -> Opened:
+def _open(run_dir: str, job_of: Callable[[Run], Job], deepspeed_config: str) -> Opened:
     recipe = Path(run_dir) / "recipe.json"
     if not recipe.is_file():
         raise ConfigError(
@@ -91,4 +98,4 @@ def _open(run_dir: str, deepspeed_config: str) -> Opened:
     run = Run.from_dict(json.loads(recipe.read_text()))
     # The folder may have moved since.
     run = replace(run, runtime=replace(run.runtime, run_dir=run_dir))
-    return open_run(run, deepspeed_config=deepspeed_config)
+    return open_run(run, job_of, deepspeed_config=deepspeed_config)

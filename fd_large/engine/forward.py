@@ -37,14 +37,12 @@ def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
 
 
 def probe_phases(
-    engine: Engine, image_size: int, seed: int
+    engine: Engine, batch_of: Callable[[int], Batch], seed: int
 ) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """A whole update on grey images in two phases, for the micro-batch probe."""
+    """A whole update on made-up batches in two phases, for the micro-batch probe."""
 
     def through(size: int) -> None:
-        images = torch.full((size, 3, image_size, image_size), 128, dtype=torch.uint8)
-        positions = torch.arange(size)
-        forward_backward(engine, Batch(images, 0, positions, positions), seed)
+        forward_backward(engine, batch_of(size), seed)
 
     def step(size: int) -> None:
         engine.deepspeed.step()

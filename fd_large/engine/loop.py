@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Interrupted
 from fd_large.engine.evidence import evidence_of
 from fd_large.engine.forward import forward_backward
+from fd_large.engine.job import Evaluate
 from fd_large.engine.layer_rates import LayerRates
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.optimizer import set_rate
@@ -40,10 +41,6 @@ from fd_large.runtime.hooks import (
 )
 
 log = logging.getLogger(__name__)
-
-Evaluate = Callable[
-    [int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]
-]
 
 
 class Plan(NamedTuple):

@@ -260,6 +260,11 @@ def _micro_batches(pictures: Pictures, said: dict[str, Any]) -> Iterator[Batch]:
 
 def _recipe(folder: Path) -> Run:
     run = Run.from_dict(_object(folder / "recipe.json"))
+    if not run.has_teacher:
+        raise ConfigError(
+            f"replay: {folder}: its incidents do not hold what the task learns from; got the task "
+            f"{run.task.name}, expected distillation. Look at the layers that the incident names."
+        )
     # bfloat16 overflows nowhere that float32 does not, but it rounds: as the run had it.
     config = _object(folder / "deepspeed.json")
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"

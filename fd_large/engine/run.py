@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,35 +13,27 @@ import torch
 
 from fd_large import distributed
 from fd_large.checkpoint.student import serve_runs
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import Batch
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
-from fd_large.data.source import PictureSource, open_pictures
-from fd_large.data.staging import stage
-from fd_large.distill.task import Task
+from fd_large.data.source import PictureSource
 from fd_large.engine import config as ds
 from fd_large.engine import micro_batch, same_everywhere, start
 from fd_large.engine.build import (
     Engine,
     Precision,
     build_engine,
-    build_teacher,
     node_size_of,
-    parameter_sizes,
     precision_of,
-    student_weights,
-    task_maker,
-    teacher_weights,
 )
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.forward import probe_phases
+from fd_large.engine.job import Job, Portion
 from fd_large.engine.layer_rates import by_layer
-from fd_large.engine.loop import Evaluate, Plan, Trainer
+from fd_large.engine.loop import Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.sharded_teacher import PlacedTeacher
 from fd_large.engine.time_box import TimeBox
-from fd_large.errors import DataError, FDError
+from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
@@ -70,9 +61,9 @@ class Opened(NamedTuple):
     run: Run
     folder: Path
     launch: Launch
-    source: PictureSource
+    job: Job
+    samples: PictureSource
     engine: Engine
-    teacher: PlacedTeacher
     checkpoints: Checkpoints
     micro_batch_size: int
     ema: Ema | None
@@ -84,8 +75,16 @@ class Opened(NamedTuple):
         return share // self.micro_batch_size
 
 
-def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
-    """Checks everything, then builds teacher, student and engine on all ranks.
+def open_run(
+    run: Run, job_of: Callable[[Run], Job], *, deepspeed_config: str, fresh: bool = False
+) -> Opened:
+    """Checks everything, then builds the task and its engine on all ranks.
+
+    Args:
+        run: The resolved recipe.
+        job_of: Makes its task's job.
+        deepspeed_config: Path of the DeepSpeed JSON.
+        fresh: Start over instead of resuming; the old run's files are moved aside.
 
     Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
     """
@@ -96,10 +95,11 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     settled = distributed.together(lambda: settle(run))
     # A source that still trains may show ranks different checkpoints.
     run = distributed.broadcast_object(settled)
-    checked = distributed.together(lambda: _check(run, deepspeed_config, launch))
-    source, precision, node_size, sizes, share, fill = checked
-    same_everywhere.check(run, source)
-    source = stage(source, run.data.stage_to)
+    job = job_of(run)
+    checked = distributed.together(lambda: _check(job, deepspeed_config, launch))
+    samples, precision, node_size, sizes, share, fill = checked
+    same_everywhere.check(run, samples)
+    samples = job.stage(samples)
     fixed = run.batch.micro_batch_size
     config = fill(1 if fixed == "auto" else fixed)
 
@@ -108,45 +108,49 @@ def open_run(run: Run, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     start.start()
     threshold = _persistence(run, config, sizes)
     with micro_batch.building_in_memory():
-        teacher = build_teacher(
-            run, precision, node_size=node_size, persistence_threshold=threshold
-        )
-    make_task = task_maker(run, teacher, teacher.width)
+        job.build(precision, node_size=node_size, persistence_threshold=threshold)
     size = fixed
     if size == "auto":
-        size = _probed(run, make_task, config, folder, share)
+        size = _probed(job, config, folder, share)
     config = fill(size)
     write_environment(folder, config, launch.launcher)
 
     with micro_batch.building_in_memory():
-        engine = build_engine(run, make_task, config)
+        engine = build_engine(run, job.make_task, config, initial=job.initial_weights())
     facts = {
-        "teacher_source": run.teacher.source,
-        "teacher_hash": teacher.fingerprint,
-        "pictures": source.fingerprint,
+        **job.facts(),
+        "pictures": samples.fingerprint,
         "commit": distributed.broadcast_object(source_commit()),
     }
     checkpoints = Checkpoints(folder, run, engine, facts)
     # Before any resume, which restores the average too.
     ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
-    return Opened(run, folder, launch, source, engine, teacher, checkpoints, size, ema)
+    return Opened(run, folder, launch, job, samples, engine, checkpoints, size, ema)
 
 
-def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]) -> int:
+def train(
+    run: Run,
+    job_of: Callable[[Run], Job],
+    *,
+    deepspeed_config: str,
+    fresh: bool,
+    hooks: Sequence[Hook],
+) -> int:
     """Trains a recipe to its end; returns the exit code.
 
     Args:
         run: The resolved recipe.
+        job_of: Makes its task's job.
         deepspeed_config: Path of the DeepSpeed JSON.
         fresh: Start over instead of resuming; the old run's files are moved aside.
         hooks: Asked after every update.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
-    opened = open_run(run, deepspeed_config=deepspeed_config, fresh=fresh)
-    run = opened.run
-    folder, engine, teacher, source = opened.folder, opened.engine, opened.teacher, opened.source
-    per_epoch = updates_per_epoch(len(source), run.batch.global_batch_size)
+    opened = open_run(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh)
+    run, job = opened.run, opened.job
+    folder, engine, samples = opened.folder, opened.engine, opened.samples
+    per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     opened.checkpoints.sweep()
     first = opened.checkpoints.resume()
@@ -167,11 +171,8 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         opened.accumulation,
         launch.world_size,
         checkpoint_bytes=opened.checkpoints.bytes,
-        checks={
-            "teacher_shard": teacher.shard_hash,
-            "teacher_map": lambda: teacher.map_of_fixed_images(run.data.image_size),
-        },
-        name_of=source.__getitem__,
+        checks=job.checks(),
+        name_of=samples.__getitem__,
     )
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
         log.info("%s: finished after %d updates; nothing to do", folder, first)
@@ -184,23 +185,9 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         peak, warmup_start, minimum, total, int(run.optim.warmup_epochs * per_epoch)
     )
 
-    def batches(epoch: int, first_update: int) -> Any:
-        return build_loader(
-            source,
-            seed=run.runtime.seed,
-            epoch=epoch,
-            first_update=first_update,
-            global_batch_size=run.batch.global_batch_size,
-            micro_batch_size=size,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            image_size=run.data.image_size,
-            min_crop_scale=run.data.min_crop_scale,
-            workers=run.data.workers,
-            color_jitter=run.data.color_jitter,
-            grayscale_probability=run.data.grayscale_probability,
-            max_pixels=run.data.max_pixels,
-        )
+    def batches(epoch: int, first_update: int) -> Iterator[Batch]:
+        portion = Portion(epoch, first_update, size, launch.rank, launch.world_size)
+        return job.batches(samples, portion)
 
     plan = Plan(
         schedule,
@@ -211,7 +198,7 @@ def train(run: Run, *, deepspeed_config: str, fresh: bool, hooks: Sequence[Hook]
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    evaluate = _evaluation(run, engine, source, size, opened.ema) if run.eval.root else None
+    evaluate = job.evaluation(engine, samples, size, opened.ema)
     if total <= schedule.warmup and not run.optim.max_seconds:
         log.warning(
             "optim.warmup_epochs: the whole run of %d updates is warm-up (%d updates): the rate "
@@ -255,57 +242,10 @@ def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> in
     return threshold
 
 
-def _held_out(run: Run) -> PictureSource:
-    try:
-        return open_pictures(run.eval.root)
-    except DataError as error:
-        raise DataError(str(error).replace("data.root", "eval.root")) from None
-
-
-def _evaluation(
-    run: Run, engine: Engine, source: PictureSource, micro_batch_size: int, ema: Ema | None
-) -> Evaluate:
-    """Measures held-out pictures, and crops of the training pictures that training never sees.
-
-    With the average of the weights where there is one.
-    """
-    pictures = {"held_out": _held_out(run), "unseen_crops": source}
-    sets = distributed.together(
-        lambda: [
-            Evaluation(
-                name,
-                of,
-                views=run.eval.views,
-                image_size=run.data.image_size,
-                min_crop_scale=run.data.min_crop_scale,
-                micro_batch_size=micro_batch_size,
-                seed=run.runtime.seed,
-                max_pixels=run.data.max_pixels,
-                skip_bad=name == "unseen_crops",
-            )
-            for name, of in pictures.items()
-        ]
-    )
-
-    def evaluate(
-        update: int, last: bool, between: Callable[[], None]
-    ) -> tuple[dict[str, float], dict[str, Any] | None]:
-        metrics: dict[str, float] = {}
-        with ema.in_place_of_weights() if ema else nullcontext():
-            for views in sets:
-                metrics |= views.measure(engine, between)
-                if last:
-                    metrics[f"{views.name}_best_constant"] = views.best_constant(engine, between)
-            panel = sets[0].panel(engine) if update == 0 or last else None
-        return metrics, panel
-
-    return evaluate
-
-
 class _Checked(NamedTuple):
     """What the checks before anything heavy have found."""
 
-    source: PictureSource
+    samples: PictureSource
     precision: Precision
     node_size: int
     parameter_sizes: tuple[int, ...]
@@ -313,28 +253,26 @@ class _Checked(NamedTuple):
     fill: Callable[[int], dict[str, Any]]
 
 
-def _check(run: Run, deepspeed_config: str, launch: Launch) -> _Checked:
+def _check(job: Job, deepspeed_config: str, launch: Launch) -> _Checked:
     """Finds the user's mistakes; no collective, no network with memory.
 
     The last of the result fills the JSON for a micro batch size.
     """
+    run = job.run
     json_config = ds.load(deepspeed_config)
-    source = open_pictures(run.data.root)
-    if run.eval.root:
-        _held_out(run)
-    teacher_weights(run)
-    student_weights(run)
+    samples = job.open_samples()
+    job.check()
     precision = precision_of(run)
     node_size = node_size_of(run, launch.local_world_size)
     fixed = run.batch.micro_batch_size
     check_batch_sizes(
-        len(source),
+        len(samples),
         global_batch_size=run.batch.global_batch_size,
         micro_batch_size=1 if fixed == "auto" else fixed,
         world_size=launch.world_size,
     )
     share = run.batch.global_batch_size // launch.world_size
-    sizes = parameter_sizes(run)
+    sizes = job.parameter_sizes()
 
     def fill(micro_batch_size: int) -> dict[str, Any]:
         numbers = ds.RunNumbers(
@@ -349,14 +287,12 @@ def _check(run: Run, deepspeed_config: str, launch: Launch) -> _Checked:
         return ds.fill(json_config, numbers)
 
     fill(1 if fixed == "auto" else fixed)
-    return _Checked(source, precision, node_size, sizes, share, fill)
+    return _Checked(samples, precision, node_size, sizes, share, fill)
 
 
-def _probed(
-    run: Run, make_task: Callable[[], Task], config: dict[str, Any], folder: Path, share: int
-) -> int:
+def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
     """The micro batch of the run folder, or of a probe on an engine that is thrown away."""
-    world_size = distributed.world_size()
+    run, world_size = job.run, distributed.world_size()
     setting = {
         "world_size": world_size,
         "deepspeed": config["zero_optimization"],
@@ -373,10 +309,10 @@ def _probed(
     memory = micro_batch.GpuMemory() if on_gpu else micro_batch.HostMemory()
     # Every step of the probe is a whole update, moments included.
     whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    engine = build_engine(run, make_task, {**whole, "train_batch_size": world_size})
+    engine = build_engine(run, job.make_task, {**whole, "train_batch_size": world_size})
     engine.task.train()
     size = micro_batch.largest_that_fits(
-        share, probe_phases(engine, run.data.image_size, run.runtime.seed), memory
+        share, probe_phases(engine, job.probe_batch, run.runtime.seed), memory
     )
     engine.deepspeed.destroy()
     del engine

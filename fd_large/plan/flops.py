@@ -133,9 +133,12 @@ def forward(
 
 
 def student_products(run: Run) -> list[Product]:
-    """Returns the products of a run's student and its projection."""
-    student, teacher = run.student_architecture(), run.teacher_architecture()
+    """Returns the products of a run's student, with its projection where there is a teacher."""
+    student = run.student_architecture()
     table = products(student, image_size=run.data.image_size, size_rule=run.student.size_rule)
+    if not run.has_teacher:
+        return table
+    teacher = run.teacher_architecture()
     prefix = prefix_tokens(student)
     tokens = map_side(student, run.data.image_size) ** 2
     # Prefix tokens that the other net lacks are dropped before the projection.
@@ -147,12 +150,14 @@ def student_products(run: Run) -> list[Product]:
 
 
 def teacher_products(run: Run) -> list[Product]:
-    """Returns the products of a run's teacher."""
+    """Returns the products of a run's teacher; none without one."""
+    if not run.has_teacher:
+        return []
     return products(run.teacher_architecture(), image_size=teacher_image_size(run))
 
 
 def of_run(run: Run, *, micro_batch_size: int, attention_recomputed: bool) -> StepFlops:
-    """Returns the FLOPs of one micro batch of a run.
+    """Returns the FLOPs of one micro batch of a run, heads of other tasks left out.
 
     Args:
         run: Nets, sizes and checkpointing.

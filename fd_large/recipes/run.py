@@ -35,7 +35,7 @@ class Run:
 
     name: str
     student: Student
-    teacher: Teacher
+    teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     task: Task = field(default_factory=Task)
@@ -51,7 +51,7 @@ class Run:
         # Unknown nets and overrides that fit no net are found here, before any rank starts.
         for where, section in (("student", self.student), ("teacher", self.teacher)):
             if where == "teacher" and self.teacher.model == AUTO:
-                continue  # Known once the weights are open.
+                continue  # Known once the weights are open, or there is none.
             try:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
@@ -62,6 +62,18 @@ class Run:
             self.student.model,
             "a net of the families swinv2, swin or vit",
         )
+        require(
+            self.has_teacher or self.teacher == Teacher(),
+            f"teacher: the task {self.task.name} has none",
+            f"teacher.model {self.teacher.model!r}, teacher.source {self.teacher.source!r}",
+            "nothing set",
+            "Leave out --teacher.*, or choose a recipe that distils",
+        )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the task learns from a teacher."""
+        return self.task.name == "distillation"
 
     def student_architecture(self) -> Architecture:
         """Returns the student's architecture with the overrides filled in."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
+from fd_large.recipes.task_sections import Detection, FineTune
 
 # Every rate of the paper's configurations is stated per this many images of a global batch.
 RATE_BATCH_SIZE = 512
@@ -68,7 +69,7 @@ class Teacher:
 
     # Name of the net; its image statistics and its final norm come with it. auto: the net that the
     # weights of `source` show.
-    model: str
+    model: str = AUTO
     # Overrides of the named net's shape; None: as the net has it.
     architecture: Architecture = field(default_factory=Architecture)
     # The weights: a file (docs/weights.md lists the formats), package:NAME for those that an
@@ -173,8 +174,13 @@ class Objective:
 class Task:
     """What is trained: a module that maps a batch to a loss."""
 
-    # distillation: the student learns the teacher's feature map.
-    name: Literal["distillation"] = "distillation"
+    # distillation: the student learns the teacher's feature map; finetune: the labels of pictures;
+    # detection: boxes and masks of objects. The last two have no teacher.
+    name: Literal["distillation", "finetune", "detection"] = "distillation"
+    # Read by the task finetune alone.
+    finetune: FineTune = field(default_factory=FineTune)
+    # Read by the task detection alone.
+    detection: Detection = field(default_factory=Detection)
 
     def __post_init__(self) -> None:
         check_types(self, "task")

@@ -17,13 +17,14 @@ from fd_large.runtime.evaluation_names import SETS
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     """Returns the lines that a run ends with."""
-    summary, teacher = files.summary, files.recipe["teacher"]
+    summary = files.summary
     lines = [_headline(files)]
 
     def add(what: str, told: str) -> None:
         lines.append(f"  {what:<16} {told}")
 
-    add("teacher", _teacher(teacher))
+    if distils(files):
+        add("teacher", _teacher(files.recipe["teacher"]))
     start, end = loss_ends(files)
     if start is not None:
         add("training", f"loss {start:.4f} -> {end:.4f}")
@@ -65,7 +66,7 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
                 "command": _again(files, drop=()),
             }
         )
-    if recipe["teacher"].get("source") == "random":
+    if distils(files) and recipe["teacher"].get("source") == "random":
         steps.append(
             {
                 "why": "the same with a teacher that knows something",
@@ -98,6 +99,11 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
         },
     ]
     return steps
+
+
+def distils(files: RunFiles) -> bool:
+    """Whether the run learned from a teacher."""
+    return files.recipe.get("task", {}).get("name", "distillation") == "distillation"
 
 
 def loss_ends(files: RunFiles) -> tuple[float | None, float | None]:

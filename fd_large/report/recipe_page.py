@@ -33,7 +33,7 @@ def recipe_page() -> str:
         run, facts = registry.get(name), registry.facts(name)
         cells = (
             f"[{name}](#{name})",
-            run.teacher.model,
+            run.teacher.model if run.has_teacher else "-",
             run.student.model,
             facts.duration,
             facts.result,
@@ -82,7 +82,9 @@ def _recipe(name: str) -> list[str]:
         f"- needs: {facts.hardware}",
         f"- takes: {facts.duration}",
         f"- expect: {facts.result}",
-        f"- nets: {run.teacher.model} -> {run.student.model}",
+        f"- nets: {run.teacher.model} -> {run.student.model}"
+        if run.has_teacher
+        else f"- net: {run.student.model}",
         f"- settings: {settings}",
     ]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_listed(rest))).strip("\n")

@@ -119,7 +119,9 @@ class Meter(Hook):
                     "status": status,
                     "recipe": run.name,
                     "student": run.student.model,
-                    "teacher": {"model": run.teacher.model, "source": run.teacher.source},
+                    "teacher": {"model": run.teacher.model, "source": run.teacher.source}
+                    if run.has_teacher
+                    else None,
                     "updates": setting.first_update + self._written,
                     "total_updates": self._total,
                     "world_size": setting.world_size,

@@ -48,7 +48,7 @@ def engine(monkeypatch):
     """Stands in for the engine: records the call, or raises what `raises` holds."""
     calls = types.SimpleNamespace(run=None, flags=None, raises=None)
 
-    def train(run, *, deepspeed_config, fresh, hooks):
+    def train(run, job_of, *, deepspeed_config, fresh, hooks):
         calls.run, calls.flags, calls.hooks = run, (deepspeed_config, fresh), hooks
         if calls.raises:
             raise calls.raises

@@ -28,10 +28,11 @@ FLOORS = {
     "evaluate": 5,
     "diagnose": 5,
     "report": 5,
-    "commands": 6,
-    "cli": 7,
-    "__main__": 8,
-    "train": 8,
+    "jobs": 6,
+    "commands": 7,
+    "cli": 8,
+    "__main__": 9,
+    "train": 9,
 }
 FOR_ALL = {"errors", "distributed"}
 ONLY_IN = {

@@ -16,6 +16,7 @@ from fd_large import distributed
 from fd_large.cli import parse_train
 from fd_large.engine import partition, start
 from fd_large.engine.run import train
+from fd_large.jobs import job_of
 from fd_large.runtime import logs
 from fd_large.runtime.canary import Canary
 from fd_large.runtime.hooks import PASS, Hook
@@ -49,12 +50,13 @@ class Flip(Hook):
     def on_save(self, index):
         """After the canary has looked."""
         if index != 2 or distributed.rank() != self.rank:
-            return
+            return PASS
         parameters = list(self.teacher.module.parameters())
         flat = max((partition.piece(p)[0] for p in parameters), key=torch.numel)
         if self.kept_whole:
             flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
         flat[:1].view(torch.int32).bitwise_xor_(1)
+        return PASS
 
 
 folder, pictures = map(Path, sys.argv[-2:])
@@ -69,6 +71,7 @@ for placement, (every, rank) in RUNS.items():
     flip = Flip(rank, kept_whole=placement == "node")
     code = train(
         run,
+        job_of,
         deepspeed_config=flags.deepspeed_config,
         fresh=False,
         hooks=[Meter(), Canary(every), flip],

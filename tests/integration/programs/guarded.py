@@ -34,8 +34,10 @@ def spoil(patch: Callable[[Any, str, Any], None]) -> None:
     """
     prepare, forward = Distillation.prepare, Distillation.forward
 
-    def spoilt_prepare(self: Distillation, images: Tensor, keep: Tensor | None) -> dict[str, Any]:
-        prepared = prepare(self, images, keep)
+    def spoilt_prepare(
+        self: Distillation, images: Tensor, targets: Any, keep: Tensor | None
+    ) -> dict[str, Any]:
+        prepared = prepare(self, images, targets, keep)
         prepared["pixels"][_marked(images, MARKS["nan"])] = torch.nan
         return prepared
 
@@ -55,7 +57,7 @@ def main(folder: Path, words: list[str]) -> int:
     """Trains under watch."""
     # After the launch's variables are read; seconds.
     from fd_large import cli, distributed
-    from fd_large.engine import partition, run, state
+    from fd_large.engine import distillation, partition, run, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 
@@ -63,7 +65,8 @@ def main(folder: Path, words: list[str]) -> int:
     guard.KNOWN = 4
     spoil(setattr)
     engines: list[Any] = []
-    build_engine, build_loader, train = run.build_engine, run.build_loader, run.train
+    build_engine, build_loader = run.build_engine, distillation.build_loader
+    train = run.train
 
     def kept_engine(*arguments: Any, **named: Any) -> Any:
         engines.append(build_engine(*arguments, **named))
@@ -106,10 +109,11 @@ def main(folder: Path, words: list[str]) -> int:
                 batch = replace(batch, images=torch.full_like(batch.images, MARKS[mark]))
             yield batch
 
-    def watched_train(recipe: Any, *, hooks: list[Any], **named: Any) -> int:
-        return train(recipe, hooks=[*hooks, watch], **named)
+    def watched_train(recipe: Any, job_of: Any, *, hooks: list[Any], **named: Any) -> int:
+        return train(recipe, job_of, hooks=[*hooks, watch], **named)
 
-    run.build_engine, run.build_loader, run.train = kept_engine, marked_loader, watched_train
+    run.build_engine, distillation.build_loader = kept_engine, marked_loader
+    run.train = watched_train
     return cli.main(["train", *words])
 
 

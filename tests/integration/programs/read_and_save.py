@@ -15,6 +15,7 @@ from launch import ROOT
 
 from fd_large import distributed
 from fd_large.engine.run import open_run
+from fd_large.jobs import job_of
 from fd_large.recipes.run import Run
 
 
@@ -22,7 +23,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     run = Run.from_dict(json.loads((folder / "recipe.json").read_text()))
     run = replace(run, runtime=replace(run.runtime, run_dir=str(folder)))
-    opened = open_run(run, deepspeed_config=str(ROOT / "ds_configs/zero3.json"))
+    opened = open_run(run, job_of, deepspeed_config=str(ROOT / "ds_configs/zero3.json"))
     updates = opened.checkpoints.resume()
     opened.checkpoints.save(updates + 1)
     assert opened.checkpoints.settle()

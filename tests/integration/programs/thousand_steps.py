@@ -15,6 +15,7 @@ from launch import ROOT, write_result
 from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
+from fd_large.jobs import job_of
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 from fd_large.runtime.meter import Meter
@@ -57,6 +58,7 @@ def main(pictures: str, folder: Path) -> None:
     memory = Memory()
     train(
         run,
+        job_of,
         deepspeed_config=str(ROOT / "ds_configs/zero3.json"),
         fresh=False,
         hooks=[Meter(), memory],

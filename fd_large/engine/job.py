@@ -1,0 +1,114 @@
+"""What one task brings to a run: samples, a Module, micro batches, an evaluation.
+
+The engine builds, trains, stores and resumes any task through this face; `fd_large/jobs.py` says
+which recipe has which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fd_large.data.loader import Batch
+from fd_large.data.source import PictureSource
+from fd_large.distill.task import Task
+from fd_large.engine.build import Engine, Precision, student_weights
+from fd_large.engine.ema import Ema
+from fd_large.recipes.run import Run
+
+Evaluate = Callable[
+    [int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]
+]
+"""(update, whether for the last time, called between batches) -> numbers by name, and arrays to
+draw where some are due; called by all ranks alike."""
+
+
+class Portion(NamedTuple):
+    """Which micro batches of an epoch a rank wants.
+
+    Attributes:
+        epoch: Counted from 0.
+        first_update: Of this epoch, where a resumed run goes on.
+        micro_batch_size: Images a batch.
+        rank: Counted from 0.
+        world_size: The number of ranks.
+    """
+
+    epoch: int
+    first_update: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+
+class Job:
+    """A task as a run needs it; made anew once the recipe is settled.
+
+    The engine calls, in this order: `open_samples` and `check` (no collective, nothing heavy: the
+    user's mistakes end here), `stage`, `build`, then `make_task` as often as it likes.
+
+    Attributes:
+        run: The settled recipe.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def open_samples(self) -> PictureSource:
+        """Opens the training samples; a target is found by the same number.
+
+        Raises: DataError or ConfigError: if they cannot be used.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Finds mistakes in what else the task reads: headers of weights, held-out samples.
+
+        Raises: FDError: the user's mistake.
+        """
+        student_weights(self.run)
+
+    def stage(self, samples: PictureSource) -> PictureSource:
+        """Puts samples on the nodes' own disks where the recipe wants it; a collective."""
+        return samples
+
+    def parameter_sizes(self) -> tuple[int, ...]:
+        """Elements of each tensor that an engine will split, without memory for them."""
+        with torch.device("meta"):
+            return tuple(parameter.numel() for parameter in self.make_task().parameters())
+
+    def build(self, precision: Precision, *, node_size: int, persistence_threshold: int) -> None:
+        """Builds what the task uses and does not train; a collective."""
+
+    def make_task(self) -> Task:
+        """Constructs the Module, with random weights from torch's global generator only."""
+        raise NotImplementedError
+
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """(name, full tensor) of `task.student`, on every rank; None: random ones stay."""
+        return student_weights(self.run)
+
+    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
+        """The micro batches of a rank from an update of an epoch to its end."""
+        raise NotImplementedError
+
+    def probe_batch(self, size: int) -> Batch:
+        """A made-up micro batch of the largest images that training will see."""
+        raise NotImplementedError
+
+    def evaluation(
+        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+    ) -> Evaluate | None:
+        """What is measured before, during and after training; None: nothing. A collective."""
+        return None
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a checkpoint's manifest tells of the task, besides."""
+        return {}
+
+    def checks(self) -> Mapping[str, Callable[[], Any]]:
+        """What the canary may ask for (`teacher_shard`, `teacher_map`); nothing: it rests."""
+        return {}

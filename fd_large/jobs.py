@@ -1,0 +1,14 @@
+"""Which room carries out a recipe's task; the rooms are imported as they are needed."""
+
+from __future__ import annotations
+
+from fd_large.engine.job import Job
+from fd_large.recipes.run import Run
+
+
+def job_of(run: Run) -> Job:
+    """Returns what the run's task brings to the engine."""
+    assert run.task.name == "distillation"
+    from fd_large.engine.distillation import DistillationJob
+
+    return DistillationJob(run)
