@@ -17,7 +17,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from fd_large.errors import ConfigError
 
-STREAMS = {"order": 0, "view": 1, "drop_path": 2, "color": 3, "replacement": 4, "canary": 5}
+STREAMS = {
+    "order": 0,
+    "view": 1,
+    "drop_path": 2,
+    "color": 3,
+    "replacement": 4,
+    "canary": 5,
+    "augmentation": 6,
+    "erasing": 7,
+    "erasing_noise": 8,
+    "mixing": 9,
+}
 
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)

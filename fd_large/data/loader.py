@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from fd_large.errors import ConfigError, DataError
 
 # Pictures tried for one place in a batch; where all are bad, so is the data set.
 MAX_TRIES = 10
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,12 @@ def build_loader(
         ConfigError: if batch sizes do not divide or a number is out of range.
         DataError: if the global batch is larger than the data set.
     """
-    check_batch_sizes(
+    positions = micro_batches(
         len(source),
+        first_update=first_update,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
+        rank=rank,
         world_size=world_size,
     )
     if image_size < 1:
@@ -141,31 +145,39 @@ def build_loader(
             f"data.min_crop_scale: not a part of the picture's area; got {min_crop_scale}, "
             "expected more than 0 and at most 1. Set --data.min_crop_scale, for example 0.08."
         )
+    assert 0 <= color_jitter <= 1
+    assert 0 <= grayscale_probability <= 1
+    samples = _Views(
+        source,
+        seed,
+        epoch,
+        image_size,
+        min_crop_scale,
+        color_jitter,
+        grayscale_probability,
+        max_pixels,
+    )
+    return load_batches(samples, positions, workers=workers)
+
+
+def load_batches(batches: Dataset, positions: MicroBatches, *, workers: int) -> EpochLoader:
+    """Loads micro batches in order.
+
+    Args:
+        batches: Takes the positions of a micro batch, (B,), and returns its `Batch`.
+        positions: Of all micro batches.
+        workers: Processes that load; 0: this one does.
+
+    Raises: ConfigError: if the number of workers is negative.
+    """
     if workers < 0:
         raise ConfigError(
             f"data.workers: not a number of processes; got {workers}, expected 0 or more. "
             "Set --data.workers 0 to load in the training process."
         )
-    assert 0 <= color_jitter <= 1
-    assert 0 <= grayscale_probability <= 1
-    num_updates = updates_per_epoch(len(source), global_batch_size)
-    assert 0 <= first_update <= num_updates
-    assert 0 <= rank < world_size
-    positions = _MicroBatches(
-        range(first_update, num_updates), global_batch_size, micro_batch_size, rank, world_size
-    )
     return EpochLoader(
         DataLoader(
-            _Views(
-                source,
-                seed,
-                epoch,
-                image_size,
-                min_crop_scale,
-                color_jitter,
-                grayscale_probability,
-                max_pixels,
-            ),
+            batches,
             sampler=positions,
             batch_size=None,  # an item is a micro batch
             collate_fn=_unchanged,
@@ -177,7 +189,34 @@ def build_loader(
     )
 
 
-class _MicroBatches(Sampler):
+def micro_batches(
+    num_samples: int,
+    *,
+    first_update: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> MicroBatches:
+    """Where in the order of an epoch a rank reads, from an update to the epoch's end.
+
+    Raises: ConfigError or DataError: as `sampler.check_batch_sizes`.
+    """
+    check_batch_sizes(
+        num_samples,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+    )
+    num_updates = updates_per_epoch(num_samples, global_batch_size)
+    assert 0 <= first_update <= num_updates
+    assert 0 <= rank < world_size
+    return MicroBatches(
+        range(first_update, num_updates), global_batch_size, micro_batch_size, rank, world_size
+    )
+
+
+class MicroBatches(Sampler):
     """Positions of one micro batch after the other, (B,) each."""
 
     def __init__(
@@ -209,6 +248,47 @@ class _MicroBatches(Sampler):
             )
 
 
+def first_usable(
+    make: Callable[[int], T],
+    index: int,
+    num_samples: int,
+    *,
+    seed: int,
+    epoch: int,
+    position: int,
+    bad: list[str],
+) -> tuple[T | None, int]:
+    """What is made of a sample or, where that is bad, of a stand-in.
+
+    A stand-in is drawn from the whole data set by a count of its own, so from (seed, epoch,
+    position) again. When none of ten will do, there is nothing: a rank that stopped here would
+    leave the others waiting, and the count of bad ones stops them all together.
+
+    Args:
+        make: Takes a sample's number; DataError if it cannot be used.
+        index: The sample that the epoch's order has at this position.
+        num_samples: Size of the data set.
+        seed: The run's seed.
+        epoch: Counted from 0.
+        position: In the epoch's order.
+        bad: Gets what is wrong with each sample that was tried in vain.
+
+    Returns: what was made, or None; and the number of the sample that it was made of.
+    """
+    others: list[float] = []
+    for number in range(MAX_TRIES):
+        if number:
+            others = others or list(
+                uniforms(seed, epoch, [position], "replacement", MAX_TRIES)[0]
+            )
+            index = int(others[number] * num_samples)
+        try:
+            return make(index), index
+        except DataError as error:
+            bad.append(str(error))
+    return None, index
+
+
 @dataclass(frozen=True)
 class _Views(Dataset):
     """Positions to a `Batch`; runs in the workers."""
@@ -228,9 +308,19 @@ class _Views(Dataset):
         images, bad = [], []
         with quiet():
             for place, position in enumerate(positions.tolist()):
-                image, indices[place] = self._sample(
-                    position, int(indices[place]), draws[place], bad
+                image, indices[place] = first_usable(
+                    lambda index, place=place, position=position: self._recolor(
+                        self._view(index, draws[place]), position
+                    ),
+                    int(indices[place]),
+                    len(self.source),
+                    seed=self.seed,
+                    epoch=self.epoch,
+                    position=position,
+                    bad=bad,
                 )
+                if image is None:
+                    image = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
                 images.append(image)
         return Batch(
             torch.stack(images),
@@ -239,26 +329,6 @@ class _Views(Dataset):
             torch.from_numpy(indices),
             tuple(bad),
         )
-
-    def _sample(
-        self, position: int, index: int, draws: list[float], bad: list[str]
-    ) -> tuple[torch.Tensor, int]:
-        """The view for a place, and the sample that it shows; appends to `bad`.
-
-        A bad sample's stand-in is drawn from the whole data set by a count of its own, so from
-        (seed, epoch, position) again. When none of ten will do, the place stays black: a rank that
-        stopped here would leave the others waiting, and the count stops them all together.
-        """
-        others: list[float] = []
-        for number in range(MAX_TRIES):
-            if number:
-                others = others or self._draws([position], "replacement", MAX_TRIES)[0]
-                index = int(others[number] * len(self.source))
-            try:
-                return self._recolor(self._view(index, draws), position), index
-            except DataError as error:
-                bad.append(str(error))
-        return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), index
 
     def _draws(self, positions: ArrayLike, stream: str, count: int) -> list[list[float]]:
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
