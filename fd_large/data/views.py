@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -68,7 +69,12 @@ def random_view(
 
 
 def box_view(
-    image: torch.Tensor, box: tuple[int, int, int, int], draws: Sequence[float], *, image_size: int
+    image: torch.Tensor,
+    box: tuple[int, int, int, int],
+    draws: Sequence[float],
+    *,
+    image_size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> torch.Tensor:
     """The view of a box; what of the picture lies outside it does not matter.
 
@@ -80,6 +86,7 @@ def box_view(
         box: Top, left, height, width, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1), those that the box came from.
         image_size: Side of the view, in pixels.
+        interpolation: Of the resize, antialiased.
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     """
@@ -88,7 +95,7 @@ def box_view(
     view = F.interpolate(
         image[None, :, top : top + height, left : left + width],
         (image_size, image_size),
-        mode="bilinear",
+        mode=interpolation,
         antialias=True,
     )[0]
     if draws[0] < FLIP_PROBABILITY:
