@@ -28,6 +28,7 @@ STREAMS = {
     "erasing": 7,
     "erasing_noise": 8,
     "mixing": 9,
+    "jitter": 10,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

@@ -278,9 +278,7 @@ def first_usable(
     others: list[float] = []
     for number in range(MAX_TRIES):
         if number:
-            others = others or list(
-                uniforms(seed, epoch, [position], "replacement", MAX_TRIES)[0]
-            )
+            others = others or list(uniforms(seed, epoch, [position], "replacement", MAX_TRIES)[0])
             index = int(others[number] * num_samples)
         try:
             return make(index), index
