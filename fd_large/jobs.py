@@ -8,6 +8,10 @@ from fd_large.recipes.run import Run
 
 def job_of(run: Run) -> Job:
     """Returns what the run's task brings to the engine."""
+    if run.task.name == "finetune":
+        from fd_large.evaluate.finetune_job import FineTuningJob
+
+        return FineTuningJob(run)
     assert run.task.name == "distillation"
     from fd_large.engine.distillation import DistillationJob
 

@@ -107,24 +107,28 @@ def teacher_maker(run: Run) -> Callable[[], Teacher]:
     return make
 
 
-def task_maker(run: Run, teacher: Callable[[Tensor], Any], width: int) -> Callable[[], Task]:
-    """A constructor of the recipe's task around a teacher of that width."""
+def build_student(run: Run) -> nn.Module:
+    """The recipe's student for its image size, with random weights from torch's generator."""
     architecture = run.student.architecture
     if run.student_architecture().family == "vit":
         architecture = replace(architecture, image_size=run.data.image_size)
+    return build_net(
+        run.student.model,
+        architecture,
+        initialization=run.student.initialization,
+        drop_path_rate=run.student.drop_path_rate,
+        size_rule=run.student.size_rule,
+        residual_dtype=run.student.residual_dtype,
+        attention_memory=_attention_memory(run.student.attention_memory),
+    )
+
+
+def task_maker(run: Run, teacher: Callable[[Tensor], Any], width: int) -> Callable[[], Task]:
+    """A constructor of the recipe's task around a teacher of that width."""
 
     def make() -> Task:
-        student = build_net(
-            run.student.model,
-            architecture,
-            initialization=run.student.initialization,
-            drop_path_rate=run.student.drop_path_rate,
-            size_rule=run.student.size_rule,
-            residual_dtype=run.student.residual_dtype,
-            attention_memory=_attention_memory(run.student.attention_memory),
-        )
         return Distillation(
-            student,
+            build_student(run),
             teacher,
             width,
             beta=run.objective.beta,

@@ -106,7 +106,7 @@ class Evaluation:
             between: Called before each batch, on every rank alike; may raise to end it.
         """
         totals: dict[str, Tensor] = {}
-        with _evaluating(engine):
+        with evaluating(engine):
             for prepared, weight, count in self._batches(engine):
                 between()
                 loss, metrics = engine.deepspeed(**prepared)
@@ -129,13 +129,13 @@ class Evaluation:
                 yield prepared, weight
 
         assert isinstance(engine.task, Distillation)
-        with _evaluating(engine):
+        with evaluating(engine):
             return best_constant_loss(engine.task, batches, distributed.sum_tensor)
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
         """Maps of the first few pictures: `images`, `teacher`, `student` (see feature_panel)."""
         assert isinstance(engine.task, Distillation)
-        with _evaluating(engine):
+        with evaluating(engine):
             images = self._panel.to(distributed.device())
             maps = feature_panel(engine.task, engine.deepspeed, images)
         return {name: value.numpy() for name, value in maps.items()}
@@ -151,7 +151,7 @@ class Evaluation:
             yield prepared, weight, len(images)
 
 
-class _evaluating:
+class evaluating:
     """Evaluation mode without gradients, and training mode again."""
 
     def __init__(self, engine: Engine) -> None:

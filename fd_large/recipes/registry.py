@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes import distillation, distillation_swinv2
+from fd_large.recipes import distillation, distillation_swinv2, finetuning
 from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
 
@@ -26,6 +26,12 @@ RECIPES: dict[str, Callable[[], Run]] = {
         distillation_swinv2.fd_swinv2_1b,
         distillation_swinv2.fd_swinv2h,
         distillation_swinv2.fd_swinv2g,
+        finetuning.finetune_clip_vit_base,
+        finetuning.finetune_clip_vit_base_100ep,
+        finetuning.finetune_clip_vit_large,
+        finetuning.finetune_dino_vit_base,
+        finetuning.finetune_deit_vit_base,
+        finetuning.finetune_esvit_swin_base,
     )
 }
 

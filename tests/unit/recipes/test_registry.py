@@ -36,10 +36,19 @@ OURS = {
     "fd_swinv2h": "swinv2_huge",
     "fd_swinv2g": "swinv2_giant",
 }
+# Epochs, warm-up, rate per 512 images, its start and end, layer decay, drop path.
+FINE_TUNING = {
+    "finetune_clip_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.60, 0.3),
+    "finetune_clip_vit_base_100ep": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.1),
+    "finetune_clip_vit_large": (50, 5, 2.5e-4, 5e-7, 0.75, 0.4),
+    "finetune_dino_vit_base": (100, 20, 1.5e-3, 2.5e-7, 0.60, 0.2),
+    "finetune_deit_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.3),
+    "finetune_esvit_swin_base": (100, 20, 1.25e-3, 2.5e-7, 0.80, 0.4),
+}
 
 
 def test_the_registry_holds_these_and_names_them_by_function():
-    assert set(registry.RECIPES) == set(PAPER) | set(OURS) | {"quickstart"}
+    assert set(registry.RECIPES) == set(PAPER) | set(OURS) | set(FINE_TUNING) | {"quickstart"}
     assert next(iter(registry.RECIPES)) == registry.DEFAULT_RECIPE == "quickstart"
     assert all(registry.get(name).name == name for name in registry.RECIPES)
 
@@ -60,6 +69,33 @@ def test_a_published_run_has_the_published_settings(name):
     assert (optim.warmup_epochs, optim.weight_decay, optim.clip_norm) == (10, 0.05, 3.0)
     assert (optim.betas, optim.eps, run.objective.beta) == ((0.9, 0.999), 1e-8, 2.0)
     assert run.student.initialization == "fd"
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_published_fine_tuning_has_the_published_settings(name):
+    run = registry.get(name)
+    optim, augmentation = run.optim, run.task.finetune
+    assert run.task.name == "finetune"
+    assert (
+        optim.epochs,
+        optim.warmup_epochs,
+        optim.base_lr,
+        optim.warmup_lr,
+        optim.layer_decay,
+        run.student.drop_path_rate,
+    ) == FINE_TUNING[name]
+    assert optim.min_lr == optim.warmup_lr
+    assert (optim.weight_decay, optim.clip_norm, run.data.image_size) == (0.05, 5.0, 224)
+    assert (augmentation.randaugment, augmentation.randaugment_std) == (9, 0.5)
+    assert (augmentation.erasing, augmentation.smoothing) == (0.25, 0.1)
+    assert (augmentation.mixup, augmentation.cutmix, augmentation.switch_probability) == (
+        0.8, 1.0, 0.5,
+    )  # fmt: skip
+    # What is fine-tuned is the student of the recipe of that name.
+    assert run.student.model == registry.get(name.replace("finetune", "fd")).student.model
+    architecture = run.student_architecture()
+    assert architecture.relative_position in (None, "block")
+    assert not architecture.shared_position_bias
 
 
 def test_the_esvit_student_has_window_14_as_its_teacher():

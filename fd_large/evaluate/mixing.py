@@ -1,0 +1,152 @@
+"""Mixup and CutMix of a global batch, from numbers drawn by the caller.
+
+timm's `batch` mode: one choice between the two, one share and one box for all pictures of a batch.
+The batch here is the global one, and neighbours in it are partners: timm takes the batch of a GPU
+backwards, so that the number of GPUs decides who meets whom. The order of an epoch is random, so
+either pairing is a random one; of this one a rank seldom has to load more than its own pictures.
+
+Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm/data/mixup.py
+(Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.data.draws import uniforms
+
+# Pairs of draws among which the first that is accepted makes the share. Of alpha = 2, the largest
+# that recipes may have, one in six is accepted: 128 fail once in 1e10 batches.
+SHARE_TRIES = 128
+MAX_ALPHA = 2.0
+
+
+class Mix(NamedTuple):
+    """What becomes of every picture of a batch.
+
+    Attributes:
+        share: Of the picture itself, in pixels and in labels; the partner has the rest.
+        box: Top, bottom, left, right of the part that is the partner's (CutMix); None: all pixels
+            are weighted means (mixup).
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None
+
+
+UNMIXED = Mix(1.0, None)
+
+
+def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
+    """The partner of each position: its neighbour in the global batch; of an odd one out, itself.
+
+    Args:
+        positions: (B,), in the epoch's order.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """
+    place = positions % global_batch_size
+    other = place ^ 1
+    return positions - place + np.where(other < global_batch_size, other, place)
+
+
+def draw_mix(
+    seed: int,
+    epoch: int,
+    first_position: int,
+    *,
+    image_size: int,
+    mixup: float,
+    cutmix: float,
+    switch_probability: float,
+) -> Mix:
+    """How a global batch is mixed.
+
+    Args:
+        seed: The run's seed.
+        epoch: Counted from 0.
+        first_position: Of the global batch, in the epoch's order.
+        image_size: Side of the pictures, in pixels.
+        mixup: Alpha of its beta distribution; 0: never.
+        cutmix: The same of CutMix.
+        switch_probability: Of CutMix, where both are on.
+    """
+    if not (mixup or cutmix):
+        return UNMIXED
+    switch, top, left, *pairs = uniforms(
+        seed, epoch, [first_position], "mixing", 3 + 2 * SHARE_TRIES
+    )[0].tolist()
+    cuts = bool(cutmix) and (not mixup or switch < switch_probability)
+    share = beta_share(np.array(pairs), cutmix if cuts else mixup)
+    if not cuts:
+        return Mix(share, None)
+    side = int(image_size * np.sqrt(1.0 - share))
+    row, column = int(top * image_size), int(left * image_size)
+    box = (*_clipped(row, side, image_size), *_clipped(column, side, image_size))
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return Mix(1.0 - area / image_size**2, box)
+
+
+def beta_share(draws: NDArray[np.float64], alpha: float) -> float:
+    """One draw of Beta(alpha, alpha).
+
+    Args:
+        draws: (2 * tries,) uniform in [0, 1).
+        alpha: Above 0, at most `MAX_ALPHA`.
+
+    Source: Joehnk, "Erzeugung von betaverteilten und gammaverteilten Zufallszahlen", Metrika 1964.
+    """
+    assert 0 < alpha <= MAX_ALPHA
+    x, y = draws[0::2] ** (1 / alpha), draws[1::2] ** (1 / alpha)
+    accepted = np.flatnonzero((x + y <= 1) & (x + y > 0))
+    if not len(accepted):
+        return 0.5
+    first = accepted[0]
+    return float(x[first] / (x[first] + y[first]))
+
+
+def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
+    """Mixes pictures with their partners.
+
+    Args:
+        images: (B, 3, H, W) float32, normalised.
+        others: Of the same shape, the partners.
+        mix: Of their global batch.
+    """
+    if mix.box is not None:
+        top, bottom, left, right = mix.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        return mixed
+    return images if mix.share == 1.0 else images * mix.share + others * (1.0 - mix.share)
+
+
+def mix_labels(
+    labels: Tensor, others: Tensor, mix: Mix, *, num_classes: int, smoothing: float
+) -> Tensor:
+    """Distributions over the classes, smoothed and mixed as the pictures are.
+
+    Args:
+        labels: (B,) int64.
+        others: (B,) int64, of the partners.
+        mix: Of their global batch.
+        num_classes: K.
+        smoothing: Probability that is spread over all classes.
+
+    Returns: (B, K) float32.
+    """
+    rest = smoothing / num_classes
+
+    def smooth(of: Tensor) -> Tensor:
+        rows = torch.full((len(of), num_classes), rest)
+        return rows.scatter_(1, of[:, None], 1.0 - smoothing + rest)
+
+    return smooth(labels) * mix.share + smooth(others) * (1.0 - mix.share)
+
+
+def _clipped(middle: int, side: int, limit: int) -> tuple[int, int]:
+    return max(0, middle - side // 2), min(limit, middle + (side + 1) // 2)
