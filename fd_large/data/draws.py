@@ -29,6 +29,8 @@ STREAMS = {
     "erasing_noise": 8,
     "mixing": 9,
     "jitter": 10,
+    "anchors": 11,
+    "proposals": 12,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)
