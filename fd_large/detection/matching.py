@@ -1,0 +1,108 @@
+"""Which object each anchor or proposal is for, and which of them are looked at.
+
+Choices are drawn by counting, from (seed, epoch, position of the image), so that the number of
+ranks cannot change them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_area, box_iou
+
+BACKGROUND = Matcher.BELOW_LOW_THRESHOLD  # -1
+IGNORED = Matcher.BETWEEN_THRESHOLDS  # -2
+# Share of a candidate inside a crowd from which it is no background: what is there is not known.
+CROWD_SHARE = 0.5
+
+
+def match(
+    boxes: Tensor,
+    crowd_boxes: Tensor,
+    candidates: Tensor,
+    *,
+    positive_iou: float,
+    negative_iou: float,
+    best_for_each: bool,
+) -> Tensor:
+    """Returns for each candidate its object's number, BACKGROUND or IGNORED: (N,) int64.
+
+    Args:
+        boxes: (n, 4) of the objects, possibly none.
+        crowd_boxes: (m, 4); candidates in them that match no object are ignored.
+        candidates: (N, 4).
+        positive_iou: From which a candidate is for an object.
+        negative_iou: Below which it is background.
+        best_for_each: Whether each object also takes the candidates nearest to it, however far.
+    """
+    if len(boxes) and len(candidates):
+        matcher = Matcher(positive_iou, negative_iou, allow_low_quality_matches=best_for_each)
+        overlap = box_iou(boxes, candidates)
+        matched = matcher(overlap)
+        # The nearest candidates of a box that touches none are all there are.
+        matched[overlap.amax(dim=0) <= 0] = BACKGROUND
+    else:
+        matched = torch.full_like(candidates[:, 0], BACKGROUND, dtype=torch.int64)
+    if len(crowd_boxes):
+        corner = torch.maximum(crowd_boxes[:, None, :2], candidates[None, :, :2])
+        opposite = torch.minimum(crowd_boxes[:, None, 2:], candidates[None, :, 2:])
+        shared = (opposite - corner).clamp(min=0).prod(dim=2)  # (m, N)
+        crowded = (shared >= CROWD_SHARE * box_area(candidates)).any(dim=0)
+        matched[crowded & (matched == BACKGROUND)] = IGNORED
+    return matched
+
+
+class Sample(NamedTuple):
+    """Numbers of the candidates that are looked at.
+
+    Attributes:
+        positives: (p,) int64, those that are for an object.
+        negatives: (q,) int64, background.
+    """
+
+    positives: Tensor
+    negatives: Tensor
+
+
+def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -> Sample:
+    """Chooses up to `count` candidates, of which at most a share are for objects.
+
+    Args:
+        matched: (N,) int64, as `match` returns it.
+        count: Wanted in all.
+        positive_share: Largest share of those for objects; background fills up the rest.
+        draws: (2 * count,) uniform numbers in [0, 1).
+    """
+    positives = torch.where(matched >= 0)[0]
+    negatives = torch.where(matched == BACKGROUND)[0]
+    num_positives = min(len(positives), int(count * positive_share))
+    num_negatives = min(len(negatives), count - num_positives)
+    return Sample(
+        positives[_chosen(len(positives), num_positives, draws[:count], matched.device)],
+        negatives[_chosen(len(negatives), num_negatives, draws[count:], matched.device)],
+    )
+
+
+def choose(total: int, count: int, draws: NDArray) -> NDArray[np.int64]:
+    """Draws `count` of `total` numbers without repetition: the start of Fisher and Yates' shuffle.
+
+    The list is held as its differences from 0, 1, 2, ..., so that the work is that of `count`.
+    """
+    moved: dict[int, int] = {}
+    chosen = np.empty(count, dtype=np.int64)
+    for i in range(count):
+        j = i + int(draws[i] * (total - i))
+        chosen[i] = moved.get(j, j)
+        moved[j] = moved.get(i, i)
+    return chosen
+
+
+def _chosen(total: int, count: int, draws: NDArray, device: torch.device) -> Tensor:
+    if count == total:  # All, in their order: nothing is left to chance.
+        return torch.arange(total, device=device)
+    return torch.from_numpy(choose(total, count, draws)).to(device)
