@@ -106,5 +106,4 @@ def counted(sums: dict[str, Tensor]) -> dict[str, float]:
         "loss": float(sums["loss"]) / max(pictures, 1.0),
         "top1": 100 * float(sums["top1"]) / max(pictures, 1.0),
         "top5": 100 * float(sums["top5"]) / max(pictures, 1.0),
-        "pictures": pictures,
     }

@@ -38,6 +38,9 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
                 ratio = losses[-1] / constants[-1]
                 told += f", {ratio:.3f} of the best constant's {constants[-1]:.4f}"
             add(words, told)
+        _, accuracies = files.evaluated(f"{name}_top1")
+        if len(accuracies):
+            add("", f"accuracy {accuracies[0]:.2f}% -> {accuracies[-1]:.2f}%")
         if len(cosines):
             add("", f"cosine {cosines[0]:z.2f} -> {cosines[-1]:z.2f}")
     if summary.get("images_per_second"):

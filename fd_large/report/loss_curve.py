@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -13,7 +14,9 @@ from fd_large.report.run_files import RunFiles
 SETS = (
     ("held_out", "held-out photographs", style.VERMILLION, "o"),
     ("unseen_crops", "unseen crops of the training photographs", style.GREEN, "s"),
+    ("test", "test pictures", style.VERMILLION, "o"),
 )
+LOSSES = {"distillation": "smooth L1 loss", "finetune": "cross-entropy"}
 DASHES = (0, (5, 3))
 
 
@@ -69,7 +72,7 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
-    upper.set_ylabel("smooth L1 loss", fontsize=style.TEXT_SIZE)
+    upper.set_ylabel(LOSSES.get(task_of(files.recipe), "loss"), fontsize=style.TEXT_SIZE)
     upper.set_title(_title(files), fontsize=style.TITLE_SIZE, loc="left")
     upper.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="upper right")
 
@@ -99,7 +102,15 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
     return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
 
 
+def task_of(recipe: dict[str, Any]) -> str:
+    """The task of a recipe; those written before there were several distil."""
+    return recipe.get("task", {}).get("name", "distillation")
+
+
 def _title(files: RunFiles) -> str:
     student, teacher = files.recipe["student"]["model"], files.recipe["teacher"]["model"]
+    if task_of(files.recipe) == "finetune":
+        init = files.recipe["student"].get("init") or "random weights"
+        return f"{files.recipe['name']}: {student} learns labels, from {init}"
     random = " (random weights)" if files.recipe["teacher"].get("source") == "random" else ""
     return f"{files.recipe['name']}: {student} learns from {teacher}{random}"

@@ -1,14 +1,16 @@
 """How an evaluation names its numbers: SET_METRIC, as in `held_out_loss`. No torch.
 
 Sets: `held_out` (pictures that training never sees), `unseen_crops` (crops of training pictures
-that training never cuts). Metrics: `loss`; `cosine` of the projected student and the whitened
-teacher; `best_constant`, the loss of the best map that ignores the image, once at the end.
+that training never cuts), `test` (labelled pictures). Metrics: `loss`; `cosine` of the projected student and the whitened
+teacher; `best_constant`, the loss of the best map that ignores the image, once at the end; `top1`
+and `top5`, per cent of pictures whose class is the first, or among the first five, that a net
+names; `knn`, the same of its nearest neighbours' vote.
 """
 
 from __future__ import annotations
 
-METRICS = ("loss", "cosine", "best_constant")
-SETS = {"held_out": "held-out", "unseen_crops": "unseen crops"}
+METRICS = ("loss", "cosine", "best_constant", "top1", "top5", "knn")
+SETS = {"held_out": "held-out", "unseen_crops": "unseen crops", "test": "test"}
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from fd_large.runtime.evaluation_names import in_words, split_name
 def test_names_fall_into_set_and_metric():
     assert split_name("held_out_best_constant") == ("held_out", "best_constant")
     assert split_name("unseen_crops_cosine") == ("unseen_crops", "cosine")
+    assert split_name("test_top1") == ("test", "top1")
     assert split_name("loss") == ("evaluation", "loss")
 
 
