@@ -1,0 +1,257 @@
+"""Attention maps of every layer while a net runs, made again from q, k and bias.
+
+Fused kernels never hold a map, so it is computed a second time: for the nets of this project from
+the inputs of their attention modules, for timm's from the operands that its modules hand to torch.
+A layer's maps are handed on at once and forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
+from fd_large.kernels.window_attention import position_index, region_ids, region_mask
+from fd_large.models import swin, swinv2, vit
+
+Note = Callable[[str, Tensor, Places], None]
+"""(name of the module, maps (B, nW, h, T, T) float32, where its tokens are)."""
+
+
+@contextmanager
+def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
+    """Has every attention layer of a net give its maps to `note` as it runs, in this order.
+
+    Layers whose tokens are not those of an image or of Swin's windows are left out.
+
+    Args:
+        note: Called in the middle of the forward.
+        net: A backbone of this project or a `TimmBackbone`; of other nets nothing is known.
+        grid: Of the net's map.
+    """
+    with ExitStack() as stack:
+        for name, module in net.named_modules():
+            for kind, recompute in _OWN.items():
+                if type(module) is kind:
+                    handle = module.register_forward_pre_hook(_own_hook(note, name, recompute))
+                    stack.callback(handle.remove)
+        if _is_timm(net):
+            seen = _Operands(note, _timm_places(net, grid))
+            for name, module in net.named_modules():
+                if "Attention" in type(module).__name__:
+                    for handle in seen.watch(name, module):
+                        stack.callback(handle.remove)
+            stack.enter_context(seen)
+        yield
+
+
+# --- nets of this project ---
+
+
+def _own_hook(note: Note, name: str, recompute: Callable[..., tuple[Tensor, Places]]) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            note(name, *recompute(module, *inputs))
+
+    return hook
+
+
+def _of_vit(
+    module: vit.Attention,
+    x: Tensor,
+    table: Tensor | None,
+    grid: tuple[int, int],
+    window: int = 0,
+) -> tuple[Tensor, Places]:
+    projected = module.qkv(x)
+    if module.q_bias is not None:
+        key = torch.zeros_like(module.q_bias) if module.k_bias is None else module.k_bias
+        projected = projected + torch.cat([module.q_bias, key, module.v_bias])
+    if module.relative_position_bias_table is not None:
+        table = module.relative_position_bias_table
+    if window:
+        places = window_places(grid, (window, window), (0, 0), pad_first=True)
+    else:
+        places = image_places(grid, x.shape[1] - grid[0] * grid[1])
+    scale = (x.shape[-1] // module.num_heads) ** -0.5
+    return _maps(projected, module.num_heads, scale, False, table, places, 0), places
+
+
+def _of_swin(module: swin.WindowAttention, x: Tensor, shift: int) -> tuple[Tensor, Places]:
+    window = (module.window_size, module.window_size)
+    places = window_places(tuple(x.shape[1:3]), window, (shift, shift), pad_first=True)
+    projected = module.qkv(x).flatten(1, 2)
+    scale = (x.shape[-1] // module.num_heads) ** -0.5
+    table = module.relative_position_bias_table
+    return _maps(projected, module.num_heads, scale, False, table, places, shift), places
+
+
+def _of_swinv2(
+    module: swinv2.CosineAttention, x: Tensor, window: int, shift: int, position_table: Tensor
+) -> tuple[Tensor, Places]:
+    places = window_places(tuple(x.shape[1:3]), (window, window), (shift, shift), pad_first=True)
+    projected = module.qkv(x).flatten(1, 2)
+    if module.q_bias is not None:
+        zeros = torch.zeros_like(module.q_bias)
+        projected = projected + torch.cat([module.q_bias, zeros, module.v_bias])
+    scale = module.logit_scale.float().clamp(max=math.log(100)).exp()  # (h, 1, 1)
+    return _maps(projected, module.num_heads, scale, True, position_table, places, shift), places
+
+
+_OWN: dict[type, Callable[..., tuple[Tensor, Places]]] = {
+    vit.Attention: _of_vit,
+    swin.WindowAttention: _of_swin,
+    swinv2.CosineAttention: _of_swinv2,
+}
+
+
+def _maps(
+    projected: Tensor,
+    num_heads: int,
+    scale: Tensor | float,
+    cosine: bool,
+    table: Tensor | None,
+    places: Places,
+    shift: int,
+) -> Tensor:
+    """Maps from queries, keys and values of a net of this project.
+
+    Args:
+        projected: (B, N, 3C), biases added; tokens in the order of the image, prefix first.
+        num_heads: h.
+        scale: Of the logits: a number, or (h, 1, 1).
+        cosine: Whether q and k are normalised.
+        table: Position bias by offset, or None.
+        places: Of the windows' tokens.
+        shift: Of the windows, in tokens.
+
+    Returns: (B, nW, h, T, T) float32.
+    """
+    q, k, _ = rearrange(
+        _in_windows(projected, places).float(),
+        "b w t (three h d) -> three b w h t d",
+        three=3,
+        h=num_heads,
+    )
+    if cosine:
+        q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if table is not None:
+        has_prefix = bool((places.index == PREFIX).any())
+        index = position_index(*places.window, has_prefix, table.device)
+        logits = logits + table.float()[index].permute(2, 0, 1)
+    if not bool(places.whole.all()):
+        regions = region_ids(*places.grid, places.window, shift, logits.device)
+        logits = logits + region_mask(regions, torch.float32)[:, None]
+    return logits.softmax(-1)
+
+
+def _in_windows(projected: Tensor, places: Places) -> Tensor:
+    """Each window's tokens of (B, N, C): (B, nW, T, C); padding is 0."""
+    index = places.index.to(projected.device)
+    if len(index) == 1 and index.shape[1] == projected.shape[1]:
+        return projected[:, None]
+    # The last row is the padding's, whose number is -1.
+    return F.pad(projected, (0, 0, 0, 1))[:, index]
+
+
+# --- nets of timm ---
+
+_SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+
+
+class _Operands(TorchFunctionMode):
+    """Sees what timm's attention modules pass to torch's fused attention, or to a softmax."""
+
+    def __init__(self, note: Note, places: Callable[[str, int], Places | None]) -> None:
+        super().__init__()
+        self._note, self._places = note, places
+        self._inside: list[str] = []
+
+    def watch(self, name: str, module: nn.Module) -> list[Any]:
+        """Remembers by hooks which module is running."""
+        return [
+            module.register_forward_pre_hook(lambda *_: self._inside.append(name)),
+            module.register_forward_hook(lambda *_: self._left()),
+        ]
+
+    def _left(self) -> None:
+        self._inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._inside:
+            if func is F.scaled_dot_product_attention:
+                self._tell(_map_of(*args, **(kwargs or {})))
+            elif func in _SOFTMAX:
+                self._tell(out)
+        return out
+
+    def _tell(self, attention: Tensor) -> None:
+        """Hands on maps (B * nW, h, T, T) of tokens whose places are known."""
+        if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
+            return
+        places = self._places(self._inside[-1], attention.shape[-1])
+        if places is None or len(attention) % len(places.index):
+            return
+        by_image = attention.detach().float().unflatten(0, (-1, len(places.index)))
+        self._note(self._inside[-1], by_image, places)
+
+
+def _map_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **other: Any,
+) -> Tensor:
+    """The map inside scaled_dot_product_attention, whose arguments these are: (B, h, T, T)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = (query.float() * scale) @ key.float().transpose(-2, -1)
+    if is_causal:
+        attn_mask = logits.new_ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1)
+
+
+def _is_timm(net: nn.Module) -> bool:
+    # timm takes a second to import, which other nets are spared.
+    return type(net).__module__ == "fd_large.models.timm_backbone"
+
+
+def _timm_places(
+    backbone: nn.Module, grid: tuple[int, int]
+) -> Callable[[str, int], Places | None]:
+    """Where the tokens of an attention module are, by its name and their number."""
+    from timm.models.swin_transformer import SwinTransformerBlock
+    from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+
+    modules = dict(backbone.named_modules())
+
+    @lru_cache
+    def places(name: str, num_tokens: int) -> Places | None:
+        block = modules[name.rpartition(".")[0]]
+        if isinstance(block, SwinTransformerBlock | SwinTransformerV2Block):
+            window, shift = (tuple(size) for size in (block.window_size, block.shift_size))
+            return window_places(tuple(block.input_resolution), window, shift, pad_first=False)
+        num_prefix_tokens = getattr(backbone.net, "num_prefix_tokens", 0)
+        if num_tokens == num_prefix_tokens + grid[0] * grid[1]:
+            return image_places(grid, num_prefix_tokens)
+        return None
+
+    return places

@@ -1,0 +1,104 @@
+"""The loss around trained weights, along filter-normalised random directions.
+
+Source: Li et al., "Visualizing the Loss Landscape of Neural Nets", arXiv 1712.09913.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Direction = dict[str, Tensor]
+
+
+def random_direction(module: nn.Module, seed: int) -> Direction:
+    """A normal random direction in the space of the parameters, filter by filter as long as they.
+
+    A filter is what a weight has for one output: its first dimension. Vectors (biases, norms,
+    LayerScale) do not move, as in the source.
+
+    Args:
+        module: Its parameters keep their device and dtype.
+        seed: Of the direction; drawn on the CPU, so that every machine has the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = {}
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
+        filters, given = drawn.flatten(1), parameter.detach().flatten(1)
+        length = filters.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        direction[name] = (filters * (given.norm(dim=1, keepdim=True) / length)).view_as(drawn)
+    return direction
+
+
+@contextmanager
+def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Direction]]], None]]:
+    """Yields what sets the parameters to start + sum of step * direction; the start comes back."""
+    parameters = dict(module.named_parameters())
+    start = {name: p.detach().clone() for name, p in parameters.items() if p.dim() >= 2}
+
+    def move(steps: Sequence[tuple[float, Direction]]) -> None:
+        with torch.no_grad():
+            for name, origin in start.items():
+                at = origin
+                for step, direction in steps:
+                    if step:  # At zero the weights are the net's own, to the bit.
+                        at = torch.add(at, direction[name], alpha=step)
+                parameters[name].copy_(at)
+
+    try:
+        yield move
+    finally:
+        move(())
+
+
+def curve(
+    module: nn.Module,
+    loss: Callable[[], Tensor],
+    direction: Direction,
+    steps: Sequence[float],
+    told: Callable[[], None],
+) -> list[float]:
+    """The loss at start + step * direction for each step.
+
+    Args:
+        module: Whose parameters are moved; it has them back afterwards.
+        loss: A scalar, of the parameters as they are when it is called.
+        direction: See `random_direction`.
+        steps: 0 is where the net stands.
+        told: Called after every loss.
+    """
+    values = []
+    with _movable(module) as move, torch.no_grad():
+        for step in steps:
+            move([(step, direction)])
+            values.append(float(loss()))
+            told()
+    return values
+
+
+def surface(
+    module: nn.Module,
+    loss: Callable[[], Tensor],
+    directions: tuple[Direction, Direction],
+    steps: Sequence[float],
+    told: Callable[[], None],
+) -> list[list[float]]:
+    """The loss over the plane of two directions: rows are steps along the second.
+
+    Args as for `curve`.
+    """
+    rows = []
+    with _movable(module) as move, torch.no_grad():
+        for second in steps:
+            rows.append([])
+            for first in steps:
+                move([(first, directions[0]), (second, directions[1])])
+                rows[-1].append(float(loss()))
+                told()
+    return rows

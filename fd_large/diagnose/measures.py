@@ -1,0 +1,213 @@
+"""What is read off attention maps: distance, likeness of heads, the average map, its structure.
+
+Source: distance, Dosovitskiy et al., arXiv 2010.11929 (figure 7) and Raghu et al., arXiv
+2108.08810; likeness of heads and average maps, Wei et al., arXiv 2205.14141.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fd_large.diagnose.places import PADDING, PREFIX, Places
+
+_MOST_ROUNDS = 500
+_CONVERGED = 1e-12
+
+
+def distances(places: Places) -> Tensor:
+    """Distances between the tokens of each window, in tokens: (nW, T, T) float32.
+
+    Between true positions in the image; 0 where a token has none.
+    """
+    rows, columns = places.index // places.grid[1], places.index % places.grid[1]
+    at = torch.stack([rows, columns], dim=-1).float()
+    apart = (at[:, :, None] - at[:, None, :]).square().sum(-1).sqrt()
+    there = places.index >= 0
+    return apart * (there[:, :, None] & there[:, None, :])
+
+
+def among_patches(attention: Tensor, places: Places) -> Tensor:
+    """Attention to patches alone, so scaled that every query spends 1 on them.
+
+    Args:
+        attention: (B, nW, h, T, T), rows are queries and sum to 1.
+        places: Of its tokens.
+    """
+    there = (places.index >= 0).to(attention)[None, :, None, None, :]
+    kept = attention * there
+    return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+
+
+def head_distances(attention: Tensor, places: Places) -> Tensor:
+    """Attention-weighted distance from query to key, per image and head: (B, h), in tokens.
+
+    The mean over the queries that are patches of sum_k A(q, k) |q - k|, where A is the attention
+    among patches: prefix tokens are neither queries nor keys.
+    """
+    per_query = (among_patches(attention, places) * distances(places)[:, None]).sum(-1)
+    queries = (places.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
+    return (per_query * queries).sum((1, 3)) / queries.sum()
+
+
+def prefix_share(attention: Tensor, places: Places) -> Tensor:
+    """What part of their attention patches spend on prefix tokens, per image and head: (B, h)."""
+    prefix = (places.index == PREFIX).to(attention)[None, :, None, None, :]
+    queries = (places.index >= 0).to(attention)[:, None, :]
+    return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
+
+
+def head_similarity(attention: Tensor, places: Places) -> Tensor:
+    """Mean cosine similarity between the maps of two different heads, per image: (B,).
+
+    A head's map is all that it does in an image, prefix tokens included, as one vector.
+
+    Returns: NaN for a layer of one head.
+    """
+    batch_size, _, heads = attention.shape[:3]
+    if heads == 1:
+        return attention.new_full((batch_size,), torch.nan)
+    queries = (places.index != PADDING).to(attention)[None, :, None, :, None]
+    flat = (attention * queries).transpose(1, 2).flatten(2)  # (B, h, nW * T * T)
+    unit = F.normalize(flat, dim=-1)
+    cosines = unit @ unit.transpose(1, 2)  # (B, h, h)
+    own = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    return (cosines.sum((1, 2)) - own) / (heads * (heads - 1))
+
+
+def average_map(attention: Tensor, places: Places) -> Tensor | None:
+    """Attention among patches, the mean over heads and whole windows, per image: (B, P, P).
+
+    P are the patches of a window (of the image, where there are no windows).
+
+    Returns: None where no window is whole.
+    """
+    if not places.whole.any():
+        return None
+    patches = places.index[places.whole][0] >= 0
+    whole = among_patches(attention, places)[:, places.whole.to(attention.device)].mean((1, 2))
+    return whole[:, patches][:, :, patches]
+
+
+def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
+    """The attention nearest to a map that depends on the offset between query and key alone.
+
+    It is the softmax, over the keys that the window has, of one number per offset; of all these,
+    the one with the least Kullback-Leibler divergence from the map, by iterative scaling.
+
+    Args:
+        average: (P, P), rows are queries and sum to 1.
+        window: Rows and columns of the P patches.
+
+    Returns: (P, P) float64.
+    """
+    average, offset = average.double(), _offsets(window).to(average.device)
+    size = int(offset.max()) + 1
+
+    def summed(values: Tensor) -> Tensor:
+        sums = values.new_zeros(size)
+        return sums.index_add_(0, offset.flatten(), values.flatten())
+
+    seen = summed(average)
+    per_offset = seen / summed(torch.ones_like(average))
+    fitted = average
+    for _ in range(_MOST_ROUNDS):
+        weights = per_offset[offset]
+        scale = 1 / weights.sum(1, keepdim=True)
+        before, fitted = fitted, weights * scale
+        if (fitted - before).abs().max() < _CONVERGED:
+            break
+        per_offset = seen / summed(scale.expand_as(weights))
+    return fitted
+
+
+def translation_score(average: Tensor, window: tuple[int, int]) -> float:
+    """How much of an average map depends on the offset alone: 1 all, about 0 nothing.
+
+    The share of the map's variance over its P x P entries that the nearest map of offsets explains,
+    1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), n entries
+    and p offsets: so adjusted, a map of noise has 0 on average, and single maps a little less.
+
+    Args:
+        average: (P, P), rows are queries and sum to 1.
+        window: Rows and columns of the P patches.
+
+    Returns: 1 for a map without variance; NaN for a window of one patch.
+    """
+    average = average.double()
+    entries, offsets = average.numel(), (2 * window[0] - 1) * (2 * window[1] - 1)
+    if entries == 1:
+        return float("nan")
+    total = (average - average.mean()).square().sum()
+    if total <= 1e-12 * average.square().sum():
+        return 1.0
+    left = (average - nearest_offset_map(average, window)).square().sum()
+    return 1 - float(left / (entries - offsets) / (total / (entries - 1)))
+
+
+def _offsets(window: tuple[int, int]) -> Tensor:
+    """A number for the offset of each pair of patches: (P, P) int64."""
+    rows, columns = window
+    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
+    dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
+    return (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
+
+
+class LayerFigures:
+    """The figures of one layer, added up over images; as much memory for a million as for one.
+
+    Args:
+        name: Of the layer's attention in its net.
+        stride: Pixels per token, down and right being equal.
+    """
+
+    def __init__(self, name: str, stride: float) -> None:
+        self.name, self.stride = name, stride
+        self.images = 0
+        self._places: Places | None = None
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, attention: Tensor, places: Places) -> None:
+        """Adds the maps (B, nW, h, T, T) of a batch."""
+        self.images += len(attention)
+        self._places = places
+        figures = {
+            "distance": head_distances(attention, places),
+            "prefix": prefix_share(attention, places),
+            "similarity": head_similarity(attention, places),
+            "average": average_map(attention, places),
+        }
+        for name, values in figures.items():
+            if values is not None:
+                total = values.sum(0, dtype=torch.float64).cpu()
+                self._sums[name] = self._sums.get(name, 0) + total
+
+    def average(self) -> Tensor | None:
+        """The average map, (P, P) float64; None where no window is whole."""
+        return self._sums["average"] / self.images if "average" in self._sums else None
+
+    def figures(self) -> dict[str, Any]:
+        """The figures as plain values; None where a layer has none."""
+        assert self._places is not None
+        average = self.average()
+        window = self._places.window
+        score = None if average is None else _or_none(translation_score(average, window))
+        distance = self._sums["distance"] / self.images * self.stride
+        return {
+            "layer": self.name,
+            "heads": len(distance),
+            "grid": list(self._places.grid),
+            "window": list(window),
+            "pixels_per_token": self.stride,
+            "distance_pixels": distance.tolist(),
+            "prefix_share": (self._sums["prefix"] / self.images).tolist(),
+            "head_similarity": _or_none(float(self._sums["similarity"] / self.images)),
+            "translation_score": score,
+        }
+
+
+def _or_none(value: float) -> float | None:
+    return None if value != value else value
