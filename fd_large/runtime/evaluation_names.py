@@ -1,10 +1,10 @@
 """How an evaluation names its numbers: SET_METRIC, as in `held_out_loss`. No torch.
 
 Sets: `held_out` (pictures that training never sees), `unseen_crops` (crops of training pictures
-that training never cuts), `test` (labelled pictures). Metrics: `loss`; `cosine` of the projected student and the whitened
-teacher; `best_constant`, the loss of the best map that ignores the image, once at the end; `top1`
-and `top5`, per cent of pictures whose class is the first, or among the first five, that a net
-names; `knn`, the same of its nearest neighbours' vote.
+that training never cuts), `test` (labelled pictures). Metrics: `loss`; `cosine` of the projected
+student and the whitened teacher; `best_constant`, the loss of the best map that ignores the image,
+once at the end; `top1` and `top5`, per cent of pictures whose class is the first, or among the
+first five, that a net names; `knn`, the same of the vote of nearest neighbours.
 """
 
 from __future__ import annotations
