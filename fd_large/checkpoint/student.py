@@ -12,7 +12,7 @@ from torch import Tensor
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.models.statistics import IMAGENET
+from fd_large.models.statistics import IMAGENET, Statistics
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
@@ -56,25 +56,45 @@ def serve_runs() -> None:
 
 def _opened(reader: Reader, where: str) -> Stored:
     try:
-        architecture = trained_at(Run.from_dict(reader.manifest["recipe"]))
+        run = Run.from_dict(reader.manifest["recipe"])
+        architecture = trained_at(run)
     except (KeyError, ConfigError) as error:
         raise CheckpointError(
             f"{where}: {reader.path}: its manifest holds no recipe that can be read; got {error}, "
             "expected what the run wrote. Export the student with the release that wrote it."
         ) from error
-    return Stored(reader.path, _Tensors(reader, shapes(architecture)), architecture, IMAGENET)
+    table, fresh = shapes(architecture), {}
+    statistics = IMAGENET
+    if run.task.name == "finetune":
+        if stated := run.task.finetune.statistics:
+            statistics = Statistics(tuple(stated[:3]), tuple(stated[3:]))
+        if architecture.family == "vit":
+            # A classifier norms the mean of a ViT's tokens and leaves the tokens as they are.
+            fresh = {"norm.weight": 1.0, "norm.bias": 0.0}
+    return Stored(reader.path, _Tensors(reader, table, fresh), architecture, statistics)
 
 
 class _Tensors(Tensors):
-    """The weights of a student, each read from the ranks' files when it is asked for."""
+    """The weights of a student, each read from the ranks' files when it is asked for.
 
-    def __init__(self, reader: Reader, table: dict[str, stream.Shape]) -> None:
+    Args:
+        reader: Of its checkpoint.
+        table: Shape of each tensor.
+        fresh: Values of those that the task did without.
+    """
+
+    def __init__(
+        self, reader: Reader, table: dict[str, stream.Shape], fresh: dict[str, float]
+    ) -> None:
         super().__init__({})
-        stream.check(reader, table, prefix=stream.STUDENT)
-        self._reader, self._table = reader, table
+        stored = {name: shape for name, shape in table.items() if name not in fresh}
+        stream.check(reader, stored, prefix=stream.STUDENT)
+        self._reader, self._table, self._fresh = reader, table, fresh
 
     def __getitem__(self, name: str) -> Tensor:
         reader = self._reader
+        if name in self._fresh:
+            return torch.full(self._table[name], self._fresh[name])
         name, shape = f"{stream.STUDENT}{name}", self._table[name]
         return stream.read(reader, name, shape, kind=stream.outcome(reader))
 

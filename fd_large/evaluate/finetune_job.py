@@ -27,7 +27,6 @@ from fd_large.evaluate.pictures import (
 )
 from fd_large.models.statistics import IMAGENET, Statistics
 from fd_large.plan.parameters import shapes
-from fd_large.weights.facts import statistics_of
 from fd_large.weights.source import open_weights
 
 
@@ -129,16 +128,9 @@ class FineTuningJob(Job):
         return evaluate
 
     def statistics(self) -> Statistics:
-        """By which pictures are normalised: stated, or of the weights, or ImageNet's."""
-        run = self.run
-        stated = run.task.finetune.statistics
-        if stated:
-            return Statistics(tuple(stated[:3]), tuple(stated[3:]))
-        if not run.student.init:
-            return IMAGENET
-        return open_weights(run.student.init, where="--student.init").statistics or statistics_of(
-            run.student.model
-        )
+        """By which pictures are normalised; ImageNet's for random weights."""
+        stated = self.run.task.finetune.statistics
+        return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, those of the training pictures."""

@@ -15,7 +15,8 @@ from fd_large.errors import WeightsError
 from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import AUTO, Student, Teacher
+from fd_large.recipes.sections import AUTO, Student, Task, Teacher
+from fd_large.weights.facts import statistics_of
 from fd_large.weights.source import MODULE, TIMM, Weights, open_weights
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def settle(run: Run) -> Run:
     Raises: WeightsError: if a file cannot be read, does not hold the named net, or leaves fields
         open that nothing tells; ConfigError: if a net cannot be as it is described.
     """
-    return replace(run, teacher=_teacher(run.teacher), student=_student(run.student))
+    settled = replace(run, teacher=_teacher(run.teacher), student=_student(run.student))
+    return replace(settled, task=_task(settled))
 
 
 def _teacher(teacher: Teacher) -> Teacher:
@@ -87,6 +89,18 @@ def _student(student: Student) -> Student:
         section="student",
     )
     return replace(student, init=weights.source, architecture=_sparse(architecture, named))
+
+
+def _task(run: Run) -> Task:
+    """With the statistics that the student's weights were trained with, where it sees no other."""
+    own = run.task.finetune
+    if run.task.name != "finetune" or own.statistics or not run.student.init:
+        return run.task
+    found = open_weights(run.student.init, where="--student.init").statistics
+    if found is None:
+        found = statistics_of(run.student.model)
+    statistics = tuple(map(float, (*found.mean, *found.std)))
+    return replace(run.task, finetune=replace(own, statistics=statistics))
 
 
 def _is_foreign(teacher: Teacher) -> bool:

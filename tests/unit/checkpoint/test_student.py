@@ -14,6 +14,7 @@ from fd_large.errors import CheckpointError, WeightsError
 from fd_large.models.registry import build
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.task_sections import FineTune
 from fd_large.weights import source
 from fd_large.weights.source import open_weights
 
@@ -72,6 +73,25 @@ def test_a_student_goes_on_from_a_run(stored, tmp_path):
     again, student = initial(tmp_path, "vit_base_patch16", 32, **VIT)
     assert torch.equal(again(IMAGES).tokens, net(IMAGES).tokens)
     assert student.init.endswith("step_00000003")
+
+
+def test_a_fine_tuned_vit_has_a_norm_that_only_normalises(tmp_path):
+    run = registry.get("finetune_clip_vit_base")
+    fields = Architecture(**VIT, relative_position="block")
+    student = replace(run.student, architecture=fields)
+    own = FineTune(statistics=(0.5, 0.4, 0.3, 0.2, 0.3, 0.4))
+    task = replace(run.task, finetune=own)
+    run = replace(run, student=student, task=task, data=replace(run.data, image_size=32))
+    net = scattered(build(student.model, replace(fields, image_size=32)), seed=3)
+    torch.nn.init.ones_(net.norm.weight)
+    torch.nn.init.zeros_(net.norm.bias)
+    tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
+    del tensors["student.norm.weight"], tensors["student.norm.bias"]
+    tensors |= {"fc_norm.weight": torch.rand(32), "head.weight": torch.rand(10, 32)}
+    store_tensors(tmp_path, tensors, ranks=2, recipe=run.to_dict())
+    again, teacher = loaded(tmp_path)
+    assert torch.equal(again(IMAGES).tokens, net(IMAGES).tokens)
+    assert teacher.statistics == own.statistics
 
 
 def test_another_net_is_refused(stored, tmp_path):
