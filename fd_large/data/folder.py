@@ -81,22 +81,7 @@ class ImageFolder:
 
         Raises: DataError: if the file cannot be read.
         """
-        path = self[index]
-        try:
-            with open(path, "rb", opener=_open_without_waiting) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError("no regular file")
-                if status.st_size > MAX_FILE_BYTES:
-                    raise OSError(f"a file of {status.st_size} bytes")
-                encoded = bytearray(status.st_size)
-                del encoded[file.readinto(encoded) :]
-                return encoded
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read; got {error.strerror or error}, expected a picture. "
-                "Restore the file or remove it from the folder."
-            ) from error
+        return read_picture(self[index])
 
     def _fill(self, writer: ListingWriter) -> dict[str, Any]:
         stamps, num_tars = [], 0
@@ -116,6 +101,28 @@ class ImageFolder:
             and settled(modified, facts["listed_at"])
             for path, modified in facts["stamps"]
         )
+
+
+def read_picture(path: str) -> bytearray:
+    """The bytes of a picture's file.
+
+    Raises: DataError: if it cannot be read, or is so large that it can be no picture.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("no regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise OSError(f"a file of {status.st_size} bytes")
+            encoded = bytearray(status.st_size)
+            del encoded[file.readinto(encoded) :]
+            return encoded
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read; got {error.strerror or error}, expected a picture. "
+            "Restore the file or remove it from the folder."
+        ) from error
 
 
 def folder_key(root: str) -> str:

@@ -1,0 +1,93 @@
+"""Masks as COCO stores them: polygons, and run lengths (RLE) of pixels column by column.
+
+A thin wrapper of faster-coco-eval's C++, which is what the official evaluation counts by: a mask
+made here covers the pixels that COCO's own tools give it. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.errors import ConfigError
+
+
+def coco_masks() -> ModuleType:
+    """Returns faster-coco-eval's mask functions.
+
+    Raises: ConfigError: if the package is missing.
+    """
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError as error:
+        raise ConfigError(
+            f"detection: a package is missing; got {error}, expected faster-coco-eval. "
+            "Install it with pip install 'fd_large[detection]'."
+        ) from error
+    return mask
+
+
+def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray:
+    """Fills the union of some polygons.
+
+    Args:
+        polygons: (points, 2) each, x and y in pixels; what lies outside the mask is cut off. The
+            cost grows with the length of their edges.
+        height: Of the mask.
+        width: Of the mask.
+
+    Returns: (height, width) uint8, 0 or 1.
+    """
+    mask = coco_masks()
+    flat = [polygon.reshape(-1).tolist() for polygon in polygons]
+    return mask.decode(mask.merge(mask.frPyObjects(flat, height, width)))
+
+
+def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
+    """Checks run lengths of either kind and returns them compressed.
+
+    Args:
+        rle: `size` (height, width) and `counts`: a list of lengths, or COCO's compressed text.
+        height: That the size must be.
+        width: That the size must be.
+
+    Raises: ValueError: if they do not describe a mask of this size.
+    """
+    mask = coco_masks()
+    counts, size = rle.get("counts"), rle.get("size")
+    if not isinstance(size, list) or size != [height, width]:
+        raise ValueError(f"run lengths of size {size}, the picture has {[height, width]}")
+    if isinstance(counts, list):
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("run lengths that are no lengths")
+        if sum(counts) != height * width:
+            raise ValueError(f"run lengths of {sum(counts)} pixels")
+        return bytes(mask.frPyObjects({"counts": counts, "size": size}, height, width)["counts"])
+    if not isinstance(counts, (str, bytes)):
+        raise ValueError("run lengths that are neither a list nor a text")
+    packed = counts.encode() if isinstance(counts, str) else counts
+    try:
+        mask.decode({"size": size, "counts": packed})
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"run lengths that cannot be read: {error}") from error
+    return packed
+
+
+def decompress(counts: bytes, height: int, width: int) -> NDArray:
+    """Returns the mask of compressed run lengths, (height, width) uint8."""
+    return coco_masks().decode({"size": [height, width], "counts": counts})
+
+
+def encode(masks: NDArray[np.uint8]) -> list[dict[str, Any]]:
+    """Masks (n, H, W), 0 or 1, as COCO's results have them: `size` and `counts`, a text."""
+    if not len(masks):
+        return []
+    columns = np.asfortranarray(masks.transpose(1, 2, 0))
+    return [
+        {"size": [int(side) for side in rle["size"]], "counts": bytes(rle["counts"]).decode()}
+        for rle in coco_masks().encode(columns)
+    ]
