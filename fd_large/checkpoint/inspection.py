@@ -39,7 +39,7 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
             "ranks": item.manifest["world_size"],
             "zero": item.manifest["zero_stage"],
             "bytes": item.bytes,
-            "teacher": item.manifest["teacher_hash"],
+            "teacher": item.manifest.get("teacher_hash", "none"),
         }
         for item in found
     ]

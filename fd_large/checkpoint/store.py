@@ -18,7 +18,7 @@ from typing import Any
 
 PART = ".part"
 CHUNK = 1 << 24
-MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage", "teacher_hash"}
+MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage"}
 DAMAGED = "damaged_"
 
 

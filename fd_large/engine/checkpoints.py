@@ -199,7 +199,8 @@ class Checkpoints:
                 f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
                 "--runtime.run_dir, or --fresh."
             )
-        if reader.manifest["teacher_hash"] != self._facts["teacher_hash"]:
+        # Tasks without a teacher have neither.
+        if reader.manifest.get("teacher_hash") != self._facts.get("teacher_hash"):
             raise CheckpointError(
                 f"teacher.source: not the teacher that this run began with; got hash "
                 f"{self._facts['teacher_hash']}, expected {reader.manifest['teacher_hash']} "
