@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes import distillation, distillation_swinv2, finetuning
+from fd_large.recipes import detection, distillation, distillation_swinv2, finetuning
 from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
 
@@ -32,6 +32,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
         finetuning.finetune_dino_vit_base,
         finetuning.finetune_deit_vit_base,
         finetuning.finetune_esvit_swin_base,
+        detection.coco_mask_rcnn_vit_base,
+        detection.coco_mask_rcnn_swinv2_tiny,
+        detection.coco_mask_rcnn_swinv2_base,
+        detection.coco_mask_rcnn_swinv2_giant,
     )
 }
 

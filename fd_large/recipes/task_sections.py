@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large.recipes.fields import check_types, not_negative, require
+from fd_large.recipes.fields import at_least, check_types, not_negative, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,5 +55,51 @@ class FineTune:
 class Detection:
     """Boxes and masks of objects: Mask R-CNN on the student's features."""
 
+    # Classes of objects; COCO has 80.
+    num_classes: int = 80
+    # Channels of the pyramid and of the convolutions in the heads.
+    head_width: int = 256
+    # Anchors of an image that the losses of its proposals look at.
+    anchors_per_image: int = 256
+    # Proposals of an image that are kept.
+    proposals_per_image: int = 1000
+    # Proposals of an image that the losses of classes, boxes and masks look at.
+    rois_per_image: int = 512
+    # Boxes of an image that are found at most; COCO counts 100.
+    detections_per_image: int = 100
+    # Smallest and largest size of a training picture before it is cut to data.image_size, as a
+    # multiple of the size at which it just fits in.
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    # Shorter side of evaluated pictures, and the most that the longer may be, in pixels; 0 0: both
+    # data.image_size.
+    test_size: tuple[int, int] = (0, 0)
+    # First stages of a SwinV2 student whose attention is computed for few windows at a time, where
+    # those maps would fill the memory.
+    sequential_stages: int = 0
+
     def __post_init__(self) -> None:
         check_types(self, "task.detection")
+        for name, unit in (
+            ("num_classes", "classes"),
+            ("anchors_per_image", "anchors"),
+            ("proposals_per_image", "proposals"),
+            ("rois_per_image", "proposals"),
+            ("detections_per_image", "boxes"),
+        ):
+            at_least(f"task.detection.{name}", getattr(self, name), 1, unit)
+        at_least("task.detection.head_width", self.head_width, 4, "channels")
+        at_least("task.detection.sequential_stages", self.sequential_stages, 0, "stages")
+        smallest, largest = self.scale_range
+        require(
+            0 < smallest <= largest,
+            "task.detection.scale_range: no range",
+            self.scale_range,
+            "two numbers above 0, the smaller first",
+        )
+        shorter, longer = self.test_size
+        require(
+            self.test_size == (0, 0) or 0 < shorter <= longer,
+            "task.detection.test_size: no sides of a picture",
+            self.test_size,
+            "two numbers of pixels, the smaller first, or 0 0",
+        )

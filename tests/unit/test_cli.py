@@ -281,7 +281,8 @@ def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
     for name in registry.RECIPES:
         run = registry.get(name)
         assert any(f" {name} " in line for line in lines)
-        assert any(f" {run.teacher.model} " in line for line in lines)
+        net = run.teacher.model if run.has_teacher else run.student.model
+        assert any(f" {net} " in line for line in lines)
 
 
 IMPORTS = """

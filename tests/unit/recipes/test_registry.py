@@ -45,10 +45,18 @@ FINE_TUNING = {
     "finetune_deit_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.3),
     "finetune_esvit_swin_base": (100, 20, 1.25e-3, 2.5e-7, 0.80, 0.4),
 }
+# Student, size, window, epochs, rate per 512 images, batch.
+DETECTION = {
+    "coco_mask_rcnn_vit_base": ("vit_base_patch16", 1024, None, 100, 8e-4, 64),
+    "coco_mask_rcnn_swinv2_tiny": ("swinv2_tiny", 1024, 16, 36, 3.2e-3, 16),
+    "coco_mask_rcnn_swinv2_base": ("swinv2_base", 1024, 16, 36, 3.2e-3, 16),
+    "coco_mask_rcnn_swinv2_giant": ("swinv2_giant", 1536, 32, 36, 3.2e-3, 96),
+}
 
 
 def test_the_registry_holds_these_and_names_them_by_function():
-    assert set(registry.RECIPES) == set(PAPER) | set(OURS) | set(FINE_TUNING) | {"quickstart"}
+    groups = (PAPER, OURS, FINE_TUNING, DETECTION)
+    assert set(registry.RECIPES) == {"quickstart"}.union(*groups)
     assert next(iter(registry.RECIPES)) == registry.DEFAULT_RECIPE == "quickstart"
     assert all(registry.get(name).name == name for name in registry.RECIPES)
 
@@ -120,6 +128,26 @@ def test_our_swinv2_runs_see_192_pixels_with_window_12(name, model):
     assert run.optim.base_lr / run.optim.min_lr == pytest.approx(20)
 
 
+@pytest.mark.parametrize("name", DETECTION)
+def test_detection_has_the_settings_of_its_sources(name):
+    run = registry.get(name)
+    assert run.task.name == "detection"
+    assert (
+        run.student.model,
+        run.data.image_size,
+        run.student_architecture().window_size,
+        run.optim.epochs,
+        run.optim.base_lr,
+        run.batch.global_batch_size,
+    ) == DETECTION[name]
+    # The rate at the source's batch: 1e-4 at 64 (ViTDet), 1e-4 at 16 (Swin), 6e-4 at 96 (G).
+    peak = {"vit_base_patch16": 1e-4, "swinv2_giant": 6e-4}.get(run.student.model, 1e-4)
+    assert run.optim.rates(run.batch.global_batch_size)[0] == pytest.approx(peak)
+    assert run.task.detection.scale_range == (0.1, 2.0)
+    # Swin nets take any size; a window that does not divide a map is padded.
+    assert (run.student.size_rule == "pad") == run.student.model.startswith("swin")
+
+
 def test_giant_fits_its_network():
     run = registry.get("fd_swinv2g")
     assert run.teacher.placement == "node"
@@ -157,8 +185,9 @@ def test_the_docstring_tells_hardware_duration_and_result(name):
     if name == "quickstart":
         assert facts.duration.startswith(f"at most {run.optim.max_steps:,} updates")
         return
-    # 1,281,167 images, the last incomplete batch dropped.
-    updates = run.optim.epochs * (1_281_167 // run.batch.global_batch_size)
+    # ImageNet-1K's images or COCO's, the last incomplete batch dropped.
+    images = 118_287 if run.task.name == "detection" else 1_281_167
+    updates = run.optim.epochs * (images // run.batch.global_batch_size)
     assert facts.duration.startswith(f"{updates:,} updates")
 
 
