@@ -23,8 +23,6 @@ CHECKS = {**MODEL_CHECKS, **ENGINE_CHECKS}
 # Parts of files whose other parts are checked.
 NOT_YET_PARTS = {
     "simmim": "decoder and losses: masked image modelling is no task of the engine yet",
-    "fd_optim_groups": "fine-tuning groups: fine-tuning is no task of the engine yet",
-    "schedule": "layer decay: fine-tuning is no task of the engine yet",
 }
 
 _CLASSES = (

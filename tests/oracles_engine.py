@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from fd_large.distill.objective import Distillation
 from fd_large.engine.optimizer import decays
 from fd_large.engine.schedule import CosineSchedule, official_accumulated_rate
+from fd_large.evaluate.finetune import FineTuning
 from fd_large.models.registry import build
-from fd_large.weights.formats import translate
+from fd_large.models.statistics import IMAGENET
+from fd_large.recipes.architectures import Architecture
+from fd_large.weights.formats import FORMATS, translate
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"
 # Of a training run, on one process; two ranks may be twice as far off (other order of sums).
@@ -61,17 +64,71 @@ def check_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
         ):
             worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
             rows.append(Row(f"{label} {number}", worst, SCHEDULE_TOLERANCE))
+    if "layer_decay" in spec:
+        rows.append(layer_decay_row(spec["layer_decay"]))
     return rows
 
 
+def layer_decay_row(spec: dict) -> Row:
+    """The rate of every layer at every update; the ends of the schedule are not scaled."""
+    schedule = CosineSchedule(
+        spec["base_lr"], spec["warmup_lr"], spec["min_lr"], spec["total"], spec["warmup_steps"]
+    )
+    worst = max(
+        relative(schedule.scaled_at(update, scale), expected)
+        for update, published in enumerate(spec["lr_used_per_group"])
+        for scale, expected in zip(spec["lr_scales"], published, strict=True)
+    )
+    return Row("layer decay", worst, SCHEDULE_TOLERANCE)
+
+
 def check_optim_groups(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
-    """The pre-training part: every official name, sent through our table, in the same group."""
+    """Pre-training and fine-tuning."""
+    return [*pretraining_rows(spec["fd_pretrain"]), *finetuning_rows(spec["finetune"])]
+
+
+def finetuning_rows(published: dict) -> list[Row]:
+    """Layer, group and rate of every parameter; one that differs is one error."""
+    nets = {
+        "vit_base": ("vit_base_patch16", Architecture(relative_position="block"), "fd_vit"),
+        "swin_base": ("swinv2_base", Architecture(), "fd_swinv2"),
+    }
+    rows = []
+    for key, spec in published.items():
+        if key not in nets:
+            rows.append(Row(f"fine-tuned {key}: no such net here", math.inf, 0.0))
+            continue
+        name, overrides, form = nets[key]
+        with torch.device("meta"):
+            task = FineTuning(build(name, overrides), 1000, statistics=IMAGENET)
+        exempt, ours = task.no_weight_decay(), dict(task.named_parameters())
+        # A head and a norm of the mean are no tensors of a backbone's file.
+        own = {name: name for name in spec["parameters"] if name.startswith(("head.", "fc_norm."))}
+        rest = {name for name in spec["parameters"] if name not in own}
+        inside = {n: FORMATS[form].rule(n).name for n in rest}
+        names = own | {theirs: f"student.{mine}" for theirs, mine in inside.items()}
+        wrong = len(set(names.values()) ^ ours.keys())
+        for theirs, (layer, group) in spec["parameters"].items():
+            mine = names[theirs]
+            decay = decays(mine, ours[mine].ndim, *exempt) if mine in ours else None
+            wrong += decay != (group == "decay")
+            for rate, scales in spec["lr_scale_by_layer_id"].items():
+                wrong += task.layer_scale(mine, float(rate)) != scales[layer]
+        rows.append(Row(f"fine-tuned {key}: {len(names)} names", float(wrong), 0.0))
+        elements = sum(parameter.numel() for parameter in ours.values())
+        missing = abs(elements - spec["trainable_parameters"])
+        rows.append(Row(f"fine-tuned {key} elements", float(missing), 0.0))
+    return rows
+
+
+def pretraining_rows(spec: dict) -> list[Row]:
+    """Every official name, sent through our table, in the same group."""
     nets = {
         "vit_base": ("vit_base_patch16", "fd_vit", 768),
         "swin_base": ("swinv2_base", "fd_swinv2", 1024),
     }
     rows = []
-    for key, published in spec["fd_pretrain"].items():
+    for key, published in spec.items():
         if key not in nets:
             rows.append(Row(f"{key}: no such net here", math.inf, 0.0))
             continue
