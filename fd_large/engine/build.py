@@ -98,7 +98,7 @@ def teacher_maker(run: Run) -> Callable[[], Teacher]:
             run.teacher.model,
             run.teacher.architecture,
             initialization="official",
-            attention_memory=_attention_memory("auto"),
+            attention_memory=attention_memory("auto"),
         )
         own = statistics_of_run(run.teacher) or getattr(net, "statistics", None)
         statistics = own or statistics_of(run.teacher.model, architecture)
@@ -119,7 +119,7 @@ def build_student(run: Run) -> nn.Module:
         drop_path_rate=run.student.drop_path_rate,
         size_rule=run.student.size_rule,
         residual_dtype=run.student.residual_dtype,
-        attention_memory=_attention_memory(run.student.attention_memory),
+        attention_memory=attention_memory(run.student.attention_memory),
     )
 
 
@@ -290,7 +290,11 @@ def _blocks(task: Task) -> list[nn.Module]:
     return task.student.blocks()
 
 
-def _attention_memory(wanted: str) -> str:
+def attention_memory(wanted: str) -> str:
+    """Resolves "auto": recomputed on GPUs, kept on CPUs, where that is faster.
+
+    Raises: ConfigError: if the maps would have to be kept on a GPU.
+    """
     on_gpu = distributed.device().type == "cuda"
     if wanted == "keep" and on_gpu:
         raise ConfigError(
