@@ -14,10 +14,12 @@ class FDError(Exception):
 
     Attributes:
         rank_local: Whether one rank may have met it alone; then that rank speaks, else rank 0.
+        agreed: Whether all ranks raise it together, whenever it comes.
     """
 
     exit_code = 2
     rank_local = False
+    agreed = False
 
 
 class ConfigError(FDError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,9 @@ from fd_large import distributed
 from fd_large.checkpoint import layout as layouts
 from fd_large.checkpoint import store
 from fd_large.checkpoint.layout import Span
+
+TRIES = 4
+SECONDS_BETWEEN_TRIES = 1.0
 
 
 class Reader:
@@ -69,7 +74,7 @@ def newest_sound(
         at_most: Updates; later checkpoints are not looked at. None: all are.
     """
     complaints: list[str] = []
-    seen = {item.path.name: item for item in store.complete(folder)}
+    # Rank 0 lists and reads manifests for all: another node's view of a shared disk may be old.
     names = distributed.broadcast_object(
         [
             path.name
@@ -78,19 +83,32 @@ def newest_sound(
         ]
     )
     for name in reversed(names):
-        item = seen.get(name)
+        path = store.checkpoints_of(folder) / name
+        manifest = distributed.broadcast_object(
+            store.manifest_of(path) if distributed.is_main() else None
+        )
         wanted: set[int] = set()
-        problem = f"{store.checkpoints_of(folder) / name}: manifest.json is missing or damaged"
-        if item is not None:
-            wanted = needs(layouts.from_dict(item.manifest["layout"]))
-            found = (store.damage(item.path, rank) for rank in sorted(wanted))
-            problem = next((f"{item.path}: {p}" for p in found if p), "")
+        problem = f"{path}: manifest.json is missing or damaged"
+        if manifest is not None:
+            wanted = needs(layouts.from_dict(manifest["layout"]))
+            found = (_damage(path, rank) for rank in sorted(wanted))
+            problem = next((f"{path}: {p}" for p in found if p), "")
         problems = [p for p in distributed.gather_objects(problem) if p]
         if not problems:
-            assert item is not None
+            item = store.Stored(path, manifest)
             if distributed.is_main():
                 # They would count among the newest that stay, and push sound ones out.
                 store.set_aside(folder, names[names.index(name) + 1 :])
             return Reader(item, wanted), complaints
         complaints.append(problems[0])
     return None, complaints
+
+
+def _damage(path: Path, rank: int) -> str | None:
+    """As `store.damage`, with time for files to appear that another node has just written."""
+    for _ in range(TRIES - 1):
+        if (path / store.file_of(rank)).is_file() and (path / store.receipt_of(rank)).is_file():
+            break
+        time.sleep(SECONDS_BETWEEN_TRIES)
+        os.listdir(path.parent)  # Makes a network file system ask its server again.
+    return store.damage(path, rank)

@@ -222,9 +222,11 @@ class Checkpoints:
         self._failures += 1
         limit = self._run.runtime.max_failed_saves
         if limit and self._failures >= limit:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"runtime.max_failed_saves: checkpoints cannot be written; got {self._failures} "
                 f"failures one after the other, expected fewer than {limit}. Make room in "
                 f"{self._folder} and start the same command again."
             )
+            error.agreed = True
+            raise error
         return None

@@ -339,7 +339,9 @@ def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError |
     if not past_limit(count, max_bad_fraction):
         return None
     names = [name for mine in distributed.gather_objects(pictures.names) for name in mine]
-    return limit_error(count, max_bad_fraction, names)
+    error = limit_error(count, max_bad_fraction, names)
+    error.agreed = True
+    return error
 
 
 def _whole_norm(task: torch.nn.Module) -> Tensor:

@@ -220,7 +220,7 @@ def train(
         )
         status = trainer.train(batches)
     except FDError as error:
-        error.rank_local = True
+        error.rank_local = not error.agreed
         raise
     log.info("%s: %s", status, folder)
     return EXIT_CODES[status]
