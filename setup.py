@@ -34,6 +34,8 @@ setup(
         # Photographs, and a teacher trained on ImageNet, without a download at run time.
         "quickstart": QUICKSTART,
         "open_clip": ["open_clip_torch>=2.24"],
+        # The official COCO evaluation in C++, and its masks.
+        "detection": ["faster-coco-eval>=1.8"],
         # fairscale: its checkpoint wrapper moves block inputs to host memory.
         "offload": ["fairscale>=0.4.13"],
         # mpi4py: ranks under mpirun; mpich brings an MPI as a wheel.
@@ -53,6 +55,9 @@ setup(
             # Whose checkpoints and nets ours are held against.
             "open_clip_torch>=2.24",
             "transformers>=4.40",
+            "faster-coco-eval>=1.8",
+            # The evaluation that faster-coco-eval's is held against.
+            "pycocotools>=2.0.8",
             *QUICKSTART,
         ],
     },
