@@ -1,0 +1,117 @@
+"""Class folders and labelled shards."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from fd_large.data.labelled import ClassFolders, LabelledShards, open_labelled, open_split
+from fd_large.errors import DataError
+
+# "a-b/" sorts before "a/", though "a" comes before "a-b"; a folder inside a class is no class.
+FILES = ["a/1.png", "a/deep/2.png", "a-b/3.png", "\u00e9/4.png", "z/5.png", "z/6.png", "B/7.png"]
+
+
+def picture(number: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 5, 3), number, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(root: Path, files: list[str]) -> Path:
+    for number, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(number))
+    return root
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_labels_are_torchvisions(tmp_path):
+    folder = ClassFolders(write(tmp_path, FILES))
+    theirs = ImageFolder(str(tmp_path))
+    assert list(folder.classes) == theirs.classes
+    expected = dict(theirs.samples)
+    assert {folder[i]: folder.label(i) for i in range(len(folder))} == expected
+    again = pickle.loads(pickle.dumps(folder))
+    assert [again.label(i) for i in range(7)] == [folder.label(i) for i in range(7)]
+
+
+def test_a_test_set_takes_the_classes_of_training(tmp_path):
+    write(tmp_path / "train", ["a/1.png", "b/2.png", "c/3.png"])
+    write(tmp_path / "test", ["c/1.png", "a/2.png"])
+    classes = open_split(str(tmp_path), "train").classes
+    found = open_split(str(tmp_path), "val", classes)
+    assert [found.label(i) for i in range(2)] == [0, 2]
+    write(tmp_path / "test", ["d/1.png"])
+    with pytest.raises(DataError, match=r"classes that training does not know; got d "):
+        open_split(str(tmp_path), "val", classes)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    write(tmp_path / "train", ["1.png", "a/2.png"])
+    with pytest.raises(DataError, match=r"data\.root: a picture in no class; got .*1\.png"):
+        open_split(str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"eval\.root: no part val/ or test/"):
+        open_split(str(tmp_path), "val", where="eval.root")
+    with pytest.raises(DataError, match=r"pictures without labels; got 'builtin:"):
+        open_labelled("builtin:photographs")
+
+
+def test_shards_of_webdataset(tmp_path):
+    labels = [3, 0, 12, 3, 5]
+    with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=2, verbose=0) as writer:
+        for number, label in enumerate(labels):
+            sample = {"__key__": f"n{number}/pic.{number}"[:4], "png": picture(number)}
+            writer.write({**sample, "cls": label, "json": {"a": 1}})
+    found = open_labelled(str(tmp_path))
+    assert isinstance(found, LabelledShards)
+    assert found.classes == tuple(map(str, range(13)))
+    for index in range(len(found)):
+        # The grey level of a picture is its number.
+        number = int(np.asarray(Image.open(io.BytesIO(found.read(index))))[0, 0, 0])
+        assert found.label(index) == labels[number]
+    again = pickle.loads(pickle.dumps(found))
+    assert [again.label(i) for i in range(5)] == [found.label(i) for i in range(5)]
+
+
+def test_labels_come_with_pictures_whatever_the_order_of_members(tmp_path):
+    write_shard(
+        tmp_path / "b.tar",
+        {"x/2.cls": b"7", "x/2.small.png": picture(2), "x/1.png": picture(1), "x/1.cls": b"4\n"},
+    )
+    write_shard(tmp_path / "a.tar", {"x/1.png": picture(3), "x/1.cls": b" 2 "})
+    found = LabelledShards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
+    assert [found.label(i) for i in range(3)] == [2, 4, 7]
+    with pytest.raises(DataError, match="got 7"):
+        LabelledShards(found.paths, classes=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"1.png": b"x", "2.png": b"x", "2.cls": b"1"}, r"without a label; got 1 in .*1\.png"),
+        ({"1.png": b"x", "1.cls": b"cat"}, r"a label that is no class; got b'cat'"),
+        ({"1.png": b"x", "1.cls": b"-1"}, r"a label that is no class; got b'-1'"),
+    ],
+)
+def test_bad_labels_are_refused(tmp_path, members, message):
+    path = write_shard(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        LabelledShards([str(path)])
