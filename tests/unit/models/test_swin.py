@@ -36,7 +36,7 @@ def test_smaller_images_are_named():
         tiny()(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ShapeError, match="stage 0") as caught:
         tiny()(torch.zeros(1, 3, 20, 20))
-        assert "--student.size_rule pad" in str(caught.value)
+    assert "--student.size_rule pad" in str(caught.value)
 
 
 def test_bfloat16_with_float32_stream():

@@ -1,0 +1,138 @@
+"""Rank program: detectors under ZeRO-3 against one process, and many batches of any content.
+
+detection_ranks.py FOLDER BATCHES writes, per rank: by recipe the losses of one process and of the
+ranks' engine on the same global batches, with weights that learn from them; and for BATCHES random
+batches, on each rank others, the losses and how many boxes were found in between.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from detection_batches import batch_of, narrow_run, part_of
+from launch import write_result
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.detection.build import detector_maker
+from fd_large.engine import config as ds
+from fd_large.engine import partition, start
+from fd_large.engine.build import Engine, build_engine
+from fd_large.engine.forward import forward_backward, prepared
+from fd_large.engine.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.recipes.run import Run
+
+RECIPES = ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base")
+UPDATES, RATE, SIZE = 4, 1e-3, (96, 128)
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
+
+
+def global_batch(update: int) -> Batch:
+    """Four images, two batches in turn; in the first, rank 0's two images have no object.
+
+    Among them are one without anything, and one with crowds alone.
+    """
+    objects = [0, 0, 3, 12] if update % 2 == 0 else [4, 0, 0, 7]
+    return batch_of(100 + update % 2, SIZE, objects, crowds=[0, 2, 1, 0])
+
+
+def losses_of_one_process(run: Run) -> list[float]:
+    """Plain torch, whole batches."""
+    task = partition.build(detector_maker(run), {}, partitioned=False, seed=run.runtime.seed)
+    optimizer = make_optimizer(
+        parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=False
+    )
+    losses = []
+    for update in range(UPDATES):
+        loss, _ = task(**prepared(task, global_batch(update), run.runtime.seed))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
+        set_rate(optimizer, RATE)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def engine_of(run: Run) -> Engine:
+    """The run's detector under ZeRO-3, every parameter in pieces."""
+    numbers = ds.RunNumbers(
+        micro_batch_size=2,
+        accumulation=1,
+        world_size=distributed.world_size(),
+        node_size=distributed.world_size(),
+        clip_norm=run.optim.clip_norm,
+        bfloat16=False,
+        parameter_sizes=(1,),
+    )
+    engine = build_engine(run, detector_maker(run), ds.fill({"zero_optimization": ZERO3}, numbers))
+    engine.task.train()
+    return engine
+
+
+def losses_of_ranks(run: Run) -> list[float]:
+    """The same in the engine, two images a rank."""
+    engine, first = engine_of(run), 2 * distributed.rank()
+    losses = []
+    for update in range(UPDATES):
+        set_rate(engine.deepspeed.optimizer, RATE)
+        batch = part_of(global_batch(update), first, first + 2)
+        loss = forward_backward(engine, batch, run.runtime.seed)
+        engine.deepspeed.step()
+        losses.append(distributed.mean(loss).item())
+    forget(engine)
+    return losses
+
+
+def random_batches(run: Run, count: int) -> dict[str, Any]:
+    """Batches of 0 to 50 objects an image, in any order; now and then boxes are looked for."""
+    engine, rank = engine_of(run), distributed.rank()
+    generator = torch.Generator().manual_seed(7 + rank)
+    losses, found = [], 0
+    for number in range(count):
+        objects, crowds = (
+            torch.randint(0, most, (2,), generator=generator).tolist() for most in (51, 3)
+        )
+        if torch.rand((), generator=generator) < 0.3:
+            objects = [0, 0]
+        batch = batch_of(1000 * (rank + 1) + number, (64, 64), objects, crowds)
+        set_rate(engine.deepspeed.optimizer, RATE)
+        losses.append(forward_backward(engine, batch, run.runtime.seed).item())
+        engine.deepspeed.step()
+        if number % 10 == 0:
+            engine.task.eval()
+            # On one rank nothing is large enough to hold an object.
+            sizes = batch.targets.sizes if rank else torch.zeros_like(batch.targets.sizes)
+            found += sum(len(seen.boxes) for seen in engine.task.detect(batch.images, sizes))
+            engine.task.train()
+    forget(engine)
+    return {"losses": losses, "found": found}
+
+
+def forget(engine: Engine) -> None:
+    """Frees what an engine holds."""
+    engine.deepspeed.destroy()
+    start.forget_engines()
+    gc.collect()
+
+
+def main(folder: Path, batches: int) -> None:
+    torch.set_num_threads(1)
+    runs = {name: narrow_run(name) for name in RECIPES}
+    alone = {name: losses_of_one_process(run) for name, run in runs.items()}
+    distributed.start()
+    start.start()
+    result: dict[str, Any] = {
+        name: {"alone": alone[name], "together": losses_of_ranks(run)} for name, run in runs.items()
+    }
+    result["random"] = random_batches(runs[RECIPES[0]], batches)
+    write_result(folder, result)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-2]), int(sys.argv[-1]))
