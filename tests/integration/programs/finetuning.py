@@ -1,0 +1,167 @@
+"""Rank program: fine-tuning in the engine against plain torch with a group for each layer.
+
+finetuning.py FOLDER RUN..., each RUN a recipe (FOLDER/RUN.json), writes for each the losses of ten
+updates, how far its final weights are from the plain ones and those from the first, and what a
+test says, of all ranks and of one process alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import write_result
+
+from fd_large import distributed
+from fd_large.checkpoint.student import serve_runs
+from fd_large.data.draws import drop_path_keep
+from fd_large.engine import config as ds
+from fd_large.engine import partition, start
+from fd_large.engine.build import build_engine, node_size_of
+from fd_large.engine.forward import forward_backward
+from fd_large.engine.job import Portion
+from fd_large.engine.layer_rates import by_layer
+from fd_large.engine.live_weights import load_weights
+from fd_large.engine.optimizer import parameter_groups, set_rate
+from fd_large.engine.schedule import CosineSchedule
+from fd_large.evaluate.finetune import FineTuning, counted
+from fd_large.evaluate.finetune_job import FineTuningJob
+from fd_large.evaluate.pictures import central_batches
+from fd_large.recipes.run import Run
+from fd_large.weights.settle import settle
+
+UPDATES, TEST_BATCH = 10, 4
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
+
+
+def schedule_of(run: Run) -> CosineSchedule:
+    return CosineSchedule(*run.optim.rates(run.batch.global_batch_size), UPDATES, 2)
+
+
+def initial_task(job: FineTuningJob) -> FineTuning:
+    torch.manual_seed(job.run.runtime.seed)
+    task = job.make_task()
+    load_weights(task.student, job.initial_weights(), where="test")
+    return task
+
+
+def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """One process, whole batches, one group for each layer and decay: the official way."""
+    job = FineTuningJob(run)
+    task = initial_task(job)
+    names = {id(p): name for name, p in task.named_parameters()}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in parameter_groups(task, run.optim.weight_decay):
+        for parameter in group["params"]:
+            scale = task.layer_scale(names[id(parameter)], run.optim.layer_decay)
+            key = (scale, group["weight_decay"])
+            groups.setdefault(key, {"params": [], "scale": scale, "weight_decay": key[1]})
+            groups[key]["params"].append(parameter)
+    assert len({group["scale"] for group in groups.values()}) == sum(task.student.depths) + 2
+    optimizer = torch.optim.AdamW(
+        list(groups.values()), lr=0.0, betas=run.optim.betas, eps=run.optim.eps, foreach=False
+    )
+    samples, schedule, losses = job.open_samples(), schedule_of(run), []
+    batches = job.batches(samples, Portion(0, 0, run.batch.global_batch_size, 0, 1))
+    for update in range(UPDATES):
+        batch = next(batches)
+        keep = drop_path_keep(task.drop_path_rates, run.runtime.seed, 0, batch.positions)
+        loss, _ = task(**task.prepare(batch.images, batch.targets, keep))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.scaled_at(update, group["scale"])
+        optimizer.step()
+        losses.append(loss.item())
+    return {name: p.detach().clone() for name, p in task.named_parameters()}, losses
+
+
+def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The same test in one process, of the same weights."""
+    job = FineTuningJob(run)
+    task = job.make_task()
+    task.load_state_dict(weights)
+    task.eval()
+    totals: dict[str, torch.Tensor] = {}
+    for batch in central_batches(
+        job.test_pictures(), image_size=run.data.image_size, batch_size=TEST_BATCH, rank=0,
+        world_size=1, workers=0, max_pixels=run.data.max_pixels,
+    ):  # fmt: skip
+        with torch.no_grad():
+            _, sums = task(**task.prepare(batch.images, batch.labels, None))
+        totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
+    return {f"test_{name}": value for name, value in counted(totals).items()}
+
+
+def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float]]:
+    """The same on these ranks under ZeRO-3, with the test accuracy at the end."""
+    world, rank = distributed.world_size(), distributed.rank()
+    job, micro = FineTuningJob(run), run.batch.micro_batch_size
+    job.check()
+    numbers = ds.RunNumbers(
+        micro_batch_size=micro,
+        accumulation=run.batch.global_batch_size // world // micro,
+        world_size=world,
+        node_size=node_size_of(run, world),
+        clip_norm=run.optim.clip_norm,
+        bfloat16=False,
+        parameter_sizes=job.parameter_sizes(),
+    )
+    config = ds.fill({"zero_optimization": ZERO3}, numbers)
+    engine = build_engine(run, job.make_task, config, initial=job.initial_weights())
+    engine.task.train()
+    rates, schedule, losses = by_layer(engine, run.optim.layer_decay), schedule_of(run), []
+    samples = job.open_samples()
+    batches = job.batches(samples, Portion(0, 0, micro, rank, world))
+    for update in range(UPDATES):
+        set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
+        rates.rate_of = lambda scale, update=update: schedule.scaled_at(update, scale)
+        total = torch.zeros(())
+        for _ in range(numbers.accumulation):
+            total += forward_backward(engine, next(batches), run.runtime.seed)
+            engine.deepspeed.step()
+        losses.append(distributed.mean(total / numbers.accumulation).item())
+    evaluate = job.evaluation(engine, samples, TEST_BATCH, None)
+    metrics, _ = evaluate(UPDATES, True, lambda: None)
+    weights = dict(partition.stream(engine.task))
+    engine.deepspeed.destroy()
+    del engine
+    start.forget_engines()
+    gc.collect()
+    return weights, losses, metrics
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    serve_runs()
+    results = {}
+    for name in names:
+        run = settle(Run.from_dict(json.loads((folder / f"{name}.json").read_text())))
+        expected, plain_losses = plain(run)
+        weights, losses, metrics = in_engine(run)
+        assert weights.keys() == expected.keys()
+        scale = max(value.abs().max() for value in expected.values())
+        error = max((weights[n] - value).abs().max() for n, value in expected.items())
+        first = dict(initial_task(FineTuningJob(run)).named_parameters())
+        still = [n for n, value in weights.items() if (value - first[n]).abs().max() < 1e-5]
+        results[name] = {
+            "plain": plain_losses,
+            "losses": losses,
+            "error": float(error / scale),
+            "still": still,
+            "metrics": metrics,
+            "alone": tested_alone(run, weights),
+        }
+    write_result(folder, results)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,116 @@
+"""Fine-tuning on ranks: the weights of one plain process, and accuracy of any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import read_results, run_ranks
+from PIL import Image
+from stored_run import store_tensors
+
+from fd_large.models.registry import build
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+PROGRAM = Path(__file__).parent / "programs" / "finetuning.py"
+SIZE = 32
+NETS = {
+    "vit": (
+        "finetune_clip_vit_base",
+        {"embed_dim": 24, "depths": (3,), "num_heads": (2,), "patch_size": 8},
+        {"relative_position": "shared"},
+        {"relative_position": "block"},
+    ),
+    "swin": (
+        "finetune_esvit_swin_base",
+        {
+            "embed_dim": 16,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "window_size": 4,
+            "patch_size": 4,
+        },
+        {"shared_position_bias": True},
+        {"shared_position_bias": False},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """110 pictures to train on and 19 for tests, an uneven number of batches of four."""
+    root = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 110), ("val", 19)):
+        for number in range(count):
+            folder = root / split / f"class{number % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            coarse = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            coarse[..., number % 3] //= 3
+            Image.fromarray(coarse).resize((36, 36)).save(folder / f"{number}.png")
+    return root
+
+
+def distilled(folder: Path, fine: Run, shape: dict, shared: dict) -> None:
+    """A run whose student's blocks share their position bias."""
+    run = registry.get(fine.name.replace("finetune", "fd"))
+    architecture = Architecture(**shape, **shared)
+    run = replace(
+        run,
+        student=replace(run.student, architecture=architecture),
+        data=replace(run.data, image_size=SIZE),
+    )
+    net = build(run.student.model, replace(architecture, image_size=SIZE), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        f"student.{name}": tensor.detach() + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in net.named_parameters()
+    }
+    tensors |= {"projection.weight": torch.zeros(2, net.width), "projection.bias": torch.zeros(2)}
+    store_tensors(folder, tensors, ranks=2, recipe=run.to_dict())
+
+
+def fine_tuning(name: str, recipe: str, pictures: Path, folder: Path) -> Run:
+    _, shape, shared, own = NETS[name]
+    run = registry.get(recipe)
+    distilled(folder / "distilled" / name, run, shape, shared)
+    return replace(
+        run,
+        student=replace(
+            run.student,
+            architecture=Architecture(**shape, **own),
+            init=str(folder / "distilled" / name),
+            drop_path_rate=0.3,
+        ),
+        data=replace(run.data, root=str(pictures), image_size=SIZE, workers=0),
+        optim=replace(run.optim, base_lr=5e-2, warmup_lr=1e-3, min_lr=1e-4, clip_norm=0.5),
+        batch=replace(run.batch, global_batch_size=8, micro_batch_size=2),
+    )
+
+
+def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_path: Path) -> None:
+    for name, (recipe, *_) in NETS.items():
+        run = fine_tuning(name, recipe, pictures, tmp_path)
+        assert (run.task.finetune.mixup, run.task.finetune.cutmix) == (0.8, 1.0)
+        (tmp_path / f"{name}.json").write_text(json.dumps(run.to_dict()))
+    run_ranks(PROGRAM, tmp_path, *NETS, ranks=2, results=tmp_path, timeout=240)
+    for found in read_results(tmp_path, 2):
+        for name in NETS:
+            result = found[name]
+            assert result["error"] < 1e-5, (name, result["error"])
+            losses = zip(result["losses"], result["plain"], strict=True)
+            worst = max(abs(a - b) / b for a, b in losses)
+            assert worst < 1e-5, (name, worst)
+            # A tensor that never moves would agree with anything.
+            assert result["still"] == [], name
+            # 19 pictures in batches of four, on two ranks as in one process.
+            ours, alone = result["metrics"], result["alone"]
+            assert ours["test_top1"] == alone["test_top1"]
+            assert ours["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-6)
