@@ -298,6 +298,13 @@ def _replay(arguments: list[str]) -> int:
     return replay.main(arguments)
 
 
+def _diagnose(arguments: list[str]) -> int:
+    """Show what nets attend to, how flat their loss is and how alike their layers are."""
+    from fd_large.commands import diagnose
+
+    return diagnose.main(arguments)
+
+
 def _plan(arguments: list[str]) -> int:
     """Plan a recipe on a cluster, without torch: memory, time, network, disk."""
     from fd_large.commands import plan
@@ -322,6 +329,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "doctor": _doctor,
     "replay": _replay,
+    "diagnose": _diagnose,
 }
 
 

@@ -37,10 +37,10 @@ class Extent:
         side: Points of the map each way, odd.
     """
 
-    reach: float = 1.0
+    reach: float = 0.5
     points: int = 21
     seeds: int = 3
-    side: int = 11
+    side: int = 9
 
     def line(self, points: int) -> list[float]:
         """Steps from -reach to reach; the one in the middle is exactly 0."""

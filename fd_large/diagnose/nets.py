@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.student import serve_runs
 from fd_large.distill.teacher import Teacher
+from fd_large.engine import partition
 from fd_large.engine.build import task_maker, teacher_maker, teacher_weights
 from fd_large.engine.live_weights import load_weights
 from fd_large.errors import ConfigError
@@ -31,7 +31,6 @@ TIMM, RANDOM, TEACHER_PART = "timm:", "random", "#teacher"
 OBJECTIVE = "the run's own objective"
 DRIFT = "change of its own map"
 _DRIFT_BETA = 2.0
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _of_run(run: Run, reader: Reader, path: Path, source: str) -> Subject:
     run = settle(replace(run, student=replace(run.student, init="")))
     teacher = _build_teacher(run)
     make = task_maker(run, teacher, teacher.width)
-    task = _seeded(make)
+    task = partition.build(make, {}, partitioned=False, seed=run.runtime.seed)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}
     stream.check(reader, shapes)
     kind = stream.outcome(reader)
@@ -122,7 +121,7 @@ def _of_run(run: Run, reader: Reader, path: Path, source: str) -> Subject:
     task.to(distributed.device()).eval()
 
     def loss_on(images: Tensor) -> Callable[[], Tensor]:
-        prepared = task.prepare(images, None)
+        prepared = task.prepare(images, None, None)
         return lambda: task(**prepared)[0]
 
     return Subject(
@@ -188,16 +187,12 @@ def _image_size(run: Run) -> int:
 
 def _build_teacher(run: Run) -> Teacher:
     weights = teacher_weights(run)
-    teacher = _seeded(teacher_maker(run))
+    # A random teacher is the one that the run has, whose seed this is.
+    seed = run.runtime.seed + 1
+    teacher = partition.build(teacher_maker(run), {}, partitioned=False, seed=seed)
     if weights is not None:
         load_weights(teacher.net, weights, where="diagnose")
     return teacher.to(distributed.device())
-
-
-def _seeded(make: Callable[[], Any]) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return make()
 
 
 def _alone(teacher: Teacher, image_size: int, label: str, source: str) -> Subject:

@@ -1,4 +1,4 @@
-"""Where the weights stand, the loss is the net's own, to the bit; directions go filter by filter."""
+"""At zero the loss is the net's own, to the bit; directions are as long as the weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_filter_of_zeros_stays() -> None:
 
 
 def test_zero_is_the_net_itself_to_the_bit_and_the_weights_come_back() -> None:
-    module, extent = net(), Extent(points=5, side=3)
+    module, extent = net(), Extent(reach=1.0, points=5, side=3)
     before = {name: p.clone() for name, p in module.named_parameters()}
 
     def loss() -> torch.Tensor:

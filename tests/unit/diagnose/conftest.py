@@ -1,0 +1,68 @@
+"""Tiny nets on disk: the folder of a run, and weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loading import scattered
+from stored_run import store_tensors
+
+from fd_large.distill.objective import Distillation
+from fd_large.distill.teacher import Teacher as TeacherNet
+from fd_large.engine.build import task_maker, teacher_maker
+from fd_large.models.registry import build
+from fd_large.models.statistics import OPENAI_CLIP
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Data, Student, Teacher
+from fd_large.weights import source
+from fd_large.weights.write import write
+
+VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=32)
+SWIN = Architecture(
+    embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=2, patch_size=4, image_size=32
+)
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_readers", [])
+
+
+@pytest.fixture
+def vit_weights(tmp_path: Path) -> Path:
+    """A ViT with CLS in this project's format."""
+    architecture = resolve("clip_vit_base_patch16", VIT)
+    net = scattered(build("clip_vit_base_patch16", VIT), seed=2)
+    write(net.named_parameters(), architecture, "fd", tmp_path / "vit", statistics=OPENAI_CLIP)
+    return tmp_path / "vit"
+
+
+@pytest.fixture
+def distillation(tmp_path: Path) -> tuple[Path, Run, Distillation]:
+    """A run whose teacher is random, and its task as it was stored, with averages of weights."""
+    run = replace(
+        registry.get("quickstart"),
+        student=Student(model="swinv2_tiny", architecture=SWIN),
+        teacher=Teacher(model="clip_vit_base_patch16", architecture=VIT, source="random"),
+        data=Data(root="builtin:photographs", image_size=32),
+    )
+    folder = tmp_path / "runs" / "tiny"
+    task = stored_task(run)
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    worse: dict[str, Any] = {name: t + 1 for name, t in tensors.items()}
+    store_tensors(folder, worse, ranks=2, recipe=run.to_dict(), ema=tensors)
+    return folder, run, task
+
+
+def stored_task(run: Run) -> Distillation:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.runtime.seed + 1)
+        teacher: TeacherNet = teacher_maker(run)()
+        task = task_maker(run, teacher, teacher.width)()
+    return scattered(task, seed=1).eval()

@@ -1,0 +1,118 @@
+"""The whole command on tiny nets: numbers, pictures and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from fd_large import cli
+from fd_large.diagnose.sample import Sample
+from fd_large.report.diagnosis import short
+from fd_large.report.diagnosis_page import SENTENCES
+
+ROOT = "builtin:photographs"
+
+
+def run(out: Path, *words: str) -> dict:
+    assert cli.main(["diagnose", *words, "--data.root", ROOT, "--out", str(out)]) == 0
+    return json.loads((out / "diagnosis.json").read_text())
+
+
+@pytest.fixture
+def found(distillation, vit_weights: Path, tmp_path: Path, capsys) -> tuple[Path, dict, str]:
+    words = [str(distillation[0]), str(vit_weights), "--images", "9", "--batch_size", "5"]
+    diagnosis = run(tmp_path / "out", *words)
+    return tmp_path / "out", diagnosis, capsys.readouterr().out
+
+
+def test_two_nets_side_by_side(found, distillation) -> None:
+    folder, diagnosis, said = found
+    student, vit = diagnosis["models"]
+    assert (diagnosis["images"], diagnosis["root"]) == (9, ROOT)
+    assert [model["label"] for model in diagnosis["models"]] == ["tiny", "vit"]
+
+    layers = student["attention"]
+    assert [layer["layer"] for layer in layers] == [
+        f"layers.{stage}.blocks.{block}.attn" for stage in range(2) for block in range(2)
+    ]
+    assert [layer["heads"] for layer in layers] == [2, 2, 4, 4]
+    assert [layer["pixels_per_token"] for layer in layers] == [4, 4, 8, 8]
+    # No two tokens of a window of 2 x 2 are further apart than its diagonal.
+    assert all(0 < d <= 4 * 2**0.5 for layer in layers[:2] for d in layer["distance_pixels"])
+    assert all(layer["prefix_share"] == [0] * layer["heads"] for layer in layers)
+    assert all(0 < share < 1 for layer in vit["attention"] for share in layer["prefix_share"])
+    for model in diagnosis["models"]:
+        for layer in model["attention"]:
+            assert 0 < layer["head_similarity"] <= 1
+            assert layer["translation_score"] <= 1
+
+    # The landscape sees the first batch: at zero, the loss of the task itself, to the bit.
+    landscape, task = student["landscape"], distillation[2]
+    views = next(Sample(ROOT, 9).batches(2, [32]))[32]
+    with torch.no_grad():
+        expected = task(**task.prepare(views, None, None))[0].item()
+    zero = landscape["steps"].index(0)
+    assert landscape["images"] == 5
+    assert landscape["value"] == expected
+    assert {curve[zero] for curve in landscape["curves"]} == {expected}
+    assert landscape["map"][4][4] == expected
+    assert len({tuple(curve) for curve in landscape["curves"]}) == 3
+    assert vit["landscape"]["value"] == 0
+
+    names, matrix = diagnosis["cka"]["layers"], numpy.array(diagnosis["cka"]["matrix"])
+    assert names[1] == ["blocks.0", "blocks.1", "map"]
+    assert matrix.shape == (8, 8)
+    numpy.testing.assert_allclose(numpy.diagonal(matrix), 1)
+
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == set(SENTENCES)
+    page = (folder / "index.md").read_text()
+    for name, (heading, text) in SENTENCES.items():
+        assert f"![{heading}]({name}.png)" in page
+        assert text in page
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    assert "attention distance" in said
+    assert "tiny" in said
+
+
+def test_figures_do_not_depend_on_the_batches(vit_weights: Path, tmp_path: Path) -> None:
+    def attention(batch_size: str) -> list[dict]:
+        out = tmp_path / batch_size
+        words = [str(vit_weights), "--images", "9", "--batch_size", batch_size]
+        return run(out, *words)["models"][0]["attention"]
+
+    for one, other in zip(attention("9"), attention("4"), strict=True):
+        for name in ("distance_pixels", "prefix_share", "head_similarity", "translation_score"):
+            numpy.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolutional_net_has_landscape_and_cka_alone(tmp_path: Path) -> None:
+    diagnosis = run(tmp_path / "out", "timm:test_efficientnet=random", "--images", "4")
+    (model,) = diagnosis["models"]
+    assert model["attention"] == []
+    assert model["landscape"]["value"] == 0
+    pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"landscape", "landscape_map", "cka"}
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys) -> None:
+    assert cli.main(["diagnose", "--data.root", ROOT]) == 2
+    assert "no net" in capsys.readouterr().err
+    assert cli.main(["diagnose", "x", "--data.root", ROOT, "--images", "0"]) == 2
+    assert "images: too small" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    words = ["diagnose", "x", "--data.root", ROOT, "--out", str(tmp_path / "file")]
+    assert cli.main(words) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_long_labels_are_cut() -> None:
+    assert short("a" * 30) == "a" * 30
+    assert len(short("vit_small_patch14_reg4_dinov2.lvd142m")) == 30
+

@@ -1,0 +1,115 @@
+"""The words of the command line become the nets that they name, with their losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fd_large.diagnose.examine import blocks_of
+from fd_large.diagnose.landscape import curve, random_direction
+from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
+from fd_large.errors import ConfigError, FDError
+from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
+
+IMAGES = torch.randint(
+    0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def at_zero(subject: Subject) -> tuple[float, list[float]]:
+    """The loss itself, and a landscape of two points: zero, and a step."""
+    loss = subject.loss_on(IMAGES)
+    with torch.no_grad():
+        own = loss().item()
+    direction = random_direction(subject.moved, 0)
+    return own, curve(subject.moved, loss, direction, [0.0, 0.2], lambda: None)
+
+
+def test_a_run_is_its_student_under_its_own_objective(distillation) -> None:
+    folder, _, task = distillation
+    subject = open_subject(str(folder))
+    assert (subject.label, subject.image_size, subject.loss_words) == ("tiny", 32, OBJECTIVE)
+    assert subject.statistics == IMAGENET
+    # The average of the weights, not the last ones.
+    for name, parameter in subject.moved.named_parameters():
+        assert torch.equal(parameter, task.get_parameter(name))
+    with torch.no_grad():
+        expected = task(**task.prepare(IMAGES, None, None))[0].item()
+    own, (zero, away) = at_zero(subject)
+    assert own == expected
+    assert zero == expected
+    assert away != expected
+
+
+def test_a_checkpoint_is_named_by_its_own_path(distillation) -> None:
+    folder, _, task = distillation
+    subject = open_subject(str(folder / "checkpoints" / "step_00000003"))
+    assert torch.equal(subject.moved.projection.weight, task.projection.weight)
+
+
+def test_the_parts_of_a_run(distillation) -> None:
+    folder, _, task = distillation
+    student = open_subject(f"{folder}#student")
+    assert student.loss_words == DRIFT
+    assert student.image_size == 32
+    for name, parameter in student.net.named_parameters():
+        assert torch.equal(parameter, task.student.get_parameter(name))
+    teacher = open_subject(f"{folder}#teacher")
+    assert teacher.label == "tiny: teacher"
+    assert teacher.statistics == OPENAI_CLIP
+    (own,) = task._teacher
+    for name, parameter in teacher.net.named_parameters():
+        assert torch.equal(parameter, own.net.get_parameter(name)), name
+
+
+def test_weights_alone_lose_by_moving(vit_weights: Path) -> None:
+    subject = open_subject(str(vit_weights))
+    assert (subject.label, subject.image_size, subject.loss_words) == ("vit", 32, DRIFT)
+    assert subject.statistics == OPENAI_CLIP
+    own, (zero, away) = at_zero(subject)
+    assert own == zero == 0
+    assert away > 0
+
+
+def test_a_named_net_with_random_weights() -> None:
+    first, again = (open_subject("timm:test_vit=random") for _ in range(2))
+    assert first.label == "test_vit, random"
+    assert first.image_size == 160
+    for a, b in zip(first.net.parameters(), again.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_path_may_hold_an_equals_sign(vit_weights: Path) -> None:
+    path = vit_weights.rename(vit_weights.parent / "lr=1")
+    assert open_subject(str(path)).label == "lr=1"
+
+
+def test_what_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(FDError, match="nothing"):
+        open_subject(str(tmp_path / "nothing.pth"))
+    with pytest.raises(ConfigError, match="no such net"):
+        open_subject("timm:vit_tinny=random")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "count"),
+    [
+        ("timm:test_vit=random", "net.blocks.0", 6),
+        ("timm:test_efficientnet=random", "net.blocks.0.0", 5),
+        ("timm:test_resnet=random", "net.layer1.0", 4),
+        ("timm:test_convnext=random", "net.stages.0.blocks.0", 9),
+    ],
+)
+def test_blocks_of_nets_of_timm(name: str, first: str, count: int) -> None:
+    names = list(blocks_of(open_subject(name).net))
+    assert names[0] == first
+    assert len(names) == count
+
+
+def test_blocks_of_our_nets(distillation, vit_weights: Path) -> None:
+    assert list(blocks_of(open_subject(str(vit_weights)).net)) == ["blocks.0", "blocks.1"]
+    assert list(blocks_of(open_subject(str(distillation[0])).net)) == [
+        f"layers.{stage}.blocks.{block}" for stage in range(2) for block in range(2)
+    ]
