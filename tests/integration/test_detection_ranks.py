@@ -10,7 +10,7 @@ from launch import read_results, run_ranks
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "detection_ranks.py"
-BATCHES = 60
+BATCHES = 40
 
 
 def test_as_one_process_and_never_out_of_step(tmp_path: Path) -> None:
