@@ -64,8 +64,8 @@ def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
         candidates = torch.cat([classes, labels.expand(len(rows), -1)], 1)
         best, places = similar.topk(min(k, similar.shape[1]), dim=1)
         classes = candidates.gather(1, places)
-    # Float64: at a temperature of .01 votes span 87 powers of e.
-    votes = ((best.double() - 1.0) / temperature).exp()
+    # Of the nearest one's vote, whose own is past any number at a low temperature.
+    votes = ((best - best[:, :1]).double() / temperature).exp()
     totals = torch.zeros(len(rows), bank.num_classes, dtype=torch.float64, device=votes.device)
     return totals.scatter_add_(1, classes, votes).argmax(1)
 
