@@ -1,0 +1,246 @@
+"""How long does the official COCO evaluation take for 5,000 pictures, ours beside pycocotools?
+
+    python benchmarks/coco_protocol.py [--quick] [--images 5000] [--per-image 100] [--rounds 3]
+
+The pictures and objects of `coco_tiny.tar` (FD_DATA, default ../shared/data) are repeated under new
+ids until there are 5,000 pictures; a picture's made detections are its objects shifted and resized,
+some doubled or of another class, and copies of them elsewhere, a hundred in all with boxes and
+masks. Both evaluate the same two files, boxes and masks, in turn and each in a fresh process; a
+ratio is that of neighbours. Their twelve numbers must agree to 1e-6. Writes
+benchmarks/results/coco_protocol.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+CONTENDERS = ("fd_large", "pycocotools")
+# Each picture's masks are made so often, then used again: making is not what is timed.
+VARIANTS = 2
+
+
+def parse() -> argparse.Namespace:
+    """Flags of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="250 pictures, one round")
+    parser.add_argument("--images", type=int, default=5000, help="pictures")
+    parser.add_argument("--per-image", type=int, default=100, help="detections a picture")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS / "coco_protocol.json")
+    parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.quick:
+        flags.images, flags.rounds = 250, 1
+    return flags
+
+
+def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
+    """Writes truth.json and results.json; returns what they hold."""
+    from fd_large.detection.annotations import open_coco
+
+    data = Path(os.environ.get("FD_DATA", ROOT / ".." / "shared" / "data")) / "coco_tiny.tar"
+    if not data.is_file():
+        sys.exit("coco_protocol: no coco_tiny.tar. Set FD_DATA to its folder.")
+    with tarfile.open(data) as archive:
+        archive.extractall(folder, filter="data")
+    rng = np.random.default_rng(0)
+    pictures = []
+    for split in ("val", "train"):
+        content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        opened = open_coco(str(folder), split)
+        annotations: dict[int, list[dict[str, Any]]] = {}
+        for entry in content["annotations"]:
+            annotations.setdefault(entry["image_id"], []).append(entry)
+        images = {image["id"]: image for image in content["images"]}
+        for index in range(len(opened)):
+            number = opened.image_id(index)
+            made = [made_detections(opened, index, per_image, rng) for _ in range(VARIANTS)]
+            pictures.append((images[number], annotations.get(number, []), made))
+    truth: dict[str, Any] = {"images": [], "annotations": [], "categories": content["categories"]}
+    results = []
+    for number in range(1, num_images + 1):
+        image, entries, made = pictures[number % len(pictures)]
+        truth["images"].append({**image, "id": number})
+        for entry in entries:
+            identity = len(truth["annotations"]) + 1
+            truth["annotations"].append({**entry, "id": identity, "image_id": number})
+        for detection in made[number // len(pictures) % VARIANTS]:
+            score = round(float(np.clip(detection["score"] + rng.normal(0, 0.05), 0, 1)), 4)
+            results.append({**detection, "image_id": number, "score": score})
+    (folder / "truth.json").write_text(json.dumps(truth))
+    (folder / "results.json").write_text(json.dumps(results))
+    return {
+        "images": num_images,
+        "objects": len(truth["annotations"]),
+        "detections": len(results),
+        "results_bytes": (folder / "results.json").stat().st_size,
+    }
+
+
+def made_detections(
+    opened: Any, index: int, count: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Detections of one picture, right ones with higher scores on the whole."""
+    from fd_large.detection import masks
+
+    target = opened.target(index)
+    boxes, labels, filled = (part.numpy() for part in target[:3])
+    made, moved = [], []
+    for number in range(count):
+        place = number % len(boxes)
+        near = number < len(boxes)
+        reach = 0.08 if near else 0.6
+        left, top, right, bottom = boxes[place]
+        sides = np.array([right - left, bottom - top])
+        step = rng.normal(0, reach, 2) * sides
+        size = sides * np.exp(rng.normal(0, reach / 2, 2))
+        label = labels[place] if rng.random() < 0.9 else rng.integers(len(opened.category_ids))
+        made.append(
+            {
+                "category_id": int(opened.category_ids[label]),
+                "bbox": [round(float(x), 3) for x in (left + step[0], top + step[1], *size)],
+                "score": float(rng.beta(5, 2) if near else rng.beta(1, 6)),
+            }
+        )
+        moved.append(np.roll(filled[place], (int(step[1]), int(step[0])), (0, 1)))
+    for detection, packed in zip(made, masks.encode(np.stack(moved)), strict=True):
+        detection["segmentation"] = packed
+    return made
+
+
+def measure(contender: str, folder: Path) -> dict[str, Any]:
+    """Reads and evaluates in this process: seconds of each part, the numbers, peak memory."""
+    clock, parts = time.perf_counter(), {}
+    truth_file, results_file = folder / "truth.json", folder / "results.json"
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        parts[name], clock = now - clock, now
+
+    if contender == "fd_large":
+        from fd_large.detection.results import read_results
+        from fd_large.detection.scoring import read_ground_truth, score
+
+        lap("import")
+        truth, results = read_ground_truth(str(truth_file)), read_results(results_file)
+        lap("read")
+        scores = score(truth, results)
+        lap("evaluate")
+        numbers = {kind: list(of.numbers.values()) for kind, of in scores.kinds.items()}
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        lap("import")
+        numbers = {}
+        with redirect_stdout(io.StringIO()):
+            truth = COCO(str(truth_file))
+            results = json.loads(results_file.read_text())
+            lap("read")
+            for kind, iou_type, key in (("box", "bbox", "bbox"), ("mask", "segm", "segmentation")):
+                kept = ("image_id", "category_id", "score", key)
+                found = truth.loadRes([{name: r[name] for name in kept} for r in results])
+                evaluation = COCOeval(truth, found, iou_type)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+                numbers[kind] = evaluation.stats.tolist()
+        lap("evaluate")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": {"total": sum(parts.values()), **parts},
+        "peak_bytes": peak,
+        "numbers": numbers,
+    }
+
+
+def in_process(contender: str, folder: Path) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, __file__, "--measure", contender, "--folder", str(folder)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(answer.stdout)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Measures in turn and writes the results."""
+    load_before = os.getloadavg()[0]
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = make_files(folder, flags.images, flags.per_image)
+        for turn in range(flags.rounds):
+            for contender in CONTENDERS if turn % 2 == 0 else CONTENDERS[::-1]:
+                samples[contender].append(in_process(contender, folder))
+                print(turn, contender, samples[contender][-1]["seconds"], flush=True)
+    ours, theirs = (samples[name] for name in CONTENDERS)
+    largest = max(
+        abs(a - b)
+        for kind in ours[0]["numbers"]
+        for a, b in zip(ours[0]["numbers"][kind], theirs[0]["numbers"][kind], strict=True)
+    )
+    assert largest <= 1e-6, f"the numbers differ by {largest}"
+    ratios = {
+        part: [b["seconds"][part] / a["seconds"][part] for a, b in zip(ours, theirs, strict=True)]
+        for part in ("total", "evaluate")
+    }
+    record = {
+        "question": __doc__.splitlines()[0],
+        "command": " ".join(["python benchmarks/coco_protocol.py", *sys.argv[1:]]),
+        "data": data,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("faster-coco-eval", "pycocotools", "numpy")},
+        "machine": {
+            "processor": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
+            "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],
+        },
+        "median_seconds": {
+            name: {
+                part: round(statistics.median(s["seconds"][part] for s in of), 2)
+                for part in ("total", "read", "evaluate")
+            }
+            for name, of in samples.items()
+        },
+        "times_faster_than_pycocotools": {
+            part: {"median": round(statistics.median(values), 2), "rounds": values}
+            for part, values in ratios.items()
+        },
+        "largest_difference_of_the_numbers": largest,
+        "numbers": ours[0]["numbers"],
+        "samples": {
+            name: [{key: s[key] for key in ("seconds", "peak_bytes")} for s in of]
+            for name, of in samples.items()
+        },
+    }
+    flags.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({key: record[key] for key in list(record)[2:8]}, indent=1))
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.folder)))
+    else:
+        main(arguments)

@@ -1,0 +1,112 @@
+"""Rank program: COCO's pictures over ranks, in training and in evaluation.
+
+detection_data.py FOLDER ROOT writes, per rank: of the first updates of an epoch under both kinds of
+jitter the samples by position; and what an evaluation of the ranks' own loaders comes to, whose
+detections are the objects themselves, moved by a pixel or two where the image id is odd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from launch import write_result
+
+from fd_large import distributed
+from fd_large.detection.annotations import CocoSet, open_coco
+from fd_large.detection.collect import gather, to_results
+from fd_large.detection.inference import Detections
+from fd_large.detection.loader import build_evaluation_loader, build_loader
+from fd_large.detection.scoring import read_ground_truth, score
+from fd_large.detection.views import LargeScaleJitter, ShortestEdge
+
+JITTERS = {"fixed": LargeScaleJitter(64), "aspect": ShortestEdge(40, 60, 90)}
+
+
+def training(pictures: CocoSet) -> dict[str, dict[str, str]]:
+    """By jitter and position a hash of the unpadded image and its target."""
+    found: dict[str, dict[str, str]] = {}
+    for name, jitter in JITTERS.items():
+        loader = build_loader(
+            pictures,
+            jitter,
+            seed=5,
+            epoch=2,
+            first_update=1,
+            global_batch_size=4,
+            micro_batch_size=2,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=0,
+        )
+        samples = found[name] = {}
+        for batch in loader:
+            for place, target in enumerate(batch.targets.targets):
+                height, width = batch.targets.sizes[place].tolist()
+                digest = hashlib.sha256(batch.images[place, :, :height, :width].numpy().tobytes())
+                digest.update(target.masks[:, :height, :width].numpy().tobytes())
+                for part in (target.boxes, target.labels, target.crowd_boxes):
+                    digest.update(part.numpy().tobytes())
+                samples[str(int(batch.positions[place]))] = digest.hexdigest()
+    return found
+
+
+def evaluation(pictures: CocoSet, folder: Path) -> dict[str, Any]:
+    """Batches of this rank, and on rank 0 the boxes' numbers and the order of the results."""
+    loader = build_evaluation_loader(
+        pictures,
+        short_side=100,
+        long_side=160,
+        batch_size=5,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=0,
+    )
+    results = []
+    for batch in loader:
+        for place, index in enumerate(batch.indices.tolist()):
+            if not batch.weights[place]:
+                continue
+            objects = pictures.objects(index)
+            scale = (batch.sizes[place] / batch.original_sizes[place]).flip(0).repeat(2)
+            boxes = torch.from_numpy(objects.boxes) * scale + objects.image_id % 2 * 1.5
+            count = len(boxes)
+            results += to_results(
+                Detections(
+                    boxes,
+                    torch.full((count,), 0.75),
+                    torch.from_numpy(objects.labels),
+                    torch.ones(count, 28, 28),
+                ),
+                image_id=objects.image_id,
+                size=batch.sizes[place],
+                original_size=batch.original_sizes[place],
+                category_ids=pictures.category_ids,
+            )
+    merged = gather(results, folder)
+    found: dict[str, Any] = {"batches": len(loader), "own": len(results)}
+    if merged is not None:
+        kinds = score(read_ground_truth(pictures.annotations), merged).kinds
+        found["numbers"] = {kind: of.numbers for kind, of in kinds.items()}
+        found["image_ids"] = [result["image_id"] for result in merged]
+        found["left"] = [path.name for path in folder.glob("results_*")]
+    return found
+
+
+def main() -> None:
+    folder, root = Path(sys.argv[1]), sys.argv[2]
+    distributed.start()
+    found = {
+        "training": training(open_coco(root, "train")),
+        "evaluation": evaluation(open_coco(root, "val"), folder),
+    }
+    write_result(folder, found)
+    distributed.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
