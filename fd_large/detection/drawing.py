@@ -106,6 +106,27 @@ def compared_rows(
     return rows
 
 
+def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """Marks of detections of one picture, a colour for each class among them.
+
+    Args:
+        found: With `class` (its name), `bbox`, `score`, and `segmentation` where there is a mask.
+    """
+    classes = sorted({one["class"] for one in found})
+    return [
+        Mark(
+            one["bbox"],
+            f"{one['class']} {one['score']:.2f}",
+            COLOURS[classes.index(one["class"]) % len(COLOURS)],
+            _mask(one["segmentation"], *one["segmentation"]["size"])
+            if one.get("segmentation")
+            else None,
+            wrong=False,
+        )
+        for one in found
+    ]
+
+
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
     """Draws ground truth at the left and detections at the right, a row a picture, as a PNG."""
     from matplotlib.figure import Figure

@@ -9,7 +9,14 @@ from PIL import Image
 from fd_large.detection import masks
 from fd_large.detection.curves import COLOURS as CURVE_COLOURS
 from fd_large.detection.curves import draw_curves
-from fd_large.detection.drawing import COLOURS, Mark, compared_rows, draw_picture, draw_rows
+from fd_large.detection.drawing import (
+    COLOURS,
+    Mark,
+    compared_rows,
+    draw_picture,
+    draw_rows,
+    marks_of,
+)
 from fd_large.detection.mistakes import compare
 from fd_large.detection.scoring import score
 
@@ -58,6 +65,20 @@ def test_a_picture_shows_masks_boxes_and_keeps_its_size(tmp_path):
     np.testing.assert_allclose(drawn[85, 110], 128, atol=3)
     edge = drawn[55, 18:23].sum(-1)
     assert edge.min() < 250  # the box's dark border
+
+
+def test_marks_of_detections_have_a_colour_for_each_class():
+    entries = [
+        found(1, [10, 10, 40, 60]) | {"class": "dog"},
+        {"class": "cat", "bbox": [0, 0, 9, 9], "score": 0.5},
+        {"class": "dog", "bbox": [0, 0, 9, 9], "score": 0.25},
+    ]
+    marks = marks_of(entries)
+    assert [mark.label for mark in marks] == ["dog 0.75", "cat 0.50", "dog 0.25"]
+    assert [mark.colour for mark in marks] == [COLOURS[1], COLOURS[0], COLOURS[1]]
+    assert marks[0].mask.shape == (90, 120)
+    assert marks[1].mask is None
+    assert not any(mark.wrong for mark in marks)
 
 
 def test_rows_compare_truth_with_what_was_seen(truth):
