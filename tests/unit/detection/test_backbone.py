@@ -36,7 +36,8 @@ def lively(net: nn.Module) -> nn.Module:
 def swin_of(model: str, **shape: object) -> nn.Module:
     torch.manual_seed(0)
     heads = {"num_heads": (1, 1, 1, 1), "embed_dim": 4, "mlp_ratio": 1.0}
-    net = build(model, Architecture(**(heads | shape)), size_rule="pad")
+    # As the giant's recipe has it: attention of the first two stages for few windows at a time.
+    net = build(model, Architecture(**(heads | shape)), size_rule="pad", sequential_stages=2)
     strip(net)
     return lively(net).eval()
 
