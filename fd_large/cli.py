@@ -137,6 +137,18 @@ def _train(arguments: list[str]) -> int:
             f"--profile: no number of updates; got {flags.profile}, expected 0 (no trace) or more."
             " Set --profile 3."
         )
+    code = _train_run(
+        run, deepspeed_config=flags.deepspeed_config, fresh=flags.fresh, profile=flags.profile
+    )
+    from fd_large import distributed
+
+    if code == 0 and distributed.is_main():
+        _tell_report(run.run_dir())
+    return distributed.leave(code)
+
+
+def _train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: int = 0) -> int:
+    """Trains with everything that watches a run; returns the exit code."""
     terminal.take()
     # torch and deepspeed: seconds.
     from fd_large import distributed
@@ -162,23 +174,17 @@ def _train(arguments: list[str]) -> int:
         hooks.append(Guard())
     if run.runtime.preemption:
         hooks.append(Preemption())
-    if flags.profile:
+    if profile:
         from fd_large.runtime.profiler import Profiler
 
-        hooks.append(Profiler(flags.profile))
+        hooks.append(Profiler(profile))
     if run.runtime.canary_every and run.has_teacher:
         hooks.append(Canary(run.runtime.canary_every))
     if run.runtime.watchdog_seconds:
         # The last one: what the others do at the end is watched as well.
         hooks.append(Watchdog())
     try:
-        code = train(
-            run,
-            job_of,
-            deepspeed_config=flags.deepspeed_config,
-            fresh=flags.fresh,
-            hooks=hooks,
-        )
+        return train(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh, hooks=hooks)
     except RuntimeError as error:
         if not distributed.peer_is_gone(error):
             raise
@@ -186,9 +192,6 @@ def _train(arguments: list[str]) -> int:
             "train: another rank has ended, its own message says why; got a closed connection, "
             "expected an answer. Start the same command again once that is mended."
         ) from error
-    if code == 0 and distributed.is_main():
-        _tell_report(run.run_dir())
-    return distributed.leave(code)
 
 
 def _tell_report(folder: str) -> None:
@@ -291,11 +294,30 @@ def _export(arguments: list[str]) -> int:
     return export.main(arguments)
 
 
+def _predict(arguments: list[str]) -> int:
+    """Draw what a run's detector sees in pictures, and write it as JSON."""
+    from fd_large.commands import detect
+
+    return detect.main(arguments)
+
+
 def _replay(arguments: list[str]) -> int:
     """Run a step that the guard refused again, on one device."""
     from fd_large.commands import replay
 
     return replay.main(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    """Say what nets are worth: neighbours, a linear probe, fine-tuning; or score detections."""
+    from fd_large.commands import evaluate
+
+    return evaluate.main(
+        arguments,
+        parse=lambda words: parse_train(words)[0],
+        train=_train_run,
+        rank=find_rank(os.environ),
+    )
 
 
 def _diagnose(arguments: list[str]) -> int:
@@ -329,6 +351,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "doctor": _doctor,
     "replay": _replay,
+    "predict": _predict,
+    "evaluate": _evaluate,
     "diagnose": _diagnose,
 }
 

@@ -29,6 +29,7 @@ DRAWS_AN_OPERATION = 5
 NUM_AUGMENTATION_DRAWS = NUM_OPERATIONS * DRAWS_AN_OPERATION
 
 LARGEST_MAGNITUDE = 10.0
+NO_BITS = (0,)
 
 ERASING_TRIES = 10
 # Whether, top, left, then area and aspect of each try.
@@ -88,9 +89,14 @@ def augment(
         name = _NAMES[int(which * len(_NAMES))]
         if picture is None:
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        arguments = OPERATIONS[name](share, 1.0 if sign < 0.5 else -1.0)
+        if arguments == NO_BITS and name == "PosterizeIncreasing":
+            # At the largest magnitude; Pillow refuses since version 12 what was black before.
+            picture = Image.new("RGB", picture.size)
+            continue
         picture = NAME_TO_OP[name](
             picture,
-            *OPERATIONS[name](share, 1.0 if sign < 0.5 else -1.0),
+            *arguments,
             fillcolor=tuple(min(255, round(255 * value)) for value in statistics.mean),
             resample=Image.Resampling.BICUBIC,
         )

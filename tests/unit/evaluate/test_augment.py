@@ -54,10 +54,20 @@ def test_an_operation_is_timms_of_that_magnitude(name, sign, monkeypatch):
     assert np.array_equal(augmented(*one(name, sign, first, second)), expected)
 
 
+FAR = 1 - 2.0**-40  # More than seven deviations up.
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_every_operation_bears_the_largest_magnitude(name):
+    for sign in (0.2, 0.8):
+        assert augmented(*one(name, sign, FAR, 0.0)).shape == PICTURE.shape
+    if name == "PosterizeIncreasing":
+        assert not augmented(*one(name, 0.2, FAR, 0.0)).any()
+
+
 def test_magnitudes_are_cut_at_ten():
-    far = 1 - 2.0**-40  # More than seven deviations up.
     assert np.array_equal(
-        augmented(*one("Rotate", 0.2, far, 0.0)), augmented(*one("Rotate", 0.2, far, 0.0), std=9.0)
+        augmented(*one("Rotate", 0.2, FAR, 0.0)), augmented(*one("Rotate", 0.2, FAR, 0.0), std=9.0)
     )
 
 

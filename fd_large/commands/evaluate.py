@@ -1,0 +1,459 @@
+"""`python -m fd_large evaluate A [B ...] --task knn|linear|finetune --data.root FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from fd_large.commands.detect import detects, evaluate_run
+from fd_large.errors import ConfigError, nearest
+from fd_large.recipes.fields import at_least, positive, require
+from fd_large.recipes.run import Run
+
+if TYPE_CHECKING:
+    from fd_large.engine.nets import Named
+
+# Fields of a recipe that frozen features depend on.
+FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
+TASKS = ("knn", "linear", "finetune")
+
+Train = Callable[..., int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Say what nets are worth on labelled pictures, side by side.
+
+    python -m fd_large evaluate NET [NET ...] --task knn --data.root FOLDER
+
+    FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
+    which KEY.cls stands beside KEY.jpg. A NET is RUN (its student), RUN#teacher, RUN#scratch (its
+    student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
+    timm:NAME or module:package.file:function; or NET=SOURCE for weights that do not tell their net.
+    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
+    docs/evaluation.md says what the figures mean.
+    """
+
+    task: Literal["", "knn", "linear", "finetune"] = ""
+    """Nearest neighbours, a linear probe, or fine-tuning; empty: that of the first run's recipe,
+    else knn."""
+    seeds: int = 1
+    """Repetitions, runtime.seed and those after it; neighbours have none."""
+    out: str = "evaluation"
+    """Folder for summary.json, the picture, and the runs of fine-tuning."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What stands for an image where the net is frozen: the mean of its patches, or CLS."""
+    batch_size: int = 256
+    """Images at a time where the net is frozen."""
+    probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    """Learning rates of the linear probe per 256 images, all tried; a held-out tenth chooses."""
+    probe_epochs: int = 30
+    """Passes of the linear probe over the training pictures."""
+    recipe: str = ""
+    """Settings of fine-tuning; empty: the published ones that fit the net."""
+    deepspeed_config: str = ""
+    """DeepSpeed's JSON for fine-tuning; empty: ds_configs/zero1.json."""
+    detections: str = ""
+    """A file in COCO's results format to score, without a net; with --annotations, --json."""
+    annotations: str = ""
+    """COCO's ground truth for --detections."""
+    json: str = ""
+    """Where the scores of --detections go; empty: nowhere."""
+    local_rank: int = -1
+    """Passed by the deepspeed launcher; ignored."""
+
+    def __post_init__(self) -> None:
+        at_least("seeds", self.seeds, 1, "repetitions")
+        at_least("k", self.k, 1, "neighbours")
+        at_least("batch_size", self.batch_size, 1, "images")
+        at_least("probe_epochs", self.probe_epochs, 1, "passes")
+        positive("temperature", self.temperature)
+        require(
+            bool(self.probe_rates) and min(self.probe_rates) > 0,
+            "probe_rates: no learning rates",
+            self.probe_rates,
+            "numbers above 0",
+        )
+
+
+@dataclass
+class Score:
+    """What came out for a net.
+
+    Attributes:
+        net: As the user named it.
+        values: Per cent of the test pictures that were named rightly, one a seed.
+        details: More of each seed.
+    """
+
+    net: Named
+    values: list[float]
+    details: list[dict[str, Any]]
+
+
+def main(
+    arguments: list[str], *, parse: Callable[[list[str]], Run], train: Train, rank: int
+) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Words after `evaluate`.
+        parse: The words of `train`, --recipe among them, to a recipe.
+        train: Trains a recipe to its end; returns the exit code.
+        rank: Of this process.
+    """
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        if rank == 0:
+            _tyro(["--help"])
+        return 0
+    models, own, rest = split(arguments)
+    flags = _tyro(own)
+    if flags.detections or flags.annotations or flags.json:
+        return _score_detections(flags, models, rest)
+    if not models:
+        raise ConfigError(
+            "evaluate: no net; got nothing, expected a run or weights. Name one, for instance "
+            "runs/quickstart."
+        )
+    if detects(models[0]):
+        return _detection(flags, models, rest, parse)
+    from fd_large.engine.nets import find_net  # torch: seconds.
+
+    given = [word.partition("=")[0].lstrip("-") for word in rest if word.startswith("--")]
+    sized = parse(["--recipe", "finetune_clip_vit_base", *rest]).data.image_size
+    image_size = sized if "data.image_size" in given else 0
+    nets = [find_net(model, image_size=image_size) for model in models]
+    _tell_apart(nets)
+    task = flags.task or _task_of(nets[0])
+    if task == "finetune":
+        return _finetune(nets, flags, rest, parse, train)
+    if other := [name for name in given if name not in FEATURE_FIELDS]:
+        raise ConfigError(
+            f"--{other[0]}: frozen features do not depend on it; got it with --task {task}, "
+            f"expected {', '.join(FEATURE_FIELDS)}. Leave it out, or set --task finetune."
+        )
+    return _frozen(nets, task, flags, parse(["--recipe", "finetune_clip_vit_base", *rest]))
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Nets (the words before the first flag), this command's flags, and fields of a recipe.
+
+    Raises: ConfigError: for a flag that is neither.
+    """
+    known = {f.name for f in fields(Flags)}
+    models: list[str] = []
+    own: list[str] = []
+    rest: list[str] = []
+    into = models
+    for word in arguments:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name not in known and "." not in name:
+                raise ConfigError(f"--{name}: no such flag of evaluate; {nearest(name, known)}")
+            into = own if name in known else rest
+            word = f"--{name}{word[2 + len(name) :]}"
+        into.append(word)
+    return models, own, rest
+
+
+def _tyro(words: list[str]) -> Flags:
+    try:
+        return tyro.cli(Flags, args=words, prog="python -m fd_large evaluate", use_underscores=True)
+    except SystemExit as end:
+        if end.code:
+            raise ConfigError(
+                "evaluate: flags that cannot be read; got "
+                f"{' '.join(words)}, expected those that --help lists. Mend them."
+            ) from None
+        return Flags()
+
+
+def _score_detections(flags: Flags, models: list[str], rest: list[str]) -> int:
+    if models or rest or not (flags.detections and flags.annotations):
+        raise ConfigError(
+            "--detections: a file is scored by itself; got "
+            f"{' '.join([*models, *rest]) or 'one of two files'}, expected --detections FILE "
+            "--annotations FILE [--json OUT] and nothing else. Mend the command."
+        )
+    from fd_large.commands.detections import score_file
+
+    return score_file(flags.detections, flags.annotations, flags.json)
+
+
+def _detection(
+    flags: Flags, models: list[str], rest: list[str], parse: Callable[[list[str]], Run]
+) -> int:
+    if len(models) > 1 or flags.task:
+        raise ConfigError(
+            f"evaluate: a run of the task detection is scored alone; got {' '.join(models)}"
+            f"{' --task ' + flags.task if flags.task else ''}, expected {models[0]}. Mend the "
+            "command; its student's features: export it, then evaluate the export."
+        )
+    root = parse(["--recipe", "coco_mask_rcnn_vit_base", *rest]).data.root
+    return evaluate_run(models[0], data_root=root, out=flags.out)
+
+
+def _task_of(net: Named) -> str:
+    """Fine-tuning of a run that fine-tuned; else what costs least."""
+    if net.trained_by is not None and net.trained_by.task.name in TASKS:
+        return net.trained_by.task.name
+    return "knn"
+
+
+def _tell_apart(nets: list[Named]) -> None:
+    labels = [net.label for net in nets]
+    if len(set(labels)) < len(labels):
+        nets[:] = [replace(net, label=net.source) for net in nets]
+    if len({net.label for net in nets}) < len(nets):
+        raise ConfigError(
+            f"evaluate: a net twice; got {', '.join(net.source for net in nets)}, expected "
+            "different ones. Leave one out."
+        )
+
+
+# --- frozen nets ---
+
+
+def _frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
+    """Neighbours or a probe on features of a net as it is."""
+    from fd_large import distributed
+    from fd_large.data.labelled import open_split
+    from fd_large.evaluate import knn, linear
+    from fd_large.evaluate.features import extract
+
+    distributed.start()
+    train_set = distributed.together(lambda: open_split(run.data.root, "train"))
+    test_set = distributed.together(lambda: open_split(run.data.root, "val", train_set.classes))
+    num_classes, folder = len(train_set.classes), _folder(flags.out)
+    seeds = range(run.runtime.seed, run.runtime.seed + (flags.seeds if task == "linear" else 1))
+    scores = []
+    for net in nets:
+        module, statistics = net.build()
+        found = {}
+        for name, pictures in (("training", train_set), ("test", test_set)):
+            with _bar(f"{net.label}: {name} features", len(pictures)) as told:
+                found[name] = extract(
+                    module,
+                    statistics,
+                    pictures,
+                    folder / "features" / _slug(net.label) / name,
+                    image_size=net.image_size,
+                    batch_size=flags.batch_size,
+                    pool=flags.pool,
+                    workers=run.data.workers,
+                    max_pixels=run.data.max_pixels,
+                    told=told,
+                )
+        del module
+        score = Score(net, [], [])
+        for seed in seeds:
+            if task == "knn":
+                with _bar(f"{net.label}: neighbours", len(test_set)) as told:
+                    value = knn.accuracy(
+                        found["training"],
+                        found["test"],
+                        num_classes=num_classes,
+                        k=flags.k,
+                        temperature=flags.temperature,
+                        told=told,
+                    )
+                score.details.append({})
+            else:
+                probe = linear.Probe(rates=flags.probe_rates, epochs=flags.probe_epochs, seed=seed)
+                num_pictures = linear.work(len(train_set), probe) // distributed.world_size()
+                with _bar(f"{net.label}: probe, seed {seed}", num_pictures) as told:
+                    outcome = linear.evaluate(
+                        found["training"],
+                        found["test"],
+                        num_classes=num_classes,
+                        probe=probe,
+                        told=told,
+                    )
+                value = outcome.test
+                score.details.append({"rate": outcome.rate, "held_out": list(outcome.held_out)})
+            score.values.append(value)
+        scores.append(score)
+        _remove(folder / "features")
+    settings = (
+        {"k": flags.k, "temperature": flags.temperature}
+        if task == "knn"
+        else {"rates": list(flags.probe_rates), "epochs": flags.probe_epochs}
+    )
+    settings |= {"pool": flags.pool, "batch_size": flags.batch_size}
+    facts = {"classes": num_classes, "training_pictures": len(train_set)}
+    _finish(task, scores, list(seeds), settings, run, folder, facts | {"pictures": len(test_set)})
+    return distributed.leave(0)
+
+
+# --- fine-tuning ---
+
+
+def _finetune(
+    nets: list[Named],
+    flags: Flags,
+    rest: list[str],
+    parse: Callable[[list[str]], Run],
+    train: Train,
+) -> int:
+    """Trains every net with every seed, through the engine, each into a run folder."""
+    import gc
+
+    from fd_large import distributed
+    from fd_large.engine import start
+    from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
+
+    folder, config = Path(flags.out), flags.deepspeed_config or _default_config()
+    recipes = []
+    for net in nets:
+        base = parse(["--recipe", flags.recipe or recipe_name(net), *rest])
+        if base.task.name != "finetune":
+            raise ConfigError(
+                f"--recipe: not one of fine-tuning; got {base.name}, expected a finetune_... one. "
+                "See python -m fd_large recipes."
+            )
+        recipes.append(recipe_of(net, base))
+    first = recipes[0].runtime.seed
+    seeds = list(range(first, first + flags.seeds))
+    scores = [Score(net, [], []) for net in nets]
+    single = len(nets) == len(seeds) == 1
+    for seed in seeds:
+        for score, recipe in zip(scores, recipes, strict=True):
+            where = folder / f"{_slug(score.net.label)}_seed_{seed}"
+            if single and recipe.runtime.run_dir:
+                where = Path(recipe.runtime.run_dir)
+            runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
+            code = train(replace(recipe, runtime=runtime), deepspeed_config=config)
+            start.forget_engines()
+            gc.collect()
+            if code:
+                return distributed.leave(code)
+            summary = json.loads((where / "summary.json").read_text())
+            score.values.append(summary["test_top1"])
+            score.details.append({"run": str(where), "test_loss": summary["test_loss"]})
+    settings = {"recipe": [recipe.name for recipe in recipes]}
+    _finish("finetune", scores, seeds, settings, recipes[0], _folder(flags.out), {})
+    return distributed.leave(0)
+
+
+def _default_config() -> str:
+    """The repository's JSON for one GPU or several, wherever the command was started."""
+    name = Path("ds_configs") / "zero1.json"
+    beside = Path(__file__).resolve().parents[2] / name
+    return str(name if name.is_file() or not beside.is_file() else beside)
+
+
+# --- what comes out ---
+
+
+def _finish(
+    task: str,
+    scores: list[Score],
+    seeds: list[int],
+    settings: dict[str, Any],
+    run: Run,
+    folder: Path,
+    facts: dict[str, Any],
+) -> None:
+    """Table, picture and summary.json, by rank 0."""
+    from fd_large import distributed
+
+    if not distributed.is_main():
+        return
+    import torch
+
+    from fd_large.report.comparison import draw_comparison, spread, table
+    from fd_large.runtime import terminal
+
+    device = distributed.device()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    summary = {
+        "task": task,
+        "root": run.data.root,
+        "seeds": seeds,
+        "settings": settings,
+        "device": f"{distributed.world_size()} x {where}",
+        **facts,
+        "nets": [
+            {
+                "label": score.net.label,
+                "source": score.net.source,
+                "image_size": score.net.image_size,
+                "accuracy": score.values,
+                **spread(score.values),
+                "details": score.details,
+            }
+            for score in scores
+        ],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    picture = folder / f"{task}.png"
+    draw_comparison(summary, picture)
+    console = terminal.console()
+    console.print(table(summary))
+    console.print(f"{folder}/summary.json, {picture}", soft_wrap=True)
+
+
+def _folder(out: str) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
+            "another."
+        ) from error
+    return folder
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
+
+
+def _remove(folder: Path) -> None:
+    """Features are as large as the data set is long."""
+    import shutil
+
+    from fd_large import distributed
+
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what finished pictures are told to: a bar on rank 0's terminal, or a line."""
+    from fd_large import distributed
+    from fd_large.runtime import terminal
+
+    console = terminal.console()
+    if not distributed.is_main():
+        yield lambda count: None
+        return
+    if not console.is_terminal or console.is_dumb_terminal:
+        console.print(text, soft_wrap=True)
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, expand=True) as bar:
+        # This rank's pictures stand for all ranks'.
+        task = bar.add_task(text, total=-(-total // distributed.world_size()))
+        yield lambda count: bar.update(task, advance=count)
