@@ -12,7 +12,10 @@ def job_of(run: Run) -> Job:
         from fd_large.evaluate.finetune_job import FineTuningJob
 
         return FineTuningJob(run)
-    assert run.task.name == "distillation"
+    if run.task.name == "detection":
+        from fd_large.detection.job import DetectionJob
+
+        return DetectionJob(run)
     from fd_large.engine.distillation import DistillationJob
 
     return DistillationJob(run)

@@ -111,22 +111,26 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
             log.warning("export: %s The newest is taken.", error)
 
 
-def read_recipe(folder: Path) -> Run:
+def read_recipe(folder: Path, *, where: str = "export") -> Run:
     """Returns the recipe of a run.
+
+    Args:
+        folder: Of the run.
+        where: The command, for messages.
 
     Raises: ConfigError: if the folder holds none that can be read.
     """
     path = folder / "recipe.json"
     if not path.is_file():
         raise ConfigError(
-            f"export: {folder}: no run; got a path without recipe.json, expected the folder of a "
+            f"{where}: {folder}: no run; got a path without recipe.json, expected the folder of a "
             "run. Name one, for example runs/quickstart."
         )
     try:
         return Run.from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise ConfigError(
-            f"export: {path}: damaged; got {error}, expected what the run wrote. Restore it."
+            f"{where}: {path}: damaged; got {error}, expected what the run wrote. Restore it."
         ) from error
 
 

@@ -65,6 +65,11 @@ def main(arguments: list[str], parse_run: Callable[[list[str]], Run]) -> int:
     mine, recipe = _split(arguments)
     flags = tyro.cli(PlanFlags, args=mine, prog="python -m fd_large plan", use_underscores=True)
     run = parse_run(recipe)
+    if not run.has_teacher:
+        raise ConfigError(
+            f"--recipe: only distillation is planned; got {run.name}, of the task {run.task.name}, "
+            "expected a recipe with a teacher. Its docstring has the arithmetic."
+        )
     machine = _machine(flags, run)
     load = Workload.of(run)
     good, bad = search(load, machine)

@@ -309,7 +309,7 @@ class Trainer:
             return False
         if self._time_box is not None:
             self._time_box.after_evaluation(time.monotonic() - begin)
-        for hook in self._hooks:
+        for hook in self._hooks if metrics else ():
             hook.on_evaluation(self._update, metrics)
             if panel is not None:
                 hook.on_features(self._update, panel)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.checkpoint import store, stream
+from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import Batch
@@ -30,6 +30,7 @@ from fd_large.engine.activation import checkpoint_blocks
 from fd_large.engine.build import build_teacher, precision_of, task_maker
 from fd_large.engine.evidence import note_maximum, outputs_to
 from fd_large.engine.forward import prepared
+from fd_large.engine.stored import stored_task
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
 from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
@@ -232,12 +233,7 @@ def _moved_by(
 
 
 def _task(run: Run, teacher: Any, reader: Reader, *, bfloat16: bool) -> Task:
-    make = task_maker(run, teacher, teacher.width)
-    task = partition.build(make, {}, partitioned=False, seed=run.runtime.seed)
-    stream.check(reader, {name: tuple(p.shape) for name, p in task.named_parameters()})
-    with torch.no_grad():
-        for name, parameter in task.named_parameters():
-            parameter.copy_(stream.read(reader, name, tuple(parameter.shape)))
+    task = stored_task(task_maker(run, teacher, teacher.width), reader, kind="master")
     if bfloat16:
         partition.to_bfloat16(task)
     task.to(distributed.device()).train()

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from fd_large.errors import ConfigError
 from fd_large.plan.parameters import (
     POSITION_BIAS_WIDTH,
     prefix_tokens,
@@ -157,15 +158,20 @@ def teacher_products(run: Run) -> list[Product]:
 
 
 def of_run(run: Run, *, micro_batch_size: int, attention_recomputed: bool) -> StepFlops:
-    """Returns the FLOPs of one micro batch of a run, heads of other tasks left out.
+    """Returns the FLOPs of one micro batch of a run; a classifier's are left out.
 
     Args:
         run: Nets, sizes and checkpointing.
         micro_batch_size: Images.
         attention_recomputed: Whether backward makes the student's attention maps again, as on GPUs.
 
-    Raises: ConfigError: if the teacher is not countable.
+    Raises: ConfigError: if the teacher is not countable, or the task is detection.
     """
+    if run.task.name == "detection":
+        raise ConfigError(
+            "task.name: the FLOPs of heads on boxes depend on the images; got detection, expected "
+            "distillation or finetune. Look at images per second."
+        )
     student, batch = student_products(run), micro_batch_size
     again = 0
     if run.student.activation_checkpointing != "off":

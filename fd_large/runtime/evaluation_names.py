@@ -4,13 +4,24 @@ Sets: `held_out` (pictures that training never sees), `unseen_crops` (crops of t
 that training never cuts), `test` (labelled pictures). Metrics: `loss`; `cosine` of the projected
 student and the whitened teacher; `best_constant`, the loss of the best map that ignores the image,
 once at the end; `top1` and `top5`, per cent of pictures whose class is the first, or among the
-first five, that a net names; `knn`, the same of the vote of nearest neighbours.
+first five, that a net names; `knn`, the same of the vote of nearest neighbours. Of detections,
+`box_AP` and its like are COCO's twelve numbers of boxes, `mask_AP` of masks; three of them go into
+words.
 """
 
 from __future__ import annotations
 
-METRICS = ("loss", "cosine", "best_constant", "top1", "top5", "knn")
-SETS = {"held_out": "held-out", "unseen_crops": "unseen crops", "test": "test"}
+METRICS = ("loss", "cosine", "best_constant", "top1", "top5", "knn", "AP", "AP50", "AP75")
+SETS = {
+    "held_out": "held-out",
+    "unseen_crops": "unseen crops",
+    "test": "test",
+    "box": "box",
+    "mask": "mask",
+}
+
+
+_OF_DETECTIONS = ("box_", "mask_")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -26,5 +37,7 @@ def in_words(metrics: dict[str, float]) -> str:
     sets: dict[str, list[str]] = {}
     for name, value in metrics.items():
         group, metric = split_name(name)
+        if group == "evaluation" and name.startswith(_OF_DETECTIONS):
+            continue
         sets.setdefault(group, []).append(f"{metric.replace('_', ' ')} {value:z.4f}")
     return "; ".join(f"{SETS.get(group, group)} {', '.join(told)}" for group, told in sets.items())
