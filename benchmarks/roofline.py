@@ -172,6 +172,9 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            # As on a card: the meta device, which knows no backend, leaves channels first.
+            out = torch.empty_like(out, memory_format=torch.channels_last)
         if namespace == "fd_large":
             self._launch(name, func, args, kwargs or {}, out)
         else:
@@ -285,6 +288,8 @@ def _kind(op: str, module: str, node: Any) -> str:
         return "attention"
     if "whitened_loss" in op:
         return "loss"
+    if "gelu" in op:
+        return "activation"
     if op == "sum" and node is not None and node.name().startswith(("Addmm", "Linear", "Convol")):
         return "bias gradient"
     if module in ("", "projection"):
@@ -400,7 +405,8 @@ def compiled_ahead(cases: list[dict[str, Any]]) -> dict[str, bool]:
     recorded = json.loads(path.read_text())["cases"] if path.exists() else {}
     names = {name.split(" / ")[2] for case in cases for name in case["by_operation"]}
     found = {}
-    for op in {"residual_norm", "add_norm", "window_attention", "whitened_loss"} & names:
+    fused = {"residual_norm", "add_norm", "window_attention", "whitened_loss", "bias_gelu"}
+    for op in fused & names:
         kernels = [
             kernel
             for name, rows in recorded.items()

@@ -16,6 +16,10 @@ def job_of(run: Run) -> Job:
         from fd_large.detection.job import DetectionJob
 
         return DetectionJob(run)
+    if run.eval.knn_root:
+        from fd_large.evaluate.watched_distillation import WatchedDistillation
+
+        return WatchedDistillation(run)
     from fd_large.engine.distillation import DistillationJob
 
     return DistillationJob(run)

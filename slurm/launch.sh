@@ -17,6 +17,9 @@ source slurm/site.sh
 # After it: what sites load is rarely written for -u.
 set -u -o pipefail
 
+# Fields of the recipe without which no run starts, each with the setting of site.sh that fills it.
+learns_from=(data.root DATA_ROOT teacher.source TEACHER_SOURCE)
+
 ranks=   # srun's process, while it runs
 asked=   # the last signal that asked this job to end
 
@@ -53,7 +56,7 @@ value_of() {
 }
 
 launch() {
-    words=(--data.root "$DATA_ROOT" --teacher.source "$TEACHER_SOURCE" "$@")
+    words=("$@")
     check_settings
     # Slurm's names for job and rank; they also make the names of the ranks' logs.
     logs="$LOG_DIR/slurm-${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-none}"
@@ -73,15 +76,21 @@ launch() {
 }
 
 check_settings() {
-    local recipe
-    if [[ -z $(value_of data.root "${words[@]}") ]]; then
-        refuse "slurm/site.sh: DATA_ROOT is empty; got nothing, expected a folder of pictures or" \
-            "tar files. Set it there, or DATA_ROOT=FOLDER sbatch ..."
-    fi
-    if [[ -z $(value_of teacher.source "${words[@]}") ]]; then
-        refuse "slurm/site.sh: TEACHER_SOURCE is empty; got nothing, expected the teacher's" \
-            "weights or \"random\". Set it there, or TEACHER_SOURCE=FILE sbatch ..."
-    fi
+    local recipe place setting what site=()
+    for ((place = 0; place < ${#learns_from[@]}; place += 2)); do
+        setting=${learns_from[place + 1]}
+        site+=("--${learns_from[place]}" "${!setting}")
+        [[ -z $(value_of "${learns_from[place]}" "${site[@]}" "${words[@]}") ]] || continue
+        case $setting in
+            DATA_ROOT) what="a folder of pictures or tar files" ;;
+            COCO_ROOT) what="the folder of a data set with COCO's annotations" ;;
+            TEACHER_SOURCE) what="the teacher's weights or \"random\"" ;;
+            STUDENT_INIT) what="the folder of a run, or a file of weights" ;;
+        esac
+        refuse "slurm/site.sh: $setting is empty; got nothing, expected $what. Set it there, or" \
+            "$setting=PATH sbatch ..."
+    done
+    words=("${site[@]}" "${words[@]}")
     if [[ " ${words[*]} " == *" --fresh "* ]]; then
         refuse "--fresh: every restart of the job would begin anew; got --fresh, expected none in" \
             "a batch job. Move the run's folder away, or set --runtime.run_dir."
@@ -140,7 +149,8 @@ check_nodes() {
     fi
     path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
     [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
-        "job sees. Mend DATA_ROOT or TEACHER_SOURCE in slurm/site.sh, or put the files there."
+        "job sees. Mend ${learns_from[1]}${learns_from[3]:+ or ${learns_from[3]}} in slurm/site.sh," \
+        "or put the files there."
     if (($(cut -f 2 <<<"$report" | sort -u | wc -l) != 1)); then
         refuse "fd_large: the nodes see different sources; got" \
             "$(cut -f 1,2 <<<"$report" | tr '\t\n' '= '), expected one checksum. Submit from a" \

@@ -4,7 +4,8 @@
 #   sbatch --nodes=4 slurm/resume.sh runs/fd_swinv2g [--section.field VALUE ...]
 #
 # The words that started it stand in the folder (environment.json), whoever launched it, as do its
-# data and teacher (recipe.json); words after the folder win over them. The options below are explained in slurm/fd_swinv2g.sh.
+# data and teacher (recipe.json); words after the folder win over them. The options below are
+# explained in slurm/fd_swinv2g.sh.
 
 #SBATCH --job-name=fd_resume
 #SBATCH --nodes=8
@@ -48,7 +49,7 @@ try:
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
     # First, since they may be the recipe's, of which no word tells.
-    found = [fields["data"]["root"], fields["teacher"]["source"], *words]
+    found = [fields["task"]["name"], fields["data"]["root"], fields["teacher"]["source"], *words]
     told = "".join(word + "\0" for word in found)
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     told = f"{type(error).__name__}: {error}\0"
@@ -58,6 +59,8 @@ PYTHON
 ((${#before[@]} > 1)) || refuse "$run: cannot be read; got ${before[0]:-nothing}, expected the" \
     "environment.json and recipe.json of a run. Submit again the script that started it."
 # The run's own, not the site's.
-DATA_ROOT=${before[0]} TEACHER_SOURCE=${before[1]}
+# shellcheck disable=SC2034 # launch reads them by their names
+DATA_ROOT=${before[1]} TEACHER_SOURCE=${before[2]}
+[[ ${before[0]} == distillation ]] || learns_from=(data.root DATA_ROOT)
 
-launch "${before[@]:2}" --runtime.run_dir "$run" "$@"
+launch "${before[@]:3}" --runtime.run_dir "$run" "$@"

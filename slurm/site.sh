@@ -14,6 +14,11 @@ DATA_ROOT=${DATA_ROOT:-}
 #       --teacher.model swinv2_1b
 TEACHER_SOURCE=${TEACHER_SOURCE:-}
 
+# For slurm/coco_swinv2g.sh: a data set in COCO's layout, and the run or file of weights that its
+# backbone comes from (docs/detection.md).
+COCO_ROOT=${COCO_ROOT:-}
+STUDENT_INIT=${STUDENT_INIT:-}
+
 # ---- queue --------------------------------------------------------------------------------------
 # sbatch has read its options before it runs a script. It also reads these two variables: set them
 # here and `source slurm/site.sh` in the shell that you submit from.

@@ -25,13 +25,13 @@ def norms(width: int, stream: torch.dtype, rows: int = 4608) -> None:
     f = _meta(2, rows // 2, width, dtype=BFLOAT16)
     w, scale, statistics = _meta(width, dtype=BFLOAT16), _meta(2), _meta(rows)
     copy = BFLOAT16 if stream == FLOAT32 else None
-    kernels.residual_norm_forward(x, f, w, w, scale, 1e-5, stream, copy)
-    kernels.residual_norm_backward(
-        x, None if copy is None else f, f, w, scale, statistics, statistics, copy and stream
-    )
-    # A plain norm from the stream to what the products take.
-    kernels.residual_norm_forward(None, x, w, w, None, 1e-5, BFLOAT16, None)
-    kernels.residual_norm_backward(f, None, x, w, None, statistics, statistics, None)
+    kernels.residual_norm_forward(x, f, w, w, w, scale, 1e-5, stream, copy)
+    kernels.residual_norm_backward(x, f, f, w, w, scale, statistics, statistics, stream)
+    # A norm on the stream, and a plain one from it to what the products take.
+    kernels.residual_norm_forward(None, x, w, w, None, None, 1e-5, stream, copy)
+    kernels.residual_norm_backward(x, f, x, w, None, None, statistics, statistics, None)
+    kernels.residual_norm_forward(None, x, w, w, None, None, 1e-5, BFLOAT16, None)
+    kernels.residual_norm_backward(f, None, x, w, None, None, statistics, statistics, None)
     gamma = w if width <= 4096 else None
     branch = None if gamma is None else f
     kernels.add_norm_forward(x, f, gamma, scale, w, w, 1e-5, BFLOAT16)
@@ -40,6 +40,15 @@ def norms(width: int, stream: torch.dtype, rows: int = 4608) -> None:
     kernels.add_norm_backward(
         x, None, None, branch, gamma, scale, None, statistics, statistics, BFLOAT16
     )
+
+
+def gelu(width: int, quick: bool, rows: int = 4608) -> None:
+    """Launches the kernels of `linear_gelu.py`."""
+    from fd_large.kernels import linear_gelu_triton as kernels
+
+    product, bias = _meta(rows, width, dtype=BFLOAT16), _meta(width, dtype=BFLOAT16)
+    kernels.forward(product, bias, quick)
+    kernels.backward(product, product, bias, quick)
 
 
 def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
@@ -96,6 +105,10 @@ CASES: dict[str, Callable[[], None]] = {
         f"whitened_loss, {width} channels, {str(dtype)[6:]}": partial(loss, width, dtype)
         for width in (768, 4096)
         for dtype in (FLOAT32, BFLOAT16)
+    },
+    **{
+        f"bias_gelu, {width} channels{', quick' if quick else ''}": partial(gelu, width, quick)
+        for width, quick in ((2048, False), (8192, False), (3000, False), (3072, True))
     },
     "whitened_loss, 768 channels, two rows": partial(loss, 768, BFLOAT16, rows=2),
     # SwinV2-G's windows of stages 1 to 3 and of 4, at 192 and 224 pixels; larger images' windows.

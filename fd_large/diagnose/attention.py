@@ -46,6 +46,7 @@ def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]
                     stack.callback(handle.remove)
         if _is_timm(net):
             seen = _Operands(note, _timm_places(net, grid))
+            stack.callback(net.register_forward_pre_hook(seen.count).remove)
             for name, module in net.named_modules():
                 if "Attention" in type(module).__name__:
                     for handle in seen.watch(name, module):
@@ -74,8 +75,8 @@ def _of_vit(
 ) -> tuple[Tensor, Places]:
     projected = module.qkv(x)
     if module.q_bias is not None:
-        key = torch.zeros_like(module.q_bias) if module.k_bias is None else module.k_bias
-        projected = projected + torch.cat([module.q_bias, key, module.v_bias])
+        # A bias of the keys adds the same to all logits of a query: no map depends on it.
+        projected = projected + F.pad(module.q_bias, (0, 2 * len(module.q_bias)))
     if module.relative_position_bias_table is not None:
         table = module.relative_position_bias_table
     if window:
@@ -101,8 +102,7 @@ def _of_swinv2(
     places = window_places(tuple(x.shape[1:3]), (window, window), (shift, shift), pad_first=True)
     projected = module.qkv(x).flatten(1, 2)
     if module.q_bias is not None:
-        zeros = torch.zeros_like(module.q_bias)
-        projected = projected + torch.cat([module.q_bias, zeros, module.v_bias])
+        projected = projected + F.pad(module.q_bias, (0, 2 * len(module.q_bias)))
     scale = module.logit_scale.float().clamp(max=math.log(100)).exp()  # (h, 1, 1)
     return _maps(projected, module.num_heads, scale, True, position_table, places, shift), places
 
@@ -126,7 +126,8 @@ def _maps(
     """Maps from queries, keys and values of a net of this project.
 
     Args:
-        projected: (B, N, 3C), biases added; tokens in the order of the image, prefix first.
+        projected: (B, N, 3C), the bias of the queries added; tokens in the order of the image,
+            prefix tokens first.
         num_heads: h.
         scale: Of the logits: a number, or (h, 1, 1).
         cosine: Whether q and k are normalised.
@@ -176,6 +177,11 @@ class _Operands(TorchFunctionMode):
         super().__init__()
         self._note, self._places = note, places
         self._inside: list[str] = []
+        self._num_images = 0
+
+    def count(self, net: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Remembers, as the hook of a whole net, how many images it gets."""
+        self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
         """Remembers by hooks which module is running."""
@@ -201,7 +207,8 @@ class _Operands(TorchFunctionMode):
         if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
             return
         places = self._places(self._inside[-1], attention.shape[-1])
-        if places is None or len(attention) % len(places.index):
+        # Windows of another kind may have as many tokens as the net's map: there are more of them.
+        if places is None or len(attention) != self._num_images * len(places.index):
             return
         by_image = attention.detach().float().unflatten(0, (-1, len(places.index)))
         self._note(self._inside[-1], by_image, places)

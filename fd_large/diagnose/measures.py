@@ -19,15 +19,13 @@ _CONVERGED = 1e-12
 
 
 def distances(places: Places) -> Tensor:
-    """Distances between the tokens of each window, in tokens: (nW, T, T) float32.
+    """Distances between the tokens of each window in the image: (nW, T, T) float32, in tokens.
 
-    Between true positions in the image; 0 where a token has none.
+    Between tokens without a place they mean nothing.
     """
     rows, columns = places.index // places.grid[1], places.index % places.grid[1]
     at = torch.stack([rows, columns], dim=-1).float()
-    apart = (at[:, :, None] - at[:, None, :]).square().sum(-1).sqrt()
-    there = places.index >= 0
-    return apart * (there[:, :, None] & there[:, None, :])
+    return (at[:, :, None] - at[:, None, :]).square().sum(-1).sqrt()
 
 
 def among_patches(attention: Tensor, places: Places) -> Tensor:

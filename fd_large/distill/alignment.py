@@ -46,6 +46,9 @@ def align(
     Raises: ShapeError: if the grids differ and no interpolation was asked for.
     """
     check_grids(student.grid, teacher.grid, interpolation=interpolation)
+    prefixes_agree = student.num_prefix_tokens == teacher.num_prefix_tokens
+    if prefixes_agree and student.grid == teacher.grid:
+        return student.tokens, teacher.tokens
     student_prefix, student_patches = _split(student)
     teacher_prefix, teacher_patches = _split(teacher)
     if student.grid != teacher.grid:
@@ -55,7 +58,7 @@ def align(
             image, size=student.grid, mode="bilinear", align_corners=False, antialias=True
         )
         teacher_patches = rearrange(image, "b c h w -> b (h w) c").to(teacher.tokens.dtype)
-    if student.num_prefix_tokens != teacher.num_prefix_tokens:
+    if not prefixes_agree:
         return student_patches, teacher_patches
     return (
         torch.cat([student_prefix, student_patches], dim=1),

@@ -105,6 +105,10 @@ class Job:
         """What is measured before, during and after training; None: nothing. A collective."""
         return None
 
+    def evaluate_every(self) -> int:
+        """Updates between two calls of what `evaluation` returns; 0: at the start and the end."""
+        return self.run.eval.every
+
     def facts(self) -> Mapping[str, Any]:
         """What a checkpoint's manifest tells of the task, besides."""
         return {}

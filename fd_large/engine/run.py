@@ -157,7 +157,7 @@ def train(
     time_box = None
     if run.optim.max_seconds:
         time_box = TimeBox(
-            run.optim.max_seconds, folder, total, first=first, evaluate_every=run.eval.every
+            run.optim.max_seconds, folder, total, first=first, evaluate_every=job.evaluate_every()
         )
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
@@ -194,7 +194,7 @@ def train(
         per_epoch,
         opened.accumulation,
         run.runtime.seed,
-        evaluate_every=run.eval.every,
+        evaluate_every=job.evaluate_every(),
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )

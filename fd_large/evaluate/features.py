@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.labelled import LabelledPictures
@@ -63,7 +63,7 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
 
 
 def extract(
-    net: nn.Module,
+    net: Callable[[Tensor], FeatureMap],
     statistics: Statistics,
     pictures: LabelledPictures,
     folder: Path,
@@ -74,11 +74,12 @@ def extract(
     workers: int = 0,
     max_pixels: int = 2**26,
     told: Callable[[int], None] = lambda count: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Features:
     """Features of the centre crops of all pictures; a collective.
 
     Args:
-        net: Normalised images -> FeatureMap, in evaluation, the same on every rank.
+        net: Normalised images -> FeatureMap, in evaluation; may be a collective.
         statistics: By which its images are normalised.
         pictures: What is looked at.
         folder: Gets rows.npy and labels.npy; must be seen by all ranks.
@@ -88,6 +89,7 @@ def extract(
         workers: Loader processes of a rank.
         max_pixels: Larger pictures are refused before they are decoded.
         told: Called with the number of this rank's pictures that are done.
+        between: Called before each batch, on every rank alike; may raise to end it.
 
     Raises: DataError: if more than a hundredth of the pictures cannot be used.
     """
@@ -97,8 +99,9 @@ def extract(
     def forward(images: Tensor) -> Tensor:
         return pooled(net(normalise(images.to(device), statistics)), pool)
 
+    nothing = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     with torch.no_grad():
-        width = forward(torch.zeros(1, 3, image_size, image_size).byte()).shape[1]
+        width = forward(nothing).shape[1]
     paths = folder / "rows.npy", folder / "labels.npy"
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def extract(
     distributed.barrier()
     rows, labels = (np.load(path, mmap_mode="r+") for path in paths)
     bad = 0
-    for batch in central_batches(
+    mine = central_batches(
         pictures,
         image_size=image_size,
         batch_size=batch_size,
@@ -116,9 +119,15 @@ def extract(
         world_size=world,
         workers=workers,
         max_pixels=max_pixels,
-    ):
+    )
+    # As many forwards on every rank: those of a net in pieces are collectives.
+    for _ in range(-(-len(pictures) // (batch_size * world))):
+        between()
+        batch = next(mine, None)
         with torch.no_grad():
-            found = forward(batch.images).cpu().numpy()
+            found = forward(nothing if batch is None else batch.images).cpu().numpy()
+        if batch is None:
+            continue
         where = slice(batch.start, batch.start + len(found))
         rows[where], labels[where] = found, batch.labels.numpy()
         bad += len(batch.bad)

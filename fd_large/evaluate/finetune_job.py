@@ -46,6 +46,11 @@ class FineTuningJob(Job):
                 f" {self.run.data.grayscale_probability:g}), expected 0. Set"
                 " --task.finetune.randaugment."
             )
+        if self.run.eval.knn_root:
+            raise ConfigError(
+                "eval.knn_root: neighbours are asked in distillation; got "
+                f"{self.run.eval.knn_root!r} in fine-tuning, expected nothing. Leave it out."
+            )
         self.test_pictures()
         self.initial_weights()
 

@@ -78,6 +78,7 @@ def accuracy(
     k: int = 20,
     temperature: float = 0.07,
     told: Callable[[int], None] = lambda count: None,
+    between: Callable[[], None] = lambda: None,
 ) -> float:
     """Per cent of the test pictures that are named rightly; a collective.
 
@@ -90,12 +91,16 @@ def accuracy(
         k: Neighbours.
         temperature: Of their votes.
         told: Called with the number of this rank's pictures that are done.
+        between: Called before each block, on every rank alike; may raise to end it.
     """
     bank, usable = Bank(train, num_classes), test.usable()
     right = 0
-    step = QUERY_BLOCK * distributed.world_size()
-    for start in range(QUERY_BLOCK * distributed.rank(), len(usable), step):
-        numbers = usable[start : start + QUERY_BLOCK]
+    own = QUERY_BLOCK * distributed.rank()
+    for first in range(0, len(usable), QUERY_BLOCK * distributed.world_size()):
+        between()
+        numbers = usable[first + own : first + own + QUERY_BLOCK]
+        if not len(numbers):
+            continue
         rows = torch.from_numpy(test.rows[numbers])
         found = predict(rows, bank, k=k, temperature=temperature)
         right += int((found == _labels(test, numbers)).sum())

@@ -48,11 +48,40 @@ def layer_norm(
         weight=weight.dtype,
     )
     if choice == "triton":
-        rows = x.contiguous()
-        return torch.ops.fd_large.residual_norm(None, rows, weight, bias, None, eps, dtype, None)[0]
+        return _launch(None, x, weight, bias, None, None, eps, dtype, None)[0]
     if choice == "apex":
         return choose.apex_layer_norm()(x, weight, bias, weight.shape, eps)
     return layer_norm_reference(x, weight, bias, eps, dtype)
+
+
+def stream_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
+    copy: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm on the main path: in `dtype` and, from the same pass, in the dtype `copy`.
+
+    Args and returns: as of `layer_norm` and `residual_norm`.
+    """
+    dtype = dtype or x.dtype
+    choice = choose.implementation(
+        "residual_norm",
+        x.device.type,
+        width=x.shape[-1],
+        empty=not x.numel(),
+        stream=dtype,
+        branch=x.dtype,
+        weight=weight.dtype,
+        copy=copy,
+    )
+    if choice == "triton":
+        return _launch(None, x, weight, bias, None, None, eps, dtype, copy)
+    y = layer_norm(x, weight, bias, eps, dtype=dtype)
+    return y, y.to(copy)
 
 
 def residual_norm(
@@ -64,6 +93,7 @@ def residual_norm(
     scale: Tensor | None = None,
     *,
     copy: torch.dtype | None = None,
+    branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds a normalised branch to the residual stream: x + scale * LayerNorm(branch).
 
@@ -75,9 +105,11 @@ def residual_norm(
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
         copy: Dtype of the second result; None: that of x.
+        branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
+            whose gradient then needs no pass of its own. See `takes_bias`.
 
     Returns: (B, ..., C) in the dtype of x, and the same in the dtype `copy`, written in the same
-        pass (the same tensor where the dtypes are equal).
+        pass (the same numbers in memory where the dtypes are equal).
     """
     choice = choose.implementation(
         "residual_norm",
@@ -90,13 +122,56 @@ def residual_norm(
         copy=copy or x.dtype,
     )
     if choice == "triton":
-        narrow = None if copy == x.dtype else copy
-        y, copied, _, _ = torch.ops.fd_large.residual_norm(
-            x.contiguous(), branch.contiguous(), weight, bias, scale, eps, x.dtype, narrow
-        )
-        return y, y if narrow is None else copied
-    y = residual_norm_reference(x, branch, weight, bias, eps, scale)
+        return _launch(x, branch, weight, bias, branch_bias, scale, eps, x.dtype, copy)
+    y = residual_norm_reference(x, branch, weight, bias, eps, scale, branch_bias)
     return y, y if copy is None else y.to(copy)
+
+
+def takes_bias(branch: Tensor, width: int) -> bool:
+    """Whether a branch's last layer should leave its bias to `residual_norm`: the kernels run.
+
+    Args:
+        branch: The input of that layer.
+        width: C, of its output.
+    """
+    choice = choose.implementation(
+        "residual_norm",
+        branch.device.type,
+        width=width,
+        empty=not branch.numel(),
+        branch=branch.dtype,
+    )
+    return choice == "triton"
+
+
+def _launch(
+    x: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    copy: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    narrow = None if copy == dtype else copy
+    inputs = (
+        None if x is None else x.contiguous(),
+        branch.contiguous(),
+        weight,
+        bias,
+        branch_bias,
+        scale,
+        eps,
+        dtype,
+        narrow,
+    )
+    if copy == dtype and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y, copied, _, _ = _Twice.apply(*inputs)
+        return y, copied
+    y, copied, _, _ = torch.ops.fd_large.residual_norm(*inputs)
+    return y, y if narrow is None else copied
 
 
 def add_norm(
@@ -163,8 +238,11 @@ def residual_norm_reference(
     bias: Tensor,
     eps: float,
     scale: Tensor | None = None,
+    branch_bias: Tensor | None = None,
 ) -> Tensor:
     """The plain twin of `residual_norm`: norm, scale, sum in float32, one rounding at the end."""
+    if branch_bias is not None:
+        branch = branch.to(torch.promote_types(branch.dtype, torch.float32)) + branch_bias
     normed = _wide_layer_norm(branch, weight, bias, eps)
     if scale is not None:
         normed = normed * scale.view(-1, *[1] * (x.dim() - 1)).to(normed.dtype)
@@ -248,24 +326,25 @@ def _residual_norm(
     branch: Tensor,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     copy: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x + scale * norm(branch) in `dtype`, in `copy`, and the rows' mean and 1/deviation.
+    """Returns x + scale * norm(branch + branch_bias) in `dtype`, in `copy`, and rows' statistics.
 
-    Without x and scale it is LayerNorm.
+    These are mean and 1/deviation. Without x and scale it is LayerNorm.
     """
     from fd_large.kernels import residual_norm_triton
 
     return residual_norm_triton.residual_norm_forward(
-        x, branch, weight, bias, scale, eps, dtype, copy
+        x, branch, weight, bias, branch_bias, scale, eps, dtype, copy
     )
 
 
 @_residual_norm.register_fake
-def _(x, branch, weight, bias, scale, eps, dtype, copy):
+def _(x, branch, weight, bias, branch_bias, scale, eps, dtype, copy):
     y = torch.empty_like(branch, dtype=dtype)
     narrow = branch.new_empty(0) if copy is None else torch.empty_like(branch, dtype=copy)
     return y, narrow, *_statistics(branch)
@@ -277,50 +356,71 @@ def _residual_norm_backward(
     dcopy: Tensor | None,
     branch: Tensor,
     weight: Tensor,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dx: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dy + dcopy in `dx`, and the gradients of branch, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias."""
     from fd_large.kernels import residual_norm_triton
 
     return residual_norm_triton.residual_norm_backward(
-        dy, dcopy, branch, weight, scale, mean, rstd, dx
+        dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx
     )
 
 
 @_residual_norm_backward.register_fake
-def _(dy, dcopy, branch, weight, scale, mean, rstd, dx):
+def _(dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx):
     total = branch.new_empty(0) if dx is None else torch.empty_like(branch, dtype=dx)
-    return total, torch.empty_like(branch), torch.empty_like(weight), torch.empty_like(weight)
+    vectors = (torch.empty_like(weight) for _ in range(2))
+    last = branch.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias)
+    return total, torch.empty_like(branch), *vectors, last
 
 
 def _residual_norm_setup(ctx, inputs, output):
-    x, branch, weight, _, scale, _, _, copy = inputs
+    x, branch, weight, _, branch_bias, scale, _, _, _ = inputs
     _, narrow, mean, rstd = output
-    ctx.save_for_backward(branch, weight, scale, mean, rstd)
+    ctx.save_for_backward(branch, weight, branch_bias, scale, mean, rstd)
     ctx.stream = None if x is None else x.dtype
-    ctx.mark_non_differentiable(mean, rstd, *((narrow,) if copy is None else ()))
+    ctx.mark_non_differentiable(mean, rstd, *(() if narrow.numel() else (narrow,)))
     # Else a copy that nobody used would cost a map of zeros.
     ctx.set_materialize_grads(False)
 
 
 def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
     if dy is None and dcopy is None:
-        return (None,) * 8
-    branch, weight, scale, mean, rstd = ctx.saved_tensors
+        return (None,) * 9
+    branch, weight, branch_bias, scale, mean, rstd = ctx.saved_tensors
     dy, dcopy = _contiguous(dy), _contiguous(dcopy)
     # The gradient of a sum is that of its terms: only where two come together is it written.
     summed = dcopy is not None and ctx.stream is not None
-    total, dbranch, dweight, dbias = torch.ops.fd_large.residual_norm_backward(
-        dy, dcopy, branch, weight, scale, mean, rstd, ctx.stream if summed else None
+    total, dbranch, dweight, dbias, dlast = torch.ops.fd_large.residual_norm_backward(
+        dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, ctx.stream if summed else None
     )
     dx = None if ctx.stream is None else total if summed else dy
-    return dx, dbranch, dweight, dbias, None, None, None, None
+    return dx, dbranch, dweight, dbias, None if branch_bias is None else dlast, *(None,) * 4
 
 
 _residual_norm.register_autograd(_residual_norm_gradients, setup_context=_residual_norm_setup)
+
+
+class _Twice(torch.autograd.Function):
+    """The operation with one result in two tensors over the same memory.
+
+    Their gradients then meet in the backward kernel; those of one tensor that is used twice would
+    meet in a pass of their own. A custom operation may not return such a pair.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Takes and returns what the operation does, the sum also in the place of its copy."""
+        y, _, mean, rstd = torch.ops.fd_large.residual_norm(*inputs)
+        output = y, y.detach(), mean, rstd
+        _residual_norm_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_residual_norm_gradients)
 
 
 @torch.library.custom_op("fd_large::add_norm", mutates_args=())

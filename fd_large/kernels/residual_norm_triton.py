@@ -70,6 +70,7 @@ def _residual_norm_forward(
     BRANCH,
     WEIGHT,
     BIAS,
+    BRANCH_BIAS,
     SCALE,
     Y,
     COPY,
@@ -84,6 +85,8 @@ def _residual_norm_forward(
 ):
     row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     branch = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
+    if BRANCH_BIAS is not None:
+        branch += _vector(BRANCH_BIAS, C, BLOCK)
     normed, mean, rstd = standardise(branch, eps, mask, C)
     y = normed * _vector(WEIGHT, C, BLOCK) + _vector(BIAS, C, BLOCK)
     if SCALE is not None:
@@ -103,6 +106,7 @@ def _residual_norm_backward(
     DCOPY,
     BRANCH,
     WEIGHT,
+    BRANCH_BIAS,
     SCALE,
     MEAN,
     RSTD,
@@ -110,6 +114,7 @@ def _residual_norm_backward(
     DBRANCH,
     DWEIGHT,
     DBIAS,
+    DBRANCH_BIAS,
     rows,
     rows_per_sample,
     tiles,
@@ -123,9 +128,12 @@ def _residual_norm_backward(
     weight = _vector(WEIGHT, C, BLOCK)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    dlast = tl.zeros([ROWS, BLOCK], tl.float32)
     for number in tl.range(program, tiles, programs, num_stages=STAGES):
         row, inside, at, mask = locate(rows, C, ROWS, BLOCK, number)
         branch = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
+        if BRANCH_BIAS is not None:
+            branch += _vector(BRANCH_BIAS, C, BLOCK)
         if DY is not None:
             dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
             if DCOPY is not None:
@@ -142,10 +150,14 @@ def _residual_norm_backward(
         dweight += dy * normed
         dbias += dy
         dbranch = _norm_gradient(dy * weight, normed, rstd, C)
+        if BRANCH_BIAS is not None:
+            dlast += dbranch
         tl.store(DBRANCH + at, dbranch.to(DBRANCH.dtype.element_ty), mask=mask)
     channel = tl.arange(0, BLOCK)
     tl.store(DWEIGHT + program * C + channel, tl.sum(dweight, 0), mask=channel < C)
     tl.store(DBIAS + program * C + channel, tl.sum(dbias, 0), mask=channel < C)
+    if BRANCH_BIAS is not None:
+        tl.store(DBRANCH_BIAS + program * C + channel, tl.sum(dlast, 0), mask=channel < C)
 
 
 @triton.jit
@@ -248,6 +260,7 @@ def residual_norm_forward(
     branch: Tensor,
     weight: Tensor,
     bias: Tensor,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     eps: float,
     dtype: torch.dtype,
@@ -265,6 +278,7 @@ def residual_norm_forward(
             branch,
             weight,
             bias,
+            branch_bias,
             scale,
             y,
             None if copy is None else narrow,
@@ -283,23 +297,26 @@ def residual_norm_backward(
     dcopy: Tensor | None,
     branch: Tensor,
     weight: Tensor,
+    branch_bias: Tensor | None,
     scale: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dx: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches; arguments and results as of `fd_large::residual_norm_backward`."""
     width, rows = branch.shape[-1], _rows(branch)
     total = branch.new_empty(0) if dx is None else torch.empty_like(branch, dtype=dx)
     dbranch = torch.empty_like(branch)
     constants, loop, programs = _loop(rows, width)
     dweight, dbias = (branch.new_empty(programs, width, dtype=torch.float32) for _ in range(2))
+    dlast = None if branch_bias is None else torch.empty_like(dweight)
     with on_device(branch):
         _residual_norm_backward[(programs,)](
             dy,
             dcopy,
             branch,
             weight,
+            branch_bias,
             scale,
             mean,
             rstd,
@@ -307,12 +324,14 @@ def residual_norm_backward(
             dbranch,
             dweight,
             dbias,
+            dlast,
             rows,
             rows // branch.shape[0],
             *loop,
             **constants,
         )
-    return total, dbranch, _summed(dweight, weight), _summed(dbias, weight)
+    last = branch.new_empty(0) if dlast is None else _summed(dlast, branch_bias)
+    return total, dbranch, _summed(dweight, weight), _summed(dbias, weight), last
 
 
 def add_norm_forward(

@@ -28,6 +28,8 @@ class HierarchicalBackbone(nn.Module):
     calls `_finish`, so that parameters stand in the order of the published nets.
 
     Attributes:
+        in_two_dtypes: Whether stages take the residual stream as a pair: as it is, and in the
+            dtype of the matrix products.
         width: Channels of the map.
         stride: Pixels per token of the map, each way.
         num_prefix_tokens: 0.
@@ -35,6 +37,7 @@ class HierarchicalBackbone(nn.Module):
     """
 
     num_prefix_tokens = 0
+    in_two_dtypes = False
     layers: nn.ModuleList
 
     def __init__(
@@ -192,18 +195,26 @@ class HierarchicalBackbone(nn.Module):
         if self.size_rule == "pad":
             p = self.patch_size
             images = F.pad(images, (0, -width % p, 0, -height % p))
-        dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
-        x = self.patch_embed(images, dtype)  # (B, H/p, W/p, C)
-        if self.absolute_pos_embed is not None:
-            x = x + self._positions(x).to(dtype)
+        stream = self._patches(images)
         site = 0
         for stage, depth in zip(self.layers, self.depths, strict=True):
             sites = slice(site, site + 2 * depth)
-            x = stage(x, None if scales is None else scales[sites])
-            yield x
+            stream = stage(stream, None if scales is None else scales[sites])
+            yield stream[0] if self.in_two_dtypes else stream
             if stage.downsample is not None:
-                x = stage.downsample(x)
+                stream = stage.downsample(stream)
             site += 2 * depth
+
+    def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the stream's start, (B, H/p, W/p, C)."""
+        compute = self.patch_embed.proj.weight.dtype
+        dtype = residual_dtype(self.residual, compute)
+        stream = self.patch_embed(images, dtype, compute if self.in_two_dtypes else None)
+        if self.absolute_pos_embed is None:
+            return stream
+        x = stream[0] if self.in_two_dtypes else stream
+        x = x + self._positions(x).to(dtype)
+        return (x, x.to(compute)) if self.in_two_dtypes else x
 
     def _positions(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[1:3]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.kernels.residual_norm import add_norm, layer_norm, residual_norm
+from fd_large.kernels.linear_gelu import ACTIVATIONS, Activation, linear_gelu
+from fd_large.kernels.residual_norm import (
+    add_norm,
+    layer_norm,
+    residual_norm,
+    stream_norm,
+    takes_bias,
+)
 from fd_large.models.initialization import Draw, Scheme, fill
 
 
@@ -34,6 +42,34 @@ class Linear(nn.Linear):
         """Maps (..., in) to (..., out); `bias` (out,) stands in for a layer that owns none."""
         bias = self.bias if bias is None else bias
         return F.linear(x.to(self.weight.dtype), self.weight, bias)
+
+
+class LinearGelu(Linear):
+    """A linear layer with its activation, in one module, so that its weights are whole for both."""
+
+    def __init__(self, in_features: int, out_features: int, *, draw: Draw, activation: Activation):
+        super().__init__(in_features, out_features, draw=draw)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in) to (..., out)."""
+        x = x.to(self.weight.dtype)
+        return linear_gelu(x, self.weight, self.bias, activation=self.activation)
+
+
+class BranchEnd(Linear):
+    """The last linear layer of a branch, whose bias may be left to the norm that takes the branch.
+
+    With fused kernels that saves the bias's gradient a pass of its own.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Maps (..., in) to (..., out) and the (out,) that is still to be added; None: nothing."""
+        x = x.to(self.weight.dtype)
+        if takes_bias(x, self.out_features):
+            # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
+            return F.linear(x, self.weight), self.bias.clone()
+        return F.linear(x, self.weight, self.bias), None
 
 
 class Float32Linear(Linear):
@@ -65,19 +101,36 @@ class LayerNorm(nn.Module):
         nn.init.constant_(self.weight, self.initial_weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Normalises (..., C); the result has `dtype`, by default that of x."""
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
+    def forward(
+        self, x: Tensor, dtype: torch.dtype | None = None, copy: torch.dtype | None = None
+    ) -> Any:
+        """Normalises (..., C); the result has `dtype`, by default that of x.
+
+        With a dtype `copy` it is a pair: the result, and the same in that dtype.
+        """
+        if copy is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
+        return stream_norm(x, self.weight, self.bias, self.eps, dtype=dtype, copy=copy)
 
 
 class ResidualNorm(LayerNorm):
     """The post-norm residual of SwinV2 in one module, so that its weight is whole where used."""
 
     def forward(
-        self, x: Tensor, branch: Tensor, scale: Tensor | None, dtype: torch.dtype
+        self,
+        x: Tensor,
+        branch: tuple[Tensor, Tensor | None],
+        scale: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Returns x + scale * LayerNorm(branch), (B, ..., C), in the dtype of x and in `dtype`."""
-        return residual_norm(x, branch, self.weight, self.bias, self.eps, scale, copy=dtype)
+        """Returns x + scale * LayerNorm(branch), (B, ..., C), in the dtype of x and in `dtype`.
+
+        The branch is what `BranchEnd` returns.
+        """
+        values, rest = branch
+        return residual_norm(
+            x, values, self.weight, self.bias, self.eps, scale, copy=dtype, branch_bias=rest
+        )
 
 
 class AddNorm(LayerNorm):
@@ -112,10 +165,17 @@ class PatchEmbed(nn.Module):
         self.proj = PatchConvolution(in_chans, embed_dim, patch_size, bias=bias, scheme=scheme)
         self.norm = None if norm_eps is None else LayerNorm(embed_dim, norm_eps)
 
-    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`; a remainder of pixels is dropped."""
+    def forward(
+        self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None
+    ) -> Any:
+        """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`; a remainder of pixels is dropped.
+
+        With a dtype `copy` it is a pair: the result, and the same in that dtype.
+        """
         x = self.proj(images).permute(0, 2, 3, 1)
-        return x.to(dtype) if self.norm is None else self.norm(x, dtype)
+        if self.norm is not None:
+            return self.norm(x, dtype, copy)
+        return x.to(dtype) if copy is None else (x.to(dtype), x.to(copy))
 
 
 class PatchConvolution(nn.Conv2d):
@@ -136,34 +196,45 @@ class PatchConvolution(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps (B, in, H, W) to (B, C, H/p, W/p) in the dtype of the weight."""
-        return super().forward(images.to(self.weight.dtype))
+        # Channels last, because tokens are: the map is then no copy of the convolution's result.
+        images = images.to(self.weight.dtype, memory_format=torch.channels_last)
+        return super().forward(images)
 
 
 class Mlp(nn.Module):
-    """Linear, activation, linear."""
+    """Linear, activation, linear.
 
-    def __init__(self, width: int, hidden: int, *, draw: Draw, end: Draw, activation: str = "gelu"):
+    Args:
+        width: C.
+        hidden: Between the two.
+        draw: Of the first layer's weight.
+        end: Of the last layer's.
+        activation: "gelu" or "quick_gelu".
+        last: The last layer's class; what it returns the MLP returns.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        draw: Draw,
+        end: Draw,
+        activation: str = "gelu",
+        last: type[Linear] = Linear,
+    ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ConfigError(
                 f"activation: no such function; got {activation!r}, "
                 f"{nearest(activation, ACTIVATIONS)}. Use one of these."
             )
-        self.fc1 = Linear(width, hidden, draw=draw)
-        self.fc2 = Linear(hidden, width, draw=end)
-        self.activation = activation
+        self.fc1 = LinearGelu(width, hidden, draw=draw, activation=activation)
+        self.fc2 = last(hidden, width, draw=end)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Maps (..., C) to (..., C)."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI CLIP's approximation x sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+        return self.fc2(self.fc1(x))
 
 
 def residual_dtype(choice: str, compute: torch.dtype) -> torch.dtype:

@@ -18,7 +18,14 @@ from fd_large.errors import ConfigError
 from fd_large.kernels.window_attention import Memory, window_attention
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.models.initialization import Draw, Initialization, Scheme, scheme
-from fd_large.models.layers import Float32Linear, LayerNorm, Linear, Mlp, ResidualNorm
+from fd_large.models.layers import (
+    BranchEnd,
+    Float32Linear,
+    LayerNorm,
+    Linear,
+    Mlp,
+    ResidualNorm,
+)
 from fd_large.models.windows import coordinate_table, fit_window, window_shift
 
 _CPB_HIDDEN = 512
@@ -58,6 +65,8 @@ class SwinV2(HierarchicalBackbone):
 
     Raises: ConfigError: for values that do not fit each other.
     """
+
+    in_two_dtypes = True
 
     def __init__(
         self,
@@ -175,21 +184,25 @@ class Stage(nn.Module):
         self.downsample = Downsample(width, norm_eps, scheme) if merge else None
         self.position_bias = PositionBias(num_heads, scheme) if shared_position_bias else None
 
-    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape.
+    def forward(
+        self, stream: tuple[Tensor, Tensor], scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps a pair of (B, H, W, C) to the same shapes.
 
         Args:
-            x: (B, H, W, C).
+            stream: The residual stream, and the same in the dtype of the weights.
             scales: (2 * depth, B) float32, drop path's factors; None: none.
         """
+        x, narrow = stream
         window = fit_window(*x.shape[1:3], self.window_size)
         where = (window, self.pretrained_window, x.device)
         shared = None if self.position_bias is None else self.position_bias(*where)
         for i, block in enumerate(self.blocks):
             # Here, where no activation checkpoint makes it a second time.
             table = block.attn.cpb_mlp.table(*where) if shared is None else shared
-            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table)
-        return x
+            sites = None if scales is None else scales[2 * i : 2 * i + 2]
+            x, narrow = block(x, narrow, sites, table)
+        return x, narrow
 
 
 class Block(nn.Module):
@@ -235,17 +248,20 @@ class Block(nn.Module):
             end=end,
         )
         self.norm1 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
-        self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=end)
+        self.mlp = Mlp(
+            width, int(width * mlp_ratio), draw=scheme.linear, end=end, last=BranchEnd
+        )
         self.norm2 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
         self.extra_norm = LayerNorm(width, norm_eps) if extra_norm else None
 
     def forward(
-        self, x: Tensor, scales: Tensor | None, position_table: Tensor
-    ) -> Tensor:
-        """Maps (B, H, W, C) to the same shape.
+        self, x: Tensor, narrow: Tensor, scales: Tensor | None, position_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Maps (B, H, W, C) to the same shape, in both dtypes.
 
         Args:
             x: (B, H, W, C), the residual stream.
+            narrow: The same in the dtype of the weights.
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
             position_table: ((2w - 1)^2, h) float32, of the block or its stage.
         """
@@ -253,12 +269,14 @@ class Block(nn.Module):
         window = fit_window(height, width, self.window_size)
         shift = window_shift(height, width, self.window_size, self.index)
 
-        compute = self.attn.qkv.weight.dtype
-        branch = self.attn(x.to(compute), window, shift, position_table)
         first, second = (None, None) if scales is None else scales
-        x, narrow = self.norm1(x, branch, first, compute)
-        x, _ = self.norm2(x, self.mlp(narrow), second, x.dtype)
-        return x if self.extra_norm is None else self.extra_norm(x)
+        branch = self.attn(narrow, window, shift, position_table)
+        x, narrow = self.norm1(x, branch, first, narrow.dtype)
+        branch = self.mlp(narrow)
+        if self.extra_norm is None:
+            return self.norm2(x, branch, second, narrow.dtype)
+        x, _ = self.norm2(x, branch, second, None)
+        return self.extra_norm(x, x.dtype, narrow.dtype)
 
 
 class CosineAttention(nn.Module):
@@ -287,10 +305,12 @@ class CosineAttention(nn.Module):
             self.q_bias, self.v_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
             nn.init.zeros_(self.q_bias)
             nn.init.zeros_(self.v_bias)
-        self.proj = Linear(width, width, draw=end)
+        self.proj = BranchEnd(width, width, draw=end)
 
-    def forward(self, x: Tensor, window: int, shift: int, position_table: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to the same shape.
+    def forward(
+        self, x: Tensor, window: int, shift: int, position_table: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps (B, H, W, C) to the same shape, and what `BranchEnd` leaves.
 
         Args:
             x: (B, H, W, C).
@@ -368,6 +388,7 @@ class Downsample(PatchMerging):
         self.reduction = Linear(4 * width, 2 * width, draw=scheme.linear, bias=False)
         self.norm = LayerNorm(2 * width, norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""
-        return self.norm(self.reduction(super().forward(x)), x.dtype)
+    def forward(self, stream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps a pair of (B, H, W, C) to a pair of (B, ceil(H/2), ceil(W/2), 2C)."""
+        x, narrow = stream
+        return self.norm(self.reduction(super().forward(narrow)), x.dtype, narrow.dtype)

@@ -77,10 +77,11 @@ def peak_of(load: Workload, setting: Setting, machine: Machine) -> Peak:
         keep_maps=not machine.fused and not machine.recomputes_attention,
         checkpoint_every=run.student.checkpoint_every if setting.checkpointing else 0,
     )
+    tables = traffic.tables_kept(run.student_architecture(), image_size=run.data.image_size)
     return Peak(
         states=states,
         teacher=device.teacher,
-        activations=kept * setting.micro_batch_size,
+        activations=kept * setting.micro_batch_size + tables,
         buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),
     )
 

@@ -6,7 +6,8 @@ a norm of a bfloat16 branch onto a float32 stream reads 4 + 2 and writes 4 bytes
 are the counts of benchmarks/roofline.py, and a test holds them to it.
 
 Rules of the count: each operation reads every distinct input once and writes every new output once;
-views are free; there is no cache.
+views are free; there is no cache. What a step moves once, whatever its batch (position tables,
+partial sums of gradients), is left out: 2% of the G net's bytes at 32 images.
 
 "fused" is one pass each for residual and norm, and for everything between the qkv and the output
 projection; "reference" is plain torch.
@@ -14,10 +15,12 @@ projection; "reference" is plain torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fd_large.plan.parameters import POSITION_BIAS_WIDTH
 from fd_large.plan.rates import CLASSES
 from fd_large.recipes.architectures import Architecture
 
@@ -90,19 +93,19 @@ def _both(forward: Per, backward: Per) -> tuple[Per, Per, Per]:
 # has the compute type.
 COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
     ("fused", "swinv2", True): _counts(
-        (28, 52, 12),
-        (16, 16, 0),
+        (24, 28, 12),
+        (12, 8, 0),
         _both(Per(8, 14), Per(16, 50)),
         kept=Per(32, 4),
     ),
     ("fused", "vit", True): _counts(
-        (28, 61, 18),
+        (28, 52, 18),
         (10, 18, 0),
         _both(Per(8, 5), Per(17, 80)),
         kept=Per(40, 4),
     ),
     ("fused", "swin", True): _counts(
-        (28, 62, 18),
+        (28, 54, 18),
         (10, 18, 0),
         _both(Per(8, 5), Per(16, 30)),
         kept=Per(40, 4),
@@ -152,14 +155,19 @@ COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
 }
 # Exact GELU on the 4 C channels of the MLP: forward reads and writes, backward reads two.
 ACTIVATION = {"forward": 2, "backward": 3, "inference": 2}
-# Three operations forward, where no kernel fuses them; a teacher's.
+# Three operations forward, where no kernel fuses them; a teacher's. Backward is no student's.
 QUICK_GELU = 7
 # Per input token and channel: patch embedding and merging; per output token and channel: final
 # norm, projection and loss. Small beside the blocks. With a float32 stream, and with one of the
 # compute type.
 _ENDS = {
-    True: {"forward": (14, 21, 72), "backward": (18, 23, 48)},
-    False: {"forward": (4, 6, 68), "backward": (6, 7, 42), "inference": (4, 6, 4)},
+    True: {"forward": (14, 21, 64), "backward": (18, 23, 42)},
+    False: {"forward": (4, 6, 60), "backward": (6, 7, 36), "inference": (4, 6, 4)},
+}
+# Where the same kernel writes the stream in both types.
+_FUSED_ENDS = {
+    True: {"forward": (8, 8, 64), "backward": (10, 9, 24)},
+    False: {"forward": (4, 6, 60), "backward": (8, 8, 18), "inference": (4, 6, 4)},
 }
 # A value of a pixel from uint8 to the normalised one: for the student and for the teacher.
 _PIXEL = 2 * 35
@@ -209,7 +217,9 @@ def moved(
         return total
     counts = counts_of(architecture, kernels, bfloat16)
     size = 2 if bfloat16 else 4
-    ends = _ENDS[float32_stream][phase]
+    fused = kernels == "fused" and bfloat16
+    both = fused and architecture.family == "swinv2"
+    ends = (_FUSED_ENDS if both else _ENDS)[float32_stream][phase]
     first = last = None
     for stage in stages(architecture, image_size):
         first, last = first or stage, stage
@@ -222,7 +232,8 @@ def moved(
         total["stream"] += _of(stream, stage)
         total["attention"] += _of(attention, stage)
         hidden = architecture.mlp_ratio * stage.width
-        passes = QUICK_GELU if architecture.activation == "quick_gelu" else ACTIVATION[phase]
+        quick = architecture.activation == "quick_gelu" and not fused
+        passes = QUICK_GELU if quick else ACTIVATION[phase]
         total["activation"] += passes * size * stage.tokens * hidden * stage.depth
         if stage is not first:
             total["stream"] += ends[1] * stage.tokens * 2 * stage.width
@@ -257,7 +268,9 @@ def kept(
         checkpoint_every: Each k-th block keeps its input only; 0: none does.
     """
     counts = counts_of(architecture, kernels, bfloat16)
-    stream = 4 if float32_stream or not bfloat16 else 2
+    inputs = 4 if float32_stream or not bfloat16 else 2
+    if architecture.family == "swinv2" and bfloat16 and float32_stream:
+        inputs += 2  # A block takes the stream in the compute type too.
     total = largest = 0.0
     for stage in stages(architecture, image_size):
         block = _of(counts.kept, stage) / stage.depth
@@ -267,8 +280,24 @@ def kept(
             block -= 4 * stage.tokens * stage.width
         largest = max(largest, block)
         saved = stage.depth // checkpoint_every if checkpoint_every else 0
-        total += (stage.depth - saved) * block + saved * stream * stage.tokens * stage.width
+        total += (stage.depth - saved) * block + saved * inputs * stage.tokens * stage.width
     return total + (largest if checkpoint_every else 0.0)
+
+
+def tables_kept(architecture: Architecture, *, image_size: int) -> float:
+    """Returns the bytes of SwinV2's position biases kept for backward, whatever the batch.
+
+    They are made once a step, outside of the blocks, so that no checkpoint makes them again: the
+    hidden layer of each MLP, the sigmoid, and the table.
+    """
+    if architecture.family != "swinv2":
+        return 0.0
+    total = 0.0
+    for stage in stages(architecture, image_size):
+        offsets = (2 * math.isqrt(stage.group) - 1) ** 2
+        nets = 1 if architecture.shared_position_bias else stage.depth
+        total += nets * offsets * 4 * (POSITION_BIAS_WIDTH + 2 * stage.heads)
+    return total
 
 
 def counts_of(architecture: Architecture, kernels: Kernels, bfloat16: bool) -> Counts:

@@ -323,9 +323,15 @@ class Eval:
     every: int = 0
     # Views that an evaluation takes, fixed ones, spread over the images.
     views: int = 256
+    # Labelled pictures in train/ and val/ or test/, on which a distilled student is tested by its
+    # nearest neighbours as it trains (evaluate says how); empty: none.
+    knn_root: str = ""
+    # Updates between two such tests; 0: only before the first update and after the last.
+    knn_every: int = 0
 
     def __post_init__(self):
         check_types(self, "eval")
+        at_least("eval.knn_every", self.knn_every, 0, "updates")
         at_least("eval.every", self.every, 0, "updates")
         at_least("eval.views", self.views, 1, "views")
 

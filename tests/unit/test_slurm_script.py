@@ -59,6 +59,8 @@ class Script:
             "LOG_DIR": str(scratch / "logs"),
             "DATA_ROOT": str(scratch),
             "TEACHER_SOURCE": "random",
+            "COCO_ROOT": str(scratch),
+            "STUDENT_INIT": str(scratch),
             "RUNNING": "JobState=RUNNING Reason=None Requeue=1 PreemptTime=None",
             "skip": "0",
         }
@@ -85,6 +87,7 @@ class Script:
         """What a run leaves in its folder."""
         self.run_dir.mkdir()
         recipe = {"data": {"root": data}, "teacher": {"source": teacher}}
+        recipe["task"] = {"name": "distillation"}
         for name, found in (("environment", {"command": command}), ("recipe", recipe)):
             (self.run_dir / f"{name}.json").write_text(json.dumps(found, indent=1))
 
@@ -146,8 +149,16 @@ def test_the_vit_script_takes_another_recipe(script: Script) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["fd_swinv2g", "fd_vit"])
-@pytest.mark.parametrize("empty", ["DATA_ROOT", "TEACHER_SOURCE"])
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("fd_swinv2g", "DATA_ROOT"),
+        ("fd_swinv2g", "TEACHER_SOURCE"),
+        ("fd_vit", "DATA_ROOT"),
+        ("coco_swinv2g", "COCO_ROOT"),
+        ("coco_swinv2g", "STUDENT_INIT"),
+    ],
+)
 def test_an_empty_site_setting_is_one_sentence(name: str, empty: str, script: Script) -> None:
     code, said = script.run(name=name, **{empty: ""})
     assert code == 2
@@ -155,6 +166,16 @@ def test_an_empty_site_setting_is_one_sentence(name: str, empty: str, script: Sc
     assert said.count("\n") == 1
     assert not (script.scratch / "ranks").exists()
     assert script.requeues() == 0
+
+
+def test_detection_has_a_data_set_and_a_student_and_no_teacher(script: Script) -> None:
+    code, said = script.run(name="coco_swinv2g")
+    assert code == 0, said
+    words, root = script.words(), str(script.scratch)
+    assert words[words.index("--data.root") :][:4] == [
+        *("--data.root", root, "--student.init", root)
+    ]
+    assert "--teacher.source" not in words
 
 
 def test_an_override_stands_in_for_a_site_setting(script: Script) -> None:

@@ -118,6 +118,19 @@ def test_pictures_without_objects_stay_for_evaluation(tmp_path):
     assert [len(opened.objects(index).crowd_boxes) for index in range(2)] == [0, 1]
 
 
+def test_labels_count_categories_by_rising_id_whatever_their_order(tmp_path):
+    entries = [annotation(1, 5, [1, 1, 9, 9], category_id=7)]
+    root = write_set(tmp_path, entries, sizes=SIZES)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].reverse()
+    path.write_text(json.dumps(content))
+    opened = open_coco(str(root), "train")
+    assert opened.category_ids == (3, 7, 90)
+    assert opened.category_names == ("cat", "dog", "brush")
+    assert opened.objects(0).labels.tolist() == [1]
+
+
 def test_run_lengths_compressed_and_not_are_one_mask(tmp_path):
     expected = np.zeros((40, 60), dtype=np.uint8)
     expected[3:9, 4:8] = 1

@@ -203,7 +203,8 @@ def test_no_detections_and_nothing_to_detect(val):
     assert kinds["box"].curves == {0.5: (), 0.75: ()}
 
 
-def test_scoring_changes_neither_truth_nor_results(coco_tiny, val):
+def test_scoring_changes_neither_truth_nor_results(coco_tiny):
+    val = read_ground_truth(str(coco_tiny / "annotations" / "instances_val.json"))
     results = as_detections(coco_tiny)[:30]
     before = copy.deepcopy((val, results))
     score(val, results)

@@ -73,6 +73,8 @@ def test_jitter_draws_sizes_evenly_places_everywhere_and_flips_half():
     assert abs(np.mean([view.flipped for view in views]) - 0.5) < 0.03
     large = [view for view in views if view.resized[0] > 150]
     places = np.array([view.box[0] / (view.resized[0] - 100) for view in large])
+    beside = np.array([view.box[1] / (view.resized[1] - 100) for view in large])
+    assert abs(np.corrcoef(places, beside)[0, 1]) < 0.1
     assert places.min() < 0.02
     assert places.max() == 1
     assert abs(places.mean() - 0.5) < 0.03

@@ -48,6 +48,10 @@ NETS: dict[str, tuple[Any, tuple[int, int]]] = {
     "timm eva, rope": (partial(TimmBackbone, "eva02_tiny_patch14_224", stride=14), (224, 224)),
     "timm swin": (partial(TimmBackbone, "swin_small", stride=8), (64, 64)),
     "timm swinv2": (partial(TimmBackbone, "swinv2_small", stride=8), (64, 64)),
+    "timm vit, relative": (
+        partial(TimmBackbone, "vit_relpos_small_patch16_224", stride=16),
+        (224, 224),
+    ),
     "timm swin, padded": (partial(TimmBackbone, "swin_padded", stride=8), (72, 72)),
 }
 SMALL = {
@@ -219,3 +223,21 @@ def test_a_convolutional_net_has_no_attention() -> None:
     with torch.no_grad(), maps_to(lambda name, *_: seen.append(name), net, (4, 4)):
         net(torch.randn(1, 3, 64, 64))
     assert not seen
+
+
+def test_windows_of_an_unknown_kind_are_left_out() -> None:
+    # MaxViT's windows have as many tokens as its last map.
+    net = TimmBackbone("test_maxvit", stride=32).eval()
+    seen: list[tuple[str, int]] = []
+    size = net.fixed_size[0]
+    with torch.no_grad(), maps_to(
+        lambda name, maps, places: seen.append((name, len(maps))), net, net.grid(size, size)
+    ):
+        net(torch.randn(2, 3, size, size))
+    last = max(int(name.split(".")[2]) for name, _ in named_attention(net))
+    assert seen
+    assert all(name.startswith(f"net.stages.{last}.") and batch == 2 for name, batch in seen)
+
+
+def named_attention(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in net.named_modules() if "Attention" in type(m).__name__]

@@ -11,7 +11,12 @@ import torch
 from PIL import Image
 
 from fd_large import cli
+from fd_large.diagnose.attention import maps_to
+from fd_large.diagnose.measures import prefix_share
+from fd_large.diagnose.nets import open_subject
+from fd_large.diagnose.places import Places
 from fd_large.diagnose.sample import Sample
+from fd_large.models.statistics import OPENAI_CLIP, normalise
 from fd_large.report.diagnosis import short
 from fd_large.report.diagnosis_page import SENTENCES
 
@@ -90,6 +95,21 @@ def test_figures_do_not_depend_on_the_batches(vit_weights: Path, tmp_path: Path)
     for one, other in zip(attention("9"), attention("4"), strict=True):
         for name in ("distance_pixels", "prefix_share", "head_similarity", "translation_score"):
             numpy.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_each_net_sees_images_by_its_own_statistics(found, vit_weights: Path) -> None:
+    _, diagnosis, _ = found
+    subject = open_subject(str(vit_weights))
+    shares = []
+
+    def note(name: str, attention: torch.Tensor, places: Places) -> None:
+        shares.append(prefix_share(attention, places))
+
+    for views in Sample(ROOT, 9).batches(1, [32]):
+        with torch.no_grad(), maps_to(note, subject.net, (4, 4)):
+            subject.net(normalise(views[32], OPENAI_CLIP))
+    for share, layer in zip(shares, diagnosis["models"][1]["attention"], strict=True):
+        numpy.testing.assert_allclose(layer["prefix_share"], share.mean(0), rtol=1e-4)
 
 
 def test_a_convolutional_net_has_landscape_and_cka_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 CHECKED = [
     "residual_norm, 2048 channels, float32 stream",
     "residual_norm, 2048 channels, two rows",
+    "bias_gelu, 8192 channels",
     "whitened_loss, 4096 channels, bfloat16",
     "whitened_loss, 768 channels, two rows",
     "window_attention, window 12, shift 6",

@@ -92,23 +92,26 @@ def add_norm_reference(x, f, w, b, scale, gamma, dtype=None):
     weight=st.sampled_from(DTYPES),
     copy=st.sampled_from([None, *DTYPES]),
     scaled=st.booleans(),
+    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_residual_norm(shape, stream, branch, weight, copy, scaled, seed, device):
-    (x, f, w, b, _), scale = tensors(shape, stream, branch, weight, device, seed)
+def test_residual_norm(shape, stream, branch, weight, copy, scaled, biased, seed, device):
+    (x, f, w, b, last), scale = tensors(shape, stream, branch, weight, device, seed)
     scale = scale if scaled else None
 
-    def kernel(x, f, w, b):
-        y, copied = rn.residual_norm(x, f, w, b, 1e-5, scale, copy=copy)
+    def kernel(x, f, w, b, last):
+        y, copied = rn.residual_norm(
+            x, f, w, b, 1e-5, scale, copy=copy, branch_bias=last if biased else None
+        )
         return y, None if copied is y else copied
 
-    def reference(x, f, w, b):
-        y = rn.residual_norm_reference(x, f, w, b, 1e-5, scale)
-        if copy is None or copy == stream:
+    def reference(x, f, w, b, last):
+        y = rn.residual_norm_reference(x, f, w, b, 1e-5, scale, last if biased else None)
+        if copy is None:
             return y, None
         return y, y.to(copy) if y.dtype != torch.float64 else y.clone()
 
-    compare(kernel, reference, (x, f, w, b), seed)
+    compare(kernel, reference, (x, f, w, b, last), seed)
 
 
 @cases
@@ -164,14 +167,33 @@ def test_add_norm(shape, stream, branch, weight, out, scaled, with_gamma, with_n
     compare(kernel, reference, inputs, seed)
 
 
+@pytest.mark.parametrize("copy", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_the_stream_in_two_dtypes(dtype, copy, device):
+    (x, _, w, b, _), _ = tensors((2, 7, 100), torch.bfloat16, *[torch.bfloat16] * 2, device, 10)
+
+    def reference(x, w, b):
+        exact = x.dtype == torch.float64
+        y = rn.layer_norm_reference(x, w, b, 1e-6, x.dtype if exact else dtype)
+        return y, y.clone() if exact else y.to(copy)
+
+    def kernel(x, w, b):
+        return rn.stream_norm(x, w, b, 1e-6, dtype=dtype, copy=copy)
+
+    compare(kernel, reference, (x, w, b), 11)
+    with torch.no_grad():
+        y, copied = kernel(x, w, b)
+        assert (y is copied) == (dtype == copy)
+
+
 @pytest.mark.parametrize(("width", "rows"), [(3000, 150), (8192, 130)])
 def test_more_tiles_than_programs(width, rows, device):
     from fd_large.kernels.residual_norm_triton import PARTIALS, tile
 
     assert rows > PARTIALS * tile(width)["ROWS"]
     shape = (2, rows // 2, width)  # Some programs have two tiles, some one.
-    (x, f, w, b, gamma), scale = tensors(shape, *[torch.float32] * 3, device, 1)
-    gamma = gamma if width <= 4096 else None
+    (x, f, w, b, last), scale = tensors(shape, *[torch.float32] * 3, device, 1)
+    gamma = last.detach() if width <= 4096 else None
     compare(
         lambda x, f, w, b: rn.add_norm(x, f, w, b, 1e-6, scale, gamma),
         lambda x, f, w, b: add_norm_reference(x, f, w, b, scale, gamma),
@@ -179,9 +201,9 @@ def test_more_tiles_than_programs(width, rows, device):
         2,
     )
     compare(
-        lambda x, f, w, b: rn.residual_norm(x, f, w, b, 1e-6, scale)[:1],
-        lambda x, f, w, b: [rn.residual_norm_reference(x, f, w, b, 1e-6, scale)],
-        (x, f, w, b),
+        lambda x, f, w, b, c: rn.residual_norm(x, f, w, b, 1e-6, scale, branch_bias=c)[:1],
+        lambda x, f, w, b, c: [rn.residual_norm_reference(x, f, w, b, 1e-6, scale, c)],
+        (x, f, w, b, last),
         2,
     )
 
@@ -192,7 +214,9 @@ def test_gradients_have_the_same_bits_every_time(device):
     def gradients():
         for leaf in (x, f, w, b, gamma):
             leaf.grad = None
-        y, copy = rn.residual_norm(x, f, w, b, 1e-5, scale, copy=torch.float32)
+        y, copy = rn.residual_norm(
+            x, f, w, b, 1e-5, scale, copy=torch.float32, branch_bias=gamma
+        )
         y, normed = rn.add_norm(y, f, w, b, 1e-5, scale, gamma)
         (copy.float().sin() + y.float().cos() * normed.float()).sum().backward()
         return [leaf.grad.clone() for leaf in (x, f, w, b, gamma)]
@@ -249,9 +273,12 @@ def test_registration(name, device):
     (x, f, w, b, gamma), scale = tensors((2, 5, 48), *[torch.float32] * 3, device, 8)
     bf16 = torch.bfloat16
     op, arguments = {
-        "residual_norm": ("residual_norm", (x, f, w, b, scale, 1e-5, x.dtype, None)),
-        "residual_norm with a copy": ("residual_norm", (x, f, w, b, scale, 1e-5, x.dtype, bf16)),
-        "layer_norm": ("residual_norm", (None, f, w, b, None, 1e-5, bf16, None)),
+        "residual_norm": ("residual_norm", (x, f, w, b, None, scale, 1e-5, x.dtype, None)),
+        "residual_norm with a copy": (
+            "residual_norm",
+            (x, f, w, b, gamma, scale, 1e-5, x.dtype, bf16),
+        ),
+        "layer_norm": ("residual_norm", (None, f, w, b, None, None, 1e-5, bf16, None)),
         "add_norm": ("add_norm", (x, f, gamma, scale, w, b, 1e-5, bf16)),
         "add_branch": ("add_norm", (x, f, None, scale, None, None, 0.0, x.dtype)),
     }[name]
