@@ -1,0 +1,35 @@
+#!/bin/bash
+# Mask R-CNN on a distilled SwinV2-G (3.0B), 1536 px, under ZeRO-3 with hpZ on 96 GPUs.
+#
+#   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2g sbatch slurm/coco_swinv2g.sh
+#   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2_base \
+#       sbatch --nodes=2 slurm/coco_swinv2g.sh --recipe coco_mask_rcnn_swinv2_base
+#
+# Submit from the repository's root; data, weights and all else of the site: slurm/site.sh. The
+# options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
+# docs/clusters.md.
+
+#SBATCH --job-name=coco_swinv2g
+#SBATCH --nodes=12
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+
+cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
+if [[ ! -f slurm/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+    exit 2
+fi
+source slurm/launch.sh
+
+# shellcheck disable=SC2034 # launch reads it
+learns_from=(data.root COCO_ROOT student.init STUDENT_INIT)
+launch --recipe coco_mask_rcnn_swinv2_giant --deepspeed_config ds_configs/zero3_hpz.json \
+    --runtime.notice_seconds 300 "$@"
