@@ -307,6 +307,9 @@ class Engine:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Ranks that share a node; 0: what the launcher says.
     node_size: int = 0
+    # blocks: torch.compile of each of the student's blocks; under ZeRO-3 of what lies between the
+    # fetches of its parameters.
+    compile: Literal["off", "blocks"] = "off"
 
     def __post_init__(self) -> None:
         check_types(self, "engine")
