@@ -246,9 +246,11 @@ def test_losses_of_heads_equal_the_definition():
 @pytest.mark.parametrize("proposed", [False, True])
 def test_every_parameter_has_a_gradient_whatever_is_there(objects, proposed):
     heads, maps, strides = heads_and_maps()
-    calls = []
+    calls, sizes = [], []
     for name, module in heads.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    for head in (heads.box, heads.mask):
+        head.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     some = boxes((2, 2, 30, 30), (10, 5, 60, 40)) if proposed else NO_BOXES
     targets = batch_of(4, (64, 64), objects).targets.targets
     sums, _ = heads.sums(maps, strides, [some, NO_BOXES], targets, draws_of())
@@ -256,6 +258,7 @@ def test_every_parameter_has_a_gradient_whatever_is_there(objects, proposed):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
     modules = [name for name, _ in heads.named_modules() if name]
     assert sorted(calls) == sorted(modules)  # Each once.
+    assert min(sizes) > 0
     if objects == [0, 0]:
         assert sums["mask"] == sums["box"] == 0
         assert (sums["cls"] > 0) == proposed
