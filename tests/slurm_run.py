@@ -58,8 +58,10 @@ def start(
     updates: int,
     sbatch: tuple[str, ...] = (),
     environ: dict[str, str] | None = None,
+    script: str = "slurm/fd_swinv2g.sh",
+    flags: str = FLAGS,
 ) -> Job:
-    """Submits slurm/fd_swinv2g.sh for a run FOLDER/NAME on FOLDER/pictures."""
+    """Submits a batch script for a run FOLDER/NAME, on FOLDER/pictures unless environ has more."""
     logs, run_dir = folder / f"{name}-logs", folder / f"{name}-run"
     logs.mkdir()
     given = {
@@ -72,8 +74,8 @@ def start(
         "DS_ACCELERATOR": "cpu",
     } | (environ or {})
     number = cluster.submit(
-        *(*NODES, "--time=20", f"--output={logs}/batch.out", *sbatch, "slurm/fd_swinv2g.sh"),
-        *(*FLAGS.split(), "--optim.max_steps", updates, "--runtime.run_dir", run_dir, *words),
+        *(*NODES, "--time=20", f"--output={logs}/batch.out", *sbatch, script),
+        *(*flags.split(), "--optim.max_steps", updates, "--runtime.run_dir", run_dir, *words),
         environ=given,
     )
     return Job(number, logs, run_dir, given)

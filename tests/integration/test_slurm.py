@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import detection_twin
 import pytest
 from launch import ROOT, read_results
 from pictures import write_pictures
@@ -131,6 +132,33 @@ def test_resume_finds_a_finished_run_from_its_folder(
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0"), job.said()
     assert len(lines(job, "nothing to do")) == 1
     assert (job.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_detection_starts_from_that_run_and_goes_on_after_a_signal(
+    cluster: Cluster, folder: Path, interrupted: Interrupted
+) -> None:
+    job = start(
+        cluster,
+        folder,
+        "coco",
+        *("--batch.global_batch_size", "2", "--batch.micro_batch_size", "1"),
+        updates=6,
+        environ={
+            "COCO_ROOT": str(detection_twin.pictures(folder / "coco")),
+            "STUDENT_INIT": str(interrupted.job.run_dir),
+        },
+        script="slurm/coco_swinv2g.sh",
+        flags=detection_twin.FLAGS.replace("window_size 4", "window_size 2"),
+    )
+    cluster.wait(job.number, lambda shown: updates_done(job.run_dir) >= 2)
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
+    shown = cluster.wait(job.number, ended)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), job.said()
+    assert len(losses(job.run_dir)) == 6
+    assert len(lines(job, "resumed after update")) == 1
+    summary = json.loads((job.run_dir / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert "box_AP" in summary
 
 
 def stand_in(folder: Path, name: str, text: str) -> Path:
