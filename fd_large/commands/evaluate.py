@@ -41,9 +41,9 @@ class Flags:
     docs/evaluation.md says what the figures mean.
     """
 
-    task: Literal["", "knn", "linear", "finetune"] = ""
-    """Nearest neighbours, a linear probe, or fine-tuning; empty: that of the first run's recipe,
-    else knn."""
+    task: Literal["", "knn", "linear", "finetune", "detection"] = ""
+    """Nearest neighbours, a linear probe, fine-tuning, or the boxes and masks of a run that detects
+    (with --data.root and --out alone); empty: that of the first run's recipe, else knn."""
     seeds: int = 1
     """Repetitions, runtime.seed and those after it; neighbours have none."""
     out: str = "evaluation"
@@ -128,22 +128,27 @@ def main(
         )
     if detects(models[0]):
         return _detection(flags, models, rest, parse)
+    from fd_large.commands import detect
+
+    if flags.task == "detection" or (not flags.task and detect.detects(models[0])):
+        return _detect(models, flags, rest)
     from fd_large.engine.nets import find_net  # torch: seconds.
 
-    given = [word.partition("=")[0].lstrip("-") for word in rest if word.startswith("--")]
-    sized = parse(["--recipe", "finetune_clip_vit_base", *rest]).data.image_size
-    image_size = sized if "data.image_size" in given else 0
+    words, others = _of_features(rest)
+    run = parse(["--recipe", "finetune_clip_vit_base", *words])
+    is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
+    image_size = run.data.image_size if is_sized else 0
     nets = [find_net(model, image_size=image_size) for model in models]
     _tell_apart(nets)
     task = flags.task or _task_of(nets[0])
     if task == "finetune":
         return _finetune(nets, flags, rest, parse, train)
-    if other := [name for name in given if name not in FEATURE_FIELDS]:
+    if others:
         raise ConfigError(
-            f"--{other[0]}: frozen features do not depend on it; got it with --task {task}, "
+            f"{others[0]}: frozen features do not depend on it; got it with --task {task}, "
             f"expected {', '.join(FEATURE_FIELDS)}. Leave it out, or set --task finetune."
         )
-    return _frozen(nets, task, flags, parse(["--recipe", "finetune_clip_vit_base", *rest]))
+    return _frozen(nets, task, flags, run)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -165,6 +170,20 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
             word = f"--{name}{word[2 + len(name) :]}"
         into.append(word)
     return models, own, rest
+
+
+def _of_features(rest: list[str]) -> tuple[list[str], list[str]]:
+    """The words that frozen features depend on, and the flags among the rest."""
+    words: list[str] = []
+    others: list[str] = []
+    into: list[str] = []
+    for word in rest:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0]
+            into = words if name in FEATURE_FIELDS else []
+            others += [] if into is words else [f"--{name}"]
+        into.append(word)
+    return words, others
 
 
 def _tyro(words: list[str]) -> Flags:
@@ -202,6 +221,18 @@ def _detection(
         )
     root = parse(["--recipe", "coco_mask_rcnn_vit_base", *rest]).data.root
     return evaluate_run(models[0], data_root=root, out=flags.out)
+
+
+def _detect(models: list[str], flags: Flags, rest: list[str]) -> int:
+    from fd_large.commands.detect import evaluate_run
+
+    root = [word.removeprefix("--data.root=") for word in rest if word != "--data.root"]
+    if len(models) > 1 or len(root) > 1 or (root and root[0].startswith("--")):
+        raise ConfigError(
+            f"evaluate: boxes of one run; got {' '.join([*models, *rest])}, expected RUN, "
+            "--data.root FOLDER and --out FOLDER. Leave out the rest."
+        )
+    return evaluate_run(models[0], data_root=root[0] if root else "", out=flags.out)
 
 
 def _task_of(net: Named) -> str:

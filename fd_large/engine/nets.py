@@ -13,7 +13,7 @@ from fd_large.checkpoint.student import serve_runs
 from fd_large.engine import partition
 from fd_large.engine.build import teacher_maker, teacher_weights
 from fd_large.engine.live_weights import load_weights
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture
 from fd_large.recipes.run import Run
@@ -68,6 +68,13 @@ def find_net(source: str, *, image_size: int = 0) -> Named:
 
     Raises: FDError: if it cannot be had.
     """
+    try:
+        return _found(source, image_size)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("--teacher.source", "net")) from None
+
+
+def _found(source: str, image_size: int) -> Named:
     serve_runs()
     folder, part = source, ""
     for ending in (_TEACHER, _SCRATCH):
