@@ -57,7 +57,7 @@ class RpnHead(nn.Module):
         return logits.float(), deltas.float()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def anchors_of(
     grids: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
