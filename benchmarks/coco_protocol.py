@@ -1,12 +1,12 @@
 """How long does the official COCO evaluation take for 5,000 pictures, ours beside pycocotools?
 
-    python benchmarks/coco_protocol.py [--quick] [--images 5000] [--per-image 100] [--rounds 3]
+    python benchmarks/coco_protocol.py [--quick] [--images 5000] [--per-image 40] [--rounds 3]
 
 The pictures and objects of `coco_tiny.tar` (FD_DATA, default ../shared/data) are repeated under new
 ids until there are 5,000 pictures; a picture's made detections are its objects shifted and resized,
-some doubled or of another class, and copies of them elsewhere, a hundred in all with boxes and
-masks. Both evaluate the same two files, boxes and masks, in turn and each in a fresh process; a
-ratio is that of neighbours. Their twelve numbers must agree to 1e-6. Writes
+some of another class, and copies of them elsewhere, forty in all with boxes and masks. Both
+evaluate the same two files, boxes and masks, in turn and each in a fresh process; a ratio is that
+of neighbours. Their twelve numbers must agree to 1e-6. Writes
 benchmarks/results/coco_protocol.json.
 """
 
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="250 pictures, one round")
     parser.add_argument("--images", type=int, default=5000, help="pictures")
-    parser.add_argument("--per-image", type=int, default=100, help="detections a picture")
+    parser.add_argument("--per-image", type=int, default=40, help="detections a picture")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "coco_protocol.json")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -227,19 +227,21 @@ def make_target(objects: PictureObjects, view: View, canvas: tuple[int, int]) ->
     kept, filled = [], []
     for number in np.flatnonzero(_large_enough(clipped)):
         if objects.segmentations:
-            mask = _fill(objects.segmentations[number], view)
+            mask, corner = _fill(objects.segmentations[number], view)
             if not mask.any():
                 continue
             if is_cut[number]:
-                clipped[number] = _intersection(_bounds(mask), clipped[number])
+                bounds = _bounds(mask) + np.tile(corner, 2)
+                clipped[number] = _intersection(bounds, clipped[number])
                 if not _large_enough(clipped[number]):
                     continue
-            filled.append(mask)
+            filled.append((mask, corner))
         kept.append(number)
     area = canvas if objects.segmentations else (0, 0)
     pixels = torch.zeros((len(kept), *area), dtype=torch.uint8)
-    for place, mask in enumerate(filled):
-        pixels[place, :height, :width] = torch.from_numpy(mask)
+    for place, (mask, (left, top)) in enumerate(filled):
+        rows, columns = mask.shape
+        pixels[place, top : top + rows, left : left + columns] = torch.from_numpy(mask)
     crowds = _intersection(view.boxes(objects.crowd_boxes), frame)
     return Target(
         boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
@@ -264,7 +266,21 @@ def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
 
 
-def _fill(segmentation: list[NDArray[np.float64]] | bytes, view: View) -> NDArray[np.uint8]:
+def _fill(
+    segmentation: list[NDArray[np.float64]] | bytes, view: View
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The mask in the smallest window around it, and the window's left and top."""
+    height, width = view.size
     if isinstance(segmentation, bytes):
-        return view.mask(masks.decompress(segmentation, *view.picture))
-    return masks.from_polygons([view.points(polygon) for polygon in segmentation], *view.size)
+        return view.mask(masks.decompress(segmentation, *view.picture)), np.zeros(2, dtype=int)
+    polygons = [view.points(polygon) for polygon in segmentation]
+    points = np.concatenate(polygons)
+    # A pixel more on either side: filling rounds to fifths of a pixel.
+    low = np.clip(np.floor(points.min(0)) - 1, 0, (width, height)).astype(int)
+    high = np.clip(np.ceil(points.max(0)) + 1, 0, (width, height)).astype(int)
+    columns, rows = (high - low).tolist()
+    if not rows or not columns:
+        return np.zeros((rows, columns), dtype=np.uint8), low
+    # Rounded, so that the difference falls on the same side of a fifth as the number itself.
+    moved = [np.round(polygon - low, 6) for polygon in polygons]
+    return masks.from_polygons(moved, rows, columns), low

@@ -168,6 +168,14 @@ def test_a_view_may_show_nothing():
     assert [tuple(part.shape) for part in target[:4]] == [(0, 4), (0,), (0, 32, 32), (0, 4)]
 
 
+def test_an_object_whose_polygon_lies_beside_its_box_and_the_view_is_dropped():
+    view = View((120, 160), (120, 160), (40, 40, 60, 60), False)
+    for left, top in ((10, 60), (130, 60), (60, 10), (60, 110)):
+        polygon = np.array([[0, 0], [9, 0], [9, 9]], dtype=float) + (left, top)
+        target = make_target(objects([[50, 50, 90, 90]], segmentations=[[polygon]]), view, (60, 60))
+        assert len(target.boxes) == len(target.masks) == 0
+
+
 def test_a_set_without_masks_keeps_cut_boxes():
     of = objects([[0, 0, 50, 50], [60, 60, 90, 90]], segmentations=[])
     target = make_target(of, View((120, 160), (120, 160), (20, 20, 60, 60), False), (60, 60))
