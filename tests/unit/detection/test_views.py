@@ -171,7 +171,8 @@ def test_a_view_may_show_nothing():
 def test_an_object_whose_polygon_lies_beside_its_box_and_the_view_is_dropped():
     view = View((120, 160), (120, 160), (40, 40, 60, 60), False)
     for left, top in ((10, 60), (130, 60), (60, 10), (60, 110)):
-        polygon = np.array([[0, 0], [9, 0], [9, 9]], dtype=float) + (left, top)
+        corners = [[left, top], [left + 9, top], [left + 9, top + 9]]
+        polygon = np.array(corners, dtype=float)
         target = make_target(objects([[50, 50, 90, 90]], segmentations=[[polygon]]), view, (60, 60))
         assert len(target.boxes) == len(target.masks) == 0
 
