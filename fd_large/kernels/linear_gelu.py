@@ -1,0 +1,118 @@
+"""A linear layer and its GELU: the product is torch's, what follows is one pass each way.
+
+The pass adds the bias and applies the function; its backward gives the product's gradient and, from
+the same reading, the bias's. Triton kernels are in `linear_gelu_triton.py`; `choose.py` says
+whether they or the plain twin run.
+
+Source: Hendrycks and Gimpel, arXiv 1606.08415; the quick form is OpenAI CLIP's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fd_large.kernels import choose
+
+Activation = Literal["gelu", "quick_gelu"]
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, activation: Activation = "gelu"
+) -> Tensor:
+    """Activation of a linear layer.
+
+    Args:
+        x: (..., in), dtype of the weight.
+        weight: (out, in).
+        bias: (out,).
+        activation: "gelu", exact; "quick_gelu": z sigmoid(1.702 z).
+
+    Returns: (..., out), dtype of the weight.
+    """
+    choice = choose.implementation(
+        "linear_gelu",
+        x.device.type,
+        width=len(bias),
+        empty=not x.numel(),
+        product=weight.dtype,
+        bias=bias.dtype,
+    )
+    if choice == "triton":
+        product = F.linear(x, weight)
+        return torch.ops.fd_large.bias_gelu(product.contiguous(), bias, activation == "quick_gelu")
+    return linear_gelu_reference(x, weight, bias, activation)
+
+
+def linear_gelu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: Activation = "gelu"
+) -> Tensor:
+    """The plain twin of `linear_gelu`."""
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation x sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
+    """Says why the kernels were not tested in a case; empty if they were."""
+    if width < 32:
+        return f"{width} channels"
+    if empty:
+        return "no rows"
+    known = (torch.float32, torch.bfloat16)
+    return ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in known)
+
+
+choose.register("linear_gelu", untested)
+
+
+@torch.library.custom_op("fd_large::bias_gelu", mutates_args=())
+def _bias_gelu(product: Tensor, bias: Tensor, quick: bool) -> Tensor:
+    """Returns the activation of product + bias; contiguous."""
+    from fd_large.kernels import linear_gelu_triton
+
+    return linear_gelu_triton.forward(product, bias, quick)
+
+
+@_bias_gelu.register_fake
+def _(product, bias, quick):
+    return torch.empty_like(product)
+
+
+@torch.library.custom_op("fd_large::bias_gelu_backward", mutates_args=())
+def _bias_gelu_backward(
+    dout: Tensor, product: Tensor, bias: Tensor, quick: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the product and of the bias."""
+    from fd_large.kernels import linear_gelu_triton
+
+    return linear_gelu_triton.backward(dout, product, bias, quick)
+
+
+@_bias_gelu_backward.register_fake
+def _(dout, product, bias, quick):
+    return torch.empty_like(product), torch.empty_like(bias)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.quick = inputs[2]
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dproduct, dbias = torch.ops.fd_large.bias_gelu_backward(
+        dout.contiguous(), *ctx.saved_tensors, ctx.quick
+    )
+    return dproduct, dbias, None
+
+
+_bias_gelu.register_autograd(_gradients, setup_context=_setup)
