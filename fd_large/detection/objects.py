@@ -195,8 +195,10 @@ def read_objects(
     by_picture: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
     has_masks = False
     for entry in content["annotations"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int):
+            raise _not_coco(path, "an annotation without image_id, a whole number")
         has_masks = has_masks or bool(entry.get("segmentation"))
-        entries = by_picture.get(entry.get("image_id"))
+        entries = by_picture.get(entry["image_id"])
         if entries is None:
             findings.add(NO_PICTURE, entry.get("id", "without id"))
         else:
@@ -277,15 +279,15 @@ class _Arrays:
         self, entry: dict[str, Any], height: int, width: int
     ) -> tuple[list[float], int, bool, list[list[float]] | bytes]:
         name = entry.get("id", "without id")
-        category = entry.get("category_id", "none")
-        if category not in self.labels_of:
+        category = entry.get("category_id")
+        if not isinstance(category, int) or category not in self.labels_of:
             raise _Unusable(NO_CATEGORY, f"{name} of {category}")
         box = entry.get("bbox")
         if not _numbers(box) or len(box) != 4:
             raise _Unusable(NO_BOX, name)
         sides = (box[0], box[1], box[0] + box[2], box[1] + box[3])
         clipped = [max(sides[0], 0), max(sides[1], 0), min(sides[2], width), min(sides[3], height)]
-        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3] or entry.get("area") == 0:
             raise _Unusable(NO_AREA, name)
         crowd = bool(entry.get("iscrowd", 0))
         segmentation: list[list[float]] | bytes = []

@@ -73,9 +73,11 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):
     entries = [
         kept,
         annotation(2, 5, [10, 10, 20, 20], category_id=4),
+        annotation(18, 5, [10, 10, 20, 20], category_id=[3]),
         annotation(3, 6, [10, 10, 20, 20]),
         annotation(4, 5, [10, 10, 0, 20]),
         annotation(5, 5, [70, 10, 20, 20]),
+        annotation(17, 5, [10, 10, 20, 20], area=0.0),
         annotation(6, 5, [50, 10, 20, 20]),
         annotation(7, 5, [59, 10, 1.4, 20]),
         annotation(8, 5, [10, 10, float("nan"), 20]),
@@ -96,9 +98,9 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):
     )
     lines = opened.findings.lines()
     for start, names in (
-        ("1 objects of a category", "2 of 4"),
+        ("2 objects of a category", "2 of 4, 18 of [3]"),
         ("1 objects of a picture", "3"),
-        ("2 objects without area", "4, 5"),
+        ("3 objects without area", "4, 5, 17"),
         ("1 boxes that leave", "6"),
         ("2 objects whose box", "8, 9"),
         ("6 objects without a usable", "10 (none), 11 (no polygon of three points), 12 (a pol"),
@@ -201,6 +203,8 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
         ("[]", "no list 'images'"),
         ('{"images": [], "annotations": []}', "no list 'categories'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "without 'file_name'"),
+        ('{"images": [], "annotations": [3], "categories": []}', "without image_id"),
+        ('{"images": [], "annotations": [{"image_id": []}], "categories": []}', "without image_id"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
             ' {"id": 1, "name": "b"}]}',
