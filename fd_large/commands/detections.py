@@ -13,6 +13,8 @@ from fd_large.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Columns of a terminal that hold two classes a line.
+WIDE = 110
 MEANINGS = {
     "AP": "mean over IoU 0.50 to 0.95",
     "AP50": "at IoU 0.50",
@@ -79,7 +81,8 @@ def numbers_table(scores: Scores) -> Table:
 
 
 def classes_table(scores: Scores) -> Table:
-    """AP and AP50 of the classes that occur, two classes a line."""
+    """AP and AP50 of the classes that occur, two classes a line where the terminal is wide."""
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="AP and AP50 of the classes that the pictures show", title_justify="left")
@@ -91,15 +94,16 @@ def classes_table(scores: Scores) -> Table:
         for kind in scores.kinds.values():
             cells += [_shown(kind.classes[place].ap), _shown(kind.classes[place].ap50)]
         lines.append(cells)
-    half = -(-len(lines) // 2)
-    for _ in range(min(2, len(lines))):
+    side_by_side = 2 if Console().width >= WIDE else 1
+    rows = -(-len(lines) // side_by_side)
+    for _ in range(side_by_side):
         table.add_column("class")
         for kind in scores.kinds:
             table.add_column(kind, justify="right")
             table.add_column(f"{kind} 50", justify="right")
-    for number in range(half):
-        other = lines[half + number] if half + number < len(lines) else []
-        table.add_row(*lines[number], *other)
+    for number in range(rows):
+        # The last line of the right half may be empty.
+        table.add_row(*(cell for line in lines[number::rows] for cell in line))
     return table
 
 
