@@ -86,7 +86,7 @@ def average_map(attention: Tensor, places: Places) -> Tensor | None:
     if not places.whole.any():
         return None
     patches = places.index[places.whole][0] >= 0
-    whole = among_patches(attention, places)[:, places.whole.to(attention.device)].mean((1, 2))
+    whole = among_patches(attention, places)[:, places.whole].mean((1, 2))
     return whole[:, patches][:, :, patches]
 
 
@@ -171,7 +171,7 @@ class LayerFigures:
     def add(self, attention: Tensor, places: Places) -> None:
         """Adds the maps (B, nW, h, T, T) of a batch."""
         self.images += len(attention)
-        self._places = places
+        self._places = places = places.to(attention.device)
         figures = {
             "distance": head_distances(attention, places),
             "prefix": prefix_share(attention, places),
@@ -193,6 +193,7 @@ class LayerFigures:
         average = self.average()
         window = self._places.window
         score = None if average is None else _or_none(translation_score(average, window))
+        spread = None if average is None else float(average.std(correction=0) / average.mean())
         distance = self._sums["distance"] / self.images * self.stride
         return {
             "layer": self.name,
@@ -204,6 +205,7 @@ class LayerFigures:
             "prefix_share": (self._sums["prefix"] / self.images).tolist(),
             "head_similarity": _or_none(float(self._sums["similarity"] / self.images)),
             "translation_score": score,
+            "average_variation": spread,
         }
 
 

@@ -18,7 +18,7 @@ from fd_large.distill.teacher import Teacher
 from fd_large.engine import partition
 from fd_large.engine.build import task_maker, teacher_maker, teacher_weights
 from fd_large.engine.live_weights import load_weights
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.models.statistics import IMAGENET, Statistics, normalise
 from fd_large.recipes import sections
@@ -109,8 +109,13 @@ def _require_teacher(run: Run, source: str) -> None:
 
 def _of_run(run: Run, reader: Reader, path: Path, source: str) -> Subject:
     # The student's weights come from the checkpoint; what they started from may be gone.
-    run = settle(replace(run, student=replace(run.student, init="")))
-    teacher = _build_teacher(run)
+    try:
+        run = settle(replace(run, student=replace(run.student, init="")))
+        teacher = _build_teacher(run)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error} Or name {source}#student, whose landscape does without the teacher."
+        ) from error
     make = task_maker(run, teacher, teacher.width)
     task = partition.build(make, {}, partitioned=False, seed=run.runtime.seed)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}

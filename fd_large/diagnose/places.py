@@ -29,6 +29,10 @@ class Places(NamedTuple):
     window: tuple[int, int]
     whole: Tensor
 
+    def to(self, device: torch.device) -> Places:
+        """The same on a device."""
+        return self._replace(index=self.index.to(device), whole=self.whole.to(device))
+
 
 def image_places(grid: tuple[int, int], num_prefix_tokens: int) -> Places:
     """All tokens of an image, prefix tokens first."""

@@ -18,6 +18,8 @@ COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, "#CC79A7", "#E69F00", "#56
 HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
+# Of the spread of an average map over its mean: little is left for a score to explain.
+NEARLY_UNIFORM = 0.1
 
 Model = dict[str, Any]
 
@@ -125,7 +127,11 @@ def _similarity(models: list[Model], averages: Any, cka: Any) -> Figure | None:
 def _score(models: list[Model], averages: Any, cka: Any) -> Figure | None:
     def draw(panel: Axes, layers: list[dict[str, Any]], colour: str) -> None:
         values = [_nan(layer["translation_score"]) for layer in layers]
-        panel.plot(range(1, len(layers) + 1), values, "o-", color=colour, markersize=4)
+        panel.plot(range(1, len(layers) + 1), values, color=colour)
+        for number, (layer, value) in enumerate(zip(layers, values, strict=True), 1):
+            uniform = _nan(layer["average_variation"]) < NEARLY_UNIFORM
+            inside = "white" if uniform else colour
+            panel.plot([number], [value], "o", color=colour, markerfacecolor=inside, markersize=5)
         panel.set_ylim(min(0, numpy.nanmin([0, *values])), 1.02)
 
     return _by_layer(models, "translation score", draw)
@@ -171,17 +177,18 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
 
 
 def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
-    one_loss = len({model["landscape"]["loss"] for model in models}) == 1
-    figure, axes = _panels(models, height=3.4, share=one_loss)
+    kinds = {model["landscape"]["loss"] for model in models}
+    figure, axes = _panels(models, height=3.4, share=len(kinds) == 1)
     for number, (panel, model) in enumerate(zip(axes, models, strict=True)):
         seen, colour = model["landscape"], COLOURS[number % len(COLOURS)]
         style.plain_axes(panel)
         for values in seen["curves"]:
             panel.plot(seen["steps"], [_nan(v) for v in values], color=colour, linewidth=1.3)
         panel.plot([0], [seen["value"]], "o", color=colour, markersize=5)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel(_STEP, fontsize=style.TEXT_SIZE)
-        if number == 0 or not one_loss:
+        low, high = _range(models, seen["loss"], lambda of: of["curves"])
+        panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+        panel.set_xlabel("step, in lengths of the weights", fontsize=style.TEXT_SIZE)
+        if number == 0 or len(kinds) > 1:
             panel.set_ylabel(f"loss: {seen['loss']}", fontsize=style.SMALL_SIZE)
     return figure
 
@@ -192,16 +199,28 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
         seen = model["landscape"]
         steps = seen["map_steps"]
         rows = numpy.array([[_nan(v) for v in row] for row in seen["map"]])
-        image = panel.contourf(steps, steps, numpy.ma.masked_invalid(rows), levels=12, cmap=HEAT)
+        levels = numpy.linspace(*_range(models, seen["loss"], lambda of: of["map"]), 13)
+        image = panel.contourf(steps, steps, numpy.ma.masked_invalid(rows), levels, cmap=HEAT)
         panel.set_aspect("equal")
+        panel.set_title(short(model["label"]), fontsize=style.TEXT_SIZE, loc="left")
         panel.plot([0], [0], "+", color="white", markersize=8)
         panel.set_xlabel("first direction", fontsize=style.TEXT_SIZE)
         panel.tick_params(colors=style.GREY, labelsize=style.SMALL_SIZE)
-        bar = figure.colorbar(image, ax=panel, shrink=0.85)
+        bar = figure.colorbar(image, ax=panel, shrink=0.85, format="%.3g")
         bar.ax.tick_params(labelsize=style.SMALL_SIZE)
         bar.set_label(f"loss: {seen['loss']}", fontsize=style.SMALL_SIZE)
     axes[0].set_ylabel("second direction", fontsize=style.TEXT_SIZE)
     return figure
+
+
+def _range(
+    models: list[Model], loss: str, rows_of: Callable[[dict[str, Any]], list[list[float | None]]]
+) -> tuple[float, float]:
+    """Of the landscapes of one kind of loss: these have a common scale, and no others."""
+    of_kind = [m["landscape"] for m in models if m["landscape"]["loss"] == loss]
+    known = [v for of in of_kind for row in rows_of(of) for v in row if v is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    return low, high if high > low else low + 1.0
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
@@ -244,7 +263,6 @@ def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure
     return figure
 
 
-_STEP = "step, in lengths of the weights"
 _PICTURES: dict[str, Callable[..., Figure | None]] = {
     "attention_distance": _distance,
     "head_similarity": _similarity,

@@ -11,7 +11,7 @@ SENTENCES = {
         "How far a head looks: the distance from a patch to what it attends to, weighted by the "
         "attention, in pixels of the images that the net gets (CLS and other prefix tokens left "
         "out); a dot is a head, the line their mean. Short distances are local heads, long ones "
-        "global; in windows no distance is longer than the window.",
+        "global; in windows none is longer than a window.",
     ),
     "head_similarity": (
         "Likeness of heads",
@@ -29,13 +29,15 @@ SENTENCES = {
         "Translation score",
         "How much of the average attention depends on the offset between two patches alone: the "
         "share of its variance that the nearest map of that kind explains. 1 is a net whose "
-        "attention, on average, is the same everywhere in the image; noise has about 0.",
+        "attention, on average, is the same everywhere in the image, noise has about 0; hollow "
+        "points are layers of nearly uniform attention, where there is little to explain.",
     ),
     "landscape": (
         "Loss landscape, curves",
-        "The loss as the weights move along random directions, each filter as far as it is long; a "
-        "line is a direction, the dot the net itself. Flat around the dot means that small changes "
-        "of the weights do little harm, which helps fine-tuning.",
+        "The loss as the weights move along random directions, each filter as far as it is long; "
+        "a line is a direction, the dot the net itself, and nets with the same loss have one "
+        "scale. Flat around the dot means that small changes of the weights do little harm, which "
+        "is thought to ease fine-tuning.",
     ),
     "landscape_map": (
         "Loss landscape, map",
@@ -83,7 +85,7 @@ def summary(model: dict[str, Any]) -> dict[str, str]:
         "likeness of heads": _number(_mean([x["head_similarity"] for x in layers])),
         "translation score": _number(_mean([x["translation_score"] for x in layers])),
         "loss": f"{landscape['value']:.4f}",
-        "loss at steps of 0.1": _number(_near(landscape), 4),
+        "loss at 0.1": _number(_near(landscape), 4),
     }
 
 

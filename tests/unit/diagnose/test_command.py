@@ -17,7 +17,6 @@ from fd_large.diagnose.nets import open_subject
 from fd_large.diagnose.places import Places
 from fd_large.diagnose.sample import Sample
 from fd_large.models.statistics import OPENAI_CLIP, normalise
-from fd_large.report.diagnosis import short
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"
@@ -130,9 +129,3 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys) -> None:
     words = ["diagnose", "x", "--data.root", ROOT, "--out", str(tmp_path / "file")]
     assert cli.main(words) == 2
     assert "--out" in capsys.readouterr().err
-
-
-def test_long_labels_are_cut() -> None:
-    assert short("a" * 30) == "a" * 30
-    assert len(short("vit_small_patch14_reg4_dinov2.lvd142m")) == 30
-

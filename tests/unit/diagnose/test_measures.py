@@ -119,6 +119,8 @@ def test_average_over_heads_and_images() -> None:
     assert figures["distance_pixels"] == pytest.approx([2 / 3 * mean, mean], rel=1e-5)
     assert figures["head_similarity"] == pytest.approx((1 / math.sqrt(N) + 1 + 1) / 3, rel=1e-5)
     assert figures["prefix_share"] == [0, 0]
+    # I / 6 + 5 / 6 U: the diagonal is 1 / 6 over the rest; sqrt(1 / N - 1 / N^2) / 6 over 1 / N.
+    assert figures["average_variation"] == pytest.approx(math.sqrt(N - 1) / 6, rel=1e-5)
 
 
 def offset_map(window: tuple[int, int], seed: int) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from stored_run import store_tensors
 
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
-from fd_large.errors import ConfigError, FDError
+from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.recipes.sections import Teacher
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -62,6 +65,29 @@ def test_the_parts_of_a_run(distillation) -> None:
     (own,) = task._teacher
     for name, parameter in teacher.net.named_parameters():
         assert torch.equal(parameter, own.net.get_parameter(name)), name
+
+
+def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
+    folder, run, task = distillation
+    run = replace(run, teacher=replace(run.teacher, source=str(tmp_path / "gone.pth")))
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
+    with pytest.raises(WeightsError, match="tiny#student, whose landscape"):
+        open_subject(str(folder))
+    assert open_subject(f"{folder}#student").loss_words == DRIFT
+
+
+def test_a_run_of_another_task_is_its_student(distillation) -> None:
+    folder, run, task = distillation
+    run = replace(run, task=replace(run.task, name="finetune"), teacher=Teacher())
+    tensors = {name: p.detach() for name, p in task.named_parameters() if "student" in name}
+    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
+    subject = open_subject(str(folder))
+    assert (subject.label, subject.loss_words) == ("tiny", DRIFT)
+    for name, parameter in subject.net.named_parameters():
+        assert torch.equal(parameter, task.student.get_parameter(name))
+    with pytest.raises(ConfigError, match="has no teacher"):
+        open_subject(f"{folder}#teacher")
 
 
 def test_weights_alone_lose_by_moving(vit_weights: Path) -> None:

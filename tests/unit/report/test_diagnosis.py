@@ -1,0 +1,117 @@
+"""Pictures and page of a diagnosis from its files alone, whatever is missing in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from fd_large.report.diagnosis import draw_diagnosis, short
+from fd_large.report.diagnosis_page import SENTENCES, summary, write_page
+
+
+def layer(name: str, **more: Any) -> dict[str, Any]:
+    return {
+        "layer": name,
+        "heads": 2,
+        "grid": [2, 2],
+        "window": [2, 2],
+        "pixels_per_token": 16,
+        "distance_pixels": [8.0, 12.0],
+        "prefix_share": [0.0, 0.0],
+        "head_similarity": 0.5,
+        "translation_score": 0.75,
+        "average_variation": 0.3,
+        **more,
+    }
+
+
+def model(label: str, attention: list[dict[str, Any]], **landscape: Any) -> dict[str, Any]:
+    seen = {
+        "loss": "change of its own map",
+        "images": 4,
+        "value": 0.0,
+        "steps": [-0.2, -0.1, 0.0, 0.1, 0.2],
+        "curves": [[0.4, 0.1, 0.0, 0.3, 0.6]],
+        "map_steps": [-0.2, 0.0, 0.2],
+        "map": [[0.5, 0.4, 0.5], [0.4, 0.0, 0.6], [0.5, 0.4, 0.5]],
+        **landscape,
+    }
+    return {
+        "label": label,
+        "source": label,
+        "net": "ViT",
+        "parameters": 1_230_000,
+        "image_size": 32,
+        "attention": attention,
+        "landscape": seen,
+    }
+
+
+def diagnosis(*models: dict[str, Any], cka: bool = True) -> dict[str, Any]:
+    rows = numpy.eye(len(models)).tolist() if cka else []
+    names = [["map"] if cka else []] * len(models)
+    return {
+        "root": "pictures",
+        "images": 4,
+        "device": "the CPU, 1 thread",
+        "seconds": 1.5,
+        "models": list(models),
+        "cka": {"layers": names, "matrix": rows},
+    }
+
+
+@pytest.fixture
+def drawn(tmp_path: Path):
+    def draw(found: dict[str, Any]) -> set[str]:
+        maps = {
+            f"model_{m}_layer_{n}": numpy.full((4, 4), 0.25, numpy.float32)
+            for m, of in enumerate(found["models"])
+            for n, figures in enumerate(of["attention"])
+            if figures["translation_score"] is not None
+        }
+        numpy.savez(tmp_path / "averages.npz", **maps)
+        pictures = draw_diagnosis(tmp_path, found)
+        page = write_page(tmp_path, found, pictures).read_text()
+        assert all(f"({picture.name})" in page and picture.exists() for picture in pictures)
+        return {picture.stem for picture in pictures}
+
+    return draw
+
+
+def test_every_picture_of_two_nets(drawn) -> None:
+    two = model("a", [layer("attn")]), model("b" * 60, [], loss="the run's own objective")
+    assert drawn(diagnosis(*two)) == set(SENTENCES)
+
+
+def test_what_is_missing_is_left_out(drawn) -> None:
+    bare = layer("attn", head_similarity=None, translation_score=None, average_variation=None)
+    one = model("a", [bare], curves=[[None, 0.1, 0.0, 0.1, None]], map=[[None] * 3] * 3)
+    pictures = drawn(diagnosis(one, cka=False))
+    assert pictures == set(SENTENCES) - {"average_attention", "cka"}
+
+
+def test_the_table_has_means_over_layers() -> None:
+    found = summary(model("a", [layer("0"), layer("1", distance_pixels=[20.0, 40.0])]))
+    assert found == {
+        "parameters": "1.23 M",
+        "images": "32 px",
+        "attention distance": "20.0 px",
+        "likeness of heads": "0.50",
+        "translation score": "0.75",
+        "loss": "0.0000",
+        "loss at 0.1": "0.2000",
+    }
+    assert summary(model("a", []))["attention distance"] == "none"
+
+
+def test_long_labels_are_cut() -> None:
+    assert short("a" * 30) == "a" * 30
+    assert len(short("vit_small_patch14_reg4_dinov2.lvd142m")) == 30
+
+
+def test_every_figure_is_explained_in_two_sentences() -> None:
+    for _, text in SENTENCES.values():
+        assert len([part for part in text.split(". ") if part]) == 2, text
