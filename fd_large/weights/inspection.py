@@ -156,6 +156,7 @@ def table(found: Inspection) -> Any:
     rows.add_row("published net", found.named or "none of the table of nets")
     if found.facts is not None:
         rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
+        rows.add_row("trained at", f"{found.facts.image_size} px")
     values = {k: v for k, v in asdict(found.architecture).items() if v is not None}
     rows.add_row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
     if found.unknown:
