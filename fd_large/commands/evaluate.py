@@ -148,6 +148,9 @@ def main(
             f"{others[0]}: frozen features do not depend on it; got it with --task {task}, "
             f"expected {', '.join(FEATURE_FIELDS)}. Leave it out, or set --task finetune."
         )
+    from fd_large.runtime import logs
+
+    logs.start(rank)
     return _frozen(nets, task, flags, run)
 
 

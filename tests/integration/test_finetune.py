@@ -114,3 +114,6 @@ def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_pa
             ours, alone = result["metrics"], result["alone"]
             assert ours["test_top1"] == alone["test_top1"]
             assert ours["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-6)
+            neighbours = result["neighbours"]
+            assert neighbours["same_rows"], f"{name}: features to the bit"
+            assert neighbours["ranks"] == neighbours["alone"]

@@ -26,11 +26,15 @@ from fd_large.engine.forward import forward_backward
 from fd_large.engine.job import Portion
 from fd_large.engine.layer_rates import by_layer
 from fd_large.engine.live_weights import load_weights
+from fd_large.engine.nets import find_net
 from fd_large.engine.optimizer import parameter_groups, set_rate
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.evaluate import knn
+from fd_large.evaluate.features import extract, pooled
 from fd_large.evaluate.finetune import FineTuning, counted
 from fd_large.evaluate.finetune_job import FineTuningJob
 from fd_large.evaluate.pictures import central_batches
+from fd_large.models.statistics import normalise
 from fd_large.recipes.run import Run
 from fd_large.weights.settle import settle
 
@@ -136,11 +140,38 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
     return weights, losses, metrics
 
 
+def neighbours(run: Run, folder: Path) -> dict[str, Any]:
+    """Features and neighbours of what is fine-tuned: of all ranks, and of one process alone."""
+    named = find_net(run.student.init)
+    net, statistics = named.build()
+    job, features = FineTuningJob(run), {}
+    parts = {"train": job.open_samples(), "test": job.test_pictures()}
+    same = True
+    for name, pictures in parts.items():
+        settings = {"image_size": named.image_size, "batch_size": TEST_BATCH}
+        features[name] = extract(net, statistics, pictures, folder / name, **settings)
+        for batch in central_batches(
+            pictures, **settings, rank=0, world_size=1, workers=0, max_pixels=2**20
+        ):
+            with torch.no_grad():
+                rows = pooled(net(normalise(batch.images, statistics)), "mean").numpy()
+            where = slice(batch.start, batch.start + len(rows))
+            same &= (features[name].rows[where] == rows).all()
+            same &= (features[name].labels[where] == batch.labels.numpy()).all()
+    percent = knn.accuracy(features["train"], features["test"], num_classes=3, k=5)
+    bank, test = knn.Bank(features["train"], 3), features["test"]
+    found = knn.predict(torch.from_numpy(test.rows), bank, k=5, temperature=0.07)
+    alone = 100 * int((found.numpy() == test.labels).sum()) / len(test.labels)
+    return {"same_rows": bool(same), "ranks": percent, "alone": alone}
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     distributed.start()
     start.start()
     serve_runs()
+    # Two pictures a block of neighbours, so that 19 are an uneven number of blocks.
+    knn.QUERY_BLOCK = 2
     results = {}
     for name in names:
         run = settle(Run.from_dict(json.loads((folder / f"{name}.json").read_text())))
@@ -158,6 +189,7 @@ def main(folder: Path, names: list[str]) -> None:
             "still": still,
             "metrics": metrics,
             "alone": tested_alone(run, weights),
+            "neighbours": neighbours(run, folder / "features" / name),
         }
     write_result(folder, results)
     distributed.barrier()
