@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fd_large import distributed
 from fd_large.errors import ConfigError
 
 MODES = ("off", "every", "offload")
@@ -42,6 +44,21 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
         else:
             block.forward = _recomputed(block.forward)
     return len(chosen)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compiles each block's forward in place, before anything wraps it; parameter names stay.
+
+    Under ZeRO-3 the hooks that fetch a module's parameters break the graph, so that the pieces
+    between them are compiled. On CPUs the pieces run in eager kernels: what a GPU's compiler would
+    be given is traced and differentiated there, which needs no C++ compiler.
+    """
+    backend = "inductor" if distributed.device().type == "cuda" else "aot_eager"
+    for block in blocks:
+        # One limit a block: their code is the same, but each has its own shifts and widths.
+        block.forward = torch.compile(
+            block.forward, backend=backend, dynamic=False, isolate_recompiles=True
+        )
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from fd_large.distill.task import Task
 from fd_large.distill.teacher import Teacher
 from fd_large.engine import config as ds
 from fd_large.engine import partition
-from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.activation import checkpoint_blocks, compile_blocks
 from fd_large.engine.gate import StepGate
 from fd_large.engine.live_weights import load_weights
 from fd_large.engine.optimizer import make_optimizer, parameter_groups
@@ -271,6 +271,8 @@ def build_engine(
     exact = partition.to_bfloat16(task) if bfloat16 else None
     if stage < 3:
         task.to(distributed.device())
+    if run.engine.compile == "blocks":
+        compile_blocks(_blocks(task))
     wrapped = checkpoint_blocks(
         _blocks(task), mode=run.student.activation_checkpointing, every=run.student.checkpoint_every
     )

@@ -320,7 +320,7 @@ def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(keys == PADDING, -torch.inf)
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def region_ids(
     height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
 ) -> Tensor:
@@ -336,6 +336,13 @@ def region_ids(
         shift: In tokens; 0: ids tell padding only.
         device: Of the result.
     """
+    return _region_ids(height, width, window, shift, device)
+
+
+@lru_cache(maxsize=256)
+def _region_ids(
+    height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
+) -> Tensor:
     rows, row_is_padding = _axis_regions(height, window[0], shift)
     columns, column_is_padding = _axis_regions(width, window[1], shift)
     ids = rows[:, None] * 3 + columns[None, :]
@@ -354,13 +361,18 @@ def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.
     return region, (position + shift) % padded >= length
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
     """Returns the table's row of every (query, key) pair of a grid: (N, N) int64.
 
     Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. A class
     token comes first and has the last three rows: CLS to any, any to CLS, CLS to itself.
     """
+    return _position_index(rows, columns, class_token, device)
+
+
+@lru_cache(maxsize=64)
+def _position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
     y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
     index = (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,8 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         engine=replace(run.engine, precision="float32"),
     )
     for section, values in sections.items():
+        if "architecture" in values:
+            values = values | {"architecture": Architecture(**values["architecture"])}
         run = replace(run, **{section: replace(getattr(run, section), **values)})
     return run
 
@@ -248,6 +251,9 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.start()
     start.start()
+    logging.basicConfig(format="%(message)s")
+    # Says what runs.
+    logging.getLogger("fd_large.kernels").setLevel(logging.INFO)
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.activation import checkpoint_blocks, compile_blocks
 from fd_large.errors import ConfigError
 from fd_large.models.swinv2 import SwinV2
 
@@ -45,6 +45,30 @@ def test_gradients_stay_and_memory_shrinks(mode, every, blocks):
     for name, gradient in expected.items():
         assert torch.equal(gradients[name], gradient), name
     assert held < (0.3 if every == 1 else 0.75) * whole
+
+
+def test_compiled_blocks_are_whole_graphs_and_give_the_same_gradients():
+    from torch._dynamo.utils import counters
+
+    def gradients(compiled):
+        torch.manual_seed(0)
+        net = SwinV2(16, (2,), (1,), window_size=4, extra_norm_every=2)
+        if compiled:
+            compile_blocks(net.blocks())
+        checkpoint_blocks(net.blocks(), mode="every")
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        net(images).tokens.square().mean().backward()
+        return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+    expected = gradients(compiled=False)
+    torch._dynamo.reset()
+    counters.clear()
+    found = gradients(compiled=True)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_names_stay():

@@ -225,8 +225,8 @@ def test_position_index_has_three_rows_for_cls(grid, rows):
 
 
 def test_tables_made_under_inference_mode_serve_training():
-    position_index.cache_clear()
-    region_ids.cache_clear()
+    module._position_index.cache_clear()
+    module._region_ids.cache_clear()
     with torch.inference_mode():
         assert not position_index(5, 5, False, CPU).is_inference()
         assert not region_ids(5, 5, (3, 3), 1, CPU).is_inference()
