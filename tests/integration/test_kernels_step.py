@@ -1,0 +1,71 @@
+"""ZeRO-3 on two ranks with the Triton kernels, and with compiled blocks, against plain torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import read_results, run_ranks
+
+PROGRAM = Path(__file__).parent / "programs" / "scenarios.py"
+sys.path.insert(0, str(PROGRAM.parent))
+
+import scenarios  # noqa: E402
+
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+
+
+def net(**fields: Any) -> dict[str, Any]:
+    # As small as the kernels take: windows of 4, heads of 32.
+    shape = {"embed_dim": 32, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+    return {"architecture": shape | fields}
+
+
+RUN = {
+    "student": net(extra_norm_every=2),
+    "teacher": net(depths=[1, 1]),
+    "data": {"image_size": 32},
+    "batch": {"global_batch_size": 4, "micro_batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[float]:
+    # The second loss shows the first gradients.
+    return scenarios.plain_losses(scenarios.tiny_run(**RUN), 2)
+
+
+def check(
+    runs: dict[str, dict[str, Any]], env: dict[str, str], plain: list[float], folder: Path
+) -> str:
+    settings = {
+        name: {"run": run, "zero": scenarios.ZERO3, "updates": len(plain)}
+        for name, run in runs.items()
+    }
+    (folder / "scenarios.json").write_text(json.dumps(settings))
+    done = run_ranks(PROGRAM, folder, ranks=2, timeout=170, results=folder, env=env)
+    for result in read_results(folder, 2):
+        for name in runs:
+            assert result[name]["losses"] == pytest.approx(plain, rel=1e-5), name
+    assert plain[-1] != pytest.approx(plain[0], rel=1e-3)
+    return done.outputs[0]
+
+
+def test_triton_kernels(plain: list[float], tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    said = check(
+        {"kernels": RUN}, {"FD_KERNELS": "triton", "TRITON_INTERPRET": "1"}, plain, tmp_path
+    )
+    for op in ("layer_norm", "residual_norm", "linear_gelu", "window_attention", "whitened_loss"):
+        assert f"{op} on cpu: triton (interpreted)" in said
+    assert "reference" not in said
+
+
+def test_compiled_blocks(plain: list[float], tmp_path: Path) -> None:
+    compiled = {**RUN, "engine": {"compile": "blocks"}}
+    student = {**RUN["student"], "activation_checkpointing": "every"}
+    runs = {"compiled": compiled, "and checkpointed": {**compiled, "student": student}}
+    check(runs, {}, plain, tmp_path)
