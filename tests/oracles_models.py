@@ -212,16 +212,21 @@ class Trace:
     def __init__(self, net: nn.Module):
         self.seen: Tensors = {}
         self.inputs: Tensors = {}
-        wanted = r"patch_embed|norm_pre|rel_pos_bias|layers\.\d+|(layers\.\d+\.)?blocks\.\d+"
+        wanted = (
+            r"patch_embed|norm_pre|rel_pos_bias|layers\.\d+(\.downsample)?|"
+            r"(layers\.\d+\.)?blocks\.\d+"
+        )
         for name, module in net.named_modules():
             if re.fullmatch(wanted, name):
-                module.register_forward_hook(self._output(name))
+                # A published stage ends with its merging, which here runs after the stage.
+                module.register_forward_hook(self._output(name.removesuffix(".downsample")))
                 module.register_forward_pre_hook(self._input(name))
         net.norm.register_forward_pre_hook(self._input("norm"))
 
     def _output(self, name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.seen[name] = output
+        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            # SwinV2 hands its stream on in two dtypes.
+            self.seen[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -385,9 +390,10 @@ def check_simmim(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     mask = tensors["mask"].flatten(1)[..., None].to(dtype)
     token = tensors["weights.encoder.mask_token"].to(dtype)
 
-    def hide(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        patches = output.flatten(1, 2)
-        return (patches * (1 - mask) + token * mask).view(output.shape)
+    def hide(module: nn.Module, inputs: tuple, output: tuple) -> tuple[Tensor, Tensor]:
+        patches = output[0].flatten(1, 2)
+        hidden = (patches * (1 - mask) + token * mask).view(output[0].shape)
+        return hidden, hidden
 
     def outputs(given: Tensor, trace: Trace, feature_map: FeatureMap) -> Tensors:
         expected = tensors["out.encoder_map"]
@@ -396,7 +402,7 @@ def check_simmim(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
         return found | {"patch_embed": flat(unmasked["patches"])}
 
     net, unmasked = fd_swinv2(spec["config"]), {}
-    net.patch_embed.register_forward_hook(lambda m, i, o: unmasked.update(patches=o))
+    net.patch_embed.register_forward_hook(lambda m, i, o: unmasked.update(patches=o[0]))
     net.patch_embed.register_forward_hook(hide)
     kept = {
         name: value
