@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from fd_large import distributed
@@ -94,9 +95,12 @@ def _found(source: str, image_size: int) -> Named:
                 f"{source}: this run has no teacher; got one of the task {recipe.task.name}, "
                 "expected a distillation. Name the run alone."
             )
-        # What it saw may be resized from the student's images.
-        size = image_size or recipe.objective.teacher_image_size or size
         section = _settled(recipe.teacher, size)
+        if not image_size:
+            # What it saw may be resized from the student's images.
+            with torch.device("meta"):
+                teacher = teacher_maker(replace(recipe, teacher=section))()
+            size = teacher.image_size or size
         return Named(f"{label}: teacher", source, section, size)
     if part == _SCRATCH:
         section = Teacher(
