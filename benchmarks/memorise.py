@@ -26,7 +26,7 @@ from ranks import RESULTS, ROOT
 
 PICTURES = 8
 FLAGS = """
---recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --data.workers 1
+--recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --data.workers 0
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
 --student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 8
 --student.drop_path_rate 0

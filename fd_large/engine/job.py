@@ -17,6 +17,7 @@ from fd_large.data.source import PictureSource
 from fd_large.distill.task import Task
 from fd_large.engine.build import Engine, Precision, student_weights
 from fd_large.engine.ema import Ema
+from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run
 
 Evaluate = Callable[
@@ -72,7 +73,16 @@ class Job:
         student_weights(self.run)
 
     def stage(self, samples: PictureSource) -> PictureSource:
-        """Puts samples on the nodes' own disks where the recipe wants it; a collective."""
+        """Puts samples on the nodes' own disks where the recipe wants it; a collective.
+
+        Raises: ConfigError: if it wants that and the task cannot.
+        """
+        if self.run.data.stage_to:
+            raise ConfigError(
+                "data.stage_to: only pictures without labels are copied; got "
+                f"{self.run.data.stage_to!r} for the task {self.run.task.name}, expected nothing. "
+                "Copy the data set to every node, and set --data.root."
+            )
         return samples
 
     def parameter_sizes(self) -> tuple[int, ...]:
