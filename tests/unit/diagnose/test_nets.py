@@ -67,6 +67,25 @@ def test_the_parts_of_a_run(distillation) -> None:
         assert torch.equal(parameter, own.net.get_parameter(name)), name
 
 
+def test_a_student_from_scratch(distillation) -> None:
+    folder, _, task = distillation
+    subject = open_subject(f"{folder}#scratch")
+    assert (subject.label, subject.loss_words) == ("tiny: from scratch", DRIFT)
+    assert not torch.equal(subject.net.norm.weight, task.student.norm.weight)
+    assert at_zero(subject)[0] == 0
+
+
+def test_a_teacher_of_one_size_sees_that_size(distillation) -> None:
+    folder, run, task = distillation
+    run = replace(run, data=replace(run.data, image_size=64))
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
+    # Its positions are for 32 pixels: in training, too, it gets images of the student resized.
+    subject = open_subject(f"{folder}#teacher")
+    assert subject.image_size == 32
+    assert subject.net.grid(32, 32) == (4, 4)
+
+
 def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
     folder, run, task = distillation
     run = replace(run, teacher=replace(run.teacher, source=str(tmp_path / "gone.pth")))
