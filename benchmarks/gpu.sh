@@ -3,11 +3,15 @@
 #
 #     bash benchmarks/gpu.sh             FD_GPU_DRY=1 bash benchmarks/gpu.sh   # the plan alone
 #
-# 1. the tests of the Triton kernels, on the card;
-# 2. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, every block
-#    checkpointed, by each fused Adam that is there, then in modes that keep more; ViT-B and Swin-B
-#    with the fused kernels and with plain torch;
-# 3. benchmarks/kernels.py.
+# 1. the tests of the Triton kernels, on the card, several processes at once, since they mostly
+#    compile; DeepSpeed's fused Adam is built beside them;
+# 2. an update of 3.0B parameters by each fused Adam that is there;
+# 3. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, every block
+#    checkpointed, then in the mode that keeps most; ViT-B and Swin-B with the fused kernels and with
+#    plain torch; at last G on plain torch;
+# 4. benchmarks/kernels.py.
+#
+# Most of a G run's time goes before its first update: 6.0B random numbers are drawn on the CPU.
 #
 # MFU counts the student's forward and backward and the teacher's forward over the card's peak (989
 # TFLOP/s for an H100, bfloat16), the optimiser's time included, recomputation not credited:
@@ -40,18 +44,55 @@ step() {
     return
   fi
   echo "== $name (at $SECONDS s, at most $limit s)"
-  timeout --kill-after=5 "$limit" "$@" >"$WORK/$name.log" 2>&1
-  local code=$?
+  timeout --kill-after=5 "$limit" "$@" >"$WORK/$name.log" 2>&1 || echo "exit code $?"
   tail -n 4 "$WORK/$name.log"
-  echo "$name $code" >>"$WORK/codes"
 }
 
-# train NAME LIMIT KERNELS FLAGS...: a run until it has UPDATES rows of metrics, then killed.
+# tests LIMIT: the kernels' tests and the build of an optimiser, at once.
+tests() {
+  local limit=$1 folder=tests/unit/kernels index=0
+  local groups=(
+    "triton_models.py|"
+    "triton_linear_gelu.py|"
+    "triton_whitened_loss.py|"
+    "triton_residual_norm.py|test_residual_norm"
+    "triton_residual_norm.py|test_layer_norm"
+    "triton_residual_norm.py|test_add_norm"
+    "triton_residual_norm.py|not test_residual_norm and not test_layer_norm and not test_add_norm"
+    "triton_window_attention.py|test_windows and not large_nets"
+    "triton_window_attention.py|large_nets or largest_scale"
+    "triton_window_attention.py|not test_windows and not largest_scale"
+  )
+  if [ -n "$DRY" ]; then
+    printf '%4s s  %s\n' "$limit" "tests of the kernels, ${#groups[@]} processes at once:"
+    printf '          %s\n' "${groups[@]}"
+    return
+  fi
+  echo "== tests of the kernels (at $SECONDS s, at most $limit s)"
+  for group in "${groups[@]}"; do
+    index=$((index + 1))
+    FD_KERNELS=triton timeout --kill-after=5 "$limit" "$PYTHON" -m pytest -p no:cacheprovider \
+      "$folder/${group%%|*}" -k "${group#*|}" >"$WORK/tests_$index.txt" 2>&1 &
+  done
+  timeout --kill-after=5 "$limit" "$PYTHON" -c \
+    'from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load()' \
+    >"$WORK/build.txt" 2>&1 &
+  wait
+  for index in $(seq "${#groups[@]}"); do
+    grep -E "passed|failed|error" "$WORK/tests_$index.txt" | tail -n 1 |
+      sed "s#^#${groups[index - 1]}: #" >>"$WORK/tests"
+    grep -qE "passed|failed|error" "$WORK/tests_$index.txt" ||
+      echo "${groups[index - 1]}: not done in $limit s" >>"$WORK/tests"
+  done
+  cat "$WORK/tests"
+}
+
+# train NAME LIMIT KERNELS CONFIG FLAGS...: a run until it has UPDATES rows of metrics, then killed.
 train() {
-  local name=$1 limit=$2 kernels=$3
-  shift 3
+  local name=$1 limit=$2 kernels=$3 config=$4
+  shift 4
   local folder=$WORK/run_$name
-  local command=("$PYTHON" fd_large/train.py --deepspeed_config ds_configs/zero1.json "$@"
+  local command=("$PYTHON" fd_large/train.py --deepspeed_config "ds_configs/$config.json" "$@"
     --teacher.source random --data.root "$WORK/pictures" --runtime.run_dir "$folder"
     --runtime.log_every 1 --runtime.save_every 100000 --optim.max_steps 100000
     --optim.warmup_epochs 0)
@@ -100,27 +141,61 @@ for i in range(512):
 PY
 fi
 
-G="--recipe fd_swinv2g --batch.global_batch_size 32 --batch.micro_batch_size 32 --teacher.placement replicated"
-EVERY="--student.activation_checkpointing every"
-OFF="--student.activation_checkpointing off"
+cat >"$WORK/adam.py" <<'PY'
+"""Milliseconds of an update of SwinV2-G's masters by each fused AdamW."""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+sys.path.insert(0, ".")
+from fd_large.engine.optimizer import make_optimizer
+from fd_large.errors import ConfigError
+from fd_large.plan.memory import student_sizes
+from fd_large.recipes import registry
+
+run = registry.get("fd_swinv2g")
+masters = [torch.zeros(n, device="cuda", requires_grad=True) for n in student_sizes(run)]
+for master in masters:
+    master.grad = torch.full_like(master, 1e-3)
+for kind in ("deepspeed", "apex", "torch"):
+    try:
+        optimizer = make_optimizer([{"params": masters}], replace(run.optim, fused=kind), on_gpu=True)
+    except ConfigError as error:
+        print(f"{kind}: did not run: {error}")
+        continue
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        optimizer.step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    print(f"{kind}: {sorted(times[1:])[2]:.1f} ms for {sum(m.numel() for m in masters) / 1e9:.2f}B")
+    optimizer.state.clear()
+    del optimizer
+PY
+
+G="--recipe fd_swinv2g --teacher.placement replicated"
+EVERY="--student.activation_checkpointing every --batch.global_batch_size 32 --batch.micro_batch_size 32"
+OFF="--student.activation_checkpointing off --batch.global_batch_size 16 --batch.micro_batch_size 16"
 VIT="--recipe fd_clip_vit_base --batch.global_batch_size 128 --batch.micro_batch_size 128"
 SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_batch_size 64"
 
-# shellcheck disable=SC2086,SC2046  # Words of the flags are meant to be split.
+# shellcheck disable=SC2086  # Words of the flags are meant to be split.
 {
-  step kernel_tests 100 env FD_KERNELS=triton "$PYTHON" -m pytest -p no:cacheprovider \
-    $(ls tests/unit/kernels/triton_*.py)
-  train G_every_block_deepspeed 110 triton $G $EVERY --optim.fused deepspeed
-  train G_every_block_apex 60 triton $G $EVERY --optim.fused apex
-  train G_every_block_torch 60 triton $G $EVERY --optim.fused torch
-  train G_every_block_reference 60 reference $G $EVERY --optim.fused auto
-  train G_every_second_block 60 triton $G $EVERY --student.checkpoint_every 2
-  train G_keeps_all_8_images 60 triton ${G//32/8} $OFF
-  step kernels 90 "$PYTHON" benchmarks/kernels.py --quick
-  train ViT-B_fused 35 triton $VIT
-  train ViT-B_plain 35 reference $VIT
-  train Swin-B_fused 35 triton $SWIN
-  train Swin-B_plain 35 reference $SWIN
+  tests 90
+  step adam 30 "$PYTHON" "$WORK/adam.py"
+  train G_every_block 110 triton zero2 $G $EVERY
+  train G_keeps_all 90 triton zero2 $G $OFF
+  step kernels 60 "$PYTHON" benchmarks/kernels.py --quick
+  train ViT-B_fused 30 triton zero1 $VIT
+  train ViT-B_plain 30 reference zero1 $VIT
+  train Swin-B_fused 30 triton zero1 $SWIN
+  train Swin-B_plain 30 reference zero1 $SWIN
+  train G_every_block_plain 90 reference zero2 $G $EVERY
 }
 [ -n "$DRY" ] && {
   echo "All of it within $BUDGET s: a step gets its seconds or what is left, in this order."
@@ -141,7 +216,7 @@ work, rows = Path(sys.argv[1]), []
 for log in sorted(work.glob("*.log"), key=lambda path: path.stat().st_mtime):
     metrics = work / f"run_{log.stem}" / "metrics.jsonl"
     text = log.read_text(errors="replace")
-    if log.stem in ("kernels", "kernel_tests"):
+    if log.stem in ("kernels", "adam"):
         continue
     found = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     timed = found[3:]
@@ -155,19 +230,24 @@ for log in sorted(work.glob("*.log"), key=lambda path: path.stat().st_mtime):
     else:
         row["failed"] = (text.strip().splitlines() or ["no output"])[-1][:200]
     rows.append(row)
-codes = dict(line.split() for line in (work / "codes").read_text().splitlines())
-tests = (work / "kernel_tests.log").read_text().strip().splitlines()[-1]
+tests, adam = (
+    path.read_text().splitlines() if path.exists() else ["did not run"]
+    for path in (work / "tests", work / "adam.log")
+)
+adam = [line for line in adam if line.startswith(("deepspeed:", "apex:", "torch:", "did not"))]
 result = {
     "command": "bash benchmarks/gpu.sh",
     "machine": torch.cuda.get_device_name(),
     "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
     "seconds": int(sys.argv[2]),
     "kernel_tests": tests,
+    "adam": adam,
     "runs": rows,
 }
 Path("benchmarks/results/gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-print(f"\n{result['machine']}, torch {torch.__version__}, {sys.argv[2]} s; exit codes {codes}")
-print(f"kernel tests: {tests}\n")
+print(f"\n{result['machine']}, torch {torch.__version__}, {sys.argv[2]} s")
+print("kernel tests:", *tests, sep="\n  ")
+print("AdamW:", *adam, "", sep="\n  ")
 print(f"{'run':26} {'images/s':>9} {'MFU':>7} {'hardware':>9} {'waited':>7} {'memory':>8}")
 for row in rows:
     if "failed" in row:

@@ -118,22 +118,21 @@ def norm_questions(compiled: bool) -> list[Question]:
         n, scale = 32 * tokens * width, torch.ones(32, device="cuda")
         for stream, s in ((torch.float32, 4), (BF16, 2)):
             narrow = stream == torch.float32
-            copy = BF16 if narrow else None
             questions.append(
                 Question(
                     f"residual_norm {width}, {str(stream)[6:]} stream",
                     # Stream in and out, branch, and the copy of a wide stream.
                     n * (2 * s + 2 + 2 * narrow),
-                    # Gradients of stream and copy, branch; the branch's and a wide sum's out.
-                    n * (s + 2 + 2 + (2 + s) * narrow),
+                    # Gradients of stream and copy, branch; the branch's and the stream's out.
+                    n * (s + 2 + 2 + 2 + s),
                     [random(32, tokens, width, dtype=stream), random(32, tokens, width)]
-                    + [random(width) for _ in range(2)],
+                    + [random(width) for _ in range(3)],
                     against(
-                        lambda x, f, w, b, copy=copy, scale=scale: _results(
-                            rn.residual_norm(x, f, w, b, 1e-5, scale, copy=copy), copy
+                        lambda x, f, w, b, c, scale=scale: rn.residual_norm(
+                            x, f, w, b, 1e-5, scale, copy=BF16, branch_bias=c
                         ),
-                        lambda x, f, w, b, copy=copy, scale=scale: _with_copy(
-                            rn.residual_norm_reference(x, f, w, b, 1e-5, scale), copy
+                        lambda x, f, w, b, c, scale=scale: _with_copy(
+                            rn.residual_norm_reference(x, f, w, b, 1e-5, scale, c)
                         ),
                     ),
                 )
@@ -177,12 +176,8 @@ def norm_questions(compiled: bool) -> list[Question]:
     return questions
 
 
-def _results(pair: tuple[Tensor, Tensor], copy: torch.dtype | None) -> tuple[Tensor, ...]:
-    return pair[:1] if copy is None else pair
-
-
-def _with_copy(y: Tensor, copy: torch.dtype | None) -> tuple[Tensor, ...]:
-    return (y,) if copy is None else (y, y.to(copy))
+def _with_copy(y: Tensor) -> tuple[Tensor, Tensor]:
+    return y, y.to(BF16)
 
 
 def _add_norm(rn: Any, x: Tensor, f: Tensor, w: Tensor, b: Tensor, scale: Tensor, g: Tensor):
@@ -206,8 +201,32 @@ def other_norms() -> dict[str, Callable]:
     return found
 
 
-def attention_questions() -> list[Question]:
-    """Window attention at SwinV2's windows, beside flex_attention on windows already cut."""
+def gelu_questions(compiled: bool) -> list[Question]:
+    """Bias and GELU, at the widths of SwinV2-G's MLPs."""
+    from fd_large.kernels import linear_gelu  # noqa: F401 (registers the operation)
+
+    questions = []
+    for width, tokens in ((2048, 48 * 48), (8192, 12 * 12)):
+        n = 32 * tokens * width
+        inputs = [
+            torch.randn(shape, device="cuda").to(BF16).requires_grad_()
+            for shape in ((32 * tokens, width), (width,))
+        ]
+        contenders = {
+            "triton (ours)": lambda z, b: torch.ops.fd_large.bias_gelu(z, b, False),
+            "torch": lambda z, b: F.gelu(z + b),
+        }
+        if compiled:
+            contenders["torch.compile"] = torch.compile(contenders["torch"])
+        questions.append(Question(f"bias_gelu {width}", 4 * n, 6 * n, inputs, contenders))
+    return questions
+
+
+def attention_questions(quick: bool) -> list[Question]:
+    """Window attention at SwinV2's windows, beside flex_attention on windows already cut.
+
+    Quick: flex_attention, which takes long to compile, only where it is to be matched.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     from fd_large.kernels.window_attention import window_attention
@@ -257,7 +276,8 @@ def attention_questions() -> list[Question]:
                 tokens * width * 2 * 4,
                 tokens * width * 2 * (3 + 1 + 1 + 3),
                 [qkv, table, scale],
-                {"triton (ours)": ours, "flex_attention": by_flex},
+                {"triton (ours)": ours}
+                | ({} if quick and window < 24 else {"flex_attention": by_flex}),
                 flops=4.0 * tokens * n * width,
             )
         )
@@ -384,15 +404,19 @@ def main() -> int:
         return 0
     os.environ["FD_KERNELS"] = "triton"
     copy = copy_bandwidth()
-    questions = norm_questions(compiled=not arguments.quick) + attention_questions()
+    compiled = not arguments.quick
+    questions = attention_questions(arguments.quick)
+    questions += norm_questions(compiled) + gelu_questions(compiled)
+    print(f"copy of 1 GiB: {copy / 1e9:.0f} GB/s, reads and writes counted")
+    rows: list[dict[str, Any]] = []
     for question in questions:
         answer(question, 15 if arguments.quick else 60, copy)
         question.inputs.clear()
-    rows = [row for question in questions for row in question.rows]
-    write("kernels.json", {"copy_gigabytes_per_second": copy / 1e9, "rows": rows})
+        rows += question.rows
+        print(*map(line, question.rows), sep="\n", flush=True)
+        # After each, so that a time limit leaves what was answered.
+        write("kernels.json", {"copy_gigabytes_per_second": copy / 1e9, "rows": rows})
     picture([row for row in rows if "failed" not in row], RESULTS / "kernels.png")
-    print(f"copy of 1 GiB: {copy / 1e9:.0f} GB/s, reads and writes counted")
-    print(*map(line, rows), sep="\n")
     return 0
 
 
