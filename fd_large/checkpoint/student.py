@@ -23,6 +23,8 @@ from fd_large.weights.source import Stored, serve
 def trained_at(run: Run) -> Architecture:
     """The student's architecture with the image size that its windows and tables are for."""
     architecture = run.student_architecture()
+    if run.task.name == "detection" and architecture.family == "vit":
+        return architecture  # A detector keeps the grid of the distillation.
     if architecture.family == "swin" or (
         architecture.family == "swinv2" and architecture.absolute_position
     ):
@@ -71,6 +73,10 @@ def _opened(reader: Reader, where: str) -> Stored:
         if architecture.family == "vit":
             # A classifier norms the mean of a ViT's tokens and leaves the tokens as they are.
             fresh = {"norm.weight": 1.0, "norm.bias": 0.0}
+    if run.task.name == "detection":
+        # A detector norms each stage's map for itself, and has no tokens but patches.
+        own = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
+        fresh = {name: value for name, value in own.items() if name in table}
     return Stored(reader.path, _Tensors(reader, table, fresh), architecture, statistics)
 
 

@@ -43,6 +43,11 @@ def export(
 
     folder, size = Path(run), parse_size(shard_size)
     recipe = read_recipe(folder)
+    if not recipe.has_teacher:
+        raise ConfigError(
+            f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
+            "expected a distillation. Its net serves other runs as it is: --student.init RUN."
+        )
     architecture = trained_at(recipe)
     check(architecture, to, pads=recipe.student.size_rule == "pad")
     table = shapes(architecture)
