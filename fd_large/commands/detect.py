@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fd_large.commands.export import read_recipe
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ def predict(
 ) -> int:
     """Draw the boxes and masks that a run's detector sees in pictures, and write them as JSON.
 
+    predictions.json has for each picture a list of class, score, bbox (left, top, width, height in
+    its pixels) and segmentation (COCO's run lengths). A picture that cannot be read is told and
+    left out; the exit code is 2 then.
+
     Args:
         run: Folder of a run of the task detection.
         images: Picture files.
@@ -41,7 +45,13 @@ def predict(
         raise ConfigError(
             "predict: no picture; got RUN alone, expected RUN IMAGE ... Name some files."
         )
-    recipe = _detection(run)
+    recipe = _detection(run, where="predict")
+    for path in images:
+        if not Path(path).is_file():
+            raise ConfigError(
+                f"predict: {path}: no picture; got a path that is no file, expected picture files. "
+                "Name files."
+            )
     # torch: seconds.
     from fd_large.checkpoint import stream
     from fd_large.data.decode import decode
@@ -52,7 +62,6 @@ def predict(
     from fd_large.detection.results import write_text
     from fd_large.detection.views import resized_view
 
-    pictures = {path: decode(read_picture(path), path) for path in images}
     reader = stream.newest(Path(run), where="predict")
     detect = _detector(recipe, reader)
     names = dict(enumerate(reader.manifest["categories"].values()))
@@ -60,7 +69,14 @@ def predict(
     folder.mkdir(parents=True, exist_ok=True)
     short, long = test_size(recipe)
     told: dict[str, list[dict[str, Any]]] = {}
-    for path, image in pictures.items():
+    unread = 0
+    for path in dict.fromkeys(images):
+        try:
+            image = decode(read_picture(path), path, max_pixels=recipe.data.max_pixels)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            unread += 1
+            continue
         view = resized_view(*image.shape[-2:], short_side=short, long_side=long)
         found = to_results(
             detect(*_alone(view.image(image)))[0],
@@ -83,33 +99,36 @@ def predict(
         print(f"{path}: {len(told[path])} objects, {drawn}")
     write_text(folder / "predictions.json", json.dumps(told, indent=1) + "\n")
     print(folder / "predictions.json")
-    return 0
+    return 2 if unread else 0
 
 
-def evaluate_run(run: str, *, data_root: str, out: str) -> int:
+def evaluate_run(run: str, *, changes: Mapping[str, Any], out: str) -> int:
     """Scores a run's detector on the val split of a data set; all ranks that were started share it.
 
     Args:
         run: Folder of the run.
-        data_root: Folder of the data set; empty: the run's.
+        changes: Fields of the section `data` to others than the run's; with another `root` its val
+            split is taken.
         out: Folder for results.json, scores.json and pictures.
     """
-    recipe = _detection(run)
-    if data_root:
-        data, held_out = replace(recipe.data, root=data_root), replace(recipe.eval, root="")
-        recipe = replace(recipe, data=data, eval=held_out)
+    recipe = _detection(run, where="evaluate")
+    recipe = replace(recipe, data=replace(recipe.data, **changes))
+    if "root" in changes:
+        recipe = replace(recipe, eval=replace(recipe.eval, root=""))
     # torch: seconds.
     from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.commands.detections import classes_table, numbers_table
     from fd_large.detection.evaluation import evaluate, keep
     from fd_large.detection.job import DetectionJob, test_size
+    from fd_large.runtime import logs
 
-    distributed.start()
-    pictures = distributed.together(DetectionJob(recipe).test_pictures)
-    detect = distributed.together(
-        lambda: _detector(recipe, stream.newest(Path(run), where="evaluate"))
-    )
+    launch = distributed.start()
+    logs.start(launch.rank)
+    reader = distributed.together(lambda: stream.newest(Path(run), where="evaluate"))
+    classes = tuple(reader.manifest["categories"].values())
+    pictures = distributed.together(lambda: DetectionJob(recipe).test_pictures(classes))
+    detect = distributed.together(lambda: _detector(recipe, reader))
     folder, micro = Path(out), recipe.batch.micro_batch_size
     folder.mkdir(parents=True, exist_ok=True)
     with _bar(shown=distributed.is_main()) as advance:
@@ -126,7 +145,7 @@ def evaluate_run(run: str, *, data_root: str, out: str) -> int:
     if outcome is not None:
         from rich.console import Console
 
-        drawn = keep(outcome, pictures, folder, draw=True)
+        drawn = keep(outcome, pictures, folder, draw=True, max_pixels=recipe.data.max_pixels)
         # A pipe has no width of its own; classes have long names.
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         console.print(numbers_table(outcome.scores))
@@ -153,15 +172,15 @@ def main(arguments: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-def _detection(run: str) -> Run:
+def _detection(run: str, *, where: str) -> Run:
     """A run's recipe.
 
     Raises: ConfigError: if the run detects nothing.
     """
-    recipe = read_recipe(Path(run), where="predict")
+    recipe = read_recipe(Path(run), where=where)
     if recipe.task.name != "detection":
         raise ConfigError(
-            f"predict: {run}: sees no boxes; got a run of the task {recipe.task.name}, expected "
+            f"{where}: {run}: sees no boxes; got a run of the task {recipe.task.name}, expected "
             "detection. Train one: --recipe coco_mask_rcnn_swinv2_tiny --student.init RUN."
         )
     return recipe

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Fields of a recipe that frozen features depend on.
 FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
+# Fields that an evaluation of boxes and masks takes; all else is the run's.
+DETECTION_FIELDS = ("data.root", "data.workers", "data.max_pixels")
 TASKS = ("knn", "linear", "finetune")
 
 Train = Callable[..., int]
@@ -42,8 +44,9 @@ class Flags:
     """
 
     task: Literal["", "knn", "linear", "finetune", "detection"] = ""
-    """Nearest neighbours, a linear probe, fine-tuning, or the boxes and masks of a run that detects
-    (with --data.root and --out alone); empty: that of the first run's recipe, else knn."""
+    """Nearest neighbours, a linear probe, fine-tuning, or the boxes and masks of one run that
+    detects (with --out, --data.root FOLDER in COCO's layout, --data.workers and --data.max_pixels
+    alone); empty: that of the first run's recipe, else knn."""
     seeds: int = 1
     """Repetitions, runtime.seed and those after it; neighbours have none."""
     out: str = "evaluation"
@@ -126,15 +129,11 @@ def main(
             "evaluate: no net; got nothing, expected a run or weights. Name one, for instance "
             "runs/quickstart."
         )
-    if detects(models[0]):
-        return _detection(flags, models, rest, parse)
-    from fd_large.commands import detect
-
-    if flags.task == "detection" or (not flags.task and detect.detects(models[0])):
-        return _detect(models, flags, rest)
+    if flags.task == "detection" or (not flags.task and detects(models[0])):
+        return _detection(models, flags, rest, parse)
     from fd_large.engine.nets import find_net  # torch: seconds.
 
-    words, others = _of_features(rest)
+    words, others = _parted(rest, FEATURE_FIELDS)
     run = parse(["--recipe", "finetune_clip_vit_base", *words])
     is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
     image_size = run.data.image_size if is_sized else 0
@@ -175,15 +174,15 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     return models, own, rest
 
 
-def _of_features(rest: list[str]) -> tuple[list[str], list[str]]:
-    """The words that frozen features depend on, and the flags among the rest."""
+def _parted(rest: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of these fields, and the flags among the rest."""
     words: list[str] = []
     others: list[str] = []
     into: list[str] = []
     for word in rest:
         if word.startswith("--"):
             name = word[2:].partition("=")[0]
-            into = words if name in FEATURE_FIELDS else []
+            into = words if name in names else []
             others += [] if into is words else [f"--{name}"]
         into.append(word)
     return words, others
@@ -214,28 +213,22 @@ def _score_detections(flags: Flags, models: list[str], rest: list[str]) -> int:
 
 
 def _detection(
-    flags: Flags, models: list[str], rest: list[str], parse: Callable[[list[str]], Run]
+    models: list[str], flags: Flags, rest: list[str], parse: Callable[[list[str]], Run]
 ) -> int:
-    if len(models) > 1 or flags.task:
+    words, others = _parted(rest, DETECTION_FIELDS)
+    for field in fields(Flags):
+        if field.name not in ("task", "out", "local_rank"):
+            others += [f"--{field.name}"] if getattr(flags, field.name) != field.default else []
+    if len(models) > 1 or others:
         raise ConfigError(
-            f"evaluate: a run of the task detection is scored alone; got {' '.join(models)}"
-            f"{' --task ' + flags.task if flags.task else ''}, expected {models[0]}. Mend the "
-            "command; its student's features: export it, then evaluate the export."
+            f"evaluate: boxes and masks of one run; got {' '.join([*models, *others])}, expected "
+            f"RUN, --out and {', '.join(f'--{name}' for name in DETECTION_FIELDS)} alone. Leave "
+            "out the rest."
         )
-    root = parse(["--recipe", "coco_mask_rcnn_vit_base", *rest]).data.root
-    return evaluate_run(models[0], data_root=root, out=flags.out)
-
-
-def _detect(models: list[str], flags: Flags, rest: list[str]) -> int:
-    from fd_large.commands.detect import evaluate_run
-
-    root = [word.removeprefix("--data.root=") for word in rest if word != "--data.root"]
-    if len(models) > 1 or len(root) > 1 or (root and root[0].startswith("--")):
-        raise ConfigError(
-            f"evaluate: boxes of one run; got {' '.join([*models, *rest])}, expected RUN, "
-            "--data.root FOLDER and --out FOLDER. Leave out the rest."
-        )
-    return evaluate_run(models[0], data_root=root[0] if root else "", out=flags.out)
+    data = parse(["--recipe", "coco_mask_rcnn_vit_base", *words]).data
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    changes = {name: getattr(data, name) for name in (n.removeprefix("data.") for n in given)}
+    return evaluate_run(models[0], changes=changes, out=flags.out)
 
 
 def _task_of(net: Named) -> str:

@@ -79,12 +79,13 @@ def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
         return None
     shards = [_shard(folder, rank) for rank in range(distributed.world_size())]
     merged = merge(read_results(shard) for shard in shards)
-    for shard in shards:
+    # Those that an evaluation on more ranks left, which was killed here, as well.
+    for shard in folder.glob(_shard(folder, "*").name + "*"):
         shard.unlink()
     return merged
 
 
-def _shard(folder: Path, rank: int) -> Path:
+def _shard(folder: Path, rank: int | str) -> Path:
     return folder / f"results_of_rank_{rank}.json"
 
 

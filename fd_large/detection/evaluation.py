@@ -21,10 +21,13 @@ from fd_large.detection.loader import build_evaluation_loader, read_image
 from fd_large.detection.pictures import draw_evaluation
 from fd_large.detection.results import Result, write_results, write_text
 from fd_large.detection.scoring import Scores, read_ground_truth, score
+from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
 RESULTS, SCORES = "results.json", "scores.json"
+# What stands for a picture that cannot be read.
+GREY = 128
 
 Detect = Callable[[Tensor, Tensor], list[Detections]]
 """(images (B, 3, H, W) uint8, sizes (B, 2)) on the device -> what is seen; by all ranks alike."""
@@ -37,11 +40,13 @@ class Outcome(NamedTuple):
         scores: COCO's numbers.
         results: Detections in COCO's format.
         ground_truth: That they were scored against.
+        unread: Pictures that could not be read; their objects count as missed.
     """
 
     scores: Scores
     results: list[Result]
     ground_truth: dict[str, Any]
+    unread: int
 
 
 def evaluate(
@@ -81,11 +86,13 @@ def evaluate(
         max_pixels=max_pixels,
     )
     results: list[Result] = []
+    unread = 0
     device = distributed.device()
     for done, batch in enumerate(loader):
         between(done, len(loader))
+        unread += len(batch.bad)
         for problem in batch.bad:
-            log.warning("nothing is detected in it: %s", problem)
+            log.warning("its objects count as missed: %s", problem)
         with torch.no_grad():
             found = detect(batch.images.to(device, non_blocking=True), batch.sizes.to(device))
         for place, seen in enumerate(found):
@@ -98,14 +105,23 @@ def evaluate(
                     original_size=batch.original_sizes[place],
                     category_ids=pictures.category_ids,
                 )
+    unread = int(distributed.sum_tensor(torch.tensor(unread, device=device)))
     merged = gather(results, folder)
     if merged is None:
         return None
+    if unread:
+        log.warning(
+            "%d of %d test pictures could not be read: the scores count their objects as missed",
+            unread,
+            len(pictures),
+        )
     truth = read_ground_truth(pictures.annotations)
-    return Outcome(score(truth, merged), merged, truth)
+    return Outcome(score(truth, merged), merged, truth, unread)
 
 
-def keep(outcome: Outcome, pictures: CocoSet, folder: Path, *, draw: bool) -> list[Path]:
+def keep(
+    outcome: Outcome, pictures: CocoSet, folder: Path, *, draw: bool, max_pixels: int
+) -> list[Path]:
     """Writes results.json and scores.json; rank 0.
 
     Args:
@@ -113,17 +129,23 @@ def keep(outcome: Outcome, pictures: CocoSet, folder: Path, *, draw: bool) -> li
         pictures: That were evaluated.
         folder: Must be there.
         draw: Whether to draw the worst pictures, some others, and the curves.
+        max_pixels: Larger pictures are refused.
 
     Returns: the pictures that were drawn.
     """
     write_results(folder / RESULTS, outcome.results)
-    write_text(folder / SCORES, json.dumps(outcome.scores.to_dict(), indent=1) + "\n")
+    told = {"unread_images": outcome.unread, **outcome.scores.to_dict()}
+    write_text(folder / SCORES, json.dumps(told, indent=1) + "\n")
     if not draw:
         return []
     places = {pictures.image_id(index): index for index in range(len(pictures))}
 
     def read(number: int) -> NDArray[np.uint8]:
-        return read_image(pictures, places[number]).permute(1, 2, 0).numpy()
+        try:
+            image = read_image(pictures, places[number], max_pixels)
+        except DataError:  # Of the worst it will be one; the evaluation has told why.
+            return np.full((*pictures.size(places[number]), 3), GREY, dtype=np.uint8)
+        return image.permute(1, 2, 0).numpy()
 
     return draw_evaluation(outcome.ground_truth, outcome.results, outcome.scores, read, folder)
 
@@ -142,4 +164,3 @@ def metrics_of(scores: Scores | None) -> dict[str, float]:
             for name, value in of_kind.numbers.items()
         }
     return distributed.broadcast_object(found)
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from fd_large.detection.build import detector_maker, student_weights
 from fd_large.detection.evaluation import evaluate, keep, metrics_of
 from fd_large.detection.inference import Detections
 from fd_large.detection.loader import build_loader
+from fd_large.detection.scoring import read_ground_truth, score
 from fd_large.detection.target import Target, Targets
 from fd_large.detection.task import Detection
 from fd_large.detection.views import LargeScaleJitter
@@ -27,9 +29,20 @@ from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate, Job, Portion
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Objective
 
 # More than all but a few of COCO's pictures have.
 OBJECTS_OF_PROBE = 64
+# Fields of a recipe that mean nothing here: what is set and does nothing would mislead.
+IDLE = (
+    "data.color_jitter",
+    "data.grayscale_probability",
+    "data.min_crop_scale",
+    "eval.views",
+    "eval.knn_root",
+    "eval.knn_every",
+    *(f"objective.{field.name}" for field in fields(Objective)),
+)
 
 
 class DetectionJob(Job):
@@ -44,20 +57,24 @@ class DetectionJob(Job):
                 f"data.root: {pictures.annotations} has no masks; got boxes alone, expected "
                 "segmentations. Train on annotations that have them, for instance COCO's."
             )
-        self._categories = dict(
-            zip(pictures.category_ids, pictures.category_names, strict=True)
-        )
+        self._categories = dict(zip(pictures.category_ids, pictures.category_names, strict=True))
         return cast(PictureSource, pictures)
 
     def check(self) -> None:
         """Opens the test pictures, and the headers of the weights."""
-        for name in ("color_jitter", "grayscale_probability"):
-            if getattr(self.run.data, name):
+        usual = Run(name="", student=self.run.student)
+        for name in IDLE:
+            section, _, field = name.partition(".")
+            given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
+            if given != default:
                 raise ConfigError(
-                    f"data.{name}: detection changes no colours; got "
-                    f"{getattr(self.run.data, name):g}, expected 0. Leave it out."
+                    f"{name}: detection does not use it; got {given!r}, expected {default!r}. "
+                    "Leave it out."
                 )
-        self.test_pictures()
+        self._test_pictures = self._opened_for_tests()
+        if distributed.is_main():
+            # What cannot be scored is known before hours of training.
+            score(read_ground_truth(self._test_pictures.annotations), [])
         self.initial_weights()
 
     def make_task(self) -> Detection:
@@ -112,7 +129,7 @@ class DetectionJob(Job):
         With the average of the weights where there is one; not before the first update, since new
         heads see nothing.
         """
-        run, pictures = self.run, self.test_pictures()
+        run, pictures = self.run, self._test_pictures
         task = cast(Detection, engine.task)
 
         def detect(images: Tensor, sizes: Tensor) -> list[Detections]:
@@ -139,7 +156,7 @@ class DetectionJob(Job):
                     between=lambda done, total: between(),
                 )
             if outcome is not None:
-                keep(outcome, pictures, folder, draw=last)
+                keep(outcome, pictures, folder, draw=last, max_pixels=run.data.max_pixels)
             return metrics_of(outcome.scores if outcome else None), None
 
         return measure
@@ -153,8 +170,12 @@ class DetectionJob(Job):
         """Where evaluations are kept."""
         return Path(self.run.run_dir()) / "evaluations"
 
-    def test_pictures(self) -> CocoSet:
-        """The val split of `eval.root`, or of `data.root`."""
+    def test_pictures(self, classes: tuple[str, ...]) -> CocoSet:
+        """The val split of `eval.root`, or of `data.root`.
+
+        Args:
+            classes: Names that the detector learns, or has learnt, by label.
+        """
         root = self.run.eval.root
         try:
             pictures = open_coco(root or self.run.data.root, "val")
@@ -163,7 +184,22 @@ class DetectionJob(Job):
                 raise
             raise DataError(str(error).replace("data.root", "eval.root")) from None
         check_classes(self.run, pictures)
+        if pictures.category_names != classes:
+            label = next(i for i, name in enumerate(classes) if pictures.category_names[i] != name)
+            raise DataError(
+                f"{'eval' if root else 'data'}.root: {pictures.annotations} has other classes than "
+                f"those that are learnt; got {pictures.category_names[label]!r} for label {label}, "
+                f"expected {classes[label]!r}. Give its categories the names and the order of "
+                "the training's."
+            )
         return pictures
+
+    def _opened_for_tests(self) -> CocoSet:
+        try:
+            return self.test_pictures(tuple(self._categories.values()))
+        except DataError as error:
+            # A data set may have no split for tests; then another's serves.
+            raise DataError(str(error).replace("Set --data.root", "Set --eval.root")) from None
 
 
 def check_classes(run: Run, pictures: CocoSet) -> None:

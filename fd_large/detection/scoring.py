@@ -104,8 +104,9 @@ def read_ground_truth(path: str) -> dict[str, Any]:
         for number, entry in enumerate(truth["annotations"], start=1):
             # From 1: the evaluation takes an id of 0 for "not matched".
             entry["id"] = number
-            entry.setdefault("iscrowd", 0)
-            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+            entry["iscrowd"] = int(bool(entry.get("iscrowd")))
+            of_box = entry["bbox"][2] * entry["bbox"][3]
+            entry["area"] = of_box if entry.get("area") is None else entry["area"]
             entry["image_id"], entry["category_id"]
     except (KeyError, TypeError, IndexError) as error:
         raise _no_truth(path, f"an entry without {error}") from error

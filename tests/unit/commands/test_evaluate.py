@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from fd_large.cli import main, parse_train
-from fd_large.commands.evaluate import _of_features, split
+from fd_large.commands.evaluate import FEATURE_FIELDS, _parted, split
 from fd_large.engine.nets import find_net
 from fd_large.errors import ConfigError
 from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
@@ -44,7 +44,8 @@ def test_words_are_sorted():
     assert rest == ["--data.root=x"]
     with pytest.raises(ConfigError, match=r"--sead: no such flag of evaluate; nearest: seeds"):
         split(["a", "--sead", "3"])
-    assert _of_features(["--data.root", "x", "--optim.epochs", "3", "--runtime.seed=1"]) == (
+    words = ["--data.root", "x", "--optim.epochs", "3", "--runtime.seed=1"]
+    assert _parted(words, FEATURE_FIELDS) == (
         ["--data.root", "x", "--runtime.seed=1"],
         ["--optim.epochs"],
     )

@@ -1,0 +1,72 @@
+"""An evaluation from pictures to files, on one rank, with a detector that knows the answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from coco import annotation, write_set
+
+from fd_large.data.decode import MAX_PIXELS
+from fd_large.detection.annotations import open_coco
+from fd_large.detection.evaluation import evaluate, keep
+from fd_large.detection.inference import Detections
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+SIZES = {1: (40, 40), 2: (40, 40)}
+BOX = [4.0, 4.0, 30.0, 30.0]
+
+
+def knows(images: torch.Tensor, sizes: torch.Tensor) -> list[Detections]:
+    left, top, width, height = BOX
+    seen = Detections(
+        torch.tensor([[left, top, left + width, top + height]]),
+        torch.tensor([0.9]),
+        torch.tensor([0]),
+        torch.ones(1, 28, 28),
+    )
+    return [seen] * len(images)
+
+
+def evaluated(root, folder):
+    pictures = open_coco(str(root), "val")
+    folder.mkdir(exist_ok=True)
+    outcome = evaluate(
+        knows, pictures, folder, test_size=(40, 40), batch_size=2, workers=0, max_pixels=MAX_PIXELS
+    )
+    drawn = keep(outcome, pictures, folder, draw=True, max_pixels=MAX_PIXELS)
+    return json.loads((folder / "scores.json").read_text()), {path.name for path in drawn}
+
+
+@pytest.fixture
+def root(tmp_path):
+    annotations = [annotation(number, number, BOX) for number in SIZES]
+    return write_set(tmp_path / "set", annotations, sizes=SIZES, split="val")
+
+
+def test_a_picture_that_cannot_be_read_is_missed_and_told(root, tmp_path, caplog):
+    scores, drawn = evaluated(root, tmp_path / "out")
+    assert scores["unread_images"] == 0
+    assert scores["box"]["numbers"]["AP"] == 1
+    assert "worst.png" not in drawn
+    (root / "val2017" / "000000000002.png").write_bytes(b"no picture")
+    with caplog.at_level(logging.WARNING):
+        scores, drawn = evaluated(root, tmp_path / "out")
+    # Found up to recall 0.5, which 51 of COCO's 101 places are.
+    assert scores["box"]["numbers"]["AP"] == pytest.approx(51 / 101)
+    assert scores["unread_images"] == 1
+    assert "1 of 2 test pictures could not be read" in caplog.text
+    # It is the worst of all, and drawn in grey.
+    assert drawn == {"worst.png", "chosen.png", "curves.png"}
+
+
+def test_what_a_killed_evaluation_left_is_swept(root, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("results_of_rank_0.json", "results_of_rank_7.json", "results_of_rank_5.json.part"):
+        (out / name).write_text("half of")
+    scores, _ = evaluated(root, out)
+    assert scores["num_results"] == 2
+    assert not list(out.glob("results_of_rank_*"))
