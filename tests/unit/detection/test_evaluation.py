@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fd_large.data.decode import MAX_PIXELS
 from fd_large.detection.annotations import open_coco
 from fd_large.detection.evaluation import evaluate, keep
 from fd_large.detection.inference import Detections
+from fd_large.engine.evaluation import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZES = {1: (40, 40), 2: (40, 40)}
@@ -70,3 +72,23 @@ def test_what_a_killed_evaluation_left_is_swept(root, tmp_path):
     scores, _ = evaluated(root, out)
     assert scores["num_results"] == 2
     assert not list(out.glob("results_of_rank_*"))
+
+
+def test_an_evaluation_that_is_left_leaves_nothing(root, tmp_path):
+    pictures, out = open_coco(str(root), "val"), tmp_path / "out"
+    out.mkdir()
+
+    def leave(done: int, total: int) -> None:
+        if done == 1:
+            raise Interrupted
+
+    try:
+        evaluate(
+            knows, pictures, out, test_size=(40, 40), batch_size=1, workers=1,
+            max_pixels=MAX_PIXELS, between=leave,
+        )  # fmt: skip
+        raise AssertionError("not left")
+    except Interrupted:
+        pass
+    assert multiprocessing.active_children() == []
+    assert list(out.iterdir()) == []
