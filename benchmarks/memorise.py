@@ -1,6 +1,6 @@
 """Does the detector learn: does it memorise 8 real pictures, boxes and masks, in 20 minutes?
 
-    python benchmarks/memorise.py [--quick] [--ranks 2] [--updates 800]
+    python benchmarks/memorise.py [--quick] [--ranks 2] [--updates 400]
 
 The recipe coco_mask_rcnn_swinv2_tiny, narrowed (256 px, 64 channels in the heads, 64 RoIs an
 image), under ZeRO-3, on the 8 pictures of FD_DATA's coco_tiny whose smallest object is largest; the
@@ -22,6 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import ranks as here
+from PIL import Image
 from ranks import RESULTS, ROOT
 
 PICTURES = 8
@@ -44,8 +45,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few updates: shows that it runs")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--updates", type=int, default=800)
-    parser.add_argument("--every", type=int, default=50, help="updates between evaluations")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--every", type=int, default=100, help="updates between evaluations")
     parser.add_argument("--out", type=Path, default=RESULTS / "memorise.json")
     if parser.parse_args().quick:
         parser.set_defaults(updates=4, every=2)
@@ -125,7 +126,8 @@ def main() -> int:
         flags.out.parent.mkdir(exist_ok=True)
         for name in ("worst", "chosen"):
             if (last / f"{name}.png").is_file():
-                shutil.copy(last / f"{name}.png", flags.out.with_name(f"memorise_{name}.png"))
+                picture = Image.open(last / f"{name}.png").convert("RGB")
+                picture.save(flags.out.with_name(f"memorise_{name}.jpg"), quality=80)
         draw(rows, evaluations, flags.out.with_suffix(".png"))
         reached = {
             kind: next((e["update"] for e in evaluations if e[f"{kind}_AP50"] >= aim), None)
