@@ -22,7 +22,7 @@ from fd_large.detection.loader import build_loader
 from fd_large.detection.scoring import read_ground_truth, score
 from fd_large.detection.target import Target, Targets
 from fd_large.detection.task import Detection
-from fd_large.detection.views import LargeScaleJitter
+from fd_large.detection.views import Jitter, LargeScaleJitter, ShortestEdge
 from fd_large.engine.build import Engine
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import evaluating
@@ -86,13 +86,12 @@ class DetectionJob(Job):
         return student_weights(self.run)
 
     def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
-        """Pictures under large-scale jitter, with what is seen of their objects."""
+        """Pictures under jitter, with what is seen of their objects."""
         run = self.run
-        smallest, largest = run.task.detection.scale_range
         return iter(
             build_loader(
                 cast(CocoSet, samples),
-                LargeScaleJitter(run.data.image_size, min_scale=smallest, max_scale=largest),
+                jitter_of(run),
                 seed=run.runtime.seed,
                 global_batch_size=run.batch.global_batch_size,
                 workers=run.data.workers,
@@ -104,21 +103,23 @@ class DetectionJob(Job):
     def probe_batch(self, size: int) -> Batch:
         """Grey images, each with as many objects as a crowded picture has."""
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
+        numbers = self.run.task.detection
+        height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
         positions = torch.arange(size)
-        corner = torch.arange(count).float()[:, None] / count * side / 2
+        corner = torch.arange(count).float()[:, None] / count * height / 2
         target = Target(
-            torch.cat([corner, corner, corner + side / 4, corner + side / 4], dim=1),
+            torch.cat([corner, corner, corner + height / 4, corner + height / 4], dim=1),
             torch.zeros(count, dtype=torch.int64),
-            torch.ones(count, side, side, dtype=torch.uint8),
+            torch.ones(count, height, width, dtype=torch.uint8),
             torch.zeros(0, 4),
             0,
         )
         return Batch(
-            torch.full((size, 3, side, side), 128, dtype=torch.uint8),
+            torch.full((size, 3, height, width), 128, dtype=torch.uint8),
             0,
             positions,
             positions,
-            targets=Targets([target] * size, torch.full((size, 2), side), positions, 0),
+            targets=Targets([target] * size, torch.tensor([[height, width]] * size), positions, 0),
         )
 
     def evaluation(
@@ -213,6 +214,15 @@ def check_classes(run: Run, pictures: CocoSet) -> None:
             f"task.detection.num_classes: not those of {pictures.annotations}; got {expected}, "
             f"expected {found}. Set --task.detection.num_classes {found}."
         )
+
+
+def jitter_of(run: Run) -> Jitter:
+    """How the recipe's training pictures are resized and cut."""
+    numbers = run.task.detection
+    if any(numbers.whole_size):
+        return ShortestEdge(*numbers.whole_size)
+    smallest, largest = numbers.scale_range
+    return LargeScaleJitter(run.data.image_size, min_scale=smallest, max_scale=largest)
 
 
 def test_size(run: Run) -> tuple[int, int]:

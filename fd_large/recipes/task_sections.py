@@ -70,6 +70,10 @@ class Detection:
     # Smallest and largest size of a training picture before it is cut to data.image_size, as a
     # multiple of the size at which it just fits in.
     scale_range: tuple[float, float] = (0.1, 2.0)
+    # Instead of scale_range and the cut: the shorter side of whole training pictures, smallest and
+    # largest, and the most that the longer may be, in pixels; a global batch then holds wide
+    # pictures or high ones. 0 0 0: jitter and cut.
+    whole_size: tuple[int, int, int] = (0, 0, 0)
     # Shorter side of evaluated pictures, and the most that the longer may be, in pixels; 0 0: both
     # data.image_size.
     test_size: tuple[int, int] = (0, 0)
@@ -95,6 +99,19 @@ class Detection:
             "task.detection.scale_range: no range",
             self.scale_range,
             "two numbers above 0, the smaller first",
+        )
+        least, most, longer = self.whole_size
+        require(
+            self.whole_size == (0, 0, 0) or 0 < least <= most <= longer,
+            "task.detection.whole_size: no sides of a picture",
+            self.whole_size,
+            "three rising numbers of pixels, or 0 0 0",
+        )
+        require(
+            self.whole_size == (0, 0, 0) or self.scale_range == (0.1, 2.0),
+            "task.detection.scale_range: not together with whole_size",
+            self.scale_range,
+            "one of the two",
         )
         shorter, longer = self.test_size
         require(

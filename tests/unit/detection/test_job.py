@@ -11,6 +11,7 @@ from detection_batches import narrow_run
 from detection_twin import pictures
 
 from fd_large.detection.job import DetectionJob
+from fd_large.engine.job import Portion
 from fd_large.errors import ConfigError, DataError
 
 ANNOTATIONS = "annotations/instances_val2017.json"
@@ -93,3 +94,24 @@ def test_an_annotation_may_leave_crowd_and_area_open(tmp_path):
     root = pictures(tmp_path)
     edit(root, lambda content: content["annotations"][0].update(iscrowd=None, area=None))
     check(run_of(root))
+
+
+def test_whole_pictures_of_one_orientation_in_a_batch(tmp_path):
+    run = run_of(pictures(tmp_path, 8))
+    numbers = replace(run.task.detection, whole_size=(40, 60, 90))
+    run = replace(run, task=replace(run.task, detection=numbers))
+    job = DetectionJob(replace(run, data=replace(run.data, workers=0)))
+    portion = Portion(0, 0, 4, 0, 1)
+    for batch in job.batches(job.open_samples(), portion):
+        sizes = batch.targets.sizes
+        assert len({bool(width >= height) for height, width in sizes.tolist()}) == 1
+        assert 40 <= sizes.min() <= 60
+        assert sizes.max() <= 90
+    probe = job.probe_batch(2)
+    assert probe.images.shape == (2, 3, 60, 90)
+    assert probe.targets.targets[0].masks.shape[1:] == (60, 90)
+    assert probe.targets.sizes.tolist() == [[60, 90]] * 2
+    with pytest.raises(ConfigError, match="not together with whole_size"):
+        replace(numbers, scale_range=(1.0, 1.0))
+    with pytest.raises(ConfigError, match="whole_size: no sides"):
+        replace(numbers, whole_size=(60, 40, 90))
