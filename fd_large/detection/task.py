@@ -21,6 +21,10 @@ from fd_large.models.statistics import IMAGENET, Statistics, normalise
 
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
+# Of pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after normalisation: a
+# net whose biases are still 0 maps that to 0, where each norm multiplies gradients by
+# 1 / sqrt(eps).
+PADDING = 128
 
 
 class Detection(Task):
@@ -84,12 +88,12 @@ class Detection(Task):
         }
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 to float32; beyond their sizes all is 0."""
+        """Normalises images (B, 3, H, W) uint8 to float32; beyond their sizes all is grey."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]  # (B, H)
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
-        return normalise(images, self.statistics) * inside
+        return normalise(images.where(inside, PADDING), self.statistics)
 
     def forward(
         self,

@@ -109,6 +109,19 @@ def test_what_is_beyond_an_image_s_size_is_not_seen():
     assert task.pixels(image, torch.tensor([[4, 4]])).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_padding_does_not_blow_up_the_gradients_of_a_net_with_zero_biases(name):
+    norms = []
+    for side in (128, 32):
+        task = detector(name)
+        batch = batch_of(0, (128, 128), [3, 2])
+        sizes = torch.full((2, 2), side)
+        loss_of(task, replace(batch, targets=batch.targets._replace(sizes=sizes)))[0].backward()
+        norms.append(torch.stack([p.grad.norm() for p in task.parameters()]).norm().item())
+    # Zeros in place of grey: 1e16 and 500.
+    assert norms[1] < 3 * norms[0]
+
+
 def test_the_student_s_parameters_keep_their_names():
     for name in (SWIN, VIT):
         run = narrow_run(name)
