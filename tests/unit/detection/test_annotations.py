@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -242,3 +243,18 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ConfigError, match=r"fd_large\[detection\]"):
         open_coco(str(tmp_path), "train")
+
+
+def test_reading_takes_a_fraction_of_the_memory_of_plain_json(tmp_path):
+    """On every rank of a node at once: polygons are most of COCO's training file."""
+    numbers = [round(number * 1.37 % 40, 2) for number in range(200)]
+    objects = [annotation(i, 1, [4, 4, 20, 20], segmentation=[numbers]) for i in range(1, 300)]
+    root = write_set(tmp_path, objects, sizes={1: (40, 40)})
+    path = root / "annotations/instances_train2017.json"
+    peaks = []
+    for read in (lambda: json.loads(path.read_text()), lambda: open_coco(str(root), "train")):
+        tracemalloc.start()
+        read()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 0.7 * peaks[0]
