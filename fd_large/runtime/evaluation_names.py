@@ -11,7 +11,7 @@ words.
 
 from __future__ import annotations
 
-METRICS = ("loss", "cosine", "best_constant", "top1", "top5", "knn", "AP", "AP50", "AP75")
+METRICS = ("loss", "cosine", "best_constant", "top1", "top5", "knn")
 SETS = {
     "held_out": "held-out",
     "unseen_crops": "unseen crops",
@@ -21,7 +21,7 @@ SETS = {
 }
 
 
-_OF_DETECTIONS = ("box_", "mask_")
+_OF_DETECTIONS, _TOLD = ("box", "mask"), ("AP", "AP50", "AP75")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -29,6 +29,9 @@ def split_name(name: str) -> tuple[str, str]:
     for metric in METRICS:
         if name.endswith(f"_{metric}"):
             return name.removesuffix(f"_{metric}"), metric
+    kind, _, number = name.partition("_")
+    if kind in _OF_DETECTIONS:
+        return kind, number
     return "evaluation", name
 
 
@@ -37,7 +40,7 @@ def in_words(metrics: dict[str, float]) -> str:
     sets: dict[str, list[str]] = {}
     for name, value in metrics.items():
         group, metric = split_name(name)
-        if group == "evaluation" and name.startswith(_OF_DETECTIONS):
+        if group in _OF_DETECTIONS and metric not in _TOLD:
             continue
         sets.setdefault(group, []).append(f"{metric.replace('_', ' ')} {value:z.4f}")
     return "; ".join(f"{SETS.get(group, group)} {', '.join(told)}" for group, told in sets.items())
