@@ -80,6 +80,9 @@ def test_help_needs_no_torch():
 
 
 def test_half_an_environment_of_ranks_is_told_in_the_table(monkeypatch, capsys, tmp_path):
+    # DeepSpeed leaves them behind where a test before has started it in this process.
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["doctor", "--run_dir", str(tmp_path)]) == 1
     out = capsys.readouterr().out

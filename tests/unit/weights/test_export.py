@@ -327,9 +327,9 @@ def test_a_checkpoint_that_goes_and_leaves_none(tmp_path, monkeypatch):
     stored(tmp_path / "run", "vit_base_patch16", VIT)
     read = stream.read
 
-    def gone(reader, *arguments):
+    def gone(reader, *arguments, **named):
         shutil.rmtree(reader.path, ignore_errors=True)
-        return read(reader, *arguments)
+        return read(reader, *arguments, **named)
 
     monkeypatch.setattr(stream, "read", gone)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):

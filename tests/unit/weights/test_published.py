@@ -132,8 +132,9 @@ def test_simmim_swinv2_encoder_map(tmp_path):
     mask, token = tensors["mask"].flatten(1)[..., None], tensors["weights.encoder.mask_token"]
 
     def masked(module, inputs, output):
-        patches = output.flatten(1, 2)
-        return (patches * (1 - mask) + token * mask).view(output.shape)
+        patches = output[0].flatten(1, 2)
+        hidden = (patches * (1 - mask) + token * mask).view(output[0].shape)
+        return hidden, hidden
 
     net.patch_embed.register_forward_hook(masked)
     got = net(tensors["input"]).tokens.transpose(1, 2)
