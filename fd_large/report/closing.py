@@ -41,6 +41,10 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
         _, accuracies = files.evaluated(f"{name}_top1")
         if len(accuracies):
             add("", f"accuracy {accuracies[0]:.2f}% -> {accuracies[-1]:.2f}%")
+        _, precisions = files.evaluated(f"{name}_AP")
+        if len(precisions):
+            _, at_half = files.evaluated(f"{name}_AP50")
+            add(f"{words} AP", f"{100 * precisions[-1]:.1f}, AP50 {100 * at_half[-1]:.1f}")
         if len(cosines):
             add("", f"cosine {cosines[0]:z.2f} -> {cosines[-1]:z.2f}")
     if summary.get("images_per_second"):
@@ -91,6 +95,13 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
                 ),
             }
         )
+    if done and _task(files) == "detection":
+        steps.append(
+            {
+                "why": "what it sees in pictures of yours",
+                "command": f"{_program('python')} -m fd_large predict {folder} IMAGE",
+            }
+        )
     steps += [
         {
             "why": "all curves in a browser",
@@ -106,7 +117,11 @@ def next_steps(files: RunFiles) -> list[dict[str, str]]:
 
 def distils(files: RunFiles) -> bool:
     """Whether the run learned from a teacher."""
-    return files.recipe.get("task", {}).get("name", "distillation") == "distillation"
+    return _task(files) == "distillation"
+
+
+def _task(files: RunFiles) -> str:
+    return files.recipe.get("task", {}).get("name", "distillation")
 
 
 def loss_ends(files: RunFiles) -> tuple[float | None, float | None]:

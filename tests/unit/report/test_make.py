@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fd_large.errors import DataError
+from fd_large.recipes import registry
 from fd_large.report.make import make_report
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,3 +89,15 @@ def test_it_needs_no_torch(make_run):
         timeout=120,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_detector_s_precision_and_what_to_do_with_it(make_run):
+    folder = make_run(held_out=False, features=())
+    recipe = registry.get("coco_mask_rcnn_swinv2_tiny").to_dict()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    numbers = {"box_AP": 0.482, "box_AP50": 0.69, "mask_AP": 0.425, "mask_AP50": 0.66}
+    (folder / "evaluations.jsonl").write_text(json.dumps({"update": 60} | numbers) + "\n")
+    text = make_report(folder)
+    assert "box AP           48.2, AP50 69.0" in text
+    assert "mask AP          42.5, AP50 66.0" in text
+    assert f"-m fd_large predict {folder} IMAGE" in text
