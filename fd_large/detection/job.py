@@ -52,11 +52,6 @@ class DetectionJob(Job):
         """Opens the training pictures and their objects."""
         pictures = open_coco(self.run.data.root, "train")
         check_classes(self.run, pictures)
-        if not pictures.has_masks:
-            raise DataError(
-                f"data.root: {pictures.annotations} has no masks; got boxes alone, expected "
-                "segmentations. Train on annotations that have them, for instance COCO's."
-            )
         self._categories = dict(zip(pictures.category_ids, pictures.category_names, strict=True))
         return cast(PictureSource, pictures)
 

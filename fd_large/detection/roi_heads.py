@@ -150,6 +150,10 @@ class RoIHeads(nn.Module):
         box = (deltas[foreground, label[foreground]] - wanted).abs().sum()
 
         positives = [roi[: len(o)] for roi, o in zip(rois, objects, strict=True)]
+        if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
+            # A set of boxes alone: the mask head runs as everywhere, and learns nothing.
+            positives = [roi[:0] for roi in rois]
+            objects, foreground, num_positives = [o[:0] for o in objects], foreground[:0], 0
         padded = with_one(positives)
         masks = self.mask(pool(maps, strides, padded, MASK_SIDE))
         drawn = torch.cat(

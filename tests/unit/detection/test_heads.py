@@ -391,3 +391,21 @@ def test_many_objects_are_matched_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(matching, "OBJECTS_AT_ONCE", 50)
     assert matched(objects, candidates, best=True) == found
     assert sum(number >= 0 for number in found) > 20
+
+
+def test_a_set_of_boxes_alone_teaches_everything_but_masks():
+    batch = batch_of(0, (64, 64), [3, 2])
+    bare = [t._replace(masks=t.masks.new_zeros(len(t.masks), 0, 0)) for t in batch.targets.targets]
+    torch.manual_seed(0)
+    heads = RoIHeads(5, 8, rois_per_image=16, detections_per_image=5)
+    maps = [torch.randn(2, 8, 16 // 2**level, 16 // 2**level) for level in range(5)]
+    strides, draws = [4.0, 8.0, 16.0, 32.0, 64.0], np.full((2, 32), 0.5)
+    proposals = [boxes((0, 0, 9, 9))] * 2
+    whole, counts = heads.sums(maps, strides, proposals, batch.targets.targets, draws)
+    sums, counts_of_bare = heads.sums(maps, strides, proposals, bare, draws)
+    assert (sums["cls"], sums["box"]) == (whole["cls"], whole["box"])
+    assert sums["mask"] == 0 < whole["mask"]
+    assert counts_of_bare["boxes"] == counts["boxes"]
+    sum(sums.values()).backward()
+    for name, parameter in heads.named_parameters():
+        assert parameter.grad is not None, name

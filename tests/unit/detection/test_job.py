@@ -115,3 +115,22 @@ def test_whole_pictures_of_one_orientation_in_a_batch(tmp_path):
         replace(numbers, scale_range=(1.0, 1.0))
     with pytest.raises(ConfigError, match="whole_size: no sides"):
         replace(numbers, whole_size=(60, 40, 90))
+
+
+def test_a_set_of_boxes_alone_is_learnt_from(tmp_path):
+    root = pictures(tmp_path)
+    for split in ("train", "val"):
+        path = root / f"annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        for one in content["annotations"]:
+            del one["segmentation"]
+        path.write_text(json.dumps(content))
+    run = run_of(root, data={"workers": 0})
+    job = DetectionJob(run)
+    samples = job.open_samples()
+    job.check()
+    batch = next(job.batches(samples, Portion(0, 0, 2, 0, 1)))
+    task = job.make_task()
+    loss, terms = task(**task.prepare(batch.images, batch.targets, None))
+    loss.backward()
+    assert terms["mask"] == 0 < terms["box"] + terms["rpn_box"]
