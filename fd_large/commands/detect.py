@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from fd_large.checkpoint.read import Reader
     from fd_large.detection.evaluation import Detect
 
-Positional = Annotated[str, tyro.conf.Positional]
-
 
 def predict(
-    run: Positional,
-    images: Annotated[tuple[str, ...], tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")],
     out: str = "predictions",
     score: float = 0.5,
 ) -> int:
