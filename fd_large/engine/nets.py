@@ -35,6 +35,7 @@ class Named:
         section: Net and weights.
         image_size: Side of the images that it was trained with, in pixels.
         trained_by: Recipe of the run whose student it is; None: of no run.
+        seed: Of the run that it belongs to; decides random weights.
     """
 
     label: str
@@ -42,15 +43,14 @@ class Named:
     section: Teacher
     image_size: int
     trained_by: Run | None = None
+    seed: int = 0
 
     def build(self) -> tuple[nn.Module, Statistics]:
         """The net with its weights, in float32 on this process's device, and its statistics."""
         run = _run(self.section, self.image_size)
         weights = teacher_weights(run)
         # A random net is the teacher that a run of this seed has.
-        teacher = partition.build(
-            teacher_maker(run), {}, partitioned=False, seed=run.runtime.seed + 1
-        )
+        teacher = partition.build(teacher_maker(run), {}, partitioned=False, seed=self.seed + 1)
         if weights is not None:
             load_weights(teacher.net, weights, where=self.source)
         return teacher.to(distributed.device()).net, teacher.statistics
@@ -61,8 +61,8 @@ def find_net(source: str, *, image_size: int = 0) -> Named:
 
     Args:
         source: The folder of a run or of one of its checkpoints (its student, the average of its
-            weights where the run keeps one), RUN#teacher, RUN#scratch (its student as it began,
-            with random weights); weights as `teacher.source` takes them; or NET=SOURCE, for
+            weights where the run keeps one), RUN#teacher, RUN#scratch (its student with
+            random weights); weights as `teacher.source` takes them; or NET=SOURCE, for
             weights that do not tell their net, with NET a name of the table of nets or timm:NAME,
             and SOURCE weights or `random`.
         image_size: Of its images, in pixels; 0: as it was trained. A ViT's positions are resized.
@@ -88,7 +88,7 @@ def _found(source: str, image_size: int) -> Named:
     label = path.resolve().name
     if label.startswith("step_"):
         label = f"{path.resolve().parents[1].name} {label}"
-    size = image_size or recipe.data.image_size
+    size, seed = image_size or recipe.data.image_size, recipe.runtime.seed
     if part == _TEACHER:
         if not recipe.has_teacher:
             raise ConfigError(
@@ -97,23 +97,22 @@ def _found(source: str, image_size: int) -> Named:
             )
         section = _settled(recipe.teacher, size)
         if not image_size:
-            # What it saw may be resized from the student's images.
-            with torch.device("meta"):
-                teacher = teacher_maker(replace(recipe, teacher=section))()
-            size = teacher.image_size or size
-        return Named(f"{label}: teacher", source, section, size)
+            size = _seen_size(replace(recipe, teacher=section))
+        return Named(f"{label}: teacher", source, section, size, seed=seed)
     if part == _SCRATCH:
         section = Teacher(
             model=recipe.student.model,
             architecture=_sized(recipe.student_architecture(), recipe.student.architecture, size),
             source=RANDOM,
         )
-        return Named(f"{label}: from scratch", source, section, size, recipe)
+        return Named(f"{label}: from scratch", source, section, size, recipe, seed)
     architecture = Architecture()
     if image_size:
         architecture = _sized(recipe.student_architecture(), architecture, size)
     section = _settled(Teacher(source=source, architecture=architecture), size)
-    return Named(label, source, section, size, recipe)
+    if not image_size:
+        size = _seen_size(_run(section, size))
+    return Named(label, source, section, size, recipe, seed)
 
 
 def _recipe_of(path: Path) -> Run | None:
@@ -168,6 +167,13 @@ def _own_size(section: Teacher) -> int:
 
         return timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
     return architecture.image_size or Data().image_size
+
+
+def _seen_size(run: Run) -> int:
+    """The side that a recipe's teacher gets: not the student's where its positions are for one."""
+    with torch.device("meta"):
+        teacher = teacher_maker(run)()
+    return teacher.image_size or run.data.image_size
 
 
 def _sized(whole: Architecture, overrides: Architecture, image_size: int) -> Architecture:

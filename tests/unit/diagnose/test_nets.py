@@ -12,9 +12,11 @@ from stored_run import store_tensors
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
+from fd_large.engine.build import teacher_maker
 from fd_large.errors import ConfigError, FDError, WeightsError
+from fd_large.models.registry import build
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
-from fd_large.recipes.sections import Teacher
+from fd_large.recipes.sections import Student, Teacher
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -84,6 +86,37 @@ def test_a_teacher_of_one_size_sees_that_size(distillation) -> None:
     subject = open_subject(f"{folder}#teacher")
     assert subject.image_size == 32
     assert subject.net.grid(32, 32) == (4, 4)
+
+
+def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_path: Path) -> None:
+    _, run, _ = distillation
+    shape = run.teacher.architecture
+    run = replace(
+        run,
+        task=replace(run.task, name="detection"),
+        teacher=Teacher(),
+        student=Student(model="vit_base_patch16", architecture=shape),
+        data=replace(run.data, image_size=64),
+    )
+    names = {"norm.weight", "norm.bias", "cls_token"}
+    net = build("vit_base_patch16", shape, seed=1)
+    tensors = {f"student.{n}": p.detach() for n, p in net.named_parameters() if n not in names}
+    store_tensors(tmp_path / "detector", tensors, recipe=run.to_dict())
+    subject = open_subject(str(tmp_path / "detector"))
+    assert subject.image_size == 32
+    assert subject.net(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
+
+
+def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:
+    folder, run, task = distillation
+    run = replace(run, runtime=replace(run.runtime, seed=5))
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
+    torch.manual_seed(run.runtime.seed + 1)
+    expected = teacher_maker(run)().net
+    found = open_subject(f"{folder}#teacher").net
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
