@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
 # Fields that an evaluation of boxes and masks takes; all else is the run's.
 DETECTION_FIELDS = ("data.root", "data.workers", "data.max_pixels")
-TASKS = ("knn", "linear", "finetune")
+# Flags that each task reads; task and out are read by all.
+_FEATURES = ("pool", "batch_size")
+TASKS = {
+    "knn": ("k", "temperature", *_FEATURES),
+    "linear": ("seeds", "probe_rates", "probe_epochs", *_FEATURES),
+    "finetune": ("seeds", "recipe", "deepspeed_config"),
+}
 
 Train = Callable[..., int]
 
@@ -48,7 +54,8 @@ class Flags:
     detects (with --out, --data.root FOLDER in COCO's layout, --data.workers and --data.max_pixels
     alone); empty: that of the first run's recipe, else knn."""
     seeds: int = 1
-    """Repetitions, runtime.seed and those after it; neighbours have none."""
+    """Repetitions, runtime.seed and those after it; not of neighbours, who leave nothing to
+    chance."""
     out: str = "evaluation"
     """Folder for summary.json, the picture, and the runs of fine-tuning."""
     k: int = 20
@@ -140,6 +147,7 @@ def main(
     nets = [find_net(model, image_size=image_size) for model in models]
     _tell_apart(nets)
     task = flags.task or _task_of(nets[0])
+    _check_flags(task, own)
     if task == "finetune":
         return _finetune(nets, flags, rest, parse, train)
     if others:
@@ -186,6 +194,18 @@ def _parted(rest: list[str], names: Sequence[str]) -> tuple[list[str], list[str]
             others += [] if into is words else [f"--{name}"]
         into.append(word)
     return words, others
+
+
+def _check_flags(task: str, own: list[str]) -> None:
+    """Refuses what this task would not read."""
+    read = ("task", "out", "local_rank", *TASKS[task])
+    for word in own:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name not in read:
+            raise ConfigError(
+                f"--{name}: not read by this task; got it with --task {task}, expected "
+                f"{', '.join(f'--{flag}' for flag in TASKS[task])}. Leave it out."
+            )
 
 
 def _tyro(words: list[str]) -> Flags:
@@ -239,10 +259,10 @@ def _task_of(net: Named) -> str:
 
 
 def _tell_apart(nets: list[Named]) -> None:
-    labels = [net.label for net in nets]
-    if len(set(labels)) < len(labels):
+    """Gives nets labels of which no two are the same, as names of folders either."""
+    if len({_slug(net.label) for net in nets}) < len(nets):
         nets[:] = [replace(net, label=net.source) for net in nets]
-    if len({net.label for net in nets}) < len(nets):
+    if len({_slug(net.label) for net in nets}) < len(nets):
         raise ConfigError(
             f"evaluate: a net twice; got {', '.join(net.source for net in nets)}, expected "
             "different ones. Leave one out."
@@ -298,7 +318,8 @@ def _frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
                 score.details.append({})
             else:
                 probe = linear.Probe(rates=flags.probe_rates, epochs=flags.probe_epochs, seed=seed)
-                num_pictures = linear.work(len(train_set), probe) // distributed.world_size()
+                # Every rank does all of it.
+                num_pictures = linear.work(len(train_set), probe) * distributed.world_size()
                 with _bar(f"{net.label}: probe, seed {seed}", num_pictures) as told:
                     outcome = linear.evaluate(
                         found["training"],
@@ -341,6 +362,8 @@ def _finetune(
     from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
 
     folder, config = Path(flags.out), flags.deepspeed_config or _default_config()
+    single = len(nets) == flags.seeds == 1
+    own = _student_fields(rest, single=single)
     recipes = []
     for net in nets:
         base = parse(["--recipe", flags.recipe or recipe_name(net), *rest])
@@ -349,15 +372,14 @@ def _finetune(
                 f"--recipe: not one of fine-tuning; got {base.name}, expected a finetune_... one. "
                 "See python -m fd_large recipes."
             )
-        recipes.append(recipe_of(net, base))
+        recipes.append(recipe_of(net, base, own))
     first = recipes[0].runtime.seed
     seeds = list(range(first, first + flags.seeds))
     scores = [Score(net, [], []) for net in nets]
-    single = len(nets) == len(seeds) == 1
     for seed in seeds:
         for score, recipe in zip(scores, recipes, strict=True):
             where = folder / f"{_slug(score.net.label)}_seed_{seed}"
-            if single and recipe.runtime.run_dir:
+            if recipe.runtime.run_dir:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
             code = train(replace(recipe, runtime=runtime), deepspeed_config=config)
@@ -371,6 +393,30 @@ def _finetune(
     settings = {"recipe": [recipe.name for recipe in recipes]}
     _finish("finetune", scores, seeds, settings, recipes[0], _folder(flags.out), {})
     return distributed.leave(0)
+
+
+def _student_fields(rest: list[str], *, single: bool) -> list[str]:
+    """The fields of the student among the words, all of which can be set for named nets.
+
+    Raises: ConfigError: for a field that what is named decides.
+    """
+    from fd_large.evaluate.fine_tuned import OWN_FIELDS
+
+    names = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    own = [name.removeprefix("student.") for name in names if name.startswith("student.")]
+    for name in own:
+        if name not in OWN_FIELDS:
+            raise ConfigError(
+                f"--student.{name}: the nets that are named decide it; got it with --task "
+                f"finetune, expected of student.* only {', '.join(OWN_FIELDS)}. Leave it out, or "
+                "train: docs/evaluation.md says how."
+            )
+    if "runtime.run_dir" in names and not single:
+        raise ConfigError(
+            "--runtime.run_dir: one folder for several runs; got several nets or seeds, expected "
+            "one. Set --out, in which each has a folder."
+        )
+    return own
 
 
 def _default_config() -> str:
@@ -401,6 +447,7 @@ def _finish(
 
     from fd_large.report.comparison import draw_comparison, spread, table
     from fd_large.runtime import terminal
+    from fd_large.runtime.run_folder import write_json
 
     device = distributed.device()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -423,7 +470,7 @@ def _finish(
             for score in scores
         ],
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     picture = folder / f"{task}.png"
     draw_comparison(summary, picture)
     console = terminal.console()

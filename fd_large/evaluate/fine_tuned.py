@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from fd_large.engine.nets import RANDOM, Named
@@ -16,6 +17,15 @@ FAMILIES = {
     "swinv2": ("swinv2_base", "finetune_esvit_swin_base"),
     "swin": ("swin_base_esvit", "finetune_esvit_swin_base"),
 }
+
+# Fields of the section student that a user sets for nets that are named; the others come with them.
+OWN_FIELDS = (
+    "drop_path_rate",
+    "residual_dtype",
+    "attention_memory",
+    "activation_checkpointing",
+    "checkpoint_every",
+)
 
 
 def recipe_name(named: Named) -> str:
@@ -35,7 +45,7 @@ def recipe_name(named: Named) -> str:
     return FAMILIES[architecture.family][1]
 
 
-def recipe_of(named: Named, base: Run) -> Run:
+def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
     """A fine-tuning recipe with a named net in the student's place.
 
     Every block gets its own copy of a position bias that blocks share.
@@ -43,6 +53,8 @@ def recipe_of(named: Named, base: Run) -> Run:
     Args:
         named: The net.
         base: A recipe of the task finetune; its drop path stays.
+        own_fields: Of `OWN_FIELDS`, those in which its student's values stay as well; else a run's
+            student is trained as the run trained it.
     """
     architecture = _architecture(named)
     own = {
@@ -64,7 +76,7 @@ def recipe_of(named: Named, base: Run) -> Run:
         architecture=Architecture(**differs),
         init="" if is_random else named.section.source,
         init_allow=() if is_random else named.section.allow,
-        drop_path_rate=base.student.drop_path_rate,
+        **{name: getattr(base.student, name) for name in {"drop_path_rate", *own_fields}},
     )
     finetune = base.task.finetune
     if not finetune.statistics and not is_random:

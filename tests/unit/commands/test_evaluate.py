@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from fd_large.cli import main, parse_train
-from fd_large.commands.evaluate import FEATURE_FIELDS, _parted, split
+from fd_large.commands.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
 from fd_large.engine.nets import find_net
 from fd_large.errors import ConfigError
 from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
@@ -66,6 +67,14 @@ def test_words_are_sorted():
             "nets of timm, or of one's own, are not fine-tuned",
         ),
         ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], "not one of fine-tuning"),
+        ([TINY, "--task", "finetune", "--pool=cls"], "--pool: not read by this task"),
+        ([TINY, "--task", "knn", "--seeds", "3"], "--seeds: not read by this task"),
+        ([TINY, "--task", "linear", "--recipe", "finetune_x"], "--recipe: not read by this task"),
+        ([TINY, "--task", "finetune", "--student.init", "x"], "the nets that are named decide it"),
+        (
+            [TINY, "--task", "finetune", "--seeds", "2", "--runtime.run_dir", "x"],
+            "one folder for several runs",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, message, capsys):
@@ -143,5 +152,18 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     assert recipe_name(large) == "finetune_clip_vit_large"
     swin = find_net("swinv2_tiny=random")
     assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
+    words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
+    parsed, _ = parse_train(["--recipe", "finetune_clip_vit_base", *words])
+    student = recipe_of(named, parsed, ["activation_checkpointing"]).student
+    assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
     parsed, _ = parse_train(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
     assert recipe_of(named, parsed).task.finetune.mixup == 0
+
+
+def test_no_two_nets_share_a_folder():
+    nets = [replace(find_net(TINY), label=label, source=label) for label in ("a b", "a_b")]
+    with pytest.raises(ConfigError, match="a net twice"):
+        _tell_apart(nets)
+    nets = [replace(find_net(TINY), label="a", source=source) for source in ("x/a", "y/a")]
+    _tell_apart(nets)
+    assert [net.label for net in nets] == ["x/a", "y/a"]
