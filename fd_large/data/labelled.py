@@ -201,15 +201,21 @@ def open_split(
         classes: Those of the training set, for a set that is tested.
         where: What the user set, for messages.
 
-    Raises: DataError: if the folder lacks the part.
+    Raises: DataError: if the folder lacks the part, or there is nothing to tell apart.
     """
     for name in SPLITS[split]:
         folder = os.path.join(root, name)
         if os.path.isdir(folder):
             try:
-                return open_labelled(folder, classes)
+                found = open_labelled(folder, classes)
             except DataError as error:
                 raise DataError(str(error).replace("data.root", where)) from None
+            if len(found.classes) < 2:
+                raise DataError(
+                    f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
+                    "expected several, a folder for each. Add the others."
+                )
+            return found
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "

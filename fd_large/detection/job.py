@@ -57,15 +57,7 @@ class DetectionJob(Job):
 
     def check(self) -> None:
         """Opens the test pictures, and the headers of the weights."""
-        usual = Run(name="", student=self.run.student)
-        for name in IDLE:
-            section, _, field = name.partition(".")
-            given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
-            if given != default:
-                raise ConfigError(
-                    f"{name}: detection does not use it; got {given!r}, expected {default!r}. "
-                    "Leave it out."
-                )
+        self.refuse(IDLE)
         self._test_pictures = self._opened_for_tests()
         if distributed.is_main():
             # What cannot be scored is known before hours of training.

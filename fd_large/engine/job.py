@@ -20,9 +20,7 @@ from fd_large.engine.ema import Ema
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run
 
-Evaluate = Callable[
-    [int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]
-]
+Evaluate = Callable[[int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]]
 """(update, whether for the last time, called between batches) -> numbers by name, and arrays to
 draw where some are due; called by all ranks alike."""
 
@@ -71,6 +69,24 @@ class Job:
         Raises: FDError: the user's mistake.
         """
         student_weights(self.run)
+
+    def refuse(self, idle: Iterable[str]) -> None:
+        """Lets nobody set what does nothing.
+
+        Args:
+            idle: Fields of a recipe, section.field, that mean nothing to this task.
+
+        Raises: ConfigError: if one of them is not as it is by default.
+        """
+        usual = Run(name="", student=self.run.student)
+        for name in idle:
+            section, _, field = name.partition(".")
+            given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
+            if given != default:
+                raise ConfigError(
+                    f"{name}: {self.run.task.name} does not use it; got {given!r}, expected "
+                    f"{default!r}. Leave it out."
+                )
 
     def stage(self, samples: PictureSource) -> PictureSource:
         """Puts samples on the nodes' own disks where the recipe wants it; a collective.

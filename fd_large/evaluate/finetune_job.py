@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
 from fd_large.data.labelled import LabelledPictures, open_labelled, open_split
 from fd_large.data.loader import Batch, load_batches, micro_batches
 from fd_large.data.source import PictureSource
@@ -17,7 +20,7 @@ from fd_large.engine.build import Engine, build_student
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate, Job, Portion
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import DataError
 from fd_large.evaluate.finetune import DISCARDED, FineTuning, counted
 from fd_large.evaluate.pictures import (
     NO_LABEL,
@@ -27,7 +30,21 @@ from fd_large.evaluate.pictures import (
 )
 from fd_large.models.statistics import IMAGENET, Statistics
 from fd_large.plan.parameters import shapes
+from fd_large.recipes.sections import Objective
 from fd_large.weights.source import open_weights
+
+
+log = logging.getLogger(__name__)
+
+# Fields of a recipe that mean nothing here: colours are RandAugment's, and tests see all pictures.
+IDLE = (
+    "data.color_jitter",
+    "data.grayscale_probability",
+    "eval.views",
+    "eval.knn_root",
+    "eval.knn_every",
+    *(f"objective.{field.name}" for field in fields(Objective)),
+)
 
 
 class FineTuningJob(Job):
@@ -39,18 +56,7 @@ class FineTuningJob(Job):
 
     def check(self) -> None:
         """Opens the pictures for tests, and the headers of the weights."""
-        if self.run.data.color_jitter or self.run.data.grayscale_probability:
-            raise ConfigError(
-                "data.color_jitter: fine-tuning has colour changes of its own; got"
-                f" {self.run.data.color_jitter:g} (grayscale"
-                f" {self.run.data.grayscale_probability:g}), expected 0. Set"
-                " --task.finetune.randaugment."
-            )
-        if self.run.eval.knn_root:
-            raise ConfigError(
-                "eval.knn_root: neighbours are asked in distillation; got "
-                f"{self.run.eval.knn_root!r} in fine-tuning, expected nothing. Leave it out."
-            )
+        self.refuse(IDLE)
         self.test_pictures()
         self.initial_weights()
 
@@ -119,15 +125,16 @@ class FineTuningJob(Job):
     ) -> Evaluate | None:
         """Accuracy on all pictures for tests, exact on any number of ranks.
 
-        With the average of the weights where there is one.
+        With the average of the weights where there is one. What cannot be read is named and not
+        counted; past `data.max_bad_fraction` that ends the run.
         """
-        pictures = self.test_pictures()
+        pictures, bad = self.test_pictures(), BadPictures()
 
         def evaluate(
             update: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], dict[str, Any] | None]:
             with ema.in_place_of_weights() if ema else nullcontext():
-                found = self._measure(engine, pictures, micro_batch_size, between)
+                found = self._measure(engine, pictures, bad, micro_batch_size, between)
             return {f"test_{name}": value for name, value in found.items()}, None
 
         return evaluate
@@ -162,6 +169,7 @@ class FineTuningJob(Job):
         self,
         engine: Engine,
         pictures: LabelledPictures,
+        bad: BadPictures,
         batch_size: int,
         between: Callable[[], None],
     ) -> dict[str, float]:
@@ -179,14 +187,24 @@ class FineTuningJob(Job):
         side = run.data.image_size
         idle = CentralBatch(0, torch.zeros(1, 3, side, side).byte(), torch.full((1,), NO_LABEL), ())
         totals: dict[str, Tensor] = {}
+        num_bad = 0
         # Under ZeRO-3 every rank runs as many forwards as the one with most batches.
         for _ in range(-(-len(pictures) // (batch_size * world))):
             between()
             batch = next(mine, idle)
+            bad.add(0, batch.bad)
+            num_bad += len(batch.bad)
             prepared = engine.task.prepare(batch.images.to(device), batch.labels.to(device), None)
             with evaluating(engine):
                 _, sums = engine.deepspeed(**prepared)
             totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
         # Sums of float64: whole numbers, and losses that no order of ranks can tell apart.
+        totals["bad"] = torch.tensor(num_bad, dtype=torch.float64, device=device)
         summed = distributed.sum_tensor(torch.stack(list(totals.values())))
-        return counted(dict(zip(totals, summed, strict=True)))
+        sums = dict(zip(totals, summed, strict=True))
+        count = BadCount(int(sums.pop("bad")), len(pictures))
+        if past_limit(count, run.data.max_bad_fraction):
+            error = limit_error(count, run.data.max_bad_fraction, bad.names)
+            error.agreed = True
+            raise error
+        return counted(sums)

@@ -335,6 +335,13 @@ class Eval:
     def __post_init__(self):
         check_types(self, "eval")
         at_least("eval.knn_every", self.knn_every, 0, "updates")
+        require(
+            bool(self.knn_root) or not self.knn_every,
+            "eval.knn_every: no pictures to test the student on",
+            self.knn_every,
+            "0 without eval.knn_root",
+            "Set --eval.knn_root FOLDER",
+        )
         at_least("eval.every", self.every, 0, "updates")
         at_least("eval.views", self.views, 1, "views")
 
