@@ -33,7 +33,6 @@ from fd_large.plan.parameters import shapes
 from fd_large.recipes.sections import Objective
 from fd_large.weights.source import open_weights
 
-
 log = logging.getLogger(__name__)
 
 # Fields of a recipe that mean nothing here: colours are RandAugment's, and tests see all pictures.
