@@ -12,7 +12,12 @@ import torch
 from launch import read_results, run_ranks
 from PIL import Image
 from stored_run import store_tensors
+from twin import train
 
+from fd_large.data.labelled import open_split
+from fd_large.engine.nets import find_net
+from fd_large.evaluate import knn
+from fd_large.evaluate.features import extract
 from fd_large.models.registry import build
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -117,3 +122,32 @@ def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_pa
             neighbours = result["neighbours"]
             assert neighbours["same_rows"], f"{name}: features to the bit"
             assert neighbours["ranks"] == neighbours["alone"]
+
+
+def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_path: Path) -> None:
+    """On two ranks that split student and teacher; as `evaluate` then finds it."""
+    words = ("--eval.knn_root", str(pictures), "--eval.knn_every", "2", "--optim.max_steps", "5")
+    held_out = ("--eval.root", str(pictures / "val"), "--eval.every", "3", "--eval.views", "5")
+    placed = ("--teacher.placement", "sharded")
+    train(pictures / "train", tmp_path / "run", *words, *held_out, *placed, timeout=240)
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    rows = {row["update"]: row for row in map(json.loads, lines)}
+    asked = [update for update, row in rows.items() if "test_knn" in row]
+    assert asked == [0, 2, 4, 5]
+    assert [update for update, row in rows.items() if "held_out_loss" in row] == [0, 3, 5]
+    assert not (tmp_path / "run" / "features").exists()
+
+    named = find_net(str(tmp_path / "run"))
+    net, statistics = named.build()
+    features = {}
+    for part in ("train", "val"):
+        features[part] = extract(
+            net,
+            statistics,
+            open_split(str(pictures), part),
+            tmp_path / part,
+            image_size=named.image_size,
+            batch_size=2,
+        )
+    percent = knn.accuracy(features["train"], features["val"], num_classes=3)
+    assert rows[5]["test_knn"] == pytest.approx(percent)
