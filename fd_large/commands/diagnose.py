@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from fd_large.commands.shown import bar, out_folder
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import at_least
+from fd_large.runtime import terminal
 
 Positional = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -50,11 +49,8 @@ def diagnose(
         )
     at_least("images", images, 1, "images")
     at_least("batch_size", batch_size, 1, "images")
-    folder = _folder(out)
+    folder, console = out_folder(out), terminal.console()
     began = time.monotonic()
-    from fd_large.runtime import terminal
-
-    console = terminal.console()
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.diagnose.examine import Extent, examine, num_steps
@@ -68,7 +64,11 @@ def diagnose(
     subjects = [open_subject(model) for model in models]
     extent = Extent()
     steps = num_steps(len(subjects), len(sample), batch_size, extent)
-    with _bar(console, steps) as told:
+    with bar(steps) as tell:
+
+        def told(text: str) -> None:
+            tell(text, 1)
+
         findings = examine(subjects, sample, batch_size=batch_size, extent=extent, told=told)
     facts = {
         "root": data.root,
@@ -82,44 +82,6 @@ def diagnose(
     console.print(_summary(diagnosis))
     console.print(f"{page}: {len(sample)} images, {facts['seconds']:.0f} s", soft_wrap=True)
     return 0
-
-
-def _folder(out: str) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
-            "another."
-        ) from error
-    return folder
-
-
-@contextmanager
-def _bar(console: Any, steps: int) -> Iterator[Callable[[str], None]]:
-    """Yields what a finished step is told to: a bar on a terminal, a line a task elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not console.is_terminal or console.is_dumb_terminal:
-        said: set[str] = set()
-
-        def line(text: str) -> None:
-            if text not in said:
-                said.add(text)
-                console.print(text, soft_wrap=True)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, expand=True, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=steps)
-        yield lambda text: bar.update(task, description=text, advance=1)
 
 
 def _summary(diagnosis: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from fd_large.commands.detect import detects, evaluate_run
+from fd_large.commands.shown import bar, out_folder
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
@@ -282,7 +283,7 @@ def _frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
     distributed.start()
     train_set = distributed.together(lambda: open_split(run.data.root, "train"))
     test_set = distributed.together(lambda: open_split(run.data.root, "val", train_set.classes))
-    num_classes, folder = len(train_set.classes), _folder(flags.out)
+    num_classes, folder = len(train_set.classes), out_folder(flags.out)
     seeds = range(run.runtime.seed, run.runtime.seed + (flags.seeds if task == "linear" else 1))
     scores = []
     for net in nets:
@@ -361,7 +362,7 @@ def _finetune(
     from fd_large.engine import start
     from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
 
-    folder, config = Path(flags.out), flags.deepspeed_config or _default_config()
+    folder, config = out_folder(flags.out), flags.deepspeed_config or _default_config()
     single = len(nets) == flags.seeds == 1
     own = _student_fields(rest, single=single)
     recipes = []
@@ -391,7 +392,7 @@ def _finetune(
             score.values.append(summary["test_top1"])
             score.details.append({"run": str(where), "test_loss": summary["test_loss"]})
     settings = {"recipe": [recipe.name for recipe in recipes]}
-    _finish("finetune", scores, seeds, settings, recipes[0], _folder(flags.out), {})
+    _finish("finetune", scores, seeds, settings, recipes[0], folder, {})
     return distributed.leave(0)
 
 
@@ -478,18 +479,6 @@ def _finish(
     console.print(f"{folder}/summary.json, {picture}", soft_wrap=True)
 
 
-def _folder(out: str) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
-            "another."
-        ) from error
-    return folder
-
-
 def _slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
 
@@ -507,27 +496,13 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what finished pictures are told to: a bar on rank 0's terminal, or a line."""
+    """Yields what finished pictures are told to; rank 0 shows them."""
     from fd_large import distributed
-    from fd_large.runtime import terminal
 
-    console = terminal.console()
     if not distributed.is_main():
         yield lambda count: None
         return
-    if not console.is_terminal or console.is_dumb_terminal:
-        console.print(text, soft_wrap=True)
-        yield lambda count: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, expand=True) as bar:
-        # This rank's pictures stand for all ranks'.
-        task = bar.add_task(text, total=-(-total // distributed.world_size()))
-        yield lambda count: bar.update(task, advance=count)
+    # This rank's pictures stand for all ranks'.
+    with bar(-(-total // distributed.world_size())) as tell:
+        tell(text, 0)
+        yield lambda count: tell(text, count)

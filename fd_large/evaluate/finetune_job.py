@@ -203,7 +203,8 @@ class FineTuningJob(Job):
         sums = dict(zip(totals, summed, strict=True))
         count = BadCount(int(sums.pop("bad")), len(pictures))
         if past_limit(count, run.data.max_bad_fraction):
-            error = limit_error(count, run.data.max_bad_fraction, bad.names)
+            names = [name for mine in distributed.gather_objects(bad.names) for name in mine]
+            error = limit_error(count, run.data.max_bad_fraction, names)
             error.agreed = True
             raise error
         return counted(sums)

@@ -1,0 +1,60 @@
+"""What commands show as they work: a bar, and the folder where results go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fd_large.errors import ConfigError
+from fd_large.runtime import terminal
+
+Told = Callable[[str, int], None]
+"""(what is being done, how much of the whole that was)."""
+
+
+@contextmanager
+def bar(total: int) -> Iterator[Told]:
+    """Yields what finished work is told to: a bar on a terminal, a line for each text elsewhere.
+
+    Args:
+        total: All that will be told.
+    """
+    console = terminal.console()
+    if not console.is_terminal or console.is_dumb_terminal:
+        said: set[str] = set()
+
+        def line(text: str, done: int) -> None:
+            if text not in said:
+                said.add(text)
+                console.print(text, soft_wrap=True)
+
+        yield line
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, expand=True, refresh_per_second=2) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda text, done: shown.update(task, description=text, advance=done)
+
+
+def out_folder(out: str) -> Path:
+    """Makes the folder of --out.
+
+    Raises: ConfigError: if it cannot be one.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
+            "another."
+        ) from error
+    return folder
