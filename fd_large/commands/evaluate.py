@@ -14,7 +14,7 @@ import tyro
 
 from fd_large.commands.detect import detects, evaluate_run
 from fd_large.commands.shown import bar, out_folder
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, ShapeError, nearest
 from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
 
@@ -288,6 +288,11 @@ def _frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
     scores = []
     for net in nets:
         module, statistics = net.build()
+        try:
+            module.grid(net.image_size, net.image_size)
+        except ShapeError as error:
+            told = str(error).replace("--objective.teacher_image_size", "--data.image_size")
+            raise ShapeError(told) from None
         found = {}
         for name, pictures in (("training", train_set), ("test", test_set)):
             with _bar(f"{net.label}: {name} features", len(pictures)) as told:

@@ -93,6 +93,12 @@ def test_help_is_there_without_torch():
     assert "--temperature" in found
 
 
+def test_another_image_size_than_the_nets_is_told(pictures, capsys):
+    words = ["timm:test_vit=random", "--task", "knn", "--data.root", str(pictures)]
+    assert main(["evaluate", *words, "--data.image_size", "32"]) == 2
+    assert "expected 160x160. Set --data.image_size 160." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     out = tmp_path / "out"
