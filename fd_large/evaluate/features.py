@@ -9,6 +9,7 @@ the data set.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -91,7 +92,8 @@ def extract(
         told: Called with the number of this rank's pictures that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
 
-    Raises: DataError: if more than a hundredth of the pictures cannot be used.
+    Raises: DataError: if more than a hundredth of the pictures cannot be used; ConfigError: if the
+        folder has no room.
     """
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()
@@ -103,12 +105,8 @@ def extract(
     with torch.no_grad():
         width = forward(nothing).shape[1]
     paths = folder / "rows.npy", folder / "labels.npy"
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        shapes = ((len(pictures), width), np.float32), ((len(pictures),), np.int64)
-        for path, (shape, dtype) in zip(paths, shapes, strict=True):
-            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-    distributed.barrier()
+    # Also a barrier: nobody maps files that are not there.
+    distributed.together(lambda: _reserve(paths, len(pictures), width))
     rows, labels = (np.load(path, mmap_mode="r+") for path in paths)
     bad = 0
     mine = central_batches(
@@ -144,3 +142,22 @@ def extract(
             "at most one in a hundred. Replace the files that the warnings name."
         )
     return Features(*(np.load(path, mmap_mode="r") for path in paths))
+
+
+def _reserve(paths: tuple[Path, Path], num_pictures: int, width: int) -> None:
+    """Writes empty arrays, by rank 0, with their disk space: a full disk kills who maps a file."""
+    if not distributed.is_main():
+        return
+    shapes = ((num_pictures, width), np.float32), ((num_pictures,), np.int64)
+    try:
+        for path, (shape, dtype) in zip(paths, shapes, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = num_pictures * (4 * width + 8)
+        raise ConfigError(
+            f"{paths[0].parent}: no room for the features of {num_pictures:,} pictures; got "
+            f"{error}, expected {size / 1e9:.3g} GB. Free them, or choose another folder."
+        ) from error

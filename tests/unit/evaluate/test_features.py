@@ -75,3 +75,16 @@ def test_a_bad_picture_is_left_out_and_many_are_refused(tmp_path):
     Path(pictures[8]).write_bytes(b"nor this")
     with pytest.raises(DataError, match="got 2 of 120"):
         extract(net_of_means, OPENAI_CLIP, again, tmp_path / "out", **arguments)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    pictures = write(tmp_path / "pictures", 12)
+
+    def full(number: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ConfigError, match="no room for the features of 12 pictures"):
+        extract(
+            net_of_means, OPENAI_CLIP, pictures, tmp_path / "out", image_size=SIZE, batch_size=5
+        )
