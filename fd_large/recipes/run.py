@@ -69,6 +69,15 @@ class Run:
             "nothing set",
             "Leave out --teacher.*, or choose a recipe that distils",
         )
+        for name in ("finetune", "detection"):
+            own = getattr(self.task, name)
+            require(
+                name == self.task.name or own == type(own)(),
+                f"task.{name}: the task {self.task.name} does not read it",
+                "fields that are set",
+                "nothing set",
+                f"Leave out --task.{name}.*, or choose a recipe of that task",
+            )
 
     @property
     def has_teacher(self) -> bool:

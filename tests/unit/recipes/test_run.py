@@ -18,8 +18,10 @@ from fd_large.recipes.sections import (
     Optim,
     Runtime,
     Student,
+    Task,
     Teacher,
 )
+from fd_large.recipes.task_sections import Detection, FineTune
 
 
 def a_run(**sections) -> Run:
@@ -173,3 +175,17 @@ def test_field_names_flatten_nested_sections():
     assert describe_type(names["batch.micro_batch_size"]) == "a whole number or auto"
     assert describe_type(names["student.architecture.depths"]) == "whole numbers or None"
     assert describe_type(names["optim.betas"]) == "2 numbers"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (Task(finetune=FineTune(mixup=0.0)), "finetune"),
+        (Task(detection=Detection(num_classes=3)), "detection"),
+    ],
+)
+def test_the_section_of_another_task_stays_empty(task, name):
+    with pytest.raises(ConfigError, match=rf"task\.{name}: the task distillation does not read it"):
+        a_run(task=task)
+    own = {"teacher": Teacher()} | {"task": replace(task, name=name)}
+    assert a_run(**own).task.name == name
