@@ -15,6 +15,7 @@ from fd_large.engine import partition
 from fd_large.engine.build import teacher_maker, teacher_weights
 from fd_large.engine.live_weights import load_weights
 from fd_large.errors import ConfigError, WeightsError
+from fd_large.models.hierarchical import HierarchicalBackbone
 from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture
 from fd_large.recipes.run import Run
@@ -53,6 +54,9 @@ class Named:
         teacher = partition.build(teacher_maker(run), {}, partitioned=False, seed=self.seed + 1)
         if weights is not None:
             load_weights(teacher.net, weights, where=self.source)
+        if self.trained_by and isinstance(teacher.net, HierarchicalBackbone):
+            # Not of the weights: how it was trained to see sizes that do not divide.
+            teacher.net.size_rule = self.trained_by.student.size_rule
         return teacher.to(distributed.device()).net, teacher.statistics
 
 

@@ -12,7 +12,8 @@ from stored_run import store_tensors
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
-from fd_large.engine.build import teacher_maker
+from fd_large.engine.build import build_student, teacher_maker
+from fd_large.engine.nets import find_net
 from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.models.registry import build
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
@@ -105,6 +106,23 @@ def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_pa
     subject = open_subject(str(tmp_path / "detector"))
     assert subject.image_size == 32
     assert subject.net(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
+
+
+def test_a_student_pads_images_as_it_did_in_training(distillation) -> None:
+    folder, run, task = distillation
+    run = replace(
+        run,
+        student=replace(run.student, size_rule="pad"),
+        data=replace(run.data, image_size=38),
+    )
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
+    trained = build_student(run).eval()
+    trained.load_state_dict(task.student.state_dict())
+    images = torch.randn(2, 3, 38, 38, generator=torch.Generator().manual_seed(0))
+    net, _ = find_net(str(folder)).build()
+    with torch.no_grad():
+        assert torch.equal(net(images).tokens, trained(images).tokens)
 
 
 def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:
