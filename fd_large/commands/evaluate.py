@@ -393,12 +393,21 @@ def _finetune(
             gc.collect()
             if code:
                 return distributed.leave(code)
-            summary = json.loads((where / "summary.json").read_text())
+            summary = distributed.broadcast_object(_summary_of(where))
             score.values.append(summary["test_top1"])
             score.details.append({"run": str(where), "test_loss": summary["test_loss"]})
     settings = {"recipe": [recipe.name for recipe in recipes]}
     _finish("finetune", scores, seeds, settings, recipes[0], folder, {})
     return distributed.leave(0)
+
+
+def _summary_of(folder: Path) -> dict[str, Any]:
+    """What rank 0 wrote; on the others, which may be here before it is written, nothing."""
+    from fd_large import distributed
+
+    if not distributed.is_main():
+        return {}
+    return json.loads((folder / "summary.json").read_text())
 
 
 def _student_fields(rest: list[str], *, single: bool) -> list[str]:

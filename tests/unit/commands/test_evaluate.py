@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from fd_large import distributed
 from fd_large.cli import main, parse_train
+from fd_large.commands import evaluate
 from fd_large.commands.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
 from fd_large.engine.nets import find_net
 from fd_large.errors import ConfigError
@@ -164,6 +166,24 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
     parsed, _ = parse_train(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
     assert recipe_of(named, parsed).task.finetune.mixup == 0
+
+
+def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    told = {"test_top1": 50.0, "test_loss": 1.0}
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value or told)
+    words = [TINY, "--task", "finetune", "--data.root", "x", "--out", str(tmp_path)]
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run.runtime.run_dir)
+        return 0
+
+    def parse(words):
+        return parse_train(words)[0]
+
+    assert evaluate.main(words, parse=parse, train=train, rank=1) == 0
+    assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
 
 
 def test_no_two_nets_share_a_folder():
