@@ -16,7 +16,6 @@ from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
 from fd_large.jobs import job_of
-from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 from fd_large.runtime.meter import Meter
 
@@ -43,9 +42,13 @@ class Memory(Hook):
 
 def main(pictures: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    shape = Architecture(
-        embed_dim=8, depths=(1,), num_heads=(1,), window_size=2, extra_norm_every=1
-    )
+    shape = {
+        "embed_dim": 8,
+        "depths": (1,),
+        "num_heads": (1,),
+        "window_size": 2,
+        "extra_norm_every": 1,
+    }
     run = tiny_run(
         student={"architecture": shape},
         teacher={"architecture": shape},
