@@ -27,6 +27,7 @@ from fd_large.plan.rates import CARDS, Rates
 from fd_large.plan.traffic import ACTIVATION, counts_of, stages
 from fd_large.recipes.run import Run
 
+CACHE_ELEMENTS = 1 << 26
 PASSES = 5
 COPY_ELEMENTS = 2**24
 COLLECTIVE_ELEMENTS = 2**23
@@ -139,15 +140,21 @@ def _named(torch: Any, on_gpu: bool, world: int, matmul: float) -> dict[str, Any
 
 
 class _Clock:
-    """Median seconds of a call, after one that does not count."""
+    """Median seconds of a call, after one that does not count.
+
+    On a CPU its operands come from memory, as in a step: the caches are filled with other things.
+    """
 
     def __init__(self, torch: Any, on_gpu: bool, clock: Callable[[], float]) -> None:
         self._now = clock
         self._wait = torch.cuda.synchronize if on_gpu else lambda: None
+        self._other = None if on_gpu else torch.empty(CACHE_ELEMENTS)
 
     def __call__(self, call: Callable[[], Any]) -> float:
         taken = []
         for _ in range(PASSES + 1):
+            if self._other is not None:
+                self._other.fill_(1)
             self._wait()
             begin = self._now()
             call()
