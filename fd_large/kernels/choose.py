@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 # apex's fused kernels exist for CUDA only; elsewhere the reference runs.
 APEX_DEVICES = ("cuda",)
 _WISHES = ("auto", "triton", "apex", "reference")
-# The kernels multiply bfloat16 in tensor cores, which came with this generation.
-_OLDEST_CAPABILITY = (8, 0)
+# A100, H100 and H200: what the kernels are compiled for ahead of time. Other cards of 8.x give a
+# program less shared memory than some of them take.
+_CAPABILITIES = ((8, 0), (9, 0))
 
 
 class _Operation(NamedTuple):
@@ -143,8 +144,8 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
         return "no package triton, expected triton>=3.2"
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability()
-        if capability < _OLDEST_CAPABILITY:
-            return f"compute capability {capability}, expected {_OLDEST_CAPABILITY} or later"
+        if capability not in _CAPABILITIES:
+            return f"compute capability {capability}, expected one of {_CAPABILITIES}"
         return ""
     if device_type == "cpu":
         return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"

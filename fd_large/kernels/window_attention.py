@@ -225,7 +225,7 @@ def reference(
     if isinstance(scale, Tensor):
         scale = scale.view(-1, 1, 1)
     split = {"three": 3, "h": num_heads}
-    if window == (height, width):
+    if window == (height, width) and not shift:
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", **split)
         out = _groups(q, k, v, scale, cosine, table, index, regions, 1, memory)
         return rearrange(out, "b h n d -> b n (h d)")

@@ -80,8 +80,10 @@ def test_old_gpus_and_missing_packages_run_the_reference_by_default(gpu, no_trit
     assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
     monkeypatch.setattr(choose, "find_spec", lambda name: True)
     choose._implementation.cache_clear()
-    gpu[:] = 7, 5
-    assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
+    for other in ((7, 5), (8, 9), (10, 0)):
+        gpu[:] = other
+        choose._implementation.cache_clear()
+        assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
 
 
 def test_triton_where_it_cannot_run_is_refused(gpu, monkeypatch):

@@ -328,3 +328,29 @@ def test_reference_is_the_function_without_kernels():
         cosine=True,
     )
     assert torch.equal(out.unflatten(1, SIZE), attend(qkv, bias, table, scale))
+
+
+def test_a_window_as_large_as_the_map_may_be_shifted():
+    """Against windows cut by hand: a rolled map, whose four parts do not see each other."""
+    torch.manual_seed(0)
+    side, shift, heads, head_width = 4, 2, 2, 16
+    qkv = torch.randn(1, side * side, 3 * heads * head_width)
+    out = reference(
+        qkv,
+        None,
+        None,
+        0.25,
+        num_heads=heads,
+        height=side,
+        width=side,
+        window=(side, side),
+        shift=shift,
+        cosine=False,
+    )
+    for rows in (slice(0, 2), slice(2, 4)):
+        for columns in (slice(0, 2), slice(2, 4)):
+            part = qkv.view(1, side, side, -1)[:, rows, columns].reshape(1, 4, -1)
+            q, k, v = part.view(4, 3, heads, head_width).permute(1, 2, 0, 3)
+            seen = (q @ k.transpose(1, 2) * 0.25).softmax(-1) @ v
+            got = out.view(1, side, side, -1)[:, rows, columns].reshape(4, heads, head_width)
+            torch.testing.assert_close(got.transpose(0, 1), seen, atol=1e-5, rtol=1e-5)
