@@ -73,19 +73,6 @@ class Batch:
         return replace(self, images=move(self.images), targets=_mapped(move, self.targets))
 
 
-class EpochLoader:
-    """Iterates over the batches of a rank; `len` is how many of them there are."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
-
-
 def build_loader(
     source: PictureSource,
     *,
@@ -102,7 +89,7 @@ def build_loader(
     color_jitter: float = 0.0,
     grayscale_probability: float = 0.0,
     max_pixels: int = MAX_PIXELS,
-) -> EpochLoader:
+) -> DataLoader:
     """The rest of an epoch for one rank: `micro batches an update` batches for each update.
 
     Args:
@@ -160,12 +147,12 @@ def build_loader(
     return load_batches(samples, positions, workers=workers)
 
 
-def load_batches(batches: Dataset, positions: MicroBatches, *, workers: int) -> EpochLoader:
-    """Loads micro batches in order.
+def load_batches(batches: Dataset, positions: Sampler, *, workers: int) -> DataLoader:
+    """Loads batches in order; `len` of the result is how many there are.
 
     Args:
-        batches: Takes the positions of a micro batch, (B,), and returns its `Batch`.
-        positions: Of all micro batches.
+        batches: Takes the positions of a batch, (B,), and returns it.
+        positions: Of all batches.
         workers: Processes that load; 0: this one does.
 
     Raises: ConfigError: if the number of workers is negative.
@@ -175,17 +162,15 @@ def load_batches(batches: Dataset, positions: MicroBatches, *, workers: int) -> 
             f"data.workers: not a number of processes; got {workers}, expected 0 or more. "
             "Set --data.workers 0 to load in the training process."
         )
-    return EpochLoader(
-        DataLoader(
-            batches,
-            sampler=positions,
-            batch_size=None,  # an item is a micro batch
-            collate_fn=_unchanged,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each epoch draws from torch's global one
-        )
+    return DataLoader(
+        batches,
+        sampler=positions,
+        batch_size=None,  # an item is a whole batch
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each epoch draws from torch's global one
     )
 
 
@@ -354,7 +339,7 @@ class _Views(Dataset):
         )
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd_large.data.decode import MAX_PIXELS, decode
 from fd_large.data.draws import uniforms
-from fd_large.data.loader import Batch, EpochLoader, first_usable, load_batches, micro_batches
+from fd_large.data.loader import Batch, first_usable, load_batches, micro_batches
 from fd_large.data.quiet import quiet
 from fd_large.data.sampler import epoch_order
-from fd_large.data.worker import start_worker
 from fd_large.detection.annotations import CocoSet
 from fd_large.detection.sampler import grouped_order
 from fd_large.detection.target import Target, Targets
@@ -41,7 +40,7 @@ def build_loader(
     world_size: int,
     workers: int,
     max_pixels: int = MAX_PIXELS,
-) -> EpochLoader:
+) -> DataLoader:
     """The rest of an epoch for one rank.
 
     Args:
@@ -164,19 +163,6 @@ class EvaluationBatch(NamedTuple):
     bad: tuple[str, ...]
 
 
-class EvaluationLoader:
-    """Iterates over the batches of a rank; `len`, the same on all ranks, is how many there are."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        return iter(self.loader)
-
-
 def build_evaluation_loader(
     source: CocoSet,
     *,
@@ -187,7 +173,7 @@ def build_evaluation_loader(
     world_size: int,
     workers: int,
     max_pixels: int = MAX_PIXELS,
-) -> EvaluationLoader:
+) -> DataLoader:
     """All pictures once over the ranks, in batches of one size, as many on every rank.
 
     Pictures of one orientation lie side by side, which saves padding. Where they do not come out
@@ -215,18 +201,8 @@ def build_evaluation_loader(
     assert 0 <= rank < world_size
     order = np.argsort(~source.landscape(), kind="stable")
     batches = deal(len(order), batch_size=batch_size, rank=rank, world_size=world_size)
-    return EvaluationLoader(
-        DataLoader(
-            _Pictures(source, order, short_side, long_side, max_pixels),
-            sampler=_Listed(batches),
-            batch_size=None,  # an item is a batch
-            collate_fn=_unchanged,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it draws from torch's global one
-        )
-    )
+    pictures = _Pictures(source, order, short_side, long_side, max_pixels)
+    return load_batches(pictures, _Listed(batches), workers=workers)
 
 
 def deal(
@@ -329,7 +305,3 @@ def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
     padded = torch.zeros(len(masks), *canvas, dtype=torch.uint8)
     padded[:, : masks.shape[1], : masks.shape[2]] = masks
     return padded
-
-
-def _unchanged(batch: EvaluationBatch) -> EvaluationBatch:
-    return batch

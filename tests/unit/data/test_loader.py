@@ -103,7 +103,7 @@ def test_epochs_and_seeds_change_order_and_views(picture_folder):
 def test_workers_may_be_spawned(picture_folder):
     folder = ImageFolder(picture_folder)
     loader = build_loader(folder, **{**SETTINGS, "workers": 1, "micro_batch_size": 12})
-    loader.loader.multiprocessing_context = "spawn"
+    loader.multiprocessing_context = "spawn"
     images, _ = by_position(list(loader))
     assert torch.equal(images, by_position(load(folder))[0])
 
