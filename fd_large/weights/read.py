@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -195,7 +196,11 @@ def unwrap(
             f"{where}: no tensors by name in the file; got {type(contents).__name__}, expected a "
             "mapping of names to tensors. Save the net's state_dict()."
         )
-    strange = sorted(str(name) for name, value in contents.items() if not torch.is_tensor(value))
+    strange = sorted(
+        str(name)
+        for name, value in contents.items()
+        if not (isinstance(name, str) and torch.is_tensor(value))
+    )
     if strange:
         raise WeightsError(
             f"{where}: not only tensors in the file; got {', '.join(strange[:5])}, expected a "
@@ -245,8 +250,8 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
 
 
 def _torch_file(path: Path, where: str) -> Any:
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)  # Raises for some that are none.
         if is_zip and _is_torchscript(path):
             with warnings.catch_warnings():
                 # Deprecated, but the only reader of the files that OpenAI publishes.
@@ -264,10 +269,23 @@ def _torch_file(path: Path, where: str) -> Any:
                 "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)."
             ) from error
         raise _damaged(path, error, where) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError) as error:
+    except _DAMAGES as error:
         raise _damaged(path, error, where) from error
 
 
+# What torch and zipfile meet in files that are cut short or altered.
+_DAMAGES = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 # How torch words that it would have to run something; anything else is damage.
 _REFUSALS = ("nsupported global", "nsupported GLOBAL", "Trying to call", "Can only ")
 

@@ -16,7 +16,8 @@ from fd_large.weights.translation import Shape
 
 Shapes = Mapping[str, Shape]
 
-# Published nets of these widths have so many heads, whoever trained them.
+# Published nets of these widths have so many heads, whoever trained them: a guess, for where no
+# table, configuration or user tells.
 KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 _CLASS_TOKEN_ROWS = 3
 
@@ -44,7 +45,7 @@ def _vit(shapes: Shapes) -> Architecture:
         grid = _side(shapes["pos_embed"][1] - sum(tokens))
     elif table or own_table:
         grid = _grid((table or own_table)[0] - _CLASS_TOKEN_ROWS * tokens[0])
-    heads = (table or own_table or (0, KNOWN_HEADS.get(width, 0)))[1]
+    heads = (table or own_table or (0, 0))[1]
     return Architecture(
         family="vit",
         embed_dim=width,

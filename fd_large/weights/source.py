@@ -24,7 +24,7 @@ from fd_large.weights.beside import Beside, beside, open_clip
 from fd_large.weights.coverage import Fitted, margin_of
 from fd_large.weights.formats import FORMATS, Format, detect
 from fd_large.weights.read import Tensors, read, split_part
-from fd_large.weights.recognise import recognise
+from fd_large.weights.recognise import KNOWN_HEADS, recognise
 from fd_large.weights.swin import expand_shared_bias, first_stages, fresh_norm
 from fd_large.weights.translation import Piece, Shape, translated
 
@@ -241,6 +241,9 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
     if not config.own:  # Names that are ours alone say nothing of who trained the weights.
         known, statistics = _filled(known, line.facts), statistics or line.statistics
     shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
+    found = _recognised(line.family, shapes, file, f"{where}: {source}")
+    if line.family == "vit" and found.embed_dim in KNOWN_HEADS:
+        known = _filled(known, Architecture(num_heads=(KNOWN_HEADS[found.embed_dim],)))
     return Weights(
         source=str(source),
         form=form,
@@ -248,11 +251,35 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
         pieces=pieces,
         dropped=dropped,
         unfit=translation.unfit,
-        found=recognise(line.family, shapes, file),
+        found=found,
         told=known,
         statistics=statistics,
         own=config.own,
     )
+
+
+def _recognised(
+    family: str, shapes: Mapping[str, Shape], file: Tensors, where: str
+) -> Architecture:
+    """What the tensors show.
+
+    Raises: WeightsError: if one has no elements, or has a shape that no net of the family has.
+    """
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise WeightsError(
+            f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
+            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a net "
+            "in pieces (ZeRO-3) holds none: gather it before it is saved."
+        )
+    try:
+        return recognise(family, shapes, file)
+    except (ValueError, IndexError) as error:
+        raise WeightsError(
+            f"{where}: shapes of no {family} net; got patch_embed.proj.weight "
+            f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
+            "and tables of its kind. Use the weights of another net."
+        ) from error
 
 
 def locate(source: str, *, where: str = "weights") -> Told:

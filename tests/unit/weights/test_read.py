@@ -245,3 +245,24 @@ def test_contents_without_tensors_by_name(tmp_path, contents):
     torch.save(contents, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match="weights:"):
         read(tmp_path / "a.pth")
+
+
+def test_altered_and_cut_files_of_both_formats(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(dict(TENSORS), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"PK\x01\x02", b"XXXX"))  # Its table of contents.
+    with pytest.raises(WeightsError, match="damaged, cut short"):
+        read(path)
+    torch.save(dict(TENSORS), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 16):
+        path.write_bytes(whole[:size])
+        with pytest.raises(WeightsError):
+            read(path)
+
+
+def test_names_that_are_numbers(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="not only tensors in the file; got 0,"):
+        read(tmp_path / "a.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Teacher
-from fd_large.weights.recognise import recognise
+from fd_large.weights.recognise import KNOWN_HEADS, recognise
 from fd_large.weights.settle import settle
 from fd_large.weights.source import open_weights
 
@@ -59,6 +60,9 @@ def test_every_named_net_is_recognised_from_its_shapes(name):
     untold = {"norm_eps", "activation", "keep_distillation_token", "pretrained_window_sizes"}
     if asked.family == "swinv2":
         untold |= {"window_size", "image_size"}
+    if asked.family == "vit" and asked.relative_position == "none":
+        untold.add("num_heads")
+        assert (KNOWN_HEADS[asked.embed_dim],) == asked.num_heads
     for field, value in vars(found).items():
         if value is not None:
             assert value == getattr(asked, field), field
@@ -258,3 +262,39 @@ def test_recipes_of_record_settle_to_themselves():
 def test_statistics_are_six_numbers():
     with pytest.raises(ConfigError, match=r"teacher\.statistics"):
         Teacher(model="swinv2_base", statistics=(0.5, 0.5, 0.5))
+
+
+WIDE = {**SMALL, "embed_dim": 192, "depths": (1,), "num_heads": (6,)}
+
+
+def test_heads_of_a_published_width_are_the_last_guess(tmp_path):
+    net = made("dino_vit_base_patch16", **WIDE)
+    path = saved(net, tmp_path)
+
+    def heads(**given):
+        return teacher_run(path, **given).teacher.architecture.num_heads
+
+    assert heads() == (3,)
+    assert heads(num_heads=(6,)) == (6,)
+    own = {"architecture": {"num_heads": [6], "norm_eps": 1e-6, "activation": "gelu"}}
+    (tmp_path / "config.json").write_text(json.dumps({"fd_large": own}))
+    assert heads() == (6,)
+
+
+def test_tensors_without_numbers_or_of_strange_shapes(tmp_path):
+    net = made("dino_vit_base_patch16", **SMALL)
+
+    def in_pieces(state):
+        for name in state:
+            state[name] = torch.empty(0)
+
+    path = saved(net, tmp_path, in_pieces)
+    with pytest.raises(WeightsError, match=r"without numbers.*\(0,\).*ZeRO-3"):
+        open_weights(path)
+
+    def flat(state):
+        state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+
+    path = saved(net, tmp_path, flat)
+    with pytest.raises(WeightsError, match=r"shapes of no vit net; got .*\(32, 192\)"):
+        open_weights(path)
