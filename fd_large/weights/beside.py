@@ -41,6 +41,17 @@ def beside(path: Path, form: str, *, where: str = "weights") -> Beside:
 
     Raises: WeightsError: if it is damaged, or tells of something that no net here has.
     """
+    try:
+        return _beside(path, form, where)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: the configuration beside {path}: not what its format has; got "
+            f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
+            "again, or move it away and set --teacher.architecture.*."
+        ) from error
+
+
+def _beside(path: Path, form: str, where: str) -> Beside:
     config = _json(path.parent / "config.json", where)
     if OWN in config:
         found = config[OWN]

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,16 +73,23 @@ def write(
         for name, tensor in items
     }
     file = out / "model.safetensors" if to == "fd" else out
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.part")
-    if file.suffix == ".pth":
-        torch.save({"model": renamed} if to == "official" else renamed, aside)
-    else:
-        # Copies of a shared bias share memory, which the format does not know.
-        save_file(_unshared(renamed), aside, metadata={"format": "pt"})
-    if to == "fd":
-        (out / "config.json").write_text(json.dumps(config(architecture, statistics), indent=1))
-    aside.rename(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.part")
+        if file.suffix == ".pth":
+            torch.save({"model": renamed} if to == "official" else renamed, aside)
+        else:
+            # Copies of a shared bias share memory, which the format does not know.
+            save_file(_unshared(renamed), aside, metadata={"format": "pt"})
+        if to == "fd":
+            (out / "config.json").write_text(json.dumps(config(architecture, statistics), indent=1))
+        aside.rename(file)
+    # A full disk is another error with torch, and with safetensors.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"weights convert: {out}: cannot be written; got {error}, expected a place with room "
+            "for the weights. Choose another."
+        ) from error
     return file
 
 

@@ -199,3 +199,27 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
     with pytest.raises(WeightsError, match="fields of no architecture"):
         open_weights(tmp_path / "net")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    net = made("vit_base_patch16")
+    torch.save({f"encoder.{n}": t for n, t in net.state_dict().items()}, tmp_path / "fd.pth")
+    below_a_file = tmp_path / "fd.pth" / "out.pth"
+    words = ["weights", "convert", str(tmp_path / "fd.pth"), "--to", "official", str(below_a_file)]
+    assert cli.main(words) == 2
+    assert "cannot be written; got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fd_large": 3},
+        {"fd_large": {"architecture": ["embed_dim"]}},
+        {"architecture": "vit_base_patch16_224", "pretrained_cfg": None},
+    ],
+)
+def test_a_malformed_configuration_is_one_sentence(config, tmp_path):
+    torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"not what its format has|config"):
+        open_weights(tmp_path / "net.pth")
