@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,9 +70,11 @@ def _beside(path: Path, form: str, where: str) -> Beside:
             _statistics(config["pretrained_cfg"], "mean", "std"),
         )
     config = _json(path.parent / "open_clip_config.json", where)
-    if form == "open_clip" and "model_cfg" in config:
+    if form.startswith("open_clip") and "model_cfg" in config:
         preprocessing = config.get("preprocess_cfg", {})
-        return Beside(open_clip(config["model_cfg"]), _statistics(preprocessing, "mean", "std"))
+        return Beside(
+            open_clip(config["model_cfg"], where=where), _statistics(preprocessing, "mean", "std")
+        )
     return Beside(Architecture(), None)
 
 
@@ -121,9 +124,17 @@ def hugging_face(config: dict[str, Any], *, where: str = "weights") -> Architect
     return Architecture(**own)
 
 
-def open_clip(config: dict[str, Any]) -> Architecture:
-    """The fields of an open_clip model configuration that names and shapes do not tell."""
+def open_clip(config: dict[str, Any], *, where: str = "weights") -> Architecture:
+    """The fields of an open_clip model configuration that names and shapes do not tell.
+
+    Raises: WeightsError: for an activation that no net here has, in an image tower of timm.
+    """
     vision = config.get("vision_cfg", {})
+    if "timm_model_name" in vision:
+        from fd_large.weights import timm_config
+
+        told = timm_config.of_config({"architecture": vision["timm_model_name"]}, where=where)
+        return replace(told, image_size=vision.get("image_size") or told.image_size)
     width = vision.get("width")
     return Architecture(
         num_heads=(width // vision.get("head_width", _CLIP_HEAD_WIDTH),) if width else None,

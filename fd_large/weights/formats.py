@@ -156,6 +156,14 @@ FORMATS: dict[str, Format] = {
         _EPS_5,
         statistics=IMAGENET,
     ),
+    # Shares a bias among its blocks, as Feature-Distillation's students do.
+    "beit_pretraining": Format(
+        "BEiT's masked pre-training",
+        "vit",
+        lambda n, w: "lm_head.weight" in n and _starts(n, "rel_pos_bias."),
+        vit.fd,
+        _GELU_6,
+    ),
     "fd_vit": Format(
         "Feature-Distillation ViT student",
         "vit",
@@ -239,7 +247,14 @@ FORMATS: dict[str, Format] = {
         vit.plain,
         _GELU_6,
     ),
-    "dino": Format("DINO", "vit", lambda n, w: _plain_vit(n), vit.plain, _GELU_6, (), IMAGENET),
+    "dino": Format(
+        "DINO, for which any ViT of these names without a head is taken",
+        "vit",
+        lambda n, w: _plain_vit(n),
+        vit.plain,
+        _GELU_6,
+        statistics=IMAGENET,
+    ),
 }
 
 

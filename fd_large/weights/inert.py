@@ -15,14 +15,13 @@ import torch
 
 # Dictionaries with methods: their items are settings. torch fills no other kind of dictionary.
 DICTIONARIES = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict")
+_PATHS = ("Path", "PosixPath", "PurePosixPath")  # In `_local` as Python 3.13 writes them.
 OTHERS = (
     "argparse.Namespace",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
 )
 
 

@@ -199,15 +199,19 @@ def unwrap(
     strange = sorted(
         str(name)
         for name, value in contents.items()
-        if not (isinstance(name, str) and torch.is_tensor(value))
+        if not (isinstance(name, str) and torch.is_tensor(value) and _has_values(value))
     )
     if strange:
         raise WeightsError(
-            f"{where}: not only tensors in the file; got {', '.join(strange[:5])}, expected a "
+            f"{where}: not only dense tensors in the file; got {', '.join(strange[:5])}, expected a "
             "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
             "Save the net's state_dict()."
         )
     return _without_prefixes(contents), tuple(wrapping)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _without_prefixes(contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
     """All tensors of the files that an index names."""
     try:
         index = json.loads(path.read_text())["weight_map"]
-        files = sorted(set(index.values()))
+        files = sorted(set(map(str, index.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error, where) from error
     entries: dict[str, Any] = {}

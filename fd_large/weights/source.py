@@ -370,7 +370,8 @@ def _from_open_clip(name: str, where: str) -> Told:
     statistics = None
     if pretrained.get("mean") and pretrained.get("std"):
         statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
-    return Told(Path(path), open_clip({**config, "quick_gelu": quick}), statistics)
+    told = open_clip({**config, "quick_gelu": quick}, where=where)
+    return Told(Path(path), told, statistics)
 
 
 def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:

@@ -80,6 +80,14 @@ def test_fd_vit_student():
     check(net, state, "fd_vit")
 
 
+def test_pre_training_of_beit_is_no_student():
+    """Its statistics are not the students'; nothing in the file tells them."""
+    net = vit(**STUDENT)
+    state = {**net.state_dict(), "mask_token": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
+    check(net, state, "beit_pretraining")
+    assert FORMATS["beit_pretraining"].statistics is None
+
+
 def test_fd_projection_becomes_a_linear_layer():
     items = [("decoder.0.weight", torch.ones(6, 4, 1)), ("decoder.0.bias", torch.zeros(6))]
     for form in ("fd_swinv2", "fd_vit"):

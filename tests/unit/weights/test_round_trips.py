@@ -414,3 +414,18 @@ def test_open_clip_with_a_tower_of_timm(tmp_path):
     torch.save(state, tmp_path / "open_clip.pt")
     net, _ = loaded(tmp_path / "open_clip.pt", activation="gelu", norm_eps=1e-6, **HEADS)
     close(net(IMAGES).tokens, tokens(theirs))
+
+
+def test_open_clip_folder_with_a_tower_of_timm(tmp_path):
+    """What timm knows of the tower, not what open_clip's own towers have."""
+    name = "vit_tiny_patch16_224"
+    theirs = scattered(timm.create_model(name, num_classes=0, img_size=32, depth=2))
+    state = {f"visual.trunk.{n}": t for n, t in theirs.state_dict().items()}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    vision = {"timm_model_name": name, "image_size": 32}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    net, teacher = loaded(tmp_path)
+    assert teacher.architecture.norm_eps == 1e-6
+    assert teacher.architecture.num_heads == (3,)
+    close(net(IMAGES).tokens, tokens(theirs))
