@@ -203,7 +203,7 @@ def unwrap(
     )
     if strange:
         raise WeightsError(
-            f"{where}: not only dense tensors in the file; got {', '.join(strange[:5])}, expected a "
+            f"{where}: not only dense tensors in it; got {', '.join(strange[:5])}, expected a "
             "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
             "Save the net's state_dict()."
         )
