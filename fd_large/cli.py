@@ -1,6 +1,5 @@
 """Words to calls: `python -m fd_large COMMAND` and `fd_large/train.py`.
 
-Flags come from the dataclasses of `recipes/sections.py` through tyro; none is written here twice.
 torch is imported only once a command needs it, so that help, tables and the user's mistakes
 answer at once.
 """
@@ -11,15 +10,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, fields, make_dataclass, replace
-from difflib import get_close_matches
-from io import StringIO
-from typing import Any, get_type_hints
+from typing import Any
 
 from fd_large.errors import ConfigError, FDError, LostRankError, nearest
+from fd_large.flags import parse_train, print_train_help
 from fd_large.recipes import registry
-from fd_large.recipes.fields import describe_type, field_names
 from fd_large.recipes.run import Run
 from fd_large.runtime import terminal
 
@@ -28,22 +23,6 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 # A launcher ends all ranks when the first one exits: the silent ones let rank 0 speak before.
 SECONDS_FOR_RANK_0 = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainFlags:
-    """Train a recipe. A recipe gives every field its value; flags override field by field."""
-
-    recipe: str = registry.DEFAULT_RECIPE
-    """Run of record whose values are the defaults below; without it quickstart."""
-    deepspeed_config: str = ""
-    """DeepSpeed's JSON, for instance ds_configs/zero3.json; needed."""
-    fresh: bool = False
-    """Start anew although the folder of the run holds checkpoints."""
-    profile: int = 0
-    """Updates to trace with torch's profiler, after three others; RUN/profile/ gets the trace."""
-    local_rank: int = -1
-    """Passed by the deepspeed launcher; ignored."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,32 +46,6 @@ def find_rank(environ: Mapping[str, str]) -> int:
     """Returns this process's rank as its launcher states it; 0 if none does."""
     given = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0)
-
-
-def parse_train(arguments: list[str]) -> tuple[Run, TrainFlags]:
-    """Turns the words after `train` into a run and the flags beside it.
-
-    Raises:
-        ConfigError: A recipe, field or value that does not exist or does not fit.
-    """
-    words = _group(arguments)
-    run = _recipe(words)
-    flags_type = _flags_type(run)
-    known = field_names(flags_type)
-    words = _switches(words, known)
-    for name in words:
-        if name not in known and known.get(_switched_on(name)) is not bool:
-            raise ConfigError(f"--{name}: no such field; {_nearest_field(name, known)}")
-    parsed = _tyro(flags_type, _ungroup(words))
-    if parsed is None:
-        bad = next((n for n, v in words.items() if not _parses_alone(flags_type, n, v)), "")
-        got = " ".join(words.get(bad, [])) or "nothing"
-        raise ConfigError(
-            f"--{bad}: a value of the wrong type; got {got}, expected"
-            f" {describe_type(known.get(bad, str))}. Mend the value."
-        )
-    sections = {f.name: getattr(parsed, f.name) for f in fields(Run) if f.name != "name"}
-    return replace(run, **sections), parsed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,7 +78,9 @@ def _train(arguments: list[str]) -> int:
     deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]
     """
     if "-h" in arguments or "--help" in arguments:
-        return _print_train_help(arguments)
+        if find_rank(os.environ) == 0:
+            print_train_help(arguments)
+        return 0
     run, flags = parse_train(arguments)
     if not flags.deepspeed_config:
         raise ConfigError(
@@ -208,17 +163,6 @@ def _tell_report(folder: str) -> None:
         )
         return
     terminal.console().print(f"\n{text}", soft_wrap=True)
-
-
-def _print_train_help(arguments: list[str]) -> int:
-    words = _group([word for word in arguments if word not in ("-h", "--help")])
-    flags_type = _flags_type(_recipe(words))
-    if find_rank(os.environ) == 0:
-        import tyro
-
-        with suppress(SystemExit):
-            tyro.cli(flags_type, args=["--help"], prog="fd_large/train.py", use_underscores=True)
-    return 0
 
 
 def _recipes(arguments: list[str]) -> int:
@@ -312,12 +256,7 @@ def _evaluate(arguments: list[str]) -> int:
     """Say what nets are worth: neighbours, a linear probe, fine-tuning; or score detections."""
     from fd_large.commands import evaluate
 
-    return evaluate.main(
-        arguments,
-        parse=lambda words: parse_train(words)[0],
-        train=_train_run,
-        rank=find_rank(os.environ),
-    )
+    return evaluate.main(arguments, train=_train_run, rank=find_rank(os.environ))
 
 
 def _diagnose(arguments: list[str]) -> int:
@@ -331,7 +270,7 @@ def _plan(arguments: list[str]) -> int:
     """Plan a recipe on a cluster, without torch: memory, time, network, disk."""
     from fd_large.commands import plan
 
-    return plan.main(arguments, lambda words: parse_train(words)[0])
+    return plan.main(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:
@@ -355,98 +294,3 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "diagnose": _diagnose,
 }
-
-
-def _flags_type(run: Run) -> type[TrainFlags]:
-    """The flags of `train` as a dataclass: the plain ones, then the sections with run's values."""
-    hints = get_type_hints(Run)
-    sections = [
-        (f.name, hints[f.name], field(default=getattr(run, f.name)))
-        for f in fields(Run)
-        if f.name != "name"
-    ]
-    named = TrainFlags(recipe=run.name)
-    plain = [
-        (f.name, get_type_hints(TrainFlags)[f.name], field(default=getattr(named, f.name)))
-        for f in fields(TrainFlags)
-    ]
-    return make_dataclass(
-        "Train", [*plain, *sections], bases=(TrainFlags,), frozen=True, kw_only=True
-    )
-
-
-def _group(arguments: list[str]) -> dict[str, list[str]]:
-    """Splits words at the flags: {"student.architecture.depths": ["2", "2"]}; the last one wins."""
-    words: dict[str, list[str]] = {}
-    values: list[str] | None = None
-    for word in arguments:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values = [value] if equals else []
-            # A later flag replaces an earlier one: scripts append the user's overrides.
-            name = name.replace("-", "_")
-            words.pop(name, None)
-            words[name] = values
-        elif values is None:
-            raise ConfigError(
-                f"train: a word without a flag; got {word!r}, expected --section.field VALUE."
-                " Name the field before the value."
-            )
-        else:
-            values.append(word)
-    return words
-
-
-def _switches(words: dict[str, list[str]], known: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Puts `--guard.enabled False` as tyro wants it, `--guard.no_enabled`."""
-    turned = {}
-    for name, values in words.items():
-        if known.get(name) is bool and values in (["True"], ["False"]):
-            section, dot, switch = name.rpartition(".")
-            name = name if values == ["True"] else f"{section}{dot}no_{switch}"
-            values = []
-        turned[name] = values
-    return turned
-
-
-def _switched_on(name: str) -> str:
-    section, dot, switch = name.rpartition(".")
-    return f"{section}{dot}{switch.removeprefix('no_')}"
-
-
-def _recipe(words: Mapping[str, list[str]]) -> Run:
-    return registry.get(" ".join(words.get("recipe", [registry.DEFAULT_RECIPE])))
-
-
-def _ungroup(words: dict[str, list[str]]) -> list[str]:
-    return [word for name, values in words.items() for word in (f"--{name}", *values)]
-
-
-def _nearest_field(name: str, known: Mapping[str, Any]) -> str:
-    if "." not in name:  # A field typed without its section.
-        whole = [field_name for field_name in known if field_name.split(".")[-1] == name]
-        if whole:
-            return f"nearest: {', '.join(whole[:3])}"
-    # A near miss is told alone; the wider net of `nearest` is for words that are further off.
-    close = get_close_matches(name, known, n=2, cutoff=0.85)
-    return f"nearest: {', '.join(close)}" if close else nearest(name, known)
-
-
-def _parses_alone(flags_type: type[TrainFlags], name: str, values: list[str]) -> bool:
-    """Whether a flag's words are of its type; that it fits no other field is another matter."""
-    try:
-        return _tyro(flags_type, _ungroup({name: values})) is not None
-    except ConfigError:
-        return True
-
-
-def _tyro(flags_type: type[TrainFlags], arguments: list[str]) -> Any | None:
-    """Parses silently; None if tyro refuses, so that the mistake is told in one sentence."""
-    import tyro
-
-    # Its boxes go to stderr even with console_outputs=False.
-    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        try:
-            return tyro.cli(flags_type, args=arguments, console_outputs=False, use_underscores=True)
-        except SystemExit:
-            return None

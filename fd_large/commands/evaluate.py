@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -11,8 +11,8 @@ import tyro
 from fd_large.commands.detect import detects, evaluate_run
 from fd_large.commands.evaluate_nets import Train, finetune, measure_frozen, slug
 from fd_large.errors import ConfigError, nearest
+from fd_large.flags import parse_run
 from fd_large.recipes.fields import at_least, positive, require
-from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
     from fd_large.engine.nets import Named
@@ -92,14 +92,11 @@ class Flags:
         )
 
 
-def main(
-    arguments: list[str], *, parse: Callable[[list[str]], Run], train: Train, rank: int
-) -> int:
+def main(arguments: list[str], *, train: Train, rank: int) -> int:
     """Runs the command.
 
     Args:
         arguments: Words after `evaluate`.
-        parse: The words of `train`, --recipe among them, to a recipe.
         train: Trains a recipe to its end; returns the exit code.
         rank: Of this process.
     """
@@ -117,11 +114,11 @@ def main(
             "runs/quickstart."
         )
     if flags.task == "detection" or (not flags.task and detects(models[0])):
-        return _detection(models, flags, rest, parse)
+        return _detection(models, flags, rest)
     from fd_large.engine.nets import find_net  # torch: seconds.
 
     words, others = _parted(rest, FEATURE_FIELDS)
-    run = parse(["--recipe", "finetune_clip_vit_base", *words])
+    run = parse_run(["--recipe", "finetune_clip_vit_base", *words])
     is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
     image_size = run.data.image_size if is_sized else 0
     nets = [find_net(model, image_size=image_size) for model in models]
@@ -129,7 +126,7 @@ def main(
     task = flags.task or _task_of(nets[0])
     _check_flags(task, own)
     if task == "finetune":
-        return finetune(nets, flags, rest, parse, train)
+        return finetune(nets, flags, rest, train)
     if others:
         raise ConfigError(
             f"{others[0]}: frozen features do not depend on it; got it with --task {task}, "
@@ -212,9 +209,7 @@ def _score_detections(flags: Flags, models: list[str], rest: list[str]) -> int:
     return score_file(flags.detections, flags.annotations, flags.json)
 
 
-def _detection(
-    models: list[str], flags: Flags, rest: list[str], parse: Callable[[list[str]], Run]
-) -> int:
+def _detection(models: list[str], flags: Flags, rest: list[str]) -> int:
     words, others = _parted(rest, DETECTION_FIELDS)
     for field in fields(Flags):
         if field.name not in ("task", "out", "local_rank"):
@@ -225,7 +220,7 @@ def _detection(
             f"RUN, --out and {', '.join(f'--{name}' for name in DETECTION_FIELDS)} alone. Leave "
             "out the rest."
         )
-    data = parse(["--recipe", "coco_mask_rcnn_vit_base", *words]).data
+    data = parse_run(["--recipe", "coco_mask_rcnn_vit_base", *words]).data
     given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     changes = {name: getattr(data, name) for name in (n.removeprefix("data.") for n in given)}
     return evaluate_run(models[0], changes=changes, out=flags.out)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_large.commands.shown import bar, out_folder
 from fd_large.errors import ConfigError, ShapeError
+from fd_large.flags import parse_run
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
@@ -119,13 +120,7 @@ def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
 # --- fine-tuning ---
 
 
-def finetune(
-    nets: list[Named],
-    flags: Flags,
-    rest: list[str],
-    parse: Callable[[list[str]], Run],
-    train: Train,
-) -> int:
+def finetune(nets: list[Named], flags: Flags, rest: list[str], train: Train) -> int:
     """Trains every net with every seed, through the engine, each into a run folder."""
     import gc
 
@@ -138,7 +133,7 @@ def finetune(
     own = _student_fields(rest, single=single)
     recipes = []
     for net in nets:
-        base = parse(["--recipe", flags.recipe or recipe_name(net), *rest])
+        base = parse_run(["--recipe", flags.recipe or recipe_name(net), *rest])
         if base.task.name != "finetune":
             raise ConfigError(
                 f"--recipe: not one of fine-tuning; got {base.name}, expected a finetune_... one. "

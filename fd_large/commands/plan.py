@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fd_large.errors import ConfigError
+from fd_large.flags import parse_run
 from fd_large.plan.cluster import Cluster
 from fd_large.plan.rates import CARDS, Rates, rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, search, updates
@@ -55,12 +55,11 @@ class PlanFlags:
     """Settings that are shown."""
 
 
-def main(arguments: list[str], parse_run: Callable[[list[str]], Run]) -> int:
+def main(arguments: list[str]) -> int:
     """Plans and prints.
 
     Args:
         arguments: The words after `plan`.
-        parse_run: Turns the recipe's words into the run.
     """
     mine, recipe = _split(arguments)
     flags = tyro.cli(PlanFlags, args=mine, prog="python -m fd_large plan", use_underscores=True)

@@ -16,6 +16,7 @@ FLOORS = {
     "distributed": 0,
     "kernels": 0,
     "recipes": 0,
+    "flags": 1,
     "plan": 1,
     "models": 1,
     "weights": 2,
@@ -40,7 +41,7 @@ ONLY_IN = {
     "apex": {"kernels", "engine"},
     "fairscale": {"engine"},
 }
-WITHOUT_TORCH = {"recipes", "plan", "errors", "launch", "watch", "report", "cli"}
+WITHOUT_TORCH = {"recipes", "plan", "errors", "launch", "watch", "report", "flags", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

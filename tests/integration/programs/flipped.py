@@ -13,9 +13,9 @@ from launch import write_result
 from twin import words
 
 from fd_large import distributed
-from fd_large.cli import parse_train
 from fd_large.engine import partition, start
 from fd_large.engine.run import train
+from fd_large.flags import parse_train
 from fd_large.jobs import job_of
 from fd_large.runtime import logs
 from fd_large.runtime.canary import Canary

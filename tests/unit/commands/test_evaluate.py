@@ -13,12 +13,13 @@ from PIL import Image
 from rich.console import Console
 
 from fd_large import distributed
-from fd_large.cli import main, parse_train
+from fd_large.cli import main
 from fd_large.commands import evaluate
 from fd_large.commands.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
 from fd_large.engine.nets import find_net
 from fd_large.errors import ConfigError
 from fd_large.evaluate.fine_tuned import recipe_name, recipe_of
+from fd_large.flags import parse_run
 from fd_large.recipes import registry
 from fd_large.report.comparison import draw_comparison, spread, table
 
@@ -161,10 +162,10 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     swin = find_net("swinv2_tiny=random")
     assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
     words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
-    parsed, _ = parse_train(["--recipe", "finetune_clip_vit_base", *words])
+    parsed = parse_run(["--recipe", "finetune_clip_vit_base", *words])
     student = recipe_of(named, parsed, ["activation_checkpointing"]).student
     assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
-    parsed, _ = parse_train(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
+    parsed = parse_run(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
     assert recipe_of(named, parsed).task.finetune.mixup == 0
 
 
@@ -179,10 +180,7 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
         trained.append(run.runtime.run_dir)
         return 0
 
-    def parse(words):
-        return parse_train(words)[0]
-
-    assert evaluate.main(words, parse=parse, train=train, rank=1) == 0
+    assert evaluate.main(words, train=train, rank=1) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
 
 
