@@ -144,7 +144,7 @@ def _launcher() -> tuple[Finding, Launch | None]:
         return Finding("launcher", text, "STOPS", "Mend how the ranks are started."), None
     at_hand = f"at hand: {', '.join(there) or 'none'}"
     if launch.world_size == 1:
-        return Finding("launcher", f"none, a single process; {at_hand}"), launch
+        return Finding("launcher", f"one process; {at_hand}"), launch
     nodes = "" if launch.node_rank is None else f", {launch.local_world_size} on the first node"
     said = (
         f"{launch.launcher}: {launch.world_size} ranks{nodes}, meeting at "
@@ -155,7 +155,7 @@ def _launcher() -> tuple[Finding, Launch | None]:
 
 def _meet(launch: Launch) -> Finding:
     if launch.world_size == 1:
-        said = "a single process; to try several: srun --nodes=2 python -m fd_large doctor"
+        said = "one process; several: srun -N2 python -m fd_large doctor"
         return Finding("ranks meet", said, "-")
     try:
         from fd_large import distributed
@@ -203,7 +203,10 @@ def _show(found: Sequence[Finding]) -> None:
     from rich.text import Text
 
     out = terminal.out()
-    width = WIDTH if not out.isatty() else min(WIDTH, shutil.get_terminal_size().columns)
+    width = WIDTH
+    if out.isatty():
+        # shutil would ask descriptor 1, which was handed over; 0 is a terminal without a size.
+        width = min(WIDTH, os.get_terminal_size(out.fileno()).columns or WIDTH)
     by_name = {finding.what: finding for finding in found}
     table = Table(box=None, padding=(0, 1), show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")

@@ -90,7 +90,7 @@ def _devices() -> Finding:
             "devices",
             "no GPU",
             "slow",
-            "Fine for the quick start. A big net needs GPUs: ask the queue for them.",
+            "Fine for the quick start. A big net needs GPUs.",
             "no GPU",
         )
     names = []
@@ -161,7 +161,7 @@ def _interfaces() -> Finding:
             found,
             "check",
             "Several nodes need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or a host name that "
-            "resolves to an address that the others reach.",
+            "the others reach.",
         )
     return Finding("interfaces", found)
 
@@ -242,7 +242,7 @@ def _listings() -> Finding:
     folder = cache_folder() / "listings"
     files = list(folder.glob("*.listing")) if folder.is_dir() else []
     size = sum(path.stat().st_size for path in files)
-    said = f"{len(files)} kept indices of folders and tar files, {size / 1e6:.0f} MB, in {folder}"
+    said = f"{len(files)} kept, {size / 1e6:.0f} MB, in {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -93,10 +93,11 @@ def _deepspeed_ops() -> Finding:
             "DeepSpeed ops", f"cannot be imported: {reason}", "STOPS", "Install it again."
         )
     found = ops()
-    said = ", ".join(
-        f"{op.name} {'built' if op.built else 'can build' if op.buildable else 'cannot build'}"
-        for op in found
-    )
+    states: dict[str, list[str]] = {}
+    for op in found:
+        state = "built" if op.built else "can be built" if op.buildable else "cannot be built"
+        states.setdefault(state, []).append(op.name)
+    said = "; ".join(f"{state}: {', '.join(names)}" for state, names in states.items())
     fused = found[0]
     if not (fused.built or fused.buildable) and _has_gpu():
         return Finding(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.metadata
 import os
+import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +62,19 @@ def test_one_screen_where_everything_needed_is_here(tmp_path, capsys):
         assert text.startswith(f"{name} ")
         assert text[len(name) :].split()[0] in ("ok", "-", "slow", "low", "missing", "check")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("columns", "width"), [(60, 60), (90, 90), (200, 100), (0, 100)])
+def test_lines_are_as_wide_as_the_terminal(columns, width, monkeypatch):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(theirs, "w") as out:
+        monkeypatch.setattr(doctor.terminal, "out", lambda: out)
+        doctor._show([Finding("packages", "word " * 60)])
+        text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(len(line.rstrip()) for line in lines) in range(width - 5, width + 1)
 
 
 def test_a_run_folder_that_cannot_be_written_stops_and_the_remedy_is_told(capsys):
