@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 RESULTS, SCORES = "results.json", "scores.json"
 # What stands for a picture that cannot be read.
 GREY = 128
+SECONDS_BETWEEN_CALLS = 1.0
+"""Of `between` while rank 0 scores."""
+
+T = TypeVar("T")
 
 Detect = Callable[[Tensor, Tensor], list[Detections]]
 """(images (B, 3, H, W) uint8, sizes (B, 2)) on the device -> what is seen; by all ranks alike."""
@@ -70,10 +76,11 @@ def evaluate(
         batch_size: Pictures a forward.
         workers: Processes that load.
         max_pixels: Larger pictures are refused.
-        between: Told (batches done, batches in all) before each, on every rank alike; may raise to
-            end it.
+        between: Told (batches done, batches in all) before each and, all done, while rank 0
+            scores; on every rank alike; may raise to end it.
 
     Returns: on rank 0; None elsewhere.
+    Raises: DataError: on every rank, if the results cannot be scored.
     """
     loader = build_evaluation_loader(
         pictures,
@@ -107,16 +114,44 @@ def evaluate(
                 )
     unread = int(distributed.sum_tensor(torch.tensor(unread, device=device)))
     merged = gather(results, folder)
-    if merged is None:
-        return None
-    if unread:
+    if merged is not None and unread:
         log.warning(
             "%d of %d test pictures could not be read: the scores count their objects as missed",
             unread,
             len(pictures),
         )
-    truth = read_ground_truth(pictures.annotations)
-    return Outcome(score(truth, merged), merged, truth, unread)
+
+    def scored() -> Outcome | None:
+        if merged is None:
+            return None
+        truth = read_ground_truth(pictures.annotations)
+        return Outcome(score(truth, merged), merged, truth, unread)
+
+    return _beside(scored, lambda: between(len(loader), len(loader)))
+
+
+def _beside(work: Callable[[], T], meanwhile: Callable[[], None]) -> T:
+    """Does this rank's work in a thread and calls `meanwhile` on all ranks till all have done it.
+
+    Ranks that only waited for minutes in a collective would be taken for hung, and could not be
+    stopped.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: what is left by an exception of `meanwhile` must not keep the process.
+    thread = threading.Thread(target=run, name="scoring", daemon=True)
+    thread.start()
+    while True:
+        thread.join(SECONDS_BETWEEN_CALLS)
+        if not distributed.any_rank(thread.is_alive()):
+            return distributed.together(done.result)
+        meanwhile()
 
 
 def keep(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import threading
 
 import pytest
 import torch
 from coco import annotation, write_set
 
 from fd_large.data.decode import MAX_PIXELS
+from fd_large.detection import evaluation
 from fd_large.detection.annotations import open_coco
 from fd_large.detection.evaluation import evaluate, keep
 from fd_large.detection.inference import Detections
 from fd_large.engine.evaluation import Interrupted
+from fd_large.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZES = {1: (40, 40), 2: (40, 40)}
@@ -92,3 +95,59 @@ def test_an_evaluation_that_is_left_leaves_nothing(root, tmp_path):
         pass
     assert multiprocessing.active_children() == []
     assert list(out.iterdir()) == []
+
+
+@pytest.fixture
+def slow_scores(monkeypatch):
+    """An event that scoring waits for; whether it came."""
+    go, came, score = threading.Event(), [], evaluation.score
+
+    def slow(*arguments):
+        came.append(go.wait(30))
+        return score(*arguments)
+
+    monkeypatch.setattr(evaluation, "score", slow)
+    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_CALLS", 0.01)
+    yield go, came
+    go.set()
+
+
+def scored(root, out, between):
+    out.mkdir()
+    return evaluate(
+        knows, open_coco(str(root), "val"), out, test_size=(40, 40), batch_size=1, workers=0,
+        max_pixels=MAX_PIXELS, between=between,
+    )  # fmt: skip
+
+
+def test_the_run_moves_while_rank_0_scores(root, tmp_path, slow_scores):
+    go, came = slow_scores
+    calls = []
+
+    def between(done: int, total: int) -> None:
+        calls.append((done, total))
+        if calls.count((2, 2)) == 3:
+            go.set()
+
+    outcome = scored(root, tmp_path / "out", between)
+    assert came == [True]
+    assert calls[:5] == [(0, 2), (1, 2), (2, 2), (2, 2), (2, 2)]
+    assert outcome.scores.num_results == 2
+
+
+def test_a_stop_ends_the_scoring(root, tmp_path, slow_scores):
+    def leave(done: int, total: int) -> None:
+        if done == total:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        scored(root, tmp_path / "out", leave)
+
+
+def test_what_cannot_be_scored_is_told(root, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise DataError("detections: of other pictures")
+
+    monkeypatch.setattr(evaluation, "score", refuse)
+    with pytest.raises(DataError, match="of other pictures"):
+        scored(root, tmp_path / "out", lambda done, total: None)
