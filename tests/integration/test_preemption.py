@@ -3,109 +3,114 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import twin
-from kills import state, updates_done
-from launch import Started
+from kills import state
+from launch import ROOT, Launcher, read_results
 from pictures import write_pictures
 from twin import losses, train
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
-UPDATES = 20
+PROGRAM = ROOT / "tests/integration/programs/preempted.py"
+UPDATES = 18
+WORDS = f"""
+--optim.max_steps {UPDATES} --eval.every 5 --eval.views 8 --runtime.save_every 4
+--student.architecture.depths 1 1 1 1
+""".split()
+
+# Moment, how, rank, update before it; then the update of the checkpoint that it leaves, and whether
+# the evaluation due there was made. One run goes through all of them, in this order.
+STOPS: dict[Launcher, list[tuple[tuple[str, str, int, int], int, bool]]] = {
+    "plain": [
+        (("micro batch", "SIGTERM", 1, 1), 2, True),
+        # Agreed in the update after which an evaluation is due: it is left to the next start,
+        (("save", "SIGUSR1", 0, 4), 5, False),
+        # which is stopped in it as well, before any update.
+        (("evaluation", "file", 1, 5), 5, False),
+    ],
+    "deepspeed": [
+        # The wish comes after this step's agreement.
+        (("judge", "SIGUSR1", 1, 6), 8, True),
+        (("evaluation", "SIGTERM", 0, 10), 10, False),
+    ],
+    "torchrun": [
+        (("save", "file", 1, 12), 13, True),
+        (("micro batch", "file", 0, 13), 14, True),
+    ],
+    "mpirun": [
+        (("evaluation", "SIGUSR1", 0, 15), 15, False),
+        (("save", "SIGTERM", 1, 16), 17, True),
+    ],
+}
+# Of each rank's process; launchers have codes of their own.
+CODES: dict[Launcher, list[int]] = {
+    "plain": [75, 75],
+    "deepspeed": [75],
+    "torchrun": [1],
+    "mpirun": [75],
+}
+
+
+def stopped(
+    pictures: Path, run_dir: Path, folder: Path, launcher: Launcher, stops: list[Any], ranks: int
+) -> tuple[list[int], list[list[dict[str, Any]]]]:
+    """Starts the run once for each stop; returns exit codes, and what each rank saw of each."""
+    folder.mkdir()
+    (folder / "stops.json").write_text(json.dumps(stops))
+    finished = twin.run_ranks(
+        PROGRAM,
+        folder,
+        *twin.words(pictures, run_dir, *WORDS, "--eval.root", str(pictures)),
+        ranks=ranks,
+        launcher=launcher,
+        timeout=240,
+        check=False,
+    )
+    try:
+        return finished.returncodes, read_results(folder, ranks)
+    except FileNotFoundError:
+        raise AssertionError("\n".join(finished.outputs)) from None
+
+
+def test_nine_stops_under_four_launchers(pictures: Path, tmp_path: Path) -> None:
+    """Each signal and the file, in a step, an evaluation and a save; the curve does not notice."""
+    calm, run_dir = tmp_path / "calm", tmp_path / "run"
+    train(pictures, calm, *WORDS, "--eval.root", str(pictures))
+    for launcher, stops in STOPS.items():
+        folder = tmp_path / launcher
+        asked = [stop for stop, _, _ in stops]
+        codes, ranks = stopped(pictures, run_dir, folder, launcher, asked, ranks=2)
+        wanted = [
+            {"code": 75, "status": "preempted", "update": update, "evaluated": made, "left": []}
+            for _, update, made in stops
+        ]
+        assert ranks == [wanted, wanted], launcher
+        assert codes == CODES[launcher], launcher
+
+    resumed = train(pictures, run_dir, *WORDS, "--eval.root", str(pictures))
+    assert "resumed after update 17 of 18" in resumed.outputs[0]
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
+    assert losses(run_dir) == losses(calm)
+    assert (run_dir / "evaluations.jsonl").read_text() == (calm / "evaluations.jsonl").read_text()
+    alone, together = state(calm, UPDATES), state(run_dir, UPDATES)
+    assert alone.keys() == together.keys()
+    assert all((alone[key] == together[key]).all() for key in alone)
+
+
+def test_plain_python_with_one_rank_exits_with_75(pictures: Path, tmp_path: Path) -> None:
+    stops = [("evaluation", "SIGTERM", 0, 0), ("micro batch", "SIGUSR1", 0, 1)]
+    codes, (ends,) = stopped(pictures, tmp_path / "run", tmp_path / "one", "plain", stops, ranks=1)
+    assert codes == [75]
+    assert [(end["status"], end["update"]) for end in ends] == [
+        ("preempted", 0),  # Before the first update there is nothing to save.
+        ("preempted", 2),
+    ]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pictures(tmp_path_factory.mktemp("pictures"), 26)
-
-
-def stop(
-    pictures: Path,
-    run_dir: Path,
-    *words: str,
-    when: Callable[[Started], bool],
-    how: Callable[[Started], None],
-) -> list[int]:
-    """Starts the run, stops it, waits for its ranks; returns their exit codes."""
-    started = twin.start(pictures, run_dir, *words)
-    try:
-        deadline = time.monotonic() + 120
-        while not when(started):
-            assert time.monotonic() < deadline, "\n".join(started.outputs())
-            time.sleep(0.005)
-        how(started)
-        return [process.wait(timeout=60) for process in started.processes]
-    finally:
-        started.kill()
-
-
-def stopped_at(run_dir: Path) -> int:
-    """The update of the newest checkpoint, which is all that was trained."""
-    newest = max(run_dir.glob("checkpoints/step_????????"))
-    manifest = json.loads((newest / "manifest.json").read_text())
-    assert manifest["update"] == len(losses(run_dir))
-    return manifest["update"]
-
-
-def status(run_dir: Path) -> str:
-    return json.loads((run_dir / "summary.json").read_text())["status"]
-
-
-def test_stopped_in_a_step_an_evaluation_and_a_save(pictures: Path, tmp_path: Path) -> None:
-    """Three stops and three resumes end with the curve of the run that was left alone."""
-    words = ("--optim.max_steps", str(UPDATES), "--eval.root", str(pictures))
-    words += ("--eval.every", "10", "--eval.views", "64", "--runtime.save_every", "4")
-    calm, run_dir = tmp_path / "calm", tmp_path / "run"
-    train(pictures, calm, *words)
-
-    def send(rank: int, number: int) -> Callable[[Started], None]:
-        return lambda started: os.kill(started.processes[rank].pid, number)
-
-    codes = stop(
-        pictures,
-        run_dir,
-        *words,
-        when=lambda started: updates_done(started) >= 3,
-        how=send(1, signal.SIGTERM),
-    )
-    assert (codes, status(run_dir)) == ([75, 75], "preempted")
-    first = stopped_at(run_dir)
-    assert 3 <= first < 10
-
-    # After update 10 the ranks evaluate; its line is the last that they say before.
-    codes = stop(
-        pictures,
-        run_dir,
-        *words,
-        when=lambda started: "update 10/20" in "".join(started.outputs()),
-        how=send(0, signal.SIGUSR1),
-    )
-    assert (codes, status(run_dir)) == ([75, 75], "preempted")
-    assert stopped_at(run_dir) == 10, "it did not wait for the evaluation's end"
-    rows = (run_dir / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(row)["update"] for row in rows] == [0]
-
-    codes = stop(
-        pictures,
-        run_dir,
-        *words,
-        when=lambda _: bool(list(run_dir.glob("checkpoints/step_*16.part"))),
-        how=lambda _: (run_dir / "stop").touch(),
-    )
-    assert (codes, status(run_dir)) == ([75, 75], "preempted")
-    assert 16 <= stopped_at(run_dir) < UPDATES
-    assert not (run_dir / "stop").exists()
-
-    train(pictures, run_dir, *words)
-    assert status(run_dir) == "done"
-    assert losses(run_dir) == losses(calm)
-    assert (run_dir / "evaluations.jsonl").read_text() == (calm / "evaluations.jsonl").read_text()
-    alone, together = state(calm, UPDATES), state(run_dir, UPDATES)
-    assert all((alone[key] == together[key]).all() for key in alone)
