@@ -29,7 +29,7 @@ COPY ds_configs ds_configs
 # build, and without a GPU to be seen it would build for CPUs. The rest comes as wheels.
 RUN pip install --no-cache-dir setuptools wheel ninja py-cpuinfo packaging && \
     DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=1 \
-    pip install --no-cache-dir --no-build-isolation '.[quickstart,open_clip,offload]'
+    pip install --no-cache-dir --no-build-isolation '.[quickstart,open_clip,offload,detection]'
 
 # What was not built shows here rather than on 64 ranks.
 RUN python -c "from deepspeed.git_version_info import accelerator_name, installed_ops; \
