@@ -1,12 +1,14 @@
-"""Rank program: `train` with pictures that make the loss NaN, or fifty times as large.
+"""Rank program: runs with pictures that make the loss NaN, or fifty times as large.
 
-guarded.py FOLDER WORDS OF TRAIN...; spoilt.json in FOLDER: {update: [rank, "nan" or "spike"]} of
-the first epoch. Each rank leaves what it saw of every update: whether it was skipped, a digest of
-all that training changes, and where its pictures came from.
+guarded.py FOLDER; in it spoilt.json, {update: [rank, "nan" or "spike"]} of the first epoch, and
+runs.json, {name: words of train}. Each rank leaves what it saw of every run: its exit code, and of
+each update whether it was skipped, a digest of all that training changes, and where its pictures
+came from.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -53,11 +55,11 @@ def _marked(images: Tensor, value: Any) -> Tensor:
     return (images == value).flatten(1).all(1)
 
 
-def main(folder: Path, words: list[str]) -> int:
-    """Trains under watch."""
+def main(folder: Path) -> int:
+    """Trains under watch; returns the last run's exit code."""
     # After the launch's variables are read; seconds.
     from fd_large import cli, distributed
-    from fd_large.engine import distillation, partition, run, state
+    from fd_large.engine import distillation, partition, run, start, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 
@@ -66,17 +68,18 @@ def main(folder: Path, words: list[str]) -> int:
     spoil(setattr)
     engines: list[Any] = []
     build_engine, build_loader = run.build_engine, distillation.build_loader
-    train = run.train
+    train, leave = run.train, distributed.leave
 
     def kept_engine(*arguments: Any, **named: Any) -> Any:
-        engines.append(build_engine(*arguments, **named))
-        return engines[-1]
+        engines[:] = [build_engine(*arguments, **named)]
+        return engines[0]
 
     class Watch(Hook):
         def __init__(self) -> None:
             self.updates: list[dict[str, Any]] = []
             self.restored: list[dict[str, Any]] = []
             self.served: list[int] = []
+            self.status = ""
 
         def after_update(self, update: Update) -> Verdict:
             seen = {"index": update.index, "skipped": update.skipped, "loss": update.loss}
@@ -87,9 +90,7 @@ def main(folder: Path, words: list[str]) -> int:
             self.restored.append({"at": update.index, "to": restored, "digest": digest()})
 
         def on_end(self, status: str) -> None:
-            write_result(folder, vars(self) | {"status": status})
-
-    watch = Watch()
+            self.status = status
 
     def digest() -> str:
         total = hashlib.blake2b(digest_size=8)
@@ -100,22 +101,34 @@ def main(folder: Path, words: list[str]) -> int:
             total.update(held.detach().contiguous().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
-    def marked_loader(*arguments: Any, **named: Any) -> Iterator[Batch]:
-        for batch in build_loader(*arguments, **named):
-            update = int(batch.positions[0]) // named["global_batch_size"]
-            watch.served.append(update)
-            rank, mark = spoilt.get(update, (None, ""))
-            if rank == distributed.rank():
-                batch = replace(batch, images=torch.full_like(batch.images, MARKS[mark]))
-            yield batch
+    def watched(words: list[str]) -> dict[str, Any]:
+        watch = Watch()
 
-    def watched_train(recipe: Any, job_of: Any, *, hooks: list[Any], **named: Any) -> int:
-        return train(recipe, job_of, hooks=[*hooks, watch], **named)
+        def marked_loader(*arguments: Any, **named: Any) -> Iterator[Batch]:
+            for batch in build_loader(*arguments, **named):
+                update = int(batch.positions[0]) // named["global_batch_size"]
+                watch.served.append(update)
+                rank, mark = spoilt.get(update, (None, ""))
+                if rank == distributed.rank():
+                    batch = replace(batch, images=torch.full_like(batch.images, MARKS[mark]))
+                yield batch
 
-    run.build_engine, distillation.build_loader = kept_engine, marked_loader
-    run.train = watched_train
-    return cli.main(["train", *words])
+        def watched_train(*arguments: Any, hooks: list[Hook], **named: Any) -> int:
+            return train(*arguments, hooks=[*hooks, watch], **named)
+
+        distillation.build_loader, run.train = marked_loader, watched_train
+        return {"code": cli.main(["train", *words]), **vars(watch)}
+
+    run.build_engine, distributed.leave = kept_engine, lambda code: code
+    found = {}
+    for name, words in json.loads((folder / "runs.json").read_text()).items():
+        found[name] = watched(words)
+        engines.clear()
+        start.forget_engines()
+        gc.collect()
+    write_result(folder, found)
+    return leave(found[name]["code"])
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(Path(sys.argv[1])))
