@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +24,8 @@ from fd_large.plan.step import Estimate
 from fd_large.recipes.run import Run
 
 IMAGENET = 1_281_167
+NARROW = 96
+"""Columns of a terminal below which the table leaves out times that the lines after it tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +77,30 @@ def main(arguments: list[str]) -> int:
     load = Workload.of(run)
     good, bad = search(load, machine)
     console = Console(width=None if Console().is_terminal else 130)
-    console.print(report(load, machine, good, bad, images=flags.images, rows=flags.rows))
+    narrow = console.width < NARROW
+    console.print(
+        report(load, machine, good, bad, images=flags.images, rows=flags.rows, narrow=narrow)
+    )
     if flags.write:
         if not good:
             raise ConfigError(
                 "--write: no setting fits; got none to write, expected one. Use more GPUs."
             )
-        path = Path(flags.write)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(good[0].setting.deepspeed(), indent=2) + "\n")
-        console.print(f"wrote {path}")
+        _write("--write", flags.write, good[0].setting.deepspeed(load.parameters))
+        console.print(f"wrote {flags.write}", soft_wrap=True)
     return 0
+
+
+def _write(flag: str, name: str, content: dict[str, Any]) -> None:
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}: cannot be written; got {error}, expected a file in a folder that can be "
+            "written. Name another one."
+        ) from None
 
 
 def report(
@@ -94,11 +111,13 @@ def report(
     *,
     images: int,
     rows: int,
+    narrow: bool,
 ) -> Group:
     """Returns what is printed."""
     parts: list[Table | Text] = [_heading(load, machine)]
     if good:
-        parts += [_best_table(load, good[:rows], images), _details(load, good[0], machine, images)]
+        parts.append(_best_table(load, machine, good[:rows], images, narrow=narrow))
+        parts.append(_details(load, good[0], machine, images))
     else:
         parts.append(Text("No setting fits; use more GPUs, or cards with more memory.\n"))
     if bad:
@@ -124,21 +143,23 @@ def _heading(load: Workload, machine: Machine) -> Text:
     )
 
 
-def _best_table(load: Workload, good: list[Estimate], images: int) -> Table:
-    table = Table(title="Settings that work, best first", title_justify="left")
-    for name in ("ZeRO", "teacher", "checkpoints"):
+def _table(title: str) -> Table:
+    # No frame: in 80 columns it would cost the words their ends.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("ZeRO", "teacher", "check-\npoints"):
         table.add_column(name, no_wrap=True)
-    for name in (
-        "micro\nx accum.",
-        "GB a\nrank",
-        "compute\nms",
-        "comm.\nms",
-        "update\ns",
-        "images\n/s",
-        "MFU\n%",
-        "days",
-        "GPU-\nhours",
-    ):
+    return table
+
+
+def _best_table(
+    load: Workload, machine: Machine, good: list[Estimate], images: int, *, narrow: bool
+) -> Table:
+    table = _table("Settings that work, best first")
+    names = ["micro\nx accum.", "GB a\nrank", "compute\nms", "comm.\nms"]
+    names += ["update\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
+    if narrow:
+        names[2:4] = []
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     count = updates(load, images)
     for one in good:
@@ -150,20 +171,18 @@ def _best_table(load: Workload, good: list[Estimate], images: int) -> Table:
             "blocks" if one.setting.checkpointing else "off",
             f"{one.setting.micro_batch_size} x {seconds.accumulation}",
             f"{one.memory.total / 1e9:.1f}",
-            f"{seconds.computation * 1e3:,.0f}",
-            f"{seconds.communication * 1e3:,.0f}",
-            f"{seconds.total:,.2f}",
+            *(
+                []
+                if narrow
+                else [f"{seconds.computation * 1e3:,.0f}", f"{seconds.communication * 1e3:,.0f}"]
+            ),
+            _figure(seconds.total),
             f"{one.images_per_second:,.0f}",
             f"{100 * one.mfu:.1f}",
-            f"{hours / 24:,.1f}",
-            f"{hours * _ranks(one, load):,.0f}",
+            _figure(hours / 24),
+            _figure(hours * machine.cluster.gpus),
         )
     return table
-
-
-def _ranks(one: Estimate, load: Workload) -> int:
-    share = one.setting.micro_batch_size * one.seconds.accumulation
-    return load.run.batch.global_batch_size // share
 
 
 def _details(load: Workload, best: Estimate, machine: Machine, images: int) -> Text:
@@ -192,9 +211,7 @@ def _details(load: Workload, best: Estimate, machine: Machine, images: int) -> T
 def _refused_table(bad: list[Refused], rows: int) -> Table:
     hidden = len(bad) - rows
     more = f" ({hidden} more do not either)" if hidden > 0 else ""
-    table = Table(title=f"Settings that do not work{more}", title_justify="left")
-    for name in ("ZeRO", "teacher", "checkpoints"):
-        table.add_column(name, no_wrap=True)
+    table = _table(f"Settings that do not work{more}")
     table.add_column("why")
     for one in bad[:rows]:
         table.add_row(
@@ -210,17 +227,23 @@ def _zero(setting: Setting) -> str:
     return f"{setting.stage}{' + hpZ' if setting.hpz else ''}"
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _machine(flags: PlanFlags, run: Run) -> Machine:
-    for name in ("gpus", "gpus_per_node", "images", "rows"):
-        if getattr(flags, name) < 1:
+    least = {"gpus": 1, "gpus_per_node": 1, "nics_per_node": 0, "images": 1, "rows": 1}
+    for name, allowed in least.items():
+        if getattr(flags, name) < allowed:
             raise ConfigError(
-                f"--{name}: too few; got {getattr(flags, name)}, expected 1 or more. Mend it."
+                f"--{name}: too few; got {getattr(flags, name)}, expected {allowed} or more. "
+                "Mend it."
             )
-    if flags.network <= 0:
+    if not 0 < flags.network < inf:
         raise ConfigError(
             f"--network: no rate; got {flags.network:g}, expected Gb/s of a network card. Mend it."
         )
@@ -246,7 +269,7 @@ def _rates(flags: PlanFlags, run: Run) -> Rates:
 
     rates = probe(run, ranks=flags.gpus)
     if flags.rates:
-        Path(flags.rates).write_text(json.dumps(rates.to_dict(), indent=2) + "\n")
+        _write("--rates", flags.rates, rates.to_dict())
     return rates
 
 
@@ -257,11 +280,19 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     recipe: list[str] = []
     target = mine
     for word in arguments:
-        if word.startswith("-"):
+        if word.startswith("-") and not _is_number(word):
             name = word.lstrip("-").partition("=")[0].replace("-", "_")
             target = mine if name in own or word == "-h" else recipe
         target.append(word)
     return mine, recipe
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 assert set(CARDS) == {"h100", "h200", "b200", "a100", "a100_40", "l40s"}  # The flag's help.

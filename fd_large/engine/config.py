@@ -9,11 +9,12 @@ the top level), or a setting that its stage would ignore.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fd_large.errors import ConfigError, nearest
+from fd_large.plan.memory import persistence_threshold
 
 AUTO = "auto"
 
@@ -255,37 +256,19 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     if "activation_checkpointing" in filled:
         _refuse_activation_checkpointing(filled.pop("activation_checkpointing"))
     _fill_zero(filled, stage, numbers)
+    if numbers.world_size == 1 and not numbers.bfloat16 and stage in (1, 2):
+        if not offloads(filled, "offload_optimizer"):
+            # One rank has nothing to split, and float32 parameters are their own masters.
+            filled["zero_optimization"] = {"stage": 0}
+    elif numbers.bfloat16 and stage == 1 and not offloads(filled, "offload_optimizer"):
+        # Each gradient goes into its float32 sum, and is freed, while backward goes on.
+        bf16["immediate_grad_update"] = True
     # Torch's and apex's AdamW are "untested" to DeepSpeed, and so is our choice under offload.
     filled["zero_allow_untested_optimizer"] = True
     filled["zero_force_ds_cpu_optimizer"] = False
     filled.setdefault("steps_per_print", 10**9)
     _no_auto_left(filled, "")
     return filled
-
-
-def persistence_threshold(sizes: Iterable[int], *, share: float = 0.01) -> tuple[int, int]:
-    """The largest threshold that keeps at most `share` of all elements whole on every rank.
-
-    Args:
-        sizes: Elements of each parameter tensor of student and teacher.
-        share: Of the sum of sizes.
-
-    Returns: (threshold, elements kept whole): tensors of at most `threshold` elements stay whole.
-    """
-    ordered = sorted(sizes)
-    allowed = share * sum(ordered)
-    threshold = kept = 0
-    position = 0
-    while position < len(ordered):
-        size = ordered[position]
-        end = position
-        while end < len(ordered) and ordered[end] == size:
-            end += 1
-        if kept + size * (end - position) > allowed:
-            break
-        kept += size * (end - position)
-        threshold, position = size, end
-    return threshold, kept
 
 
 def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
@@ -296,9 +279,7 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         fits = numbers.node_size < numbers.world_size
         zero["zero_hpz_partition_size"] = numbers.node_size if fits else 1
     if zero.get("stage3_param_persistence_threshold") == AUTO:
-        zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)[
-            0
-        ]
+        zero["stage3_param_persistence_threshold"] = persistence_threshold(numbers.parameter_sizes)
     silent = {1: _STAGE3_KEYS, 2: _STAGE3_KEYS, 3: _STAGE12_KEYS}.get(
         stage, _BLOCKS["zero_optimization"].keys() - {"stage"}
     )

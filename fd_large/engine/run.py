@@ -35,6 +35,7 @@ from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.errors import FDError
 from fd_large.launch import Launch
+from fd_large.plan.memory import persistence_threshold
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import (
@@ -229,7 +230,7 @@ def train(
 def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> int:
     """The size up to which tensors stay whole in an engine that splits; logs their share."""
     zero = config["zero_optimization"]
-    automatic, _ = ds.persistence_threshold(sizes)
+    automatic = persistence_threshold(sizes)
     threshold = zero.get("stage3_param_persistence_threshold", automatic)
     if zero["stage"] == 3 or run.teacher.placement != "replicated":
         kept = sum(size for size in sizes if size <= threshold)

@@ -32,6 +32,7 @@ Stages 1 and 2 pad a group by a few elements; that is left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -49,6 +50,8 @@ from fd_large.recipes.run import Run
 # DeepSpeed's defaults for keys that a JSON leaves out.
 DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_BUCKET_SIZE = 500_000_000
+# Tensors so small that together they are a hundredth of all elements stay whole on every rank.
+PERSISTENCE_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +216,23 @@ def teacher_sizes(run: Run) -> list[int]:
     if teacher.family in ("timm", "module"):
         return [timm_counts(teacher).parameters]
     return sizes(shapes(teacher))
+
+
+def persistence_threshold(sizes: Iterable[int], *, share: float = PERSISTENCE_SHARE) -> int:
+    """Returns the largest size up to which all tensors together are at most `share` of the sum.
+
+    Args:
+        sizes: Elements of each tensor of student and teacher.
+        share: Of the sum of sizes.
+    """
+    counts = Counter(sizes)
+    left, threshold = share * sum(size * count for size, count in counts.items()), 0
+    for size in sorted(counts):
+        left -= size * counts[size]
+        if left < 0:
+            break
+        threshold = size
+    return threshold
 
 
 def _shard(tensors: Iterable[int], ranks: int) -> int:

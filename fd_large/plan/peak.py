@@ -8,11 +8,11 @@ from fd_large.plan import traffic
 from fd_large.plan.memory import Placement, held
 from fd_large.plan.rates import Rates
 from fd_large.plan.setting import (
-    BUCKET_ELEMENTS,
     PREFETCH_ELEMENTS,
     Machine,
     Setting,
     Workload,
+    bucket_elements,
 )
 
 # DeepSpeed's `stage3_max_live_parameters`: gathered layers are let go past so many elements.
@@ -53,6 +53,7 @@ def peak_of(load: Workload, setting: Setting, machine: Machine) -> Peak:
     """Returns what a rank holds at its fullest."""
     cluster, rates, run = machine.cluster, machine.rates, load.run
     size = load.compute_bytes(machine)
+    bucket = bucket_elements(setting.stage, load.parameters)
     memory = held(load.student, load.teacher, placement_of(load, setting, machine))
     device = memory.device
     states: float = device.total - device.teacher - device.buckets
@@ -60,12 +61,15 @@ def peak_of(load: Workload, setting: Setting, machine: Machine) -> Peak:
     if setting.stage == 3:
         states += memory.hpz_copy
         buffers += size * min(load.parameters, LIVE_ELEMENTS)
-        buffers += size * 2 * BUCKET_ELEMENTS  # Gradients being reduced, and those that come.
+        buffers += size * 2 * bucket  # Gradients being reduced, and those that come.
     elif setting.stage == 2:
         # Buckets as above; the share's gradients, which are freed after the step.
-        buffers += size * 3 * BUCKET_ELEMENTS + 4 * load.parameters / cluster.gpus
+        buffers += size * 3 * bucket + 4 * load.parameters / cluster.gpus
+    elif setting.stage == 1 and rates.bfloat16:
+        # Each gradient goes into its float32 sum at once; a bucket of sums is sent at a time.
+        buffers += size * (max(load.student) + bucket)
     else:
-        buffers += size * load.parameters  # Every gradient of the compute type.
+        buffers += size * load.parameters  # Every gradient.
     if setting.teacher != "replicated" and cluster.gpus > 1:
         buffers += 2 * size * min(PREFETCH_ELEMENTS, sum(load.teacher))
     kept = traffic.kept(
@@ -99,5 +103,5 @@ def placement_of(load: Workload, setting: Setting, machine: Machine) -> Placemen
         persistence_threshold=load.threshold,
         teacher_persistence_threshold=load.threshold,
         hpz_size=cluster.node_size if setting.hpz else 1,
-        reduce_bucket_size=BUCKET_ELEMENTS,
+        reduce_bucket_size=bucket_elements(setting.stage, load.parameters),
     )

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.errors import LaunchError
-from fd_large.plan.rates import CARDS, Rates
+from fd_large.plan.rates import CLASSES, Rates
 from fd_large.plan.traffic import ACTIVATION, counts_of, stages
+from fd_large.plan.utilisation import peak_of
 from fd_large.recipes.run import Run
 
 CACHE_ELEMENTS = 1 << 26
@@ -43,6 +44,9 @@ def probe(run: Run, *, ranks: int, micro_batch_size: int = 8) -> Rates:
 
     Raises: LaunchError: if a rank fails.
     """
+    import torch
+
+    ranks = min(ranks, torch.cuda.device_count() or ranks)
     batch = run.batch.micro_batch_size
     batch = micro_batch_size if batch == "auto" else min(int(batch), micro_batch_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,13 +69,24 @@ def probe(run: Run, *, ranks: int, micro_batch_size: int = 8) -> Rates:
             )
             for rank in range(ranks)
         ]
-        codes = [process.wait() for process in processes]
+        codes = _ended(processes)
         if any(codes):
             raise LaunchError(
                 f"--probe: a rank failed; got exit codes {codes}, expected 0. Read its message "
                 "above."
             )
         return Rates(**json.loads(out.read_text()))
+
+
+def _ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes; where one failed, the others, which wait for it, are ended."""
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):
+            for process in processes:
+                process.terminate()
+            return [process.wait() for process in processes]
+        time.sleep(0.1)
+    return [process.returncode for process in processes]
 
 
 def measure(
@@ -119,11 +134,10 @@ def measure(
 def _named(torch: Any, on_gpu: bool, world: int, matmul: float) -> dict[str, Any]:
     if on_gpu:
         properties = torch.cuda.get_device_properties(0)
-        like = next((c for c in CARDS.values() if c.name.split()[0] in properties.name), None)
         return {
             "name": f"{properties.name}, measured",
             "memory_bytes": float(properties.total_memory),
-            "peak": like.peak if like else matmul,
+            "peak": peak_of(properties.name) or matmul,
         }
     free = next(
         int(line.split()[1]) * 1024
@@ -236,7 +250,7 @@ def _classes(torch: Any, seconds: _Clock, run: Run, batch: int) -> dict[str, flo
 
     a = run.student_architecture()
     counts = counts_of(a, "reference", False)
-    moved = dict.fromkeys(("attention", "stream", "activation"), 0.0)
+    moved = dict.fromkeys(CLASSES, 0.0)
     taken = dict.fromkeys(moved, 0.0)
     for stage in stages(a, run.data.image_size):
         tokens, width = batch * stage.tokens, stage.width

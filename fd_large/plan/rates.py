@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fd_large.errors import ConfigError, nearest
 # Operations beside the matrix products, by what limits them on a CPU; on a GPU it is the memory
 # for all of them. `plan.traffic` counts their bytes.
 CLASSES = ("attention", "stream", "activation")
+# 0 means: as another rate; or that Python costs nothing.
+MAY_BE_0 = (*CLASSES, "batched_matmul", "launch_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +114,15 @@ def rates_of(gpu: str, file: str = "") -> Rates:
     for key, value in given.items():
         if key not in known:
             raise ConfigError(f"--rates: {key}: no such rate; {nearest(key, known)}. Mend {file}.")
-        if known[key] == "float" and (type(value) not in (int, float) or value < 0):
+        least = ("a number of 0 or more", 0.0) if key in MAY_BE_0 else ("a number above 0", 5e-324)
+        if known[key] == "float" and not (type(value) in (int, float) and least[1] <= value < inf):
             raise ConfigError(
-                f"--rates: {key}: no rate; got {value!r}, expected a number of 0 or more. Mend"
-                f" {file}."
+                f"--rates: {key}: no rate; got {value!r}, expected {least[0]}. Mend {file}."
             )
-        if known[key] == "bool" and type(value) is not bool:
-            raise ConfigError(
-                f"--rates: {key}: no switch; got {value!r}, expected true or false. Mend {file}."
-            )
+        for kind, type_, expected in (("bool", bool, "true or false"), ("str", str, "a name")):
+            if known[key] == kind and type(value) is not type_:
+                raise ConfigError(
+                    f"--rates: {key}: of another kind; got {value!r}, expected {expected}. Mend"
+                    f" {file}."
+                )
     return replace(CARDS[gpu], **given)

@@ -32,13 +32,14 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
     Raises: ConfigError: if the ranks do not divide the global batch.
     """
     batch, ranks = load.run.batch.global_batch_size, machine.cluster.gpus
+    share = batch // ranks
     if batch % ranks:
         raise ConfigError(
             f"batch.global_batch_size: the ranks do not divide it; got {batch} images for {ranks} "
             f"ranks, expected a multiple. Set --batch.global_batch_size {_multiple(batch, ranks)}, "
             "or another --gpus."
         )
-    sizes = _powers(batch // ranks)
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
     good: list[Estimate] = []
     bad: list[Refused] = []
     for setting in _settings(machine):
@@ -74,7 +75,9 @@ def _settings(machine: Machine) -> Iterator[Setting]:
         placements.append("node")
     if ranks > 1:
         placements.append("sharded")
-    for stage in (1, 2, 3):
+    # One rank has nothing to split: in float32 the engine runs stages 1 and 2 as stage 0.
+    whole = ranks == 1 and not machine.rates.bfloat16
+    for stage in (0, 3) if whole else (1, 2, 3):
         for teacher in placements:
             for hpz in (False, True) if stage == 3 and "node" in placements else (False,):
                 for checkpointing in (False, True):
@@ -113,16 +116,9 @@ def _too_large(memory: Peak, machine: Machine) -> str:
     }
     most = max(parts, key=lambda name: parts[name])
     return (
-        f"{memory.total / 1e9:.0f} GB for one image ({most} {parts[most] / 1e9:.0f}), "
-        f"{limit / 1e9:.0f} usable"
+        f"{memory.total / 1e9:.1f} GB for one image ({most} {parts[most] / 1e9:.1f}), "
+        f"{limit / 1e9:.1f} usable"
     )
-
-
-def _powers(share: int) -> list[int]:
-    sizes = [1]
-    while share % (2 * sizes[-1]) == 0:
-        sizes.append(2 * sizes[-1])
-    return sizes
 
 
 def _multiple(batch: int, ranks: int) -> int:

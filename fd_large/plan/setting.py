@@ -7,16 +7,25 @@ from typing import Any, Literal
 
 from fd_large.plan import flops
 from fd_large.plan.cluster import Cluster
-from fd_large.plan.memory import student_sizes, teacher_sizes
+from fd_large.plan.memory import persistence_threshold, student_sizes, teacher_sizes
 from fd_large.plan.rates import Rates
 from fd_large.plan.traffic import Kernels
 from fd_large.recipes.run import Run
 
-# As ds_configs/*.json have them.
-BUCKET_ELEMENTS = 100_000_000
+# As ds_configs/*.json have them; `bucket_elements` knows the smaller one.
+BUCKET_ELEMENTS, LEAST_BUCKET_ELEMENTS = 100_000_000, 8_000_000
 PREFETCH_ELEMENTS = 51_000_000
-# Tensors so small that they are a hundredth of all elements stay whole on every rank.
-PERSISTENCE_SHARE = 0.01
+
+
+def bucket_elements(stage: int, parameters: int) -> int:
+    """Returns the gradients that are reduced together.
+
+    Stage 3 owns a buffer of them. At stages 1 and 2 so few that reductions begin early in backward,
+    but no more than some thirty messages, each of which costs a start.
+    """
+    if stage == 3:
+        return BUCKET_ELEMENTS
+    return min(BUCKET_ELEMENTS, max(LEAST_BUCKET_ELEMENTS, parameters // 30))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +75,16 @@ class Setting:
                 words.append(f"--{name} {ours}")
         return " ".join(words)
 
-    def deepspeed(self) -> dict[str, Any]:
-        """Returns the DeepSpeed JSON; the run fills its "auto" values."""
-        zero: dict[str, Any] = {
-            "stage": self.stage,
-            "overlap_comm": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-        }
-        if self.stage < 3:
+    def deepspeed(self, parameters: int) -> dict[str, Any]:
+        """Returns the DeepSpeed JSON for a student of so many; the run fills its "auto" values."""
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.stage > 0:
+            zero["overlap_comm"] = True
+            zero["reduce_bucket_size"] = bucket_elements(self.stage, parameters)
+        if self.stage in (1, 2):
+            zero["reduce_scatter"] = False
             zero["allgather_bucket_size"] = BUCKET_ELEMENTS
-        else:
+        elif self.stage == 3:
             zero["stage3_prefetch_bucket_size"] = PREFETCH_ELEMENTS
             zero["stage3_param_persistence_threshold"] = "auto"
             if self.hpz:
@@ -164,14 +173,3 @@ class Workload:
         """Whether the teacher is bfloat16."""
         dtype = self.run.teacher.dtype
         return machine.rates.bfloat16 if dtype == "auto" else dtype == "bfloat16"
-
-
-def persistence_threshold(sizes: list[int], *, share: float = PERSISTENCE_SHARE) -> int:
-    """Returns the largest size up to which all tensors together are at most `share` of the sum."""
-    left, threshold = share * sum(sizes), 0
-    for size in sorted(set(sizes)):
-        left -= size * sizes.count(size)
-        if left < 0:
-            break
-        threshold = size
-    return threshold

@@ -13,11 +13,15 @@ Computation of a micro batch:
 
 Communication of a micro batch; S, T: one gather or scatter of student, teacher (`plan.cluster`):
 
-| ZeRO | student, each micro batch            | student, each update                   |
-|------|--------------------------------------|----------------------------------------|
-| 1    | none                                 | float32 gradients 2 S, parameters S    |
-| 2    | gradients S                          | parameters S                           |
-| 3    | S forward, S backward, gradients S   | none                                   |
+| ZeRO | student, each micro batch            | student, each update         |
+|------|--------------------------------------|------------------------------|
+| 1    | none                                 | gradients 2 S, parameters S  |
+| 2    | gradients 2 S                        | parameters S                 |
+| 3    | S forward, R backward, gradients S   | none                         |
+
+All in the compute type. DeepSpeed 0.19.8 all-reduces the gradients at stages 1 and 2, a scatter and
+a gather, where stage 3 scatters. R is S without what is still there when backward begins: layers
+that are used again within `stage3_max_reuse_distance` elements, forward and back, stay whole.
 
 A split teacher adds T a micro batch, over all ranks or inside each node. With hpZ the gather of
 backward stays inside a node. On GPUs communication runs beside computation, and only the longer of
@@ -35,7 +39,7 @@ from typing import Literal
 from fd_large.plan import flops, traffic
 from fd_large.plan.peak import Peak, peak_of
 from fd_large.plan.rates import Rates
-from fd_large.plan.setting import BUCKET_ELEMENTS, Machine, Setting, Workload
+from fd_large.plan.setting import Machine, Setting, Workload, bucket_elements
 
 # Of an update and parameter of the rank's share, float32: the norm reads 4, clipping scales 8,
 # AdamW reads gradient, master and moments and writes the last three 28, the new parameter reads 4;
@@ -53,6 +57,8 @@ OPERATIONS = {
 # many calls (measured with 0.19.8 on CPU ranks: 0.27 ms a module and pass, 23 us a call).
 MODULES = {"swinv2": 13, "swin": 9, "vit": 9}
 HOOK_CALLS = 12
+# Half of DeepSpeed's `stage3_max_reuse_distance`, which counts the way forward and back.
+KEPT_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +193,10 @@ def _computation(load: Workload, setting: Setting, machine: Machine) -> tuple[fl
         matrix += products([p for p in load.student_products if p.kind == "logits"], "forward")
         other += rest({"attention": forward["attention"]})
     size = load.compute_bytes(machine)
-    other += GRADIENT_PASSES * size * load.parameters / rates.bandwidth
+    passes = GRADIENT_PASSES if setting.stage or machine.cluster.gpus > 1 else 1
+    other += passes * size * load.parameters / rates.bandwidth
     if setting.stage == 3:  # What is gathered, for forward and for backward, is copied in place.
-        other += 4 * size * load.parameters / rates.bandwidth
+        other += 2 * (1 + _gathered_again(load)) * size * load.parameters / rates.bandwidth
     if setting.teacher != "replicated":
         own = 2 if load.teacher_bfloat16(machine) else 4
         other += 2 * own * sum(load.teacher) / rates.bandwidth
@@ -246,13 +253,15 @@ def _communication(load: Workload, setting: Setting, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
     whole = load.compute_bytes(machine) * load.parameters
     calls = sum(1 for n in load.student if n > load.threshold)
-    buckets = -(-load.parameters // BUCKET_ELEMENTS)
+    buckets = _buckets(load, setting)
     total = 0.0
     if setting.stage == 3:
+        again, span = _gathered_again(load), "node" if setting.hpz else "all"
         total += cluster.seconds(whole, rates, calls=calls)
-        total += cluster.seconds(whole, rates, span="node" if setting.hpz else "all", calls=calls)
-    if setting.stage >= 2:
+        total += again * cluster.seconds(whole, rates, span=span, calls=calls)
         total += cluster.seconds(whole, rates, calls=buckets)
+    elif setting.stage == 2:  # An all-reduce is a scatter and a gather.
+        total += 2 * cluster.seconds(whole, rates, calls=buckets)
     if setting.teacher != "replicated":
         size = 2 if load.teacher_bfloat16(machine) else 4
         calls = sum(1 for n in load.teacher if n > load.threshold)
@@ -261,15 +270,24 @@ def _communication(load: Workload, setting: Setting, machine: Machine) -> float:
     return total
 
 
+def _gathered_again(load: Workload) -> float:
+    """Share of the parameters that ZeRO-3 gathers a second time, for backward."""
+    return max(0.0, 1 - KEPT_ELEMENTS / load.parameters)
+
+
+def _buckets(load: Workload, setting: Setting) -> int:
+    return -(-load.parameters // bucket_elements(setting.stage, load.parameters))
+
+
 def _update(load: Workload, setting: Setting, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
-    buckets = -(-load.parameters // BUCKET_ELEMENTS)
+    # At stage 0 the parameters are stepped themselves: 4 + 8 + 28 bytes, and no copy of them.
     split = 1 if setting.stage == 0 else cluster.gpus
-    moved = OPTIMIZER_BYTES + load.compute_bytes(machine)
+    moved = OPTIMIZER_BYTES + load.compute_bytes(machine) if setting.stage else OPTIMIZER_BYTES - 4
     total = moved * load.parameters / split / rates.bandwidth
     whole = load.compute_bytes(machine) * load.parameters
     if setting.stage in (1, 2):
-        total += cluster.seconds(whole, rates, calls=buckets)
-    if setting.stage <= 1:  # An all-reduce is a scatter and a gather.
-        total += 2 * cluster.seconds(4 * load.parameters, rates, calls=buckets)
+        total += cluster.seconds(whole, rates)
+    if setting.stage <= 1:
+        total += 2 * cluster.seconds(whole, rates, calls=_buckets(load, setting))
     return total

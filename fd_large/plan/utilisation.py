@@ -36,6 +36,9 @@ def step_flops(run: Run, micro_batch_size: int, *, on_gpu: bool) -> flops.StepFl
 def peak_of(device_name: str) -> float | None:
     """Returns the peak FLOP/s of a card by the name that its driver gives; None: not listed."""
     words = device_name.replace("-", " ").split()
+    # H100s on a PCIe card (756 TFLOP/s, NVL 835) are slower than the SXM module, A100s are not.
+    if "A100" not in words and {"PCIe", "PCIE", "NVL"} & set(words):
+        return None
     return next((card.peak for card in CARDS.values() if card.name.split()[0] in words), None)
 
 

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fd_large import cli
+from fd_large.commands import plan
+from fd_large.plan.setting import Setting, bucket_elements
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,7 +34,7 @@ def test_it_needs_no_torch(tmp_path):
 
 
 def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
-    words = "--recipe fd_swinv2g --gpus 8 --gpu a100_40 --batch.global_batch_size 4096 --rows 3"
+    words = "--recipe fd_swinv2g --gpus 2 --gpu a100_40 --batch.global_batch_size 4096 --rows 3"
     assert cli.main(["plan", *words.split()]) == 0
     told = capsys.readouterr().out
     assert "4096 images an update" in told
@@ -43,7 +47,13 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
     [
         ("--gpus 12", "--gpus: nodes of unequal size; got 12 in nodes of 8"),
         ("--gpus 0", "--gpus: too few; got 0"),
+        ("--gpus -3", "--gpus: too few; got -3"),
         ("--network 0", "--network: no rate"),
+        ("--network nan", "--network: no rate; got nan"),
+        ("--nics_per_node -1", "--nics_per_node: too few; got -1, expected 0 or more"),
+        ("--write /", "--write: cannot be written; got"),
+        ("--write /proc/none/mine.json", "--write: cannot be written; got"),
+        ("--rates /", "--rates: no readable JSON; got"),
         ("--gpu h1000", "nearest: h100"),
         ("--batch.global_batch_sise 8", "nearest: batch.global_batch_size"),
         ("--gpus 24 --recipe fd_swinv2g", "Set --batch.global_batch_size 2040"),
@@ -54,3 +64,30 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
 def test_mistakes_are_one_sentence(words, message, capsys):
     assert cli.main(["plan", *words.split()]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(plan, "Console", partial(Console, force_terminal=True))
+    words = "--recipe fd_swinv2g --gpus 256 --batch.global_batch_size 8192"
+    assert cli.main(["plan", *words.split()]) == 0
+    told = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told, "a cell lost its end"
+    assert "3 + hpZ" in told
+    assert "replicated" in told
+    assert ("comm." in told) == (columns == 120)
+
+
+def test_the_written_json_is_the_shipped_one():
+    # The same keys and values, but for the bucket of stages 1 and 2, which grows with the net.
+    for name, setting in (
+        ("zero1", Setting(stage=1)),
+        ("zero2", Setting(stage=2)),
+        ("zero3", Setting(stage=3)),
+        ("zero3_hpz", Setting(stage=3, hpz=True)),
+    ):
+        shipped = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+        assert setting.deepspeed(28_000_000) == shipped
+    assert bucket_elements(2, 3_014_600_000) == 100_000_000
+    assert bucket_elements(1, 600_000_000) == 20_000_000

@@ -127,9 +127,14 @@ def test_float32_at_stage_0_is_allowed():
     assert "data_types" not in filled
 
 
-def test_persistence_keeps_at_most_one_percent():
-    sizes = [100] * 50 + [10] * 20 + [100_000]
-    threshold, kept = ds.persistence_threshold(sizes)
-    assert (threshold, kept) == (10, 200), "50 tensors of 100 would pass 1% of 105,200"
-    assert ds.persistence_threshold([5]) == (0, 0)
-    assert ds.persistence_threshold([1, 1000]) == (1, 1)
+def test_one_rank_has_nothing_to_split():
+    alone = NUMBERS._replace(bfloat16=False, world_size=1, node_size=1)
+    for stage in (1, 2):
+        assert ds.fill(_zero(stage), alone)["zero_optimization"] == {"stage": 0}
+    assert ds.fill(_zero(3), alone)["zero_optimization"]["stage"] == 3
+    assert ds.fill(_zero(1), alone._replace(bfloat16=True))["zero_optimization"]["stage"] == 1
+    on_host = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert ds.fill(on_host, alone)["zero_optimization"]["stage"] == 2
+    # What the stage that was asked for would ignore is still refused.
+    with pytest.raises(ConfigError, match="ignores it at stage 1"):
+        ds.fill({"zero_optimization": {"stage": 1, "sub_group_size": 5}}, alone)

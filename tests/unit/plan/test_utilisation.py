@@ -28,6 +28,10 @@ def test_shares_by_hand():
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
