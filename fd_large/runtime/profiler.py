@@ -2,17 +2,23 @@
 
 Written to RUN/profile/ by rank 0; chrome://tracing, ui.perfetto.dev and TensorBoard's profiler
 plugin open it. The profiled updates are slower than others: their rate is no figure of the run.
+What share of them communication took is told beside it, in RUN/profile/communication.json: of all
+figures of a run the one that needs a trace, since only there it is seen what ran beside what.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fd_large import distributed
 from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +38,7 @@ class Profiler(Hook):
         self._updates = updates
         self._profile: profile | None = None
         self._written = ""
+        self._shares: dict[str, float] = {}
         self._index = -1
 
     def on_start(self, setting: Setting) -> None:
@@ -47,13 +54,16 @@ class Profiler(Hook):
             # A run may end before the last update that was asked for.
             name = f"updates_{first}_to_{self._index}.pt.trace.json.gz"
             path = setting.folder / "profile" / name
+            shares = communication_shares(finished.events())
             try:
                 path.parent.mkdir(exist_ok=True)
                 finished.export_chrome_trace(str(path))
+                write_json(path.with_name("communication.json"), shares)
             except (OSError, RuntimeError) as error:  # A full disk is no reason to end a run.
                 log.error("--profile: %s was not written: %s", path, error)
                 return
             self._written = str(path)
+            self._shares = shares
 
         self._profile = profile(
             activities=activities,
@@ -79,6 +89,12 @@ class Profiler(Hook):
         self._stop()
         if self._written:
             log.info("profile: %s; open it in ui.perfetto.dev or TensorBoard", self._written)
+            log.info(
+                "profile: communication took %.1f %% of the traced time; %.1f %% with nothing "
+                "computed beside it",
+                100 * self._shares["communication"],
+                100 * self._shares["communication_alone"],
+            )
         else:
             log.warning(
                 "--profile: nothing was traced: the run ended within its first %d updates",
@@ -90,3 +106,56 @@ class Profiler(Hook):
             # In the middle of the traced updates this writes what there is.
             ending, self._profile = self._profile, None
             ending.stop()
+
+
+Interval = tuple[float, float]
+
+
+def communication_shares(events: Iterable[Any]) -> dict[str, float]:
+    """Returns what share of a trace collectives ran in, and in which nothing else ran beside them.
+
+    On a GPU its kernels count, NCCL's and others; else the collectives of gloo, waiting for the
+    other ranks included, and the operations that run on other threads.
+
+    Args:
+        events: Of torch's profiler.
+
+    Returns: {"seconds", "communication", "communication_alone"}; the shares are 0 to 1.
+    """
+    ours = [event for event in events if event.time_range.end > event.time_range.start]
+    on_gpu = [event for event in ours if event.device_type == DeviceType.CUDA]
+    shown = on_gpu or [e for e in ours if e.name.startswith(("aten::", "gloo:"))]
+    collectives = [e for e in shown if _communicates(e)]
+    # What gloo's own threads compute is part of a collective.
+    threads = set() if on_gpu else {event.thread for event in collectives}
+    others = [e for e in shown if not _communicates(e) and e.thread not in threads]
+    every = _joined(shown)
+    if not every:
+        return {"seconds": 0.0, "communication": 0.0, "communication_alone": 0.0}
+    span = every[-1][1] - every[0][0]
+    busy, computing = _length(_joined(collectives)), _length(_joined(others))
+    return {
+        "seconds": span / 1e6,
+        "communication": busy / span,
+        # |A without B| = |A or B| - |B|.
+        "communication_alone": (_length(_joined([*collectives, *others])) - computing) / span,
+    }
+
+
+def _communicates(event: Any) -> bool:
+    return event.name.startswith("gloo:") or "nccl" in event.name.lower()
+
+
+def _joined(events: Iterable[Any]) -> list[Interval]:
+    """The times in which at least one of the events ran, in order and apart."""
+    joined: list[Interval] = []
+    for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _length(intervals: list[Interval]) -> float:
+    return sum(end - begin for begin, end in intervals)

@@ -3,13 +3,15 @@
 import gzip
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 from fd_large.runtime.hooks import Hook
-from fd_large.runtime.profiler import Profiler
+from fd_large.runtime.profiler import Profiler, communication_shares
 
 
 class Marks(Hook):
@@ -27,8 +29,44 @@ class Marks(Hook):
             torch.ones(3).sum()
 
 
+def event(name, begin, end, device=DeviceType.CPU, thread=1):
+    times = SimpleNamespace(start=begin, end=end)
+    return SimpleNamespace(name=name, time_range=times, device_type=device, thread=thread)
+
+
+def test_the_share_of_communication():
+    # On a GPU only kernels count, whoever started them; two streams overlap.
+    gpu = DeviceType.CUDA
+    trace = [
+        event("aten::mm", 0, 900),
+        event("gemm", 100, 300, gpu),
+        event("ncclDevKernel_AllGather", 250, 400, gpu),
+        event("ncclDevKernel_ReduceScatter", 390, 500, gpu),
+        event("elementwise", 450, 1100, gpu),
+    ]
+    shares = communication_shares(trace)
+    assert shares["seconds"] == pytest.approx(1000e-6)
+    assert shares["communication"] == pytest.approx(250 / 1000)
+    assert shares["communication_alone"] == pytest.approx(150 / 1000)
+    # On a CPU gloo's thread copies for the collective; the main thread computes beside it or waits.
+    trace = [
+        event("aten::mm", 0, 400),
+        event("c10d::allreduce_", 400, 450),
+        event("gloo:all_reduce", 300, 600, thread=7),
+        event("aten::copy_", 500, 600, thread=7),
+        event("aten::add", 700, 1000),
+    ]
+    shares = communication_shares(trace)
+    assert shares["communication"] == pytest.approx(0.3)
+    assert shares["communication_alone"] == pytest.approx(0.2)
+    assert communication_shares([])["communication"] == 0.0
+
+
 def traced(folder):
-    (path,) = (folder / "profile").iterdir()
+    shares = json.loads((folder / "profile" / "communication.json").read_text())
+    assert shares["communication"] == 0.0, "one rank"
+    assert shares["seconds"] > 0
+    (path,) = (folder / "profile").glob("*.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {event.get("name", "") for event in events}
     return path.name, sorted(name for name in names if name.startswith("update "))
