@@ -19,12 +19,14 @@ from fd_large.engine import config as ds
 from fd_large.engine import partition
 from fd_large.engine.activation import checkpoint_blocks, compile_blocks
 from fd_large.engine.gate import StepGate
+from fd_large.engine.gradients import spare_passes
 from fd_large.engine.live_weights import load_weights
 from fd_large.engine.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.sharded_teacher import PlacedTeacher, place
 from fd_large.engine.start import deepspeed
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.models.registry import build as build_net
+from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
 from fd_large.weights.facts import statistics_of
@@ -285,6 +287,9 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
     if exact is not None:
         partition.set_masters(task, exact)
+    spare_passes(
+        engine, bucket=config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
+    )
     return Engine(engine, task, stage, config, StepGate(optimizer))
 
 

@@ -235,30 +235,26 @@ class Trainer:
             begin = time.perf_counter()
             micro_batches.stage()
             waited += time.perf_counter() - begin
-        # Before DeepSpeed clips; at other stages it keeps the norm itself.
-        norm = _whole_norm(engine.task) if engine.stage == 0 else None
         agreements: list[_Agreed] = []
 
         def ask() -> bool:
-            agreements.append(self._agree(losses, norm, epoch, rate))
+            agreements.append(self._agree(losses, epoch, rate))
             return not agreements[0].verdict.skip
 
         with out_of_memory_named(len(batches[-1].positions)):
             moved = engine.gate.step(engine.deepspeed, ask)
         # DeepSpeed refuses a norm that is not finite by itself.
-        agreed = agreements[0] if agreements else self._agree(losses, norm, epoch, rate)
+        agreed = agreements[0] if agreements else self._agree(losses, epoch, rate)
         self._checkpoints.optimizer_steps += moved
         if moved and self._ema is not None:
             self._ema.update()
         update = replace(agreed.update, skipped=not moved, data_seconds=waited)
         return agreed._replace(update=update), batches, losses
 
-    def _agree(
-        self, losses: list[Tensor], norm: Tensor | None, epoch: int, rate: float
-    ) -> _Agreed:
+    def _agree(self, losses: list[Tensor], epoch: int, rate: float) -> _Agreed:
         """The one collective and the one host read of an update."""
-        if norm is None:
-            norm = self._engine.deepspeed.optimizer._global_grad_norm
+        # Before clipping.
+        norm = self._engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
         flags = [
             any(wish.stop for wish in wishes),
@@ -272,9 +268,7 @@ class Trainer:
         summed = distributed.sum_tensor(torch.cat([loss, norm, told])).tolist()
         loss_sum, norm_sum, stop, busy, failed = summed
         ranks = distributed.world_size()
-        update = Update(
-            self._update, self._total, epoch, loss_sum / ranks, norm_sum / ranks, rate
-        )
+        update = Update(self._update, self._total, epoch, loss_sum / ranks, norm_sum / ranks, rate)
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
         return _Agreed(update, stop > 0, busy > 0, failed > 0, verdict)
 
@@ -342,9 +336,3 @@ def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError |
     error = limit_error(count, max_bad_fraction, names)
     error.agreed = True
     return error
-
-
-def _whole_norm(task: torch.nn.Module) -> Tensor:
-    """The norm that DeepSpeed keeps to itself at stage 0, before it clips."""
-    norms = [p.grad.norm() for p in task.parameters() if p.grad is not None]
-    return torch.stack(norms).norm()

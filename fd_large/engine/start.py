@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from fd_large import distributed
+from fd_large.engine.gloo import gather_in_place, scatter_in_place
 
 if not torch.cuda.is_available():
     # Read at import: names the accelerator and keeps DeepSpeed from guessing with a warning.
@@ -32,6 +33,9 @@ def start() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if distributed.device().type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if backend == "gloo":
+        deepspeed.comm.comm.cdb.all_gather_into_tensor = gather_in_place
+        deepspeed.comm.comm.cdb.reduce_scatter_tensor = scatter_in_place
 
 
 def forget_engines() -> None:

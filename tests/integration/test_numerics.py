@@ -30,7 +30,13 @@ def micro(size: int) -> dict[str, Any]:
     return {"batch": {"micro_batch_size": size}}
 
 
-ONE_RANK = {"zero3": {"zero": ZERO3}, "zero0": {"zero": {"stage": 0}}}
+ONE_RANK = {
+    "zero3": {"zero": ZERO3},
+    "zero0": {"zero": {"stage": 0}},
+    # Nothing to split: it is stage 0.
+    "zero2": {"zero": ZERO2},
+    "zero1 bf16": {"run": BF16, "zero": ZERO1},
+}
 TWO_RANKS = {
     "zero3": {"zero": ZERO3},
     "zero3 bf16": {"run": BF16, "zero": {**ZERO3, "stage3_param_persistence_threshold": "auto"}},

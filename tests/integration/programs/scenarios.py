@@ -24,7 +24,7 @@ from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
 from fd_large.distill.task import Task
 from fd_large.engine import config as ds
-from fd_large.engine import partition, start
+from fd_large.engine import gloo, partition, start
 from fd_large.engine.build import (
     Engine,
     build_engine,
@@ -246,6 +246,32 @@ def storages() -> dict[int, int]:
     return alive
 
 
+def same_collectives() -> None:
+    """gloo's collectives and those in place: equal, with a part inside the whole or beside it."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    generator = torch.Generator().manual_seed(rank)
+    whole = torch.randn(ranks, 7, generator=generator)
+    part = torch.randn(7, generator=generator)
+    gathered, summed = torch.empty(ranks * 7), torch.empty(7)
+    torch.distributed.all_gather_into_tensor(gathered, part)
+    torch.distributed.reduce_scatter_tensor(summed, whole.flatten())
+    for wait in (False, True):
+        for inside in (False, True):
+            out = torch.zeros(ranks, 7)
+            mine = out[rank].copy_(part) if inside else part
+            works = gloo.gather_in_place(out, mine, async_op=wait)
+            if works is not None:
+                works.wait()
+            assert torch.equal(out.flatten(), gathered)
+            used = whole.clone()
+            mine = used[rank] if inside else torch.zeros(7)
+            works = gloo.scatter_in_place(mine, used, async_op=wait)
+            if works is not None:
+                works.wait()
+            # More than two ranks may be added up in another order.
+            assert (mine - summed).abs().max() <= (0 if ranks <= 2 else 1e-5)
+
+
 def main(folder: Path) -> None:
     """Runs all scenarios of the folder in one group of ranks."""
     torch.set_num_threads(1)
@@ -254,6 +280,7 @@ def main(folder: Path) -> None:
     logging.basicConfig(format="%(message)s")
     # Says what runs.
     logging.getLogger("fd_large.kernels").setLevel(logging.INFO)
+    same_collectives()
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))
