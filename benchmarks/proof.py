@@ -152,25 +152,30 @@ class Proof:
         """What the parts that are done have found."""
         found: dict[str, Any] = {}
         for task in ("finetune", "knn", "linear"):
-            path = self.work / task / "summary.json"
-            if path.is_file():
+            summary = self._read(self.work / task / "summary.json")
+            if summary:
                 found[task] = {
                     net["label"]: {k: net[k] for k in ("mean", "standard_deviation", "accuracy")}
-                    for net in json.loads(path.read_text())["nets"]
+                    for net in summary["nets"]
                 }
         for run in ("teacher", "student"):
-            path = self.work / run / "summary.json"
-            if path.is_file():
-                summary = json.loads(path.read_text())
+            summary = self._read(self.work / run / "summary.json")
+            if summary:
                 found[run] = {
                     key: summary[key]
                     for key in ("updates", "loss_start", "loss_end", "images_per_second")
                     + (("test_top1",) if run == "teacher" else ("test_knn",))
                 }
-        path = self.work / "diagnosis" / "diagnosis.json"
-        if path.is_file():
-            found["diagnosis"] = _scalars(json.loads(path.read_text()))
+        diagnosis = self._read(self.work / "diagnosis" / "diagnosis.json")
+        if diagnosis:
+            found["diagnosis"] = _scalars(diagnosis)
         return found
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A part's file, with paths as seen from the work folder; empty if it is not there."""
+        if not path.is_file():
+            return {}
+        return json.loads(path.read_text().replace(f"{self.work}/", ""))
 
     @property
     def _root(self) -> Path:
