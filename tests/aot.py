@@ -74,8 +74,9 @@ def usage(
         call: Launches kernels, on tensors of any device; meta will do, since nothing runs.
         capabilities: 80 for A100, 90 for H100.
 
-    Returns: rows with kernel, capability, constants, num_warps, num_stages, registers (a thread),
-        shared_bytes (a program) and spill_bytes (of a thread's stack and local memory).
+    Returns: rows with kernel, capability, constants, dtypes (of tensors, by argument), num_warps,
+        num_stages, registers (a thread), shared_bytes (a program) and spill_bytes (of a thread's
+        stack and local memory).
     """
     with recorded() as launches:
         call()
@@ -110,6 +111,11 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
             name: value
             for name, value in constants.items()
             if isinstance(value, (int, float, bool)) or value is None
+        },
+        "dtypes": {
+            name: str(value.dtype).removeprefix("torch.")
+            for name, value in launch.arguments.items()
+            if isinstance(value, torch.Tensor)
         },
         "num_warps": launch.options.get("num_warps", 4),
         "num_stages": launch.options.get("num_stages", 3),

@@ -43,7 +43,9 @@ def linear_gelu(
     )
     if choice == "triton":
         product = F.linear(x, weight)
-        return torch.ops.fd_large.bias_gelu(product.contiguous(), bias, activation == "quick_gelu")
+        return torch.ops.fd_large.bias_gelu(
+            product.contiguous(), bias.contiguous(), activation == "quick_gelu"
+        )
     return linear_gelu_reference(x, weight, bias, activation)
 
 

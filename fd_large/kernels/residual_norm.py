@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fd_large.errors import ShapeError
 from fd_large.kernels import choose
 
 
@@ -110,7 +111,9 @@ def residual_norm(
 
     Returns: (B, ..., C) in the dtype of x, and the same in the dtype `copy`, written in the same
         pass (the same numbers in memory where the dtypes are equal).
+    Raises: ShapeError: if branch, vectors or scale do not go with x.
     """
+    _check("residual_norm", x, branch, scale, weight=weight, bias=bias, branch_bias=branch_bias)
     choice = choose.implementation(
         "residual_norm",
         x.device.type,
@@ -120,6 +123,7 @@ def residual_norm(
         branch=branch.dtype,
         weight=weight.dtype,
         copy=copy or x.dtype,
+        biased=branch_bias is not None,
     )
     if choice == "triton":
         return _launch(x, branch, weight, bias, branch_bias, scale, eps, x.dtype, copy)
@@ -140,6 +144,7 @@ def takes_bias(branch: Tensor, width: int) -> bool:
         width=width,
         empty=not branch.numel(),
         branch=branch.dtype,
+        biased=True,
     )
     return choice == "triton"
 
@@ -159,10 +164,10 @@ def _launch(
     inputs = (
         None if x is None else x.contiguous(),
         branch.contiguous(),
-        weight,
-        bias,
-        branch_bias,
-        scale,
+        weight.contiguous(),
+        bias.contiguous(),
+        _contiguous(branch_bias),
+        _factors(scale),
         eps,
         dtype,
         narrow,
@@ -198,11 +203,20 @@ def add_norm(
         dtype: Of the normalised sum; None: that of x.
 
     Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
+    Raises: ShapeError: if branch, vectors or scale do not go with x.
     """
+    _check("add_norm", x, branch, scale, weight=weight, bias=bias, gamma=gamma)
     dtype = dtype or x.dtype
     if _add_choice(x, branch, gamma, dtype, weight) == "triton":
         y, normed, _, _ = torch.ops.fd_large.add_norm(
-            x.contiguous(), branch.contiguous(), gamma, scale, weight, bias, eps, dtype
+            x.contiguous(),
+            branch.contiguous(),
+            _contiguous(gamma),
+            _factors(scale),
+            weight.contiguous(),
+            bias.contiguous(),
+            eps,
+            dtype,
         )
         return y, normed
     y = add_branch_reference(x, branch, scale, gamma)
@@ -213,12 +227,35 @@ def add_norm(
 def add_branch(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:
-    """Pre-norm residual with no norm after it: x + scale * gamma * branch, in the dtype of x."""
+    """Pre-norm residual with no norm after it: x + scale * gamma * branch, in the dtype of x.
+
+    Raises: ShapeError: if branch, gamma or scale do not go with x.
+    """
+    _check("add_branch", x, branch, scale, gamma=gamma)
     if _add_choice(x, branch, gamma, x.dtype, None) == "triton":
+        vectors = _contiguous(gamma), _factors(scale), None, None
         return torch.ops.fd_large.add_norm(
-            x.contiguous(), branch.contiguous(), gamma, scale, None, None, 0.0, x.dtype
+            x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype
         )[0]
     return add_branch_reference(x, branch, scale, gamma)
+
+
+def _check(
+    where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
+) -> None:
+    """Compares what a kernel, which sees addresses alone, would read past the end of."""
+    expected = {"branch": (branch, x.shape), "scale": (scale, x.shape[:1])}
+    expected |= {name: (vector, x.shape[-1:]) for name, vector in vectors.items()}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ShapeError(
+                f"{where}: {name} does not go with the stream {tuple(x.shape)}; got "
+                f"{tuple(tensor.shape)}, expected {tuple(shape)}. Pass one that does."
+            )
+
+
+def _factors(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.float().contiguous()
 
 
 def layer_norm_reference(
@@ -269,21 +306,29 @@ def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
 # What the tests cover; everything else runs on the reference.
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDTHS = range(32, 8193)
-# Beyond, three sums per channel do not fit a program's registers.
-_GAMMA_WIDTHS = range(32, 4097)
+# Beyond, a program's registers do not hold three sums per channel, or, of rows that are not read in
+# vectors, the addresses.
+_WIDTHS_OF_THREE = range(32, 4097)
+_ODD_WIDTHS = range(32, 2049)
 
 
 def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
     """Says why the kernels were not tested in a case; empty if they were."""
-    if width not in _WIDTHS:
+    if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
     if empty:
         return "no rows"
     return ", ".join(f"{k} {v}" for k, v in dtypes.items() if v not in _DTYPES)
 
 
+def _residual_untested(*, biased: bool = False, **case: Any) -> str:
+    if biased and case["width"] not in _WIDTHS_OF_THREE:
+        return f"a branch's bias of {case['width']} channels"
+    return untested(**case)
+
+
 def _add_untested(*, gamma: bool, **case: Any) -> str:
-    if gamma and case["width"] not in _GAMMA_WIDTHS:
+    if gamma and case["width"] not in _WIDTHS_OF_THREE:
         return f"LayerScale of {case['width']} channels"
     return untested(**case)
 
@@ -295,7 +340,7 @@ def _apex_untested(
 
 
 choose.register("layer_norm", untested, _apex_untested)
-choose.register("residual_norm", untested)
+choose.register("residual_norm", _residual_untested)
 choose.register("add_norm", _add_untested)
 
 

@@ -391,7 +391,7 @@ def add_norm_backward(
     width, rows = like.shape[-1], _rows(like)
     total = like.new_empty(0) if dnormed is None else torch.empty_like(y)
     dbranch = torch.empty_like(like, dtype=dtype)
-    constants, loop, programs = _loop(rows, width)
+    constants, loop, programs = _loop(rows, width, gamma is not None)
     vectors = (gamma, *(None if dnormed is None else weight for _ in range(2)))
     partials = [None if v is None else mean.new_empty(programs, width) for v in vectors]
     with on_device(like):
@@ -424,13 +424,21 @@ def _rows(values: Tensor) -> int:
     return values.numel() // values.shape[-1]
 
 
-def _loop(rows: int, width: int) -> tuple[dict[str, int], tuple[int, int], int]:
+def _loop(
+    rows: int, width: int, layer_scale: bool = False
+) -> tuple[dict[str, int], tuple[int, int], int]:
     """The constants of a backward, its (tiles, programs), and the programs again as its grid."""
     constants = tile(width)
-    # Loads of the next tiles are on their way while one is worked on, as shared memory allows.
-    constants["STAGES"] = 3 if constants["BLOCK"] <= _TILE else 2
-    # Twice the threads of a forward: sums per channel stay in registers from tile to tile.
-    constants["num_warps"] = 16
+    if width % 8:
+        # Loads that are no vectors take more registers for addresses.
+        constants["ROWS"] = max(1, constants["ROWS"] // 2)
+    # Loads of the next tiles are on their way while one is worked on, as shared memory (163 KB on
+    # an A100) and registers allow. With LayerScale there are four maps to load, else three.
+    stages = 3 if constants["BLOCK"] <= (_TILE // 2 if layer_scale else _TILE) else 2
+    constants["STAGES"] = stages if constants["BLOCK"] <= _TILE else 1
+    # Twice the threads of a forward: sums per channel stay in registers from tile to tile. All that
+    # so many threads can have, because the compiler would rather spill than use more than half.
+    constants["num_warps"], constants["maxnreg"] = 16, 128
     tiles = triton.cdiv(rows, constants["ROWS"])
     programs = min(PARTIALS, tiles)
     return constants, (tiles, programs), programs

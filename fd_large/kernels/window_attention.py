@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
 
 # What the plain twin does with its (N, N) maps until backward; the kernels have none.
@@ -151,6 +151,7 @@ def _attention(
         prefix=qkv.shape[1] - height * width,
         head_width=qkv.shape[2] // (3 * num_heads),
         table=table is not None,
+        shifted_product=bool(shift) and not cosine,
         empty=not qkv.numel(),
         qkv=qkv.dtype,
         bias=qkv.dtype if bias is None else bias.dtype,
@@ -158,9 +159,14 @@ def _attention(
     if choice == "triton":
         if not isinstance(scale, Tensor):
             scale = qkv.new_full((num_heads,), scale, dtype=torch.float32)
+        _check(qkv, num_heads, window, height * width, bias=bias, table=table, scale=scale)
         numbers = (num_heads, height, width, *window, shift, cosine)
         return torch.ops.fd_large.window_attention(
-            qkv.contiguous(), bias, table, scale, *numbers
+            qkv.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if table is None else table.float(),
+            scale.float().contiguous(),
+            *numbers,
         )[0]
     if memory == "keep" and qkv.is_cuda and torch.is_grad_enabled():
         raise ConfigError(
@@ -180,6 +186,20 @@ def _attention(
         cosine=cosine,
         memory=memory,
     )
+
+
+def _check(
+    qkv: Tensor, num_heads: int, window: tuple[int, int], places: int, **small: Tensor | None
+) -> None:
+    """Compares what the kernels, which see addresses alone, would read past the end of."""
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * (qkv.shape[1] - places)
+    shapes = {"bias": (2, qkv.shape[2] // 3), "table": (rows, num_heads), "scale": (num_heads,)}
+    for name, tensor in small.items():
+        if tensor is not None and tensor.shape != shapes[name]:
+            raise ShapeError(
+                f"window_attention: {name} does not go with qkv {tuple(qkv.shape)}; got "
+                f"{tuple(tensor.shape)}, expected {shapes[name]}. Pass one that does."
+            )
 
 
 # --- the plain twin ---
@@ -218,7 +238,8 @@ def reference(
     Returns: (B, N, C).
     """
     if bias is not None:
-        qkv = qkv + torch.cat([bias[0], torch.zeros_like(bias[0]), bias[1]])
+        bias = torch.cat([bias[0], torch.zeros_like(bias[0]), bias[1]])
+        qkv = (qkv + bias).to(qkv.dtype)
     index = regions = None
     if table is not None:
         index = position_index(*window, qkv.shape[1] > height * width, qkv.device)
@@ -239,9 +260,7 @@ def reference(
         regions = region_ids(height, width, window, shift, qkv.device)
     rows, columns = x.shape[1] // window[0], x.shape[2] // window[1]
     sides = {"i": window[0], "j": window[1]}
-    q, k, v = rearrange(
-        x, "b (y i) (x j) (three h d) -> three (b y x) h (i j) d", **sides, **split
-    )
+    q, k, v = rearrange(x, "b (y i) (x j) (three h d) -> three (b y x) h (i j) d", **sides, **split)
     out = _groups(q, k, v, scale, cosine, table, index, regions, rows * columns, memory)
     out = rearrange(out, "(b y x) h (i j) d -> b (y i) (x j) (h d)", y=rows, x=columns, **sides)
     if shift:
@@ -393,6 +412,7 @@ def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 # --- the operation of the kernels ---
 
+
 class Partials(NamedTuple):
     """Shapes of the float32 partial sums of backward."""
 
@@ -442,9 +462,9 @@ class Geometry:
 
     @property
     def tile(self) -> int:
-        """Tokens that a program owns."""
-        most = 64 if self.padded_width <= 64 else 32
-        return min(most, max(16, _power_of_2(self.tokens)))
+        """Tokens that a program owns; fewer where wide heads would spill their registers."""
+        few = self.padded_width > 64 or (self.padded_width == 64 and self.cosine)
+        return min(32 if few else 64, max(16, _power_of_2(self.tokens)))
 
     @property
     def tiles(self) -> int:
@@ -469,8 +489,8 @@ class Geometry:
 
     @property
     def slots(self) -> int:
-        """Side of such a tile."""
-        return max(32, self.row)
+        """Side of such a tile; as `tile`."""
+        return max(32 if self.padded_width <= 64 else 16, self.row)
 
     @property
     def kinds(self) -> int:
@@ -515,6 +535,7 @@ def untested(
     prefix: int,
     head_width: int,
     table: bool,
+    shifted_product: bool,
     empty: bool,
     qkv: torch.dtype,
     bias: torch.dtype,
@@ -526,6 +547,14 @@ def untested(
         return f"head width {head_width}"
     if table and (prefix > 1 or not 4 <= min(window) <= max(window) <= 48):
         return f"window {window[0]}x{window[1]}"
+    if table and head_width > 64 and max(window) > 16:
+        # The gradient of the table would spill its registers.
+        return f"window {window[0]}x{window[1]} with head width {head_width}"
+    # So would these, at some windows.
+    if head_width > 32 and shifted_product:
+        return f"dot product in shifted windows with head width {head_width}"
+    if head_width > 32 and qkv == torch.float32:
+        return f"float32 with head width {head_width}"
     return ", ".join(
         f"{name} {dtype}"
         for name, dtype in (("qkv", qkv), ("bias", bias))

@@ -338,14 +338,14 @@ def _softmax_gradient(
     key_inside,
     INTERPRETED: tl.constexpr,
 ):
-    """Returns a tile's weights, made again from lse, and the gradient of its logits.
+    """Returns a tile's products, its weights, made again from lse, and its logits' gradient.
 
     Rows are queries and columns keys, or the other way round; the rest has shapes to match.
     """
-    logits = _dot(rows, tl.trans(columns), INTERPRETED) * scale + bias
-    weight = tl.where(key_inside, tl.exp2(logits - lse), 0.0)
+    product = _dot(rows, tl.trans(columns), INTERPRETED)
+    weight = tl.where(key_inside, tl.exp2(product * scale + bias - lse), 0.0)
     dweight = _dot(drows, tl.trans(dcolumns), INTERPRETED)
-    return weight, weight * (dweight - delta)
+    return product, weight, weight * (dweight - delta)
 
 
 @triton.jit
@@ -375,6 +375,8 @@ def _output_terms(
 def _backward_keys(
     number,
     total,
+    excess,
+    cosine,
     q,
     dout,
     lse,
@@ -400,7 +402,11 @@ def _backward_keys(
     COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Adds to a tile of queries what the keys of these numbers give."""
+    """Adds to sums of a tile of queries what the keys of these numbers give.
+
+    These are the gradient of q over scale, and for the scale's: by how much the gradients of a
+    query's logits sum to more than 0, and the mean of its cosines.
+    """
     _, inside, offset, region, k, v, factor = _keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
     )
@@ -408,12 +414,15 @@ def _backward_keys(
         0.0, TABLE, number_i[:, None], number[None, :], offset_i[:, None], offset[None, :],
         region_i[:, None], region[None, :], PREFIX, WH, WW, SHIFT,
     )  # fmt: skip
-    _, dlogits = _softmax_gradient(
+    product, weight, dlogits = _softmax_gradient(
         q, k, dout, v, (factor * scale)[None, :], bias, lse[:, None], delta[:, None],
         inside[None, :], INTERPRETED,
     )  # fmt: skip
+    if COSINE:
+        excess += tl.sum(dlogits, 1)
+        cosine += tl.sum(weight * product * factor[None, :], 1)
     dlogits = _narrow(dlogits * factor[None, :], k.dtype, INTERPRETED)
-    return total + _dot(dlogits, k, INTERPRETED)
+    return total + _dot(dlogits, k, INTERPRETED), excess, cosine
 
 
 @triton.jit
@@ -460,7 +469,7 @@ def _backward_queries(
         0.0, TABLE, number[None, :], number_j[:, None], offset[None, :], offset_j[:, None],
         region[None, :], region_j[:, None], PREFIX, WH, WW, SHIFT,
     )  # fmt: skip
-    weight, dlogits = _softmax_gradient(
+    _, weight, dlogits = _softmax_gradient(
         k, q, v, dout, scale[:, None], bias, lse[None, :], delta[None, :], key_inside[:, None],
         INTERPRETED,
     )  # fmt: skip
@@ -527,7 +536,7 @@ def _query_part(
     number = part % TILES * TILE + tl.arange(0, TILE)
     dq_sum = tl.zeros([BD], tl.float32)
     dout_sum = tl.zeros([BD], tl.float32)
-    dscale = tl.zeros([BD], tl.float32)
+    dscale = tl.zeros([TILE], tl.float32)
     for window in range(part // TILES, windows, chunks):
         row, inside, offset, region, q, factor = _queries(
             number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -535,16 +544,19 @@ def _query_part(
         dout, lse, delta = _output_terms(row, inside, BIAS, OUT, DOUT, LSE, rows, head, C, D, BD)
         narrow = _narrow(q, dtype, INTERPRETED)
         total = tl.zeros([TILE, BD], tl.float32)
+        excess = tl.zeros([TILE], tl.float32)
+        cosine = tl.zeros([TILE], tl.float32)
         for first in range(0, N, STEP):
-            total = _backward_keys(
-                first + tl.arange(0, STEP), total, narrow, dout, lse, delta,
+            total, excess, cosine = _backward_keys(
+                first + tl.arange(0, STEP), total, excess, cosine, narrow, dout, lse, delta,
                 number, offset, region, QKV, TABLE, scale * _LOG2_E, head, window, H, W, C,
                 PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
             )  # fmt: skip
         gradient = _through_unit(total * scale, q, factor, COSINE)
         _store(gradient, DQKV, row, inside, head * D, 3 * C, D, BD, INTERPRETED)
-        # Queries that do not exist have lse and output that make these sums 0.
-        dscale += tl.sum(q * total, 0)
+        # Queries that do not exist have lse and output that make these sums 0. A query's gradients
+        # sum to 0 but for the rounding of its output in delta, which is taken out again.
+        dscale += tl.sum(q * total, 1) - excess * cosine
         dq_sum += tl.sum(gradient, 0)
         dout_sum += tl.sum(dout.to(tl.float32), 0)
     if DSCALE is not None:
@@ -706,7 +718,7 @@ def _table_part(
             bias = position
             if SHIFT > 0:
                 bias = position + tl.where(region_i[:, None] != region_j[None, :], _PENALTY, 0.0)
-            _, dlogits = _softmax_gradient(
+            _, _, dlogits = _softmax_gradient(
                 _narrow(q, k.dtype, INTERPRETED), k, dout, v, (factor * (scale * _LOG2_E))[None, :],
                 bias, lse[:, None], delta[:, None], inside[None, :], INTERPRETED,
             )  # fmt: skip
@@ -877,9 +889,9 @@ def backward(
     chunks, groups = geometry.chunks(batch), geometry.groups(batch)
     shapes = geometry.partials(batch)
     dqkv = torch.empty_like(qkv)
-    parts = None if table is None else scale.new_empty(shapes.table)
-    dbias = None if bias is None else scale.new_empty(shapes.bias)
-    dscale = scale.new_empty(shapes.scale) if geometry.cosine else None
+    parts = None if table is None else lse.new_empty(shapes.table)
+    dbias = None if bias is None else lse.new_empty(shapes.bias)
+    dscale = lse.new_empty(shapes.scale) if geometry.cosine else None
     tables = 0 if table is None else groups * geometry.kinds
     slots = {"SLOTS": geometry.slots, "ROW": geometry.row}
     with on_device(qkv):
@@ -906,7 +918,7 @@ def backward(
             **slots,
             **_constants(geometry, qkv.dtype),
         )
-        dtable = scale.new_empty((0,) if table is None else table.shape)
+        dtable = lse.new_empty((0,) if table is None else table.shape)
         if table is not None:
             offsets = len(table) - 3 * geometry.prefix
             _gather_table[(triton.cdiv(offsets, 64), heads)](
@@ -925,9 +937,9 @@ def backward(
                 dtable[offsets:] = parts[:, :, -3:].flatten(3).sum((0, 3)).t()
     return (
         dqkv,
-        scale.new_empty(0) if dbias is None else dbias.sum(0),
+        lse.new_empty(0) if dbias is None else dbias.sum(0),
         dtable,
-        scale.new_empty(0) if dscale is None else dscale.sum(1),
+        lse.new_empty(0) if dscale is None else dscale.sum(1),
     )
 
 
@@ -942,7 +954,8 @@ def _in_bits(table: Tensor | None) -> Tensor | None:
 def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     window = geometry.window
     # As many as keep tiles in registers; a window without a table may be any row of tokens.
-    large = geometry.padded_width > 64 or geometry.slots == 64 or dtype == torch.float32
+    wide, long = geometry.padded_width > 64, dtype == torch.float32
+    warps = 16 if wide and long else 8 if wide or long or geometry.slots == 64 else 4
     return {
         "PREFIX": geometry.prefix,
         "WH": window[0],
@@ -954,6 +967,6 @@ def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
         "COSINE": geometry.cosine,
         "INTERPRETED": _INTERPRETED,
         "TILE": geometry.tile,
-        "num_warps": 8 if large else 4,
+        "num_warps": warps,
         "num_stages": 1,
     }

@@ -301,7 +301,11 @@ def tables_kept(architecture: Architecture, *, image_size: int) -> float:
 
 
 def counts_of(architecture: Architecture, kernels: Kernels, bfloat16: bool) -> Counts:
-    """Returns the table of a family; float32 always runs the reference."""
+    """Returns the table of a family.
+
+    Kernels go with bfloat16, in which the plan's GPUs compute; on a GPU a float32 run is fused too,
+    and here it counts as the reference.
+    """
     return COUNTS[kernels if bfloat16 else "reference", str(architecture.family), bfloat16]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fd_large.errors import ShapeError
 from fd_large.kernels.residual_norm import add_branch, add_norm, layer_norm, residual_norm
 
 
@@ -71,3 +72,20 @@ def test_add_norm_rounds_the_stream_once_and_norms_what_it_stored():
     y, normed = add_norm(x, branch, weight, bias, 1e-6, dtype=torch.float32)
     assert torch.equal(y, (x.float() + branch.float()).bfloat16())
     torch.testing.assert_close(normed, F.layer_norm(y.float(), (8,), weight, bias, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x, f, w, b: residual_norm(x, f[:1], w, b, 1e-5), "branch"),
+        (lambda x, f, w, b: residual_norm(x, f, w[:4], b, 1e-5), "weight"),
+        (lambda x, f, w, b: residual_norm(x, f, w, b, 1e-5, branch_bias=b[:1]), "branch_bias"),
+        (lambda x, f, w, b: residual_norm(x, f, w, b, 1e-5, torch.ones(2)), "scale"),
+        (lambda x, f, w, b: add_norm(x, f[..., :4], w, b, 1e-5), "branch"),
+        (lambda x, f, w, b: add_norm(x, f, w, b, 1e-5, None, w[:4]), "gamma"),
+        (lambda x, f, w, b: add_branch(x, f[:, :1]), "branch"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(call, name):
+    with pytest.raises(ShapeError, match=f": {name} does not go with the stream"):
+        call(*tensors())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import window_attention as module
 from fd_large.kernels.window_attention import (
     PADDING,
@@ -239,6 +239,7 @@ CASE = {
     "prefix": 0,
     "head_width": 32,
     "table": True,
+    "shifted_product": False,
     "empty": False,
     "qkv": torch.bfloat16,
     "bias": torch.bfloat16,
@@ -255,6 +256,15 @@ CASE = {
         ({"window": (64, 64)}, "window 64x64"),
         ({"prefix": 2}, "window 12x12"),
         ({"head_width": 8}, "head width 8"),
+        ({"window": (16, 16), "head_width": 128}, ""),
+        ({"window": (17, 17), "head_width": 72}, "window 17x17 with head width 72"),
+        ({"window": (24, 24), "head_width": 72, "table": False}, ""),
+        ({"qkv": torch.float32, "head_width": 64}, "float32 with head width 64"),
+        (
+            {"shifted_product": True, "head_width": 64},
+            "dot product in shifted windows with head width 64",
+        ),
+        ({"shifted_product": True}, ""),
         ({"qkv": torch.float64}, "qkv torch.float64"),
         ({"empty": True}, "no tokens"),
     ],
@@ -354,3 +364,25 @@ def test_a_window_as_large_as_the_map_may_be_shifted():
             seen = (q @ k.transpose(1, 2) * 0.25).softmax(-1) @ v
             got = out.view(1, side, side, -1)[:, rows, columns].reshape(4, heads, head_width)
             torch.testing.assert_close(got.transpose(0, 1), seen, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bias", "table", "scale"])
+def test_what_a_kernel_would_read_past_the_end_of_is_refused(name, monkeypatch):
+    monkeypatch.setenv("FD_KERNELS", "triton")
+    meta = {"device": "meta"}
+    tensors = {
+        "bias": torch.empty(2, 32, **meta),
+        "table": torch.empty(81, 2, **meta),
+        "scale": torch.empty(2, **meta),
+    }
+    arguments = {"num_heads": 2, "window": 5, "shift": 0, "cosine": True}
+    qkv = torch.empty(1, 5, 5, 96, **meta)
+    window_attention(qkv, **arguments, **tensors)
+    tensors[name] = tensors[name][:1]
+    with pytest.raises(ShapeError, match=f": {name} does not go with qkv"):
+        window_attention(qkv, **arguments, **tensors)
+
+
+def test_a_bias_of_another_dtype_leaves_that_of_qkv():
+    qkv, bias, table, scale = inputs(torch.bfloat16)
+    assert attend(qkv, bias.float(), table, scale).dtype == torch.bfloat16

@@ -96,11 +96,14 @@ def test_a_step_with_bfloat16_weights_and_a_float32_stream(family, device, monke
     def gradients(dtype):
         loss, found = step(build(family, device, **options).to(dtype), device)
         assert all(gradient.dtype == dtype for gradient in found.values())
-        return torch.cat([loss.view(1).double(), *(g.flatten().double() for g in found.values())])
+        return {"loss": loss.view(1).double()} | {n: g.double() for n, g in found.items()}
 
     got = gradients(torch.bfloat16)
     monkeypatch.setenv("FD_KERNELS", "reference")
     eager, exact = gradients(torch.bfloat16), gradients(torch.float64)
-    # As far from float64 as eager torch in the same dtypes, by the norm over the whole net: twice
-    # that where the interpreter truncates.
-    assert (got - exact).norm() <= 2 * (eager - exact).norm()
+    # Each tensor as far from float64 as eager torch in the same dtypes, by its norm: twice that
+    # where the interpreter truncates, and one unit of bfloat16 in the last place.
+    for name, reference in exact.items():
+        error, of_eager = (found[name] - reference for found in (got, eager))
+        bound = 2 * of_eager.norm() + 2**-7 * reference.norm()
+        assert error.norm() <= bound, f"{name}: {error.norm()} > {bound}"

@@ -1,0 +1,29 @@
+"""Published numbers with the kernels, where Triton runs; started by test_triton.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import oracles
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = Path(os.environ.get("FD_ORACLES", ROOT.parent / "shared/oracles"))
+# A net of each kind, as short as they are; in Triton's interpreter others take minutes.
+FILES = {
+    "fd_loss": "whitened_loss",
+    "fd_vit_no_cls": "window_attention",
+    "fd_vit_block_rpb_ape": "window_attention",
+    "fd_teacher_dino": "window_attention",
+    "fd_teacher_esvit_s3": "window_attention",
+    "fd_vit_shared_rpb_b_kbias": "window_attention",
+    "swinv2_official_a": "window_attention",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_oracle(name, device, chosen):
+    verdict = oracles.check_file(FOLDER / f"{name}.json")
+    assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"
+    assert (FILES[name], "triton") in chosen
