@@ -35,7 +35,8 @@ def test_one_read_an_update_and_a_trace_of_those_asked_for(tmp_path: Path) -> No
             assert seen.count("loop._agree") == 1
         else:
             assert seen == ["loop._agree"], update
-    (trace,) = (run_dir / "profile").iterdir()
+    share, trace = sorted((run_dir / "profile").iterdir())
+    assert share.name == "communication.json"
     assert trace.name == "updates_3_to_4.pt.trace.json.gz"
     names = {
         event.get("name")
