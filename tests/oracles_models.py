@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
-from fd_large.kernels.window_attention import position_index, region_ids, region_mask
+from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.resize import resize_images
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP

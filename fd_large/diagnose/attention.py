@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
-from fd_large.kernels.window_attention import position_index, region_ids, region_mask
+from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.models import swin, swinv2, vit
 
 Note = Callable[[str, Tensor, Places], None]
@@ -241,9 +241,7 @@ def _is_timm(net: nn.Module) -> bool:
     return type(net).__module__ == "fd_large.models.timm_backbone"
 
 
-def _timm_places(
-    backbone: nn.Module, grid: tuple[int, int]
-) -> Callable[[str, int], Places | None]:
+def _timm_places(backbone: nn.Module, grid: tuple[int, int]) -> Callable[[str, int], Places | None]:
     """Where the tokens of an attention module are, by its name and their number."""
     from timm.models.swin_transformer import SwinTransformerBlock
     from timm.models.swin_transformer_v2 import SwinTransformerV2Block

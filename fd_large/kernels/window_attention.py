@@ -2,8 +2,9 @@
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
 shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and the way
-back. The plain twin (`reference`) rolls the map and copies windows; the Triton kernels in
-`window_attention_triton.py` move nothing but their inputs and results. `choose.py` says which runs.
+back. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the Triton
+kernels in `window_attention_triton.py` move nothing but their inputs and results. `choose.py` says
+which runs.
 
 Products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in float32
 (float64 in a float64 run).
@@ -16,29 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
-
-# What the plain twin does with its (N, N) maps until backward; the kernels have none.
-# "sequential" makes them again as "recompute" does, and never for more than a few windows at once.
-Memory = Literal["keep", "recompute", "sequential"]
-
-# The published penalty between regions of a shifted window: not -inf.
-REGION_PENALTY = -100.0
-# Region id of padding: no query sees such a key.
-PADDING = -1
-# Elements of the maps that "sequential" makes at once: 256 MiB of float32.
-_SEQUENTIAL_ELEMENTS = 2**26
+from fd_large.kernels.window_attention_reference import Memory, reference
 
 
 def window_attention(
@@ -200,214 +186,6 @@ def _check(
                 f"window_attention: {name} does not go with qkv {tuple(qkv.shape)}; got "
                 f"{tuple(tensor.shape)}, expected {shapes[name]}. Pass one that does."
             )
-
-
-# --- the plain twin ---
-
-
-def reference(
-    qkv: Tensor,
-    bias: Tensor | None,
-    table: Tensor | None,
-    scale: Tensor | float,
-    *,
-    num_heads: int,
-    height: int,
-    width: int,
-    window: tuple[int, int],
-    shift: int,
-    cosine: bool,
-    memory: Memory = "keep",
-) -> Tensor:
-    """The operation in plain torch, by autograd alone.
-
-    Args:
-        qkv: (B, N, 3C), any prefix tokens and then the rows of the map; a prefix means that the
-            window is the map.
-        bias: (2, C) or None.
-        table: (R, h) or None.
-        scale: A number or (h,).
-        num_heads: h.
-        height: Rows of the map.
-        width: Columns of the map.
-        window: Rows and columns of a window.
-        shift: In tokens, both ways.
-        cosine: As in `window_attention`.
-        memory: As in `window_attention`.
-
-    Returns: (B, N, C).
-    """
-    if bias is not None:
-        bias = torch.cat([bias[0], torch.zeros_like(bias[0]), bias[1]])
-        qkv = (qkv + bias).to(qkv.dtype)
-    index = regions = None
-    if table is not None:
-        index = position_index(*window, qkv.shape[1] > height * width, qkv.device)
-    if isinstance(scale, Tensor):
-        scale = scale.view(-1, 1, 1)
-    split = {"three": 3, "h": num_heads}
-    if window == (height, width) and not shift:
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", **split)
-        out = _groups(q, k, v, scale, cosine, table, index, regions, 1, memory)
-        return rearrange(out, "b h n d -> b n (h d)")
-    x = qkv.unflatten(1, (height, width))
-    bottom, right = -height % window[0], -width % window[1]
-    if bottom or right:
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    if shift:
-        x = x.roll((-shift, -shift), dims=(1, 2))
-    if shift or bottom or right:
-        regions = region_ids(height, width, window, shift, qkv.device)
-    rows, columns = x.shape[1] // window[0], x.shape[2] // window[1]
-    sides = {"i": window[0], "j": window[1]}
-    q, k, v = rearrange(x, "b (y i) (x j) (three h d) -> three (b y x) h (i j) d", **sides, **split)
-    out = _groups(q, k, v, scale, cosine, table, index, regions, rows * columns, memory)
-    out = rearrange(out, "(b y x) h (i j) d -> b (y i) (x j) (h d)", y=rows, x=columns, **sides)
-    if shift:
-        out = out.roll((shift, shift), dims=(1, 2))
-    return out[:, :height, :width].flatten(1, 2)
-
-
-def _groups(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | float,
-    cosine: bool,
-    table: Tensor | None,
-    index: Tensor | None,
-    regions: Tensor | None,
-    windows: int,
-    memory: Memory,
-) -> Tensor:
-    """Attention within each of B * nW groups of N tokens, (B * nW, h, N, D); regions (nW, N)."""
-    if memory == "keep":
-        return _group_attention(q, k, v, scale, cosine, table, index, regions)
-    size = windows
-    if memory == "sequential":
-        elements = len(q) // windows * q.shape[1] * q.shape[2] ** 2
-        size = max(1, min(windows, _SEQUENTIAL_ELEMENTS // elements))
-    pieces = []
-    for start in range(0, windows, size):
-        some = slice(start, start + size)
-        q_, k_, v_ = (t.unflatten(0, (-1, windows))[:, some].flatten(0, 1) for t in (q, k, v))
-        there = None if regions is None else regions[some]
-        arguments = (q_, k_, v_, scale, cosine, table, index, there)
-        if torch.is_grad_enabled():
-            # No random numbers inside, so there is no random state to keep.
-            piece = checkpoint(
-                _group_attention, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            piece = _group_attention(*arguments)
-        pieces.append(piece.unflatten(0, (len(q) // windows, -1)))
-    return torch.cat(pieces, dim=1).flatten(0, 1) if len(pieces) > 1 else pieces[0].flatten(0, 1)
-
-
-def _group_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor | float,
-    cosine: bool,
-    table: Tensor | None,
-    index: Tensor | None,
-    regions: Tensor | None,
-) -> Tensor:
-    wide = torch.promote_types(v.dtype, torch.float32)
-    q, k = q.to(wide), k.to(wide)
-    if cosine:
-        q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
-    # The scale goes to q, N x D numbers, instead of to the logits, N x N: autograd then keeps one
-    # map less.
-    logits = ((q * scale).to(v.dtype) @ k.to(v.dtype).transpose(-2, -1)).to(wide)
-    if table is not None:
-        # An embedding look-up, because its backward is deterministic on GPUs too.
-        bias = F.embedding(index, table).permute(2, 0, 1).contiguous()  # (h, N, N)
-        logits += bias.to(wide)
-    if regions is not None:
-        mask = region_mask(regions, wide)  # (nW, N, N)
-        by_image = logits.view(-1, mask.shape[0], *logits.shape[1:])  # (B, nW, h, N, N)
-        logits = (by_image + mask[:, None]).view_as(logits)
-    return logits.softmax(dim=-1).to(v.dtype) @ v
-
-
-def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns what is added to the logits of queries (rows) and keys (columns): (nW, N, N)."""
-    queries, keys = regions[:, :, None], regions[:, None, :]
-    mask = (queries != keys).to(dtype) * REGION_PENALTY
-    return mask.masked_fill_(keys == PADDING, -torch.inf)
-
-
-@torch.compiler.assume_constant_result
-def region_ids(
-    height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
-) -> Tensor:
-    """Returns ids of what belongs together in each (shifted) window: (nW, N) int64.
-
-    After the roll, windows at the end hold pieces from opposite edges of the map: tokens with
-    different ids were not neighbours. Padding has the id -1.
-
-    Args:
-        height: Rows of the map before padding.
-        width: Columns of the map before padding.
-        window: Rows and columns of a window.
-        shift: In tokens; 0: ids tell padding only.
-        device: Of the result.
-    """
-    return _region_ids(height, width, window, shift, device)
-
-
-@lru_cache(maxsize=256)
-def _region_ids(
-    height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
-) -> Tensor:
-    rows, row_is_padding = _axis_regions(height, window[0], shift)
-    columns, column_is_padding = _axis_regions(width, window[1], shift)
-    ids = rows[:, None] * 3 + columns[None, :]
-    ids[row_is_padding[:, None] | column_is_padding[None, :]] = PADDING
-    ids = rearrange(ids, "(h i) (w j) -> (h w) (i j)", i=window[0], j=window[1])
-    return _tensor(ids, device)
-
-
-def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    padded = math.ceil(length / window) * window
-    position = np.arange(padded)  # In the rolled map.
-    region = np.zeros(padded, dtype=np.int64)
-    if shift:
-        region += position >= padded - window
-        region += position >= padded - shift
-    return region, (position + shift) % padded >= length
-
-
-@torch.compiler.assume_constant_result
-def position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
-    """Returns the table's row of every (query, key) pair of a grid: (N, N) int64.
-
-    Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. A class
-    token comes first and has the last three rows: CLS to any, any to CLS, CLS to itself.
-    """
-    return _position_index(rows, columns, class_token, device)
-
-
-@lru_cache(maxsize=64)
-def _position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
-    y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
-    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
-    index = (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
-    if class_token:
-        n = (2 * rows - 1) * (2 * columns - 1)
-        patches, index = index, np.empty((rows * columns + 1,) * 2, dtype=np.int64)
-        index[1:, 1:] = patches
-        index[0, :], index[:, 0], index[0, 0] = n, n + 1, n + 2
-    return _tensor(index, device)
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    # Not an inference tensor, which autograd refuses to save, even where a teacher's forward under
-    # inference_mode is the first to ask.
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
 
 # --- the operation of the kernels ---

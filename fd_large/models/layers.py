@@ -165,9 +165,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchConvolution(in_chans, embed_dim, patch_size, bias=bias, scheme=scheme)
         self.norm = None if norm_eps is None else LayerNorm(embed_dim, norm_eps)
 
-    def forward(
-        self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None
-    ) -> Any:
+    def forward(self, images: Tensor, dtype: torch.dtype, copy: torch.dtype | None = None) -> Any:
         """Maps (B, 3, H, W) to (B, H/p, W/p, C) of `dtype`; a remainder of pixels is dropped.
 
         With a dtype `copy` it is a pair: the result, and the same in that dtype.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fd_large.errors import ConfigError
-from fd_large.kernels.window_attention import Memory
+from fd_large.kernels.window_attention_reference import Memory
 from fd_large.models.hierarchical import SizeRule
 from fd_large.models.initialization import Initialization
 from fd_large.models.own import build_own

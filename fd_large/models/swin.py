@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
-from fd_large.kernels.window_attention import Memory, window_attention
+from fd_large.kernels.window_attention import window_attention
+from fd_large.kernels.window_attention_reference import Memory
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.models.layers import AddNorm, LayerNorm, Linear, Mlp

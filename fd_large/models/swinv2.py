@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError
-from fd_large.kernels.window_attention import Memory, window_attention
+from fd_large.kernels.window_attention import window_attention
+from fd_large.kernels.window_attention_reference import Memory
 from fd_large.models.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.models.initialization import Draw, Initialization, Scheme, scheme
 from fd_large.models.layers import (
@@ -248,9 +249,7 @@ class Block(nn.Module):
             end=end,
         )
         self.norm1 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
-        self.mlp = Mlp(
-            width, int(width * mlp_ratio), draw=scheme.linear, end=end, last=BranchEnd
-        )
+        self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=end, last=BranchEnd)
         self.norm2 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
         self.extra_norm = LayerNorm(width, norm_eps) if extra_norm else None
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
-from fd_large.kernels.window_attention import Memory, image_attention, window_attention
+from fd_large.kernels.window_attention import image_attention, window_attention
+from fd_large.kernels.window_attention_reference import Memory
 from fd_large.models.drop_path import branch_scales, linear_rates
 from fd_large.models.feature_map import FeatureMap
 from fd_large.models.initialization import Draw, Initialization, Scheme, fill, scheme

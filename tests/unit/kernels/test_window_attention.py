@@ -5,18 +5,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.kernels import window_attention as module
+from fd_large.kernels import window_attention_reference as module
 from fd_large.kernels.window_attention import (
-    PADDING,
     Geometry,
     bytes_moved,
     image_attention,
+    untested,
+    window_attention,
+)
+from fd_large.kernels.window_attention_reference import (
+    PADDING,
     position_index,
     reference,
     region_ids,
     region_mask,
-    untested,
-    window_attention,
 )
 
 CPU = torch.device("cpu")

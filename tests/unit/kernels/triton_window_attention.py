@@ -9,12 +9,8 @@ from closeness import assert_close
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fd_large.kernels.window_attention import (
-    image_attention,
-    position_index,
-    reference,
-    window_attention,
-)
+from fd_large.kernels.window_attention import image_attention, window_attention
+from fd_large.kernels.window_attention_reference import position_index, reference
 
 NAMES = ("out", "qkv", "bias", "table", "scale")
 # Of COMPARED.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
-from fd_large.kernels.window_attention import position_index
+from fd_large.kernels.window_attention_reference import position_index
 from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.models.windows import coordinate_table
 from fd_large.recipes.architectures import Architecture

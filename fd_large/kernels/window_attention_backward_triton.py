@@ -1,0 +1,354 @@
+"""Attention's backward: one launch in which programs play three parts.
+
+Head by head, so that what one part reads is still in the cache for the next: the gradient of q for
+a tile of queries, those of k and v for a tile of keys, and the gradient of the bias table, which
+sums over windows in a fixed order in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fd_large.kernels.window_attention_table_triton import table_part
+from fd_large.kernels.window_attention_tiles_triton import (
+    EPS,
+    LOG2_E,
+    add_bias,
+    dot,
+    load_keys,
+    load_queries,
+    narrowed,
+    output_terms,
+    softmax_gradient,
+)
+
+
+@triton.jit
+def _through_unit(gradient, unit, factor, COSINE: tl.constexpr):
+    """Returns the gradient before normalisation."""
+    if COSINE:
+        along = tl.where(factor < 1.0 / EPS, tl.sum(gradient * unit, 1), 0.0)
+        gradient = (gradient - unit * along[:, None]) * factor[:, None]
+    return gradient
+
+
+@triton.jit
+def _backward_keys(
+    number,
+    total,
+    excess,
+    cosine,
+    q,
+    dout,
+    lse,
+    delta,
+    number_i,
+    offset_i,
+    region_i,
+    QKV,
+    TABLE,
+    scale,
+    head,
+    window,
+    H,
+    W,
+    C,
+    PREFIX: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds to sums of a tile of queries what the keys of these numbers give.
+
+    These are the gradient of q over scale, and for the scale's: by how much the gradients of a
+    query's logits sum to more than 0, and the mean of its cosines.
+    """
+    _, inside, offset, region, k, v, factor = load_keys(
+        number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
+    )
+    bias = add_bias(
+        0.0, TABLE, number_i[:, None], number[None, :], offset_i[:, None], offset[None, :],
+        region_i[:, None], region[None, :], PREFIX, WH, WW, SHIFT,
+    )  # fmt: skip
+    product, weight, dlogits = softmax_gradient(
+        q, k, dout, v, (factor * scale)[None, :], bias, lse[:, None], delta[:, None],
+        inside[None, :], INTERPRETED,
+    )  # fmt: skip
+    if COSINE:
+        excess += tl.sum(dlogits, 1)
+        cosine += tl.sum(weight * product * factor[None, :], 1)
+    dlogits = narrowed(dlogits * factor[None, :], k.dtype, INTERPRETED)
+    return total + dot(dlogits, k, INTERPRETED), excess, cosine
+
+
+@triton.jit
+def _backward_queries(
+    number,
+    dk,
+    dv,
+    k,
+    v,
+    scale,
+    key_inside,
+    number_j,
+    offset_j,
+    region_j,
+    QKV,
+    BIAS,
+    TABLE,
+    OUT,
+    DOUT,
+    LSE,
+    rows,
+    head,
+    window,
+    H,
+    W,
+    C,
+    PREFIX: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds to a tile of keys what the queries of these numbers give; keys are the rows here."""
+    row, inside, offset, region, q, _ = load_queries(
+        number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
+    )
+    q = narrowed(q, k.dtype, INTERPRETED)
+    dout, lse, delta = output_terms(row, inside, BIAS, OUT, DOUT, LSE, rows, head, C, D, BD)
+    bias = add_bias(
+        0.0, TABLE, number[None, :], number_j[:, None], offset[None, :], offset_j[:, None],
+        region[None, :], region_j[:, None], PREFIX, WH, WW, SHIFT,
+    )  # fmt: skip
+    _, weight, dlogits = softmax_gradient(
+        k, q, v, dout, scale[:, None], bias, lse[None, :], delta[None, :], key_inside[:, None],
+        INTERPRETED,
+    )  # fmt: skip
+    dv += dot(narrowed(weight, k.dtype, INTERPRETED), dout, INTERPRETED)
+    dk += dot(narrowed(dlogits, k.dtype, INTERPRETED), q, INTERPRETED)
+    return dk, dv
+
+
+@triton.jit
+def _store(
+    gradient,
+    DQKV,
+    row,
+    inside,
+    column,
+    stride,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    d = tl.arange(0, BD)
+    at = row[:, None] * stride + (column + d)[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    tl.store(DQKV + at, narrowed(gradient, DQKV.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def _query_part(
+    part,
+    head,
+    QKV,
+    BIAS,
+    TABLE,
+    scale,
+    OUT,
+    DOUT,
+    LSE,
+    DQKV,
+    DBIAS,
+    DSCALE,
+    rows,
+    H,
+    W,
+    heads,
+    windows,
+    chunks,
+    PREFIX: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Gradients of q, the bias and the scale: a tile of queries of every chunks-th window."""
+    N: tl.constexpr = PREFIX + WH * WW
+    TILES: tl.constexpr = (N + TILE - 1) // TILE
+    dtype: tl.constexpr = QKV.dtype.element_ty
+    C = heads * D
+    number = part % TILES * TILE + tl.arange(0, TILE)
+    dq_sum = tl.zeros([BD], tl.float32)
+    dout_sum = tl.zeros([BD], tl.float32)
+    dscale = tl.zeros([TILE], tl.float32)
+    for window in range(part // TILES, windows, chunks):
+        row, inside, offset, region, q, factor = load_queries(
+            number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
+        )
+        dout, lse, delta = output_terms(row, inside, BIAS, OUT, DOUT, LSE, rows, head, C, D, BD)
+        narrow = narrowed(q, dtype, INTERPRETED)
+        total = tl.zeros([TILE, BD], tl.float32)
+        excess = tl.zeros([TILE], tl.float32)
+        cosine = tl.zeros([TILE], tl.float32)
+        for first in range(0, N, STEP):
+            total, excess, cosine = _backward_keys(
+                first + tl.arange(0, STEP), total, excess, cosine, narrow, dout, lse, delta,
+                number, offset, region, QKV, TABLE, scale * LOG2_E, head, window, H, W, C,
+                PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
+            )  # fmt: skip
+        gradient = _through_unit(total * scale, q, factor, COSINE)
+        _store(gradient, DQKV, row, inside, head * D, 3 * C, D, BD, INTERPRETED)
+        # Queries that do not exist have lse and output that make these sums 0. A query's gradients
+        # sum to 0 but for the rounding of its output in delta, which is taken out again.
+        dscale += tl.sum(q * total, 1) - excess * cosine
+        dq_sum += tl.sum(gradient, 0)
+        dout_sum += tl.sum(dout.to(tl.float32), 0)
+    if DSCALE is not None:
+        tl.store(DSCALE + head * (chunks * TILES) + part, tl.sum(dscale, 0))
+    if BIAS is not None:
+        d = tl.arange(0, BD)
+        at = DBIAS + part * (2 * C) + head * D + d
+        tl.store(at, dq_sum, mask=d < D)
+        # Weights sum to 1, so each output passes its gradient to the bias of v whole.
+        tl.store(at + C, dout_sum, mask=d < D)
+
+
+@triton.jit
+def _key_part(
+    part,
+    head,
+    QKV,
+    BIAS,
+    TABLE,
+    scale,
+    OUT,
+    DOUT,
+    LSE,
+    DQKV,
+    rows,
+    H,
+    W,
+    heads,
+    windows,
+    chunks,
+    PREFIX: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Gradients of k and v: a tile of keys of every chunks-th window."""
+    N: tl.constexpr = PREFIX + WH * WW
+    TILES: tl.constexpr = (N + TILE - 1) // TILE
+    C = heads * D
+    number = part % TILES * TILE + tl.arange(0, TILE)
+    for window in range(part // TILES, windows, chunks):
+        row, inside, offset, region, k, v, factor = load_keys(
+            number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
+        )
+        scales = factor * (scale * LOG2_E)
+        dk = tl.zeros([TILE, BD], tl.float32)
+        dv = tl.zeros([TILE, BD], tl.float32)
+        for first in range(0, N, STEP):
+            dk, dv = _backward_queries(
+                first + tl.arange(0, STEP), dk, dv, k, v, scales, inside, number, offset, region,
+                QKV, BIAS, TABLE, OUT, DOUT, LSE, rows, head, window, H, W, C,
+                PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED,
+            )  # fmt: skip
+        unit = k.to(tl.float32) * factor[:, None]
+        dk = _through_unit(dk * scale, unit, factor, COSINE)
+        _store(dk, DQKV, row, inside, C + head * D, 3 * C, D, BD, INTERPRETED)
+        _store(dv, DQKV, row, inside, 2 * C + head * D, 3 * C, D, BD, INTERPRETED)
+
+
+@triton.jit
+def _backward(
+    QKV,
+    BIAS,
+    TABLE,
+    SCALE,
+    OUT,
+    DOUT,
+    LSE,
+    DQKV,
+    DBIAS,
+    DSCALE,
+    PARTS,
+    rows,
+    H,
+    W,
+    heads,
+    windows,
+    chunks,
+    groups,
+    PREFIX: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """The gradients of queries, of keys and values, and of the table: programs of each kind."""
+    N: tl.constexpr = PREFIX + WH * WW
+    TILES: tl.constexpr = (N + TILE - 1) // TILE
+    KINDS: tl.constexpr = 2 * ((WH + SLOTS // ROW - 1) // (SLOTS // ROW)) - 1 + 3 * PREFIX
+    tables = 0
+    if PARTS is not None:
+        tables = groups * KINDS
+    parts = chunks * TILES
+    program = tl.program_id(0)
+    head, part = program // (tables + 2 * parts), program % (tables + 2 * parts)
+    scale = tl.load(SCALE + head)
+    table = TABLE
+    if TABLE is not None:
+        table = TABLE + head * ((2 * WH - 1) * (2 * WW - 1) + 3 * PREFIX)
+    if part < tables:
+        if PARTS is not None:
+            table_part(
+                part, head, QKV, BIAS, table, scale, OUT, DOUT, LSE, PARTS,
+                rows, H, W, heads, windows, groups,
+                PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, SLOTS, ROW,
+            )  # fmt: skip
+    elif part < tables + parts:
+        _key_part(
+            part - tables, head, QKV, BIAS, table, scale, OUT, DOUT, LSE, DQKV,
+            rows, H, W, heads, windows, chunks,
+            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP,
+        )  # fmt: skip
+    else:
+        _query_part(
+            part - tables - parts, head, QKV, BIAS, table, scale, OUT, DOUT, LSE, DQKV, DBIAS,
+            DSCALE, rows, H, W, heads, windows, chunks,
+            PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE, INTERPRETED, TILE, STEP,
+        )  # fmt: skip
