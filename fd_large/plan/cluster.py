@@ -15,8 +15,7 @@ from fd_large.plan.rates import Rates
 
 Span = Literal["all", "node", "across"]
 
-# Of a collective, beside its bytes: a start, and each further node of a ring. Assumed.
-START_SECONDS = 30e-6
+# Of a collective, beside its bytes and its start: each further node of a ring. Assumed.
 PER_NODE_SECONDS = 2e-6
 
 
@@ -69,5 +68,5 @@ class Cluster:
             return 0.0
         link = size * (inside - 1) / inside / rates.link if inside > 1 else 0.0
         wire = size * (nodes - 1) / nodes / self.network(rates) if nodes > 1 else 0.0
-        start = calls * (START_SECONDS + PER_NODE_SECONDS * (nodes - 1))
+        start = calls * (rates.start_seconds + PER_NODE_SECONDS * (nodes - 1))
         return max(link, wire) + start

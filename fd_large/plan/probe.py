@@ -32,6 +32,7 @@ CACHE_ELEMENTS = 1 << 26
 PASSES = 5
 COPY_ELEMENTS = 2**24
 COLLECTIVE_ELEMENTS = 2**23
+STARTS = 100
 
 
 def probe(run: Run, *, ranks: int, micro_batch_size: int = 8) -> Rates:
@@ -120,12 +121,15 @@ def measure(
         flat = torch.ones(COLLECTIVE_ELEMENTS, device=device)
         moved = 2 * 4 * COLLECTIVE_ELEMENTS * (world - 1) / world
         found["link"] = moved / seconds(lambda: dist.all_reduce(flat))
+        # Many in a row: one alone would wait for whichever rank begins later.
+        row = seconds(lambda: [dist.all_reduce(flat[:1]) for _ in range(STARTS)])
+        found["start_seconds"] = row / STARTS
     else:
         found["link"] = found["bandwidth"]
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, found)
     slowest = {
-        name: (max if name == "launch_seconds" else min)(each[name] for each in everyone)
+        name: (max if name.endswith("_seconds") else min)(each[name] for each in everyone)
         for name in found
     }
     return slowest | _named(torch, on_gpu, world, slowest["matmul"])

@@ -20,7 +20,7 @@ from fd_large.errors import ConfigError, nearest
 # for all of them. `plan.traffic` counts their bytes.
 CLASSES = ("attention", "stream", "activation")
 # 0 means: as another rate; or that Python costs nothing.
-MAY_BE_0 = (*CLASSES, "batched_matmul", "launch_seconds")
+MAY_BE_0 = (*CLASSES, "batched_matmul", "launch_seconds", "start_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Rates:
         batched_matmul: FLOP/s in attention's small products; 0: as `matmul`.
         attention, stream, activation: Bytes/s of these classes of operations; 0: as `bandwidth`.
         launch_seconds: To start an operation from Python; assumed for the named cards.
+        start_seconds: To start a collective; assumed for the named cards.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Rates:
     stream: float = 0.0
     activation: float = 0.0
     launch_seconds: float = 5e-6
+    start_seconds: float = 30e-6
 
     def bytes_rate(self, kind: str) -> float:
         """Bytes/s of a class of operations."""

@@ -70,7 +70,7 @@ def test_mistakes_are_one_sentence(words, message, capsys):
 def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(plan, "Console", partial(Console, force_terminal=True))
-    words = "--recipe fd_swinv2g --gpus 256 --batch.global_batch_size 8192"
+    words = "--recipe fd_swinv2g --gpus 256 --batch.global_batch_size 8192 --rows 30"
     assert cli.main(["plan", *words.split()]) == 0
     told = capsys.readouterr().out
     assert "\N{HORIZONTAL ELLIPSIS}" not in told, "a cell lost its end"

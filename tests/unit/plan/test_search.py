@@ -7,7 +7,7 @@ import pytest
 
 from fd_large.engine import config as ds
 from fd_large.errors import ConfigError
-from fd_large.plan.cluster import PER_NODE_SECONDS, START_SECONDS, Cluster
+from fd_large.plan.cluster import PER_NODE_SECONDS, Cluster
 from fd_large.plan.memory import held_by, persistence_threshold
 from fd_large.plan.peak import peak_of, placement_of
 from fd_large.plan.rates import CARDS, rates_of
@@ -30,7 +30,7 @@ def machine(gpus, *, rates=CARDS["h100"], kernels="fused", **network):
 
 def milliseconds(phases, gpus, **network):
     there = cluster(gpus, **network)
-    start = START_SECONDS + PER_NODE_SECONDS * (there.nodes - 1)
+    start = IDEAL.start_seconds + PER_NODE_SECONDS * (there.nodes - 1)
     return 1e3 * phases * (there.seconds(6.0e9, IDEAL) - start)
 
 
