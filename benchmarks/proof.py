@@ -332,6 +332,7 @@ def main() -> int:
             "seconds": proof.seconds,
             "found": proof.results(),
         }
+        results["command"] = results["command"].replace(str(proof.work), "FOLDER")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, arguments.out.with_suffix(".png"))
