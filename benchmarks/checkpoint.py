@@ -45,11 +45,12 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     from fd_large import distributed
     from fd_large.checkpoint.write import Saver
-    from fd_large.engine import config as ds
-    from fd_large.engine import start, state
-    from fd_large.engine.build import build_engine, parameter_sizes, task_maker
+    from fd_large.engine.zero import config as ds
+    from fd_large.engine.zero import start, state
+    from fd_large.engine.zero.engine import build_engine
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
+    from fd_large.tasks.distillation.build import parameter_sizes, task_maker
 
     torch.set_num_threads(1)
     distributed.start()

@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
     """Writes truth.json and results.json; returns what they hold."""
-    from fd_large.detection.annotations import open_coco
+    from fd_large.tasks.detection.data.annotations import open_coco
 
     data = Path(os.environ.get("FD_DATA", ROOT / ".." / "shared" / "data")) / "coco_tiny.tar"
     if not data.is_file():
@@ -102,7 +102,7 @@ def made_detections(
     opened: Any, index: int, count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Detections of one picture, right ones with higher scores on the whole."""
-    from fd_large.detection import masks
+    from fd_large.tasks.detection.data import masks
 
     target = opened.target(index)
     boxes, labels, filled = (part.numpy() for part in target[:3])
@@ -140,8 +140,8 @@ def measure(contender: str, folder: Path) -> dict[str, Any]:
         parts[name], clock = now - clock, now
 
     if contender == "fd_large":
-        from fd_large.detection.results import read_results
-        from fd_large.detection.scoring import read_ground_truth, score
+        from fd_large.tasks.detection.scores.results import read_results
+        from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 
         lap("import")
         truth, results = read_ground_truth(str(truth_file)), read_results(results_file)

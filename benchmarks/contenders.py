@@ -20,20 +20,15 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine import config as ds
-from fd_large.engine.build import (
-    Precision,
-    build_engine,
-    build_teacher,
-    parameter_sizes,
-    precision_of,
-    task_maker,
-)
 from fd_large.engine.forward import forward_backward, prepared
-from fd_large.engine.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.engine.student import Precision, precision_of
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero.engine import build_engine
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
 
 RATE = 1e-4
 Step = Callable[[Batch], Tensor]
@@ -102,7 +97,7 @@ def share(
         engine=replace(run.engine, precision=precision),
     )
     # That its weights are random is no news here.
-    logging.getLogger("fd_large.engine.build").setLevel(logging.ERROR)
+    logging.getLogger("fd_large.engine.student").setLevel(logging.ERROR)
     computed = precision_of(run)
     teacher = build_teacher(run, computed, node_size=1, persistence_threshold=0)
     return Setting(run, computed, teacher, peer_repo)

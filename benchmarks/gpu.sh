@@ -150,7 +150,7 @@ from dataclasses import replace
 import torch
 
 sys.path.insert(0, ".")
-from fd_large.engine.optimizer import make_optimizer
+from fd_large.engine.zero.optimizer import make_optimizer
 from fd_large.errors import ConfigError
 from fd_large.plan.memory import student_sizes
 from fd_large.recipes import registry

@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
     """One group for each layer and kind of weight decay, with its factor of the rate."""
-    from fd_large.engine.optimizer import parameter_groups
+    from fd_large.engine.zero.optimizer import parameter_groups
 
     names = {id(p): name for name, p in task.named_parameters()}
     groups: dict[tuple[float, str], dict[str, Any]] = {}
@@ -70,12 +70,15 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
     from fd_large import distributed
     from fd_large.data.loader import Batch
-    from fd_large.engine import build, layer_rates, start
-    from fd_large.engine import config as ds
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.optimizer import set_rate
+    from fd_large.engine.student import precision_of
+    from fd_large.engine.zero import config as ds
+    from fd_large.engine.zero import engine, layer_rates, start
+    from fd_large.engine.zero.engine import build_engine
+    from fd_large.engine.zero.optimizer import set_rate
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
+    from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
 
     distributed.start()
     start.start()
@@ -94,8 +97,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         teacher=replace(run.teacher, architecture=small, source="random", placement="replicated"),
         data=replace(run.data, image_size=size),
     )
-    precision, sizes = build.precision_of(run), build.parameter_sizes(run)
-    teacher = build.build_teacher(run, precision, node_size=1, persistence_threshold=0)
+    precision, sizes = precision_of(run), parameter_sizes(run)
+    teacher = build_teacher(run, precision, node_size=1, persistence_threshold=0)
     numbers = ds.RunNumbers(
         arguments.micro_batch, 1, world, world, run.optim.clip_norm, precision.bfloat16, sizes
     )
@@ -103,14 +106,14 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     rates: dict[str, Any] = {}
     for stage in arguments.stages:
         config = ds.fill(ds.load(ROOT / f"ds_configs/zero{stage}.json"), numbers)
-        make = build.task_maker(run, teacher, teacher.width)
+        make = task_maker(run, teacher, teacher.width)
         for way in WAYS:
             name = f"ZeRO-{stage}, {way}"
             if way == "group per layer":
-                with patch.object(build, "parameter_groups", groups_by_layer):
-                    engines[name] = build.build_engine(run, make, config)
+                with patch.object(engine, "parameter_groups", groups_by_layer):
+                    engines[name] = build_engine(run, make, config)
             else:
-                engines[name] = build.build_engine(run, make, config)
+                engines[name] = build_engine(run, make, config)
             if way == "two groups":
                 rates[name] = layer_rates.by_layer(engines[name], DECAY)
             engines[name].task.train()
@@ -157,7 +160,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             "load_average": os.getloadavg()[0],
             "ranks": world,
             "blocks": sum(DEPTHS),
-            "trained_parameters": sum(build.parameter_sizes(run)) - sum(
+            "trained_parameters": sum(parameter_sizes(run)) - sum(
                 p.numel() for p in teacher.module.parameters()
             ),
             "image_size": size,

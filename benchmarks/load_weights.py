@@ -89,7 +89,7 @@ def write_files(folder: Path, name: str) -> dict[str, int]:
     import torch
     from safetensors.torch import save_file
 
-    from fd_large.models.registry import build
+    from fd_large.backbones.registry import build
 
     state = build(name, initialization="official", seed=1).state_dict()
     torch.save({"model": state}, folder / "weights.pth")
@@ -104,10 +104,10 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from fd_large import distributed
-    from fd_large.engine import partition, start
-    from fd_large.engine.build import student_weights
-    from fd_large.engine.live_weights import load_weights
-    from fd_large.models.registry import build
+    from fd_large.backbones.registry import build
+    from fd_large.engine.student import student_weights
+    from fd_large.engine.zero import partition, start
+    from fd_large.engine.zero.live_weights import load_weights
     from fd_large.recipes import registry
     from fd_large.weights.settle import settle
 

@@ -88,23 +88,19 @@ def measure(arguments: argparse.Namespace) -> int:
 
     from fd_large import distributed
     from fd_large.data.loader import Batch
-    from fd_large.engine import config as ds
-    from fd_large.engine import start
-    from fd_large.engine.build import (
-        build_engine,
-        build_teacher,
-        parameter_sizes,
-        precision_of,
-        task_maker,
-    )
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.optimizer import set_rate
+    from fd_large.engine.student import precision_of
+    from fd_large.engine.zero import config as ds
+    from fd_large.engine.zero import start
+    from fd_large.engine.zero.engine import build_engine
+    from fd_large.engine.zero.optimizer import set_rate
     from fd_large.plan import probe
     from fd_large.plan.cluster import Cluster
     from fd_large.plan.memory import persistence_threshold
     from fd_large.plan.rates import Rates
     from fd_large.plan.setting import Machine, Setting, Workload
     from fd_large.plan.step import estimate
+    from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
 
     distributed.start()
     start.start()

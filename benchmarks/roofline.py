@@ -413,7 +413,7 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
         card: Whose rates give the seconds.
         kernels: "reference" or "triton", as FD_KERNELS has them.
     """
-    from fd_large.engine.build import task_maker, teacher_maker
+    from fd_large.tasks.distillation.build import task_maker, teacher_maker
 
     os.environ["FD_KERNELS"] = kernels
     # Maps are not made again: the reference keeps them, as it may not on a GPU.

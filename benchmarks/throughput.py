@@ -77,7 +77,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
     from fd_large import distributed
     from fd_large.data.loader import Batch
-    from fd_large.engine import start
+    from fd_large.engine.zero import start
 
     distributed.start()
     start.start()

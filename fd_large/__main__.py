@@ -2,7 +2,7 @@
 
 import sys
 
-from fd_large.cli import main
+from fd_large.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

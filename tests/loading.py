@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from fd_large.engine.build import student_weights, teacher_weights
-from fd_large.engine.live_weights import load_weights
-from fd_large.models.registry import build
+from fd_large.backbones.registry import build
+from fd_large.engine.student import student_weights
+from fd_large.engine.zero.live_weights import load_weights
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Teacher
+from fd_large.tasks.distillation.build import teacher_weights
 from fd_large.weights.settle import settle
 
 # No test may ask a server.

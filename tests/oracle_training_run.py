@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.data.loader import Batch
-from fd_large.distill.objective import Distillation
-from fd_large.distill.teacher import Teacher
-from fd_large.engine import config as ds
-from fd_large.engine import partition, start
-from fd_large.engine.build import build_engine
 from fd_large.engine.forward import forward_backward
-from fd_large.engine.optimizer import set_rate
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.sharded_teacher import place
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import partition, start
+from fd_large.engine.zero.engine import build_engine
+from fd_large.engine.zero.optimizer import set_rate
 from fd_large.kernels.whitened_loss import whiten
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.recipes import registry
+from fd_large.tasks.distillation.placement import place
+from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.formats import detect, translate
 
 

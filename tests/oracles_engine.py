@@ -16,13 +16,13 @@ import torch
 from oracles_models import Row, Skipped, Tensors
 from safetensors.torch import load_file, save_file
 
-from fd_large.distill.objective import Distillation
-from fd_large.engine.optimizer import decays
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.schedule import CosineSchedule, official_accumulated_rate
-from fd_large.evaluate.finetune import FineTuning
-from fd_large.models.registry import build
-from fd_large.models.statistics import IMAGENET
+from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
+from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.weights.formats import FORMATS, translate
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.resize import resize_images
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
+from fd_large.backbones.windows import coordinate_table, window_shift
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
-from fd_large.models.feature_map import FeatureMap
-from fd_large.models.resize import resize_images
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
-from fd_large.models.swin import Swin
-from fd_large.models.swinv2 import SwinV2
-from fd_large.models.vit import ViT
-from fd_large.models.windows import coordinate_table, window_shift
 from fd_large.weights.coverage import covered
 from fd_large.weights.formats import FORMATS, detect, translate
 from fd_large.weights.resize import progression, resize_positions, resize_table

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.models.statistics import IMAGENET, Statistics
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

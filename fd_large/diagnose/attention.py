@@ -19,9 +19,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fd_large.backbones.swin import swin
+from fd_large.backbones.swinv2 import swinv2
+from fd_large.backbones.vit import vit
 from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
-from fd_large.models import swin, swinv2, vit
 
 Note = Callable[[str, Tensor, Places], None]
 """(name of the module, maps (B, nW, h, T, T) float32, where its tokens are)."""
@@ -238,7 +240,7 @@ def _map_of(
 
 def _is_timm(net: nn.Module) -> bool:
     # timm takes a second to import, which other nets are spared.
-    return type(net).__module__ == "fd_large.models.timm_backbone"
+    return type(net).__module__ == "fd_large.backbones.timm.adapter"
 
 
 def _timm_places(backbone: nn.Module, grid: tuple[int, int]) -> Callable[[str, int], Places | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.backbones.statistics import normalise
 from fd_large.diagnose.attention import maps_to
 from fd_large.diagnose.cka import LEAST_IMAGES, Similarity, gram
 from fd_large.diagnose.landscape import curve, random_direction, surface
@@ -20,7 +21,6 @@ from fd_large.diagnose.measures import LayerFigures
 from fd_large.diagnose.nets import Subject
 from fd_large.diagnose.places import Places
 from fd_large.diagnose.sample import Sample
-from fd_large.models.statistics import normalise
 
 MAP = "map"
 Told = Callable[[str], None]

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.checkpoint import stream
-from fd_large.distill.teacher import Teacher
-from fd_large.engine import partition
-from fd_large.engine.build import task_maker, teacher_maker, teacher_weights
-from fd_large.engine.live_weights import load_weights
-from fd_large.engine.nets import RANDOM, Named, find_net
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.live_weights import load_weights
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
-from fd_large.models.statistics import IMAGENET, Statistics, normalise
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.build import task_maker, teacher_maker, teacher_weights
+from fd_large.tasks.distillation.frozen import RANDOM, Named, find_net
+from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.settle import settle
 
 OBJECTIVE = "the run's own objective"

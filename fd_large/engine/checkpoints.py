@@ -13,8 +13,8 @@ from fd_large.checkpoint import store
 from fd_large.checkpoint.layout import Layout
 from fd_large.checkpoint.read import Reader, newest_sound
 from fd_large.checkpoint.write import Saver
-from fd_large.engine import state
-from fd_large.engine.build import Engine
+from fd_large.engine.zero import state
+from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError
 from fd_large.recipes.run import Run
 from fd_large.watch import hold

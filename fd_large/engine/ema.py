@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fd_large.engine import state
-from fd_large.engine.build import Engine
 from fd_large.engine.evaluation import Interrupted
+from fd_large.engine.zero import state
+from fd_large.engine.zero.engine import Engine
 
 
 class Ema:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.distill.task import Task
-from fd_large.engine.build import Engine
 from fd_large.engine.forward import prepared
+from fd_large.engine.task import Task
+from fd_large.engine.zero.engine import Engine
 from fd_large.runtime.hooks import Evidence
 
 
@@ -44,7 +44,6 @@ def evidence_of(
 def _layer_maxima(engine: Engine, batches: Sequence[Batch], seed: int) -> dict[str, float]:
     """Layer -> largest magnitude of its output over the update's pictures and all ranks."""
     maxima: dict[str, Tensor] = {}
-
 
     def note(name: str, output: Tensor) -> None:
         note_maximum(maxima, name, output)

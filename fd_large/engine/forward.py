@@ -11,8 +11,8 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
-from fd_large.distill.task import Task
-from fd_large.engine.build import Engine
+from fd_large.engine.task import Task
+from fd_large.engine.zero.engine import Engine
 
 
 def prepared(task: Task, batch: Batch, seed: int) -> dict[str, Any]:

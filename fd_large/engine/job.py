@@ -1,7 +1,7 @@
 """What one task brings to a run: samples, a Module, micro batches, an evaluation.
 
-The engine builds, trains, stores and resumes any task through this face; `fd_large/jobs.py` says
-which recipe has which.
+The engine builds, trains, stores and resumes any task through this face;
+`fd_large/tasks/registry.py` says which recipe has which.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fd_large.data.loader import Batch
 from fd_large.data.source import PictureSource
-from fd_large.distill.task import Task
-from fd_large.engine.build import Engine, Precision, student_weights
 from fd_large.engine.ema import Ema
+from fd_large.engine.student import Precision, student_weights
+from fd_large.engine.task import Task
+from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run
 

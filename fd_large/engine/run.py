@@ -16,23 +16,19 @@ from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.data.source import PictureSource
-from fd_large.engine import config as ds
-from fd_large.engine import micro_batch, same_everywhere, start
-from fd_large.engine.build import (
-    Engine,
-    Precision,
-    build_engine,
-    node_size_of,
-    precision_of,
-)
+from fd_large.engine import micro_batch, same_everywhere
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward import probe_phases
 from fd_large.engine.job import Job, Portion
-from fd_large.engine.layer_rates import by_layer
 from fd_large.engine.loop import Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.student import Precision, node_size_of, precision_of
 from fd_large.engine.time_box import TimeBox
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import start
+from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.layer_rates import by_layer
 from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold

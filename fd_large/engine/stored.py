@@ -9,8 +9,8 @@ import torch
 
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
-from fd_large.distill.task import Task
-from fd_large.engine import partition
+from fd_large.engine.task import Task
+from fd_large.engine.zero import partition
 
 AnyTask = TypeVar("AnyTask", bound=Task)
 

@@ -1,7 +1,7 @@
 """Parameters of a net, from its architecture alone: the shape of every tensor.
 
-Names are those of `fd_large.models` (the official repositories'), so that a built net can be held
-against this table name by name.
+Names are those of `fd_large.backbones` (the official repositories'), so that a built net can be
+held against this table name by name.
 
 Per SwinV2 block of width c with h heads: 12c^2 + 12c + 1536 + 513h (the last two: the position-bias
 MLP 2 -> 512 -> h and one logit scale a head); merging 8c^2 + 4c; stem 51C; final norm 16C for four

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 
 # Our own exports write their architecture under this key.

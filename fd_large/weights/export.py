@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.coverage import check_finite
 from fd_large.weights.export_config import EXPORTS, configuration

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
-from fd_large.models.statistics import Statistics
 from fd_large.plan.parameters import width
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.export_names import has_extra_norms, in_official_names

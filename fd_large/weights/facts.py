@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP, Statistics
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, Statistics
 from fd_large.recipes.architectures import Architecture
 
 

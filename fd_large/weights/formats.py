@@ -12,8 +12,8 @@ from functools import partial
 
 from torch import Tensor
 
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP, Statistics
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights import swin, vit
 from fd_large.weights.translation import Target, translated

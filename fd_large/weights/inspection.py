@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fd_large.models.statistics import Statistics
+from fd_large.backbones.statistics import Statistics
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
 from fd_large.weights.coverage import Match, listed, match

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fd_large.models.statistics import Statistics
+from fd_large.backbones.statistics import Statistics
 from fd_large.plan.parameters import count, shapes
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, Student, Task, Teacher

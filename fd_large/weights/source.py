@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fd_large.backbones.custom.custom import build_own
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.models.own import build_own
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.beside import Beside, beside, open_clip
 from fd_large.weights.coverage import Fitted, margin_of

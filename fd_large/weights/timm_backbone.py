@@ -12,8 +12,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.timm.adapter import TimmBackbone, create
 from fd_large.errors import WeightsError
-from fd_large.models.timm_backbone import TimmBackbone, create
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.read import Tensors, read
 from fd_large.weights.swin import RECOMPUTED

@@ -12,8 +12,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 
 _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.models.statistics import Statistics
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.beside import OWN
 

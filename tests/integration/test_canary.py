@@ -39,7 +39,7 @@ def test_the_rank_whose_teacher_changed_is_named_and_all_stop(tmp_path: Path) ->
         errors = [
             line
             for line in (folder / "logs/rank_00000.log").read_text().splitlines()
-            if " ERROR fd_large.runtime.canary" in line
+            if " ERROR fd_large.tasks.distillation.canary" in line
         ]
         assert len(errors) == 1, errors
         named = [r for r in range(4) if f"rank {r} (" in errors[0]]

@@ -14,14 +14,14 @@ from PIL import Image
 from stored_run import store_tensors
 from twin import train
 
+from fd_large.backbones.registry import build
 from fd_large.data.labelled import open_split
-from fd_large.engine.nets import find_net
-from fd_large.evaluate import knn
-from fd_large.evaluate.features import extract
-from fd_large.models.registry import build
+from fd_large.probes import knn
+from fd_large.probes.features import extract
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.frozen import find_net
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "finetuning.py"

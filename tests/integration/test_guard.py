@@ -16,9 +16,9 @@ from kills import state
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
 
-from fd_large.commands import replay
-from fd_large.engine.replay import find_weights, read_incident, run_again
+from fd_large.cli import replay
 from fd_large.errors import ConfigError, FDError
+from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 

@@ -16,24 +16,20 @@ FLOORS = {
     "distributed": 0,
     "kernels": 0,
     "recipes": 0,
-    "flags": 1,
+    "backbones": 1,
     "plan": 1,
-    "models": 1,
     "weights": 2,
-    "distill": 2,
     "data": 2,
     "checkpoint": 3,
     "runtime": 3,
+    "report": 4,
     "engine": 4,
-    "detection": 5,
-    "evaluate": 5,
-    "diagnose": 5,
-    "report": 5,
-    "jobs": 6,
-    "commands": 7,
-    "cli": 8,
-    "__main__": 9,
-    "train": 9,
+    "probes": 4,
+    "tasks": 5,
+    "diagnose": 6,
+    "cli": 7,
+    "__main__": 8,
+    "train": 8,
 }
 FOR_ALL = {"errors", "distributed"}
 ONLY_IN = {
@@ -41,7 +37,7 @@ ONLY_IN = {
     "apex": {"kernels", "engine"},
     "fairscale": {"engine"},
 }
-WITHOUT_TORCH = {"recipes", "plan", "errors", "launch", "watch", "report", "flags", "cli"}
+WITHOUT_TORCH = {"recipes", "plan", "errors", "launch", "watch", "report", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

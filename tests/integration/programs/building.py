@@ -15,8 +15,8 @@ from launch import write_result
 from torch import nn
 
 from fd_large import distributed
-from fd_large.engine import partition, start
-from fd_large.models.registry import build
+from fd_large.backbones.registry import build
+from fd_large.engine.zero import partition, start
 
 
 def main(folder: Path) -> None:

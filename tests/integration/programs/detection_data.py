@@ -16,12 +16,12 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.detection.annotations import CocoSet, open_coco
-from fd_large.detection.collect import gather, to_results
-from fd_large.detection.inference import Detections
-from fd_large.detection.loader import build_evaluation_loader, build_loader
-from fd_large.detection.scoring import read_ground_truth, score
-from fd_large.detection.views import LargeScaleJitter, ShortestEdge
+from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
+from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_loader
+from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge
+from fd_large.tasks.detection.heads.inference import Detections
+from fd_large.tasks.detection.scores.collect import gather, to_results
+from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 
 JITTERS = {"fixed": LargeScaleJitter(64), "aspect": ShortestEdge(40, 60, 90)}
 

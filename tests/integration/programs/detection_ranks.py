@@ -19,13 +19,13 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.detection.build import detector_maker
-from fd_large.engine import config as ds
-from fd_large.engine import partition, start
-from fd_large.engine.build import Engine, build_engine
 from fd_large.engine.forward import forward_backward, prepared
-from fd_large.engine.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import partition, start
+from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes.run import Run
+from fd_large.tasks.detection.build import detector_maker
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
 UPDATES, RATE, SIZE = 4, 1e-3, (96, 128)

@@ -17,25 +17,26 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
+from fd_large.backbones.statistics import normalise
 from fd_large.checkpoint.student import serve_runs
+from fd_large.data.central import central_batches
 from fd_large.data.draws import drop_path_keep
-from fd_large.engine import config as ds
-from fd_large.engine import partition, start
-from fd_large.engine.build import build_engine, node_size_of
 from fd_large.engine.forward import forward_backward
 from fd_large.engine.job import Portion
-from fd_large.engine.layer_rates import by_layer
-from fd_large.engine.live_weights import load_weights
-from fd_large.engine.nets import find_net
-from fd_large.engine.optimizer import parameter_groups, set_rate
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.evaluate import knn
-from fd_large.evaluate.features import extract, pooled
-from fd_large.evaluate.finetune import FineTuning, counted
-from fd_large.evaluate.finetune_job import FineTuningJob
-from fd_large.evaluate.pictures import central_batches
-from fd_large.models.statistics import normalise
+from fd_large.engine.student import node_size_of
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import partition, start
+from fd_large.engine.zero.engine import build_engine
+from fd_large.engine.zero.layer_rates import by_layer
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.optimizer import parameter_groups, set_rate
+from fd_large.probes import knn
+from fd_large.probes.features import extract, pooled
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.finetuning.job import FineTuningJob
+from fd_large.tasks.finetuning.task import FineTuning, counted
 from fd_large.weights.settle import settle
 
 UPDATES, TEST_BATCH = 10, 4

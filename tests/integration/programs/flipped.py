@@ -13,14 +13,14 @@ from launch import write_result
 from twin import words
 
 from fd_large import distributed
-from fd_large.engine import partition, start
+from fd_large.cli.flags import parse_train
 from fd_large.engine.run import train
-from fd_large.flags import parse_train
-from fd_large.jobs import job_of
+from fd_large.engine.zero import partition, start
 from fd_large.runtime import logs
-from fd_large.runtime.canary import Canary
 from fd_large.runtime.hooks import PASS, Hook
 from fd_large.runtime.meter import Meter
+from fd_large.tasks.distillation.canary import Canary
+from fd_large.tasks.registry import job_of
 
 RUNS = {
     # Updates between looks, and the rank that loses a bit.

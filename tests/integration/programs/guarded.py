@@ -22,7 +22,7 @@ from launch import write_result
 from torch import Tensor
 
 from fd_large.data.loader import Batch
-from fd_large.distill.objective import Distillation
+from fd_large.tasks.distillation.task import Distillation
 
 # A picture of this one value is the mark; no photograph has one.
 MARKS = {"nan": 77, "spike": 78}
@@ -58,10 +58,13 @@ def _marked(images: Tensor, value: Any) -> Tensor:
 def main(folder: Path) -> int:
     """Trains under watch; returns the last run's exit code."""
     # After the launch's variables are read; seconds.
-    from fd_large import cli, distributed
-    from fd_large.engine import distillation, partition, run, start, state
+    from fd_large import distributed
+    from fd_large.cli import main as cli
+    from fd_large.engine import run
+    from fd_large.engine.zero import partition, start, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
+    from fd_large.tasks.distillation import job as distillation
 
     spoilt = {int(u): mark for u, mark in json.loads((folder / "spoilt.json").read_text()).items()}
     guard.KNOWN = 4

@@ -13,9 +13,9 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine import start
 from fd_large.engine.forward import forward_backward
-from fd_large.engine.optimizer import set_rate
+from fd_large.engine.zero import start
+from fd_large.engine.zero.optimizer import set_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run

@@ -17,7 +17,8 @@ import torch
 from launch import ROOT, write_result
 from torch.overrides import TorchFunctionMode
 
-from fd_large import cli, distributed
+from fd_large import distributed
+from fd_large.cli import main as cli
 from fd_large.engine.loop import Trainer
 
 READS = {

@@ -18,11 +18,11 @@ from scenarios import images_of, plain_task, schedule_of, start_engine, tiny_run
 from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
-from fd_large.engine import partition, start
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward import forward_backward
-from fd_large.engine.layer_rates import by_layer
-from fd_large.engine.optimizer import parameter_groups
+from fd_large.engine.zero import partition, start
+from fd_large.engine.zero.layer_rates import by_layer
+from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.recipes.run import Run
 
 UPDATES, DECAY, AVERAGE = 20, 0.6, 0.9

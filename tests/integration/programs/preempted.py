@@ -18,9 +18,11 @@ from typing import Any
 
 from launch import write_result
 
-from fd_large import cli, distributed
+from fd_large import distributed
 from fd_large.checkpoint import write
-from fd_large.engine import run, start
+from fd_large.cli import main as cli
+from fd_large.engine import run
+from fd_large.engine.zero import start
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
 

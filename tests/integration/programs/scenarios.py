@@ -22,27 +22,25 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
-from fd_large.distill.task import Task
-from fd_large.engine import config as ds
-from fd_large.engine import gloo, partition, start
-from fd_large.engine.build import (
-    Engine,
-    build_engine,
-    build_teacher,
-    node_size_of,
-    parameter_sizes,
-    precision_of,
-    task_maker,
-    teacher_maker,
-)
 from fd_large.engine.forward import forward_backward
-from fd_large.engine.optimizer import parameter_groups, set_rate
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.sharded_teacher import PlacedTeacher
+from fd_large.engine.student import node_size_of, precision_of
+from fd_large.engine.task import Task
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import gloo, partition, start
+from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.optimizer import parameter_groups, set_rate
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.build import (
+    build_teacher,
+    parameter_sizes,
+    task_maker,
+    teacher_maker,
+)
+from fd_large.tasks.distillation.placement import PlacedTeacher
 
 UPDATES = 10
 # Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.

@@ -15,9 +15,9 @@ from launch import ROOT, write_result
 from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
-from fd_large.jobs import job_of
 from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
 from fd_large.runtime.meter import Meter
+from fd_large.tasks.registry import job_of
 
 
 def resident() -> int:

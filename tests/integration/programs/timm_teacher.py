@@ -14,10 +14,11 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.distill.teacher import Teacher
-from fd_large.engine import sharded_teacher, start
-from fd_large.models.registry import build
+from fd_large.backbones.registry import build
+from fd_large.engine.zero import start
 from fd_large.recipes.architectures import resolve
+from fd_large.tasks.distillation import placement as sharded_teacher
+from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.facts import statistics_of
 from fd_large.weights.timm_backbone import fitted
 

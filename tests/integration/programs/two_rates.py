@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from fd_large import cli
+from fd_large.cli import main as cli
 from fd_large.engine import loop
 
 one_rate = loop.set_rate

@@ -8,10 +8,10 @@ import torch
 from loading import close, initial, loaded, scattered, student_run
 from stored_run import store_tensors
 
+from fd_large.backbones.registry import build
 from fd_large.checkpoint import store
 from fd_large.checkpoint.student import serve_runs, student_of
 from fd_large.errors import CheckpointError, WeightsError
-from fd_large.models.registry import build
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.task_sections import FineTune

@@ -11,15 +11,15 @@ import torch
 from loading import scattered
 from stored_run import store_tensors
 
-from fd_large.distill.objective import Distillation
-from fd_large.distill.teacher import Teacher as TeacherNet
-from fd_large.engine.build import task_maker, teacher_maker
-from fd_large.models.registry import build
-from fd_large.models.statistics import OPENAI_CLIP
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Data, Student, Teacher
+from fd_large.tasks.distillation.build import task_maker, teacher_maker
+from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.teacher import Teacher as TeacherNet
 from fd_large.weights import source
 from fd_large.weights.write import write
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.timm.adapter import TimmBackbone
+from fd_large.backbones.vit.vit import ViT
 from fd_large.diagnose.attention import maps_to
 from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
-from fd_large.models.swin import Swin
-from fd_large.models.swinv2 import SwinV2
-from fd_large.models.timm_backbone import TimmBackbone
-from fd_large.models.vit import ViT
 
 vit = partial(ViT, 32, 2, 4, patch_size=8, image_size=(24, 32))
 NETS: dict[str, tuple[Any, tuple[int, int]]] = {
@@ -99,7 +99,7 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, tuple[
 
     make, size = NETS[name]
     if make.args and make.args[0] in SMALL:
-        monkeypatch.setattr("fd_large.models.timm_backbone.create", create)
+        monkeypatch.setattr("fd_large.backbones.timm.adapter.create", create)
     torch.manual_seed(0)
     net = make().eval()
     with torch.no_grad():
@@ -230,8 +230,11 @@ def test_windows_of_an_unknown_kind_are_left_out() -> None:
     net = TimmBackbone("test_maxvit", stride=32).eval()
     seen: list[tuple[str, int]] = []
     size = net.fixed_size[0]
-    with torch.no_grad(), maps_to(
-        lambda name, maps, places: seen.append((name, len(maps))), net, net.grid(size, size)
+    with (
+        torch.no_grad(),
+        maps_to(
+            lambda name, maps, places: seen.append((name, len(maps))), net, net.grid(size, size)
+        ),
     ):
         net(torch.randn(2, 3, size, size))
     last = max(int(name.split(".")[2]) for name, _ in named_attention(net))

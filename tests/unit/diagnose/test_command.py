@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fd_large import cli
+from fd_large.backbones.statistics import OPENAI_CLIP, normalise
+from fd_large.cli import main as cli
 from fd_large.diagnose.attention import maps_to
 from fd_large.diagnose.measures import prefix_share
 from fd_large.diagnose.nets import open_subject
 from fd_large.diagnose.places import Places
 from fd_large.diagnose.sample import Sample
-from fd_large.models.statistics import OPENAI_CLIP, normalise
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"

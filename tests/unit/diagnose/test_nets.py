@@ -9,15 +9,16 @@ import pytest
 import torch
 from stored_run import store_tensors
 
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
-from fd_large.engine.build import build_student, teacher_maker
-from fd_large.engine.nets import find_net
+from fd_large.engine.student import build_student
 from fd_large.errors import ConfigError, FDError, WeightsError
-from fd_large.models.registry import build
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.recipes.sections import Student, Teacher
+from fd_large.tasks.distillation.build import teacher_maker
+from fd_large.tasks.distillation.frozen import find_net
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large.distill.objective import Distillation
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.activation import checkpoint_blocks
-from fd_large.models.feature_map import FeatureMap
-from fd_large.models.swin import Swin
-from fd_large.models.swinv2 import SwinV2
-from fd_large.models.vit import ViT
+from fd_large.tasks.distillation.task import Distillation
 
 NETS = {
     "swinv2": lambda **options: SwinV2(

@@ -46,7 +46,7 @@ def counted(call):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_registered_net_as_torch_counts_it(name):
     torch = pytest.importorskip("torch")
-    from fd_large.models.registry import build
+    from fd_large.backbones.registry import build
 
     with torch.device("meta"):
         net = build(name)
@@ -66,7 +66,7 @@ def test_every_registered_net_as_torch_counts_it(name):
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet50"])
 def test_listed_nets_of_timm_at_another_size(name):
     torch = pytest.importorskip("torch")
-    from fd_large.models.timm_backbone import TimmBackbone
+    from fd_large.backbones.timm.adapter import TimmBackbone
     from fd_large.plan.parameters import TIMM
 
     stride = next(stride for listed, stride in TIMM if listed == name)
@@ -132,7 +132,7 @@ STEPS = {
 def test_a_whole_step_as_torch_counts_it(name):
     torch = pytest.importorskip("torch")
     from fd_large.engine.activation import checkpoint_blocks
-    from fd_large.engine.build import task_maker, teacher_maker
+    from fd_large.tasks.distillation.build import task_maker, teacher_maker
 
     run = STEPS[name]
     recompute = run.student.activation_checkpointing == "every" or "prefix" in name

@@ -105,7 +105,7 @@ def test_the_tensors_of_a_net_of_timm_are_refused_in_one_sentence():
 @pytest.mark.parametrize("name", [n for n, net in ARCHITECTURES.items() if net.family != "timm"])
 def test_a_built_net_has_these_tensors(name):
     torch = pytest.importorskip("torch")
-    from fd_large.models import registry
+    from fd_large.backbones import registry
 
     with torch.device("meta"):
         net = registry.build(name)

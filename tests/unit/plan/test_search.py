@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fd_large.engine import config as ds
+from fd_large.engine.zero import config as ds
 from fd_large.errors import ConfigError
 from fd_large.plan.cluster import PER_NODE_SECONDS, Cluster
 from fd_large.plan.memory import held_by, persistence_threshold

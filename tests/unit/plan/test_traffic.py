@@ -152,7 +152,7 @@ def saved(net, batch, size, dtype, keep):
 )
 @pytest.mark.parametrize("name", ["swinv2", "vit and clip"])
 def test_bytes_kept_as_counted(monkeypatch, name, kernels, dtype, memory):
-    from fd_large.models.registry import build
+    from fd_large.backbones.registry import build
 
     monkeypatch.setenv("FD_KERNELS", kernels)
     run = RUNS[name]
@@ -180,7 +180,7 @@ def test_bytes_kept_as_counted(monkeypatch, name, kernels, dtype, memory):
 
 
 def test_position_tables_are_kept_once_whatever_the_batch(monkeypatch):
-    from fd_large.models.registry import build
+    from fd_large.backbones.registry import build
 
     monkeypatch.setenv("FD_KERNELS", "triton")
     run = RUNS["swinv2"]

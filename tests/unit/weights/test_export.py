@@ -14,11 +14,11 @@ from loading import close, initial, loaded, scattered
 from safetensors.torch import load_file
 from stored_run import store_tensors
 
-from fd_large import cli
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
+from fd_large.cli import main as cli
 from fd_large.errors import CheckpointError, ConfigError, WeightsError
-from fd_large.models.registry import build
-from fd_large.models.statistics import IMAGENET
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.export import export as export_items

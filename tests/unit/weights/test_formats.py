@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import WeightsError
-from fd_large.models.swin import Swin
-from fd_large.models.swinv2 import SwinV2
-from fd_large.models.vit import ViT
 from fd_large.weights.coverage import covered
 from fd_large.weights.formats import FORMATS, detect, translate
 from fd_large.weights.swin import expand_shared_bias, first_stages

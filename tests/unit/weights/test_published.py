@@ -15,11 +15,11 @@ from loading import initial, loaded
 from oracles_models import fd_swinv2, max_relative
 from safetensors.torch import load_file
 
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.backbones.windows import coordinate_table
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.kernels.window_attention_reference import position_index
-from fd_large.models.statistics import IMAGENET, OPENAI_CLIP
-from fd_large.models.windows import coordinate_table
 from fd_large.recipes.architectures import Architecture
 from fd_large.weights.source import open_weights
 

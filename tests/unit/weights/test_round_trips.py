@@ -14,8 +14,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 
+from fd_large.backbones.registry import build
 from fd_large.errors import WeightsError
-from fd_large.models.registry import build
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.source import open_weights
 from fd_large.weights.write import write

@@ -11,10 +11,10 @@ import torch
 from loading import close, initial, loaded, scattered, student_run, teacher_run
 from safetensors.torch import save_file
 
+from fd_large.backbones.registry import build
+from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.windows import coordinate_table
 from fd_large.errors import ConfigError, WeightsError
-from fd_large.models.registry import build
-from fd_large.models.swin import Swin
-from fd_large.models.windows import coordinate_table
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run

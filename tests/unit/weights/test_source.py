@@ -12,12 +12,12 @@ import torch
 from loading import close, initial, loaded, scattered, student_run, teacher_run
 from torch import nn
 
-from fd_large.distill.teacher import Teacher as FrozenTeacher
-from fd_large.engine.build import teacher_maker, teacher_weights
-from fd_large.engine.live_weights import load_weights
+from fd_large.backbones.registry import build
+from fd_large.engine.zero.live_weights import load_weights
 from fd_large.errors import ConfigError, WeightsError
-from fd_large.models.registry import build
 from fd_large.recipes.architectures import Architecture
+from fd_large.tasks.distillation.build import teacher_maker, teacher_weights
+from fd_large.tasks.distillation.teacher import Teacher as FrozenTeacher
 from fd_large.weights import timm_backbone
 from fd_large.weights.source import open_weights
 
@@ -162,8 +162,8 @@ def test_a_folder_of_timm_on_the_hub_tells_everything(tmp_path, name, arguments,
 OWN = """
 import torch
 from torch import nn
-from fd_large.models.feature_map import FeatureMap
-from fd_large.models.statistics import Statistics
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.statistics import Statistics
 
 class Patches(nn.Module):
     width, num_prefix_tokens = 12, 0

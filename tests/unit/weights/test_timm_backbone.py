@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large.distill.teacher import Teacher
+from fd_large.backbones.registry import build
+from fd_large.backbones.timm.adapter import create
 from fd_large.errors import WeightsError
-from fd_large.models.registry import build
-from fd_large.models.timm_backbone import create
 from fd_large.recipes.architectures import resolve
+from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.facts import FACTS, statistics_of
 from fd_large.weights.package import locate
 from fd_large.weights.timm_backbone import fitted, in_timm_names
@@ -132,7 +132,7 @@ def test_differences_that_the_user_allows(tmp_path):
 
 
 def build_resnet(stride):
-    from fd_large.models.timm_backbone import TimmBackbone
+    from fd_large.backbones.timm.adapter import TimmBackbone
 
     return TimmBackbone("resnet18", stride=stride)
 

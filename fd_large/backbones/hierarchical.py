@@ -1,0 +1,242 @@
+"""The skeleton that Swin and SwinV2 share: patches, stages with merging between, a final norm."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.backbones.drop_path import branch_scales, linear_rates
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.initialization import Scheme, fill
+from fd_large.backbones.layers import LayerNorm, PatchEmbed, residual_dtype
+from fd_large.backbones.windows import fit_window
+from fd_large.errors import ConfigError, ShapeError
+
+SizeRule = Literal["drop", "pad"]
+
+
+class HierarchicalBackbone(nn.Module):
+    """Images to the map of the last stage; subclasses bring the stages.
+
+    A subclass calls `_embed`, sets `layers` to a ModuleList of stages that know `blocks`, then
+    calls `_finish`, so that parameters stand in the order of the published nets.
+
+    Attributes:
+        in_two_dtypes: Whether stages take the residual stream as a pair: as it is, and in the
+            dtype of the matrix products.
+        width: Channels of the map.
+        stride: Pixels per token of the map, each way.
+        num_prefix_tokens: 0.
+        drop_path_rates: One per site, attention then MLP of each block in order.
+    """
+
+    num_prefix_tokens = 0
+    in_two_dtypes = False
+    layers: nn.ModuleList
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        *,
+        window_size: int,
+        patch_size: int,
+        drop_path_rate: float,
+        size_rule: SizeRule,
+        residual: str,
+    ):
+        super().__init__()
+        if size_rule not in ("drop", "pad"):
+            raise ConfigError(
+                f"student.size_rule: no such rule; got {size_rule!r}, expected 'drop' or 'pad'. "
+                "Use one of these."
+            )
+        self.embed_dim, self.depths, self.window_size = embed_dim, tuple(depths), window_size
+        self.patch_size, self.size_rule, self.residual = patch_size, size_rule, residual
+        self.width = embed_dim * 2 ** (len(depths) - 1)
+        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.drop_path_rates = linear_rates(drop_path_rate, sum(depths))
+
+    def _embed(
+        self,
+        *,
+        in_chans: int,
+        scheme: Scheme,
+        patch_norm: bool,
+        norm_eps: float,
+        absolute_position: bool,
+        image_size: int | tuple[int, int] | None,
+    ) -> None:
+        self.patch_embed = PatchEmbed(
+            self.embed_dim,
+            patch_size=self.patch_size,
+            in_chans=in_chans,
+            scheme=scheme,
+            norm_eps=norm_eps if patch_norm else None,
+        )
+        self.absolute_pos_embed = None
+        if absolute_position:
+            if image_size is None:
+                raise ConfigError(
+                    "architecture.image_size: absolute positions need the image size; got none, "
+                    "expected pixels. Set it, or leave absolute_position off."
+                )
+            rows, columns = self._patch_grid(*_pair(image_size))
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, rows * columns, self.embed_dim))
+            fill(self.absolute_pos_embed, scheme.token)
+
+    def _finish(self, norm_eps: float) -> None:
+        self.norm = LayerNorm(self.width, norm_eps)
+
+    def blocks(self) -> list[nn.Module]:
+        """Returns the blocks in order of execution."""
+        return [block for stage in self.layers for block in stage.blocks]
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Returns names of parameters without weight decay."""
+        return frozenset({"absolute_pos_embed"})
+
+    def no_weight_decay_keywords(self) -> tuple[str, ...]:
+        """Returns pieces of names of parameters without weight decay."""
+        return ("cpb_mlp", "logit_scale", "relative_position_bias_table")
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of the map of an image of (height, width) pixels.
+
+        Raises: ShapeError: if the size does not fit, under the rule "drop".
+        """
+        problem = self._misfit(height, width)
+        if problem:
+            raise ShapeError(f"{type(self).__name__.lower()} {problem} {self._remedy()}")
+        rows, columns = self._patch_grid(height, width)
+        for _ in self.depths[1:]:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        return rows, columns
+
+    def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        p = self.patch_size
+        if self.size_rule == "drop":
+            return height // p, width // p
+        return -(-height // p), -(-width // p)
+
+    def _misfit(self, height: int, width: int) -> str:
+        """Says where an image size first fails to fit; empty if it fits."""
+        rows, columns = self._patch_grid(height, width)
+        if min(rows, columns) < 1:
+            return (
+                f"patch_embed: image smaller than a patch; got {height}x{width} pixels, expected "
+                f"at least {self.patch_size}x{self.patch_size}."
+            )
+        if self.size_rule == "pad":
+            return ""
+        for stage in range(len(self.depths)):
+            window = fit_window(rows, columns, self.window_size)
+            if rows % window or columns % window:
+                return (
+                    f"stage {stage}: the map does not divide into its windows; got a map of "
+                    f"{rows}x{columns} tokens, expected multiples of the window {window} "
+                    f"({height}x{width} pixels)."
+                )
+            if stage + 1 < len(self.depths):
+                if rows % 2 or columns % 2:
+                    return (
+                        f"stage {stage}: patch merging needs even sides; got a map of "
+                        f"{rows}x{columns} tokens, expected multiples of 2 "
+                        f"({height}x{width} pixels)."
+                    )
+                rows, columns = rows // 2, columns // 2
+        return ""
+
+    def _remedy(self) -> str:
+        candidates = (k * self.stride for k in range(1, 129))
+        sizes = [str(s) for s in candidates if not self._misfit(s, s)]
+        return (
+            f"Use an image size that fits (square: {', '.join(sizes[:8])}, ...), another window, "
+            "or --student.size_rule pad."
+        )
+
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, *, every_stage: bool = False
+    ) -> FeatureMap | tuple[Tensor, ...]:
+        """Maps normalised images to tokens after the final norm, or to the maps of all stages.
+
+        Args:
+            images: (B, 3, H, W), any float dtype.
+            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+            every_stage: Whether the map of each stage is wanted, before its merging and without
+                the final norm, in place of the last one's tokens.
+
+        Returns: tokens (B, N, C) in the dtype of the residual stream, no prefix tokens; or a map
+            (B, H_s, W_s, C_s) of each stage in that dtype.
+        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
+        """
+        maps = self._stages(images, keep)
+        if every_stage:
+            return tuple(maps)
+        x = self.norm(deque(maps, maxlen=1).pop())
+        grid = (x.shape[1], x.shape[2])
+        return FeatureMap(rearrange(x, "b h w c -> b (h w) c"), grid, 0)
+
+    def _stages(self, images: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        if images.dim() != 4:
+            raise ShapeError(
+                f"{type(self).__name__.lower()}: not a batch of images; got shape "
+                f"{tuple(images.shape)}, expected (B, channels, H, W). Add the batch dimension."
+            )
+        height, width = images.shape[-2:]
+        self.grid(height, width)  # Refuses a size that does not fit.
+        scales = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
+        if self.size_rule == "pad":
+            p = self.patch_size
+            images = F.pad(images, (0, -width % p, 0, -height % p))
+        stream = self._patches(images)
+        site = 0
+        for stage, depth in zip(self.layers, self.depths, strict=True):
+            sites = slice(site, site + 2 * depth)
+            stream = stage(stream, None if scales is None else scales[sites])
+            yield stream[0] if self.in_two_dtypes else stream
+            if stage.downsample is not None:
+                stream = stage.downsample(stream)
+            site += 2 * depth
+
+    def _patches(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the stream's start, (B, H/p, W/p, C)."""
+        compute = self.patch_embed.proj.weight.dtype
+        dtype = residual_dtype(self.residual, compute)
+        stream = self.patch_embed(images, dtype, compute if self.in_two_dtypes else None)
+        if self.absolute_pos_embed is None:
+            return stream
+        x = stream[0] if self.in_two_dtypes else stream
+        x = x + self._positions(x).to(dtype)
+        return (x, x.to(compute)) if self.in_two_dtypes else x
+
+    def _positions(self, x: Tensor) -> Tensor:
+        rows, columns = x.shape[1:3]
+        if self.absolute_pos_embed.shape[1] != rows * columns:
+            raise ShapeError(
+                f"{type(self).__name__.lower()}: absolute positions for another image size; got "
+                f"{rows}x{columns} patches, expected {self.absolute_pos_embed.shape[1]}. Set "
+                "architecture.image_size to the image's, or resize the positions."
+            )
+        return self.absolute_pos_embed.view(1, rows, columns, -1)
+
+
+class PatchMerging(nn.Module):
+    """Gathers 2x2 tokens into the channels of one; an odd map is padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 4C), order (0,0), (1,0), (0,1), (1,1)."""
+        bottom, right = x.shape[1] % 2, x.shape[2] % 2
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        return rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,393 @@
+"""Swin Transformer V2 as a student or teacher, with FD's extra norms and shared position bias.
+
+Post-norm blocks, cosine attention with a learned scale, a continuous position bias from an MLP on
+log-spaced coordinates. Parameter names are those of the Swin-Transformer repository; an extra norm
+is `extra_norm` of its block, a shared position bias `position_bias` of its stage.
+
+Source: Liu et al., arXiv 2111.09883, and the code of Swin-Transformer and Feature-Distillation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
+from fd_large.backbones.initialization import Draw, Initialization, Scheme, scheme
+from fd_large.backbones.layers import (
+    BranchEnd,
+    Float32Linear,
+    LayerNorm,
+    Linear,
+    Mlp,
+    ResidualNorm,
+)
+from fd_large.backbones.windows import coordinate_table, fit_window, window_shift
+from fd_large.errors import ConfigError
+from fd_large.kernels.window_attention import window_attention
+from fd_large.kernels.window_attention_reference import Memory
+
+_CPB_HIDDEN = 512
+# That a frozen MLP remembers: as many as there are sizes of maps.
+_MOST_TABLES = 16
+_MAX_LOG_SCALE = math.log(100)
+
+
+class SwinV2(HierarchicalBackbone):
+    """SwinV2 backbone.
+
+    Args:
+        embed_dim: Channels of the first stage.
+        depths: Blocks of each stage, any number of stages.
+        num_heads: Heads of each stage.
+        window_size: Side of a window in tokens; a smaller map is one window.
+        patch_size: Side of a patch in pixels.
+        in_chans: Channels of the images.
+        mlp_ratio: Hidden width of the MLP over the width.
+        qkv_bias: Whether query and value have a bias (the key never has).
+        patch_norm: Whether the patch embedding ends with a norm.
+        absolute_position: Whether a learned embedding is added to the patches.
+        image_size: Pixels that the absolute positions are for.
+        pretrained_window_sizes: Window of each stage in pre-training, which scales coordinates; 0
+            or None: the present window.
+        extra_norm_every: A norm on the main path after every k-th block of a stage; 0: none.
+        shared_position_bias: One position-bias MLP per stage in place of one per block.
+        drop_path_rate: Of the last block; blocks before rise linearly from 0.
+        size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
+            "pad": image, windows and merging are padded right and bottom, and padding is masked.
+        attention_memory: "keep" or "recompute" attention maps for backward.
+        sequential_stages: Of so many first stages, whose maps are largest, few windows' attention
+            maps exist at a time, and they are made again for backward.
+        residual_dtype: "compute": that of the weights; "float32": at least that.
+        norm_eps: Of every norm.
+        initialization: "fd", "official" or "none".
+
+    Raises: ConfigError: for values that do not fit each other.
+    """
+
+    in_two_dtypes = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        *,
+        window_size: int,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        patch_norm: bool = True,
+        absolute_position: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+        pretrained_window_sizes: tuple[int, ...] | None = None,
+        extra_norm_every: int = 0,
+        shared_position_bias: bool = False,
+        drop_path_rate: float = 0.0,
+        size_rule: SizeRule = "drop",
+        attention_memory: Memory = "keep",
+        sequential_stages: int = 0,
+        residual_dtype: str = "compute",
+        norm_eps: float = 1e-5,
+        initialization: Initialization = "fd",
+    ):
+        super().__init__(
+            embed_dim,
+            depths,
+            window_size=window_size,
+            patch_size=patch_size,
+            drop_path_rate=drop_path_rate,
+            size_rule=size_rule,
+            residual=residual_dtype,
+        )
+        pretrained = tuple(pretrained_window_sizes or (0,) * len(depths))
+        if not len(depths) == len(num_heads) == len(pretrained):
+            raise ConfigError(
+                "swinv2: depths, num_heads and pretrained_window_sizes must agree in length; got "
+                f"{len(depths)}, {len(num_heads)}, {len(pretrained)}, expected equal. Give one "
+                "value per stage."
+            )
+        initial = scheme("swinv2", initialization)
+        self._embed(
+            in_chans=in_chans,
+            scheme=initial,
+            patch_norm=patch_norm,
+            norm_eps=norm_eps,
+            absolute_position=absolute_position,
+            image_size=image_size,
+        )
+        self.layers = nn.ModuleList(
+            Stage(
+                embed_dim * 2**s,
+                depths[s],
+                num_heads[s],
+                first_block=sum(depths[:s]),
+                merge=s + 1 < len(depths),
+                window_size=window_size,
+                pretrained_window=pretrained[s],
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                extra_norm_every=extra_norm_every,
+                shared_position_bias=shared_position_bias,
+                attention_memory="sequential" if s < sequential_stages else attention_memory,
+                norm_eps=norm_eps,
+                scheme=initial,
+            )
+            for s in range(len(depths))
+        )
+        self._finish(norm_eps)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; `downsample`, which merges patches, runs after them, by the net."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        *,
+        first_block: int,
+        merge: bool,
+        window_size: int,
+        pretrained_window: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        extra_norm_every: int,
+        shared_position_bias: bool,
+        attention_memory: Memory,
+        norm_eps: float,
+        scheme: Scheme,
+    ):
+        super().__init__()
+        self.window_size, self.pretrained_window = window_size, pretrained_window
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                index=i,
+                number=first_block + i + 1,
+                window_size=window_size,
+                pretrained_window=pretrained_window,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                extra_norm=extra_norm_every > 0 and (i + 1) % extra_norm_every == 0,
+                own_position_bias=not shared_position_bias,
+                attention_memory=attention_memory,
+                norm_eps=norm_eps,
+                scheme=scheme,
+            )
+            for i in range(depth)
+        )
+        self.downsample = Downsample(width, norm_eps, scheme) if merge else None
+        self.position_bias = PositionBias(num_heads, scheme) if shared_position_bias else None
+
+    def forward(
+        self, stream: tuple[Tensor, Tensor], scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Maps a pair of (B, H, W, C) to the same shapes.
+
+        Args:
+            stream: The residual stream, and the same in the dtype of the weights.
+            scales: (2 * depth, B) float32, drop path's factors; None: none.
+        """
+        x, narrow = stream
+        window = fit_window(*x.shape[1:3], self.window_size)
+        where = (window, self.pretrained_window, x.device)
+        shared = None if self.position_bias is None else self.position_bias(*where)
+        for i, block in enumerate(self.blocks):
+            # Here, where no activation checkpoint makes it a second time.
+            table = block.attn.cpb_mlp.table(*where) if shared is None else shared
+            sites = None if scales is None else scales[2 * i : 2 * i + 2]
+            x, narrow = block(x, narrow, sites, table)
+        return x, narrow
+
+
+class Block(nn.Module):
+    """x + norm1(attention(x)), x + norm2(mlp(x)), and in some blocks a norm of the sum.
+
+    Args:
+        width: C.
+        num_heads: h.
+        index: Within the stage; odd blocks shift their windows.
+        number: Over the whole net, from 1; it sets how much the branch ends are scaled down.
+        extra_norm: Whether the block ends with a norm on the main path.
+        own_position_bias: Whether the block owns a position-bias MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        index: int,
+        number: int,
+        window_size: int,
+        pretrained_window: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        extra_norm: bool,
+        own_position_bias: bool,
+        attention_memory: Memory,
+        norm_eps: float,
+        scheme: Scheme,
+    ):
+        super().__init__()
+        self.index, self.window_size = index, window_size
+        end = scheme.branch_end(2 * number)
+        self.attn = CosineAttention(
+            width,
+            num_heads,
+            pretrained_window=pretrained_window,
+            qkv_bias=qkv_bias,
+            own_position_bias=own_position_bias,
+            memory=attention_memory,
+            scheme=scheme,
+            end=end,
+        )
+        self.norm1 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
+        self.mlp = Mlp(width, int(width * mlp_ratio), draw=scheme.linear, end=end, last=BranchEnd)
+        self.norm2 = ResidualNorm(width, norm_eps, initial_weight=scheme.post_norm_weight)
+        self.extra_norm = LayerNorm(width, norm_eps) if extra_norm else None
+
+    def forward(
+        self, x: Tensor, narrow: Tensor, scales: Tensor | None, position_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Maps (B, H, W, C) to the same shape, in both dtypes.
+
+        Args:
+            x: (B, H, W, C), the residual stream.
+            narrow: The same in the dtype of the weights.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
+            position_table: ((2w - 1)^2, h) float32, of the block or its stage.
+        """
+        height, width = x.shape[1:3]
+        window = fit_window(height, width, self.window_size)
+        shift = window_shift(height, width, self.window_size, self.index)
+
+        first, second = (None, None) if scales is None else scales
+        branch = self.attn(narrow, window, shift, position_table)
+        x, narrow = self.norm1(x, branch, first, narrow.dtype)
+        branch = self.mlp(narrow)
+        if self.extra_norm is None:
+            return self.norm2(x, branch, second, narrow.dtype)
+        x, _ = self.norm2(x, branch, second, None)
+        return self.extra_norm(x, x.dtype, narrow.dtype)
+
+
+class CosineAttention(nn.Module):
+    """Attention in a window: logits = scale * cos(q, k) + position bias."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        pretrained_window: int,
+        qkv_bias: bool,
+        own_position_bias: bool,
+        memory: Memory,
+        scheme: Scheme,
+        end: Draw,
+    ):
+        super().__init__()
+        self.num_heads, self.pretrained_window, self.memory = num_heads, pretrained_window, memory
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+        nn.init.constant_(self.logit_scale, math.log(10))
+        self.cpb_mlp = PositionMlp(num_heads, scheme) if own_position_bias else None
+        self.qkv = Linear(width, 3 * width, draw=scheme.linear, bias=False)
+        self.q_bias = self.v_bias = None
+        if qkv_bias:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+            nn.init.zeros_(self.q_bias)
+            nn.init.zeros_(self.v_bias)
+        self.proj = BranchEnd(width, width, draw=end)
+
+    def forward(
+        self, x: Tensor, window: int, shift: int, position_table: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps (B, H, W, C) to the same shape, and what `BranchEnd` leaves.
+
+        Args:
+            x: (B, H, W, C).
+            window: Side w in tokens.
+            shift: Of the windows, in tokens.
+            position_table: ((2w - 1)^2, h) float32.
+        """
+        bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
+        wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
+        out = window_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            window=window,
+            shift=shift,
+            scale=self.logit_scale.to(wide).clamp(max=_MAX_LOG_SCALE).exp().flatten(),
+            cosine=True,
+            bias=bias,
+            table=position_table,
+            memory=self.memory,
+        )
+        return self.proj(out)
+
+
+class PositionMlp(nn.Sequential):
+    """From log-spaced offsets to position biases; a frozen one remembers its tables."""
+
+    def __init__(self, num_heads: int, scheme: Scheme):
+        super().__init__(
+            Float32Linear(2, _CPB_HIDDEN, draw=scheme.linear),
+            nn.ReLU(),
+            Float32Linear(_CPB_HIDDEN, num_heads, draw=scheme.linear, bias=False),
+        )
+        self._tables: dict[tuple, Tensor] = {}
+
+    def table(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
+        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32.
+
+        Args:
+            window: Side w in tokens.
+            pretrained_window: Of pre-training, which scales coordinates; 0: the window itself.
+            device: Of the result.
+        """
+        # Under ZeRO-3 (whose parameters have a number) modules must be called in the same order in
+        # every step. Versions count changes in place, so other weights make other tables.
+        frozen = not any(p.requires_grad or hasattr(p, "ds_id") for p in self.parameters())
+        versions = [(p._version, p.dtype) for p in self.parameters()] if frozen else ()
+        key = (window, pretrained_window, device, *versions)
+        if frozen and key in self._tables:
+            return self._tables[key]
+        table = 16 * torch.sigmoid(self(coordinate_table(window, pretrained_window, device)))
+        if frozen and not torch.is_inference(table):
+            if len(self._tables) == _MOST_TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
+
+
+class PositionBias(nn.Module):
+    """One position-bias MLP for the blocks of a stage."""
+
+    def __init__(self, num_heads: int, scheme: Scheme):
+        super().__init__()
+        self.cpb_mlp = PositionMlp(num_heads, scheme)
+
+    def forward(self, window: int, pretrained_window: int, device: torch.device) -> Tensor:
+        """Returns the bias of every offset in a window: ((2w - 1)^2, h) float32."""
+        return self.cpb_mlp.table(window, pretrained_window, device)
+
+
+class Downsample(PatchMerging):
+    """Patch merging of SwinV2: reduction first, then the norm."""
+
+    def __init__(self, width: int, norm_eps: float, scheme: Scheme):
+        super().__init__()
+        self.reduction = Linear(4 * width, 2 * width, draw=scheme.linear, bias=False)
+        self.norm = LayerNorm(2 * width, norm_eps)
+
+    def forward(self, stream: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps a pair of (B, H, W, C) to a pair of (B, ceil(H/2), ceil(W/2), 2C)."""
+        x, narrow = stream
+        return self.norm(self.reduction(super().forward(narrow)), x.dtype, narrow.dtype)

@@ -1,0 +1,381 @@
+"""Vision transformers: FD's students (relative positions) and the CLIP, DINO and DeiT teachers.
+
+Pre-norm blocks on a fixed grid. Parameter names are those of DINO, timm and the
+Feature-Distillation repository; CLIP's are translated when its weights are read.
+
+Sources: Dosovitskiy et al., arXiv 2010.11929; Wei et al., arXiv 2205.14141; Bao et al., arXiv
+2106.08254 (relative position table and LayerScale); Radford et al., arXiv 2103.00020 (CLIP).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.backbones.drop_path import branch_scales, linear_rates
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.initialization import Draw, Initialization, Scheme, fill, scheme
+from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
+from fd_large.errors import ConfigError, ShapeError
+from fd_large.kernels.residual_norm import add_branch
+from fd_large.kernels.window_attention import image_attention, window_attention
+from fd_large.kernels.window_attention_reference import Memory
+
+QkvBias = Literal["none", "qv", "qkv", "fused"]
+RelativePosition = Literal["none", "shared", "block"]
+
+
+class ViT(nn.Module):
+    """Vision transformer backbone.
+
+    Args:
+        embed_dim: C.
+        depth: Number of blocks.
+        num_heads: h.
+        patch_size: Side of a patch in pixels.
+        image_size: Pixels, a number or (height, width), for which positions are made.
+        in_chans: Channels of the images.
+        mlp_ratio: Hidden width of the MLP over the width.
+        class_token: Whether a CLS token comes first.
+        distillation_token: Whether a second token follows it (DeiT).
+        keep_distillation_token: Whether that token stays in the feature map.
+        absolute_position: Whether a learned embedding is added to all tokens.
+        relative_position: "none", "shared" (one table for all blocks) or "block" (one each).
+        layer_scale: Initial factor of the residual branches, per channel; 0: no such factor.
+        qkv_bias: "qv" and "qkv": own vectors for these; "fused": one vector for the three.
+        pre_norm_layer: A norm before the first block (CLIP).
+        patch_bias: A bias in the patch embedding.
+        activation: "gelu" or "quick_gelu".
+        norm_eps: Of every norm.
+        drop_path_rate: Of the last block; blocks before rise linearly from 0.
+        attention_memory: "keep" or "recompute" attention maps for backward.
+        residual_dtype: "compute": that of the weights; "float32": at least that.
+        initialization: "fd", "official" or "none".
+
+    Attributes:
+        width: Channels of the map.
+        stride: Pixels per token, each way.
+        num_prefix_tokens: CLS and distillation tokens of the map.
+        depths: Number of blocks, as of a net with one stage.
+        drop_path_rates: One per site, attention then MLP of each block in order.
+
+    Raises: ConfigError: for values that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        patch_size: int,
+        image_size: int | tuple[int, int],
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        class_token: bool = True,
+        distillation_token: bool = False,
+        keep_distillation_token: bool = True,
+        absolute_position: bool = True,
+        relative_position: RelativePosition = "none",
+        layer_scale: float = 0.0,
+        qkv_bias: QkvBias = "fused",
+        pre_norm_layer: bool = False,
+        patch_bias: bool = True,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        attention_memory: Memory = "keep",
+        residual_dtype: str = "compute",
+        initialization: Initialization = "fd",
+    ):
+        super().__init__()
+        if distillation_token and (relative_position != "none" or not class_token):
+            raise ConfigError(
+                "architecture.distillation_token: needs a class token and absolute positions; got "
+                f"class_token {class_token}, relative_position {relative_position!r}, expected "
+                "True and 'none'. Leave the distillation token off."
+            )
+        for name, value, options in (
+            ("relative_position", relative_position, ("none", "shared", "block")),
+            ("qkv_bias", qkv_bias, ("none", "qv", "qkv", "fused")),
+        ):
+            if value not in options:
+                raise ConfigError(
+                    f"architecture.{name}: no such option; got {value!r}, expected one of "
+                    f"{', '.join(options)}. Use one of these."
+                )
+        initial = scheme("vit", initialization)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.width, self.patch_size, self.stride = embed_dim, patch_size, patch_size
+        self.image_grid = (height // patch_size, width // patch_size)
+        self.residual = residual_dtype
+        self.depths = (depth,)
+        self.drop_path_rates = linear_rates(drop_path_rate, depth)
+        self.drop_distillation_token = distillation_token and not keep_distillation_token
+        num_tokens = int(class_token) + int(distillation_token)
+        self.num_prefix_tokens = num_tokens - int(self.drop_distillation_token)
+
+        def token(*shape: int) -> nn.Parameter:
+            parameter = nn.Parameter(torch.empty(1, *shape))
+            fill(parameter, initial.token)
+            return parameter
+
+        rows, columns = self.image_grid
+        self.cls_token = token(1, embed_dim) if class_token else None
+        self.dist_token = token(1, embed_dim) if distillation_token else None
+        self.pos_embed = (
+            token(num_tokens + rows * columns, embed_dim) if absolute_position else None
+        )
+        self.patch_embed = PatchEmbed(
+            embed_dim, patch_size=patch_size, in_chans=in_chans, scheme=initial, bias=patch_bias
+        )
+        table_rows = (2 * rows - 1) * (2 * columns - 1) + (3 if class_token else 0)
+        self.has_relative_position = relative_position != "none"
+        self.rel_pos_bias = (
+            RelativePositionBias(table_rows, num_heads, initial.table)
+            if relative_position == "shared"
+            else None
+        )
+        self.norm_pre = LayerNorm(embed_dim, norm_eps) if pre_norm_layer else None
+        self.blocks = Blocks(
+            Block(
+                embed_dim,
+                num_heads,
+                number=i + 1,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                table_rows=table_rows if relative_position == "block" else 0,
+                layer_scale=layer_scale,
+                activation=activation,
+                attention_memory=attention_memory,
+                norm_eps=norm_eps,
+                scheme=initial,
+            )
+            for i in range(depth)
+        )
+        self.norm = LayerNorm(embed_dim, norm_eps)
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Returns names of parameters without weight decay."""
+        return frozenset({"pos_embed", "cls_token", "dist_token"})
+
+    def no_weight_decay_keywords(self) -> tuple[str, ...]:
+        """Returns pieces of names without weight decay: none; tables decay, as published."""
+        return ()
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of the map of an image of (height, width) pixels.
+
+        Raises: ShapeError: if the size is no multiple of the patch, or positions are for another.
+        """
+        p = self.patch_size
+        if height % p or width % p or min(height, width) < p:
+            raise ShapeError(
+                f"vit patch_embed: the image does not divide into patches; got {height}x{width} "
+                f"pixels, expected multiples of {p}. Change --data.image_size."
+            )
+        grid = height // p, width // p
+        has_positions = self.has_relative_position or self.pos_embed is not None
+        if has_positions and grid != self.image_grid:
+            rows, columns = self.image_grid
+            raise ShapeError(
+                f"vit: positions are made for another image size; got {grid[0]}x{grid[1]} patches "
+                f"({height}x{width} pixels), expected {rows}x{columns} ({rows * p}x{columns * p} "
+                "pixels). Set architecture.image_size to the image's size, or resize the image."
+            )
+        return grid
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
+        """Maps normalised images to tokens after the final norm, prefix tokens included.
+
+        Args:
+            images: (B, 3, H, W), any float dtype.
+            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+
+        Returns: tokens (B, num_prefix_tokens + N, C) in the dtype of the residual stream.
+        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
+        """
+        if images.dim() != 4:
+            raise ShapeError(
+                f"vit: not a batch of images; got shape {tuple(images.shape)}, expected "
+                "(B, channels, H, W). Add the batch dimension."
+            )
+        batch_size = images.shape[0]
+        grid = self.grid(*images.shape[-2:])
+        scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
+        dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
+        patches = rearrange(self.patch_embed(images, dtype), "b h w c -> b (h w) c")
+        prefix = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        x = torch.cat([t.to(dtype).expand(batch_size, -1, -1) for t in prefix] + [patches], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.to(dtype)
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
+        table = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
+        x = self.norm(x)
+        if self.drop_distillation_token:
+            x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
+        return FeatureMap(x, grid, self.num_prefix_tokens)
+
+
+class Blocks(nn.ModuleList):
+    """The list of blocks, which other backbones give by a method `blocks()`.
+
+    The published parameter names take the attribute `blocks`; calling the list returns the blocks
+    as that method does.
+    """
+
+    def __call__(self) -> list[nn.Module]:
+        """Returns the blocks in order of execution."""
+        return list(self)
+
+
+class Block(nn.Module):
+    """x + gamma_1 * attention(norm1(x)), x + gamma_2 * mlp(norm2(x)).
+
+    Args:
+        width: C.
+        num_heads: h.
+        number: Within the net, from 1; it sets how much the branch ends are scaled down.
+        table_rows: Of the block's own position table; 0: none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        number: int,
+        mlp_ratio: float,
+        qkv_bias: QkvBias,
+        table_rows: int,
+        layer_scale: float,
+        activation: str,
+        attention_memory: Memory,
+        norm_eps: float,
+        scheme: Scheme,
+    ):
+        super().__init__()
+        end = scheme.branch_end(2 * number)
+        self.gamma_1 = self.gamma_2 = None
+        if layer_scale:
+            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.empty(width)) for _ in range(2))
+            nn.init.constant_(self.gamma_1, layer_scale)
+            nn.init.constant_(self.gamma_2, layer_scale)
+        self.norm1 = LayerNorm(width, norm_eps)
+        self.attn = Attention(
+            width,
+            num_heads,
+            qkv_bias=qkv_bias,
+            table_rows=table_rows,
+            memory=attention_memory,
+            scheme=scheme,
+            end=end,
+        )
+        self.norm2 = AddNorm(width, norm_eps)
+        self.mlp = Mlp(
+            width, int(width * mlp_ratio), draw=scheme.linear, end=end, activation=activation
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        table: Tensor | None,
+        grid: tuple[int, int],
+        window: int = 0,
+    ) -> Tensor:
+        """Maps (B, N, C) to the same shape.
+
+        Args:
+            x: (B, N, C), the residual stream.
+            scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
+            table: (R, h) float32, the shared position table; None: the block's own, or none.
+            grid: Rows and columns of the patches.
+            window: Side of the windows within which patches see each other, in tokens, without
+                prefix tokens; 0: every token sees all.
+        """
+        compute = self.attn.qkv.weight.dtype
+        branch = self.attn(self.norm1(x, compute), table, grid, window)
+        first, second = (None, None) if scales is None else scales
+        x, normed = self.norm2(x, branch, first, self.gamma_1, compute)
+        return add_branch(x, self.mlp(normed), second, self.gamma_2)
+
+
+class Attention(nn.Module):
+    """Dot-product attention over all tokens of an image, or within windows."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: QkvBias,
+        table_rows: int,
+        memory: Memory,
+        scheme: Scheme,
+        end: Draw,
+    ):
+        super().__init__()
+        self.num_heads, self.memory = num_heads, memory
+        self.qkv = Linear(width, 3 * width, draw=scheme.linear, bias=qkv_bias == "fused")
+
+        def vector(exists: bool) -> nn.Parameter | None:
+            return nn.Parameter(nn.init.zeros_(torch.empty(width))) if exists else None
+
+        self.q_bias = vector(qkv_bias in ("qv", "qkv"))
+        self.k_bias = vector(qkv_bias == "qkv")
+        self.v_bias = vector(qkv_bias in ("qv", "qkv"))
+        self.relative_position_bias_table = None
+        if table_rows:
+            self.relative_position_bias_table = nn.Parameter(torch.empty(table_rows, num_heads))
+            fill(self.relative_position_bias_table, scheme.table)
+        self.proj = Linear(width, width, draw=end)
+
+    def forward(
+        self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
+    ) -> Tensor:
+        """Maps (B, N, C) to the same shape; table as in `image_attention`, or of the window."""
+        projected = added = None
+        if self.k_bias is not None:
+            projected = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        elif self.q_bias is not None:
+            added = torch.stack([self.q_bias, self.v_bias])
+        if self.relative_position_bias_table is not None:
+            table = _float32(self.relative_position_bias_table)
+        options = {
+            "num_heads": self.num_heads,
+            "scale": (x.shape[-1] // self.num_heads) ** -0.5,
+            "bias": added,
+            "table": table,
+            "memory": self.memory,
+        }
+        qkv = self.qkv(x, projected)
+        if window:
+            on_grid = qkv.unflatten(1, grid)
+            out = window_attention(on_grid, window=window, shift=0, cosine=False, **options)
+            return self.proj(out.flatten(1, 2))
+        return self.proj(image_attention(qkv, grid=grid, **options))
+
+
+class RelativePositionBias(nn.Module):
+    """One table of relative positions for all blocks."""
+
+    def __init__(self, rows: int, num_heads: int, draw: Draw):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
+        fill(self.relative_position_bias_table, draw)
+
+    def forward(self) -> Tensor:
+        """Returns the table, (R, h) float32."""
+        # A copy: under ZeRO-3 the parameter itself is empty again once this forward is over.
+        return _float32(self.relative_position_bias_table).clone()
+
+
+def _float32(table: Tensor) -> Tensor:
+    return table.to(torch.promote_types(table.dtype, torch.float32))

@@ -1,0 +1,157 @@
+"""`python -m fd_large export RUN --to timm|hf|fd OUT`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.recipes.run import Run
+
+log = logging.getLogger(__name__)
+
+Positional = Annotated[str, tyro.conf.Positional]
+
+
+def export(
+    run: Positional, out: Positional, to: Literal["timm", "hf", "fd"], shard_size: str = "5GB"
+) -> int:
+    """Write the student of a run's newest checkpoint where timm or Hugging Face load it.
+
+    OUT is a new folder: safetensors, config.json, and README.md, the model card.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write; nothing may stand there.
+        to: timm; hf, transformers' Swinv2, BEiT or ViT; fd, Feature-Distillation's names.
+        shard_size: Most bytes of a file; more go into several with an index.
+    """
+    # The words are checked before torch is there.
+    from fd_large.backbones.statistics import IMAGENET
+    from fd_large.checkpoint import stream
+    from fd_large.checkpoint.student import trained_at
+    from fd_large.plan.parameters import count, projection_shapes, shapes, width
+    from fd_large.weights import export as exports
+    from fd_large.weights.export_config import check
+    from fd_large.weights.model_card import card
+    from fd_large.weights.shards import parse_size
+
+    folder, size = Path(run), parse_size(shard_size)
+    recipe = read_recipe(folder)
+    if not recipe.has_teacher:
+        raise ConfigError(
+            f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
+            "expected a distillation. Its net serves other runs as it is: --student.init RUN."
+        )
+    architecture = trained_at(recipe)
+    check(architecture, to, pads=recipe.student.size_rule == "pad")
+    table = shapes(architecture)
+
+    def write() -> tuple[int, list[Path]]:
+        reader = stream.newest(folder, where="export")
+        stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
+        bias = f"{stream.PROJECTION}bias"
+        projection = {
+            f"{stream.PROJECTION}{name}": shape
+            for name, shape in projection_shapes(
+                width(architecture), reader.layout.sizes.get(bias, 0)
+            ).items()
+        }
+        # The whole task is checked, whatever part of it goes out.
+        stream.check(reader, stored | projection)
+        if to == "fd":
+            stored |= projection
+        items = (
+            (
+                name.removeprefix(stream.STUDENT),
+                stream.read(reader, name, shape, kind=stream.outcome(reader)),
+            )
+            for name, shape in stored.items()
+        )
+        text = card(
+            recipe,
+            architecture,
+            to,
+            manifest=reader.manifest,
+            summary=_json(folder / "summary.json"),
+            statistics=IMAGENET,
+            sharded=4 * count(table) > size,
+        )
+        files = exports.export(
+            items,
+            {name.removeprefix(stream.STUDENT): shape for name, shape in stored.items()},
+            architecture,
+            to,
+            Path(out),
+            statistics=IMAGENET,
+            shard_size=size,
+            card=text,
+        )
+        return reader.manifest["update"], files
+
+    update, files = _while_pruned(folder, write)
+    print(
+        f"update {update}: {count(table):,} parameters in {len(files)} "
+        f"file{'s' if len(files) > 1 else ''}: {out}"
+    )
+    return 0
+
+
+def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
+    """Writes; again if a run that trains has pruned the checkpoint under it: it has a newer one."""
+    from fd_large.checkpoint import store
+
+    while True:
+        before = store.renamed(folder)
+        try:
+            return write()
+        except CheckpointError as error:
+            if store.renamed(folder) == before:
+                raise
+            log.warning("export: %s The newest is taken.", error)
+
+
+def read_recipe(folder: Path, *, where: str = "export") -> Run:
+    """Returns the recipe of a run.
+
+    Args:
+        folder: Of the run.
+        where: The command, for messages.
+
+    Raises: ConfigError: if the folder holds none that can be read.
+    """
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {folder}: no run; got a path without recipe.json, expected the folder of a "
+            "run. Name one, for example runs/quickstart."
+        )
+    try:
+        return Run.from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: {path}: damaged; got {error}, expected what the run wrote. Restore it."
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    return tyro.cli(
+        export,
+        args=arguments or ["--help"],
+        prog="python -m fd_large export",
+        use_underscores=True,
+    )

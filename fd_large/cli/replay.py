@@ -1,0 +1,148 @@
+"""`python -m fd_large replay FILE`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fd_large.tasks.distillation.replay import Incident, Replayed, Weights
+
+Positional = Annotated[str, tyro.conf.Positional]
+
+
+def replay(file: Positional) -> int:
+    """Run a step that the guard refused again, on one device.
+
+    Args:
+        file: RUN/incidents/update_NNNNNNNN, or the incident.json in it.
+    """
+    from rich.console import Console
+
+    # torch and deepspeed: seconds.
+    from fd_large import distributed
+    from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
+
+    incident = read_incident(Path(file))
+    weights = find_weights(incident)
+    # A pipe has no width of its own; layers have long names.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    _tell_incident(console, incident, weights, str(distributed.device()))
+    replayed = run_again(incident, weights)
+    _tell_losses(console, incident, replayed)
+    _tell_layers(console, incident, replayed)
+    if not replayed.same_teacher:
+        console.print(
+            "NOT THE TEACHER of the run: the weights at teacher.source have changed.", style="red"
+        )
+    return 0
+
+
+def _tell_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
+    said, step = incident.said, incident.said["index"]
+    console.print(f"update {step + 1} of {incident.folder}", style="bold", markup=False)
+    for off in said["off"]:
+        usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
+        limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"
+        console.print(f"  {off['what']} {off['value']:.6g}{usual}{limit}")
+    console.print(f"  {incident.recipe.engine.precision} on {device}")
+    if weights.accepted_between is None:
+        console.print(
+            f"  weights: checkpoint of {weights.update} updates, {weights.update - step} LATER "
+            "than the step (older ones are gone): losses will differ",
+            style="yellow",
+        )
+    elif weights.accepted_between:
+        console.print(
+            f"  weights: checkpoint of {weights.update} updates, {weights.accepted_between} "
+            f"update{'s' if weights.accepted_between > 1 else ''} earlier than the step: losses "
+            "will differ",
+            style="yellow",
+        )
+    else:
+        console.print(f"  weights: checkpoint of {weights.update} updates, those of the step")
+
+
+def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    said = incident.said
+    table = Table(title="Losses", title_justify="left")
+    for column in ("rank", "micro batch", "recorded", "now"):
+        table.add_column(column, justify="right")
+    table.add_column("pictures", overflow="fold")
+    size = said["micro_batch_size"]
+    for pictures in incident.pictures:
+        names = said["ranks"][pictures.rank]["names"]
+        for number, (before, now) in enumerate(
+            zip(pictures.losses, replayed.losses[pictures.rank], strict=True)
+        ):
+            table.add_row(
+                str(pictures.rank),
+                str(number),
+                _number(before),
+                _number(now),
+                Text("\n".join(names[number * size : (number + 1) * size])),
+            )
+    console.print(table)
+    whole = len(incident.pictures) == said["world_size"]
+    console.print(
+        Text("gradient norm: ").append_text(_number(replayed.grad_norm)),
+        Text("of the pictures above; recorded")
+        if whole
+        else Text("of the pictures above; recorded, of all ranks,"),
+        _number(said["grad_norm"]),
+    )
+
+
+def _tell_layers(console: Console, incident: Incident, replayed: Replayed) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Largest magnitude at each layer's output", title_justify="left")
+    table.add_column("layer, in execution order", overflow="fold")
+    for column in ("recorded, all ranks", "forward now", "gradient now"):
+        table.add_column(column, justify="right")
+    for name, value in replayed.forward.items():
+        table.add_row(
+            Text(name),
+            _number(incident.said["layers"].get(name)),
+            _number(value),
+            _number(replayed.gradient.get(name)),
+        )
+    console.print(table)
+    # Last, where a terminal stands when a long table has passed.
+    for what, maxima, order in (
+        ("forward", replayed.forward, list(replayed.forward)),
+        ("gradient", replayed.gradient, list(replayed.forward)[::-1]),
+    ):
+        bad = [n for n in order if n in maxima and not math.isfinite(maxima[n])]
+        text = f"{bad[0]} is the first layer that is not finite" if bad else "finite at every layer"
+        console.print(Text(f"{what}: {text}", style="bold red" if bad else ""))
+
+
+def _number(value: float | None) -> object:
+    from rich.text import Text
+
+    if value is None:
+        return Text("")
+    if math.isfinite(value):
+        return Text(f"{value:.6g}")
+    return Text(f"{value:g} !", style="bold red")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    return tyro.cli(
+        replay,
+        args=arguments or ["--help"],
+        prog="python -m fd_large replay",
+        use_underscores=True,
+    )

@@ -1,0 +1,111 @@
+"""`python -m fd_large evaluate --detections FILE --annotations FILE --json OUT`: no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fd_large.errors import ConfigError
+from fd_large.tasks.detection.scores.results import read_results, write_text
+from fd_large.tasks.detection.scores.scoring import NUMBERS, Scores, read_ground_truth, score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Columns of a terminal that hold two classes a line.
+WIDE = 110
+MEANINGS = {
+    "AP": "mean over IoU 0.50 to 0.95",
+    "AP50": "at IoU 0.50",
+    "AP75": "at IoU 0.75",
+    "APs": "objects below 32 x 32 pixels",
+    "APm": "objects from there to 96 x 96",
+    "APl": "objects above",
+    "AR1": "recall with 1 detection a picture",
+    "AR10": "recall with 10",
+    "AR100": "recall with 100",
+    "ARs": "recall of objects below 32 x 32",
+    "ARm": "recall from there to 96 x 96",
+    "ARl": "recall above",
+}
+
+
+def score_file(detections: str, annotations: str, json_out: str) -> int:
+    """Scores a results file, shows the twelve COCO numbers and the classes, writes JSON.
+
+    Args:
+        detections: Path of a file in COCO's results format.
+        annotations: Path of the ground truth's JSON.
+        json_out: Path to write to; empty: nothing is written.
+
+    Raises: DataError or ConfigError: for files that cannot be used.
+    """
+    if json_out and not Path(json_out).resolve().parent.is_dir():
+        raise ConfigError(
+            f"--json: no folder to write into; got {json_out!r}, expected a file in a folder that "
+            "is there. Make the folder, or choose another."
+        )
+    scores = score(read_ground_truth(annotations), read_results(detections))
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(numbers_table(scores))
+    console.print(classes_table(scores))
+    if json_out:
+        write_text(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
+        console.print(f"written: {json_out}", soft_wrap=True)
+    return 0
+
+
+def numbers_table(scores: Scores) -> Table:
+    """The twelve numbers of boxes and masks."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{scores.num_images:,} pictures, {scores.num_results:,} detections",
+        title_justify="left",
+    )
+    table.add_column("")
+    for kind in scores.kinds:
+        table.add_column(kind, justify="right")
+    table.add_column("")
+    for number, name in enumerate(NUMBERS):
+        table.add_row(
+            name,
+            *(_shown(kind.numbers[name]) for kind in scores.kinds.values()),
+            MEANINGS[name],
+            end_section=number in (2, 5, 8),
+        )
+    return table
+
+
+def classes_table(scores: Scores) -> Table:
+    """AP and AP50 of the classes that occur, two classes a line where the terminal is wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="AP and AP50 of the classes that the pictures show", title_justify="left")
+    lines = []
+    for place, of_class in enumerate(next(iter(scores.kinds.values())).classes):
+        if of_class.ap is None:
+            continue
+        cells = [of_class.name]
+        for kind in scores.kinds.values():
+            cells += [_shown(kind.classes[place].ap), _shown(kind.classes[place].ap50)]
+        lines.append(cells)
+    side_by_side = 2 if Console().width >= WIDE else 1
+    rows = -(-len(lines) // side_by_side)
+    for _ in range(side_by_side):
+        table.add_column("class")
+        for kind in scores.kinds:
+            table.add_column(kind, justify="right")
+            table.add_column(f"{kind} 50", justify="right")
+    for number in range(rows):
+        # The last line of the right half may be empty.
+        table.add_row(*(cell for line in lines[number::rows] for cell in line))
+    return table
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None or number < 0 else f"{100 * number:.1f}"

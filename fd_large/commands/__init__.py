@@ -1,1 +1,0 @@
-"""Commands of `python -m fd_large` that have words of their own, one file each."""

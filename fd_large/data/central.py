@@ -1,0 +1,131 @@
+"""Labelled images to centre crops: what frozen features and accuracies are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from fd_large.data.decode import decode
+from fd_large.data.labelled import LabelledPictures
+from fd_large.data.quiet import quiet
+from fd_large.data.worker import start_worker
+from fd_large.errors import DataError
+
+# ImageNet's custom: the short side is resized to 256 for a crop of 224.
+RESIZE_RATIO = 256 / 224
+
+
+# Of a picture that cannot be used; no class.
+NO_LABEL = -1
+
+
+def central_view(image: Tensor, image_size: int) -> Tensor:
+    """The middle of a picture whose short side is 256/224 times as long; bicubic.
+
+    Args:
+        image: (3, H, W) uint8.
+        image_size: Side of the view, in pixels.
+
+    Returns: (3, image_size, image_size) uint8, contiguous.
+    """
+    height, width = image.shape[-2:]
+    short = int(RESIZE_RATIO * image_size)
+    # As torchvision's Resize and CenterCrop round.
+    if height <= width:
+        size = (short, int(short * width / height))
+    else:
+        size = (int(short * height / width), short)
+    resized = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+    top, left = (round((side - image_size) / 2) for side in size)
+    return resized[:, top : top + image_size, left : left + image_size].contiguous()
+
+
+class CentralBatch(NamedTuple):
+    """Centre crops of some neighbouring pictures.
+
+    Attributes:
+        start: Number of the first picture.
+        images: (B, 3, S, S) uint8.
+        labels: (B,) int64; `NO_LABEL` where the picture cannot be used.
+        bad: What is wrong with those.
+    """
+
+    start: int
+    images: Tensor
+    labels: Tensor
+    bad: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _CentralBatches(Dataset):
+    source: LabelledPictures
+    image_size: int
+    max_pixels: int
+
+    def __getitem__(self, where: tuple[int, int]) -> CentralBatch:
+        start, stop = where
+        images, labels, bad = [], [], []
+        with quiet():
+            for index in range(start, stop):
+                label = self.source.label(index)
+                try:
+                    image = decode(
+                        self.source.read(index), self.source[index], max_pixels=self.max_pixels
+                    )
+                    images.append(central_view(image, self.image_size))
+                except DataError as error:
+                    images.append(torch.zeros(3, self.image_size, self.image_size).byte())
+                    bad.append(str(error))
+                    label = NO_LABEL
+                labels.append(label)
+        return CentralBatch(start, torch.stack(images), torch.tensor(labels), tuple(bad))
+
+
+def central_batches(
+    source: LabelledPictures,
+    *,
+    image_size: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+    max_pixels: int,
+) -> Iterator[CentralBatch]:
+    """The centre crops of a rank's pictures.
+
+    Batch b is pictures b*B to (b+1)*B - 1 and belongs to rank b modulo W, so that a batch is made
+    of the same pictures on any number of ranks, and its numbers are the same to the bit.
+
+    Args:
+        source: The pictures.
+        image_size: Side of a crop, in pixels.
+        batch_size: B; the last one may have fewer.
+        rank: Counted from 0.
+        world_size: W.
+        workers: Processes that load; 0: this one does.
+        max_pixels: Larger pictures are refused before they are decoded.
+    """
+    starts = range(rank * batch_size, len(source), world_size * batch_size)
+    ends = [(start, min(start + batch_size, len(source))) for start in starts]
+    return iter(
+        DataLoader(
+            _CentralBatches(source, image_size, max_pixels),
+            sampler=ends,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            worker_init_fn=start_worker,
+            pin_memory=False,
+            generator=torch.Generator(),  # else torch's global one moves
+        )
+    )
+
+
+def _unchanged(batch: CentralBatch) -> CentralBatch:
+    return batch

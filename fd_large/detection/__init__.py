@@ -1,1 +1,0 @@
-"""Boxes and masks from a distilled student: heads, losses, data, official evaluation."""

@@ -1,0 +1,93 @@
+"""A task inside its DeepSpeed engine, with exact float32 masters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.engine.activation import checkpoint_blocks, compile_blocks
+from fd_large.engine.task import Task
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.gate import StepGate
+from fd_large.engine.zero.gradients import spare_passes
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
+from fd_large.engine.zero.start import deepspeed
+from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
+from fd_large.recipes.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class Engine(NamedTuple):
+    """A task inside its DeepSpeed engine.
+
+    Attributes:
+        deepspeed: The engine; its module is the task.
+        task: The trained Module.
+        stage: ZeRO stage.
+        config: The JSON that DeepSpeed got.
+        gate: Before each step of the optimiser.
+    """
+
+    deepspeed: Any
+    task: Task
+    stage: int
+    config: dict[str, Any]
+    gate: StepGate
+
+
+def build_engine(
+    run: Run,
+    make: Callable[[], Task],
+    config: dict[str, Any],
+    *,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    initial: Iterable[tuple[str, Tensor]] | None = None,
+) -> Engine:
+    """The task in its DeepSpeed engine, with exact float32 masters.
+
+    Args:
+        run: Optimiser, checkpointing, seed.
+        make: Constructs the task; draws from torch's global generator only.
+        config: A filled JSON.
+        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
+        initial: The same of `task.student` alone.
+    """
+    stage = ds.stage_of(config)
+    bfloat16 = config["bf16"]["enabled"]
+    task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
+    if weights is not None:
+        load_weights(task, weights, where="--student.init")
+    elif initial is not None:
+        load_weights(task.student, initial, where="--student.init")
+    exact = partition.to_bfloat16(task) if bfloat16 else None
+    if stage < 3:
+        task.to(distributed.device())
+    if run.engine.compile == "blocks":
+        compile_blocks(_blocks(task))
+    wrapped = checkpoint_blocks(
+        _blocks(task), mode=run.student.activation_checkpointing, every=run.student.checkpoint_every
+    )
+    if wrapped:
+        log.info("activation checkpointing: %d of %d blocks", wrapped, len(_blocks(task)))
+    on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
+    optimizer = make_optimizer(
+        parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=on_gpu
+    )
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
+    if exact is not None:
+        partition.set_masters(task, exact)
+    spare_passes(
+        engine, bucket=config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
+    )
+    return Engine(engine, task, stage, config, StepGate(optimizer))
+
+
+def _blocks(task: Task) -> list[nn.Module]:
+    return task.student.blocks()

@@ -1,0 +1,44 @@
+"""Which of DeepSpeed's compiled operations this machine can build, and which are built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from fd_large.engine.zero.start import deepspeed
+
+# FusedAdam steps the masters on GPUs; the others serve what a JSON may turn on.
+NAMES = ("FusedAdam", "CPUAdam", "AsyncIO")
+
+
+class Op(NamedTuple):
+    """One operation.
+
+    Attributes:
+        name: DeepSpeed's.
+        buildable: Whether compiler and libraries are there, as far as DeepSpeed looks.
+        built: Whether a library of it lies ready: installed, or left by an earlier run.
+    """
+
+    name: str
+    buildable: bool
+    built: bool
+
+
+def ops() -> list[Op]:
+    """Asks the builder of each operation; nothing is compiled."""
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    found = []
+    for name in NAMES:
+        builder = getattr(deepspeed.ops.op_builder, f"{name}Builder")()
+        try:
+            buildable = bool(builder.is_compatible(verbose=False))
+        except Exception:  # DeepSpeed raises many kinds, each of which means that it does not.
+            buildable = False
+        built = bool(installed_ops.get(builder.name)) or any(root.glob(f"**/{builder.name}.so"))
+        found.append(Op(name, buildable, built))
+    return found

@@ -1,0 +1,108 @@
+"""AdamW in two groups, by the fastest implementation that is really there."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fd_large.engine.task import Task
+from fd_large.engine.zero.start import deepspeed
+from fd_large.errors import ConfigError
+from fd_large.kernels.choose import has_nvidia_apex
+from fd_large.recipes.sections import Optim
+
+log = logging.getLogger(__name__)
+
+
+def decays(
+    name: str, ndim: int, skip_names: frozenset[str], skip_keywords: tuple[str, ...]
+) -> bool:
+    """Whether a parameter has weight decay.
+
+    None for vectors, biases, names in the list and names that contain a keyword. Source: official
+    code, optimizer.py get_pretrain_param_groups.
+    """
+    if ndim == 1 or name.endswith(".bias") or name in skip_names:
+        return False
+    return not any(keyword in name for keyword in skip_keywords)
+
+
+def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, "decay" and "no_decay"; frozen parameters are in none."""
+    skip_names, skip_keywords = task.no_weight_decay()
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a parameter's own shape is empty; the full one is beside it.
+            ndim = len(getattr(parameter, "ds_shape", parameter.shape))
+            groups[decays(name, ndim, skip_names, skip_keywords)].append(parameter)
+    rows = [
+        {"name": "decay", "params": groups[True], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
+    ]
+    return [row for row in rows if row["params"]]
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool
+) -> torch.optim.Optimizer:
+    """AdamW over the groups: DeepSpeed's fused kernel, NVIDIA apex's, or torch's.
+
+    Args:
+        groups: From `parameter_groups`.
+        optim: Betas, eps and which implementation (`fused`).
+        on_gpu: Whether the masters live on a GPU; fused CUDA kernels need that.
+
+    Raises: ConfigError: if the recipe names an implementation that is not there.
+    """
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    passed_over = []
+    for kind in (optim.fused,) if optim.fused != "auto" else ("deepspeed", "apex", "torch"):
+        reason = _why_not(kind, on_gpu)
+        if reason is None:
+            log.info("optimiser: AdamW of %s%s", kind, "".join(passed_over))
+            return _construct(kind, groups, settings)
+        if optim.fused != "auto":
+            raise ConfigError(
+                f"optim.fused: {kind}'s AdamW is not to be had here; got {reason}, expected "
+                "a working one. Set --optim.fused auto."
+            )
+        passed_over.append(f"; not {kind}'s: {reason}")
+    raise AssertionError("torch's AdamW is always there")
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Sets the learning rate of all groups; works on DeepSpeed's wrappers too."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _why_not(kind: str, on_gpu: bool) -> str | None:
+    if kind == "torch":
+        return None
+    if not on_gpu:
+        return "the masters are in host memory"
+    if kind == "apex":
+        return None if has_nvidia_apex() else "NVIDIA apex is not installed"
+    builder = deepspeed.ops.op_builder.FusedAdamBuilder()
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # Whatever a compiler says: DeepSpeed raises many kinds.
+        return f"its kernel does not build ({type(error).__name__})"
+    return None
+
+
+def _construct(
+    kind: str, groups: Iterable[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    if kind == "deepspeed":
+        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
+    if kind == "apex":
+        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+        return fused_adam(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)

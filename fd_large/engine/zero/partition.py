@@ -1,0 +1,228 @@
+"""Parameters in pieces: building partitioned, exact float32 masters, and each rank's own slice.
+
+The only file that knows how ZeRO-3 lays a parameter out: rank r of the group holds elements
+[r*k, (r+1)*k) of the flattened parameter, k = ceil(numel / ranks), the last rank's rest is zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.engine.zero.start import deepspeed
+
+
+def build(
+    make: Callable[[], nn.Module],
+    config: dict[str, Any],
+    *,
+    partitioned: bool,
+    seed: int,
+    group: Any = None,
+    whole_first: bool = False,
+) -> nn.Module:
+    """Builds a module in float32, whole or in pieces, with the same values either way.
+
+    Under `zero.Init` each submodule is partitioned at the end of its constructor, so a rank never
+    holds more than its share and one module.
+
+    Args:
+        make: Constructs the module; draws from torch's global generator only.
+        config: A filled DeepSpeed configuration.
+        partitioned: Whether the parameters are split over `group`.
+        seed: Of torch's generator during construction; the caller's state is restored.
+        group: Ranks that share the parameters; None for all.
+        whole_first: Build it whole on every rank and split it then: for constructors that write to
+            their children's parameters, as timm's do.
+    """
+    context = nullcontext()
+    if partitioned:
+        # float32 whatever the precision, since masters are to be exact: by a configuration without
+        # bf16, because `dtype=torch.float32` gives bfloat16 on CPUs without float16 arithmetic.
+        float32 = {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
+        split = partial(deepspeed.zero.Init, config_dict_or_path=float32, data_parallel_group=group)
+        context = nullcontext() if whole_first else split()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with context:
+            module = make()
+    if partitioned and whole_first:
+        split(module=module)
+        # The engine takes a module in pieces for one that is on its device, buffers too.
+        for child in module.modules():
+            for name, buffer in child.named_buffers(recurse=False):
+                setattr(child, name, buffer.to(distributed.device()))
+    return module
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter in pieces."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """This rank's elements, flat and without padding, and the offset of the first.
+
+    A whole parameter is one piece at offset 0. The tensor is a view: writing to it writes the
+    parameter.
+    """
+    if not is_partitioned(parameter):
+        return parameter.data.view(-1), 0
+    held = parameter.ds_tensor.data.view(-1)
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    offset = rank * held.numel()
+    length = max(0, min(held.numel(), parameter.ds_numel - offset))
+    return held[:length], min(offset, parameter.ds_numel)
+
+
+def write(parameter: nn.Parameter, full: Tensor) -> None:
+    """Takes this rank's elements of a parameter from its full value, without communication."""
+    target, offset = piece(parameter)
+    source = full.reshape(-1)[offset : offset + target.numel()]
+    target.copy_(source)
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """The full shape, whether the parameter is held in pieces or whole."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every rank, for reading."""
+    held = [parameter for parameter in parameters if is_partitioned(parameter)]
+    with deepspeed.zero.GatheredParameters(held, enabled=bool(held)):
+        yield
+
+
+def stream(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, full value on the host), one parameter gathered at a time, on every rank."""
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            value = parameter.detach().to("cpu", copy=True)
+        yield name, value
+
+
+def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
+    """Turns parameters into bfloat16 in place and returns this rank's float32 pieces by name.
+
+    A bf16 engine takes its masters from the bf16 weights; the pieces put the exact ones back
+    (`set_masters`).
+    """
+    exact = {}
+    for name, parameter in module.named_parameters():
+        exact[name] = piece(parameter)[0].detach().clone()
+        if is_partitioned(parameter):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()
+            # hpZ's copy inside the node, which the first forward gathers from.
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                secondary = parameter.ds_secondary_tensor
+                secondary.data = secondary.data.bfloat16()
+        parameter.data = parameter.data.bfloat16()
+    return exact
+
+
+def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
+    """Writes float32 masters into a bf16 engine's optimiser, at any ZeRO stage.
+
+    Args:
+        module: The engine's module.
+        exact: What `to_bfloat16` returned; emptied on the way, so that both never stand side by
+            side.
+    """
+    for name, parameter in module.named_parameters():
+        values = exact.pop(name)
+        if is_partitioned(parameter):
+            held = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)
+            held[: values.numel()] = values
+            deepspeed.utils.safe_set_local_fp32_param(parameter, held.to(values.device))
+        elif (mapping := parameter._hp_mapping) is not None:
+            # Stages 1 and 2: this rank owns a stretch of the flattened parameter, or nothing.
+            start = mapping.lp_fragment_address.start
+            length = mapping.lp_fragment_address.numel
+            mapping.get_hp_fragment().data.copy_(values[start : start + length])
+
+
+def fingerprint(module: nn.Module, *, group: Any = None) -> str:
+    """A 64-bit hash of all parameters and buffers, the same however they are split.
+
+    Sum over elements of (bits + 1) * odd(position, name) modulo 2^64: linear, so that each rank
+    hashes what it holds and one all-reduce adds the parts up; any single changed element changes
+    the sum. Not cryptographic.
+
+    Args:
+        module: Whole or partitioned parameters.
+        group: The ranks that share them; None for all.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    partitioned = False
+    for name, parameter in module.named_parameters():
+        held, offset = piece(parameter)
+        partitioned |= is_partitioned(parameter)
+        total += _hash_piece(name, held, offset).cpu()
+    if partitioned:
+        total = distributed.sum_tensor(total, group=group)
+    for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
+        if buffer.is_floating_point():
+            total += _hash_piece(name, buffer.view(-1), 0).cpu()
+    return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
+    """Returns "PART/PARTS HASH" of what this rank itself holds of a module, no other rank asked.
+
+    Its pieces, all buffers, and what ZeRO-3 keeps whole beside the pieces. Ranks that hold the same
+    part give the same.
+
+    Args:
+        module: Whole or partitioned parameters.
+        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
+            fetches them at a forward of its choice, so they count by what changed since.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    part, parts = 0, 1
+    for name, parameter in module.named_parameters():
+        total += _hash_piece(name, *piece(parameter)).cpu()
+        if is_partitioned(parameter):
+            part = torch.distributed.get_rank(parameter.ds_process_group)
+            parts = torch.distributed.get_world_size(parameter.ds_process_group)
+            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
+                now = _hash_piece(name, parameter.data.view(-1), 0).cpu()
+                total += now - whole.setdefault(name, now)
+    for name, buffer in module.named_buffers():
+        flat = buffer.reshape(-1)
+        total += _hash_piece(name, flat if flat.is_floating_point() else _bytes(flat), 0).cpu()
+    return f"{part + 1}/{parts} {total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.contiguous().view(torch.uint8)
+
+
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.uint8: torch.uint8,
+}
+_CHUNK = 1 << 22  # Elements hashed at once: 32 MiB of int64 beside the parameter.
+
+
+def _hash_piece(name: str, held: Tensor, offset: int) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=held.device)
+    salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+    for start in range(0, held.numel(), _CHUNK):
+        bits = held[start : start + _CHUNK].contiguous().view(_BITS[held.dtype]).long()
+        position = torch.arange(bits.numel(), device=held.device) + (offset + start)
+        # Knuth's golden-ratio multiplier as a signed 64-bit integer; int64 products wrap.
+        mixed = (position + salt) * -7046029254386353131
+        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+        total += ((bits + 1) * (mixed | 1)).sum()
+    return total

@@ -1,0 +1,54 @@
+"""DeepSpeed's own start: no compiler on CPU, no chatter, and a clean slate between engines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+from fd_large import distributed
+from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
+
+if not torch.cuda.is_available():
+    # Read at import: names the accelerator and keeps DeepSpeed from guessing with a warning.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Torch's collectives warn once a call about names that DeepSpeed still uses.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed.*")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+
+
+def start() -> None:
+    """Gives DeepSpeed the process group that `distributed.start()` made."""
+    if not torch.cuda.is_available():
+        # Otherwise init_distributed compiles a shared-memory extension and dies without a C++
+        # compiler; gloo's collectives serve.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if distributed.device().type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    if backend == "gloo":
+        deepspeed.comm.comm.cdb.all_gather_into_tensor = gather_in_place
+        deepspeed.comm.comm.cdb.reduce_scatter_tensor = scatter_in_place
+
+
+def forget_engines() -> None:
+    """Lets go of what ZeRO-3 keeps alive after `engine.destroy()`.
+
+    DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
+    parameter coordinator; the hpZ group is global to the process and would be taken over by the
+    next engine, whatever its configuration.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for function in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        cells = getattr(function, "__closure__", None) or ()
+        for candidate in (function, *(cell.cell_contents for cell in cells)):
+            if hasattr(candidate, "cache_clear"):
+                candidate.cache_clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None

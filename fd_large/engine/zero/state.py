@@ -1,0 +1,244 @@
+"""A live run's state in pieces: masters and moments, at any ZeRO stage, offloaded or not.
+
+The only file that knows where DeepSpeed keeps them (0.19.8). Pieces are views: reading copies
+nothing, writing restores. No communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout, Span
+from fd_large.checkpoint.write import Piece
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""Kind, and key in the optimiser's state, of the average that `ema.py` keeps."""
+Read = Callable[[str, str, int, int], Tensor]
+
+
+class _Home(NamedTuple):
+    """Where this rank's elements of one parameter live.
+
+    Attributes:
+        span: Elements of the flattened parameter.
+        master: Their float32 values, a view.
+        owner: The tensor that the inner optimiser steps; its state holds the moments.
+        offset: Of the elements inside the owner.
+    """
+
+    span: Span
+    master: Tensor
+    owner: Tensor
+    offset: int
+
+
+def layout_of(engine: Engine) -> Layout:
+    """Which rank holds which elements, from a few numbers that all ranks know."""
+    ranks = distributed.world_size()
+    if engine.stage in (0, 3):
+        sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
+        return EachTensor(sizes, ranks)
+    optimizer = engine.deepspeed.optimizer
+    names = {id(p): n for n, p in engine.task.named_parameters()}
+    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
+    flats = _flat_partitions(optimizer)
+    return FlatGroups(
+        tuple(tuple((names[id(p)], p.numel()) for p in group) for group in groups),
+        tuple(flat.numel() for flat in flats),
+        ranks,
+    )
+
+
+def pieces(engine: Engine) -> Iterator[Piece]:
+    """This rank's masters and moments, as views of the live state."""
+    inner = engine.gate.inner
+    for name, parameter in engine.task.named_parameters():
+        home = _home(engine, parameter)
+        if home is None or home.master.numel() == 0:
+            continue
+        yield Piece(f"master.{name}", home.master)
+        state = optimizer_state(inner, home.owner)
+        for kind in (*MOMENTS, EMA):
+            if kind in state:
+                yield Piece(f"{kind}.{name}", _part(state[kind], home))
+
+
+def stretches(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
+    """Yields (name, tensor that the optimiser steps, start, stop) of this rank's elements.
+
+    At stage 0 every rank steps whole tensors.
+    """
+    for name, parameter in engine.task.named_parameters():
+        home = _home(engine, parameter, whole=True)
+        if home is not None and home.master.numel():
+            yield name, home.owner, home.offset, home.offset + home.master.numel()
+
+
+def has_average(engine: Engine) -> bool:
+    """Whether this rank's state holds an average of the weights."""
+    return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in stretches(engine))
+
+
+def needs(engine: Engine, layout: Layout) -> set[int]:
+    """The stored ranks whose files this rank reads to restore its part.
+
+    One file where as many ranks hold the state in the same cut; all of them at stages 0 to 2,
+    where every rank holds the whole working copy.
+    """
+    if engine.stage < 3:
+        return set(range(layout.ranks))
+    wanted: set[int] = set()
+    for name, parameter in engine.task.named_parameters():
+        held, start = partition.piece(parameter)
+        wanted |= set(layout.holders(name, Span(start, start + held.numel())))
+        secondary = getattr(parameter, "ds_secondary_tensor", None)
+        if secondary is not None:
+            wanted |= set(layout.holders(name, _secondary_span(parameter)))
+    return wanted
+
+
+def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool = False) -> None:
+    """Writes a stored state into an engine, all ranks together.
+
+    An average that the engine keeps and the stored state has not begins as the weights.
+
+    Args:
+        engine: Between two updates, or before the first.
+        read: (kind, name, start, stop) -> those elements of the flattened tensor.
+        updates: That are finished.
+        steps: Of them that the optimiser has made: all but the skipped ones.
+        ema: Whether the stored state has an average.
+    """
+    inner = engine.gate.inner
+    owners: dict[int, Tensor] = {}
+    _forget_whole_copies(engine)
+    with torch.no_grad():
+        for name, parameter in engine.task.named_parameters():
+            home = _home(engine, parameter, whole=True)
+            if home is not None and home.master.numel():
+                home.master.copy_(read("master", name, *home.span))
+                state = optimizer_state(inner, home.owner)
+                for kind in MOMENTS:
+                    _part(state[kind], home).copy_(read(kind, name, *home.span))
+                if EMA in state:
+                    _part(state[EMA], home).copy_(read(EMA if ema else "master", name, *home.span))
+            if home is not None:
+                owners[id(home.owner)] = home.owner
+            _restore_working_copy(engine, name, parameter, read)
+    for owner in owners.values():
+        _set_steps(inner, owner, steps)
+    for group in inner.param_groups:
+        # DeepSpeed's and apex's FusedAdam count in the group.
+        if "step" in group:
+            group["step"] = steps
+    engine.deepspeed.global_steps = updates
+
+
+def redistribute(engine: Engine) -> None:
+    """Gives every rank the parameters that forward uses, from the masters; all ranks together."""
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage in (1, 2):
+        optimizer.update_lp_params()
+    elif engine.stage == 3:
+        _forget_whole_copies(engine)
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()
+
+
+def _forget_whole_copies(engine: Engine) -> None:
+    """Small tensors stay whole from the first forward on; the next one gathers them anew."""
+    if engine.stage == 3:
+        engine.deepspeed.optimizer._partition_all_parameters()
+
+
+def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, read: Read) -> None:
+    """The parameter that forward uses, from the stored master."""
+    if not partition.is_partitioned(parameter):
+        if engine.stage != 0:
+            parameter.data.view(-1).copy_(read("master", name, 0, parameter.numel()))
+        return
+    held, offset = partition.piece(parameter)
+    held.copy_(read("master", name, offset, offset + held.numel()))
+    secondary = getattr(parameter, "ds_secondary_tensor", None)
+    if secondary is not None:
+        start, stop = _secondary_span(parameter)
+        secondary.data.view(-1)[: stop - start].copy_(read("master", name, start, stop))
+
+
+def _secondary_span(parameter: nn.Parameter) -> Span:
+    """Elements of hpZ's copy: the same cut, over the ranks of the node."""
+    each = parameter.ds_secondary_tensor.numel()
+    start = torch.distributed.get_rank(parameter.ds_zero_param_process_group) * each
+    return Span(min(start, parameter.ds_numel), min(start + each, parameter.ds_numel))
+
+
+def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _Home | None:
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 0:
+        # Every rank has all of it and stores its share.
+        size = parameter.numel()
+        span = Span(0, size)
+        if not whole:
+            cut = EachTensor({"": size}, distributed.world_size())
+            span = cut.span(distributed.rank(), "")
+        master = parameter.data.view(-1)[span.start : span.stop]
+        return _Home(span, master, parameter, span.start)
+    if engine.stage == 3:
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        owner = optimizer.fp32_partitioned_groups_flat[group]
+        held, start = partition.piece(parameter)
+        length = held.numel()
+        master = owner.data.narrow(0, offset, length)
+        return _Home(Span(start, start + length), master, owner, offset)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    owner = _flat_partitions(optimizer)[mapping.param_group_index]
+    offset = mapping.hp_fragment_address.start
+    return _Home(Span(start, start + length), owner.data.narrow(0, offset, length), owner, offset)
+
+
+def _flat_partitions(optimizer: Any) -> list[Tensor]:
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    return flats if flats is not None else optimizer.fp32_groups_flat_partition
+
+
+def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
+    """A tensor's moments and count of steps; before the first step the optimiser has none."""
+    held = inner.state[owner]
+    if "step" not in held:
+        # torch's fused kernel wants the count beside the parameter.
+        on_device = isinstance(inner, torch.optim.AdamW)
+        held["step"] = torch.zeros((), device=owner.device) if on_device else 0
+    for moment in MOMENTS:
+        if moment not in held:
+            held[moment] = torch.zeros_like(owner, requires_grad=False)
+    return held
+
+
+def _part(moment: Tensor, home: _Home) -> Tensor:
+    return moment.view(-1).narrow(0, home.offset, home.master.numel())
+
+
+def _set_steps(inner: torch.optim.Optimizer, owner: Tensor, updates: int) -> None:
+    if isinstance(inner, torch.optim.AdamW):
+        # The fused kernel wants the count beside the parameter.
+        inner.state[owner]["step"] = torch.tensor(
+            float(updates), dtype=torch.float32, device=owner.device
+        )
+    else:
+        inner.state[owner]["step"] = updates
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return parameter.ds_numel if partition.is_partitioned(parameter) else parameter.numel()

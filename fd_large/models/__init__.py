@@ -1,1 +1,0 @@
-"""Backbones as pure mathematics: plain arguments in, a feature map out."""

@@ -1,0 +1,163 @@
+"""Pooled features of labelled pictures, streamed to a file by all ranks.
+
+A row is the mean of an image's patch tokens, or its class token, in float32. Pictures come in
+batches of a fixed size, the same ones on any number of ranks, so that a row is the same to the bit
+whoever computes it. Rows go to one file in a folder that all ranks see; memory does not grow with
+the data set.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.data.central import NO_LABEL, central_batches
+from fd_large.data.labelled import LabelledPictures
+from fd_large.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+Pool = Literal["mean", "cls"]
+# Any more of one data set and it is not that data set that is measured.
+MAX_BAD_FRACTION = 0.01
+
+
+class Features(NamedTuple):
+    """Rows by picture; both arrays are mapped from files.
+
+    Attributes:
+        rows: (N, C) float32.
+        labels: (N,) int64; `NO_LABEL` where the picture could not be used.
+    """
+
+    rows: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    def usable(self) -> NDArray[np.int64]:
+        """Numbers of the pictures that count."""
+        return np.flatnonzero(self.labels != NO_LABEL)
+
+
+def pooled(features: FeatureMap, pool: Pool) -> Tensor:
+    """(B, C) float32 of a map: the mean over its patches, or its first token.
+
+    Raises: ConfigError: if the class token is wanted of a map without one.
+    """
+    if pool == "cls":
+        if not features.num_prefix_tokens:
+            raise ConfigError(
+                "--pool: the net has no class token; got cls, expected mean. Set --pool mean."
+            )
+        return features.tokens[:, 0].float()
+    return features.tokens[:, features.num_prefix_tokens :].float().mean(1)
+
+
+def extract(
+    net: Callable[[Tensor], FeatureMap],
+    statistics: Statistics,
+    pictures: LabelledPictures,
+    folder: Path,
+    *,
+    image_size: int,
+    batch_size: int,
+    pool: Pool = "mean",
+    workers: int = 0,
+    max_pixels: int = 2**26,
+    told: Callable[[int], None] = lambda count: None,
+    between: Callable[[], None] = lambda: None,
+) -> Features:
+    """Features of the centre crops of all pictures; a collective.
+
+    Args:
+        net: Normalised images -> FeatureMap, in evaluation; may be a collective.
+        statistics: By which its images are normalised.
+        pictures: What is looked at.
+        folder: Gets rows.npy and labels.npy; must be seen by all ranks.
+        image_size: Side of the crops, in pixels.
+        batch_size: Images per forward; a part of the result's last bits.
+        pool: What stands for an image.
+        workers: Loader processes of a rank.
+        max_pixels: Larger pictures are refused before they are decoded.
+        told: Called with the number of this rank's pictures that are done.
+        between: Called before each batch, on every rank alike; may raise to end it.
+
+    Raises: DataError: if more than a hundredth of the pictures cannot be used; ConfigError: if the
+        folder has no room.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    device = distributed.device()
+
+    def forward(images: Tensor) -> Tensor:
+        return pooled(net(normalise(images.to(device), statistics)), pool)
+
+    nothing = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+    with torch.no_grad():
+        width = forward(nothing).shape[1]
+    paths = folder / "rows.npy", folder / "labels.npy"
+    # Also a barrier: nobody maps files that are not there.
+    distributed.together(lambda: _reserve(paths, len(pictures), width))
+    rows, labels = (np.load(path, mmap_mode="r+") for path in paths)
+    bad = 0
+    mine = central_batches(
+        pictures,
+        image_size=image_size,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world,
+        workers=workers,
+        max_pixels=max_pixels,
+    )
+    # As many forwards on every rank: those of a net in pieces are collectives.
+    for _ in range(-(-len(pictures) // (batch_size * world))):
+        between()
+        batch = next(mine, None)
+        with torch.no_grad():
+            found = forward(nothing if batch is None else batch.images).cpu().numpy()
+        if batch is None:
+            continue
+        where = slice(batch.start, batch.start + len(found))
+        rows[where], labels[where] = found, batch.labels.numpy()
+        bad += len(batch.bad)
+        for message in batch.bad:
+            log.warning("left out: %s", message)
+        told(len(found))
+    rows.flush()
+    labels.flush()
+    bad = int(distributed.sum_tensor(torch.tensor(bad)))
+    distributed.barrier()
+    if bad > MAX_BAD_FRACTION * len(pictures):
+        raise DataError(
+            f"data.root: too many pictures cannot be used; got {bad} of {len(pictures)}, expected "
+            "at most one in a hundred. Replace the files that the warnings name."
+        )
+    return Features(*(np.load(path, mmap_mode="r") for path in paths))
+
+
+def _reserve(paths: tuple[Path, Path], num_pictures: int, width: int) -> None:
+    """Writes empty arrays, by rank 0, with their disk space: a full disk kills who maps a file."""
+    if not distributed.is_main():
+        return
+    shapes = ((num_pictures, width), np.float32), ((num_pictures,), np.int64)
+    try:
+        for path, (shape, dtype) in zip(paths, shapes, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = num_pictures * (4 * width + 8)
+        raise ConfigError(
+            f"{paths[0].parent}: no room for the features of {num_pictures:,} pictures; got "
+            f"{error}, expected {size / 1e9:.3g} GB. Free them, or choose another folder."
+        ) from error

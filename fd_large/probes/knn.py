@@ -1,0 +1,119 @@
+"""Weighted nearest neighbours: a picture's class by the votes of the most similar ones.
+
+A neighbour votes for its class with exp(cosine similarity / temperature).
+
+Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination",
+arXiv 1805.01978, section 3.4; Caron et al. (DINO), arXiv 2104.14294, eval_knn.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.probes.features import Features
+
+# A block of similarities is QUERY_BLOCK x BANK_BLOCK float32: 67 MB.
+QUERY_BLOCK, BANK_BLOCK = 1024, 16_384
+
+
+class Bank:
+    """Rows that vote, read in blocks.
+
+    Args:
+        features: Of the training pictures; those without a label are left out.
+        num_classes: K.
+    """
+
+    def __init__(self, features: Features, num_classes: int) -> None:
+        self._features, self._usable = features, features.usable()
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (rows of length 1, labels) of a block."""
+        for start in range(0, len(self), BANK_BLOCK):
+            numbers = self._usable[start : start + BANK_BLOCK]
+            yield _unit(self._features.rows[numbers]), _labels(self._features, numbers)
+
+
+def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
+    """The classes that the neighbours of some pictures vote for.
+
+    Args:
+        rows: (Q, C) float32.
+        bank: Whose rows vote.
+        k: Neighbours; all there are, where there are fewer.
+        temperature: Of the votes.
+
+    Returns: (Q,) int64; of classes with equal votes the first.
+    """
+    queries = _unit(rows)
+    best = queries.new_empty(len(rows), 0)
+    classes = torch.empty(len(rows), 0, dtype=torch.int64, device=queries.device)
+    for block, labels in bank.blocks():
+        similar = torch.cat([best, queries @ block.T], 1)
+        candidates = torch.cat([classes, labels.expand(len(rows), -1)], 1)
+        best, places = similar.topk(min(k, similar.shape[1]), dim=1)
+        classes = candidates.gather(1, places)
+    # Of the nearest one's vote, whose own is past any number at a low temperature.
+    votes = ((best - best[:, :1]).double() / temperature).exp()
+    totals = torch.zeros(len(rows), bank.num_classes, dtype=torch.float64, device=votes.device)
+    return totals.scatter_add_(1, classes, votes).argmax(1)
+
+
+def accuracy(
+    train: Features,
+    test: Features,
+    *,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    told: Callable[[int], None] = lambda count: None,
+    between: Callable[[], None] = lambda: None,
+) -> float:
+    """Per cent of the test pictures that are named rightly; a collective.
+
+    Blocks of queries are shared out over the ranks; a block is the same whoever has it.
+
+    Args:
+        train: Features that vote.
+        test: Features that are named.
+        num_classes: K.
+        k: Neighbours.
+        temperature: Of their votes.
+        told: Called with the number of this rank's pictures that are done.
+        between: Called before each block, on every rank alike; may raise to end it.
+    """
+    bank, usable = Bank(train, num_classes), test.usable()
+    right = 0
+    own = QUERY_BLOCK * distributed.rank()
+    for first in range(0, len(usable), QUERY_BLOCK * distributed.world_size()):
+        between()
+        numbers = usable[first + own : first + own + QUERY_BLOCK]
+        if not len(numbers):
+            continue
+        rows = torch.from_numpy(test.rows[numbers])
+        found = predict(rows, bank, k=k, temperature=temperature)
+        right += int((found == _labels(test, numbers)).sum())
+        told(len(numbers))
+    total = int(distributed.sum_tensor(torch.tensor(right)))
+    return 100 * total / max(1, len(usable))
+
+
+def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:
+    """Rows of length 1 on this rank's device, in float32."""
+    tensor = torch.as_tensor(rows).to(distributed.device())
+    return F.normalize(tensor, dim=1)
+
+
+def _labels(features: Features, numbers: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(features.labels[numbers]).to(distributed.device())

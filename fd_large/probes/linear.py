@@ -1,0 +1,174 @@
+"""A linear probe on frozen features: batch norm without affine, one layer, several rates at once.
+
+All rates train in one batched tensor, (R, K, C), on the same batches. The rate that does best on a
+tenth of the training pictures, held out, is trained again on all of them and tested once.
+
+Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as linear evaluation of
+Feature-Distillation has it: a BatchNorm1d without affine before the layer, momentum .9, no decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.data.sampler import epoch_order
+from fd_large.errors import DataError
+from fd_large.probes.features import Features
+
+MOMENTUM, NORM_EPS = 0.9, 1e-6
+HELD_OUT = 10
+# Rows a forward outside training.
+BLOCK = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """How the layer is trained.
+
+    Attributes:
+        rates: Learning rates for batches of 256, all tried.
+        epochs: Passes over the training pictures.
+        batch_size: Pictures an update.
+        seed: Of the held-out tenth and the order.
+    """
+
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    epochs: int = 30
+    batch_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        rate: The best one.
+        held_out: Per cent on the held-out tenth, by rate.
+        test: Per cent on the test pictures.
+    """
+
+    rate: float
+    held_out: tuple[float, ...]
+    test: float
+
+
+def evaluate(
+    train: Features,
+    test: Features,
+    *,
+    num_classes: int,
+    probe: Probe,
+    told: Callable[[int], None] = lambda count: None,
+) -> Outcome:
+    """Trains and tests; every rank does the same, and rank 0's result counts.
+
+    Args:
+        train: Features of the training pictures.
+        test: Of the test pictures.
+        num_classes: K.
+        probe: How it is trained.
+        told: Called with the number of pictures that are done, of `work`.
+
+    Raises: DataError: if there are too few training pictures for one to be held out.
+    """
+    usable = train.usable()
+    order = usable[epoch_order(len(usable), probe.seed, 0, np.arange(len(usable)))]
+    count = len(order) // HELD_OUT
+    if not count:
+        raise DataError(
+            f"data.root: too few training pictures for a probe; got {len(order)}, expected at "
+            f"least {HELD_OUT}, one of which is held out. Use more."
+        )
+    layers = _fit(train, order[count:], num_classes, probe, probe.rates, told)
+    held_out = layers.accuracies(train, order[:count])
+    best = max(range(len(held_out)), key=lambda place: held_out[place])
+    rate = probe.rates[best]
+    layer = _fit(train, order, num_classes, probe, (rate,), told)
+    (result,) = layer.accuracies(test, test.usable())
+    return distributed.broadcast_object(Outcome(rate, tuple(held_out), result))
+
+
+def work(num_train: int, probe: Probe) -> int:
+    """How many pictures `evaluate` will be told of."""
+    return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
+
+
+class _Layers:
+    """One layer for each rate, after a norm that all share."""
+
+    def __init__(self, num_rates: int, num_classes: int, width: int) -> None:
+        device = distributed.device()
+        self.weight = torch.zeros(num_rates, num_classes, width, device=device)
+        self.bias = torch.zeros(num_rates, 1, num_classes, device=device)
+        self.mean = torch.zeros(width, device=device)
+        self.variance = torch.ones(width, device=device)
+
+    def logits(self, rows: Tensor, *, training: bool) -> Tensor:
+        """(B, C) to (R, B, K)."""
+        normed = F.batch_norm(rows, self.mean, self.variance, training=training, eps=NORM_EPS)
+        return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
+
+    def accuracies(self, features: Features, numbers: NDArray[np.int64]) -> list[float]:
+        """Per cent of the pictures that each layer names rightly."""
+        right = torch.zeros(len(self.weight), dtype=torch.int64, device=self.weight.device)
+        for start in range(0, len(numbers), BLOCK):
+            rows, labels = _read(features, numbers[start : start + BLOCK])
+            with torch.no_grad():
+                right += (self.logits(rows, training=False).argmax(-1) == labels).sum(1)
+        return [100 * count / max(1, len(numbers)) for count in right.tolist()]
+
+
+def _fit(
+    features: Features,
+    numbers: NDArray[np.int64],
+    num_classes: int,
+    probe: Probe,
+    rates: tuple[float, ...],
+    told: Callable[[int], None],
+) -> _Layers:
+    """SGD with momentum, each layer at its rate, which falls along half a cosine."""
+    layers = _Layers(len(rates), num_classes, features.rows.shape[1])
+    size = min(probe.batch_size, len(numbers))
+    scale = size / 256
+    peak = torch.tensor(rates, device=layers.weight.device).view(-1, 1, 1) * scale
+    parameters = [layers.weight.requires_grad_(), layers.bias.requires_grad_()]
+    velocities = [torch.zeros_like(parameter) for parameter in parameters]
+    updates = probe.epochs * (len(numbers) // size)
+    for update, chosen in enumerate(_batches(len(numbers), size, probe)):
+        rows, labels = _read(features, numbers[chosen])
+        logits = layers.logits(rows, training=True)
+        # A mean for each rate: their gradients do not meet.
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(rates)), reduction="none")
+        gradients = torch.autograd.grad(losses.view(len(rates), -1).mean(1).sum(), parameters)
+        rate = peak * 0.5 * (1 + math.cos(math.pi * update / updates))
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip(
+                parameters, velocities, gradients, strict=True
+            ):
+                velocity.mul_(MOMENTUM).add_(gradient)
+                parameter.sub_(rate * velocity)
+        told(len(chosen))
+    return layers
+
+
+def _batches(num_rows: int, size: int, probe: Probe) -> Iterator[NDArray[np.int64]]:
+    for epoch in range(probe.epochs):
+        for start in range(0, num_rows - size + 1, size):
+            # Epoch 0 is that of the held-out tenth.
+            yield epoch_order(num_rows, probe.seed, epoch + 1, np.arange(start, start + size))
+
+
+def _read(features: Features, numbers: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    device = distributed.device()
+    rows = torch.from_numpy(features.rows[numbers]).to(device)
+    return rows, torch.from_numpy(features.labels[numbers]).to(device)

@@ -1,0 +1,99 @@
+"""Convolutions of pyramids and heads; each fills its own parameters and never a child's.
+
+torchvision's pyramid and heads draw their children's weights from the parent's constructor, which
+under `deepspeed.zero.Init` writes into nothing: parts with parameters are our own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import Draw, fill
+from fd_large.backbones.layers import LayerNorm
+
+NORM_EPS = 1e-6
+
+
+def he_normal(out_channels: int, kernel_size: int) -> Draw:
+    """Kaiming's normal for what a ReLU follows, by the fan out, as detectron2 draws heads."""
+    return Draw("normal", std=math.sqrt(2 / (out_channels * kernel_size**2)))
+
+
+def he_uniform() -> Draw:
+    """Kaiming's uniform for what no ReLU follows, by the fan in: within +-sqrt(3 / fan in)."""
+    return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that keeps the size of the map, with a stated initial distribution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        draw: Draw,
+        bias: bool = True,
+    ):
+        # Before the base constructor, which calls reset_parameters.
+        self.draw = draw
+        padding = kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draws the weight again and zeroes the bias."""
+        fill(self.weight, self.draw)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in, H, W) to (B, out, H, W) in the dtype of the weight."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Doubling(nn.ConvTranspose2d):
+    """A transposed convolution of 2 x 2 pixels that doubles the sides of a map."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, draw: Draw):
+        self.draw = draw
+        super().__init__(in_channels, out_channels, 2, stride=2)
+
+    def reset_parameters(self) -> None:
+        """Draws the weight again and zeroes the bias."""
+        # Its weight is (in, out, 2, 2), and every output pixel is reached from `in` numbers.
+        fill(self.weight, self.draw, self.in_channels)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in, H, W) to (B, out, 2H, 2W) in the dtype of the weight."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class ChannelNorm(LayerNorm):
+    """LayerNorm over the channels of each place of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to the same shape and dtype."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NormedConvolution(nn.Module):
+    """A convolution without bias, a norm over channels, and a ReLU where one is wanted."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, relu: bool):
+        super().__init__()
+        draw = he_normal(out_channels, kernel_size) if relu else he_uniform()
+        self.convolution = Convolution(
+            in_channels, out_channels, kernel_size, draw=draw, bias=False
+        )
+        self.norm = ChannelNorm(out_channels, NORM_EPS)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, in, H, W) to (B, out, H, W)."""
+        x = self.norm(self.convolution(x))
+        return F.relu(x) if self.relu else x

@@ -1,0 +1,186 @@
+"""A data set in COCO's layout: pictures in folders, and one JSON of their objects for each split.
+
+`open_coco` finds the files of a split and reads the annotations; what the result offers besides
+the pictures is theirs by the same number.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.data.folder import read_picture
+from fd_large.errors import DataError
+from fd_large.tasks.detection.data.masks import coco_masks
+from fd_large.tasks.detection.data.objects import (
+    NO_FILE,
+    Findings,
+    Objects,
+    PictureObjects,
+    read_objects,
+)
+from fd_large.tasks.detection.data.views import make_target, whole_view
+from fd_large.tasks.detection.heads.target import Target
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = (
+    # COCO's own
+    ("annotations/instances_{split}2017.json", "{split}2017"),
+    ("annotations/instances_{split}.json", "images/{split}"),
+    # Objects365 v2
+    ("annotations/zhiyuan_objv2_{split}.json", "{split}"),
+)
+
+
+class CocoSet:
+    """The pictures of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
+
+    Pictures come by rising id. Labels count the file's categories by rising id from 0.
+
+    Attributes:
+        annotations: Path of the JSON file.
+        findings: What was left out, clipped or missing.
+        fingerprint: A hash of names, categories and objects.
+        has_masks: Whether objects have segmentations; Objects365's have none.
+        category_ids: The file's number of each label.
+        category_names: The name of each label.
+    """
+
+    def __init__(self, root: str, annotations: str, objects: Objects, findings: Findings) -> None:
+        self.root, self.annotations, self.findings = root, annotations, findings
+        self._objects = objects
+        self.fingerprint = objects.fingerprint()
+        self.has_masks = objects.has_masks
+        self.category_ids = objects.category_ids
+        self.category_names = objects.category_names
+
+    def __len__(self) -> int:
+        return len(self._objects.image_ids)
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.root, self._objects.file_names[index])
+
+    def read(self, index: int) -> bytearray:
+        """The bytes of picture `index`.
+
+        Raises: DataError: if the file cannot be read.
+        """
+        return read_picture(self[index])
+
+    def image_id(self, index: int) -> int:
+        """The data set's number of picture `index`."""
+        return int(self._objects.image_ids[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of picture `index`, as the annotations tell them."""
+        height, width = self._objects.sizes[index].tolist()
+        return height, width
+
+    def objects(self, index: int) -> PictureObjects:
+        """The objects of picture `index` as they are stored, in its own pixels."""
+        return self._objects.of(index)
+
+    def target(self, index: int) -> Target:
+        """The objects of picture `index` with filled masks, in its own pixels."""
+        return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
+
+    def landscape(self) -> NDArray[np.bool_]:
+        """Whether each picture is at least as wide as high, (len,)."""
+        heights, widths = self._objects.sizes.T
+        return widths >= heights
+
+    def summary(self) -> str:
+        """Some lines: what the set holds, then what was found."""
+        crowds = int(self._objects.crowd.sum())
+        held = (
+            f"{self.annotations}: {len(self):,} pictures, "
+            f"{len(self._objects.labels) - crowds:,} objects, {crowds:,} crowds, "
+            f"{len(self.category_ids)} categories"
+        )
+        return "\n".join([held, *(f"  {line}" for line in self.findings.lines())])
+
+
+def open_coco(root: str, split: str) -> CocoSet:
+    """Opens a split of a data set in a folder, and logs what was found there.
+
+    Of "train", pictures without an object besides crowds are left out, as the reference recipes do,
+    and so are pictures whose file is missing. Any other split is for evaluation and must be whole.
+
+    Args:
+        root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
+            `images/train/` and `annotations/instances_train.json`, or Objects365's.
+        split: "train", "val" ...
+
+    Raises: DataError: if there is no such split, its JSON is not COCO's, or pictures are missing.
+    """
+    coco_masks()  # its absence is told before minutes of reading
+    annotations, folder = _find(root, split)
+    findings, training = Findings(), split == "train"
+    objects = read_objects(
+        os.path.join(root, annotations),
+        findings,
+        find_file=_Files(root, folder).find,
+        keep_empty=not training,
+    )
+    missing, found = findings.counts.get(NO_FILE, 0), len(objects.image_ids)
+    if missing and not (training and found):
+        names = ", ".join(findings.names[NO_FILE])
+        raise DataError(
+            f"data.root: pictures of {annotations} are missing; got {missing} without a file in "
+            f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the pictures there, "
+            "or set --data.root to the folder that holds both."
+        )
+    if not found:
+        raise DataError(
+            f"data.root: nothing to learn in {annotations}; got no picture with an object, "
+            "expected some. Set --data.root to another data set."
+        )
+    opened = CocoSet(root, os.path.join(root, annotations), objects, findings)
+    if findings.counts:
+        log.warning("%s", opened.summary())
+    else:
+        log.info("%s", opened.summary())
+    return opened
+
+
+def _find(root: str, split: str) -> tuple[str, str]:
+    tried = [(json.format(split=split), folder.format(split=split)) for json, folder in LAYOUTS]
+    for found, folder in tried:
+        if os.path.isfile(os.path.join(root, found)):
+            return found, folder
+    raise DataError(
+        f"data.root: no annotations of the split {split!r}; got {root!r}, expected a folder with "
+        f"{', '.join(json for json, _ in tried[:-1])} or {tried[-1][0]}. Set --data.root to the "
+        "folder that COCO was unpacked in."
+    )
+
+
+class _Files:
+    """Finds pictures below a folder by one listing of each folder, not a request for each file."""
+
+    def __init__(self, root: str, folder: str) -> None:
+        self._root, self._folder = root, folder
+        self._names: dict[str, frozenset[str]] = {}
+
+    def find(self, name: str) -> str | None:
+        """A picture's path below the root; of its folders the first may be missing on the disk."""
+        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+        for start in range(len(parts)):
+            *folders, last = parts[start:]
+            inside = os.path.join(self._folder, *folders)
+            if last in self._listing(inside):
+                return os.path.join(inside, last)
+        return None
+
+    def _listing(self, inside: str) -> frozenset[str]:
+        if inside not in self._names:
+            try:
+                self._names[inside] = frozenset(os.listdir(os.path.join(self._root, inside)))
+            except OSError:
+                self._names[inside] = frozenset()
+        return self._names[inside]

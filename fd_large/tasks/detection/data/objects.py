@@ -1,0 +1,372 @@
+"""COCO's annotation JSON as flat arrays: what loading processes share holds no Python objects.
+
+What cannot be used is left out, counted and named; nothing is mended in silence. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.errors import DataError
+from fd_large.tasks.detection.data import masks
+
+# COCO rounds its boxes to two decimals; what leaves a picture by less than a pixel is no news.
+OUTSIDE_PIXELS = 1.0
+NAMED = 5
+
+
+@dataclass
+class Findings:
+    """What was left out or mended, by kind: how many, and the first few by name."""
+
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, kind: str, name: object) -> None:
+        """Counts one more of a kind."""
+        self.counts[kind] += 1
+        if len(self.names[kind]) < NAMED:
+            self.names[kind].append(str(name))
+
+    def lines(self) -> list[str]:
+        """One line a kind."""
+        return [
+            f"{count} {kind}: {', '.join(self.names[kind])}"
+            + (" ..." if count > len(self.names[kind]) else "")
+            for kind, count in self.counts.items()
+        ]
+
+
+CLIPPED = "boxes that leave their picture, clipped (annotations)"
+NO_AREA = "objects without area, left out (annotations)"
+NO_BOX = "objects whose box is not four numbers, left out (annotations)"
+NO_CATEGORY = "objects of a category that the file does not list, left out (annotations)"
+NO_PICTURE = "objects of a picture that the file does not list, left out (annotations)"
+NO_MASK = "objects without a usable segmentation, left out (annotations)"
+NO_FILE = "pictures whose file is missing, left out (files)"
+NO_OBJECT = "pictures without an object, left out (files)"
+
+
+class PictureObjects(NamedTuple):
+    """The objects of one picture, in its own pixels.
+
+    Attributes:
+        boxes: (n, 4) float32, left, top, right, bottom.
+        labels: (n,) int64, 0 to K - 1.
+        segmentations: Of each object its polygons, (points, 2) float64 each, or compressed run
+            lengths; empty where the set has none.
+        crowd_boxes: (m, 4) float32.
+        image_id: The data set's number of the picture.
+        height: In pixels.
+        width: In pixels.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    segmentations: list[list[NDArray[np.float64]] | bytes]
+    crowd_boxes: NDArray[np.float32]
+    image_id: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """All pictures of a file, by rising id, and their objects in the file's order.
+
+    Object j of picture i lies at `first[i] <= j < first[i + 1]`; its polygons are
+    `polygon_first[j]` to `polygon_first[j + 1]`, the points of a polygon likewise, and its run
+    lengths bytes `rle_first[j]` to `rle_first[j + 1]`: one of the two is empty.
+    """
+
+    file_names: tuple[str, ...]
+    image_ids: NDArray[np.int64]
+    sizes: NDArray[np.int32]  # (pictures, 2), height and width
+    first: NDArray[np.int64]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    polygon_first: NDArray[np.int64]
+    point_first: NDArray[np.int64]
+    points: NDArray[np.float64]
+    rle_first: NDArray[np.int64]
+    rle: NDArray[np.uint8]
+    category_ids: tuple[int, ...]
+    category_names: tuple[str, ...]
+    has_masks: bool
+
+    def of(self, picture: int) -> PictureObjects:
+        """The objects of one picture."""
+        span = slice(int(self.first[picture]), int(self.first[picture + 1]))
+        crowd = self.crowd[span]
+        wanted = np.flatnonzero(~crowd) + span.start
+        height, width = self.sizes[picture].tolist()
+        return PictureObjects(
+            self.boxes[wanted],
+            self.labels[wanted],
+            [self._segmentation(int(number)) for number in wanted] if self.has_masks else [],
+            self.boxes[span][crowd],
+            int(self.image_ids[picture]),
+            height,
+            width,
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of names, categories and objects."""
+        digest = hashlib.sha256()
+        digest.update("\0".join(self.file_names).encode())
+        digest.update(repr((self.category_ids, self.category_names)).encode())
+        for values in (self.image_ids, self.sizes, self.first, self.boxes, self.labels, self.crowd):
+            digest.update(values.tobytes())
+        for values in (self.polygon_first, self.point_first, self.points, self.rle_first, self.rle):
+            digest.update(values.tobytes())
+        return digest.hexdigest()
+
+    def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
+        if self.rle_first[number] < self.rle_first[number + 1]:
+            return self.rle[self.rle_first[number] : self.rle_first[number + 1]].tobytes()
+        polygons = range(int(self.polygon_first[number]), int(self.polygon_first[number + 1]))
+        return [self.points[self.point_first[p] : self.point_first[p + 1]] for p in polygons]
+
+
+def read_json(
+    path: str,
+    *,
+    where: str,
+    flag: str,
+    hook: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Any:
+    """Reads a JSON file of the user's.
+
+    Args:
+        path: Of the file.
+        where: What it is, for messages.
+        flag: By which the user named it.
+        hook: Takes each object as soon as it is read.
+
+    Raises: DataError: if it is missing or no JSON.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file, object_hook=hook)
+    except OSError as error:
+        raise DataError(
+            f"{where}: cannot be read; got {error.strerror or error} for {path!r}, expected a JSON "
+            f"file. Set {flag}."
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: no JSON; got {error} in {path!r}, expected a whole file. Fetch it again, or "
+            f"set {flag}."
+        ) from error
+
+
+def read_objects(
+    path: str,
+    findings: Findings,
+    *,
+    find_file: Callable[[str], str | None],
+    keep_empty: bool,
+) -> Objects:
+    """Reads a file of COCO's or Objects365's kind.
+
+    Args:
+        path: The JSON file.
+        findings: Gets what is left out or clipped.
+        find_file: Says where a picture of this `file_name` lies; None: nowhere, it is left out.
+        keep_empty: Whether pictures without an object stay.
+
+    Raises: DataError: if the file is no such file.
+    """
+    content = read_json(path, where="annotations", flag="--data.root FOLDER", hook=_packed)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise _not_coco(path, f"no list {key!r}")
+    try:
+        categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
+        pictures = {int(image["id"]): image for image in content["images"]}
+        # Here, so that a missing key is met before hours of training.
+        facts = {
+            number: (str(image["file_name"]), int(image["height"]), int(image["width"]))
+            for number, image in sorted(pictures.items())
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_coco(path, f"an entry without {error}") from error
+    if len(pictures) < len(content["images"]) or len(dict(categories)) < len(categories):
+        raise _not_coco(path, "two pictures or two categories of one id")
+    by_picture: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
+    has_masks = False
+    for entry in content["annotations"]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int):
+            raise _not_coco(path, "an annotation without image_id, a whole number")
+        has_masks = has_masks or bool(entry.get("segmentation"))
+        entries = by_picture.get(entry["image_id"])
+        if entries is None:
+            findings.add(NO_PICTURE, entry.get("id", "without id"))
+        else:
+            entries.append(entry)
+    labels = {category: label for label, (category, _) in enumerate(categories)}
+    arrays = _Arrays(findings, labels, has_masks)
+    kept: list[tuple[str, int]] = []
+    for number, (name, height, width) in facts.items():
+        entries = by_picture.pop(number)
+        if (found := find_file(name)) is None:
+            findings.add(NO_FILE, name)
+        elif arrays.add_picture(entries, height, width, keep_empty=keep_empty):
+            kept.append((found, number))
+        else:
+            findings.add(NO_OBJECT, name)
+    return Objects(
+        file_names=tuple(name for name, _ in kept),
+        image_ids=np.array([number for _, number in kept], dtype=np.int64),
+        sizes=np.array([facts[n][1:] for _, n in kept], dtype=np.int32).reshape(-1, 2),
+        category_ids=tuple(category for category, _ in categories),
+        category_names=tuple(name for _, name in categories),
+        has_masks=has_masks,
+        **arrays.finish(),
+    )
+
+
+class _Arrays:
+    """Grows the columns of `Objects`, object by object."""
+
+    def __init__(self, findings: Findings, labels: Mapping[int, int], has_masks: bool) -> None:
+        self.findings, self.labels_of, self.has_masks = findings, labels, has_masks
+        self.first, self.boxes, self.labels = array("q", [0]), array("f"), array("q")
+        self.crowd, self.polygon_first = array("b"), array("q", [0])
+        self.point_first, self.points = array("q", [0]), array("d")
+        self.rle_first, self.rle = array("q", [0]), bytearray()
+
+    def add_picture(
+        self, entries: Iterable[dict[str, Any]], height: int, width: int, *, keep_empty: bool
+    ) -> bool:
+        """Adds a picture's objects; says whether it was added: without any but crowds it may not.
+
+        Args:
+            entries: Its annotations.
+            height: Of the picture.
+            width: Of the picture.
+            keep_empty: Whether it is added in any case.
+        """
+        usable = []
+        for entry in entries:
+            try:
+                usable.append(self._checked(entry, height, width))
+            except _Unusable as why:
+                self.findings.add(*why.args)
+        if not keep_empty and all(crowd for _, _, crowd, _ in usable):
+            return False
+        for box, label, crowd, segmentation in usable:
+            self.boxes.extend(box)
+            self.labels.append(label)
+            self.crowd.append(crowd)
+            self._add_segmentation(segmentation)
+        self.first.append(len(self.labels))
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        return {
+            "first": np.array(self.first),
+            "boxes": np.array(self.boxes, dtype=np.float32).reshape(-1, 4),
+            "labels": np.array(self.labels, dtype=np.int64),
+            "crowd": np.array(self.crowd, dtype=bool),
+            "polygon_first": np.array(self.polygon_first),
+            "point_first": np.array(self.point_first),
+            "points": np.array(self.points, dtype=np.float64).reshape(-1, 2),
+            "rle_first": np.array(self.rle_first),
+            "rle": np.frombuffer(bytes(self.rle), dtype=np.uint8),
+        }
+
+    def _checked(
+        self, entry: dict[str, Any], height: int, width: int
+    ) -> tuple[list[float], int, bool, list[array[float]] | bytes]:
+        name = entry.get("id", "without id")
+        category = entry.get("category_id")
+        if not isinstance(category, int) or category not in self.labels_of:
+            raise _Unusable(NO_CATEGORY, f"{name} of {category}")
+        box = entry.get("bbox")
+        if not _numbers(box) or len(box) != 4:
+            raise _Unusable(NO_BOX, name)
+        sides = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+        clipped = [max(sides[0], 0), max(sides[1], 0), min(sides[2], width), min(sides[3], height)]
+        if clipped[0] >= clipped[2] or clipped[1] >= clipped[3] or entry.get("area") == 0:
+            raise _Unusable(NO_AREA, name)
+        crowd = bool(entry.get("iscrowd", 0))
+        segmentation: list[array[float]] | bytes = []
+        if self.has_masks and not crowd:
+            try:
+                segmentation = _segmentation(entry.get("segmentation"), height, width)
+            except ValueError as error:
+                raise _Unusable(NO_MASK, f"{name} ({error})") from None
+        if max(abs(a - b) for a, b in zip(clipped, sides, strict=True)) > OUTSIDE_PIXELS:
+            self.findings.add(CLIPPED, name)
+        return clipped, self.labels_of[category], crowd, segmentation
+
+    def _add_segmentation(self, segmentation: list[array[float]] | bytes) -> None:
+        if isinstance(segmentation, bytes):
+            self.rle += segmentation
+        else:
+            for polygon in segmentation:
+                self.points.extend(polygon)
+                self.point_first.append(len(self.points) // 2)
+        self.polygon_first.append(len(self.point_first) - 1)
+        self.rle_first.append(len(self.rle))
+
+
+class _Unusable(Exception):
+    """An annotation that is left out: the kind of its mistake, and its name."""
+
+
+def _packed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Polygons as arrays: most of COCO's numbers, 8 bytes each and not 32, on every rank."""
+    polygons = entry.get("segmentation")
+    if isinstance(polygons, list):
+        # What is no list of numbers stays, and is found by whoever looks at the annotation.
+        with suppress(TypeError):
+            entry["segmentation"] = [array("d", polygon) for polygon in polygons]
+    return entry
+
+
+def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | bytes:
+    """Polygons of three points and more, or compressed run lengths; ValueError for neither."""
+    if isinstance(given, dict):
+        return masks.compress(given, height, width)
+    if not isinstance(given, list) or not given:
+        raise ValueError("none")
+    polygons = [
+        p
+        for p in given
+        if isinstance(p, array) and len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))
+    ]
+    if not polygons:
+        raise ValueError("no polygon of three points")
+    # Filling walks along the edges: a stray number would take all memory.
+    for xy in polygons:
+        if min(xy) < -max(height, width) or max(xy) > 2 * max(height, width):
+            raise ValueError("a polygon far outside its picture")
+    return polygons
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(number, (int, float)) and math.isfinite(number) for number in value
+    )
+
+
+def _not_coco(path: str, got: str) -> DataError:
+    return DataError(
+        f"annotations: not COCO's format; got {got} in {path!r}, expected images (id, file_name, "
+        "height, width), annotations (image_id, category_id, bbox) and categories (id, name). "
+        "Set --data.root to a folder with such a file."
+    )

@@ -1,0 +1,170 @@
+"""Region proposals: where an object may be, from anchors on every level of the pyramid.
+
+Source: Ren et al., arXiv 1506.01497, as detectron2 and torchvision have it; two convolutions as in
+ViTDet (arXiv 2203.16527).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import batched_nms
+
+from fd_large.backbones.initialization import Draw
+from fd_large.tasks.dense.convolution import Convolution
+from fd_large.tasks.detection.heads.matching import match, sample
+from fd_large.tasks.detection.heads.target import Target
+
+RATIOS = (0.5, 1.0, 2.0)
+# Side of a level's square anchor, in places of that level: 32 pixels at stride 4.
+ANCHOR_PLACES = 8
+POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
+POSITIVE_SHARE = 0.5
+NMS_IOU = 0.7
+CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+
+
+class RpnHead(nn.Module):
+    """Objectness and a box for each anchor, by the same convolutions on every level.
+
+    Args:
+        width: Channels of the pyramid.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        draw, anchors = Draw("normal", std=0.01), len(RATIOS)
+        self.convolutions = nn.ModuleList(Convolution(width, width, 3, draw=draw) for _ in range(2))
+        self.objectness = Convolution(width, anchors, 1, draw=draw)
+        self.deltas = Convolution(width, 4 * anchors, 1, draw=draw)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps a level (B, C, H, W) to logits (B, H * W * A) and deltas (B, H * W * A, 4).
+
+        Both float32, in the order of the level's anchors: row, column, ratio.
+        """
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        logits = self.objectness(x).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4)
+        return logits.float(), deltas.float()
+
+
+@lru_cache(maxsize=16)
+def anchors_of(
+    grids: tuple[tuple[int, int], ...], strides: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Returns the anchors of each level, (H * W * A, 4) float32, row-major, ratios innermost.
+
+    Args:
+        grids: (H, W) of each level.
+        strides: Pixels per place of each level.
+        device: Of the result.
+    """
+    with torch.inference_mode(False):
+        # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.
+        sizes = tuple((ANCHOR_PLACES * stride,) for stride in strides)
+        generator = AnchorGenerator(sizes, (RATIOS,) * len(strides))
+        generator.set_cell_anchors(torch.float32, device)
+        steps = [[stride, stride] for stride in strides]
+        return tuple(generator.grid_anchors([list(grid) for grid in grids], steps))
+
+
+@torch.no_grad()
+def propose(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    sizes: Tensor,
+    *,
+    before_nms: int,
+    after_nms: int,
+) -> list[Tensor]:
+    """Returns the proposals of each image, best first: (n, 4) float32, n from 0 to `after_nms`.
+
+    Args:
+        logits: (B, A_l) float32 of each level.
+        deltas: (B, A_l, 4) float32 of each level.
+        anchors: (A_l, 4) of each level.
+        sizes: (B, 2), height and width of each image without its padding, to which boxes are cut.
+        before_nms: Best anchors of a level that are looked at.
+        after_nms: Proposals kept.
+    """
+    boxes, scores, levels = [], [], []
+    for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        best, where = logit.topk(min(before_nms, logit.shape[1]), dim=1)
+        of_best = delta.gather(1, where[:, :, None].expand(-1, -1, 4))  # (B, k, 4)
+        decoded = CODER.decode_single(of_best.flatten(0, 1), anchor[where].flatten(0, 1))
+        boxes.append(decoded.view_as(of_best))
+        scores.append(best)
+        levels.append(torch.full_like(where, level))
+    cut = cut_to(torch.cat(boxes, dim=1), sizes)
+    proposals = []
+    for box, score, level in zip(
+        cut, torch.cat(scores, dim=1), torch.cat(levels, dim=1), strict=True
+    ):
+        # A box without area, or of numbers that are none, is no proposal.
+        some = ((box[:, 2:] - box[:, :2]).amin(dim=1) > 0) & score.isfinite()
+        box, score, level = box[some], score[some], level[some]
+        kept = batched_nms(box, score, level, NMS_IOU)[:after_nms]
+        proposals.append(box[kept])
+    return proposals
+
+
+def cut_to(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Cuts boxes (B, N, 4) to the images' heights and widths, sizes (B, 2)."""
+    limits = sizes.flip(1).to(boxes.dtype).repeat(1, 2)[:, None]  # (B, 1, 4): w, h, w, h
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def rpn_sums(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    targets: Sequence[Target],
+    draws: NDArray,
+    *,
+    anchors_per_image: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The summed losses over the sampled anchors of a batch, and their number.
+
+    Args:
+        logits: (B, A) float32 of all levels.
+        deltas: (B, A, 4) float32.
+        anchors: (A, 4).
+        targets: Of each image.
+        draws: (B, 2 * anchors_per_image) uniform numbers.
+        anchors_per_image: Sampled at most.
+
+    Returns: {"rpn_cls", "rpn_box"} and {"anchors"}, scalars.
+    """
+    where, labels, positives, wanted = [], [], [], []
+    for i, target in enumerate(targets):
+        matched = match(
+            target.boxes,
+            target.crowd_boxes,
+            anchors,
+            positive_iou=POSITIVE_IOU,
+            negative_iou=NEGATIVE_IOU,
+            best_for_each=True,
+        )
+        chosen = sample(matched, anchors_per_image, POSITIVE_SHARE, draws[i])
+        first = i * len(anchors)
+        where += [first + chosen.positives, first + chosen.negatives]
+        labels += [torch.ones_like(chosen.positives), torch.zeros_like(chosen.negatives)]
+        positives.append(first + chosen.positives)
+        objects = target.boxes[matched[chosen.positives]]
+        wanted.append(CODER.encode_single(objects, anchors[chosen.positives]))
+    sampled = torch.cat(where)
+    cls = F.binary_cross_entropy_with_logits(
+        logits.flatten()[sampled], torch.cat(labels).float(), reduction="sum"
+    )
+    box = (deltas.flatten(0, 1)[torch.cat(positives)] - torch.cat(wanted)).abs().sum()
+    return {"rpn_cls": cls, "rpn_box": box}, {"anchors": cls.new_tensor(len(sampled))}

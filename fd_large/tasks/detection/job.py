@@ -1,0 +1,218 @@
+"""Detection as a job of the engine: COCO's pictures and objects, the student's weights, AP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.data.source import PictureSource
+from fd_large.engine.ema import Ema
+from fd_large.engine.evaluation import evaluating
+from fd_large.engine.job import Evaluate, Job, Portion
+from fd_large.engine.zero.engine import Engine
+from fd_large.errors import ConfigError, DataError
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Objective
+from fd_large.tasks.detection.build import detector_maker, student_weights
+from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
+from fd_large.tasks.detection.data.loader import build_loader
+from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
+from fd_large.tasks.detection.heads.inference import Detections
+from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
+from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+from fd_large.tasks.detection.task import Detection
+
+# More than all but a few of COCO's pictures have.
+OBJECTS_OF_PROBE = 64
+# Fields of a recipe that mean nothing here: what is set and does nothing would mislead.
+IDLE = (
+    "data.color_jitter",
+    "data.grayscale_probability",
+    "data.min_crop_scale",
+    "eval.views",
+    "eval.knn_root",
+    "eval.knn_every",
+    *(f"objective.{field.name}" for field in fields(Objective)),
+)
+
+
+class DetectionJob(Job):
+    """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
+
+    def open_samples(self) -> PictureSource:
+        """Opens the training pictures and their objects."""
+        pictures = open_coco(self.run.data.root, "train")
+        check_classes(self.run, pictures)
+        self._categories = dict(zip(pictures.category_ids, pictures.category_names, strict=True))
+        return cast(PictureSource, pictures)
+
+    def check(self) -> None:
+        """Opens the test pictures, and the headers of the weights."""
+        self.refuse(IDLE)
+        self._test_pictures = self._opened_for_tests()
+        if distributed.is_main():
+            # What cannot be scored is known before hours of training.
+            score(read_ground_truth(self._test_pictures.annotations), [])
+        self.initial_weights()
+
+    def make_task(self) -> Detection:
+        """The student, a pyramid, and the heads."""
+        return detector_maker(self.run)()
+
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """The student's from `student.init`."""
+        return student_weights(self.run)
+
+    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
+        """Pictures under jitter, with what is seen of their objects."""
+        run = self.run
+        return iter(
+            build_loader(
+                cast(CocoSet, samples),
+                jitter_of(run),
+                seed=run.runtime.seed,
+                global_batch_size=run.batch.global_batch_size,
+                workers=run.data.workers,
+                max_pixels=run.data.max_pixels,
+                **portion._asdict(),
+            )
+        )
+
+    def probe_batch(self, size: int) -> Batch:
+        """Grey images, each with as many objects as a crowded picture has."""
+        side, count = self.run.data.image_size, OBJECTS_OF_PROBE
+        numbers = self.run.task.detection
+        height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
+        positions = torch.arange(size)
+        corner = torch.arange(count).float()[:, None] / count * height / 2
+        target = Target(
+            torch.cat([corner, corner, corner + height / 4, corner + height / 4], dim=1),
+            torch.zeros(count, dtype=torch.int64),
+            torch.ones(count, height, width, dtype=torch.uint8),
+            torch.zeros(0, 4),
+            0,
+        )
+        return Batch(
+            torch.full((size, 3, height, width), 128, dtype=torch.uint8),
+            0,
+            positions,
+            positions,
+            targets=Targets([target] * size, torch.tensor([[height, width]] * size), positions, 0),
+        )
+
+    def evaluation(
+        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+    ) -> Evaluate | None:
+        """COCO's numbers on all test pictures; results and scores go into RUN/evaluations.
+
+        With the average of the weights where there is one; not before the first update, since new
+        heads see nothing.
+        """
+        run, pictures = self.run, self._test_pictures
+        task = cast(Detection, engine.task)
+
+        def detect(images: Tensor, sizes: Tensor) -> list[Detections]:
+            return engine.deepspeed(pixels=task.pixels(images, sizes), sizes=sizes)
+
+        def measure(
+            update: int, last: bool, between: Callable[[], None]
+        ) -> tuple[dict[str, float], dict[str, Any] | None]:
+            if update == 0:
+                return {}, None
+            folder = self.folder / f"update_{update:08d}"
+            if distributed.is_main():
+                folder.mkdir(parents=True, exist_ok=True)
+            distributed.barrier()
+            with ema.in_place_of_weights() if ema else nullcontext(), evaluating(engine):
+                outcome = evaluate(
+                    detect,
+                    pictures,
+                    folder,
+                    test_size=test_size(run),
+                    batch_size=micro_batch_size,
+                    workers=run.data.workers,
+                    max_pixels=run.data.max_pixels,
+                    between=lambda done, total: between(),
+                )
+            if outcome is not None:
+                keep(outcome, pictures, folder, draw=last, max_pixels=run.data.max_pixels)
+            return metrics_of(outcome.scores if outcome else None), None
+
+        return measure
+
+    def facts(self) -> Mapping[str, Any]:
+        """Number and name of each class, by which predictions are told."""
+        return {"categories": {str(number): name for number, name in self._categories.items()}}
+
+    @property
+    def folder(self) -> Path:
+        """Where evaluations are kept."""
+        return Path(self.run.run_dir()) / "evaluations"
+
+    def test_pictures(self, classes: tuple[str, ...]) -> CocoSet:
+        """The val split of `eval.root`, or of `data.root`.
+
+        Args:
+            classes: Names that the detector learns, or has learnt, by label.
+        """
+        root = self.run.eval.root
+        try:
+            pictures = open_coco(root or self.run.data.root, "val")
+        except DataError as error:
+            if not root:
+                raise
+            raise DataError(str(error).replace("data.root", "eval.root")) from None
+        check_classes(self.run, pictures)
+        if pictures.category_names != classes:
+            label = next(i for i, name in enumerate(classes) if pictures.category_names[i] != name)
+            raise DataError(
+                f"{'eval' if root else 'data'}.root: {pictures.annotations} has other classes than "
+                f"those that are learnt; got {pictures.category_names[label]!r} for label {label}, "
+                f"expected {classes[label]!r}. Give its categories the names and the order of "
+                "the training's."
+            )
+        return pictures
+
+    def _opened_for_tests(self) -> CocoSet:
+        try:
+            return self.test_pictures(tuple(self._categories.values()))
+        except DataError as error:
+            # A data set may have no split for tests; then another's serves.
+            raise DataError(str(error).replace("Set --data.root", "Set --eval.root")) from None
+
+
+def check_classes(run: Run, pictures: CocoSet) -> None:
+    """Compares the classes of a data set with those of the heads.
+
+    Raises: ConfigError: if they are not as many.
+    """
+    found, expected = len(pictures.category_ids), run.task.detection.num_classes
+    if found != expected:
+        raise ConfigError(
+            f"task.detection.num_classes: not those of {pictures.annotations}; got {expected}, "
+            f"expected {found}. Set --task.detection.num_classes {found}."
+        )
+
+
+def jitter_of(run: Run) -> Jitter:
+    """How the recipe's training pictures are resized and cut."""
+    numbers = run.task.detection
+    if any(numbers.whole_size):
+        return ShortestEdge(*numbers.whole_size)
+    smallest, largest = numbers.scale_range
+    return LargeScaleJitter(run.data.image_size, min_scale=smallest, max_scale=largest)
+
+
+def test_size(run: Run) -> tuple[int, int]:
+    """Shorter side, and the most that the longer may be, of evaluated pictures, in pixels."""
+    side = run.data.image_size
+    return run.task.detection.test_size if any(run.task.detection.test_size) else (side, side)

@@ -1,0 +1,96 @@
+"""Which objects were missed and which detections are false: what the pictures of the worst show.
+
+A detection is right if it covers an object of its class that no better one took; one that lies in
+a crowd of its class is neither right nor wrong, as in the official evaluation. No torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fd_large.tasks.detection.data.masks import coco_masks
+from fd_large.tasks.detection.scores.results import Result
+
+LEAST_SCORE = 0.5
+LEAST_IOU = 0.5
+
+
+class Compared(NamedTuple):
+    """The objects of a picture beside what was seen.
+
+    Attributes:
+        objects: Annotations of the ground truth, crowds left out.
+        missed: Of each object whether no detection took it.
+        seen: Results of at least `LEAST_SCORE`, best first.
+        false: Of each result whether it is wrong.
+    """
+
+    objects: list[dict[str, Any]]
+    missed: list[bool]
+    seen: list[Result]
+    false: list[bool]
+
+    @property
+    def mistakes(self) -> int:
+        """Missed objects and false detections."""
+        return sum(self.missed) + sum(self.false)
+
+
+def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[int, Compared]:
+    """Compares boxes, picture by picture.
+
+    Args:
+        ground_truth: From `scoring.read_ground_truth`.
+        results: With boxes.
+
+    Returns: by image id, for all pictures of the ground truth.
+    """
+    annotations, of_picture = defaultdict(list), defaultdict(list)
+    for annotation in ground_truth["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
+    for result in results:
+        if result["score"] >= LEAST_SCORE:
+            of_picture[result["image_id"]].append(result)
+    return {
+        image["id"]: _compare(annotations[image["id"]], of_picture[image["id"]])
+        for image in ground_truth["images"]
+    }
+
+
+def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
+    """The ids of the pictures with most mistakes, the most first."""
+    by_mistakes = sorted(compared, key=lambda number: (-compared[number].mistakes, number))
+    return [number for number in by_mistakes[:count] if compared[number].mistakes]
+
+
+def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compared:
+    objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    crowds = [annotation for annotation in annotations if annotation["iscrowd"]]
+    seen = sorted(results, key=lambda result: -result["score"])
+    covers = _iou(seen, objects, crowd=False)
+    in_crowd = _iou(seen, crowds, crowd=True) >= LEAST_IOU
+    taken = np.zeros(len(objects), dtype=bool)
+    false = []
+    for place in range(len(seen)):
+        free = np.where(taken, 0.0, covers[place])
+        if len(free) and free.max() >= LEAST_IOU:
+            taken[free.argmax()] = True
+            false.append(False)
+        else:
+            false.append(not in_crowd[place].any())
+    return Compared(objects, (~taken).tolist(), seen, false)
+
+
+def _iou(seen: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
+    """IoU of boxes, (seen, objects): 0 between classes, with crowds the part of the detection."""
+    if not seen or not objects:
+        return np.zeros((len(seen), len(objects)))
+    boxes = [np.array([entry["bbox"] for entry in side], dtype=float) for side in (seen, objects)]
+    same = np.array(
+        [[r["category_id"] == o["category_id"] for o in objects] for r in seen], dtype=float
+    )
+    return np.asarray(coco_masks().iou(*boxes, [int(crowd)] * len(objects))) * same

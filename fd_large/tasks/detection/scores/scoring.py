@@ -1,0 +1,230 @@
+"""The official COCO evaluation: twelve numbers for boxes and for masks, classes, curves.
+
+faster-coco-eval counts; its figures are those of pycocotools (a test compares them). Crowds are
+treated as there: what lies in one is neither right nor wrong. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fd_large.errors import DataError
+from fd_large.tasks.detection.data.masks import coco_masks
+from fd_large.tasks.detection.data.objects import read_json
+from fd_large.tasks.detection.scores.results import Result
+
+NUMBERS = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+KINDS = {"box": "bbox", "mask": "segm"}
+CURVES = (0.5, 0.75)
+
+
+class ClassScore(NamedTuple):
+    """Of one category; None where the pictures show none of it.
+
+    Attributes:
+        category_id: The data set's own.
+        name: Of the category.
+        ap: Mean over IoU 0.5 to 0.95.
+        ap50: At IoU 0.5.
+    """
+
+    category_id: int
+    name: str
+    ap: float | None
+    ap50: float | None
+
+
+@dataclass(frozen=True)
+class KindScores:
+    """The scores of boxes, or of masks.
+
+    Attributes:
+        numbers: COCO's twelve, by the names in `NUMBERS`; -1 where there is nothing to find.
+        classes: By rising category id.
+        curves: By IoU, the precision at recall 0, 0.01 ... 1, mean over the classes that occur.
+    """
+
+    numbers: dict[str, float]
+    classes: tuple[ClassScore, ...]
+    curves: dict[float, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The outcome of an evaluation.
+
+    Attributes:
+        kinds: "box" and "mask", as far as the results have them.
+        num_images: Pictures of the ground truth.
+        num_results: Detections.
+    """
+
+    kinds: dict[str, KindScores]
+    num_images: int
+    num_results: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "num_images": self.num_images,
+            "num_results": self.num_results,
+            **{
+                kind: {
+                    "numbers": scores.numbers,
+                    "classes": [of_class._asdict() for of_class in scores.classes],
+                    "precision_at_recall_0_to_1": {
+                        str(iou): curve for iou, curve in scores.curves.items()
+                    },
+                }
+                for kind, scores in self.kinds.items()
+            },
+        }
+
+
+def read_ground_truth(path: str) -> dict[str, Any]:
+    """Reads the annotations that detections are scored against, and fills what may be left open.
+
+    Raises: DataError: if the file is missing or not COCO's.
+    """
+    truth = read_json(path, where="annotations", flag="--annotations FILE")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
+            raise _no_truth(path, f"no list {key!r}")
+    try:
+        for entries, keys in (("images", ("id",)), ("categories", ("id", "name"))):
+            for entry in truth[entries]:
+                for key in keys:
+                    entry[key]
+        for number, entry in enumerate(truth["annotations"], start=1):
+            # From 1: the evaluation takes an id of 0 for "not matched".
+            entry["id"] = number
+            entry["iscrowd"] = int(bool(entry.get("iscrowd")))
+            of_box = entry["bbox"][2] * entry["bbox"][3]
+            entry["area"] = of_box if entry.get("area") is None else entry["area"]
+            entry["image_id"], entry["category_id"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise _no_truth(path, f"an entry without {error}") from error
+    return truth
+
+
+def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
+    """Scores detections.
+
+    Boxes are scored where all results have one, masks likewise. A detection's size, which decides
+    whether it counts among the small ones, is its box's area for boxes and its mask's for masks.
+
+    Args:
+        ground_truth: From `read_ground_truth`; all its pictures count.
+        results: Detections of these pictures, in COCO's format.
+
+    Raises: DataError: if results belong to other pictures or categories, or masks to other sizes.
+    """
+    coco_masks()
+    _check(ground_truth, results)
+    kinds = {}
+    for kind, iou_type in KINDS.items():
+        # A list without detections scores 0 in whatever the ground truth has.
+        key = "bbox" if kind == "box" else "segmentation"
+        of_truth = kind == "box" or any(a.get(key) for a in ground_truth["annotations"])
+        if of_truth and all(key in result for result in results):
+            kinds[kind] = _evaluate(ground_truth, results, key, iou_type)
+    if not kinds:
+        raise DataError(
+            "detections: nothing to score; got results of which some have no box and some no mask, "
+            "or masks for annotations without, expected boxes or masks in all. Mend --detections."
+        )
+    return Scores(kinds, len(ground_truth["images"]), len(results))
+
+
+def _evaluate(
+    ground_truth: dict[str, Any], results: Sequence[Result], key: str, iou_type: str
+) -> KindScores:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    # Copies, one level deep: both sides get marks of the evaluation's own.
+    truth = COCO({**ground_truth, "annotations": [{**a} for a in ground_truth["annotations"]]})
+    kept = ("image_id", "category_id", "score", key)
+    # Without the box of a mask: its area would stand for the mask's.
+    entries = [{name: result[name] for name in kept} for result in results]
+    try:
+        found = truth.loadRes(entries)
+        evaluation = COCOeval_faster(truth, found, iou_type, print_function=_silent)
+        evaluation.run()
+    except (RuntimeError, ValueError) as error:  # its C++ on run lengths
+        raise DataError(
+            f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
+            "of the pictures' sizes, there and in the annotations. Write them with pycocotools' or "
+            "faster-coco-eval's encode."
+        ) from error
+    precision = evaluation.eval["precision"]  # (IoU, recall, class, area, most detections)
+    at_most_100 = precision[:, :, :, 0, -1]
+    ious = evaluation.params.iouThrs
+    classes = tuple(
+        ClassScore(
+            int(category),
+            truth.cats[category]["name"],
+            _mean(at_most_100[:, :, place]),
+            _mean(at_most_100[0, :, place]),
+        )
+        for place, category in enumerate(evaluation.params.catIds)
+    )
+    occurs = [place for place, of_class in enumerate(classes) if of_class.ap is not None]
+    curves = {}
+    for iou in CURVES:
+        at_iou = at_most_100[int(np.argmin(np.abs(ious - iou)))][:, occurs]
+        curves[iou] = tuple(at_iou.mean(1).tolist()) if occurs else ()
+    numbers = [float(number) for number in evaluation.stats]
+    return KindScores(dict(zip(NUMBERS, numbers, strict=True)), classes, curves)
+
+
+def _mean(precision: np.ndarray) -> float | None:
+    counted = precision[precision > -1]
+    return float(counted.mean()) if len(counted) else None
+
+
+def _silent(*_: object) -> None:
+    """The evaluation prints its table through this."""
+
+
+def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
+    sizes = {i["id"]: [i.get("height"), i.get("width")] for i in ground_truth["images"]}
+    categories = {category["id"] for category in ground_truth["categories"]}
+    strange = {r["image_id"] for r in results} - sizes.keys()
+    if strange:
+        raise DataError(
+            f"detections: of pictures that are not in the annotations; got {len(strange)} such "
+            f"image_id ({_some(strange)}), expected those of --annotations. Set --annotations to "
+            "the file of these pictures."
+        )
+    strange = {r["category_id"] for r in results} - categories
+    if strange:
+        raise DataError(
+            f"detections: of categories that are not in the annotations; got category_id "
+            f"{_some(strange)}, expected the file's own ids (COCO's have gaps, 1 to 90). Write the "
+            "ids of the annotations, not labels that count from 0."
+        )
+    for result in results:
+        segmentation = result.get("segmentation")
+        if segmentation and segmentation["size"] != sizes[result["image_id"]]:
+            raise DataError(
+                f"detections: a mask of another size than its picture; got {segmentation['size']} "
+                f"for image_id {result['image_id']}, expected {sizes[result['image_id']]}. Write "
+                "masks in the pictures' own pixels."
+            )
+
+
+def _some(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)[:5])) + (" ..." if len(numbers) > 5 else "")
+
+
+def _no_truth(path: str, got: str) -> DataError:
+    return DataError(
+        f"annotations: not COCO's format; got {got} in {path!r}, expected images (id), annotations "
+        "(image_id, category_id, bbox) and categories (id, name). Set --annotations to such a file."
+    )

@@ -1,0 +1,148 @@
+"""Held-out loss of a run: fixed views, spread over the ranks, the same result on any number."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.data.decode import decode
+from fd_large.data.draws import uniforms
+from fd_large.data.sampler import epoch_order
+from fd_large.data.source import PictureSource
+from fd_large.data.views import NUM_DRAWS, random_view
+from fd_large.engine.evaluation import evaluating
+from fd_large.engine.zero.engine import Engine
+from fd_large.errors import DataError
+from fd_large.tasks.distillation.inspection import best_constant_loss, feature_panel
+from fd_large.tasks.distillation.task import Distillation
+
+# Views of an epoch that no training reaches: crops of training images are unseen ones.
+EVALUATION_EPOCH = 2**31 - 1
+PANEL_IMAGES = 4
+TRIES = 10
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """The views of one set of pictures, cut once and kept as uint8 on the host.
+
+    Args:
+        name: Prefix of the metrics.
+        source: The pictures.
+        views: How many; view v shows picture v modulo their number.
+        image_size: Side of a view.
+        min_crop_scale: Smallest crop area, as a part of the picture's.
+        micro_batch_size: Views per forward.
+        seed: Of the crops.
+        max_pixels: Larger pictures are refused before they are decoded.
+        skip_bad: Take the next picture for one that cannot be used, as training does.
+
+    Raises: DataError: for a picture that cannot be used, unless such are skipped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: PictureSource,
+        *,
+        views: int,
+        image_size: int,
+        min_crop_scale: float,
+        micro_batch_size: int,
+        seed: int,
+        max_pixels: int,
+        skip_bad: bool = False,
+    ) -> None:
+        self.name, self._micro = name, micro_batch_size
+        world = distributed.world_size()
+        self._mine = np.arange(distributed.rank(), views, world)
+        # Under ZeRO-3 every rank runs as many forwards as the one with most views.
+        self._rounds = math.ceil(math.ceil(views / world) / micro_batch_size)
+        cuts = np.arange(max(views, PANEL_IMAGES))
+        draws = uniforms(seed, EVALUATION_EPOCH, cuts, "view", NUM_DRAWS).tolist()
+        # Spread over the set, which may list its classes one after the other.
+        places = np.arange(min(len(cuts), len(source)))
+        order = epoch_order(len(source), seed, EVALUATION_EPOCH, places)
+        tries = TRIES if skip_bad else 1
+
+        def picture(view: int) -> Tensor:
+            for number in range(tries):
+                index = int(order[(view + number) % len(order)])
+                try:
+                    return decode(source.read(index), source[index], max_pixels=max_pixels)
+                except DataError as error:
+                    if number + 1 == tries:
+                        raise
+                    log.warning("skipped in evaluation: %s", error)
+            raise AssertionError("one try at least")
+
+        def cut(view: int) -> Tensor:
+            image = picture(view)
+            return random_view(
+                image, draws[view], image_size=image_size, min_crop_scale=min_crop_scale
+            )
+
+        mine = [cut(int(view)) for view in self._mine]
+        self._images = torch.stack(mine or [cut(0)])
+        # The panel shows the same images on any number of ranks.
+        self._panel = torch.stack([cut(view) for view in range(PANEL_IMAGES)])
+
+    def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
+        """Mean loss and the task's metrics over all views, the same on every rank.
+
+        Args:
+            engine: Whose task is measured.
+            between: Called before each batch, on every rank alike; may raise to end it.
+        """
+        totals: dict[str, Tensor] = {}
+        with evaluating(engine):
+            for prepared, weight, count in self._batches(engine):
+                between()
+                loss, metrics = engine.deepspeed(**prepared)
+                for key, value in {"loss": loss, **metrics}.items():
+                    part = value.double() * weight * count
+                    totals[key] = totals[key] + part if key in totals else part
+        views = distributed.sum_tensor(
+            torch.tensor(len(self._mine), dtype=torch.float64, device=distributed.device())
+        )
+        means = distributed.sum_tensor(torch.stack(list(totals.values()))) / views
+        names = [f"{self.name}_{key}" for key in totals]
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def best_constant(self, engine: Engine, between: Callable[[], None]) -> float:
+        """The loss of the best prediction that ignores the image."""
+
+        def batches() -> Iterator[tuple[dict[str, Any], int]]:
+            for prepared, weight, _ in self._batches(engine):
+                between()
+                yield prepared, weight
+
+        assert isinstance(engine.task, Distillation)
+        with evaluating(engine):
+            return best_constant_loss(engine.task, batches, distributed.sum_tensor)
+
+    def panel(self, engine: Engine) -> dict[str, np.ndarray]:
+        """Maps of the first few pictures: `images`, `teacher`, `student` (see feature_panel)."""
+        assert isinstance(engine.task, Distillation)
+        with evaluating(engine):
+            images = self._panel.to(distributed.device())
+            maps = feature_panel(engine.task, engine.deepspeed, images)
+        return {name: value.numpy() for name, value in maps.items()}
+
+    def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
+        for number in range(self._rounds):
+            start = number * self._micro
+            images = self._images[start : min(start + self._micro, len(self._mine))]
+            weight = 1
+            if len(images) == 0:
+                images, weight = self._images[:1], 0
+            prepared = engine.task.prepare(images.to(distributed.device()), None, None)
+            yield prepared, weight, len(images)

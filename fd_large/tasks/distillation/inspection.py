@@ -1,0 +1,95 @@
+"""What a distillation looks like beside its loss: the best constant, and maps to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fd_large.tasks.distillation.task import Distillation
+
+Prepared = dict[str, Any]
+
+
+def best_constant_loss(
+    task: Distillation,
+    batches: Callable[[], Iterator[tuple[Prepared, int]]],
+    summed: Callable[[Tensor], Tensor],
+) -> float:
+    """The loss of the best prediction that ignores the image: one number per channel.
+
+    A student that learnt nothing but the mean of its targets has this loss. The minimum over
+    constants is found from the mean by Newton's method on the smooth L1 sum, which is convex.
+
+    Args:
+        task: Gives the targets.
+        batches: Called once a pass; yields (prepared, weight), weight 0 for padding.
+        summed: Adds a tensor up over the ranks.
+    """
+    mean: Tensor | None = None
+    constant = torch.zeros(())
+    loss = float("nan")
+    # Pass 0 gives the mean; passes 1 and 2 one Newton step each; the last pass the loss.
+    for step in range(4):
+        totals: Tensor | None = None
+        for prepared, weight in batches():
+            tokens = task.reference(**prepared).flatten(0, 1)  # (B * N, C) float32
+            if mean is None:
+                rows = [tokens.sum(0), torch.zeros_like(tokens[0])]
+            else:
+                difference = constant - tokens
+                inside = difference.abs() < task.beta
+                slope = difference.clamp(-task.beta, task.beta) / task.beta
+                rows = [slope.sum(0), inside.float().sum(0) / task.beta]
+            lost = F.smooth_l1_loss(
+                constant.expand_as(tokens), tokens, beta=task.beta, reduction="sum"
+            )
+            count = torch.full_like(tokens[0], len(tokens))
+            part = torch.stack([*rows, lost.expand_as(tokens[0]), count]).double() * weight
+            totals = part if totals is None else totals + part
+        assert totals is not None
+        first, second, lost_sum, count = summed(totals)
+        if mean is None:
+            mean = constant = (first / count).float()
+        elif step < 3:
+            constant = (constant - first / second.clamp(min=1.0)).float()
+        loss = (lost_sum[0] / (count[0] * len(count))).item()
+    return loss
+
+
+def feature_panel(
+    task: Distillation, forward: Callable[..., Any], images: Tensor
+) -> dict[str, Tensor]:
+    """The maps of a few images, without gradient.
+
+    Args:
+        task: In evaluation.
+        forward: Runs the task (its engine).
+        images: (n, 3, S, S) uint8, on the device.
+
+    Returns: images (n, S, S, 3) uint8; teacher (n, h, w, C) whitened and student (n, h, w, C)
+        projected, float32; all on the host.
+    """
+    seen: list[Tensor] = []
+    handle = task.projection.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach().float().cpu())
+    )
+    with torch.no_grad():
+        prepared = task.prepare(images, None, None)
+        forward(**prepared)
+        reference = task.reference(**prepared).cpu()
+    handle.remove()
+    h, w = task.student.grid(*images.shape[-2:])
+
+    def as_map(tokens: Tensor) -> Tensor:
+        return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
+
+    return {
+        "images": rearrange(images, "n c h w -> n h w c").cpu(),
+        "teacher": as_map(reference),
+        "student": as_map(seen[0]),
+    }

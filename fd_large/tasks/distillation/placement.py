@@ -1,0 +1,132 @@
+"""Where the frozen teacher lives: whole on every rank, split over all, or split inside a node.
+
+A split teacher is a second ZeRO-3 engine without an optimiser: its own configuration, so that it is
+split under a student at any stage; no gradient, no float32 copy, no entry in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.data.draws import random_words
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.start import deepspeed
+from fd_large.tasks.distillation.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+
+class PlacedTeacher:
+    """A teacher that is callable whatever its placement.
+
+    Attributes:
+        module: The Teacher; its parameters are pieces unless it is replicated.
+        fingerprint: Hash of the weights at build, the same for every placement.
+        width: Channels of the map.
+    """
+
+    def __init__(self, module: Teacher, engine: Any, group: Any) -> None:
+        self.module, self._engine, self._group = module, engine, group
+        self._whole: dict[str, Tensor] = {}
+        self.fingerprint = self.hash_now()
+        self.width = module.width
+
+    def __call__(self, images: Tensor) -> FeatureMap:
+        """Returns the map of uint8 images (B, 3, H, W), without gradient."""
+        with torch.no_grad():
+            return (self._engine or self.module)(images)
+
+    def hash_now(self) -> str:
+        """Hashes the weights as they are; equal to `fingerprint` unless memory failed."""
+        return partition.fingerprint(self.module.net, group=self._group)
+
+    def shard_hash(self) -> str:
+        """Returns "PART/PARTS HASH" of what this rank itself holds, no other rank asked.
+
+        A gathered weight is the same on all ranks, whoever spoiled its part; this is not.
+        """
+        return partition.held_fingerprint(self.module, self._whole)
+
+    def map_of_fixed_images(self, image_size: int) -> Tensor:
+        """The map (2, N, C) of two images of noise, always the same; all ranks call it.
+
+        Args:
+            image_size: Side of the run's crops, in pixels.
+        """
+        words = random_words(0, 0, range(2), "canary", num_blocks=-(-3 * image_size**2 // 4))
+        pixels = (words.reshape(2, -1)[:, : 3 * image_size**2] >> 24).astype("uint8")
+        images = torch.from_numpy(pixels).view(2, 3, image_size, image_size)
+        return self(images.to(distributed.device())).tokens
+
+    def held_bytes(self) -> int:
+        """Bytes of weights that this rank holds between steps."""
+        total = 0
+        for parameter in self.module.parameters():
+            total += parameter.numel() * parameter.element_size()
+            if partition.is_partitioned(parameter):
+                total += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+        return total
+
+
+def place(
+    make: Callable[[], Teacher],
+    *,
+    placement: str,
+    dtype: torch.dtype,
+    seed: int,
+    node_size: int,
+    persistence_threshold: int,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    whole_first: bool = False,
+) -> PlacedTeacher:
+    """Builds the teacher where it is to live.
+
+    Must run before the student's engine: the hpZ group of a student is global to the process and
+    would give the teacher a second, permanent copy.
+
+    Args:
+        make: Constructs the Teacher with random weights.
+        placement: "replicated", "sharded" or "node".
+        dtype: Of its weights and products.
+        seed: Of the random weights.
+        node_size: Ranks of a node.
+        persistence_threshold: Tensors of at most so many elements stay whole.
+        weights: (name, full tensor) of the net, on every rank, or None for random weights.
+        whole_first: See `partition.build`.
+    """
+    group = None
+    if placement == "node" and node_size < distributed.world_size():
+        group = distributed.node_group(node_size)
+    shares = node_size if group is not None else distributed.world_size()
+    partitioned = placement != "replicated" and shares > 1
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": persistence_threshold,
+        },
+    }
+    module = partition.build(
+        make, config, partitioned=partitioned, seed=seed, group=group, whole_first=whole_first
+    )
+    if weights is not None:
+        load_weights(module.net, weights, where="--teacher.source")
+    if dtype == torch.bfloat16:
+        partition.to_bfloat16(module)
+        config["bf16"] = {"enabled": True}
+    if not partitioned:
+        module.to(distributed.device())
+        return PlacedTeacher(module, None, None)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    log.info("teacher: split over %d ranks", shares)
+    return PlacedTeacher(module, engine, group)

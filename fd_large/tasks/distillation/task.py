@@ -1,0 +1,111 @@
+"""Feature distillation as a task: project the student's map, whiten the teacher's, smooth L1.
+
+Source: Wei et al., arXiv 2205.14141; constants as in the official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.layer_ids import layer_scale
+from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.engine.task import Task
+from fd_large.kernels.whitened_loss import whiten, whitened_loss
+from fd_large.tasks.distillation.alignment import align
+
+
+class Distillation(Task):
+    """A student, its projection to the teacher's width, and the loss between the two maps.
+
+    Args:
+        student: A backbone of `fd_large.backbones`.
+        teacher: uint8 images -> FeatureMap, without gradient; a `Teacher`, its engine, or any
+            callable. It is no submodule: its parameters are in no optimiser and no checkpoint.
+        teacher_width: Channels of the teacher's map.
+        beta: Where the loss turns from square to linear, in whitened units.
+        whitening_eps: Added to the variance of a teacher's token.
+        interpolation: "none", or how the teacher's map takes the student's grid ("bilinear").
+        statistics: The student's normalisation; the paper uses ImageNet's for every student.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Callable[[Tensor], FeatureMap],
+        teacher_width: int,
+        *,
+        beta: float = 2.0,
+        whitening_eps: float = 1e-5,
+        interpolation: str = "none",
+        statistics: Statistics = IMAGENET,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        # The 1x1 convolution of the paper; torch's default initialisation, as published.
+        self.projection = nn.Linear(student.width, teacher_width)
+        self.beta, self.whitening_eps = beta, whitening_eps
+        self.interpolation, self.statistics = interpolation, statistics
+        self.drop_path_rates = student.drop_path_rates
+        # In a tuple, so that nn.Module does not adopt a teacher that is a Module.
+        self._teacher = (teacher,)
+
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the student's pixels, the drop-path draws and the teacher's map."""
+        del targets  # The images are all that there is.
+        with torch.no_grad():
+            return {
+                "pixels": normalise(images, self.statistics),
+                "keep": keep,
+                "target": self._teacher[0](images),
+            }
+
+    def forward(
+        self, *, pixels: Tensor, keep: Tensor | None, target: FeatureMap
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and, in evaluation, the mean cosine of projected and whitened tokens.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            keep: (num_sites, B) bool, or None.
+            target: The teacher's map, any float dtype.
+        """
+        student_map = self.student(pixels.to(self.projection.weight.dtype), keep)
+        tokens, target_tokens = align(student_map, target, interpolation=self.interpolation)
+        projected = self.projection(tokens.to(self.projection.weight.dtype))
+        loss = whitened_loss(projected, target_tokens, beta=self.beta, eps=self.whitening_eps)
+        metrics: dict[str, Tensor] = {}
+        if not self.training:
+            whitened = whiten(target_tokens, self.whitening_eps)
+            metrics["cosine"] = F.cosine_similarity(projected.float(), whitened, dim=-1).mean()
+        return loss, metrics
+
+    def reference(self, *, pixels: Tensor, keep: Tensor | None, target: FeatureMap) -> Tensor:
+        """The whitened target tokens (B, N, Ct) float32 that `forward` would compare with."""
+        grid, prefix = self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
+        shape_only = pixels.new_empty(len(pixels), prefix + grid[0] * grid[1], 0)
+        _, tokens = align(
+            FeatureMap(shape_only, grid, prefix), target, interpolation=self.interpolation
+        )
+        return whiten(tokens, self.whitening_eps)
+
+    def nets(self) -> dict[str, nn.Module]:
+        """The teacher first, as it runs first."""
+        teacher = getattr(self._teacher[0], "module", self._teacher[0])
+        frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
+        return {**frozen, "": self}
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """By the depth in the student; the projection learns at the full rate."""
+        inside = name.removeprefix("student.")
+        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
+
+    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """The student's exemptions; the projection's weight decays, its bias is one-dimensional."""
+        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
+        return names, tuple(self.student.no_weight_decay_keywords())

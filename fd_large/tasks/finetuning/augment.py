@@ -1,0 +1,138 @@
+"""RandAugment and random erasing as timm defines them, from numbers drawn by the caller.
+
+RandAugment is timm's `rand-mM-mstdS-inc1`: two operations a picture, each applied in half of the
+cases, at a magnitude drawn around M, of the list whose severity grows with it. The operations are
+timm's own; what it draws from the state of Python's generator comes from `draws` here.
+
+Sources: Cubuk et al., arXiv 1909.13719; Zhong et al., arXiv 1708.04896; timm/data/auto_augment.py
+and random_erasing.py (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+from torch import Tensor
+
+from fd_large.backbones.statistics import Statistics
+
+NUM_OPERATIONS = 2
+APPLY_PROBABILITY = 0.5
+# Operation, whether it is applied, two for its magnitude, its sign.
+DRAWS_AN_OPERATION = 5
+NUM_AUGMENTATION_DRAWS = NUM_OPERATIONS * DRAWS_AN_OPERATION
+
+LARGEST_MAGNITUDE = 10.0
+NO_BITS = (0,)
+
+ERASING_TRIES = 10
+# Whether, top, left, then area and aspect of each try.
+NUM_ERASING_DRAWS = 3 + 2 * ERASING_TRIES
+MIN_ERASED, MAX_ERASED = 0.02, 1 / 3
+LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+
+# (share of the largest magnitude, sign) -> arguments of timm's operation.
+Level = Callable[[float, float], tuple[float, ...]]
+
+
+def _enhance(share: float, sign: float) -> tuple[float, ...]:
+    return (max(0.1, 1.0 + sign * 0.9 * share),)
+
+
+OPERATIONS: dict[str, Level] = {
+    "AutoContrast": lambda share, sign: (),
+    "Equalize": lambda share, sign: (),
+    "Invert": lambda share, sign: (),
+    "Rotate": lambda share, sign: (sign * 30.0 * share,),
+    "PosterizeIncreasing": lambda share, sign: (4 - int(4 * share),),
+    "SolarizeIncreasing": lambda share, sign: (256 - min(256, int(256 * share)),),
+    "SolarizeAdd": lambda share, sign: (min(128, int(110 * share)),),
+    "ColorIncreasing": _enhance,
+    "ContrastIncreasing": _enhance,
+    "BrightnessIncreasing": _enhance,
+    "SharpnessIncreasing": _enhance,
+    "ShearX": lambda share, sign: (sign * 0.3 * share,),
+    "ShearY": lambda share, sign: (sign * 0.3 * share,),
+    "TranslateXRel": lambda share, sign: (sign * 0.45 * share,),
+    "TranslateYRel": lambda share, sign: (sign * 0.45 * share,),
+}
+_NAMES = tuple(OPERATIONS)
+
+
+def augment(
+    image: Tensor, draws: Sequence[float], *, magnitude: float, std: float, statistics: Statistics
+) -> Tensor:
+    """RandAugment of one picture.
+
+    Args:
+        image: (3, H, W) uint8.
+        draws: `NUM_AUGMENTATION_DRAWS` numbers in [0, 1).
+        magnitude: 0 to 10.
+        std: Of the magnitude, normal, cut at 0 and 10.
+        statistics: Their mean fills what a shear, shift or turn uncovers.
+
+    Returns: (3, H, W) uint8, contiguous.
+    """
+    picture = None
+    for start in range(0, NUM_AUGMENTATION_DRAWS, DRAWS_AN_OPERATION):
+        which, applied, first, second, sign = draws[start : start + DRAWS_AN_OPERATION]
+        if applied >= APPLY_PROBABILITY:
+            continue
+        drawn = magnitude + std * float(normals(np.array([first]), np.array([second]))[0])
+        share = min(max(drawn, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
+        name = _NAMES[int(which * len(_NAMES))]
+        if picture is None:
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        arguments = OPERATIONS[name](share, 1.0 if sign < 0.5 else -1.0)
+        if arguments == NO_BITS and name == "PosterizeIncreasing":
+            # At the largest magnitude; Pillow refuses since version 12 what was black before.
+            picture = Image.new("RGB", picture.size)
+            continue
+        picture = NAME_TO_OP[name](
+            picture,
+            *arguments,
+            fillcolor=tuple(min(255, round(255 * value)) for value in statistics.mean),
+            resample=Image.Resampling.BICUBIC,
+        )
+    if picture is None:
+        return image
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def erasing_box(
+    height: int, width: int, draws: Sequence[float], *, probability: float
+) -> tuple[int, int, int, int] | None:
+    """Which part of a picture is erased: top, left, height, width; None: none.
+
+    Area uniform in 2% to a third of the picture's, log aspect uniform in -+ log .3; the first of
+    ten tries that is smaller than the picture is taken.
+
+    Args:
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        draws: `NUM_ERASING_DRAWS` numbers in [0, 1).
+        probability: That anything is erased.
+    """
+    apply, draw_top, draw_left, *tries = draws
+    if apply >= probability:
+        return None
+    for draw_area, draw_aspect in zip(tries[0::2], tries[1::2], strict=True):
+        area = height * width * (MIN_ERASED + (MAX_ERASED - MIN_ERASED) * draw_area)
+        aspect = math.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * draw_aspect)
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if rows < height and columns < width:
+            top = int(draw_top * (height - rows + 1))
+            left = int(draw_left * (width - columns + 1))
+            return top, left, rows, columns
+    return None
+
+
+def normals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard normal numbers of pairs of uniform ones in [0, 1) (Box and Muller)."""
+    return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)

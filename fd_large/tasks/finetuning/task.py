@@ -1,0 +1,109 @@
+"""Fine-tuning as a task: the whole net learns to name the class of a picture.
+
+A ViT classifies the mean of its patch tokens, normalised by a norm of its own; the final norm that
+distillation trained is discarded. A Swin net keeps its norm. Every block has its own copy of a
+position bias that blocks shared before (weights/swin.py makes the copies).
+
+Source: the official fine-tuning code (models/vision_transformer.py, main_finetune.py) of
+SwinTransformer/Feature-Distillation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import NORMAL
+from fd_large.backbones.layer_ids import layer_scale
+from fd_large.backbones.layers import LayerNorm, Linear
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.backbones.vit.vit import ViT
+from fd_large.data.central import NO_LABEL
+from fd_large.engine.task import Task
+
+# Published for ViT: predictions start all alike.
+VIT_HEAD_SCALE = 1e-3
+# Of the student's own parameters, those that the task has no use for.
+DISCARDED = ("norm.weight", "norm.bias")
+
+
+class FineTuning(Task):
+    """A backbone and a linear classifier of its mean token.
+
+    Args:
+        student: A backbone of `fd_large.backbones`, of the families vit, swin and swinv2.
+        num_classes: K.
+        statistics: By which its images are normalised, in training and in tests.
+    """
+
+    def __init__(self, student: nn.Module, num_classes: int, *, statistics: Statistics) -> None:
+        super().__init__()
+        self.student, self.statistics = student, statistics
+        self.drop_path_rates = student.drop_path_rates
+        self.fc_norm: LayerNorm | None = None
+        draw = NORMAL
+        if isinstance(student, ViT):
+            self.fc_norm = LayerNorm(student.width, student.norm.eps)
+            student.norm = nn.Identity()
+            draw = NORMAL.divided(1 / VIT_HEAD_SCALE)
+        self.head = Linear(student.width, num_classes, draw=draw)
+
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the pixels, normalised where they are uint8 still, and the targets."""
+        pixels = images if images.is_floating_point() else normalise(images, self.statistics)
+        return {"pixels": pixels, "targets": targets, "keep": keep}
+
+    def forward(
+        self, *, pixels: Tensor, targets: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the cross-entropy and, in evaluation, sums over the pictures.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised.
+            targets: (B, K) float32, distributions; in evaluation (B,) int64, labels, where
+                pictures with `NO_LABEL` are not counted.
+            keep: (num_sites, B) bool, or None.
+        """
+        logits = self.logits(pixels, keep)
+        if self.training:
+            return -(targets * F.log_softmax(logits, -1)).sum(-1).mean(), {}
+        counted = targets != NO_LABEL
+        losses = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="none")
+        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
+        sums = {
+            "loss": losses.sum(),
+            "top1": best[:, 0].sum(),
+            "top5": best.sum(),
+            "pictures": counted.sum(),
+        }
+        return losses.sum() / counted.sum().clamp(min=1), {k: v.double() for k, v in sums.items()}
+
+    def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
+        """Returns (B, K) float32."""
+        features = self.student(pixels.to(self.head.weight.dtype), keep)
+        mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)  # (B, C)
+        if self.fc_norm is not None:
+            mean = self.fc_norm(mean)
+        return self.head(mean).float()
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """By the depth in the student; norm and head learn at the full rate."""
+        inside = name.removeprefix("student.")
+        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
+
+    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """The student's exemptions."""
+        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
+        return names, tuple(self.student.no_weight_decay_keywords())
+
+
+def counted(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Percentages and the mean loss of sums over all pictures."""
+    pictures = float(sums["pictures"])
+    return {
+        "loss": float(sums["loss"]) / max(pictures, 1.0),
+        "top1": 100 * float(sums["top1"]) / max(pictures, 1.0),
+        "top5": 100 * float(sums["top5"]) / max(pictures, 1.0),
+    }

@@ -1,0 +1,183 @@
+"""Labelled pictures to batches that are mixed and augmented, for training.
+
+What happens to a picture in training is a function of (seed, epoch, position), whom it is mixed
+with as well: a rank whose micro batch ends between two partners loads the missing one too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.data import views
+from fd_large.data.decode import decode, size_before_decoding
+from fd_large.data.draws import uniforms
+from fd_large.data.labelled import LabelledPictures
+from fd_large.data.loader import Batch, first_usable
+from fd_large.data.quiet import quiet
+from fd_large.data.sampler import epoch_order
+from fd_large.recipes.task_sections import FineTune
+from fd_large.tasks.finetuning import augment, mixing
+
+
+@dataclass(frozen=True)
+class TrainingBatches(Dataset):
+    """Positions of a micro batch to a `Batch`; runs in the workers.
+
+    Its images are (B, 3, S, S) float32, normalised, its targets (B, K) float32 distributions over
+    the classes.
+
+    Attributes:
+        source: The pictures.
+        recipe: Augmentation.
+        statistics: By which the pictures are normalised.
+        seed: The run's.
+        epoch: Counted from 0.
+        global_batch_size: Within which pictures are mixed.
+        image_size: Side of a view, in pixels.
+        min_crop_scale: Smallest crop area, as a part of the picture's.
+        max_pixels: Larger pictures are refused before they are decoded.
+    """
+
+    source: LabelledPictures
+    recipe: FineTune
+    statistics: Statistics
+    seed: int
+    epoch: int
+    global_batch_size: int
+    image_size: int
+    min_crop_scale: float
+    max_pixels: int
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
+        """Loads, augments and mixes."""
+        recipe = self.recipe
+        first = int(positions[0]) // self.global_batch_size * self.global_batch_size
+        mix = mixing.draw_mix(
+            self.seed,
+            self.epoch,
+            first,
+            image_size=self.image_size,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+            switch_probability=recipe.switch_probability,
+        )
+        own = len(positions)
+        other = positions
+        if mix != mixing.UNMIXED:
+            other = mixing.partners(positions, self.global_batch_size)
+        every = np.concatenate([positions, np.setdiff1d(other, positions)])
+        images, indices, labels, bad = self._views(every, own)
+        at = {position: place for place, position in enumerate(every.tolist())}
+        others = torch.tensor([at[position] for position in other.tolist()])
+        return Batch(
+            mixing.mix_images(images[:own], images[others], mix),
+            self.epoch,
+            torch.from_numpy(positions),
+            torch.from_numpy(indices[:own]),
+            bad,
+            mixing.mix_labels(
+                labels[:own],
+                labels[others],
+                mix,
+                num_classes=len(self.source.classes),
+                smoothing=recipe.smoothing,
+            ),
+        )
+
+    def _views(
+        self, positions: NDArray[np.int64], own: int
+    ) -> tuple[Tensor, NDArray[np.int64], Tensor, tuple[str, ...]]:
+        """Images, samples, labels; and what was bad among the first `own`, a rank's to count."""
+        indices = epoch_order(len(self.source), self.seed, self.epoch, positions)
+        crops = self._draws(positions, "view", views.NUM_DRAWS)
+        augmentations = self._draws(positions, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
+        images, labels, bad = [], [], []
+        with quiet():
+            for place, position in enumerate(positions.tolist()):
+                image, indices[place] = first_usable(
+                    lambda index, place=place: self._view(
+                        index, crops[place], augmentations[place]
+                    ),
+                    int(indices[place]),
+                    len(self.source),
+                    seed=self.seed,
+                    epoch=self.epoch,
+                    position=position,
+                    bad=bad if place < own else [],
+                )
+                if image is None:
+                    image = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+                images.append(image)
+                labels.append(self.source.label(int(indices[place])))
+        pixels = normalise(torch.stack(images), self.statistics)
+        self._erase(pixels, positions)
+        return pixels, indices, torch.tensor(labels), tuple(bad)
+
+    def _view(self, index: int, crop: list[float], augmentation: list[float]) -> Tensor:
+        view = random_view(
+            self.source,
+            index,
+            crop,
+            image_size=self.image_size,
+            min_crop_scale=self.min_crop_scale,
+            max_pixels=self.max_pixels,
+        )
+        if self.recipe.randaugment == 0:
+            return view
+        return augment.augment(
+            view,
+            augmentation,
+            magnitude=self.recipe.randaugment,
+            std=self.recipe.randaugment_std,
+            statistics=self.statistics,
+        )
+
+    def _erase(self, pixels: Tensor, positions: NDArray[np.int64]) -> None:
+        """Fills a box of some pictures with standard normal noise, in place."""
+        draws = self._draws(positions, "erasing", augment.NUM_ERASING_DRAWS)
+        for place, position in enumerate(positions.tolist()):
+            box = augment.erasing_box(
+                *pixels.shape[-2:], draws[place], probability=self.recipe.erasing
+            )
+            if box is None:
+                continue
+            top, left, rows, columns = box
+            pairs = uniforms(
+                self.seed, self.epoch, [position], "erasing_noise", 6 * rows * columns
+            )[0].reshape(3, rows, columns, 2)
+            noise = augment.normals(pairs[..., 0], pairs[..., 1])
+            pixels[place, :, top : top + rows, left : left + columns] = torch.from_numpy(noise)
+
+    def _draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
+        return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
+
+
+def random_view(
+    source: LabelledPictures,
+    index: int,
+    draws: list[float],
+    *,
+    image_size: int,
+    min_crop_scale: float,
+    max_pixels: int,
+) -> Tensor:
+    """A random crop of a picture, resized (bicubic) and perhaps flipped: (3, S, S) uint8.
+
+    Raises: DataError: if the picture cannot be used.
+    """
+    encoded, where = source.read(index), source[index]
+    size, image = size_before_decoding(encoded), None
+    if size is None:
+        image = decode(encoded, where, max_pixels=max_pixels)
+        size = image.shape[-2:]
+    box = views.crop_box(*size, draws, min_crop_scale=min_crop_scale)
+    if image is None:
+        image = decode(encoded, where, max_pixels=max_pixels, num_rows=box[0] + box[2])
+    return views.box_view(image, box, draws, image_size=image_size, interpolation="bicubic")

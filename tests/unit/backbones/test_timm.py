@@ -1,0 +1,116 @@
+"""timm backbones: the map is timm's own, on any device, in bfloat16, and misfits are named."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from fd_large.backbones.registry import build
+from fd_large.backbones.timm.adapter import TimmBackbone
+from fd_large.errors import ConfigError, ShapeError
+from fd_large.recipes.architectures import Architecture, resolve
+
+
+def with_running_statistics(net):
+    """Fresh nets have mean 0 and variance 1 everywhere: an error there would not show."""
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.2, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "width"),
+    [("tf_efficientnet_lite0", 8, 40), ("tf_efficientnet_lite0", 32, 320), ("resnet18", 16, 256)],
+)
+def test_the_map_is_the_one_that_timm_gives_out(name, stride, width):
+    net = with_running_statistics(TimmBackbone(name, stride=stride)).eval()
+    index = next(
+        i
+        for i, stage in enumerate(timm.create_model(name).feature_info)
+        if stage["reduction"] == stride
+    )
+    theirs = timm.create_model(name, features_only=True, out_indices=(index,)).eval()
+    state = {key.removeprefix("net."): value for key, value in net.state_dict().items()}
+    missing = theirs.load_state_dict(state, strict=False).missing_keys
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        feature_map = net(images)
+        (expected,) = theirs(images)
+    assert (net.width, net.stride, feature_map.num_prefix_tokens) == (width, stride, 0)
+    assert feature_map.grid == net.grid(64, 96) == (64 // stride, 96 // stride)
+    assert feature_map.tokens.shape == (2, 64 * 96 // stride**2, width)
+    torch.testing.assert_close(feature_map.tokens, expected.flatten(2).transpose(1, 2))
+    # What the map needs is there, and what comes after it is not.
+    assert not set(missing) & set(state)
+    count = sum(p.numel() for p in net.parameters())
+    assert count <= sum(p.numel() for p in theirs.parameters())
+
+
+def test_efficientnet_lite0_up_to_stride_8():
+    architecture = resolve("efficientnet_lite0")
+    assert (architecture.timm_name, architecture.feature_stride) == ("tf_efficientnet_lite0", 8)
+    net = build("efficientnet_lite0")
+    assert sum(p.numel() for p in net.parameters()) == 55_504
+    assert (net.drop_path_rates, net.blocks()) == ((), [])
+
+
+def test_other_nets_come_by_overrides():
+    net = build("timm", Architecture(timm_name="resnet18", feature_stride=8))
+    assert (net.width, net.stride) == (128, 8)
+
+
+def test_a_vision_transformer_without_its_class_token():
+    net = TimmBackbone("vit_tiny_patch16_224", stride=16).eval()
+    feature_map = net(torch.randn(1, 3, 224, 224))
+    assert feature_map.tokens.shape == (1, 196, 192)
+    with pytest.raises(ShapeError, match=r"--objective\.teacher_image_size 224"):
+        net.grid(192, 192)
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        net = build("efficientnet_lite0").eval()
+        assert all(t.is_meta for t in net.state_dict().values())
+        assert net(torch.empty(2, 3, 128, 128)).tokens.shape == (2, 256, 40)
+
+
+def test_a_seed_makes_the_same_net_again():
+    a, b = (build("efficientnet_lite0", seed=5).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bfloat16_weights_keep_float32_statistics():
+    net = with_running_statistics(TimmBackbone("tf_efficientnet_lite0", stride=8)).eval()
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        exact = net(images).tokens
+        for parameter in net.parameters():  # As the engine does: buffers are left alone.
+            parameter.data = parameter.data.bfloat16()
+        rounded = net(images.bfloat16()).tokens
+    assert rounded.dtype == torch.bfloat16
+    error = (rounded.float() - exact).norm() / exact.norm()
+    assert error < 0.02  # A few of bfloat16's 2^-9 steps over some twenty layers.
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        (Architecture(timm_name="resnet19"), "timm_name: .*resnet1"),
+        (Architecture(timm_name="resnet18", feature_stride=7), "expected one of 2, 4, 8, 16, 32"),
+        (Architecture(feature_stride=0), "feature_stride: .*positive"),
+        (Architecture(depths=(2,)), "timm net without that option"),
+    ],
+)
+def test_misfits_are_named(override, match):
+    with pytest.raises(ConfigError, match=match):
+        build("timm", override)
+
+
+def test_sizes_that_are_no_multiple_of_the_stride_are_refused():
+    with pytest.raises(ShapeError, match="multiples of the stride 8"):
+        build("efficientnet_lite0").grid(100, 128)

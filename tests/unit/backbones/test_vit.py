@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fd_large.backbones.vit.vit import ViT
+from fd_large.errors import ConfigError, ShapeError
+
+STUDENT = {
+    "absolute_position": False,
+    "relative_position": "shared",
+    "layer_scale": 0.1,
+    "qkv_bias": "qv",
+}
+
+
+def tiny(**options) -> ViT:
+    torch.manual_seed(0)
+    return ViT(16, 2, 2, patch_size=4, image_size=16, **options)
+
+
+def names(net) -> set[str]:
+    return set(dict(net.named_parameters()))
+
+
+def test_student_names():
+    got = names(tiny(**STUDENT))
+    assert {
+        "cls_token",
+        "rel_pos_bias.relative_position_bias_table",
+        "patch_embed.proj.bias",
+        "blocks.1.gamma_1",
+        "blocks.1.attn.q_bias",
+        "blocks.1.attn.v_bias",
+        "blocks.1.attn.qkv.weight",
+        "blocks.1.mlp.fc1.weight",
+        "norm.weight",
+    } <= got
+    assert not got & {"pos_embed", "blocks.1.attn.k_bias", "blocks.1.attn.qkv.bias"}
+
+
+def test_teacher_names():
+    got = names(tiny(pre_norm_layer=True, patch_bias=False, distillation_token=True))
+    assert {"dist_token", "pos_embed", "norm_pre.weight", "blocks.0.attn.qkv.bias"} <= got
+    assert not got & {"patch_embed.proj.bias", "blocks.0.gamma_1", "blocks.0.attn.q_bias"}
+    assert "blocks.1.attn.relative_position_bias_table" in names(tiny(relative_position="block"))
+
+
+def test_blocks_are_listed_by_the_call_of_other_backbones():
+    net = tiny()
+    assert net.blocks() == list(net.blocks)
+    assert len(net.drop_path_rates) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({}, 1),
+        ({"class_token": False}, 0),
+        ({"distillation_token": True}, 2),
+        ({"distillation_token": True, "keep_distillation_token": False}, 1),
+    ],
+)
+def test_prefix_tokens(options, prefix):
+    net = tiny(**options)
+    feature_map = net(torch.randn(2, 3, 16, 16))
+    assert feature_map.num_prefix_tokens == net.num_prefix_tokens == prefix
+    assert feature_map.tokens.shape == (2, prefix + 16, 16)
+    assert feature_map.grid == (4, 4)
+
+
+def test_dropped_distillation_token_leaves_the_others():
+    images = torch.randn(1, 3, 16, 16)
+    whole = tiny(distillation_token=True)(images).tokens
+    without = tiny(distillation_token=True, keep_distillation_token=False)(images).tokens
+    assert torch.equal(without, whole[:, [0, *range(2, 18)]])
+
+
+def test_key_bias_cannot_change_the_output():
+    images = torch.randn(1, 3, 16, 16)
+    net = tiny(qkv_bias="qkv")
+    before = net(images).tokens
+    with torch.no_grad():
+        net.blocks[0].attn.k_bias.normal_()
+    torch.testing.assert_close(net(images).tokens, before, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        net.blocks[0].attn.q_bias.normal_()
+        net.blocks[0].attn.v_bias.normal_()
+    assert not torch.allclose(net(images).tokens, before, atol=1e-3)
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(ShapeError, match="18x16 pixels, expected multiples of 4"):
+        tiny()(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ShapeError, match=r"5x4 patches \(20x16 pixels\), expected 4x4"):
+        tiny(**STUDENT)(torch.zeros(1, 3, 20, 16))
+    free = tiny(absolute_position=False)
+    assert free(torch.zeros(1, 3, 20, 8)).grid == (5, 2)
+
+
+def test_options_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match="distillation_token"):
+        tiny(distillation_token=True, relative_position="shared")
+    with pytest.raises(ConfigError, match="qkv_bias"):
+        tiny(qkv_bias="q")
+    with pytest.raises(ConfigError, match="nearest: quick_gelu"):
+        tiny(activation="quickgelu")
+
+
+@pytest.mark.parametrize(
+    ("residual", "dtype"), [("compute", torch.bfloat16), ("float32", torch.float32)]
+)
+@pytest.mark.parametrize("options", [STUDENT, {"relative_position": "block"}, {}])
+def test_bfloat16_runs_with_either_residual_stream(residual, dtype, options):
+    net = tiny(residual_dtype=residual, attention_memory="recompute", **options)
+    images = torch.randn(2, 3, 16, 16)
+    exact = net(images).tokens
+    net.bfloat16()
+    seen = []
+    for block in net.blocks():
+        block.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    tokens = net(images).tokens
+    tokens.float().square().sum().backward()
+    assert set(seen) == {dtype}
+    assert tokens.dtype == dtype
+    assert (tokens.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_recompute_saves_no_attention_map_and_equals_keep():
+    gradients, shapes = {}, {}
+    for memory in ("keep", "recompute"):
+        net = tiny(attention_memory=memory, **STUDENT)
+        kept = shapes.setdefault(memory, [])
+
+        def pack(tensor, kept=kept):
+            if tensor.shape[-2:] == (17, 17) and tensor.dtype == torch.float32:
+                kept.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = net(torch.ones(1, 3, 16, 16).cumsum(-1)).tokens.square().sum()
+        loss.backward()
+        gradients[memory] = [p.grad for p in net.parameters()]
+    assert len(shapes["keep"]) >= 2
+    assert shapes["recompute"] == []
+    for a, b in zip(*gradients.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_position_tables_decay_and_tokens_do_not():
+    net = tiny(**STUDENT)
+    assert net.no_weight_decay() == {"pos_embed", "cls_token", "dist_token"}
+    assert net.no_weight_decay_keywords() == ()

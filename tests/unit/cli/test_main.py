@@ -1,0 +1,297 @@
+"""Words to calls: flags, mistakes in one sentence, and no torch before it is needed."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from fd_large.cli import main as cli
+from fd_large.cli.flags import _flags_type
+from fd_large.errors import ConfigError, DataError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import field_names
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in cli.RANK_VARIABLES}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**clean, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in cli.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    # `train` takes over the log of the process.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Stands in for the engine: records the call, or raises what `raises` holds."""
+    calls = types.SimpleNamespace(run=None, flags=None, raises=None)
+
+    def train(run, job_of, *, deepspeed_config, fresh, hooks):
+        calls.run, calls.flags, calls.hooks = run, (deepspeed_config, fresh), hooks
+        if calls.raises:
+            raise calls.raises
+        return 0
+
+    module = types.ModuleType("fd_large.engine.run")
+    module.train = train
+    monkeypatch.setitem(sys.modules, "fd_large.engine.run", module)
+    return calls
+
+
+def one_sentence(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_the_recipe_gives_the_defaults_and_flags_override(engine):
+    words = (
+        "--local_rank=3 --deepspeed_config some.json --recipe fd_swinv2g --fresh"
+        " --data.root pictures --optim.base_lr=1e-4 --batch.micro_batch_size auto"
+    )
+    assert cli.main(["train", *words.split()]) == 0
+    recipe = registry.get("fd_swinv2g")
+    assert engine.flags == ("some.json", True)
+    names = [type(hook).__name__ for hook in engine.hooks]
+    assert names[0] == "Meter"
+    assert {"Progress", "TensorBoard", "Pictures", "Preemption"} <= set(names)
+    assert engine.run.student == recipe.student
+    assert engine.run.teacher == recipe.teacher
+    assert engine.run.name == "fd_swinv2g"
+    assert engine.run.data.root == "pictures"
+    assert engine.run.optim.base_lr == 1e-4
+    assert engine.run.batch.micro_batch_size == "auto"
+
+
+def test_without_a_recipe_the_default_one_runs(engine):
+    assert cli.main(["train", "--deepspeed_config", "some.json"]) == 0
+    assert engine.run == registry.get("quickstart")
+    assert engine.flags == ("some.json", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        ("--guard.enabled", True),
+        ("--guard.enabled True", True),
+        ("--guard.enabled False", False),
+        ("--guard.enabled=False", False),
+        ("--guard.no_enabled", False),
+        ("--guard.enabled False --guard.enabled", True),
+    ],
+)
+def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
+    assert cli.main(["train", "--deepspeed_config", "some.json", *words.split()]) == 0
+    assert engine.run.guard.enabled is on
+    assert ("Guard" in [type(hook).__name__ for hook in engine.hooks]) is on
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.base_rl 3", "--optim.base_rl: no such field; nearest: optim.base_lr"),
+        ("--base_lr 3", "--base_lr: no such field; nearest: optim.base_lr"),
+        ("--recipee x", "--recipee: no such field; nearest: recipe"),
+        ("--optimm.epochs 3", "--optimm.epochs: no such field; nearest: optim.epochs"),
+        ("--student.architecture.dephts 2", "nearest: student.architecture.depths"),
+        ("--name x", "--name: no such field"),
+        ("--recipe fd_clip_vit_bas", "--recipe: no such recipe; got 'fd_clip_vit_bas', nearest"),
+        ("--recipe", "--recipe: no such recipe; got ''"),
+        ("--student.model swinv2_gaint", "student.model: no such net; got 'swinv2_gaint', nearest"),
+        (
+            "--batch.micro_batch_size x",
+            "--batch.micro_batch_size: a value of the wrong type; got x, expected a whole number"
+            " or auto.",
+        ),
+        ("--batch.micro_batch_size 7", "batch.micro_batch_size: does not divide"),
+        ("--optim.epochs 10 20", "--optim.epochs: a value of the wrong type; got 10 20"),
+        ("--optim.epochs", "--optim.epochs: a value of the wrong type; got nothing"),
+        ("--student.architecture.depths 2 x", "got 2 x, expected whole numbers or None"),
+        ("--engine.precision=fp16", "got fp16, expected one of auto, float32, bfloat16"),
+        ("--runtime.seed -1", "runtime.seed: "),
+        ("--student.drop_path_rate 1.5", "student.drop_path_rate: "),
+        ("stray", "train: a word without a flag; got 'stray'"),
+        ("", "--deepspeed_config: not given"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(words, message, engine, capsys):
+    assert cli.main(["train", *words.split()]) == 2
+    assert message in one_sentence(capsys)
+    assert engine.run is None
+
+
+def test_a_run_ends_with_its_report(engine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fd_large.report.make.make_report", lambda folder: f"report of {folder}")
+    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"\nreport of {tmp_path}\n"
+
+
+def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch, capsys):
+    # No recipe.json in it: no run.
+    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert f"the run stands: python -m fd_large report {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "report: takes the folder of one run; got nothing, expected RUN."),
+        ("one two", "got one two, expected RUN"),
+        ("--run one", "got --run one, expected RUN"),
+        ("nowhere", "report: no run here; got nowhere, expected a folder with recipe.json."),
+    ],
+)
+def test_a_mistake_in_report_is_one_sentence(words, message, capsys):
+    assert cli.main(["report", *words.split()]) == 2
+    assert message in one_sentence(capsys)
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert one_sentence(capsys) == "trian: no such command; nearest: train"
+
+
+def test_a_users_mistake_in_the_engine_is_a_sentence_and_ours_a_traceback(engine, capsys):
+    arguments = ["train", "--deepspeed_config", "some.json"]
+    engine.raises = DataError("data.root: no images; got pictures, expected some. Mend it.")
+    assert cli.main(arguments) == 2
+    assert one_sentence(capsys) == str(engine.raises)
+    engine.raises = RuntimeError("ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(arguments)
+
+
+def test_the_exit_code_is_the_errors_own(engine, capsys):
+    class Stopped(ConfigError):
+        exit_code = 3
+
+    engine.raises = Stopped("guard: stopped")
+    assert cli.main(["train", "--deepspeed_config", "some.json"]) == 3
+
+
+@pytest.mark.parametrize("variable", cli.RANK_VARIABLES)
+def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setenv(variable, "1")
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(variable, "0")
+    assert cli.main(["trian"]) == 2
+    one_sentence(capsys)
+
+
+def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # One column of boxes.
+    assert cli.main(["train", "--help", "--recipe", "fd_swinv2g"]) == 0
+    text = capsys.readouterr().out.replace("│", " ")
+    run = registry.get("fd_swinv2g")
+    known = field_names(_flags_type(run))
+    for name in known:
+        # The flag, then words before the default: a field without help shows "(default" alone.
+        entry = re.search(rf"--{re.escape(name)}[ ,].*?\(default", text, re.DOTALL)
+        assert entry, name
+        _flag, told = entry.group().split("\n", 1)
+        assert len(told.split()) > 3, (name, told)
+        assert "--" not in told, (name, told)
+    assert f"without it {registry.DEFAULT_RECIPE}" in " ".join(text.split())
+    assert "7.5e-05" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    # No name is cut or broken.
+    for name in registry.RECIPES:
+        run = registry.get(name)
+        assert any(f" {name} " in line for line in lines)
+        net = run.teacher.model if run.has_teacher else run.student.model
+        assert any(f" {net} " in line for line in lines)
+
+
+IMPORTS = """
+import json, sys
+from fd_large.cli.main import main
+code = main({arguments})
+heavy = [m for m in ("torch", "deepspeed", "numpy") if m in sys.modules]
+print(json.dumps([code, heavy]))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["recipes"],
+        ["recipes", "--help"],
+        ["report", "--help"],
+        ["train", "--typo", "1"],
+    ],
+)
+def test_answers_without_torch(arguments):
+    done = run_python("-c", IMPORTS.format(arguments=arguments))
+    assert done.returncode == 0, done.stderr
+    code, heavy = json.loads(done.stdout.splitlines()[-1])
+    assert heavy == []
+    assert code == (2 if "--typo" in arguments else 0)
+
+
+def test_the_script_finds_the_package_from_any_folder(tmp_path):
+    script = ROOT / "fd_large" / "train.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--local_rank=0", "--optim.base_rl", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "--optim.base_rl: no such field; nearest: optim.base_lr\n"
+
+
+def test_the_module_exits_with_mains_code():
+    done = run_python("-m", "fd_large", "trian")
+    assert (done.returncode, done.stderr) == (2, "trian: no such command; nearest: train\n")
+
+
+def test_a_closed_pipe_is_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m fd_large train --help | head -1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,95 @@
+"""`predict` and `evaluate` of a detection run that was stored, not trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from coco import CATEGORIES
+from detection_batches import narrow_run
+from detection_twin import pictures
+from stored_run import store_tensors
+
+from fd_large.checkpoint import store
+from fd_large.cli.main import main
+from fd_large.tasks.detection.build import detector_maker
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("coco"), 3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, coco):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = narrow_run("coco_mask_rcnn_swinv2_tiny", image_size=64)
+    numbers = replace(recipe.task.detection, num_classes=len(CATEGORIES), detections_per_image=5)
+    recipe = replace(recipe, task=replace(recipe.task, detection=numbers))
+    recipe = replace(recipe, data=replace(recipe.data, root=str(coco), workers=0))
+    torch.manual_seed(0)
+    tensors = {name: p.detach() for name, p in detector_maker(recipe)().named_parameters()}
+    stored = store_tensors(folder, tensors, ranks=2, recipe=recipe.to_dict())
+    manifest = json.loads((stored / "manifest.json").read_text())
+    manifest["categories"] = {str(one["id"]): one["name"] for one in CATEGORIES}
+    # Written anew, with its own sum.
+    manifest.pop("crc32", None)
+    part = stored.with_name(stored.name + store.PART)
+    stored.rename(part)
+    store.commit(part, manifest)
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    return folder
+
+
+def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, capsys):
+    bad, good = tmp_path / "bad.jpg", next((coco / "val2017").iterdir())
+    bad.write_bytes(b"no picture")
+    out = tmp_path / "seen"
+    words = ["predict", str(run), str(bad), str(good), "--out", str(out), "--score"]
+    assert main([*words, "0.99"]) == 2
+    told = capsys.readouterr()
+    assert "bad.jpg: not a picture" in told.err
+    # Nothing is sure in a random net: the picture is drawn without a mark.
+    assert json.loads((out / "predictions.json").read_text()) == {str(good): []}
+    assert len(list(out.glob("*.png"))) == 1
+    assert main(["predict", str(run), str(good), "--out", str(out), "--score", "0"]) == 0
+    seen = json.loads((out / "predictions.json").read_text())[str(good)]
+    assert 0 < len(seen) <= 5
+    assert {one["class"] for one in seen} <= {"cat", "dog", "brush"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "RUN"], "predict: no picture"),
+        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg: no picture"),
+        (["predict", "nowhere", "a.jpg"], "predict: nowhere: no run"),
+        (["evaluate", "nowhere", "--task", "detection"], "evaluate: nowhere: no run"),
+        (["evaluate", "RUN", "RUN"], "boxes and masks of one run"),
+        (["evaluate", "RUN", "--k", "3"], "got RUN --k, expected"),
+        (["evaluate", "RUN", "--data.image_size", "32"], "got RUN --data.image_size, expected"),
+        (["evaluate", "RUN", "--data.root", "nowhere"], "data.root: no annotations"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(run, words, message, capsys):
+    assert main([str(run) if word == "RUN" else word for word in words]) == 2
+    assert message.replace("RUN", str(run)) in capsys.readouterr().err
+
+
+def test_classes_of_another_set_are_refused(run, tmp_path, capsys):
+    other = pictures(tmp_path, 2)
+    path = other / "annotations/instances_val2017.json"
+    path.write_text(path.read_text().replace('"dog"', '"wolf"'))
+    assert main(["evaluate", str(run), "--data.root", str(other), "--data.workers", "0"]) == 2
+    assert "got 'wolf' for label 1, expected 'dog'" in capsys.readouterr().err
+
+
+def test_the_task_may_be_named(run, coco, tmp_path, capsys):
+    words = ["--task", "detection", "--data.root", str(coco), "--data.workers", "0"]
+    assert main(["evaluate", str(run), *words, "--out", str(tmp_path / "out")]) == 0
+    assert "AP50" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/scores.json").read_text())["num_images"] == 3

@@ -1,0 +1,140 @@
+import json
+
+import pytest
+
+from fd_large.engine.zero import config as ds
+from fd_large.errors import ConfigError
+
+NUMBERS = ds.RunNumbers(
+    micro_batch_size=4,
+    accumulation=2,
+    world_size=4,
+    node_size=2,
+    clip_norm=3.0,
+    bfloat16=True,
+    parameter_sizes=(10, 20, 3000, 5000),
+)
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def _zero(stage, **keys):
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_cliping": 1.0}, "nearest: gradient_clipping"),
+        (_zero(3, stage3_prefetch_bucket=1), "nearest: stage3_prefetch_bucket_size"),
+        (_zero(3, offload_optimizer={"devise": "cpu"}), "nearest: device"),
+        ({"bf16": {"enable": True}}, "nearest: enabled"),
+        ({"optimizer": {"type": "AdamW"}}, "--optim."),
+        ({"scheduler": {}}, "--optim."),
+        ({"fp16": {"enabled": True}}, "--engine.precision"),
+        ({"compile": {"deepcompile": True}}, "Remove it"),
+        ({"zero_optimization": 3}, "no object"),
+        (_zero("3"), "expected 0, 1, 2 or 3"),
+        (_zero(True), "expected 0, 1, 2 or 3"),
+        (_zero(3.0), "expected 0, 1, 2 or 3"),
+        (_zero(3, reduce_bucket_size="x"), "whole number of 1 or more"),
+        (_zero(3, reduce_bucket_size=-5), "whole number of 1 or more"),
+        (_zero(3, overlap_comm="yes please"), "true or false"),
+        (_zero(3, zero_hpz_partition_size="2"), "whole number"),
+        (_zero(3, offload_optimizer={"device": "nvme"}), '"cpu" or "none"'),
+        (_zero(3, offload_param=None), "no object"),
+        ({"communication_data_type": "fp8"}, "fp32"),
+        ({"comms_logger": {"enabled": "x"}}, "true or false"),
+        ({"steps_per_print": "x"}, "whole number"),
+        ({"prescale_gradients": True}, "no such key"),
+    ],
+)
+def test_load_refuses_with_the_remedy(tmp_path, config, said):
+    with pytest.raises(ConfigError, match=said.replace("*", ".")):
+        ds.load(_write(tmp_path, config))
+
+
+def test_load_refuses_a_missing_file_no_json_and_a_repeated_key(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        ds.load(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="not JSON"):
+        ds.load(_write(tmp_path, "{"))
+    (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
+    with pytest.raises(ConfigError, match="not JSON"):
+        ds.load(tmp_path / "latin.json")
+    with pytest.raises(ConfigError, match="appears 2 times"):
+        ds.load(_write(tmp_path, '{"bf16": {}, "bf16": {}}'))
+
+
+def test_fill_leaves_no_auto_and_always_sets_clipping():
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "bf16": {"enabled": "auto"},
+        **_zero(3, zero_hpz_partition_size="auto", stage3_param_persistence_threshold="auto"),
+    }
+    filled = ds.fill(config, NUMBERS)
+    assert "auto" not in json.dumps(filled)
+    assert filled["gradient_clipping"] == 3.0
+    assert filled["train_batch_size"] == 32
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert filled["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert filled["zero_optimization"]["stage3_param_persistence_threshold"] == 20
+    assert config["bf16"] == {"enabled": "auto"}, "the caller's JSON stays as it was"
+
+
+def test_hpz_is_off_on_a_single_node():
+    filled = ds.fill(_zero(3, zero_hpz_partition_size="auto"), NUMBERS._replace(node_size=4))
+    assert filled["zero_optimization"]["zero_hpz_partition_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_clipping": 1.0, **_zero(1)}, "--optim.clip_norm"),
+        ({"train_micro_batch_size_per_gpu": 8, **_zero(1)}, "got 8 in the JSON, expected 4"),
+        ({"train_batch_size": 33, **_zero(1)}, "expected 32"),
+        ({"bf16": {"enabled": False}, **_zero(1)}, "--engine.precision"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}, **_zero(1)}, "float32"),
+        (_zero(0), "zero1.json"),
+        (_zero(2, offload_param={"device": "cpu"}), "ignores it at stage 2"),
+        (_zero(2, zero_hpz_partition_size=2), "ignores it at stage 2"),
+        (_zero(3, zero_hpz_partition_size=3), "expected a divisor"),
+        (_zero(3, reduce_bucket_size="auto"), "nobody fills"),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}, **_zero(1)},
+            "--student.activation",
+        ),
+    ],
+)
+def test_fill_refuses_clashes_and_silent_settings(config, said):
+    with pytest.raises(ConfigError, match=said):
+        ds.fill(config, NUMBERS)
+
+
+def test_an_activation_checkpointing_block_that_asks_for_nothing_is_obeyed():
+    config = {"activation_checkpointing": {"cpu_checkpointing": False}, **_zero(1)}
+    assert "activation_checkpointing" not in ds.fill(config, NUMBERS)
+
+
+def test_float32_at_stage_0_is_allowed():
+    filled = ds.fill(_zero(0), NUMBERS._replace(bfloat16=False))
+    assert filled["bf16"] == {"enabled": False}
+    assert "data_types" not in filled
+
+
+def test_one_rank_has_nothing_to_split():
+    alone = NUMBERS._replace(bfloat16=False, world_size=1, node_size=1)
+    for stage in (1, 2):
+        assert ds.fill(_zero(stage), alone)["zero_optimization"] == {"stage": 0}
+    assert ds.fill(_zero(3), alone)["zero_optimization"]["stage"] == 3
+    assert ds.fill(_zero(1), alone._replace(bfloat16=True))["zero_optimization"]["stage"] == 1
+    on_host = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert ds.fill(on_host, alone)["zero_optimization"]["stage"] == 2
+    # What the stage that was asked for would ignore is still refused.
+    with pytest.raises(ConfigError, match="ignores it at stage 1"):
+        ds.fill({"zero_optimization": {"stage": 1, "sub_group_size": 5}}, alone)

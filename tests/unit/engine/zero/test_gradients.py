@@ -1,0 +1,84 @@
+"""DeepSpeed's ways with gradients and ours: the same sums, norms and steps, bit for bit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fd_large.engine.zero.gradients import _Float32Sums, _WholeGradients
+
+
+class Bf16Optimizer:
+    """What BF16_Optimizer keeps of its gradients: one group of two parameters and padding."""
+
+    def __init__(self):
+        self.parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,))]
+        flat = torch.zeros(12)
+        self.fp32_groups_gradients_flat = [flat]
+        self.fp32_groups_gradients = [[flat[:6], flat[6:10]]]
+        self.fp32_groups_has_gradients = [[False, False]]
+        self.fp32_groups_gradient_flat_partition = [flat]
+        self.dp_process_group = None
+
+    def get_grads_for_norm(self):
+        return self.fp32_groups_gradients[0]
+
+
+def test_float32_sums_are_those_of_plain_addition():
+    optimizer = Bf16Optimizer()
+    engine = SimpleNamespace(optimizer=optimizer, communication_data_type=torch.bfloat16)
+    _Float32Sums(engine, bucket=5)
+    generator = torch.Generator().manual_seed(0)
+    for update in range(3):
+        expected = torch.zeros(12)
+        for micro in range(2):
+            for index, parameter in enumerate(optimizer.parameters):
+                # In the second update the second parameter takes no part.
+                if index == 1 and update == 1:
+                    parameter.grad = None
+                else:
+                    values = torch.randn(parameter.shape, generator=generator)
+                    parameter.grad = values.bfloat16().float()
+                    start = 6 * index
+                    expected[start : start + parameter.numel()] += parameter.grad.view(-1)
+                optimizer._update_hp_grad(parameter, 0, index, clear_lp_grads=micro == 1)
+        engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=10)
+        assert torch.equal(optimizer.fp32_groups_gradients_flat[0], expected), update
+        assert optimizer.fp32_groups_has_gradients == [[True, update != 1]]
+        assert (
+            optimizer.get_grads_for_norm(for_clipping=True)[0]
+            is (optimizer.fp32_groups_gradient_flat_partition[0])
+        )
+        assert len(optimizer.get_grads_for_norm()) == 2
+        optimizer.clear_hp_grads()
+        assert optimizer.fp32_groups_has_gradients == [[False, False]]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1, 100.0])
+def test_stage_0_clips_by_the_norm_that_it_tells(clip):
+    layer = torch.nn.Linear(5, 3)
+    twin = torch.nn.Linear(5, 3)
+    twin.load_state_dict(layer.state_dict())
+    stepped = []
+
+    def take_step(lr_kwargs):
+        engine.clip_fp32_gradients()
+        stepped.append([p.grad.clone() for p in layer.parameters()])
+
+    engine = SimpleNamespace(
+        module=layer,
+        optimizer=SimpleNamespace(),
+        gradient_clipping=lambda: clip,
+        _take_model_step=take_step,
+    )
+    _WholeGradients(engine)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    for net in (layer, twin):
+        net(x).square().sum().backward()
+    expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip or torch.inf)
+    engine._take_model_step(None)
+    assert engine.optimizer._global_grad_norm == expected
+    for got, wanted in zip(stepped[0], twin.parameters(), strict=True):
+        assert torch.equal(got, wanted.grad)
+    # One rank: nothing is reduced.
+    assert engine.buffered_allreduce_fallback([1]) is None

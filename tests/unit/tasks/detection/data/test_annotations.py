@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from coco import annotation, square, write_set
+from pycocotools.coco import COCO
+
+from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.detection.data import masks
+from fd_large.tasks.detection.data.annotations import open_coco
+
+SIZES = {5: (40, 60), 9: (50, 30)}
+
+
+def test_the_real_set_has_its_published_counts(coco_tiny):
+    for split, pictures, objects, crowds in (("val", 54, 461, 5), ("train", 30, 426, 9)):
+        opened = open_coco(str(coco_tiny), split)
+        found = [opened.objects(index) for index in range(len(opened))]
+        assert len(opened) == pictures
+        assert sum(len(of.boxes) for of in found) == objects
+        assert sum(len(of.crowd_boxes) for of in found) == crowds
+        assert len(opened.category_ids) == 80
+        assert (opened.category_ids[0], opened.category_ids[-1]) == (1, 90)
+        assert (opened.category_names[0], opened.category_names[79]) == ("person", "toothbrush")
+        assert opened.findings.lines() == []
+        ids = [opened.image_id(index) for index in range(len(opened))]
+        assert ids == sorted(ids)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_objects_and_filled_masks_are_those_of_pycocotools(coco_tiny):
+    opened = open_coco(str(coco_tiny), "val")
+    theirs = COCO(str(coco_tiny / "annotations" / "instances_val.json"))
+    for index in range(len(opened)):
+        target, number = opened.target(index), opened.image_id(index)
+        expected = theirs.loadAnns(theirs.getAnnIds(imgIds=number, iscrowd=False))
+        assert opened[index].endswith(theirs.imgs[number]["file_name"])
+        assert opened.size(index) == (theirs.imgs[number]["height"], theirs.imgs[number]["width"])
+        assert target.image_id == number
+        assert len(target.boxes) == len(expected)
+        assert target.masks.shape == (len(expected), *opened.size(index))
+        for box, label, mask, entry in zip(*target[:3], expected, strict=True):
+            left, top, width, height = entry["bbox"]
+            np.testing.assert_allclose(box, [left, top, left + width, top + height], atol=1e-3)
+            assert opened.category_ids[label] == entry["category_id"]
+            assert np.array_equal(mask.numpy(), theirs.annToMask(entry))
+        crowds = theirs.loadAnns(theirs.getAnnIds(imgIds=number, iscrowd=True))
+        assert len(target.crowd_boxes) == len(crowds)
+
+
+def test_the_official_layout_is_the_same_set(coco_tiny, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    shutil.copy(
+        coco_tiny / "annotations" / "instances_val.json",
+        tmp_path / "annotations" / "instances_val2017.json",
+    )
+    os.symlink(coco_tiny / "images" / "val", tmp_path / "val2017")
+    official, tiny = open_coco(str(tmp_path), "val"), open_coco(str(coco_tiny), "val")
+    assert bytes(official.read(7)) == bytes(tiny.read(7))
+    for ours, theirs in zip(official.objects(7)[:2], tiny.objects(7)[:2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):
+    kept = annotation(1, 5, [10, 10, 20, 20])
+    entries = [
+        kept,
+        annotation(2, 5, [10, 10, 20, 20], category_id=4),
+        annotation(18, 5, [10, 10, 20, 20], category_id=[3]),
+        annotation(3, 6, [10, 10, 20, 20]),
+        annotation(4, 5, [10, 10, 0, 20]),
+        annotation(5, 5, [70, 10, 20, 20]),
+        annotation(17, 5, [10, 10, 20, 20], area=0.0),
+        annotation(6, 5, [50, 10, 20, 20]),
+        annotation(7, 5, [59, 10, 1.4, 20]),
+        annotation(8, 5, [10, 10, float("nan"), 20]),
+        annotation(9, 5, [1, 1, 1, 1], bbox=[10, 10, 20]),
+        annotation(10, 5, [10, 10, 20, 20], segmentation=[]),
+        annotation(11, 5, [10, 10, 20, 20], segmentation=[[1, 2, 3, 4]]),
+        annotation(12, 5, [10, 10, 20, 20], segmentation=square(1e9, 0, 5)),
+        annotation(13, 5, [1, 1, 2, 2], segmentation={"size": [60, 40], "counts": [0, 2400]}),
+        annotation(14, 5, [1, 1, 2, 2], segmentation={"size": [40, 60], "counts": [0, 9]}),
+        annotation(15, 5, [1, 1, 2, 2], segmentation={"size": [40, 60], "counts": "zzz"}),
+        annotation(16, 9, [1, 1, 9, 9], iscrowd=1),
+    ]
+    with caplog.at_level(logging.INFO, "fd_large"):
+        opened = open_coco(str(write_set(tmp_path, entries, sizes=SIZES)), "train")
+    assert len(opened) == 1  # picture 9 has but a crowd
+    np.testing.assert_array_equal(
+        opened.objects(0).boxes, [[10, 10, 30, 30], [50, 10, 60, 30], [59, 10, 60, 30]]
+    )
+    lines = opened.findings.lines()
+    for start, names in (
+        ("2 objects of a category", "2 of 4, 18 of [3]"),
+        ("1 objects of a picture", "3"),
+        ("3 objects without area", "4, 5, 17"),
+        ("1 boxes that leave", "6"),
+        ("2 objects whose box", "8, 9"),
+        ("6 objects without a usable", "10 (none), 11 (no polygon of three points), 12 (a pol"),
+        ("1 pictures without an object", "000000000009.png"),
+    ):
+        line = next(line for line in lines if line.startswith(start))
+        assert f": {names}" in line
+    assert len(lines) == 7
+    assert len(caplog.records) == 1
+    assert all(line in caplog.text for line in lines)
+
+
+def test_pictures_without_objects_stay_for_evaluation(tmp_path):
+    entries = [annotation(1, 9, [1, 1, 9, 9], iscrowd=1)]
+    opened = open_coco(str(write_set(tmp_path, entries, sizes=SIZES, split="val")), "val")
+    assert [len(opened.objects(index).boxes) for index in range(2)] == [0, 0]
+    assert [len(opened.objects(index).crowd_boxes) for index in range(2)] == [0, 1]
+
+
+def test_labels_count_categories_by_rising_id_whatever_their_order(tmp_path):
+    entries = [annotation(1, 5, [1, 1, 9, 9], category_id=7)]
+    root = write_set(tmp_path, entries, sizes=SIZES)
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].reverse()
+    path.write_text(json.dumps(content))
+    opened = open_coco(str(root), "train")
+    assert opened.category_ids == (3, 7, 90)
+    assert opened.category_names == ("cat", "dog", "brush")
+    assert opened.objects(0).labels.tolist() == [1]
+
+
+def test_run_lengths_compressed_and_not_are_one_mask(tmp_path):
+    expected = np.zeros((40, 60), dtype=np.uint8)
+    expected[3:9, 4:8] = 1
+    packed = masks.encode(expected[None])[0]
+    flat = expected.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    plain = np.diff([0, *edges, flat.size]).tolist()
+    entries = [
+        annotation(1, 5, [4, 3, 4, 6], segmentation=packed),
+        annotation(2, 5, [4, 3, 4, 6], segmentation={"size": [40, 60], "counts": plain}),
+    ]
+    opened = open_coco(str(write_set(tmp_path, entries, sizes={5: (40, 60)})), "train")
+    for mask in opened.target(0).masks:
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_missing_pictures_are_left_out_of_training_and_refused_in_evaluation(tmp_path):
+    entries = [annotation(1, 5, [1, 1, 9, 9]), annotation(2, 9, [1, 1, 9, 9])]
+    for split in ("train", "val"):
+        write_set(tmp_path, entries, sizes=SIZES, split=split, missing=(9,))
+    opened = open_coco(str(tmp_path), "train")
+    assert [opened.image_id(index) for index in range(len(opened))] == [5]
+    assert "1 pictures whose file is missing" in opened.findings.lines()[0]
+    with pytest.raises(DataError, match=r"got 1 without a file .*000000000009\.png.* Unpack"):
+        open_coco(str(tmp_path), "val")
+    shutil.rmtree(tmp_path / "train2017")
+    with pytest.raises(DataError, match="got 2 without a file"):
+        open_coco(str(tmp_path), "train")
+
+
+def test_objects365_has_folders_in_its_names_and_no_masks(tmp_path):
+    entries = [annotation(1, 5, [1, 1, 9, 9]), annotation(2, 9, [1, 1, 9, 9])]
+    for entry in entries:
+        del entry["segmentation"]
+    write_set(tmp_path, entries, sizes=SIZES)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    path.unlink()
+    for number, image in enumerate(content["images"]):
+        patch = tmp_path / "train" / f"patch{number}"
+        patch.mkdir(parents=True)
+        shutil.move(tmp_path / "train2017" / image["file_name"], patch)
+        image["file_name"] = f"images/v1/patch{number}/{image['file_name']}"
+    (path.parent / "zhiyuan_objv2_train.json").write_text(json.dumps(content))
+    opened = open_coco(str(tmp_path), "train")
+    assert len(opened) == 2
+    assert not opened.has_masks
+    assert opened[1] == str(tmp_path / "train" / "patch1" / "000000000009.png")
+    assert opened.read(1)[:4] == b"\x89PNG"
+    assert opened.target(0).masks.shape == (1, 0, 0)
+
+
+def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
+    write_set(tmp_path, [annotation(1, 5, [1, 1, 9, 9])], sizes={5: (40, 60)})
+    (tmp_path / "outside.png").write_bytes(b"")
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    text = path.read_text()
+    for name in ("../outside.png", str(tmp_path / "outside.png")):
+        path.write_text(text.replace("000000000005.png", name))
+        with pytest.raises(DataError, match="without a file"):
+            open_coco(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no JSON"),
+        ("[]", "no list 'images'"),
+        ('{"images": [], "annotations": []}', "no list 'categories'"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "without 'file_name'"),
+        ('{"images": [], "annotations": [3], "categories": []}', "without image_id"),
+        ('{"images": [], "annotations": [{"image_id": []}], "categories": []}', "without image_id"),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"},'
+            ' {"id": 1, "name": "b"}]}',
+            "of one id",
+        ),
+    ],
+)
+def test_a_file_that_is_not_cocos_is_refused_with_a_remedy(tmp_path, content, message):
+    write_set(tmp_path, [], sizes={})
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(content)
+    with pytest.raises(DataError, match=f"{message}.*[sS]et --data.root"):
+        open_coco(str(tmp_path), "train")
+
+
+def test_a_folder_without_the_split_is_refused(coco_tiny):
+    with pytest.raises(DataError, match=r"no annotations of the split 'test'.*instances_test2017"):
+        open_coco(str(coco_tiny), "test")
+
+
+def test_the_set_survives_pickling_and_its_fingerprint_tells_other_objects(tmp_path):
+    entries = [annotation(1, 5, [1, 1, 9, 9])]
+    first = open_coco(str(write_set(tmp_path / "a", entries, sizes=SIZES)), "train")
+    copy = pickle.loads(pickle.dumps(first))
+    assert copy.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(copy.target(0).masks, first.target(0).masks)
+    entries[0]["bbox"][2] = 8
+    other = open_coco(str(write_set(tmp_path / "b", entries, sizes=SIZES)), "train")
+    assert other.fingerprint != first.fingerprint
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
+    for name in [*sys.modules]:
+        if name.startswith("faster_coco_eval"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ConfigError, match=r"fd_large\[detection\]"):
+        open_coco(str(tmp_path), "train")
+
+
+def test_reading_takes_a_fraction_of_the_memory_of_plain_json(tmp_path):
+    """On every rank of a node at once: polygons are most of COCO's training file."""
+    numbers = [round(number * 1.37 % 40, 2) for number in range(200)]
+    objects = [annotation(i, 1, [4, 4, 20, 20], segmentation=[numbers]) for i in range(1, 300)]
+    root = write_set(tmp_path, objects, sizes={1: (40, 40)})
+    path = root / "annotations/instances_train2017.json"
+    peaks = []
+    for read in (lambda: json.loads(path.read_text()), lambda: open_coco(str(root), "train")):
+        tracemalloc.start()
+        read()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 0.7 * peaks[0]

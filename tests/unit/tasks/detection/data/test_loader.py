@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from coco import annotation, write_set
+
+from fd_large.data.draws import uniforms
+from fd_large.data.loader import MAX_TRIES, Batch
+from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.detection.data.annotations import open_coco
+from fd_large.tasks.detection.data.loader import (
+    BLACK_SIDE,
+    build_evaluation_loader,
+    build_loader,
+    deal,
+    read_image,
+)
+from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge, make_target
+
+SETTINGS = dict(
+    seed=1, epoch=3, first_update=0, global_batch_size=12, micro_batch_size=2, rank=0,
+    world_size=1, workers=0,
+)  # fmt: skip
+JITTERS = [LargeScaleJitter(64), ShortestEdge(40, 60, 90)]
+EVALUATION = dict(short_side=48, long_side=80, batch_size=4, workers=0)
+
+
+@pytest.fixture(scope="module")
+def train(coco_tiny):
+    return open_coco(str(coco_tiny), "train")
+
+
+@pytest.fixture(scope="module")
+def val(coco_tiny):
+    return open_coco(str(coco_tiny), "val")
+
+
+def load(source, jitter, **changes) -> list[Batch]:
+    return list(build_loader(source, jitter, **{**SETTINGS, **changes}))
+
+
+def samples(batches: list[Batch]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """By position: index, unpadded image, and the parts of the target."""
+    found = {}
+    for batch in batches:
+        for place, position in enumerate(batch.positions.tolist()):
+            height, width = batch.targets.sizes[place].tolist()
+            target = batch.targets.targets[place]
+            assert position not in found
+            assert not batch.images[place, :, height:].any()
+            assert not batch.images[place, :, :, width:].any()
+            assert not target.masks[:, height:].any()
+            found[position] = (
+                batch.indices[place],
+                batch.images[place, :, :height, :width],
+                target.boxes,
+                target.labels,
+                target.masks[:, :height, :width],
+                target.crowd_boxes,
+                torch.tensor(target.image_id),
+            )
+    return found
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(a, b)
+        for position in first
+        for a, b in zip(first[position], second[position], strict=True)
+    )
+
+
+@pytest.mark.parametrize("jitter", JITTERS, ids=["fixed crop", "own aspect"])
+def test_samples_do_not_depend_on_ranks_workers_and_resuming(train, jitter):
+    whole = samples(load(train, jitter))
+    assert sorted(whole) == list(range(24))
+    for world_size, micro_batch_size, workers in ((1, 6, 2), (2, 3, 0), (3, 4, 0)):
+        batches = [
+            batch
+            for rank in range(world_size)
+            for batch in load(
+                train,
+                jitter,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=micro_batch_size,
+                workers=workers,
+            )
+        ]
+        assert same(samples(batches), whole)
+    rest = samples(load(train, jitter, first_update=1))
+    assert sorted(rest) == list(range(12, 24))
+    assert same(rest, {position: whole[position] for position in rest})
+    for changes in ({"epoch": 4}, {"seed": 2}):
+        assert not same(samples(load(train, jitter, **changes)), whole)
+
+
+def test_a_batch_says_what_it_holds(train):
+    for jitter in JITTERS:
+        for batch in load(train, jitter, micro_batch_size=4):
+            targets = batch.targets
+            assert batch.images.dtype == torch.uint8
+            assert batch.images.is_contiguous()
+            assert (targets.epoch, targets.positions.tolist()) == (3, batch.positions.tolist())
+            assert targets.sizes.dtype == torch.int64
+            for index, target in zip(batch.indices.tolist(), targets.targets, strict=True):
+                assert target.image_id == train.image_id(index)
+                assert target.masks.shape == (len(target.boxes), *batch.images.shape[-2:])
+                assert set(target.masks.unique().tolist()) <= {0, 1}
+                assert len(target.labels) == len(target.boxes)
+            if jitter.canvas:
+                assert batch.images.shape[-2:] == jitter.canvas
+            else:
+                assert batch.images.shape[-2:] == tuple(targets.sizes.amax(0).tolist())
+
+
+def test_boxes_and_masks_lie_where_the_objects_are(train):
+    apart = []
+    for target in load(train, LargeScaleJitter(320), micro_batch_size=12)[0].targets.targets:
+        for box, mask in zip(target.boxes.numpy(), target.masks.numpy(), strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            bounds = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            apart.append(np.abs(box - bounds).max())
+    assert len(apart) > 80
+    assert np.quantile(apart, 0.9) < 1.5
+
+
+def test_global_batches_that_keep_their_aspect_have_one_orientation(train):
+    for update, batch in enumerate(
+        load(train, JITTERS[1], micro_batch_size=4, global_batch_size=4)
+    ):
+        wide = train.landscape()[batch.indices.numpy()]
+        assert len(set(wide.tolist())) == 1, update
+
+
+def test_a_bad_picture_is_replaced_alike_on_all_ranks(tmp_path):
+    sizes = {number: (40, 60) for number in range(1, 13)}
+    entries = [annotation(number, number, [5, 5, 20, 20]) for number in sizes]
+    source = open_coco(str(write_set(tmp_path, entries, sizes=sizes)), "train")
+    for index in range(0, 12, 3):
+        with open(source[index], "r+b") as file:
+            file.truncate(40)
+    jitter = LargeScaleJitter(32, min_scale=1.0)
+    whole = load(source, jitter)
+    told = [text for batch in whole for text in batch.bad]
+    assert len(told) >= 4
+    assert all(source[index] in " ".join(told) for index in range(0, 12, 3))
+    assert {index % 3 for batch in whole for index in batch.indices.tolist()} == {1, 2}
+    halves = [b for rank in range(2) for b in load(source, jitter, rank=rank, world_size=2)]
+    assert same(samples(halves), samples(whole))
+
+
+def test_where_all_pictures_are_bad_the_places_stay_black(tmp_path):
+    entries = [annotation(number, number, [5, 5, 20, 20]) for number in (1, 2)]
+    root = write_set(tmp_path, entries, sizes={1: (40, 60), 2: (60, 40)})
+    source = open_coco(str(root), "train")
+    for index in range(2):
+        with open(source[index], "wb"):
+            pass
+    for jitter in JITTERS:
+        (batch,) = load(source, jitter, global_batch_size=2)
+        assert not batch.images.any()
+        assert batch.targets.sizes.tolist() == [[BLACK_SIDE, BLACK_SIDE]] * 2
+        assert len(batch.bad) == 2 * MAX_TRIES
+        for target in batch.targets.targets:
+            assert target.boxes.shape == (0, 4)
+            assert target.masks.shape == (0, *batch.images.shape[-2:])
+
+
+def test_a_picture_of_another_size_than_its_annotations_is_bad(tmp_path):
+    root = write_set(tmp_path, [annotation(1, 1, [5, 5, 20, 20])], sizes={1: (40, 60)})
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text().replace('"height": 40', '"height": 41'))
+    source = open_coco(str(root), "train")
+    with pytest.raises(DataError, match="got 60 x 40 pixels, expected 60 x 41"):
+        read_image(source, 0)
+
+
+def test_a_set_without_masks_loads(tmp_path):
+    entries = [annotation(number, number, [5, 5, 20, 20]) for number in (1, 2)]
+    for entry in entries:
+        del entry["segmentation"]
+    source = open_coco(str(write_set(tmp_path, entries, sizes={1: (40, 60), 2: (50, 60)})), "train")
+    for jitter in (LargeScaleJitter(32, min_scale=1.0), JITTERS[1]):
+        (batch,) = load(source, jitter, global_batch_size=2)
+        for target in batch.targets.targets:
+            assert target.masks.shape == (len(target.boxes), 0, 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_evaluation_shows_every_picture_once_on_any_number_of_ranks(val, world_size):
+    seen, lengths = [], set()
+    for rank in range(world_size):
+        loader = build_evaluation_loader(val, rank=rank, world_size=world_size, **EVALUATION)
+        batches = list(loader)
+        lengths.add(len(batches))
+        assert len(loader) == len(batches)
+        for batch in batches:
+            assert len(batch.images) == 4
+            assert batch.bad == ()
+            seen += batch.indices[batch.weights == 1].tolist()
+    assert len(lengths) == 1
+    assert sorted(seen) == list(range(54))
+
+
+def test_evaluation_resizes_the_whole_picture(val):
+    for batch in build_evaluation_loader(val, rank=0, world_size=1, **EVALUATION):
+        for place, index in enumerate(batch.indices.tolist()):
+            height, width = batch.sizes[place].tolist()
+            assert batch.original_sizes[place].tolist() == list(val.size(index))
+            assert min(height, width) == 48 or max(height, width) == 80
+            assert max(height, width) <= 80
+            if batch.weights[place]:
+                assert batch.images[place, :, :height, :width].any()
+            assert not batch.images[place, :, height:].any()
+
+
+def test_evaluation_goes_on_past_a_picture_that_cannot_be_read_and_tells_it(tmp_path):
+    sizes = {number: (40, 60) for number in range(1, 6)}
+    root = write_set(tmp_path, [annotation(1, 1, [5, 5, 9, 9])], sizes=sizes, split="val")
+    source = open_coco(str(root), "val")
+    with open(source[2], "wb"):
+        pass
+    batches = list(build_evaluation_loader(source, rank=0, world_size=1, **EVALUATION))
+    assert torch.cat([b.weights for b in batches]).tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
+    assert [source[2] in text for b in batches for text in b.bad] == [True]
+
+
+def test_batches_are_dealt_in_turn():
+    dealt = [deal(11, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert [[batch.tolist() for batch in of_rank] for of_rank in dealt] == [
+        [[0, 1], [4, 5], [8, 9]],
+        [[2, 3], [6, 7], [10, -1]],
+    ]
+
+
+def test_mistaken_settings_are_refused(val):
+    for changes in ({"batch_size": 0}, {"short_side": 0}, {"long_side": 40}):
+        with pytest.raises(ConfigError, match="Set for example"):
+            build_evaluation_loader(val, rank=0, world_size=1, **{**EVALUATION, **changes})
+    with pytest.raises(ConfigError, match="does not divide"):
+        load(val, JITTERS[0], micro_batch_size=5)
+    with pytest.raises(DataError, match="larger than the data set"):
+        load(val, JITTERS[0], global_batch_size=64)
+    with pytest.raises(ConfigError, match=r"data\.workers"):
+        load(val, JITTERS[0], workers=-1)
+
+
+def test_the_target_is_that_of_the_drawn_view(train):
+    (batch,) = load(train, JITTERS[0], global_batch_size=1, micro_batch_size=1)[:1]
+    target, index = batch.targets.targets[0], int(batch.indices[0])
+    draws = uniforms(1, 3, [0], "jitter", 4)[0].tolist()
+    view = JITTERS[0].view(*train.size(index), draws)
+    expected = make_target(train.objects(index), view, (64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(target[:4], expected[:4], strict=True))
+    assert torch.equal(
+        batch.images[0, :, : view.size[0], : view.size[1]], view.image(read_image(train, index))
+    )

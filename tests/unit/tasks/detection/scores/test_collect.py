@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fd_large import distributed
+from fd_large.tasks.detection.data import masks
+from fd_large.tasks.detection.heads.inference import Detections
+from fd_large.tasks.detection.scores.collect import gather, to_results
+
+CATEGORIES = (3, 7, 90)
+
+
+def seen(boxes, *, probability: float = 1.0) -> Detections:
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    count = len(boxes)
+    return Detections(
+        boxes,
+        torch.linspace(0.9, 0.5, count),
+        torch.arange(count) % 3,
+        torch.full((count, 28, 28), probability),
+    )
+
+
+def test_boxes_and_masks_go_back_to_the_pictures_own_pixels():
+    results = to_results(
+        seen([[10, 20, 30, 40], [0, 0, 50, 60]]),
+        image_id=17,
+        size=torch.tensor([60, 50]),
+        original_size=torch.tensor([120, 200]),
+        category_ids=CATEGORIES,
+    )
+    assert [r["bbox"] for r in results] == [[40, 40, 80, 40], [0, 0, 200, 120]]
+    assert [r["category_id"] for r in results] == [3, 7]
+    assert [r["image_id"] for r in results] == [17, 17]
+    assert [r["score"] for r in results] == pytest.approx([0.9, 0.5])
+    for r, box in zip(results, ([40, 40, 120, 80], [0, 0, 200, 120]), strict=True):
+        assert r["segmentation"]["size"] == [120, 200]
+        mask = masks.decompress(r["segmentation"]["counts"].encode(), 120, 200)
+        expected = np.zeros((120, 200))
+        expected[box[1] : box[3], box[0] : box[2]] = 1
+        # The outermost pixels lie on the mask's blurred edge.
+        assert (mask != expected).sum() <= 2 * (box[2] - box[0] + box[3] - box[1])
+
+
+def test_boxes_are_cut_at_the_picture_and_no_masks_at_all_are_fine():
+    (result,) = to_results(
+        seen([[-5, 10, 70, 40]]), image_id=1, size=(60, 50), original_size=(60, 50),
+        category_ids=CATEGORIES,
+    )  # fmt: skip
+    assert result["bbox"] == [0, 10, 50, 30]
+    nothing = to_results(
+        seen([]), image_id=1, size=(60, 50), original_size=(60, 50), category_ids=CATEGORIES
+    )
+    assert nothing == []
+
+
+def test_more_masks_than_are_pasted_at_once_keep_their_order():
+    boxes = [[n, n, n + 10, n + 12] for n in range(25)]
+    results = to_results(
+        seen(boxes), image_id=1, size=(60, 60), original_size=(60, 60), category_ids=CATEGORIES
+    )
+    for (left, top, *_), result in zip(boxes, results, strict=True):
+        mask = masks.decompress(result["segmentation"]["counts"].encode(), 60, 60)
+        rows, columns = np.nonzero(mask)
+        assert abs(rows.mean() - (top + 5.5)) < 1
+        assert abs(columns.mean() - (left + 4.5)) < 1
+
+
+def test_ranks_become_one_list_and_their_files_go(tmp_path, monkeypatch):
+    def entry(image):
+        return {"image_id": image, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+    shards = [[entry(0), entry(2)], [entry(1), entry(2)], []]
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    for rank in (2, 1, 0):  # rank 0 comes last: its barrier has waited for the others
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        merged = gather(shards[rank], tmp_path)
+        assert (merged is None) == (rank > 0)
+    assert merged == [entry(0), entry(1), entry(2)]
+    assert not list(tmp_path.iterdir())

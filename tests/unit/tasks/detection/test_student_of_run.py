@@ -1,0 +1,61 @@
+"""The folder of a detection run as a source of weights: its student, without pyramid and heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from detection_batches import narrow_run
+from stored_run import store_tensors
+
+from fd_large.backbones.registry import build
+from fd_large.checkpoint.student import serve_runs
+from fd_large.cli.export import export
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.errors import ConfigError
+from fd_large.tasks.detection.build import detector_maker, student_weights
+from fd_large.weights import source
+from fd_large.weights.settle import settle
+from fd_large.weights.source import open_weights
+
+SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    monkeypatch.setattr(source, "_readers", [])
+    serve_runs()
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_a_detector_goes_on_from_a_detector(name, tmp_path):
+    run = narrow_run(name)
+    # A ViT's positions stay those of its distillation, whatever the size of the images.
+    run = replace(run, data=replace(run.data, image_size=64))
+    torch.manual_seed(3)
+    first = detector_maker(run)()
+    tensors = {n: p.detach() for n, p in first.named_parameters()}
+    store_tensors(tmp_path, tensors, ranks=2, recipe=run.to_dict())
+    again = settle(replace(run, student=replace(run.student, init=str(tmp_path))))
+    torch.manual_seed(4)
+    second = detector_maker(again)()
+    load_weights(second.student, student_weights(again), where="--student.init")
+    for key, parameter in second.student.named_parameters():
+        assert torch.equal(parameter, tensors[f"student.{key}"]), key
+    # Whoever wants the whole net gets a final norm that only normalises, and a class token of 0.
+    net = build(again.student.model, again.student.architecture)
+    weights = open_weights(tmp_path)
+    shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
+    assert weights.shapes() == shapes
+    for key, value in (("norm.weight", 1.0), ("norm.bias", 0.0), ("cls_token", 0.0)):
+        if key in shapes:
+            assert (weights.file[key] == value).all()
+
+
+def test_a_detector_is_not_exported_as_a_distilled_student(tmp_path):
+    recipe = narrow_run(VIT).to_dict()
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ConfigError, match="of the task detection"):
+        export(str(tmp_path), str(tmp_path / "out"), "timm")

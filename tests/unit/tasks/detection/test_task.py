@@ -1,0 +1,213 @@
+"""The detector whole: what it reads of its inputs, what its parameters are called, recipes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
+
+from fd_large.backbones.registry import build
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.optimizer import parameter_groups
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+from fd_large.tasks.detection.build import detector_maker, student_weights
+from fd_large.tasks.detection.task import Detection
+
+RECIPES = [name for name in registry.RECIPES if name.startswith("coco_")]
+SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
+TERMS = {"rpn_cls", "rpn_box", "cls", "box", "mask"}
+
+
+def detector(name: str = SWIN, **changes: object) -> Detection:
+    torch.manual_seed(0)
+    return detector_maker(narrow_run(name, **changes))()
+
+
+def loss_of(task: Detection, batch, keep=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return task(**task.prepare(batch.images, batch.targets, keep))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_twin_trains_and_detects_at_odd_sizes(name):
+    task = detector(name)
+    batch = batch_of(0, (83, 67), [3, 0])
+    keep = torch.ones(len(task.drop_path_rates), 2, dtype=torch.bool)
+    loss, terms = loss_of(task, batch, keep)
+    loss.backward()
+    assert set(terms) == TERMS
+    assert loss.dtype == torch.float32
+    assert sum(terms.values()).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert not any(term.requires_grad for term in terms.values())
+    missing = [name for name, p in task.named_parameters() if p.grad is None]
+    assert missing == []
+    task.eval()
+    for seen, size in zip(task.detect(batch.images, batch.targets.sizes), (83, 73), strict=True):
+        assert len(seen.boxes) == len(seen.scores) == len(seen.labels) == len(seen.masks)
+        assert seen.boxes[:, 3].max() <= size
+        assert seen.labels.max() < NUM_CLASSES
+        assert (seen.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_whole(name):
+    run = registry.get(name)
+    with torch.device("meta"):
+        task = detector_maker(run)()
+    assert len(task.student.blocks()) == sum(run.student_architecture().depths)
+    # Pyramid and heads: ViTDet's are 21 to 27 million.
+    heads = sum(p.numel() for n, p in task.named_parameters() if not n.startswith("student."))
+    assert 20e6 < heads < 35e6
+
+
+def test_the_loss_is_a_function_of_seed_epoch_and_position():
+    task, batch = detector(), batch_of(0, (64, 64), [5, 2])
+    # So few are looked at that another draw is another loss.
+    task.anchors_per_image = task.heads.rois_per_image = 4
+
+    def loss(**changed) -> float:
+        return loss_of(task, replace(batch, targets=batch.targets._replace(**changed)))[0].item()
+
+    first = loss()
+    assert loss() == first
+    assert loss(epoch=1) != first
+    assert loss(positions=batch.positions + 1) != first
+    task.seed = 1
+    assert loss() != first
+
+
+def test_an_image_s_samples_do_not_depend_on_its_batch():
+    task, batch = detector(), batch_of(0, (64, 64), [5, 2, 0, 9])
+    counted = {"anchors": 0.0, "boxes": 0.0}
+    alone = 0.0
+    for i in range(4):
+        image = part_of(batch, i, i + 1)
+        _, terms = loss_of(task, image)
+        # 32 anchors and up to 16 boxes of an image: a mean times its number is a sum.
+        alone += terms["rpn_cls"].item() * 32
+        counted["anchors"] += 32
+    _, terms = loss_of(task, batch)
+    assert terms["rpn_cls"].item() == pytest.approx(alone / counted["anchors"], rel=1e-5)
+
+
+def test_what_is_beyond_an_image_s_size_is_not_seen():
+    task, batch = detector(), batch_of(0, (64, 64), [2, 2])
+    other = batch.images.clone()
+    height, width = batch.targets.sizes[1].tolist()
+    other[1, :, height:] = 255
+    other[1, :, :, width:] = 7
+    assert not torch.equal(other, batch.images)
+    assert torch.equal(
+        task.pixels(other, batch.targets.sizes), task.pixels(batch.images, batch.targets.sizes)
+    )
+    mean = torch.tensor([0.485, 0.456, 0.406]) * 255
+    image = mean.round().byte().view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert task.pixels(image, torch.tensor([[4, 4]])).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_padding_does_not_blow_up_the_gradients_of_a_net_with_zero_biases(name):
+    norms = []
+    for side in (128, 32):
+        task = detector(name)
+        batch = batch_of(0, (128, 128), [3, 2])
+        sizes = torch.full((2, 2), side)
+        loss_of(task, replace(batch, targets=batch.targets._replace(sizes=sizes)))[0].backward()
+        norms.append(torch.stack([p.grad.norm() for p in task.parameters()]).norm().item())
+    # Zeros in place of grey: 1e16 and 500.
+    assert norms[1] < 3 * norms[0]
+
+
+def test_the_student_s_parameters_keep_their_names():
+    for name in (SWIN, VIT):
+        run = narrow_run(name)
+        plain = build(run.student.model, run.student.architecture)
+        there = {n for n, _ in detector(name).student.named_parameters()}
+        assert {n for n, _ in plain.named_parameters()} - there == (
+            {"norm.weight", "norm.bias"} | ({"cls_token"} if name == VIT else set())
+        )
+        assert there <= {n for n, _ in plain.named_parameters()}
+
+
+def test_rates_fall_with_depth_in_the_student_alone():
+    task = detector()
+    assert task.layer_scale("heads.box.whole.weight", 0.5) == 1.0
+    assert task.layer_scale("pyramid.norm0.weight", 0.5) == 1.0
+    assert task.layer_scale("student.patch_embed.proj.weight", 0.5) == 0.5**6
+    assert task.layer_scale("student.layers.3.blocks.0.norm1.weight", 0.5) == 0.5
+
+
+def test_norms_biases_and_position_nets_are_not_decayed():
+    task = detector()
+    names = {id(p): name for name, p in task.named_parameters()}
+    decayed, free = (
+        {names[id(p)] for p in group["params"]} for group in parameter_groups(task, 0.05)
+    )
+    assert {"rpn.objectness.weight", "heads.mask.doubling.weight"} <= decayed
+    assert {"pyramid.norm0.weight", "student.layers.0.blocks.0.attn.cpb_mlp.0.weight"} <= free
+
+
+def saved_student(run: Run, path) -> dict[str, torch.Tensor]:
+    net = build(run.student.model, run.student.architecture, seed=5)
+    state = {name: p.detach() + 0.01 for name, p in net.named_parameters()}
+    torch.save(state, path)
+    return state
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_a_distilled_student_is_loaded_without_its_head(name, tmp_path):
+    path = tmp_path / "student.pth"
+    run = narrow_run(name)
+    state = saved_student(run, path)
+    run = replace(run, student=replace(run.student, init=str(path)))
+    task = detector_maker(run)()
+    load_weights(task.student, student_weights(run), where="--student.init")
+    for name_, parameter in task.student.named_parameters():
+        assert torch.equal(parameter, state[name_]), name_
+    short = {n: t for n, t in state.items() if not n.endswith("mlp.fc1.bias")}
+    torch.save(short, path)
+    with pytest.raises(WeightsError, match=r"mlp\.fc1\.bias"):
+        student_weights(run)
+
+
+def test_another_window_takes_the_weights_as_they_are(tmp_path):
+    path = tmp_path / "student.pth"
+    run = narrow_run(SWIN)
+    saved_student(run, path)
+    shape = replace(run.student.architecture, window_size=6, pretrained_window_sizes=(4, 4, 4, 2))
+    run = replace(run, student=replace(run.student, init=str(path), architecture=shape))
+    task = detector_maker(run)()
+    load_weights(task.student, student_weights(run), where="--student.init")
+    assert [stage.pretrained_window for stage in task.student.layers] == [4, 4, 4, 2]
+    assert torch.isfinite(loss_of(task, batch_of(0, (100, 70), [2, 0]))[0])
+
+
+def test_settings_that_do_not_fit_the_student_are_refused():
+    run = narrow_run(VIT)
+    numbers = replace(run.task.detection, sequential_stages=1)
+    with pytest.raises(ConfigError, match="sequential_stages"):
+        detector_maker(replace(run, task=replace(run.task, detection=numbers)))
+    run = narrow_run(SWIN)
+    with pytest.raises(ConfigError, match="'pad'"):
+        detector_maker(replace(run, student=replace(run.student, size_rule="drop")))()
+    three = Architecture(embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 1), window_size=4)
+    with pytest.raises(ConfigError, match="4 stages"):
+        detector_maker(replace(run, student=replace(run.student, architecture=three)))()
+
+
+def test_it_learns_a_picture():
+    task = detector()
+    batch = batch_of(5, (64, 64), [2, 1])
+    optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss, _ = loss_of(task, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.75 * losses[0]

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.errors import ConfigError, ShapeError
+from fd_large.tasks.distillation.alignment import align
+
+
+def _map(grid, prefix=0, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(2, prefix + grid[0] * grid[1], width, generator=generator)
+    return FeatureMap(tokens, grid, prefix)
+
+
+def test_equal_prefixes_are_matched():
+    student, teacher = _map((3, 2), 1), _map((3, 2), 1, width=6)
+    s, t = align(student, teacher)
+    assert torch.equal(s, student.tokens)
+    assert torch.equal(t, teacher.tokens)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(0, 1), (1, 0), (1, 2)])
+def test_unequal_prefixes_are_dropped(mine, theirs):
+    student, teacher = _map((3, 2), mine), _map((3, 2), theirs)
+    s, t = align(student, teacher)
+    assert torch.equal(s, student.tokens[:, mine:])
+    assert torch.equal(t, teacher.tokens[:, theirs:])
+
+
+def test_unequal_grids_name_both_and_the_remedy():
+    with pytest.raises(ShapeError, match=r"got 3x2 and 6x4.*--objective.interpolation bilinear"):
+        align(_map((3, 2)), _map((6, 4)))
+    with pytest.raises(ConfigError, match="cubic"):
+        align(_map((3, 2)), _map((6, 4)), interpolation="cubic")
+
+
+def test_interpolation_gives_the_teachers_map_the_students_grid():
+    teacher = _map((4, 4))
+    constant = FeatureMap(torch.full_like(teacher.tokens, 2.5), (4, 4), 0)
+    for grid in ((2, 2), (4, 6), (8, 3)):
+        s, t = align(_map(grid), constant, interpolation="bilinear")
+        assert s.shape[1] == t.shape[1] == grid[0] * grid[1]
+        assert torch.allclose(t, torch.full_like(t, 2.5))
+    _, t = align(_map((2, 2)), teacher, interpolation="bilinear")
+    # Antialiased halving weighs each source column by a triangle of half-width two.
+    weights = torch.tensor([[3, 3, 1, 0], [0, 1, 3, 3]]) / 7
+    image = teacher.tokens.view(2, 4, 4, 4)
+    by_hand = torch.einsum("ih,jw,bhwc->bijc", weights, weights, image).reshape(2, 4, 4)
+    assert torch.allclose(t, by_hand, atol=1e-6)

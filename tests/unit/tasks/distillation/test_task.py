@@ -1,0 +1,112 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
+from fd_large.tasks.distillation.inspection import best_constant_loss, feature_panel
+from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.teacher import Teacher
+
+
+@pytest.fixture
+def task():
+    torch.manual_seed(0)
+    student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
+    teacher = Teacher(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
+    return Distillation(student, teacher, teacher.width)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(
+        0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def test_loss_is_the_formula_written_out(task, images):
+    loss, metrics = task(**task.prepare(images, None, None))
+    pixels = normalise(images, IMAGENET)
+    target = task._teacher[0].net(pixels).tokens
+    mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True, unbiased=False)
+    white = (target - mean) / (variance + 1e-5).sqrt()
+    difference = (task.projection(task.student(pixels).tokens) - white).abs()
+    by_hand = torch.where(difference < 2, difference**2 / 4, difference - 1).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert metrics == {}
+    assert 0.2 < loss.item() < 0.6, "a fresh projection against unit targets"
+
+
+def test_the_teacher_is_frozen_and_stays_in_evaluation(task, images):
+    teacher = task._teacher[0]
+    assert not any(name.startswith("_teacher") for name, _ in task.named_parameters())
+    assert sum(p.numel() for p in task.parameters()) < sum(
+        p.numel() for p in [*task.parameters(), *teacher.parameters()]
+    )
+    task.train()
+    teacher.train()
+    assert not teacher.training
+    assert not teacher.net.training
+    loss, _ = task(**task.prepare(images, None, None))
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_drop_path_is_an_input_per_sample(task, images):
+    keep = torch.ones(len(task.drop_path_rates), 3, dtype=torch.bool)
+    keep[-1, 1] = False
+    whole = task.student(normalise(images, IMAGENET), torch.ones_like(keep)).tokens
+    dropped = task.student(normalise(images, IMAGENET), keep).tokens
+    assert torch.equal(whole[[0, 2]], dropped[[0, 2]])
+    assert not torch.equal(whole[1], dropped[1])
+
+
+def test_clip_teachers_see_their_own_statistics_and_size():
+    net = ViT(8, 1, 1, patch_size=8, image_size=32, absolute_position=True)
+    seen = []
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    teacher = Teacher(net, OPENAI_CLIP, image_size=32)
+    assert teacher.grid(48) == (4, 4)
+    teacher(torch.full((1, 3, 48, 48), 255, dtype=torch.uint8))
+    expected = (1 - torch.tensor(OPENAI_CLIP.mean)) / torch.tensor(OPENAI_CLIP.std)
+    assert seen[0].shape == (1, 3, 32, 32)
+    assert torch.allclose(seen[0].mean((0, 2, 3)), expected, atol=1e-5)
+
+
+def test_bfloat16_keeps_the_loss_in_float32(task, images):
+    exact, _ = task(**task.prepare(images, None, None))
+    low = task.bfloat16()
+    loss, _ = low(**low.prepare(images, None, None))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+
+
+def test_best_constant_is_the_minimum_over_constants(task, images):
+    task.eval()
+    prepared = task.prepare(images, None, None)
+    found = best_constant_loss(task, lambda: iter([(prepared, 1), (prepared, 0)]), lambda t: t)
+    target = task.reference(**prepared).flatten(0, 1)
+    constant = nn.Parameter(torch.zeros(target.shape[1]))
+    optimizer = torch.optim.LBFGS([constant], max_iter=100)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.smooth_l1_loss(constant.expand_as(target), target, beta=2.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert found == pytest.approx(closure().item(), rel=1e-5)
+
+
+def test_evaluation_reports_the_cosine_and_a_panel(task, images):
+    task.eval()
+    with torch.no_grad():
+        _, metrics = task(**task.prepare(images, None, None))
+    assert -1 <= metrics["cosine"].item() <= 1
+    panel = feature_panel(task, task, images)
+    assert panel["images"].shape == (3, 32, 32, 3)
+    assert panel["teacher"].shape == panel["student"].shape == (3, 4, 4, 24)
+    assert torch.allclose(panel["teacher"].var(-1, unbiased=False), torch.ones(3, 4, 4), atol=1e-3)

@@ -1,0 +1,94 @@
+"""Fine-tuning as a job, without an engine: what is refused, what a test counts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fd_large.errors import ConfigError, DataError
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.run import Run
+from fd_large.tasks.finetuning.job import FineTuningJob
+
+TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 7)):
+        for number in range(count):
+            folder = tmp_path / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            levels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(levels).save(folder / f"{number}.png")
+    run = registry.get("finetune_clip_vit_base")
+    return replace(
+        run,
+        student=replace(run.student, architecture=TINY),
+        data=replace(run.data, root=str(tmp_path), image_size=16, workers=0),
+    )
+
+
+def measured(run: Run) -> dict[str, float]:
+    """What a test in batches of three says of random weights."""
+    job = FineTuningJob(run)
+    torch.manual_seed(0)
+    task = job.make_task().eval()
+    torch.nn.init.normal_(task.head.weight)
+    engine = SimpleNamespace(task=task, deepspeed=task)
+    evaluate = job.evaluation(engine, job.open_samples(), 3, None)
+    return evaluate(0, True, lambda: None)[0]
+
+
+def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
+    whole = measured(run)
+    broken = tmp_path / "val" / "a" / "4.png"
+    broken.write_bytes(b"no picture")
+    with caplog.at_level(logging.WARNING):
+        found = measured(run)
+    assert "4.png" in caplog.text
+    assert found != whole
+    broken.unlink()
+    assert found == pytest.approx(measured(run))
+    broken.write_bytes(b"no picture")
+    strict = replace(run, data=replace(run.data, max_bad_fraction=0.0))
+    with pytest.raises(DataError, match=r"max_bad_fraction: too many .* got 1 of 7 .*4\.png"):
+        measured(strict)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("data", "color_jitter", 0.4),
+        ("data", "grayscale_probability", 0.2),
+        ("eval", "knn_root", "somewhere"),
+        ("eval", "views", 8),
+        ("objective", "beta", 1.0),
+    ],
+)
+def test_a_field_without_a_meaning_here_is_refused(run, section, field, value):
+    changed = replace(getattr(run, section), **{field: value})
+    job = FineTuningJob(replace(run, **{section: changed}))
+    with pytest.raises(ConfigError, match=rf"{section}\.{field}: finetune does not use it"):
+        job.check()
+
+
+def test_one_class_is_refused(run, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "b").rename(tmp_path / f"{split}_b")
+    with pytest.raises(DataError, match=r"data\.root: one class; got a alone"):
+        FineTuningJob(run).open_samples()
+
+
+def test_an_interval_without_pictures_is_refused(run):
+    with pytest.raises(ConfigError, match=r"eval\.knn_every: no pictures to test the student on"):
+        replace(run.eval, knn_every=10)
