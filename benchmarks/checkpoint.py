@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 def parse() -> argparse.Namespace:
     """Flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small net, few rounds")
+    parser.add_argument("--quick", action="store_true", help="a small model, few rounds")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
     parser.add_argument("--kills", type=int, default=3, help="kills of a small run")
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
@@ -92,7 +92,7 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 taken = time.perf_counter() - begin
                 saver.wait()
                 failed = distributed.any_rank(saver.failed)
-                # Training stands still for the commit as well, some updates later.
+                # Training stands still for the commit as well, some steps later.
                 before_commit = time.perf_counter()
                 saver.finish(failed_anywhere=failed)
                 taken += time.perf_counter() - before_commit
@@ -217,7 +217,7 @@ def main() -> int:
         print(f"{kind}: {value:.2f} s")
     for kind, value in results["stall_relative_to"].items():
         print(f"stall / {kind}: {value['median']:.2f}")
-    print("kill to next update:", ", ".join(f"{k['seconds']:.1f} s" for k in kills))
+    print("kill to next step:", ", ".join(f"{k['seconds']:.1f} s" for k in kills))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""One distillation step by this engine and by others: same nets, batch, precision and optimiser.
+"""One distillation step by this engine and by others: same models, batch, precision and optimiser.
 
-Every contender is a function of a batch that does a whole update (teacher, student, backward,
+Every contender is a function of a batch that does a whole step (teacher, student, backward,
 clipping, AdamW) and returns the loss. In bfloat16 all of them compute with bfloat16 parameters,
 send bfloat16 gradients and step float32 masters.
 """
@@ -241,10 +241,10 @@ def _fsdp2(setting: Setting) -> Step:
     mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
     types = {}
     if setting.precision.bfloat16:
-        # The nets cast by themselves, and keep what is float32 on purpose.
+        # The models cast by themselves, and keep what is float32 on purpose.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
         types = {"mp_policy": policy}
-    # Stages ask for the blocks' bias tables outside the blocks: these small nets are one unit.
+    # Stages ask for the blocks' bias tables outside the blocks: these small models are one unit.
     tables = [block.attn.cpb_mlp for block in task.student.blocks()]
     fully_shard(tables, mesh=mesh, **types)
     for block in task.student.blocks():

@@ -31,7 +31,7 @@ from torchvision import transforms
 
 from fd_large.data.listing import SETTLED_SECONDS
 from fd_large.data.loader import build_loader
-from fd_large.data.source import open_pictures
+from fd_large.data.source import open_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -41,7 +41,7 @@ PIL = "PIL, folder"
 
 def ours(root: str) -> Callable[[int], int]:
     """The loader of this package, without workers."""
-    source = open_pictures(root)
+    source = open_images(root)
 
     def run(epoch: int) -> int:
         loader = build_loader(
@@ -134,7 +134,7 @@ def measure_listing(num: int) -> dict[str, float]:
         seconds = []
         for _ in range(6):
             start = time.perf_counter()
-            assert len(open_pictures(f"{folder}/tree")) == num
+            assert len(open_images(f"{folder}/tree")) == num
             seconds.append(time.perf_counter() - start)
         (kept,) = Path(folder, "cache", "listings").glob("*.listing")
         return {

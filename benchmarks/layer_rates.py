@@ -36,7 +36,7 @@ WAYS = {
 def parse() -> argparse.Namespace:
     """Flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, a small net")
+    parser.add_argument("--quick", action="store_true", help="few rounds, a small model")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="of ZeRO")
     parser.add_argument("--width", type=int, default=96, help="channels of the first stage")
@@ -122,7 +122,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     batch = Batch(images, 0, positions, positions)
 
     def step(name: str) -> float:
-        """Seconds of a whole update."""
+        """Seconds of a whole step."""
         engine = engines[name]
         set_rate(engine.deepspeed.optimizer, RATE)
         for group in engine.deepspeed.optimizer.param_groups:

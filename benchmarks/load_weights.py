@@ -1,11 +1,11 @@
-"""How much memory and time does each rank take to load a large net under ZeRO-3?
+"""How much memory and time does each rank take to load a large model under ZeRO-3?
 
     python benchmarks/load_weights.py [--quick]
 
 Two CPU ranks load a ViT of more than 300M parameters from a .pth and from a .safetensors file and
 end with their share of bf16 weights and exact float32 masters. In turns, each in processes of its
 own: the public loader, and the naive one, by which every rank reads the whole file, fills a whole
-float32 net and splits it then. The growth of anonymous memory (RssAnon) over its value just before
+float32 model and splits it then. The growth of anonymous memory (RssAnon) over its value just before
 building is sampled by a thread. Writes benchmarks/results/load_weights.json and a picture.
 """
 
@@ -70,7 +70,7 @@ def anonymous_bytes() -> int:
 def parse() -> argparse.Namespace:
     """Flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smaller net, one round")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, one round")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
     parser.add_argument("--files", nargs="+", choices=FILES, default=FILES)
     parser.add_argument("--out", type=Path, default=RESULTS / "load_weights.json")
@@ -85,7 +85,7 @@ def named(quick: bool) -> str:
 
 
 def write_files(folder: Path, name: str) -> dict[str, int]:
-    """Writes the net in both kinds of file; returns its size in parameters."""
+    """Writes the model in both kinds of file; returns its size in parameters."""
     import torch
     from safetensors.torch import save_file
 

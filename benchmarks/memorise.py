@@ -1,6 +1,6 @@
 """Does the detector learn: does it memorise 8 real pictures, boxes and masks, in 20 minutes?
 
-    python benchmarks/memorise.py [--quick] [--ranks 2] [--updates 400]
+    python benchmarks/memorise.py [--quick] [--ranks 2] [--steps 400]
 
 The recipe coco_mask_rcnn_swinv2_tiny, narrowed (256 px, 64 channels in the heads, 64 RoIs an
 image), under ZeRO-3, on the 8 pictures of FD_DATA's coco_tiny whose smallest object is largest; the
@@ -43,10 +43,10 @@ FLAGS = """
 def parse() -> argparse.Namespace:
     """Flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few updates: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--every", type=int, default=100, help="updates between evaluations")
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=RESULTS / "memorise.json")
     if parser.parse_args().quick:
         parser.set_defaults(updates=4, every=2)
@@ -56,12 +56,12 @@ def parse() -> argparse.Namespace:
 def choose(root: Path) -> None:
     """Leaves of coco_tiny the pictures whose smallest object, at 256 px, is largest."""
     source = json.loads((root / "annotations/instances_val.json").read_text())
-    of_picture = defaultdict(list)
+    of_image = defaultdict(list)
     for annotation in source["annotations"]:
-        of_picture[annotation["image_id"]].append(annotation)
+        of_image[annotation["image_id"]].append(annotation)
 
     def smallest(image: dict) -> float:
-        own = of_picture[image["id"]]
+        own = of_image[image["id"]]
         if not own or any(annotation["iscrowd"] for annotation in own):
             return 0.0
         return min(a["area"] for a in own) * (256 / max(image["height"], image["width"])) ** 2
@@ -69,7 +69,7 @@ def choose(root: Path) -> None:
     chosen = sorted(source["images"], key=smallest, reverse=True)[:PICTURES]
     kept = {
         "images": chosen,
-        "annotations": [a for image in chosen for a in of_picture[image["id"]]],
+        "annotations": [a for image in chosen for a in of_image[image["id"]]],
         "categories": source["categories"],
     }
     shutil.copytree(root / "images/val", root / "images/train", dirs_exist_ok=True)
@@ -78,7 +78,7 @@ def choose(root: Path) -> None:
 
 
 def draw(rows: list[dict], evaluations: list[dict], path: Path) -> None:
-    """Draws the loss, and AP50 of boxes and masks, over the updates."""
+    """Draws the loss, and AP50 of boxes and masks, over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)

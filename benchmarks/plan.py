@@ -6,7 +6,7 @@ Starts its own CPU ranks (or one per GPU), builds an engine at ZeRO 1, 2 and 3, 
 measures the machine's rates (`plan/probe.py`) and right after them a step of each engine, so that
 whatever else the machine does hits both (`--clock cpu` counts processor time, which other work
 stretches less). A round's figure is measured over predicted. Teacher and
-student are the same net; images are noise in memory. Writes benchmarks/results/plan.json.
+student are the same model; images are noise in memory. Writes benchmarks/results/plan.json.
 """
 
 from __future__ import annotations

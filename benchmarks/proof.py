@@ -5,7 +5,7 @@
 On the CIFAR-10 of FD_DATA (20,000 of the 50,000 training images, all 10,000 test images), on two
 CPU cores: a small ViT with absolute positions learns the labels (the teacher); a ViT with shared
 relative positions learns the teacher's map and no label (the student); teacher, student and the
-student's net with random weights are then fine-tuned with the same budget, three seeds each, and
+student's model with random weights are then fine-tuned with the same budget, three seeds each, and
 tested frozen by neighbours and a linear probe; `diagnose` looks into them where it is there. All by
 the commands that a user has. Each part leaves its files in the work folder and is passed over when
 they are there, so that a run that was cut short goes on. Writes benchmarks/results/proof.json and
@@ -34,7 +34,7 @@ PARTS = ("data", "teacher", "student", "finetune", "knn", "linear", "diagnose")
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 ARCHIVES = {"train": "cifar10_train20k.tar", "test": "cifar10_test10k.tar"}
 
-# Both nets: 64 patches of 4 x 4 pixels, 4 blocks of 96 channels.
+# Both models: 64 patches of 4 x 4 pixels, 4 blocks of 96 channels.
 SHAPE = {"embed_dim": 96, "depths": 4, "num_heads": 3, "patch_size": 4}
 QUICK_SHAPE = {"embed_dim": 48, "depths": 3, "num_heads": 3, "patch_size": 4}
 IMAGE_SIZE, GLOBAL_BATCH = 32, 128
@@ -43,7 +43,7 @@ IMAGE_SIZE, GLOBAL_BATCH = 32, 128
 def parse() -> argparse.Namespace:
     """Flags of the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few images, small nets, one seed")
+    parser.add_argument("--quick", action="store_true", help="few images, small models, one seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--work", type=Path, default=None, help="folder of runs and pictures")

@@ -103,7 +103,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         except Unavailable as error:
             left_out[name] = str(error)
             continue
-        # What they compute is the same: the losses before and after the first update.
+        # What they compute is the same: the losses before and after the first step.
         losses[name] = [distributed.mean(steps[name](batch)).item() for _ in range(WARM_UP)]
     found: dict[str, Any] = {"left_out": left_out}
     if arguments.alone and steps:
@@ -164,7 +164,7 @@ def report(
 
     world = distributed.world_size()
     images = arguments.micro_batch * world
-    # Without exchange several ranks train several nets: a bound, no contender.
+    # Without exchange several ranks train several models: a bound, no contender.
     whole = [name for name in seconds if world == 1 or name != "alone"] or list(seconds)
     medians = {name: here.spread(seconds[name])["median"] for name in seconds}
     fastest = min(whole, key=medians.__getitem__)

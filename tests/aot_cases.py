@@ -1,4 +1,4 @@
-"""What of each operation is compiled ahead of time: the shapes of the nets of record, and edges.
+"""What of each operation is compiled ahead of time: the shapes of the models of record, and edges.
 
 Each of CASES is a function that launches an operation's kernels, forward and backward, on the meta
 device; `aot.usage` compiles each launch. benchmarks/kernels.py --aot writes the results down.

@@ -55,7 +55,7 @@ def write_set(
     split: str = "train",
     missing: tuple[int, ...] = (),
 ) -> Path:
-    """Writes a set in COCO's own layout: pictures (height, width) by id, and their JSON."""
+    """Writes a set in COCO's own layout: images (height, width) by id, and their JSON."""
     folder = root / f"{split}2017"
     folder.mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)

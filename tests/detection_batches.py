@@ -1,4 +1,4 @@
-"""Made-up pictures with objects, and narrow detectors, for tests of detection."""
+"""Made-up images with objects, and narrow detectors, for tests of detection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VIT = Architecture(embed_dim=16, depths=(4,), num_heads=(2,), image_size=64)
 
 
 def narrow_run(recipe: str, *, image_size: int = 96, **changes: object) -> Run:
-    """A recipe's shrunken twin: the same code path on a net of a few channels."""
+    """A recipe's shrunken twin: the same code path on a model of a few channels."""
     run = registry.get(recipe)
     is_vit = run.student_architecture().family == "vit"
     return replace(

@@ -21,7 +21,7 @@ FLAGS = """
 
 
 def pictures(root: Path, count: int = 6) -> Path:
-    """Writes a set of made pictures of three classes, for training and for tests."""
+    """Writes a set of made images of three classes, for training and for tests."""
     sizes = {number: (64, 48 + 16 * (number % 3)) for number in range(1, count + 1)}
     for split in ("train", "val"):
         annotations = [

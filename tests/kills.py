@@ -26,14 +26,14 @@ def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
 
 
 def updates_done(started: Started) -> int:
-    """Updates that this start has finished, by its own words."""
+    """Steps that this start has finished, by its own words."""
     return "".join(started.outputs()).count("  update ")
 
 
 def resumed_from(started: Started) -> int:
-    """The update that this start went on from; 0 for the beginning."""
+    """The step that this start went on from; 0 for the beginning."""
     text = "".join(started.outputs())
-    return int(text.split("resumed after update ")[1].split()[0]) if "resumed after" in text else 0
+    return int(text.split("resumed after step ")[1].split()[0]) if "resumed after" in text else 0
 
 
 def kill_and_resume(
@@ -42,7 +42,7 @@ def kill_and_resume(
     """Trains with kills at random moments of training, a third inside a save.
 
     Returns: of each kill, whether the run was alive, whether a save was under way (a `.part` folder
-        that was not there before this start's first update), whether all ranks were killed, and
+        that was not there before this start's first step), whether all ranks were killed, and
         from which update this start had gone on.
     """
     draw = random.Random(seed)
@@ -57,7 +57,7 @@ def kill_and_resume(
                 alive = all(process.poll() is None for process in run.processes)
                 return alive and time.monotonic() < until
 
-            # Leftovers of the last kill are swept before the first update.
+            # Leftovers of the last kill are swept before the first step.
             while running() and updates_done(started) < 1:
                 time.sleep(0.02)
             rest = draw.uniform(0.0, 2.0)

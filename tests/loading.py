@@ -1,4 +1,4 @@
-"""A net as the engine makes it from a source: settled, built, filled."""
+"""A model as the engine makes it from a source: settled, built, filled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def teacher_run(source, model="auto", *, allow=(), **fields):
 
 
 def loaded(source, model="auto", *, allow=(), **fields):
-    """The teacher's net with the weights of a source, frozen, and its settled section."""
+    """The teacher's model with the weights of a source, frozen, and its settled section."""
     run = teacher_run(source, model, allow=allow, **fields)
     net = build(run.teacher.model, run.teacher.architecture, initialization="none")
     load_weights(net, teacher_weights(run), where="--teacher.source")
@@ -51,7 +51,7 @@ def student_run(init, model, size=224, *, allow=(), **fields):
 
 
 def initial(init, model, size=224, *, allow=(), **fields):
-    """A student's net filled from a file."""
+    """A student's model filled from a file."""
     run = student_run(init, model, size, allow=allow, **fields)
     architecture = run.student.architecture
     if run.student_architecture().family == "vit":
@@ -62,7 +62,7 @@ def initial(init, model, size=224, *, allow=(), **fields):
 
 
 def scattered(net, seed=0):
-    """A net whose every parameter is random: fresh ones hide mistakes behind zeros and ones."""
+    """A model whose every parameter is random: fresh ones hide mistakes behind zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():

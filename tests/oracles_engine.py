@@ -70,7 +70,7 @@ def check_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
 
 
 def layer_decay_row(spec: dict) -> Row:
-    """The rate of every layer at every update; the ends of the schedule are not scaled."""
+    """The rate of every layer at every step; the ends of the schedule are not scaled."""
     schedule = CosineSchedule(
         spec["base_lr"], spec["warmup_lr"], spec["min_lr"], spec["total"], spec["warmup_steps"]
     )
@@ -96,7 +96,7 @@ def finetuning_rows(published: dict) -> list[Row]:
     rows = []
     for key, spec in published.items():
         if key not in nets:
-            rows.append(Row(f"fine-tuned {key}: no such net here", math.inf, 0.0))
+            rows.append(Row(f"fine-tuned {key}: no such model here", math.inf, 0.0))
             continue
         name, overrides, form = nets[key]
         with torch.device("meta"):
@@ -130,7 +130,7 @@ def pretraining_rows(spec: dict) -> list[Row]:
     rows = []
     for key, published in spec.items():
         if key not in nets:
-            rows.append(Row(f"{key}: no such net here", math.inf, 0.0))
+            rows.append(Row(f"{key}: no such model here", math.inf, 0.0))
             continue
         name, form, width = nets[key]
         with torch.device("meta"):

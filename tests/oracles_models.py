@@ -188,7 +188,7 @@ def clip_vit(config: dict, **plain: Any) -> ViT:
 
 
 def load(net: nn.Module, tensors: Tensors, prefix: str = "weights.") -> str:
-    """Loads a net through the table of formats, all of it, and returns the format's name."""
+    """Loads a model through the table of formats, all of it, and returns the format's name."""
     items = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     form = detect(items)
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
@@ -199,7 +199,7 @@ def load(net: nn.Module, tensors: Tensors, prefix: str = "weights.") -> str:
     return form
 
 
-# --- running a net with its inner values in view ---
+# --- running a model with its inner values in view ---
 
 
 def flat(x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def check_net(
     extra: Callable[[Tensor, Trace, FeatureMap], Tensors] | None = None,
     images: Tensor | None = None,
 ) -> list[Row]:
-    """Runs a net on a file's input and compares every output, gradient and buffer in the file."""
+    """Runs a model on a file's input and compares every output, gradient and buffer in the file."""
     form = load(net, tensors)
     net.to(dtype)
     trace = Trace(net)
@@ -339,7 +339,7 @@ def check_fd_swinv2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
     config = spec["config"]
     if config.get("use_mlp_norm_layers"):
         return Skipped(
-            "left out", "norms inside the MLP: no published net has them, so the students do not"
+            "left out", "norms inside the MLP: no published model has them, so the students do not"
         )
     return check_net(fd_swinv2(config), spec, tensors, dtype, tolerance_of(spec))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from launch import ROOT
 from slurm_cluster import Cluster
 
-# 2 ranks, 8 images an update, a quarter of a second on a busy core.
+# 2 ranks, 8 images a step, a quarter of a second on a busy core.
 FLAGS = """
 --student.architecture.embed_dim 16 --student.architecture.depths 1 1 2 1
 --student.architecture.num_heads 1 1 2 4 --student.architecture.window_size 2

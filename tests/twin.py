@@ -71,7 +71,7 @@ def start(
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Every update's loss, each once and in order."""
+    """Every step's loss, each once and in order."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == list(range(len(rows)))
     return [row["loss"] for row in rows]

@@ -25,7 +25,7 @@ class HierarchicalBackbone(nn.Module):
     """Images to the map of the last stage; subclasses bring the stages.
 
     A subclass calls `_embed`, sets `layers` to a ModuleList of stages that know `blocks`, then
-    calls `_finish`, so that parameters stand in the order of the published nets.
+    calls `_finish`, so that parameters stand in the order of the published models.
 
     Attributes:
         in_two_dtypes: Whether stages take the residual stream as a pair: as it is, and in the

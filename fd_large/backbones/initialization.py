@@ -3,7 +3,7 @@
 Every module fills its own parameters in its own constructor from plain arguments: under
 `deepspeed.zero.Init` a child is already partitioned when its parent's constructor goes on, and a
 write from there would be lost. Draws come from torch's global CPU generator in float32, whatever
-the device and dtype of the parameter, so that a net built under `zero.Init` or on a GPU has the
+the device and dtype of the parameter, so that a model built under `zero.Init` or on a GPU has the
 weights of a plain one after the same `torch.manual_seed`.
 """
 
@@ -54,7 +54,7 @@ CUT_AT_ONE_SIGMA = Draw("normal", cut=0.02)
 
 @dataclass(frozen=True)
 class Scheme:
-    """Initial values of a whole net.
+    """Initial values of a whole model.
 
     Attributes:
         linear: Weights of linear layers; their biases are 0.
@@ -80,7 +80,7 @@ class Scheme:
 
 
 _OFFICIAL = Scheme(NORMAL, FAN_IN_UNIFORM, FAN_IN_UNIFORM, NORMAL, NORMAL, False, 0.0)
-# Zeros: for nets whose weights are loaded right away, without the time to draw them.
+# Zeros: for models whose weights are loaded right away, without the time to draw them.
 _NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
 
 # FD: the Feature-Distillation repository. Official: Swin-Transformer's for Swin and SwinV2, DINO's

@@ -1,4 +1,4 @@
-"""How deep in its net a parameter sits, for learning rates that decay towards the input.
+"""How deep in its model a parameter sits, for learning rates that decay towards the input.
 
 Source: the official fine-tuning code (optimizer.py, get_vit_layer, get_swin_layer); what it has no
 rule for (norms, heads, shared position bias) belongs to the last layer.
@@ -17,7 +17,7 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
 
     Args:
         name: Of the parameter inside its backbone.
-        depths: Blocks of each stage; one entry for a net without stages.
+        depths: Blocks of each stage; one entry for a model without stages.
 
     Returns: an id from 0 to sum(depths) + 1.
     """

@@ -1,4 +1,4 @@
-"""Named nets to modules."""
+"""Named models to modules."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def build(
     initialization: Initialization = "fd",
     seed: int | None = None,
 ) -> SwinV2 | Swin | ViT | TimmBackbone | nn.Module:
-    """Builds a named net; of timm's and the user's own only name, overrides and seed count.
+    """Builds a named model; of timm's and the user's own only name, overrides and seed count.
 
     Args:
         name: Of the table in `recipes.architectures`.
         overrides: Fields that differ from the named net's; None: none.
         drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        size_rule: "drop" or "pad" image sizes that do not fit; only Swin nets pad.
+        size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: First stages of a SwinV2 of whose maps few windows' exist at a time.
         residual_dtype: "compute": that of the weights; "float32": at least that.
-        initialization: "fd", "official" or "none" (zeros, for nets whose weights are loaded).
+        initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
         seed: Of the initial weights; None: torch's global CPU generator as it stands.
 
     Raises: ConfigError: for an unknown name or values that do not fit.
@@ -51,7 +51,7 @@ def build(
     a = resolve(name, overrides)
     if size_rule == "pad" and a.family not in ("swin", "swinv2"):
         raise ConfigError(
-            f"student.size_rule: {name} is a {a.family} net, which cannot pad; got 'pad', expected "
+            f"student.size_rule: {name} is a {a.family} model, which cannot pad; got 'pad', expected "
             "'drop'. Use an image size that fits."
         )
     if seed is not None:
@@ -68,7 +68,7 @@ def build(
                 initialization=initialization,
             )
     if a.family == "timm":
-        # timm takes a second to import, which other nets are spared.
+        # timm takes a second to import, which other models are spared.
         from fd_large.backbones.timm.adapter import TimmBackbone
 
         return TimmBackbone(a.timm_name, stride=a.feature_stride)

@@ -1,4 +1,4 @@
-"""Image statistics: from uint8 pixels to what a net was trained on."""
+"""Image statistics: from uint8 pixels to what a model was trained on."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def newest_sound(
     Args:
         folder: The run's.
         needs: Layout -> the stored ranks whose files this rank reads.
-        at_most: Updates; later checkpoints are not looked at. None: all are.
+        at_most: Steps; later checkpoints are not looked at. None: all are.
     """
     complaints: list[str] = []
     # Rank 0 lists and reads manifests for all: another node's view of a shared disk may be old.

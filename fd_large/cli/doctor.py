@@ -58,7 +58,7 @@ def doctor(places: Places, *, speaks: bool) -> int:
         speaks: Whether this is rank 0, as far as its environment tells.
     """
     terminal.take()
-    # What libraries print meanwhile is not the picture.
+    # What libraries print meanwhile is not the image.
     terminal.hand_over(Path(os.devnull))
     local_disk = places.local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
     first, launch = _launcher()

@@ -90,7 +90,7 @@ def _devices() -> Finding:
             "devices",
             "no GPU",
             "slow",
-            "Fine for the quick start. A big net needs GPUs.",
+            "Fine for the quick start. A big model needs GPUs.",
             "no GPU",
         )
     names = []

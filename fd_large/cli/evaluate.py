@@ -32,14 +32,14 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Say what nets are worth on labelled pictures, side by side.
+    """Say what models are worth on labelled images, side by side.
 
     python -m fd_large evaluate NET [NET ...] --task knn --data.root FOLDER
 
     FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
     which KEY.cls stands beside KEY.jpg. A NET is RUN (its student), RUN#teacher, RUN#scratch (its
     student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
-    timm:NAME or module:package.file:function; or NET=SOURCE for weights that do not tell their net.
+    timm:NAME or module:package.file:function; or NET=SOURCE for weights that do not tell their model.
     Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
     docs/evaluation.md says what the figures mean.
     """
@@ -52,25 +52,25 @@ class Flags:
     """Repetitions, runtime.seed and those after it; not of neighbours, who leave nothing to
     chance."""
     out: str = "evaluation"
-    """Folder for summary.json, the picture, and the runs of fine-tuning."""
+    """Folder for summary.json, the image, and the runs of fine-tuning."""
     k: int = 20
     """Neighbours that vote."""
     temperature: float = 0.07
     """A neighbour's vote is exp(cosine similarity / temperature)."""
     pool: Literal["mean", "cls"] = "mean"
-    """What stands for an image where the net is frozen: the mean of its patches, or CLS."""
+    """What stands for an image where the model is frozen: the mean of its patches, or CLS."""
     batch_size: int = 256
-    """Images at a time where the net is frozen."""
+    """Images at a time where the model is frozen."""
     probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     """Learning rates of the linear probe per 256 images, all tried; a held-out tenth chooses."""
     probe_epochs: int = 30
-    """Passes of the linear probe over the training pictures."""
+    """Passes of the linear probe over the training images."""
     recipe: str = ""
     """Settings of fine-tuning; empty: the published ones that fit the net."""
     deepspeed_config: str = ""
     """DeepSpeed's JSON for fine-tuning; empty: ds_configs/zero1.json."""
     detections: str = ""
-    """A file in COCO's results format to score, without a net; with --annotations, --json."""
+    """A file in COCO's results format to score, without a model; with --annotations, --json."""
     annotations: str = ""
     """COCO's ground truth for --detections."""
     json: str = ""
@@ -110,18 +110,18 @@ def main(arguments: list[str], *, train: Train, rank: int) -> int:
         return _score_detections(flags, models, rest)
     if not models:
         raise ConfigError(
-            "evaluate: no net; got nothing, expected a run or weights. Name one, for instance "
+            "evaluate: no model; got nothing, expected a run or weights. Name one, for instance "
             "runs/quickstart."
         )
     if flags.task == "detection" or (not flags.task and detects(models[0])):
         return _detection(models, flags, rest)
-    from fd_large.tasks.distillation.frozen import find_net  # torch: seconds.
+    from fd_large.tasks.distillation.frozen import find_model  # torch: seconds.
 
     words, others = _parted(rest, FEATURE_FIELDS)
     run = parse_run(["--recipe", "finetune_clip_vit_base", *words])
     is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
     image_size = run.data.image_size if is_sized else 0
-    nets = [find_net(model, image_size=image_size) for model in models]
+    nets = [find_model(model, image_size=image_size) for model in models]
     _tell_apart(nets)
     task = flags.task or _task_of(nets[0])
     _check_flags(task, own)
@@ -139,7 +139,7 @@ def main(arguments: list[str], *, train: Train, rank: int) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Nets (the words before the first flag), this command's flags, and fields of a recipe.
+    """Models (the words before the first flag), this command's flags, and fields of a recipe.
 
     Raises: ConfigError: for a flag that is neither.
     """
@@ -234,11 +234,11 @@ def _task_of(net: Named) -> str:
 
 
 def _tell_apart(nets: list[Named]) -> None:
-    """Gives nets labels of which no two are the same, as names of folders either."""
+    """Gives models labels of which no two are the same, as names of folders either."""
     if len({slug(net.label) for net in nets}) < len(nets):
         nets[:] = [replace(net, label=net.source) for net in nets]
     if len({slug(net.label) for net in nets}) < len(nets):
         raise ConfigError(
-            f"evaluate: a net twice; got {', '.join(net.source for net in nets)}, expected "
+            f"evaluate: a model twice; got {', '.join(net.source for net in nets)}, expected "
             "different ones. Leave one out."
         )

@@ -1,4 +1,4 @@
-"""Rows of the table of `evaluate`: frozen nets, fine-tuned nets, and what came out."""
+"""Rows of the table of `evaluate`: frozen models, fine-tuned models, and what came out."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Train = Callable[..., int]
 
 @dataclass
 class Score:
-    """What came out for a net.
+    """What came out for a model.
 
     Attributes:
-        net: As the user named it.
-        values: Per cent of the test pictures that were named rightly, one a seed.
+        model: As the user named it.
+        values: Per cent of the test images that were named rightly, one a seed.
         details: More of each seed.
     """
 
@@ -37,11 +37,11 @@ class Score:
     details: list[dict[str, Any]]
 
 
-# --- frozen nets ---
+# --- frozen models ---
 
 
 def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
-    """Neighbours or a probe on features of a net as it is."""
+    """Neighbours or a probe on features of a model as it is."""
     from fd_large import distributed
     from fd_large.data.labelled import open_split
     from fd_large.probes import knn, linear
@@ -92,8 +92,8 @@ def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
             else:
                 probe = linear.Probe(rates=flags.probe_rates, epochs=flags.probe_epochs, seed=seed)
                 # Every rank does all of it.
-                num_pictures = linear.work(len(train_set), probe) * distributed.world_size()
-                with _bar(f"{net.label}: probe, seed {seed}", num_pictures) as told:
+                num_images = linear.work(len(train_set), probe) * distributed.world_size()
+                with _bar(f"{net.label}: probe, seed {seed}", num_images) as told:
                     outcome = linear.evaluate(
                         found["training"],
                         found["test"],
@@ -112,7 +112,7 @@ def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
         else {"rates": list(flags.probe_rates), "epochs": flags.probe_epochs}
     )
     settings |= {"pool": flags.pool, "batch_size": flags.batch_size}
-    facts = {"classes": num_classes, "training_pictures": len(train_set)}
+    facts = {"classes": num_classes, "training_images": len(train_set)}
     _finish(task, scores, list(seeds), settings, run, folder, facts | {"pictures": len(test_set)})
     return distributed.leave(0)
 
@@ -121,7 +121,7 @@ def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
 
 
 def finetune(nets: list[Named], flags: Flags, rest: list[str], train: Train) -> int:
-    """Trains every net with every seed, through the engine, each into a run folder."""
+    """Trains every model with every seed, through the engine, each into a run folder."""
     import gc
 
     from fd_large import distributed
@@ -172,7 +172,7 @@ def _summary_of(folder: Path) -> dict[str, Any]:
 
 
 def _student_fields(rest: list[str], *, single: bool) -> list[str]:
-    """The fields of the student among the words, all of which can be set for named nets.
+    """The fields of the student among the words, all of which can be set for named models.
 
     Raises: ConfigError: for a field that what is named decides.
     """
@@ -183,13 +183,13 @@ def _student_fields(rest: list[str], *, single: bool) -> list[str]:
     for name in own:
         if name not in OWN_FIELDS:
             raise ConfigError(
-                f"--student.{name}: the nets that are named decide it; got it with --task "
+                f"--student.{name}: the models that are named decide it; got it with --task "
                 f"finetune, expected of student.* only {', '.join(OWN_FIELDS)}. Leave it out, or "
                 "train: docs/evaluation.md says how."
             )
     if "runtime.run_dir" in names and not single:
         raise ConfigError(
-            "--runtime.run_dir: one folder for several runs; got several nets or seeds, expected "
+            "--runtime.run_dir: one folder for several runs; got several models or seeds, expected "
             "one. Set --out, in which each has a folder."
         )
     return own
@@ -214,7 +214,7 @@ def _finish(
     folder: Path,
     facts: dict[str, Any],
 ) -> None:
-    """Table, picture and summary.json, by rank 0."""
+    """Table, image and summary.json, by rank 0."""
     from fd_large import distributed
 
     if not distributed.is_main():
@@ -272,13 +272,13 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what finished pictures are told to; rank 0 shows them."""
+    """Yields what finished images are told to; rank 0 shows them."""
     from fd_large import distributed
 
     if not distributed.is_main():
         yield lambda count: None
         return
-    # This rank's pictures stand for all ranks'.
+    # This rank's images stand for all ranks'.
     with bar(-(-total // distributed.world_size())) as tell:
         tell(text, 0)
         yield lambda count: tell(text, count)

@@ -46,7 +46,7 @@ def export(
     if not recipe.has_teacher:
         raise ConfigError(
             f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
-            "expected a distillation. Its net serves other runs as it is: --student.init RUN."
+            "expected a distillation. Its model serves other runs as it is: --student.init RUN."
         )
     architecture = trained_at(recipe)
     check(architecture, to, pads=recipe.student.size_rule == "pad")

@@ -29,7 +29,7 @@ class TrainFlags:
     fresh: bool = False
     """Start anew although the folder of the run holds checkpoints."""
     profile: int = 0
-    """Updates to trace with torch's profiler, after three others; RUN/profile/ gets the trace."""
+    """Steps to trace with torch's profiler, after three others; RUN/profile/ gets the trace."""
     local_rank: int = -1
     """Passed by the deepspeed launcher; ignored."""
 
@@ -156,7 +156,7 @@ def _nearest_field(name: str, known: Mapping[str, Any]) -> str:
         whole = [field_name for field_name in known if field_name.split(".")[-1] == name]
         if whole:
             return f"nearest: {', '.join(whole[:3])}"
-    # A near miss is told alone; the wider net of `nearest` is for words that are further off.
+    # A near miss is told alone; the wider model of `nearest` is for words that are further off.
     close = get_close_matches(name, known, n=2, cutoff=0.85)
     return f"nearest: {', '.join(close)}" if close else nearest(name, known)
 

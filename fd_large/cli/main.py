@@ -89,7 +89,7 @@ def _train(arguments: list[str]) -> int:
         )
     if flags.profile < 0:
         raise ConfigError(
-            f"--profile: no number of updates; got {flags.profile}, expected 0 (no trace) or more."
+            f"--profile: no number of steps; got {flags.profile}, expected 0 (no trace) or more."
             " Set --profile 3."
         )
     code = _train_run(
@@ -150,7 +150,7 @@ def _train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile:
 
 
 def _tell_report(folder: str) -> None:
-    """Draws a finished run's pictures and says what came out; never the reason that a run fails."""
+    """Draws a finished run's images and says what came out; never the reason that a run fails."""
     import logging
 
     from fd_large.report.make import make_report
@@ -166,7 +166,7 @@ def _tell_report(folder: str) -> None:
 
 
 def _recipes(arguments: list[str]) -> int:
-    """List the runs of record: nets, what they need, how long they take, what to expect."""
+    """List the runs of record: models, what they need, how long they take, what to expect."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: python -m fd_large recipes\n\n{_first_line(_recipes)}")
         return 0
@@ -183,7 +183,7 @@ def _recipes(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    """Draw a run's pictures and say what came out, from the files in its folder."""
+    """Draw a run's images and say what came out, from the files in its folder."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: python -m fd_large report RUN\n\n{_first_line(_report)}")
         return 0
@@ -239,7 +239,7 @@ def _export(arguments: list[str]) -> int:
 
 
 def _predict(arguments: list[str]) -> int:
-    """Draw what a run's detector sees in pictures, and write it as JSON."""
+    """Draw what a run's detector sees in images, and write it as JSON."""
     from fd_large.cli import predict as detect
 
     return detect.main(arguments)
@@ -253,14 +253,14 @@ def _replay(arguments: list[str]) -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    """Say what nets are worth: neighbours, a linear probe, fine-tuning; or score detections."""
+    """Say what models are worth: neighbours, a linear probe, fine-tuning; or score detections."""
     from fd_large.cli import evaluate
 
     return evaluate.main(arguments, train=_train_run, rank=find_rank(os.environ))
 
 
 def _diagnose(arguments: list[str]) -> int:
-    """Show what nets attend to, how flat their loss is and how alike their layers are."""
+    """Show what models attend to, how flat their loss is and how alike their layers are."""
     from fd_large.cli import diagnose
 
     return diagnose.main(arguments)

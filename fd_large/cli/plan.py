@@ -46,7 +46,7 @@ class PlanFlags:
     nics_per_node: int = 0
     """Network cards of a node; 0: one a GPU."""
     images: int = IMAGENET
-    """Images of the data set, which set the updates of an epoch; ImageNet-1K by default."""
+    """Images of the data set, which set the steps of an epoch; ImageNet-1K by default."""
     kernels: Literal["fused", "reference"] = "fused"
     """What runs beside the matrix products."""
     rates: str = ""
@@ -136,7 +136,7 @@ def _heading(load: Workload, machine: Machine) -> Text:
         f"{run.name}: {run.student.model} ({load.parameters / 1e6:,.1f}M parameters with its "
         f"projection, {student / 1e9:,.1f} GFLOP forward) learns from {run.teacher.model} "
         f"({sum(load.teacher) / 1e6:,.1f}M, {teacher / 1e9:,.1f} GFLOP), "
-        f"{run.batch.global_batch_size} images an update\n"
+        f"{run.batch.global_batch_size} images a step\n"
         f"{cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
         f"{machine.kernels if machine.fused else 'reference'} kernels\n"
@@ -202,7 +202,7 @@ def _details(load: Workload, best: Estimate, machine: Machine, images: int) -> T
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s\n"
         f"Disk: a checkpoint is {_size(stored)}; {keep} at once, while one is written: "
         f"{_size(keep * stored)}\n"
-        f"Run: {updates(load, images):,} updates"
+        f"Run: {updates(load, images):,} steps"
         + (f"; differs from the recipe by {flags}" if flags else "")
         + "\n"
     )

@@ -27,37 +27,37 @@ def predict(
     out: str = "predictions",
     score: float = 0.5,
 ) -> int:
-    """Draw the boxes and masks that a run's detector sees in pictures, and write them as JSON.
+    """Draw the boxes and masks that a run's detector sees in images, and write them as JSON.
 
-    predictions.json has for each picture a list of class, score, bbox (left, top, width, height in
-    its pixels) and segmentation (COCO's run lengths). A picture that cannot be read is told and
+    predictions.json has for each image a list of class, score, bbox (left, top, width, height in
+    its pixels) and segmentation (COCO's run lengths). An image that cannot be read is told and
     left out; the exit code is 2 then.
 
     Args:
         run: Folder of a run of the task detection.
-        images: Picture files.
-        out: Folder for NAME.png of each picture and predictions.json.
+        images: Image files.
+        out: Folder for NAME.png of each image and predictions.json.
         score: Least score of what is drawn and written.
     """
     if not images:
         raise ConfigError(
-            "predict: no picture; got RUN alone, expected RUN IMAGE ... Name some files."
+            "predict: no image; got RUN alone, expected RUN IMAGE ... Name some files."
         )
     recipe = _detection(run, where="predict")
     for path in images:
         if not Path(path).is_file():
             raise ConfigError(
-                f"predict: {path}: no picture; got a path that is no file, expected picture files. "
+                f"predict: {path}: no image; got a path that is no file, expected image files. "
                 "Name files."
             )
     # torch: seconds.
     from fd_large.checkpoint import stream
     from fd_large.data.decode import decode
-    from fd_large.data.folder import read_picture
+    from fd_large.data.folder import read_image
     from fd_large.tasks.detection.data.views import resized_view
     from fd_large.tasks.detection.job import test_size
     from fd_large.tasks.detection.scores.collect import to_results
-    from fd_large.tasks.detection.scores.drawing import draw_picture, marks_of
+    from fd_large.tasks.detection.scores.drawing import draw_image, marks_of
     from fd_large.tasks.detection.scores.results import write_text
 
     reader = stream.newest(Path(run), where="predict")
@@ -70,7 +70,7 @@ def predict(
     unread = 0
     for path in dict.fromkeys(images):
         try:
-            image = decode(read_picture(path), path, max_pixels=recipe.data.max_pixels)
+            image = decode(read_image(path), path, max_pixels=recipe.data.max_pixels)
         except DataError as error:
             print(error, file=sys.stderr)
             unread += 1
@@ -93,7 +93,7 @@ def predict(
         ]
         # Two files of one name in different folders are kept apart.
         drawn = folder / f"{len(told)}_{Path(path).stem}.png"
-        draw_picture(image.permute(1, 2, 0).numpy(), marks_of(told[path]), drawn)
+        draw_image(image.permute(1, 2, 0).numpy(), marks_of(told[path]), drawn)
         print(f"{path}: {len(told[path])} objects, {drawn}")
     write_text(folder / "predictions.json", json.dumps(told, indent=1) + "\n")
     print(folder / "predictions.json")
@@ -107,7 +107,7 @@ def evaluate_run(run: str, *, changes: Mapping[str, Any], out: str) -> int:
         run: Folder of the run.
         changes: Fields of the section `data` to others than the run's; with another `root` its val
             split is taken.
-        out: Folder for results.json, scores.json and pictures.
+        out: Folder for results.json, scores.json and images.
     """
     recipe = _detection(run, where="evaluate")
     recipe = replace(recipe, data=replace(recipe.data, **changes))
@@ -125,7 +125,7 @@ def evaluate_run(run: str, *, changes: Mapping[str, Any], out: str) -> int:
     logs.start(launch.rank)
     reader = distributed.together(lambda: stream.newest(Path(run), where="evaluate"))
     classes = tuple(reader.manifest["categories"].values())
-    pictures = distributed.together(lambda: DetectionJob(recipe).test_pictures(classes))
+    pictures = distributed.together(lambda: DetectionJob(recipe).test_images(classes))
     detect = distributed.together(lambda: _detector(recipe, reader))
     folder, micro = Path(out), recipe.batch.micro_batch_size
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,19 +54,19 @@ def _tell_incident(console: Console, incident: Incident, weights: Weights, devic
     console.print(f"  {incident.recipe.engine.precision} on {device}")
     if weights.accepted_between is None:
         console.print(
-            f"  weights: checkpoint of {weights.update} updates, {weights.update - step} LATER "
+            f"  weights: checkpoint of {weights.update} steps, {weights.update - step} LATER "
             "than the step (older ones are gone): losses will differ",
             style="yellow",
         )
     elif weights.accepted_between:
         console.print(
-            f"  weights: checkpoint of {weights.update} updates, {weights.accepted_between} "
+            f"  weights: checkpoint of {weights.update} steps, {weights.accepted_between} "
             f"update{'s' if weights.accepted_between > 1 else ''} earlier than the step: losses "
             "will differ",
             style="yellow",
         )
     else:
-        console.print(f"  weights: checkpoint of {weights.update} updates, those of the step")
+        console.print(f"  weights: checkpoint of {weights.update} steps, those of the step")
 
 
 def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> None:
@@ -95,9 +95,9 @@ def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> No
     whole = len(incident.pictures) == said["world_size"]
     console.print(
         Text("gradient norm: ").append_text(_number(replayed.grad_norm)),
-        Text("of the pictures above; recorded")
+        Text("of the images above; recorded")
         if whole
-        else Text("of the pictures above; recorded, of all ranks,"),
+        else Text("of the images above; recorded, of all ranks,"),
         _number(said["grad_norm"]),
     )
 

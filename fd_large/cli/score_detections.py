@@ -22,7 +22,7 @@ MEANINGS = {
     "APs": "objects below 32 x 32 pixels",
     "APm": "objects from there to 96 x 96",
     "APl": "objects above",
-    "AR1": "recall with 1 detection a picture",
+    "AR1": "recall with 1 detection an image",
     "AR10": "recall with 10",
     "AR100": "recall with 100",
     "ARs": "recall of objects below 32 x 32",
@@ -63,7 +63,7 @@ def numbers_table(scores: Scores) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{scores.num_images:,} pictures, {scores.num_results:,} detections",
+        title=f"{scores.num_images:,} images, {scores.num_results:,} detections",
         title_justify="left",
     )
     table.add_column("")
@@ -85,7 +85,7 @@ def classes_table(scores: Scores) -> Table:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="AP and AP50 of the classes that the pictures show", title_justify="left")
+    table = Table(title="AP and AP50 of the classes that the images show", title_justify="left")
     lines = []
     for place, of_class in enumerate(next(iter(scores.kinds.values())).classes):
         if of_class.ap is None:

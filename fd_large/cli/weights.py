@@ -15,10 +15,10 @@ USAGE = """usage: python -m fd_large weights inspect SOURCE [--model NAME]
        python -m fd_large weights convert SOURCE --to FORMAT OUT [--architecture.FIELD VALUE ...]
 
 SOURCE is a file or folder of weights, FILE#teacher (or #student, #projector) of one that holds
-several nets, package:NAME, hf:REPO or open_clip:ARCH/TAG. docs/weights.md lists the formats.
+several models, package:NAME, hf:REPO or open_clip:ARCH/TAG. docs/weights.md lists the formats.
 
-inspect says what the file holds; --model compares it with a net of the table of nets.
-convert writes the net to OUT. FORMAT is one of:
+inspect says what the file holds; --model compares it with a model of the table of models.
+convert writes the model to OUT. FORMAT is one of:
   fd        a folder with this project's names and a config.json that tells everything
   official  Swin-Transformer's, DINO's or Feature-Distillation's names, one file
   timm      timm's names (ViT, BEiT, Swin, SwinV2), one .safetensors or .pth file

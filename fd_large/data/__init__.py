@@ -1,1 +1,1 @@
-"""Pictures to batches: every sample is a function of (seed, epoch, position in the epoch)."""
+"""Images to batches: every sample is a function of (seed, epoch, position in the epoch)."""

@@ -1,4 +1,4 @@
-"""Pictures that cannot be used: counted, named once, and past a limit the end of the run.
+"""Images that cannot be used: counted, named once, and past a limit the end of the run.
 
 A rank counts its own; `past_limit` and `limit_error` take sums over ranks, so that all ranks come
 to the same decision in the same step. Nothing here communicates.
@@ -14,7 +14,7 @@ from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# The fraction is taken of at least so many: one bad picture among the first ten is no tenth.
+# The fraction is taken of at least so many: one bad image among the first ten is no tenth.
 FEWEST_SAMPLES = 1000
 MAX_NAMES = 20
 _MAX_REMEMBERED = 10_000
@@ -27,7 +27,7 @@ class BadCount(NamedTuple):
     num_tried: int
 
 
-class BadPictures:
+class BadImages:
     """The count of one rank since the start of the process."""
 
     def __init__(self) -> None:
@@ -64,14 +64,14 @@ def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) 
     Args:
         count: The sum over ranks.
         max_bad_fraction: data.max_bad_fraction.
-        names: Of bad pictures, from one rank or all.
+        names: Of bad images, from one rank or all.
     """
     distinct = sorted(set(names))
     listed = ", ".join(distinct[:MAX_NAMES])
     if len(distinct) > MAX_NAMES:
         listed += f" and {len(distinct) - MAX_NAMES} more (see the log)"
     return DataError(
-        f"data.max_bad_fraction: too many pictures cannot be used; got {count.num_bad} of "
+        f"data.max_bad_fraction: too many images cannot be used; got {count.num_bad} of "
         f"{count.num_tried} samples, expected at most {max_bad_fraction:g} of them: {listed}. "
         "Replace or remove these files, or raise --data.max_bad_fraction."
     )

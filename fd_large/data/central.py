@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data.decode import decode
-from fd_large.data.labelled import LabelledPictures
+from fd_large.data.labelled import LabelledImages
 from fd_large.data.quiet import quiet
 from fd_large.data.worker import start_worker
 from fd_large.errors import DataError
@@ -21,12 +21,12 @@ from fd_large.errors import DataError
 RESIZE_RATIO = 256 / 224
 
 
-# Of a picture that cannot be used; no class.
+# Of an image that cannot be used; no class.
 NO_LABEL = -1
 
 
 def central_view(image: Tensor, image_size: int) -> Tensor:
-    """The middle of a picture whose short side is 256/224 times as long; bicubic.
+    """The middle of an image whose short side is 256/224 times as long; bicubic.
 
     Args:
         image: (3, H, W) uint8.
@@ -47,12 +47,12 @@ def central_view(image: Tensor, image_size: int) -> Tensor:
 
 
 class CentralBatch(NamedTuple):
-    """Centre crops of some neighbouring pictures.
+    """Centre crops of some neighbouring images.
 
     Attributes:
-        start: Number of the first picture.
+        start: Number of the first image.
         images: (B, 3, S, S) uint8.
-        labels: (B,) int64; `NO_LABEL` where the picture cannot be used.
+        labels: (B,) int64; `NO_LABEL` where the image cannot be used.
         bad: What is wrong with those.
     """
 
@@ -64,7 +64,7 @@ class CentralBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _CentralBatches(Dataset):
-    source: LabelledPictures
+    source: LabelledImages
     image_size: int
     max_pixels: int
 
@@ -88,7 +88,7 @@ class _CentralBatches(Dataset):
 
 
 def central_batches(
-    source: LabelledPictures,
+    source: LabelledImages,
     *,
     image_size: int,
     batch_size: int,
@@ -97,19 +97,19 @@ def central_batches(
     workers: int,
     max_pixels: int,
 ) -> Iterator[CentralBatch]:
-    """The centre crops of a rank's pictures.
+    """The centre crops of a rank's images.
 
-    Batch b is pictures b*B to (b+1)*B - 1 and belongs to rank b modulo W, so that a batch is made
-    of the same pictures on any number of ranks, and its numbers are the same to the bit.
+    Batch b is images b*B to (b+1)*B - 1 and belongs to rank b modulo W, so that a batch is made
+    of the same images on any number of ranks, and its numbers are the same to the bit.
 
     Args:
-        source: The pictures.
+        source: The images.
         image_size: Side of a crop, in pixels.
         batch_size: B; the last one may have fewer.
         rank: Counted from 0.
         world_size: W.
         workers: Processes that load; 0: this one does.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
     """
     starts = range(rank * batch_size, len(source), world_size * batch_size)
     ends = [(start, min(start + batch_size, len(source))) for start in starts]

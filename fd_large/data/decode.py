@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to RGB pixels, upright.
+"""From the bytes of an image file to RGB pixels, upright.
 
 torchvision's decoders go first, faster than Pillow; Pillow takes what they refuse or handle badly
 (BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are decoded, so that a small file
@@ -24,7 +24,7 @@ MAX_PIXELS = 1 << 26
 
 # Named, because Pillow would otherwise try all it knows, among them PostScript by an interpreter.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black pictures.
+# Pillow's RGB conversion of other modes clips (16-bit, "I", "F"): white or black images.
 _PILLOW_MODES = (
     "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
 )  # fmt: skip
@@ -37,16 +37,16 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     num_rows: int | None = None,
 ) -> torch.Tensor:
-    """Decodes one picture.
+    """Decodes one image.
 
     EXIF orientation is applied, grey repeated to three channels, transparency dropped, 16 bits
-    scaled to 8, CMYK converted, of an animation the first picture taken; colour profiles are
+    scaled to 8, CMYK converted, of an animation the first image taken; colour profiles are
     left alone.
 
     Args:
-        encoded: A picture file's bytes.
+        encoded: An image file's bytes.
         where: What to call it in an error.
-        max_pixels: Larger pictures are refused unseen.
+        max_pixels: Larger images are refused unseen.
         num_rows: The rows from the top that are wanted; None: all. More may come. Rows below are
             only saved where `size_before_decoding` knows the size.
 
@@ -78,7 +78,7 @@ def decode(
 
 
 def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
-    """The size of a picture of which `decode` can leave out the rows below a crop.
+    """The size of an image of which `decode` can leave out the rows below a crop.
 
     Returns: height and width in pixels, or None where it has to be decoded whole.
     """
@@ -88,7 +88,7 @@ def size_before_decoding(encoded: bytes | bytearray) -> tuple[int, int] | None:
 
 def _refused(where: str, got: str) -> DataError:
     return DataError(
-        f"{where}: not a picture that can be decoded; got {got}, expected a whole JPEG, PNG, "
+        f"{where}: not an image that can be decoded; got {got}, expected a whole JPEG, PNG, "
         "WebP, GIF, BMP or TIFF file. Replace the file or remove it."
     )
 

@@ -1,4 +1,4 @@
-"""A folder of pictures, sub folders included, in an order that every machine agrees on."""
+"""A folder of images, sub folders included, in an order that every machine agrees on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm",
 )  # fmt: skip
-# No picture within the limit of pixels comes near it; a file that does is read for nothing.
+# No image within the limit of pixels comes near it; a file that does is read for nothing.
 MAX_FILE_BYTES = 1 << 29
 
 
 class ImageFolder:
-    """The pictures below a folder: `len(folder)`, `folder[i]` (the path), `folder.read(i)`.
+    """The images below a folder: `len(folder)`, `folder[i]` (the path), `folder.read(i)`.
 
     Class sub folders and a flat folder both do; labels are not looked at. The order is that of
     the UTF-8 bytes of the paths relative to the root, parts joined by "/", which depends neither
@@ -42,12 +42,12 @@ class ImageFolder:
         Args:
             root: The folder.
 
-        Raises: DataError: if it is missing or holds no picture.
+        Raises: DataError: if it is missing or holds no image.
         """
         self.root = os.fspath(root)
         if not self.root or not os.path.isdir(self.root):
             raise DataError(
-                f"data.root: no such folder; got {self.root!r}, expected a folder of pictures or "
+                f"data.root: no such folder; got {self.root!r}, expected a folder of images or "
                 "tar shards. Set --data.root FOLDER."
             )
         self._listing: Listing = listed(
@@ -55,7 +55,7 @@ class ImageFolder:
         )
         if not len(self._listing):
             raise DataError(
-                f"data.root: no picture in the folder or below it; got {self.root!r}, expected "
+                f"data.root: no image in the folder or below it; got {self.root!r}, expected "
                 f"files ending in {' '.join(EXTENSIONS)}. Set --data.root to a folder with such "
                 "files."
             )
@@ -63,7 +63,7 @@ class ImageFolder:
         self.modified: int = self._listing.facts["modified"]
         if shards := self._listing.facts["num_tars"]:
             log.warning(
-                "data.root: %s holds %d .tar files beside pictures; only the pictures are read. "
+                "data.root: %s holds %d .tar files beside images; only the images are read. "
                 "To read the shards: --data.root '%s/*.tar'",
                 self.root,
                 shards,
@@ -77,11 +77,11 @@ class ImageFolder:
         return os.path.join(self.root, os.fsdecode(self._listing.name(index)))
 
     def read(self, index: int) -> bytearray:
-        """The bytes of picture `index`.
+        """The bytes of image `index`.
 
         Raises: DataError: if the file cannot be read.
         """
-        return read_picture(self[index])
+        return read_image(self[index])
 
     def _fill(self, writer: ListingWriter) -> dict[str, Any]:
         stamps, num_tars = [], 0
@@ -103,10 +103,10 @@ class ImageFolder:
         )
 
 
-def read_picture(path: str) -> bytearray:
+def read_image(path: str) -> bytearray:
     """The bytes of a picture's file.
 
-    Raises: DataError: if it cannot be read, or is so large that it can be no picture.
+    Raises: DataError: if it cannot be read, or is so large that it can be no image.
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -120,7 +120,7 @@ def read_picture(path: str) -> bytearray:
             return encoded
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read; got {error.strerror or error}, expected a picture. "
+            f"{path}: cannot be read; got {error.strerror or error}, expected an image. "
             "Restore the file or remove it from the folder."
         ) from error
 

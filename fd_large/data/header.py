@@ -1,4 +1,4 @@
-"""What a picture file says of itself before any pixel is decoded: format and size.
+"""What an image file says of itself before any pixel is decoded: format and size.
 
 Only as far as torchvision's decoders need a guard (JPEG, PNG, WebP); Pillow reads the headers of
 other formats without decoding.

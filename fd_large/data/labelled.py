@@ -1,6 +1,6 @@
-"""Labelled pictures: class folders, or tar shards with a label beside each picture.
+"""Labelled images: class folders, or tar shards with a label beside each image.
 
-A label is a further method of a picture source, by the same number. Shards follow webdataset: the
+A label is a further method of an image source, by the same number. Shards follow webdataset: the
 members KEY.jpg and KEY.cls belong together, KEY being the name up to the first dot after the last
 slash, and KEY.cls holds the label as a decimal number.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from fd_large.data.folder import EXTENSIONS, ImageFolder
 from fd_large.data.listing import Listing, ListingWriter, listed, settled
 from fd_large.data.shards import TarShards
-from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.source import ImageSource, open_images
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError
 
@@ -31,8 +31,8 @@ _LABEL = b".cls"
 _MAX_LABEL_BYTES = 32
 
 
-class LabelledPictures(PictureSource, Protocol):
-    """Pictures of which each belongs to one class.
+class LabelledImages(ImageSource, Protocol):
+    """Images of which each belongs to one class.
 
     Attributes:
         classes: Their names; a label is a place in it.
@@ -41,14 +41,14 @@ class LabelledPictures(PictureSource, Protocol):
     classes: tuple[str, ...]
 
     def label(self, index: int) -> int:
-        """The class of picture `index`."""
+        """The class of image `index`."""
 
 
 class ClassFolders(ImageFolder):
-    """A folder with a sub folder for each class, pictures anywhere below it.
+    """A folder with a sub folder for each class, images anywhere below it.
 
     Classes are in the order of their names, as torchvision's ImageFolder has them. Nothing as long
-    as the data set is held: the listing is sorted, so the pictures of a class are neighbours.
+    as the data set is held: the listing is sorted, so the images of a class are neighbours.
     """
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ class ClassFolders(ImageFolder):
             root: The folder.
             classes: Names that count as classes, those of the training set; None: those found.
 
-        Raises: DataError: if a picture lies in no class, or in one that is not among the names.
+        Raises: DataError: if an image lies in no class, or in one that is not among the names.
         """
         super().__init__(root)
         starts, names = [0], []
@@ -66,7 +66,7 @@ class ClassFolders(ImageFolder):
             first, slash, _ = self._listing.name(starts[-1]).partition(b"/")
             if not slash:
                 raise DataError(
-                    f"data.root: a picture in no class; got {self[starts[-1]]!r}, expected a sub "
+                    f"data.root: an image in no class; got {self[starts[-1]]!r}, expected a sub "
                     "folder for each class. Move it into the folder of its class."
                 )
             names.append(os.fsdecode(first))
@@ -84,7 +84,7 @@ class ClassFolders(ImageFolder):
         self._labels = [number[name] for name in names]
 
     def label(self, index: int) -> int:
-        """The class of picture `index`."""
+        """The class of image `index`."""
         return self._labels[int(np.searchsorted(self._starts, index, side="right"))]
 
 
@@ -92,13 +92,13 @@ class LabelledShards(TarShards):
     """Tar shards in which KEY.cls stands beside KEY.jpg (webdataset)."""
 
     def __init__(self, paths: Sequence[str], classes: Sequence[str] | None = None) -> None:
-        """Indexes pictures and labels.
+        """Indexes images and labels.
 
         Args:
             paths: The tar files.
             classes: Those of the training set; None: numbers up to the largest label.
 
-        Raises: DataError: if a picture has no label, or one that training does not know.
+        Raises: DataError: if an image has no label, or one that training does not know.
         """
         super().__init__(paths)
         key = "\n".join(os.path.realpath(path) for path in self.paths)
@@ -110,7 +110,7 @@ class LabelledShards(TarShards):
         )
         if self._labels.fingerprint != self.fingerprint:
             raise DataError(
-                f"data.root: shards changed while they were indexed; got another list of pictures "
+                f"data.root: shards changed while they were indexed; got another list of images "
                 f"in {self.paths[0]} and the others, expected the same. Start again once they no "
                 "longer change."
             )
@@ -126,11 +126,11 @@ class LabelledShards(TarShards):
             )
 
     def label(self, index: int) -> int:
-        """The class of picture `index`."""
+        """The class of image `index`."""
         return self._labels.number("label", index)
 
     def _fill_labels(self, writer: ListingWriter) -> dict[str, Any]:
-        # In the order of the pictures: by name, then shard, then place.
+        # In the order of the images: by name, then shard, then place.
         found: list[tuple[bytes, int, int, int]] = []
         for number, path in enumerate(self.paths):
             found += self._labels_of(number, path)
@@ -154,11 +154,11 @@ class LabelledShards(TarShards):
                     elif name.lower().endswith(_ENDINGS):
                         pictures.append((name, offset))
             except Torn:
-                pass  # The index of the pictures has told it.
+                pass  # The index of the images has told it.
         without = [name for name, _ in pictures if _key(name) not in labels]
         if without:
             raise DataError(
-                f"data.root: pictures without a label; got {len(without)} in {path}, the first "
+                f"data.root: images without a label; got {len(without)} in {path}, the first "
                 f"{os.fsdecode(without[0])}, expected KEY.cls beside each KEY.jpg. Write the "
                 "shards with labels, or use class folders."
             )
@@ -170,8 +170,8 @@ class LabelledShards(TarShards):
         )
 
 
-def open_labelled(root: str, classes: Sequence[str] | None = None) -> LabelledPictures:
-    """Class folders, or tar shards, as `open_pictures` finds them.
+def open_labelled(root: str, classes: Sequence[str] | None = None) -> LabelledImages:
+    """Class folders, or tar shards, as `open_images` finds them.
 
     Args:
         root: A folder of class folders; tar files by their folder, one file or a pattern.
@@ -179,12 +179,12 @@ def open_labelled(root: str, classes: Sequence[str] | None = None) -> LabelledPi
 
     Raises: DataError: if there is nothing of the kind.
     """
-    pictures = open_pictures(root)
+    pictures = open_images(root)
     if isinstance(pictures, TarShards):
         return LabelledShards(pictures.paths, classes)
     if not isinstance(pictures, ImageFolder):
         raise DataError(
-            f"data.root: pictures without labels; got {root!r}, expected class folders or tar "
+            f"data.root: images without labels; got {root!r}, expected class folders or tar "
             "shards with labels. Name such a folder."
         )
     return ClassFolders(root, classes)
@@ -192,7 +192,7 @@ def open_labelled(root: str, classes: Sequence[str] | None = None) -> LabelledPi
 
 def open_split(
     root: str, split: str, classes: Sequence[str] | None = None, *, where: str = "data.root"
-) -> LabelledPictures:
+) -> LabelledImages:
     """The training or the test part of a data set: `train/`, and `val/` or `test/`, in its folder.
 
     Args:

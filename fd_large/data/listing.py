@@ -66,7 +66,7 @@ class Listing:
     def name(self, index: int) -> bytes:
         """The name of sample `index`."""
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         start = int(self._ends[index - 1]) if index else 0
         return self._buffer[start : int(self._ends[index])]
 
@@ -210,7 +210,7 @@ def _fill(
     writer.finish({**facts, "listed_at": start})
     took = time.time() - start
     if took > 1:
-        log.info("listed %d pictures of data.root in %.0f s", len(writer), took)
+        log.info("listed %d images of data.root in %.0f s", len(writer), took)
     return len(writer)
 
 

@@ -1,4 +1,4 @@
-"""The micro batches of a rank, in order, from any update of an epoch to its end.
+"""The micro batches of a rank, in order, from any step of an epoch to its end.
 
 Workers get positions and do the rest: the order of the epoch, reading, decoding, the view. So
 nothing that a worker knows beforehand can change a pixel, and only positions travel to it.
@@ -25,11 +25,11 @@ from fd_large.data.sampler import (
     rank_positions,
     updates_per_epoch,
 )
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.data.worker import start_worker
 from fd_large.errors import ConfigError, DataError
 
-# Pictures tried for one place in a batch; where all are bad, so is the data set.
+# Images tried for one place in a batch; where all are bad, so is the data set.
 MAX_TRIES = 10
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Batch:
 
 
 def build_loader(
-    source: PictureSource,
+    source: ImageSource,
     *,
     seed: int,
     epoch: int,
@@ -90,14 +90,14 @@ def build_loader(
     grayscale_probability: float = 0.0,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """The rest of an epoch for one rank: `micro batches an update` batches for each update.
+    """The rest of an epoch for one rank: `micro batches a step` batches for each step.
 
     Args:
-        source: The pictures.
+        source: The images.
         seed: The run's seed.
         epoch: Counted from 0.
         first_update: Of this epoch, counted from 0; where a resumed run goes on.
-        global_batch_size: Images an update over all ranks.
+        global_batch_size: Images a step over all ranks.
         micro_batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
@@ -106,9 +106,9 @@ def build_loader(
         workers: Processes that load; 0: this one does.
         color_jitter: Strength, 0 (none) to 1; `color.jitter_color`.
         grayscale_probability: Of a view without color.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
 
-    Returns: an iterable of `Batch`. A picture that cannot be read or decoded is replaced by
+    Returns: an iterable of `Batch`. An image that cannot be read or decoded is replaced by
         another, the same whatever the ranks and workers, and told in `Batch.bad`.
     Raises:
         ConfigError: if batch sizes do not divide or a number is out of range.
@@ -183,7 +183,7 @@ def micro_batches(
     rank: int,
     world_size: int,
 ) -> MicroBatches:
-    """Where in the order of an epoch a rank reads, from an update to the epoch's end.
+    """Where in the order of an epoch a rank reads, from a step to the epoch's end.
 
     Raises: ConfigError or DataError: as `sampler.check_batch_sizes`.
     """
@@ -276,7 +276,7 @@ def first_usable(
 class _Views(Dataset):
     """Positions to a `Batch`; runs in the workers."""
 
-    source: PictureSource
+    source: ImageSource
     seed: int
     epoch: int
     image_size: int

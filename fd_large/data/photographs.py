@@ -1,7 +1,7 @@
-"""Photographs that two Python packages carry: pictures for a first run without any download.
+"""Photographs that two Python packages carry: images for a first run without any download.
 
 From scikit-image and scikit-learn (china and flower; CC BY 2.0, danielbuechele and vultilion on
-Flickr). Drawings, test patterns and pictures smaller than a view are left out.
+Flickr). Drawings, test patterns and images smaller than a view are left out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fd_large.data.decode import decode
 from fd_large.errors import DataError
 
 # Held out: two everyday scenes in colour, one near and one far, of kinds that an ImageNet teacher
-# knows and of which training has no other picture (no other animal, no other building). They were
-# chosen by that rule before any result was seen. A second picture of a held-out scene would give
+# knows and of which training has no other image (no other animal, no other building). They were
+# chosen by that rule before any result was seen. A second image of a held-out scene would give
 # the answer away; what no photographer took (cells, stars, textures) would measure little.
 HELD_OUT = ("skimage/chelsea.png", "sklearn/china.jpg")
 
@@ -41,7 +41,7 @@ TRAINING = (
     "skimage/text.png",
 )
 
-# Each picture is listed so often: an epoch of a handful of samples would end after one update.
+# Each image is listed so often: an epoch of a handful of samples would end after one step.
 REPEATS = 256
 
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
@@ -91,11 +91,11 @@ class Photographs:
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         return self.names[index % len(self.names)]
 
     def read(self, index: int) -> bytes:
-        """Returns the bytes of picture `index`, a PPM file."""
+        """Returns the bytes of image `index`, a PPM file."""
         return self._files[index % len(self.names)]
 
 
@@ -107,7 +107,7 @@ def _read(name: str) -> bytes:
         raise DataError(
             f"data.root: builtin:photographs needs the package {_DISTRIBUTIONS[package]}; got "
             "nothing, expected it to be installed. Install it: pip install "
-            f"{_DISTRIBUTIONS[package]}, or set --data.root to a folder of pictures."
+            f"{_DISTRIBUTIONS[package]}, or set --data.root to a folder of images."
         )
     path = Path(spec.origin).parent / _FOLDERS[package] / file
     try:

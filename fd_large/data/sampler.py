@@ -62,19 +62,19 @@ def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
 def rank_positions(
     update: int, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
 ) -> NDArray[np.int64]:
-    """Where in the epoch's order a rank reads for one update.
+    """Where in the epoch's order a rank reads for one step.
 
     Global batch k is positions k*G to (k+1)*G - 1, rank r's slice of it G/W consecutive ones,
     and a micro batch a consecutive piece of that.
 
     Args:
         update: Of this epoch, counted from 0.
-        global_batch_size: G, images an update over all ranks.
+        global_batch_size: G, images a step over all ranks.
         micro_batch_size: Images a forward pass of one rank.
         rank: Counted from 0.
         world_size: W, the number of ranks.
 
-    Returns: (micro batches an update, micro_batch_size).
+    Returns: (micro batches a step, micro_batch_size).
     """
     share = global_batch_size // world_size
     start = update * global_batch_size + rank * share
@@ -88,7 +88,7 @@ def check_batch_sizes(
 
     Args:
         num_samples: Size of the data set.
-        global_batch_size: Images an update over all ranks.
+        global_batch_size: Images a step over all ranks.
         micro_batch_size: Images a forward pass of one rank.
         world_size: The number of ranks.
 
@@ -128,13 +128,13 @@ def check_batch_sizes(
     if global_batch_size > num_samples:
         largest = num_samples // step * step
         remedy = (
-            f"Set --batch.global_batch_size to {largest} or less, or add pictures"
+            f"Set --batch.global_batch_size to {largest} or less, or add images"
             if largest
-            else f"Add pictures, or lower --batch.micro_batch_size (now {micro_batch_size}) too"
+            else f"Add images, or lower --batch.micro_batch_size (now {micro_batch_size}) too"
         )
         raise DataError(
             "batch.global_batch_size: larger than the data set; got global_batch_size "
-            f"{global_batch_size} and {num_samples} pictures in data.root, expected at least one "
+            f"{global_batch_size} and {num_samples} images in data.root, expected at least one "
             f"global batch an epoch. {remedy}."
         )
 

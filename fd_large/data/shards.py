@@ -1,6 +1,6 @@
-"""Pictures in tar shards, read in place: nothing is unpacked.
+"""Images in tar shards, read in place: nothing is unpacked.
 
-WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of pictures do: every member
+WebDataset's naming (KEY.jpg, KEY.cls, KEY.json ...) and any other tar of images do: every member
 with a picture's extension is a sample, other members are passed over.
 """
 
@@ -24,7 +24,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5":
 
 
 class TarShards:
-    """The pictures in some tar files: `len(shards)`, `shards[i]` (its place), `shards.read(i)`.
+    """The images in some tar files: `len(shards)`, `shards[i]` (its place), `shards.read(i)`.
 
     The order is that of the members' names over all shards (of equal names the shard's place
     decides), so that a folder and its tar files, however packed, are the same data set.
@@ -40,7 +40,7 @@ class TarShards:
         Args:
             paths: The tar files, at least one.
 
-        Raises: DataError: if one cannot be read or is compressed, or none holds a picture.
+        Raises: DataError: if one cannot be read or is compressed, or none holds an image.
         """
         self.paths = list(paths)
         key = "\n".join(os.path.realpath(path) for path in self.paths)
@@ -58,9 +58,9 @@ class TarShards:
         if not len(self._listing):
             torn = f" ({'; '.join(self.torn)})" if self.torn else ""
             raise DataError(
-                f"data.root: no picture in {_some(self.paths)}{torn}; got members of other kinds "
+                f"data.root: no image in {_some(self.paths)}{torn}; got members of other kinds "
                 f"or none, expected names ending in {' '.join(EXTENSIONS)}. Set --data.root to "
-                "tar files of pictures."
+                "tar files of images."
             )
         self.fingerprint = self._listing.fingerprint
 
@@ -87,7 +87,7 @@ class TarShards:
         return moved
 
     def read(self, index: int) -> bytearray:
-        """The bytes of picture `index`.
+        """The bytes of image `index`.
 
         Raises: DataError: if the shard cannot be read or is no longer the one that was indexed.
         """
@@ -107,7 +107,7 @@ class TarShards:
         except OSError as error:
             raise DataError(
                 f"{self[index]}: cannot be read; got {error.strerror or error}, expected a "
-                "picture. Restore the shard, or start again to index it anew."
+                "image. Restore the shard, or start again to index it anew."
             ) from error
 
     def _fill(self, writer: ListingWriter) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class TarShards:
                             found.append((name, number, offset, size))
             except Torn as error:
                 torn.append(
-                    f"{path}: a shard that is not whole: {error}; {len(found) - before} pictures "
+                    f"{path}: a shard that is not whole: {error}; {len(found) - before} images "
                     "before that are used. Fetch or write the shard again."
                 )
             except OSError as error:
@@ -162,7 +162,7 @@ def _refuse_compressed(path: str, start: bytes) -> None:
     if kind := _COMPRESSED.get(start):
         raise DataError(
             f"data.root: a compressed shard; got {kind} for {path!r}, expected a plain tar file, "
-            "whose members can be read in place. Decompress it (pictures gain nothing by it)."
+            "whose members can be read in place. Decompress it (images gain nothing by it)."
         )
 
 

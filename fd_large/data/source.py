@@ -1,4 +1,4 @@
-"""Where the pictures of a run come from: `open_pictures` decides between folder and tar shards."""
+"""Where the images of a run come from: `open_images` decides between folder and tar shards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _GLOB = re.compile(r"[*?\[]")
 
 
-class PictureSource(Protocol):
-    """What a set of pictures has to offer; it must survive pickling.
+class ImageSource(Protocol):
+    """What a set of images has to offer; it must survive pickling.
 
-    A sample is a number; what belongs to it besides the picture (a label, say) is a further
+    A sample is a number; what belongs to it besides the image (a label, say) is a further
     method by that number.
     """
 
@@ -31,21 +31,21 @@ class PictureSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> str:
-        """Says where picture `index` lies, for a message."""
+        """Says where image `index` lies, for a message."""
 
     def read(self, index: int) -> bytes | bytearray:
-        """Reads the bytes of picture `index`; DataError if that fails."""
+        """Reads the bytes of image `index`; DataError if that fails."""
 
 
-def open_pictures(root: str) -> PictureSource:
-    """The pictures that `data.root` names.
+def open_images(root: str) -> ImageSource:
+    """The images that `data.root` names.
 
     Args:
-        root: A folder of pictures, sub folders included; a folder that holds tar files and no
-            loose picture; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
+        root: A folder of images, sub folders included; a folder that holds tar files and no
+            loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
             "train-*.tar"; or a set that comes along, "builtin:photographs".
 
-    Raises: DataError: if there is nothing of the kind, or no picture in it.
+    Raises: DataError: if there is nothing of the kind, or no image in it.
     """
     if root.startswith(PREFIX):
         return open_builtin(root)
@@ -57,7 +57,7 @@ def open_pictures(root: str) -> PictureSource:
         if not root.lower().endswith(".tar"):
             raise DataError(
                 f"data.root: neither a folder nor a tar file; got {root!r}, expected a folder of "
-                "pictures, or FILE.tar. Set --data.root FOLDER."
+                "images, or FILE.tar. Set --data.root FOLDER."
             )
         return TarShards([root])
     if _BRACES.search(root) or _GLOB.search(root):
@@ -96,7 +96,7 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _only_shards(root: str) -> list[str]:
-    """The tar files below a folder that holds no loose picture; else nothing."""
+    """The tar files below a folder that holds no loose image; else nothing."""
     shards = []
     for kind, path, _ in walk(root):
         if kind == "picture":

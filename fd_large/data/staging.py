@@ -1,12 +1,12 @@
-"""`data.stage_to`: the pictures on a disk of each node, copied once and checked.
+"""`data.stage_to`: the images on a disk of each node, copied once and checked.
 
 Any sample of an epoch's permutation may fall to any rank, so a node needs all of the data set. Tar
-shards are copied one to one; a folder is packed into tar files of its pictures, in the order of
+shards are copied one to one; a folder is packed into tar files of its images, in the order of
 their names, which are the same data set (`shards.py`). Names, order and pixels stay as they are.
 
 A copy is FILE.staged with a note beside it, FILE.staged.json: its origin, its checksum, and
 a stamp by which a later start sees that nothing has touched it. The ending keeps copies out of
-every listing of pictures.
+every listing of images.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from typing import Any, NamedTuple
 from fd_large import distributed
 from fd_large.data.folder import ImageFolder
 from fd_large.data.shards import TarShards
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
 # Files copied at a time by the one rank of a node that copies: one stream does not fill a network.
 STREAMS = 8
-# A piece of a packed folder; of ImageNet's pictures about 1.1 GB.
+# A piece of a packed folder; of ImageNet's images about 1.1 GB.
 PICTURES_PER_PIECE = 10_000
 # What a full disk takes from others (notes, a run's own files) is not ours to use up.
 SPARE_BYTES = 64 << 20
@@ -46,7 +46,7 @@ _CHUNK = 8 << 20
 _TELL_EVERY_SECONDS = 10.0
 _PARTIAL = ".partial-"
 _ENDING = ".staged"
-# A file system that fails for now says nothing of the picture.
+# A file system that fails for now says nothing of the image.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN}
 
 
@@ -68,7 +68,7 @@ class _Part(NamedTuple):
     chunks: Callable[[], Iterator[bytes]]
 
 
-def stage(source: PictureSource, folder: str) -> PictureSource:
+def stage(source: ImageSource, folder: str) -> ImageSource:
     """Copies a data set to a folder of this node's own, and reads from there; on all ranks alike.
 
     The first rank of each node copies what is not there yet; the others wait with it.
@@ -83,7 +83,7 @@ def stage(source: PictureSource, folder: str) -> PictureSource:
     parts = _parts(source) if folder else []
     if not parts:
         if folder:
-            log.info("data.stage_to: nothing to copy: the pictures come from installed packages")
+            log.info("data.stage_to: nothing to copy: the images come from installed packages")
         return source
     copying = _Copying(Path(folder), parts)
     if distributed.local_rank() == 0:
@@ -334,7 +334,7 @@ def _stamp(path: Path) -> list[Any]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _parts(source: PictureSource) -> list[_Part]:
+def _parts(source: ImageSource) -> list[_Part]:
     if isinstance(source, TarShards):
         return [
             _of_shard(path, *stamp)
@@ -375,7 +375,7 @@ def _of_shard(path: str, size: int, modified: int) -> _Part:
 
 
 def _of_folder(folder: ImageFolder, indices: range) -> _Part:
-    """A tar file of some of a folder's pictures; the same bytes on every node."""
+    """A tar file of some of a folder's images; the same bytes on every node."""
     root = os.path.realpath(folder.root)
 
     def size() -> int:
@@ -395,7 +395,7 @@ def _of_folder(folder: ImageFolder, indices: range) -> _Part:
                 cause = error.__cause__
                 if isinstance(cause, OSError) and cause.errno in _PASSING:
                     raise _unreadable(folder[index], cause.strerror or str(cause)) from error
-                # As bad in the copy as where it came from: an empty file is no picture either.
+                # As bad in the copy as where it came from: an empty file is no image either.
                 log.warning("data.stage_to: %s", error)
                 encoded = b""
             info = tarfile.TarInfo(os.path.relpath(folder[index], folder.root))

@@ -1,4 +1,4 @@
-"""One view of a picture: a random resized crop and a flip, from numbers drawn by the caller."""
+"""One view of an image: a random resized crop and a flip, from numbers drawn by the caller."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """A random box: area and log aspect uniform, as in torchvision's RandomResizedCrop.
 
-    The first of ten tries that fits into the picture is taken, else the largest box in the
+    The first of ten tries that fits into the image is taken, else the largest box in the
     middle whose aspect is allowed. torchvision draws the place after the try that fits; one
     place drawn beforehand has the same distribution and a fixed number of draws.
 
     Args:
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1).
         min_crop_scale: Smallest area, as a part of the picture's.
 
@@ -76,7 +76,7 @@ def box_view(
     image_size: int,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> torch.Tensor:
-    """The view of a box; what of the picture lies outside it does not matter.
+    """The view of a box; what of the image lies outside it does not matter.
 
     The pixels are those of the Pillow pipeline but for rare ties. Where a CPU has neither AVX2 nor
     NEON, torchvision resizes in floats: some pixels then differ by one grey level.

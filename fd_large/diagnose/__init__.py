@@ -1,1 +1,1 @@
-"""What a net attends to, how flat its loss is, and how alike two nets are."""
+"""What a model attends to, how flat its loss is, and how alike two models are."""

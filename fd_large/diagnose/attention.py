@@ -1,6 +1,6 @@
-"""Attention maps of every layer while a net runs, made again from q, k and bias.
+"""Attention maps of every layer while a model runs, made again from q, k and bias.
 
-Fused kernels never hold a map, so it is computed a second time: for the nets of this project from
+Fused kernels never hold a map, so it is computed a second time: for the models of this project from
 the inputs of their attention modules, for timm's from the operands that its modules hand to torch.
 A layer's maps are handed on at once and forgotten.
 """
@@ -31,13 +31,13 @@ Note = Callable[[str, Tensor, Places], None]
 
 @contextmanager
 def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
-    """Has every attention layer of a net give its maps to `note` as it runs, in this order.
+    """Has every attention layer of a model give its maps to `note` as it runs, in this order.
 
     Layers whose tokens are not those of an image or of Swin's windows are left out.
 
     Args:
         note: Called in the middle of the forward.
-        net: A backbone of this project or a `TimmBackbone`; of other nets nothing is known.
+        model: A backbone of this project or a `TimmBackbone`; of other models nothing is known.
         grid: Of the net's map.
     """
     with ExitStack() as stack:
@@ -57,7 +57,7 @@ def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]
         yield
 
 
-# --- nets of this project ---
+# --- models of this project ---
 
 
 def _own_hook(note: Note, name: str, recompute: Callable[..., tuple[Tensor, Places]]) -> Any:
@@ -125,7 +125,7 @@ def _maps(
     places: Places,
     shift: int,
 ) -> Tensor:
-    """Maps from queries, keys and values of a net of this project.
+    """Maps from queries, keys and values of a model of this project.
 
     Args:
         projected: (B, N, 3C), the bias of the queries added; tokens in the order of the image,
@@ -167,7 +167,7 @@ def _in_windows(projected: Tensor, places: Places) -> Tensor:
     return F.pad(projected, (0, 0, 0, 1))[:, index]
 
 
-# --- nets of timm ---
+# --- models of timm ---
 
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
@@ -182,7 +182,7 @@ class _Operands(TorchFunctionMode):
         self._num_images = 0
 
     def count(self, net: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Remembers, as the hook of a whole net, how many images it gets."""
+        """Remembers, as the hook of a whole model, how many images it gets."""
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
@@ -239,7 +239,7 @@ def _map_of(
 
 
 def _is_timm(net: nn.Module) -> bool:
-    # timm takes a second to import, which other nets are spared.
+    # timm takes a second to import, which other models are spared.
     return type(net).__module__ == "fd_large.backbones.timm.adapter"
 
 

@@ -1,8 +1,8 @@
-"""Linear CKA between the layers of nets, by minibatches: the images never are in memory at once.
+"""Linear CKA between the layers of models, by minibatches: the images never are in memory at once.
 
 A layer's features of one image, whatever their layout, are one vector; X (n, features) are those of
 a minibatch. CKA compares the Gram matrices X X^T of two layers, in which rotations and the layout
-of the features cancel, so that layers of any two nets can be compared.
+of the features cancel, so that layers of any two models can be compared.
 
 Source: Kornblith et al., arXiv 1905.00414; the unbiased estimate of HSIC, Song et al., JMLR 2012,
 and its mean over minibatches, Nguyen et al., arXiv 2010.15327.
@@ -46,7 +46,7 @@ def hsic(k: Tensor, m: Tensor) -> Tensor:
 
 
 class Similarity:
-    """CKA between all layers of all nets, added up over minibatches."""
+    """CKA between all layers of all models, added up over minibatches."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -55,7 +55,7 @@ class Similarity:
         """Adds a minibatch.
 
         Args:
-            grams: Of every layer of every net in the same order each time, (n, n) float64 each, of
+            grams: Of every layer of every model in the same order each time, (n, n) float64 each, of
                 the same n images, at least 4.
         """
         stacked = torch.stack(list(grams))  # (L, n, n)

@@ -1,4 +1,4 @@
-"""All figures of some nets, in one pass over the pictures and a landscape each."""
+"""All figures of some models, in one pass over the images and a landscape each."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Findings:
     """What was seen.
 
     Attributes:
-        models: A dict of plain values for each net.
-        cka: {"layers": names by net, "matrix": rows of all nets' layers, one after the other}.
-        averages: The average attention of each net by layer, (P, P) float64.
+        models: A dict of plain values for each model.
+        cka: {"layers": names by model, "matrix": rows of all models' layers, one after the other}.
+        averages: The average attention of each model by layer, (P, P) float64.
     """
 
     models: list[dict[str, Any]]
@@ -81,12 +81,12 @@ def num_steps(subjects: int, images: int, batch_size: int, extent: Extent) -> in
 def examine(
     subjects: Sequence[Subject], sample: Sample, *, batch_size: int, extent: Extent, told: Told
 ) -> Findings:
-    """Looks at the nets.
+    """Looks at the models.
 
     Args:
         subjects: At least one.
-        sample: The pictures.
-        batch_size: Pictures at a time, for the landscape too, which sees the first batch only.
+        sample: The images.
+        batch_size: Images at a time, for the landscape too, which sees the first batch only.
         extent: Of the landscape.
         told: Called after every step with what is being done.
     """
@@ -121,7 +121,7 @@ def examine(
 
 
 def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of any net in order: the outermost numbered modules that hold several weights.
+    """The blocks of any model in order: the outermost numbered modules that hold several weights.
 
     A sequence of blocks, or a stage that owns one as `blocks`, is itself no block.
     """

@@ -70,7 +70,7 @@ def curve(
         module: Whose parameters are moved; it has them back afterwards.
         loss: A scalar, of the parameters as they are when it is called.
         direction: See `random_direction`.
-        steps: 0 is where the net stands.
+        steps: 0 is where the model stands.
         told: Called after every loss.
     """
     values = []

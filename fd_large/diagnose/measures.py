@@ -158,7 +158,7 @@ class LayerFigures:
     """The figures of one layer, added up over images; as much memory for a million as for one.
 
     Args:
-        name: Of the layer's attention in its net.
+        name: Of the layer's attention in its model.
         stride: Pixels per token, down and right being equal.
     """
 

@@ -1,4 +1,4 @@
-"""A word of the user's becomes a net to look at, with the loss that its landscape shows."""
+"""A word of the user's becomes a model to look at, with the loss that its landscape shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.build import task_maker, teacher_maker, teacher_weights
-from fd_large.tasks.distillation.frozen import RANDOM, Named, find_net
+from fd_large.tasks.distillation.frozen import RANDOM, Named, find_model
 from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.settle import settle
 
@@ -30,12 +30,12 @@ _DRIFT_BETA = 2.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A net, ready to run.
+    """A model, ready to run.
 
     Attributes:
-        label: Its short name in pictures.
+        label: Its short name in images.
         source: As the user wrote it.
-        net: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
+        model: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: By which its images are normalised.
         image_size: S, the side of the images that it gets.
         moved: Whose parameters the loss landscape moves.
@@ -55,15 +55,15 @@ class Subject:
 
 
 def open_subject(source: str) -> Subject:
-    """Builds a net with its weights, in float32, on this process's device.
+    """Builds a model with its weights, in float32, on this process's device.
 
     Args:
-        source: See `find_net`; of a run that distils the loss is its own objective. RUN#student is
+        source: See `find_model`; of a run that distils the loss is its own objective. RUN#student is
             the student alone.
 
     Raises: FDError: if it cannot be had.
     """
-    named = find_net(source)
+    named = find_model(source)
     run = named.trained_by
     if run is None or not run.has_teacher or named.section.source == RANDOM:
         return _alone(named)
@@ -117,7 +117,7 @@ def _teacher(run: Run) -> Teacher:
 
 
 def _alone(named: Named) -> Subject:
-    """A net without an objective: its loss is how far its own map moves."""
+    """A model without an objective: its loss is how far its own map moves."""
     net, statistics = named.build()
     net.eval()
 

@@ -1,4 +1,4 @@
-"""The pictures that are looked at: spread over the set, none twice, decoded as they are needed."""
+"""The images that are looked at: spread over the set, none twice, decoded as they are needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fd_large.data.decode import decode
 from fd_large.data.sampler import epoch_order
-from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _SEED = 0
 
 
 class Sample:
-    """Some pictures of a set.
+    """Some images of a set.
 
     Args:
         root: As `data.root`: a folder, tar shards or a built-in set.
@@ -30,7 +30,7 @@ class Sample:
     """
 
     def __init__(self, root: str, images: int) -> None:
-        self._source = open_pictures(root)
+        self._source = open_images(root)
         self._chosen = _choose(self._source, images)
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Sample:
     def batches(self, num_batches: int, sizes: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """Yields so many batches, as even as can be: side to (n, 3, side, side) uint8.
 
-        Pictures that cannot be used are left out with a warning.
+        Images that cannot be used are left out with a warning.
 
         Raises: DataError: if none of a batch can be used.
         """
@@ -55,8 +55,8 @@ class Sample:
                     views[size].append(centre_view(picture, size))
             if not views[sizes[0]]:
                 raise DataError(
-                    "data.root: no picture of a batch can be used; got errors only, expected "
-                    "pictures that can be decoded. See the warnings above."
+                    "data.root: no image of a batch can be used; got errors only, expected "
+                    "images that can be decoded. See the warnings above."
                 )
             yield {size: torch.stack(cut) for size, cut in views.items()}
 
@@ -65,7 +65,7 @@ def centre_view(picture: Tensor, size: int) -> Tensor:
     """The largest square in the middle, resized (bilinear, antialiased).
 
     Args:
-        picture: (3, H, W) uint8.
+        image: (3, H, W) uint8.
         size: Side of the view.
 
     Returns: (3, size, size) uint8.
@@ -77,7 +77,7 @@ def centre_view(picture: Tensor, size: int) -> Tensor:
     return F.interpolate(square, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _choose(source: PictureSource, images: int) -> list[int]:
+def _choose(source: ImageSource, images: int) -> list[int]:
     chosen: dict[str, int] = {}
     for start in range(0, len(source), 4096):
         places = range(start, min(start + 4096, len(source)))

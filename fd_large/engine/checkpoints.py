@@ -35,7 +35,7 @@ class Checkpoints:
         facts: JSON-safe values for every manifest: commit, teacher's source and hash.
 
     Attributes:
-        optimizer_steps: Updates that were not skipped; the trainer counts on.
+        optimizer_steps: Steps that were not skipped; the trainer counts on.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
     """
 
@@ -76,7 +76,7 @@ class Checkpoints:
         log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
 
     def due(self, update: int, updates_per_epoch: int) -> bool:
-        """Whether the recipe saves after so many updates."""
+        """Whether the recipe saves after so many steps."""
         return update % (self._run.runtime.save_every or updates_per_epoch) == 0
 
     @property
@@ -91,10 +91,10 @@ class Checkpoints:
         return None
 
     def save(self, update: int, *, evaluated: bool = True) -> float | None:
-        """Starts to write the state after so many updates; all ranks call it.
+        """Starts to write the state after so many steps; all ranks call it.
 
         Args:
-            update: Updates so far.
+            update: Steps so far.
             evaluated: Whether the evaluation that is due then, if any, was made.
 
         Returns: the seconds of a save before it that had to be waited for, or None.
@@ -116,9 +116,7 @@ class Checkpoints:
         }
         self._saved = update
         self._saver.begin(manifest, state.pieces(self._engine))
-        log.info(
-            "checkpoint of update %d: training stood %.2f s", update, self._saver.stall_seconds
-        )
+        log.info("checkpoint of step %d: training stood %.2f s", update, self._saver.stall_seconds)
         return waited
 
     def settle(self) -> bool:
@@ -136,7 +134,7 @@ class Checkpoints:
             return self._finish(distributed.any_rank(self._saver.failed))
 
     def resume(self) -> int:
-        """Restores the newest sound checkpoint; returns its updates, 0 where there is none.
+        """Restores the newest sound checkpoint; returns its steps, 0 where there is none.
 
         Raises: CheckpointError: if there are checkpoints and none is sound, or one is of another
             model or teacher.
@@ -154,9 +152,9 @@ class Checkpoints:
         return reader.manifest["update"]
 
     def roll_back(self, at_most: int) -> int | None:
-        """Takes back the state of the newest sound checkpoint of at most so many updates.
+        """Takes back the state of the newest sound checkpoint of at most so many steps.
 
-        Returns: its updates; None where there is none.
+        Returns: its steps; None where there is none.
         """
         self.settle()
         reader, _ = self._newest(at_most)

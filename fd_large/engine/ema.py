@@ -19,12 +19,12 @@ from fd_large.engine.zero.engine import Engine
 
 
 class Ema:
-    """ema = decay * ema + (1 - decay) * weight after each update, in float32.
+    """ema = decay * ema + (1 - decay) * weight after each step, in float32.
 
     Begins as the weights themselves.
 
     Args:
-        engine: Before its first update, or restored.
+        engine: Before its first step, or restored.
         decay: Of the old average.
     """
 
@@ -35,7 +35,7 @@ class Ema:
                 self._state(owner)[state.EMA] = owner.detach().clone()
 
     def update(self) -> None:
-        """After an update that moved the weights."""
+        """After a step that moved the weights."""
         with torch.no_grad():
             for owner in self._owners():
                 self._state(owner)[state.EMA].lerp_(owner, 1 - self._decay)

@@ -1,6 +1,6 @@
-"""What a skipped update was made of: its pictures, and how large each layer's output became.
+"""What a skipped step was made of: its images, and how large each layer's output became.
 
-The update is run forward once more on the unchanged weights, on every rank alike, so that the
+The step is run forward once more on the unchanged weights, on every rank alike, so that the
 ordinary step pays nothing for the record.
 """
 
@@ -24,7 +24,7 @@ from fd_large.runtime.hooks import Evidence
 def evidence_of(
     engine: Engine, batches: Sequence[Batch], losses: Sequence[float], seed: int
 ) -> Evidence:
-    """Gathers the evidence of an update; all ranks call it, with their own micro batches.
+    """Gathers the evidence of a step; all ranks call it, with their own micro batches.
 
     Args:
         engine: After the refused step.
@@ -42,7 +42,7 @@ def evidence_of(
 
 
 def _layer_maxima(engine: Engine, batches: Sequence[Batch], seed: int) -> dict[str, float]:
-    """Layer -> largest magnitude of its output over the update's pictures and all ranks."""
+    """Layer -> largest magnitude of its output over the step's images and all ranks."""
     maxima: dict[str, Tensor] = {}
 
     def note(name: str, output: Tensor) -> None:

@@ -39,7 +39,7 @@ def forward_backward(engine: Engine, batch: Batch, seed: int) -> Tensor:
 def probe_phases(
     engine: Engine, batch_of: Callable[[int], Batch], seed: int
 ) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """A whole update on made-up batches in two phases, for the micro-batch probe."""
+    """A whole step on made-up batches in two phases, for the micro-batch probe."""
 
     def through(size: int) -> None:
         forward_backward(engine, batch_of(size), seed)

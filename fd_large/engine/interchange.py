@@ -20,7 +20,7 @@ from fd_large.recipes.run import Run
 log = logging.getLogger(__name__)
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
-"""Finished updates, and those of them that were not skipped: DeepSpeed's client state."""
+"""Finished steps, and those of them that were not skipped: DeepSpeed's client state."""
 
 
 def export_checkpoint(
@@ -28,7 +28,7 @@ def export_checkpoint(
 ) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
 
-    Returns: its updates.
+    Returns: its steps.
     Raises: CheckpointError: if the run has no checkpoint.
     """
     opened = _open(run_dir, job_of, deepspeed_config)
@@ -54,7 +54,7 @@ def import_checkpoint(
         job_of: Makes its task's job.
         deepspeed_config: The JSON that it was trained with: same stage, and as many ranks now.
 
-    Returns: its updates.
+    Returns: its steps.
     Raises: CheckpointError: if DeepSpeed cannot read it.
     """
     if not (Path(source) / "latest").is_file():

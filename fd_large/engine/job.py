@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fd_large.data.loader import Batch
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.engine.ema import Ema
 from fd_large.engine.student import Precision, student_weights
 from fd_large.engine.task import Task
@@ -57,7 +57,7 @@ class Job:
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def open_samples(self) -> PictureSource:
+    def open_samples(self) -> ImageSource:
         """Opens the training samples; a target is found by the same number.
 
         Raises: DataError or ConfigError: if they cannot be used.
@@ -89,14 +89,14 @@ class Job:
                     f"{default!r}. Leave it out."
                 )
 
-    def stage(self, samples: PictureSource) -> PictureSource:
+    def stage(self, samples: ImageSource) -> ImageSource:
         """Puts samples on the nodes' own disks where the recipe wants it; a collective.
 
         Raises: ConfigError: if it wants that and the task cannot.
         """
         if self.run.data.stage_to:
             raise ConfigError(
-                "data.stage_to: only pictures without labels are copied; got "
+                "data.stage_to: only images without labels are copied; got "
                 f"{self.run.data.stage_to!r} for the task {self.run.task.name}, expected nothing. "
                 "Copy the data set to every node, and set --data.root."
             )
@@ -118,8 +118,8 @@ class Job:
         """(name, full tensor) of `task.student`, on every rank; None: random ones stay."""
         return student_weights(self.run)
 
-    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
-        """The micro batches of a rank from an update of an epoch to its end."""
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """The micro batches of a rank from a step of an epoch to its end."""
         raise NotImplementedError
 
     def probe_batch(self, size: int) -> Batch:
@@ -127,13 +127,13 @@ class Job:
         raise NotImplementedError
 
     def evaluation(
-        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
     ) -> Evaluate | None:
         """What is measured before, during and after training; None: nothing. A collective."""
         return None
 
     def evaluate_every(self) -> int:
-        """Updates between two calls of what `evaluation` returns; 0: at the start and the end."""
+        """Steps between two calls of what `evaluation` returns; 0: at the start and the end."""
         return self.run.eval.every
 
     def facts(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The trainer: batches in, updates out, hooks asked, checkpoints written. It knows no teacher."""
+"""The trainer: batches in, steps out, hooks asked, checkpoints written. It knows no teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
+from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
 from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
@@ -49,11 +49,11 @@ class Plan(NamedTuple):
     Attributes:
         schedule: Learning rates; its total is the run's length.
         updates_per_epoch: Whole global batches in an epoch.
-        accumulation: Micro batches per update.
+        accumulation: Micro batches per step.
         seed: Of order, crops and drop path.
-        evaluate_every: Updates between evaluations; 0: only before the first and after the last.
-        max_bad_fraction: Of pictures that may be bad before the run stops.
-        count_bad_every: Updates between two looks at the sum over ranks.
+        evaluate_every: Steps between evaluations; 0: only before the first and after the last.
+        max_bad_fraction: Of images that may be bad before the run stops.
+        count_bad_every: Steps between two looks at the sum over ranks.
     """
 
     schedule: CosineSchedule
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 class _Agreed(NamedTuple):
-    """What the ranks know together before an update's step."""
+    """What the ranks know together before a step's step."""
 
     update: Update
     stop: bool
@@ -81,12 +81,12 @@ class Trainer:
     Args:
         engine: The task in its engine.
         plan: Rates and portions.
-        hooks: Asked around every update.
+        hooks: Asked around every step.
         setting: Told to the hooks.
         checkpoints: Asked when to save, and told what the ranks agreed.
         evaluate: (update, whether for the last time, called between batches) -> held-out numbers,
             and the feature panel where one is due; called by all ranks.
-        time_box: Decides the length after the first updates.
+        time_box: Decides the length after the first steps.
         layer_rates: Steps each layer at its own rate; None: all at one.
         ema: Follows the weights.
     """
@@ -110,13 +110,13 @@ class Trainer:
         self._update = setting.first_update
         self._status = ""
         self._owed = False
-        self._pictures = BadPictures()
+        self._pictures = BadImages()
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
 
         Args:
-            batches: (epoch, first update of it) -> this rank's micro batches to the epoch's end.
+            batches: (epoch, first step of it) -> this rank's micro batches to the epoch's end.
         """
         for hook in self._hooks:
             hook.on_start(self._setting)
@@ -192,7 +192,7 @@ class Trainer:
         if last or update % plan.count_bad_every == 0:
             too_bad = _too_many_bad(self._pictures, plan.max_bad_fraction)
         self._owed |= self._checkpoints.due(update, plan.updates_per_epoch)
-        # Not in a row of refused updates: a good checkpoint is what they may be rolled back to.
+        # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._owed and not agreed.update.skipped
         if self._status or last or due or too_bad or rolled_back:
             self._save(evaluated=evaluated)
@@ -252,7 +252,7 @@ class Trainer:
         return agreed._replace(update=update), batches, losses
 
     def _agree(self, losses: list[Tensor], epoch: int, rate: float) -> _Agreed:
-        """The one collective and the one host read of an update."""
+        """The one collective and the one host read of a step."""
         # Before clipping.
         norm = self._engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
@@ -280,7 +280,7 @@ class Trainer:
         if restored is None:
             if distributed.is_main():
                 log.error(
-                    "no checkpoint of at most %d updates to go back to: the run ends. Start it "
+                    "no checkpoint of at most %d steps to go back to: the run ends. Start it "
                     "anew (--fresh) with a lower --optim.base_lr, or save more often "
                     "(--runtime.save_every).",
                     at_most,
@@ -327,7 +327,7 @@ class Trainer:
                 hook.on_saved(seconds)
 
 
-def _too_many_bad(pictures: BadPictures, max_bad_fraction: float) -> DataError | None:
+def _too_many_bad(pictures: BadImages, max_bad_fraction: float) -> DataError | None:
     """The error that ends the run, the same on every rank, or None."""
     count = BadCount(*distributed.sum_tensor(torch.tensor(pictures.count)).tolist())
     if not past_limit(count, max_bad_fraction):

@@ -97,8 +97,8 @@ def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memor
     """Climbs through the candidates; all ranks return the same size.
 
     Args:
-        share: Images of a rank per update.
-        phases: One after the other they run a whole update with that many images: forward and
+        share: Images of a rank per step.
+        phases: One after the other they run a whole step with that many images: forward and
             backward, then the optimiser's step.
         memory: Of this rank.
 
@@ -137,7 +137,7 @@ def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memor
 
 
 class building_in_memory:
-    """Turns an allocator's error while nets are built into one sentence."""
+    """Turns an allocator's error while models are built into one sentence."""
 
     def __enter__(self) -> None:
         return None
@@ -183,7 +183,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     Args:
         folder: The run's.
         setting: What decides the memory of a step: ranks, DeepSpeed's JSON, checkpointing ...
-        share: Images of a rank per update.
+        share: Images of a rank per step.
     """
     found = None
     if distributed.is_main():

@@ -15,7 +15,7 @@ from fd_large import distributed
 from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, same_everywhere
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
@@ -59,7 +59,7 @@ class Opened(NamedTuple):
     folder: Path
     launch: Launch
     job: Job
-    samples: PictureSource
+    samples: ImageSource
     engine: Engine
     checkpoints: Checkpoints
     micro_batch_size: int
@@ -67,7 +67,7 @@ class Opened(NamedTuple):
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per update."""
+        """Micro batches per step."""
         share = self.run.batch.global_batch_size // self.launch.world_size
         return share // self.micro_batch_size
 
@@ -87,7 +87,7 @@ def open_run(
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
-    # What a weights file decides (net, window, statistics) is part of the recipe from here on.
+    # What a weights file decides (model, window, statistics) is part of the recipe from here on.
     serve_runs()
     settled = distributed.together(lambda: settle(run))
     # A source that still trains may show ranks different checkpoints.
@@ -140,7 +140,7 @@ def train(
         job_of: Makes its task's job.
         deepspeed_config: Path of the DeepSpeed JSON.
         fresh: Start over instead of resuming; the old run's files are moved aside.
-        hooks: Asked after every update.
+        hooks: Asked after every step.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
@@ -172,10 +172,10 @@ def train(
         name_of=samples.__getitem__,
     )
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
-        log.info("%s: finished after %d updates; nothing to do", folder, first)
+        log.info("%s: finished after %d steps; nothing to do", folder, first)
         return 0
     if first:
-        log.info("resumed after update %d of %d", first, total)
+        log.info("resumed after step %d of %d", first, total)
     opened.checkpoints.say_what_disk_it_takes(total)
     peak, warmup_start, minimum = run.optim.rates(run.batch.global_batch_size)
     schedule = CosineSchedule(
@@ -198,7 +198,7 @@ def train(
     evaluate = job.evaluation(engine, samples, size, opened.ema)
     if total <= schedule.warmup and not run.optim.max_seconds:
         log.warning(
-            "optim.warmup_epochs: the whole run of %d updates is warm-up (%d updates): the rate "
+            "optim.warmup_epochs: the whole run of %d steps is warm-up (%d steps): the rate "
             "never reaches its peak",
             total,
             schedule.warmup,
@@ -231,7 +231,7 @@ def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> in
     if zero["stage"] == 3 or run.teacher.placement != "replicated":
         kept = sum(size for size in sizes if size <= threshold)
         log.info(
-            "whole on every rank where nets are split: tensors of at most %d elements, %.2f%% of "
+            "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
             "student and teacher",
             threshold,
             100 * kept / sum(sizes),
@@ -242,7 +242,7 @@ def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> in
 class _Checked(NamedTuple):
     """What the checks before anything heavy have found."""
 
-    samples: PictureSource
+    samples: ImageSource
     precision: Precision
     node_size: int
     parameter_sizes: tuple[int, ...]
@@ -304,7 +304,7 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
         return size
     on_gpu = distributed.device().type == "cuda"
     memory = micro_batch.GpuMemory() if on_gpu else micro_batch.HostMemory()
-    # Every step of the probe is a whole update, moments included.
+    # Every step of the probe is a whole step, moments included.
     whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     engine = build_engine(run, job.make_task, {**whole, "train_batch_size": world_size})
     engine.task.train()

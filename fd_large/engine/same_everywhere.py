@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import fd_large
 from fd_large import distributed
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.recipes.run import Run
 from fd_large.runtime.run_folder import source_commit
@@ -46,12 +46,12 @@ class _Fact(NamedTuple):
     error: type[FDError]
 
 
-def check(run: Run, source: PictureSource) -> None:
+def check(run: Run, source: ImageSource) -> None:
     """Compares all nodes; a collective.
 
     Args:
         run: A settled run whose files were found on every rank.
-        source: Its pictures.
+        source: Its images.
 
     Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
     """
@@ -108,7 +108,7 @@ def code_hash() -> str:
 def weights_digest(source: str) -> str:
     """Size and a hash of samples of the file that a source means, or of its files; "" for none.
 
-    Two trainings of one net differ everywhere, so that 4 MB of a file tell.
+    Two trainings of one model differ everywhere, so that 4 MB of a file tell.
 
     Raises: WeightsError: if there is no such file, or it cannot be read.
     """
@@ -131,11 +131,11 @@ def weights_digest(source: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def _facts(run: Run, source: PictureSource) -> dict[str, _Fact]:
+def _facts(run: Run, source: ImageSource) -> dict[str, _Fact]:
     facts = software()
     facts["pictures"] = _Fact(
-        f"{len(source)} pictures, their names' hash {source.fingerprint[:8]}",
-        "data.root: the nodes see different pictures",
+        f"{len(source)} images, their names' hash {source.fingerprint[:8]}",
+        "data.root: the nodes see different images",
         "Copy the data set to every node, and let nothing write to it",
         DataError,
     )

@@ -1,6 +1,6 @@
-"""The learning rate of an update: linear warm-up, then a half cosine, as timm's scheduler.
+"""The learning rate of a step: linear warm-up, then a half cosine, as timm's scheduler.
 
-Counted in optimiser updates, so that neither ranks nor accumulation can change a rate.
+Counted in optimiser steps, so that neither ranks nor accumulation can change a rate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """L(t) over T updates, W of them warm-up.
+    """L(t) over T steps, W of them warm-up.
 
     Attributes:
         peak: Learning rate after warm-up.
@@ -37,10 +37,10 @@ class CosineSchedule:
         return self.minimum + 0.5 * (self.peak - self.minimum) * (1 + math.cos(phase))
 
     def at_update(self, update: int) -> float:
-        """The rate that update `update` (from 0) runs at: L(max(update - 1, 0)).
+        """The rate that step `update` (from 0) runs at: L(max(update - 1, 0)).
 
         The official loop advances its scheduler after the step with that step's own index, so the
-        first two updates both run at the warm-up start.
+        first two steps both run at the warm-up start.
         """
         return self.value(max(update - 1, 0))
 
@@ -60,7 +60,7 @@ def official_accumulated_rate(
     Args:
         schedule: T and W in micro batches.
         update: From 0.
-        accumulation: Micro batches per update.
+        accumulation: Micro batches per step.
         micro_batches_per_epoch: Of the official loop's one process.
     """
     if update == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.registry import build as build_net
+from fd_large.backbones.registry import build as build_model
 from fd_large.errors import ConfigError
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
@@ -53,7 +53,7 @@ def build_student(run: Run) -> nn.Module:
     architecture = run.student.architecture
     if run.student_architecture().family == "vit":
         architecture = replace(architecture, image_size=run.data.image_size)
-    return build_net(
+    return build_model(
         run.student.model,
         architecture,
         initialization=run.student.initialization,
@@ -78,7 +78,7 @@ def student_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
         shapes(architecture, image_size=size),
         allow=run.student.init_allow,
         where="--student.init",
-        remedy="Name the net of the file by --student.model and --student.architecture.*, or set "
+        remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",
     )
 

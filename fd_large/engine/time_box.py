@@ -1,4 +1,4 @@
-"""A run that sets its own length: what fits a number of seconds, known after the first updates."""
+"""A run that sets its own length: what fits a number of seconds, known after the first steps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LAST_EVALUATION = 3.0
 
 
 class TimeBox:
-    """Decides the number of updates once, for all ranks and for every later part of the run.
+    """Decides the number of steps once, for all ranks and for every later part of the run.
 
     Args:
         seconds: Of training.
         folder: The run's; the decision is kept in time_box.json.
-        most: Updates that the recipe allows at most.
+        most: Steps that the recipe allows at most.
         first: Update that the run starts or goes on at.
-        evaluate_every: Updates between evaluations, which take time of the box too; 0: none.
+        evaluate_every: Steps between evaluations, which take time of the box too; 0: none.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class TimeBox:
         self._last = time.monotonic()
 
     def after_update(self) -> int | None:
-        """Measures an update; after the last measured one returns the length, else None."""
+        """Measures a step; after the last measured one returns the length, else None."""
         now = time.monotonic()
         self._durations.append(now - self._last)
         self._last = now
         if len(self._durations) != MEASURED_UPDATES:
             return None
-        # The first updates pay for caches, workers and kernels.
+        # The first steps pay for caches, workers and kernels.
         each = statistics.median(self._durations[MEASURED_UPDATES // 4 :])
         left = self.seconds * (1 - RESERVE) - (now - self._start)
         left -= LAST_EVALUATION * self._evaluation_seconds
@@ -75,7 +75,5 @@ class TimeBox:
         if distributed.is_main():
             with written_or_told(self._path):
                 write_json(self._path, {"updates": total, "seconds_per_update": each})
-        log.info(
-            "time box: %.0f s at %.2f s an update: %d updates in all", self.seconds, each, total
-        )
+        log.info("time box: %.0f s at %.2f s a step: %d steps in all", self.seconds, each, total)
         return total

@@ -6,14 +6,14 @@ softmax, activations and the loss are none; their time is that of the bytes they
 (`plan.traffic`).
 
 Backward takes two products per product of the forward, one for the input's gradient and one for the
-weight's; what reads images or coordinates needs the weight's only. SwinV2's position-bias nets run
+weight's; what reads images or coordinates needs the weight's only. SwinV2's position-bias MLPs run
 once a forward, whatever the batch. Recomputation is counted apart: the forward of each checkpointed
 block, and q k^T of every block whose attention maps are made again in backward.
 
 Utilisation follows from these: model FLOPs (student forward and backward, teacher forward) over the
 peak is MFU; with recomputation it is hardware utilisation.
 
-Not countable here: nets of timm but those of `parameters.TIMM`, and nets of one's own.
+Not countable here: models of timm but those of `parameters.TIMM`, and models of one's own.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def products(
         image_size: Side in pixels; 0: the architecture's own.
         size_rule: The student's: "pad" pads images and, in attention, windows.
 
-    Raises: ConfigError: for a net that is not countable.
+    Raises: ConfigError: for a model that is not countable.
     """
     size = image_size or architecture.image_size
     if architecture.family in ("timm", "module"):
@@ -128,7 +128,7 @@ def products(
 def forward(
     architecture: Architecture, *, image_size: int = 0, batch: int = 1, size_rule: str = "drop"
 ) -> int:
-    """Returns the FLOPs of a net's forward of `batch` images, position-bias nets included once."""
+    """Returns the FLOPs of a net's forward of `batch` images, position-bias MLPs included once."""
     table = products(architecture, image_size=image_size, size_rule=size_rule)
     return sum(product.forward(batch) for product in table)
 
@@ -142,7 +142,7 @@ def student_products(run: Run) -> list[Product]:
     teacher = run.teacher_architecture()
     prefix = prefix_tokens(student)
     tokens = map_side(student, run.data.image_size) ** 2
-    # Prefix tokens that the other net lacks are dropped before the projection.
+    # Prefix tokens that the other model lacks are dropped before the projection.
     tokens += prefix if prefix == prefix_tokens(teacher) else 0
     projection = Product(
         kind="projection", stage=-1, rows=tokens, inner=width(student), columns=width(teacher)
@@ -161,7 +161,7 @@ def of_run(run: Run, *, micro_batch_size: int, attention_recomputed: bool) -> St
     """Returns the FLOPs of one micro batch of a run; a classifier's are left out.
 
     Args:
-        run: Nets, sizes and checkpointing.
+        run: Models, sizes and checkpointing.
         micro_batch_size: Images.
         attention_recomputed: Whether backward makes the student's attention maps again, as on GPUs.
 

@@ -1,7 +1,7 @@
-"""Bytes that a rank holds between two optimizer updates, by arithmetic.
+"""Bytes that a rank holds between two optimizer steps, by arithmetic.
 
 P is the student with its projection, W the ranks, b the bytes of the compute type (2 in bfloat16, 4
-in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keeps between updates:
+in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keeps between steps:
 
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
@@ -137,7 +137,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a rank holds between updates.
+    """What a rank holds between steps.
 
     Attributes:
         device: On the GPU, or in the process's memory on CPU ranks.
@@ -151,7 +151,7 @@ class Memory:
 
 
 def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Memory:
-    """Returns the bytes of one rank between updates, after the first update.
+    """Returns the bytes of one rank between steps, after the first step.
 
     Args:
         student: Elements of each trained tensor: student and projection.
@@ -210,7 +210,7 @@ def student_sizes(run: Run) -> list[int]:
 def teacher_sizes(run: Run) -> list[int]:
     """Returns the elements of each tensor of the teacher.
 
-    Those of a net of timm stand as one number: what it is split into is known where it is built.
+    Those of a model of timm stand as one number: what it is split into is known where it is built.
     """
     teacher = run.teacher_architecture()
     if teacher.family in ("timm", "module"):

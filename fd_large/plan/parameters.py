@@ -1,6 +1,6 @@
-"""Parameters of a net, from its architecture alone: the shape of every tensor.
+"""Parameters of a model, from its architecture alone: the shape of every tensor.
 
-Names are those of `fd_large.backbones` (the official repositories'), so that a built net can be
+Names are those of `fd_large.backbones` (the official repositories'), so that a built model can be
 held against this table name by name.
 
 Per SwinV2 block of width c with h heads: 12c^2 + 12c + 1536 + 513h (the last two: the position-bias
@@ -27,12 +27,12 @@ CLASS_TOKEN_ROWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TimmCounts:
-    """What was counted on the built part of a net of timm, up to a stride.
+    """What was counted on the built part of a model of timm, up to a stride.
 
     Attributes:
         width: Channels of the map.
         parameters: Elements of all tensors.
-        macs_per_pixel: Multiply-adds of a forward over the image's pixels; a convolutional net has
+        macs_per_pixel: Multiply-adds of a forward over the image's pixels; a convolutional model has
             the same number at every size that its stride divides.
     """
 
@@ -48,14 +48,14 @@ TIMM = {
 
 
 def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
-    """Returns {parameter name: shape} of a net, in no promised order.
+    """Returns {parameter name: shape} of a model, in no promised order.
 
     Args:
         architecture: Every field of the family set, as `resolve` returns it.
         image_size: Side in pixels of the images, on which position tables (and the windows of
             Swin V1) depend; 0: the architecture's own.
 
-    Raises: ConfigError: for a net of timm, whose shapes only timm and torch know.
+    Raises: ConfigError: for a model of timm, whose shapes only timm and torch know.
     """
     _refuse_timm(architecture)
     side = (image_size or architecture.image_size) // architecture.patch_size
@@ -67,7 +67,7 @@ def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
 def width(architecture: Architecture) -> int:
     """Returns the channels of the feature map.
 
-    Raises: ConfigError: for a net of timm that `TIMM` does not list, and for one's own.
+    Raises: ConfigError: for a model of timm that `TIMM` does not list, and for one's own.
     """
     if architecture.family in ("timm", "module"):
         return timm_counts(architecture).width
@@ -81,16 +81,16 @@ def prefix_tokens(architecture: Architecture) -> int:
 
 
 def timm_counts(architecture: Architecture) -> TimmCounts:
-    """Returns the counts of a net of timm.
+    """Returns the counts of a model of timm.
 
-    Raises: ConfigError: if `TIMM` does not list the net at that stride, or it is one's own.
+    Raises: ConfigError: if `TIMM` does not list the model at that stride, or it is one's own.
     """
     key = (architecture.timm_name, architecture.feature_stride)
     if key not in TIMM:
         known = ", ".join(f"{name} at stride {stride}" for name, stride in TIMM)
         raise ConfigError(
-            "plan: this net can be counted only where it is built; got "
-            f"{architecture.timm_name or architecture.function}, expected a net of swinv2, swin, "
+            "plan: this model can be counted only where it is built; got "
+            f"{architecture.timm_name or architecture.function}, expected a model of swinv2, swin, "
             f"vit, or of timm {known}. Plan with the one that is nearest in size."
         )
     return TIMM[key]
@@ -116,9 +116,9 @@ def _refuse_timm(architecture: Architecture) -> None:
     if architecture.family in ("timm", "module"):
         known = ", ".join(sorted(FIELDS.keys() - {"timm", "module"}))
         raise ConfigError(
-            "plan: the tensors of a timm net, or of one's own, are not in this table; got "
-            f"{architecture.timm_name or architecture.function}, expected a net of {known}. "
-            "Count the parameters of the built net instead."
+            "plan: the tensors of a timm model, or of one's own, are not in this table; got "
+            f"{architecture.timm_name or architecture.function}, expected a model of {known}. "
+            "Count the parameters of the built model instead."
         )
 
 

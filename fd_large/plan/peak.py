@@ -1,4 +1,4 @@
-"""What a rank holds at its fullest, in backward: more than `plan.memory` counts between updates."""
+"""What a rank holds at its fullest, in backward: more than `plan.memory` counts between steps."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def checkpoint_bytes(load: Workload) -> int:
 
 
 def updates(load: Workload, images: int) -> int:
-    """Returns the optimizer updates of the whole run on a data set of so many images."""
+    """Returns the optimizer steps of the whole run on a data set of so many images."""
     optim = load.run.optim
     return optim.max_steps or optim.epochs * (images // load.run.batch.global_batch_size)
 

@@ -1,4 +1,4 @@
-"""How long an update takes: computation, communication, optimizer.
+"""How long a step takes: computation, communication, optimizer.
 
 Computation of a micro batch:
 
@@ -13,7 +13,7 @@ Computation of a micro batch:
 
 Communication of a micro batch; S, T: one gather or scatter of student, teacher (`plan.cluster`):
 
-| ZeRO | student, each micro batch            | student, each update         |
+| ZeRO | student, each micro batch            | student, each step         |
 |------|--------------------------------------|------------------------------|
 | 1    | none                                 | gradients 2 S, parameters S  |
 | 2    | gradients 2 S                        | parameters S                 |
@@ -26,7 +26,7 @@ that are used again within `stage3_max_reuse_distance` elements, forward and bac
 A split teacher adds T a micro batch, over all ranks or inside each node. With hpZ the gather of
 backward stays inside a node. On GPUs communication runs beside computation, and only the longer of
 the two counts; CPU ranks, whose cores do both, add them up. After the last micro batch come the
-collectives of the update and the optimizer, which moves 46 bytes (bfloat16) for each parameter of
+collectives of the step and the optimizer, which moves 46 bytes (bfloat16) for each parameter of
 the rank's share.
 """
 
@@ -41,7 +41,7 @@ from fd_large.plan.peak import Peak, peak_of
 from fd_large.plan.rates import Rates
 from fd_large.plan.setting import Machine, Setting, Workload, bucket_elements
 
-# Of an update and parameter of the rank's share, float32: the norm reads 4, clipping scales 8,
+# Of a step and parameter of the rank's share, float32: the norm reads 4, clipping scales 8,
 # AdamW reads gradient, master and moments and writes the last three 28, the new parameter reads 4;
 # and writes its own bytes.
 OPTIMIZER_BYTES = 44
@@ -63,7 +63,7 @@ KEPT_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """What an update takes.
+    """What a step takes.
 
     Attributes:
         products: Matrix products of a micro batch.
@@ -88,7 +88,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Of an update."""
+        """Of a step."""
         both = self.computation, self.communication
         return self.accumulation * (max(both) if self.overlap else sum(both)) + self.update
 
@@ -100,9 +100,9 @@ class Estimate:
     Attributes:
         setting: What was chosen.
         memory: Bytes of a rank.
-        seconds: Of an update.
+        seconds: Of a step.
         flops: Of a micro batch.
-        images: Of an update, over all ranks.
+        images: Of a step, over all ranks.
         peak: FLOP/s of a card.
     """
 

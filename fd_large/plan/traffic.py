@@ -1,4 +1,4 @@
-"""Bytes of a net beside its matrix products: moved in a step, and kept for backward.
+"""Bytes of a model beside its matrix products: moved in a step, and kept for backward.
 
 Each block of width C with T tokens, h heads and maps of N x N moves and keeps so many bytes per
 T C, per T h and per T N h; the tables below hold these numbers, which follow from the operations:
@@ -205,7 +205,7 @@ def moved(
     """Returns the bytes read and written an image beside matrix products, by class of operation.
 
     Args:
-        architecture: Of families swinv2, swin or vit; a net of timm moves 0 here.
+        architecture: Of families swinv2, swin or vit; a model of timm moves 0 here.
         phase: forward and backward of a student, inference of a teacher.
         image_size: Side in pixels.
         kernels: What runs.
@@ -318,7 +318,7 @@ def _of(per: Per, stage: Stage) -> float:
 
 
 def stages(a: Architecture, image_size: int) -> Iterator[Stage]:
-    """Yields the stages of a net of swinv2, swin or vit; a ViT has one."""
+    """Yields the stages of a model of swinv2, swin or vit; a ViT has one."""
     side = image_size // a.patch_size
     if a.family == "vit":
         tokens = side * side + bool(a.class_token) + bool(a.distillation_token)

@@ -1,6 +1,6 @@
-"""Pooled features of labelled pictures, streamed to a file by all ranks.
+"""Pooled features of labelled images, streamed to a file by all ranks.
 
-A row is the mean of an image's patch tokens, or its class token, in float32. Pictures come in
+A row is the mean of an image's patch tokens, or its class token, in float32. Images come in
 batches of a fixed size, the same ones on any number of ranks, so that a row is the same to the bit
 whoever computes it. Rows go to one file in a folder that all ranks see; memory does not grow with
 the data set.
@@ -23,7 +23,7 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data.central import NO_LABEL, central_batches
-from fd_large.data.labelled import LabelledPictures
+from fd_large.data.labelled import LabelledImages
 from fd_large.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,18 @@ MAX_BAD_FRACTION = 0.01
 
 
 class Features(NamedTuple):
-    """Rows by picture; both arrays are mapped from files.
+    """Rows by image; both arrays are mapped from files.
 
     Attributes:
         rows: (N, C) float32.
-        labels: (N,) int64; `NO_LABEL` where the picture could not be used.
+        labels: (N,) int64; `NO_LABEL` where the image could not be used.
     """
 
     rows: NDArray[np.float32]
     labels: NDArray[np.int64]
 
     def usable(self) -> NDArray[np.int64]:
-        """Numbers of the pictures that count."""
+        """Numbers of the images that count."""
         return np.flatnonzero(self.labels != NO_LABEL)
 
 
@@ -57,7 +57,7 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
     if pool == "cls":
         if not features.num_prefix_tokens:
             raise ConfigError(
-                "--pool: the net has no class token; got cls, expected mean. Set --pool mean."
+                "--pool: the model has no class token; got cls, expected mean. Set --pool mean."
             )
         return features.tokens[:, 0].float()
     return features.tokens[:, features.num_prefix_tokens :].float().mean(1)
@@ -66,7 +66,7 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
 def extract(
     net: Callable[[Tensor], FeatureMap],
     statistics: Statistics,
-    pictures: LabelledPictures,
+    pictures: LabelledImages,
     folder: Path,
     *,
     image_size: int,
@@ -77,22 +77,22 @@ def extract(
     told: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> Features:
-    """Features of the centre crops of all pictures; a collective.
+    """Features of the centre crops of all images; a collective.
 
     Args:
-        net: Normalised images -> FeatureMap, in evaluation; may be a collective.
+        model: Normalised images -> FeatureMap, in evaluation; may be a collective.
         statistics: By which its images are normalised.
-        pictures: What is looked at.
+        images: What is looked at.
         folder: Gets rows.npy and labels.npy; must be seen by all ranks.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; a part of the result's last bits.
         pool: What stands for an image.
         workers: Loader processes of a rank.
-        max_pixels: Larger pictures are refused before they are decoded.
-        told: Called with the number of this rank's pictures that are done.
+        max_pixels: Larger images are refused before they are decoded.
+        told: Called with the number of this rank's images that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
 
-    Raises: DataError: if more than a hundredth of the pictures cannot be used; ConfigError: if the
+    Raises: DataError: if more than a hundredth of the images cannot be used; ConfigError: if the
         folder has no room.
     """
     rank, world = distributed.rank(), distributed.world_size()
@@ -118,7 +118,7 @@ def extract(
         workers=workers,
         max_pixels=max_pixels,
     )
-    # As many forwards on every rank: those of a net in pieces are collectives.
+    # As many forwards on every rank: those of a model in pieces are collectives.
     for _ in range(-(-len(pictures) // (batch_size * world))):
         between()
         batch = next(mine, None)
@@ -138,17 +138,17 @@ def extract(
     distributed.barrier()
     if bad > MAX_BAD_FRACTION * len(pictures):
         raise DataError(
-            f"data.root: too many pictures cannot be used; got {bad} of {len(pictures)}, expected "
+            f"data.root: too many images cannot be used; got {bad} of {len(pictures)}, expected "
             "at most one in a hundred. Replace the files that the warnings name."
         )
     return Features(*(np.load(path, mmap_mode="r") for path in paths))
 
 
-def _reserve(paths: tuple[Path, Path], num_pictures: int, width: int) -> None:
+def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:
     """Writes empty arrays, by rank 0, with their disk space: a full disk kills who maps a file."""
     if not distributed.is_main():
         return
-    shapes = ((num_pictures, width), np.float32), ((num_pictures,), np.int64)
+    shapes = ((num_images, width), np.float32), ((num_images,), np.int64)
     try:
         for path, (shape, dtype) in zip(paths, shapes, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,8 @@ def _reserve(paths: tuple[Path, Path], num_pictures: int, width: int) -> None:
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        size = num_pictures * (4 * width + 8)
+        size = num_images * (4 * width + 8)
         raise ConfigError(
-            f"{paths[0].parent}: no room for the features of {num_pictures:,} pictures; got "
+            f"{paths[0].parent}: no room for the features of {num_images:,} images; got "
             f"{error}, expected {size / 1e9:.3g} GB. Free them, or choose another folder."
         ) from error

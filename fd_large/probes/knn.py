@@ -27,7 +27,7 @@ class Bank:
     """Rows that vote, read in blocks.
 
     Args:
-        features: Of the training pictures; those without a label are left out.
+        features: Of the training images; those without a label are left out.
         num_classes: K.
     """
 
@@ -46,7 +46,7 @@ class Bank:
 
 
 def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
-    """The classes that the neighbours of some pictures vote for.
+    """The classes that the neighbours of some images vote for.
 
     Args:
         rows: (Q, C) float32.
@@ -80,7 +80,7 @@ def accuracy(
     told: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """Per cent of the test pictures that are named rightly; a collective.
+    """Per cent of the test images that are named rightly; a collective.
 
     Blocks of queries are shared out over the ranks; a block is the same whoever has it.
 
@@ -90,7 +90,7 @@ def accuracy(
         num_classes: K.
         k: Neighbours.
         temperature: Of their votes.
-        told: Called with the number of this rank's pictures that are done.
+        told: Called with the number of this rank's images that are done.
         between: Called before each block, on every rank alike; may raise to end it.
     """
     bank, usable = Bank(train, num_classes), test.usable()

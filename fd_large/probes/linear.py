@@ -1,7 +1,7 @@
 """A linear probe on frozen features: batch norm without affine, one layer, several rates at once.
 
 All rates train in one batched tensor, (R, K, C), on the same batches. The rate that does best on a
-tenth of the training pictures, held out, is trained again on all of them and tested once.
+tenth of the training images, held out, is trained again on all of them and tested once.
 
 Source: the probe of He et al. (MAE), arXiv 2111.06377, appendix A.1, as linear evaluation of
 Feature-Distillation has it: a BatchNorm1d without affine before the layer, momentum .9, no decay.
@@ -36,8 +36,8 @@ class Probe:
 
     Attributes:
         rates: Learning rates for batches of 256, all tried.
-        epochs: Passes over the training pictures.
-        batch_size: Pictures an update.
+        epochs: Passes over the training images.
+        batch_size: Images a step.
         seed: Of the held-out tenth and the order.
     """
 
@@ -54,7 +54,7 @@ class Outcome:
     Attributes:
         rate: The best one.
         held_out: Per cent on the held-out tenth, by rate.
-        test: Per cent on the test pictures.
+        test: Per cent on the test images.
     """
 
     rate: float
@@ -73,20 +73,20 @@ def evaluate(
     """Trains and tests; every rank does the same, and rank 0's result counts.
 
     Args:
-        train: Features of the training pictures.
-        test: Of the test pictures.
+        train: Features of the training images.
+        test: Of the test images.
         num_classes: K.
         probe: How it is trained.
-        told: Called with the number of pictures that are done, of `work`.
+        told: Called with the number of images that are done, of `work`.
 
-    Raises: DataError: if there are too few training pictures for one to be held out.
+    Raises: DataError: if there are too few training images for one to be held out.
     """
     usable = train.usable()
     order = usable[epoch_order(len(usable), probe.seed, 0, np.arange(len(usable)))]
     count = len(order) // HELD_OUT
     if not count:
         raise DataError(
-            f"data.root: too few training pictures for a probe; got {len(order)}, expected at "
+            f"data.root: too few training images for a probe; got {len(order)}, expected at "
             f"least {HELD_OUT}, one of which is held out. Use more."
         )
     layers = _fit(train, order[count:], num_classes, probe, probe.rates, told)
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def work(num_train: int, probe: Probe) -> int:
-    """How many pictures `evaluate` will be told of."""
+    """How many images `evaluate` will be told of."""
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 
 
@@ -119,7 +119,7 @@ class _Layers:
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
     def accuracies(self, features: Features, numbers: NDArray[np.int64]) -> list[float]:
-        """Per cent of the pictures that each layer names rightly."""
+        """Per cent of the images that each layer names rightly."""
         right = torch.zeros(len(self.weight), dtype=torch.int64, device=self.weight.device)
         for start in range(0, len(numbers), BLOCK):
             rows, labels = _read(features, numbers[start : start + BLOCK])

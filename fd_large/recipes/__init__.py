@@ -1,1 +1,1 @@
-"""What a run is: sections, the table of named nets, and the runs of record. No torch."""
+"""What a run is: sections, the table of named models, and the runs of record. No torch."""

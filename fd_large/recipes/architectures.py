@@ -1,7 +1,7 @@
-"""The table of named nets: widths, depths, heads, windows, extra norms. Standard library only.
+"""The table of named models: widths, depths, heads, windows, extra norms. Standard library only.
 
 An `Architecture` is used twice: whole, as a line of the table, and sparse, as the overrides of a
-recipe, where None means "as the named net has it".
+recipe, where None means "as the named model has it".
 
 Windows of the SwinV2 students follow the image size that each is meant for: 14 at 224 px (tiny to
 large) and 12 at 192 px (1b, huge, giant), so that stages 3 and 4 are one window each. A recipe
@@ -9,7 +9,7 @@ that trains at another size sets `window_size`.
 
 Sources: Liu et al., arXiv 2111.09883 (SwinV2; widths of tiny to large, huge, giant); its code
 repository for the rest of tiny to large. Heads of huge and giant are not published: a head width
-of 32 continues the rule of the smaller nets. The 1.06B net's width 448 is inferred from the
+of 32 continues the rule of the smaller models. The 1.06B net's width 448 is inferred from the
 parameter count of the public "giant" weights of the SimMIM scaling study.
 """
 
@@ -25,13 +25,13 @@ Family = Literal["swinv2", "swin", "vit", "timm", "module"]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape of a net; None: as the named net has it."""
+    """The shape of a model; None: as the named model has it."""
 
     family: Family | None = None
-    """swinv2, swin (first version), vit, timm (any backbone of timm, as a teacher) or module (a net
+    """swinv2, swin (first version), vit, timm (any backbone of timm, as a teacher) or module (a model
     of one's own, as a teacher); fixed by the named net."""
     embed_dim: int | None = None
-    """Channels after the patch embedding; Swin nets double them at every merging."""
+    """Channels after the patch embedding; Swin models double them at every merging."""
     depths: tuple[int, ...] | None = None
     """Blocks of each stage; a ViT has one stage."""
     num_heads: tuple[int, ...] | None = None
@@ -41,7 +41,7 @@ class Architecture:
     patch_size: int | None = None
     """Side of a patch in pixels."""
     image_size: int | None = None
-    """Side in pixels that position tables are made for; other nets take any size."""
+    """Side in pixels that position tables are made for; other models take any size."""
     mlp_ratio: float | None = None
     """Hidden width of the MLP as a multiple of the width."""
     qkv_bias: Literal["none", "qv", "qkv", "fused"] | None = None
@@ -76,11 +76,11 @@ class Architecture:
     pre_norm_layer: bool | None = None
     """A LayerNorm before the first block (CLIP)."""
     timm_name: str | None = None
-    """timm's own name of a net of the timm family."""
+    """timm's own name of a model of the timm family."""
     feature_stride: int | None = None
-    """Pixels per token of the map that is taken from a net of the timm family."""
+    """Pixels per token of the map that is taken from a model of the timm family."""
     function: str | None = None
-    """package.file:function that returns a net of one's own, weights and all."""
+    """package.file:function that returns a model of one's own, weights and all."""
 
 
 _COMMON_FIELDS = {
@@ -215,15 +215,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "efficientnet_lite0": Architecture(
         family="timm", timm_name="tf_efficientnet_lite0", feature_stride=8
     ),
-    # Any other net of timm: --teacher.architecture.timm_name and .feature_stride.
+    # Any other model of timm: --teacher.architecture.timm_name and .feature_stride.
     "timm": Architecture(family="timm", timm_name="resnet50", feature_stride=32),
 }
 
 
 def resolve(name: str, overrides: Architecture | None = None) -> Architecture:
-    """Returns the named net with the overrides filled in; every field of its family is set.
+    """Returns the named model with the overrides filled in; every field of its family is set.
 
-    A family (vit, swin, swinv2, module) is a name too: of a net that the overrides describe whole.
+    A family (vit, swin, swinv2, module) is a name too: of a model that the overrides describe whole.
 
     Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
         other values.
@@ -232,7 +232,7 @@ def resolve(name: str, overrides: Architecture | None = None) -> Architecture:
         return _from_fields_alone(name, overrides or Architecture())
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"model: no such net; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed name."
+            f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed name."
         )
     base = ARCHITECTURES[name]
     known = FIELDS[base.family]
@@ -240,12 +240,12 @@ def resolve(name: str, overrides: Architecture | None = None) -> Architecture:
     for field_name, value in given.items():
         if field_name not in known:
             raise ConfigError(
-                f"architecture.{field_name}: {name} is a {base.family} net without that option; "
+                f"architecture.{field_name}: {name} is a {base.family} model without that option; "
                 f"got {value!r}, {nearest(field_name, known)}. Leave it out."
             )
     if given.get("family", base.family) != base.family:
         raise ConfigError(
-            f"architecture.family: fixed by the net {name}; got {given['family']!r}, expected "
+            f"architecture.family: fixed by the model {name}; got {given['family']!r}, expected "
             f"{base.family!r}. Name another net."
         )
     if "depths" in given and "pretrained_window_sizes" in known:
@@ -264,7 +264,7 @@ def _from_fields_alone(family: Family, given: Architecture) -> Architecture:
     )
     if missing:
         raise ConfigError(
-            f"model: {family} is a family, whose nets have no values of their own; got none for "
+            f"model: {family} is a family, whose models have no values of their own; got none for "
             f"{', '.join(missing)}, expected every field. Set them by --teacher.architecture or "
             "--student.architecture, or name a net."
         )

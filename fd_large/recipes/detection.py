@@ -9,7 +9,7 @@ steps down at 8/9 and 11/12 of the run, ending where those end, at a hundredth o
 gradients clipped at a norm of 1.0 (ours: none is published). Heads as ViTDet's: two convolutions
 for proposals; four and a layer for boxes; four for masks; LayerNorm.
 
-`--student.init RUN_OR_FILE` names the backbone; without it the net starts from random weights. A
+`--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights. A
 window other than that of the distillation needs nothing more: SwinV2's position biases are computed
 anew, on coordinates scaled by the window of the file. An epoch is the 118,287 images of train2017.
 Durations are arithmetic, at an assumed 200 TFLOP/s a GPU: 3 forwards' worth of backbone and heads
@@ -40,7 +40,7 @@ def coco_mask_rcnn_vit_base() -> Run:
     """Mask R-CNN on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
     Hardware: 16 GPUs x 4 images; COCO 2017
-    Duration: 184,800 updates; about 73 GPU-hours
+    Duration: 184,800 steps; about 73 GPU-hours
     Result: COCO 48.2 box, 42.5 mask AP; CLIP itself 45.0, 39.8
 
     The paper's settings are not published, so these are not theirs: ViTDet's for a ViT-B (which
@@ -81,7 +81,7 @@ def coco_mask_rcnn_swinv2_tiny() -> Run:
     """Mask R-CNN on a SwinV2-T, window 16.
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 updates; about 14 GPU-hours
+    Duration: 266,112 steps; about 14 GPU-hours
     Result: not published
 
     AdamW 1e-4 at batch 16, weight decay .05, 36 epochs, tests at 800 x 1333, as the detectors of
@@ -95,7 +95,7 @@ def coco_mask_rcnn_swinv2_base() -> Run:
     """Mask R-CNN on a SwinV2-B, window 16 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 2 images; COCO 2017
-    Duration: 266,112 updates; about 22 GPU-hours
+    Duration: 266,112 steps; about 22 GPU-hours
     Result: not published
 
     As coco_mask_rcnn_swinv2_tiny, drop path .3. ViTDet's Swin-B, pre-trained on labels of
@@ -109,12 +109,12 @@ def coco_mask_rcnn_swinv2_giant() -> Run:
     """Mask R-CNN on a SwinV2-G (3.0B), 1536 px, window 32 (for the student of fd_swinv2g).
 
     Hardware: 96 GPUs of 80 GB x 1 image; COCO 2017
-    Duration: 44,352 updates; about 1,230 GPU-hours
+    Duration: 44,352 steps; about 1,230 GPU-hours
     Result: not published (paper's G, HTC++ and Objects365: 64.2 box)
 
     The SwinV2 paper's schedule on COCO: 1536 px, window 32, 6e-4 at batch 96, weight decay .05,
-    45,000 updates, tests at 1100 px; it comes from training on Objects365 before, with heads in
-    cascade, soft-NMS and several scales in the test, which are not here. Its smaller nets train the
+    45,000 steps, tests at 1100 px; it comes from training on Objects365 before, with heads in
+    cascade, soft-NMS and several scales in the test, which are not here. Its smaller models train the
     backbone at a tenth of the rate: here layer decay .87, its value in classification. Drop path .3
     and the average of the weights are ours.
     Stages 1 and 2 compute their attention for few windows at a time: the logits of one block of

@@ -4,7 +4,7 @@ Source: "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Fe
 (arXiv 2205.14141), its code (SwinTransformer/Feature-Distillation) and README.
 
 Common to all six: ImageNet-1K, 1,281,167 images, 224 px; global batch 2048 (16 GPUs x 128), so
-1,281,167 // 2048 = 625 updates an epoch; AdamW .9/.999, eps 1e-8, decay .05; gradients clipped at
+1,281,167 // 2048 = 625 steps an epoch; AdamW .9/.999, eps 1e-8, decay .05; gradients clipped at
 a norm of 3.0; drop path in the student only; smooth L1 with beta 2. Rates are per 512 images: at
 2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The published runs computed in float16 autocast, whose
 residual stream is float32; so is ours, with bfloat16 matrix products.
@@ -29,7 +29,7 @@ def fd_clip_vit_base() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 187,500 updates; about 75 GPU-hours
+    Duration: 187,500 steps; about 75 GPU-hours
     Result: ImageNet-1K fine-tuned 82.9 -> 85.0 (README: 84.9)
 
     Also published: linear 79.5 -> 80.1, ADE20K 49.5 -> 51.7, COCO box/mask 45.0/39.8 -> 48.2/42.5.
@@ -49,7 +49,7 @@ def fd_clip_vit_base_100ep() -> Run:
     """OpenAI-CLIP ViT-B/16 into a ViT-B/16, 100 epochs: larger crops, less drop path.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-B/16 weights
-    Duration: 62,500 updates; about 25 GPU-hours
+    Duration: 62,500 steps; about 25 GPU-hours
     Result: no figure known (300 epochs: 85.0)
 
     A short run regularises less: drop path .1, and crops of at least .67 of the image.
@@ -68,7 +68,7 @@ def fd_clip_vit_large() -> Run:
     """OpenAI-CLIP ViT-L/14 into a ViT-L/14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; CLIP ViT-L/14 weights
-    Duration: 187,500 updates; about 346 GPU-hours
+    Duration: 187,500 steps; about 346 GPU-hours
     Result: ImageNet-1K fine-tuned 86.1 -> 87.7
 
     Also published: 336 px with an ImageNet-22K step between, 89.0; ADE20K 53.5 -> 55.7 (from a
@@ -89,7 +89,7 @@ def fd_dino_vit_base() -> Run:
     """DINO ViT-B/16 into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DINO ViT-B/16 weights
-    Duration: 187,500 updates; about 75 GPU-hours
+    Duration: 187,500 steps; about 75 GPU-hours
     Result: ImageNet-1K fine-tuned 82.8 -> 83.8
 
     Also published: ADE20K 46.2 -> 47.7; linear falls, 78.2 -> 76.1 (from a summary of the paper's
@@ -109,7 +109,7 @@ def fd_deit_vit_base() -> Run:
     """DeiT ViT-B/16 (the plain one, without a distillation token) into a ViT-B/16, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; DeiT-B/16 weights
-    Duration: 187,500 updates; about 75 GPU-hours
+    Duration: 187,500 steps; about 75 GPU-hours
     Result: ImageNet-1K fine-tuned 81.8 -> 83.0
 
     Also published: ADE20K 47.0 -> 48.0 (from a summary of the paper's third version).
@@ -128,7 +128,7 @@ def fd_esvit_swin_base() -> Run:
     """EsViT Swin-B (V1, window 14) into a SwinV2-B with window 14, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; EsViT Swin-B W14 weights
-    Duration: 187,500 updates; about 70 GPU-hours
+    Duration: 187,500 steps; about 70 GPU-hours
     Result: ImageNet-1K fine-tuned 83.9 -> 85.1
 
     Also published: ADE20K 47.3 -> 48.9 (from a summary of the paper's third version).

@@ -6,9 +6,9 @@ nor hardware. What stands here is chosen, and the reason is given at each number
 
 Common choices, with reasons:
 
-- 192 px, window 12, grid 6 x 6: how the public SwinV2 nets were pre-trained, so the teacher sees
+- 192 px, window 12, grid 6 x 6: how the public SwinV2 models were pre-trained, so the teacher sees
   what it was trained on, and a step costs 0.73 of one at 224 px (743 against 1016 GFLOP in G).
-- ImageNet-1K, 300 epochs, global batch 2048 (187,500 updates), crops from .08, drop path .3, clip
+- ImageNet-1K, 300 epochs, global batch 2048 (187,500 steps), crops from .08, drop path .3, clip
   3.0, decay .05: the paper's EsViT run into SwinV2-B, its only published Swin student.
 - Rates of that run (2e-4 / 1e-6 / 1e-5 per 512 images) for B and L, as the paper keeps one rate for
   ViT-B and ViT-L. Above that the peak falls and the ends keep their ratio to it (1/200 and 1/20):
@@ -21,10 +21,10 @@ Common choices, with reasons:
 
 Memory a GPU, between steps: 18 bytes a student parameter over the ranks (bfloat16 weight; float32
 accumulated gradient, master and two moments) + 2 bytes a teacher parameter. For backward, a
-checkpointed net keeps each block's input (4 bytes in float32, the table's "kept") and one live
+checkpointed model keeps each block's input (4 bytes in float32, the table's "kept") and one live
 block.
 
-| net   | parameters | student states | teacher | kept an image | one block | without checkpoints |
+| model   | parameters | student states | teacher | kept an image | one block | without checkpoints |
 |-------|------------|----------------|---------|---------------|-----------|---------------------|
 | huge  | 0.655e9    | 11.8 GB        | 1.3 GB  | 25 MB         | 64 MB     | 496 MB              |
 | 1b    | 1.061e9    | 19.1 GB        | 2.1 GB  | 32 MB         | 81 MB     | 631 MB              |
@@ -56,7 +56,7 @@ def fd_swinv2_base() -> Run:
     """SwinV2-B (ImageNet-22K classifier) into a SwinV2-B, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-B 192/w12 22K weights
-    Duration: 187,500 updates; about 50 GPU-hours
+    Duration: 187,500 steps; about 50 GPU-hours
     Result: not published
 
     The teacher is supervised: the paper finds gains for those (DeiT-B 81.8 -> 83.0) and hardly any
@@ -78,7 +78,7 @@ def fd_swinv2_large() -> Run:
     """SwinV2-L (ImageNet-22K classifier) into a SwinV2-L, 300 epochs.
 
     Hardware: 16 GPUs x 128 images; SwinV2-L 192/w12 22K weights
-    Duration: 187,500 updates; about 111 GPU-hours
+    Duration: 187,500 steps; about 111 GPU-hours
     Result: not published
 
     Duration: 4 x 51.9 GFLOP x 3.84e8 = 8.0e19 FLOP. Memory: 18 x 0.195e9 = 3.5 GB of states over
@@ -98,10 +98,10 @@ def fd_swinv2_1b() -> Run:
     """The 1.06B SwinV2 (width 448) into itself: the largest Swin teacher with public weights.
 
     Hardware: 16 GPUs of 80 GB x 128 images; 1.06B SimMIM weights
-    Duration: 187,500 updates; about 740 GPU-hours
+    Duration: 187,500 steps; about 740 GPU-hours
     Result: not published; expect little (masked teacher)
 
-    The model hub calls this net SwinV2-giant; it is not the 3B SwinV2-G. Its weights come from
+    The model hub calls this model SwinV2-giant; it is not the 3B SwinV2-G. Its weights come from
     masked image modelling (SimMIM), where the paper saw little gain (MAE-B 83.6 -> 83.8): the run
     is there to exercise a public teacher of that size.
     Memory on 16 GPUs: 19.1 / 16 = 1.2 GB of states, 2.1 GB of teacher, replicated because that is
@@ -127,7 +127,7 @@ def fd_swinv2h() -> Run:
     """SwinV2-H (0.66B, a norm on the main branch every 6 blocks) into itself, 300 epochs.
 
     Hardware: 16 GPUs of 40 GB x 128 images; SwinV2-H weights
-    Duration: 187,500 updates; about 460 GPU-hours
+    Duration: 187,500 steps; about 460 GPU-hours
     Result: not published
 
     The public SwinV2-H weights are SimMIM's, of a class without the extra norms: load them with
@@ -154,11 +154,11 @@ def fd_swinv2g() -> Run:
     """SwinV2-G (3.0B, width 512, depths 2-2-42-4) into itself, 300 epochs.
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
-    Duration: 187,500 updates; about 1,980 GPU-hours, 31 h on 64
+    Duration: 187,500 steps; about 1,980 GPU-hours, 31 h on 64
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
     Run it with ds_configs/zero3_hpz.json. No weights of SwinV2-G are public. A run that public
-    weights allow takes the 1.06B net as teacher:
+    weights allow takes the 1.06B model as teacher:
 
         --teacher.model swinv2_1b --teacher.source PATH
 
@@ -178,7 +178,7 @@ def fd_swinv2g() -> Run:
     (`--student.activation_checkpointing off`).
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
-    S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s) 52 ms. ZeRO-3 of both nets over all ranks
+    S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s) 52 ms. ZeRO-3 of both models over all ranks
     makes four passes a micro-step (student forward, backward, gradients, teacher): 210 ms. A
     teacher split inside the node makes three, hpZ (backward gathers inside the node) two: 105 ms.
     Computing 32 images takes 136 ms (170 with checkpoints) at the limits of an H100 with fused

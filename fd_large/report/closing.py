@@ -125,7 +125,7 @@ def _task(files: RunFiles) -> str:
 
 
 def loss_ends(files: RunFiles) -> tuple[float | None, float | None]:
-    """Returns the training loss of the first and of the last update that was not skipped."""
+    """Returns the training loss of the first and of the last step that was not skipped."""
     losses = files.loss[numpy.isfinite(files.loss)]
     if len(losses) == 0:
         return None, None
@@ -143,7 +143,7 @@ def _headline(files: RunFiles) -> str:
 def _progress(files: RunFiles) -> str:
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
-    return f"{done} of {total} updates" if total else f"{done} updates"
+    return f"{done} of {total} steps" if total else f"{done} steps"
 
 
 def _teacher(teacher: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Nets side by side: a table and a picture of their accuracies, from summary.json alone."""
+"""Models side by side: a table and a picture of their accuracies, from summary.json alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spread(values: list[float]) -> dict[str, float | None]:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """Returns the rich table: a net a row."""
+    """Returns the rich table: a model a row."""
     from rich.table import Table
     from rich.text import Text
 
@@ -51,7 +51,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def draw_comparison(summary: dict[str, Any], path: Path) -> None:
-    """Draws a row for each net: a dot a seed, their mean as a line, with its number."""
+    """Draws a row for each model: a dot a seed, their mean as a line, with its number."""
     from matplotlib.figure import Figure
 
     nets = summary["nets"]
@@ -93,5 +93,5 @@ def draw_comparison(summary: dict[str, Any], path: Path) -> None:
 def _seeds(summary: dict[str, Any]) -> str:
     count = len(summary["nets"][0]["accuracy"])
     if count == 1:
-        return "one number a net"
+        return "one number a model"
     return f"{count} seeds; a dot is one, a line their mean \u00b1 standard deviation"

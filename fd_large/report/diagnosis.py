@@ -1,4 +1,4 @@
-"""The pictures of a diagnosis, nets side by side, from diagnosis.json and averages.npz alone."""
+"""The pictures of a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _panels(models: list[Model], *, height: float, share: bool) -> tuple[Figure,
 def _by_layer(
     models: list[Model], label: str, draw: Callable[[Axes, list[dict[str, Any]], str], None]
 ) -> Figure | None:
-    """A panel for each net: something over its attention layers."""
+    """A panel for each model: something over its attention layers."""
     from matplotlib.ticker import MaxNLocator
 
     if not any(model["attention"] for model in models):
@@ -224,7 +224,7 @@ def _range(
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
-    """Every pair of nets, a net with itself included, below the diagonal."""
+    """Every pair of models, a model with itself included, below the diagonal."""
     if not cka["matrix"]:
         return None
     from matplotlib.figure import Figure

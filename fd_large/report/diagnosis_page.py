@@ -9,7 +9,7 @@ SENTENCES = {
     "attention_distance": (
         "Attention distance",
         "How far a head looks: the distance from a patch to what it attends to, weighted by the "
-        "attention, in pixels of the images that the net gets (CLS and other prefix tokens left "
+        "attention, in pixels of the images that the model gets (CLS and other prefix tokens left "
         "out); a dot is a head, the line their mean. Short distances are local heads, long ones "
         "global; in windows none is longer than a window.",
     ),
@@ -28,26 +28,26 @@ SENTENCES = {
     "translation_score": (
         "Translation score",
         "How much of the average attention depends on the offset between two patches alone: the "
-        "share of its variance that the nearest map of that kind explains. 1 is a net whose "
+        "share of its variance that the nearest map of that kind explains. 1 is a model whose "
         "attention, on average, is the same everywhere in the image, noise has about 0; hollow "
         "points are layers of nearly uniform attention, where there is little to explain.",
     ),
     "landscape": (
         "Loss landscape, curves",
         "The loss as the weights move along random directions, each filter as far as it is long; "
-        "a line is a direction, the dot the net itself, and nets with the same loss have one "
+        "a line is a direction, the dot the model itself, and models with the same loss have one "
         "scale. Flat around the dot means that small changes of the weights do little harm, which "
         "is thought to ease fine-tuning.",
     ),
     "landscape_map": (
         "Loss landscape, map",
-        "The same over the plane of two such directions, the net in the middle. Wide, round "
+        "The same over the plane of two such directions, the model in the middle. Wide, round "
         "contours are an even valley; narrow or ragged ones a hard one.",
     ),
     "cka": (
         "Likeness of layers",
         "Linear CKA between the features of two blocks: 1 where one is a rotated copy of the "
-        "other, 0 where they have nothing in common. A panel compares two nets, or a net with "
+        "other, 0 where they have nothing in common. A panel compares two models, or a model with "
         "itself; the last row and column are the net's final map.",
     ),
 }
@@ -75,7 +75,7 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def summary(model: dict[str, Any]) -> dict[str, str]:
-    """A net in a few words and numbers: means over its attention layers, and its loss."""
+    """A model in a few words and numbers: means over its attention layers, and its loss."""
     layers, landscape = model["attention"], model["landscape"]
     distance = _mean([sum(x["distance_pixels"]) / x["heads"] for x in layers])
     return {
@@ -101,7 +101,7 @@ def _table(models: list[dict[str, Any]]) -> list[str]:
 def _losses(models: list[dict[str, Any]]) -> list[str]:
     seen = [(model["label"], model["landscape"]) for model in models]
     said = [f"- {label}: {of['loss']}, on {of['images']} images" for label, of in seen]
-    return ["The loss of each net (docs/diagnose.md says why):", "", *said]
+    return ["The loss of each model (docs/diagnose.md says why):", "", *said]
 
 
 def _near(landscape: dict[str, Any]) -> float | None:

@@ -78,7 +78,7 @@ def draw_features(folder: Path, path: Path) -> bool:
     columns = [("photograph", None, images), ("teacher", None, colours(teacher, basis))]
     for panel in panels.values():
         student, update = panel["student"][:MOST_ROWS], int(panel["update"])
-        heading = f"student after\n{update} updates" if update else "student\nbefore training"
+        heading = f"student after\n{update} steps" if update else "student\nbefore training"
         cosines = [mean_cosine(t, s) for t, s in zip(teacher, student, strict=True)]
         columns.append((heading, cosines, colours(student, basis)))
 

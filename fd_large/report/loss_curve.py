@@ -21,9 +21,9 @@ DASHES = (0, (5, 3))
 
 
 def draw_loss_curve(files: RunFiles, path: Path) -> bool:
-    """Draws the curve as a PNG; returns False where no update is written yet.
+    """Draws the curve as a PNG; returns False where no step is written yet.
 
-    Skipped updates are left out: their losses say nothing of the weights.
+    Skipped steps are left out: their losses say nothing of the weights.
     """
     counted = numpy.isfinite(files.loss)
     if not counted.any():

@@ -68,7 +68,7 @@ def _recipe(name: str) -> list[str]:
             rest.append(line)
     length = f"{run.optim.epochs} epochs"
     if run.optim.max_steps:
-        length = f"at most {run.optim.max_steps} updates"
+        length = f"at most {run.optim.max_steps} steps"
     settings = (
         f"{run.data.image_size} px, crops of at least {run.data.min_crop_scale:g} of the area,"
         f" global batch {run.batch.global_batch_size}, {length}, peak rate"
@@ -82,9 +82,9 @@ def _recipe(name: str) -> list[str]:
         f"- needs: {facts.hardware}",
         f"- takes: {facts.duration}",
         f"- expect: {facts.result}",
-        f"- nets: {run.teacher.model} -> {run.student.model}"
+        f"- models: {run.teacher.model} -> {run.student.model}"
         if run.has_teacher
-        else f"- net: {run.student.model}",
+        else f"- model: {run.student.model}",
         f"- settings: {settings}",
     ]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_listed(rest))).strip("\n")

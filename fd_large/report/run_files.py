@@ -21,8 +21,8 @@ class RunFiles:
         recipe: recipe.json.
         environment: environment.json; empty where there is none yet.
         summary: summary.json; empty while the run goes, or where it was killed.
-        updates: Finished updates that the training rows stand at, from 1, (n,).
-        loss: Training loss of each, (n,); NaN where the update was skipped.
+        steps: Finished steps that the training rows stand at, from 1, (n,).
+        loss: Training loss of each, (n,); NaN where the step was skipped.
         learning_rate: Rate of each, (n,).
         evaluations: Rows of evaluations.jsonl: update (finished ones) and metrics.
     """
@@ -37,7 +37,7 @@ class RunFiles:
     evaluations: list[dict[str, float]]
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns (updates, values) of a held-out number, where it was evaluated."""
+        """Returns (steps, values) of a held-out number, where it was evaluated."""
         rows = [row for row in self.evaluations if row.get(name) is not None]
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 

@@ -1,10 +1,10 @@
 """How an evaluation names its numbers: SET_METRIC, as in `held_out_loss`. No torch.
 
-Sets: `held_out` (pictures that training never sees), `unseen_crops` (crops of training pictures
-that training never cuts), `test` (labelled pictures). Metrics: `loss`; `cosine` of the projected
+Sets: `held_out` (images that training never sees), `unseen_crops` (crops of training images
+that training never cuts), `test` (labelled images). Metrics: `loss`; `cosine` of the projected
 student and the whitened teacher; `best_constant`, the loss of the best map that ignores the image,
-once at the end; `top1` and `top5`, per cent of pictures whose class is the first, or among the
-first five, that a net names; `knn`, the same of the vote of nearest neighbours. Of detections,
+once at the end; `top1` and `top5`, per cent of images whose class is the first, or among the
+first five, that a model names; `knn`, the same of the vote of nearest neighbours. Of detections,
 `box_AP` and its like are COCO's twelve numbers of boxes, `mask_AP` of masks; three of them go into
 words.
 """

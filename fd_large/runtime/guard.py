@@ -1,6 +1,6 @@
-"""Refuses updates whose loss or gradient norm is off, and takes a run back when they keep coming.
+"""Refuses steps whose loss or gradient norm is off, and takes a run back when they keep coming.
 
-Off: NaN, infinite, or far above the running spread of the last accepted updates. The median and
+Off: NaN, infinite, or far above the running spread of the last accepted steps. The median and
 the median distance from it tell the spread, since a spike must not widen what it is measured by;
 a floor keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl
 and RUN/incidents alone, so a resumed run decides as one that was never interrupted.
@@ -29,13 +29,13 @@ from fd_large.runtime.run_folder import write_json, written_or_told
 log = logging.getLogger(__name__)
 
 WINDOW = 100
-"""Accepted updates that the running median and spread look back on."""
+"""Accepted steps that the running median and spread look back on."""
 KNOWN = 20
-"""Accepted updates before a finite number can be far off."""
+"""Accepted steps before a finite number can be far off."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
 """Least spread: of the loss as a part of its median, of the norm in natural logarithms."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
-"""Newest incidents that keep their pictures, and ranks whose pictures are written for each."""
+"""Newest incidents that keep their images, and ranks whose images are written for each."""
 FILE = "incident.json"
 MAD_TO_DEVIATION = 1.4826  # Of a normal distribution.
 
@@ -45,12 +45,12 @@ Values = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is off about an update.
+    """What is off about a step.
 
     Attributes:
         what: `loss` or `gradient norm`.
-        value: Of this update.
-        median: Of the accepted updates before it; None while there is none.
+        value: Of this step.
+        median: Of the accepted steps before it; None while there is none.
         limit: Above it a value is off; None while too few are known.
         spread: Of the accepted ones, in the value's units or, of the norm, in logarithms.
     """
@@ -73,7 +73,7 @@ class Finding:
 
 
 def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
-    """What is off about an update, given those accepted before it.
+    """What is off about a step, given those accepted before it.
 
     Args:
         update: Loss and norm to judge.
@@ -122,11 +122,11 @@ def _off(
 
 @dataclass
 class _Past:
-    """What the updates so far have left.
+    """What the steps so far have left.
 
     Attributes:
         accepted: The last ones whose weights the present ones descend from.
-        refused: The unbroken row of refused updates that led here.
+        refused: The unbroken row of refused steps that led here.
         roll_backs: How often the run was taken back.
     """
 
@@ -144,11 +144,11 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """What a run's guard knows after the updates of `rows`.
+    """What a run's guard knows after the steps of `rows`.
 
     Args:
         rows: Of metrics.jsonl.
-        roll_backs: Update after which the run was taken back -> updates of the state it took.
+        roll_backs: Update after which the run was taken back -> steps of the state it took.
     """
     past = _Past(deque(), [], 0)
     for row in rows:
@@ -163,9 +163,9 @@ def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) ->
 
 
 class Guard(Hook):
-    """Skips bad updates, rolls back from rows of them, ends a run that keeps meeting them.
+    """Skips bad steps, rolls back from rows of them, ends a run that keeps meeting them.
 
-    Skipped updates have a folder in RUN/incidents: what was off, where, and the pictures.
+    Skipped steps have a folder in RUN/incidents: what was off, where, and the images.
     """
 
     def on_start(self, setting: Setting) -> None:
@@ -179,7 +179,7 @@ class Guard(Hook):
         self._past = self._read(setting.first_update)
 
     def judge(self, update: Update) -> Verdict:
-        """Refuses an update whose loss or gradient norm is off."""
+        """Refuses a step whose loss or gradient norm is off."""
         self._findings = findings(update, self._past.accepted, self._limits.spread)
         return Verdict(skip=bool(self._findings))
 
@@ -247,7 +247,7 @@ class Guard(Hook):
             return Verdict(roll_back=refused[0])
         if distributed.is_main():
             log.error(
-                "guard: the run ends: updates %d to %d were refused one after the other, and it "
+                "guard: the run ends: steps %d to %d were refused one after the other, and it "
                 "was taken back %d time%s before (--guard.roll_backs). Mend what %s tells and "
                 "start the same command again, or anew with a lower --optim.base_lr.",
                 refused[0] + 1,
@@ -259,7 +259,7 @@ class Guard(Hook):
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Forgets what the abandoned updates have shown; a resume must know of it as well."""
+        """Forgets what the abandoned steps have shown; a resume must know of it as well."""
         roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
         folder = _folder_of(self._incidents, update.index)
         self._incident["restored"] = restored
@@ -268,7 +268,7 @@ class Guard(Hook):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / FILE, self._incident)
             log.warning(
-                "guard: %d refused in a row: weights and moments are those of %d updates "
+                "guard: %d refused in a row: weights and moments are those of %d steps "
                 "again, and the run goes on with the next data (roll-back %d of %d)",
                 refused,
                 restored,
@@ -276,7 +276,7 @@ class Guard(Hook):
                 self._limits.roll_backs,
             )
         self._past = self._read(restored)
-        # The updates that follow are no part of a row that ended there; and the incident may not
+        # The steps that follow are no part of a row that ended there; and the incident may not
         # have been written.
         self._past.refused.clear()
         self._past.roll_backs = roll_backs
@@ -297,7 +297,7 @@ def culprits_of(losses: list[list[float]]) -> list[int]:
 
 
 def images_of(rank: int) -> str:
-    """File of a rank's pictures."""
+    """File of a rank's images."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -315,7 +315,7 @@ def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> s
 
 
 def _folder_of(incidents: Path, index: int) -> Path:
-    """Counted from 1, as the terminal and the loss curve count updates."""
+    """Counted from 1, as the terminal and the loss curve count steps."""
     return incidents / f"update_{index + 1:08d}"
 
 
@@ -329,7 +329,7 @@ def _folders(incidents: Path) -> list[Path]:
 
 
 def _set_aside(incidents: Path, first_update: int) -> None:
-    """Renames incidents of updates that will be run again: what they say may not come true."""
+    """Renames incidents of steps that will be run again: what they say may not come true."""
     for folder in _folders(incidents):
         if _index(folder) >= first_update:
             with written_or_told(folder):
@@ -339,7 +339,7 @@ def _set_aside(incidents: Path, first_update: int) -> None:
 
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
-    """Update after which the run was taken back -> updates of the state it took."""
+    """Update after which the run was taken back -> steps of the state it took."""
     found = {}
     for folder in _folders(incidents):
         try:

@@ -25,7 +25,7 @@ GUARD, TEACHER_CHANGED = "guard", "teacher changed"
 
 @dataclass(frozen=True)
 class Wish:
-    """What this rank would like after the update under way; done if any rank wishes it.
+    """What this rank would like after the step under way; done if any rank wishes it.
 
     Attributes:
         stop: Save, and end as `preempted`.
@@ -36,11 +36,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done with an update; the same on every rank.
+    """What is to be done with a step; the same on every rank.
 
     Attributes:
         skip: Leave weights and moments as they were.
-        roll_back: Take the state of the newest checkpoint of at most so many updates, and go on
+        roll_back: Take the state of the newest checkpoint of at most so many steps, and go on
             with the next data; None: no.
         stop: End without saving, under this status; empty: go on.
     """
@@ -63,7 +63,7 @@ NOTHING, PASS = Wish(), Verdict()
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is, told once before the first update.
+    """What a run is, told once before the first step.
 
     Attributes:
         folder: The run's folder.
@@ -71,7 +71,7 @@ class Setting:
         first_update: Where the run starts or goes on, from 0.
         total_updates: Where it ends.
         micro_batch_size: Images per rank and forward.
-        accumulation: Micro batches per update.
+        accumulation: Micro batches per step.
         world_size: Ranks.
         checkpoint_bytes: Of a whole checkpoint, over all ranks.
         checks: What a hook may measure on the live run, by name; each is a function without
@@ -94,17 +94,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Update:
-    """One update, the same numbers on every rank.
+    """One step, the same numbers on every rank.
 
     Attributes:
         index: From 0.
-        total: Updates of the whole run, as known now; a time box sets it after the first ones.
+        total: Steps of the whole run, as known now; a time box sets it after the first ones.
         epoch: From 0.
         loss: Mean over ranks and micro batches.
         grad_norm: Global L2 norm before clipping.
-        learning_rate: What the update ran at.
+        learning_rate: What the step ran at.
         skipped: Whether weights and moments stayed as they were.
-        data_seconds: That this rank waited for its pictures; its own number.
+        data_seconds: That this rank waited for its images; its own number.
     """
 
     index: int
@@ -119,10 +119,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a skipped update was made of.
+    """What a skipped step was made of.
 
     Attributes:
-        images: (B, 3, S, S) uint8, this rank's pictures of the update in order.
+        images: (B, 3, S, S) uint8, this rank's images of the step in order.
         positions: (B,) int64, their places in the epoch's order.
         indices: (B,) int64, their places in the listing.
         losses: Of this rank's micro batches.
@@ -141,7 +141,7 @@ class Hook:
     """Observes a run; every method runs on every rank, so collectives are allowed in all."""
 
     def on_start(self, setting: Setting) -> None:
-        """Before the first update."""
+        """Before the first step."""
 
     def beat(self) -> None:
         """The run moves: called with every micro batch, in training and in evaluation."""
@@ -151,24 +151,24 @@ class Hook:
         return NOTHING
 
     def judge(self, update: Update) -> Verdict:
-        """What becomes of an update whose loss and norm are known and that no weight felt yet.
+        """What becomes of a step whose loss and norm are known and that no weight felt yet.
 
         The answer must follow from what is the same on every rank.
         """
         return PASS
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """After an update that was skipped."""
+        """After a step that was skipped."""
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """After the state of `restored` updates was taken back."""
+        """After the state of `restored` steps was taken back."""
 
     def after_update(self, update: Update) -> Verdict:
-        """After each update; the same answer on every rank. `skip` comes too late here."""
+        """After each step; the same answer on every rank. `skip` comes too late here."""
         return PASS
 
     def on_save(self, index: int) -> Verdict:
-        """Before a checkpoint of `index` updates: a resume from it must find what they left.
+        """Before a checkpoint of `index` steps: a resume from it must find what they left.
 
         The same answer on every rank; `stop` ends the run without this checkpoint.
         """
@@ -178,17 +178,17 @@ class Hook:
         """A checkpoint is complete, so many seconds after it was begun."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """After an evaluation that followed `index` updates, the same numbers on every rank.
+        """After an evaluation that followed `index` steps, the same numbers on every rank.
 
         Names: see evaluation_names.py.
         """
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Maps of a few held-out pictures, before the first update and after the last.
+        """Maps of a few held-out images, before the first step and after the last.
 
         images (n, S, S, 3) uint8; teacher, whitened, and student, projected, (n, h, w, C) float32.
         """
 
     def on_end(self, status: str) -> None:
-        """After the last update: `done`, or why the run ended early: `preempted`, `not saved`,
+        """After the last step: `done`, or why the run ended early: `preempted`, `not saved`,
         `guard`, `teacher changed`."""

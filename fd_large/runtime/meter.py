@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 """A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
 true where weights stayed. The same in all rows of an interval: images_per_second (of all ranks),
-data_wait (share of the time that rank 0 waited for pictures), memory_bytes (the most that rank 0
-has held so far), and, where the nets are countable, tflops_per_gpu, and where the card's peak is
+data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
+has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
 known, mfu and hardware_utilisation (plan/utilisation.py)."""
 
 
 class Meter(Hook):
-    """Writes metrics.jsonl (a row an update), evaluations.jsonl and summary.json on rank 0.
+    """Writes metrics.jsonl (a row a step), evaluations.jsonl and summary.json on rank 0.
 
-    After a resume each update and each evaluation still stands in its file once and in order.
+    After a resume each step and each evaluation still stands in its file once and in order.
     """
 
     def __init__(self, on_rows: Sequence[Callable[[list[Row]], None]] = ()) -> None:
@@ -59,7 +59,7 @@ class Meter(Hook):
             os.truncate(path, sum(len(json.dumps(row)) + 1 for row in kept))
             self._note_losses(kept)
             self._path = path
-            # An evaluation after `first_update` updates belongs to what is kept.
+            # An evaluation after `first_update` steps belongs to what is kept.
             for row in rows_before(_evaluations_path(setting.folder), setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row
             self._write_evaluations()
@@ -71,11 +71,11 @@ class Meter(Hook):
         self._mark = time.perf_counter()
 
     def after_update(self, update: Update) -> Verdict:
-        """Keeps the update; at the end of an interval, fetches and writes the interval."""
+        """Keeps the step; at the end of an interval, fetches and writes the interval."""
         now = time.perf_counter()
         self._interval_seconds += now - self._mark
         if self._written or self._pending:
-            # The first update also allocates and compiles: no part of the run's speed.
+            # The first step also allocates and compiles: no part of the run's speed.
             self._seconds += now - self._mark
             self._waited += update.data_seconds
         self._mark = now
@@ -87,12 +87,12 @@ class Meter(Hook):
         return PASS
 
     def on_save(self, index: int) -> Verdict:
-        """Before a checkpoint of `index` updates: a resume from it must find all their rows."""
+        """Before a checkpoint of `index` steps: a resume from it must find all their rows."""
         self._flush()
         return PASS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the evaluation, together with what is known already of the same update."""
+        """Writes the evaluation, together with what is known already of the same step."""
         if self._path is not None:
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
@@ -188,7 +188,7 @@ class Meter(Hook):
             call(rows)
 
     def _note_losses(self, rows: Sequence[Row]) -> None:
-        """Of the first and the last update that moved the weights."""
+        """Of the first and the last step that moved the weights."""
         losses = [row["loss"] for row in rows if not row.get("skipped")]
         if losses:
             self._first_loss = losses[0] if self._first_loss is None else self._first_loss

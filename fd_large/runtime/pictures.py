@@ -1,7 +1,7 @@
 """The raw material of the feature panel: maps of a few held-out photographs, before and after.
 
 Written during the run as pictures/features_before.npz and features_after.npz, so that the report
-needs neither the nets nor torch.
+needs neither the models nor torch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Pictures(Hook):
         self._folder = setting.folder / "pictures"
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
-        """Writes the panel as it is after `index` updates; 0: before training.
+        """Writes the panel as it is after `index` steps; 0: before training.
 
         Args:
-            index: Finished updates.
+            index: Finished steps.
             panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, whitened; student of the
                 same shape and type, projected. Only rank 0's is looked at.
         """
@@ -38,7 +38,7 @@ class Pictures(Hook):
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
-    """Writes a panel aside and renames it; the number of updates goes with it as `update`."""
+    """Writes a panel aside and renames it; the number of steps goes with it as `update`."""
     images, teacher, student = (panel[name] for name in ("images", "teacher", "student"))
     assert images.dtype == numpy.uint8
     assert images.shape[-1] == 3

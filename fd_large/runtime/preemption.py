@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; a file named `stop`
 in the run's folder is for people. Whichever rank notices wishes to stop; the trainer agrees it in
-the collective of the next update (or evaluation batch), saves, and the run exits with 75.
+the collective of the next step (or evaluation batch), saves, and the run exits with 75.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
-"""At the file: a shared file system is not asked at every update."""
+"""At the file: a shared file system is not asked at every step."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
 """Between a save that fits exactly and the end of the job: leaving."""
@@ -32,7 +32,7 @@ MARGIN_SECONDS = 15.0
 class Preemption(Hook):
     """Wishes to stop after a signal, for a file, or when the job's time is nearly up.
 
-    Signals are caught from the construction on, so that one that comes while nets are built is
+    Signals are caught from the construction on, so that one that comes while models are built is
     not lost.
     """
 
@@ -62,7 +62,7 @@ class Preemption(Hook):
         if seconds + MARGIN_SECONDS > notice:
             log.warning(
                 "runtime.notice_seconds: A SAVE DOES NOT FIT between a pre-emption and its end: "
-                "about %.0f s to write, %.0f s of notice; such a stop would lose the updates since "
+                "about %.0f s to write, %.0f s of notice; such a stop would lose the steps since "
                 "the last checkpoint. Ask for more notice (sbatch --signal=B:USR1@%d and "
                 "--runtime.notice_seconds %d) or save more often (--runtime.save_every).",
                 seconds,
@@ -84,7 +84,7 @@ class Preemption(Hook):
         return Wish(stop=True)
 
     def after_update(self, update: Update) -> Verdict:
-        """Learns what an update takes: one more is finished before the run saves."""
+        """Learns what a step takes: one more is finished before the run saves."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
@@ -92,7 +92,7 @@ class Preemption(Hook):
         return PASS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """What an evaluation takes is no update's time; it can be left."""
+        """What an evaluation takes is no step's time; it can be left."""
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:

@@ -1,7 +1,7 @@
-"""A torch profiler trace of a few updates, for `--profile`.
+"""A torch profiler trace of a few steps, for `--profile`.
 
 Written to RUN/profile/ by rank 0; chrome://tracing, ui.perfetto.dev and TensorBoard's profiler
-plugin open it. The profiled updates are slower than others: their rate is no figure of the run.
+plugin open it. The profiled steps are slower than others: their rate is no figure of the run.
 What share of them communication took is told beside it, in RUN/profile/communication.json: of all
 figures of a run the one that needs a trace, since only there it is seen what ran beside what.
 """
@@ -23,14 +23,14 @@ from fd_large.runtime.run_folder import write_json
 log = logging.getLogger(__name__)
 
 UNTRACED, WARM_UP = 2, 1
-"""Updates that build caches and workers, then updates in which the profiler itself starts."""
+"""Steps that build caches and workers, then steps in which the profiler itself starts."""
 
 
 class Profiler(Hook):
-    """Traces so many updates, after the first three of this start.
+    """Traces so many steps, after the first three of this start.
 
     Args:
-        updates: At least one.
+        steps: At least one.
     """
 
     def __init__(self, updates: int) -> None:
@@ -51,7 +51,7 @@ class Profiler(Hook):
         first = setting.first_update + UNTRACED + WARM_UP
 
         def write(finished: profile) -> None:
-            # A run may end before the last update that was asked for.
+            # A run may end before the last step that was asked for.
             name = f"updates_{first}_to_{self._index}.pt.trace.json.gz"
             path = setting.folder / "profile" / name
             shares = communication_shares(finished.events())
@@ -74,7 +74,7 @@ class Profiler(Hook):
         self._profile.start()
 
     def after_update(self, update: Update) -> Verdict:
-        """Counts the update; after the last traced one, writes the trace."""
+        """Counts the step; after the last traced one, writes the trace."""
         self._index = update.index
         if self._profile is not None:
             self._profile.step()
@@ -97,13 +97,13 @@ class Profiler(Hook):
             )
         else:
             log.warning(
-                "--profile: nothing was traced: the run ended within its first %d updates",
+                "--profile: nothing was traced: the run ended within its first %d steps",
                 UNTRACED + WARM_UP,
             )
 
     def _stop(self) -> None:
         if self._profile is not None:
-            # In the middle of the traced updates this writes what there is.
+            # In the middle of the traced steps this writes what there is.
             ending, self._profile = self._profile, None
             ending.stop()
 

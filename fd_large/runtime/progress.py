@@ -1,7 +1,7 @@
 """What the user sees while a run goes: a progress bar on a terminal, plain lines anywhere else.
 
 Only numbers that the Meter has read are shown, so that watching a run costs it nothing; the bar
-itself moves with every update. It is drawn from the training thread: a drawing thread would
+itself moves with every step. It is drawn from the training thread: a drawing thread would
 compete with the ranks of a CPU run, and its lock would be copied into forked loader processes.
 """
 
@@ -88,7 +88,7 @@ class Progress(Hook):
                 left=self._time_left(done),
             )
         log.info(
-            "update %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s%s  %s",
+            "step %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s%s  %s",
             done,
             self._total,
             last["epoch"],
@@ -103,7 +103,7 @@ class Progress(Hook):
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Says the held-out numbers; with a bar, in a line above it."""
-        log.info("after %d updates: %s", index, in_words(metrics))
+        log.info("after %d steps: %s", index, in_words(metrics))
 
     def on_end(self, status: str) -> None:
         """Leaves the bar as it stands and frees the terminal."""

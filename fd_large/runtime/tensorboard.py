@@ -1,7 +1,7 @@
 """TensorBoard events of a run: the curves of metrics.jsonl and evaluations.jsonl in RUN/events.
 
-A step is the number of finished updates: training rows stand at update + 1, evaluations at the
-updates that they followed, as on the progress bar.
+A step is the number of finished steps: training rows stand at step + 1, evaluations at the
+steps that they followed, as on the progress bar.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TensorBoard(Hook):
         from torch.utils.tensorboard import SummaryWriter
 
         first = setting.first_update
-        # The last update that is kept stands at step `first`.
+        # The last step that is kept stands at step `first`.
         self._writer = SummaryWriter(
             str(setting.folder / "events"), purge_step=first + 1 if first else None, flush_secs=30
         )

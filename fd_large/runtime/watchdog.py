@@ -92,7 +92,7 @@ class Watchdog(Hook):
     def on_start(self, setting: Setting) -> None:
         """Starts the clock."""
         self._folder = setting.folder
-        self._where = f"after update {setting.first_update} of {setting.total_updates}"
+        self._where = f"after step {setting.first_update} of {setting.total_updates}"
         self._limit = setting.run.runtime.watchdog_seconds
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
@@ -110,7 +110,7 @@ class Watchdog(Hook):
     def after_update(self, update: Update) -> Verdict:
         """Moves, and knows from where."""
         self.beat()
-        self._where = f"after update {update.index + 1} of {update.total}"
+        self._where = f"after step {update.index + 1} of {update.total}"
         return PASS
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:

@@ -40,7 +40,7 @@ def beside(path: Path, form: str, *, where: str = "weights") -> Beside:
         form: Of the table in formats.py.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if it is damaged, or tells of something that no net here has.
+    Raises: WeightsError: if it is damaged, or tells of something that no model here has.
     """
     try:
         return _beside(path, form, where)
@@ -94,14 +94,14 @@ def _own(path: Path, found: dict[str, Any], where: str) -> Architecture:
 def hugging_face(config: dict[str, Any], *, where: str = "weights") -> Architecture:
     """The fields of a `config.json` of transformers that names and shapes do not tell.
 
-    Raises: WeightsError: for an activation that no net here has.
+    Raises: WeightsError: for an activation that no model here has.
     """
     config = config.get("vision_config", config)
     swin = "window_size" in config
     activation = config.get("hidden_act")
     if activation is not None and activation not in _ACTIVATIONS:
         raise WeightsError(
-            f"{where}: an activation that no net here has; got hidden_act {activation!r} in "
+            f"{where}: an activation that no model here has; got hidden_act {activation!r} in "
             f"config.json, expected one of {', '.join(_ACTIVATIONS)}. Use other weights."
         )
     own: dict[str, Any] = {
@@ -127,7 +127,7 @@ def hugging_face(config: dict[str, Any], *, where: str = "weights") -> Architect
 def open_clip(config: dict[str, Any], *, where: str = "weights") -> Architecture:
     """The fields of an open_clip model configuration that names and shapes do not tell.
 
-    Raises: WeightsError: for an activation that no net here has, in an image tower of timm.
+    Raises: WeightsError: for an activation that no model here has, in an image tower of timm.
     """
     vision = config.get("vision_cfg", {})
     if "timm_model_name" in vision:

@@ -1,7 +1,7 @@
-"""Every tensor of a net from a file, and nothing of the file left over, or the run does not start.
+"""Every tensor of a model from a file, and nothing of the file left over, or the run does not start.
 
 What fits is found from names and shapes before anything is read; tensors are then read one by one,
-resized where the net has another grid, and looked at: a NaN must not reach a net.
+resized where the model has another grid, and looked at: a NaN must not reach a model.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TABLE = "relative_position_bias_table"
 
 
 class Fitted:
-    """The (name, tensor) of a net, from a file that covers it; iterating reads the file.
+    """The (name, tensor) of a model, from a file that covers it; iterating reads the file.
 
     Args:
         pieces: In the net's names.
         file: What they are made of.
-        expected: Shape of every tensor of the net.
+        expected: Shape of every tensor of the model.
         allow: Patterns (*, ?) of names that may be missing or left over.
         what: Of the file, in words, for messages and the log.
         where: What the user set, for messages.
@@ -42,10 +42,10 @@ class Fitted:
         resize: Whether position tables may have another grid.
 
     Attributes:
-        may_be_missing: Names of the net that the file lacks, with the user's leave.
+        may_be_missing: Names of the model that the file lacks, with the user's leave.
         notes: For the log.
 
-    Raises: WeightsError: if the file does not cover the net, has tensors over, or holds others
+    Raises: WeightsError: if the file does not cover the model, has tensors over, or holds others
         than floating-point ones.
     """
 
@@ -75,7 +75,7 @@ class Fitted:
         if self.match.complaints:
             raise WeightsError(
                 f"{where}: {what}: {self.match.summary()}; got {'; '.join(self.match.complaints)}, "
-                f"expected all {len(expected)} tensors of the net and no other. "
+                f"expected all {len(expected)} tensors of the model and no other. "
                 f"{remedy or _REMEDY}"
             )
         self._refuse_other_types()
@@ -115,17 +115,17 @@ class Fitted:
                     )
 
 
-_REMEDY = "Name the net that the file holds, or allow the differences by name."
+_REMEDY = "Name the model that the file holds, or allow the differences by name."
 
 
 class Match:
-    """How the tensors of a file fit those of a net.
+    """How the tensors of a file fit those of a model.
 
     Attributes:
         matched: Names that fit, resized or not.
         to_resize: Those of them that have another grid.
-        missing: Names of the net that the file lacks.
-        left_over: Names of the file that the net lacks.
+        missing: Names of the model that the file lacks.
+        left_over: Names of the file that the model lacks.
         misfits: Names of both that have other shapes: {name: (file's, net's)}.
         allowed: Names of the last three that the user allowed.
     """
@@ -142,7 +142,7 @@ class Match:
 
     @property
     def complaints(self) -> list[str]:
-        """What keeps a net from being filled; empty: nothing."""
+        """What keeps a model from being filled; empty: nothing."""
         misfits = [f"{name} {old} for {new}" for name, (old, new) in self.misfits.items()]
         return [
             f"{what}: {listed(names)}"
@@ -157,7 +157,7 @@ class Match:
     def summary(self) -> str:
         """The coverage in words."""
         share = 100 * self.parameters / self.total if self.total else 0.0
-        # Rounding must not call a net covered that is not.
+        # Rounding must not call a model covered that is not.
         share = share if self.parameters == self.total else min(share, 99.99)
         return f"{share:.4g}% of the net's {self.total:,} parameters, {len(self.matched)} tensors"
 
@@ -208,13 +208,13 @@ def resized(
     margin: float = 0.0,
     where: str = "weights",
 ) -> Tensor:
-    """Returns a position table for the grid of a net.
+    """Returns a position table for the grid of a model.
 
     Args:
         name: Ours.
         tensor: The file's.
         shape: Wanted.
-        expected: Shapes of the net, which tell its class tokens.
+        expected: Shapes of the model, which tell its class tokens.
         margin: See `resize_positions`.
         where: What the user set, for messages.
     """
@@ -259,7 +259,7 @@ def covered(
     """Passes tensors on one by one and checks that they and the net's are the same set.
 
     Args:
-        expected: Shape of every parameter of the net.
+        expected: Shape of every parameter of the model.
         items: (name, tensor) in our names.
         where: What the user set, for the message.
         may_be_missing: Names that the user allowed to be missing.
@@ -293,8 +293,8 @@ def covered(
     ]
     if complaints:
         raise WeightsError(
-            f"{where}: the weights do not fit the net; got {'; '.join(complaints)}, expected all "
-            f"{len(expected)} tensors of the net and no other. Name the net that the file holds "
+            f"{where}: the weights do not fit the model; got {'; '.join(complaints)}, expected all "
+            f"{len(expected)} tensors of the model and no other. Name the model that the file holds "
             "(--teacher.model, --teacher.architecture.*)."
         )
 

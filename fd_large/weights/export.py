@@ -42,7 +42,7 @@ def export(
         items: (name, tensor) in our names and in the order of `shapes`.
         shapes: Of all of them.
         architecture: Of the student, with the image size that it was trained at.
-        to: One of EXPORTS, which has such a net (`export_config.check`).
+        to: One of EXPORTS, which has such a model (`export_config.check`).
         out: Does not exist.
         statistics: By which the student's images are normalised.
         shard_size: Most bytes of a file.

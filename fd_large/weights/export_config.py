@@ -1,4 +1,4 @@
-"""What stands beside exported tensors: config.json; and whether a format has such a net at all."""
+"""What stands beside exported tensors: config.json; and whether a format has such a model at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TIMM_ENTRIES = {
 
 
 def check(architecture: Architecture, to: str, *, pads: bool) -> None:
-    """Refuses a net that the format does not have.
+    """Refuses a model that the format does not have.
 
     Args:
         architecture: With the image size of the run.
@@ -128,12 +128,12 @@ def _lacks(a: Architecture, to: str, pads: bool) -> str:
         if not beit and a.patch_bias == a.pre_norm_layer:
             return "a patch bias beside a norm before the blocks (or neither), expected one"
     lacks = lacks_in_timm(a)
-    return f"a {a.family} net of which timm has no like: {lacks}" if lacks else ""
+    return f"a {a.family} model of which timm has no like: {lacks}" if lacks else ""
 
 
 def _lacks_in_transformers(a: Architecture) -> str:
     if a.family == "swin":
-        return "a swin net, expected swinv2 or vit"
+        return "a swin model, expected swinv2 or vit"
     if a.family == "swinv2":
         return ""
     if is_beit(a):
@@ -142,7 +142,7 @@ def _lacks_in_transformers(a: Architecture) -> str:
         fits = a.class_token and a.absolute_position and not a.layer_scale and a.qkv_bias != "qkv"
     if not fits or a.pre_norm_layer or not a.patch_bias:
         return (
-            "a vit net of another make, expected q and v biases with relative positions, or "
+            "a vit model of another make, expected q and v biases with relative positions, or "
             "absolute positions without layer scale; with a class token, and no norm before"
         )
     return ""

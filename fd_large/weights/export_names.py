@@ -72,14 +72,14 @@ def outputs(name: str, shape: Shape, architecture: Architecture, to: str) -> lis
         return _feature_distillation(name, shape, architecture)
     if to == "hf":
         return _hugging_face(name, shape, architecture.family)
-    if name == _SHARED_TABLE:  # timm's beit_* nets have a table in every block.
+    if name == _SHARED_TABLE:  # timm's beit_* models have a table in every block.
         (depth,) = architecture.depths
         return [_same(f"blocks.{i}.attn.relative_position_bias_table", shape) for i in range(depth)]
     return [_same(timm_name(name, architecture), shape)]
 
 
 def in_official_names(architecture: Architecture) -> bool:
-    """Whether a net goes out in Swin-Transformer's names: one that Feature-Distillation has not."""
+    """Whether a model goes out in Swin-Transformer's names: one that Feature-Distillation has not."""
     return architecture.family == "swin" or has_extra_norms(architecture)
 
 

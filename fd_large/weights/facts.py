@@ -27,7 +27,7 @@ class WeightFacts(NamedTuple):
 _CLIP = WeightFacts(OPENAI_CLIP, 224, "MIT", "github.com/openai/CLIP")
 _SWINV2 = WeightFacts(IMAGENET, 192, "MIT", "github.com/microsoft/Swin-Transformer")
 
-# By the name of the net in recipes/architectures.py.
+# By the name of the model in recipes/architectures.py.
 FACTS: dict[str, WeightFacts] = {
     "clip_vit_base_patch16": _CLIP,
     "clip_vit_large_patch14": _CLIP,
@@ -55,15 +55,15 @@ FACTS: dict[str, WeightFacts] = {
 
 
 def statistics_of(name: str, architecture: Architecture | None = None) -> Statistics:
-    """The statistics that a net was trained with; ImageNet's where no published weights are known.
+    """The statistics that a model was trained with; ImageNet's where no published weights are known.
 
     Args:
         name: Of the table in recipes/architectures.py.
-        architecture: As `resolve` returns it; a net of timm is what its `timm_name` says, and timm
+        architecture: As `resolve` returns it; a model of timm is what its `timm_name` says, and timm
             knows the statistics of its weights.
     """
     if architecture is not None and architecture.family == "timm":
-        from fd_large.weights import timm_config  # A second that other nets are spared.
+        from fd_large.weights import timm_config  # A second that other models are spared.
 
         return timm_config.statistics_of(architecture.timm_name)
     return FACTS[name].statistics if name in FACTS else IMAGENET

@@ -1,6 +1,6 @@
 """The one table of published formats: how each is told from its names, and who translates it.
 
-Pure functions of names. Our own files use the names of the nets themselves, which are the official
+Pure functions of names. Our own files use the names of the models themselves, which are the official
 repositories', and pass through the same table.
 """
 
@@ -29,7 +29,7 @@ class Format:
 
     Attributes:
         what: In words, for messages.
-        family: Of the net.
+        family: Of the model.
         tell_tale: Whether names, and the keys that they stood under, are of this format; the
             table's first match counts.
         rule: A name to its target; None drops it on purpose.
@@ -37,7 +37,7 @@ class Format:
         ask: Fields that files of this format differ in and no name tells: a config beside the
             file or the user must.
         statistics: That all its files were trained with; None: they differ.
-        refusal: Why nets of this format cannot be read; empty: they can.
+        refusal: Why models of this format cannot be read; empty: they can.
     """
 
     what: str
@@ -145,7 +145,7 @@ FORMATS: dict[str, Format] = {
         "swinv2",
         lambda n, w: _starts(n, "stages.") and _any(n, ".meta_mlp."),
         Target,
-        refusal="it is another net: another position bias, another order in merging, no final "
+        refusal="it is another model: another position bias, another order in merging, no final "
         "norm. Use --teacher.source timm:swinv2_cr_...",
     ),
     "fd_swinv2": Format(
@@ -266,7 +266,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
         where: What the user set, for messages.
         wrapping: Keys that the tensors stood under, outermost first.
 
-    Raises: WeightsError: if the names are of no format in the table, or of one that no net here
+    Raises: WeightsError: if the names are of no format in the table, or of one that no model here
         can take.
     """
     names = frozenset(names)
@@ -274,7 +274,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
         if form.tell_tale(names, wrapping):
             if form.refusal:
                 raise WeightsError(
-                    f"{where}: weights that no net here can take; got {form.what}, expected one of "
+                    f"{where}: weights that no model here can take; got {form.what}, expected one of "
                     f"{', '.join(FORMATS)}: {form.refusal}"
                 )
             return name

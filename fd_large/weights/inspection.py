@@ -14,7 +14,7 @@ from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.facts import FACTS, WeightFacts
 from fd_large.weights.source import Weights, open_weights
 
-# Published nets whose files are of a format, by the start of their names in the table of nets.
+# Published models whose files are of a format, by the start of their names in the table of nets.
 _PUBLISHED = {
     "openai_clip": "clip_",
     "dino": "dino_",
@@ -23,7 +23,7 @@ _PUBLISHED = {
     "swinv2": "swinv2_",
     "simmim_swinv2": "swinv2_1b",
 }
-# Fields that no shape depends on, so that a net can be compared without them.
+# Fields that no shape depends on, so that a model can be compared without them.
 _WITHOUT_SHAPE = {"norm_eps": 1e-6, "activation": "gelu", "keep_distillation_token": False}
 
 
@@ -39,11 +39,11 @@ class Inspection:
         architecture: As far as it is known; None in other fields.
         unknown: Fields that neither file nor configuration tells.
         statistics: That it was trained with; None: unknown.
-        named: A net of the table with this architecture; "": none.
+        named: A model of the table with this architecture; "": none.
         facts: Licence and origin, where the published weights are known.
-        parameters: Elements of the net in the file.
+        parameters: Elements of the model in the file.
         dtypes: Types of its tensors.
-        match: How it fits the net it shows, or the one asked for; None: too little is known.
+        match: How it fits the model it shows, or the one asked for; None: too little is known.
         dropped: Names that are left out on purpose.
     """
 
@@ -67,10 +67,10 @@ def inspect(source: str | Path, *, model: str = "auto") -> Inspection:
 
     Args:
         source: A path, `hf:REPO`, `package:NAME` or `open_clip:ARCH/TAG`.
-        model: A net of the table to compare with; "auto": the one that the file shows.
+        model: A model of the table to compare with; "auto": the one that the file shows.
 
     Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
-        unknown net.
+        unknown model.
     """
     weights = open_weights(source, where="weights")
     family = weights.format.family
@@ -129,7 +129,7 @@ def _for_shapes(known: Architecture) -> Architecture | None:
 
 
 def _named(known: Architecture, form: str) -> str:
-    """A published net of the format with this architecture."""
+    """A published model of the format with this architecture."""
     prefix = _PUBLISHED.get(form)
     if prefix is None:
         return ""
@@ -153,7 +153,7 @@ def table(found: Inspection) -> Any:
     rows.add_column(overflow="fold")
     own = " (written by fd_large)" if found.own else ""
     rows.add_row("format", f"{found.form}: {found.what}{own}")
-    rows.add_row("published net", found.named or "none of the table of nets")
+    rows.add_row("published model", found.named or "none of the table of models")
     if found.facts is not None:
         rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
         rows.add_row("trained at", f"{found.facts.image_size} px")

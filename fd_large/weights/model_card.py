@@ -14,8 +14,8 @@ from fd_large.weights.export_config import hugging_face_class, naming, timm_clas
 _LIBRARIES = {"timm": "timm", "hf": "transformers", "fd": "fd_large"}
 _SCHEMES = ("package:", "hf:", "open_clip:", "timm:", "module:", "random", "builtin:")
 _METRICS = {
-    "loss_start": "training loss, first update",
-    "loss_end": "training loss, last update",
+    "loss_start": "training loss, first step",
+    "loss_end": "training loss, last step",
     "held_out_loss_start": "held-out loss before training",
     "held_out_loss": "held-out loss",
     "loss_best_constant": "held-out loss of the best constant map",
@@ -39,7 +39,7 @@ def card(
         run: As its recipe.json has it.
         architecture: Of the student, with the image size of the run.
         to: Format.
-        manifest: Of the checkpoint: updates, samples, teacher, pictures.
+        manifest: Of the checkpoint: steps, samples, teacher, images.
         summary: Of the run's summary.json; empty where the run has not ended.
         statistics: By which images are normalised.
         sharded: Whether the tensors are in several files.
@@ -75,7 +75,7 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 
 def _student(run: Run, a: Architecture, to: str) -> dict[str, Any]:
     rows = {
-        "net": f"{run.student.model} ({a.family})",
+        "model": f"{run.student.model} ({a.family})",
         "parameters": f"{count(shapes(a)):,}, float32",
         "width, depths, heads": f"{a.embed_dim}, {_text(a.depths)}, {_text(a.num_heads)}",
         "patch": a.patch_size,
@@ -94,7 +94,7 @@ def _teacher(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     if source == "random":
         told = "**random weights**: a test or a throughput run, nothing was learned from it"
     return {
-        "net": run.teacher.model,
+        "model": run.teacher.model,
         "weights": told,
         "hash of its weights": manifest.get("teacher_hash", "not recorded"),
     }
@@ -105,8 +105,8 @@ def _recipe(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     total = f"of {optim.max_steps:,}" if optim.max_steps else f"of {optim.epochs} epochs"
     return {
         "name": run.name,
-        "updates": f"{manifest['update']:,} ({total})",
-        "images per update": f"{run.batch.global_batch_size:,}",
+        "steps": f"{manifest['update']:,} ({total})",
+        "images per step": f"{run.batch.global_batch_size:,}",
         "AdamW": f"base rate {optim.base_lr:g} per 512 images, weight decay "
         f"{optim.weight_decay:g}, betas {_text(optim.betas)}, clip {optim.clip_norm:g}",
         "drop path": f"{run.student.drop_path_rate:g}",
@@ -118,7 +118,7 @@ def _recipe(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _data(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
-        "pictures": without_folders(run.data.root) or "not recorded",
+        "images": without_folders(run.data.root) or "not recorded",
         "fingerprint of their listing": manifest.get("pictures", "not recorded"),
         "samples seen": f"{_samples(run, manifest):,}",
         "crops": f"{run.data.image_size} px, {run.data.min_crop_scale:g} to 1 of the area, flipped",
@@ -137,7 +137,7 @@ def _metrics(manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     text = _table("Metrics", rows)
     if summary.get("updates") != manifest["update"]:
         text += (
-            f"\n\nAfter {summary.get('updates')} updates; the weights are of {manifest['update']}."
+            f"\n\nAfter {summary.get('updates')} steps; the weights are of {manifest['update']}."
         )
     return text
 
@@ -148,8 +148,8 @@ def _loading(a: Architecture, to: str, *, sharded: bool) -> str:
         bare = ", add_pooling_layer=False" if theirs == "ViTModel" else ""
         return _code(
             f"from transformers import {theirs}\n\n"
-            f'net = {theirs}.from_pretrained("FOLDER"{bare})\n'
-            "tokens = net(pixel_values=images).last_hidden_state  # (B, N, C)"
+            f'model = {theirs}.from_pretrained("FOLDER"{bare})\n'
+            "tokens = model(pixel_values=images).last_hidden_state  # (B, N, C)"
         )
     ours = "With fd_large: `--teacher.source FOLDER` or `--student.init FOLDER`."
     if to == "fd":
@@ -157,16 +157,16 @@ def _loading(a: Architecture, to: str, *, sharded: bool) -> str:
     classes = f"It is a `{timm_class(a)}` with the arguments `model_args` of config.json. {ours}"
     code = (
         "import timm\n\n"
-        'net = timm.create_model("local-dir:FOLDER", pretrained=True)\n'
-        "tokens = net.forward_features(images)"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)\n'
+        "tokens = model.forward_features(images)"
     )
     if sharded:  # timm itself reads single files only.
         code = (
             "from pathlib import Path\n\nimport timm\nfrom safetensors.torch import load_file\n\n"
-            'net = timm.create_model("local-dir:FOLDER")\n'
+            'model = timm.create_model("local-dir:FOLDER")\n'
             'files = sorted(Path("FOLDER").glob("*.safetensors"))\n'
-            "net.load_state_dict({n: t for file in files for n, t in load_file(file).items()})\n"
-            "tokens = net.forward_features(images)"
+            "model.load_state_dict({n: t for file in files for n, t in load_file(file).items()})\n"
+            "tokens = model.forward_features(images)"
         )
     return f"{_code(code)}\n\n{classes}"
 

@@ -23,7 +23,7 @@ from fd_large.errors import WeightsError
 from fd_large.weights.inert import stand_ins
 from fd_large.weights.package import locate
 
-# A file that holds several nets names them by these, after a `#`: FILE#teacher.
+# A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
 
 # In the order in which a folder is searched: Hugging Face's and open_clip's names.

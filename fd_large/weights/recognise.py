@@ -16,14 +16,14 @@ from fd_large.weights.translation import Shape
 
 Shapes = Mapping[str, Shape]
 
-# Published nets of these widths have so many heads, whoever trained them: a guess, for where no
+# Published models of these widths have so many heads, whoever trained them: a guess, for where no
 # table, configuration or user tells.
 KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 _CLASS_TOKEN_ROWS = 3
 
 
 def recognise(family: str, shapes: Shapes, file: Tensors) -> Architecture:
-    """Returns what tensors tell of a net; None where they do not.
+    """Returns what tensors tell of a model; None where they do not.
 
     Args:
         family: "vit", "swin" or "swinv2".

@@ -1,7 +1,7 @@
 """Position tables for another grid or window than the file's.
 
 Position embeddings bicubic; tables of relative positions on a geometric progression, as BEiT and
-Feature-Distillation do when they fine-tune. SwinV2 needs neither: its bias is a net on coordinates
+Feature-Distillation do when they fine-tune. SwinV2 needs neither: its bias is a model on coordinates
 that are scaled by the window of pre-training.
 
 Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et

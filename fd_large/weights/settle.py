@@ -1,7 +1,7 @@
 """A run whose sources are settled: teacher and student have the architecture that the files show.
 
 What keys tell is a fact; what they cannot tell comes from the format, a configuration beside the
-file, the named net or the user, and is asked for where nothing tells.
+file, the named model or the user, and is asked for where nothing tells.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fd_large.weights.source import MODULE, TIMM, Weights, open_weights
 
 log = logging.getLogger(__name__)
 
-# A net may have these otherwise than its file: tables are resized, coordinates scaled.
+# A model may have these otherwise than its file: tables are resized, coordinates scaled.
 _RESIZABLE = ("image_size", "window_size", "pretrained_window_sizes")
 # No file has an opinion on these.
 _OURS = ("keep_distillation_token",)
 
 
 def settle(run: Run) -> Run:
-    """Returns the run with the teacher's and the student's net as their files show them.
+    """Returns the run with the teacher's and the student's model as their files show them.
 
-    Reads headers only. Sources `timm:` and `module:` become nets of these families. To be called
+    Reads headers only. Sources `timm:` and `module:` become models of these families. To be called
     before anything is built; a settled run is settled again without change.
 
-    Raises: WeightsError: if a file cannot be read, does not hold the named net, or leaves fields
-        open that nothing tells; ConfigError: if a net cannot be as it is described.
+    Raises: WeightsError: if a file cannot be read, does not hold the named model, or leaves fields
+        open that nothing tells; ConfigError: if a model cannot be as it is described.
     """
     settled = replace(run, teacher=_teacher(run.teacher), student=_student(run.student))
     return replace(settled, task=_task(settled))
@@ -50,7 +50,7 @@ def _teacher(teacher: Teacher) -> Teacher:
     if teacher.source in ("", "random") or _is_foreign(teacher):
         return teacher
     weights = open_weights(teacher.source, where=where)
-    # A family alone names no net: its fields are all the user's, or a settled run's.
+    # A family alone names no model: its fields are all the user's, or a settled run's.
     by_itself = teacher.model == AUTO or teacher.model not in ARCHITECTURES
     named = None if by_itself else resolve(teacher.model)
     architecture = reconcile(
@@ -104,7 +104,7 @@ def _task(run: Run) -> Task:
 
 
 def _is_foreign(teacher: Teacher) -> bool:
-    """Whether the named net is timm's, whose files timm_backbone.py reads."""
+    """Whether the named model is timm's, whose files timm_backbone.py reads."""
     if teacher.model == AUTO:
         return False
     return resolve(teacher.model, teacher.architecture).family in ("timm", "module")
@@ -138,22 +138,22 @@ def reconcile(
     where: str,
     section: str,
 ) -> Architecture:
-    """Returns the architecture of a net that takes the weights, every field of its family set.
+    """Returns the architecture of a model that takes the weights, every field of its family set.
 
     Args:
         weights: Opened.
         given: The user's fields, which come first.
-        named: Of the named net; None: the net is what the file shows.
-        name: Of the named net, for messages.
+        named: Of the named model; None: the model is what the file shows.
+        name: Of the named model, for messages.
         where: What the user set, for messages.
         section: "teacher" or "student"; "": flags have none.
 
-    Raises: WeightsError: if file and net differ, or a field is known to nobody.
+    Raises: WeightsError: if file and model differ, or a field is known to nobody.
     """
     family = weights.format.family
     if named is not None and named.family != family:
         raise WeightsError(
-            f"{where}: {weights.what}: a net of another family; got {family}, expected "
+            f"{where}: {weights.what}: a model of another family; got {family}, expected "
             f"{named.family} (model {name}). {_name_another(section, family)}"
         )
     values: dict[str, Any] = {"family": family}
@@ -179,9 +179,9 @@ def reconcile(
             _full_windows(values, open_fields)
         _scale_coordinates(values, weights, given, named, open_fields, where)
     if conflicts:
-        whose = f"the net {name}" if named is not None else "what was set"
+        whose = f"the model {name}" if named is not None else "what was set"
         raise WeightsError(
-            f"{where}: {weights.what}: not the net of the run; got {', '.join(conflicts)} of "
+            f"{where}: {weights.what}: not the model of the run; got {', '.join(conflicts)} of "
             f"{whose}, expected the same. {_name_another(section, family)}"
         )
     if open_fields:
@@ -190,7 +190,7 @@ def reconcile(
         raise WeightsError(
             f"{where}: {weights.what}: neither its tensors nor a config.json beside it tell "
             f"everything; got no {', '.join(sorted(open_fields))}, expected every field of a "
-            f"{family} net. Set {flags}."
+            f"{family} model. Set {flags}."
         )
     return Architecture(**values)
 
@@ -221,7 +221,7 @@ def _scale_coordinates(
         if named is not None:
             log.info(
                 "%s: nothing in the file tells its windows: it is taken for one of window %d, as "
-                "the net has",
+                "the model has",
                 where,
                 values["window_size"],
             )
@@ -242,7 +242,7 @@ def _scale_coordinates(
 
 
 def _agree(field: str, fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
-    """Whether weights with the one value make a net with the other."""
+    """Whether weights with the one value make a model with the other."""
     if field == "extra_norm_every":  # Beyond the deepest stage it means none.
         return (
             all(k > max(depths) for k in (fact or math.inf, wanted or math.inf)) or fact == wanted
@@ -273,8 +273,8 @@ def _sparse(architecture: Architecture, named: Architecture | None) -> Architect
 def _name_another(section: str, family: str) -> str:
     if section != "student":
         flag = "--teacher.model" if section else "--model"
-        return f"Set {flag} auto to take the net of the file."
-    return f"Name a {family} net by --student.model, or set --student.architecture.*."
+        return f"Set {flag} auto to take the model of the file."
+    return f"Name a {family} model by --student.model, or set --student.architecture.*."
 
 
 def _text(value: Any) -> str:

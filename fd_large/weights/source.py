@@ -2,8 +2,8 @@
 
 A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
 `open_clip:ARCH/TAG`, `timm:NAME` or `module:package.file:function`. All but the last two end in a
-file; nets of timm and of one's own bring their tensors themselves. `open_weights` reads them all as
-weights of one of our nets; as teachers, the last two are nets of their own (settle.py). What a path
+file; models of timm and of one's own bring their tensors themselves. `open_weights` reads them all as
+weights of one of our models; as teachers, the last two are models of their own (settle.py). What a path
 means beside files (a run's checkpoint) is read by whoever `serve`s it.
 """
 
@@ -34,7 +34,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.bin")
 
 @dataclass(frozen=True)
 class Weights:
-    """An opened file of a net, in our names; nothing is read yet.
+    """An opened file of a model, in our names; nothing is read yet.
 
     Attributes:
         source: As the user gave it; of a run's folder the checkpoint that was taken.
@@ -85,12 +85,12 @@ class Weights:
     def adapted(
         self, architecture: Architecture, expected: Mapping[str, Shape]
     ) -> tuple[dict[str, Piece], list[str]]:
-        """The pieces for a net, and what was done to those of the file, in words.
+        """The pieces for a model, and what was done to those of the file, in words.
 
         Args:
-            architecture: Of the net, every field of its family set. A Swin of fewer stages takes
+            architecture: Of the model, every field of its family set. A Swin of fewer stages takes
                 the first ones, with a fresh final norm.
-            expected: Shape of every parameter of the net.
+            expected: Shape of every parameter of the model.
         """
         pieces, notes = self.pieces | {name: Piece((name,)) for name in self.unfit}, []
         if self.dropped:
@@ -133,16 +133,16 @@ class Weights:
         where: str = "weights",
         remedy: str = "",
     ) -> Fitted:
-        """The tensors for a net, checked against its shapes.
+        """The tensors for a model, checked against its shapes.
 
         Args:
-            architecture: Of the net, every field of its family set.
-            expected: Shape of every parameter of the net.
+            architecture: Of the model, every field of its family set.
+            expected: Shape of every parameter of the model.
             allow: Patterns of names that may be missing or left over.
             where: What the user set, for messages.
             remedy: What the user can do about tensors that do not fit.
 
-        Raises: WeightsError: if the file does not cover the net.
+        Raises: WeightsError: if the file does not cover the model.
         """
         pieces, notes = self.adapted(architecture, expected)
         return Fitted(
@@ -159,7 +159,7 @@ class Weights:
 
 
 class Stored(NamedTuple):
-    """A net of this project's that no weights file holds.
+    """A model of this project's that no weights file holds.
 
     Attributes:
         path: By which it is opened again, whatever is stored since.
@@ -174,7 +174,7 @@ class Stored(NamedTuple):
     statistics: Statistics
 
 
-# (path, what the user set) -> the net, or None where the path means nothing to it.
+# (path, what the user set) -> the model, or None where the path means nothing to it.
 StoredReader = Callable[[Path, str], Stored | None]
 _readers: list[StoredReader] = []
 
@@ -190,7 +190,7 @@ def serve(reader: StoredReader) -> None:
 
 
 class Told(NamedTuple):
-    """Where a source ends, and what its name tells of the net; tensors where that is no file."""
+    """Where a source ends, and what its name tells of the model; tensors where that is no file."""
 
     path: Path
     architecture: Architecture = Architecture()
@@ -199,7 +199,7 @@ class Told(NamedTuple):
 
 
 def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
-    """Opens a source that ends in a file, finds its format, and what is known of its net.
+    """Opens a source that ends in a file, finds its format, and what is known of its model.
 
     Args:
         source: See above; `#student`, `#teacher` or `#projector` after a path name a part of it.
@@ -263,20 +263,20 @@ def _recognised(
 ) -> Architecture:
     """What the tensors show.
 
-    Raises: WeightsError: if one has no elements, or has a shape that no net of the family has.
+    Raises: WeightsError: if one has no elements, or has a shape that no model of the family has.
     """
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise WeightsError(
             f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
-            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a net "
+            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a model "
             "in pieces (ZeRO-3) holds none: gather it before it is saved."
         )
     try:
         return recognise(family, shapes, file)
     except (ValueError, IndexError) as error:
         raise WeightsError(
-            f"{where}: shapes of no {family} net; got patch_embed.proj.weight "
+            f"{where}: shapes of no {family} model; got patch_embed.proj.weight "
             f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
             "and tables of its kind. Use the weights of another net."
         ) from error
@@ -346,7 +346,7 @@ def _from_open_clip(name: str, where: str) -> Told:
     config = package.get_model_config(architecture)
     if config is None:
         raise WeightsError(
-            f"{where}: open_clip has no such net; got {architecture!r}, "
+            f"{where}: open_clip has no such model; got {architecture!r}, "
             f"{nearest(architecture, package.list_models())}. Use one of these."
         )
     pretrained = package.get_pretrained_cfg(architecture, tag) if tag else None
@@ -375,7 +375,7 @@ def _from_open_clip(name: str, where: str) -> Told:
 
 
 def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
-    """The net asked for, of a file of Feature-Distillation that holds several; and what is not.
+    """The model asked for, of a file of Feature-Distillation that holds several; and what is not.
 
     Raises: WeightsError: if the file holds no such part.
     """

@@ -6,7 +6,7 @@ import re
 
 from fd_large.weights.translation import Piece, Shape, Target, replaced
 
-# Tables that a net computes for itself.
+# Tables that a model computes for itself.
 RECOMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 _FD = (
@@ -88,10 +88,10 @@ def projection(name: str) -> Target:
 
 
 def first_stages(pieces: dict[str, Piece], stages: int, width: int) -> dict[str, Piece]:
-    """Keeps the first stages of a Swin net, with a final norm that only normalises.
+    """Keeps the first stages of a Swin model, with a final norm that only normalises.
 
     FD's stage-3 target: the file's last merging and final norm belong to a wider map and are left
-    out; the norm of the shorter net has weight 1 and bias 0.
+    out; the norm of the shorter model has weight 1 and bias 0.
 
     Args:
         pieces: In our names.
@@ -120,7 +120,7 @@ def expand_shared_bias(pieces: dict[str, Piece], shapes: dict[str, Shape]) -> di
 
     Args:
         pieces: In our names, of a SwinV2 or a ViT.
-        shapes: Of the net that is to be filled, whose blocks own their bias.
+        shapes: Of the model that is to be filled, whose blocks own their bias.
     """
     copies = {}
     for name in shapes:

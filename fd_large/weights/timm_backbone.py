@@ -1,4 +1,4 @@
-"""Weights for a net of timm: in timm's names, or in another port's, tensor by tensor in its order.
+"""Weights for a model of timm: in timm's names, or in another port's, tensor by tensor in its order.
 
 Running statistics of batch normalisation come along: buffers, but weights like any other.
 """
@@ -33,16 +33,16 @@ def fitted(
 ) -> Fitted:
     """The tensors of a `TimmBackbone`, checked against its shapes.
 
-    What belongs to the whole net but not to the part up to the stride is left out.
+    What belongs to the whole model but not to the part up to the stride is left out.
 
     Args:
         source: A file, `package:NAME`, or `timm:NAME` for the weights that timm has.
-        name: timm's name of the net.
+        name: timm's name of the model.
         stride: Pixels per token of the map.
         allow: Patterns of names that may be missing or left over.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if the file cannot be read or is not of that net, or timm has no weights
+    Raises: WeightsError: if the file cannot be read or is not of that model, or timm has no weights
         for it.
     """
     with torch.device("meta"):
@@ -68,21 +68,21 @@ def fitted(
         what=f"{source} (timm's {name})",
         where=where,
         notes=[f"left out on purpose: {len(after)} tensors that come after the map"],
-        remedy="Name the net that the file holds: --teacher.architecture.timm_name.",
+        remedy="Name the model that the file holds: --teacher.architecture.timm_name.",
         resize=False,
     )
 
 
 def pretrained(source: str, name: str, *, where: str = "weights") -> nn.Module:
-    """Returns a net with the weights that timm has for it, from its cache or the network.
+    """Returns a model with the weights that timm has for it, from its cache or the network.
 
     Args:
         source: What the user set, for messages.
-        name: timm's name of the net.
+        name: timm's name of the model.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if timm has no weights for the net, or they cannot be had; ConfigError:
-        if there is no such net.
+    Raises: WeightsError: if timm has no weights for the model, or they cannot be had; ConfigError:
+        if there is no such model.
     """
     _refuse_untrained(source, name, where)
     try:
@@ -97,7 +97,7 @@ def pretrained(source: str, name: str, *, where: str = "weights") -> nn.Module:
 
 
 class _Pretrained(Tensors):
-    """The tensors of a net with timm's weights, which come once the first is asked for."""
+    """The tensors of a model with timm's weights, which come once the first is asked for."""
 
     def __init__(self, source: str, name: str, shapes: Mapping[str, Tensor], where: str):
         _refuse_untrained(source, name, where)
@@ -112,9 +112,9 @@ class _Pretrained(Tensors):
 
 
 def strides(name: str) -> list[int]:
-    """Returns the strides at which a net of timm has maps, rising.
+    """Returns the strides at which a model of timm has maps, rising.
 
-    Raises: ConfigError: if timm has no such net.
+    Raises: ConfigError: if timm has no such model.
     """
     with torch.device("meta"):
         return sorted({stage["reduction"] for stage in create(name).feature_info})
@@ -125,12 +125,12 @@ def in_timm_names(
 ) -> dict[str, str]:
     """Returns timm's name of each tensor of a file: {timm's: the file's}.
 
-    A port of the same net into other names is told from this: as many tensors, in the same order,
+    A port of the same model into other names is told from this: as many tensors, in the same order,
     all of the same shapes, and not one name in common.
 
     Args:
         given: A file's names and shapes, in order.
-        expected: timm's, of the whole net, in order.
+        expected: timm's, of the whole model, in order.
         where: What the user set, for the message.
 
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
@@ -149,7 +149,7 @@ def in_timm_names(
     if len(given) != len(expected) or misfit:
         raise WeightsError(
             f"{where}: neither timm's names nor its tensors in its order; got {len(given)} tensors"
-            f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the net that the "
+            f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the model that the "
             "file holds: --teacher.architecture.timm_name."
         )
     return {ours: theirs for (ours, _), (theirs, _) in pairs}
@@ -159,7 +159,7 @@ def _refuse_untrained(source: str, name: str, where: str) -> None:
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if config is not None and not config.has_weights:
         raise WeightsError(
-            f"{where}: timm has no weights for this net; got {source}, expected one of "
+            f"{where}: timm has no weights for this model; got {source}, expected one of "
             "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
             f"--teacher.architecture.timm_name {name}."
         )

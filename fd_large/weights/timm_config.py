@@ -1,4 +1,4 @@
-"""What timm knows of its nets beside their tensors: heads, windows, activation, statistics."""
+"""What timm knows of its models beside their tensors: heads, windows, activation, statistics."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
 def of_net(net: nn.Module, *, where: str = "weights") -> Architecture:
     """Returns the fields of a ViT, BEiT, Swin or SwinV2 of timm that no name or shape tells.
 
-    Nothing of other nets.
+    Nothing of other models.
 
-    Raises: WeightsError: for an activation that no net here has.
+    Raises: WeightsError: for an activation that no model here has.
     """
     if isinstance(net, VisionTransformer | Beit):
         block = net.blocks[0]
@@ -51,7 +51,7 @@ def of_net(net: nn.Module, *, where: str = "weights") -> Architecture:
 
 
 def of_config(config: dict[str, Any], *, where: str = "weights") -> Architecture:
-    """The same from a `config.json` of timm, whose net is built without memory."""
+    """The same from a `config.json` of timm, whose model is built without memory."""
     name = config["architecture"]
     if not timm.is_model(name):
         return Architecture()
@@ -60,7 +60,7 @@ def of_config(config: dict[str, Any], *, where: str = "weights") -> Architecture
 
 
 def statistics_of(name: str) -> Statistics:
-    """Mean and deviation that timm's weights of a net were trained with."""
+    """Mean and deviation that timm's weights of a model were trained with."""
     config = timm.get_pretrained_cfg(name)
     return Statistics(tuple(config.mean), tuple(config.std))
 
@@ -69,7 +69,7 @@ def _activation(module: nn.Module, where: str) -> str:
     name = type(module).__name__
     if name not in _ACTIVATIONS or getattr(module, "approximate", "none") != "none":
         raise WeightsError(
-            f"{where}: an activation that no net here has; got timm's {name}, expected one of "
+            f"{where}: an activation that no model here has; got timm's {name}, expected one of "
             f"{', '.join(_ACTIVATIONS)}. As a teacher, name it timm:NAME."
         )
     return _ACTIVATIONS[name]

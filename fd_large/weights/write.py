@@ -1,7 +1,7 @@
 """Weights into files that others read: our own export, the official names, timm's.
 
-A writer takes the (name, tensor) of a net in our names, whoever supplies them. The export of a run
-(export.py) streams; this writes a net that fits in memory.
+A writer takes the (name, tensor) of a model in our names, whoever supplies them. The export of a run
+(export.py) streams; this writes a model that fits in memory.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def write(
 
     Args:
         items: In our names.
-        architecture: Of the net, whole.
+        architecture: Of the model, whole.
         to: One of FORMATS.
         out: A new folder for "fd"; a new .safetensors or .pth file for the others.
         statistics: That the weights were trained with.
 
-    Raises: WeightsError: if there is no such format, the format lacks a part of the net, or
+    Raises: WeightsError: if there is no such format, the format lacks a part of the model, or
         something stands at `out`.
     """
     out = Path(out)
@@ -117,7 +117,7 @@ def is_beit(architecture: Architecture) -> bool:
 
 
 def lacks_in_timm(a: Architecture) -> str:
-    """Says what of a net timm's of the same family has not; empty: it has all."""
+    """Says what of a model timm's of the same family has not; empty: it has all."""
     if a.family == "vit" and is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
         return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
@@ -128,14 +128,14 @@ def lacks_in_timm(a: Architecture) -> str:
     if a.family == "swinv2" and a.shared_position_bias:
         return "its SwinV2 has a position bias per block"
     if a.family.startswith("swin") and a.absolute_position:
-        return "its Swin nets have no absolute positions"
+        return "its Swin models have no absolute positions"
     return ""
 
 
 def _check_timm(a: Architecture) -> None:
     if lacks := lacks_in_timm(a):
         raise WeightsError(
-            f"weights convert: timm has no such net; got a {a.family} net, expected one that timm "
+            f"weights convert: timm has no such model; got a {a.family} model, expected one that timm "
             f"has: {lacks}. Convert it to fd or official."
         )
 

@@ -17,7 +17,7 @@ from launch import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 ENGINE = ("zero0", "zero1", "zero2", "zero3")
 
-# The names and arguments that the official code has, around a net of one layer.
+# The names and arguments that the official code has, around a model of one layer.
 DISTILLATION = """
 from torch import nn
 from .esvit import load_esvit

@@ -1,4 +1,4 @@
-"""A bit of the teacher flips on one rank: it is named, and all ranks stop in the same update."""
+"""A bit of the teacher flips on one rank: it is named, and all ranks stop in the same step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_rank_whose_teacher_changed_is_named_and_all_stop(tmp_path: Path) ->
     for name, done, rank, checkpoints in (
         ("replicated", 3, 2, ["step_00000002"]),
         ("node", 3, 1, ["step_00000002"]),
-        # Seen before the checkpoint of update 4, which is not written.
+        # Seen before the checkpoint of step 4, which is not written.
         ("sharded", 4, 3, ["step_00000002"]),
     ):
         folder = tmp_path / name

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 # A third of the kills wait for a save under way.
 KILLS = 6
-# Three updates an epoch: most kills and resumes are in mid-epoch.
+# Three steps an epoch: most kills and resumes are in mid-epoch.
 EVERY_UPDATE = (
     *("--optim.max_steps", "40", "--runtime.save_every", "1"),
     *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
@@ -56,7 +56,7 @@ def test_killed_runs_end_with_the_same_weights(pictures: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight updates of a global batch of 12 on two ranks at ZeRO-3, and the checkpoint of four."""
+    """Eight steps of a global batch of 12 on two ranks at ZeRO-3, and the checkpoint of four."""
     run_dir = tmp_path_factory.mktemp("runs") / "reference"
     train(pictures, run_dir, *TWELVE)
     return run_dir
@@ -70,7 +70,7 @@ def halfway(reference: Path, run_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_rates(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 updates, with groups of different rate and decay, and an average of the weights."""
+    """24 steps, with groups of different rate and decay, and an average of the weights."""
     run_dir = tmp_path_factory.mktemp("runs") / "two_rates"
     train(pictures, run_dir, *TWENTY_MORE, program=PROGRAMS / "two_rates.py")
     return run_dir
@@ -83,7 +83,7 @@ def two_rates(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumes_on_other_ranks_and_stages(
     ranks: int, config: str, pictures: Path, two_rates: Path, tmp_path: Path
 ) -> None:
-    """Twenty updates after the change; the groups keep their own settings."""
+    """Twenty steps after the change; the groups keep their own settings."""
     run_dir = tmp_path / "run"
     shutil.copytree(two_rates, run_dir)
     for update in range(8, 25, 4):
@@ -118,7 +118,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
         finished = train(pictures, run_dir, *TWELVE)
         assert "DAMAGED CHECKPOINT" in finished.outputs[0]
         assert victim in finished.outputs[0]
-        assert "resumed after update 4 of 8" in finished.outputs[0]
+        assert "resumed after step 4 of 8" in finished.outputs[0]
         assert losses(run_dir) == losses(reference)
     both = tmp_path / "both"
     shutil.copytree(reference, both)
@@ -187,7 +187,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     finished = train(pictures, run_dir, *words, check=False)
     assert finished.returncodes == [75, 75], "the last checkpoint is not there: run me again"
     output = finished.outputs[0]
-    assert "CHECKPOINT of update 4 was thrown away" in output
+    assert "CHECKPOINT of step 4 was thrown away" in output
     assert "Make room" in output
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
     assert losses(run_dir) == losses(reference)

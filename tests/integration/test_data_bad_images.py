@@ -18,20 +18,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_BYTES = 10**9
 TIMEOUT_SECONDS = 60
 
-# A fork for each picture, so that torch is imported once; prints a line of JSON for each.
+# A fork for each image, so that torch is imported once; prints a line of JSON for each.
 PROGRAM = """
 import json, os, resource, sys, logging
 import torch
 torch.set_num_threads(1)
 from fd_large.data.decode import decode
 from fd_large.data.loader import build_loader
-from fd_large.data.source import open_pictures
+from fd_large.data.source import open_images
 from fd_large.errors import DataError
 logging.disable()
 
 def try_one(path):
     try:
-        source = open_pictures(path)
+        source = open_images(path)
     except DataError as error:
         return {"error": str(error)}
     decoded, skipped = 0, []

@@ -13,17 +13,17 @@ import torch
 
 from fd_large.data.loader import build_loader
 from fd_large.data.sampler import epoch_order
-from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.source import ImageSource, open_images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_SAMPLES, SEED = 64, 11
-GLOBAL_BATCH = 12  # 5 updates of 12: 60 of 64 samples
+GLOBAL_BATCH = 12  # 5 steps of 12: 60 of 64 samples
 NUM_USED = 60
 
 
 @pytest.fixture(scope="module")
-def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PictureSource]:
-    """The same 64 pictures three times: loose, in one tar, in four shards, in other orders."""
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ImageSource]:
+    """The same 64 images three times: loose, in one tar, in four shards, in other orders."""
     data = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
     tar = data / "imagenet_sample256.tar"
     if not tar.is_file():
@@ -39,7 +39,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PictureSource]:
             for path in some:
                 archive.add(path, path.relative_to(root / "loose"))
     return {
-        name: open_pictures(str(path))
+        name: open_images(str(path))
         for name, path in (
             ("loose", root / "loose"),
             ("tar", root / "one.tar"),
@@ -50,7 +50,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PictureSource]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads that share small pictures among them take longer than one."""
+    """Threads that share small images among them take longer than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def epoch_of(
-    source: PictureSource, epoch: int, *, world_size: int, workers: int
+    source: ImageSource, epoch: int, *, world_size: int, workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples and pixels in the order of positions, from all ranks one after the other."""
     indices = torch.full((NUM_USED,), -1)

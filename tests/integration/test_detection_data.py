@@ -1,4 +1,4 @@
-"""COCO's pictures over two real ranks: the samples and the scores of one."""
+"""COCO's images over two real ranks: the samples and the scores of one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_two_ranks_see_and_score_what_one_does(tmp_path: Path) -> None:
     (alone,), (first, second) = found[1], found[2]
 
     for name, samples in alone["training"].items():
-        assert len(samples) == 24  # 7 updates of 4, the first was done
+        assert len(samples) == 24  # 7 steps of 4, the first was done
         parts = [of_rank["training"][name] for of_rank in (first, second)]
         assert [len(part) for part in parts] == [12, 12]
         assert parts[0] | parts[1] == samples
 
     evaluations = [of_rank["evaluation"] for of_rank in (first, second)]
-    # 54 pictures by 5: 11 batches make 6 on each rank.
+    # 54 images by 5: 11 batches make 6 on each rank.
     assert [of_rank["batches"] for of_rank in evaluations] == [6, 6]
     assert sum(of_rank["own"] for of_rank in evaluations) == alone["evaluation"]["own"] == 461
     for key in ("numbers", "image_ids"):

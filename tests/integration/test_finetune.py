@@ -21,7 +21,7 @@ from fd_large.probes.features import extract
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.distillation.frozen import find_model
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "finetuning.py"
@@ -50,7 +50,7 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """110 pictures to train on and 19 for tests, an uneven number of batches of four."""
+    """110 images to train on and 19 for tests, an uneven number of batches of four."""
     root = tmp_path_factory.mktemp("labelled")
     generator = np.random.default_rng(0)
     for split, count in (("train", 110), ("val", 19)):
@@ -115,7 +115,7 @@ def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_pa
             assert worst < 1e-5, (name, worst)
             # A tensor that never moves would agree with anything.
             assert result["still"] == [], name
-            # 19 pictures in batches of four, on two ranks as in one process.
+            # 19 images in batches of four, on two ranks as in one process.
             ours, alone = result["metrics"], result["alone"]
             assert ours["test_top1"] == alone["test_top1"]
             assert ours["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-6)
@@ -137,7 +137,7 @@ def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_
     assert [update for update, row in rows.items() if "held_out_loss" in row] == [0, 3, 5]
     assert not (tmp_path / "run" / "features").exists()
 
-    named = find_net(str(tmp_path / "run"))
+    named = find_model(str(tmp_path / "run"))
     net, statistics = named.build()
     features = {}
     for part in ("train", "val"):

@@ -26,7 +26,7 @@ PROGRAM = ROOT / "tests/integration/programs/guarded.py"
 RANKS = 2
 UPDATES = 16
 SAVE_EVERY = 4
-# A checkpoint is due after the updates 3, 7, 11 and 15, counted from 0.
+# A checkpoint is due after the steps 3, 7, 11 and 15, counted from 0.
 SPOILT = {3: (1, "nan"), 6: (1, "nan"), 8: (0, "spike"), 10: (0, "nan"), 11: (1, "nan")}
 SPOILT |= {13: (0, "spike"), 14: (1, "nan")}
 SAVED = [5, 8, 12]
@@ -100,7 +100,7 @@ def test_bad_updates_are_skipped_and_rows_of_them_undone(stopped: Path) -> None:
         assert (restored["at"], restored["to"]) == (11, 8)
         assert restored["digest"] == digests[7]
         assert digests[12] not in digests[:12], "it goes on from there with the next data"
-        # Two micro batches an update.
+        # Two micro batches a step.
         assert rank["served"][:30] == [u for u in range(15) for _ in range(2)]
     first, second = (rank["updates"] for rank in ranks)
     assert [str(seen["loss"]) for seen in first] == [str(seen["loss"]) for seen in second]
@@ -111,14 +111,14 @@ def test_the_run_says_what_happened(stopped: Path) -> None:
     log = (stopped / "run/logs/rank_00000.log").read_text()
     assert "update 4 skipped: its loss is nan" in log
     assert "worst on rank 1 (" in log
-    assert "those of 8 updates again, and the run goes on with the next data" in log
-    assert "the run ends: updates 14 to 15 were refused one after the other" in log
+    assert "those of 8 steps again, and the run goes on with the next data" in log
+    assert "the run ends: steps 14 to 15 were refused one after the other" in log
     rows = [json.loads(x) for x in (stopped / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows if row.get("skipped")] == list(SPOILT)
     for row in rows:
         spoilt = SPOILT.get(row["update"], (0, ""))[1]
         assert math.isfinite(row["loss"]) == math.isfinite(row["grad_norm"]) == (spoilt != "nan")
-        # No gradient of a skipped update is left for the next.
+        # No gradient of a skipped step is left for the next.
         assert spoilt or row["grad_norm"] < 3
     rates = [row["learning_rate"] for row in rows]
     assert rates == sorted(rates, reverse=True), "the schedule goes on over a roll-back"
@@ -129,7 +129,7 @@ def test_a_checkpoint_due_at_a_refused_update_waits_for_the_next_good_one(stoppe
     assert [path.name for path in checkpoints] == [f"step_{n:08d}" for n in SAVED]
     first, _, last = (read(path / "manifest.json") for path in checkpoints)
     assert first["optimizer_steps"] == 4, "one of five was refused"
-    # Due at the end of a row of refused updates, from which the run was taken back.
+    # Due at the end of a row of refused steps, from which the run was taken back.
     assert last["optimizer_steps"] == 6
     before, after = (state(stopped / "run", update) for update in (8, 12))
     assert all((before[key] == after[key]).all() for key in before)
@@ -180,7 +180,7 @@ def test_replay_reproduces_the_recorded_losses(
 
     assert replay.main([str(incident(stopped, 6) / "incident.json")]) == 0
     said = capsys.readouterr().out
-    assert "weights: checkpoint of 5 updates, 1 update earlier than the step" in said
+    assert "weights: checkpoint of 5 steps, 1 update earlier than the step" in said
     assert "forward: student.patch_embed.proj is the first layer that is not finite" in said
     assert "gradient: projection is the first layer that is not finite" in said
 
@@ -191,9 +191,9 @@ def test_replay_says_how_far_its_weights_are_from_the_step(zero3: Path, tmp_path
     checkpoints = tmp_path / "run/checkpoints"
     with (checkpoints / "step_00000008/rank_00001.safetensors").open("r+b") as file:
         file.truncate(100)
-    # Damaged, so the one before it; of the three updates between them, one was skipped.
+    # Damaged, so the one before it; of the three steps between them, one was skipped.
     assert find_weights(spike)[1:] == (5, 2)
-    # Update 10 was undone, by a roll-back to 8 updates; what was skipped moved nothing.
+    # Update 10 was undone, by a roll-back to 8 steps; what was skipped moved nothing.
     later = read_incident(incident(tmp_path, 13))
     assert find_weights(later)[1:] == (12, 1)
     (checkpoints / "step_00000012").rename(tmp_path / "aside")
@@ -224,7 +224,7 @@ def test_a_resume_counts_the_roll_backs_before_it(
         (lambda run, at: shutil.rmtree(at), "no incident; got no such file"),
         (lambda run, at: (at / "incident.json").write_text("{"), "cannot be read"),
         (lambda run, at: (at / "incident.json").write_text("{}"), "damaged; got KeyError"),
-        (lambda run, at: (at / "rank_00001.safetensors").unlink(), "its pictures are gone"),
+        (lambda run, at: (at / "rank_00001.safetensors").unlink(), "its images are gone"),
         (lambda run, at: (at / "rank_00001.safetensors").write_text("x"), "damaged"),
         (lambda run, at: (run / "recipe.json").unlink(), "outside of its run"),
         (lambda run, at: shutil.rmtree(run / "checkpoints"), "no sound checkpoint; got none"),

@@ -1,4 +1,4 @@
-"""An update makes the host read the device once, whatever hooks a run has; and --profile's file."""
+"""A step makes the host read the device once, whatever hooks a run has; and --profile's file."""
 
 from __future__ import annotations
 

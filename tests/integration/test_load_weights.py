@@ -1,4 +1,4 @@
-"""Two ranks load a net of more than 300M parameters: a rank's memory, beside the naive loader's."""
+"""Two ranks load a model of more than 300M parameters: a rank's memory, beside the naive loader's."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def test_a_rank_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
     assert found["parameters"] > 300e6
     assert found["same_masters"]
     ours, naive = (found["loads"][loader]["weights.pth"] for loader in ("fd_large", "naive"))
-    # The whole float32 net, which the naive loader holds on every rank, is twice the bound.
+    # The whole float32 model, which the naive loader holds on every rank, is twice the bound.
     assert ours["peak_bytes"] < found["bound_bytes"] < naive["peak_bytes"]

@@ -23,7 +23,7 @@ def test_building_holds_a_share_and_one_module(tmp_path: Path) -> None:
 
 
 def test_a_thousand_updates_leave_memory_flat(tmp_path: Path) -> None:
-    # 400 pictures make an epoch of 100 updates: ten loaders come and go.
+    # 400 images make an epoch of 100 steps: ten loaders come and go.
     pictures = write_pictures(tmp_path / "pictures", 400, size=24)
     run_ranks(
         PROGRAMS / "thousand_steps.py", pictures, tmp_path, ranks=2, timeout=400, results=tmp_path
@@ -31,7 +31,7 @@ def test_a_thousand_updates_leave_memory_flat(tmp_path: Path) -> None:
     for rows in read_results(tmp_path, 2):
         assert len(rows) == 10
         assert all(row["rate"] > 0 for row in rows)
-        # A picture more or less may wait in the loader; a step that leaks would add a thousand.
+        # An image more or less may wait in the loader; a step that leaks would add a thousand.
         tensors = [row["tensors"] for row in rows[1:]]
         assert max(tensors) - min(tensors) < 64 << 10
         growth = rows[-1]["resident"] - rows[2]["resident"]

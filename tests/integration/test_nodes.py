@@ -19,7 +19,7 @@ PROGRAM = ROOT / "tests/integration/programs/nodes.py"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 pictures in two shards."""
+    """32 images in two shards."""
     root = tmp_path_factory.mktemp("shards")
     loose = tmp_path_factory.mktemp("loose")
     for number in range(32):
@@ -73,7 +73,7 @@ def test_one_rank_of_a_node_copies_and_a_node_that_differs_is_named(
         "versions": ("other versions of torch; got 1.2.3 on n2 (and other deepspeed, ", "as on n1"),
         "weights": ("WeightsError: --teacher.source: the nodes see different weights", " on n2, "),
         "gone": ("WeightsError: n2: ", "one.safetensorsx: no such file"),
-        "pictures": ("DataError: data.root: ", "got 16 pictures", " on n2, expected 32 pictures"),
+        "pictures": ("DataError: data.root: ", "got 16 images", " on n2, expected 32 images"),
         "together": ("DataError: n2: data.root: no such folder",),
         "differ": ("DataError: data.stage_to: the copies differ; got other bytes on n2, ",),
     }.items():
@@ -93,7 +93,7 @@ def test_a_run_goes_on_staged_where_it_began_unstaged(pictures: Path, tmp_path: 
     (run_dir / "summary.json").unlink()
     local = tmp_path / "local"
     resumed = train(pictures, run_dir, *words, "--data.stage_to", str(local), ranks=1)
-    assert "resumed after update 2" in resumed.outputs[0]
+    assert "resumed after step 2" in resumed.outputs[0]
     assert "2 of 2 files copied" in resumed.outputs[0]
     assert losses(run_dir) == whole
 

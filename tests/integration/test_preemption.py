@@ -22,12 +22,12 @@ WORDS = f"""
 --student.architecture.depths 1 1 1 1
 """.split()
 
-# Moment, how, rank, update before it; then the update of the checkpoint that it leaves, and whether
+# Moment, how, rank, update before it; then the step of the checkpoint that it leaves, and whether
 # the evaluation due there was made. One run goes through all of them, in this order.
 STOPS: dict[Launcher, list[tuple[tuple[str, str, int, int], int, bool]]] = {
     "plain": [
         (("micro batch", "SIGTERM", 1, 1), 2, True),
-        # Agreed in the update after which an evaluation is due: it is left to the next start,
+        # Agreed in the step after which an evaluation is due: it is left to the next start,
         (("save", "SIGUSR1", 0, 4), 5, False),
         # which is stopped in it as well, before any update.
         (("evaluation", "file", 1, 5), 5, False),
@@ -92,7 +92,7 @@ def test_nine_stops_under_four_launchers(pictures: Path, tmp_path: Path) -> None
         assert codes == CODES[launcher], launcher
 
     resumed = train(pictures, run_dir, *WORDS, "--eval.root", str(pictures))
-    assert "resumed after update 17 of 18" in resumed.outputs[0]
+    assert "resumed after step 17 of 18" in resumed.outputs[0]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
     assert losses(run_dir) == losses(calm)
     assert (run_dir / "evaluations.jsonl").read_text() == (calm / "evaluations.jsonl").read_text()
@@ -106,7 +106,7 @@ def test_plain_python_with_one_rank_exits_with_75(pictures: Path, tmp_path: Path
     codes, (ends,) = stopped(pictures, tmp_path / "run", tmp_path / "one", "plain", stops, ranks=1)
     assert codes == [75]
     assert [(end["status"], end["update"]) for end in ends] == [
-        ("preempted", 0),  # Before the first update there is nothing to save.
+        ("preempted", 0),  # Before the first step there is nothing to save.
         ("preempted", 2),
     ]
 

@@ -33,7 +33,7 @@ REQUEUE_SECONDS = 12.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    write_pictures(folder / "pictures", 192)  # 24 updates an epoch
+    write_pictures(folder / "pictures", 192)  # 24 steps an epoch
     return folder
 
 
@@ -65,7 +65,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
             job.number,
             lambda s: s["Restarts"] == str(restarts) and s["JobState"] == "RUNNING",
         )
-        # Rows of updates that will be made again go when the run goes on.
+        # Rows of steps that will be made again go when the run goes on.
         cluster.wait(job.number, lambda s: len(lines(job, "resumed after")) == restarts)
 
     after_some_updates(0)
@@ -86,8 +86,7 @@ def interrupted(cluster: Cluster, folder: Path) -> Interrupted:
     back(3)
     shown = cluster.wait(job.number, ended)
     resumed = [
-        int(line.split("resumed after update ")[1].split()[0])
-        for line in lines(job, "resumed after")
+        int(line.split("resumed after step ")[1].split()[0]) for line in lines(job, "resumed after")
     ]
     return Interrupted(job, shown, resumed)
 
@@ -155,7 +154,7 @@ def test_detection_starts_from_that_run_and_goes_on_after_a_signal(
     shown = cluster.wait(job.number, ended)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), job.said()
     assert len(losses(job.run_dir)) == 6
-    assert len(lines(job, "resumed after update")) == 1
+    assert len(lines(job, "resumed after step")) == 1
     summary = json.loads((job.run_dir / "summary.json").read_text())
     assert summary["status"] == "done"
     assert "box_AP" in summary

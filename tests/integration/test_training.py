@@ -1,4 +1,4 @@
-"""The real commands on real pictures: launchers, run folder, resume, micro batch, mistakes."""
+"""The real commands on real images: launchers, run folder, resume, micro batch, mistakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs of two updates under the deepspeed command."""
+    """Three epochs of two steps under the deepspeed command."""
     run_dir = tmp_path_factory.mktemp("runs") / "reference"
     train(pictures, run_dir, "--optim.epochs", "3", launcher="deepspeed")
     return run_dir
@@ -188,5 +188,5 @@ def test_held_out_numbers_do_not_depend_on_the_ranks(pictures: Path, tmp_path: P
         for name, value in alone.items():
             assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     first, last = rows[0]
-    assert first["held_out_loss"] == pytest.approx(first["unseen_crops_loss"]), "the same pictures"
+    assert first["held_out_loss"] == pytest.approx(first["unseen_crops_loss"]), "the same images"
     assert {"held_out_best_constant", "held_out_cosine"} <= last.keys()

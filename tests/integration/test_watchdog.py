@@ -46,6 +46,6 @@ def test_a_rank_that_hangs_ends_the_others_and_the_same_command_goes_on(tmp_path
     assert "watchdog" not in (run_dir / "logs/rank_00002.log").read_text()
 
     resumed = twin.train(pictures, run_dir, *words, ranks=3)
-    assert "resumed after update 4" in resumed.outputs[0]
+    assert "resumed after step 4" in resumed.outputs[0]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
     assert len(twin.losses(run_dir)) == 12

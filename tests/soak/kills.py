@@ -49,7 +49,7 @@ def main() -> int:
         "of a training run": sum(kill["alive"] for kill in met),
         "inside a save": sum(kill["in a save"] for kill in met),
         "of all ranks": sum(kill["all"] for kill in met),
-        "went on from an update above 0": sum(kill["resumed from"] > 0 for kill in met),
+        "went on from a step above 0": sum(kill["resumed from"] > 0 for kill in met),
         "final state equal to the bit": same,
         "losses equal to the bit": same_losses,
     }

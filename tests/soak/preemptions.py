@@ -5,7 +5,7 @@
 Half by the signal that comes before a time limit, half by a job of higher priority; a quarter while
 the ranks still start. Took 13 minutes on two busy cores; needs root and Slurm's packages (see
 tests/slurm_cluster.py). Writes benchmarks/results/preemptions.json and exits 1 if a loss differs in
-one bit from the uninterrupted run's, an update was made twice, or the job ran once too often.
+one bit from the uninterrupted run's, a step was made twice, or the job ran once too often.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from slurm_run import Job, lines, start, updates_done  # noqa: E402
 from twin import losses  # noqa: E402
 
 UPDATES_EACH = 8
-"""Updates of the run per pre-emption: enough that it does not end before the last of them."""
+"""Steps of the run per pre-emption: enough that it does not end before the last of them."""
 GRACE = 10
 """Seconds that a save has; from the fifth on a pre-empted job waits for their end."""
-LONGEST_REST = 1.0  # seconds of training between the first update of a start and the pre-emption
+LONGEST_REST = 1.0  # seconds of training between the first step of a start and the pre-emption
 
 
 def wait_until_started(cluster: Cluster, job: Job, restarts: int) -> None:
@@ -77,7 +77,7 @@ def interrupted(cluster: Cluster, job: Job, preemptions: int, seed: int) -> list
         preempt(cluster, job, kind)
         cluster.wait(job.number, lambda s, n=number: int(s["Restarts"]) > n)
         met.append(
-            {"kind": kind, "while starting": starting, "updates done": updates_done(job.run_dir)}
+            {"kind": kind, "while starting": starting, "steps done": updates_done(job.run_dir)}
         )
         print(number + 1, met[-1], flush=True)
     return met
@@ -99,7 +99,7 @@ def main() -> int:
         Cluster(Path(scratch) / "cluster", grace_seconds=GRACE) as cluster,
     ):
         folder = Path(scratch)
-        write_pictures(folder / "pictures", 264)  # 33 updates an epoch
+        write_pictures(folder / "pictures", 264)  # 33 steps an epoch
         calm = start(cluster, folder, "calm", updates=updates)
         shown = cluster.wait(calm.number, ended, 900)
         assert shown["JobState"] == "COMPLETED", calm.said()
@@ -122,7 +122,7 @@ def main() -> int:
             "starts": job.said().count("ranks speak in"),
             "end": f"{shown['JobState']}, exit code {shown['ExitCode'].split(':')[0]}",
             "updates": updates,
-            "updates made twice": len(lines(job, "  update ")) - updates,
+            "steps made twice": len(lines(job, "  update ")) - updates,
             "losses equal to the bit": losses(job.run_dir) == losses(calm.run_dir),
             "minutes": round((time.monotonic() - begin) / 60, 1),
         }
@@ -132,7 +132,7 @@ def main() -> int:
         print(json.dumps(results, indent=1))
         good = (
             results["losses equal to the bit"]
-            and results["updates made twice"] == 0
+            and results["steps made twice"] == 0
             and results["starts"] == len(met) + 1
             # PREEMPTED is what Slurm calls one that was, however it ended later.
             and results["end"] in ("COMPLETED, exit code 0", "PREEMPTED, exit code 0")

@@ -1,4 +1,4 @@
-"""A small run's setting, and updates of it."""
+"""A small run's setting, and steps of it."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def make_setting(tmp_path):
 
 @pytest.fixture
 def run_updates():
-    """Runs hooks over updates first..last-1; update i has loss i / 100, plus `shift`."""
+    """Runs hooks over steps first..last-1; update i has loss i / 100, plus `shift`."""
 
     def run(hooks, setting, last, *, total=None, shift=0.0, evaluate=(), end="done"):
         for hook in hooks:

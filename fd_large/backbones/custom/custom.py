@@ -1,6 +1,6 @@
-"""A net of the user's own as a teacher: a function by its dotted name returns it, weights and all.
+"""A model of the user's own as a teacher: a function by its dotted name returns it, weights and all.
 
-The net maps normalised images (B, 3, H, W) to a `FeatureMap`, and has the attributes `width`
+The model maps normalised images (B, 3, H, W) to a `FeatureMap`, and has the attributes `width`
 (channels of the map) and `num_prefix_tokens`, and the method `grid(height, width)`. Mean and
 deviation of its images may stand in an attribute `statistics` (a `Statistics`).
 """
@@ -17,7 +17,7 @@ _NEEDED = ("width", "num_prefix_tokens", "grid")
 
 
 def build_own(function: str, *, where: str = "--teacher.source module") -> nn.Module:
-    """Imports `package.file` of `package.file:function`, calls the function, returns the net.
+    """Imports `package.file` of `package.file:function`, calls the function, returns the model.
 
     It is called more than once, also under `torch.device("meta")`, where weights are only shapes.
 
@@ -25,7 +25,7 @@ def build_own(function: str, *, where: str = "--teacher.source module") -> nn.Mo
         function: `package.file:function`.
         where: What the user set, for messages.
 
-    Raises: ConfigError: if there is no such function, or what it returns is no such net.
+    Raises: ConfigError: if there is no such function, or what it returns is no such model.
     """
     module_name, _, name = function.partition(":")
     try:
@@ -39,7 +39,7 @@ def build_own(function: str, *, where: str = "--teacher.source module") -> nn.Mo
     if not callable(make):
         raise ConfigError(
             f"{where}: no such function in {module_name}; got {name!r}, expected one that returns "
-            "a net. Write module:package.file:function."
+            "a model. Write module:package.file:function."
         )
     net = make()
     lacks = [attribute for attribute in _NEEDED if not hasattr(net, attribute)]

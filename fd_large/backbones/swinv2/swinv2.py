@@ -213,7 +213,7 @@ class Block(nn.Module):
         width: C.
         num_heads: h.
         index: Within the stage; odd blocks shift their windows.
-        number: Over the whole net, from 1; it sets how much the branch ends are scaled down.
+        number: Over the whole model, from 1; it sets how much the branch ends are scaled down.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
     """

@@ -2,7 +2,7 @@
 
 The map is what the last stage of that stride gives out; of the net's last stage it has passed the
 net's final norm, on every token, as `forward_features` of timm has it. An earlier stage's are raw
-activations. What the net computes after the map is not built.
+activations. What the model computes after the map is not built.
 
 Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -24,14 +24,14 @@ from fd_large.errors import ConfigError, ShapeError, nearest
 
 
 class TimmBackbone(nn.Module):
-    """A net of timm up to the last stage of a stride; for inference only.
+    """A model of timm up to the last stage of a stride; for inference only.
 
     Parameters and buffers have timm's names, after `net.`. Under `zero.Init` it cannot be built:
     timm's constructors write to their children's parameters, which are in pieces by then. It is
     built whole and split afterwards.
 
     Args:
-        name: timm's name of the net.
+        name: timm's name of the model.
         stride: Pixels per token of the map.
 
     Attributes:
@@ -40,7 +40,7 @@ class TimmBackbone(nn.Module):
         num_prefix_tokens: 0; class tokens are left out of the map.
         drop_path_rates: None.
 
-    Raises: ConfigError: if timm has no such net, or the net no map of that stride.
+    Raises: ConfigError: if timm has no such model, or the model no map of that stride.
     """
 
     num_prefix_tokens = 0
@@ -59,7 +59,7 @@ class TimmBackbone(nn.Module):
         for module in net.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.forward = partial(_batch_norm, module)
-        # timm reaches inner maps by a method; the hooks of ZeRO-3 want the net itself called, or
+        # timm reaches inner maps by a method; the hooks of ZeRO-3 want the model itself called, or
         # parameters that it owns directly (class token, positions) would not be gathered.
         net.forward = partial(
             net.forward_intermediates,
@@ -85,8 +85,8 @@ class TimmBackbone(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
-        Raises: ShapeError: if the size is no multiple of the stride (nets of timm round in
-            different ways), or not the one size that the net takes.
+        Raises: ShapeError: if the size is no multiple of the stride (models of timm round in
+            different ways), or not the one size that the model takes.
         """
         if height % self.stride or width % self.stride:
             raise ShapeError(
@@ -97,7 +97,7 @@ class TimmBackbone(nn.Module):
         if self.fixed_size and (height, width) != tuple(self.fixed_size):
             rows, columns = self.fixed_size
             raise ShapeError(
-                f"{self.name}: a net of one image size; got {height}x{width} pixels, expected "
+                f"{self.name}: a model of one image size; got {height}x{width} pixels, expected "
                 f"{rows}x{columns}. Set --objective.teacher_image_size {rows}."
             )
         return height // self.stride, width // self.stride
@@ -120,20 +120,20 @@ class TimmBackbone(nn.Module):
 
 
 def create(name: str) -> nn.Module:
-    """Builds a net of timm by name, whole, without asking any server.
+    """Builds a model of timm by name, whole, without asking any server.
 
-    Raises: ConfigError: if timm has no such net, or cannot give out its inner maps.
+    Raises: ConfigError: if timm has no such model, or cannot give out its inner maps.
     """
     if not timm.is_model(name):
         raise ConfigError(
-            f"architecture.timm_name: timm {timm.__version__} has no such net; got {name!r}, "
+            f"architecture.timm_name: timm {timm.__version__} has no such model; got {name!r}, "
             f"{nearest(name, timm.list_models())}. Use a name of timm.list_models()."
         )
     net = timm.create_model(name, pretrained=False)
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
             f"architecture.timm_name: timm {timm.__version__} cannot give out inner maps of this "
-            f"net; got {name!r}, expected one with forward_intermediates. Choose another net."
+            f"model; got {name!r}, expected one with forward_intermediates. Choose another net."
         )
     return net
 

@@ -59,7 +59,7 @@ class ViT(nn.Module):
         width: Channels of the map.
         stride: Pixels per token, each way.
         num_prefix_tokens: CLS and distillation tokens of the map.
-        depths: Number of blocks, as of a net with one stage.
+        depths: Number of blocks, as of a model with one stage.
         drop_path_rates: One per site, attention then MLP of each block in order.
 
     Raises: ConfigError: for values that do not fit each other.
@@ -241,7 +241,7 @@ class Block(nn.Module):
     Args:
         width: C.
         num_heads: h.
-        number: Within the net, from 1; it sets how much the branch ends are scaled down.
+        number: Within the model, from 1; it sets how much the branch ends are scaled down.
         table_rows: Of the block's own position table; 0: none.
     """
 

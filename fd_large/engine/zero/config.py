@@ -129,7 +129,7 @@ class RunNumbers(NamedTuple):
 
     Attributes:
         micro_batch_size: Images per rank and forward.
-        accumulation: Micro batches per update.
+        accumulation: Micro batches per step.
         world_size: Ranks.
         node_size: Ranks of a node.
         clip_norm: Global L2 norm to clip gradients at.

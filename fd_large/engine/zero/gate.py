@@ -1,7 +1,7 @@
-"""The moment between an update's gradients and its step, whatever the ZeRO stage.
+"""The moment between a step's gradients and its step, whatever the ZeRO stage.
 
 DeepSpeed's `step` finds the norm, clips and calls the inner optimiser, once or once a group. The
-gate stands in front of that call: gradients are complete, no weight has moved yet, and an update
+gate stands in front of that call: gradients are complete, no weight has moved yet, and a step
 that is refused leaves weights, moments and step counts as they were.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 
 class StepGate:
-    """Asks once an update whether the inner optimiser may step.
+    """Asks once a step whether the inner optimiser may step.
 
     Args:
         inner: The optimiser that DeepSpeed wraps, or steps itself at stage 0. Its `step` is
@@ -22,7 +22,7 @@ class StepGate:
 
     Attributes:
         inner: The optimiser.
-        inner_step: What an update that is let through calls.
+        inner_step: What a step that is let through calls.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -35,7 +35,7 @@ class StepGate:
         """Lets the engine step; returns whether the weights moved.
 
         Args:
-            engine: DeepSpeed's, at the boundary of an update.
+            engine: DeepSpeed's, at the boundary of a step.
             ask: Called on every rank before the first weight moves, unless DeepSpeed refuses the
                 step by itself (a norm that is not finite): whether to go on.
         """

@@ -36,7 +36,7 @@ class LayerRates:
             (padding at an end) are not stepped.
 
     Attributes:
-        rate_of: Scale -> learning rate of the update under way.
+        rate_of: Scale -> learning rate of the step under way.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ def by_layer(engine: Engine, decay: float) -> LayerRates | None:
     """Lets an engine step each layer at its rate; None where all have one.
 
     Args:
-        engine: Before its first update.
+        engine: Before its first step.
         decay: Factor of the rate from one layer to the one below it.
     """
     if decay == 1.0:

@@ -18,7 +18,7 @@ def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: 
     normalisation) are weights too; every rank holds them whole.
 
     Args:
-        net: Parameters in pieces or whole.
+        model: Parameters in pieces or whole.
         items: (name, full tensor), the network's own names, the same on every rank; of a file with
             gaps that the user allowed, those stay as they are.
         where: What the user set, for the message.

@@ -111,9 +111,9 @@ def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool =
     An average that the engine keeps and the stored state has not begins as the weights.
 
     Args:
-        engine: Between two updates, or before the first.
+        engine: Between two steps, or before the first.
         read: (kind, name, start, stop) -> those elements of the flattened tensor.
-        updates: That are finished.
+        steps: That are finished.
         steps: Of them that the optimiser has made: all but the skipped ones.
         ema: Whether the stored state has an average.
     """

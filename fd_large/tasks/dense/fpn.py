@@ -1,4 +1,4 @@
-"""The feature pyramid over the four stages of a Swin net.
+"""The feature pyramid over the four stages of a Swin model.
 
 A new norm on each stage's map, as in every published detector with a Swin backbone, then lateral
 and output convolutions with a norm each (ViTDet's choice for its Swin baselines).

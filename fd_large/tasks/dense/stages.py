@@ -17,11 +17,11 @@ SwinOrViT = HierarchicalBackbone | ViT
 
 
 def strip(student: SwinOrViT) -> None:
-    """Takes from a net what detection has no use for; the weights of the rest keep their names.
+    """Takes from a model what detection has no use for; the weights of the rest keep their names.
 
     A parameter without a gradient would still be decayed under DeepSpeed.
 
-    Raises: ConfigError: if the net can carry no pyramid.
+    Raises: ConfigError: if the model can carry no pyramid.
     """
     if isinstance(student, ViT):
         check(student)
@@ -45,7 +45,7 @@ def features(
         pixels: (B, 3, H, W), any float dtype.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
-    Returns: of a ViT one map (B, H, W, C), of a Swin net a map of each stage.
+    Returns: of a ViT one map (B, H, W, C), of a Swin model a map of each stage.
     """
     if isinstance(student, ViT):
         return windowed_map(student, pixels, keep)
@@ -53,7 +53,7 @@ def features(
 
 
 def pyramid_of(student: SwinOrViT, width: int) -> nn.Module:
-    """Returns the pyramid that fits a net, of so many channels."""
+    """Returns the pyramid that fits a model, of so many channels."""
     if isinstance(student, ViT):
         return SimplePyramid(student.width, width)
     return FeaturePyramid([student.embed_dim * 2**stage for stage in range(NUM_STAGES)], width)

@@ -1,7 +1,7 @@
 """A plain ViT on large images: most blocks see windows, a few the whole image.
 
-The net is the distilled one, parameters and names untouched; only its walk is another. Windows are
-as large as the grid on which the net was distilled, so that its position table fits inside them;
+The model is the distilled one, parameters and names untouched; only its walk is another. Windows are
+as large as the grid on which the model was distilled, so that its position table fits inside them;
 the last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token
 has no place in a window and is left out, and so is the final norm.
 
@@ -35,12 +35,12 @@ def check(net: ViT) -> None:
     if rows != columns:
         raise ConfigError(
             f"architecture.image_size: windows are square; got positions for {rows}x{columns} "
-            "patches, expected as many rows as columns. Use a net of square images."
+            "patches, expected as many rows as columns. Use a model of square images."
         )
     if net.has_relative_position and net.rel_pos_bias is None:
         raise ConfigError(
             "architecture.relative_position: detection fits one table to windows and image; got "
-            "'block', expected 'shared' or 'none'. Leave it as the net was distilled."
+            "'block', expected 'shared' or 'none'. Leave it as the model was distilled."
         )
 
 
@@ -48,7 +48,7 @@ def windowed_map(net: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
     """Maps normalised images of any size to the last block's map.
 
     Args:
-        net: Its patches, positions and blocks are used.
+        model: Its patches, positions and blocks are used.
         pixels: (B, 3, H, W), any float dtype; padded right and bottom to whole patches.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 

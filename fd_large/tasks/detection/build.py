@@ -14,7 +14,7 @@ from fd_large.recipes.run import Run
 from fd_large.tasks.detection.task import Detection
 from fd_large.weights.source import open_weights
 
-# Of a distilled net, what a detector has no use for.
+# Of a distilled model, what a detector has no use for.
 LEFT_OUT = ("norm.weight", "norm.bias", "cls_token", "dist_token")
 
 
@@ -72,6 +72,6 @@ def student_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
         kept,
         allow=(*run.student.init_allow, *LEFT_OUT),
         where="--student.init",
-        remedy="Name the net of the file by --student.model and --student.architecture.*, or set "
+        remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",
     )

@@ -1,4 +1,4 @@
-"""Detection as a job of the engine: COCO's pictures and objects, the student's weights, AP."""
+"""Detection as a job of the engine: COCO's images and objects, the student's weights, AP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate, Job, Portion
@@ -31,7 +31,7 @@ from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_o
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.task import Detection
 
-# More than all but a few of COCO's pictures have.
+# More than all but a few of COCO's images have.
 OBJECTS_OF_PROBE = 64
 # Fields of a recipe that mean nothing here: what is set and does nothing would mislead.
 IDLE = (
@@ -48,20 +48,20 @@ IDLE = (
 class DetectionJob(Job):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
 
-    def open_samples(self) -> PictureSource:
-        """Opens the training pictures and their objects."""
+    def open_samples(self) -> ImageSource:
+        """Opens the training images and their objects."""
         pictures = open_coco(self.run.data.root, "train")
         check_classes(self.run, pictures)
         self._categories = dict(zip(pictures.category_ids, pictures.category_names, strict=True))
-        return cast(PictureSource, pictures)
+        return cast(ImageSource, pictures)
 
     def check(self) -> None:
-        """Opens the test pictures, and the headers of the weights."""
+        """Opens the test images, and the headers of the weights."""
         self.refuse(IDLE)
-        self._test_pictures = self._opened_for_tests()
+        self._test_images = self._opened_for_tests()
         if distributed.is_main():
             # What cannot be scored is known before hours of training.
-            score(read_ground_truth(self._test_pictures.annotations), [])
+            score(read_ground_truth(self._test_images.annotations), [])
         self.initial_weights()
 
     def make_task(self) -> Detection:
@@ -72,8 +72,8 @@ class DetectionJob(Job):
         """The student's from `student.init`."""
         return student_weights(self.run)
 
-    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
-        """Pictures under jitter, with what is seen of their objects."""
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Images under jitter, with what is seen of their objects."""
         run = self.run
         return iter(
             build_loader(
@@ -88,7 +88,7 @@ class DetectionJob(Job):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Grey images, each with as many objects as a crowded picture has."""
+        """Grey images, each with as many objects as a crowded image has."""
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
         numbers = self.run.task.detection
         height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
@@ -110,14 +110,14 @@ class DetectionJob(Job):
         )
 
     def evaluation(
-        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
     ) -> Evaluate | None:
-        """COCO's numbers on all test pictures; results and scores go into RUN/evaluations.
+        """COCO's numbers on all test images; results and scores go into RUN/evaluations.
 
-        With the average of the weights where there is one; not before the first update, since new
+        With the average of the weights where there is one; not before the first step, since new
         heads see nothing.
         """
-        run, pictures = self.run, self._test_pictures
+        run, pictures = self.run, self._test_images
         task = cast(Detection, engine.task)
 
         def detect(images: Tensor, sizes: Tensor) -> list[Detections]:
@@ -158,7 +158,7 @@ class DetectionJob(Job):
         """Where evaluations are kept."""
         return Path(self.run.run_dir()) / "evaluations"
 
-    def test_pictures(self, classes: tuple[str, ...]) -> CocoSet:
+    def test_images(self, classes: tuple[str, ...]) -> CocoSet:
         """The val split of `eval.root`, or of `data.root`.
 
         Args:
@@ -184,7 +184,7 @@ class DetectionJob(Job):
 
     def _opened_for_tests(self) -> CocoSet:
         try:
-            return self.test_pictures(tuple(self._categories.values()))
+            return self.test_images(tuple(self._categories.values()))
         except DataError as error:
             # A data set may have no split for tests; then another's serves.
             raise DataError(str(error).replace("Set --data.root", "Set --eval.root")) from None
@@ -204,7 +204,7 @@ def check_classes(run: Run, pictures: CocoSet) -> None:
 
 
 def jitter_of(run: Run) -> Jitter:
-    """How the recipe's training pictures are resized and cut."""
+    """How the recipe's training images are resized and cut."""
     numbers = run.task.detection
     if any(numbers.whole_size):
         return ShortestEdge(*numbers.whole_size)
@@ -213,6 +213,6 @@ def jitter_of(run: Run) -> Jitter:
 
 
 def test_size(run: Run) -> tuple[int, int]:
-    """Shorter side, and the most that the longer may be, of evaluated pictures, in pixels."""
+    """Shorter side, and the most that the longer may be, of evaluated images, in pixels."""
     side = run.data.image_size
     return run.task.detection.test_size if any(run.task.detection.test_size) else (side, side)

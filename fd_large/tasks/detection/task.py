@@ -22,7 +22,7 @@ from fd_large.tasks.detection.heads.target import Target, Targets
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 # Of pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after normalisation: a
-# net whose biases are still 0 maps that to 0, where each norm multiplies gradients by
+# model whose biases are still 0 maps that to 0, where each norm multiplies gradients by
 # 1 / sqrt(eps).
 PADDING = 128
 

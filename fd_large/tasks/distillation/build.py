@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fd_large.backbones.registry import build as build_net
+from fd_large.backbones.registry import build as build_model
 from fd_large.engine.student import Precision, attention_memory, build_student
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError, ShapeError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def teacher_maker(run: Run) -> Callable[[], Teacher]:
     """A constructor of the recipe's teacher, with random weights."""
     architecture = run.teacher_architecture()
-    # A net with a table of positions has one size; others take the student's images.
+    # A model with a table of positions has one size; others take the student's images.
     has_table = architecture.relative_position not in (None, "none")
     fixed = architecture.image_size if architecture.absolute_position or has_table else 0
     image_size = run.objective.teacher_image_size or fixed or 0
@@ -37,7 +37,7 @@ def teacher_maker(run: Run) -> Callable[[], Teacher]:
         image_size = 0
 
     def make() -> Teacher:
-        net = build_net(
+        net = build_model(
             run.teacher.model,
             run.teacher.architecture,
             initialization="official",
@@ -67,7 +67,7 @@ def task_maker(run: Run, teacher: Callable[[Tensor], Any], width: int) -> Callab
 
 
 def parameter_sizes(run: Run) -> tuple[int, ...]:
-    """Elements of each tensor of student and teacher, from nets without memory; checks the grids.
+    """Elements of each tensor of student and teacher, from models without memory; checks the grids.
 
     Raises: ShapeError: if student and teacher cannot be aligned.
     """
@@ -91,7 +91,7 @@ def parameter_sizes(run: Run) -> tuple[int, ...]:
 def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
     """(name, tensor) of a settled run's teacher; None if it is random or brings its own.
 
-    Reads headers only; that the file covers the net is known when this returns.
+    Reads headers only; that the file covers the model is known when this returns.
 
     Raises: ConfigError: if the recipe names no source; WeightsError: if the file does not fit.
     """
@@ -120,7 +120,7 @@ def teacher_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
         shapes(architecture),
         allow=run.teacher.allow,
         where="--teacher.source",
-        remedy="Set --teacher.model auto to take the net of the file, or --teacher.allow NAMES to "
+        remedy="Set --teacher.model auto to take the model of the file, or --teacher.allow NAMES to "
         "do without.",
     )
 

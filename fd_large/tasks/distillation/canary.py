@@ -9,7 +9,7 @@ Cost of a look, by arithmetic, on one H100 and for the 1.06B teacher in bf16: ha
 (replicated; a split one is hashed in parts), about 10 passes over 16 bytes an element, 1.06e9 x
 160 B at 3 TB/s = 0.06 s, and a dozen launches for each of 1,000 tensors, 0.1 s; the map of two
 images, 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s; seven products of 2 x 4096^3 = 0.14 TFLOP,
-0.003 s; two small collectives. 0.2 s every 500 updates is below 1% of training time where an update
+0.003 s; two small collectives. 0.2 s every 500 steps is below 1% of training time where a step
 takes 0.04 s or more; those of the 3B run take seconds. On one CPU core (measured) the hash takes
 0.06 s a million elements.
 """
@@ -60,14 +60,14 @@ def seconds_of_product() -> float:
 
 
 class Canary(Hook):
-    """Looks every so many updates, after the last one, and before each checkpoint.
+    """Looks every so many steps, after the last one, and before each checkpoint.
 
     Reads `Setting.checks`: `teacher_shard` returns "PART HASH" of what this rank holds itself,
     ranks that hold the same name the same PART; `teacher_map` the map (B, N, C) of a fixed batch.
     A changed teacher ends the run on all ranks alike, without saving.
 
     Args:
-        every: Updates between two looks.
+        every: Steps between two looks.
         seconds: How long a fixed computation takes on this rank.
     """
 
@@ -141,7 +141,7 @@ class Canary(Hook):
                 f"of a fixed batch is off by {distance:.2g} of its norm"
             )
         log.error(
-            "canary: THE TEACHER CHANGED after update %d, seen after update %d, %s. The run ends "
+            "canary: THE TEACHER CHANGED after step %d, seen after step %d, %s. The run ends "
             "without a checkpoint of what it learned since; those that it has are sound. Start the "
             "same command again, without that node: it goes on from the newest one.",
             self._good,
@@ -161,7 +161,7 @@ class Canary(Hook):
                 if distributed.is_main():
                     log.warning(
                         "canary: %s is slow: a fixed product took it %.3g ms, the median of the "
-                        "ranks is %.3g ms, twice in a row; every update waits for it",
+                        "ranks is %.3g ms, twice in a row; every step waits for it",
                         self._places[rank],
                         1e3 * seconds[rank],
                         1e3 * usual,

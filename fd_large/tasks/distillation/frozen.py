@@ -1,4 +1,4 @@
-"""A word of the user's becomes a frozen net to measure: a run's student or teacher, or weights."""
+"""A word of the user's becomes a frozen model to measure: a run's student or teacher, or weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _TIMM, _TEACHER, _SCRATCH = "timm:", "#teacher", "#scratch"
 
 @dataclass(frozen=True)
 class Named:
-    """A net as a recipe's section describes it, settled; nothing is built.
+    """A model as a recipe's section describes it, settled; nothing is built.
 
     Attributes:
-        label: A short name, for tables and pictures.
+        label: A short name, for tables and images.
         source: As the user wrote it.
-        section: Net and weights.
+        section: Model and weights.
         image_size: Side of the images that it was trained with, in pixels.
         trained_by: Recipe of the run whose student it is; None: of no run.
         seed: Of the run that it belongs to; decides random weights.
@@ -47,10 +47,10 @@ class Named:
     seed: int = 0
 
     def build(self) -> tuple[nn.Module, Statistics]:
-        """The net with its weights, in float32 on this process's device, and its statistics."""
+        """The model with its weights, in float32 on this process's device, and its statistics."""
         run = _run(self.section, self.image_size)
         weights = teacher_weights(run)
-        # A random net is the teacher that a run of this seed has.
+        # A random model is the teacher that a run of this seed has.
         teacher = partition.build(teacher_maker(run), {}, partitioned=False, seed=self.seed + 1)
         if weights is not None:
             load_weights(teacher.net, weights, where=self.source)
@@ -60,14 +60,14 @@ class Named:
         return teacher.to(distributed.device()).net, teacher.statistics
 
 
-def find_net(source: str, *, image_size: int = 0) -> Named:
-    """Finds out which net a word means; reads headers only.
+def find_model(source: str, *, image_size: int = 0) -> Named:
+    """Finds out which model a word means; reads headers only.
 
     Args:
         source: The folder of a run or of one of its checkpoints (its student, the average of its
             weights where the run keeps one), RUN#teacher, RUN#scratch (its student with
             random weights); weights as `teacher.source` takes them; or NET=SOURCE, for
-            weights that do not tell their net, with NET a name of the table of nets or timm:NAME,
+            weights that do not tell their model, with NET a name of the table of models or timm:NAME,
             and SOURCE weights or `random`.
         image_size: Of its images, in pixels; 0: as it was trained. A ViT's positions are resized.
 
@@ -76,7 +76,7 @@ def find_net(source: str, *, image_size: int = 0) -> Named:
     try:
         return _found(source, image_size)
     except WeightsError as error:
-        raise WeightsError(str(error).replace("--teacher.source", "net")) from None
+        raise WeightsError(str(error).replace("--teacher.source", "model")) from None
 
 
 def _found(source: str, image_size: int) -> Named:
@@ -164,10 +164,10 @@ def _label(named: str, weights: str) -> str:
 
 
 def _own_size(section: Teacher) -> int:
-    """The side that a net was made for; the recipes' where it tells none."""
+    """The side that a model was made for; the recipes' where it tells none."""
     architecture = _run(section, Data().image_size).teacher_architecture()
     if architecture.family == "timm":
-        import timm  # A second that other nets are spared.
+        import timm  # A second that other models are spared.
 
         return timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
     return architecture.image_size or Data().image_size
@@ -181,7 +181,7 @@ def _seen_size(run: Run) -> int:
 
 
 def _sized(whole: Architecture, overrides: Architecture, image_size: int) -> Architecture:
-    """With positions for that size where the net has any."""
+    """With positions for that size where the model has any."""
     return replace(overrides, image_size=image_size) if whole.family == "vit" else overrides
 
 
@@ -190,7 +190,7 @@ def _settled(section: Teacher, image_size: int) -> Teacher:
 
 
 def _run(section: Teacher, image_size: int) -> Run:
-    """A recipe of nothing but that net, for the functions that take recipes."""
+    """A recipe of nothing but that model, for the functions that take recipes."""
     return Run(
         name="net",
         student=Student(model="swinv2_tiny"),

@@ -15,7 +15,7 @@ from fd_large import distributed
 from fd_large.data.decode import decode
 from fd_large.data.draws import uniforms
 from fd_large.data.sampler import epoch_order
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.data.views import NUM_DRAWS, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
@@ -32,26 +32,26 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """The views of one set of pictures, cut once and kept as uint8 on the host.
+    """The views of one set of images, cut once and kept as uint8 on the host.
 
     Args:
         name: Prefix of the metrics.
-        source: The pictures.
-        views: How many; view v shows picture v modulo their number.
+        source: The images.
+        views: How many; view v shows image v modulo their number.
         image_size: Side of a view.
         min_crop_scale: Smallest crop area, as a part of the picture's.
         micro_batch_size: Views per forward.
         seed: Of the crops.
-        max_pixels: Larger pictures are refused before they are decoded.
-        skip_bad: Take the next picture for one that cannot be used, as training does.
+        max_pixels: Larger images are refused before they are decoded.
+        skip_bad: Take the next image for one that cannot be used, as training does.
 
-    Raises: DataError: for a picture that cannot be used, unless such are skipped.
+    Raises: DataError: for an image that cannot be used, unless such are skipped.
     """
 
     def __init__(
         self,
         name: str,
-        source: PictureSource,
+        source: ImageSource,
         *,
         views: int,
         image_size: int,
@@ -130,7 +130,7 @@ class Evaluation:
             return best_constant_loss(engine.task, batches, distributed.sum_tensor)
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Maps of the first few pictures: `images`, `teacher`, `student` (see feature_panel)."""
+        """Maps of the first few images: `images`, `teacher`, `student` (see feature_panel)."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             images = self._panel.to(distributed.device())

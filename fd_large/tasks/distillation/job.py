@@ -1,4 +1,4 @@
-"""Distillation as a job: one set of pictures, a teacher beside the engine, held-out losses."""
+"""Distillation as a job: one set of images, a teacher beside the engine, held-out losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fd_large import distributed
 from fd_large.data.loader import Batch, build_loader
-from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import Evaluate, Job, Portion
@@ -35,23 +35,23 @@ class DistillationJob(Job):
 
     @property
     def teacher(self) -> PlacedTeacher:
-        """The frozen net; there is none before `build`."""
+        """The frozen model; there is none before `build`."""
         assert self._teacher is not None
         return self._teacher
 
-    def open_samples(self) -> PictureSource:
+    def open_samples(self) -> ImageSource:
         """Opens `data.root`."""
-        return open_pictures(self.run.data.root)
+        return open_images(self.run.data.root)
 
     def check(self) -> None:
-        """Opens the held-out pictures, and the headers of the weights."""
+        """Opens the held-out images, and the headers of the weights."""
         if self.run.eval.root:
             self._held_out()
         teacher_weights(self.run)
         student_weights(self.run)
 
-    def stage(self, samples: PictureSource) -> PictureSource:
-        """Copies the pictures to `data.stage_to`."""
+    def stage(self, samples: ImageSource) -> ImageSource:
+        """Copies the images to `data.stage_to`."""
         return stage(samples, self.run.data.stage_to)
 
     def parameter_sizes(self) -> tuple[int, ...]:
@@ -71,8 +71,8 @@ class DistillationJob(Job):
         """Student, projection and loss, around the teacher."""
         return task_maker(self.run, self.teacher, self.teacher.width)()
 
-    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
-        """One crop of each picture."""
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """One crop of each image."""
         run = self.run
         return iter(
             build_loader(
@@ -97,9 +97,9 @@ class DistillationJob(Job):
         return Batch(images, 0, positions, positions)
 
     def evaluation(
-        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
     ) -> Evaluate | None:
-        """Held-out pictures, and crops of the training pictures that training never sees.
+        """Held-out images, and crops of the training images that training never sees.
 
         With the average of the weights where there is one.
         """
@@ -154,8 +154,8 @@ class DistillationJob(Job):
             "teacher_map": lambda: self.teacher.map_of_fixed_images(size),
         }
 
-    def _held_out(self) -> PictureSource:
+    def _held_out(self) -> ImageSource:
         try:
-            return open_pictures(self.run.eval.root)
+            return open_images(self.run.eval.root)
         except DataError as error:
             raise DataError(str(error).replace("data.root", "eval.root")) from None

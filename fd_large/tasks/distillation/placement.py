@@ -99,7 +99,7 @@ def place(
         seed: Of the random weights.
         node_size: Ranks of a node.
         persistence_threshold: Tensors of at most so many elements stay whole.
-        weights: (name, full tensor) of the net, on every rank, or None for random weights.
+        weights: (name, full tensor) of the model, on every rank, or None for random weights.
         whole_first: See `partition.build`.
     """
     group = None

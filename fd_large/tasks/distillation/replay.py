@@ -1,6 +1,6 @@
 """A step that the guard refused, once more: one process, one device, plain torch.
 
-Weights come from a checkpoint, whatever ranks and ZeRO stage wrote it; pictures from the incident;
+Weights come from a checkpoint, whatever ranks and ZeRO stage wrote it; images from the incident;
 drop path is drawn again from seed, epoch and positions. So the loss is the recorded one wherever
 the checkpoint holds the weights that the step ran on.
 """
@@ -63,7 +63,7 @@ class Incident(NamedTuple):
         folder: Of the run.
         recipe: Of the run, in the precision that it had, with the teacher whole.
         said: incident.json.
-        pictures: Of the ranks whose pictures are kept.
+        images: Of the ranks whose images are kept.
     """
 
     folder: Path
@@ -77,8 +77,8 @@ class Weights(NamedTuple):
 
     Attributes:
         reader: Of the checkpoint.
-        update: Updates of it.
-        accepted_between: Updates that moved the step's weights and not these, but for those that a
+        update: Steps of it.
+        accepted_between: Steps that moved the step's weights and not these, but for those that a
             roll-back undid; 0: these are the weights that the step ran on. None: it is later than
             the step.
     """
@@ -93,7 +93,7 @@ class Replayed(NamedTuple):
 
     Attributes:
         losses: Rank -> loss of each micro batch.
-        grad_norm: Of the mean loss over all replayed pictures.
+        grad_norm: Of the mean loss over all replayed images.
         forward: Layer -> largest magnitude of its output, in execution order.
         gradient: Layer -> largest magnitude of the gradient at its output.
         same_teacher: Whether the teacher's hash is the one that the checkpoint names.
@@ -109,7 +109,7 @@ class Replayed(NamedTuple):
 def read_incident(path: Path) -> Incident:
     """Reads incident.json, or the folder that holds it, where the run wrote it.
 
-    Raises: ConfigError: if it is none, is damaged, stands outside of its run, or has no pictures
+    Raises: ConfigError: if it is none, is damaged, stands outside of its run, or has no images
         any more.
     """
     file = path / FILE if path.is_dir() else path
@@ -136,10 +136,10 @@ def read_incident(path: Path) -> Incident:
                 pictures.append(Pictures(rank, stored["images"], stored["positions"], losses))
                 counts = (len(said["ranks"][rank]["names"]), len(stored["positions"]))
                 if counts != (len(stored["images"]),) * 2:
-                    raise ValueError(f"{name} has {len(stored['images'])} pictures, not {counts}")
+                    raise ValueError(f"{name} has {len(stored['images'])} images, not {counts}")
         if not pictures:
             raise ConfigError(
-                f"replay: {file}: its pictures are gone; got none, expected those of a rank. The "
+                f"replay: {file}: its images are gone; got none, expected those of a rank. The "
                 f"newest {INCIDENTS_WITH_IMAGES} incidents keep theirs: replay one of them."
             )
         return Incident(folder, _recipe(folder), said, pictures)
@@ -178,10 +178,10 @@ def find_weights(incident: Incident) -> Weights:
 
 
 def run_again(incident: Incident, weights: Weights) -> Replayed:
-    """Forward and backward over the incident's pictures, micro batch by micro batch.
+    """Forward and backward over the incident's images, micro batch by micro batch.
 
     Raises: WeightsError: if the teacher's file is gone; CheckpointError: if the checkpoint is not
-        of the recipe's net.
+        of the recipe's model.
     """
     run = incident.recipe
     # The teacher may be a run's student.
@@ -224,7 +224,7 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
 def _moved_by(
     rows: Sequence[Mapping[str, Any]], roll_backs: Mapping[int, int], updates: int
 ) -> set[int]:
-    """Which of the first `updates` updates the weights after them descend from."""
+    """Which of the first `updates` steps the weights after them descend from."""
     last = max((update for update in roll_backs if update < updates), default=None)
     kept, start = set(), 0
     if last is not None:

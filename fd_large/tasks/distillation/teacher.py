@@ -14,10 +14,10 @@ class Teacher(nn.Module):
     """A frozen backbone that maps uint8 images to its feature map.
 
     Args:
-        net: A backbone: normalised images -> FeatureMap after its final norm.
-        statistics: The normalisation that the net was trained with.
+        model: A backbone: normalised images -> FeatureMap after its final norm.
+        statistics: The normalisation that the model was trained with.
         image_size: Side to which the normalised images are resized (bilinear, antialiased) before
-            the net; 0 leaves them as they are.
+            the model; 0 leaves them as they are.
     """
 
     def __init__(self, net: nn.Module, statistics: Statistics, *, image_size: int = 0) -> None:

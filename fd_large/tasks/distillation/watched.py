@@ -16,7 +16,7 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.labelled import open_split
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate
@@ -30,7 +30,7 @@ class WatchedDistillation(DistillationJob):
     """Distillation with `eval.knn_root`."""
 
     def check(self) -> None:
-        """Opens the labelled pictures too."""
+        """Opens the labelled images too."""
         super().check()
         self._labelled()
 
@@ -39,9 +39,9 @@ class WatchedDistillation(DistillationJob):
         return math.gcd(self.run.eval.every, self.run.eval.knn_every)
 
     def evaluation(
-        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
     ) -> Evaluate | None:
-        """Held-out losses where there are held-out pictures, and the vote of neighbours."""
+        """Held-out losses where there are held-out images, and the vote of neighbours."""
         losses = super().evaluation(engine, samples, micro_batch_size, ema)
         train_set, test_set = self._labelled()
 

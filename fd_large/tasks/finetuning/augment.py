@@ -1,6 +1,6 @@
 """RandAugment and random erasing as timm defines them, from numbers drawn by the caller.
 
-RandAugment is timm's `rand-mM-mstdS-inc1`: two operations a picture, each applied in half of the
+RandAugment is timm's `rand-mM-mstdS-inc1`: two operations an image, each applied in half of the
 cases, at a magnitude drawn around M, of the list whose severity grows with it. The operations are
 timm's own; what it draws from the state of Python's generator comes from `draws` here.
 
@@ -68,7 +68,7 @@ _NAMES = tuple(OPERATIONS)
 def augment(
     image: Tensor, draws: Sequence[float], *, magnitude: float, std: float, statistics: Statistics
 ) -> Tensor:
-    """RandAugment of one picture.
+    """RandAugment of one image.
 
     Args:
         image: (3, H, W) uint8.
@@ -108,14 +108,14 @@ def augment(
 def erasing_box(
     height: int, width: int, draws: Sequence[float], *, probability: float
 ) -> tuple[int, int, int, int] | None:
-    """Which part of a picture is erased: top, left, height, width; None: none.
+    """Which part of an image is erased: top, left, height, width; None: none.
 
     Area uniform in 2% to a third of the picture's, log aspect uniform in -+ log .3; the first of
-    ten tries that is smaller than the picture is taken.
+    ten tries that is smaller than the image is taken.
 
     Args:
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
         draws: `NUM_ERASING_DRAWS` numbers in [0, 1).
         probability: That anything is erased.
     """

@@ -1,4 +1,4 @@
-"""A net that a user named as the student of a fine-tuning recipe."""
+"""A model that a user named as the student of a fine-tuning recipe."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.frozen import RANDOM, Named
 
-# A net of the table of each family that can be trained, and the recipe whose settings fit it.
+# A model of the table of each family that can be trained, and the recipe whose settings fit it.
 FAMILIES = {
     "vit": ("vit_base_patch16", "finetune_clip_vit_base"),
     "swinv2": ("swinv2_base", "finetune_esvit_swin_base"),
     "swin": ("swin_base_esvit", "finetune_esvit_swin_base"),
 }
 
-# Fields of the section student that a user sets for nets that are named; the others come with them.
+# Fields of the section student that a user sets for models that are named; the others come with them.
 OWN_FIELDS = (
     "drop_path_rate",
     "residual_dtype",
@@ -29,15 +29,15 @@ OWN_FIELDS = (
 
 
 def recipe_name(named: Named) -> str:
-    """The recipe whose settings a net takes where the user names none.
+    """The recipe whose settings a model takes where the user names none.
 
-    Raises: ConfigError: if the net cannot be trained here.
+    Raises: ConfigError: if the model cannot be trained here.
     """
     architecture = _architecture(named)
     if architecture.family not in FAMILIES:
         raise ConfigError(
-            f"evaluate: {named.source}: nets of timm, or of one's own, are not fine-tuned; got "
-            f"{architecture.family}, expected a net of the families {', '.join(FAMILIES)}. Set "
+            f"evaluate: {named.source}: models of timm, or of one's own, are not fine-tuned; got "
+            f"{architecture.family}, expected a model of the families {', '.join(FAMILIES)}. Set "
             "--task knn or linear."
         )
     if architecture.family == "vit" and architecture.embed_dim >= 1024:
@@ -46,12 +46,12 @@ def recipe_name(named: Named) -> str:
 
 
 def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
-    """A fine-tuning recipe with a named net in the student's place.
+    """A fine-tuning recipe with a named model in the student's place.
 
     Every block gets its own copy of a position bias that blocks share.
 
     Args:
-        named: The net.
+        named: The model.
         base: A recipe of the task finetune; its drop path stays.
         own_fields: Of `OWN_FIELDS`, those in which its student's values stay as well; else a run's
             student is trained as the run trained it.

@@ -1,4 +1,4 @@
-"""Fine-tuning as a job of the engine: labelled pictures, the student's weights, accuracy."""
+"""Fine-tuning as a job of the engine: labelled images, the student's weights, accuracy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
+from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
 from fd_large.data.central import NO_LABEL, CentralBatch, central_batches
-from fd_large.data.labelled import LabelledPictures, open_labelled, open_split
+from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.loader import Batch, load_batches, micro_batches
-from fd_large.data.source import PictureSource
+from fd_large.data.source import ImageSource
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate, Job, Portion
@@ -32,7 +32,7 @@ from fd_large.weights.source import open_weights
 
 log = logging.getLogger(__name__)
 
-# Fields of a recipe that mean nothing here: colours are RandAugment's, and tests see all pictures.
+# Fields of a recipe that mean nothing here: colours are RandAugment's, and tests see all images.
 IDLE = (
     "data.color_jitter",
     "data.grayscale_probability",
@@ -46,14 +46,14 @@ IDLE = (
 class FineTuningJob(Job):
     """The student learns the labels of `data.root`/train and is tested on val or test."""
 
-    def open_samples(self) -> PictureSource:
-        """Opens the training pictures."""
-        return self._training_pictures()
+    def open_samples(self) -> ImageSource:
+        """Opens the training images."""
+        return self._training_images()
 
     def check(self) -> None:
-        """Opens the pictures for tests, and the headers of the weights."""
+        """Opens the images for tests, and the headers of the weights."""
         self.refuse(IDLE)
-        self.test_pictures()
+        self.test_images()
         self.initial_weights()
 
     def make_task(self) -> FineTuning:
@@ -76,12 +76,12 @@ class FineTuningJob(Job):
             {name: shape for name, shape in expected.items() if name not in discarded},
             allow=(*run.student.init_allow, *discarded),
             where="--student.init",
-            remedy="Name the net of the file by --student.model and --student.architecture.*, or "
+            remedy="Name the model of the file by --student.model and --student.architecture.*, or "
             "set --student.init_allow NAMES to do without.",
         )
 
-    def batches(self, samples: PictureSource, portion: Portion) -> Iterator[Batch]:
-        """Augmented and mixed pictures."""
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Augmented and mixed images."""
         run = self.run
         positions = micro_batches(
             len(samples),
@@ -92,7 +92,7 @@ class FineTuningJob(Job):
             world_size=portion.world_size,
         )
         batches = TrainingBatches(
-            cast(LabelledPictures, samples),
+            cast(LabelledImages, samples),
             run.task.finetune,
             self.statistics(),
             run.runtime.seed,
@@ -117,14 +117,14 @@ class FineTuningJob(Job):
         )
 
     def evaluation(
-        self, engine: Engine, samples: PictureSource, micro_batch_size: int, ema: Ema | None
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
     ) -> Evaluate | None:
-        """Accuracy on all pictures for tests, exact on any number of ranks.
+        """Accuracy on all images for tests, exact on any number of ranks.
 
         With the average of the weights where there is one. What cannot be read is named and not
         counted; past `data.max_bad_fraction` that ends the run.
         """
-        pictures, bad = self.test_pictures(), BadPictures()
+        pictures, bad = self.test_images(), BadImages()
 
         def evaluate(
             update: int, last: bool, between: Callable[[], None]
@@ -136,16 +136,16 @@ class FineTuningJob(Job):
         return evaluate
 
     def statistics(self) -> Statistics:
-        """By which pictures are normalised; ImageNet's for random weights."""
+        """By which images are normalised; ImageNet's for random weights."""
         stated = self.run.task.finetune.statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, those of the training pictures."""
-        return self._training_pictures().classes
+        """Names of the classes, those of the training images."""
+        return self._training_images().classes
 
-    def test_pictures(self) -> LabelledPictures:
-        """The pictures of `eval.root`, or those beside the training pictures."""
+    def test_images(self) -> LabelledImages:
+        """The images of `eval.root`, or those beside the training images."""
         root = self.run.eval.root
         if not root:
             return open_split(self.run.data.root, "val", self.classes())
@@ -154,9 +154,9 @@ class FineTuningJob(Job):
         except DataError as error:
             raise DataError(str(error).replace("data.root", "eval.root")) from None
 
-    _pictures: LabelledPictures | None = None
+    _pictures: LabelledImages | None = None
 
-    def _training_pictures(self) -> LabelledPictures:
+    def _training_images(self) -> LabelledImages:
         if self._pictures is None:
             self._pictures = open_split(self.run.data.root, "train")
         return self._pictures
@@ -164,8 +164,8 @@ class FineTuningJob(Job):
     def _measure(
         self,
         engine: Engine,
-        pictures: LabelledPictures,
-        bad: BadPictures,
+        pictures: LabelledImages,
+        bad: BadImages,
         batch_size: int,
         between: Callable[[], None],
     ) -> dict[str, float]:

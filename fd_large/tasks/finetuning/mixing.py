@@ -1,9 +1,9 @@
 """Mixup and CutMix of a global batch, from numbers drawn by the caller.
 
-timm's `batch` mode: one choice between the two, one share and one box for all pictures of a batch.
+timm's `batch` mode: one choice between the two, one share and one box for all images of a batch.
 The batch here is the global one, and neighbours in it are partners: timm takes the batch of a GPU
 backwards, so that the number of GPUs decides who meets whom. The order of an epoch is random, so
-either pairing is a random one; of this one a rank seldom has to load more than its own pictures.
+either pairing is a random one; of this one a rank seldom has to load more than its own images.
 
 Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm/data/mixup.py
 (Apache-2.0).
@@ -27,10 +27,10 @@ MAX_ALPHA = 2.0
 
 
 class Mix(NamedTuple):
-    """What becomes of every picture of a batch.
+    """What becomes of every image of a batch.
 
     Attributes:
-        share: Of the picture itself, in pixels and in labels; the partner has the rest.
+        share: Of the image itself, in pixels and in labels; the partner has the rest.
         box: Top, bottom, left, right of the part that is the partner's (CutMix); None: all pixels
             are weighted means (mixup).
     """
@@ -70,7 +70,7 @@ def draw_mix(
         seed: The run's seed.
         epoch: Counted from 0.
         first_position: Of the global batch, in the epoch's order.
-        image_size: Side of the pictures, in pixels.
+        image_size: Side of the images, in pixels.
         mixup: Alpha of its beta distribution; 0: never.
         cutmix: The same of CutMix.
         switch_probability: Of CutMix, where both are on.
@@ -110,7 +110,7 @@ def beta_share(draws: NDArray[np.float64], alpha: float) -> float:
 
 
 def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
-    """Mixes pictures with their partners.
+    """Mixes images with their partners.
 
     Args:
         images: (B, 3, H, W) float32, normalised.
@@ -128,7 +128,7 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 def mix_labels(
     labels: Tensor, others: Tensor, mix: Mix, *, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Distributions over the classes, smoothed and mixed as the pictures are.
+    """Distributions over the classes, smoothed and mixed as the images are.
 
     Args:
         labels: (B,) int64.

@@ -1,7 +1,7 @@
-"""Fine-tuning as a task: the whole net learns to name the class of a picture.
+"""Fine-tuning as a task: the whole model learns to name the class of an image.
 
 A ViT classifies the mean of its patch tokens, normalised by a norm of its own; the final norm that
-distillation trained is discarded. A Swin net keeps its norm. Every block has its own copy of a
+distillation trained is discarded. A Swin model keeps its norm. Every block has its own copy of a
 position bias that blocks shared before (weights/swin.py makes the copies).
 
 Source: the official fine-tuning code (models/vision_transformer.py, main_finetune.py) of
@@ -58,12 +58,12 @@ class FineTuning(Task):
     def forward(
         self, *, pixels: Tensor, targets: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross-entropy and, in evaluation, sums over the pictures.
+        """Returns the cross-entropy and, in evaluation, sums over the images.
 
         Args:
             pixels: (B, 3, H, W) float32, normalised.
             targets: (B, K) float32, distributions; in evaluation (B,) int64, labels, where
-                pictures with `NO_LABEL` are not counted.
+                images with `NO_LABEL` are not counted.
             keep: (num_sites, B) bool, or None.
         """
         logits = self.logits(pixels, keep)
@@ -100,7 +100,7 @@ class FineTuning(Task):
 
 
 def counted(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Percentages and the mean loss of sums over all pictures."""
+    """Percentages and the mean loss of sums over all images."""
     pictures = float(sums["pictures"])
     return {
         "loss": float(sums["loss"]) / max(pictures, 1.0),

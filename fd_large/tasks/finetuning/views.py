@@ -1,6 +1,6 @@
-"""Labelled pictures to batches that are mixed and augmented, for training.
+"""Labelled images to batches that are mixed and augmented, for training.
 
-What happens to a picture in training is a function of (seed, epoch, position), whom it is mixed
+What happens to an image in training is a function of (seed, epoch, position), whom it is mixed
 with as well: a rank whose micro batch ends between two partners loads the missing one too.
 """
 
@@ -18,7 +18,7 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data import views
 from fd_large.data.decode import decode, size_before_decoding
 from fd_large.data.draws import uniforms
-from fd_large.data.labelled import LabelledPictures
+from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, first_usable
 from fd_large.data.quiet import quiet
 from fd_large.data.sampler import epoch_order
@@ -34,18 +34,18 @@ class TrainingBatches(Dataset):
     the classes.
 
     Attributes:
-        source: The pictures.
+        source: The images.
         recipe: Augmentation.
-        statistics: By which the pictures are normalised.
+        statistics: By which the images are normalised.
         seed: The run's.
         epoch: Counted from 0.
-        global_batch_size: Within which pictures are mixed.
+        global_batch_size: Within which images are mixed.
         image_size: Side of a view, in pixels.
         min_crop_scale: Smallest crop area, as a part of the picture's.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
     """
 
-    source: LabelledPictures
+    source: LabelledImages
     recipe: FineTune
     statistics: Statistics
     seed: int
@@ -140,7 +140,7 @@ class TrainingBatches(Dataset):
         )
 
     def _erase(self, pixels: Tensor, positions: NDArray[np.int64]) -> None:
-        """Fills a box of some pictures with standard normal noise, in place."""
+        """Fills a box of some images with standard normal noise, in place."""
         draws = self._draws(positions, "erasing", augment.NUM_ERASING_DRAWS)
         for place, position in enumerate(positions.tolist()):
             box = augment.erasing_box(
@@ -160,7 +160,7 @@ class TrainingBatches(Dataset):
 
 
 def random_view(
-    source: LabelledPictures,
+    source: LabelledImages,
     index: int,
     draws: list[float],
     *,
@@ -168,9 +168,9 @@ def random_view(
     min_crop_scale: float,
     max_pixels: int,
 ) -> Tensor:
-    """A random crop of a picture, resized (bicubic) and perhaps flipped: (3, S, S) uint8.
+    """A random crop of an image, resized (bicubic) and perhaps flipped: (3, S, S) uint8.
 
-    Raises: DataError: if the picture cannot be used.
+    Raises: DataError: if the image cannot be used.
     """
     encoded, where = source.read(index), source[index]
     size, image = size_before_decoding(encoded), None

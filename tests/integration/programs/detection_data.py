@@ -1,6 +1,6 @@
-"""Rank program: COCO's pictures over ranks, in training and in evaluation.
+"""Rank program: COCO's images over ranks, in training and in evaluation.
 
-detection_data.py FOLDER ROOT writes, per rank: of the first updates of an epoch under both kinds of
+detection_data.py FOLDER ROOT writes, per rank: of the first steps of an epoch under both kinds of
 jitter the samples by position; and what an evaluation of the ranks' own loaders comes to, whose
 detections are the objects themselves, moved by a pixel or two where the image id is odd.
 """

@@ -124,7 +124,7 @@ def forget(engine: Engine) -> None:
 def main(folder: Path, batches: int) -> None:
     torch.set_num_threads(1)
     runs = {name: narrow_run(name) for name in (SWIN, VIT)}
-    # CLIP's own net, whose position embedding no module but the whole net owns.
+    # CLIP's own model, whose position embedding no module but the whole model owns.
     clip = replace(runs[VIT].student, model="clip_vit_base_patch16")
     runs["clip"] = replace(runs[VIT], student=clip)
     alone = {name: losses_of_one_process(run) for name, run in runs.items()}

@@ -1,7 +1,7 @@
 """Rank program: fine-tuning in the engine against plain torch with a group for each layer.
 
 finetuning.py FOLDER RUN..., each RUN a recipe (FOLDER/RUN.json), writes for each the losses of ten
-updates, how far its final weights are from the plain ones and those from the first, and what a
+steps, how far its final weights are from the plain ones and those from the first, and what a
 test says, of all ranks and of one process alone.
 """
 
@@ -34,7 +34,7 @@ from fd_large.engine.zero.optimizer import parameter_groups, set_rate
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.distillation.frozen import find_model
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning, counted
 from fd_large.weights.settle import settle
@@ -94,7 +94,7 @@ def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]
     task.eval()
     totals: dict[str, torch.Tensor] = {}
     for batch in central_batches(
-        job.test_pictures(), image_size=run.data.image_size, batch_size=TEST_BATCH, rank=0,
+        job.test_images(), image_size=run.data.image_size, batch_size=TEST_BATCH, rank=0,
         world_size=1, workers=0, max_pixels=run.data.max_pixels,
     ):  # fmt: skip
         with torch.no_grad():
@@ -143,10 +143,10 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
 
 def neighbours(run: Run, folder: Path) -> dict[str, Any]:
     """Features and neighbours of what is fine-tuned: of all ranks, and of one process alone."""
-    named = find_net(run.student.init)
+    named = find_model(run.student.init)
     net, statistics = named.build()
     job, features = FineTuningJob(run), {}
-    parts = {"train": job.open_samples(), "test": job.test_pictures()}
+    parts = {"train": job.open_samples(), "test": job.test_images()}
     same = True
     for name, pictures in parts.items():
         settings = {"image_size": named.image_size, "batch_size": TEST_BATCH}
@@ -171,7 +171,7 @@ def main(folder: Path, names: list[str]) -> None:
     distributed.start()
     start.start()
     serve_runs()
-    # Two pictures a block of neighbours, so that 19 are an uneven number of blocks.
+    # Two images a block of neighbours, so that 19 are an uneven number of blocks.
     knn.QUERY_BLOCK = 2
     results = {}
     for name in names:

@@ -23,7 +23,7 @@ from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.registry import job_of
 
 RUNS = {
-    # Updates between looks, and the rank that loses a bit.
+    # Steps between looks, and the rank that loses a bit.
     "replicated": (3, 2),
     "node": (3, 1),
     "sharded": (100, 3),

@@ -1,8 +1,8 @@
-"""Rank program: runs with pictures that make the loss NaN, or fifty times as large.
+"""Rank program: runs with images that make the loss NaN, or fifty times as large.
 
 guarded.py FOLDER; in it spoilt.json, {update: [rank, "nan" or "spike"]} of the first epoch, and
 runs.json, {name: words of train}. Each rank leaves what it saw of every run: its exit code, and of
-each update whether it was skipped, a digest of all that training changes, and where its pictures
+each step whether it was skipped, a digest of all that training changes, and where its images
 came from.
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from fd_large.data.loader import Batch
 from fd_large.tasks.distillation.task import Distillation
 
-# A picture of this one value is the mark; no photograph has one.
+# An image of this one value is the mark; no photograph has one.
 MARKS = {"nan": 77, "spike": 78}
 
 
 def spoil(patch: Callable[[Any, str, Any], None]) -> None:
-    """Lets marked pictures do what they are marked for, in any process that trains or replays.
+    """Lets marked images do what they are marked for, in any process that trains or replays.
 
     Args:
         patch: setattr, or a monkeypatch's.

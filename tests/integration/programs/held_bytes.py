@@ -1,4 +1,4 @@
-"""Bytes that a rank holds between updates, against the plan: three twins at ZeRO 1 to 3."""
+"""Bytes that a rank holds between steps, against the plan: three twins at ZeRO 1 to 3."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def twin(name: str) -> Run:
 
 
 def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
-    """What the ranks hold after an update, and what the plan says."""
+    """What the ranks hold after a step, and what the plan says."""
     before = scenarios.storages()
     engine, teacher = scenarios.start_engine(run, dict(zero))
     set_rate(engine.deepspeed.optimizer, 1e-4)

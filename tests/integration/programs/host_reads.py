@@ -1,6 +1,6 @@
 """Rank program: where a training run's own code makes the host read a tensor's value.
 
-host_reads.py FOLDER WORDS... trains with these words for train.py and writes, for each whole update
+host_reads.py FOLDER WORDS... trains with these words for train.py and writes, for each whole step
 (the last one and the log steps too), the functions of fd_large that read. What DeepSpeed reads
 by itself is not counted.
 """
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     folder, *words = sys.argv[1:]
     leave = distributed.leave
     distributed.leave = lambda code: code
-    # The pictures at a run's end are another matter, and take longer than the run.
+    # The images at a run's end are another matter, and take longer than the run.
     cli._tell_report = lambda folder: None
     code = cli.main(["train", *words])
     # RANK is where write_result finds its file's name.

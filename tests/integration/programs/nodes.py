@@ -9,7 +9,7 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.data import staging
-from fd_large.data.source import open_pictures
+from fd_large.data.source import open_images
 from fd_large.engine import same_everywhere
 from fd_large.errors import DataError, FDError
 from fd_large.recipes import registry
@@ -41,7 +41,7 @@ logging.getLogger().setLevel(logging.INFO)
 copied = []
 copy = staging._Copying._copy
 staging._Copying._copy = lambda self, part: copied.append(part.name) or copy(self, part)
-source = open_pictures(root)
+source = open_images(root)
 staged = staging.stage(source, local)
 found["copied"] = list(copied)
 found["same"] = [
@@ -88,7 +88,7 @@ if rank == 1:
     Path(root, "train-1.tar").rename(Path(root, "train-1.away"))
 distributed.barrier()
 if rank == 1:
-    fewer = open_pictures(root)
+    fewer = open_images(root)
     full, source = source, fewer
 found["pictures"] = check()
 if rank == 1:

@@ -30,14 +30,14 @@ SECONDS = 60.0
 
 
 class Stop(Hook):
-    """Asks the run to stop, once, at a moment after `update` updates.
+    """Asks the run to stop, once, at a moment after `update` steps.
 
     Args:
-        moment: "micro batch", the second of the next update; "judge", inside the next step, when
+        moment: "micro batch", the second of the next step; "judge", inside the next step, when
             the ranks have just agreed to go on; "evaluation", its second batch; "save": while this
             rank's file is written, and until the ranks have agreed and are about to save again.
         how: A signal to this process, or "file".
-        update: Updates before it.
+        update: Steps before it.
     """
 
     def __init__(self, moment: str, how: str, update: int) -> None:
@@ -60,7 +60,7 @@ class Stop(Hook):
         if self.done != self.update:
             return
         if self.moment == "save":
-            # Without it the writing thread might come to it some updates later.
+            # Without it the writing thread might come to it some steps later.
             assert self.asked.wait(SECONDS)
         elif self.moment in ("micro batch", "evaluation") and self.beats == 2:
             self.ask()

@@ -1,4 +1,4 @@
-"""Rank program: restores a run's newest checkpoint at ZeRO-3 and saves it as the next update.
+"""Rank program: restores a run's newest checkpoint at ZeRO-3 and saves it as the next step.
 
 read_and_save.py RUN, with the run's recipe.json and checkpoints in it.
 """

@@ -89,7 +89,7 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
 
 
 def images_of(update: int, run: Run) -> torch.Tensor:
-    """The global batch of an update: uint8 noise with some structure, (G, 3, S, S)."""
+    """The global batch of a step: uint8 noise with some structure, (G, 3, S, S)."""
     size = run.data.image_size
     generator = torch.Generator().manual_seed(1000 + update)
     shape = (run.batch.global_batch_size, 3, size // 8, size // 8)
@@ -99,7 +99,7 @@ def images_of(update: int, run: Run) -> torch.Tensor:
 
 
 def schedule_of(run: Run) -> CosineSchedule:
-    """Rates of a ten-update run with two updates of warm-up."""
+    """Rates of a ten-update run with two steps of warm-up."""
     peak, start, minimum = run.optim.rates(run.batch.global_batch_size)
     return CosineSchedule(peak, start, minimum, UPDATES, 2)
 
@@ -213,7 +213,7 @@ def _master_error(engine: Engine, make: Any, run: Run) -> float:
 
 
 def planned_bytes(run: Run, config: dict[str, Any]) -> int:
-    """What the plan says that a rank holds between updates, device and host together."""
+    """What the plan says that a rank holds between steps, device and host together."""
     place = memory.Placement.of(
         run,
         config["zero_optimization"],

@@ -1,4 +1,4 @@
-"""Rank program: a thousand updates by the trainer itself; memory after each hundred.
+"""Rank program: a thousand steps by the trainer itself; memory after each hundred.
 
 thousand_steps.py PICTURES FOLDER writes, per rank, the bytes of all tensors alive, the resident
 size and the last rate. Loader, hooks, checkpoints and evaluation are those of any run.
@@ -28,7 +28,7 @@ def resident() -> int:
 
 
 class Memory(Hook):
-    """Notes what is held after each hundred updates."""
+    """Notes what is held after each hundred steps."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

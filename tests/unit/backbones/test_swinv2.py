@@ -172,7 +172,7 @@ def cpb_table(attn, window):
 
 
 def by_hand(net, image):
-    """The padded net on one image (3, H, W): what is padding never enters a softmax."""
+    """The padded model on one image (3, H, W): what is padding never enters a softmax."""
     p = net.patch_size
     height, width = image.shape[1:]
     image = F.pad(image, (0, -width % p, 0, -height % p))

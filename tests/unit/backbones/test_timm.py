@@ -13,7 +13,7 @@ from fd_large.recipes.architectures import Architecture, resolve
 
 
 def with_running_statistics(net):
-    """Fresh nets have mean 0 and variance 1 everywhere: an error there would not show."""
+    """Fresh models have mean 0 and variance 1 everywhere: an error there would not show."""
     generator = torch.Generator().manual_seed(1)
     for name, buffer in net.named_buffers():
         if name.endswith("running_mean"):
@@ -103,7 +103,7 @@ def test_bfloat16_weights_keep_float32_statistics():
         (Architecture(timm_name="resnet19"), "timm_name: .*resnet1"),
         (Architecture(timm_name="resnet18", feature_stride=7), "expected one of 2, 4, 8, 16, 32"),
         (Architecture(feature_stride=0), "feature_stride: .*positive"),
-        (Architecture(depths=(2,)), "timm net without that option"),
+        (Architecture(depths=(2,)), "timm model without that option"),
     ],
 )
 def test_misfits_are_named(override, match):

@@ -54,7 +54,7 @@ def test_the_newest_sound_one(tmp_path, caplog):
 )
 def test_another_net_is_refused(tmp_path, shapes):
     store_tensors(tmp_path, TENSORS)
-    with pytest.raises(CheckpointError, match="of another net"):
+    with pytest.raises(CheckpointError, match="of another model"):
         stream.stream(stream.newest(tmp_path), shapes, prefix="student.")
 
 

@@ -96,7 +96,7 @@ def test_a_fine_tuned_vit_has_a_norm_that_only_normalises(tmp_path):
 
 def test_another_net_is_refused(stored, tmp_path):
     stored("vit_base_patch16", VIT, 3)
-    with pytest.raises(WeightsError, match="not the net of the run"):
+    with pytest.raises(WeightsError, match="not the model of the run"):
         student_run(tmp_path, "vit_base_patch16", 32)
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: its words, its errors, its table and picture, without training."""
+"""`evaluate`: its words, its errors, its table and image, without training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fd_large.cli.main import main
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.report.comparison import draw_comparison, spread, table
-from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.distillation.frozen import find_model
 from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
 
 TINY = "vit_base_patch16=random"
@@ -58,22 +58,25 @@ def test_words_are_sorted():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "knn"], "evaluate: no net"),
+        (["--task", "knn"], "evaluate: no model"),
         (["x", "--k", "0"], "k: too small; got 0"),
         (["x", "--task", "cnn"], "evaluate: flags that cannot be read"),
         (["x", "--detections", "a.json"], "--detections: a file is scored by itself"),
-        (["nowhere", "--task", "knn", "--data.root", "."], "net: nowhere: no such file"),
+        (["nowhere", "--task", "knn", "--data.root", "."], "model: nowhere: no such file"),
         ([TINY, "--task", "knn", "--optim.epochs", "9"], "frozen features do not depend on it"),
-        ([TINY, TINY], "evaluate: a net twice"),
+        ([TINY, TINY], "evaluate: a model twice"),
         (
             ["timm:resnet18=random", "--task", "finetune"],
-            "nets of timm, or of one's own, are not fine-tuned",
+            "models of timm, or of one's own, are not fine-tuned",
         ),
         ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], "not one of fine-tuning"),
         ([TINY, "--task", "finetune", "--pool=cls"], "--pool: not read by this task"),
         ([TINY, "--task", "knn", "--seeds", "3"], "--seeds: not read by this task"),
         ([TINY, "--task", "linear", "--recipe", "finetune_x"], "--recipe: not read by this task"),
-        ([TINY, "--task", "finetune", "--student.init", "x"], "the nets that are named decide it"),
+        (
+            [TINY, "--task", "finetune", "--student.init", "x"],
+            "the models that are named decide it",
+        ),
         (
             [TINY, "--task", "finetune", "--seeds", "2", "--runtime.run_dir", "x"],
             "one folder for several runs",
@@ -112,7 +115,7 @@ def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     assert [net["label"] for net in summary["nets"]] == ["efficientnet_lite0", "resnet18, random"]
     assert summary["task"] == "knn"
     assert (summary["classes"], summary["pictures"]) == (3, 12)
-    # Red, green and blue pictures.
+    # Red, green and blue images.
     assert summary["nets"][0]["accuracy"] == [100.0]
     assert (out / "knn.png").stat().st_size > 5000
     assert not (out / "features").exists()
@@ -149,7 +152,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_a_named_net_becomes_a_fine_tuning_recipe():
-    named = find_net(TINY)
+    named = find_model(TINY)
     assert recipe_name(named) == "finetune_clip_vit_base"
     base = registry.get("finetune_clip_vit_base")
     run = recipe_of(named, base)
@@ -157,9 +160,9 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     assert run.student_architecture().relative_position == "block"
     assert run.student.drop_path_rate == base.student.drop_path_rate == 0.3
     assert run.optim == base.optim
-    large = find_net("vit_large_patch14=random")
+    large = find_model("vit_large_patch14=random")
     assert recipe_name(large) == "finetune_clip_vit_large"
-    swin = find_net("swinv2_tiny=random")
+    swin = find_model("swinv2_tiny=random")
     assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
     words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
     parsed = parse_run(["--recipe", "finetune_clip_vit_base", *words])
@@ -185,9 +188,9 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
 
 
 def test_no_two_nets_share_a_folder():
-    nets = [replace(find_net(TINY), label=label, source=label) for label in ("a b", "a_b")]
-    with pytest.raises(ConfigError, match="a net twice"):
+    nets = [replace(find_model(TINY), label=label, source=label) for label in ("a b", "a_b")]
+    with pytest.raises(ConfigError, match="a model twice"):
         _tell_apart(nets)
-    nets = [replace(find_net(TINY), label="a", source=source) for source in ("x/a", "y/a")]
+    nets = [replace(find_model(TINY), label="a", source=source) for source in ("x/a", "y/a")]
     _tell_apart(nets)
     assert [net.label for net in nets] == ["x/a", "y/a"]

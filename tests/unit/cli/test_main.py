@@ -73,7 +73,7 @@ def one_sentence(capsys) -> str:
 def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     words = (
         "--local_rank=3 --deepspeed_config some.json --recipe fd_swinv2g --fresh"
-        " --data.root pictures --optim.base_lr=1e-4 --batch.micro_batch_size auto"
+        " --data.root images --optim.base_lr=1e-4 --batch.micro_batch_size auto"
     )
     assert cli.main(["train", *words.split()]) == 0
     recipe = registry.get("fd_swinv2g")
@@ -84,7 +84,7 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     assert engine.run.student == recipe.student
     assert engine.run.teacher == recipe.teacher
     assert engine.run.name == "fd_swinv2g"
-    assert engine.run.data.root == "pictures"
+    assert engine.run.data.root == "images"
     assert engine.run.optim.base_lr == 1e-4
     assert engine.run.batch.micro_batch_size == "auto"
 
@@ -123,7 +123,10 @@ def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
         ("--name x", "--name: no such field"),
         ("--recipe fd_clip_vit_bas", "--recipe: no such recipe; got 'fd_clip_vit_bas', nearest"),
         ("--recipe", "--recipe: no such recipe; got ''"),
-        ("--student.model swinv2_gaint", "student.model: no such net; got 'swinv2_gaint', nearest"),
+        (
+            "--student.model swinv2_gaint",
+            "student.model: no such model; got 'swinv2_gaint', nearest",
+        ),
         (
             "--batch.micro_batch_size x",
             "--batch.micro_batch_size: a value of the wrong type; got x, expected a whole number"
@@ -181,7 +184,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 def test_a_users_mistake_in_the_engine_is_a_sentence_and_ours_a_traceback(engine, capsys):
     arguments = ["train", "--deepspeed_config", "some.json"]
-    engine.raises = DataError("data.root: no images; got pictures, expected some. Mend it.")
+    engine.raises = DataError("data.root: no images; got images, expected some. Mend it.")
     assert cli.main(arguments) == 2
     assert one_sentence(capsys) == str(engine.raises)
     engine.raises = RuntimeError("ours")

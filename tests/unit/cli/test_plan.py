@@ -37,7 +37,7 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
     words = "--recipe fd_swinv2g --gpus 2 --gpu a100_40 --batch.global_batch_size 4096 --rows 3"
     assert cli.main(["plan", *words.split()]) == 0
     told = capsys.readouterr().out
-    assert "4096 images an update" in told
+    assert "4096 images a step" in told
     assert "Settings that do not work" in told
     assert "GB for one image" in told
 

@@ -47,13 +47,13 @@ def run(tmp_path_factory, coco):
 
 def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, capsys):
     bad, good = tmp_path / "bad.jpg", next((coco / "val2017").iterdir())
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     out = tmp_path / "seen"
     words = ["predict", str(run), str(bad), str(good), "--out", str(out), "--score"]
     assert main([*words, "0.99"]) == 2
     told = capsys.readouterr()
-    assert "bad.jpg: not a picture" in told.err
-    # Nothing is sure in a random net: the picture is drawn without a mark.
+    assert "bad.jpg: not an image" in told.err
+    # Nothing is sure in a random model: the image is drawn without a mark.
     assert json.loads((out / "predictions.json").read_text()) == {str(good): []}
     assert len(list(out.glob("*.png"))) == 1
     assert main(["predict", str(run), str(good), "--out", str(out), "--score", "0"]) == 0
@@ -65,8 +65,8 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "RUN"], "predict: no picture"),
-        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg: no picture"),
+        (["predict", "RUN"], "predict: no image"),
+        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg: no image"),
         (["predict", "nowhere", "a.jpg"], "predict: nowhere: no run"),
         (["evaluate", "nowhere", "--task", "detection"], "evaluate: nowhere: no run"),
         (["evaluate", "RUN", "RUN"], "boxes and masks of one run"),

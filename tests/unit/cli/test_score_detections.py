@@ -33,7 +33,7 @@ def test_a_file_is_scored_shown_and_written_without_torch(eval_folder, tmp_path)
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
-    assert "100 pictures, 734 detections" in answer.stdout
+    assert "100 images, 734 detections" in answer.stdout
     row = next(line for line in answer.stdout.splitlines() if "AP50 " in line)
     assert "56.2" in row
     person = next(line for line in answer.stdout.splitlines() if "person" in line)

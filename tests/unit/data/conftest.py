@@ -1,4 +1,4 @@
-"""Pictures for the tests of this room: made here, or real ones from FD_DATA."""
+"""Images for the tests of this room: made here, or real ones from FD_DATA."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def data_file() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def photograph() -> Callable[..., np.ndarray]:
-    """Makes a picture of a given height and width."""
+    """Makes an image of a given height and width."""
     return make_photograph
 
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 small pictures in sub folders: JPEG, PNG, greyscale, EXIF-turned, palette, BMP."""
+    """26 small images in sub folders: JPEG, PNG, greyscale, EXIF-turned, palette, BMP."""
     root = tmp_path_factory.mktemp("pictures")
     for number in range(26):
         folder = root / "abc"[number % 3]
@@ -80,7 +80,7 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 ImageNet pictures, among them greyscale ones and the one that EXIF turns."""
+    """24 ImageNet images, among them greyscale ones and the one that EXIF turns."""
     root = tmp_path_factory.mktemp("photos")
     with tarfile.open(find_data_file("imagenet_sample256.tar")) as archive:
         members = [member for member in archive if member.name.endswith(".JPEG")]

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fd_large.data.bad import BadCount, BadPictures, limit_error, past_limit
+from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
 
 
 @pytest.mark.parametrize(
@@ -26,15 +26,15 @@ def test_the_limit_is_a_fraction_with_a_floor(num_bad, num_tried, fraction, past
 
 
 def test_every_bad_sample_counts_and_each_name_is_logged_once(caplog):
-    pictures = BadPictures()
+    pictures = BadImages()
     with caplog.at_level(logging.WARNING):
         pictures.add(8, ())
-        pictures.add(8, ("a/b.jpg: not a picture; got x.", "c.jpg: too large; got y."))
-        pictures.add(8, ("a/b.jpg: not a picture; got x.",))
+        pictures.add(8, ("a/b.jpg: not an image; got x.", "c.jpg: too large; got y."))
+        pictures.add(8, ("a/b.jpg: not an image; got x.",))
     assert pictures.count == BadCount(3, 27)
     assert pictures.names == ["a/b.jpg", "c.jpg"]
     assert [record.message for record in caplog.records] == [
-        "skipped: a/b.jpg: not a picture; got x.",
+        "skipped: a/b.jpg: not an image; got x.",
         "skipped: c.jpg: too large; got y.",
     ]
 

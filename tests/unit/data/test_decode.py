@@ -101,7 +101,7 @@ def test_exif_orientation_is_undone(format, orientation):
     "data",
     [
         b"",
-        b"not a picture",
+        b"not an image",
         encoded(GRAIN, "JPEG")[:500],
         encoded(GRAIN, "PNG")[:500],
         encoded(GRADIENT.astype(np.float32), "TIFF"),
@@ -109,12 +109,12 @@ def test_exif_orientation_is_undone(format, orientation):
     ids=["empty", "text", "cut jpeg", "cut png", "float tiff"],
 )
 def test_what_is_no_whole_picture_is_named(data):
-    with pytest.raises(DataError, match=r"some/where\.jpg: not a picture that can be decoded; got"):
+    with pytest.raises(DataError, match=r"some/where\.jpg: not an image that can be decoded; got"):
         decode(data, "some/where.jpg")
 
 
 def test_odd_files_end_as_their_manifest_says(data_file):
-    """Pictures alone; tests/integration has the whole, each in a process of its own."""
+    """Images alone; tests/integration has the whole, each in a process of its own."""
     with tarfile.open(data_file("bad_images.tar")) as archive:
         files = json.load(archive.extractfile("manifest.json"))["files"]
         wrong = {}

@@ -61,7 +61,7 @@ def test_a_missing_folder_is_one_sentence_with_the_flag(tmp_path, monkeypatch, r
 
 def test_an_empty_folder_is_one_sentence_with_the_extensions(tmp_path):
     touch(tmp_path, "a/notes.txt")
-    with pytest.raises(DataError, match=r"data\.root: no picture .*\.jpeg.* Set --data\.root"):
+    with pytest.raises(DataError, match=r"data\.root: no image .*\.jpeg.* Set --data\.root"):
         ImageFolder(tmp_path)
 
 

@@ -104,7 +104,7 @@ def test_photographs_decoded_in_part_are_those_of_the_whole(photo_folder):
 
 def test_a_cut_file_is_noticed_though_the_cut_is_below_the_rows_wanted(photograph):
     data = encoded(photograph(200, 200), "JPEG")
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match="not an image"):
         decode(data[: len(data) * 9 // 10], "x", num_rows=20)
 
 

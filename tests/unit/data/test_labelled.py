@@ -66,11 +66,11 @@ def test_a_test_set_takes_the_classes_of_training(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     write(tmp_path / "train", ["1.png", "a/2.png"])
-    with pytest.raises(DataError, match=r"data\.root: a picture in no class; got .*1\.png"):
+    with pytest.raises(DataError, match=r"data\.root: an image in no class; got .*1\.png"):
         open_split(str(tmp_path), "train")
     with pytest.raises(DataError, match=r"eval\.root: no part val/ or test/"):
         open_split(str(tmp_path), "val", where="eval.root")
-    with pytest.raises(DataError, match=r"pictures without labels; got 'builtin:"):
+    with pytest.raises(DataError, match=r"images without labels; got 'builtin:"):
         open_labelled("builtin:photographs")
 
 
@@ -84,7 +84,7 @@ def test_shards_of_webdataset(tmp_path):
     assert isinstance(found, LabelledShards)
     assert found.classes == tuple(map(str, range(13)))
     for index in range(len(found)):
-        # The grey level of a picture is its number.
+        # The grey level of an image is its number.
         number = int(np.asarray(Image.open(io.BytesIO(found.read(index))))[0, 0, 0])
         assert found.label(index) == labels[number]
     again = pickle.loads(pickle.dumps(found))

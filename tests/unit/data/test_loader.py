@@ -62,7 +62,7 @@ def test_pixels_of_photographs_do_not_depend_on_ranks_and_workers(photo_folder):
 
 def test_a_batch_says_where_it_belongs(picture_folder):
     batches = load(ImageFolder(picture_folder), micro_batch_size=4)
-    assert len(batches) == 6  # 2 updates of 3 micro batches; 2 of 26 pictures are left over
+    assert len(batches) == 6  # 2 steps of 3 micro batches; 2 of 26 images are left over
     for number, batch in enumerate(batches):
         assert batch.epoch == 3
         assert batch.images.dtype == torch.uint8
@@ -96,7 +96,7 @@ def test_epochs_and_seeds_change_order_and_views(picture_folder):
         assert not torch.equal(other_indices, indices)
         sample = int(indices[0])
         place = (other_indices == sample).nonzero()
-        if len(place):  # the same picture, another crop
+        if len(place):  # the same image, another crop
             assert not torch.equal(other_images[place[0, 0]], images[0])
 
 
@@ -136,7 +136,7 @@ def test_images_are_pinned_for_a_gpu(picture_folder, workers):
 
 @pytest.fixture
 def damaged_folder(tmp_path, picture_folder):
-    """24 files, of which three are no pictures."""
+    """24 files, of which three are no images."""
     source = ImageFolder(picture_folder)
     for number in range(24):
         (tmp_path / f"{number:02}.png").write_bytes(source.read(number))
@@ -152,7 +152,7 @@ def test_a_damaged_picture_is_replaced_and_told_the_same_everywhere(damaged_fold
     bad = sorted(message for batch in whole for message in batch.bad)
     assert len(bad) >= 3
     assert {message.partition(": ")[0][-6:] for message in bad} == {"03.png", "11.png", "17.png"}
-    assert "not a picture that can be decoded" in bad[0]
+    assert "not an image that can be decoded" in bad[0]
     assert not set(indices.tolist()) & {3, 11, 17}
     for world_size, micro_batch_size, workers in ((1, 12, 2), (2, 3, 0), (3, 4, 1)):
         parts = [

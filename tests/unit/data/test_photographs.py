@@ -10,7 +10,7 @@ import torch
 from fd_large.data import photographs
 from fd_large.data.decode import decode
 from fd_large.data.photographs import HELD_OUT, REPEATS, TRAINING, Photographs
-from fd_large.data.source import open_pictures
+from fd_large.data.source import open_images
 from fd_large.errors import DataError
 
 
@@ -40,7 +40,7 @@ def test_pictures_come_in_turn_and_decode_alike(source):
         image = decode(source.read(index), source[index])
         assert image.dtype == torch.uint8
         assert image.shape[0] == 3
-        # No picture is smaller than a view of the quick start.
+        # No image is smaller than a view of the quick start.
         assert min(image.shape[1:]) >= 128, source[index]
     with pytest.raises(IndexError):
         source[len(source)]
@@ -74,10 +74,10 @@ def test_a_lost_file_is_named(monkeypatch):
 
 def test_they_open_by_name(source):
     held_out = source.names is HELD_OUT
-    found = open_pictures("builtin:photographs" + "-held-out" * held_out)
+    found = open_images("builtin:photographs" + "-held-out" * held_out)
     assert found.names == source.names
     assert found.fingerprint == source.fingerprint
     other = Photographs(not held_out)
     assert other.fingerprint != source.fingerprint
     with pytest.raises(DataError, match="no such built-in set; got 'builtin:photos'"):
-        open_pictures("builtin:photos")
+        open_images("builtin:photos")

@@ -10,7 +10,7 @@ import pytest
 from fd_large.data import listing
 from fd_large.data.folder import ImageFolder
 from fd_large.data.shards import TarShards
-from fd_large.data.source import expand_braces, open_pictures
+from fd_large.data.source import expand_braces, open_images
 from fd_large.errors import DataError
 
 
@@ -24,7 +24,7 @@ def pack(folder, tar, names=None, prefix="") -> None:
 
 @pytest.fixture
 def shards(tmp_path, picture_folder):
-    """The picture folder in three shards, its order shuffled, with members of other kinds."""
+    """The image folder in three shards, its order shuffled, with members of other kinds."""
     folder = tmp_path / "shards"
     folder.mkdir()
     names = sorted(str(path.relative_to(picture_folder)) for path in picture_folder.rglob("*.*"))
@@ -43,7 +43,7 @@ def shards(tmp_path, picture_folder):
 
 @pytest.mark.parametrize("pattern", ["", "/train-*.tar", "/train-{000..002}.tar"])
 def test_shards_are_the_data_set_that_their_folder_was(shards, picture_folder, pattern):
-    folder, source = ImageFolder(picture_folder), open_pictures(f"{shards}{pattern}")
+    folder, source = ImageFolder(picture_folder), open_images(f"{shards}{pattern}")
     assert isinstance(source, TarShards)
     assert len(source) == len(folder) == 26
     assert source.fingerprint == folder.fingerprint
@@ -54,8 +54,8 @@ def test_shards_are_the_data_set_that_their_folder_was(shards, picture_folder, p
 
 
 def test_one_shard_and_a_choice_of_them(shards):
-    one = open_pictures(str(shards / "train-000.tar"))
-    two = open_pictures(f"{shards}/train-{{000,002}}.tar")
+    one = open_images(str(shards / "train-000.tar"))
+    two = open_images(f"{shards}/train-{{000,002}}.tar")
     assert len(one) == 9
     assert len(two) == 17
 
@@ -67,7 +67,7 @@ def test_braces_are_written_out():
 
 
 def test_survives_pickling(shards):
-    source = open_pictures(str(shards))
+    source = open_images(str(shards))
     copy = pickle.loads(pickle.dumps(source))
     assert [copy[i] for i in range(26)] == [source[i] for i in range(26)]
     assert copy.read(3) == source.read(3)
@@ -76,9 +76,9 @@ def test_survives_pickling(shards):
 def test_loose_pictures_win_over_the_archive_they_came_from(tmp_path, picture_folder, caplog):
     (tmp_path / "a.jpg").write_bytes(b"x")
     pack(picture_folder, tmp_path / "train.tar")
-    source = open_pictures(str(tmp_path))
+    source = open_images(str(tmp_path))
     assert [source[i] for i in range(len(source))] == [str(tmp_path / "a.jpg")]
-    assert "holds 1 .tar files beside pictures" in caplog.text
+    assert "holds 1 .tar files beside images" in caplog.text
 
 
 def test_the_index_is_kept_until_a_shard_changes(shards, cache, monkeypatch):
@@ -89,18 +89,18 @@ def test_the_index_is_kept_until_a_shard_changes(shards, cache, monkeypatch):
     for shard in shards.iterdir():
         os.utime(shard, (1e9, 1e9))
     for _ in range(2):
-        assert len(open_pictures(str(shards))) == 26
+        assert len(open_images(str(shards))) == 26
     assert len(fills) == 1
     os.utime(shards / "train-001.tar", (1e9 + 1, 1e9 + 1))
-    open_pictures(str(shards))
+    open_images(str(shards))
     assert len(fills) == 2
     (shards / "train-001.tar").unlink()
-    assert len(open_pictures(str(shards))) == 17
+    assert len(open_images(str(shards))) == 17
     assert len(fills) == 3
 
 
 def test_a_shard_that_changed_under_a_run_is_not_read(shards):
-    source = open_pictures(str(shards / "train-000.tar"))
+    source = open_images(str(shards / "train-000.tar"))
     with open(shards / "train-000.tar", "ab") as file:
         file.write(bytes(512))
     with pytest.raises(DataError, match=r"train-000\.tar/.*cannot be read; got a shard that chang"):
@@ -121,7 +121,7 @@ def test_torn_shards_are_told_and_used_as_far_as_they_go(
 ):
     with tarfile.open(data_file("bad_images.tar")) as archive:
         archive.extract(name, tmp_path, filter="data")
-    source = open_pictures(str(tmp_path / name))
+    source = open_images(str(tmp_path / name))
     assert len(source) == num
     if told is None:
         assert source.torn == ()
@@ -137,11 +137,11 @@ def test_torn_shards_are_told_and_used_as_far_as_they_go(
         ("", "no such folder"),
         ("missing", "no such folder"),
         ("note.txt", "neither a folder nor a tar file"),
-        ("empty", "no picture in the folder"),
+        ("empty", "no image in the folder"),
         ("m-{0..3}.tar", r"no such tar file; got 'm-0\.tar' from 'm-\{0\.\.3\}\.tar'"),
         ("m-*.tar", r"no such tar file; got 'm-\*\.tar'"),
-        ("labels.tar", r"no picture in labels\.tar; "),
-        ("note.tar", r"no picture in note\.tar \(note\.tar: a shard that is not whole: .*\); got"),
+        ("labels.tar", r"no image in labels\.tar; "),
+        ("note.tar", r"no image in note\.tar \(note\.tar: a shard that is not whole: .*\); got"),
         ("packed.tar", r"a compressed shard; got gzip for 'packed\.tar', expected a plain tar"),
     ],
 )
@@ -154,5 +154,5 @@ def test_what_holds_no_picture_is_one_sentence(tmp_path, monkeypatch, root, mess
     with tarfile.open(tmp_path / "labels.tar", "w") as archive:
         archive.add(tmp_path / "note.txt", "a.cls")
     with pytest.raises(DataError, match=rf"^data\.root: {message}") as info:
-        open_pictures(root)
+        open_images(root)
     assert "\n" not in str(info.value)

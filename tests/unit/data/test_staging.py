@@ -18,7 +18,7 @@ import torch
 
 from fd_large.data import staging
 from fd_large.data.loader import build_loader
-from fd_large.data.source import PictureSource, open_pictures
+from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.errors import DataError
 
@@ -59,7 +59,7 @@ def copies(local: Path) -> list[Path]:
     return sorted(local.glob("*.staged"))
 
 
-def contents(source: PictureSource) -> list[bytes]:
+def contents(source: ImageSource) -> list[bytes]:
     return [bytes(source.read(index)) for index in range(len(source))]
 
 
@@ -67,7 +67,7 @@ def stamps(local: Path) -> list[tuple[int, int]]:
     return [(path.stat().st_ino, path.stat().st_ctime_ns) for path in copies(local)]
 
 
-def epoch(source: PictureSource) -> tuple[torch.Tensor, list[int], int]:
+def epoch(source: ImageSource) -> tuple[torch.Tensor, list[int], int]:
     loader = build_loader(
         source,
         seed=3,
@@ -90,10 +90,10 @@ def epoch(source: PictureSource) -> tuple[torch.Tensor, list[int], int]:
 def test_a_staged_data_set_is_the_same_and_its_origin_is_not_read(
     form, root, local, picture_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(staging, "PICTURES_PER_PIECE", 10)  # 26 pictures: three pieces
+    monkeypatch.setattr(staging, "PICTURES_PER_PIECE", 10)  # 26 images: three pieces
     where = tmp_path / "origin"
     shutil.copytree(root if form == "shards" else picture_folder, where)
-    before = open_pictures(str(where))
+    before = open_images(str(where))
     wanted, views = contents(before), epoch(before)
     after = pickle.loads(pickle.dumps(stage(before, str(local))))
     shutil.rmtree(where)
@@ -113,22 +113,22 @@ def test_a_staged_data_set_is_the_same_and_its_origin_is_not_read(
 @pytest.mark.parametrize("form", ["shards", "folder"])
 def test_a_second_start_takes_what_is_there(form, root, local, picture_folder, monkeypatch):
     where = str(root if form == "shards" else picture_folder)
-    stage(open_pictures(where), str(local))
+    stage(open_images(where), str(local))
     first = stamps(local)
     # Nothing is read: neither the origin's contents nor, for the checksum, the copy's.
     monkeypatch.setattr(staging._Copying, "_read_back", None)
-    again = stage(open_pictures(where), str(local))
+    again = stage(open_images(where), str(local))
     assert stamps(local) == first
-    assert again.fingerprint == open_pictures(where).fingerprint
+    assert again.fingerprint == open_images(where).fingerprint
 
 
 def test_a_copy_is_no_picture_and_no_shard(root):
     """Who stages into the data set's own folder still has the same data set."""
-    before = open_pictures(str(root))
+    before = open_images(str(root))
     stage(before, str(root))
     stage(before, str(root / "inside"))
     for pattern in ("", "/*.tar", "/train-*"):
-        after = open_pictures(f"{root}{pattern}")
+        after = open_images(f"{root}{pattern}")
         assert after.fingerprint == before.fingerprint
         assert len(after) == len(before)
 
@@ -158,7 +158,7 @@ def torn_note(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flipped, cut, without_note, torn_note, Path.unlink])
 def test_a_damaged_copy_is_mended_and_the_sound_one_stays(damage, root, local, caplog):
-    source = open_pictures(str(root))
+    source = open_images(str(root))
     wanted = contents(source)
     stage(source, str(local))
     victim, other = copies(local)
@@ -172,7 +172,7 @@ def test_a_damaged_copy_is_mended_and_the_sound_one_stays(damage, root, local, c
 
 
 def test_a_copy_that_was_only_touched_is_read_once_and_kept(root, local):
-    source = open_pictures(str(root))
+    source = open_images(str(root))
     stage(source, str(local))
     first = stamps(local)
     os.chmod(copies(local)[0], 0o600)  # another ctime
@@ -182,9 +182,9 @@ def test_a_copy_that_was_only_touched_is_read_once_and_kept(root, local):
 
 
 def test_another_content_of_the_shard_is_another_copy(root, local):
-    stage(open_pictures(str(root)), str(local))
+    stage(open_images(str(root)), str(local))
     shutil.copy(root / "train-1.tar", root / "train-0.tar")
-    source = open_pictures(str(root))
+    source = open_images(str(root))
     assert contents(stage(source, str(local))) == contents(source)
     assert len(copies(local)) == 2
 
@@ -192,10 +192,10 @@ def test_another_content_of_the_shard_is_another_copy(root, local):
 def test_a_picture_renamed_into_a_folder_is_copied_again(local, picture_folder, tmp_path):
     where = tmp_path / "pictures"
     shutil.copytree(picture_folder, where)
-    stage(open_pictures(str(where)), str(local))
+    stage(open_images(str(where)), str(local))
     shutil.copy(where / "a" / "0.jpg", where / "a" / "new")
     os.replace(where / "a" / "new", where / "a" / "6.jpg")
-    source = open_pictures(str(where))
+    source = open_images(str(where))
     assert contents(stage(source, str(local))) == contents(source)
 
 
@@ -204,7 +204,7 @@ def test_a_bad_picture_is_as_bad_in_the_copy(local, picture_folder, tmp_path, ca
     shutil.copytree(picture_folder, where)
     (where / "a" / "0.jpg").unlink()
     (where / "a" / "0.jpg").symlink_to("nowhere")
-    source = open_pictures(str(where))
+    source = open_images(str(where))
     staged = stage(source, str(local))
     assert staged.fingerprint == source.fingerprint
     for before, after in zip(epoch(source), epoch(staged), strict=True):
@@ -214,7 +214,7 @@ def test_a_bad_picture_is_as_bad_in_the_copy(local, picture_folder, tmp_path, ca
 
 
 def test_a_file_system_that_fails_for_now_stops_the_copy(local, picture_folder, monkeypatch):
-    source = open_pictures(str(picture_folder))
+    source = open_images(str(picture_folder))
 
     def fails(index: int) -> bytes:
         raise DataError("x") from OSError(errno.ESTALE, "Stale file handle")
@@ -227,7 +227,7 @@ def test_a_file_system_that_fails_for_now_stops_the_copy(local, picture_folder, 
 
 def test_too_little_room_is_told_before_anything_is_written(root, small_disk):
     with pytest.raises(DataError, match=r"too little room in .*; got 0.00 GB free, expected 0.07"):
-        stage(open_pictures(str(root)), str(small_disk))
+        stage(open_images(str(root)), str(small_disk))
     assert os.listdir(small_disk) == [".lock"]
 
 
@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_done(root, small_dis
             archive.addfile(info, zeros)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1 << 40))
     with pytest.raises(DataError, match=r"cannot be written; got No space left on device"):
-        stage(open_pictures(str(root)), str(small_disk))
+        stage(open_images(str(root)), str(small_disk))
     names = os.listdir(small_disk)
     assert not [name for name in names if name.startswith(".partial-") or "train-2" in name]
 
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_done(root, small_dis
 def test_a_folder_that_cannot_be_made_is_told(root, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data.stage_to: cannot be written; got Not a directory"):
-        stage(open_pictures(str(root)), str(tmp_path / "file" / "local"))
+        stage(open_images(str(root)), str(tmp_path / "file" / "local"))
 
 
 def test_a_disk_that_gives_back_other_bytes_is_told(root, local, monkeypatch):
@@ -257,12 +257,12 @@ def test_a_disk_that_gives_back_other_bytes_is_told(root, local, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fadvise", corrupt)
     with pytest.raises(DataError, match=r"does not give back what was written"):
-        stage(open_pictures(str(root)), str(local))
+        stage(open_images(str(root)), str(local))
     assert copies(local) == []
 
 
 def test_a_shard_that_changes_under_the_copy_is_told(root, local):
-    source = open_pictures(str(root))
+    source = open_images(str(root))
     with (root / "train-0.tar").open("ab") as file:
         file.write(bytes(512))
     with pytest.raises(DataError, match=r"got a shard that changed since it was indexed"):
@@ -287,7 +287,7 @@ def test_what_a_kill_left_is_swept_and_another_run_is_waited_for(root, local, ca
 
     thread = threading.Thread(target=release)
     thread.start()
-    stage(open_pictures(str(root)), str(local))
+    stage(open_images(str(root)), str(local))
     thread.join()
     assert not too_early
     assert "another run copies" in caplog.text
@@ -296,8 +296,8 @@ def test_what_a_kill_left_is_swept_and_another_run_is_waited_for(root, local, ca
 
 
 def test_what_needs_no_copy_is_left_alone(root, local):
-    source = open_pictures(str(root))
+    source = open_images(str(root))
     assert stage(source, "") is source
-    photographs = open_pictures("builtin:photographs-held-out")
+    photographs = open_images("builtin:photographs-held-out")
     assert stage(photographs, str(local)) is photographs
     assert not local.exists()

@@ -1,4 +1,4 @@
-"""Tiny nets on disk: the folder of a run, and weights."""
+"""Tiny models on disk: the folder of a run, and weights."""
 
 from __future__ import annotations
 

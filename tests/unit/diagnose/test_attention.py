@@ -90,7 +90,7 @@ SMALL = {
 
 
 def build(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, tuple[int, int]]:
-    """A net whose attention is far from uniform, and the size of its images."""
+    """A model whose attention is far from uniform, and the size of its images."""
 
     def create(name: str) -> nn.Module:
         net = SMALL[name]()

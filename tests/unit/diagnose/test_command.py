@@ -1,4 +1,4 @@
-"""The whole command on tiny nets: numbers, pictures and the page."""
+"""The whole command on tiny models: numbers, images and the page."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_convolutional_net_has_landscape_and_cka_alone(tmp_path: Path) -> None
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert cli.main(["diagnose", "--data.root", ROOT]) == 2
-    assert "no net" in capsys.readouterr().err
+    assert "no model" in capsys.readouterr().err
     assert cli.main(["diagnose", "x", "--data.root", ROOT, "--images", "0"]) == 2
     assert "images: too small" in capsys.readouterr().err
     (tmp_path / "file").write_text("")

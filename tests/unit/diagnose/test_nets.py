@@ -1,4 +1,4 @@
-"""The words of the command line become the nets that they name, with their losses."""
+"""The words of the command line become the models that they name, with their losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fd_large.engine.student import build_student
 from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.recipes.sections import Student, Teacher
 from fd_large.tasks.distillation.build import teacher_maker
-from fd_large.tasks.distillation.frozen import find_net
+from fd_large.tasks.distillation.frozen import find_model
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -121,7 +121,7 @@ def test_a_student_pads_images_as_it_did_in_training(distillation) -> None:
     trained = build_student(run).eval()
     trained.load_state_dict(task.student.state_dict())
     images = torch.randn(2, 3, 38, 38, generator=torch.Generator().manual_seed(0))
-    net, _ = find_net(str(folder)).build()
+    net, _ = find_model(str(folder)).build()
     with torch.no_grad():
         assert torch.equal(net(images).tokens, trained(images).tokens)
 
@@ -186,7 +186,7 @@ def test_a_path_may_hold_an_equals_sign(vit_weights: Path) -> None:
 def test_what_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(FDError, match="nothing"):
         open_subject(str(tmp_path / "nothing.pth"))
-    with pytest.raises(ConfigError, match="no such net"):
+    with pytest.raises(ConfigError, match="no such model"):
         open_subject("timm:vit_tinny=random")
 
 

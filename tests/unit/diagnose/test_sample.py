@@ -1,4 +1,4 @@
-"""Which pictures are looked at, and what of them."""
+"""Which images are looked at, and what of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fd_large.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures of one grey each."""
+    """Ten images of one grey each."""
     for number in range(10):
         grey = torch.full((3, 8, 12), 10 * number, dtype=torch.uint8)
         write_png(grey, str(tmp_path / f"{number}.png"))
@@ -50,7 +50,7 @@ def test_a_photograph_that_is_listed_often_is_taken_once() -> None:
 
 
 def test_bad_pictures_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(b"no image")
     found = greys(Sample(str(folder), 10), 1)
     assert sorted(found[0]) == [g for g in range(0, 100, 10) if g != 30]
     assert "3.png" in caplog.text
@@ -58,8 +58,8 @@ def test_bad_pictures_are_left_out(folder: Path, caplog: pytest.LogCaptureFixtur
 
 def test_nothing_but_bad_pictures_is_an_error(folder: Path) -> None:
     for path in folder.iterdir():
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="no picture of a batch"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="no image of a batch"):
         greys(Sample(str(folder), 10), 2)
 
 

@@ -44,7 +44,7 @@ def step(net, device, *, checkpointed=False):
     """Loss, and gradients by name, of a distillation step."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(2, 3, 32, 32, generator=generator).to(device)
-    # One of the two pictures skips every branch but the first, whose rate is 0.
+    # One of the two images skips every branch but the first, whose rate is 0.
     keep = torch.ones(len(net.drop_path_rates), 2, dtype=torch.bool)
     keep[2::2, 1] = keep[3::2, 0] = False
     grid, prefix = net.grid(32, 32), net.num_prefix_tokens

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = Path(os.environ.get("FD_ORACLES", ROOT.parent / "shared/oracles"))
-# A net of each kind, as short as they are; in Triton's interpreter others take minutes.
+# A model of each kind, as short as they are; in Triton's interpreter others take minutes.
 FILES = {
     "fd_loss": "whitened_loss",
     "fd_vit_no_cls": "window_attention",

@@ -247,7 +247,7 @@ def test_dot_product_without_bias_of_its_own(device):
         ((5, 7), 1, True, 2, 64),
         ((4, 4), 0, True, 2, 64),
         ((1, 20), 2, False, 2, 64),
-        # Those of the nets of record, one head.
+        # Those of the models of record, one head.
         *((grid, prefix, grid[0] > 1, 1, width) for grid, prefix, width in sorted(COMPARED_IMAGES)),
     ],
 )

@@ -103,7 +103,7 @@ def shrunken(name, *, checkpointing="off", every=1, teacher=None, **student):
 
 
 def padded(run):
-    """The same on images and windows that do not divide, with one net as both."""
+    """The same on images and windows that do not divide, with one model as both."""
     student = replace(run.student, size_rule="pad")
     data = replace(run.data, image_size=170)
     objective = replace(run.objective, teacher_image_size=192, interpolation="bilinear")

@@ -1,4 +1,4 @@
-"""Bytes between updates: the formulas on sizes small enough to add up by hand."""
+"""Bytes between steps: the formulas on sizes small enough to add up by hand."""
 
 from dataclasses import replace
 

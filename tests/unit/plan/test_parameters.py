@@ -95,7 +95,7 @@ def test_absolute_positions_count_prefix_tokens(name, side, tokens):
 
 
 def test_the_tensors_of_a_net_of_timm_are_refused_in_one_sentence():
-    with pytest.raises(ConfigError, match=r"plan: .*got tf_efficientnet_lite0.*built net"):
+    with pytest.raises(ConfigError, match=r"plan: .*got tf_efficientnet_lite0.*built model"):
         shapes(resolve("efficientnet_lite0"))
     assert width(resolve("efficientnet_lite0")) == 40
     with pytest.raises(ConfigError, match=r"plan: .*where it is built; got convnext_tiny"):

@@ -37,7 +37,7 @@ def milliseconds(phases, gpus, **network):
 @pytest.mark.parametrize(
     ("phases", "nodes", "gigabits", "nics", "expected"),
     [
-        # Passes of 6.0 GB over 8 and 32 nodes: both nets over all ranks; teacher inside; hpZ.
+        # Passes of 6.0 GB over 8 and 32 nodes: both models over all ranks; teacher inside; hpZ.
         (4, 8, 100, 8, 210),
         (4, 32, 100, 8, 232),
         (3, 8, 100, 8, 157),

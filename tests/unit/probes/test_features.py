@@ -1,4 +1,4 @@
-"""Features in files: pooling, order, pictures that cannot be used."""
+"""Features in files: pooling, order, images that cannot be used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def net_of_means(pixels: torch.Tensor) -> FeatureMap:
 def test_a_bad_picture_is_left_out_and_many_are_refused(tmp_path):
     pictures = write(tmp_path / "pictures", 120)
     broken = Path(pictures[7])
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     again = ClassFolders(pictures.root)
     arguments = {"image_size": SIZE, "batch_size": 50}
     found = extract(net_of_means, OPENAI_CLIP, again, tmp_path / "out", **arguments)
@@ -84,7 +84,7 @@ def test_a_disk_without_room_is_told_before_anything_is_computed(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(ConfigError, match="no room for the features of 12 pictures"):
+    with pytest.raises(ConfigError, match="no room for the features of 12 images"):
         extract(
             net_of_means, OPENAI_CLIP, pictures, tmp_path / "out", image_size=SIZE, batch_size=5
         )

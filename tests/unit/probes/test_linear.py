@@ -99,5 +99,5 @@ def test_what_is_told_adds_up_to_the_work():
 
 
 def test_too_few_pictures_are_refused():
-    with pytest.raises(DataError, match="too few training pictures"):
+    with pytest.raises(DataError, match="too few training images"):
         linear.evaluate(blobs(9, 1), blobs(9, 2), num_classes=CLASSES, probe=linear.Probe(epochs=1))

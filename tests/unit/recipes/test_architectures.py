@@ -38,16 +38,16 @@ def test_unknown_name_gives_the_nearest():
 @pytest.mark.parametrize(
     ("name", "override", "match"),
     [
-        ("swinv2_base", Architecture(layer_scale=0.1), "swinv2 net without that option"),
-        ("vit_base_patch16", Architecture(window_size=7), "vit net without that option"),
+        ("swinv2_base", Architecture(layer_scale=0.1), "swinv2 model without that option"),
+        ("vit_base_patch16", Architecture(window_size=7), "vit model without that option"),
         ("vit_base_patch16", Architecture(family="swin"), "family"),
         ("vit_base_patch16", Architecture(depths=(6, 6)), "one number for a ViT"),
         ("swinv2_base", Architecture(embed_dim=98), "divisors of width 98"),
         ("swinv2_base", Architecture(qkv_bias="fused"), "qkv_bias"),
         ("swinv2_base", Architecture(pretrained_window_sizes=(12,)), "4 numbers"),
         ("swinv2_base", Architecture(window_size=0), "positive whole number"),
-        ("swinv2_base", Architecture(timm_name="resnet50"), "swinv2 net without that option"),
-        ("timm", Architecture(embed_dim=8), "timm net without that option"),
+        ("swinv2_base", Architecture(timm_name="resnet50"), "swinv2 model without that option"),
+        ("timm", Architecture(embed_dim=8), "timm model without that option"),
         ("timm", Architecture(feature_stride=0), "feature_stride"),
     ],
 )

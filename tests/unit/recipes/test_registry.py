@@ -144,7 +144,7 @@ def test_detection_has_the_settings_of_its_sources(name):
     peak = {"vit_base_patch16": 1e-4, "swinv2_giant": 6e-4}.get(run.student.model, 1e-4)
     assert run.optim.rates(run.batch.global_batch_size)[0] == pytest.approx(peak)
     assert run.task.detection.scale_range == (0.1, 2.0)
-    # Swin nets take any size; a window that does not divide a map is padded.
+    # Swin models take any size; a window that does not divide a map is padded.
     assert (run.student.size_rule == "pad") == run.student.model.startswith("swin")
 
 
@@ -170,7 +170,7 @@ def test_the_quick_start_needs_nothing_of_the_user():
     assert student.patch_size * 2 ** (len(student.depths) - 1) == teacher.feature_stride == 8
     # Every power of two of ranks up to 16 gets a share.
     assert run.batch.global_batch_size == 16
-    # Known only once the time box has measured its updates, the length must not matter before.
+    # Known only once the time box has measured its steps, the length must not matter before.
     per_epoch = 18 * 256 // run.batch.global_batch_size
     assert int(run.optim.warmup_epochs * per_epoch) == 20
     assert 0 < run.optim.max_seconds <= 240
@@ -183,12 +183,12 @@ def test_the_docstring_tells_hardware_duration_and_result(name):
         assert 0 < len(line) <= 100
     run = registry.get(name)
     if name == "quickstart":
-        assert facts.duration.startswith(f"at most {run.optim.max_steps:,} updates")
+        assert facts.duration.startswith(f"at most {run.optim.max_steps:,} steps")
         return
     # ImageNet-1K's images or COCO's, the last incomplete batch dropped.
     images = 118_287 if run.task.name == "detection" else 1_281_167
     updates = run.optim.epochs * (images // run.batch.global_batch_size)
-    assert facts.duration.startswith(f"{updates:,} updates")
+    assert facts.duration.startswith(f"{updates:,} steps")
 
 
 def test_an_unknown_recipe_gets_the_nearest_names():

@@ -20,7 +20,7 @@ def test_the_text_and_the_summary(make_run, monkeypatch, tmp_path):
     text = make_report("runs/made_up").splitlines()
     told = dict(line.strip().split("  ", 1) for line in text[1:9] if "  " in line.strip())
     told = {what: figure.strip() for what, figure in told.items()}
-    assert text[0] == "fd_swinv2_base: done, 60 of 60 updates; runs/made_up"
+    assert text[0] == "fd_swinv2_base: done, 60 of 60 steps; runs/made_up"
     assert told["teacher"] == "swinv2_base from teacher.pth"
     assert told["training"] == "loss 0.5000 -> 0.3033"
     assert told["held-out"] == "loss 0.5000 -> 0.3320, 0.830 of the best constant's 0.4000"
@@ -60,7 +60,7 @@ def test_a_run_that_is_not_finished_can_go_on(status, make_run):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"update": 20, "lo')
     text = make_report(folder)
-    assert "20 of 60 updates" in text or "not finished, 20 updates" in text
+    assert "20 of 60 steps" in text or "not finished, 20 steps" in text
     assert "go on from the last checkpoint" in text
     assert "--deepspeed_config z.json --eval.every=5\n" in text
     assert "held-out" not in text

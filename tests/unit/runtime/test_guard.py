@@ -113,7 +113,7 @@ def started(make_setting):
         setting = replace(
             setting,
             run=replace(setting.run, guard=Limits(**limits)),
-            name_of=lambda index: f"picture {index}",
+            name_of=lambda index: f"image {index}",
         )
         hooks = [Meter(), Guard()]
         for hook in hooks:
@@ -124,7 +124,7 @@ def started(make_setting):
 
 
 def one(hooks, judged, evidence_of_it=None):
-    """What the loop does with an update; returns its verdict, `skip` as it was carried out."""
+    """What the loop does with a step; returns its verdict, `skip` as it was carried out."""
     skip = Verdict.all_of(hook.judge(judged) for hook in hooks).skip
     judged = replace(judged, skipped=skip)
     if skip:
@@ -148,7 +148,7 @@ def test_a_row_of_refused_updates_rolls_back_and_then_ends_the_run(started, tmp_
     # One alone is no row; the second of a row asks for the state before the first of it.
     assert {i: v.roll_back for i, v in enumerate(said) if v.roll_back is not None} == {4: 3}
     assert {i: v.stop for i, v in enumerate(said) if v.stop} == {8: "guard"}
-    assert "updates 8 to 9 were refused one after the other, and it was taken back 1" in caplog.text
+    assert "steps 8 to 9 were refused one after the other, and it was taken back 1" in caplog.text
     incidents = sorted(path.name for path in (tmp_path / "incidents").iterdir())
     assert incidents == [f"update_{i + 1:08d}" for i in bad]
     restored = [
@@ -184,7 +184,7 @@ def test_an_incident_says_what_was_off_and_keeps_the_pictures(started, tmp_path,
     (rank,) = said["ranks"]
     assert rank["losses"] == [3.0, 5.0]
     assert rank["positions"] == [100, 101, 102, 103]
-    assert rank["names"] == [f"picture {i}" for i in range(1100, 1104)]
+    assert rank["names"] == [f"image {i}" for i in range(1100, 1104)]
     stored = load_file(folder / said["images"][0])
     assert torch.equal(stored["images"], evidence().images)
     assert stored["positions"].tolist() == rank["positions"]
@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(started, tmp_path, caplog):
 
 
 class Run:
-    """A run without nets: the loss falls with the steps taken and is off at some updates."""
+    """A run without models: the loss falls with the steps taken and is off at some steps."""
 
     def __init__(self, seed, started, *, total=200):
         self.draws = random.Random(seed)
@@ -235,7 +235,7 @@ class Run:
         return self.draws.random() < 0.02
 
     def train(self, *, stops=(), dies=()):
-        """Trains to the end: stopped with a save after some updates, killed after others."""
+        """Trains to the end: stopped with a save after some steps, killed after others."""
         stops, dies = set(stops), set(dies)
         ended = False
         while not ended:
@@ -302,7 +302,7 @@ def test_an_incident_that_a_resume_undoes_counts_no_more(started, tmp_path):
     assert one(hooks, update(1, NAN)).roll_back == 1
     for hook in hooks:
         hook.on_roll_back(update(1), 1)
-    # Killed before the checkpoint that follows a roll-back; this time the update is sound.
+    # Killed before the checkpoint that follows a roll-back; this time the step is sound.
     hooks = started(1, skips=1, roll_backs=1)
     assert [path.name for path in (tmp_path / "incidents").iterdir()] == [
         "superseded_update_00000002"

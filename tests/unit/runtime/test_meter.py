@@ -40,7 +40,7 @@ def test_every_update_and_evaluation_once_and_in_order_after_a_kill(
     killed_at, make_setting, run_updates, tmp_path
 ):
     first_part = Meter()
-    # A checkpoint of 5 updates was written; then the process was killed.
+    # A checkpoint of 5 steps was written; then the process was killed.
     run_updates([first_part], make_setting(), 5, evaluate=(2, 4), end=None)
     first_part.on_save(5)
     assert [row["update"] for row in rows(tmp_path)] == list(range(5))
@@ -133,7 +133,7 @@ def test_flops_waiting_and_memory_stand_in_rows_and_summary(
 
     setting = make_setting()
     run_updates([Clock()], setting, 10)
-    # Two micro batches of 4 images an update, on one rank.
+    # Two micro batches of 4 images a step, on one rank.
     step = flops.of_run(setting.run, micro_batch_size=4, attention_recomputed=False)
     written = rows(tmp_path)
     assert written[-1]["tflops_per_gpu"] == pytest.approx(2 * step.model / 2.0 / 1e12)

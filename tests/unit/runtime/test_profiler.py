@@ -1,4 +1,4 @@
-"""A trace of the updates that were asked for, and of no others."""
+"""A trace of the steps that were asked for, and of no others."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from fd_large.runtime.profiler import Profiler, communication_shares
 
 
 class Marks(Hook):
-    """Computes under a name that the trace must show: of the next update."""
+    """Computes under a name that the trace must show: of the next step."""
 
     def on_start(self, setting):
         self.mark(setting.first_update)
@@ -87,7 +87,7 @@ def test_the_updates_after_the_third(
     run_updates([Profiler(2), Marks()], make_setting(first=first), last)
     file, seen = traced(tmp_path)
     assert file == f"{name}.pt.trace.json.gz"
-    # What follows the last update's end is computed under the next one's mark.
+    # What follows the last step's end is computed under the next one's mark.
     assert [mark for mark in seen if mark in updates] == updates
     assert len(seen) <= len(updates) + 1
     assert file in caplog.text

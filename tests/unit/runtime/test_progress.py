@@ -48,11 +48,11 @@ def test_plain_lines_where_there_is_no_terminal(shown, make_setting, run_updates
     lines = shown.text().splitlines()
     assert len(lines) == 4
     assert re.search(
-        r"update 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  "
+        r"step 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  "
         r".* TFLOP/s a rank  data wait 0.0%  .* GB  0:0. left",
         lines[0],
     )
-    assert "after 4 updates: held-out loss 4.0000" in lines[1]
+    assert "after 4 steps: held-out loss 4.0000" in lines[1]
     assert "━" not in shown.text()
 
 
@@ -60,7 +60,7 @@ def test_a_bar_on_a_terminal_with_held_out_numbers_above(shown, make_setting, ru
     shown.open(is_terminal=True)
     run_updates(hooks(), make_setting(), 10, evaluate=(4,))
     text = shown.text()
-    assert "after 4 updates: held-out loss 4.0000" in text
+    assert "after 4 steps: held-out loss 4.0000" in text
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("fd_swinv2_base ━")
     assert re.search(r"10/10 loss 0.0900  rate 0.001  [0-9.]+ images/s done", last)

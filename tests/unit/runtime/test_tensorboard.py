@@ -38,7 +38,7 @@ def test_every_number_has_its_curve(make_setting, run_updates, tmp_path):
 
 
 def test_nothing_is_doubled_after_a_kill(make_setting, run_updates, tmp_path):
-    # Eight updates and three evaluations ran, but the last checkpoint has five updates.
+    # Eight steps and three evaluations ran, but the last checkpoint has five steps.
     run_updates(hooks(), make_setting(log_every=1), 8, shift=50.0, evaluate=(2, 5, 7), end=None)
     again = hooks()
     run_updates(again, make_setting(first=5, log_every=1), 10, evaluate=(7, 10), end=None)

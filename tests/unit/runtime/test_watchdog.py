@@ -64,7 +64,7 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     assert json.loads((tmp_path / "summary.json").read_text()) == {"updates": 3, "status": "hung"}
     line, stacks = (r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
     assert "rank 0" in line
-    assert "has not moved for 0 s, after update 4 of 10" in line
+    assert "has not moved for 0 s, after step 4 of 10" in line
     assert "its training thread stands in" in line
     assert "thread MainThread" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in stacks

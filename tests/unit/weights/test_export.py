@@ -57,7 +57,7 @@ def stored(folder, name, fields, *, source="random", **options):
         run,
         student=replace(run.student, model=name, architecture=architecture, **options),
         teacher=replace(run.teacher, source=source),
-        data=replace(run.data, root="/somewhere/pictures", image_size=32),
+        data=replace(run.data, root="/somewhere/images", image_size=32),
     )
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(run.to_dict()))
@@ -72,7 +72,7 @@ def stored(folder, name, fields, *, source="random", **options):
 
 @pytest.fixture
 def exported(tmp_path):
-    """Stores a run of a named net and exports it; returns the net and the folder."""
+    """Stores a run of a named model and exports it; returns the model and the folder."""
 
     def make(what, to, *words, **options):
         name, fields = NETS.get(what, what)
@@ -137,7 +137,7 @@ def test_transformers_load_it(exported, what, sharded):
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
 def test_we_load_it(exported, what, to, size):
     if to == "hf" and what == "swin":
-        with pytest.raises(ConfigError, match=r"got a swin net.*Use --to timm or --to fd"):
+        with pytest.raises(ConfigError, match=r"got a swin model.*Use --to timm or --to fd"):
             exported(what, to)
         return
     net, out = exported(what, to, "--shard_size", size)
@@ -200,7 +200,7 @@ def test_what_the_others_have_not(tmp_path, fields, options, words):
 )
 def test_vits_that_transformers_has_not(tmp_path, name, fields):
     stored(tmp_path / "run", name, {**VIT, **fields})
-    with pytest.raises(ConfigError, match="a vit net of another make"):
+    with pytest.raises(ConfigError, match="a vit model of another make"):
         export(tmp_path, "hf")
 
 
@@ -212,10 +212,10 @@ def test_the_model_card(exported):
         "clip.pt",
         "0123456789abcdef",
         "fd_clip_vit_base",
-        "| pictures | pictures |",
+        "| images | images |",
         "fingerprint-of-the-pictures",
         "| samples seen | 192 |",
-        "| training loss, last update | 0.2500 |",
+        "| training loss, last step | 0.2500 |",
         "| held-out loss | 0.3125 |",
         "0.485, 0.456, 0.406",
         "local-dir:FOLDER",
@@ -244,7 +244,7 @@ def test_the_code_of_the_card_runs(exported, what, to, size):
     found = {"images": IMAGES}
     exec(code, found)
     with torch.no_grad():
-        found["net"].eval()
+        found["model"].eval()
         exec(code.splitlines()[-1], found)
     tokens = found["tokens"]
     close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(IMAGES).tokens)
@@ -320,7 +320,7 @@ def test_a_run_that_trains_on_prunes_what_is_exported(tmp_path, monkeypatch, cap
     monkeypatch.setattr(stream, "newest", pruned)
     export(tmp_path, "timm")
     assert "step_00000003: a file of it is gone" in caplog.text
-    assert "| updates | 4 " in (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 4 " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_checkpoint_that_goes_and_leaves_none(tmp_path, monkeypatch):

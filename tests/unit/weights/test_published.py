@@ -279,7 +279,7 @@ def test_a_student_starts_from_a_published_file(tmp_path):
 
 
 def test_a_rectangular_net_is_filled_by_its_shapes(tmp_path):
-    """No architecture of ours is rectangular, but the net and the loader are."""
+    """No architecture of ours is rectangular, but the model and the loader are."""
     spec, tensors = oracle("fd_swinv2_d_rect_nonorm_ape")
     state = {f"encoder.{n}": t for n, t in weights_of(tensors).items()}
     torch.save({"model": state}, tmp_path / "fd.pth")

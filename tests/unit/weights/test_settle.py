@@ -1,4 +1,4 @@
-"""From a file to the net of a run: what is told, what is asked for, what is resized."""
+"""From a file to the model of a run: what is told, what is asked for, what is resized."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_named_net_must_be_the_net_of_the_file(tmp_path):
 
 
 def test_an_open_clip_file_must_not_pass_for_openais(tmp_path):
-    """A named net says quick_gelu, but the file does not tell: the user must."""
+    """A named model says quick_gelu, but the file does not tell: the user must."""
     state = {"visual.class_embedding": torch.zeros(32), "visual.proj": torch.zeros(1)}
     torch.save(state, tmp_path / "clip.pt")
     with pytest.raises(WeightsError, match=r"no activation.*--teacher\.architecture\.activation"):
@@ -248,7 +248,7 @@ def test_auto_needs_weights():
     for source in ("", "random"):
         automatic = replace(run, teacher=Teacher(model="auto", source=source))
         assert settle(automatic) == automatic
-        with pytest.raises(ConfigError, match="auto is the net of the weights"):
+        with pytest.raises(ConfigError, match="auto is the model of the weights"):
             automatic.teacher_architecture()
 
 
@@ -296,5 +296,5 @@ def test_tensors_without_numbers_or_of_strange_shapes(tmp_path):
         state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
 
     path = saved(net, tmp_path, flat)
-    with pytest.raises(WeightsError, match=r"shapes of no vit net; got .*\(32, 192\)"):
+    with pytest.raises(WeightsError, match=r"shapes of no vit model; got .*\(32, 192\)"):
         open_weights(path)

@@ -72,7 +72,7 @@ def test_backbones_of_timm_teach(name, stride, width):
     assert got.tokens.shape == (2, side * side, width)
     assert got.tokens.isfinite().all()
     assert not got.tokens.requires_grad
-    # The weights are those of timm's constructor, not the ones the net was built with; the map is
+    # The weights are those of timm's constructor, not the ones the model was built with; the map is
     # after the net's final norm, without its class token.
     whole = timm_backbone.timm.create_model(name, pretrained=True).eval()
     expected = dict(whole.named_parameters())
@@ -101,12 +101,12 @@ def test_another_stride_of_a_backbone_of_timm():
 
 
 def test_backbones_that_timm_lacks():
-    with pytest.raises(ConfigError, match=r"no such net; got 'resnet10', nearest: "):
+    with pytest.raises(ConfigError, match=r"no such model; got 'resnet10', nearest: "):
         teacher_run("timm:resnet10")
     untrained = next(
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )
-    with pytest.raises(WeightsError, match="timm has no weights for this net"):
+    with pytest.raises(WeightsError, match="timm has no weights for this model"):
         timm_backbone.pretrained(f"timm:{untrained}", untrained)
 
 
@@ -284,7 +284,7 @@ def test_open_clip_by_name(tmp_path, monkeypatch, quick):
 
 def test_open_clip_names_that_do_not_exist():
     pytest.importorskip("open_clip")
-    with pytest.raises(WeightsError, match="no such net; got 'ViT-B-17', nearest: ViT-B-16"):
+    with pytest.raises(WeightsError, match="no such model; got 'ViT-B-17', nearest: ViT-B-16"):
         open_weights("open_clip:ViT-B-17/openai")
     with pytest.raises(WeightsError, match=r"no such weights of ViT-B-16; got 'laion', .*openai"):
         open_weights("open_clip:ViT-B-16/laion")

@@ -1,4 +1,4 @@
-"""Weights of timm nets, and weights that a package carries."""
+"""Weights of timm models, and weights that a package carries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_package_fills_every_tensor_of_the_teacher():
     assert {name: t.shape for name, t in found.items()} == {
         name: t.shape for name, t in floats(net).items()
     }
-    # Weights of a trained net: its statistics have moved, every variance is one.
+    # Weights of a trained model: its statistics have moved, every variance is one.
     for name, tensor in found.items():
         assert tensor.isfinite().all(), name
         if name.endswith("running_var"):
@@ -52,7 +52,7 @@ def test_the_package_names_pair_up_with_timms_layer_by_layer():
 
 
 def test_layers_see_on_photographs_what_their_running_statistics_say():
-    """Weights in their right places: each channel varies as it did on ImageNet's pictures."""
+    """Weights in their right places: each channel varies as it did on ImageNet's images."""
     images = photographs()
     net = build("efficientnet_lite0", seed=0)
     teacher = Teacher(net, statistics_of("efficientnet_lite0"))

@@ -1,7 +1,7 @@
-"""A data set in COCO's layout: pictures in folders, and one JSON of their objects for each split.
+"""A data set in COCO's layout: images in folders, and one JSON of their objects for each split.
 
 `open_coco` finds the files of a split and reads the annotations; what the result offers besides
-the pictures is theirs by the same number.
+the images is theirs by the same number.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.folder import read_picture
+from fd_large.data.folder import read_image
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.masks import coco_masks
 from fd_large.tasks.detection.data.objects import (
     NO_FILE,
     Findings,
+    ImageObjects,
     Objects,
-    PictureObjects,
     read_objects,
 )
 from fd_large.tasks.detection.data.views import make_target, whole_view
@@ -38,9 +38,9 @@ LAYOUTS = (
 
 
 class CocoSet:
-    """The pictures of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
+    """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
 
-    Pictures come by rising id. Labels count the file's categories by rising id from 0.
+    Images come by rising id. Labels count the file's categories by rising id from 0.
 
     Attributes:
         annotations: Path of the JSON file.
@@ -66,31 +66,31 @@ class CocoSet:
         return os.path.join(self.root, self._objects.file_names[index])
 
     def read(self, index: int) -> bytearray:
-        """The bytes of picture `index`.
+        """The bytes of image `index`.
 
         Raises: DataError: if the file cannot be read.
         """
-        return read_picture(self[index])
+        return read_image(self[index])
 
     def image_id(self, index: int) -> int:
-        """The data set's number of picture `index`."""
+        """The data set's number of image `index`."""
         return int(self._objects.image_ids[index])
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of picture `index`, as the annotations tell them."""
+        """Height and width of image `index`, as the annotations tell them."""
         height, width = self._objects.sizes[index].tolist()
         return height, width
 
-    def objects(self, index: int) -> PictureObjects:
-        """The objects of picture `index` as they are stored, in its own pixels."""
+    def objects(self, index: int) -> ImageObjects:
+        """The objects of image `index` as they are stored, in its own pixels."""
         return self._objects.of(index)
 
     def target(self, index: int) -> Target:
-        """The objects of picture `index` with filled masks, in its own pixels."""
+        """The objects of image `index` with filled masks, in its own pixels."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
     def landscape(self) -> NDArray[np.bool_]:
-        """Whether each picture is at least as wide as high, (len,)."""
+        """Whether each image is at least as wide as high, (len,)."""
         heights, widths = self._objects.sizes.T
         return widths >= heights
 
@@ -98,7 +98,7 @@ class CocoSet:
         """Some lines: what the set holds, then what was found."""
         crowds = int(self._objects.crowd.sum())
         held = (
-            f"{self.annotations}: {len(self):,} pictures, "
+            f"{self.annotations}: {len(self):,} images, "
             f"{len(self._objects.labels) - crowds:,} objects, {crowds:,} crowds, "
             f"{len(self.category_ids)} categories"
         )
@@ -108,15 +108,15 @@ class CocoSet:
 def open_coco(root: str, split: str) -> CocoSet:
     """Opens a split of a data set in a folder, and logs what was found there.
 
-    Of "train", pictures without an object besides crowds are left out, as the reference recipes do,
-    and so are pictures whose file is missing. Any other split is for evaluation and must be whole.
+    Of "train", images without an object besides crowds are left out, as the reference recipes do,
+    and so are images whose file is missing. Any other split is for evaluation and must be whole.
 
     Args:
         root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
             `images/train/` and `annotations/instances_train.json`, or Objects365's.
         split: "train", "val" ...
 
-    Raises: DataError: if there is no such split, its JSON is not COCO's, or pictures are missing.
+    Raises: DataError: if there is no such split, its JSON is not COCO's, or images are missing.
     """
     coco_masks()  # its absence is told before minutes of reading
     annotations, folder = _find(root, split)
@@ -131,13 +131,13 @@ def open_coco(root: str, split: str) -> CocoSet:
     if missing and not (training and found):
         names = ", ".join(findings.names[NO_FILE])
         raise DataError(
-            f"data.root: pictures of {annotations} are missing; got {missing} without a file in "
-            f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the pictures there, "
+            f"data.root: images of {annotations} are missing; got {missing} without a file in "
+            f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the images there, "
             "or set --data.root to the folder that holds both."
         )
     if not found:
         raise DataError(
-            f"data.root: nothing to learn in {annotations}; got no picture with an object, "
+            f"data.root: nothing to learn in {annotations}; got no image with an object, "
             "expected some. Set --data.root to another data set."
         )
     opened = CocoSet(root, os.path.join(root, annotations), objects, findings)
@@ -161,7 +161,7 @@ def _find(root: str, split: str) -> tuple[str, str]:
 
 
 class _Files:
-    """Finds pictures below a folder by one listing of each folder, not a request for each file."""
+    """Finds images below a folder by one listing of each folder, not a request for each file."""
 
     def __init__(self, root: str, folder: str) -> None:
         self._root, self._folder = root, folder

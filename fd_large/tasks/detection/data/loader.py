@@ -1,4 +1,4 @@
-"""Batches of pictures with their objects: for training by position, for evaluation each once."""
+"""Batches of images with their objects: for training by position, for evaluation each once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fd_large.tasks.detection.data.sampler import grouped_order
 from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter, make_target, resized_view
 from fd_large.tasks.detection.heads.target import Target, Targets
 
-# Side of the black picture without objects that stands where no sample was usable.
+# Side of the black image without objects that stands where no sample was usable.
 BLACK_SIDE = 32
 
 
@@ -44,18 +44,18 @@ def build_loader(
     """The rest of an epoch for one rank.
 
     Args:
-        source: Pictures and objects.
-        jitter: Draws the views; where they keep their own sizes, a global batch holds pictures of
+        source: Images and objects.
+        jitter: Draws the views; where they keep their own sizes, a global batch holds images of
             one orientation, and a batch is padded to its largest.
         seed: The run's seed.
         epoch: Counted from 0.
         first_update: Of this epoch, counted from 0; where a resumed run goes on.
-        global_batch_size: Images an update over all ranks.
+        global_batch_size: Images a step over all ranks.
         micro_batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Processes that load; 0: this one does.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
         the bottom, and `Targets`. The same samples on any number of ranks and workers.
@@ -144,12 +144,12 @@ class _Samples(Dataset):
 
 
 class EvaluationBatch(NamedTuple):
-    """Some pictures of an evaluation.
+    """Some images of an evaluation.
 
     Attributes:
         images: (B, 3, H, W) uint8, padded with black at the right and the bottom.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        original_sizes: (B, 2) int64, height and width of the pictures.
+        original_sizes: (B, 2) int64, height and width of the images.
         indices: (B,) int64, their numbers in the set.
         weights: (B,) float32: 0 of what only fills up the batch, or could not be read; else 1.
         bad: What is wrong with those that could not be read.
@@ -174,21 +174,21 @@ def build_evaluation_loader(
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
-    """All pictures once over the ranks, in batches of one size, as many on every rank.
+    """All images once over the ranks, in batches of one size, as many on every rank.
 
-    Pictures of one orientation lie side by side, which saves padding. Where they do not come out
-    even, a rank's last batches are filled with pictures of weight 0: under ZeRO-3 every rank must
+    Images of one orientation lie side by side, which saves padding. Where they do not come out
+    even, a rank's last batches are filled with images of weight 0: under ZeRO-3 every rank must
     run as many forwards as the others.
 
     Args:
-        source: Pictures.
+        source: Images.
         short_side: Length of the shorter side, in pixels.
         long_side: Most that the longer side may become.
-        batch_size: Pictures a batch.
+        batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Processes that load; 0: this one does.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
 
     Raises: ConfigError: for sizes that are none.
     """
@@ -206,14 +206,14 @@ def build_evaluation_loader(
 
 
 def deal(
-    num_pictures: int, *, batch_size: int, rank: int, world_size: int
+    num_images: int, *, batch_size: int, rank: int, world_size: int
 ) -> list[NDArray[np.int64]]:
-    """A rank's batches of places in an order of pictures; -1 where there is none left.
+    """A rank's batches of places in an order of images; -1 where there is none left.
 
     Consecutive batches go to the ranks in turn, so that all are about as long at work.
     """
-    share = -(-num_pictures // (batch_size * world_size)) * batch_size * world_size
-    places = np.where(np.arange(share) < num_pictures, np.arange(share), -1)
+    share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
+    places = np.where(np.arange(share) < num_images, np.arange(share), -1)
     return list(places.reshape(-1, world_size, batch_size)[:, rank])
 
 
@@ -228,7 +228,7 @@ class _Pictures(Dataset):
     max_pixels: int
 
     def __getitem__(self, places: NDArray[np.int64]) -> EvaluationBatch:
-        # A filler shows the first picture: it is as good as any other.
+        # A filler shows the first image: it is as good as any other.
         indices = self.order[np.maximum(places, 0)]
         weights = (places >= 0).astype(np.float32)
         images, bad = [], []
@@ -277,7 +277,7 @@ def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Ten
     if tuple(image.shape[-2:]) != source.size(index):
         height, width = source.size(index)
         raise DataError(
-            f"{source[index]}: not the picture that was annotated; got {image.shape[-1]} x "
+            f"{source[index]}: not the image that was annotated; got {image.shape[-1]} x "
             f"{image.shape[-2]} pixels, expected {width} x {height}. Fetch the original again."
         )
     return image

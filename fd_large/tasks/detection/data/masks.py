@@ -60,7 +60,7 @@ def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
     mask = coco_masks()
     counts, size = rle.get("counts"), rle.get("size")
     if not isinstance(size, list) or size != [height, width]:
-        raise ValueError(f"run lengths of size {size}, the picture has {[height, width]}")
+        raise ValueError(f"run lengths of size {size}, the image has {[height, width]}")
     if isinstance(counts, list):
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError("run lengths that are no lengths")

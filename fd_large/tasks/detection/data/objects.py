@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
-# COCO rounds its boxes to two decimals; what leaves a picture by less than a pixel is no news.
+# COCO rounds its boxes to two decimals; what leaves an image by less than a pixel is no news.
 OUTSIDE_PIXELS = 1.0
 NAMED = 5
 
@@ -48,18 +48,18 @@ class Findings:
         ]
 
 
-CLIPPED = "boxes that leave their picture, clipped (annotations)"
+CLIPPED = "boxes that leave their image, clipped (annotations)"
 NO_AREA = "objects without area, left out (annotations)"
 NO_BOX = "objects whose box is not four numbers, left out (annotations)"
 NO_CATEGORY = "objects of a category that the file does not list, left out (annotations)"
-NO_PICTURE = "objects of a picture that the file does not list, left out (annotations)"
+NO_PICTURE = "objects of an image that the file does not list, left out (annotations)"
 NO_MASK = "objects without a usable segmentation, left out (annotations)"
-NO_FILE = "pictures whose file is missing, left out (files)"
-NO_OBJECT = "pictures without an object, left out (files)"
+NO_FILE = "images whose file is missing, left out (files)"
+NO_OBJECT = "images without an object, left out (files)"
 
 
-class PictureObjects(NamedTuple):
-    """The objects of one picture, in its own pixels.
+class ImageObjects(NamedTuple):
+    """The objects of one image, in its own pixels.
 
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom.
@@ -67,7 +67,7 @@ class PictureObjects(NamedTuple):
         segmentations: Of each object its polygons, (points, 2) float64 each, or compressed run
             lengths; empty where the set has none.
         crowd_boxes: (m, 4) float32.
-        image_id: The data set's number of the picture.
+        image_id: The data set's number of the image.
         height: In pixels.
         width: In pixels.
     """
@@ -83,16 +83,16 @@ class PictureObjects(NamedTuple):
 
 @dataclass(frozen=True)
 class Objects:
-    """All pictures of a file, by rising id, and their objects in the file's order.
+    """All images of a file, by rising id, and their objects in the file's order.
 
-    Object j of picture i lies at `first[i] <= j < first[i + 1]`; its polygons are
+    Object j of image i lies at `first[i] <= j < first[i + 1]`; its polygons are
     `polygon_first[j]` to `polygon_first[j + 1]`, the points of a polygon likewise, and its run
     lengths bytes `rle_first[j]` to `rle_first[j + 1]`: one of the two is empty.
     """
 
     file_names: tuple[str, ...]
     image_ids: NDArray[np.int64]
-    sizes: NDArray[np.int32]  # (pictures, 2), height and width
+    sizes: NDArray[np.int32]  # (images, 2), height and width
     first: NDArray[np.int64]
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -106,13 +106,13 @@ class Objects:
     category_names: tuple[str, ...]
     has_masks: bool
 
-    def of(self, picture: int) -> PictureObjects:
-        """The objects of one picture."""
+    def of(self, picture: int) -> ImageObjects:
+        """The objects of one image."""
         span = slice(int(self.first[picture]), int(self.first[picture + 1]))
         crowd = self.crowd[span]
         wanted = np.flatnonzero(~crowd) + span.start
         height, width = self.sizes[picture].tolist()
-        return PictureObjects(
+        return ImageObjects(
             self.boxes[wanted],
             self.labels[wanted],
             [self._segmentation(int(number)) for number in wanted] if self.has_masks else [],
@@ -184,8 +184,8 @@ def read_objects(
     Args:
         path: The JSON file.
         findings: Gets what is left out or clipped.
-        find_file: Says where a picture of this `file_name` lies; None: nowhere, it is left out.
-        keep_empty: Whether pictures without an object stay.
+        find_file: Says where an image of this `file_name` lies; None: nowhere, it is left out.
+        keep_empty: Whether images without an object stay.
 
     Raises: DataError: if the file is no such file.
     """
@@ -204,14 +204,14 @@ def read_objects(
     except (KeyError, TypeError, ValueError) as error:
         raise _not_coco(path, f"an entry without {error}") from error
     if len(pictures) < len(content["images"]) or len(dict(categories)) < len(categories):
-        raise _not_coco(path, "two pictures or two categories of one id")
-    by_picture: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
+        raise _not_coco(path, "two images or two categories of one id")
+    by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
     has_masks = False
     for entry in content["annotations"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int):
             raise _not_coco(path, "an annotation without image_id, a whole number")
         has_masks = has_masks or bool(entry.get("segmentation"))
-        entries = by_picture.get(entry["image_id"])
+        entries = by_image.get(entry["image_id"])
         if entries is None:
             findings.add(NO_PICTURE, entry.get("id", "without id"))
         else:
@@ -220,10 +220,10 @@ def read_objects(
     arrays = _Arrays(findings, labels, has_masks)
     kept: list[tuple[str, int]] = []
     for number, (name, height, width) in facts.items():
-        entries = by_picture.pop(number)
+        entries = by_image.pop(number)
         if (found := find_file(name)) is None:
             findings.add(NO_FILE, name)
-        elif arrays.add_picture(entries, height, width, keep_empty=keep_empty):
+        elif arrays.add_image(entries, height, width, keep_empty=keep_empty):
             kept.append((found, number))
         else:
             findings.add(NO_OBJECT, name)
@@ -248,15 +248,15 @@ class _Arrays:
         self.point_first, self.points = array("q", [0]), array("d")
         self.rle_first, self.rle = array("q", [0]), bytearray()
 
-    def add_picture(
+    def add_image(
         self, entries: Iterable[dict[str, Any]], height: int, width: int, *, keep_empty: bool
     ) -> bool:
         """Adds a picture's objects; says whether it was added: without any but crowds it may not.
 
         Args:
             entries: Its annotations.
-            height: Of the picture.
-            width: Of the picture.
+            height: Of the image.
+            width: Of the image.
             keep_empty: Whether it is added in any case.
         """
         usable = []
@@ -354,7 +354,7 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
     # Filling walks along the edges: a stray number would take all memory.
     for xy in polygons:
         if min(xy) < -max(height, width) or max(xy) > 2 * max(height, width):
-            raise ValueError("a polygon far outside its picture")
+            raise ValueError("a polygon far outside its image")
     return polygons
 
 

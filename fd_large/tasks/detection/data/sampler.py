@@ -1,6 +1,6 @@
-"""The order of an epoch in which a global batch holds pictures of one orientation.
+"""The order of an epoch in which a global batch holds images of one orientation.
 
-Padding a batch of wide and high pictures to one size would waste up to half of it.
+Padding a batch of wide and high images to one size would waste up to half of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One view of a picture and its objects: resized, cropped, flipped, all by the same geometry.
+"""One view of an image and its objects: resized, cropped, flipped, all by the same geometry.
 
 Every number that is drawn comes from the caller, so that a view is a function of (seed, epoch,
 position). Pixels stay uint8; masks are filled last, and only of the objects that stay.
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fd_large.errors import ConfigError
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.data.objects import PictureObjects
+from fd_large.tasks.detection.data.objects import ImageObjects
 from fd_large.tasks.detection.heads.target import Target
 
 NUM_DRAWS = 4  # flip, scale, top, left
@@ -28,10 +28,10 @@ MIN_SIDE = 1.0
 
 @dataclass(frozen=True)
 class View:
-    """A picture is resized to `resized`, of that the box is cut out, and that is flipped.
+    """An image is resized to `resized`, of that the box is cut out, and that is flipped.
 
     Attributes:
-        picture: Height and width that it begins with.
+        image: Height and width that it begins with.
         resized: Height and width after resizing.
         box: Top, left, height, width of what is cut out, inside `resized`.
         flipped: Whether left and right are exchanged at the end.
@@ -54,7 +54,7 @@ class View:
         return self._cut(image)
 
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Points (n, 2), x and y in the picture, to the view, where they may lie outside."""
+        """Points (n, 2), x and y in the image, to the view, where they may lie outside."""
         (height, width), (new_height, new_width) = self.picture, self.resized
         top, left, _, box_width = self.box
         moved = points * (new_width / width, new_height / height) - (left, top)
@@ -84,7 +84,7 @@ class View:
 
 
 class Jitter(Protocol):
-    """How views of training pictures are drawn.
+    """How views of training images are drawn.
 
     Attributes:
         canvas: Height and width to which all views are padded; None: each keeps its own.
@@ -93,7 +93,7 @@ class Jitter(Protocol):
     canvas: tuple[int, int] | None
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """The view of a picture, of `NUM_DRAWS` numbers in [0, 1)."""
+        """The view of an image, of `NUM_DRAWS` numbers in [0, 1)."""
 
 
 class LargeScaleJitter:
@@ -107,7 +107,7 @@ class LargeScaleJitter:
         """Sets the range.
 
         Args:
-            image_size: Side of the views, in pixels; at scale 1 a picture just fits into it.
+            image_size: Side of the views, in pixels; at scale 1 an image just fits into it.
             min_scale: Smallest scale.
             max_scale: Largest scale.
 
@@ -123,7 +123,7 @@ class LargeScaleJitter:
         self._scales = (min_scale, max_scale)
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """The view of a picture, of `NUM_DRAWS` numbers in [0, 1)."""
+        """The view of an image, of `NUM_DRAWS` numbers in [0, 1)."""
         draw_flip, draw_scale, draw_top, draw_left = draws
         low, high = self._scales
         side = self.canvas[0]
@@ -167,7 +167,7 @@ class ShortestEdge:
         self._short_sides, self._long_side = (min_short_side, max_short_side), long_side
 
     def view(self, height: int, width: int, draws: Sequence[float]) -> View:
-        """The view of a picture, of `NUM_DRAWS` numbers in [0, 1)."""
+        """The view of an image, of `NUM_DRAWS` numbers in [0, 1)."""
         draw_flip, draw_size, *_ = draws
         low, high = self._short_sides
         short_side = low + int(draw_size * (high - low + 1))
@@ -181,18 +181,18 @@ class ShortestEdge:
 
 
 def whole_view(height: int, width: int) -> View:
-    """The picture as it is."""
+    """The image as it is."""
     return View((height, width), (height, width), (0, 0, height, width), False)
 
 
 def resized_view(
     height: int, width: int, *, short_side: int, long_side: int, flipped: bool = False
 ) -> View:
-    """The whole picture at another size: the only change that evaluation makes.
+    """The whole image at another size: the only change that evaluation makes.
 
     Args:
-        height: Of the picture.
-        width: Of the picture.
+        height: Of the image.
+        width: Of the image.
         short_side: Length of the shorter side, in pixels.
         long_side: Most that the longer side may become; the shorter one then becomes smaller.
         flipped: Whether left and right are exchanged.
@@ -206,15 +206,15 @@ def _scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def make_target(objects: PictureObjects, view: View, canvas: tuple[int, int]) -> Target:
+def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
     """The objects that a view shows.
 
     A box that the crop cuts becomes that of what is left of the mask: the part of an object that
     remains may fill but a corner of its cut box.
 
     Args:
-        objects: Of the picture, in its pixels.
-        view: Of the picture.
+        objects: Of the image, in its pixels.
+        view: Of the image.
         canvas: Height and width to which the view is padded, right and bottom.
 
     Returns: boxes in the view; masks (n, *canvas), or (n, 0, 0) where the set has none.

@@ -120,7 +120,7 @@ class RoIHeads(nn.Module):
         """
         rois, objects, labels = [], [], []
         for proposal, target, own in zip(proposals, targets, draws, strict=True):
-            # The objects themselves as well: an early net proposes little that is right.
+            # The objects themselves as well: an early model proposes little that is right.
             candidates = torch.cat([proposal, target.boxes])
             matched = match(
                 target.boxes,

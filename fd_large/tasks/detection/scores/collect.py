@@ -14,7 +14,7 @@ from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.inference import Detections, paste
 from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
 
-# Masks of a picture that lie on its pixels at once: a hundred would fill memory on large ones.
+# Masks of an image that lie on its pixels at once: a hundred would fill memory on large ones.
 MASKS_AT_ONCE = 10
 
 
@@ -30,9 +30,9 @@ def to_results(
 
     Args:
         seen: In the image's pixels.
-        image_id: The data set's number of the picture.
+        image_id: The data set's number of the image.
         size: Height and width of the image without its padding.
-        original_size: Height and width of the picture.
+        original_size: Height and width of the image.
         category_ids: The data set's number of each label.
     """
     (height, width), (original_height, original_width) = map(_whole, (size, original_size))
@@ -43,8 +43,8 @@ def to_results(
     for some, probabilities in zip(
         boxes.split(MASKS_AT_ONCE), seen.masks.float().cpu().split(MASKS_AT_ONCE), strict=True
     ):
-        on_picture = paste(probabilities, some, original_height, original_width)
-        pasted += masks.encode(on_picture.numpy().astype(np.uint8))
+        on_image = paste(probabilities, some, original_height, original_width)
+        pasted += masks.encode(on_image.numpy().astype(np.uint8))
     sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
     return [
         {
@@ -64,7 +64,7 @@ def to_results(
 def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
     """Makes one list of all ranks' results, on rank 0; a collective.
 
-    Through files, one a rank: masks of thousands of pictures would go to every rank otherwise.
+    Through files, one a rank: masks of thousands of images would go to every rank otherwise.
 
     Args:
         results: This rank's.

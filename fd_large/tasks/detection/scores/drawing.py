@@ -80,7 +80,7 @@ def compared_rows(
 
     rows = []
     for number in image_ids:
-        image, of_picture = read(number), compared[number]
+        image, of_image = read(number), compared[number]
         sides = [
             [
                 Mark(
@@ -94,13 +94,13 @@ def compared_rows(
                 for entry, wrong in zip(entries, wrongs, strict=True)
             ]
             for entries, wrongs in (
-                (of_picture.objects, of_picture.missed),
-                (of_picture.seen, of_picture.false),
+                (of_image.objects, of_image.missed),
+                (of_image.seen, of_image.false),
             )
         ]
         title = (
-            f"{files[number]}: {sum(of_picture.missed)} of {len(of_picture.objects)} missed, "
-            f"{sum(of_picture.false)} false"
+            f"{files[number]}: {sum(of_image.missed)} of {len(of_image.objects)} missed, "
+            f"{sum(of_image.false)} false"
         )
         rows.append(Row(image, title, *sides))
     return rows
@@ -159,7 +159,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_picture(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
+def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
     """Draws marks on a picture, in its own size, as a PNG."""
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The COCO evaluation of a detector: every picture once over the ranks, scored once on rank 0."""
+"""The COCO evaluation of a detector: every image once over the ranks, scored once on rank 0."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, s
 log = logging.getLogger(__name__)
 
 RESULTS, SCORES = "results.json", "scores.json"
-# What stands for a picture that cannot be read.
+# What stands for an image that cannot be read.
 GREY = 128
 SECONDS_BETWEEN_CALLS = 1.0
 """Of `between` while rank 0 scores."""
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
         scores: COCO's numbers.
         results: Detections in COCO's format.
         ground_truth: That they were scored against.
-        unread: Pictures that could not be read; their objects count as missed.
+        unread: Images that could not be read; their objects count as missed.
     """
 
     scores: Scores
@@ -66,16 +66,16 @@ def evaluate(
     max_pixels: int,
     between: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome | None:
-    """Detects in all pictures and scores; a collective.
+    """Detects in all images and scores; a collective.
 
     Args:
         detect: The detector, in evaluation.
-        pictures: With their objects.
+        images: With their objects.
         folder: That all ranks see; for results on their way.
         test_size: Shorter side, and the most that the longer may be, in pixels.
-        batch_size: Pictures a forward.
+        batch_size: Images a forward.
         workers: Processes that load.
-        max_pixels: Larger pictures are refused.
+        max_pixels: Larger images are refused.
         between: Told (batches done, batches in all) before each and, all done, while rank 0
             scores; on every rank alike; may raise to end it.
 
@@ -116,7 +116,7 @@ def evaluate(
     merged = gather(results, folder)
     if merged is not None and unread:
         log.warning(
-            "%d of %d test pictures could not be read: the scores count their objects as missed",
+            "%d of %d test images could not be read: the scores count their objects as missed",
             unread,
             len(pictures),
         )
@@ -161,12 +161,12 @@ def keep(
 
     Args:
         outcome: Of the evaluation.
-        pictures: That were evaluated.
+        images: That were evaluated.
         folder: Must be there.
-        draw: Whether to draw the worst pictures, some others, and the curves.
-        max_pixels: Larger pictures are refused.
+        draw: Whether to draw the worst images, some others, and the curves.
+        max_pixels: Larger images are refused.
 
-    Returns: the pictures that were drawn.
+    Returns: the images that were drawn.
     """
     write_results(folder / RESULTS, outcome.results)
     told = {"unread_images": outcome.unread, **outcome.scores.to_dict()}

@@ -1,4 +1,4 @@
-"""Which objects were missed and which detections are false: what the pictures of the worst show.
+"""Which objects were missed and which detections are false: what the images of the worst show.
 
 A detection is right if it covers an object of its class that no better one took; one that lies in
 a crowd of its class is neither right nor wrong, as in the official evaluation. No torch.
@@ -20,7 +20,7 @@ LEAST_IOU = 0.5
 
 
 class Compared(NamedTuple):
-    """The objects of a picture beside what was seen.
+    """The objects of an image beside what was seen.
 
     Attributes:
         objects: Annotations of the ground truth, crowds left out.
@@ -41,28 +41,28 @@ class Compared(NamedTuple):
 
 
 def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[int, Compared]:
-    """Compares boxes, picture by picture.
+    """Compares boxes, image by image.
 
     Args:
         ground_truth: From `scoring.read_ground_truth`.
         results: With boxes.
 
-    Returns: by image id, for all pictures of the ground truth.
+    Returns: by image id, for all images of the ground truth.
     """
-    annotations, of_picture = defaultdict(list), defaultdict(list)
+    annotations, of_image = defaultdict(list), defaultdict(list)
     for annotation in ground_truth["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
     for result in results:
         if result["score"] >= LEAST_SCORE:
-            of_picture[result["image_id"]].append(result)
+            of_image[result["image_id"]].append(result)
     return {
-        image["id"]: _compare(annotations[image["id"]], of_picture[image["id"]])
+        image["id"]: _compare(annotations[image["id"]], of_image[image["id"]])
         for image in ground_truth["images"]
     }
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """The ids of the pictures with most mistakes, the most first."""
+    """The ids of the images with most mistakes, the most first."""
     by_mistakes = sorted(compared, key=lambda number: (-compared[number].mistakes, number))
     return [number for number in by_mistakes[:count] if compared[number].mistakes]
 

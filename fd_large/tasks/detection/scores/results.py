@@ -51,21 +51,21 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
-    """Makes one list of the shards of several ranks, the same however pictures were dealt.
+    """Makes one list of the shards of several ranks, the same however images were dealt.
 
-    A picture that is in two shards counts once, with its results of the first, and so do results
-    that are equal. Pictures come by rising id, the results of one in the order that they were
+    An image that is in two shards counts once, with its results of the first, and so do results
+    that are equal. Images come by rising id, the results of one in the order that they were
     written in: the evaluation settles equal scores by that order.
     """
-    of_picture: dict[int, dict[tuple[Any, ...], Result]] = {}
+    of_image: dict[int, dict[tuple[Any, ...], Result]] = {}
     for shard in shards:
         of_shard: dict[int, dict[tuple[Any, ...], Result]] = {}
         for result in shard:
             mask = str(result.get("segmentation", {}).get("counts"))
             key = (result["category_id"], result["score"], *result.get("bbox", ()), mask)
             of_shard.setdefault(result["image_id"], {}).setdefault(key, result)
-        of_picture = of_shard | of_picture
-    return [result for number in sorted(of_picture) for result in of_picture[number].values()]
+        of_image = of_shard | of_image
+    return [result for number in sorted(of_image) for result in of_image[number].values()]
 
 
 def _problem(result: Any) -> str | None:

@@ -25,7 +25,7 @@ CURVES = (0.5, 0.75)
 
 
 class ClassScore(NamedTuple):
-    """Of one category; None where the pictures show none of it.
+    """Of one category; None where the images show none of it.
 
     Attributes:
         category_id: The data set's own.
@@ -61,7 +61,7 @@ class Scores:
 
     Attributes:
         kinds: "box" and "mask", as far as the results have them.
-        num_images: Pictures of the ground truth.
+        num_images: Images of the ground truth.
         num_results: Detections.
     """
 
@@ -120,10 +120,10 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     whether it counts among the small ones, is its box's area for boxes and its mask's for masks.
 
     Args:
-        ground_truth: From `read_ground_truth`; all its pictures count.
-        results: Detections of these pictures, in COCO's format.
+        ground_truth: From `read_ground_truth`; all its images count.
+        results: Detections of these images, in COCO's format.
 
-    Raises: DataError: if results belong to other pictures or categories, or masks to other sizes.
+    Raises: DataError: if results belong to other images or categories, or masks to other sizes.
     """
     coco_masks()
     _check(ground_truth, results)
@@ -198,9 +198,9 @@ def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
     strange = {r["image_id"] for r in results} - sizes.keys()
     if strange:
         raise DataError(
-            f"detections: of pictures that are not in the annotations; got {len(strange)} such "
+            f"detections: of images that are not in the annotations; got {len(strange)} such "
             f"image_id ({_some(strange)}), expected those of --annotations. Set --annotations to "
-            "the file of these pictures."
+            "the file of these images."
         )
     strange = {r["category_id"] for r in results} - categories
     if strange:
@@ -213,7 +213,7 @@ def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
         segmentation = result.get("segmentation")
         if segmentation and segmentation["size"] != sizes[result["image_id"]]:
             raise DataError(
-                f"detections: a mask of another size than its picture; got {segmentation['size']} "
+                f"detections: a mask of another size than its image; got {segmentation['size']} "
                 f"for image_id {result['image_id']}, expected {sizes[result['image_id']]}. Write "
                 "masks in the pictures' own pixels."
             )

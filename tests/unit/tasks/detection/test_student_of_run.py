@@ -44,7 +44,7 @@ def test_a_detector_goes_on_from_a_detector(name, tmp_path):
     load_weights(second.student, student_weights(again), where="--student.init")
     for key, parameter in second.student.named_parameters():
         assert torch.equal(parameter, tensors[f"student.{key}"]), key
-    # Whoever wants the whole net gets a final norm that only normalises, and a class token of 0.
+    # Whoever wants the whole model gets a final norm that only normalises, and a class token of 0.
     net = build(again.student.model, again.student.architecture)
     weights = open_weights(tmp_path)
     shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}

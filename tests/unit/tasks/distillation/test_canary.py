@@ -80,7 +80,7 @@ def test_a_rank_whose_part_changed_is_named_and_all_stop(start, ranks, caplog):
     assert after(canary, 7) == PASS
     assert after(canary, 8) == STOP
     [said] = caplog.messages
-    assert "after update 4, seen after update 8, on rank 2 (n2, cuda:7): the bits held" in said
+    assert "after step 4, seen after step 8, on rank 2 (n2, cuda:7): the bits held" in said
     assert "those that it has are sound" in said
 
 

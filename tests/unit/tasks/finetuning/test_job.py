@@ -52,14 +52,14 @@ def measured(run: Run) -> dict[str, float]:
 def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
     whole = measured(run)
     broken = tmp_path / "val" / "a" / "4.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     with caplog.at_level(logging.WARNING):
         found = measured(run)
     assert "4.png" in caplog.text
     assert found != whole
     broken.unlink()
     assert found == pytest.approx(measured(run))
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     strict = replace(run, data=replace(run.data, max_bad_fraction=0.0))
     with pytest.raises(DataError, match=r"max_bad_fraction: too many .* got 1 of 7 .*4\.png"):
         measured(strict)
@@ -90,5 +90,5 @@ def test_one_class_is_refused(run, tmp_path):
 
 
 def test_an_interval_without_pictures_is_refused(run):
-    with pytest.raises(ConfigError, match=r"eval\.knn_every: no pictures to test the student on"):
+    with pytest.raises(ConfigError, match=r"eval\.knn_every: no images to test the student on"):
         replace(run.eval, knn_every=10)

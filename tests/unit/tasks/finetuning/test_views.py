@@ -1,4 +1,4 @@
-"""Batches of labelled pictures: the same on any number of ranks."""
+"""Batches of labelled images: the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
 def update(
     source: ClassFolders, number: int, ranks: int, micro: int, workers: int = 0, **recipe: float
 ) -> Batch:
-    """The whole global batch of an update, as these ranks load it."""
+    """The whole global batch of a step, as these ranks load it."""
     parts = []
     for rank in range(ranks):
         positions = micro_batches(
@@ -117,7 +117,7 @@ def test_a_bad_picture_has_the_same_stand_in_on_any_rank(pictures, tmp_path):
         folder = tmp_path / "abcd"[number % 4]
         folder.mkdir(exist_ok=True)
         source = Path(pictures.root) / folder.name / f"{number}.png"
-        content = b"no picture" if number % 5 == 0 else source.read_bytes()
+        content = b"no image" if number % 5 == 0 else source.read_bytes()
         (folder / f"{number}.png").write_bytes(content)
     broken = ClassFolders(tmp_path)
     whole, split = update(broken, 0, 1, GLOBAL), update(broken, 0, 4, 1)

@@ -93,19 +93,19 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path, caplog):
     ]
     with caplog.at_level(logging.INFO, "fd_large"):
         opened = open_coco(str(write_set(tmp_path, entries, sizes=SIZES)), "train")
-    assert len(opened) == 1  # picture 9 has but a crowd
+    assert len(opened) == 1  # image 9 has but a crowd
     np.testing.assert_array_equal(
         opened.objects(0).boxes, [[10, 10, 30, 30], [50, 10, 60, 30], [59, 10, 60, 30]]
     )
     lines = opened.findings.lines()
     for start, names in (
         ("2 objects of a category", "2 of 4, 18 of [3]"),
-        ("1 objects of a picture", "3"),
+        ("1 objects of an image", "3"),
         ("3 objects without area", "4, 5, 17"),
         ("1 boxes that leave", "6"),
         ("2 objects whose box", "8, 9"),
         ("6 objects without a usable", "10 (none), 11 (no polygon of three points), 12 (a pol"),
-        ("1 pictures without an object", "000000000009.png"),
+        ("1 images without an object", "000000000009.png"),
     ):
         line = next(line for line in lines if line.startswith(start))
         assert f": {names}" in line
@@ -156,7 +156,7 @@ def test_missing_pictures_are_left_out_of_training_and_refused_in_evaluation(tmp
         write_set(tmp_path, entries, sizes=SIZES, split=split, missing=(9,))
     opened = open_coco(str(tmp_path), "train")
     assert [opened.image_id(index) for index in range(len(opened))] == [5]
-    assert "1 pictures whose file is missing" in opened.findings.lines()[0]
+    assert "1 images whose file is missing" in opened.findings.lines()[0]
     with pytest.raises(DataError, match=r"got 1 without a file .*000000000009\.png.* Unpack"):
         open_coco(str(tmp_path), "val")
     shutil.rmtree(tmp_path / "train2017")

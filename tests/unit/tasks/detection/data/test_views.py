@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fd_large.errors import ConfigError
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.data.objects import PictureObjects
+from fd_large.tasks.detection.data.objects import ImageObjects
 from fd_large.tasks.detection.data.views import (
     NUM_DRAWS,
     LargeScaleJitter,
@@ -22,14 +22,14 @@ from fd_large.tasks.detection.data.views import (
 DRAWS = st.lists(st.floats(0, 1, exclude_max=True), min_size=NUM_DRAWS, max_size=NUM_DRAWS)
 
 
-def objects(boxes, *, size=(120, 160), segmentations=None, crowds=()) -> PictureObjects:
+def objects(boxes, *, size=(120, 160), segmentations=None, crowds=()) -> ImageObjects:
     """Objects with labels 0, 1, ... that fill their boxes."""
     boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     if segmentations is None:
         segmentations = [
             [np.array([[a, b], [c, b], [c, d], [a, d]], dtype=np.float64)] for a, b, c, d in boxes
         ]
-    return PictureObjects(
+    return ImageObjects(
         boxes,
         np.arange(len(boxes)),
         segmentations,
@@ -39,7 +39,7 @@ def objects(boxes, *, size=(120, 160), segmentations=None, crowds=()) -> Picture
     )
 
 
-def as_run_lengths(of: PictureObjects) -> PictureObjects:
+def as_run_lengths(of: ImageObjects) -> ImageObjects:
     size = (of.height, of.width)
     filled = [masks.from_polygons(polygons, *size) for polygons in of.segmentations]
     packed = [rle["counts"].encode() for rle in masks.encode(np.stack(filled))]

@@ -13,7 +13,7 @@ from fd_large.tasks.detection.scores.drawing import (
     COLOURS,
     Mark,
     compared_rows,
-    draw_picture,
+    draw_image,
     draw_rows,
     marks_of,
 )
@@ -58,7 +58,7 @@ def test_a_picture_shows_masks_boxes_and_keeps_its_size(tmp_path):
     inside = np.zeros((90, 120), dtype=np.uint8)
     inside[40:70, 20:60] = 1
     mark = Mark([20, 40, 40, 30], "cat 0.75", COLOURS[1], inside, False)
-    draw_picture(GREY, [mark], tmp_path / "p.png")
+    draw_image(GREY, [mark], tmp_path / "p.png")
     drawn = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(float)
     assert drawn.shape == (90, 120, 3)
     np.testing.assert_allclose(drawn[65, 50], mixed(COLOURS[1]), atol=3)

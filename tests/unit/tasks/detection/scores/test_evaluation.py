@@ -1,4 +1,4 @@
-"""An evaluation from pictures to files, on one rank, with a detector that knows the answers."""
+"""An evaluation from images to files, on one rank, with a detector that knows the answers."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_a_picture_that_cannot_be_read_is_missed_and_told(root, tmp_path, caplog
     assert scores["unread_images"] == 0
     assert scores["box"]["numbers"]["AP"] == 1
     assert "worst.png" not in drawn
-    (root / "val2017" / "000000000002.png").write_bytes(b"no picture")
+    (root / "val2017" / "000000000002.png").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING):
         scores, drawn = evaluated(root, tmp_path / "out")
     # Found up to recall 0.5, which 51 of COCO's 101 places are.
     assert scores["box"]["numbers"]["AP"] == pytest.approx(51 / 101)
     assert scores["unread_images"] == 1
-    assert "1 of 2 test pictures could not be read" in caplog.text
+    assert "1 of 2 test images could not be read" in caplog.text
     # It is the worst of all, and drawn in grey.
     assert drawn == {"worst.png", "chosen.png", "curves.png"}
 
@@ -146,8 +146,8 @@ def test_a_stop_ends_the_scoring(root, tmp_path, slow_scores):
 
 def test_what_cannot_be_scored_is_told(root, tmp_path, monkeypatch):
     def refuse(*_):
-        raise DataError("detections: of other pictures")
+        raise DataError("detections: of other images")
 
     monkeypatch.setattr(evaluation, "score", refuse)
-    with pytest.raises(DataError, match="of other pictures"):
+    with pytest.raises(DataError, match="of other images"):
         scored(root, tmp_path / "out", lambda done, total: None)

@@ -27,7 +27,7 @@ def test_a_file_returns_what_was_written_and_leaves_nothing_beside_it(tmp_path):
 
 def test_shards_merge_alike_however_pictures_were_dealt():
     pictures = {n: [result(n, score) for score in (0.5, 0.9, 0.5001)] for n in range(7)}
-    flat = [entry for of_picture in pictures.values() for entry in of_picture]
+    flat = [entry for of_image in pictures.values() for entry in of_image]
     for world_size in (1, 2, 3):
         shards = [
             [entry for n in range(rank, 7, world_size) for entry in pictures[n]]
