@@ -113,6 +113,7 @@ def _train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile:
     from fd_large.runtime.pictures import Pictures
     from fd_large.runtime.preemption import Preemption
     from fd_large.runtime.progress import Progress
+    from fd_large.runtime.save_interval import SaveInterval
     from fd_large.runtime.tensorboard import TensorBoard
     from fd_large.runtime.watchdog import Watchdog
     from fd_large.tasks.distillation.canary import Canary
@@ -127,6 +128,8 @@ def _train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile:
     hooks = [meter, progress, board, Pictures()]
     if run.guard.enabled:
         hooks.append(Guard())
+    if run.runtime.save_minutes:
+        hooks.append(SaveInterval(run.runtime.save_minutes))
     if run.runtime.preemption:
         hooks.append(Preemption())
     if profile:

@@ -70,6 +70,7 @@ class _Agreed(NamedTuple):
 
     update: Update
     stop: bool
+    save: bool
     busy: bool
     failed: bool
     verdict: Verdict
@@ -191,7 +192,7 @@ class Trainer:
         too_bad = None
         if last or update % plan.count_bad_every == 0:
             too_bad = _too_many_bad(self._pictures, plan.max_bad_fraction)
-        self._owed |= self._checkpoints.due(update, plan.updates_per_epoch)
+        self._owed |= agreed.save or self._checkpoints.due(update, plan.updates_per_epoch)
         # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._owed and not agreed.update.skipped
         if self._status or last or due or too_bad or rolled_back:
@@ -258,6 +259,7 @@ class Trainer:
         wishes = [hook.wish() for hook in self._hooks]
         flags = [
             any(wish.stop for wish in wishes),
+            any(wish.save for wish in wishes),
             *self._checkpoints.flags,
         ]
         device = distributed.device()
@@ -266,11 +268,11 @@ class Trainer:
         # The norm is the same on all ranks, but for the last digit between unlike processors.
         norm = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
         summed = distributed.sum_tensor(torch.cat([loss, norm, told])).tolist()
-        loss_sum, norm_sum, stop, busy, failed = summed
+        loss_sum, norm_sum, *agreed = summed
         ranks = distributed.world_size()
         update = Update(self._update, self._total, epoch, loss_sum / ranks, norm_sum / ranks, rate)
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
-        return _Agreed(update, stop > 0, busy > 0, failed > 0, verdict)
+        return _Agreed(update, *(count > 0 for count in agreed), verdict=verdict)
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
         restored = self._checkpoints.roll_back(at_most)

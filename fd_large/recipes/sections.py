@@ -379,6 +379,8 @@ class Runtime:
     seed: int = 0
     # Steps between two checkpoints; 0: one an epoch. The last step is always saved.
     save_every: int = 0
+    # Minutes between two checkpoints, besides those by steps; 0 turns this off.
+    save_minutes: float = 0.0
     # Newest checkpoints that stay.
     keep_last: int = 2
     # Steps whose multiples' checkpoints stay as well; 0: none.
@@ -401,6 +403,7 @@ class Runtime:
         check_types(self, "runtime")
         at_least("runtime.log_every", self.log_every, 1, "updates")
         at_least("runtime.save_every", self.save_every, 0, "updates")
+        not_negative("runtime.save_minutes", self.save_minutes)
         at_least("runtime.keep_last", self.keep_last, 1, "checkpoints")
         at_least("runtime.keep_every", self.keep_every, 0, "updates")
         at_least("runtime.max_failed_saves", self.max_failed_saves, 0, "checkpoints")

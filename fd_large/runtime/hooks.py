@@ -29,9 +29,11 @@ class Wish:
 
     Attributes:
         stop: Save, and end as `preempted`.
+        save: Write a checkpoint after the step.
     """
 
     stop: bool = False
+    save: bool = False
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ _MAY_CHANGE = {
     "runtime.preemption",
     "runtime.run_dir",
     "runtime.save_every",
+    "runtime.save_minutes",
     "runtime.watchdog_seconds",
     "student.activation_checkpointing",
     "student.attention_memory",

@@ -83,8 +83,10 @@ def test_resumes_at_the_last_checkpoint_and_knows_when_it_is_done(
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"update": 6, "lo')  # torn
     # Only what cannot change the result may differ from the first command.
-    train(pictures, run_dir, "--optim.epochs", "3", "--data.workers", "0")
+    words = ("--data.workers", "0", "--runtime.save_minutes", "1e-6")
+    train(pictures, run_dir, "--optim.epochs", "3", *words)
     assert losses(run_dir) == losses(reference)
+    assert (run_dir / "checkpoints/step_00000005").is_dir(), "by the clock, in mid-epoch"
     again = train(pictures, run_dir, "--optim.epochs", "3", ranks=1, check=False)
     assert again.returncodes == [0]
     assert "nothing to do" in again.outputs[0]
