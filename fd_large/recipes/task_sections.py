@@ -1,6 +1,6 @@
 """The parts of the section `task` that belong to one task each: fine-tuning and detection.
 
-Standard library only. The comment over a field is its help on the command line.
+Standard library only. The comment above a field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from fd_large.recipes.fields import at_least, check_types, not_negative, require
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """Classification of labelled images by the whole model; data.root has train/, val/ or test/."""
+    """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
 
-    # RandAugment's magnitude, 0 to 10, of two operations an image; 0: off.
+    # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
     randaugment: float = 9.0
-    # Spread of the magnitude from operation to operation.
+    # Standard deviation of that magnitude from operation to operation.
     randaugment_std: float = 0.5
-    # Probability that a box of 2% to 33% of an image is filled with noise.
+    # Probability that a box of 2% to 33% of an image is filled with noise, in [0, 1]. 0 turns it
+    # off.
     erasing: float = 0.25
-    # Alpha of the beta distribution of mixup's shares, at most 2; 0: no mixup.
+    # Alpha of the beta distribution of mixup's weights, in [0, 2]. 0 turns mixup off.
     mixup: float = 0.8
-    # The same of CutMix; 0: no CutMix.
+    # Alpha of the beta distribution of CutMix's areas, in [0, 2]. 0 turns CutMix off.
     cutmix: float = 1.0
-    # Probability that a global batch is cut rather than mixed, where both are on.
+    # Probability that CutMix rather than mixup is applied to a global batch, if both are on.
     switch_probability: float = 0.5
-    # Probability that is taken from a label and spread over all classes.
+    # Label smoothing: the probability taken from the label and spread over all classes, in [0, 1].
     smoothing: float = 0.1
-    # Mean and standard deviation of red, green and blue by which images are normalised, in training
-    # and in tests; empty: those that the student's weights were trained with, else ImageNet's.
+    # Mean and standard deviation of red, green and blue with which images are normalised, in
+    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
+    # student's weights were trained with, else ImageNet's.
     statistics: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -38,16 +40,21 @@ class FineTune:
         for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
             value = getattr(self, name)
             require(
-                0 <= value <= most, f"task.finetune.{name}: out of range", value, f"0 to {most}"
+                0 <= value <= most,
+                f"task.finetune.{name}: out of range",
+                value,
+                f"a number in [0, {most}]",
             )
         for name in ("erasing", "switch_probability", "smoothing"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"task.finetune.{name}: out of range", value, "0 to 1")
+            require(
+                0 <= value <= 1, f"task.finetune.{name}: out of range", value, "a number in [0, 1]"
+            )
         require(
             len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
-            "task.finetune.statistics: no means and deviations of three channels",
+            "task.finetune.statistics: invalid means and standard deviations of three channels",
             self.statistics,
-            "six numbers, the last three above 0, or none",
+            "six numbers, the last three above 0, or no number",
         )
 
 
@@ -55,30 +62,30 @@ class FineTune:
 class Detection:
     """Boxes and masks of objects: Mask R-CNN on the student's features."""
 
-    # Classes of objects; COCO has 80.
+    # Number of object classes. COCO has 80.
     num_classes: int = 80
-    # Channels of the pyramid and of the convolutions in the heads.
+    # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256
-    # Anchors of an image that the losses of its proposals look at.
+    # Number of anchors per image that enter the losses of the proposal network.
     anchors_per_image: int = 256
-    # Proposals of an image that are kept.
+    # Number of proposals kept per image.
     proposals_per_image: int = 1000
-    # Proposals of an image that the losses of classes, boxes and masks look at.
+    # Number of proposals per image that enter the losses of classes, boxes and masks.
     rois_per_image: int = 512
-    # Boxes of an image that are found at most; COCO counts 100.
+    # Largest number of boxes reported per image. COCO's evaluation counts 100.
     detections_per_image: int = 100
-    # Smallest and largest size of a training image before it is cut to data.image_size, as a
-    # multiple of the size at which it just fits in.
+    # Smallest and largest scale of a training image before it is cropped to data.image_size, as
+    # multiples of the scale at which the whole image just fits.
     scale_range: tuple[float, float] = (0.1, 2.0)
-    # Instead of scale_range and the cut: the shorter side of whole training images, smallest and
-    # largest, and the most that the longer may be, in pixels; a global batch then holds wide
-    # images or high ones. 0 0 0: jitter and cut.
+    # Train on whole images instead of random scales and crops: the smallest and largest length of
+    # the shorter side, and the largest length of the longer side, in pixels. A global batch then
+    # holds only wide or only high images. 0 0 0 turns it off.
     whole_size: tuple[int, int, int] = (0, 0, 0)
-    # Shorter side of evaluated images, and the most that the longer may be, in pixels; 0 0: both
-    # data.image_size.
+    # Length of the shorter side of evaluated images, and the largest length of the longer side, in
+    # pixels. 0 0 uses data.image_size for both.
     test_size: tuple[int, int] = (0, 0)
-    # First stages of a SwinV2 student whose attention is computed for few windows at a time, where
-    # those maps would fill the memory.
+    # Number of first stages of a SwinV2 student whose attention is computed for few windows at a
+    # time, for attention maps that would fill the memory. 0 turns it off.
     sequential_stages: int = 0
 
     def __post_init__(self) -> None:
@@ -96,27 +103,27 @@ class Detection:
         smallest, largest = self.scale_range
         require(
             0 < smallest <= largest,
-            "task.detection.scale_range: no range",
+            "task.detection.scale_range: invalid range",
             self.scale_range,
             "two numbers above 0, the smaller first",
         )
         least, most, longer = self.whole_size
         require(
             self.whole_size == (0, 0, 0) or 0 < least <= most <= longer,
-            "task.detection.whole_size: no sides of an image",
+            "task.detection.whole_size: invalid lengths",
             self.whole_size,
-            "three rising numbers of pixels, or 0 0 0",
+            "three numbers of pixels in rising order, or 0 0 0",
         )
         require(
             self.whole_size == (0, 0, 0) or self.scale_range == (0.1, 2.0),
-            "task.detection.scale_range: not together with whole_size",
+            "task.detection.scale_range: excluded by whole_size",
             self.scale_range,
-            "one of the two",
+            "only one of the two to be set",
         )
         shorter, longer = self.test_size
         require(
             self.test_size == (0, 0) or 0 < shorter <= longer,
-            "task.detection.test_size: no sides of an image",
+            "task.detection.test_size: invalid lengths",
             self.test_size,
             "two numbers of pixels, the smaller first, or 0 0",
         )

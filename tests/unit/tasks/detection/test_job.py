@@ -111,9 +111,9 @@ def test_whole_pictures_of_one_orientation_in_a_batch(tmp_path):
     assert probe.images.shape == (2, 3, 60, 90)
     assert probe.targets.targets[0].masks.shape[1:] == (60, 90)
     assert probe.targets.sizes.tolist() == [[60, 90]] * 2
-    with pytest.raises(ConfigError, match="not together with whole_size"):
+    with pytest.raises(ConfigError, match="scale_range: excluded by whole_size"):
         replace(numbers, scale_range=(1.0, 1.0))
-    with pytest.raises(ConfigError, match="whole_size: no sides"):
+    with pytest.raises(ConfigError, match="whole_size: invalid"):
         replace(numbers, whole_size=(60, 40, 90))
 
 
