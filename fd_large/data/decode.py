@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
-from fd_large.data.header import JpegHeader, read_header
-from fd_large.data.quiet import quiet
+from fd_large.data.image_header import JpegHeader, read_header
+from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import DataError
 
 # 8192 x 8192: 0.2 GB as RGB, at the worst (16 bits, RGB) 0.9 GB while it is decoded.
@@ -56,7 +56,7 @@ def decode(
     if not encoded:
         raise _refused(where, "an empty file")
     header = read_header(encoded)
-    with quiet():
+    with suppress_stderr():
         if header is not None:
             _check_size(header.width, header.height, max_pixels, where)
             # torchvision turns no WebP

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd_large.data import color, views
 from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
-from fd_large.data.draws import uniforms
-from fd_large.data.quiet import quiet
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import (
     check_batch_sizes,
     epoch_order,
@@ -26,6 +25,7 @@ from fd_large.data.sampler import (
     updates_per_epoch,
 )
 from fd_large.data.source import ImageSource
+from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import start_worker
 from fd_large.errors import ConfigError, DataError
 
@@ -41,7 +41,7 @@ class Batch:
 
     `images` is (B, 3, S, S) uint8; `positions` (B,) int64 are places in the epoch's order,
     `indices` (B,) int64 the samples that were taken for them; `bad` says of each sample that was
-    tried and cannot be used what is wrong with it, its name first (`bad.py` counts them).
+    tried and cannot be used what is wrong with it, its name first (`bad_images.py` counts them).
     `targets` is what a task learns from besides: tensors, in lists, tuples or dicts; or None.
     """
 
@@ -289,7 +289,7 @@ class _Views(Dataset):
         indices = epoch_order(len(self.source), self.seed, self.epoch, positions)
         draws = self._draws(positions, "view", views.NUM_DRAWS)
         images, bad = [], []
-        with quiet():
+        with suppress_stderr():
             for place, position in enumerate(positions.tolist()):
                 image, indices[place] = first_usable(
                     lambda index, place=place, position=position: self._recolor(

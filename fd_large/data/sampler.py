@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fd_large.data.draws import random_words
+from fd_large.data.random_numbers import random_words
 from fd_large.errors import ConfigError, DataError
 
 _NUM_FEISTEL_ROUNDS = 8

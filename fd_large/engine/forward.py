@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
+from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
+from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
 from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema

@@ -22,7 +22,7 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics, normalise
-from fd_large.data.central import NO_LABEL, central_batches
+from fd_large.data.centre_crops import NO_LABEL, central_batches
 from fd_large.data.labelled import LabelledImages
 from fd_large.errors import ConfigError, DataError
 

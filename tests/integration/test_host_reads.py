@@ -28,7 +28,7 @@ def test_one_read_an_update_and_a_trace_of_those_asked_for(tmp_path: Path) -> No
     assert found["code"] == 0
     assert sorted(found["reads"]) == [str(update) for update in range(7)]
     # Drop path's draws are made from positions, which are always in host memory.
-    on_host = {"draws.random_words"}
+    on_host = {"random_numbers.random_words"}
     for update, reads in found["reads"].items():
         seen = [read for read in reads if read not in on_host]
         if int(update) + 1 in (5, 7):  # The log step, and the last one.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.layer_ids import layer_scale
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
-from fd_large.data.draws import uniforms
+from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
 from fd_large.tasks.dense.stages import SwinOrViT, features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.heads.inference import Detections

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.decode import decode
-from fd_large.data.draws import uniforms
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
 from fd_large.data.source import ImageSource
 from fd_large.data.views import NUM_DRAWS, random_view

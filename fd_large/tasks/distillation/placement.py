@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.data.draws import random_words
+from fd_large.data.random_numbers import random_words
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.start import deepspeed

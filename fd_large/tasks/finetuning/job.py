@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
-from fd_large.data.central import NO_LABEL, CentralBatch, central_batches
+from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
+from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.loader import Batch, load_batches, micro_batches
 from fd_large.data.source import ImageSource

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large.data.draws import uniforms
+from fd_large.data.random_numbers import uniforms
 
 # Pairs of draws among which the first that is accepted makes the share. Of alpha = 2, the largest
 # that recipes may have, one in six is accepted: 128 fail once in 1e10 batches.

@@ -20,7 +20,7 @@ from fd_large.backbones.layer_ids import layer_scale
 from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.vit.vit import ViT
-from fd_large.data.central import NO_LABEL
+from fd_large.data.centre_crops import NO_LABEL
 from fd_large.engine.task import Task
 
 # Published for ViT: predictions start all alike.

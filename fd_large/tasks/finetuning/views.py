@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data import views
 from fd_large.data.decode import decode, size_before_decoding
-from fd_large.data.draws import uniforms
 from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, first_usable
-from fd_large.data.quiet import quiet
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
+from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.recipes.task_sections import FineTune
 from fd_large.tasks.finetuning import augment, mixing
 
@@ -99,7 +99,7 @@ class TrainingBatches(Dataset):
         crops = self._draws(positions, "view", views.NUM_DRAWS)
         augmentations = self._draws(positions, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
         images, labels, bad = [], [], []
-        with quiet():
+        with suppress_stderr():
             for place, position in enumerate(positions.tolist()):
                 image, indices[place] = first_usable(
                     lambda index, place=place: self._view(

@@ -19,8 +19,8 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.backbones.statistics import normalise
 from fd_large.checkpoint.student import serve_runs
-from fd_large.data.central import central_batches
-from fd_large.data.draws import drop_path_keep
+from fd_large.data.centre_crops import central_batches
+from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward import forward_backward
 from fd_large.engine.job import Portion
 from fd_large.engine.schedule import CosineSchedule

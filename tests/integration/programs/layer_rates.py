@@ -16,8 +16,8 @@ from launch import write_result
 from scenarios import images_of, plain_task, schedule_of, start_engine, tiny_run
 
 from fd_large import distributed
-from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
+from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward import forward_backward
 from fd_large.engine.zero import partition, start

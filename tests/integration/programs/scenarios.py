@@ -20,8 +20,8 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.data.draws import drop_path_keep
 from fd_large.data.loader import Batch
+from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward import forward_backward
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.student import node_size_of, precision_of

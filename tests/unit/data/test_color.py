@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
 from fd_large.data.color import NUM_DRAWS, jitter_color
-from fd_large.data.draws import uniforms
+from fd_large.data.random_numbers import uniforms
 
 MIDDLE = 0.5  # of a draw: no change
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from fd_large.data.draws import uniforms
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.views import NUM_DRAWS, crop_box, random_view
 
 NUM = 4000

@@ -12,7 +12,7 @@ from PIL import Image
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
-from fd_large.data.central import NO_LABEL, central_view
+from fd_large.data.centre_crops import NO_LABEL, central_view
 from fd_large.data.labelled import ClassFolders
 from fd_large.errors import ConfigError, DataError
 from fd_large.probes.features import extract, pooled

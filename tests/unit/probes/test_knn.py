@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from fd_large.backbones.statistics import normalise
-from fd_large.data.central import NO_LABEL
+from fd_large.data.centre_crops import NO_LABEL
 from fd_large.probes import knn
 from fd_large.probes.features import Features, pooled
 from fd_large.tasks.distillation.frozen import find_model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fd_large.data.central import NO_LABEL
+from fd_large.data.centre_crops import NO_LABEL
 from fd_large.data.sampler import epoch_order
 from fd_large.errors import DataError
 from fd_large.probes import linear

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd_large.data.decode import MAX_PIXELS, decode
-from fd_large.data.draws import uniforms
 from fd_large.data.loader import Batch, first_usable, load_batches, micro_batches
-from fd_large.data.quiet import quiet
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
+from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.sampler import grouped_order
@@ -96,7 +96,7 @@ class _Samples(Dataset):
             indices = self.order[positions]
         draws = uniforms(self.seed, self.epoch, positions, "jitter", NUM_DRAWS).tolist()
         images, targets, bad = [], [], []
-        with quiet():
+        with suppress_stderr():
             for place, position in enumerate(positions.tolist()):
                 made, indices[place] = first_usable(
                     lambda index, place=place: self._sample(index, draws[place]),
@@ -232,7 +232,7 @@ class _Pictures(Dataset):
         indices = self.order[np.maximum(places, 0)]
         weights = (places >= 0).astype(np.float32)
         images, bad = [], []
-        with quiet():
+        with suppress_stderr():
             for place, index in enumerate(indices.tolist()):
                 size = self.source.size(index)
                 view = resized_view(*size, short_side=self.short_side, long_side=self.long_side)

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fd_large.backbones.statistics import OPENAI_CLIP
-from fd_large.data.central import NO_LABEL, central_batches, central_view
+from fd_large.data.centre_crops import NO_LABEL, central_batches, central_view
 from fd_large.data.labelled import ClassFolders
 from fd_large.data.loader import Batch, load_batches, micro_batches
 from fd_large.recipes.task_sections import FineTune

@@ -5,8 +5,8 @@ import pytest
 import torch
 from coco import annotation, write_set
 
-from fd_large.data.draws import uniforms
 from fd_large.data.loader import MAX_TRIES, Batch
+from fd_large.data.random_numbers import uniforms
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.detection.data.annotations import open_coco
 from fd_large.tasks.detection.data.loader import (

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fd_large.data.bad import BadCount, BadImages, limit_error, past_limit
+from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
 
 
 @pytest.mark.parametrize(

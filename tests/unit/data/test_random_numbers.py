@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_large.data.draws import STREAMS, drop_path_keep, philox, random_words, uniforms
+from fd_large.data.random_numbers import STREAMS, drop_path_keep, philox, random_words, uniforms
 from fd_large.errors import ConfigError
 
 F = 0xFFFFFFFF

@@ -1,8 +1,8 @@
 """What the C decoders print on stderr, kept out of the log.
 
-libjpeg, libpng and libtiff write straight to file descriptor 2. Within `quiet()` that descriptor
-leads to memory; afterwards the decoders' lines are dropped and whatever else was written meanwhile
-(another thread, the interpreter) goes where it was meant to go.
+libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()` that
+descriptor leads to memory; afterwards the decoders' lines are dropped and whatever else was written
+meanwhile (another thread, the interpreter) goes where it was meant to go.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_stderr() -> Iterator[None]:
     """Drops the decoders' lines on stderr; other lines appear when the block ends."""
     global _memory, _done
     lock = _lock

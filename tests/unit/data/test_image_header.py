@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fd_large.data.decode import decode, size_before_decoding
-from fd_large.data.header import JpegHeader, read_header
+from fd_large.data.image_header import JpegHeader, read_header
 from fd_large.errors import DataError
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fd_large.data.decode import decode
-from fd_large.data.quiet import quiet
+from fd_large.data.suppress_stderr import suppress_stderr
 
 NOISE = b"Corrupt JPEG data: 3826 extraneous bytes before marker 0xd9\n"
 
@@ -23,7 +23,7 @@ NOISE = b"Corrupt JPEG data: 3826 extraneous bytes before marker 0xd9\n"
     ],
 )
 def test_lines_of_the_decoders_are_dropped_and_others_kept_in_order(capfd, line):
-    with quiet():
+    with suppress_stderr():
         os.write(2, b"before\n")
         os.write(2, line)
         os.write(2, b"after\n")
@@ -33,14 +33,14 @@ def test_lines_of_the_decoders_are_dropped_and_others_kept_in_order(capfd, line)
 
 def test_nothing_stays_for_the_next_time(capfd):
     for _ in range(3):
-        with quiet():
+        with suppress_stderr():
             os.write(2, b"once\n")
         assert capfd.readouterr().err == "once\n"
 
 
 def test_blocks_may_be_nested_and_left_by_an_error(capfd):
     def fail() -> None:
-        with quiet(), quiet():
+        with suppress_stderr(), suppress_stderr():
             os.write(2, NOISE + b"kept\n")
             raise KeyError
 
@@ -51,15 +51,15 @@ def test_blocks_may_be_nested_and_left_by_an_error(capfd):
 
 
 def test_a_forked_child_has_its_own(capfd):
-    with quiet():
+    with suppress_stderr():
         os.write(2, NOISE)
     child = os.fork()
     if child == 0:
-        with quiet():
+        with suppress_stderr():
             os.write(2, NOISE + b"child\n")
         os._exit(0)
     os.waitpid(child, 0)
-    with quiet():
+    with suppress_stderr():
         os.write(2, b"parent\n")
     assert capfd.readouterr().err == "child\nparent\n"
 
@@ -67,7 +67,7 @@ def test_a_forked_child_has_its_own(capfd):
 def test_threads_lose_nothing(capfd):
     def write() -> None:
         for _ in range(200):
-            with quiet():
+            with suppress_stderr():
                 os.write(2, NOISE + b"kept\n")
 
     threads = [threading.Thread(target=write) for _ in range(3)]

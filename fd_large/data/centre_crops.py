@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data.decode import decode
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.quiet import quiet
+from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import start_worker
 from fd_large.errors import DataError
 
@@ -71,7 +71,7 @@ class _CentralBatches(Dataset):
     def __getitem__(self, where: tuple[int, int]) -> CentralBatch:
         start, stop = where
         images, labels, bad = [], [], []
-        with quiet():
+        with suppress_stderr():
             for index in range(start, stop):
                 label = self.source.label(index)
                 try:
