@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fd_large.backbones.layer_ids import layer_scale
+from fd_large.data.loader import Batch
 
 
 class Task(nn.Module):
-    """A trainable Module with a loss.
+    """A trainable Module with a loss: a backbone, and heads that are new.
+
+    Args:
+        student: A backbone of `fd_large.backbones`.
 
     Attributes:
-        drop_path_rates: One rate per drop-path site of the task's network, in execution order; the
-            engine draws `keep` of shape (num_sites, B) for them.
+        student: The backbone; its weights are what a run gives back.
+        drop_path_rates: One rate per drop-path site of the student, in execution order; the engine
+            draws `keep` of shape (num_sites, B) for them.
     """
 
-    drop_path_rates: tuple[float, ...] = ()
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.drop_path_rates: tuple[float, ...] = student.drop_path_rates
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Does what needs no gradient of the trained parameters, a teacher's forward for example.
@@ -40,14 +51,46 @@ class Task(nn.Module):
         """Returns the loss, scalar float32, and detached scalar metrics by name."""
         raise NotImplementedError
 
+    def shapes_only(self, batch: Batch) -> Tensor:
+        """Runs the part of a step that shapes alone decide, for counting on the meta device.
+
+        That is the whole of `prepare` and `forward`, unless a task's work depends on what is in its
+        images; such a task overrides this, and does as much as it does at most.
+
+        Args:
+            batch: A micro batch on the meta device.
+
+        Returns: a scalar that backward can run through.
+        """
+        keep = self.keep_all(batch.images)
+        with torch.no_grad():
+            prepared = self.prepare(batch.images, batch.targets, keep)
+        return self(**prepared)[0]
+
+    def keep_all(self, images: Tensor) -> Tensor | None:
+        """Returns draws of drop path that keep every branch, (num_sites, B); None without sites."""
+        if not any(self.drop_path_rates):
+            return None
+        size = (len(self.drop_path_rates), len(images))
+        return torch.ones(size, dtype=torch.bool, device=images.device)
+
     def nets(self) -> dict[str, nn.Module]:
         """Returns the Modules whose layers an incident is traced through, by prefix of names."""
         return {"": self}
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate under layer-wise decay; 1 for heads."""
-        return 1.0
+        """Returns the factor of a parameter's learning rate under layer-wise decay.
+
+        It falls with the depth in the student; heads, pyramids and projections learn at the full
+        rate.
+        """
+        inside = name.removeprefix("student.")
+        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """Returns (parameter names, substrings of names) that are exempt from weight decay."""
-        return frozenset(), ()
+        """Returns (parameter names, substrings of names) that are exempt from weight decay.
+
+        They are the student's; norms and biases are exempt everywhere, as they are one-dimensional.
+        """
+        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
+        return names, tuple(self.student.no_weight_decay_keywords())

@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fd_large.backbones.layer_ids import layer_scale
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
@@ -55,9 +54,8 @@ class Detection(Task):
         seed: int = 0,
         statistics: Statistics = IMAGENET,
     ) -> None:
-        super().__init__()
+        super().__init__(student)
         strip(student)
-        self.student = student
         self.pyramid: nn.Module = pyramid_of(student, width)
         self.rpn = RpnHead(width)
         self.heads = RoIHeads(
@@ -70,7 +68,6 @@ class Detection(Task):
         self.anchors_per_image = anchors_per_image
         self.proposals_per_image = proposals_per_image
         self.seed, self.statistics = seed, statistics
-        self.drop_path_rates = student.drop_path_rates
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the targets, and draws for the samples of each image."""
@@ -147,13 +144,3 @@ class Detection(Task):
             sizes: (B, 2) int64, height and width of each image without its padding.
         """
         return self(pixels=self.pixels(images, sizes), sizes=sizes)
-
-    def layer_scale(self, name: str, decay: float) -> float:
-        """By the depth in the student; pyramid and heads learn at the full rate."""
-        inside = name.removeprefix("student.")
-        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
-
-    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """The student's exemptions; elsewhere norms and biases, which are one-dimensional."""
-        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
-        return names, tuple(self.student.no_weight_decay_keywords())

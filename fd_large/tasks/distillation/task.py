@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.layer_ids import layer_scale
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.engine.task import Task
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
@@ -45,13 +44,11 @@ class Distillation(Task):
         interpolation: str = "none",
         statistics: Statistics = IMAGENET,
     ) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         # The 1x1 convolution of the paper; torch's default initialisation, as published.
         self.projection = nn.Linear(student.width, teacher_width)
         self.beta, self.whitening_eps = beta, whitening_eps
         self.interpolation, self.statistics = interpolation, statistics
-        self.drop_path_rates = student.drop_path_rates
         # In a tuple, so that nn.Module does not adopt a teacher that is a Module.
         self._teacher = (teacher,)
 
@@ -99,13 +96,3 @@ class Distillation(Task):
         teacher = getattr(self._teacher[0], "module", self._teacher[0])
         frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
         return {**frozen, "": self}
-
-    def layer_scale(self, name: str, decay: float) -> float:
-        """By the depth in the student; the projection learns at the full rate."""
-        inside = name.removeprefix("student.")
-        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
-
-    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """The student's exemptions; the projection's weight decays, its bias is one-dimensional."""
-        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
-        return names, tuple(self.student.no_weight_decay_keywords())

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.initialization import NORMAL
-from fd_large.backbones.layer_ids import layer_scale
 from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.vit.vit import ViT
@@ -39,9 +38,8 @@ class FineTuning(Task):
     """
 
     def __init__(self, student: nn.Module, num_classes: int, *, statistics: Statistics) -> None:
-        super().__init__()
-        self.student, self.statistics = student, statistics
-        self.drop_path_rates = student.drop_path_rates
+        super().__init__(student)
+        self.statistics = statistics
         self.fc_norm: LayerNorm | None = None
         draw = NORMAL
         if isinstance(student, ViT):
@@ -87,16 +85,6 @@ class FineTuning(Task):
         if self.fc_norm is not None:
             mean = self.fc_norm(mean)
         return self.head(mean).float()
-
-    def layer_scale(self, name: str, decay: float) -> float:
-        """By the depth in the student; norm and head learn at the full rate."""
-        inside = name.removeprefix("student.")
-        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
-
-    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """The student's exemptions."""
-        names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
-        return names, tuple(self.student.no_weight_decay_keywords())
 
 
 def counted(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,29 @@
+"""Fine-tuning as a Module: how it is counted."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.data.loader import Batch
+from fd_large.recipes.architectures import Architecture
+from fd_large.tasks.finetuning.task import FineTuning
+
+TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=16)
+
+
+def test_shapes_only_on_the_meta_device_costs_what_a_step_costs():
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    batch = Batch(images, 0, torch.arange(2), torch.arange(2), targets=torch.full((2, 4), 0.25))
+    counted = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            student = build("vit_base_patch16", TINY, drop_path_rate=0.1)
+            task = FineTuning(student, 4, statistics=IMAGENET)
+        assert task.keep_all(images).shape == (4, 2)
+        with FlopCounterMode(display=False) as flops:
+            task.shapes_only(batch.to(device)).backward()
+        counted.append(flops.get_total_flops())
+    assert counted[0] == counted[1] > 0
