@@ -36,37 +36,40 @@ class ImageFolder:
     these times, in ns.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, where: str = "data.root") -> None:
         """Lists the folder.
 
         Args:
             root: The folder.
+            where: The field that names it, for messages.
 
         Raises: DataError: if it is missing or holds no image.
         """
-        self.root = os.fspath(root)
+        self.root, self._where = os.fspath(root), where
         if not self.root or not os.path.isdir(self.root):
             raise DataError(
-                f"data.root: no such folder; got {self.root!r}, expected a folder of images or "
-                "tar shards. Set --data.root FOLDER."
+                f"{where}: no such folder; got {self.root!r}, expected a folder of images or "
+                f"tar shards. Set --{where} FOLDER."
             )
         self._listing: Listing = listed(
             f"folder {folder_key(self.root)}", fill=self._fill, is_current=self._is_current
         )
         if not len(self._listing):
             raise DataError(
-                f"data.root: no image in the folder or below it; got {self.root!r}, expected "
-                f"files ending in {' '.join(EXTENSIONS)}. Set --data.root to a folder with such "
+                f"{where}: no image in the folder or below it; got {self.root!r}, expected "
+                f"files ending in {' '.join(EXTENSIONS)}. Set --{where} to a folder with such "
                 "files."
             )
         self.fingerprint = self._listing.fingerprint
         self.modified: int = self._listing.facts["modified"]
         if shards := self._listing.facts["num_tars"]:
             log.warning(
-                "data.root: %s holds %d .tar files beside images; only the images are read. "
-                "To read the shards: --data.root '%s/*.tar'",
+                "%s: %s holds %d .tar files beside images; only the images are read. "
+                "To read the shards: --%s '%s/*.tar'",
+                where,
                 self.root,
                 shards,
+                where,
                 self.root,
             )
 
@@ -85,7 +88,7 @@ class ImageFolder:
 
     def _fill(self, writer: ListingWriter) -> dict[str, Any]:
         stamps, num_tars = [], 0
-        for kind, path, modified in walk(self.root):
+        for kind, path, modified in walk(self.root, self._where):
             if kind == "folder":
                 stamps.append([path, modified])
             elif kind == "tar":
@@ -135,7 +138,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for a writer
 
 
-def walk(root: str) -> Iterator[tuple[str, str, int]]:
+def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
     """Yields ("folder" | "picture" | "tar", path, modification time of a folder in ns or 0).
 
     Paths are relative, "/" between the parts, in the order of their bytes: a folder's place among
@@ -160,7 +163,7 @@ def walk(root: str) -> Iterator[tuple[str, str, int]]:
                 found = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
         except OSError as error:
             raise DataError(
-                f"data.root: a folder cannot be listed; got {error.strerror or error} for "
+                f"{where}: a folder cannot be listed; got {error.strerror or error} for "
                 f"{os.path.join(root, folder)!r}, expected a readable folder. Mend its "
                 "permissions or remove it."
             ) from error

@@ -51,22 +51,29 @@ class ClassFolders(ImageFolder):
     as the data set is held: the listing is sorted, so the images of a class are neighbours.
     """
 
-    def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        classes: Sequence[str] | None = None,
+        *,
+        where: str = "data.root",
+    ) -> None:
         """Lists the folder.
 
         Args:
             root: The folder.
             classes: Names that count as classes, those of the training set; None: those found.
+            where: The field that names the folder, for messages.
 
         Raises: DataError: if an image lies in no class, or in one that is not among the names.
         """
-        super().__init__(root)
+        super().__init__(root, where=where)
         starts, names = [0], []
         while starts[-1] < len(self):
             first, slash, _ = self._listing.name(starts[-1]).partition(b"/")
             if not slash:
                 raise DataError(
-                    f"data.root: an image in no class; got {self[starts[-1]]!r}, expected a sub "
+                    f"{where}: an image in no class; got {self[starts[-1]]!r}, expected a sub "
                     "folder for each class. Move it into the folder of its class."
                 )
             names.append(os.fsdecode(first))
@@ -77,7 +84,7 @@ class ClassFolders(ImageFolder):
         number = {name: place for place, name in enumerate(self.classes)}
         if unknown := [name for name in names if name not in number]:
             raise DataError(
-                f"data.root: classes that training does not know; got {', '.join(unknown[:5])} in "
+                f"{where}: classes that training does not know; got {', '.join(unknown[:5])} in "
                 f"{self.root!r}, expected those of the training set. Name the folders alike."
             )
         self._starts = np.array(starts[1:])
@@ -91,16 +98,23 @@ class ClassFolders(ImageFolder):
 class LabelledShards(TarShards):
     """Tar shards in which KEY.cls stands beside KEY.jpg (webdataset)."""
 
-    def __init__(self, paths: Sequence[str], classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        classes: Sequence[str] | None = None,
+        *,
+        where: str = "data.root",
+    ) -> None:
         """Indexes images and labels.
 
         Args:
             paths: The tar files.
             classes: Those of the training set; None: numbers up to the largest label.
+            where: The field that names the files, for messages.
 
         Raises: DataError: if an image has no label, or one that training does not know.
         """
-        super().__init__(paths)
+        super().__init__(paths, where=where)
         key = "\n".join(os.path.realpath(path) for path in self.paths)
         self._labels: Listing = listed(
             f"labels {key}",
@@ -110,7 +124,7 @@ class LabelledShards(TarShards):
         )
         if self._labels.fingerprint != self.fingerprint:
             raise DataError(
-                f"data.root: shards changed while they were indexed; got another list of images "
+                f"{where}: shards changed while they were indexed; got another list of images "
                 f"in {self.paths[0]} and the others, expected the same. Start again once they no "
                 "longer change."
             )
@@ -120,7 +134,7 @@ class LabelledShards(TarShards):
         )
         if largest >= len(self.classes):
             raise DataError(
-                f"data.root: a label that training does not know; got {largest} in "
+                f"{where}: a label that training does not know; got {largest} in "
                 f"{self.paths[0]} or the others, expected 0 to {len(self.classes) - 1}. Use shards "
                 "of the same classes."
             )
@@ -150,7 +164,7 @@ class LabelledShards(TarShards):
                         continue
                     if name.endswith(_LABEL):
                         text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
-                        labels[_key(name)] = _number(text, path, name)
+                        labels[_key(name)] = _number(text, path, name, self._where)
                     elif name.lower().endswith(_ENDINGS):
                         pictures.append((name, offset))
             except Torn:
@@ -158,7 +172,7 @@ class LabelledShards(TarShards):
         without = [name for name, _ in pictures if _key(name) not in labels]
         if without:
             raise DataError(
-                f"data.root: images without a label; got {len(without)} in {path}, the first "
+                f"{self._where}: images without a label; got {len(without)} in {path}, the first "
                 f"{os.fsdecode(without[0])}, expected KEY.cls beside each KEY.jpg. Write the "
                 "shards with labels, or use class folders."
             )
@@ -170,24 +184,27 @@ class LabelledShards(TarShards):
         )
 
 
-def open_labelled(root: str, classes: Sequence[str] | None = None) -> LabelledImages:
+def open_labelled(
+    root: str, classes: Sequence[str] | None = None, *, where: str = "data.root"
+) -> LabelledImages:
     """Class folders, or tar shards, as `open_images` finds them.
 
     Args:
         root: A folder of class folders; tar files by their folder, one file or a pattern.
         classes: Those of the training set, for a set that is tested.
+        where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind.
     """
-    pictures = open_images(root)
+    pictures = open_images(root, where=where)
     if isinstance(pictures, TarShards):
-        return LabelledShards(pictures.paths, classes)
+        return LabelledShards(pictures.paths, classes, where=where)
     if not isinstance(pictures, ImageFolder):
         raise DataError(
-            f"data.root: images without labels; got {root!r}, expected class folders or tar "
+            f"{where}: images without labels; got {root!r}, expected class folders or tar "
             "shards with labels. Name such a folder."
         )
-    return ClassFolders(root, classes)
+    return ClassFolders(root, classes, where=where)
 
 
 def open_split(
@@ -199,17 +216,14 @@ def open_split(
         root: The folder that holds the parts.
         split: "train" or "val".
         classes: Those of the training set, for a set that is tested.
-        where: What the user set, for messages.
+        where: The field that names the folder, for messages.
 
     Raises: DataError: if the folder lacks the part, or there is nothing to tell apart.
     """
     for name in SPLITS[split]:
         folder = os.path.join(root, name)
         if os.path.isdir(folder):
-            try:
-                found = open_labelled(folder, classes)
-            except DataError as error:
-                raise DataError(str(error).replace("data.root", where)) from None
+            found = open_labelled(folder, classes, where=where)
             if len(found.classes) < 2:
                 raise DataError(
                     f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
@@ -241,14 +255,14 @@ def _key(name: bytes) -> bytes:
     return folder + slash + last.partition(b".")[0]
 
 
-def _number(text: bytes, path: str, name: bytes) -> int:
+def _number(text: bytes, path: str, name: bytes, where: str) -> int:
     try:
         label = int(text)
     except ValueError:
         label = -1
     if label < 0:
         raise DataError(
-            f"data.root: a label that is no class; got {text[:20]!r} in {os.fsdecode(name)} of "
+            f"{where}: a label that is no class; got {text[:20]!r} in {os.fsdecode(name)} of "
             f"{path}, expected a whole number from 0 up. Write the shard again."
         )
     return label

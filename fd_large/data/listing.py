@@ -87,8 +87,8 @@ class Listing:
             self.__init__(_map(file), state["path"])
         if self.fingerprint != state["fingerprint"]:
             raise DataError(
-                "data.root: its listing changed while a run used it; got another list of names, "
-                "expected the run's. Start the run again once the data no longer change."
+                f"{state['path']}: the list of images changed while a run used it; got other "
+                "names, expected the run's. Start the run again once the data no longer change."
             )
 
 
@@ -168,7 +168,7 @@ def listed(
             with _only_one(folder):
                 listing = _load(path, is_current) or _make_in(folder, path, columns, fill)
         except OSError as error:
-            log.info("listing of data.root is not kept: cannot write to %s (%s)", folder, error)
+            log.info("the list of images is not kept: cannot write to %s (%s)", folder, error)
             with tempfile.TemporaryFile() as file:
                 _fill(file, columns, fill)
                 listing = Listing(_map(file), None)
@@ -210,7 +210,7 @@ def _fill(
     writer.finish({**facts, "listed_at": start})
     took = time.time() - start
     if took > 1:
-        log.info("listed %d images of data.root in %.0f s", len(writer), took)
+        log.info("listed %d images in %.0f s", len(writer), took)
     return len(writer)
 
 
@@ -234,7 +234,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
-            log.info("listing of data.root without a lock on %s: %s", folder, error)
+            log.info("listing images without a lock on %s: %s", folder, error)
         yield
 
 

@@ -52,17 +52,17 @@ PREFIX = "builtin:"
 SETS = {f"{PREFIX}photographs": False, f"{PREFIX}photographs-held-out": True}
 
 
-def open_builtin(root: str) -> Photographs:
+def open_builtin(root: str, *, where: str = "data.root") -> Photographs:
     """The set of that name, `builtin:photographs` or `builtin:photographs-held-out`.
 
     Raises: DataError: if there is no such set, or a package is missing.
     """
     if root not in SETS:
         raise DataError(
-            f"data.root: no such built-in set; got {root!r}, expected one of {', '.join(SETS)}. "
-            "Set --data.root to one of these or to a folder."
+            f"{where}: no such built-in set; got {root!r}, expected one of {', '.join(SETS)}. "
+            f"Set --{where} to one of these or to a folder."
         )
-    return Photographs(SETS[root])
+    return Photographs(SETS[root], where=where)
 
 
 class Photographs:
@@ -74,16 +74,17 @@ class Photographs:
 
     fingerprint: str
 
-    def __init__(self, held_out: bool) -> None:
+    def __init__(self, held_out: bool, *, where: str = "data.root") -> None:
         """Reads and decodes the files.
 
         Args:
             held_out: The two held-out photographs, or all others.
+            where: The field that names the set, for messages.
 
         Raises: DataError: if a package is not installed or has lost a file.
         """
         self.names = HELD_OUT if held_out else TRAINING
-        self._files = [_read(name) for name in self.names]
+        self._files = [_read(name, where) for name in self.names]
         self.fingerprint = hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -99,22 +100,22 @@ class Photographs:
         return self._files[index % len(self.names)]
 
 
-def _read(name: str) -> bytes:
+def _read(name: str, where: str) -> bytes:
     package, _, file = name.partition("/")
     # Found, not imported: importing scikit-learn takes a second, and only files are wanted.
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise DataError(
-            f"data.root: builtin:photographs needs the package {_DISTRIBUTIONS[package]}; got "
+            f"{where}: builtin:photographs needs the package {_DISTRIBUTIONS[package]}; got "
             "nothing, expected it to be installed. Install it: pip install "
-            f"{_DISTRIBUTIONS[package]}, or set --data.root to a folder of images."
+            f"{_DISTRIBUTIONS[package]}, or set --{where} to a folder of images."
         )
     path = Path(spec.origin).parent / _FOLDERS[package] / file
     try:
         return _as_ppm(path.read_bytes(), name)
     except OSError as error:
         raise DataError(
-            f"data.root: a photograph cannot be read; got {error.strerror} for {path}, expected "
+            f"{where}: a photograph cannot be read; got {error.strerror} for {path}, expected "
             f"the file of {_DISTRIBUTIONS[package]}. Install that package again."
         ) from error
 

@@ -34,15 +34,16 @@ class TarShards:
     time of any shard changed, or their list.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], *, where: str = "data.root") -> None:
         """Indexes the shards.
 
         Args:
             paths: The tar files, at least one.
+            where: The field that names them, for messages.
 
         Raises: DataError: if one cannot be read or is compressed, or none holds an image.
         """
-        self.paths = list(paths)
+        self.paths, self._where = list(paths), where
         key = "\n".join(os.path.realpath(path) for path in self.paths)
         self._listing: Listing = listed(
             f"shards {key}",
@@ -58,8 +59,8 @@ class TarShards:
         if not len(self._listing):
             torn = f" ({'; '.join(self.torn)})" if self.torn else ""
             raise DataError(
-                f"data.root: no image in {_some(self.paths)}{torn}; got members of other kinds "
-                f"or none, expected names ending in {' '.join(EXTENSIONS)}. Set --data.root to "
+                f"{where}: no image in {_some(self.paths)}{torn}; got members of other kinds "
+                f"or none, expected names ending in {' '.join(EXTENSIONS)}. Set --{where} to "
                 "tar files of images."
             )
         self.fingerprint = self._listing.fingerprint
@@ -118,7 +119,7 @@ class TarShards:
             try:
                 with open(path, "rb", buffering=0) as file:
                     shards.append(_size_and_time(file.fileno()))
-                    _refuse_compressed(path, os.pread(file.fileno(), 2, 0))
+                    _refuse_compressed(path, os.pread(file.fileno(), 2, 0), self._where)
                     for name, offset, size in members(file.fileno()):
                         if name.lower().endswith(_ENDINGS) and not _hidden(name):
                             found.append((name, number, offset, size))
@@ -129,7 +130,7 @@ class TarShards:
                 )
             except OSError as error:
                 raise DataError(
-                    f"data.root: a shard cannot be read; got {error.strerror or error} for "
+                    f"{self._where}: a shard cannot be read; got {error.strerror or error} for "
                     f"{path!r}, expected a tar file. Mend its permissions or leave it out."
                 ) from error
         found.sort()
@@ -158,10 +159,10 @@ def _size_and_time(descriptor: int) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _refuse_compressed(path: str, start: bytes) -> None:
+def _refuse_compressed(path: str, start: bytes, where: str) -> None:
     if kind := _COMPRESSED.get(start):
         raise DataError(
-            f"data.root: a compressed shard; got {kind} for {path!r}, expected a plain tar file, "
+            f"{where}: a compressed shard; got {kind} for {path!r}, expected a plain tar file, "
             "whose members can be read in place. Decompress it (images gain nothing by it)."
         )
 

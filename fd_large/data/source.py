@@ -37,32 +37,33 @@ class ImageSource(Protocol):
         """Reads the bytes of image `index`; DataError if that fails."""
 
 
-def open_images(root: str) -> ImageSource:
-    """The images that `data.root` names.
+def open_images(root: str, *, where: str = "data.root") -> ImageSource:
+    """The images that `data.root`, or another field, names.
 
     Args:
         root: A folder of images, sub folders included; a folder that holds tar files and no
             loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
             "train-*.tar"; or a set that comes along, "builtin:photographs".
+        where: The field that names them, for messages.
 
     Raises: DataError: if there is nothing of the kind, or no image in it.
     """
     if root.startswith(PREFIX):
-        return open_builtin(root)
+        return open_builtin(root, where=where)
     if os.path.isdir(root):
-        if shards := _only_shards(root):
-            return TarShards(shards)
-        return ImageFolder(root)
+        if shards := _only_shards(root, where):
+            return TarShards(shards, where=where)
+        return ImageFolder(root, where=where)
     if os.path.isfile(root):
         if not root.lower().endswith(".tar"):
             raise DataError(
-                f"data.root: neither a folder nor a tar file; got {root!r}, expected a folder of "
-                "images, or FILE.tar. Set --data.root FOLDER."
+                f"{where}: neither a folder nor a tar file; got {root!r}, expected a folder of "
+                f"images, or FILE.tar. Set --{where} FOLDER."
             )
-        return TarShards([root])
+        return TarShards([root], where=where)
     if _BRACES.search(root) or _GLOB.search(root):
-        return TarShards(_matching(root))
-    return ImageFolder(root)  # says what is wrong
+        return TarShards(_matching(root, where), where=where)
+    return ImageFolder(root, where=where)  # says what is wrong
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -81,24 +82,24 @@ def _choices(inside: str) -> list[str]:
     return inside.split(",") if "," in inside else [f"{{{inside}}}"]
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str, where: str) -> list[str]:
     paths: list[str] = []
     for name in expand_braces(pattern):
         found = sorted(glob.glob(name)) if _GLOB.search(name) else [name]
         missing = not found or not os.path.isfile(found[0])
         if missing:
             raise DataError(
-                f"data.root: no such tar file; got {name!r} from {pattern!r}, expected a file. "
-                "Set --data.root to a pattern of files that are there."
+                f"{where}: no such tar file; got {name!r} from {pattern!r}, expected a file. "
+                f"Set --{where} to a pattern of files that are there."
             )
         paths += found
     return list(dict.fromkeys(paths))
 
 
-def _only_shards(root: str) -> list[str]:
+def _only_shards(root: str, where: str) -> list[str]:
     """The tar files below a folder that holds no loose image; else nothing."""
     shards = []
-    for kind, path, _ in walk(root):
+    for kind, path, _ in walk(root, where):
         if kind == "picture":
             return []
         if kind == "tar":

@@ -58,7 +58,8 @@ class DetectionJob(Job):
     def check(self) -> None:
         """Opens the test images, and the headers of the weights."""
         self.refuse(IDLE)
-        self._test_images = self._opened_for_tests()
+        # A data set may have no split for tests; eval.root then names another's.
+        self._test_images = self.test_images(tuple(self._categories.values()), where="eval.root")
         if distributed.is_main():
             # What cannot be scored is known before hours of training.
             score(read_ground_truth(self._test_images.annotations), [])
@@ -158,36 +159,26 @@ class DetectionJob(Job):
         """Where evaluations are kept."""
         return Path(self.run.run_dir()) / "evaluations"
 
-    def test_images(self, classes: tuple[str, ...]) -> CocoSet:
+    def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
         """The val split of `eval.root`, or of `data.root`.
 
         Args:
             classes: Names that the detector learns, or has learnt, by label.
+            where: The field that messages name; the one that is set unless given.
         """
         root = self.run.eval.root
-        try:
-            pictures = open_coco(root or self.run.data.root, "val")
-        except DataError as error:
-            if not root:
-                raise
-            raise DataError(str(error).replace("data.root", "eval.root")) from None
+        where = where or ("eval.root" if root else "data.root")
+        pictures = open_coco(root or self.run.data.root, "val", where=where)
         check_classes(self.run, pictures)
         if pictures.category_names != classes:
             label = next(i for i, name in enumerate(classes) if pictures.category_names[i] != name)
             raise DataError(
-                f"{'eval' if root else 'data'}.root: {pictures.annotations} has other classes than "
+                f"{where}: {pictures.annotations} has other classes than "
                 f"those that are learnt; got {pictures.category_names[label]!r} for label {label}, "
                 f"expected {classes[label]!r}. Give its categories the names and the order of "
                 "the training's."
             )
         return pictures
-
-    def _opened_for_tests(self) -> CocoSet:
-        try:
-            return self.test_images(tuple(self._categories.values()))
-        except DataError as error:
-            # A data set may have no split for tests; then another's serves.
-            raise DataError(str(error).replace("Set --data.root", "Set --eval.root")) from None
 
 
 def check_classes(run: Run, pictures: CocoSet) -> None:

@@ -17,7 +17,6 @@ from fd_large.engine.job import Evaluate, Job, Portion
 from fd_large.engine.student import Precision, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import DataError
 from fd_large.tasks.distillation.build import (
     build_teacher,
     parameter_sizes,
@@ -155,7 +154,4 @@ class DistillationJob(Job):
         }
 
     def _held_out(self) -> ImageSource:
-        try:
-            return open_images(self.run.eval.root)
-        except DataError as error:
-            raise DataError(str(error).replace("data.root", "eval.root")) from None
+        return open_images(self.run.eval.root, where="eval.root")

@@ -23,7 +23,6 @@ from fd_large.engine.evaluation import evaluating
 from fd_large.engine.job import Evaluate, Job, Portion
 from fd_large.engine.student import build_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import DataError
 from fd_large.plan.parameters import shapes
 from fd_large.recipes.sections import Objective
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
@@ -149,10 +148,7 @@ class FineTuningJob(Job):
         root = self.run.eval.root
         if not root:
             return open_split(self.run.data.root, "val", self.classes())
-        try:
-            return open_labelled(root, self.classes())
-        except DataError as error:
-            raise DataError(str(error).replace("data.root", "eval.root")) from None
+        return open_labelled(root, self.classes(), where="eval.root")
 
     _pictures: LabelledImages | None = None
 

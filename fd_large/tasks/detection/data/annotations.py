@@ -105,7 +105,7 @@ class CocoSet:
         return "\n".join([held, *(f"  {line}" for line in self.findings.lines())])
 
 
-def open_coco(root: str, split: str) -> CocoSet:
+def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
     """Opens a split of a data set in a folder, and logs what was found there.
 
     Of "train", images without an object besides crowds are left out, as the reference recipes do,
@@ -115,30 +115,32 @@ def open_coco(root: str, split: str) -> CocoSet:
         root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
             `images/train/` and `annotations/instances_train.json`, or Objects365's.
         split: "train", "val" ...
+        where: The field that names the folder, for messages.
 
     Raises: DataError: if there is no such split, its JSON is not COCO's, or images are missing.
     """
     coco_masks()  # its absence is told before minutes of reading
-    annotations, folder = _find(root, split)
+    annotations, folder = _find(root, split, where)
     findings, training = Findings(), split == "train"
     objects = read_objects(
         os.path.join(root, annotations),
         findings,
         find_file=_Files(root, folder).find,
         keep_empty=not training,
+        where=where,
     )
     missing, found = findings.counts.get(NO_FILE, 0), len(objects.image_ids)
     if missing and not (training and found):
         names = ", ".join(findings.names[NO_FILE])
         raise DataError(
-            f"data.root: images of {annotations} are missing; got {missing} without a file in "
+            f"{where}: images of {annotations} are missing; got {missing} without a file in "
             f"{os.path.join(root, folder)!r} ({names}), expected all. Unpack the images there, "
-            "or set --data.root to the folder that holds both."
+            f"or set --{where} to the folder that holds both."
         )
     if not found:
         raise DataError(
-            f"data.root: nothing to learn in {annotations}; got no image with an object, "
-            "expected some. Set --data.root to another data set."
+            f"{where}: nothing to learn in {annotations}; got no image with an object, "
+            f"expected some. Set --{where} to another data set."
         )
     opened = CocoSet(root, os.path.join(root, annotations), objects, findings)
     if findings.counts:
@@ -148,14 +150,14 @@ def open_coco(root: str, split: str) -> CocoSet:
     return opened
 
 
-def _find(root: str, split: str) -> tuple[str, str]:
+def _find(root: str, split: str, where: str) -> tuple[str, str]:
     tried = [(json.format(split=split), folder.format(split=split)) for json, folder in LAYOUTS]
     for found, folder in tried:
         if os.path.isfile(os.path.join(root, found)):
             return found, folder
     raise DataError(
-        f"data.root: no annotations of the split {split!r}; got {root!r}, expected a folder with "
-        f"{', '.join(json for json, _ in tried[:-1])} or {tried[-1][0]}. Set --data.root to the "
+        f"{where}: no annotations of the split {split!r}; got {root!r}, expected a folder with "
+        f"{', '.join(json for json, _ in tried[:-1])} or {tried[-1][0]}. Set --{where} to the "
         "folder that COCO was unpacked in."
     )
 

@@ -178,6 +178,7 @@ def read_objects(
     *,
     find_file: Callable[[str], str | None],
     keep_empty: bool,
+    where: str = "data.root",
 ) -> Objects:
     """Reads a file of COCO's or Objects365's kind.
 
@@ -186,13 +187,14 @@ def read_objects(
         findings: Gets what is left out or clipped.
         find_file: Says where an image of this `file_name` lies; None: nowhere, it is left out.
         keep_empty: Whether images without an object stay.
+        where: The field that names the dataset, for messages.
 
     Raises: DataError: if the file is no such file.
     """
-    content = read_json(path, where="annotations", flag="--data.root FOLDER", hook=_packed)
+    content = read_json(path, where="annotations", flag=f"--{where} FOLDER", hook=_packed)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise _not_coco(path, f"no list {key!r}")
+            raise _not_coco(path, f"no list {key!r}", where)
     try:
         categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
         pictures = {int(image["id"]): image for image in content["images"]}
@@ -202,14 +204,14 @@ def read_objects(
             for number, image in sorted(pictures.items())
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise _not_coco(path, f"an entry without {error}") from error
+        raise _not_coco(path, f"an entry without {error}", where) from error
     if len(pictures) < len(content["images"]) or len(dict(categories)) < len(categories):
-        raise _not_coco(path, "two images or two categories of one id")
+        raise _not_coco(path, "two images or two categories of one id", where)
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
     has_masks = False
     for entry in content["annotations"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int):
-            raise _not_coco(path, "an annotation without image_id, a whole number")
+            raise _not_coco(path, "an annotation without image_id, a whole number", where)
         has_masks = has_masks or bool(entry.get("segmentation"))
         entries = by_image.get(entry["image_id"])
         if entries is None:
@@ -364,9 +366,9 @@ def _numbers(value: Any) -> bool:
     )
 
 
-def _not_coco(path: str, got: str) -> DataError:
+def _not_coco(path: str, got: str, where: str) -> DataError:
     return DataError(
         f"annotations: not COCO's format; got {got} in {path!r}, expected images (id, file_name, "
         "height, width), annotations (image_id, category_id, bbox) and categories (id, name). "
-        "Set --data.root to a folder with such a file."
+        f"Set --{where} to a folder with such a file."
     )
