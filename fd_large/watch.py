@@ -1,7 +1,9 @@
 """A rank that watches the command that started it, and ends when that is gone.
 
-SIGTERM to the `deepspeed` command kills only the runner; its launcher and the ranks would go on.
-The watch reads /proc; where there is none it does nothing.
+SIGTERM to the `deepspeed` command kills only the runner, and a launcher that is killed hands
+nothing on: ranks would go on and hold their GPUs. prctl(PR_SET_PDEATHSIG) tells of a process's
+parent alone, and the runner is the parent's parent; so a thread looks at the ancestors in /proc.
+Ranks under srun are ended by Slurm.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -25,49 +27,86 @@ WATCH_INTERVAL_SECONDS = 1.0
 
 _DEEPSPEED_RUNNERS = frozenset({"deepspeed", "ds", "deepspeed.pt", "deepspeed.launcher.runner"})
 _DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"
-_TORCHRUN = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch"})
-_MPIRUN = frozenset(
-    {"mpirun", "mpiexec", "prterun", "orterun", "prte", "prted", "orted"}
-    | {"mpirun.hydra", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"}
-)
-_LAUNCHERS = _DEEPSPEED_RUNNERS | {_DEEPSPEED_LAUNCH} | _TORCHRUN | _MPIRUN
+_LAUNCHERS = _DEEPSPEED_RUNNERS | {
+    *(_DEEPSPEED_LAUNCH, "torchrun", "torch.distributed.run", "torch.distributed.launch"),
+    *("mpirun", "mpiexec", "prterun", "orterun", "prte", "prted", "orted"),
+    *("mpirun.hydra", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
+}
 
 _watcher: threading.Thread | None = None
-_holds = 0
-_holds_lock = threading.Lock()
+_holds: list[None] = []
 
 
-@dataclass(frozen=True)
-class _Process:
-    """A process as /proc shows it; the start time tells it from a later one with its id."""
+def watch_launcher() -> None:
+    """Starts the thread that ends this rank once a command that started it is gone; once.
 
-    pid: int
-    start_time: int
-    parent: int
-    group: int
-    state: str
+    An orphaned rank sends itself SIGTERM, so that a handler may save, and leaves with code 143
+    after ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Only where there is /proc.
+    """
+    global _watcher
+    line = list(_ancestors())
+    launchers = {pid: name for pid in line if (name := _launcher_name(_arguments(pid)))}
+    if _watcher is None and launchers:
+        # Up to the highest launcher.
+        line = line[: line.index(max(launchers, key=line.index)) + 1]
+        _watcher = threading.Thread(
+            target=_watch, args=(line, launchers), name="watch_launcher", daemon=True
+        )
+        _watcher.start()
 
-    @classmethod
-    def read(cls, pid: int) -> _Process | None:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        except OSError:
-            return None
-        # proc(5): state, parent and group are fields 3 to 5, the start time is field 22; the
-        # name before them may hold blanks and parentheses.
-        fields = stat[stat.rindex(")") + 2 :].split()
-        return cls(pid, int(fields[19]), int(fields[1]), int(fields[2]), fields[0])
 
-    def is_running(self) -> bool:
-        now = _Process.read(self.pid)
-        return now is not None and now.start_time == self.start_time and now.state not in "ZX"
+@contextmanager
+def hold() -> Iterator[None]:
+    """Keeps an orphaned rank alive past its grace, for as long as a save takes."""
+    _holds.append(None)
+    try:
+        yield
+    finally:
+        _holds.pop()
 
-    def arguments(self) -> list[str]:
-        try:
-            text = Path(f"/proc/{self.pid}/cmdline").read_text(errors="replace")
-        except OSError:
-            return []
-        return text.rstrip("\0").split("\0")
+
+def _watch(line: list[int], launchers: dict[int, str]) -> None:
+    gone = "deepspeed" if _lost_its_runner(launchers) else ""
+    while not gone:
+        time.sleep(WATCH_INTERVAL_SECONDS)
+        # A process that ends hands its children over at once: the same line is alive.
+        for pid, was in zip([*islice(_ancestors(), len(line)), 0], line, strict=False):
+            if pid != was:
+                above = line[line.index(was) :]
+                gone = next(launchers[pid] for pid in above if pid in launchers)
+                break
+    rank = os.environ.get("RANK", "0")
+    log.error("rank %s: %s, which started this rank, is gone; stopping", rank, gone)
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
+    while time.monotonic() < deadline or _holds:
+        time.sleep(0.1)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _status(pid: int) -> tuple[str, int, int] | None:
+    """A process's state, parent and group, from proc(5); None where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name before them may hold blanks and parentheses.
+    state, parent, group = text[text.rindex(")") + 1 :].split()[:3]
+    return state, int(parent), int(group)
+
+
+def _ancestors() -> Iterator[int]:
+    """Yields the processes above this one, nearest first."""
+    pid = os.getpid()
+    while (status := _status(pid)) is not None and (pid := status[1]) > 0:
+        yield pid
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
 
 
 def _launcher_name(arguments: list[str]) -> str | None:
@@ -88,74 +127,15 @@ def _launcher_name(arguments: list[str]) -> str | None:
     return program if program in _LAUNCHERS else None
 
 
-def _ancestors() -> dict[str, _Process]:
-    """Returns the launchers among this process's ancestors, by name, nearest first."""
-    found: dict[str, _Process] = {}
-    process = _Process.read(os.getppid())
-    while process is not None and process.pid > 0:
-        if name := _launcher_name(process.arguments()):
-            found.setdefault(name, process)
-        process = _Process.read(process.parent)
-    return found
-
-
-def _lost_its_runner(launchers: Mapping[str, _Process]) -> bool:
+def _lost_its_runner(launchers: dict[int, str]) -> bool:
     """Says whether the deepspeed command ended before this rank could see it.
 
     Its launch.py then has no runner above it and lives on in a process group without a leader;
     one that was started by hand or over ssh leads its own group or has a shell that does.
     """
-    launch = launchers.get(_DEEPSPEED_LAUNCH)
-    if launch is None or not _DEEPSPEED_RUNNERS.isdisjoint(launchers):
+    launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
+    if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):
         return False
-    leader = _Process.read(launch.group)
-    return leader is None or leader.state in "ZX"
-
-
-def watch_launcher() -> None:
-    """Starts the thread that ends this rank once a command that started it is gone; once.
-
-    The `deepspeed` command does not hand a SIGTERM on to its ranks, and a launcher that is killed
-    hands on nothing: without the watch, ranks would go on and hold their GPUs. An orphaned rank
-    sends itself SIGTERM, so that a handler may save, and leaves with code 143 after
-    ORPHAN_GRACE_SECONDS, later only while a `hold` is active. Ranks under srun are ended by
-    Slurm. Only on Linux, where /proc names the ancestors.
-    """
-    global _watcher
-    if _watcher is not None:
-        return
-    if not Path("/proc/self/stat").exists():
-        log.debug("no /proc here: ranks do not notice when their launcher is gone")
-        return
-    if launchers := _ancestors():
-        _watcher = threading.Thread(
-            target=_watch, args=(launchers,), name="watch_launcher", daemon=True
-        )
-        _watcher.start()
-
-
-def _watch(launchers: Mapping[str, _Process]) -> None:
-    gone = "deepspeed" if _lost_its_runner(launchers) else ""
-    while not gone:
-        time.sleep(WATCH_INTERVAL_SECONDS)
-        gone = next((name for name, p in launchers.items() if not p.is_running()), "")
-    rank = os.environ.get("RANK", "0")
-    log.error("rank %s: %s, which started this rank, is gone; stopping", rank, gone)
-    os.kill(os.getpid(), signal.SIGTERM)
-    deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
-    while time.monotonic() < deadline or _holds:
-        time.sleep(0.1)
-    os._exit(128 + signal.SIGTERM)
-
-
-@contextmanager
-def hold() -> Iterator[None]:
-    """Keeps an orphaned rank alive past its grace, for as long as a save takes."""
-    global _holds
-    with _holds_lock:
-        _holds += 1
-    try:
-        yield
-    finally:
-        with _holds_lock:
-            _holds -= 1
+    status = _status(launch)
+    leader = status and _status(status[2])
+    return leader is None or leader[0] in "ZX"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -35,14 +34,17 @@ def test_launchers_are_known_by_their_command_line(command: str, name: str | Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_process_is_running_until_it_ends_and_is_told_from_a_later_one() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        process = watch._Process.read(child.pid)
-        assert process is not None
-        assert process.parent == os.getpid()
-        assert process.is_running()
-        assert not dataclasses.replace(process, start_time=process.start_time - 1).is_running()
-        child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert not process.is_running()  # a zombie
-    assert not process.is_running()
+def test_the_line_of_ancestors_changes_when_one_of_them_ends() -> None:
+    assert next(watch._ancestors()) == os.getppid()
+    # A process whose parent ends at once: its line is another one then.
+    lines = (
+        "import os, time; from fd_large import watch; above = list(watch._ancestors())\n"
+        "read, write = os.pipe()\n"
+        "if os.fork(): os.read(read, 1); os._exit(0)\n"
+        "assert list(watch._ancestors())[1:] == above\n"
+        "parent = os.getppid(); os.write(write, b'.')\n"
+        "while os.getppid() == parent: time.sleep(0.01)\n"
+        "print(next(watch._ancestors()) != parent)"
+    )
+    told = subprocess.run([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True)
+    assert told.stdout == "True\n"
