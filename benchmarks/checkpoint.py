@@ -45,12 +45,12 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     from fd_large import distributed
     from fd_large.checkpoint.write import Saver
+    from fd_large.engine.run import engine_of
     from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import start, state
-    from fd_large.engine.zero.engine import build_engine
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
-    from fd_large.tasks.distillation.build import parameter_sizes, task_maker
+    from fd_large.tasks.distillation.job import DistillationJob
 
     torch.set_num_threads(1)
     distributed.start()
@@ -64,9 +64,10 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         teacher=replace(run.teacher, source="random"),
     )
     world = distributed.world_size()
-    numbers = ds.RunNumbers(1, 1, world, world, 3.0, False, parameter_sizes(run))
+    numbers = ds.RunNumbers(1, 1, world, world, 3.0, False, DistillationJob(run).parameter_sizes())
     config = ds.fill(ds.load(ROOT / "ds_configs/zero3.json"), numbers)
-    engine = build_engine(run, task_maker(run, lambda images: None, 1024), config)
+    job = DistillationJob(run)
+    engine = engine_of(run, lambda: job.task_around(job.make_teacher()), config)
     parameters = sum(state.layout_of(engine).sizes.values())
     seconds: dict[str, list[float]] = {"ours": [], "ours, waiting": [], "deepspeed": []}
     saver = Saver(scratch, keep_last=1, keep_every=0)

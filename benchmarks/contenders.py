@@ -21,14 +21,13 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward import forward_backward, prepared
-from fd_large.engine.student import Precision, precision_of
+from fd_large.engine.run import engine_of
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
+from fd_large.tasks.distillation.job import DistillationJob
 
 RATE = 1e-4
 Step = Callable[[Batch], Tensor]
@@ -44,20 +43,20 @@ class Setting:
 
     Attributes:
         run: The recipe, with sizes and batch.
-        precision: Of student and teacher.
+        bfloat16: Whether student and teacher compute in it.
         teacher: Whole on every rank, the same object for all.
         peer_repo: A checkout of Feature-Distillation, or None.
     """
 
     run: Run
-    precision: Precision
+    bfloat16: bool
     teacher: Any
     peer_repo: Path | None
 
     @property
     def make_task(self) -> Callable[[], Any]:
         """Constructs the student and its loss."""
-        return task_maker(self.run, self.teacher, self.teacher.width)
+        return lambda: DistillationJob(self.run).task_around(self.teacher)
 
 
 def share(
@@ -97,10 +96,10 @@ def share(
         engine=replace(run.engine, precision=precision),
     )
     # That its weights are random is no news here.
-    logging.getLogger("fd_large.engine.student").setLevel(logging.ERROR)
-    computed = precision_of(run)
-    teacher = build_teacher(run, computed, node_size=1, persistence_threshold=0)
-    return Setting(run, computed, teacher, peer_repo)
+    logging.getLogger("fd_large.tasks.distillation.job").setLevel(logging.ERROR)
+    bfloat16, job = ds.computes_in_bfloat16(precision), DistillationJob(run)
+    job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
+    return Setting(run, bfloat16, job.teacher, peer_repo)
 
 
 def build(name: str, setting: Setting) -> Step:
@@ -120,13 +119,13 @@ def build(name: str, setting: Setting) -> Step:
 
 
 def _engine(name: str, setting: Setting) -> Step:
-    run, bfloat16 = setting.run, setting.precision.bfloat16
+    run, bfloat16 = setting.run, setting.bfloat16
     if name == "zero0" and bfloat16:
         raise Unavailable("the engine trains in float32 only at stage 0")
     world, node = distributed.world_size(), distributed.local_world_size()
     numbers = ds.RunNumbers(
         run.batch.micro_batch_size, 1, world, node, run.optim.clip_norm, bfloat16,
-        parameter_sizes(run),
+        DistillationJob(run).parameter_sizes(),
     )  # fmt: skip
     if name == "zero0":
         config: dict[str, Any] = {}
@@ -135,7 +134,7 @@ def _engine(name: str, setting: Setting) -> Step:
     if name == "hpz" and node == world:
         # A run on one node leaves hpZ off; here its cost is asked for.
         config["zero_optimization"]["zero_hpz_partition_size"] = world
-    engine = build_engine(run, setting.make_task, ds.fill(config, numbers))
+    engine = engine_of(run, setting.make_task, ds.fill(config, numbers))
     engine.task.train()
 
     def step(batch: Batch) -> Tensor:
@@ -188,7 +187,7 @@ def _whole(setting: Setting, wrap: Callable[[Any], Any]) -> Step:
     task = _seeded_task(setting)
     groups = parameter_groups(task, setting.run.optim.weight_decay)
     norm = setting.run.optim.clip_norm
-    if not setting.precision.bfloat16:
+    if not setting.bfloat16:
         module = wrap(task)
         optimizer = _optimizer(groups, setting)
         return partial(
@@ -240,7 +239,7 @@ def _fsdp2(setting: Setting) -> Step:
     task = _seeded_task(setting)
     mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
     types = {}
-    if setting.precision.bfloat16:
+    if setting.bfloat16:
         # The models cast by themselves, and keep what is float32 on purpose.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
         types = {"mp_policy": policy}
@@ -264,8 +263,8 @@ def _fairscale(setting: Setting) -> Step:
         raise Unavailable("fairscale is not installed") from None
     task = _seeded_task(setting)
     wrap = partial(
-        FullyShardedDataParallel, mixed_precision=setting.precision.bfloat16,
-        compute_dtype=torch.bfloat16 if setting.precision.bfloat16 else torch.float32,
+        FullyShardedDataParallel, mixed_precision=setting.bfloat16,
+        compute_dtype=torch.bfloat16 if setting.bfloat16 else torch.float32,
     )  # fmt: skip
     # Stages, since a block's bias table is computed outside the block.
     for position, stage in enumerate(task.student.layers):

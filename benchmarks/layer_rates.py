@@ -71,14 +71,13 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     from fd_large import distributed
     from fd_large.data.loader import Batch
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.student import precision_of
+    from fd_large.engine.run import engine_of
     from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import engine, layer_rates, start
-    from fd_large.engine.zero.engine import build_engine
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
-    from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
+    from fd_large.tasks.distillation.job import DistillationJob
 
     distributed.start()
     start.start()
@@ -97,23 +96,23 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         teacher=replace(run.teacher, architecture=small, source="random", placement="replicated"),
         data=replace(run.data, image_size=size),
     )
-    precision, sizes = precision_of(run), parameter_sizes(run)
-    teacher = build_teacher(run, precision, node_size=1, persistence_threshold=0)
+    bfloat16, job = ds.computes_in_bfloat16(run.engine.precision), DistillationJob(run)
+    sizes = job.parameter_sizes()
+    job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
     numbers = ds.RunNumbers(
-        arguments.micro_batch, 1, world, world, run.optim.clip_norm, precision.bfloat16, sizes
+        arguments.micro_batch, 1, world, world, run.optim.clip_norm, bfloat16, sizes
     )
     engines: dict[str, Any] = {}
     rates: dict[str, Any] = {}
     for stage in arguments.stages:
         config = ds.fill(ds.load(ROOT / f"ds_configs/zero{stage}.json"), numbers)
-        make = task_maker(run, teacher, teacher.width)
         for way in WAYS:
             name = f"ZeRO-{stage}, {way}"
             if way == "group per layer":
                 with patch.object(engine, "parameter_groups", groups_by_layer):
-                    engines[name] = build_engine(run, make, config)
+                    engines[name] = engine_of(run, job.make_task, config)
             else:
-                engines[name] = build_engine(run, make, config)
+                engines[name] = engine_of(run, job.make_task, config)
             if way == "two groups":
                 rates[name] = layer_rates.by_layer(engines[name], DECAY)
             engines[name].task.train()
@@ -160,8 +159,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             "load_average": os.getloadavg()[0],
             "ranks": world,
             "blocks": sum(DEPTHS),
-            "trained_parameters": sum(parameter_sizes(run)) - sum(
-                p.numel() for p in teacher.module.parameters()
+            "trained_parameters": sum(DistillationJob(run).parameter_sizes()) - sum(
+                p.numel() for p in job.teacher.module.parameters()
             ),
             "image_size": size,
             "micro_batch": arguments.micro_batch,

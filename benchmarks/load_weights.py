@@ -137,7 +137,11 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
         net = partition.build(
             lambda: build(name, initialization="official"), config, partitioned=True, seed=0
         )
-        load_weights(net, student_weights(run), where="--student.init")
+        load_weights(
+            net,
+            student_weights(run.student, image_size=run.data.image_size),
+            where="--student.init",
+        )
     hashed = time.perf_counter()
     fingerprint = partition.fingerprint(net)
     begin += time.perf_counter() - hashed  # Not part of loading.

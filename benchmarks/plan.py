@@ -89,10 +89,9 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large import distributed
     from fd_large.data.loader import Batch
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.student import precision_of
+    from fd_large.engine.run import engine_of
     from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import start
-    from fd_large.engine.zero.engine import build_engine
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.plan import probe
     from fd_large.plan.cluster import Cluster
@@ -100,24 +99,25 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large.plan.rates import Rates
     from fd_large.plan.setting import Machine, Setting, Workload
     from fd_large.plan.step import estimate
-    from fd_large.tasks.distillation.build import build_teacher, parameter_sizes, task_maker
+    from fd_large.tasks.distillation.job import DistillationJob
 
     distributed.start()
     start.start()
     world = distributed.world_size()
     run = the_run(arguments, world)
-    precision, sizes = precision_of(run), parameter_sizes(run)
+    bfloat16, job = ds.computes_in_bfloat16(run.engine.precision), DistillationJob(run)
+    sizes = job.parameter_sizes()
     threshold = persistence_threshold(sizes)
-    teacher = build_teacher(run, precision, node_size=world, persistence_threshold=threshold)
+    job.build(bfloat16=bfloat16, node_size=world, persistence_threshold=threshold)
     engines = {}
     # In float32 on one rank stages 1 and 2 are stage 0.
-    for stage in (1, 2, 3) if world > 1 or precision.bfloat16 else (0, 3):
+    for stage in (1, 2, 3) if world > 1 or bfloat16 else (0, 3):
         numbers = ds.RunNumbers(
-            arguments.micro_batch, 1, world, world, run.optim.clip_norm, precision.bfloat16, sizes
+            arguments.micro_batch, 1, world, world, run.optim.clip_norm, bfloat16, sizes
         )
         shipped = ds.load(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
         config = ds.fill(shipped, numbers)
-        engines[stage] = build_engine(run, task_maker(run, teacher, teacher.width), config)
+        engines[stage] = engine_of(run, job.make_task, config)
     size = arguments.image_size
     images = torch.randint(0, 256, (arguments.micro_batch, 3, size, size), dtype=torch.uint8)
     positions = torch.arange(arguments.micro_batch)

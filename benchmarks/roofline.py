@@ -413,14 +413,14 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
         card: Whose rates give the seconds.
         kernels: "reference" or "triton", as FD_KERNELS has them.
     """
-    from fd_large.tasks.distillation.build import task_maker, teacher_maker
+    from fd_large.tasks.distillation.job import DistillationJob
 
     os.environ["FD_KERNELS"] = kernels
     # Maps are not made again: the reference keeps them, as it may not on a GPU.
     run = replace(run, student=replace(run.student, attention_memory="keep"))
     with torch.device("meta"):
-        teacher = teacher_maker(run)()
-        task = task_maker(run, teacher, teacher.width)()
+        teacher = DistillationJob(run).make_teacher()
+        task = DistillationJob(run).task_around(teacher)
     for net in (teacher, task):
         net.to(torch.bfloat16)
     size = run.data.image_size

@@ -82,7 +82,7 @@ def attention(
 ) -> None:
     """Launches the kernels of `window_attention.py`; shifted or padded maps have four windows."""
     from fd_large.kernels import window_attention_triton as kernels
-    from fd_large.kernels.window_attention import Geometry
+    from fd_large.kernels.window_attention_geometry import Geometry
 
     batch, side = 32, 2 if shift or padded else 1
     height, width = (side * n - padded for n in window)

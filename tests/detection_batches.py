@@ -10,8 +10,8 @@ from fd_large.data.loader import Batch
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.recipes.task_sections import Detection
 from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.section import Detection
 
 NUM_CLASSES = 5
 SWIN = Architecture(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from fd_large.backbones.registry import build
+from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.sections import Teacher
-from fd_large.tasks.distillation.build import teacher_weights
+from fd_large.tasks.distillation.section import Teacher
 from fd_large.weights.settle import settle
 
 # No test may ask a server.
@@ -33,7 +33,7 @@ def loaded(source, model="auto", *, allow=(), **fields):
     """The teacher's model with the weights of a source, frozen, and its settled section."""
     run = teacher_run(source, model, allow=allow, **fields)
     net = build(run.teacher.model, run.teacher.architecture, initialization="none")
-    load_weights(net, teacher_weights(run), where="--teacher.source")
+    load_weights(net, frozen_weights(run.teacher), where="--teacher.source")
     return net.requires_grad_(False).eval(), run.teacher
 
 
@@ -57,7 +57,9 @@ def initial(init, model, size=224, *, allow=(), **fields):
     if run.student_architecture().family == "vit":
         architecture = replace(architecture, image_size=size)
     net = build(model, architecture, initialization="official", seed=0)
-    load_weights(net, student_weights(run), where="--student.init")
+    load_weights(
+        net, student_weights(run.student, image_size=run.data.image_size), where="--student.init"
+    )
     return net.eval(), run.student
 
 

@@ -22,6 +22,7 @@ from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.data.loader import Batch
 from fd_large.engine.forward import forward_backward
+from fd_large.engine.frozen import Frozen
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
@@ -31,7 +32,6 @@ from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.placement import place
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.formats import detect, translate
 
 
@@ -63,9 +63,9 @@ def main(folder: Path) -> None:
     world, rank = distributed.world_size(), distributed.rank()
     published = part(tensors, "weights.")
 
-    def make_teacher() -> Teacher:
+    def make_teacher() -> Frozen:
         _, net, statistics = nets(spec)
-        return Teacher(net, statistics)
+        return Frozen(net, statistics)
 
     taught = part(published, "feature_model.")
     teacher = place(
@@ -106,7 +106,9 @@ def main(folder: Path) -> None:
         n if n.startswith("projection.") else f"student.{n}": t
         for n, t in translate(form, learnt.items())
     }
-    engine = build_engine(run, make_task, filled, weights=weights.items())
+    engine = build_engine(
+        make_task, filled, optim=run.optim, seed=run.runtime.seed, weights=weights.items()
+    )
     engine.task.train()
     schedule = CosineSchedule(
         config["base_lr"],

@@ -77,7 +77,7 @@ def export(run: RunDir, out: RunDir, deepspeed_config: str) -> int:
     """
     from fd_large import distributed
     from fd_large.engine.interchange import export_checkpoint
-    from fd_large.tasks.registry import job_of
+    from fd_large.tasks.jobs import job_of
 
     updates = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
@@ -95,7 +95,7 @@ def import_(source: RunDir, run: RunDir, deepspeed_config: str) -> int:
     """
     from fd_large import distributed
     from fd_large.engine.interchange import import_checkpoint
-    from fd_large.tasks.registry import job_of
+    from fd_large.tasks.jobs import job_of
 
     updates = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():

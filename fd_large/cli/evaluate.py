@@ -115,13 +115,15 @@ def main(arguments: list[str], *, train: Train, rank: int) -> int:
         )
     if flags.task == "detection" or (not flags.task and detects(models[0])):
         return _detection(models, flags, rest)
-    from fd_large.tasks.distillation.frozen import find_model  # torch: seconds.
+    from fd_large.engine.frozen import find_model  # torch: seconds.
+    from fd_large.tasks.jobs import job_of
+
 
     words, others = _parted(rest, FEATURE_FIELDS)
     run = parse_run(["--recipe", "finetune_clip_vit_base", *words])
     is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
     image_size = run.data.image_size if is_sized else 0
-    nets = [find_model(model, image_size=image_size) for model in models]
+    nets = [find_model(model, job_of, image_size=image_size) for model in models]
     _tell_apart(nets)
     task = flags.task or _task_of(nets[0])
     _check_flags(task, own)

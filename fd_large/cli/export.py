@@ -34,7 +34,7 @@ def export(
     # The words are checked before torch is there.
     from fd_large.backbones.statistics import IMAGENET
     from fd_large.checkpoint import stream
-    from fd_large.checkpoint.student import trained_at
+    from fd_large.engine.job import trained_at
     from fd_large.plan.parameters import count, projection_shapes, shapes, width
     from fd_large.weights import export as exports
     from fd_large.weights.export_config import check

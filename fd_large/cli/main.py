@@ -108,41 +108,13 @@ def _train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile:
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.runtime import logs
-    from fd_large.runtime.guard import Guard
-    from fd_large.runtime.meter import Meter
-    from fd_large.runtime.pictures import Pictures
-    from fd_large.runtime.preemption import Preemption
-    from fd_large.runtime.progress import Progress
-    from fd_large.runtime.save_interval import SaveInterval
-    from fd_large.runtime.tensorboard import TensorBoard
-    from fd_large.runtime.watchdog import Watchdog
-    from fd_large.tasks.distillation.canary import Canary
 
     logs.start(find_rank(os.environ))
     from fd_large.engine.run import train
-    from fd_large.tasks.registry import job_of
+    from fd_large.tasks.jobs import job_of
 
-    progress, board = Progress(), TensorBoard()
-    # The meter is asked first: at the end it hands the others its last rows.
-    meter = Meter(on_rows=[progress.show_rows, board.write_rows])
-    hooks = [meter, progress, board, Pictures()]
-    if run.guard.enabled:
-        hooks.append(Guard())
-    if run.runtime.save_minutes:
-        hooks.append(SaveInterval(run.runtime.save_minutes))
-    if run.runtime.preemption:
-        hooks.append(Preemption())
-    if profile:
-        from fd_large.runtime.profiler import Profiler
-
-        hooks.append(Profiler(profile))
-    if run.runtime.canary_every and run.has_teacher:
-        hooks.append(Canary(run.runtime.canary_every))
-    if run.runtime.watchdog_seconds:
-        # The last one: what the others do at the end is watched as well.
-        hooks.append(Watchdog())
     try:
-        return train(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh, hooks=hooks)
+        return train(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh, profile=profile)
     except RuntimeError as error:
         if not distributed.peer_is_gone(error):
             raise
@@ -203,10 +175,11 @@ def _report(arguments: list[str]) -> int:
 
 def _weights(arguments: list[str]) -> int:
     """Say what a weights file holds, or write it in another format: weights inspect|convert."""
-    from fd_large.checkpoint.student import serve_runs
     from fd_large.cli import weights as command
+    from fd_large.engine.stored import serve_runs
+    from fd_large.tasks.jobs import job_of
 
-    serve_runs()
+    serve_runs(job_of)
     return command.run(arguments)
 
 

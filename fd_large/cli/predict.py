@@ -189,11 +189,11 @@ def _detector(recipe: Run, reader: Reader) -> Detect:
     from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.engine.stored import stored_task
-    from fd_large.engine.student import precision_of
+    from fd_large.engine.zero.config import computes_in_bfloat16
     from fd_large.tasks.detection.build import detector_maker
 
     task = stored_task(detector_maker(recipe), reader, kind=stream.outcome(reader))
-    if precision_of(recipe).bfloat16:
+    if computes_in_bfloat16(recipe.engine.precision):
         task.bfloat16()
     return task.to(distributed.device()).eval().detect
 

@@ -12,7 +12,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fd_large.tasks.distillation.replay import Incident, Replayed, Weights
+    from fd_large.engine.replay import Incident, Replayed, Weights
 
 Positional = Annotated[str, tyro.conf.Positional]
 
@@ -27,9 +27,10 @@ def replay(file: Positional) -> int:
 
     # torch and deepspeed: seconds.
     from fd_large import distributed
-    from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
+    from fd_large.engine.replay import find_weights, read_incident, run_again
+    from fd_large.tasks.jobs import job_of
 
-    incident = read_incident(Path(file))
+    incident = read_incident(Path(file), job_of)
     weights = find_weights(incident)
     # A pipe has no width of its own; layers have long names.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -37,10 +38,8 @@ def replay(file: Positional) -> int:
     replayed = run_again(incident, weights)
     _tell_losses(console, incident, replayed)
     _tell_layers(console, incident, replayed)
-    if not replayed.same_teacher:
-        console.print(
-            "NOT THE TEACHER of the run: the weights at teacher.source have changed.", style="red"
-        )
+    if replayed.other_training:
+        console.print(f"NOT THE TRAINING of the run: {replayed.other_training}", style="red")
     return 0
 
 
@@ -51,7 +50,7 @@ def _tell_incident(console: Console, incident: Incident, weights: Weights, devic
         usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
         limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"
         console.print(f"  {off['what']} {off['value']:.6g}{usual}{limit}")
-    console.print(f"  {incident.recipe.engine.precision} on {device}")
+    console.print(f"  {incident.job.run.engine.precision} on {device}")
     if weights.accepted_between is None:
         console.print(
             f"  weights: checkpoint of {weights.update} steps, {weights.update - step} LATER "

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.checkpoint import stream
-from fd_large.engine.zero import partition
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.frozen import RANDOM, Named, find_model
+from fd_large.engine.job import Job
+from fd_large.engine.stored import stored_task
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
-from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.build import task_maker, teacher_maker, teacher_weights
-from fd_large.tasks.distillation.frozen import RANDOM, Named, find_model
-from fd_large.tasks.distillation.teacher import Teacher
+from fd_large.tasks.jobs import job_of
 from fd_large.weights.settle import settle
 
 OBJECTIVE = "the run's own objective"
@@ -63,31 +61,31 @@ def open_subject(source: str) -> Subject:
 
     Raises: FDError: if it cannot be had.
     """
-    named = find_model(source)
-    run = named.trained_by
-    if run is None or not run.has_teacher or named.section.source == RANDOM:
+    named = find_model(source, job_of)
+    job = job_of(named.trained_by) if named.trained_by else None
+    if job is None or not job.learns_from_images_alone or named.section.source == RANDOM:
         return _alone(named)
     try:
-        return _of_run(named, run)
+        return _of_run(named, job)
     except WeightsError as error:
         raise WeightsError(
             f"{error} Or name {source}#student, whose landscape does without the teacher."
         ) from error
 
 
-def _of_run(named: Named, run: Run) -> Subject:
-    """A student with the projection and the teacher of its training."""
-    # The student's weights come from the checkpoint; what they started from may be gone.
-    run = settle(replace(run, student=replace(run.student, init="")))
-    teacher = _teacher(run)
-    make = task_maker(run, teacher, teacher.width)
-    task = partition.build(make, {}, partitioned=False, seed=run.runtime.seed)
+def _of_run(named: Named, job: Job) -> Subject:
+    """A student with the loss of its training."""
+    # Its weights come from the checkpoint; what they started from may be gone.
+    run = job.in_one_process()
+    run = replace(
+        run,
+        student=replace(run.student, init=""),
+        engine=replace(run.engine, precision="float32"),
+    )
+    job = job_of(settle(run))
+    job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     reader = stream.newest(Path(named.source), where="diagnose")
-    shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}
-    stream.check(reader, shapes)
-    kind = stream.outcome(reader)
-    items = ((name, stream.read(reader, name, shape, kind=kind)) for name, shape in shapes.items())
-    load_weights(task, items, where="diagnose")
+    task = stored_task(job.make_task, reader, kind=stream.outcome(reader))
     task.to(distributed.device()).eval()
 
     def loss_on(images: Tensor) -> Callable[[], Tensor]:
@@ -104,16 +102,6 @@ def _of_run(named: Named, run: Run) -> Subject:
         loss_words=OBJECTIVE,
         loss_on=loss_on,
     )
-
-
-def _teacher(run: Run) -> Teacher:
-    weights = teacher_weights(run)
-    # A random teacher is the one that the run has, whose seed this is.
-    seed = run.runtime.seed + 1
-    teacher = partition.build(teacher_maker(run), {}, partitioned=False, seed=seed)
-    if weights is not None:
-        load_weights(teacher.net, weights, where="diagnose")
-    return teacher.to(distributed.device())
 
 
 def _alone(named: Named) -> Subject:

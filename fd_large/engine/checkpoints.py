@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fd_large.checkpoint.write import Saver
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError
-from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
@@ -29,22 +30,32 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: The run's.
-        run: How often, how many to keep, how many failures to bear.
-        engine: Whose state is saved and restored.
-        facts: JSON-safe values for every manifest: commit, teacher's source and hash.
+        folder: The run's folder.
+        engine: The engine whose state is saved and restored.
+        runtime: How often to save, how many checkpoints to keep, how many failures to bear.
+        global_batch_size: Images a step.
+        facts: JSON-safe values for every manifest: the recipe, the commit, what the task says.
+        check_stored: Given a manifest, raises CheckpointError where it belongs to another training.
 
     Attributes:
         optimizer_steps: Steps that were not skipped; the trainer counts on.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
     """
 
-    def __init__(self, folder: Path, run: Run, engine: Engine, facts: dict[str, Any]) -> None:
-        self._folder, self._run, self._engine = folder, run, engine
-        self._facts = {**facts, "recipe": run.to_dict()}
-        self._saver = Saver(
-            folder, keep_last=run.runtime.keep_last, keep_every=run.runtime.keep_every
-        )
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        *,
+        runtime: Runtime,
+        global_batch_size: int,
+        facts: Mapping[str, Any],
+        check_stored: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self._folder, self._engine, self._runtime = folder, engine, runtime
+        self._global_batch_size, self._facts = global_batch_size, facts
+        self._check_stored = check_stored
+        self._saver = Saver(folder, keep_last=runtime.keep_last, keep_every=runtime.keep_every)
         self._failures = 0
         self._saved: int | None = None
         self._begun = 0.0
@@ -53,8 +64,8 @@ class Checkpoints:
 
     @property
     def bytes(self) -> int:
-        """Of one checkpoint, over all ranks."""
-        each = BYTES_PER_PARAMETER + 4 * bool(self._run.optim.ema_decay)
+        """Size of one checkpoint, over all ranks."""
+        each = BYTES_PER_PARAMETER + 4 * state.has_average(self._engine)
         return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
@@ -65,7 +76,7 @@ class Checkpoints:
 
     def say_what_disk_it_takes(self, total_updates: int) -> None:
         """Logs the bytes of a checkpoint and of all that will be kept, against the free disk."""
-        each, runtime = self.bytes, self._run.runtime
+        each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
         most = runtime.keep_last + 1
         if runtime.keep_every:
@@ -77,7 +88,7 @@ class Checkpoints:
 
     def due(self, update: int, updates_per_epoch: int) -> bool:
         """Whether the recipe saves after so many steps."""
-        return update % (self._run.runtime.save_every or updates_per_epoch) == 0
+        return update % (self._runtime.save_every or updates_per_epoch) == 0
 
     @property
     def flags(self) -> list[bool]:
@@ -109,7 +120,7 @@ class Checkpoints:
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
             "ema": state.has_average(self._engine),
-            "samples": update * self._run.batch.global_batch_size,
+            "samples": update * self._global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
             "layout": state.layout_of(self._engine).to_dict(),
@@ -197,14 +208,7 @@ class Checkpoints:
                 f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
                 "--runtime.run_dir, or --fresh."
             )
-        # Tasks without a teacher have neither.
-        if reader.manifest.get("teacher_hash") != self._facts.get("teacher_hash"):
-            raise CheckpointError(
-                f"teacher.source: not the teacher that this run began with; got hash "
-                f"{self._facts['teacher_hash']}, expected {reader.manifest['teacher_hash']} "
-                f"({reader.manifest['teacher_source']}). Give that file, or --fresh."
-            )
-
+        self._check_stored(reader.manifest)
         if reader.manifest.get("pictures") != self._facts["pictures"]:
             log.warning(
                 "data.root: NOT THE PICTURES that this run began with (names were added, removed "
@@ -218,7 +222,7 @@ class Checkpoints:
             return self._saver.ended - self._begun
         self._saved = None
         self._failures += 1
-        limit = self._run.runtime.max_failed_saves
+        limit = self._runtime.max_failed_saves
         if limit and self._failures >= limit:
             error = CheckpointError(
                 f"runtime.max_failed_saves: checkpoints cannot be written; got {self._failures} "

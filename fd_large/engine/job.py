@@ -1,39 +1,40 @@
-"""What one task brings to a run: samples, a Module, micro batches, an evaluation.
+"""What one task brings to a run: samples, a Module, micro batches, evaluations, hooks.
 
-The engine builds, trains, stores and resumes any task through this face;
+The engine builds, trains, stores and resumes any task through this face and knows none;
 `fd_large/tasks/registry.py` says which recipe has which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.loader import Batch
 from fd_large.data.source import ImageSource
-from fd_large.engine.ema import Ema
-from fd_large.engine.student import Precision, student_weights
+from fd_large.engine.evaluation import Evaluation
+from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-
-Evaluate = Callable[[int, bool, Callable[[], None]], tuple[dict[str, float], dict[str, Any] | None]]
-"""(update, whether for the last time, called between batches) -> numbers by name, and arrays to
-draw where some are due; called by all ranks alike."""
+from fd_large.recipes.sections import FrozenModel
+from fd_large.runtime.hooks import Hook
 
 
 class Portion(NamedTuple):
     """Which micro batches of an epoch a rank wants.
 
     Attributes:
-        epoch: Counted from 0.
-        first_update: Of this epoch, where a resumed run goes on.
+        epoch: Epoch, counted from 0.
+        first_update: Step of this epoch at which a resumed run goes on, counted from 0.
         micro_batch_size: Images a batch.
-        rank: Counted from 0.
+        rank: This rank, counted from 0.
         world_size: The number of ranks.
     """
 
@@ -42,6 +43,32 @@ class Portion(NamedTuple):
     micro_batch_size: int
     rank: int
     world_size: int
+
+
+class StoredStudent(NamedTuple):
+    """How the checkpoint of a run gives its student back.
+
+    Attributes:
+        architecture: The student's, with the image size that its windows and tables are for.
+        absent: Value of each of its tensors that the task did without.
+        statistics: The normalisation that it was trained with.
+    """
+
+    architecture: Architecture
+    absent: Mapping[str, float]
+    statistics: Statistics
+
+
+class FrozenPart(NamedTuple):
+    """A model that a run uses and does not train.
+
+    Attributes:
+        section: The recipe's section that describes it.
+        image_size: Side to which the run's images are resized for it; 0: see `frozen_maker`.
+    """
+
+    section: FrozenModel
+    image_size: int
 
 
 class Job:
@@ -53,6 +80,11 @@ class Job:
     Attributes:
         run: The settled recipe.
     """
+
+    memory_remedy = ""
+    """What else saves memory where the task's models do not fit, as a flag; empty: nothing."""
+    learns_from_images_alone = False
+    """Whether the images of a step are all that its loss needs, so that it can be replayed."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -69,28 +101,32 @@ class Job:
 
         Raises: FDError: the user's mistake.
         """
-        student_weights(self.run)
+        self.initial_weights()
 
-    def refuse(self, idle: Iterable[str]) -> None:
-        """Lets nobody set what does nothing.
+    def refuse(self, ignored: Iterable[str]) -> None:
+        """Refuses fields that this task ignores: what is set and does nothing would mislead.
 
         Args:
-            idle: Fields of a recipe, section.field, that mean nothing to this task.
+            ignored: Fields of a recipe, section.field.
 
         Raises: ConfigError: if one of them is not as it is by default.
         """
         usual = Run(name="", student=self.run.student)
-        for name in idle:
+        for name in ignored:
             section, _, field = name.partition(".")
             given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
             if given != default:
                 raise ConfigError(
-                    f"{name}: {self.run.task.name} does not use it; got {given!r}, expected "
+                    f"{name}: {self.run.task.name} ignores this field; got {given!r}, expected "
                     f"{default!r}. Leave it out."
                 )
 
+    def sources(self) -> Mapping[str, str]:
+        """Returns the sources of weights by the field that names them, as the recipe has them."""
+        return {"student.init": self.run.student.init}
+
     def stage(self, samples: ImageSource) -> ImageSource:
-        """Puts samples on the nodes' own disks where the recipe wants it; a collective.
+        """Copies samples to the nodes' own disks where the recipe wants it; a collective.
 
         Raises: ConfigError: if it wants that and the task cannot.
         """
@@ -98,48 +134,93 @@ class Job:
             raise ConfigError(
                 "data.stage_to: only images without labels are copied; got "
                 f"{self.run.data.stage_to!r} for the task {self.run.task.name}, expected nothing. "
-                "Copy the data set to every node, and set --data.root."
+                "Copy the dataset to every node, and set --data.root."
             )
         return samples
 
     def parameter_sizes(self) -> tuple[int, ...]:
-        """Elements of each tensor that an engine will split, without memory for them."""
+        """Returns the elements of each tensor that an engine may split, without memory for them."""
         with torch.device("meta"):
             return tuple(parameter.numel() for parameter in self.make_task().parameters())
 
-    def build(self, precision: Precision, *, node_size: int, persistence_threshold: int) -> None:
-        """Builds what the task uses and does not train; a collective."""
+    def splits_models(self) -> bool:
+        """Whether a model beside the student is split over ranks, whatever the ZeRO stage."""
+        return False
+
+    def memory_facts(self) -> Mapping[str, Any]:
+        """Returns what decides the memory of a step besides the student's own fields, by name."""
+        return {}
+
+    def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
+        """Builds what the task uses and does not train; a collective.
+
+        Args:
+            bfloat16: Whether the student computes in bfloat16.
+            node_size: Ranks of a node.
+            persistence_threshold: Tensors of at most so many elements stay whole where a model is
+                split.
+        """
 
     def make_task(self) -> Task:
         """Constructs the Module, with random weights from torch's global generator only."""
         raise NotImplementedError
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """(name, full tensor) of `task.student`, on every rank; None: random ones stay."""
-        return student_weights(self.run)
+        """Returns (name, full tensor) of `task.student`, on every rank; None for random ones.
+
+        Raises: WeightsError: if `student.init` does not fit the student.
+        """
+        return student_weights(self.run.student, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """The micro batches of a rank from a step of an epoch to its end."""
+        """Yields the micro batches of a rank from a step of an epoch to its end."""
         raise NotImplementedError
 
     def probe_batch(self, size: int) -> Batch:
-        """A made-up micro batch of the largest images that training will see."""
+        """Makes up a micro batch of the largest images that training will see."""
         raise NotImplementedError
 
-    def evaluation(
-        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
-    ) -> Evaluate | None:
-        """What is measured before, during and after training; None: nothing. A collective."""
-        return None
+    def evaluations(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Sequence[Evaluation]:
+        """Returns what is measured before, during and after training; a collective."""
+        return ()
 
-    def evaluate_every(self) -> int:
-        """Steps between two calls of what `evaluation` returns; 0: at the start and the end."""
-        return self.run.eval.every
+    def hooks(self) -> Sequence[Hook]:
+        """Returns the hooks that watch what this task alone has; asked after `build`."""
+        return ()
 
     def facts(self) -> Mapping[str, Any]:
-        """What a checkpoint's manifest tells of the task, besides."""
+        """Returns what a checkpoint's manifest says of the task, JSON-safe."""
         return {}
 
-    def checks(self) -> Mapping[str, Callable[[], Any]]:
-        """What the canary may ask for (`teacher_shard`, `teacher_map`); nothing: it rests."""
+    def check_stored(self, manifest: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint that belongs to another training than this.
+
+        Args:
+            manifest: The checkpoint's, with the `facts` of its task.
+
+        Raises: CheckpointError: naming what differs.
+        """
+
+    def stored_student(self) -> StoredStudent:
+        """Returns how a checkpoint of this run gives its student back; builds nothing."""
+        return StoredStudent(trained_at(self.run), {}, IMAGENET)
+
+    def frozen_models(self) -> Mapping[str, FrozenPart]:
+        """Returns the models that the run uses and does not train, by name (RUN#name)."""
         return {}
+
+    def in_one_process(self) -> Run:
+        """Returns the recipe as a single process runs it: nothing is split over ranks."""
+        return self.run
+
+
+def trained_at(run: Run) -> Architecture:
+    """Returns the student's architecture with the image size that its tables are for."""
+    architecture = run.student_architecture()
+    if architecture.family == "swin" or (
+        architecture.family == "swinv2" and architecture.absolute_position
+    ):
+        return architecture  # Its tensors are made for its own size, whatever the images have.
+    return replace(architecture, image_size=run.data.image_size)

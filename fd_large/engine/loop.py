@@ -1,10 +1,11 @@
-"""The trainer: batches in, steps out, hooks asked, checkpoints written. It knows no teacher."""
+"""The trainer: batches in, steps out, hooks asked, checkpoints written. It knows no task."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,10 +18,9 @@ from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limi
 from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import Interrupted
+from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, steps_between
 from fd_large.engine.evidence import evidence_of
 from fd_large.engine.forward import forward_backward
-from fd_large.engine.job import Evaluate
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.schedule import CosineSchedule
@@ -51,7 +51,6 @@ class Plan(NamedTuple):
         updates_per_epoch: Whole global batches in an epoch.
         accumulation: Micro batches per step.
         seed: Of order, crops and drop path.
-        evaluate_every: Steps between evaluations; 0: only before the first and after the last.
         max_bad_fraction: Of images that may be bad before the run stops.
         count_bad_every: Steps between two looks at the sum over ranks.
     """
@@ -60,13 +59,12 @@ class Plan(NamedTuple):
     updates_per_epoch: int
     accumulation: int
     seed: int
-    evaluate_every: int = 0
     max_bad_fraction: float = 1.0
     count_bad_every: int = 20
 
 
 class _Agreed(NamedTuple):
-    """What the ranks know together before a step's step."""
+    """What the ranks know together before the optimiser moves."""
 
     update: Update
     stop: bool
@@ -85,8 +83,7 @@ class Trainer:
         hooks: Asked around every step.
         setting: Told to the hooks.
         checkpoints: Asked when to save, and told what the ranks agreed.
-        evaluate: (update, whether for the last time, called between batches) -> held-out numbers,
-            and the feature panel where one is due; called by all ranks.
+        evaluations: What is measured before, during and after training.
         time_box: Decides the length after the first steps.
         layer_rates: Steps each layer at its own rate; None: all at one.
         ema: Follows the weights.
@@ -100,18 +97,18 @@ class Trainer:
         setting: Setting,
         *,
         checkpoints: Checkpoints,
-        evaluate: Evaluate | None = None,
+        evaluations: Sequence[Evaluation] = (),
         time_box: TimeBox | None = None,
         layer_rates: LayerRates | None = None,
         ema: Ema | None = None,
     ) -> None:
         self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
-        self._checkpoints, self._evaluate, self._time_box = checkpoints, evaluate, time_box
+        self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
         self._layer_rates, self._ema = layer_rates, ema
         self._update = setting.first_update
         self._status = ""
         self._owed = False
-        self._pictures = BadImages()
+        self._bad_images = BadImages()
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
@@ -187,11 +184,12 @@ class Trainer:
             self._status = PREEMPTED
         evaluated = True
         # Before the checkpoint: a resume does not evaluate again.
-        if last or (plan.evaluate_every and update % plan.evaluate_every == 0):
+        every = steps_between(self._evaluations)
+        if last or (every and update % every == 0):
             evaluated = not agreed.stop and self._evaluated(last=last)
         too_bad = None
         if last or update % plan.count_bad_every == 0:
-            too_bad = _too_many_bad(self._pictures, plan.max_bad_fraction)
+            too_bad = _too_many_bad(self._bad_images, plan.max_bad_fraction)
         self._owed |= agreed.save or self._checkpoints.due(update, plan.updates_per_epoch)
         # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._owed and not agreed.update.skipped
@@ -226,7 +224,7 @@ class Trainer:
             begin = time.perf_counter()
             batch, on_device = next(micro_batches)
             waited += time.perf_counter() - begin
-            self._pictures.add(len(batch.positions), batch.bad)
+            self._bad_images.add(len(batch.positions), batch.bad)
             batches.append(batch)
             with out_of_memory_named(len(batch.positions)):
                 losses.append(forward_backward(engine, on_device, plan.seed))
@@ -294,12 +292,20 @@ class Trainer:
         return True
 
     def _evaluated(self, *, last: bool) -> bool:
-        """Evaluates; says whether it came to its end."""
-        if self._evaluate is None:
+        """Makes the evaluations that are due; says whether they came to their end."""
+        due = [one for one in self._evaluations if one.due(self._update, last)]
+        if not due:
             return True
         begin = time.monotonic()
+        metrics: dict[str, float] = {}
+        panel: Panel | None = None
         try:
-            metrics, panel = self._evaluate(self._update, last, self._between_evaluation_batches)
+            # With the average of the weights where there is one.
+            with self._ema.in_place_of_weights() if self._ema else nullcontext():
+                for evaluation in due:
+                    found, shown = evaluation.measure(self._update, last, self._between_batches)
+                    metrics |= found
+                    panel = panel or shown
         except Interrupted:
             self._status = PREEMPTED
             return False
@@ -311,7 +317,7 @@ class Trainer:
                 hook.on_features(self._update, panel)
         return True
 
-    def _between_evaluation_batches(self) -> None:
+    def _between_batches(self) -> None:
         self._beat()
         if self._stop_wished():
             raise Interrupted
@@ -329,12 +335,12 @@ class Trainer:
                 hook.on_saved(seconds)
 
 
-def _too_many_bad(pictures: BadImages, max_bad_fraction: float) -> DataError | None:
+def _too_many_bad(bad_images: BadImages, max_bad_fraction: float) -> DataError | None:
     """The error that ends the run, the same on every rank, or None."""
-    count = BadCount(*distributed.sum_tensor(torch.tensor(pictures.count)).tolist())
+    count = BadCount(*distributed.sum_tensor(torch.tensor(bad_images.count)).tolist())
     if not past_limit(count, max_bad_fraction):
         return None
-    names = [name for mine in distributed.gather_objects(pictures.names) for name in mine]
+    names = [name for mine in distributed.gather_objects(bad_images.names) for name in mine]
     error = limit_error(count, max_bad_fraction, names)
     error.agreed = True
     return error

@@ -137,7 +137,14 @@ def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memor
 
 
 class building_in_memory:
-    """Turns an allocator's error while models are built into one sentence."""
+    """Turns an allocator's error while models are built into one sentence.
+
+    Args:
+        remedy: A flag that saves memory besides ZeRO; empty: there is none.
+    """
+
+    def __init__(self, remedy: str = "") -> None:
+        self.remedy = remedy
 
     def __enter__(self) -> None:
         return None
@@ -146,10 +153,9 @@ class building_in_memory:
         if error is None or not _is_out_of_memory(error):
             return False
         raise OutOfMemory(
-            f"engine: out of memory on rank {distributed.rank()} while student and teacher are "
-            "built; got no room for parameters and optimiser, expected some. Use "
-            "ds_configs/zero3.json or zero3_offload.json, --teacher.placement sharded, or more "
-            "ranks."
+            f"engine: out of memory on rank {distributed.rank()} while the models are built; got "
+            "no room for parameters and optimiser, expected some. Use ds_configs/zero3.json or "
+            f"zero3_offload.json, {self.remedy}{', ' if self.remedy else ''}or more ranks."
         ) from error
 
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fd_large import distributed
-from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, same_everywhere
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
+from fd_large.engine.evaluation import steps_between
 from fd_large.engine.forward import probe_phases
 from fd_large.engine.job import Job, Portion
 from fd_large.engine.loop import Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.student import Precision, node_size_of, precision_of
+from fd_large.engine.stored import serve_runs
+from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
@@ -34,22 +36,25 @@ from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
-from fd_large.runtime.hooks import (
-    DONE,
-    GUARD,
-    NOT_SAVED,
-    PREEMPTED,
-    TEACHER_CHANGED,
-    Hook,
-    Setting,
-)
+from fd_large.runtime.guard import Guard
+from fd_large.runtime.hooks import DONE, NOT_SAVED, PREEMPTED, Hook, Setting
+from fd_large.runtime.meter import Meter
+from fd_large.runtime.pictures import Pictures
+from fd_large.runtime.preemption import Preemption
+from fd_large.runtime.profiler import Profiler
+from fd_large.runtime.progress import Progress
 from fd_large.runtime.run_folder import open_folder, source_commit, status_of, write_environment
+from fd_large.runtime.save_interval import SaveInterval
+from fd_large.runtime.tensorboard import TensorBoard
+from fd_large.runtime.watchdog import Watchdog
 from fd_large.weights.settle import settle
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75, GUARD: 3, TEACHER_CHANGED: 3}
-"""75: the last checkpoint stands, the same command goes on from it. 3: somebody has to look."""
+EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75}
+"""75: the last checkpoint stands, the same command goes on from it."""
+SOMEBODY_HAS_TO_LOOK = 3
+"""The exit code of a run that a hook ended, under whatever status."""
 
 
 class Opened(NamedTuple):
@@ -87,15 +92,15 @@ def open_run(
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
+    serve_runs(job_of)
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    serve_runs()
     settled = distributed.together(lambda: settle(run))
     # A source that still trains may show ranks different checkpoints.
     run = distributed.broadcast_object(settled)
     job = job_of(run)
     checked = distributed.together(lambda: _check(job, deepspeed_config, launch))
-    samples, precision, node_size, sizes, share, fill = checked
-    same_everywhere.check(run, samples)
+    samples, bfloat16, node_size, sizes, share, fill = checked
+    same_everywhere.check(samples, job.sources())
     samples = job.stage(samples)
     fixed = run.batch.micro_batch_size
     config = fill(1 if fixed == "auto" else fixed)
@@ -103,25 +108,33 @@ def open_run(
     folder = open_folder(run, fresh=fresh)
     logs.set_up(folder)
     start.start()
-    threshold = _persistence(run, config, sizes)
-    with micro_batch.building_in_memory():
-        job.build(precision, node_size=node_size, persistence_threshold=threshold)
+    threshold = _persistence(config, sizes, splits_models=job.splits_models())
+    with micro_batch.building_in_memory(job.memory_remedy):
+        job.build(bfloat16=bfloat16, node_size=node_size, persistence_threshold=threshold)
     size = fixed
     if size == "auto":
         size = _probed(job, config, folder, share)
     config = fill(size)
     write_environment(folder, config, launch.launcher)
 
-    with micro_batch.building_in_memory():
-        engine = build_engine(run, job.make_task, config, initial=job.initial_weights())
+    with micro_batch.building_in_memory(job.memory_remedy):
+        engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
+    # Before any resume, which restores the average too.
+    ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
     facts = {
         **job.facts(),
         "pictures": samples.fingerprint,
         "commit": distributed.broadcast_object(source_commit()),
+        "recipe": run.to_dict(),
     }
-    checkpoints = Checkpoints(folder, run, engine, facts)
-    # Before any resume, which restores the average too.
-    ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
+    checkpoints = Checkpoints(
+        folder,
+        engine,
+        runtime=run.runtime,
+        global_batch_size=run.batch.global_batch_size,
+        facts=facts,
+        check_stored=job.check_stored,
+    )
     return Opened(run, folder, launch, job, samples, engine, checkpoints, size, ema)
 
 
@@ -130,17 +143,19 @@ def train(
     job_of: Callable[[Run], Job],
     *,
     deepspeed_config: str,
-    fresh: bool,
-    hooks: Sequence[Hook],
+    fresh: bool = False,
+    profile: int = 0,
+    hooks: Sequence[Hook] = (),
 ) -> int:
-    """Trains a recipe to its end; returns the exit code.
+    """Trains a recipe to its end, with everything that watches a run; returns the exit code.
 
     Args:
         run: The resolved recipe.
         job_of: Makes its task's job.
         deepspeed_config: Path of the DeepSpeed JSON.
         fresh: Start over instead of resuming; the old run's files are moved aside.
-        hooks: Asked after every step.
+        profile: Steps to trace with torch's profiler, after the first three; 0 turns it off.
+        hooks: Hooks besides those that the recipe asks for.
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
@@ -153,9 +168,7 @@ def train(
     first = opened.checkpoints.resume()
     time_box = None
     if run.optim.max_seconds:
-        time_box = TimeBox(
-            run.optim.max_seconds, folder, total, first=first, evaluate_every=job.evaluate_every()
-        )
+        time_box = TimeBox(run.optim.max_seconds, folder, total, first=first)
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
     size, launch = opened.micro_batch_size, opened.launch
@@ -168,7 +181,6 @@ def train(
         opened.accumulation,
         launch.world_size,
         checkpoint_bytes=opened.checkpoints.bytes,
-        checks=job.checks(),
         name_of=samples.__getitem__,
     )
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
@@ -191,11 +203,12 @@ def train(
         per_epoch,
         opened.accumulation,
         run.runtime.seed,
-        evaluate_every=job.evaluate_every(),
         max_bad_fraction=run.data.max_bad_fraction,
         count_bad_every=run.runtime.log_every,
     )
-    evaluate = job.evaluation(engine, samples, size, opened.ema)
+    evaluations = job.evaluations(engine, samples, size)
+    if time_box is not None:
+        time_box.evaluate_every = steps_between(evaluations)
     if total <= schedule.warmup and not run.optim.max_seconds:
         log.warning(
             "optim.warmup_epochs: the whole run of %d steps is warm-up (%d steps): the rate "
@@ -207,10 +220,10 @@ def train(
         trainer = Trainer(
             engine,
             plan,
-            hooks,
+            hooks_of(job, profile, hooks),
             setting,
             checkpoints=opened.checkpoints,
-            evaluate=evaluate,
+            evaluations=evaluations,
             time_box=time_box,
             layer_rates=by_layer(engine, run.optim.layer_decay),
             ema=opened.ema,
@@ -220,19 +233,67 @@ def train(
         error.rank_local = not error.agreed
         raise
     log.info("%s: %s", status, folder)
-    return EXIT_CODES[status]
+    return EXIT_CODES.get(status, SOMEBODY_HAS_TO_LOOK)
 
 
-def _persistence(run: Run, config: dict[str, Any], sizes: tuple[int, ...]) -> int:
+def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook]:
+    """Returns what watches a run, in the order in which it is asked.
+
+    Args:
+        job: After its `build`.
+        profile: Steps to trace; 0: none.
+        more: Hooks besides those of the recipe and the task.
+    """
+    run = job.run
+    progress, board = Progress(), TensorBoard()
+    # The meter is asked first: at the end it hands the others its last rows.
+    meter = Meter(on_rows=[progress.show_rows, board.write_rows])
+    hooks: list[Hook] = [meter, progress, board, Pictures()]
+    if run.guard.enabled:
+        hooks.append(Guard())
+    if run.runtime.save_minutes:
+        hooks.append(SaveInterval(run.runtime.save_minutes))
+    if run.runtime.preemption:
+        hooks.append(Preemption())
+    if profile:
+        hooks.append(Profiler(profile))
+    hooks += [*job.hooks(), *more]
+    if run.runtime.watchdog_seconds:
+        # The last one: what the others do at the end is watched as well.
+        hooks.append(Watchdog())
+    return hooks
+
+
+def engine_of(
+    run: Run,
+    make: Callable[[], Task],
+    config: dict[str, Any],
+    *,
+    initial: Iterable[tuple[str, Tensor]] | None = None,
+) -> Engine:
+    """Builds a task in its engine as the recipe says; see `build_engine`."""
+    return build_engine(
+        make,
+        config,
+        optim=run.optim,
+        seed=run.runtime.seed,
+        compile_blocks=run.engine.compile == "blocks",
+        activation_checkpointing=run.student.activation_checkpointing,
+        checkpoint_every=run.student.checkpoint_every,
+        initial=initial,
+    )
+
+
+def _persistence(config: dict[str, Any], sizes: tuple[int, ...], *, splits_models: bool) -> int:
     """The size up to which tensors stay whole in an engine that splits; logs their share."""
     zero = config["zero_optimization"]
     automatic = persistence_threshold(sizes)
     threshold = zero.get("stage3_param_persistence_threshold", automatic)
-    if zero["stage"] == 3 or run.teacher.placement != "replicated":
+    if zero["stage"] == 3 or splits_models:
         kept = sum(size for size in sizes if size <= threshold)
         log.info(
             "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
-            "student and teacher",
+            "all",
             threshold,
             100 * kept / sum(sizes),
         )
@@ -243,7 +304,7 @@ class _Checked(NamedTuple):
     """What the checks before anything heavy have found."""
 
     samples: ImageSource
-    precision: Precision
+    bfloat16: bool
     node_size: int
     parameter_sizes: tuple[int, ...]
     share: int
@@ -259,8 +320,8 @@ def _check(job: Job, deepspeed_config: str, launch: Launch) -> _Checked:
     json_config = ds.load(deepspeed_config)
     samples = job.open_samples()
     job.check()
-    precision = precision_of(run)
-    node_size = node_size_of(run, launch.local_world_size)
+    bfloat16 = ds.computes_in_bfloat16(run.engine.precision)
+    node_size = ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size)
     fixed = run.batch.micro_batch_size
     check_batch_sizes(
         len(samples),
@@ -278,13 +339,13 @@ def _check(job: Job, deepspeed_config: str, launch: Launch) -> _Checked:
             world_size=launch.world_size,
             node_size=node_size,
             clip_norm=run.optim.clip_norm,
-            bfloat16=precision.bfloat16,
+            bfloat16=bfloat16,
             parameter_sizes=sizes,
         )
         return ds.fill(json_config, numbers)
 
     fill(1 if fixed == "auto" else fixed)
-    return _Checked(samples, precision, node_size, sizes, share, fill)
+    return _Checked(samples, bfloat16, node_size, sizes, share, fill)
 
 
 def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
@@ -297,7 +358,7 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
         "activation_checkpointing": run.student.activation_checkpointing,
         "checkpoint_every": run.student.checkpoint_every,
         "attention_memory": run.student.attention_memory,
-        "teacher_placement": run.teacher.placement,
+        **job.memory_facts(),
     }
     size = micro_batch.remembered(folder, setting, share)
     if size is not None:
@@ -306,7 +367,7 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
     memory = micro_batch.GpuMemory() if on_gpu else micro_batch.HostMemory()
     # Every step of the probe is a whole step, moments included.
     whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    engine = build_engine(run, job.make_task, {**whole, "train_batch_size": world_size})
+    engine = engine_of(run, job.make_task, {**whole, "train_batch_size": world_size})
     engine.task.train()
     size = micro_batch.largest_that_fits(
         share, probe_phases(engine, job.probe_batch, run.runtime.seed), memory

@@ -16,7 +16,6 @@ import fd_large
 from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
-from fd_large.recipes.run import Run
 from fd_large.runtime.run_folder import source_commit
 from fd_large.weights import package
 from fd_large.weights.read import file_of, split_part
@@ -46,16 +45,16 @@ class _Fact(NamedTuple):
     error: type[FDError]
 
 
-def check(run: Run, source: ImageSource) -> None:
+def check(samples: ImageSource, weights: Mapping[str, str]) -> None:
     """Compares all nodes; a collective.
 
     Args:
-        run: A settled run whose files were found on every rank.
-        source: Its images.
+        samples: The training images.
+        weights: Sources of weights, found on every rank, by the field that names them.
 
     Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
     """
-    own = distributed.together(lambda: _facts(run, source))
+    own = distributed.together(lambda: _facts(samples, weights))
     compare(distributed.gather_objects((distributed.node_name(), own)))
 
 
@@ -131,24 +130,21 @@ def weights_digest(source: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def _facts(run: Run, source: ImageSource) -> dict[str, _Fact]:
+def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, _Fact]:
     facts = software()
     facts["pictures"] = _Fact(
-        f"{len(source)} images, their names' hash {source.fingerprint[:8]}",
+        f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",
         "data.root: the nodes see different images",
-        "Copy the data set to every node, and let nothing write to it",
+        "Copy the dataset to every node, and let nothing write to it",
         DataError,
     )
     if distributed.local_rank() != 0:
         return facts  # Ranks of a node see the same files.
-    for where, weights in (
-        ("teacher.source", run.teacher.source),
-        ("student.init", run.student.init),
-    ):
-        if digest := weights_digest(weights):
+    for where, source in weights.items():
+        if digest := weights_digest(source):
             facts[where] = _Fact(
                 digest,
-                f"--{where}: the nodes see different weights in {weights}",
+                f"--{where}: the nodes see different weights in {source}",
                 "Copy the file to every node again, or read it from a shared disk",
                 WeightsError,
             )

@@ -1,22 +1,32 @@
-"""A task with the weights of a checkpoint, whole in one process: no process group, no engine."""
+"""What a checkpoint holds, for other uses: a whole task, or the student as a source of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from fd_large.checkpoint import stream
+from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
+from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
+from fd_large.errors import CheckpointError, ConfigError
+from fd_large.plan.parameters import shapes
+from fd_large.recipes.run import Run
+from fd_large.weights.read import Tensors
+from fd_large.weights.source import Stored, serve
 
 AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> AnyTask:
-    """Builds a task in float32 on the CPU.
+    """Builds a task with the weights of a checkpoint, whole in this process, in float32.
+
+    No process group and no engine are needed; the weights are on the CPU.
 
     Args:
         make: Constructs it.
@@ -31,3 +41,81 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
         for name, parameter in task.named_parameters():
             parameter.copy_(stream.read(reader, name, tuple(parameter.shape), kind=kind))
     return task
+
+
+def serve_runs(job_of: Callable[[Run], Job]) -> None:
+    """Lets `weights`, which knows nothing of runs, take the folder of a run as a source.
+
+    Args:
+        job_of: Makes the job of a stored recipe, which says how to give its student back.
+    """
+    serve(lambda path, where: student_of(path, where, job_of))
+
+
+def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored | None:
+    """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
+
+    Every file is checked against its receipt, once in a process. No collective: ranks that look
+    while another run trains may see different checkpoints, so the result names the one it took.
+
+    Args:
+        path: The folder of a run, or step_NNNNNNNN in its checkpoints.
+        where: What the user set, for messages.
+        job_of: Makes the job of the stored recipe.
+
+    Returns: None if the path is neither.
+    Raises: CheckpointError: if no checkpoint is sound, or it is of another model than its recipe.
+    """
+    is_checkpoint = path.name.startswith("step_") and store.manifest_of(path) is not None
+    if not is_checkpoint and not store.checkpoints_of(path).is_dir():
+        return None
+    reader = stream.newest(path, where=where)
+    try:
+        run = Run.from_dict(reader.manifest["recipe"])
+        student = job_of(run).stored_student()
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(
+            f"{where}: {reader.path}: its manifest holds no recipe that can be read; got {error}, "
+            "expected what the run wrote. Export the student with the release that wrote it."
+        ) from error
+    tensors = _Tensors(reader, shapes(student.architecture), student.absent)
+    return Stored(reader.path, tensors, student.architecture, student.statistics)
+
+
+class _Tensors(Tensors):
+    """The weights of a student, each read from the ranks' files when it is asked for.
+
+    Args:
+        reader: Of its checkpoint.
+        table: Shape of each tensor.
+        absent: Values of those that the task did without; names outside the table are ignored.
+    """
+
+    def __init__(
+        self, reader: Reader, table: dict[str, stream.Shape], absent: Mapping[str, float]
+    ) -> None:
+        super().__init__({})
+        stored = {name: shape for name, shape in table.items() if name not in absent}
+        stream.check(reader, stored, prefix=stream.STUDENT)
+        self._reader, self._table, self._absent = reader, table, absent
+
+    def __getitem__(self, name: str) -> Tensor:
+        reader = self._reader
+        if name in self._absent:
+            return torch.full(self._table[name], self._absent[name])
+        name, shape = f"{stream.STUDENT}{name}", self._table[name]
+        return stream.read(reader, name, shape, kind=stream.outcome(reader))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def shape(self, name: str) -> stream.Shape:
+        """Returns a tensor's shape without reading it."""
+        return self._table[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns float32, the type of every master."""
+        return torch.float32

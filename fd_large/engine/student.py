@@ -2,81 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.registry import build as build_model
+from fd_large.backbones.registry import build
 from fd_large.errors import ConfigError
 from fd_large.plan.parameters import shapes
-from fd_large.recipes.run import Run
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.sections import Student
 from fd_large.weights.source import open_weights
 
 
-class Precision(NamedTuple):
-    """Types that the recipe left to the machine."""
+def make_student(student: Student, *, image_size: int = 0, sequential_stages: int = 0) -> nn.Module:
+    """Constructs the student, with random weights from torch's global generator.
 
-    bfloat16: bool
-    teacher: torch.dtype
-
-
-def precision_of(run: Run) -> Precision:
-    """Resolves "auto": bfloat16 on GPUs, float32 on CPUs, where bfloat16 is slower."""
-    on_gpu = distributed.device().type == "cuda"
-    wanted = run.engine.precision
-    bfloat16 = on_gpu if wanted == "auto" else wanted == "bfloat16"
-    teacher = run.teacher.dtype
-    as_student = torch.bfloat16 if bfloat16 else torch.float32
-    return Precision(
-        bfloat16,
-        {"auto": as_student, "float32": torch.float32, "bfloat16": torch.bfloat16}[teacher],
-    )
-
-
-def node_size_of(run: Run, local_world_size: int) -> int:
-    """Ranks of a node: the recipe's, else the launcher's."""
-    size = run.engine.node_size or local_world_size
-    if distributed.world_size() % size:
-        raise ConfigError(
-            f"engine.node_size: nodes of unequal size; got {size} for {distributed.world_size()} "
-            "ranks, expected a divisor. Set --engine.node_size."
-        )
-    return size
-
-
-def build_student(run: Run) -> nn.Module:
-    """The recipe's student for its image size, with random weights from torch's generator."""
-    architecture = run.student.architecture
-    if run.student_architecture().family == "vit":
-        architecture = replace(architecture, image_size=run.data.image_size)
-    return build_model(
-        run.student.model,
+    Args:
+        student: The recipe's section.
+        image_size: Side of the images, in pixels, for which a model with a table of positions
+            makes it; 0: the side that its architecture states.
+        sequential_stages: See `backbones.registry.build`.
+    """
+    architecture = student.architecture
+    if image_size and resolve(student.model, architecture).family == "vit":
+        architecture = replace(architecture, image_size=image_size)
+    return build(
+        student.model,
         architecture,
-        initialization=run.student.initialization,
-        drop_path_rate=run.student.drop_path_rate,
-        size_rule=run.student.size_rule,
-        residual_dtype=run.student.residual_dtype,
-        attention_memory=attention_memory(run.student.attention_memory),
+        initialization=student.initialization,
+        drop_path_rate=student.drop_path_rate,
+        size_rule=student.size_rule,
+        residual_dtype=student.residual_dtype,
+        attention_memory=attention_memory(student.attention_memory),
+        sequential_stages=sequential_stages,
     )
 
 
-def student_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
-    """(name, tensor) of a settled run's student from `student.init`; None for random weights.
+def student_weights(
+    student: Student, *, image_size: int = 0, without: Collection[str] = ()
+) -> Iterable[tuple[str, Tensor]] | None:
+    """Finds the weights of `student.init`; reads headers only.
 
+    Args:
+        student: The section of a settled recipe.
+        image_size: As for `make_student`; tables of positions are resized to it.
+        without: Names of tensors that the task has no use for.
+
+    Returns: (name, full tensor) of the student; None for random weights.
     Raises: WeightsError: if the file does not fit the student.
     """
-    if not run.student.init:
+    if not student.init:
         return None
-    architecture = run.student_architecture()
-    size = run.data.image_size if architecture.family == "vit" else 0
-    return open_weights(run.student.init, where="--student.init").fitted(
+    architecture = resolve(student.model, student.architecture)
+    size = image_size if architecture.family == "vit" else 0
+    expected = shapes(architecture, image_size=size)
+    return open_weights(student.init, where="--student.init").fitted(
         architecture,
-        shapes(architecture, image_size=size),
-        allow=run.student.init_allow,
+        {name: shape for name, shape in expected.items() if name not in without},
+        allow=(*student.init_allow, *without),
         where="--student.init",
         remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",

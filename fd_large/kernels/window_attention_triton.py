@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fd_large.kernels.residual_norm_triton import on_device
-from fd_large.kernels.window_attention import Geometry
 from fd_large.kernels.window_attention_backward_triton import _backward
+from fd_large.kernels.window_attention_geometry import Geometry
 from fd_large.kernels.window_attention_table_triton import gather_table
 from fd_large.kernels.window_attention_tiles_triton import (
     LOG2_E,

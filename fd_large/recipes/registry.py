@@ -44,7 +44,7 @@ DEFAULT_RECIPE = "quickstart"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The facts of a recipe, one line each, as the table of recipes shows them."""
+    """What a recipe's docstring says of it, a line each; the table of recipes shows them."""
 
     summary: str
     hardware: str
@@ -53,10 +53,10 @@ class Facts:
 
 
 def get(name: str) -> Run:
-    """Returns the recipe of that name.
+    """Returns the run of that name.
 
     Raises:
-        ConfigError: No recipe has that name; the message gives the nearest ones.
+        ConfigError: No recipe has it; the nearest names are given.
     """
     if name not in RECIPES:
         close = nearest(name, RECIPES)
@@ -65,7 +65,7 @@ def get(name: str) -> Run:
 
 
 def facts(name: str) -> Facts:
-    """Returns the first line and the lines `Hardware:`, `Duration:`, `Result:` of a docstring."""
+    """Reads the first line and the lines `Hardware:`, `Duration:`, `Result:` of the docstring."""
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:

@@ -7,10 +7,10 @@ same object. Standard library only.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.fields import check_types, flat, from_plain, plain, require
 from fd_large.recipes.sections import (
@@ -20,13 +20,42 @@ from fd_large.recipes.sections import (
     Engine,
     Eval,
     Guard,
-    Objective,
     Optim,
     Runtime,
     Student,
-    Task,
-    Teacher,
 )
+from fd_large.recipes.task_kind import TaskKind
+from fd_large.tasks.distillation.section import Objective, Teacher
+from fd_large.tasks.registry import TASKS
+
+# One field a task that has a section of its own.
+_TaskSections = make_dataclass(
+    "_TaskSections",
+    [
+        (kind.name, kind.section, field(default_factory=kind.section))
+        for kind in TASKS.values()
+        if kind.section
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(_TaskSections):
+    """What the student is trained to do, and the settings that one task alone reads."""
+
+    # What the student learns. distillation: the teacher's feature map. finetune: the labels of
+    # images. detection: the boxes and masks of objects. The last two have no teacher.
+    name: str = "distillation"
+
+    def __post_init__(self) -> None:
+        check_types(self, "task")
+        if self.name not in TASKS:
+            raise ConfigError(
+                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Name "
+                "one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +91,30 @@ class Run:
             self.student.model,
             "a model of the families swinv2, swin or vit",
         )
-        require(
-            self.has_teacher or self.teacher == Teacher(),
-            f"teacher: the task {self.task.name} has none",
-            f"teacher.model {self.teacher.model!r}, teacher.source {self.teacher.source!r}",
-            "nothing set",
-            "Leave out --teacher.*, or choose a recipe that distils",
-        )
-        for name in ("finetune", "detection"):
-            own = getattr(self.task, name)
-            require(
-                name == self.task.name or own == type(own)(),
-                f"task.{name}: the task {self.task.name} does not read it",
-                "fields that are set",
-                "nothing set",
-                f"Leave out --task.{name}.*, or choose a recipe of that task",
-            )
+        for kind in TASKS.values():
+            if kind.name != self.task.name:
+                self._refuse_sections_of(kind)
+
+    def _refuse_sections_of(self, kind: TaskKind) -> None:
+        """Refuses what only another task reads: what is set and does nothing would mislead."""
+        own = {name: getattr(self, name) for name in kind.sections}
+        if kind.section:
+            own[f"task.{kind.name}"] = getattr(self.task, kind.name)
+        for name, section in own.items():
+            usual = flat(type(section)())
+            for field_name, value in flat(section).items():
+                require(
+                    value == usual[field_name],
+                    f"{name}.{field_name}: the task {self.task.name} ignores this field",
+                    repr(value),
+                    repr(usual[field_name]),
+                    f"Leave it out, or choose a recipe of the task {kind.name}",
+                )
 
     @property
     def has_teacher(self) -> bool:
         """Whether the task learns from a teacher."""
-        return self.task.name == "distillation"
+        return "teacher" in TASKS[self.task.name].sections
 
     def student_architecture(self) -> Architecture:
         """Returns the student's architecture with the overrides filled in."""

@@ -11,7 +11,6 @@ from typing import Literal
 
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
-from fd_large.recipes.task_sections import Detection, FineTune
 
 # Learning rates are stated per this many images of a global batch, as in the paper's
 # configurations.
@@ -69,37 +68,32 @@ class Student:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The frozen model whose last feature map is the target."""
+class FrozenModel:
+    """A model that is used as it is: its name, and where its weights are."""
 
     # Name of the model, which also decides its image statistics and its final norm. auto: the model
     # that the weights of `source` belong to.
     model: str = AUTO
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)
-    # The teacher's weights: a file (docs/weights.md lists the formats), package:NAME for weights
-    # inside an installed Python package, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
+    # The weights: a file (docs/weights.md lists the formats), package:NAME for weights inside an
+    # installed Python package, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
     # module:package.file:function (the last two bring their own model), or `random` for random
     # weights (throughput runs and tests). Training stops while it is empty.
     source: str = ""
     # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
     # random, or that the weights may hold in excess.
     allow: tuple[str, ...] = ()
-    # Mean and standard deviation of red, green and blue with which the teacher's images are
-    # normalised: six numbers for pixel values in 0..1. Empty uses those of the teacher's training.
+    # Mean and standard deviation of red, green and blue with which the model's images are
+    # normalised: six numbers for pixel values in 0..1. Empty uses those of the model's training.
     statistics: tuple[float, ...] = ()
-    # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
-    # node: split over the ranks of a node, whole in every node.
-    placement: Literal["replicated", "sharded", "node"] = "replicated"
-    # Data type of weights and matrix products. auto: the data type of the student's matrix
-    # products.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        check_types(self, "teacher")
+        where = type(self).__name__.lower()
+        check_types(self, where)
         require(
             len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
-            "teacher.statistics: invalid means and standard deviations of three channels",
+            f"{where}.statistics: invalid means and standard deviations of three channels",
             self.statistics,
             "six numbers, the last three above 0, or no number",
         )
@@ -154,44 +148,6 @@ class Data:
         )
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Smooth L1 between the projected student map and the whitened teacher map."""
-
-    # Difference, in whitened units, above which the loss is linear rather than quadratic.
-    beta: float = 2.0
-    # Constant added to a teacher token's variance before its square root divides the token.
-    whitening_eps: float = 1e-5
-    # What to do if student and teacher have different grids of tokens. none: stop with an error.
-    # bilinear: resize the teacher's map to the student's grid.
-    interpolation: Literal["none", "bilinear"] = "none"
-    # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
-    # image.
-    teacher_image_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self, "objective")
-        positive("objective.beta", self.beta)
-        positive("objective.whitening_eps", self.whitening_eps)
-        at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the student is trained to do."""
-
-    # What the student learns. distillation: the teacher's feature map. finetune: the labels of
-    # images. detection: the boxes and masks of objects. The last two have no teacher.
-    name: Literal["distillation", "finetune", "detection"] = "distillation"
-    # Settings of the task finetune; other tasks refuse them.
-    finetune: FineTune = field(default_factory=FineTune)
-    # Settings of the task detection; other tasks refuse them.
-    detection: Detection = field(default_factory=Detection)
-
-    def __post_init__(self) -> None:
-        check_types(self, "task")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,8 @@ same step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 from torch import Tensor
@@ -19,8 +18,8 @@ from torch import Tensor
 from fd_large.recipes.run import Run
 
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
-GUARD, TEACHER_CHANGED = "guard", "teacher changed"
-"""How a run ends: the status in summary.json."""
+GUARD = "guard"
+"""How a run ends: the status in summary.json. A task's own hooks may add more."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,6 @@ class Setting:
         accumulation: Micro batches per step.
         world_size: Ranks.
         checkpoint_bytes: Of a whole checkpoint, over all ranks.
-        checks: What a hook may measure on the live run, by name; each is a function without
-            arguments that every rank calls. `teacher_shard`: hash of this rank's own part of the
-            teacher. `teacher_map`: the teacher's map (B, N, C) of a fixed batch.
         name_of: A sample's place in the listing -> where it lies.
     """
 
@@ -90,7 +86,6 @@ class Setting:
     accumulation: int
     world_size: int
     checkpoint_bytes: int = 0
-    checks: dict[str, Callable[[], Any]] = field(default_factory=dict)
     name_of: Callable[[int], str] = str
 
 

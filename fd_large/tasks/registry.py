@@ -1,25 +1,25 @@
-"""Which room carries out a recipe's task; the rooms are imported as they are needed."""
+"""The tasks, by folder. Adding one is its folder and its name here.
+
+Like the `section.py` of each task, this file imports no torch, and recipes may import it.
+"""
 
 from __future__ import annotations
 
-from fd_large.engine.job import Job
-from fd_large.recipes.run import Run
+from importlib import import_module
+
+from fd_large.recipes.task_kind import TaskKind
+
+FOLDERS = (
+    "distillation",
+    "finetuning",
+    "detection",
+)
 
 
-def job_of(run: Run) -> Job:
-    """Returns what the run's task brings to the engine."""
-    if run.task.name == "finetune":
-        from fd_large.tasks.finetuning.job import FineTuningJob
+def _kinds() -> dict[str, TaskKind]:
+    kinds = (import_module(f"fd_large.tasks.{folder}.section").KIND for folder in FOLDERS)
+    return {kind.name: kind for kind in kinds}
 
-        return FineTuningJob(run)
-    if run.task.name == "detection":
-        from fd_large.tasks.detection.job import DetectionJob
 
-        return DetectionJob(run)
-    if run.eval.knn_root:
-        from fd_large.tasks.distillation.watched import WatchedDistillation
-
-        return WatchedDistillation(run)
-    from fd_large.tasks.distillation.job import DistillationJob
-
-    return DistillationJob(run)
+TASKS = _kinds()
+"""By the name that a recipe has for it (`task.name`)."""

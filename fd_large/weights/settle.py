@@ -14,8 +14,8 @@ from typing import Any
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
-from fd_large.recipes.run import Run
-from fd_large.recipes.sections import AUTO, Student, Task, Teacher
+from fd_large.recipes.run import Run, Task
+from fd_large.recipes.sections import AUTO, FrozenModel, Student
 from fd_large.weights.facts import statistics_of
 from fd_large.weights.source import MODULE, TIMM, Weights, open_weights
 
@@ -36,11 +36,12 @@ def settle(run: Run) -> Run:
     Raises: WeightsError: if a file cannot be read, does not hold the named model, or leaves fields
         open that nothing tells; ConfigError: if a model cannot be as it is described.
     """
-    settled = replace(run, teacher=_teacher(run.teacher), student=_student(run.student))
+    settled = replace(run, teacher=settle_model(run.teacher), student=_student(run.student))
     return replace(settled, task=_task(settled))
 
 
-def _teacher(teacher: Teacher) -> Teacher:
+def settle_model(teacher: FrozenModel) -> FrozenModel:
+    """Returns the section with the model as its weights show it; reads headers only."""
     where = "--teacher.source"
     if teacher.source.startswith(TIMM):
         return _of_timm(teacher)
@@ -103,14 +104,14 @@ def _task(run: Run) -> Task:
     return replace(run.task, finetune=replace(own, statistics=statistics))
 
 
-def _is_foreign(teacher: Teacher) -> bool:
+def _is_foreign(teacher: FrozenModel) -> bool:
     """Whether the named model is timm's, whose files timm_backbone.py reads."""
     if teacher.model == AUTO:
         return False
     return resolve(teacher.model, teacher.architecture).family in ("timm", "module")
 
 
-def _of_timm(teacher: Teacher) -> Teacher:
+def _of_timm(teacher: FrozenModel) -> FrozenModel:
     from fd_large.weights import timm_config
     from fd_large.weights.timm_backbone import strides
 
@@ -283,8 +284,8 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def statistics_of_run(teacher: Teacher) -> Statistics | None:
+def stated_statistics(section: FrozenModel) -> Statistics | None:
     """Returns the statistics that a (settled) run states; None: those of its named net."""
-    if not teacher.statistics:
+    if not section.statistics:
         return None
-    return Statistics(tuple(teacher.statistics[:3]), tuple(teacher.statistics[3:]))
+    return Statistics(tuple(section.statistics[:3]), tuple(section.statistics[3:]))

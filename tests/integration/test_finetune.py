@@ -16,12 +16,13 @@ from twin import train
 
 from fd_large.backbones.registry import build
 from fd_large.data.labelled import open_split
+from fd_large.engine.frozen import find_model
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.frozen import find_model
+from fd_large.tasks.jobs import job_of
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "finetuning.py"
@@ -137,7 +138,7 @@ def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_
     assert [update for update, row in rows.items() if "held_out_loss" in row] == [0, 3, 5]
     assert not (tmp_path / "run" / "features").exists()
 
-    named = find_model(str(tmp_path / "run"))
+    named = find_model(str(tmp_path / "run"), job_of)
     net, statistics = named.build()
     features = {}
     for part in ("train", "val"):

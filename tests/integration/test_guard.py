@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import twin
+from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
 from integration.programs import guarded
 from kills import state
 from launch import ROOT, read_results, run_ranks
@@ -18,7 +19,6 @@ from pictures import write_pictures
 
 from fd_large.cli import replay
 from fd_large.errors import ConfigError, FDError
-from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 

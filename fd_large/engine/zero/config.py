@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fd_large import distributed
 from fd_large.errors import ConfigError, nearest
 from fd_large.plan.memory import persistence_threshold
 
@@ -350,3 +351,24 @@ def _no_auto_left(value: Any, name: str) -> None:
             f'{name}: nobody fills this "auto", and DeepSpeed would take it for a value. '
             "Give a number or remove the key."
         )
+
+
+def computes_in_bfloat16(precision: str) -> bool:
+    """Resolves `engine.precision`: auto is bfloat16 on GPUs, float32 on CPUs, where it is faster."""
+    if precision == "auto":
+        return distributed.device().type == "cuda"
+    return precision == "bfloat16"
+
+
+def ranks_of_a_node(stated: int, local_world_size: int) -> int:
+    """Returns the ranks of a node: `engine.node_size`, else (0) what the launcher says.
+
+    Raises: ConfigError: if the nodes would be of unequal size.
+    """
+    size = stated or local_world_size
+    if distributed.world_size() % size:
+        raise ConfigError(
+            f"engine.node_size: nodes of unequal size; got {size} for {distributed.world_size()} "
+            "ranks, expected a divisor. Set --engine.node_size."
+        )
+    return size

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fd_large import distributed
-from fd_large.engine.activation import checkpoint_blocks, compile_blocks
+from fd_large.engine import activation
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition
@@ -19,7 +19,7 @@ from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.zero.start import deepspeed
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
-from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
 
@@ -43,25 +43,33 @@ class Engine(NamedTuple):
 
 
 def build_engine(
-    run: Run,
     make: Callable[[], Task],
     config: dict[str, Any],
     *,
+    optim: Optim,
+    seed: int,
+    compile_blocks: bool = False,
+    activation_checkpointing: str = "off",
+    checkpoint_every: int = 1,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     initial: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Engine:
-    """The task in its DeepSpeed engine, with exact float32 masters.
+    """Builds the task in its DeepSpeed engine, with exact float32 masters.
 
     Args:
-        run: Optimiser, checkpointing, seed.
         make: Constructs the task; draws from torch's global generator only.
         config: A filled JSON.
+        optim: The optimiser and its weight decay.
+        seed: Seed of the random weights.
+        compile_blocks: Whether torch.compile compiles each of the student's blocks.
+        activation_checkpointing: "off", "every" or "offload" (see `activation.py`).
+        checkpoint_every: Checkpoint each k-th block.
         weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
         initial: The same of `task.student` alone.
     """
     stage = ds.stage_of(config)
     bfloat16 = config["bf16"]["enabled"]
-    task = partition.build(make, config, partitioned=stage == 3, seed=run.runtime.seed)
+    task = partition.build(make, config, partitioned=stage == 3, seed=seed)
     if weights is not None:
         load_weights(task, weights, where="--student.init")
     elif initial is not None:
@@ -69,17 +77,16 @@ def build_engine(
     exact = partition.to_bfloat16(task) if bfloat16 else None
     if stage < 3:
         task.to(distributed.device())
-    if run.engine.compile == "blocks":
-        compile_blocks(_blocks(task))
-    wrapped = checkpoint_blocks(
-        _blocks(task), mode=run.student.activation_checkpointing, every=run.student.checkpoint_every
+    blocks = task.student.blocks()
+    if compile_blocks:
+        activation.compile_blocks(blocks)
+    wrapped = activation.checkpoint_blocks(
+        blocks, mode=activation_checkpointing, every=checkpoint_every
     )
     if wrapped:
-        log.info("activation checkpointing: %d of %d blocks", wrapped, len(_blocks(task)))
+        log.info("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
-    optimizer = make_optimizer(
-        parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=on_gpu
-    )
+    optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
     if exact is not None:
         partition.set_masters(task, exact)
@@ -87,7 +94,3 @@ def build_engine(
         engine, bucket=config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
     )
     return Engine(engine, task, stage, config, StepGate(optimizer))
-
-
-def _blocks(task: Task) -> list[nn.Module]:
-    return task.student.blocks()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from torch import Tensor
-
-from fd_large.backbones.registry import build
-from fd_large.engine.student import attention_memory
+from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.task import Detection
-from fd_large.weights.source import open_weights
 
 # Of a distilled model, what a detector has no use for.
 LEFT_OUT = ("norm.weight", "norm.bias", "cls_token", "dist_token")
@@ -34,16 +29,7 @@ def detector_maker(run: Run) -> Callable[[], Detection]:
         )
 
     def make() -> Detection:
-        student = build(
-            run.student.model,
-            run.student.architecture,
-            initialization=run.student.initialization,
-            drop_path_rate=run.student.drop_path_rate,
-            size_rule=run.student.size_rule,
-            residual_dtype=run.student.residual_dtype,
-            attention_memory=attention_memory(run.student.attention_memory),
-            sequential_stages=numbers.sequential_stages,
-        )
+        student = make_student(run.student, sequential_stages=numbers.sequential_stages)
         return Detection(
             student,
             numbers.num_classes,
@@ -56,22 +42,3 @@ def detector_maker(run: Run) -> Callable[[], Detection]:
         )
 
     return make
-
-
-def student_weights(run: Run) -> Iterable[tuple[str, Tensor]] | None:
-    """(name, tensor) of a settled run's student from `student.init`; None for random weights.
-
-    Raises: WeightsError: if the file does not fit the student.
-    """
-    if not run.student.init:
-        return None
-    architecture = run.student_architecture()
-    kept = {name: s for name, s in shapes(architecture).items() if name not in LEFT_OUT}
-    return open_weights(run.student.init, where="--student.init").fitted(
-        architecture,
-        kept,
-        allow=(*run.student.init_allow, *LEFT_OUT),
-        where="--student.init",
-        remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
-        "--student.init_allow NAMES to do without.",
-    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.loader import Batch
 from fd_large.data.source import ImageSource
-from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import evaluating
-from fd_large.engine.job import Evaluate, Job, Portion
+from fd_large.engine.evaluation import Evaluation, evaluating
+from fd_large.engine.job import Job, Portion, StoredStudent, trained_at
+from fd_large.engine.student import student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import Objective
-from fd_large.tasks.detection.build import detector_maker, student_weights
+from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_loader
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
@@ -41,7 +39,6 @@ IDLE = (
     "eval.views",
     "eval.knn_root",
     "eval.knn_every",
-    *(f"objective.{field.name}" for field in fields(Objective)),
 )
 
 
@@ -71,7 +68,7 @@ class DetectionJob(Job):
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """The student's from `student.init`."""
-        return student_weights(self.run)
+        return student_weights(self.run.student, without=LEFT_OUT)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Images under jitter, with what is seen of their objects."""
@@ -110,33 +107,32 @@ class DetectionJob(Job):
             targets=Targets([target] * size, torch.tensor([[height, width]] * size), positions, 0),
         )
 
-    def evaluation(
-        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
-    ) -> Evaluate | None:
+    def evaluations(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Sequence[Evaluation]:
         """COCO's numbers on all test images; results and scores go into RUN/evaluations.
 
-        With the average of the weights where there is one; not before the first step, since new
-        heads see nothing.
+        Not before the first step, since new heads see nothing.
         """
-        run, pictures = self.run, self._test_images
+        run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
 
-        def detect(images: Tensor, sizes: Tensor) -> list[Detections]:
-            return engine.deepspeed(pixels=task.pixels(images, sizes), sizes=sizes)
+        def detect(pixels: Tensor, sizes: Tensor) -> list[Detections]:
+            return engine.deepspeed(pixels=task.pixels(pixels, sizes), sizes=sizes)
 
         def measure(
             update: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], dict[str, Any] | None]:
+        ) -> tuple[dict[str, float], None]:
             if update == 0:
                 return {}, None
             folder = self.folder / f"update_{update:08d}"
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
             distributed.barrier()
-            with ema.in_place_of_weights() if ema else nullcontext(), evaluating(engine):
+            with evaluating(engine):
                 outcome = evaluate(
                     detect,
-                    pictures,
+                    images,
                     folder,
                     test_size=test_size(run),
                     batch_size=micro_batch_size,
@@ -145,10 +141,21 @@ class DetectionJob(Job):
                     between=lambda done, total: between(),
                 )
             if outcome is not None:
-                keep(outcome, pictures, folder, draw=last, max_pixels=run.data.max_pixels)
+                keep(outcome, images, folder, draw=last, max_pixels=run.data.max_pixels)
             return metrics_of(outcome.scores if outcome else None), None
 
-        return measure
+        return [Evaluation(measure, run.eval.every)]
+
+    def stored_student(self) -> StoredStudent:
+        """On the grid of the distillation.
+
+        A detector norms each stage's map for itself, and has no tokens but patches.
+        """
+        architecture = self.run.student_architecture()
+        if architecture.family != "vit":
+            architecture = trained_at(self.run)
+        absent = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
+        return StoredStudent(architecture, absent, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
         """Number and name of each class, by which predictions are told."""

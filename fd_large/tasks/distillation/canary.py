@@ -24,12 +24,15 @@ from collections.abc import Callable
 from statistics import median_low
 
 import torch
+from torch import Tensor
 
 from fd_large import distributed
-from fd_large.runtime.hooks import PASS, TEACHER_CHANGED, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
 
 log = logging.getLogger(__name__)
 
+TEACHER_CHANGED = "teacher changed"
+"""How the run ends then: the status in summary.json."""
 MAP_TOLERANCE = 0.01
 """Of the map's norm: bf16 products may be summed in another order. The hash is exact."""
 SLOW = 1.5
@@ -62,17 +65,26 @@ def seconds_of_product() -> float:
 class Canary(Hook):
     """Looks every so many steps, after the last one, and before each checkpoint.
 
-    Reads `Setting.checks`: `teacher_shard` returns "PART HASH" of what this rank holds itself,
-    ranks that hold the same name the same PART; `teacher_map` the map (B, N, C) of a fixed batch.
     A changed teacher ends the run on all ranks alike, without saving.
 
     Args:
         every: Steps between two looks.
+        shard_of: Returns "PART HASH" of what this rank holds itself; ranks that hold the same name
+            the same PART. All ranks call it.
+        map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
         seconds: How long a fixed computation takes on this rank.
     """
 
-    def __init__(self, every: int, *, seconds: Callable[[], float] = seconds_of_product) -> None:
-        self._every, self._seconds = every, seconds
+    def __init__(
+        self,
+        every: int,
+        *,
+        shard_of: Callable[[], str],
+        map_of: Callable[[], Tensor],
+        seconds: Callable[[], float] = seconds_of_product,
+    ) -> None:
+        self._every, self._shard_of, self._map_of = every, shard_of, map_of
+        self._seconds = seconds
         self._changed = False
         self._checks = 0
         self._slow: dict[int, float] = {}
@@ -80,8 +92,6 @@ class Canary(Hook):
 
     def on_start(self, setting: Setting) -> None:
         """Remembers the teacher; compares the ranks that hold the same part of it."""
-        self._shard_of = setting.checks["teacher_shard"]
-        self._map_of = setting.checks["teacher_map"]
         self._map = self._map_of().float()
         self._shard = self._shard_of()
         self._good = setting.first_update

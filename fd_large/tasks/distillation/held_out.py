@@ -31,7 +31,7 @@ TRIES = 10
 log = logging.getLogger(__name__)
 
 
-class Evaluation:
+class HeldOutViews:
     """The views of one set of images, cut once and kept as uint8 on the host.
 
     Args:

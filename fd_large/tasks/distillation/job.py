@@ -1,35 +1,48 @@
-"""Distillation as a job: one set of images, a teacher beside the engine, held-out losses."""
+"""Distillation as a job: images without labels, a teacher beside the engine, held-out losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fd_large import distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.data.labelled import LabelledImages, open_split
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
-from fd_large.engine.ema import Ema
-from fd_large.engine.job import Evaluate, Job, Portion
-from fd_large.engine.student import Precision, student_weights
-from fd_large.engine.task import Task
+from fd_large.engine.evaluation import Evaluation, Panel, evaluating
+from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
+from fd_large.engine.job import FrozenPart, Job, Portion
+from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.tasks.distillation.build import (
-    build_teacher,
-    parameter_sizes,
-    task_maker,
-    teacher_weights,
-)
-from fd_large.tasks.distillation.held_out import Evaluation
-from fd_large.tasks.distillation.placement import PlacedTeacher
+from fd_large.errors import CheckpointError, ShapeError
+from fd_large.probes import knn
+from fd_large.probes.features import extract
+from fd_large.recipes.run import Run
+from fd_large.runtime.hooks import Hook
+from fd_large.tasks.distillation.alignment import check_grids
+from fd_large.tasks.distillation.canary import Canary
+from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.placement import PlacedTeacher, place
+from fd_large.tasks.distillation.task import Distillation
+
+log = logging.getLogger(__name__)
 
 
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
 
+    memory_remedy = "--teacher.placement sharded"
+    learns_from_images_alone = True
     _teacher: PlacedTeacher | None = None
 
     @property
@@ -38,37 +51,112 @@ class DistillationJob(Job):
         assert self._teacher is not None
         return self._teacher
 
+    # --- before anything heavy ---
+
     def open_samples(self) -> ImageSource:
         """Opens `data.root`."""
         return open_images(self.run.data.root)
 
     def check(self) -> None:
-        """Opens the held-out images, and the headers of the weights."""
+        """Opens held-out and labelled images, and the headers of the weights."""
         if self.run.eval.root:
-            self._held_out()
-        teacher_weights(self.run)
-        student_weights(self.run)
+            self._held_out_images()
+        if self.run.eval.knn_root:
+            self._labelled_images()
+        frozen_weights(self.run.teacher)
+        super().check()
+
+    def sources(self) -> Mapping[str, str]:
+        """Teacher and student."""
+        return {"teacher.source": self.run.teacher.source, **super().sources()}
 
     def stage(self, samples: ImageSource) -> ImageSource:
         """Copies the images to `data.stage_to`."""
         return stage(samples, self.run.data.stage_to)
 
     def parameter_sizes(self) -> tuple[int, ...]:
-        """Of student, projection and teacher."""
-        return parameter_sizes(self.run)
+        """Elements of the tensors of student, projection and teacher; checks the grids.
 
-    def build(self, precision: Precision, *, node_size: int, persistence_threshold: int) -> None:
-        """Places the teacher."""
-        self._teacher = build_teacher(
-            self.run,
-            precision,
+        Raises: ShapeError: if student and teacher cannot be aligned.
+        """
+        with torch.device("meta"):
+            teacher = self.make_teacher()
+            task = self.task_around(teacher)
+        size = self.run.data.image_size
+        grids = []
+        for whose, grid_of in (
+            ("student", lambda: task.student.grid(size, size)),
+            ("teacher", lambda: teacher.grid(size)),
+        ):
+            try:
+                grids.append(grid_of())
+            except ShapeError as error:
+                raise ShapeError(f"{whose}: {error}") from None
+        check_grids(*grids, interpolation=self.run.objective.interpolation)
+        return tuple(p.numel() for model in (task, teacher) for p in model.parameters())
+
+    def splits_models(self) -> bool:
+        """Whether the teacher is split."""
+        return self.run.teacher.placement != "replicated"
+
+    def memory_facts(self) -> Mapping[str, Any]:
+        """Where the teacher is."""
+        return {"teacher_placement": self.run.teacher.placement}
+
+    # --- the models ---
+
+    def make_teacher(self) -> Frozen:
+        """Constructs the teacher with random weights."""
+        return frozen_maker(
+            self.run.teacher,
+            image_size=self.run.data.image_size,
+            own_image_size=self.run.objective.teacher_image_size,
+        )()
+
+    def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
+        """Places the teacher; before any student engine."""
+        section = self.run.teacher
+        weights = frozen_weights(section)
+        if section.source == RANDOM:
+            log.warning(
+                "teacher: RANDOM weights (--teacher.source random): nothing to learn from it"
+            )
+        student_type = "bfloat16" if bfloat16 else "float32"
+        self._teacher = place(
+            self.make_teacher,
+            placement=section.placement,
+            dtype=getattr(torch, student_type if section.dtype == "auto" else section.dtype),
+            seed=self.run.runtime.seed + 1,
             node_size=node_size,
             persistence_threshold=persistence_threshold,
+            weights=weights,
+            whole_first=self.run.teacher_architecture().family in ("timm", "module"),
+        )
+        log.info(
+            "teacher: %s, %s, %.1f MB on this rank, hash %s",
+            section.model,
+            section.placement,
+            self._teacher.held_bytes() / 1e6,
+            self._teacher.fingerprint,
         )
 
-    def make_task(self) -> Task:
+    def make_task(self) -> Distillation:
         """Student, projection and loss, around the teacher."""
-        return task_maker(self.run, self.teacher, self.teacher.width)()
+        return self.task_around(self.teacher)
+
+    def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
+        """Constructs student, projection and loss around a teacher."""
+        objective = self.run.objective
+        return Distillation(
+            make_student(self.run.student, image_size=self.run.data.image_size),
+            teacher,
+            teacher.width,
+            beta=objective.beta,
+            whitening_eps=objective.whitening_eps,
+            interpolation=objective.interpolation,
+        )
+
+    # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """One crop of each image."""
@@ -95,22 +183,28 @@ class DistillationJob(Job):
         positions = torch.arange(size)
         return Batch(images, 0, positions, positions)
 
-    def evaluation(
-        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
-    ) -> Evaluate | None:
-        """Held-out images, and crops of the training images that training never sees.
+    def evaluations(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Sequence[Evaluation]:
+        """Losses on images and crops that training never sees; k-NN of the student's features."""
+        every = self.run.eval
+        found = []
+        if every.root:
+            found.append(self._held_out_losses(engine, samples, micro_batch_size))
+        if every.knn_root:
+            found.append(self._knn(engine, micro_batch_size))
+        return found
 
-        With the average of the weights where there is one.
-        """
+    def _held_out_losses(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Evaluation:
         run = self.run
-        if not run.eval.root:
-            return None
-        pictures = {"held_out": self._held_out(), "unseen_crops": samples}
+        images = {"held_out": self._held_out_images(), "unseen_crops": samples}
         sets = distributed.together(
             lambda: [
-                Evaluation(
+                HeldOutViews(
                     name,
-                    of,
+                    source,
                     views=run.eval.views,
                     image_size=run.data.image_size,
                     min_crop_scale=run.data.min_crop_scale,
@@ -119,24 +213,72 @@ class DistillationJob(Job):
                     max_pixels=run.data.max_pixels,
                     skip_bad=name == "unseen_crops",
                 )
-                for name, of in pictures.items()
+                for name, source in images.items()
             ]
         )
 
-        def evaluate(
+        def measure(
             update: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], dict[str, Any] | None]:
+        ) -> tuple[dict[str, float], Panel | None]:
             metrics: dict[str, float] = {}
-            with ema.in_place_of_weights() if ema else nullcontext():
-                for views in sets:
-                    metrics |= views.measure(engine, between)
-                    if last:
-                        constant = views.best_constant(engine, between)
-                        metrics[f"{views.name}_best_constant"] = constant
-                panel = sets[0].panel(engine) if update == 0 or last else None
-            return metrics, panel
+            for views in sets:
+                metrics |= views.measure(engine, between)
+                if last:
+                    constant = views.best_constant(engine, between)
+                    metrics[f"{views.name}_best_constant"] = constant
+            return metrics, sets[0].panel(engine) if update == 0 or last else None
 
-        return evaluate
+        return Evaluation(measure, run.eval.every)
+
+    def _knn(self, engine: Engine, micro_batch_size: int) -> Evaluation:
+        run = self.run
+        train_set, test_set = self._labelled_images()
+
+        def measure(
+            update: int, last: bool, between: Callable[[], None]
+        ) -> tuple[dict[str, float], Panel | None]:
+            folder = Path(run.run_dir()) / "features"
+            found = {}
+            with evaluating(engine):
+                for name, images in (("train", train_set), ("test", test_set)):
+                    found[name] = extract(
+                        _student_of(engine),
+                        IMAGENET,
+                        images,
+                        folder / name,
+                        image_size=run.data.image_size,
+                        batch_size=micro_batch_size,
+                        workers=run.data.workers,
+                        max_pixels=run.data.max_pixels,
+                        between=between,
+                    )
+            accuracy = knn.accuracy(
+                found["train"],
+                found["test"],
+                num_classes=len(train_set.classes),
+                between=between,
+            )
+            distributed.barrier()
+            if distributed.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            return {"test_knn": accuracy}, None
+
+        return Evaluation(measure, run.eval.knn_every)
+
+    def hooks(self) -> Sequence[Hook]:
+        """The canary that watches the teacher."""
+        every, size = self.run.runtime.canary_every, self.run.data.image_size
+        if not every:
+            return ()
+        return (
+            Canary(
+                every,
+                shard_of=self.teacher.shard_hash,
+                map_of=lambda: self.teacher.map_of_fixed_images(size),
+            ),
+        )
+
+    # --- checkpoints, and what others take from them ---
 
     def facts(self) -> Mapping[str, Any]:
         """Which teacher."""
@@ -145,13 +287,52 @@ class DistillationJob(Job):
             "teacher_hash": self.teacher.fingerprint,
         }
 
-    def checks(self) -> Mapping[str, Callable[[], Any]]:
-        """The teacher's own shard, and its map of fixed images."""
-        size = self.run.data.image_size
-        return {
-            "teacher_shard": self.teacher.shard_hash,
-            "teacher_map": lambda: self.teacher.map_of_fixed_images(size),
-        }
+    def check_stored(self, manifest: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint that learned from another teacher."""
+        if manifest.get("teacher_hash") != self.teacher.fingerprint:
+            raise CheckpointError(
+                "teacher.source: not the teacher that this run began with; got hash "
+                f"{self.teacher.fingerprint}, expected {manifest.get('teacher_hash')} "
+                f"({manifest.get('teacher_source')}). Give that file, or --fresh."
+            )
 
-    def _held_out(self) -> ImageSource:
+    def frozen_models(self) -> Mapping[str, FrozenPart]:
+        """The teacher."""
+        return {"teacher": FrozenPart(self.run.teacher, self.run.objective.teacher_image_size)}
+
+    def in_one_process(self) -> Run:
+        """With the teacher whole."""
+        return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
+
+    def _held_out_images(self) -> ImageSource:
         return open_images(self.run.eval.root, where="eval.root")
+
+    def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
+        root = self.run.eval.knn_root
+        train_set = open_split(root, "train", where="eval.knn_root")
+        return train_set, open_split(root, "val", train_set.classes, where="eval.knn_root")
+
+
+def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:
+    """The student's map by a forward of the whole task, which is what gathers its shards.
+
+    The teacher is spared: its map is made of zeros.
+    """
+    task = engine.task
+    seen: list[FeatureMap] = []
+    target: FeatureMap | None = None
+
+    def forward(pixels: Tensor) -> FeatureMap:
+        nonlocal target
+        if target is None:
+            images = torch.zeros_like(pixels[:1], dtype=torch.uint8)
+            target = task.prepare(images, None, None)["target"]
+        tokens = torch.zeros_like(target.tokens).expand(len(pixels), -1, -1)
+        handle = task.student.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        try:
+            engine.deepspeed(pixels=pixels, keep=None, target=target._replace(tokens=tokens))
+        finally:
+            handle.remove()
+        return seen.pop()
+
+    return forward

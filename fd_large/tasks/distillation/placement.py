@@ -16,10 +16,10 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
+from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.start import deepspeed
-from fd_large.tasks.distillation.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ class PlacedTeacher:
     """A teacher that is callable whatever its placement.
 
     Attributes:
-        module: The Teacher; its parameters are pieces unless it is replicated.
+        module: The model; its parameters are pieces unless it is replicated.
         fingerprint: Hash of the weights at build, the same for every placement.
         width: Channels of the map.
     """
 
-    def __init__(self, module: Teacher, engine: Any, group: Any) -> None:
+    def __init__(self, module: Frozen, engine: Any, group: Any) -> None:
         self.module, self._engine, self._group = module, engine, group
         self._whole: dict[str, Tensor] = {}
         self.fingerprint = self.hash_now()
@@ -77,7 +77,7 @@ class PlacedTeacher:
 
 
 def place(
-    make: Callable[[], Teacher],
+    make: Callable[[], Frozen],
     *,
     placement: str,
     dtype: torch.dtype,
@@ -93,7 +93,7 @@ def place(
     would give the teacher a second, permanent copy.
 
     Args:
-        make: Constructs the Teacher with random weights.
+        make: Constructs the teacher with random weights.
         placement: "replicated", "sharded" or "node".
         dtype: Of its weights and products.
         seed: Of the random weights.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from fd_large.engine.frozen import RANDOM, Named
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
-from fd_large.tasks.distillation.frozen import RANDOM, Named
 
 # A model of the table of each family that can be trained, and the recipe whose settings fit it.
 FAMILIES = {

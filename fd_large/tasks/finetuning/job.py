@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import fields
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,16 +16,12 @@ from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.loader import Batch, load_batches, micro_batches
 from fd_large.data.source import ImageSource
-from fd_large.engine.ema import Ema
-from fd_large.engine.evaluation import evaluating
-from fd_large.engine.job import Evaluate, Job, Portion
-from fd_large.engine.student import build_student
+from fd_large.engine.evaluation import Evaluation, evaluating
+from fd_large.engine.job import Job, Portion, StoredStudent, trained_at
+from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
-from fd_large.plan.parameters import shapes
-from fd_large.recipes.sections import Objective
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
-from fd_large.weights.source import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +32,6 @@ IDLE = (
     "eval.views",
     "eval.knn_root",
     "eval.knn_every",
-    *(f"objective.{field.name}" for field in fields(Objective)),
 )
 
 
@@ -58,25 +51,17 @@ class FineTuningJob(Job):
     def make_task(self) -> FineTuning:
         """The student, without the final norm of a ViT, and a classifier."""
         return FineTuning(
-            build_student(self.run), len(self.classes()), statistics=self.statistics()
+            make_student(self.run.student, image_size=self.run.data.image_size),
+            len(self.classes()),
+            statistics=self.statistics(),
         )
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """The student's from `student.init`, shared position biases copied to every block."""
         run = self.run
-        if not run.student.init:
-            return None
-        architecture = run.student_architecture()
-        is_vit = architecture.family == "vit"
-        expected = shapes(architecture, image_size=run.data.image_size if is_vit else 0)
-        discarded = DISCARDED if is_vit else ()
-        return open_weights(run.student.init, where="--student.init").fitted(
-            architecture,
-            {name: shape for name, shape in expected.items() if name not in discarded},
-            allow=(*run.student.init_allow, *discarded),
-            where="--student.init",
-            remedy="Name the model of the file by --student.model and --student.architecture.*, or "
-            "set --student.init_allow NAMES to do without.",
+        is_vit = run.student_architecture().family == "vit"
+        return student_weights(
+            run.student, image_size=run.data.image_size, without=DISCARDED if is_vit else ()
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
@@ -115,24 +100,33 @@ class FineTuningJob(Job):
             targets=torch.full((size, num_classes), 1 / num_classes),
         )
 
-    def evaluation(
-        self, engine: Engine, samples: ImageSource, micro_batch_size: int, ema: Ema | None
-    ) -> Evaluate | None:
+    def evaluations(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Sequence[Evaluation]:
         """Accuracy on all images for tests, exact on any number of ranks.
 
-        With the average of the weights where there is one. What cannot be read is named and not
-        counted; past `data.max_bad_fraction` that ends the run.
+        What cannot be read is named and not counted; past `data.max_bad_fraction` that ends the
+        run.
         """
-        pictures, bad = self.test_images(), BadImages()
+        images, bad = self.test_images(), BadImages()
 
-        def evaluate(
+        def measure(
             update: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], dict[str, Any] | None]:
-            with ema.in_place_of_weights() if ema else nullcontext():
-                found = self._measure(engine, pictures, bad, micro_batch_size, between)
+        ) -> tuple[dict[str, float], None]:
+            found = self._measure(engine, images, bad, micro_batch_size, between)
             return {f"test_{name}": value for name, value in found.items()}, None
 
-        return evaluate
+        return [Evaluation(measure, self.run.eval.every)]
+
+    def stored_student(self) -> StoredStudent:
+        """With the statistics of this training.
+
+        A classifier norms the mean of a ViT's tokens and leaves the tokens as they are, so that its
+        checkpoints have no final norm.
+        """
+        architecture = trained_at(self.run)
+        absent = {"norm.weight": 1.0, "norm.bias": 0.0} if architecture.family == "vit" else {}
+        return StoredStudent(architecture, absent, self.statistics())
 
     def statistics(self) -> Statistics:
         """By which images are normalised; ImageNet's for random weights."""

@@ -22,8 +22,8 @@ from fd_large.data.loader import Batch, first_usable
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
 from fd_large.data.suppress_stderr import suppress_stderr
-from fd_large.recipes.task_sections import FineTune
 from fd_large.tasks.finetuning import augment, mixing
+from fd_large.tasks.finetuning.section import FineTune
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward import forward_backward, prepared
+from fd_large.engine.run import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
-from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.build import detector_maker
@@ -59,7 +60,7 @@ def losses_of_one_process(run: Run) -> list[float]:
     return losses
 
 
-def engine_of(run: Run) -> Engine:
+def start_engine(run: Run) -> Engine:
     """The run's detector under ZeRO-3, every parameter in pieces."""
     numbers = ds.RunNumbers(
         micro_batch_size=2,
@@ -70,14 +71,14 @@ def engine_of(run: Run) -> Engine:
         bfloat16=False,
         parameter_sizes=(1,),
     )
-    engine = build_engine(run, detector_maker(run), ds.fill({"zero_optimization": ZERO3}, numbers))
+    engine = engine_of(run, detector_maker(run), ds.fill({"zero_optimization": ZERO3}, numbers))
     engine.task.train()
     return engine
 
 
 def losses_of_ranks(run: Run) -> list[float]:
     """The same in the engine, two images a rank."""
-    engine, first = engine_of(run), 2 * distributed.rank()
+    engine, first = start_engine(run), 2 * distributed.rank()
     losses = []
     for update in range(UPDATES):
         set_rate(engine.deepspeed.optimizer, RATE)
@@ -91,7 +92,7 @@ def losses_of_ranks(run: Run) -> list[float]:
 
 def random_batches(run: Run, count: int) -> dict[str, Any]:
     """Batches of 0 to 50 objects an image, in any order; now and then boxes are looked for."""
-    engine, rank = engine_of(run), distributed.rank()
+    engine, rank = start_engine(run), distributed.rank()
     generator = torch.Generator().manual_seed(7 + rank)
     losses, found = [], 0
     for number in range(count):

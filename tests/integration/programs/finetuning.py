@@ -18,25 +18,25 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.backbones.statistics import normalise
-from fd_large.checkpoint.student import serve_runs
 from fd_large.data.centre_crops import central_batches
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward import forward_backward
+from fd_large.engine.frozen import find_model
 from fd_large.engine.job import Portion
+from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.student import node_size_of
+from fd_large.engine.stored import serve_runs
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
-from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.layer_rates import by_layer
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.optimizer import parameter_groups, set_rate
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.frozen import find_model
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning, counted
+from fd_large.tasks.jobs import job_of
 from fd_large.weights.settle import settle
 
 UPDATES, TEST_BATCH = 10, 4
@@ -112,13 +112,13 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
         micro_batch_size=micro,
         accumulation=run.batch.global_batch_size // world // micro,
         world_size=world,
-        node_size=node_size_of(run, world),
+        node_size=ds.ranks_of_a_node(run.engine.node_size, world),
         clip_norm=run.optim.clip_norm,
         bfloat16=False,
         parameter_sizes=job.parameter_sizes(),
     )
     config = ds.fill({"zero_optimization": ZERO3}, numbers)
-    engine = build_engine(run, job.make_task, config, initial=job.initial_weights())
+    engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
     engine.task.train()
     rates, schedule, losses = by_layer(engine, run.optim.layer_decay), schedule_of(run), []
     samples = job.open_samples()
@@ -143,7 +143,7 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
 
 def neighbours(run: Run, folder: Path) -> dict[str, Any]:
     """Features and neighbours of what is fine-tuned: of all ranks, and of one process alone."""
-    named = find_model(run.student.init)
+    named = find_model(run.student.init, job_of)
     net, statistics = named.build()
     job, features = FineTuningJob(run), {}
     parts = {"train": job.open_samples(), "test": job.test_images()}
@@ -170,7 +170,7 @@ def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     distributed.start()
     start.start()
-    serve_runs()
+    serve_runs(job_of)
     # Two images a block of neighbours, so that 19 are an uneven number of blocks.
     knn.QUERY_BLOCK = 2
     results = {}

@@ -18,9 +18,7 @@ from fd_large.engine.run import train
 from fd_large.engine.zero import partition, start
 from fd_large.runtime import logs
 from fd_large.runtime.hooks import PASS, Hook
-from fd_large.runtime.meter import Meter
-from fd_large.tasks.distillation.canary import Canary
-from fd_large.tasks.registry import job_of
+from fd_large.tasks.jobs import job_of
 
 RUNS = {
     # Steps between looks, and the rank that loses a bit.
@@ -28,6 +26,15 @@ RUNS = {
     "node": (3, 1),
     "sharded": (100, 3),
 }
+
+
+jobs = []
+
+
+def kept_job(run):
+    """The run's job, kept for the hook."""
+    jobs.append(job_of(run))
+    return jobs[-1]
 
 
 @dataclass
@@ -38,10 +45,6 @@ class Flip(Hook):
     kept_whole: bool
     done = 0
 
-    def on_start(self, setting):
-        """Finds the teacher."""
-        self.teacher = setting.checks["teacher_shard"].__self__
-
     def after_update(self, update):
         """Counts."""
         self.done = update.index + 1
@@ -51,7 +54,7 @@ class Flip(Hook):
         """After the canary has looked."""
         if index != 2 or distributed.rank() != self.rank:
             return PASS
-        parameters = list(self.teacher.module.parameters())
+        parameters = list(jobs[-1].teacher.module.parameters())
         flat = max((partition.piece(p)[0] for p in parameters), key=torch.numel)
         if self.kept_whole:
             flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
@@ -65,18 +68,19 @@ found = {}
 for placement, (every, rank) in RUNS.items():
     logs.start(distributed.rank())
     more = f"--optim.max_steps 20 --runtime.save_every 2 --engine.node_size 2 --data.workers 0 \
-        --student.architecture.depths 1 1 1 1 --teacher.placement {placement}"
+        --runtime.canary_every {every} --student.architecture.depths 1 1 1 1 \
+        --teacher.placement {placement}"
     run, flags = parse_train(words(pictures, folder / placement, *more.split()))
     # In the node, a tensor that every rank keeps whole beside its piece.
     flip = Flip(rank, kept_whole=placement == "node")
     code = train(
         run,
-        job_of,
+        kept_job,
         deepspeed_config=flags.deepspeed_config,
         fresh=False,
-        hooks=[Meter(), Canary(every), flip],
+        hooks=[flip],
     )
-    found[placement] = {"code": code, "done": flip.done, "hash": flip.teacher.shard_hash()}
+    found[placement] = {"code": code, "done": flip.done, "hash": jobs.pop().teacher.shard_hash()}
     del flip
     start.forget_engines()
     gc.collect()

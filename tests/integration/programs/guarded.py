@@ -116,8 +116,8 @@ def main(folder: Path) -> int:
                     batch = replace(batch, images=torch.full_like(batch.images, MARKS[mark]))
                 yield batch
 
-        def watched_train(*arguments: Any, hooks: list[Hook], **named: Any) -> int:
-            return train(*arguments, hooks=[*hooks, watch], **named)
+        def watched_train(*arguments: Any, **named: Any) -> int:
+            return train(*arguments, hooks=[watch], **named)
 
         distillation.build_loader, run.train = marked_loader, watched_train
         return {"code": cli.main(["train", *words]), **vars(watch)}

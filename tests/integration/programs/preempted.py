@@ -93,8 +93,8 @@ class Stop(Hook):
 def one_start(words: list[str], stop: Stop) -> dict[str, Any]:
     """Trains until it is stopped; returns exit code, status and the newest checkpoint's update."""
 
-    def watched(*arguments: Any, hooks: list[Hook], **named: Any) -> int:
-        return train(*arguments, hooks=[*hooks, stop], **named)
+    def watched(*arguments: Any, **named: Any) -> int:
+        return train(*arguments, hooks=[stop], **named)
 
     run.train, write.save_file = watched, stop.saving
     code = cli.main(["train", *words])

@@ -16,7 +16,7 @@ from launch import ROOT
 from fd_large import distributed
 from fd_large.engine.run import open_run
 from fd_large.recipes.run import Run
-from fd_large.tasks.registry import job_of
+from fd_large.tasks.jobs import job_of
 
 
 def main(folder: Path) -> None:

@@ -23,24 +23,18 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward import forward_backward
+from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.student import node_size_of, precision_of
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import gloo, partition, start
-from fd_large.engine.zero.engine import Engine, build_engine
+from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import parameter_groups, set_rate
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.distillation.build import (
-    build_teacher,
-    parameter_sizes,
-    task_maker,
-    teacher_maker,
-)
-from fd_large.tasks.distillation.placement import PlacedTeacher
+from fd_large.tasks.distillation.job import DistillationJob
 
 UPDATES = 10
 # Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.
@@ -111,8 +105,8 @@ def plain_task(run: Run) -> Task:
         torch.manual_seed(seed)
         return make()
 
-    teacher = seeded(teacher_maker(run), run.runtime.seed + 1)
-    return seeded(task_maker(run, teacher, teacher.width), run.runtime.seed)
+    teacher = seeded(DistillationJob(run).make_teacher, run.runtime.seed + 1)
+    return seeded(lambda: DistillationJob(run).task_around(teacher), run.runtime.seed)
 
 
 def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
@@ -142,10 +136,11 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
     return losses
 
 
-def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, PlacedTeacher]:
-    """The run's engine and teacher on all ranks."""
+def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, DistillationJob]:
+    """The run's engine, and its job with the teacher, on all ranks."""
     world = distributed.world_size()
-    precision, node_size = precision_of(run), node_size_of(run, world)
+    bfloat16 = ds.computes_in_bfloat16(run.engine.precision)
+    node_size, job = ds.ranks_of_a_node(run.engine.node_size, world), DistillationJob(run)
     micro = run.batch.micro_batch_size
     numbers = ds.RunNumbers(
         micro_batch_size=micro,
@@ -153,12 +148,12 @@ def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, PlacedTeacher]
         world_size=world,
         node_size=node_size,
         clip_norm=run.optim.clip_norm,
-        bfloat16=precision.bfloat16,
-        parameter_sizes=parameter_sizes(run),
+        bfloat16=bfloat16,
+        parameter_sizes=job.parameter_sizes(),
     )
     config = ds.fill({"zero_optimization": zero}, numbers)
-    teacher = build_teacher(run, precision, node_size=node_size, persistence_threshold=0)
-    return build_engine(run, task_maker(run, teacher, teacher.width), config), teacher
+    job.build(bfloat16=bfloat16, node_size=node_size, persistence_threshold=0)
+    return engine_of(run, job.make_task, config), job
 
 
 def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
@@ -167,9 +162,10 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     micro = run.batch.micro_batch_size
     share = run.batch.global_batch_size // world
     before = storages()
-    engine, teacher = start_engine(run, zero)
+    engine, job = start_engine(run, zero)
+    teacher = job.teacher
     engine.task.train()
-    master_error = _master_error(engine, task_maker(run, teacher, teacher.width), run)
+    master_error = _master_error(engine, job.make_task, run)
     schedule, losses, norms = schedule_of(run), [], []
     for update in range(updates):
         set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
@@ -191,7 +187,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
     }
     engine.deepspeed.destroy()
-    del engine, teacher
+    del engine, teacher, job
     start.forget_engines()
     gc.collect()
     return result
@@ -218,7 +214,7 @@ def planned_bytes(run: Run, config: dict[str, Any]) -> int:
         run,
         config["zero_optimization"],
         world_size=distributed.world_size(),
-        node_size=node_size_of(run, distributed.world_size()),
+        node_size=ds.ranks_of_a_node(run.engine.node_size, distributed.world_size()),
         bfloat16=config["bf16"]["enabled"],
         teacher_persistence_threshold=0,
     )

@@ -16,8 +16,7 @@ from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
 from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
-from fd_large.runtime.meter import Meter
-from fd_large.tasks.registry import job_of
+from fd_large.tasks.jobs import job_of
 
 
 def resident() -> int:
@@ -64,7 +63,7 @@ def main(pictures: str, folder: Path) -> None:
         job_of,
         deepspeed_config=str(ROOT / "ds_configs/zero3.json"),
         fresh=False,
-        hooks=[Meter(), memory],
+        hooks=[memory],
     )
     write_result(folder, memory.rows)
 

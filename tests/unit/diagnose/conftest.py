@@ -13,13 +13,14 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import OPENAI_CLIP
+from fd_large.engine.frozen import Frozen
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import Data, Student, Teacher
-from fd_large.tasks.distillation.build import task_maker, teacher_maker
+from fd_large.recipes.sections import Data, Student
+from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.tasks.distillation.teacher import Teacher as TeacherNet
 from fd_large.weights import source
 from fd_large.weights.write import write
 
@@ -63,6 +64,6 @@ def distillation(tmp_path: Path) -> tuple[Path, Run, Distillation]:
 def stored_task(run: Run) -> Distillation:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.runtime.seed + 1)
-        teacher: TeacherNet = teacher_maker(run)()
-        task = task_maker(run, teacher, teacher.width)()
+        teacher: Frozen = DistillationJob(run).make_teacher()
+        task = DistillationJob(run).task_around(teacher)
     return scattered(task, seed=1).eval()

@@ -14,11 +14,13 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
-from fd_large.engine.student import build_student
+from fd_large.engine.frozen import find_model
+from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError, WeightsError
-from fd_large.recipes.sections import Student, Teacher
-from fd_large.tasks.distillation.build import teacher_maker
-from fd_large.tasks.distillation.frozen import find_model
+from fd_large.recipes.sections import Student
+from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.section import Teacher
+from fd_large.tasks.jobs import job_of
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -118,10 +120,10 @@ def test_a_student_pads_images_as_it_did_in_training(distillation) -> None:
     )
     tensors = {name: p.detach() for name, p in task.named_parameters()}
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
-    trained = build_student(run).eval()
+    trained = make_student(run.student, image_size=run.data.image_size).eval()
     trained.load_state_dict(task.student.state_dict())
     images = torch.randn(2, 3, 38, 38, generator=torch.Generator().manual_seed(0))
-    net, _ = find_model(str(folder)).build()
+    net, _ = find_model(str(folder), job_of).build()
     with torch.no_grad():
         assert torch.equal(net(images).tokens, trained(images).tokens)
 
@@ -132,7 +134,7 @@ def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:
     tensors = {name: p.detach() for name, p in task.named_parameters()}
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
     torch.manual_seed(run.runtime.seed + 1)
-    expected = teacher_maker(run)().net
+    expected = DistillationJob(run).make_teacher().net
     found = open_subject(f"{folder}#teacher").net
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -9,7 +9,7 @@ import pytest
 from fd_large.engine.job import Job
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.tasks.registry import job_of
+from fd_large.tasks.jobs import job_of
 
 
 def test_samples_that_cannot_be_staged_are_refused_and_not_forgotten():

@@ -7,12 +7,12 @@ from torch.utils.checkpoint import checkpoint
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import window_attention_reference as module
 from fd_large.kernels.window_attention import (
-    Geometry,
     bytes_moved,
     image_attention,
     untested,
     window_attention,
 )
+from fd_large.kernels.window_attention_geometry import Geometry
 from fd_large.kernels.window_attention_reference import (
     PADDING,
     position_index,

@@ -132,7 +132,7 @@ STEPS = {
 def test_a_whole_step_as_torch_counts_it(name):
     torch = pytest.importorskip("torch")
     from fd_large.engine.activation import checkpoint_blocks
-    from fd_large.tasks.distillation.build import task_maker, teacher_maker
+    from fd_large.tasks.distillation.job import DistillationJob
 
     run = STEPS[name]
     recompute = run.student.activation_checkpointing == "every" or "prefix" in name
@@ -142,8 +142,8 @@ def test_a_whole_step_as_torch_counts_it(name):
         objective = replace(run.objective, interpolation="bilinear")
         run = replace(run, objective=objective)
     with torch.device("meta"):
-        teacher = teacher_maker(run)()
-        task = task_maker(run, teacher, teacher.width)()
+        teacher = DistillationJob(run).make_teacher()
+        task = DistillationJob(run).task_around(teacher)
     checkpoint_blocks(
         task.student.blocks(),
         mode=run.student.activation_checkpointing,

@@ -15,9 +15,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fd_large.backbones.statistics import normalise
 from fd_large.data.centre_crops import NO_LABEL
+from fd_large.engine.frozen import find_model
 from fd_large.probes import knn
 from fd_large.probes.features import Features, pooled
-from fd_large.tasks.distillation.frozen import find_model
+from fd_large.tasks.jobs import job_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DATA = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
@@ -37,7 +38,7 @@ def cifar(name: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def features_of(name: str, count: int) -> Features:
-    net, statistics = find_model(NET, image_size=32).build()
+    net, statistics = find_model(NET, job_of, image_size=32).build()
     images, labels = cifar(name, count)
     with torch.no_grad():
         rows = [pooled(net(normalise(part, statistics)), "mean") for part in images.split(500)]

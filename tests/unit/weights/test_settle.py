@@ -18,7 +18,7 @@ from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import Teacher
+from fd_large.tasks.distillation.section import Teacher
 from fd_large.weights.recognise import KNOWN_HEADS, recognise
 from fd_large.weights.settle import settle
 from fd_large.weights.source import open_weights

@@ -13,11 +13,11 @@ from loading import close, initial, loaded, scattered, student_run, teacher_run
 from torch import nn
 
 from fd_large.backbones.registry import build
+from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.distillation.build import teacher_maker, teacher_weights
-from fd_large.tasks.distillation.teacher import Teacher as FrozenTeacher
+from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights import timm_backbone
 from fd_large.weights.source import open_weights
 
@@ -57,9 +57,9 @@ def _no_downloads(monkeypatch):
 def test_backbones_of_timm_teach(name, stride, width):
     run = teacher_run(f"timm:{name}", "clip_vit_base_patch16")
     assert (run.teacher.model, run.teacher.architecture.feature_stride) == ("timm", stride)
-    teacher = teacher_maker(run)()
-    load_weights(teacher.net, teacher_weights(run), where="--teacher.source")
-    assert isinstance(teacher, FrozenTeacher)
+    teacher = DistillationJob(run).make_teacher()
+    load_weights(teacher.net, frozen_weights(run.teacher), where="--teacher.source")
+    assert isinstance(teacher, Frozen)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.training
     config = timm.get_pretrained_cfg(name)
@@ -97,7 +97,7 @@ def as_tokens(features, width):
 def test_another_stride_of_a_backbone_of_timm():
     run = teacher_run("timm:resnet10t", feature_stride=8)
     assert run.teacher.architecture.feature_stride == 8
-    assert teacher_maker(run)().grid(64) == (8, 8)
+    assert DistillationJob(run).make_teacher().grid(64) == (8, 8)
 
 
 def test_backbones_that_timm_lacks():
@@ -115,7 +115,7 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
         raise OSError("no route to host")
 
     run = teacher_run("timm:resnet10t", feature_stride=8)
-    items = teacher_weights(run)
+    items = frozen_weights(run.teacher)
     monkeypatch.setattr(timm_backbone.timm, "create_model", offline)
     with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
         list(items)
@@ -202,8 +202,8 @@ def _own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_own_module")
 def test_a_net_of_ones_own_teaches():
     run = teacher_run("module:own_nets.patches:make", "clip_vit_base_patch16")
-    assert teacher_weights(run) is None
-    teacher = teacher_maker(run)()
+    assert frozen_weights(run.teacher) is None
+    teacher = DistillationJob(run).make_teacher()
     assert teacher.statistics.mean == (0.1, 0.2, 0.3)
     got = teacher(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     assert got.tokens.shape == (1, 4, 12)
@@ -223,7 +223,7 @@ def test_a_net_of_ones_own_teaches():
 )
 def test_functions_that_return_no_backbone(function, words):
     with pytest.raises(ConfigError, match=words):
-        teacher_maker(teacher_run(f"module:{function}"))()
+        DistillationJob(teacher_run(f"module:{function}")).make_teacher()
 
 
 def test_hugging_face_out_of_reach(tmp_path, monkeypatch):
@@ -326,5 +326,5 @@ def test_packages_carry_weights_of_our_nets_too(tmp_path, monkeypatch):
 def test_nothing_at_all_is_still_one_sentence():
     run = teacher_run("", "clip_vit_base_patch16")
     with pytest.raises(ConfigError, match="has no weights; got nothing"):
-        teacher_weights(run)
-    assert teacher_weights(teacher_run("random", "clip_vit_base_patch16")) is None
+        frozen_weights(run.teacher)
+    assert frozen_weights(teacher_run("random", "clip_vit_base_patch16").teacher) is None

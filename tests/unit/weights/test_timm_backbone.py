@@ -7,9 +7,9 @@ import torch
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.timm.adapter import create
+from fd_large.engine.frozen import Frozen
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
-from fd_large.tasks.distillation.teacher import Teacher
 from fd_large.weights.facts import FACTS, statistics_of
 from fd_large.weights.package import locate
 from fd_large.weights.timm_backbone import fitted, in_timm_names
@@ -55,7 +55,7 @@ def test_layers_see_on_photographs_what_their_running_statistics_say():
     """Weights in their right places: each channel varies as it did on ImageNet's images."""
     images = photographs()
     net = build("efficientnet_lite0", seed=0)
-    teacher = Teacher(net, statistics_of("efficientnet_lite0"))
+    teacher = Frozen(net, statistics_of("efficientnet_lite0"))
     random = teacher(images).tokens
     net.load_state_dict(packaged(), strict=False)
     trained = teacher(images).tokens

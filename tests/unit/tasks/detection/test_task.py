@@ -9,13 +9,14 @@ import torch
 from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
 
 from fd_large.backbones.registry import build
+from fd_large.engine.student import student_weights
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.detection.build import detector_maker, student_weights
+from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.detection.task import Detection
 
 RECIPES = [name for name in registry.RECIPES if name.startswith("coco_")]
@@ -165,13 +166,15 @@ def test_a_distilled_student_is_loaded_without_its_head(name, tmp_path):
     state = saved_student(run, path)
     run = replace(run, student=replace(run.student, init=str(path)))
     task = detector_maker(run)()
-    load_weights(task.student, student_weights(run), where="--student.init")
+    load_weights(
+        task.student, student_weights(run.student, without=LEFT_OUT), where="--student.init"
+    )
     for name_, parameter in task.student.named_parameters():
         assert torch.equal(parameter, state[name_]), name_
     short = {n: t for n, t in state.items() if not n.endswith("mlp.fc1.bias")}
     torch.save(short, path)
     with pytest.raises(WeightsError, match=r"mlp\.fc1\.bias"):
-        student_weights(run)
+        student_weights(run.student, without=LEFT_OUT)
 
 
 def test_another_window_takes_the_weights_as_they_are(tmp_path):
@@ -181,7 +184,9 @@ def test_another_window_takes_the_weights_as_they_are(tmp_path):
     shape = replace(run.student.architecture, window_size=6, pretrained_window_sizes=(4, 4, 4, 2))
     run = replace(run, student=replace(run.student, init=str(path), architecture=shape))
     task = detector_maker(run)()
-    load_weights(task.student, student_weights(run), where="--student.init")
+    load_weights(
+        task.student, student_weights(run.student, without=LEFT_OUT), where="--student.init"
+    )
     assert [stage.pretrained_window for stage in task.student.layers] == [4, 4, 4, 2]
     assert torch.isfinite(loss_of(task, batch_of(0, (100, 70), [2, 0]))[0])
 

@@ -1,7 +1,6 @@
 """The canary: who is named, when the run ends, and what is not saved."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -48,9 +47,13 @@ def ranks(monkeypatch):
 @pytest.fixture
 def start(ranks, make_setting):
     def begin(every=4, first=0, total=100):
-        canary = Canary(every, seconds=lambda: 1.0)
-        checks = {"teacher_shard": lambda: ranks.shards[0], "teacher_map": lambda: ranks.map}
-        canary.on_start(replace(make_setting(first=first, total=total), checks=checks))
+        canary = Canary(
+            every,
+            shard_of=lambda: ranks.shards[0],
+            map_of=lambda: ranks.map,
+            seconds=lambda: 1.0,
+        )
+        canary.on_start(make_setting(first=first, total=total))
         return canary
 
     return begin

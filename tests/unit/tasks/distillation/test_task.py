@@ -6,16 +6,16 @@ from torch import nn
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
+from fd_large.engine.frozen import Frozen
 from fd_large.tasks.distillation.inspection import best_constant_loss, feature_panel
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.tasks.distillation.teacher import Teacher
 
 
 @pytest.fixture
 def task():
     torch.manual_seed(0)
     student = SwinV2(8, (1, 1), (1, 2), window_size=4, drop_path_rate=0.5)
-    teacher = Teacher(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
+    teacher = Frozen(SwinV2(12, (1, 1), (1, 2), window_size=4), IMAGENET)
     return Distillation(student, teacher, teacher.width)
 
 
@@ -67,7 +67,7 @@ def test_clip_teachers_see_their_own_statistics_and_size():
     net = ViT(8, 1, 1, patch_size=8, image_size=32, absolute_position=True)
     seen = []
     net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    teacher = Teacher(net, OPENAI_CLIP, image_size=32)
+    teacher = Frozen(net, OPENAI_CLIP, image_size=32)
     assert teacher.grid(48) == (4, 4)
     teacher(torch.full((1, 3, 48, 48), 255, dtype=torch.uint8))
     expected = (1 - torch.tensor(OPENAI_CLIP.mean)) / torch.tensor(OPENAI_CLIP.std)

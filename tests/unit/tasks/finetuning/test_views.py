@@ -14,8 +14,8 @@ from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.data.centre_crops import NO_LABEL, central_batches, central_view
 from fd_large.data.labelled import ClassFolders
 from fd_large.data.loader import Batch, load_batches, micro_batches
-from fd_large.recipes.task_sections import FineTune
 from fd_large.tasks.finetuning import mixing
+from fd_large.tasks.finetuning.section import FineTune
 from fd_large.tasks.finetuning.views import TrainingBatches
 
 GLOBAL, SIZE, EPOCH = 12, 16, 2

@@ -10,11 +10,12 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.checkpoint import store
-from fd_large.checkpoint.student import serve_runs, student_of
+from fd_large.engine.stored import serve_runs, student_of
 from fd_large.errors import CheckpointError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.task_sections import FineTune
+from fd_large.tasks.finetuning.section import FineTune
+from fd_large.tasks.jobs import job_of
 from fd_large.weights import source
 from fd_large.weights.source import open_weights
 
@@ -32,7 +33,7 @@ NETS = [
 @pytest.fixture(autouse=True)
 def served(monkeypatch):
     monkeypatch.setattr(source, "_readers", [])
-    serve_runs()
+    serve_runs(job_of)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_another_net_is_refused(stored, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(stored, tmp_path):
     for update in (3, 4):
         stored("vit_base_patch16", VIT, update)
-    open_one = partial(student_of, tmp_path, "--teacher.source")
+    open_one = partial(student_of, tmp_path, "--teacher.source", job_of)
     (store.checkpoints_of(tmp_path) / store.name_of(4) / store.file_of(2)).unlink()
     assert open_one().path.name == store.name_of(3)
 
@@ -112,12 +113,12 @@ def test_no_sound_checkpoint(stored, tmp_path):
     stored("vit_base_patch16", VIT, 3)
     (store.checkpoints_of(tmp_path) / store.name_of(3) / store.receipt_of(0)).unlink()
     with pytest.raises(CheckpointError, match=r"--teacher\.source.*no sound checkpoint"):
-        student_of(tmp_path, "--teacher.source")
+        student_of(tmp_path, "--teacher.source", job_of)
 
 
 def test_other_paths_are_left_to_others(tmp_path):
-    assert student_of(tmp_path, "weights") is None
-    assert student_of(tmp_path / "file.pth", "weights") is None
+    assert student_of(tmp_path, "weights", job_of) is None
+    assert student_of(tmp_path / "file.pth", "weights", job_of) is None
 
 
 def test_without_a_reader_a_run_is_no_source(stored, tmp_path, monkeypatch):

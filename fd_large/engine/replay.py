@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +22,19 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
-from fd_large.checkpoint.student import serve_runs
 from fd_large.data.loader import Batch
 from fd_large.engine.activation import checkpoint_blocks
 from fd_large.engine.evidence import note_maximum, outputs_to
 from fd_large.engine.forward import prepared
-from fd_large.engine.stored import stored_task
-from fd_large.engine.student import precision_of
+from fd_large.engine.job import Job
+from fd_large.engine.stored import serve_runs, stored_task
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
+from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
 from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.meter import rows_before
-from fd_large.tasks.distillation.build import build_teacher, task_maker
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +60,13 @@ class Incident(NamedTuple):
 
     Attributes:
         folder: Of the run.
-        recipe: Of the run, in the precision that it had, with the teacher whole.
+        job: The run's, in the precision that it had, with nothing split over ranks.
         said: incident.json.
         images: Of the ranks whose images are kept.
     """
 
     folder: Path
-    recipe: Run
+    job: Job
     said: dict[str, Any]
     pictures: list[Pictures]
 
@@ -96,18 +95,22 @@ class Replayed(NamedTuple):
         grad_norm: Of the mean loss over all replayed images.
         forward: Layer -> largest magnitude of its output, in execution order.
         gradient: Layer -> largest magnitude of the gradient at its output.
-        same_teacher: Whether the teacher's hash is the one that the checkpoint names.
+        other_training: What `Job.check_stored` has against the checkpoint; empty: nothing.
     """
 
     losses: dict[int, list[float]]
     grad_norm: float
     forward: dict[str, float]
     gradient: dict[str, float]
-    same_teacher: bool
+    other_training: str
 
 
-def read_incident(path: Path) -> Incident:
+def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
     """Reads incident.json, or the folder that holds it, where the run wrote it.
+
+    Args:
+        path: One of the two.
+        job_of: Makes the job of the run's recipe.
 
     Raises: ConfigError: if it is none, is damaged, stands outside of its run, or has no images
         any more.
@@ -142,7 +145,7 @@ def read_incident(path: Path) -> Incident:
                 f"replay: {file}: its images are gone; got none, expected those of a rank. The "
                 f"newest {INCIDENTS_WITH_IMAGES} incidents keep theirs: replay one of them."
             )
-        return Incident(folder, _recipe(folder), said, pictures)
+        return Incident(folder, _job(folder, job_of), said, pictures)
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
             f"replay: {file}: damaged; got {type(error).__name__} {error}, expected what the guard "
@@ -183,12 +186,11 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     Raises: WeightsError: if the teacher's file is gone; CheckpointError: if the checkpoint is not
         of the recipe's model.
     """
-    run = incident.recipe
-    # The teacher may be a run's student.
-    serve_runs()
-    precision = precision_of(run)
-    teacher = build_teacher(run, precision, node_size=1, persistence_threshold=0)
-    task = _task(run, teacher, weights.reader, bfloat16=precision.bfloat16)
+    job = incident.job
+    run = job.run
+    bfloat16 = computes_in_bfloat16(run.engine.precision)
+    job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
+    task = _task(job, weights.reader, bfloat16=bfloat16)
     forward: dict[str, Tensor] = {}
     gradient: dict[str, Tensor] = {}
 
@@ -217,7 +219,7 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
         norm.item(),
         {name: value.item() for name, value in forward.items()},
         {name: value.item() for name, value in gradient.items()},
-        teacher.fingerprint == weights.reader.manifest["teacher_hash"],
+        _complaint(job, weights.reader),
     )
 
 
@@ -233,8 +235,16 @@ def _moved_by(
     return kept | {row["update"] for row in between if not row.get("skipped")}
 
 
-def _task(run: Run, teacher: Any, reader: Reader, *, bfloat16: bool) -> Task:
-    task = stored_task(task_maker(run, teacher, teacher.width), reader, kind="master")
+def _complaint(job: Job, reader: Reader) -> str:
+    try:
+        job.check_stored(reader.manifest)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
+    run, task = job.run, stored_task(job.make_task, reader, kind="master")
     if bfloat16:
         partition.to_bfloat16(task)
     task.to(distributed.device()).train()
@@ -255,21 +265,21 @@ def _micro_batches(pictures: Pictures, said: dict[str, Any]) -> Iterator[Batch]:
         yield Batch(pictures.images[start : start + size], said["epoch"], positions, positions)
 
 
-def _recipe(folder: Path) -> Run:
-    run = Run.from_dict(_object(folder / "recipe.json"))
-    if not run.has_teacher:
+def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
+    # A frozen model of the run may be another run's student.
+    serve_runs(job_of)
+    job = job_of(Run.from_dict(_object(folder / "recipe.json")))
+    if not job.learns_from_images_alone:
         raise ConfigError(
             f"replay: {folder}: its incidents do not hold what the task learns from; got the task "
-            f"{run.task.name}, expected distillation. Look at the layers that the incident names."
+            f"{job.run.task.name}, expected one that learns from images alone. Look at the layers "
+            "that the incident names."
         )
+    run = job.in_one_process()
     # bfloat16 overflows nowhere that float32 does not, but it rounds: as the run had it.
     config = _object(folder / "deepspeed.json")
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
-    return replace(
-        run,
-        engine=replace(run.engine, precision=precision),
-        teacher=replace(run.teacher, placement="replicated"),
-    )
+    return job_of(replace(run, engine=replace(run.engine, precision=precision)))
 
 
 # What is used of an incident, here and by whoever tells of it.

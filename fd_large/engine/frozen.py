@@ -1,0 +1,318 @@
+"""Frozen models: as a Module for uint8 images, and found by a word of the user's.
+
+A word means a run's student, another model of a run (RUN#teacher), or weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.hierarchical import HierarchicalBackbone
+from fd_large.backbones.registry import build
+from fd_large.backbones.resize import resize_images
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.checkpoint import store, stream
+from fd_large.engine.job import Job
+from fd_large.engine.stored import serve_runs
+from fd_large.engine.student import attention_memory
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.live_weights import load_weights
+from fd_large.errors import ConfigError, WeightsError, nearest
+from fd_large.plan.parameters import shapes
+from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Data, FrozenModel
+from fd_large.weights.facts import statistics_of
+from fd_large.weights.settle import settle_model, stated_statistics
+from fd_large.weights.source import MODULE, open_weights
+
+RANDOM = "random"
+_TIMM, _SCRATCH, _STUDENT = "timm:", "scratch", "student"
+
+
+class Frozen(nn.Module):
+    """A frozen backbone that maps uint8 images to its feature map.
+
+    Args:
+        net: A backbone: normalised images -> FeatureMap after its final norm.
+        statistics: The normalisation that the backbone was trained with.
+        image_size: Side to which the normalised images are resized (bilinear, antialiased) before
+            the backbone; 0 leaves them as they are.
+    """
+
+    def __init__(self, net: nn.Module, statistics: Statistics, *, image_size: int = 0) -> None:
+        super().__init__()
+        self.net = net
+        self.statistics = statistics
+        self.image_size = image_size
+        self.requires_grad_(False)
+        super().train(False)
+
+    @property
+    def width(self) -> int:
+        """Channels of the map."""
+        return self.net.width
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Returns rows and columns of the map for square images of this side."""
+        side = self.image_size or image_size
+        return self.net.grid(side, side)
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stays in evaluation whatever the parent does."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> FeatureMap:
+        """Returns the map of uint8 images (B, 3, H, W), without gradient.
+
+        Source: official code, models/feature_distillation.py FD.forward, the target branch.
+        """
+        with torch.no_grad():
+            pixels = normalise(images, self.statistics)
+            if self.image_size and self.image_size != pixels.shape[-1]:
+                pixels = resize_images(pixels, (self.image_size, self.image_size))
+            # Under ZeRO-3 a parameter outside its module's forward is empty but keeps its dtype.
+            return self.net(pixels.to(next(self.net.parameters()).dtype))
+
+
+def frozen_maker(
+    section: FrozenModel, *, image_size: int, own_image_size: int = 0
+) -> Callable[[], Frozen]:
+    """Returns a constructor of a settled section's model, with random weights.
+
+    Args:
+        section: Its name, architecture and statistics.
+        image_size: Side of the images that it will be given, in pixels.
+        own_image_size: Side to which they are resized for it; 0: as they are, or the one side that
+            a table of positions allows.
+    """
+    architecture = resolve(section.model, section.architecture)
+    # A model with a table of positions has one size; others take the images as they are.
+    has_table = architecture.relative_position not in (None, "none")
+    fixed = architecture.image_size if architecture.absolute_position or has_table else 0
+    side = own_image_size or fixed or 0
+
+    def make() -> Frozen:
+        net = build(
+            section.model,
+            section.architecture,
+            initialization="official",
+            attention_memory=attention_memory("auto"),
+        )
+        own = stated_statistics(section) or getattr(net, "statistics", None)
+        statistics = own or statistics_of(section.model, architecture)
+        return Frozen(net, statistics, image_size=0 if side == image_size else side)
+
+    return make
+
+
+def frozen_weights(
+    section: FrozenModel, *, where: str = "--teacher.source"
+) -> Iterable[tuple[str, Tensor]] | None:
+    """Finds the weights of a settled section's model; reads headers only.
+
+    That the file covers the model is known when this returns.
+
+    Returns: (name, tensor) of the model; None if it is random or brings its own.
+    Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
+    """
+    source = section.source
+    if source == "":
+        raise ConfigError(
+            f"{where}: {section.model} has no weights; got nothing, expected a file. Set {where} "
+            f"PATH, or {where} random for a test or a throughput run."
+        )
+    if source == RANDOM or source.startswith(MODULE):
+        return None
+    architecture = resolve(section.model, section.architecture)
+    if architecture.family == "timm":
+        # timm takes a second to import, which other models are spared.
+        from fd_large.weights.timm_backbone import fitted
+
+        return fitted(
+            source,
+            architecture.timm_name,
+            stride=architecture.feature_stride,
+            allow=section.allow,
+            where=where,
+        )
+    flags = where.removesuffix(".source")
+    return open_weights(source, where=where).fitted(
+        architecture,
+        shapes(architecture),
+        allow=section.allow,
+        where=where,
+        remedy=f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to "
+        "do without.",
+    )
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model as a recipe's section describes it, settled; nothing is built.
+
+    Attributes:
+        label: A short name, for tables and pictures.
+        source: The user's word.
+        section: Model and weights.
+        image_size: Side of the images that it was trained with, in pixels.
+        trained_by: Recipe of the run whose student it is; None: it is no run's student.
+        seed: Seed of the run that it belongs to; decides random weights.
+    """
+
+    label: str
+    source: str
+    section: FrozenModel
+    image_size: int
+    trained_by: Run | None = None
+    seed: int = 0
+
+    def build(self) -> tuple[nn.Module, Statistics]:
+        """Builds the model with its weights, in float32 on this process's device.
+
+        Returns: the backbone, and the statistics by which its images are normalised.
+        """
+        weights = frozen_weights(self.section)
+        make = frozen_maker(self.section, image_size=self.image_size)
+        # A random model is the one that a run of this seed has.
+        model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)
+        if weights is not None:
+            load_weights(model.net, weights, where=self.source)
+        if self.trained_by and isinstance(model.net, HierarchicalBackbone):
+            # Not in the weights: how it was trained to see sizes that do not divide.
+            model.net.size_rule = self.trained_by.student.size_rule
+        return model.to(distributed.device()).net, model.statistics
+
+
+def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0) -> Named:
+    """Finds out which model a word means; reads headers only.
+
+    Args:
+        source: The folder of a run or of one of its checkpoints (its student, the average of its
+            weights where the run keeps one); RUN#NAME, a model that the run uses and does not
+            train (RUN#teacher), or RUN#scratch (its student with random weights); weights as
+            `teacher.source` takes them; or NET=SOURCE, for weights that do not tell their model,
+            with NET a name of the table of models or timm:NAME, and SOURCE weights or `random`.
+        job_of: Makes the job of a stored recipe.
+        image_size: Side of its images, in pixels; 0: as it was trained. A ViT's positions are
+            resized.
+
+    Raises: FDError: if it cannot be had.
+    """
+    try:
+        return _found(source, job_of, image_size)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("--teacher.source", "model")) from None
+
+
+def _found(source: str, job_of: Callable[[Run], Job], image_size: int) -> Named:
+    serve_runs(job_of)
+    folder, sign, part = source.rpartition("#")
+    recipe = _recipe_of(Path(folder)) if sign else None
+    if recipe is None:
+        folder, part = source, ""
+        recipe = _recipe_of(Path(folder))
+    if recipe is None or part == _STUDENT:
+        return _of_weights(source, image_size)
+    path = Path(folder)
+    label = path.resolve().name
+    if label.startswith("step_"):
+        label = f"{path.resolve().parents[1].name} {label}"
+    size, seed = image_size or recipe.data.image_size, recipe.runtime.seed
+    if part == _SCRATCH:
+        section = FrozenModel(
+            model=recipe.student.model,
+            architecture=_sized(recipe.student_architecture(), recipe.student.architecture, size),
+            source=RANDOM,
+        )
+        return Named(f"{label}: from scratch", source, section, size, recipe, seed)
+    if part:
+        models = job_of(recipe).frozen_models()
+        if part not in models:
+            raise ConfigError(
+                f"{source}: this run has no {part}; got one of the task {recipe.task.name}, "
+                f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
+            )
+        section = settle_model(models[part].section)
+        if not image_size:
+            size = _seen_size(section, size, models[part].image_size)
+        return Named(f"{label}: {part}", source, section, size, seed=seed)
+    architecture = Architecture()
+    if image_size:
+        architecture = _sized(recipe.student_architecture(), architecture, size)
+    section = settle_model(FrozenModel(source=source, architecture=architecture))
+    if not image_size:
+        size = _seen_size(section, size)
+    return Named(label, source, section, size, recipe, seed)
+
+
+def _recipe_of(path: Path) -> Run | None:
+    """The recipe of a run, or of a checkpoint by its own path; None: neither."""
+    if store.manifest_of(path) is None and not store.checkpoints_of(path).is_dir():
+        return None
+    return Run.from_dict(stream.newest(path, where=str(path)).manifest["recipe"])
+
+
+def _of_weights(source: str, image_size: int) -> Named:
+    named, weights = _split(source)
+    section = FrozenModel(source=weights)
+    if named.startswith(_TIMM):
+        section = replace(section, model="timm", architecture=_timm(named.removeprefix(_TIMM)))
+    elif named:
+        section = replace(section, model=named)
+    settled = settle_model(section)
+    architecture = resolve(settled.model, settled.architecture)
+    size = image_size or _own_size(architecture)
+    if image_size and architecture.family == "vit":
+        wanted = replace(section.architecture, image_size=image_size)
+        settled = settle_model(replace(section, architecture=wanted))
+    return Named(_label(named, weights), source, settled, size)
+
+
+def _split(source: str) -> tuple[str, str]:
+    """NET=SOURCE; a path may have the sign in it."""
+    named, sign, weights = source.partition("=")
+    if sign and (named in ARCHITECTURES or named.startswith(_TIMM)):
+        return named, weights
+    return "", source
+
+
+def _timm(name: str) -> Architecture:
+    from fd_large.weights.timm_backbone import strides
+
+    return Architecture(timm_name=name, feature_stride=max(strides(name)))
+
+
+def _label(named: str, weights: str) -> str:
+    if named:
+        return f"{named.removeprefix(_TIMM)}{', random' if weights == RANDOM else ''}"
+    kind, sign, rest = weights.partition(":")
+    return rest if sign else Path(kind).name
+
+
+def _own_size(architecture: Architecture) -> int:
+    """The side that a model was made for; the recipes' where nothing says it."""
+    if architecture.family == "timm":
+        import timm  # A second that other models are spared.
+
+        return timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
+    return architecture.image_size or Data().image_size
+
+
+def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
+    """The side that a model gets: not that of the images where its positions are for one."""
+    with torch.device("meta"):
+        model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()
+    return model.image_size or image_size
+
+
+def _sized(whole: Architecture, overrides: Architecture, image_size: int) -> Architecture:
+    """With positions for that size where the model has any."""
+    return replace(overrides, image_size=image_size) if whole.family == "vit" else overrides

@@ -1,0 +1,53 @@
+"""What a recipe says of a distillation, and what others may know of it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fd_large.recipes.fields import at_least, check_types, positive
+from fd_large.recipes.sections import FrozenModel
+from fd_large.recipes.task_kind import TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(FrozenModel):
+    """The frozen model whose last feature map is the target."""
+
+    # Where the weights are held. replicated: whole on every rank. sharded: split over all ranks.
+    # node: split over the ranks of a node, whole in every node.
+    placement: Literal["replicated", "sharded", "node"] = "replicated"
+    # Data type of weights and matrix products. auto: the data type of the student's matrix
+    # products.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Smooth L1 between the projected student map and the whitened teacher map."""
+
+    # Difference, in whitened units, above which the loss is linear rather than quadratic.
+    beta: float = 2.0
+    # Constant added to a teacher token's variance before its square root divides the token.
+    whitening_eps: float = 1e-5
+    # What to do if student and teacher have different grids of tokens. none: stop with an error.
+    # bilinear: resize the teacher's map to the student's grid.
+    interpolation: Literal["none", "bilinear"] = "none"
+    # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
+    # image.
+    teacher_image_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "objective")
+        positive("objective.beta", self.beta)
+        positive("objective.whitening_eps", self.whitening_eps)
+        at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels")
+
+
+KIND = TaskKind(
+    name="distillation",
+    folder="distillation",
+    job="DistillationJob",
+    sections=("teacher", "objective"),
+    loss="smooth L1 loss",
+)

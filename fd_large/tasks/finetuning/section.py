@@ -1,0 +1,65 @@
+"""What a recipe says of fine-tuning, and what others may know of it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fd_large.recipes.fields import check_types, not_negative, require
+from fd_large.recipes.task_kind import TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
+
+    # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
+    randaugment: float = 9.0
+    # Standard deviation of that magnitude from operation to operation.
+    randaugment_std: float = 0.5
+    # Probability that a box of 2% to 33% of an image is filled with noise, in [0, 1]. 0 turns it
+    # off.
+    erasing: float = 0.25
+    # Alpha of the beta distribution of mixup's weights, in [0, 2]. 0 turns mixup off.
+    mixup: float = 0.8
+    # Alpha of the beta distribution of CutMix's areas, in [0, 2]. 0 turns CutMix off.
+    cutmix: float = 1.0
+    # Probability that CutMix rather than mixup is applied to a global batch, if both are on.
+    switch_probability: float = 0.5
+    # Label smoothing: the probability taken from the label and spread over all classes, in [0, 1].
+    smoothing: float = 0.1
+    # Mean and standard deviation of red, green and blue with which images are normalised, in
+    # training and in tests: six numbers for pixel values in 0..1. Empty uses those that the
+    # student's weights were trained with, else ImageNet's.
+    statistics: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.finetune")
+        not_negative("task.finetune.randaugment_std", self.randaugment_std)
+        for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
+            value = getattr(self, name)
+            require(
+                0 <= value <= most,
+                f"task.finetune.{name}: out of range",
+                value,
+                f"a number in [0, {most}]",
+            )
+        for name in ("erasing", "switch_probability", "smoothing"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1, f"task.finetune.{name}: out of range", value, "a number in [0, 1]"
+            )
+        require(
+            len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
+            "task.finetune.statistics: invalid means and standard deviations of three channels",
+            self.statistics,
+            "six numbers, the last three above 0, or no number",
+        )
+
+
+KIND = TaskKind(
+    name="finetune",
+    folder="finetuning",
+    job="FineTuningJob",
+    section=FineTune,
+    loss="cross-entropy",
+)
