@@ -16,7 +16,6 @@ from fd_large.errors import ConfigError, ShapeError
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
-    from fd_large.cli.evaluate import Flags
     from fd_large.tasks.distillation.frozen import Named
 
 Train = Callable[..., int]
@@ -40,7 +39,7 @@ class Score:
 # --- frozen models ---
 
 
-def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
+def measure_frozen(nets: list[Named], task: str, flags: Any, run: Run) -> int:
     """Neighbours or a probe on features of a model as it is."""
     from fd_large import distributed
     from fd_large.data.labelled import open_split
@@ -120,7 +119,7 @@ def measure_frozen(nets: list[Named], task: str, flags: Flags, run: Run) -> int:
 # --- fine-tuning ---
 
 
-def finetune(nets: list[Named], flags: Flags, rest: list[str], train: Train) -> int:
+def finetune(nets: list[Named], flags: Any, rest: list[str], train: Train) -> int:
     """Trains every model with every seed, through the engine, each into a run folder."""
     import gc
 
