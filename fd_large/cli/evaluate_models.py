@@ -16,7 +16,7 @@ from fd_large.errors import ConfigError, ShapeError
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
-    from fd_large.tasks.distillation.frozen import Named
+    from fd_large.engine.frozen import Named
 
 Train = Callable[..., int]
 
