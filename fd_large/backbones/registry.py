@@ -1,128 +1,82 @@
-"""Named models to modules."""
+"""The families of backbones, and how a model is built from its name or its architecture."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
-from fd_large.backbones.custom.custom import build_own
-from fd_large.backbones.hierarchical import SizeRule
-from fd_large.backbones.initialization import Initialization
-from fd_large.backbones.swin.swin import Swin
-from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.backbones.vit.vit import ViT
-from fd_large.errors import ConfigError
-from fd_large.kernels.window_attention_reference import Memory
+from fd_large.backbones.custom.family import CUSTOM
+from fd_large.backbones.family import Family, Options
+from fd_large.backbones.swin.family import SWIN
+from fd_large.backbones.swinv2.family import SWINV2
+from fd_large.backbones.timm.family import TIMM
+from fd_large.backbones.vit.family import VIT
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.recipes.family import FamilyArchitecture
 
-if TYPE_CHECKING:
-    from fd_large.backbones.timm.adapter import TimmBackbone
+FAMILIES: dict[str, Family] = {
+    family.architecture.family: family for family in (VIT, SWINV2, SWIN, TIMM, CUSTOM)
+}
+
+
+def family_of(architecture: FamilyArchitecture) -> Family:
+    """Returns the family of a model.
+
+    Raises: ConfigError: if no family has that name.
+    """
+    if architecture.family not in FAMILIES:
+        raise ConfigError(
+            f"architecture.family: unknown; got {architecture.family!r}, "
+            f"{nearest(architecture.family, FAMILIES)}. Use one of these."
+        )
+    return FAMILIES[architecture.family]
 
 
 def build(
-    name: str,
+    model: str | FamilyArchitecture,
     overrides: Architecture | None = None,
     *,
-    drop_path_rate: float = 0.0,
-    size_rule: SizeRule = "drop",
-    attention_memory: Memory = "keep",
-    sequential_stages: int = 0,
-    residual_dtype: Literal["float32", "compute"] = "compute",
-    initialization: Initialization = "fd",
     seed: int | None = None,
-) -> SwinV2 | Swin | ViT | TimmBackbone | nn.Module:
-    """Builds a named model; of timm's and the user's own only name, overrides and seed count.
+    **options: Any,
+) -> nn.Module:
+    """Builds a model with fresh weights.
 
     Args:
-        name: Of the table in `recipes.architectures`.
-        overrides: Fields that differ from the named net's; None: none.
-        drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
-        attention_memory: "keep" or "recompute" attention maps for backward.
-        sequential_stages: First stages of a SwinV2 of whose maps few windows' exist at a time.
-        residual_dtype: "compute": that of the weights; "float32": at least that.
-        initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
-        seed: Of the initial weights; None: torch's global CPU generator as it stands.
+        model: A name of the table in `recipes.architectures`, or a whole architecture.
+        overrides: Fields that differ from the named model's; None is none.
+        seed: Seed of the initial weights; None is torch's global CPU generator as it stands.
+        options: See `Options`.
 
-    Raises: ConfigError: for an unknown name or values that do not fit.
+    Raises: ConfigError: for an unknown name or family, or values that do not fit.
     """
-    a = resolve(name, overrides)
-    if size_rule == "pad" and a.family not in ("swin", "swinv2"):
+    architecture = resolve(model, overrides) if isinstance(model, str) else model
+    family, chosen = family_of(architecture), Options(**options)
+    if chosen.size_rule == "pad" and not architecture.can_pad:
         raise ConfigError(
-            f"student.size_rule: {name} is a {a.family} model, which cannot pad; got 'pad', expected "
+            f"student.size_rule: a {architecture.family} model cannot pad; got 'pad', expected "
             "'drop'. Use an image size that fits."
         )
-    if seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build(
-                name,
-                overrides,
-                drop_path_rate=drop_path_rate,
-                size_rule=size_rule,
-                attention_memory=attention_memory,
-                sequential_stages=sequential_stages,
-                residual_dtype=residual_dtype,
-                initialization=initialization,
-            )
-    if a.family == "timm":
-        # timm takes a second to import, which other models are spared.
-        from fd_large.backbones.timm.adapter import TimmBackbone
+    if seed is None:
+        return family.build(architecture, chosen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return family.build(architecture, chosen)
 
-        return TimmBackbone(a.timm_name, stride=a.feature_stride)
-    if a.family == "module":
-        return build_own(a.function)
-    shared = {
-        "patch_size": a.patch_size,
-        "image_size": a.image_size,
-        "mlp_ratio": a.mlp_ratio,
-        "absolute_position": a.absolute_position,
-        "norm_eps": a.norm_eps,
-        "drop_path_rate": drop_path_rate,
-        "attention_memory": attention_memory,
-        "residual_dtype": residual_dtype,
-        "initialization": initialization,
-    }
-    if a.family == "swinv2":
-        return SwinV2(
-            a.embed_dim,
-            a.depths,
-            a.num_heads,
-            window_size=a.window_size,
-            qkv_bias=a.qkv_bias == "qv",
-            patch_norm=a.patch_norm,
-            pretrained_window_sizes=a.pretrained_window_sizes,
-            extra_norm_every=a.extra_norm_every,
-            shared_position_bias=a.shared_position_bias,
-            size_rule=size_rule,
-            sequential_stages=sequential_stages,
-            **shared,
-        )
-    if a.family == "swin":
-        return Swin(
-            a.embed_dim,
-            a.depths,
-            a.num_heads,
-            window_size=a.window_size,
-            qkv_bias=a.qkv_bias == "fused",
-            patch_norm=a.patch_norm,
-            size_rule=size_rule,
-            **shared,
-        )
-    return ViT(
-        a.embed_dim,
-        a.depths[0],
-        a.num_heads[0],
-        qkv_bias=a.qkv_bias,
-        patch_bias=a.patch_bias,
-        class_token=a.class_token,
-        distillation_token=a.distillation_token,
-        keep_distillation_token=a.keep_distillation_token,
-        relative_position=a.relative_position,
-        layer_scale=a.layer_scale,
-        activation=a.activation,
-        pre_norm_layer=a.pre_norm_layer,
-        **shared,
-    )
+
+@lru_cache(maxsize=16)
+def _shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        net = build(architecture, initialization="none")
+    return {name: tuple(p.shape) for name, p in net.named_parameters()}
+
+
+def parameter_shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
+    """Returns {name: shape} of every parameter, in the module's order, from one without memory.
+
+    Raises: ConfigError, ShapeError: if the model cannot be built.
+    """
+    return dict(_shapes(architecture))

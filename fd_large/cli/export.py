@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,10 +33,10 @@ def export(
         shard_size: Most bytes of a file; more go into several with an index.
     """
     # The words are checked before torch is there.
+    from fd_large.backbones.registry import parameter_shapes
     from fd_large.backbones.statistics import IMAGENET
     from fd_large.checkpoint import stream
     from fd_large.engine.job import trained_at
-    from fd_large.plan.parameters import count, projection_shapes, shapes, width
     from fd_large.weights import export as exports
     from fd_large.weights.export_config import check
     from fd_large.weights.model_card import card
@@ -50,17 +51,16 @@ def export(
         )
     architecture = trained_at(recipe)
     check(architecture, to, pads=recipe.student.size_rule == "pad")
-    table = shapes(architecture)
+    table = parameter_shapes(architecture)
+    parameters = sum(map(math.prod, table.values()))
 
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
         stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
-        bias = f"{stream.PROJECTION}bias"
+        width = reader.layout.sizes.get(f"{stream.PROJECTION}bias", 0)
         projection = {
-            f"{stream.PROJECTION}{name}": shape
-            for name, shape in projection_shapes(
-                width(architecture), reader.layout.sizes.get(bias, 0)
-            ).items()
+            f"{stream.PROJECTION}weight": (width, architecture.width),
+            f"{stream.PROJECTION}bias": (width,),
         }
         # The whole task is checked, whatever part of it goes out.
         stream.check(reader, stored | projection)
@@ -80,7 +80,7 @@ def export(
             manifest=reader.manifest,
             summary=_json(folder / "summary.json"),
             statistics=IMAGENET,
-            sharded=4 * count(table) > size,
+            sharded=4 * parameters > size,
         )
         files = exports.export(
             items,
@@ -96,7 +96,7 @@ def export(
 
     update, files = _while_pruned(folder, write)
     print(
-        f"update {update}: {count(table):,} parameters in {len(files)} "
+        f"update {update}: {parameters:,} parameters in {len(files)} "
         f"file{'s' if len(files) > 1 else ''}: {out}"
     )
     return 0

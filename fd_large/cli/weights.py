@@ -70,7 +70,7 @@ def _inspect(arguments: list[str]) -> int:
 
 def _convert(arguments: list[str]) -> int:
     flags = _parsed(_Convert, "convert", arguments, ("source", "out"))
-    from fd_large.plan.parameters import shapes
+    from fd_large.backbones.registry import parameter_shapes
     from fd_large.weights.settle import reconcile
     from fd_large.weights.source import open_weights
     from fd_large.weights.write import write
@@ -81,7 +81,7 @@ def _convert(arguments: list[str]) -> int:
     architecture = reconcile(
         weights, flags.architecture, named, name=flags.model, where=where, section=""
     )
-    items = weights.fitted(architecture, shapes(architecture), where=where)
+    items = weights.fitted(architecture, parameter_shapes(architecture), where=where)
     file = write(items, architecture, flags.to, flags.out, statistics=weights.statistics)
     print(f"{file}: {items.match.summary()}")
     return 0

@@ -240,7 +240,7 @@ def _map_of(
 
 def _is_timm(net: nn.Module) -> bool:
     # timm takes a second to import, which other models are spared.
-    return type(net).__module__ == "fd_large.backbones.timm.adapter"
+    return type(net).__module__ == "fd_large.backbones.timm.timm_backbone"
 
 
 def _timm_places(backbone: nn.Module, grid: tuple[int, int]) -> Callable[[str, int], Places | None]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.hierarchical import HierarchicalBackbone
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, parameter_shapes
 from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.checkpoint import store, stream
 from fd_large.engine.job import Job
 from fd_large.engine.stored import serve_runs
@@ -25,8 +26,8 @@ from fd_large.engine.student import attention_memory
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.live_weights import load_weights
 from fd_large.errors import ConfigError, WeightsError, nearest
-from fd_large.plan.parameters import shapes
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Data, FrozenModel
 from fd_large.weights.facts import statistics_of
@@ -95,14 +96,11 @@ def frozen_maker(
     """
     architecture = resolve(section.model, section.architecture)
     # A model with a table of positions has one size; others take the images as they are.
-    has_table = architecture.relative_position not in (None, "none")
-    fixed = architecture.image_size if architecture.absolute_position or has_table else 0
-    side = own_image_size or fixed or 0
+    side = own_image_size or architecture.fixed_image_size
 
     def make() -> Frozen:
         net = build(
-            section.model,
-            section.architecture,
+            architecture,
             initialization="official",
             attention_memory=attention_memory("auto"),
         )
@@ -132,7 +130,7 @@ def frozen_weights(
     if source == RANDOM or source.startswith(MODULE):
         return None
     architecture = resolve(section.model, section.architecture)
-    if architecture.family == "timm":
+    if isinstance(architecture, TimmArchitecture):
         # timm takes a second to import, which other models are spared.
         from fd_large.weights.timm_backbone import fitted
 
@@ -146,7 +144,7 @@ def frozen_weights(
     flags = where.removesuffix(".source")
     return open_weights(source, where=where).fitted(
         architecture,
-        shapes(architecture),
+        parameter_shapes(architecture),
         allow=section.allow,
         where=where,
         remedy=f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to "
@@ -270,7 +268,7 @@ def _of_weights(source: str, image_size: int) -> Named:
     settled = settle_model(section)
     architecture = resolve(settled.model, settled.architecture)
     size = image_size or _own_size(architecture)
-    if image_size and architecture.family == "vit":
+    if image_size and architecture.resizes_positions:
         wanted = replace(section.architecture, image_size=image_size)
         settled = settle_model(replace(section, architecture=wanted))
     return Named(_label(named, weights), source, settled, size)
@@ -297,13 +295,13 @@ def _label(named: str, weights: str) -> str:
     return rest if sign else Path(kind).name
 
 
-def _own_size(architecture: Architecture) -> int:
+def _own_size(architecture: FamilyArchitecture) -> int:
     """The side that a model was made for; the recipes' where nothing says it."""
-    if architecture.family == "timm":
+    if isinstance(architecture, TimmArchitecture):
         import timm  # A second that other models are spared.
 
         return timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
-    return architecture.image_size or Data().image_size
+    return getattr(architecture, "image_size", Data().image_size)
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
@@ -313,6 +311,6 @@ def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -
     return model.image_size or image_size
 
 
-def _sized(whole: Architecture, overrides: Architecture, image_size: int) -> Architecture:
+def _sized(whole: FamilyArchitecture, overrides: Architecture, image_size: int) -> Architecture:
     """With positions for that size where the model has any."""
-    return replace(overrides, image_size=image_size) if whole.family == "vit" else overrides
+    return replace(overrides, image_size=image_size) if whole.resizes_positions else overrides

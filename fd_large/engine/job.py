@@ -7,7 +7,6 @@ The engine builds, trains, stores and resumes any task through this face and kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel
 from fd_large.runtime.hooks import Hook
@@ -54,7 +53,7 @@ class StoredStudent(NamedTuple):
         statistics: The normalisation that it was trained with.
     """
 
-    architecture: Architecture
+    architecture: FamilyArchitecture
     absent: Mapping[str, float]
     statistics: Statistics
 
@@ -216,11 +215,6 @@ class Job:
         return self.run
 
 
-def trained_at(run: Run) -> Architecture:
+def trained_at(run: Run) -> FamilyArchitecture:
     """Returns the student's architecture with the image size that its tables are for."""
-    architecture = run.student_architecture()
-    if architecture.family == "swin" or (
-        architecture.family == "swinv2" and architecture.absolute_position
-    ):
-        return architecture  # Its tensors are made for its own size, whatever the images have.
-    return replace(architecture, image_size=run.data.image_size)
+    return run.student_architecture().at(run.data.image_size)

@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fd_large.backbones.registry import parameter_shapes
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.plan.parameters import shapes
 from fd_large.recipes.run import Run
 from fd_large.weights.read import Tensors
 from fd_large.weights.source import Stored, serve
@@ -78,7 +78,7 @@ def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored |
             f"{where}: {reader.path}: its manifest holds no recipe that can be read; got {error}, "
             "expected what the run wrote. Export the student with the release that wrote it."
         ) from error
-    tensors = _Tensors(reader, shapes(student.architecture), student.absent)
+    tensors = _Tensors(reader, parameter_shapes(student.architecture), student.absent)
     return Stored(reader.path, tensors, student.architecture, student.statistics)
 
 

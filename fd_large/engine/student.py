@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, parameter_shapes
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import shapes
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import Student
 from fd_large.weights.source import open_weights
@@ -25,12 +23,9 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
             makes it; 0: the side that its architecture states.
         sequential_stages: See `backbones.registry.build`.
     """
-    architecture = student.architecture
-    if image_size and resolve(student.model, architecture).family == "vit":
-        architecture = replace(architecture, image_size=image_size)
+    architecture = resolve(student.model, student.architecture)
     return build(
-        student.model,
-        architecture,
+        architecture.at(image_size) if image_size else architecture,
         initialization=student.initialization,
         drop_path_rate=student.drop_path_rate,
         size_rule=student.size_rule,
@@ -56,8 +51,8 @@ def student_weights(
     if not student.init:
         return None
     architecture = resolve(student.model, student.architecture)
-    size = image_size if architecture.family == "vit" else 0
-    expected = shapes(architecture, image_size=size)
+    architecture = architecture.at(image_size) if image_size else architecture
+    expected = parameter_shapes(architecture)
     return open_weights(student.init, where="--student.init").fitted(
         architecture,
         {name: shape for name, shape in expected.items() if name not in without},

@@ -22,14 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import (
-    POSITION_BIAS_WIDTH,
-    prefix_tokens,
-    timm_counts,
-    width,
-)
-from fd_large.recipes.architectures import Architecture
+from fd_large.plan.parameters import POSITION_BIAS_WIDTH, timm_counts, width
+from fd_large.recipes.family import FamilyArchitecture, Transformer, WindowedTransformer
 from fd_large.recipes.run import Run
 
 Kind = Literal[
@@ -104,29 +101,32 @@ class StepFlops:
 
 
 def products(
-    architecture: Architecture, *, image_size: int = 0, size_rule: str = "drop"
+    architecture: FamilyArchitecture, *, image_size: int = 0, size_rule: str = "drop"
 ) -> list[Product]:
     """Returns the matrix products of a net's forward.
 
     Args:
         architecture: Every field of the family set, as `resolve` returns it.
-        image_size: Side in pixels; 0: the architecture's own.
+        image_size: Side in pixels; 0: the architecture's own, or 224.
         size_rule: The student's: "pad" pads images and, in attention, windows.
 
     Raises: ConfigError: for a model that is not countable.
     """
-    size = image_size or architecture.image_size
-    if architecture.family in ("timm", "module"):
-        counts = timm_counts(architecture)
-        pixels = (size or 224) ** 2
+    if not isinstance(architecture, Transformer):
+        counts, pixels = timm_counts(architecture), (image_size or 224) ** 2
         return [Product(kind="timm", stage=-1, rows=pixels, inner=1, columns=counts.macs_per_pixel)]
-    if architecture.family == "vit":
+    size = image_size or architecture.image_size
+    if isinstance(architecture, ViTArchitecture):
         return list(_vit(architecture, size))
     return list(_swin(architecture, size, pad=size_rule == "pad"))
 
 
 def forward(
-    architecture: Architecture, *, image_size: int = 0, batch: int = 1, size_rule: str = "drop"
+    architecture: FamilyArchitecture,
+    *,
+    image_size: int = 0,
+    batch: int = 1,
+    size_rule: str = "drop",
 ) -> int:
     """Returns the FLOPs of a net's forward of `batch` images, position-bias MLPs included once."""
     table = products(architecture, image_size=image_size, size_rule=size_rule)
@@ -140,10 +140,10 @@ def student_products(run: Run) -> list[Product]:
     if not run.has_teacher:
         return table
     teacher = run.teacher_architecture()
-    prefix = prefix_tokens(student)
     tokens = map_side(student, run.data.image_size) ** 2
     # Prefix tokens that the other model lacks are dropped before the projection.
-    tokens += prefix if prefix == prefix_tokens(teacher) else 0
+    if student.num_prefix_tokens == teacher.num_prefix_tokens:
+        tokens += student.num_prefix_tokens
     projection = Product(
         kind="projection", stage=-1, rows=tokens, inner=width(student), columns=width(teacher)
     )
@@ -188,15 +188,13 @@ def of_run(run: Run, *, micro_batch_size: int, attention_recomputed: bool) -> St
 
 def teacher_image_size(run: Run) -> int:
     """Returns the side of the teacher's images: asked for, that of its positions, or the run's."""
-    teacher = run.teacher_architecture()
-    has_table = teacher.relative_position not in (None, "none")
-    fixed = teacher.image_size if teacher.absolute_position or has_table else 0
+    fixed = run.teacher_architecture().fixed_image_size
     return run.objective.teacher_image_size or fixed or run.data.image_size
 
 
-def map_side(architecture: Architecture, image_size: int) -> int:
+def map_side(architecture: FamilyArchitecture, image_size: int) -> int:
     """Returns the tokens along a side of the feature map."""
-    if architecture.family == "timm":
+    if not isinstance(architecture, Transformer):
         return image_size // architecture.feature_stride
     side = image_size // architecture.patch_size
     for _ in architecture.depths[1:]:
@@ -210,7 +208,7 @@ def _checkpointed_share(run: Run) -> float:
     return (total // run.student.checkpoint_every) / total
 
 
-def _swin(a: Architecture, image_size: int, *, pad: bool) -> Iterator[Product]:
+def _swin(a: WindowedTransformer, image_size: int, *, pad: bool) -> Iterator[Product]:
     side = -(-image_size // a.patch_size) if pad else image_size // a.patch_size
     own_side = a.image_size // a.patch_size
     yield Product(
@@ -224,7 +222,7 @@ def _swin(a: Architecture, image_size: int, *, pad: bool) -> Iterator[Product]:
     for stage, (depth, heads) in enumerate(zip(a.depths, a.num_heads, strict=True)):
         c = a.embed_dim * 2**stage
         # Swin V1's windows are those of its tables; SwinV2 fits them to the map.
-        own = side if a.family == "swinv2" else own_side // 2**stage
+        own = side if isinstance(a, SwinV2Architecture) else own_side // 2**stage
         window = min(a.window_size, own)
         windows = -(-side // window)
         tokens, in_windows = side * side, (windows * window) ** 2
@@ -238,7 +236,7 @@ def _swin(a: Architecture, image_size: int, *, pad: bool) -> Iterator[Product]:
             padded=in_windows,
             group=window * window,
         )
-        if a.family == "swinv2":
+        if isinstance(a, SwinV2Architecture):
             nets = 1 if a.shared_position_bias else depth
             rows = (2 * window - 1) ** 2
             for inner, columns, in_gradient in (
@@ -260,7 +258,7 @@ def _swin(a: Architecture, image_size: int, *, pad: bool) -> Iterator[Product]:
             yield Product(kind="merging", stage=stage, rows=side * side, inner=4 * c, columns=2 * c)
 
 
-def _vit(a: Architecture, image_size: int) -> Iterator[Product]:
+def _vit(a: ViTArchitecture, image_size: int) -> Iterator[Product]:
     c, side = a.embed_dim, image_size // a.patch_size
     yield Product(
         kind="patches",

@@ -45,6 +45,7 @@ from fd_large.plan.parameters import (
     timm_counts,
     width,
 )
+from fd_large.recipes.family import Transformer
 from fd_large.recipes.run import Run
 
 # DeepSpeed's defaults for keys that a JSON leaves out.
@@ -202,9 +203,7 @@ def student_sizes(run: Run) -> list[int]:
     """Returns the elements of each trained tensor: student, then projection."""
     student, teacher = run.student_architecture(), run.teacher_architecture()
     projection = projection_shapes(width(student), width(teacher))
-    # A ViT student's position table is made for the crop; a SwinV2 student's for its own size.
-    side = run.data.image_size if student.family == "vit" else 0
-    return sizes([shapes(student, image_size=side), projection])
+    return sizes([shapes(student.at(run.data.image_size)), projection])
 
 
 def teacher_sizes(run: Run) -> list[int]:
@@ -213,7 +212,7 @@ def teacher_sizes(run: Run) -> list[int]:
     Those of a model of timm stand as one number: what it is split into is known where it is built.
     """
     teacher = run.teacher_architecture()
-    if teacher.family in ("timm", "module"):
+    if not isinstance(teacher, Transformer):
         return [timm_counts(teacher).parameters]
     return sizes(shapes(teacher))
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import FIELDS, Architecture
+from fd_large.recipes.family import FamilyArchitecture, Transformer, WindowedTransformer
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,53 +50,54 @@ TIMM = {
 }
 
 
-def shapes(architecture: Architecture, *, image_size: int = 0) -> Shapes:
+def shapes(architecture: FamilyArchitecture, *, image_size: int = 0) -> Shapes:
     """Returns {parameter name: shape} of a model, in no promised order.
 
     Args:
-        architecture: Every field of the family set, as `resolve` returns it.
+        architecture: Of a vision transformer.
         image_size: Side in pixels of the images, on which position tables (and the windows of
             Swin V1) depend; 0: the architecture's own.
 
-    Raises: ConfigError: for a model of timm, whose shapes only timm and torch know.
+    Raises: ConfigError: for other models, whose shapes are known only where they are built.
     """
-    _refuse_timm(architecture)
+    if not isinstance(architecture, Transformer):
+        raise ConfigError(
+            f"plan: the tensors of this model are not in the table; got {_called(architecture)}, "
+            "expected a model of swinv2, swin or vit. Count the parameters of the built model "
+            "instead."
+        )
     side = (image_size or architecture.image_size) // architecture.patch_size
-    if architecture.family == "vit":
+    if isinstance(architecture, ViTArchitecture):
         return _vit(architecture, side)
     return _swin(architecture, side)
 
 
-def width(architecture: Architecture) -> int:
+def width(architecture: FamilyArchitecture) -> int:
     """Returns the channels of the feature map.
 
     Raises: ConfigError: for a model of timm that `TIMM` does not list, and for one's own.
     """
-    if architecture.family in ("timm", "module"):
-        return timm_counts(architecture).width
-    return architecture.embed_dim * 2 ** (len(architecture.depths) - 1)
+    if isinstance(architecture, Transformer):
+        return architecture.width
+    return timm_counts(architecture).width
 
 
-def prefix_tokens(architecture: Architecture) -> int:
-    """Returns the tokens of the feature map that stand for no place: CLS, distillation."""
-    kept = architecture.distillation_token and architecture.keep_distillation_token
-    return bool(architecture.class_token) + bool(kept)
-
-
-def timm_counts(architecture: Architecture) -> TimmCounts:
+def timm_counts(architecture: FamilyArchitecture) -> TimmCounts:
     """Returns the counts of a model of timm.
 
     Raises: ConfigError: if `TIMM` does not list the model at that stride, or it is one's own.
     """
-    key = (architecture.timm_name, architecture.feature_stride)
-    if key not in TIMM:
+    counts = None
+    if isinstance(architecture, TimmArchitecture):
+        counts = TIMM.get((architecture.timm_name, architecture.feature_stride))
+    if counts is None:
         known = ", ".join(f"{name} at stride {stride}" for name, stride in TIMM)
         raise ConfigError(
             "plan: this model can be counted only where it is built; got "
-            f"{architecture.timm_name or architecture.function}, expected a model of swinv2, swin, "
-            f"vit, or of timm {known}. Plan with the one that is nearest in size."
+            f"{_called(architecture)}, expected a model of swinv2, swin, vit, or of timm {known}. "
+            "Plan with the one that is nearest in size."
         )
-    return TIMM[key]
+    return counts
 
 
 def projection_shapes(student_width: int, teacher_width: int) -> Shapes:
@@ -112,14 +116,8 @@ def count(table: Shapes) -> int:
     return sum(sizes(table))
 
 
-def _refuse_timm(architecture: Architecture) -> None:
-    if architecture.family in ("timm", "module"):
-        known = ", ".join(sorted(FIELDS.keys() - {"timm", "module"}))
-        raise ConfigError(
-            "plan: the tensors of a timm model, or of one's own, are not in this table; got "
-            f"{architecture.timm_name or architecture.function}, expected a model of {known}. "
-            "Count the parameters of the built model instead."
-        )
+def _called(architecture: FamilyArchitecture) -> str:
+    return next((str(v) for v in asdict(architecture).values()), architecture.family)
 
 
 def _norm(name: str, channels: int) -> Shapes:
@@ -150,8 +148,7 @@ def _position_bias(name: str, heads: int) -> Shapes:
     )
 
 
-def _swin(a: Architecture, side: int) -> Shapes:
-    v2 = a.family == "swinv2"
+def _swin(a: WindowedTransformer, side: int) -> Shapes:
     table: Shapes = {
         "patch_embed.proj.weight": (a.embed_dim, 3, a.patch_size, a.patch_size),
         "patch_embed.proj.bias": (a.embed_dim,),
@@ -160,16 +157,16 @@ def _swin(a: Architecture, side: int) -> Shapes:
         table |= _norm("patch_embed.norm", a.embed_dim)
     if a.absolute_position:
         table["absolute_pos_embed"] = (1, side * side, a.embed_dim)
-    stages = len(a.depths)
+    stages, v2 = len(a.depths), isinstance(a, SwinV2Architecture)
     for stage, (depth, heads) in enumerate(zip(a.depths, a.num_heads, strict=True)):
         c, layer = a.embed_dim * 2**stage, f"layers.{stage}"
         window = min(a.window_size, side // 2**stage)
-        if v2 and a.shared_position_bias:
+        if isinstance(a, SwinV2Architecture) and a.shared_position_bias:
             table |= _position_bias(f"{layer}.position_bias.cpb_mlp", heads)
         for index in range(depth):
             block = f"{layer}.blocks.{index}"
             table |= _attention(f"{block}.attn", c, a.qkv_bias)
-            if v2:
+            if isinstance(a, SwinV2Architecture):
                 table[f"{block}.attn.logit_scale"] = (heads, 1, 1)
                 if not a.shared_position_bias:
                     table |= _position_bias(f"{block}.attn.cpb_mlp", heads)
@@ -185,11 +182,11 @@ def _swin(a: Architecture, side: int) -> Shapes:
         if stage < stages - 1:
             table |= _linear(f"{layer}.downsample.reduction", 4 * c, 2 * c, bias=False)
             # SwinV2 normalises after the reduction, Swin V1 before it.
-            table |= _norm(f"{layer}.downsample.norm", 2 * c if v2 else 4 * c)
+            table |= _norm(f"{layer}.downsample.norm", (2 if v2 else 4) * c)
     return table | _norm("norm", width(a))
 
 
-def _vit(a: Architecture, side: int) -> Shapes:
+def _vit(a: ViTArchitecture, side: int) -> Shapes:
     c, (depth,), (heads,) = a.embed_dim, a.depths, a.num_heads
     table: Shapes = {"patch_embed.proj.weight": (c, 3, a.patch_size, a.patch_size)}
     if a.patch_bias:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
 from fd_large.errors import LaunchError
 from fd_large.plan.rates import CLASSES, Rates
 from fd_large.plan.traffic import ACTIVATION, counts_of, stages
@@ -307,7 +308,7 @@ def _classes(torch: Any, seconds: _Clock, run: Run, batch: int) -> dict[str, flo
             torch.randn(maps, heads, group, width // heads, requires_grad=True) for _ in range(3)
         )
         upstream = torch.randn(q.shape)
-        cosine = a.family == "swinv2"
+        cosine = isinstance(a, SwinV2Architecture)
         factor = torch.full((heads, 1, 1), 10.0) if cosine else 0.2
         rows = torch.randn(7, heads, requires_grad=True)
         index = torch.randint(0, 7, (group, group))

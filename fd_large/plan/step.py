@@ -217,7 +217,7 @@ def _starts(load: Workload, setting: Setting, kernels: traffic.Kernels) -> int:
     taught = count["inference"]
     if setting.teacher != "replicated":
         taught += HOOK_CALLS * MODULES.get(str(teacher.family), 9)
-    return calls * sum(student.depths) + taught * sum(teacher.depths or ())
+    return calls * sum(student.depths) + taught * sum(getattr(teacher, "depths", ()))
 
 
 def product_seconds(

@@ -20,9 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.plan.parameters import POSITION_BIAS_WIDTH
 from fd_large.plan.rates import CLASSES
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture, Transformer
 
 Kernels = Literal["fused", "reference"]
 Phase = Literal["forward", "backward", "inference"]
@@ -194,7 +196,7 @@ class Stage(NamedTuple):
 
 
 def moved(
-    architecture: Architecture,
+    architecture: FamilyArchitecture,
     phase: Phase,
     *,
     image_size: int,
@@ -213,12 +215,12 @@ def moved(
         float32_stream: Whether the residual stream is float32.
     """
     total = dict.fromkeys(CLASSES, 0.0)
-    if architecture.family in ("timm", "module"):
+    if not isinstance(architecture, Transformer):
         return total
     counts = counts_of(architecture, kernels, bfloat16)
     size = 2 if bfloat16 else 4
     fused = kernels == "fused" and bfloat16
-    both = fused and architecture.family == "swinv2"
+    both = fused and isinstance(architecture, SwinV2Architecture)
     ends = (_FUSED_ENDS if both else _ENDS)[float32_stream][phase]
     first = last = None
     for stage in stages(architecture, image_size):
@@ -227,12 +229,13 @@ def moved(
         if not float32_stream:
             stream = stream._replace(channels=stream.channels - counts.narrow[phase])
         attention = counts.attention[phase]
-        if architecture.family == "vit" and architecture.relative_position == "none":
+        is_vit = isinstance(architecture, ViTArchitecture)
+        if is_vit and architecture.relative_position == "none":
             attention = attention._replace(maps=max(0.0, attention.maps - 8))
         total["stream"] += _of(stream, stage)
         total["attention"] += _of(attention, stage)
         hidden = architecture.mlp_ratio * stage.width
-        quick = architecture.activation == "quick_gelu" and not fused
+        quick = is_vit and architecture.activation == "quick_gelu" and not fused
         passes = QUICK_GELU if quick else ACTIVATION[phase]
         total["activation"] += passes * size * stage.tokens * hidden * stage.depth
         if stage is not first:
@@ -247,7 +250,7 @@ def moved(
 
 
 def kept(
-    architecture: Architecture,
+    architecture: FamilyArchitecture,
     *,
     image_size: int,
     kernels: Kernels,
@@ -269,14 +272,15 @@ def kept(
     """
     counts = counts_of(architecture, kernels, bfloat16)
     inputs = 4 if float32_stream or not bfloat16 else 2
-    if architecture.family == "swinv2" and bfloat16 and float32_stream:
+    is_swinv2 = isinstance(architecture, SwinV2Architecture)
+    if is_swinv2 and bfloat16 and float32_stream:
         inputs += 2  # A block takes the stream in the compute type too.
     total = largest = 0.0
     for stage in stages(architecture, image_size):
         block = _of(counts.kept, stage) / stage.depth
         if keep_maps:
             block += _of(counts.kept_maps, stage) / stage.depth
-        if not float32_stream and architecture.family != "swinv2":
+        if not float32_stream and not is_swinv2:
             block -= 4 * stage.tokens * stage.width
         largest = max(largest, block)
         saved = stage.depth // checkpoint_every if checkpoint_every else 0
@@ -284,13 +288,13 @@ def kept(
     return total + (largest if checkpoint_every else 0.0)
 
 
-def tables_kept(architecture: Architecture, *, image_size: int) -> float:
+def tables_kept(architecture: FamilyArchitecture, *, image_size: int) -> float:
     """Returns the bytes of SwinV2's position biases kept for backward, whatever the batch.
 
     They are made once a step, outside of the blocks, so that no checkpoint makes them again: the
     hidden layer of each MLP, the sigmoid, and the table.
     """
-    if architecture.family != "swinv2":
+    if not isinstance(architecture, SwinV2Architecture):
         return 0.0
     total = 0.0
     for stage in stages(architecture, image_size):
@@ -300,13 +304,13 @@ def tables_kept(architecture: Architecture, *, image_size: int) -> float:
     return total
 
 
-def counts_of(architecture: Architecture, kernels: Kernels, bfloat16: bool) -> Counts:
+def counts_of(architecture: FamilyArchitecture, kernels: Kernels, bfloat16: bool) -> Counts:
     """Returns the table of a family.
 
     Kernels go with bfloat16, in which the plan's GPUs compute; on a GPU a float32 run is fused too,
     and here it counts as the reference.
     """
-    return COUNTS[kernels if bfloat16 else "reference", str(architecture.family), bfloat16]
+    return COUNTS[kernels if bfloat16 else "reference", architecture.family, bfloat16]
 
 
 def _of(per: Per, stage: Stage) -> float:
@@ -317,10 +321,10 @@ def _of(per: Per, stage: Stage) -> float:
     return stage.depth * every + stage.shifted * shifted
 
 
-def stages(a: Architecture, image_size: int) -> Iterator[Stage]:
+def stages(a: Transformer, image_size: int) -> Iterator[Stage]:
     """Yields the stages of a model of swinv2, swin or vit; a ViT has one."""
     side = image_size // a.patch_size
-    if a.family == "vit":
+    if isinstance(a, ViTArchitecture):
         tokens = side * side + bool(a.class_token) + bool(a.distillation_token)
         yield Stage(a.embed_dim, a.depths[0], tokens, a.num_heads[0], tokens, 0)
         return

@@ -16,7 +16,7 @@ weights. Durations are arithmetic, at an assumed 200 TFLOP/s a GPU.
 
 from __future__ import annotations
 
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.architectures import overrides, resolve
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 
@@ -33,12 +33,12 @@ def _run(
     warmup_epochs: int = 20,
     global_batch_size: int = 2048,
 ) -> Run:
-    is_vit = model.startswith("vit")
+    named = resolve(model)
     return Run(
         name=name,
         student=Student(
             model=model,
-            architecture=Architecture(relative_position="block") if is_vit else Architecture(),
+            architecture=overrides(named.with_own_position_biases(), named),
             drop_path_rate=drop_path_rate,
         ),
         data=Data(image_size=224, min_crop_scale=0.08),

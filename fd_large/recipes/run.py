@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.recipes.architectures import FAMILIES, resolve
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import check_types, flat, from_plain, plain, require
 from fd_large.recipes.sections import (
     AUTO,
@@ -86,10 +87,10 @@ class Run:
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
         require(
-            self.student_architecture().family not in ("timm", "module"),
-            "student.model: models of timm, or of one's own, only teach",
+            self.student_architecture().can_train,
+            "student.model: this family's models only teach",
             self.student.model,
-            "a model of the families swinv2, swin or vit",
+            f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
         )
         for kind in TASKS.values():
             if kind.name != self.task.name:
@@ -116,11 +117,11 @@ class Run:
         """Whether the task learns from a teacher."""
         return "teacher" in TASKS[self.task.name].sections
 
-    def student_architecture(self) -> Architecture:
+    def student_architecture(self) -> FamilyArchitecture:
         """Returns the student's architecture with the overrides filled in."""
         return resolve(self.student.model, self.student.architecture)
 
-    def teacher_architecture(self) -> Architecture:
+    def teacher_architecture(self) -> FamilyArchitecture:
         """Returns the teacher's architecture with the overrides filled in.
 
         Raises: ConfigError: while the model is `auto`, which the weights decide (weights/settle.py).

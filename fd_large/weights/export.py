@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
 from fd_large.weights.export_config import EXPORTS, configuration
 from fd_large.weights.export_names import outputs
@@ -26,7 +26,7 @@ CARD = "README.md"
 def export(
     items: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, Shape],
-    architecture: Architecture,
+    architecture: FamilyArchitecture,
     to: str,
     out: Path,
     *,
@@ -84,7 +84,7 @@ def export(
 
 
 def _renamed(
-    items: Iterable[tuple[str, Tensor]], architecture: Architecture, to: str
+    items: Iterable[tuple[str, Tensor]], architecture: FamilyArchitecture, to: str
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in items:
         check_finite(name, tensor, "the checkpoint", "export")
@@ -92,7 +92,7 @@ def _renamed(
             yield output.name, output.take(tensor)
 
 
-def _preprocessor(architecture: Architecture, statistics: Statistics) -> dict[str, Any]:
+def _preprocessor(architecture: FamilyArchitecture, statistics: Statistics) -> dict[str, Any]:
     side = {"height": architecture.image_size, "width": architecture.image_size}
     return {
         "image_processor_type": "ViTImageProcessor",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import width
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import Transformer
 from fd_large.weights.export_names import has_extra_norms, in_official_names
 from fd_large.weights.write import config, is_beit, lacks_in_timm
 
@@ -31,7 +29,7 @@ _TIMM_ENTRIES = {
 }
 
 
-def check(architecture: Architecture, to: str, *, pads: bool) -> None:
+def check(architecture: Transformer, to: str, *, pads: bool) -> None:
     """Refuses a model that the format does not have.
 
     Args:
@@ -50,7 +48,7 @@ def check(architecture: Architecture, to: str, *, pads: bool) -> None:
         )
 
 
-def configuration(architecture: Architecture, to: str, statistics: Statistics) -> dict[str, Any]:
+def configuration(architecture: Transformer, to: str, statistics: Statistics) -> dict[str, Any]:
     """Returns config.json: what the format's own loader reads, and what ours does.
 
     Args:
@@ -58,9 +56,8 @@ def configuration(architecture: Architecture, to: str, statistics: Statistics) -
         to: One of EXPORTS, checked.
         statistics: By which images are normalised.
     """
-    own = architecture
-    if to == "timm" and architecture.relative_position == "shared":
-        own = replace(architecture, relative_position="block")
+    # timm's beit_* have a table in every block.
+    own = architecture.with_own_position_biases() if to == "timm" else architecture
     theirs: dict[str, Any] = {}
     if to == "timm":
         theirs = _timm(architecture, statistics)
@@ -69,7 +66,7 @@ def configuration(architecture: Architecture, to: str, statistics: Statistics) -
     return theirs | config(own, statistics)
 
 
-def naming(architecture: Architecture, to: str) -> str:
+def naming(architecture: Transformer, to: str) -> str:
     """Says whose names the tensors have."""
     if to == "fd" and in_official_names(architecture):
         extra = "; norms on the main path are `layers.S.blocks.B.extra_norm`"
@@ -78,7 +75,7 @@ def naming(architecture: Architecture, to: str) -> str:
     return EXPORTS[to]
 
 
-def timm_class(architecture: Architecture) -> str:
+def timm_class(architecture: Transformer) -> str:
     """Returns timm's class of the net."""
     return {
         "swin": "timm.models.swin_transformer.SwinTransformer",
@@ -88,21 +85,21 @@ def timm_class(architecture: Architecture) -> str:
     }[_timm_family(architecture)]
 
 
-def hugging_face_class(architecture: Architecture) -> str:
+def hugging_face_class(architecture: Transformer) -> str:
     """Returns transformers' class of the net."""
     if architecture.family == "vit":
         return "BeitModel" if is_beit(architecture) else "ViTModel"
     return "Swinv2Model"
 
 
-def _lacks(a: Architecture, to: str, pads: bool) -> str:
+def _lacks(a: Transformer, to: str, pads: bool) -> str:
     """What a format has not; empty: it has all."""
     if to == "fd":
         return ""
     if a.family.startswith("swin"):
         if has_extra_norms(a):
             return f"extra_norm_every {a.extra_norm_every}, expected no norms on the main path"
-        if a.shared_position_bias:
+        if getattr(a, "shared_position_bias", False):
             return "a shared position bias, expected one per block"
         if pads and not _fits(a):
             return (
@@ -131,7 +128,7 @@ def _lacks(a: Architecture, to: str, pads: bool) -> str:
     return f"a {a.family} model of which timm has no like: {lacks}" if lacks else ""
 
 
-def _lacks_in_transformers(a: Architecture) -> str:
+def _lacks_in_transformers(a: Transformer) -> str:
     if a.family == "swin":
         return "a swin model, expected swinv2 or vit"
     if a.family == "swinv2":
@@ -148,7 +145,7 @@ def _lacks_in_transformers(a: Architecture) -> str:
     return ""
 
 
-def _fits(a: Architecture) -> bool:
+def _fits(a: Transformer) -> bool:
     """Whether every stage divides into windows and merges without padding."""
     side, rest = divmod(a.image_size, a.patch_size)
     for stage in range(len(a.depths)):
@@ -159,11 +156,11 @@ def _fits(a: Architecture) -> bool:
     return rest == 0
 
 
-def _timm_family(a: Architecture) -> str:
+def _timm_family(a: Transformer) -> str:
     return "beit" if a.family == "vit" and is_beit(a) else a.family
 
 
-def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
+def _timm(a: Transformer, statistics: Statistics) -> dict[str, Any]:
     family = _timm_family(a)
     entries = _TIMM_ENTRIES[family]
     arguments: dict[str, Any] = {
@@ -206,7 +203,7 @@ def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
     return {
         "architecture": entries.get((a.embed_dim, a.depths), entries[""]),
         "num_classes": 0,
-        "num_features": width(a),
+        "num_features": a.width,
         "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": {
@@ -223,7 +220,7 @@ def _timm(a: Architecture, statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def _hugging_face(a: Architecture) -> dict[str, Any]:
+def _hugging_face(a: Transformer) -> dict[str, Any]:
     theirs = hugging_face_class(a)
     common = {
         "architectures": [theirs],

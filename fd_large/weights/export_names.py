@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import Transformer
 from fd_large.weights.translation import Shape, replaced
 from fd_large.weights.write import timm_name
 
@@ -59,7 +59,7 @@ class Output(NamedTuple):
     take: Callable[[Tensor], Tensor]
 
 
-def outputs(name: str, shape: Shape, architecture: Architecture, to: str) -> list[Output]:
+def outputs(name: str, shape: Shape, architecture: Transformer, to: str) -> list[Output]:
     """Returns what becomes of one of our tensors, mostly one of theirs.
 
     Args:
@@ -78,21 +78,21 @@ def outputs(name: str, shape: Shape, architecture: Architecture, to: str) -> lis
     return [_same(timm_name(name, architecture), shape)]
 
 
-def in_official_names(architecture: Architecture) -> bool:
+def in_official_names(architecture: Transformer) -> bool:
     """Whether a model goes out in Swin-Transformer's names: one that Feature-Distillation has not."""
     return architecture.family == "swin" or has_extra_norms(architecture)
 
 
-def has_extra_norms(architecture: Architecture) -> bool:
+def has_extra_norms(architecture: Transformer) -> bool:
     """Whether any block ends with a norm on the main path."""
-    return 0 < (architecture.extra_norm_every or 0) <= max(architecture.depths)
+    return getattr(architecture, "has_extra_norms", False)
 
 
 def _same(name: str, shape: Shape) -> Output:
     return Output(name, shape, lambda tensor: tensor)
 
 
-def _feature_distillation(name: str, shape: Shape, architecture: Architecture) -> list[Output]:
+def _feature_distillation(name: str, shape: Shape, architecture: Transformer) -> list[Output]:
     if in_official_names(architecture):
         return [_same(name, shape)]
     if name.startswith(PROJECTION):

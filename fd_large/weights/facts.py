@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, Statistics
-from fd_large.recipes.architectures import Architecture
+from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.recipes.family import FamilyArchitecture
 
 
 class WeightFacts(NamedTuple):
@@ -54,7 +55,7 @@ FACTS: dict[str, WeightFacts] = {
 }
 
 
-def statistics_of(name: str, architecture: Architecture | None = None) -> Statistics:
+def statistics_of(name: str, architecture: FamilyArchitecture | None = None) -> Statistics:
     """The statistics that a model was trained with; ImageNet's where no published weights are known.
 
     Args:
@@ -62,7 +63,7 @@ def statistics_of(name: str, architecture: Architecture | None = None) -> Statis
         architecture: As `resolve` returns it; a model of timm is what its `timm_name` says, and timm
             knows the statistics of its weights.
     """
-    if architecture is not None and architecture.family == "timm":
+    if isinstance(architecture, TimmArchitecture):
         from fd_large.weights import timm_config  # A second that other models are spared.
 
         return timm_config.statistics_of(architecture.timm_name)

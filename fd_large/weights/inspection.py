@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
-from fd_large.plan.parameters import shapes
-from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
+from fd_large.recipes.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    field_names,
+    filled,
+    resolve,
+    set_fields,
+    whole,
+)
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.facts import FACTS, WeightFacts
 from fd_large.weights.source import Weights, open_weights
@@ -75,13 +84,11 @@ def inspect(source: str | Path, *, model: str = "auto") -> Inspection:
     weights = open_weights(source, where="weights")
     family = weights.format.family
     known = _merged(weights)
-    unknown = tuple(
-        sorted(name for name in FIELDS[family] - {"family"} if getattr(known, name) is None)
-    )
+    unknown = tuple(sorted(name for name in field_names(family) if getattr(known, name) is None))
     net = _for_shapes(known) if model == "auto" else resolve(model)
     compared = None
     if net is not None:
-        expected = shapes(net)
+        expected = parameter_shapes(net)
         pieces, _ = weights.adapted(net, expected)
         found = {name: piece.shape(weights.file.shape) for name, piece in pieces.items()}
         compared = match(found, expected)
@@ -106,13 +113,12 @@ def inspect(source: str | Path, *, model: str = "auto") -> Inspection:
 
 
 def _merged(weights: Weights) -> Architecture:
-    told = {k: v for k, v in asdict(weights.told).items() if v is not None}
-    found = {k: v for k, v in asdict(weights.found).items() if v is not None}
-    known = Architecture(**(told | found))
+    told = set_fields(weights.told)
+    known = filled(weights.found, weights.told)
     return replace(known, **{k: told[k] for k in ("image_size", "window_size") if k in told})
 
 
-def _for_shapes(known: Architecture) -> Architecture | None:
+def _for_shapes(known: Architecture) -> FamilyArchitecture | None:
     """The architecture with the fields filled that no shape depends on; None if others lack."""
     stages = len(known.depths or ())
     fill: dict[str, Any] = dict(_WITHOUT_SHAPE)
@@ -120,12 +126,12 @@ def _for_shapes(known: Architecture) -> Architecture | None:
         fill["num_heads"] = (1,)
     if known.family == "swinv2":
         fill |= {"window_size": 1, "pretrained_window_sizes": (0,) * stages, "image_size": 1}
-    fields = FIELDS[known.family] - {"family"}
-    fill = {k: v for k, v in fill.items() if k in fields and getattr(known, k) is None}
+    names = field_names(known.family)
+    fill = {k: v for k, v in fill.items() if k in names and getattr(known, k) is None}
     if known.image_size is None and known.patch_size is not None and not known.absolute_position:
         fill.setdefault("image_size", known.patch_size * 2**stages)
-    filled = replace(known, **fill)
-    return None if any(getattr(filled, name) is None for name in fields) else filled
+    values = set_fields(replace(known, **fill))
+    return whole(values) if set(names) <= values.keys() else None
 
 
 def _named(known: Architecture, form: str) -> str:
@@ -135,11 +141,10 @@ def _named(known: Architecture, form: str) -> str:
         return ""
     free = ("image_size", "window_size", "pretrained_window_sizes", "keep_distillation_token")
     for name, net in ARCHITECTURES.items():
-        fields = FIELDS[net.family] - {"family", *free}
-        same = all(
-            getattr(known, f) is None or getattr(known, f) == getattr(net, f) for f in fields
-        )
-        if name.startswith(prefix) and net.family == known.family and same:
+        if not name.startswith(prefix) or net.family != known.family:
+            continue
+        own = [f.name for f in fields(net) if f.name not in free]
+        if all(getattr(known, f) in (None, getattr(net, f)) for f in own):
             return name
     return ""
 
@@ -157,7 +162,7 @@ def table(found: Inspection) -> Any:
     if found.facts is not None:
         rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
         rows.add_row("trained at", f"{found.facts.image_size} px")
-    values = {k: v for k, v in asdict(found.architecture).items() if v is not None}
+    values = set_fields(found.architecture)
     rows.add_row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
     if found.unknown:
         rows.add_row("not told", f"{', '.join(found.unknown)} (--teacher.architecture.*)")

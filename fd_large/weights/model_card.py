@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
-from fd_large.plan.parameters import count, shapes
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.weights.export_config import hugging_face_class, naming, timm_class
 
@@ -25,7 +26,7 @@ _METRICS = {
 
 def card(
     run: Run,
-    architecture: Architecture,
+    architecture: FamilyArchitecture,
     to: str,
     *,
     manifest: dict[str, Any],
@@ -73,15 +74,15 @@ def _table(title: str, rows: dict[str, Any]) -> str:
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])
 
 
-def _student(run: Run, a: Architecture, to: str) -> dict[str, Any]:
+def _student(run: Run, a: FamilyArchitecture, to: str) -> dict[str, Any]:
     rows = {
         "model": f"{run.student.model} ({a.family})",
-        "parameters": f"{count(shapes(a)):,}, float32",
+        "parameters": f"{sum(map(math.prod, parameter_shapes(a).values())):,}, float32",
         "width, depths, heads": f"{a.embed_dim}, {_text(a.depths)}, {_text(a.num_heads)}",
         "patch": a.patch_size,
         "names": naming(a, to),
     }
-    if a.window_size:
+    if a.is_hierarchical:
         rows["window"] = a.window_size
     if run.student.init:
         rows["started from"] = without_folders(run.student.init)
@@ -142,7 +143,7 @@ def _metrics(manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     return text
 
 
-def _loading(a: Architecture, to: str, *, sharded: bool) -> str:
+def _loading(a: FamilyArchitecture, to: str, *, sharded: bool) -> str:
     if to == "hf":
         theirs = hugging_face_class(a)
         bare = ", add_pooling_layer=False" if theirs == "ViTModel" else ""

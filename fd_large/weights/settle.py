@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
+from fd_large.recipes.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    field_names,
+    overrides,
+    resolve,
+    whole,
+)
+from fd_large.recipes.family import FamilyArchitecture, Transformer
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import AUTO, FrozenModel, Student
 from fd_large.weights.facts import statistics_of
@@ -71,7 +79,7 @@ def settle_model(teacher: FrozenModel) -> FrozenModel:
         teacher,
         model=model,
         source=weights.source,
-        architecture=_sparse(architecture, named),
+        architecture=overrides(architecture, named),
         statistics=tuple(map(float, statistics)),
     )
 
@@ -89,7 +97,7 @@ def _student(student: Student) -> Student:
         where="--student.init",
         section="student",
     )
-    return replace(student, init=weights.source, architecture=_sparse(architecture, named))
+    return replace(student, init=weights.source, architecture=overrides(architecture, named))
 
 
 def _task(run: Run) -> Task:
@@ -108,7 +116,7 @@ def _is_foreign(teacher: FrozenModel) -> bool:
     """Whether the named model is timm's, whose files timm_backbone.py reads."""
     if teacher.model == AUTO:
         return False
-    return resolve(teacher.model, teacher.architecture).family in ("timm", "module")
+    return not isinstance(resolve(teacher.model, teacher.architecture), Transformer)
 
 
 def _of_timm(teacher: FrozenModel) -> FrozenModel:
@@ -133,12 +141,12 @@ def _of_timm(teacher: FrozenModel) -> FrozenModel:
 def reconcile(
     weights: Weights,
     given: Architecture,
-    named: Architecture | None,
+    named: FamilyArchitecture | None,
     *,
     name: str,
     where: str,
     section: str,
-) -> Architecture:
+) -> FamilyArchitecture:
     """Returns the architecture of a model that takes the weights, every field of its family set.
 
     Args:
@@ -160,7 +168,7 @@ def reconcile(
     values: dict[str, Any] = {"family": family}
     open_fields, conflicts = list(weights.unknown(given)), []
     depths = weights.found.depths or (0,)
-    for field in sorted(FIELDS[family] - {"family"}):
+    for field in sorted(field_names(family)):
         user, net = getattr(given, field), named and getattr(named, field)
         shown, told = getattr(weights.found, field), getattr(weights.told, field)
         if field in _OURS:
@@ -193,7 +201,7 @@ def reconcile(
             f"everything; got no {', '.join(sorted(open_fields))}, expected every field of a "
             f"{family} model. Set {flags}."
         )
-    return Architecture(**values)
+    return whole(values)
 
 
 def _full_windows(values: dict[str, Any], open_fields: list[str]) -> None:
@@ -209,7 +217,7 @@ def _scale_coordinates(
     values: dict[str, Any],
     weights: Weights,
     given: Architecture,
-    named: Architecture | None,
+    named: FamilyArchitecture | None,
     open_fields: list[str],
     where: str,
 ) -> None:
@@ -259,16 +267,6 @@ def _agree(field: str, fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
     if isinstance(fact, float):
         return math.isclose(fact, wanted, rel_tol=1e-6)
     return fact == wanted
-
-
-def _sparse(architecture: Architecture, named: Architecture | None) -> Architecture:
-    """The fields that differ from the named net's; all where there is none."""
-    if named is None:
-        return architecture
-    whole = asdict(architecture)
-    return Architecture(
-        **{k: v for k, v in whole.items() if k != "family" and v != getattr(named, k)}
-    )
 
 
 def _name_another(section: str, family: str) -> str:

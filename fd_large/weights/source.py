@@ -9,17 +9,17 @@ means beside files (a run's checkpoint) is read by whoever `serve`s it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from fd_large.backbones.custom.custom import build_own
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.architectures import Architecture, filled
+from fd_large.recipes.family import FamilyArchitecture, Transformer
 from fd_large.weights.beside import Beside, beside, open_clip
 from fd_large.weights.coverage import Fitted, margin_of
 from fd_large.weights.formats import FORMATS, Format, detect
@@ -83,7 +83,7 @@ class Weights:
         )
 
     def adapted(
-        self, architecture: Architecture, expected: Mapping[str, Shape]
+        self, architecture: Transformer, expected: Mapping[str, Shape]
     ) -> tuple[dict[str, Piece], list[str]]:
         """The pieces for a model, and what was done to those of the file, in words.
 
@@ -126,7 +126,7 @@ class Weights:
 
     def fitted(
         self,
-        architecture: Architecture,
+        architecture: Transformer,
         expected: Mapping[str, Shape],
         *,
         allow: tuple[str, ...] = (),
@@ -170,7 +170,7 @@ class Stored(NamedTuple):
 
     path: Path
     file: Tensors
-    architecture: Architecture
+    architecture: FamilyArchitecture
     statistics: Statistics
 
 
@@ -233,17 +233,17 @@ def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
         dropped += [source for piece in projector.values() for source in piece.sources]
     config = Beside(Architecture(), None)
     if stored is not None:
-        config = Beside(stored.architecture, stored.statistics, own=True)
+        config = Beside(Architecture(**stored.architecture.values()), stored.statistics, own=True)
     elif file.path:
         config = beside(file.path, form, where=where)
-    known = _filled(told.architecture, config.architecture)
+    known = filled(told.architecture, config.architecture)
     statistics = told.statistics or config.statistics
     if not config.own:  # Names that are ours alone say nothing of who trained the weights.
-        known, statistics = _filled(known, line.facts), statistics or line.statistics
+        known, statistics = filled(known, line.facts), statistics or line.statistics
     shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
     found = _recognised(line.family, shapes, file, f"{where}: {source}")
     if line.family == "vit" and found.embed_dim in KNOWN_HEADS:
-        known = _filled(known, Architecture(num_heads=(KNOWN_HEADS[found.embed_dim],)))
+        known = filled(known, Architecture(num_heads=(KNOWN_HEADS[found.embed_dim],)))
     return Weights(
         source=str(source),
         form=form,
@@ -399,12 +399,6 @@ _TEACHER = "feature_model."
 _OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
-def _filled(first: Architecture, second: Architecture) -> Architecture:
-    """The first, its None fields taken from the second."""
-    missing = {k: v for k, v in asdict(second).items() if getattr(first, k) is None}
-    return replace(first, **missing)
-
-
 def _groups(names: list[str]) -> str:
     """Names by their first word, with counts."""
     groups: dict[str, int] = {}
@@ -415,8 +409,3 @@ def _groups(names: list[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def describe(architecture: Architecture) -> str:
-    """The fields that are set, for messages."""
-    return json.dumps({k: v for k, v in asdict(architecture).items() if v is not None})

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fd_large.backbones.timm.adapter import TimmBackbone, create
+from fd_large.backbones.timm.timm_backbone import TimmBackbone, create
 from fd_large.errors import WeightsError
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.read import Tensors, read

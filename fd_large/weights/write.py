@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.beside import OWN
 
 FORMATS = {
@@ -31,7 +30,7 @@ FORMATS = {
 
 def write(
     items: Iterable[tuple[str, Tensor]],
-    architecture: Architecture,
+    architecture: FamilyArchitecture,
     to: str,
     out: str | Path,
     *,
@@ -93,15 +92,15 @@ def write(
     return file
 
 
-def config(architecture: Architecture, statistics: Statistics | None) -> dict:
+def config(architecture: FamilyArchitecture, statistics: Statistics | None) -> dict:
     """The config.json of our own export, which `beside.py` reads."""
-    own: dict = {"architecture": {k: v for k, v in asdict(architecture).items() if v is not None}}
+    own: dict = {"architecture": architecture.values()}
     if statistics is not None:
         own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     return {OWN: own}
 
 
-def timm_name(name: str, architecture: Architecture) -> str:
+def timm_name(name: str, architecture: FamilyArchitecture) -> str:
     """Our name of a tensor as timm has it."""
     merging = re.match(r"layers\.(\d+)\.downsample\.", name)
     if merging:
@@ -111,12 +110,12 @@ def timm_name(name: str, architecture: Architecture) -> str:
     return name
 
 
-def is_beit(architecture: Architecture) -> bool:
+def is_beit(architecture: FamilyArchitecture) -> bool:
     """Whether timm has the ViT as a BEiT: relative positions, biases of query and value."""
     return architecture.relative_position != "none" or architecture.qkv_bias == "qv"
 
 
-def lacks_in_timm(a: Architecture) -> str:
+def lacks_in_timm(a: FamilyArchitecture) -> str:
     """Says what of a model timm's of the same family has not; empty: it has all."""
     if a.family == "vit" and is_beit(a):
         fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
@@ -132,7 +131,7 @@ def lacks_in_timm(a: Architecture) -> str:
     return ""
 
 
-def _check_timm(a: Architecture) -> None:
+def _check_timm(a: FamilyArchitecture) -> None:
     if lacks := lacks_in_timm(a):
         raise WeightsError(
             f"weights convert: timm has no such model; got a {a.family} model, expected one that timm "

@@ -20,7 +20,7 @@ FLOORS = {
     "kernels": 0,
     "recipes": 0,
     "backbones": 1,
-    "plan": 1,
+    "plan": 2,
     "weights": 2,
     "data": 2,
     "checkpoint": 3,

@@ -1,4 +1,4 @@
-"""A model of the user's own as a teacher: a function by its dotted name returns it, weights and all.
+"""A model of the user's own as a teacher: a function of the user's returns it, weights and all.
 
 The model maps normalised images (B, 3, H, W) to a `FeatureMap`, and has the attributes `width`
 (channels of the map) and `num_prefix_tokens`, and the method `grid(height, width)`. Mean and

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.family import Options
 from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.backbones.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp
+from fd_large.backbones.swin.architecture import SwinArchitecture
 from fd_large.backbones.windows import fit_window, window_shift
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
@@ -251,3 +253,25 @@ class Downsample(PatchMerging):
         """Maps (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""
         merged = self.norm(super().forward(x), self.reduction.weight.dtype)
         return self.reduction(merged).to(x.dtype)
+
+
+def build(a: SwinArchitecture, options: Options) -> Swin:
+    """Builds a model with fresh weights."""
+    return Swin(
+        a.embed_dim,
+        a.depths,
+        a.num_heads,
+        window_size=a.window_size,
+        patch_size=a.patch_size,
+        image_size=a.image_size,
+        mlp_ratio=a.mlp_ratio,
+        qkv_bias=a.qkv_bias == "fused",
+        patch_norm=a.patch_norm,
+        absolute_position=a.absolute_position,
+        norm_eps=a.norm_eps,
+        drop_path_rate=options.drop_path_rate,
+        size_rule=options.size_rule,
+        attention_memory=options.attention_memory,
+        residual_dtype=options.residual_dtype,
+        initialization=options.initialization,
+    )

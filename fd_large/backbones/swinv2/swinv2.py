@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.family import Options
 from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
 from fd_large.backbones.initialization import Draw, Initialization, Scheme, scheme
 from fd_large.backbones.layers import (
@@ -24,6 +25,7 @@ from fd_large.backbones.layers import (
     Mlp,
     ResidualNorm,
 )
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
 from fd_large.backbones.windows import coordinate_table, fit_window, window_shift
 from fd_large.errors import ConfigError
 from fd_large.kernels.window_attention import window_attention
@@ -391,3 +393,29 @@ class Downsample(PatchMerging):
         """Maps a pair of (B, H, W, C) to a pair of (B, ceil(H/2), ceil(W/2), 2C)."""
         x, narrow = stream
         return self.norm(self.reduction(super().forward(narrow)), x.dtype, narrow.dtype)
+
+
+def build(a: SwinV2Architecture, options: Options) -> SwinV2:
+    """Builds a model with fresh weights."""
+    return SwinV2(
+        a.embed_dim,
+        a.depths,
+        a.num_heads,
+        window_size=a.window_size,
+        patch_size=a.patch_size,
+        image_size=a.image_size,
+        mlp_ratio=a.mlp_ratio,
+        qkv_bias=a.qkv_bias == "qv",
+        patch_norm=a.patch_norm,
+        absolute_position=a.absolute_position,
+        norm_eps=a.norm_eps,
+        pretrained_window_sizes=a.pretrained_window_sizes,
+        extra_norm_every=a.extra_norm_every,
+        shared_position_bias=a.shared_position_bias,
+        sequential_stages=options.sequential_stages,
+        drop_path_rate=options.drop_path_rate,
+        size_rule=options.size_rule,
+        attention_memory=options.attention_memory,
+        residual_dtype=options.residual_dtype,
+        initialization=options.initialization,
+    )

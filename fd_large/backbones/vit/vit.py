@@ -16,9 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fd_large.backbones.drop_path import branch_scales, linear_rates
+from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import Draw, Initialization, Scheme, fill, scheme
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
+from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import image_attention, window_attention
@@ -379,3 +381,30 @@ class RelativePositionBias(nn.Module):
 
 def _float32(table: Tensor) -> Tensor:
     return table.to(torch.promote_types(table.dtype, torch.float32))
+
+
+def build(a: ViTArchitecture, options: Options) -> ViT:
+    """Builds a model with fresh weights."""
+    return ViT(
+        a.embed_dim,
+        a.depths[0],
+        a.num_heads[0],
+        patch_size=a.patch_size,
+        image_size=a.image_size,
+        mlp_ratio=a.mlp_ratio,
+        class_token=a.class_token,
+        distillation_token=a.distillation_token,
+        keep_distillation_token=a.keep_distillation_token,
+        absolute_position=a.absolute_position,
+        relative_position=a.relative_position,
+        layer_scale=a.layer_scale,
+        qkv_bias=a.qkv_bias,
+        pre_norm_layer=a.pre_norm_layer,
+        patch_bias=a.patch_bias,
+        activation=a.activation,
+        norm_eps=a.norm_eps,
+        drop_path_rate=options.drop_path_rate,
+        attention_memory=options.attention_memory,
+        residual_dtype=options.residual_dtype,
+        initialization=options.initialization,
+    )

@@ -21,8 +21,8 @@ def detector_maker(run: Run) -> Callable[[], Detection]:
 
     Raises: ConfigError: for settings that do not fit the student; constructing raises more.
     """
-    numbers, family = run.task.detection, run.student_architecture().family
-    if numbers.sequential_stages and family != "swinv2":
+    numbers = run.task.detection
+    if numbers.sequential_stages and not run.student_architecture().has_sequential_stages:
         raise ConfigError(
             f"task.detection.sequential_stages: {run.student.model} has no such stages; got "
             f"{numbers.sequential_stages}, expected 0. Leave it out."

@@ -152,7 +152,7 @@ class DetectionJob(Job):
         A detector norms each stage's map for itself, and has no tokens but patches.
         """
         architecture = self.run.student_architecture()
-        if architecture.family != "vit":
+        if not architecture.resizes_positions:
             architecture = trained_at(self.run)
         absent = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
         return StoredStudent(architecture, absent, IMAGENET)

@@ -130,7 +130,7 @@ class DistillationJob(Job):
             node_size=node_size,
             persistence_threshold=persistence_threshold,
             weights=weights,
-            whole_first=self.run.teacher_architecture().family in ("timm", "module"),
+            whole_first=self.run.teacher_architecture().whole_first,
         )
         log.info(
             "teacher: %s, %s, %.1f MB on this rank, hash %s",

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from fd_large.engine.frozen import RANDOM, Named
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES, overrides, resolve
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
-
-# A model of the table of each family that can be trained, and the recipe whose settings fit it.
-FAMILIES = {
-    "vit": ("vit_base_patch16", "finetune_clip_vit_base"),
-    "swinv2": ("swinv2_base", "finetune_esvit_swin_base"),
-    "swin": ("swin_base_esvit", "finetune_esvit_swin_base"),
-}
 
 # Fields of the section student that a user sets for models that are named; the others come with them.
 OWN_FIELDS = (
@@ -34,15 +28,17 @@ def recipe_name(named: Named) -> str:
     Raises: ConfigError: if the model cannot be trained here.
     """
     architecture = _architecture(named)
-    if architecture.family not in FAMILIES:
+    if not architecture.can_train:
         raise ConfigError(
-            f"evaluate: {named.source}: models of timm, or of one's own, are not fine-tuned; got "
-            f"{architecture.family}, expected a model of the families {', '.join(FAMILIES)}. Set "
-            "--task knn or linear."
+            f"evaluate: {named.source}: this family's models are not fine-tuned; got "
+            f"{architecture.family}, expected a model of "
+            f"{', '.join(n for n, family in FAMILIES.items() if family.can_train)}. Set --task knn "
+            "or linear."
         )
-    if architecture.family == "vit" and architecture.embed_dim >= 1024:
-        return "finetune_clip_vit_large"
-    return FAMILIES[architecture.family][1]
+    if architecture.is_hierarchical:
+        return "finetune_esvit_swin_base"
+    large = architecture.embed_dim >= 1024
+    return "finetune_clip_vit_large" if large else "finetune_clip_vit_base"
 
 
 def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
@@ -56,24 +52,18 @@ def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
         own_fields: Of `OWN_FIELDS`, those in which its student's values stay as well; else a run's
             student is trained as the run trained it.
     """
-    architecture = _architecture(named)
-    own = {
-        "image_size": named.image_size if architecture.family == "vit" else None,
-        "relative_position": "block" if architecture.relative_position == "shared" else None,
-        "shared_position_bias": False if architecture.shared_position_bias else None,
-    }
-    architecture = replace(architecture, **{k: v for k, v in own.items() if v is not None})
+    architecture = _architecture(named).with_own_position_biases()
+    if architecture.resizes_positions:
+        architecture = architecture.at(named.image_size)
     started = named.trained_by.student if named.trained_by else Student(model="swinv2_tiny")
     model = started.model if named.trained_by else named.section.model
     if model not in ARCHITECTURES:
-        model = FAMILIES[architecture.family][0]
-    table, whole = resolve(model), asdict(architecture)
-    differs = {k: v for k, v in whole.items() if v != getattr(table, k)}
+        model = architecture.example
     is_random = named.section.source == RANDOM
     student = replace(
         started,
         model=model,
-        architecture=Architecture(**differs),
+        architecture=overrides(architecture, resolve(model)),
         init="" if is_random else named.section.source,
         init_allow=() if is_random else named.section.allow,
         **{name: getattr(base.student, name) for name in {"drop_path_rate", *own_fields}},
@@ -89,5 +79,5 @@ def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
     )
 
 
-def _architecture(named: Named) -> Architecture:
+def _architecture(named: Named) -> FamilyArchitecture:
     return resolve(named.section.model, named.section.architecture)

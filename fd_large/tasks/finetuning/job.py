@@ -59,9 +59,9 @@ class FineTuningJob(Job):
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """The student's from `student.init`, shared position biases copied to every block."""
         run = self.run
-        is_vit = run.student_architecture().family == "vit"
+        keeps_norm = run.student_architecture().is_hierarchical
         return student_weights(
-            run.student, image_size=run.data.image_size, without=DISCARDED if is_vit else ()
+            run.student, image_size=run.data.image_size, without=() if keeps_norm else DISCARDED
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
@@ -125,7 +125,7 @@ class FineTuningJob(Job):
         checkpoints have no final norm.
         """
         architecture = trained_at(self.run)
-        absent = {"norm.weight": 1.0, "norm.bias": 0.0} if architecture.family == "vit" else {}
+        absent = {} if architecture.is_hierarchical else {"norm.weight": 1.0, "norm.bias": 0.0}
         return StoredStudent(architecture, absent, self.statistics())
 
     def statistics(self) -> Statistics:

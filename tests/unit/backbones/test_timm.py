@@ -7,7 +7,7 @@ import timm
 import torch
 
 from fd_large.backbones.registry import build
-from fd_large.backbones.timm.adapter import TimmBackbone
+from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.recipes.architectures import Architecture, resolve
 

@@ -68,7 +68,7 @@ def test_words_are_sorted():
         ([TINY, TINY], "evaluate: a model twice"),
         (
             ["timm:resnet18=random", "--task", "finetune"],
-            "models of timm, or of one's own, are not fine-tuned",
+            "not fine-tuned; got timm",
         ),
         ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], "not one of fine-tuning"),
         ([TINY, "--task", "finetune", "--pool=cls"], "--pool: not read by this task"),

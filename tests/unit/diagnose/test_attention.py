@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.backbones.timm.adapter import TimmBackbone
+from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.backbones.vit.vit import ViT
 from fd_large.diagnose.attention import maps_to
 from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
@@ -99,7 +99,7 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, tuple[
 
     make, size = NETS[name]
     if make.args and make.args[0] in SMALL:
-        monkeypatch.setattr("fd_large.backbones.timm.adapter.create", create)
+        monkeypatch.setattr("fd_large.backbones.timm.timm_backbone.create", create)
     torch.manual_seed(0)
     net = make().eval()
     with torch.no_grad():

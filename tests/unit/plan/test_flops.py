@@ -51,13 +51,13 @@ def test_every_registered_net_as_torch_counts_it(name):
     with torch.device("meta"):
         net = build(name)
     a = resolve(name)
-    size = a.image_size or 224
+    size = getattr(a, "image_size", 224)
     images = torch.empty(3, 3, size, size, device="meta")
     maps = []
-    with torch.set_grad_enabled(a.family != "timm"):
+    with torch.set_grad_enabled(a.can_train):
         there = counted(lambda: maps.append(net(images).tokens))
     assert flops.forward(a, batch=3) == pytest.approx(there, rel=1e-3)
-    if a.family != "timm":
+    if a.can_train:
         backward = counted(lambda: maps[0].sum().backward())
         here = sum(product.backward(3) for product in flops.products(a))
         assert here == pytest.approx(backward, rel=1e-3)
@@ -66,7 +66,7 @@ def test_every_registered_net_as_torch_counts_it(name):
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet50"])
 def test_listed_nets_of_timm_at_another_size(name):
     torch = pytest.importorskip("torch")
-    from fd_large.backbones.timm.adapter import TimmBackbone
+    from fd_large.backbones.timm.timm_backbone import TimmBackbone
     from fd_large.plan.parameters import TIMM
 
     stride = next(stride for listed, stride in TIMM if listed == name)
@@ -77,7 +77,7 @@ def test_listed_nets_of_timm_at_another_size(name):
     assert counts.parameters == sum(p.numel() for p in net.parameters())
     with torch.no_grad():
         there = counted(lambda: net(torch.empty(2, 3, 96, 96, device="meta")))
-    a = Architecture(family="timm", timm_name=name, feature_stride=stride)
+    a = resolve("timm", Architecture(timm_name=name, feature_stride=stride))
     assert flops.forward(a, image_size=96, batch=2) == there
 
 

@@ -1,21 +1,44 @@
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import pytest
 
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import ARCHITECTURES, FIELDS, Architecture, resolve
+from fd_large.recipes.architectures import (
+    ARCHITECTURES,
+    FAMILIES,
+    Architecture,
+    field_names,
+    overrides,
+    resolve,
+    whole,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_section_has_every_field_of_a_family(family):
+    known = {f.name: f.default for f in fields(Architecture)}
+    assert all(known[name] is None for name in ("family", *field_names(family)))
+    for name in field_names(family):
+        assert f"\n    {name}: " in Architecture.__doc__
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_field_of_the_family_is_set(name):
-    architecture = resolve(name)
-    for field in FIELDS[architecture.family]:
-        assert getattr(architecture, field) is not None, field
-    for field in set(Architecture.__dataclass_fields__) - FIELDS[architecture.family]:
-        assert getattr(architecture, field) is None, field
+def test_a_model_is_told_whole_by_its_own_values(name):
+    named = resolve(name)
+    assert named == ARCHITECTURES[name] == whole(named.values())
+    assert overrides(named, named) == Architecture()
+    assert resolve(named.family, overrides(named)) == named
+    assert named.example in ARCHITECTURES
+
+
+def test_a_section_travels_between_ranks():
+    section = Architecture(depths=(2, 2))
+    assert pickle.loads(pickle.dumps(section)) == section
 
 
 def test_overrides_replace_single_fields():
@@ -30,30 +53,48 @@ def test_fewer_stages_need_fewer_heads():
     assert a.pretrained_window_sizes == (0, 0)
 
 
-def test_unknown_name_gives_the_nearest():
-    with pytest.raises(ConfigError, match="nearest: swinv2_giant"):
-        resolve("swinv2_gaint")
-
-
 @pytest.mark.parametrize(
-    ("name", "override", "match"),
+    ("name", "given", "field"),
     [
-        ("swinv2_base", Architecture(layer_scale=0.1), "swinv2 model without that option"),
-        ("vit_base_patch16", Architecture(window_size=7), "vit model without that option"),
-        ("vit_base_patch16", Architecture(family="swin"), "family"),
-        ("vit_base_patch16", Architecture(depths=(6, 6)), "one number for a ViT"),
-        ("swinv2_base", Architecture(embed_dim=98), "divisors of width 98"),
+        ("swinv2_base", Architecture(layer_scale=0.1), "layer_scale"),
+        ("swinv2_base", Architecture(embed_dim=98), "num_heads"),
         ("swinv2_base", Architecture(qkv_bias="fused"), "qkv_bias"),
-        ("swinv2_base", Architecture(pretrained_window_sizes=(12,)), "4 numbers"),
-        ("swinv2_base", Architecture(window_size=0), "positive whole number"),
-        ("swinv2_base", Architecture(timm_name="resnet50"), "swinv2 model without that option"),
-        ("timm", Architecture(embed_dim=8), "timm model without that option"),
+        ("swinv2_base", Architecture(pretrained_window_sizes=(12,)), "pretrained_window_sizes"),
+        ("swinv2_base", Architecture(window_size=0), "window_size"),
+        ("swinv2_base", Architecture(timm_name="resnet50"), "timm_name"),
+        ("swin_base_esvit", Architecture(qkv_bias="qv"), "qkv_bias"),
+        ("vit_base_patch16", Architecture(window_size=7), "window_size"),
+        ("vit_base_patch16", Architecture(family="swin"), "family"),
+        ("vit_base_patch16", Architecture(depths=(6, 6)), "depths"),
+        ("timm", Architecture(embed_dim=8), "embed_dim"),
         ("timm", Architecture(feature_stride=0), "feature_stride"),
+        ("module", Architecture(function="no_colon"), "function"),
     ],
 )
-def test_misfits_are_named(name, override, match):
-    with pytest.raises(ConfigError, match=match):
-        resolve(name, override)
+def test_misfits_name_the_field(name, given, field):
+    with pytest.raises(ConfigError, match=rf"architecture\.{field}"):
+        resolve(name, given)
+
+
+def test_unknown_names_and_families_give_the_nearest():
+    with pytest.raises(ConfigError, match="nearest: swinv2_giant"):
+        resolve("swinv2_gaint")
+    with pytest.raises(ConfigError, match="nearest: swinv2"):
+        whole({**resolve("swinv2_tiny").values(), "family": "swinv3"})
+
+
+def test_a_family_alone_asks_for_every_field():
+    with pytest.raises(ConfigError, match="window_size"):
+        resolve("swin", Architecture(embed_dim=8))
+
+
+def test_the_size_of_the_images_reaches_only_what_depends_on_it():
+    swinv2 = resolve("swinv2_tiny")
+    assert resolve("vit_base_patch16").at(64).image_size == 64
+    assert swinv2.at(64).image_size == 64
+    fixed = replace(swinv2, absolute_position=True)
+    assert (fixed.at(64), fixed.fixed_image_size, swinv2.fixed_image_size) == (fixed, 224, 0)
+    assert resolve("swin_base_esvit").at(64).image_size == 224
 
 
 def test_no_torch_is_imported():

@@ -128,9 +128,7 @@ def test_a_run_refuses_an_unknown_net_with_the_nearest():
 
 def test_a_net_of_timm_teaches_and_does_not_learn():
     assert a_run(teacher=Teacher(model="timm")).teacher_architecture().timm_name == "resnet50"
-    with pytest.raises(
-        ConfigError, match=r"^student\.model: models of timm.* only teach; got timm"
-    ):
+    with pytest.raises(ConfigError, match=r"^student\.model: .* got timm"):
         a_run(student=Student(model="timm"))
 
 

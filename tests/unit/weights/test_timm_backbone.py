@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fd_large.backbones.registry import build
-from fd_large.backbones.timm.adapter import create
+from fd_large.backbones.timm.timm_backbone import create
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
@@ -132,7 +132,7 @@ def test_differences_that_the_user_allows(tmp_path):
 
 
 def build_resnet(stride):
-    from fd_large.backbones.timm.adapter import TimmBackbone
+    from fd_large.backbones.timm.timm_backbone import TimmBackbone
 
     return TimmBackbone("resnet18", stride=stride)
 

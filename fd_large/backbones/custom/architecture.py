@@ -1,0 +1,31 @@
+"""Models of the user's own, as teachers: a function returns the module, weights and all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fd_large.recipes.family import FamilyArchitecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomArchitecture(FamilyArchitecture):
+    """A model that a function of the user's own returns.
+
+    Attributes:
+        function: package.file:function, which returns the model, weights and all.
+    """
+
+    function: str
+
+    family: ClassVar[str] = "module"
+    can_train: ClassVar[bool] = False
+    whole_first: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+        module, colon, function = self.function.partition(":")
+        self.require(bool(module and colon and function), "function", "package.file:function")

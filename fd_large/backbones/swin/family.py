@@ -1,0 +1,7 @@
+"""Swin Transformer, first version, as the package sees it."""
+
+from fd_large.backbones.family import Family
+from fd_large.backbones.swin.architecture import SwinArchitecture
+from fd_large.backbones.swin.swin import build
+
+SWIN = Family(architecture=SwinArchitecture, build=build)

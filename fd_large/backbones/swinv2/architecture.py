@@ -1,0 +1,121 @@
+"""Swin Transformer V2: the fields of a model, and the models that have a name.
+
+Windows of the named models follow the image size that each is meant for: 14 at 224 px (tiny to
+large) and 12 at 192 px (1b, huge, giant), so that stages 3 and 4 are one window each. A recipe that
+trains at another size sets `window_size`.
+
+Sources: Liu et al., arXiv 2111.09883 (widths of tiny to large, huge, giant); its code repository
+for the rest of tiny to large. Heads of huge and giant are not published: a head width of 32
+continues the rule of the smaller models. The width 448 of the model of 1.06B parameters is inferred from the
+parameter count of the public "giant" weights of the SimMIM scaling study.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from fd_large.recipes.family import WindowedTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinV2Architecture(WindowedTransformer):
+    """A SwinV2 model.
+
+    Attributes:
+        pretrained_window_sizes: Window of each stage in pre-training, by which the coordinates of
+            the position bias are scaled; 0 is the present window.
+        extra_norm_every: A LayerNorm on the main path follows every k-th block of a stage; 0 turns
+            it off.
+        shared_position_bias: Whether the blocks of a stage share one position-bias MLP instead of
+            having one each.
+    """
+
+    pretrained_window_sizes: tuple[int, ...]
+    extra_norm_every: int
+    shared_position_bias: bool
+
+    family: ClassVar[str] = "swinv2"
+    example: ClassVar[str] = "swinv2_base"
+    has_sequential_stages: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+        super().check()
+        stages = len(self.depths)
+        self.require(
+            len(self.pretrained_window_sizes) == stages,
+            "pretrained_window_sizes",
+            f"{stages} numbers",
+        )
+        self.require(self.qkv_bias in ("none", "qv"), "qkv_bias", "'qv' or 'none'")
+        self.require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")
+
+    def at(self, image_size: int) -> Self:
+        """Returns the same model for images of that side; absolute positions stay as they are."""
+        return self if self.absolute_position else replace(self, image_size=image_size)
+
+    def overridden(self, given: dict[str, Any]) -> Self:
+        """Returns the model with other values of some fields.
+
+        Another number of stages comes with as many windows of pre-training, all 0.
+
+        Raises: ConfigError: if they do not fit the rest.
+        """
+        if "depths" in given:
+            given = {"pretrained_window_sizes": (0,) * len(given["depths"]), **given}
+        return replace(self, **given)
+
+    def with_own_position_biases(self) -> Self:
+        """Returns the model with a position-bias MLP in every block."""
+        return replace(self, shared_position_bias=False)
+
+    @property
+    def has_extra_norms(self) -> bool:
+        """Whether any block ends with a norm on the main path."""
+        return 0 < self.extra_norm_every <= max(self.depths)
+
+
+def _swinv2(
+    embed_dim: int,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    *,
+    window_size: int,
+    image_size: int,
+    extra_norm_every: int = 0,
+) -> SwinV2Architecture:
+    return SwinV2Architecture(
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=num_heads,
+        window_size=window_size,
+        patch_size=4,
+        image_size=image_size,
+        mlp_ratio=4.0,
+        qkv_bias="qv",
+        patch_norm=True,
+        absolute_position=False,
+        norm_eps=1e-5,
+        pretrained_window_sizes=(0,) * len(depths),
+        extra_norm_every=extra_norm_every,
+        shared_position_bias=False,
+    )
+
+
+_SMALL = (2, 2, 18, 2)
+_AT_224 = {"window_size": 14, "image_size": 224}
+_AT_192 = {"window_size": 12, "image_size": 192}
+
+MODELS = {
+    "swinv2_tiny": _swinv2(96, (2, 2, 6, 2), (3, 6, 12, 24), **_AT_224),
+    "swinv2_small": _swinv2(96, _SMALL, (3, 6, 12, 24), **_AT_224),
+    "swinv2_base": _swinv2(128, _SMALL, (4, 8, 16, 32), **_AT_224),
+    "swinv2_large": _swinv2(192, _SMALL, (6, 12, 24, 48), **_AT_224),
+    "swinv2_1b": _swinv2(448, _SMALL, (14, 28, 56, 112), **_AT_192),
+    "swinv2_huge": _swinv2(352, _SMALL, (11, 22, 44, 88), extra_norm_every=6, **_AT_192),
+    "swinv2_giant": _swinv2(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_every=6, **_AT_192),
+}

@@ -1,0 +1,7 @@
+"""SwinV2, as the package sees it."""
+
+from fd_large.backbones.family import Family
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.swinv2.swinv2 import build
+
+SWINV2 = Family(architecture=SwinV2Architecture, build=build)

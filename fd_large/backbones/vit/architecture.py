@@ -1,0 +1,107 @@
+"""Vision transformers: the fields of a model, and the models that have a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+from fd_large.recipes.family import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTArchitecture(Transformer):
+    """A vision transformer.
+
+    Attributes:
+        patch_bias: Whether the patch embedding has a bias.
+        class_token: Whether a CLS token stands before the patches.
+        distillation_token: Whether a second prefix token follows CLS (DeiT).
+        keep_distillation_token: Whether the distillation token stays in the feature map.
+        relative_position: Table of relative positions: none, one for all blocks ("shared"), or one
+            in each ("block").
+        layer_scale: Initial factor of the residual branches, one per channel; 0 is no such factor.
+        activation: "gelu" is the exact one; "quick_gelu" is x sigmoid(1.702 x), OpenAI CLIP's.
+        pre_norm_layer: Whether a LayerNorm stands before the first block (CLIP).
+    """
+
+    patch_bias: bool
+    class_token: bool
+    distillation_token: bool
+    keep_distillation_token: bool
+    relative_position: Literal["none", "shared", "block"]
+    layer_scale: float
+    activation: Literal["gelu", "quick_gelu"]
+    pre_norm_layer: bool
+
+    family: ClassVar[str] = "vit"
+    example: ClassVar[str] = "vit_base_patch16"
+    resizes_positions: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+        self.require(len(self.depths) == 1, "depths", "one number for a ViT")
+        super().check()
+        self.require(self.layer_scale >= 0, "layer_scale", "0 (none) or more")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of the feature map that stand for no place of the image."""
+        kept = self.distillation_token and self.keep_distillation_token
+        return int(self.class_token) + int(kept)
+
+    @property
+    def fixed_image_size(self) -> int:
+        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        has_positions = self.absolute_position or self.relative_position != "none"
+        return self.image_size if has_positions else 0
+
+    def at(self, image_size: int) -> Self:
+        """Returns the same model with position tables for images of that side."""
+        return replace(self, image_size=image_size)
+
+    def with_own_position_biases(self) -> Self:
+        """Returns the model with a table of relative positions in every block."""
+        shared = self.relative_position == "shared"
+        return replace(self, relative_position="block") if shared else self
+
+
+_BASE = ViTArchitecture(
+    embed_dim=768,
+    depths=(12,),
+    num_heads=(12,),
+    patch_size=16,
+    image_size=224,
+    mlp_ratio=4.0,
+    qkv_bias="fused",
+    patch_bias=True,
+    absolute_position=True,
+    class_token=True,
+    distillation_token=False,
+    keep_distillation_token=False,
+    relative_position="none",
+    layer_scale=0.0,
+    norm_eps=1e-6,
+    activation="gelu",
+    pre_norm_layer=False,
+)
+# Students of the paper: relative positions in one table for all blocks and none absolute.
+_STUDENT = replace(
+    _BASE, qkv_bias="qv", absolute_position=False, relative_position="shared", layer_scale=0.1
+)
+_CLIP = replace(
+    _BASE, patch_bias=False, norm_eps=1e-5, activation="quick_gelu", pre_norm_layer=True
+)
+_LARGE_14 = {"embed_dim": 1024, "depths": (24,), "num_heads": (16,), "patch_size": 14}
+
+MODELS = {
+    "vit_base_patch16": _STUDENT,
+    "vit_large_patch14": replace(_STUDENT, **_LARGE_14),
+    "clip_vit_base_patch16": _CLIP,
+    "clip_vit_large_patch14": replace(_CLIP, **_LARGE_14),
+    "dino_vit_base_patch16": _BASE,
+    "deit_vit_base_patch16": _BASE,
+    "deit_distilled_vit_base_patch16": replace(_BASE, distillation_token=True),
+}

@@ -1,0 +1,7 @@
+"""Vision transformers, as the package sees them."""
+
+from fd_large.backbones.family import Family
+from fd_large.backbones.vit.architecture import ViTArchitecture
+from fd_large.backbones.vit.vit import build
+
+VIT = Family(architecture=ViTArchitecture, build=build)

@@ -1,0 +1,175 @@
+"""What a family of backbones says of its models before any is built; no torch.
+
+Each family declares its fields once, in a dataclass of `backbones/NAME/architecture.py` that
+derives from `FamilyArchitecture`. What the rest of the package needs to know of a family it reads
+from the class attributes and methods here, never from the family's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from fd_large.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyArchitecture:
+    """A model of one family, every field set; checked when it is made.
+
+    A subclass is a frozen dataclass whose docstring describes its fields under "Attributes:". A
+    field that several families have is of one type and means one thing.
+    """
+
+    family: ClassVar[str]
+    """The family's name in recipes and files."""
+    example: ClassVar[str]
+    """The named model that stands for the family where a recipe has to name one."""
+    can_train: ClassVar[bool] = True
+    """Whether a model can be a student; the others only teach."""
+    whole_first: ClassVar[bool] = False
+    """Whether the module is built whole on every rank and split afterwards, because constructors
+    write to the parameters of their children."""
+    resizes_positions: ClassVar[bool] = False
+    """Whether position tables are made for the size of the images, and resized when weights are
+    loaded; otherwise they stay as `image_size` says."""
+    is_hierarchical: ClassVar[bool] = False
+    """Whether the model has several stages, each at half the resolution of the one before."""
+    can_pad: ClassVar[bool] = False
+    """Whether image sizes that do not fit can be padded (`student.size_rule`)."""
+    has_sequential_stages: ClassVar[bool] = False
+    """Whether the first stages can attend to a few windows at a time."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+
+    def require(self, ok: bool, field: str, expected: str) -> None:
+        """Raises ConfigError for a field unless ok."""
+        if not ok:
+            raise ConfigError(
+                f"architecture.{field}: invalid for a {self.family} model; got "
+                f"{getattr(self, field)!r}, expected {expected}. Change --student.architecture or "
+                "--teacher.architecture."
+            )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of the feature map that stand for no place of the image."""
+        return 0
+
+    @property
+    def fixed_image_size(self) -> int:
+        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        return 0
+
+    def at(self, image_size: int) -> Self:
+        """Returns the same model for images of that side in pixels.
+
+        A model whose tensors are made for its own `image_size`, whatever the images have, is
+        returned as it is.
+        """
+        return self
+
+    def overridden(self, given: dict[str, Any]) -> Self:
+        """Returns the model with other values of some fields.
+
+        Raises: ConfigError: if they do not fit the rest.
+        """
+        return replace(self, **given)
+
+    def with_own_position_biases(self) -> Self:
+        """Returns the model with a position bias in every block where blocks share one."""
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """Returns the family's name and every field."""
+        return {"family": self.family, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer(FamilyArchitecture):
+    """Fields that vision transformers share.
+
+    Attributes:
+        embed_dim: Channels after the patch embedding; Swin models double them at every merging.
+        depths: Number of blocks in each stage; a ViT has one stage.
+        num_heads: Number of attention heads in each stage.
+        patch_size: Side of a patch in pixels.
+        image_size: Side in pixels of the images that position tables are made for; models without
+            such tables take any size.
+        mlp_ratio: Hidden width of the MLP as a multiple of the width.
+        qkv_bias: Which of query, key and value have a bias of their own; "fused" is one vector for
+            the three.
+        absolute_position: Whether a learned position embedding is added to the tokens.
+        norm_eps: Number added to the variance in LayerNorm.
+    """
+
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    patch_size: int
+    image_size: int
+    mlp_ratio: float
+    qkv_bias: Literal["none", "qv", "qkv", "fused"]
+    absolute_position: bool
+    norm_eps: float
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature map."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+        stages = len(self.depths)
+        self.require(
+            stages >= 1 and min(self.depths) >= 1, "depths", "one or more blocks in each stage"
+        )
+        self.require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers, as depths has")
+        for field in ("embed_dim", "patch_size", "image_size"):
+            self.require(getattr(self, field) >= 1, field, "a positive whole number")
+        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
+        self.require(self.norm_eps > 0, "norm_eps", "a positive number")
+        for stage, heads in enumerate(self.num_heads):
+            width = self.embed_dim * 2**stage
+            self.require(
+                heads >= 1 and width % heads == 0, "num_heads", f"divisors of width {width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedTransformer(Transformer):
+    """Fields that the Swin models share.
+
+    Attributes:
+        window_size: Side of an attention window in tokens; maps that are smaller are one window.
+        patch_norm: Whether a LayerNorm follows the patch embedding.
+    """
+
+    window_size: int
+    patch_norm: bool
+
+    is_hierarchical: ClassVar[bool] = True
+    can_pad: ClassVar[bool] = True
+
+    @property
+    def fixed_image_size(self) -> int:
+        """Side in pixels of the only images that the model takes; 0: any size that fits."""
+        return self.image_size if self.absolute_position else 0
+
+    def check(self) -> None:
+        """Refuses values that no model can have.
+
+        Raises: ConfigError: naming the field.
+        """
+        super().check()
+        self.require(self.window_size >= 1, "window_size", "a positive whole number")
