@@ -64,8 +64,8 @@ def loss(width: int, dtype: torch.dtype, rows: int = 4608) -> None:
 
     student = _meta(2, rows // 2, width, dtype=dtype)
     teacher = _meta(2, rows // 2, width, dtype=BFLOAT16)
-    kernels.whitened_loss_forward(student, teacher, 2.0, 1e-5)
-    kernels.whitened_loss_backward(_meta(), student, teacher, _meta(rows), _meta(rows), 2.0)
+    kernels.forward(student, teacher, 2.0, 1e-5)
+    kernels.backward(_meta(), student, teacher, _meta(rows), _meta(rows), 2.0)
 
 
 def attention(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.kernels import choose
+from fd_large.kernels.operation import operation
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -77,32 +78,18 @@ def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
 choose.register("linear_gelu", untested)
 
 
-@torch.library.custom_op("fd_large::bias_gelu", mutates_args=())
-def _bias_gelu(product: Tensor, bias: Tensor, quick: bool) -> Tensor:
-    """Returns the activation of product + bias; contiguous."""
-    from fd_large.kernels import linear_gelu_triton
-
-    return linear_gelu_triton.forward(product, bias, quick)
-
-
-@_bias_gelu.register_fake
-def _(product, bias, quick):
-    return torch.empty_like(product)
-
-
-@torch.library.custom_op("fd_large::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward(
-    dout: Tensor, product: Tensor, bias: Tensor, quick: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the product and of the bias."""
-    from fd_large.kernels import linear_gelu_triton
-
-    return linear_gelu_triton.backward(dout, product, bias, quick)
-
-
-@_bias_gelu_backward.register_fake
-def _(dout, product, bias, quick):
-    return torch.empty_like(product), torch.empty_like(bias)
+# The activation of product + bias.
+_bias_gelu = operation(
+    "bias_gelu(Tensor product, Tensor bias, bool quick) -> Tensor",
+    "linear_gelu_triton.forward",
+    empty=lambda product, bias, quick: torch.empty_like(product),
+)
+# The gradients of the product and of the bias.
+operation(
+    "bias_gelu_backward(Tensor dout, Tensor product, Tensor bias, bool quick) -> (Tensor, Tensor)",
+    "linear_gelu_triton.backward",
+    empty=lambda dout, product, bias, quick: (torch.empty_like(product), torch.empty_like(bias)),
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

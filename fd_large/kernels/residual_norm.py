@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
+from fd_large.kernels.operation import contiguous, operation
 
 
 def layer_norm(
@@ -166,7 +167,7 @@ def _launch(
         branch.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
-        _contiguous(branch_bias),
+        contiguous(branch_bias),
         _factors(scale),
         eps,
         dtype,
@@ -211,7 +212,7 @@ def add_norm(
         y, normed, _, _ = torch.ops.fd_large.add_norm(
             x.contiguous(),
             branch.contiguous(),
-            _contiguous(gamma),
+            contiguous(gamma),
             _factors(scale),
             weight.contiguous(),
             bias.contiguous(),
@@ -233,7 +234,7 @@ def add_branch(
     """
     _check("add_branch", x, branch, scale, gamma=gamma)
     if _add_choice(x, branch, gamma, x.dtype, None) == "triton":
-        vectors = _contiguous(gamma), _factors(scale), None, None
+        vectors = contiguous(gamma), _factors(scale), None, None
         return torch.ops.fd_large.add_norm(
             x.contiguous(), branch.contiguous(), *vectors, 0.0, x.dtype
         )[0]
@@ -360,67 +361,38 @@ def _add_choice(
     )
 
 
-# The operations: contiguous tensors in, contiguous tensors out. A result that was not asked for has
-# no elements, because an operation's results cannot be None. The backward of a sum is one too, so
-# that torch.compile and the meta device see every tensor that is read or written.
-
-
-@torch.library.custom_op("fd_large::residual_norm", mutates_args=())
-def _residual_norm(
-    x: Tensor | None,
-    branch: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    branch_bias: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    copy: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x + scale * norm(branch + branch_bias) in `dtype`, in `copy`, and rows' statistics.
-
-    These are mean and 1/deviation. Without x and scale it is LayerNorm.
-    """
-    from fd_large.kernels import residual_norm_triton
-
-    return residual_norm_triton.residual_norm_forward(
-        x, branch, weight, bias, branch_bias, scale, eps, dtype, copy
-    )
-
-
-@_residual_norm.register_fake
-def _(x, branch, weight, bias, branch_bias, scale, eps, dtype, copy):
+def _empty_residual_norm(x, branch, weight, bias, branch_bias, scale, eps, dtype, copy):
     y = torch.empty_like(branch, dtype=dtype)
     narrow = branch.new_empty(0) if copy is None else torch.empty_like(branch, dtype=copy)
     return y, narrow, *_statistics(branch)
 
 
-@torch.library.custom_op("fd_large::residual_norm_backward", mutates_args=())
-def _residual_norm_backward(
-    dy: Tensor | None,
-    dcopy: Tensor | None,
-    branch: Tensor,
-    weight: Tensor,
-    branch_bias: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dx: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias."""
-    from fd_large.kernels import residual_norm_triton
-
-    return residual_norm_triton.residual_norm_backward(
-        dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx
-    )
+# x + scale * norm(branch + branch_bias) in `dtype` and in `copy`, and the rows' mean and
+# 1/deviation. Without x and scale it is LayerNorm.
+_residual_norm = operation(
+    "residual_norm(Tensor? x, Tensor branch, Tensor weight, Tensor bias, Tensor? branch_bias,"
+    " Tensor? scale, float eps, ScalarType dtype, ScalarType? copy)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_norm_triton.residual_norm_forward",
+    empty=_empty_residual_norm,
+)
 
 
-@_residual_norm_backward.register_fake
-def _(dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx):
+def _empty_residual_norm_backward(dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, dx):
     total = branch.new_empty(0) if dx is None else torch.empty_like(branch, dtype=dx)
     vectors = (torch.empty_like(weight) for _ in range(2))
     last = branch.new_empty(0) if branch_bias is None else torch.empty_like(branch_bias)
     return total, torch.empty_like(branch), *vectors, last
+
+
+# dy + dcopy in `dx`, and the gradients of branch, weight, bias and branch_bias.
+operation(
+    "residual_norm_backward(Tensor? dy, Tensor? dcopy, Tensor branch, Tensor weight,"
+    " Tensor? branch_bias, Tensor? scale, Tensor mean, Tensor rstd, ScalarType? dx)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "residual_norm_triton.residual_norm_backward",
+    empty=_empty_residual_norm_backward,
+)
 
 
 def _residual_norm_setup(ctx, inputs, output):
@@ -437,7 +409,7 @@ def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
     if dy is None and dcopy is None:
         return (None,) * 9
     branch, weight, branch_bias, scale, mean, rstd = ctx.saved_tensors
-    dy, dcopy = _contiguous(dy), _contiguous(dcopy)
+    dy, dcopy = contiguous(dy), contiguous(dcopy)
     # The gradient of a sum is that of its terms: only where two come together is it written.
     summed = dcopy is not None and ctx.stream is not None
     total, dbranch, dweight, dbias, dlast = torch.ops.fd_large.residual_norm_backward(
@@ -468,60 +440,24 @@ class _Twice(torch.autograd.Function):
     backward = staticmethod(_residual_norm_gradients)
 
 
-@torch.library.custom_op("fd_large::add_norm", mutates_args=())
-def _add_norm(
-    x: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation.
-
-    Without weight and bias it is the sum alone.
-    """
-    from fd_large.kernels import residual_norm_triton
-
-    return residual_norm_triton.add_norm_forward(x, branch, gamma, scale, weight, bias, eps, dtype)
-
-
-@_add_norm.register_fake
-def _(x, branch, gamma, scale, weight, bias, eps, dtype):
+def _empty_add_norm(x, branch, gamma, scale, weight, bias, eps, dtype):
     if weight is None:
         nothing = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
         return torch.empty_like(x), x.new_empty(0), *nothing
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype), *_statistics(x)
 
 
-@torch.library.custom_op("fd_large::add_norm_backward", mutates_args=())
-def _add_norm_backward(
-    dy: Tensor | None,
-    dnormed: Tensor | None,
-    y: Tensor | None,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x (where not dy itself), branch, gamma, weight and bias.
-
-    y goes with dnormed, branch with gamma; `dtype` is that of branch.
-    """
-    from fd_large.kernels import residual_norm_triton
-
-    return residual_norm_triton.add_norm_backward(
-        dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype
-    )
+# x + scale * gamma * branch, its norm in `dtype`, the rows' mean and 1/deviation. Without weight
+# and bias it is the sum alone.
+_add_norm = operation(
+    "add_norm(Tensor x, Tensor branch, Tensor? gamma, Tensor? scale, Tensor? weight, Tensor? bias,"
+    " float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_norm_triton.add_norm_forward",
+    empty=_empty_add_norm,
+)
 
 
-@_add_norm_backward.register_fake
-def _(dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype):
+def _empty_add_norm_backward(dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype):
     like = dy if dnormed is None else dnormed
     vectors = (gamma, *(None if dnormed is None else weight for _ in range(2)))
     return (
@@ -529,6 +465,17 @@ def _(dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, dtype):
         torch.empty_like(like, dtype=dtype),
         *(mean.new_empty(0) if vector is None else torch.empty_like(vector) for vector in vectors),
     )
+
+
+# The gradients of x (where it is not dy itself), branch, gamma, weight and bias. y goes with
+# dnormed, branch with gamma; `dtype` is that of branch.
+operation(
+    "add_norm_backward(Tensor? dy, Tensor? dnormed, Tensor? y, Tensor? branch, Tensor? gamma,"
+    " Tensor? scale, Tensor? weight, Tensor mean, Tensor rstd, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "residual_norm_triton.add_norm_backward",
+    empty=_empty_add_norm_backward,
+)
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -552,7 +499,7 @@ def _add_norm_gradients(ctx, dy, dnormed, _mean, _rstd):
     if dy is None and dnormed is None:
         return (None,) * 8
     y, branch, gamma, scale, weight, mean, rstd = ctx.saved_tensors
-    dy, dnormed = _contiguous(dy), _contiguous(dnormed)
+    dy, dnormed = contiguous(dy), contiguous(dnormed)
     dx, dbranch, dgamma, dweight, dbias = torch.ops.fd_large.add_norm_backward(
         dy, dnormed, y, branch, gamma, scale, weight, mean, rstd, ctx.branch
     )
@@ -567,7 +514,3 @@ _add_norm.register_autograd(_add_norm_gradients, setup_context=_add_norm_setup)
 def _statistics(rows: Tensor) -> list[Tensor]:
     count = rows.numel() // rows.shape[-1]
     return [rows.new_empty(count, dtype=torch.float32) for _ in range(2)]
-
-
-def _contiguous(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()

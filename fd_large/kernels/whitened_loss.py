@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
+from fd_large.kernels.operation import operation
 from fd_large.kernels.residual_norm import untested
 
 
@@ -85,35 +86,25 @@ def _untested(*, beta: float, **case: Any) -> str:
 choose.register("whitened_loss", _untested)
 
 
-@torch.library.custom_op("fd_large::whitened_loss", mutates_args=())
-def _whitened_loss(
-    student: Tensor, teacher: Tensor, beta: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss and the teacher's mean and 1/deviation per token; maps are contiguous."""
-    from fd_large.kernels import whitened_loss_triton
-
-    return whitened_loss_triton.whitened_loss_forward(student, teacher, beta, eps)
-
-
-@_whitened_loss.register_fake
-def _(student, teacher, beta, eps):
+def _empty(student, teacher, beta, eps):
     rows = student.numel() // student.shape[-1]
     return tuple(student.new_empty(shape, dtype=torch.float32) for shape in ((), rows, rows))
 
 
-@torch.library.custom_op("fd_large::whitened_loss_backward", mutates_args=())
-def _whitened_loss_backward(
-    dloss: Tensor, student: Tensor, teacher: Tensor, mean: Tensor, rstd: Tensor, beta: float
-) -> Tensor:
-    """Returns the gradient of the student's map."""
-    from fd_large.kernels import whitened_loss_triton
-
-    return whitened_loss_triton.whitened_loss_backward(dloss, student, teacher, mean, rstd, beta)
-
-
-@_whitened_loss_backward.register_fake
-def _(dloss, student, teacher, mean, rstd, beta):
-    return torch.empty_like(student)
+# The loss, and the teacher's mean and 1/deviation per token.
+_whitened_loss = operation(
+    "whitened_loss(Tensor student, Tensor teacher, float beta, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    "whitened_loss_triton.forward",
+    empty=_empty,
+)
+# The gradient of the student's map.
+operation(
+    "whitened_loss_backward(Tensor dloss, Tensor student, Tensor teacher, Tensor mean, Tensor rstd,"
+    " float beta) -> Tensor",
+    "whitened_loss_triton.backward",
+    empty=lambda dloss, student, *rest: torch.empty_like(student),
+)
 
 
 def _setup(ctx, inputs, output):

@@ -66,7 +66,7 @@ def _backward(
     tl.store(DSTUDENT + at, gradient.to(DSTUDENT.dtype.element_ty), mask=mask)
 
 
-def whitened_loss_forward(
+def forward(
     student: Tensor, teacher: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches; arguments and results as of the operation `fd_large::whitened_loss`."""
@@ -80,7 +80,7 @@ def whitened_loss_forward(
     return partial.sum() / student.numel(), mean, rstd
 
 
-def whitened_loss_backward(
+def backward(
     dloss: Tensor, student: Tensor, teacher: Tensor, mean: Tensor, rstd: Tensor, beta: float
 ) -> Tensor:
     """Launches; arguments and results as of `fd_large::whitened_loss_backward`."""
