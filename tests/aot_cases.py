@@ -82,19 +82,18 @@ def attention(
 ) -> None:
     """Launches the kernels of `window_attention.py`; shifted or padded maps have four windows."""
     from fd_large.kernels import window_attention_triton as kernels
-    from fd_large.kernels.window_attention_geometry import Geometry
 
     batch, side = 32, 2 if shift or padded else 1
     height, width = (side * n - padded for n in window)
-    geometry = Geometry(heads, head_width, height, width, window, shift, cosine, prefix)
+    numbers = (heads, height, width, *window, shift, cosine)
     channels, tokens = heads * head_width, prefix + height * width
     rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix
     qkv, out = (_meta(batch, tokens, n * channels, dtype=dtype) for n in (3, 1))
     bias = _meta(2, channels, dtype=dtype)
     tables = _meta(rows, heads) if table else None
     scale, lse = _meta(heads), _meta(heads, batch, tokens)
-    kernels.forward(qkv, bias, tables, scale, geometry)
-    kernels.backward(out, qkv, bias, tables, scale, out, lse, geometry)
+    kernels.forward(qkv, bias, tables, scale, *numbers)
+    kernels.backward(out, qkv, bias, tables, scale, out, lse, *numbers)
 
 
 def _meta(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:

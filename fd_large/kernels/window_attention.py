@@ -15,7 +15,6 @@ tiles and its backward.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
-from fd_large.kernels.window_attention_geometry import Geometry
+from fd_large.kernels.operation import contiguous, operation
 from fd_large.kernels.window_attention_reference import Memory, reference
 
 
@@ -149,7 +148,7 @@ def _attention(
         numbers = (num_heads, height, width, *window, shift, cosine)
         return torch.ops.fd_large.window_attention(
             qkv.contiguous(),
-            None if bias is None else bias.contiguous(),
+            contiguous(bias),
             None if table is None else table.float(),
             scale.float().contiguous(),
             *numbers,
@@ -227,83 +226,43 @@ def untested(
 choose.register("window_attention", untested)
 
 
-@torch.library.custom_op("fd_large::window_attention", mutates_args=())
-def _window_attention(
-    qkv: Tensor,
-    bias: Tensor | None,
-    table: Tensor | None,
-    scale: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    window_height: int,
-    window_width: int,
-    shift: int,
-    cosine: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns the attention (B, N, C) and log2 of the softmax's sums (h, B, N) float32."""
-    from fd_large.kernels import window_attention_triton
-
-    window = (window_height, window_width)
-    geometry = _geometry(qkv, num_heads, height, width, window, shift, cosine)
-    return window_attention_triton.forward(qkv, bias, table, scale, geometry)
+_NUMBERS = (
+    "SymInt num_heads, SymInt height, SymInt width, SymInt window_height, SymInt window_width,"
+    " SymInt shift, bool cosine"
+)
 
 
-@_window_attention.register_fake
-def _(qkv, bias, table, scale, num_heads, *geometry):
+def _empty(qkv, bias, table, scale, num_heads, *geometry):
     batch, tokens, channels = qkv.shape
     lse = qkv.new_empty(num_heads, batch, tokens, dtype=torch.float32)
     return qkv.new_empty(batch, tokens, channels // 3), lse
 
 
-@torch.library.custom_op("fd_large::window_attention_backward", mutates_args=())
-def _window_attention_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    table: Tensor | None,
-    scale: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    window_height: int,
-    window_width: int,
-    shift: int,
-    cosine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of qkv, bias, table and scale; the last three float32.
-
-    A gradient that does not exist has no elements; the scale of a dot product is a constant.
-    """
-    from fd_large.kernels import window_attention_triton
-
-    window = (window_height, window_width)
-    geometry = _geometry(qkv, num_heads, height, width, window, shift, cosine)
-    return window_attention_triton.backward(dout, qkv, bias, table, scale, out, lse, geometry)
+# The attention (B, N, C), and log2 of the softmax's sums (h, B, N) float32.
+_window_attention = operation(
+    f"window_attention(Tensor qkv, Tensor? bias, Tensor? table, Tensor scale, {_NUMBERS})"
+    " -> (Tensor, Tensor)",
+    "window_attention_triton.forward",
+    empty=_empty,
+)
 
 
-def _geometry(
-    qkv: Tensor,
-    num_heads: int,
-    height: int,
-    width: int,
-    window: tuple[int, int],
-    shift: int,
-    cosine: bool,
-) -> Geometry:
-    head_width, prefix = qkv.shape[2] // (3 * num_heads), qkv.shape[1] - height * width
-    return Geometry(num_heads, head_width, height, width, window, shift, cosine, prefix)
-
-
-@_window_attention_backward.register_fake
-def _(dout, qkv, bias, table, scale, out, lse, num_heads, *geometry):
+def _empty_backward(dout, qkv, bias, table, scale, out, lse, num_heads, *geometry):
     def gradient(of: Tensor | None) -> Tensor:
         return scale.new_empty((0,) if of is None else of.shape)
 
     scales = gradient(scale if geometry[-1] else None)
     return torch.empty_like(qkv), gradient(bias), gradient(table), scales
+
+
+# The gradients of qkv, bias, table and scale, the last three float32. The scale of a dot product
+# is a constant.
+operation(
+    "window_attention_backward(Tensor dout, Tensor qkv, Tensor? bias, Tensor? table, Tensor scale,"
+    f" Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "window_attention_triton.backward",
+    empty=_empty_backward,
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -329,44 +288,3 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | 
 
 
 _window_attention.register_autograd(_differentiate, setup_context=_setup)
-
-
-# --- how much memory it moves ---
-
-
-def bytes_moved(
-    geometry: Geometry,
-    batch: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    bias: bool = True,
-    table: bool = True,
-) -> tuple[int, int]:
-    """Bytes that the kernels read and write in device memory: (forward, backward).
-
-    A tensor counts once per launch that reads or writes it, partial sums included: within a launch
-    programs that share a tile run side by side and find it in the cache.
-
-    Args:
-        geometry: Of the attention.
-        batch: B.
-        dtype: Of qkv and bias.
-        bias: Whether there is a bias.
-        table: Whether there is a bias table.
-    """
-    g = geometry
-    tokens = batch * (g.height * g.width + g.prefix)
-    channels = g.num_heads * g.head_width
-    stream = tokens * channels * dtype.itemsize
-    small = tokens * g.num_heads * 4 + 2 * channels * dtype.itemsize * bias + 4 * g.num_heads
-    rows = (2 * g.window[0] - 1) * (2 * g.window[1] - 1) + 3 * g.prefix
-    # torch turns the table before each launch: read, written, read.
-    tables = 3 * rows * g.num_heads * 4 * table
-    shapes = g.partials(batch)
-    partials = 4 * (
-        math.prod(shapes.table) * table
-        + math.prod(shapes.bias) * bias
-        + math.prod(shapes.scale) * g.cosine
-    )
-    sums = 4 * (rows * g.num_heads * table + 2 * channels * bias + g.num_heads * g.cosine)
-    return 4 * stream + small + tables, 8 * stream + small + tables + 2 * partials + sums

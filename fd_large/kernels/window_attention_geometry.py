@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Partials(NamedTuple):
     """Shapes of the float32 partial sums of backward."""
@@ -37,6 +39,30 @@ class Geometry:
     shift: int
     cosine: bool
     prefix: int
+
+    @classmethod
+    def of(
+        cls,
+        qkv: Tensor,
+        num_heads: int,
+        height: int,
+        width: int,
+        window_height: int,
+        window_width: int,
+        shift: int,
+        cosine: bool,
+    ) -> Geometry:
+        """Returns the geometry of the operation's arguments."""
+        return cls(
+            num_heads,
+            qkv.shape[2] // (3 * num_heads),
+            height,
+            width,
+            (window_height, window_width),
+            shift,
+            bool(cosine),
+            qkv.shape[1] - height * width,
+        )
 
     @property
     def windows(self) -> int:

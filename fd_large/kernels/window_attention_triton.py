@@ -150,9 +150,10 @@ def forward(
     bias: Tensor | None,
     table: Tensor | None,
     scale: Tensor,
-    geometry: Geometry,
+    *numbers: int,
 ) -> tuple[Tensor, Tensor]:
     """Launches; arguments and results as of the operation `fd_large::window_attention`."""
+    geometry = Geometry.of(qkv, *numbers)
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     lse = qkv.new_empty(geometry.num_heads, *qkv.shape[:2], dtype=torch.float32)
     programs = qkv.shape[0] * geometry.windows * geometry.num_heads * geometry.tiles
@@ -183,9 +184,10 @@ def backward(
     scale: Tensor,
     out: Tensor,
     lse: Tensor,
-    geometry: Geometry,
+    *numbers: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches; arguments and results as of `fd_large::window_attention_backward`."""
+    geometry = Geometry.of(qkv, *numbers)
     heads, batch = geometry.num_heads, qkv.shape[0]
     chunks, groups = geometry.chunks(batch), geometry.groups(batch)
     shapes = geometry.partials(batch)
