@@ -3,9 +3,9 @@
     python benchmarks/checkpoint.py [--quick]
 
 Two CPU ranks hold a SwinV2 of more than 100M parameters with masters and moments under ZeRO-3. In
-turns: our save (copy to host memory, then a thread writes), the same files written while training
-waits, and DeepSpeed's own `save_checkpoint`. Then a small run is killed and started again by the
-same command. Writes benchmarks/results/checkpoint.json and a picture.
+turns they make our save (copy to host memory, then a thread writes), the same while training waits
+for the writing, and DeepSpeed's own `save_checkpoint`. Then a small run is killed and started again
+by the same command. Writes benchmarks/results/checkpoint.json and .png.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ranks
-from ranks import RESULTS, ROOT
+import harness
+from harness import RESULTS, ROOT
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model, few rounds")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
@@ -40,13 +40,12 @@ def parse() -> argparse.Namespace:
 
 
 def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Seconds of every save by kind, on this rank; the ranks take turns in step."""
+    """Returns the seconds of every save by kind; all ranks save at the same time."""
     import torch
+    from engines import zero_engine
 
     from fd_large import distributed
     from fd_large.checkpoint.write import Saver
-    from fd_large.engine.run import engine_of
-    from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import start, state
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
@@ -64,15 +63,15 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         teacher=replace(run.teacher, source="random"),
     )
     world = distributed.world_size()
-    numbers = ds.RunNumbers(1, 1, world, world, 3.0, False, DistillationJob(run).parameter_sizes())
-    config = ds.fill(ds.load(ROOT / "ds_configs/zero3.json"), numbers)
     job = DistillationJob(run)
-    engine = engine_of(run, lambda: job.task_around(job.make_teacher()), config)
+    engine = zero_engine(
+        run, lambda: job.task_around(job.make_teacher()), "zero3", micro_batch_size=1
+    )
     parameters = sum(state.layout_of(engine).sizes.values())
     seconds: dict[str, list[float]] = {"ours": [], "ours, waiting": [], "deepspeed": []}
     saver = Saver(scratch, keep_last=1, keep_every=0)
     layout = state.layout_of(engine).to_dict()
-    list(state.pieces(engine))  # Moments come into being here, as after a first step.
+    list(state.pieces(engine))  # This creates the moments, as a first step would.
     for turn in range(arguments.rounds + 1):
         for kind in seconds:
             distributed.barrier()
@@ -93,7 +92,7 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 taken = time.perf_counter() - begin
                 saver.wait()
                 failed = distributed.any_rank(saver.failed)
-                # Training stands still for the commit as well, some steps later.
+                # Training also waits for the commit, some steps later.
                 before_commit = time.perf_counter()
                 saver.finish(failed_anywhere=failed)
                 taken += time.perf_counter() - before_commit
@@ -107,13 +106,13 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
-    """Seconds from a kill, and the same command at once, to the next finished update."""
+    """Returns the seconds from a kill to the next step of the restarted command, and steps lost."""
     import signal
 
     import twin
     from pictures import write_pictures
 
-    pictures = write_pictures(scratch / "pictures", 26)
+    images = write_pictures(scratch / "images", 26)
     run_dir = scratch / "run"
     words = ("--optim.max_steps", "4000", "--runtime.save_every", "4")
     rows = run_dir / "metrics.jsonl"
@@ -126,7 +125,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
             time.sleep(0.02)
 
     found = []
-    started = twin.start(pictures, run_dir, *words)
+    started = twin.start(images, run_dir, *words)
     try:
         wait_past(6)
         for _ in range(kills):
@@ -135,8 +134,8 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
             begin, before = time.perf_counter(), lines()
             started.kill()
             stored = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_????????"))
-            started = twin.start(pictures, run_dir, *words)
-            while lines() > stored:  # The resumed run cuts what it will do again.
+            started = twin.start(images, run_dir, *words)
+            while lines() > stored:  # The resumed run cuts the rows that it will repeat.
                 time.sleep(0.02)
             wait_past(stored)
             first = time.perf_counter() - begin
@@ -148,7 +147,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """How long training stands still, a box a kind."""
+    """Draws how long training waits, one box per kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,14 +164,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(1, len(names) + 1), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("seconds that training stands still for a checkpoint")
+    axes.set_xlabel("seconds that training waits for a checkpoint")
     axes.set_title(
         f"{results['parameters'] / 1e6:.0f}M parameters, ZeRO-3 on 2 CPU ranks, "
         f"{results['checkpoint_gigabytes']:.1f} GB",
         size=10,
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    harness.save(figure, path)
 
 
 def main() -> int:
@@ -189,7 +187,7 @@ def main() -> int:
         return distributed.leave(0)
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint_benchmark_"))
     try:
-        ranks.start(__file__, *sys.argv[1:], "--as-rank", scratch, ranks=2)
+        harness.start(__file__, *sys.argv[1:], "--as-rank", scratch, ranks=2)
         found = json.loads((scratch / "found.json").read_text())
         kills = restarts(arguments.kills, scratch)
     finally:
@@ -200,8 +198,7 @@ def main() -> int:
         for kind in ("ours, waiting", "deepspeed")
     }
     results = {
-        "question": __doc__.splitlines()[0],
-        **ranks.conditions(__file__),
+        **harness.conditions(__file__, __doc__),
         "parameters": found["parameters"],
         "checkpoint_gigabytes": 12 * found["parameters"] / 1e9,
         "seconds": seconds,
@@ -211,8 +208,7 @@ def main() -> int:
         },
         "kill_to_next_update": kills,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    harness.write(results, arguments.out)
     draw(results, arguments.out.with_suffix(".png"))
     for kind, value in results["median_seconds"].items():
         print(f"{kind}: {value:.2f} s")

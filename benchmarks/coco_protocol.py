@@ -1,12 +1,12 @@
-"""How long does the official COCO evaluation take for 5,000 pictures, ours beside pycocotools?
+"""How long does the official COCO evaluation take for 5,000 images, ours beside pycocotools?
 
     python benchmarks/coco_protocol.py [--quick] [--images 5000] [--per-image 40] [--rounds 3]
 
-The pictures and objects of `coco_tiny.tar` (FD_DATA, default ../shared/data) are repeated under new
-ids until there are 5,000 pictures; a picture's made detections are its objects shifted and resized,
-some of another class, and copies of them elsewhere, forty in all with boxes and masks. Both
-evaluate the same two files, boxes and masks, in turn and each in a fresh process; a ratio is that
-of neighbours. Their twelve numbers must agree to 1e-6. Writes
+The images and objects of `coco_tiny.tar` (FD_DATA, default ../shared/data) are repeated under new
+ids until there are 5,000 images. The detections of an image are made up: its objects shifted and
+resized, some of another class, and copies of them elsewhere, forty in all with boxes and masks.
+Both evaluate the same two files, boxes and masks, in turn and each in a fresh process; a ratio is
+taken within a round. Their twelve numbers must agree to 1e-6. Writes
 benchmarks/results/coco_protocol.json.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,26 +24,25 @@ import tarfile
 import tempfile
 import time
 from contextlib import redirect_stdout
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import RESULTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results"
 CONTENDERS = ("fd_large", "pycocotools")
-# Each picture's masks are made so often, then used again: making is not what is timed.
+# So many different masks are made for each image, and repeated: making them is not timed.
 VARIANTS = 2
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="250 pictures, one round")
-    parser.add_argument("--images", type=int, default=5000, help="pictures")
-    parser.add_argument("--per-image", type=int, default=40, help="detections a picture")
+    parser.add_argument("--quick", action="store_true", help="250 images, one round")
+    parser.add_argument("--images", type=int, default=5000, help="number of images")
+    parser.add_argument("--per-image", type=int, default=40, help="detections per image")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "coco_protocol.json")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -56,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
-    """Writes truth.json and results.json; returns what they hold."""
+    """Writes truth.json and results.json; returns counts of what they hold."""
     from fd_large.tasks.detection.data.annotations import open_coco
 
     data = Path(os.environ.get("FD_DATA", ROOT / ".." / "shared" / "data")) / "coco_tiny.tar"
@@ -65,7 +63,7 @@ def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
     with tarfile.open(data) as archive:
         archive.extractall(folder, filter="data")
     rng = np.random.default_rng(0)
-    pictures = []
+    samples = []
     for split in ("val", "train"):
         content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
         opened = open_coco(str(folder), split)
@@ -76,16 +74,16 @@ def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
         for index in range(len(opened)):
             number = opened.image_id(index)
             made = [made_detections(opened, index, per_image, rng) for _ in range(VARIANTS)]
-            pictures.append((images[number], annotations.get(number, []), made))
+            samples.append((images[number], annotations.get(number, []), made))
     truth: dict[str, Any] = {"images": [], "annotations": [], "categories": content["categories"]}
     results = []
     for number in range(1, num_images + 1):
-        image, entries, made = pictures[number % len(pictures)]
+        image, entries, made = samples[number % len(samples)]
         truth["images"].append({**image, "id": number})
         for entry in entries:
             identity = len(truth["annotations"]) + 1
             truth["annotations"].append({**entry, "id": identity, "image_id": number})
-        for detection in made[number // len(pictures) % VARIANTS]:
+        for detection in made[number // len(samples) % VARIANTS]:
             score = round(float(np.clip(detection["score"] + rng.normal(0, 0.05), 0, 1)), 4)
             results.append({**detection, "image_id": number, "score": score})
     (folder / "truth.json").write_text(json.dumps(truth))
@@ -101,7 +99,7 @@ def make_files(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
 def made_detections(
     opened: Any, index: int, count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """Detections of one picture, right ones with higher scores on the whole."""
+    """Returns made-up detections of one image, correct ones mostly with higher scores."""
     from fd_large.tasks.detection.data import masks
 
     target = opened.target(index)
@@ -130,7 +128,7 @@ def made_detections(
 
 
 def measure(contender: str, folder: Path) -> dict[str, Any]:
-    """Reads and evaluates in this process: seconds of each part, the numbers, peak memory."""
+    """Reads and evaluates in this process; returns seconds, numbers and peak memory."""
     clock, parts = time.perf_counter(), {}
     truth_file, results_file = folder / "truth.json", folder / "results.json"
 
@@ -177,7 +175,7 @@ def measure(contender: str, folder: Path) -> dict[str, Any]:
 
 
 def in_process(contender: str, folder: Path) -> dict[str, Any]:
-    """`measure` in a fresh process."""
+    """Runs `measure` in a fresh process."""
     command = [sys.executable, __file__, "--measure", contender, "--folder", str(folder)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     answer = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -186,7 +184,6 @@ def in_process(contender: str, folder: Path) -> dict[str, Any]:
 
 def main(flags: argparse.Namespace) -> None:
     """Measures in turn and writes the results."""
-    load_before = os.getloadavg()[0]
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -207,15 +204,8 @@ def main(flags: argparse.Namespace) -> None:
         for part in ("total", "evaluate")
     }
     record = {
-        "question": __doc__.splitlines()[0],
-        "command": " ".join(["python benchmarks/coco_protocol.py", *sys.argv[1:]]),
+        **harness.conditions(__file__, __doc__, ("faster-coco-eval", "pycocotools", "numpy")),
         "data": data,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("faster-coco-eval", "pycocotools", "numpy")},
-        "machine": {
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
-            "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        },
         "median_seconds": {
             name: {
                 part: round(statistics.median(s["seconds"][part] for s in of), 2)
@@ -234,8 +224,9 @@ def main(flags: argparse.Namespace) -> None:
             for name, of in samples.items()
         },
     }
-    flags.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in list(record)[2:8]}, indent=1))
+    harness.write(record, flags.json)
+    shown = ("data", "median_seconds", "times_faster_than_pycocotools")
+    print(json.dumps({key: record[key] for key in shown}, indent=1))
 
 
 if __name__ == "__main__":

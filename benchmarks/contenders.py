@@ -1,6 +1,6 @@
-"""One distillation step by this engine and by others: same models, batch, precision and optimiser.
+"""One distillation step by this engine and by others: same models, batch, precision and optimizer.
 
-Every contender is a function of a batch that does a whole step (teacher, student, backward,
+Every contender is a function of a batch that makes a whole step (teacher, student, backward pass,
 clipping, AdamW) and returns the loss. In bfloat16 all of them compute with bfloat16 parameters,
 send bfloat16 gradients and step float32 masters.
 """
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import ROOT
+from engines import job_of, zero_engine
+from harness import ROOT
 from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward import forward_backward, prepared
-from fd_large.engine.run import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes import registry
@@ -34,7 +34,7 @@ Step = Callable[[Batch], Tensor]
 
 
 class Unavailable(Exception):
-    """A contender that does not run here, and why; on all ranks alike."""
+    """A contender does not run here, with the reason; on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Setting:
 
     Attributes:
         run: The recipe, with sizes and batch.
-        bfloat16: Whether student and teacher compute in it.
-        teacher: Whole on every rank, the same object for all.
+        bfloat16: Whether student and teacher compute in bfloat16.
+        teacher: Whole on every rank; the same object for all contenders.
         peer_repo: A checkout of Feature-Distillation, or None.
     """
 
@@ -67,7 +67,7 @@ def share(
     precision: str,
     peer_repo: Path | None,
 ) -> Setting:
-    """The recipe of a SwinV2 student under a Swin teacher of the same widths, and that teacher.
+    """Returns a SwinV2 student's recipe with a Swin teacher of the same widths, and that teacher.
 
     Windows are a sixteenth of the image wide, as at 224 px (14) and 192 px (12).
     """
@@ -95,11 +95,9 @@ def share(
         ),
         engine=replace(run.engine, precision=precision),
     )
-    # That its weights are random is no news here.
+    # Its warning about random weights would be noise here.
     logging.getLogger("fd_large.tasks.distillation.job").setLevel(logging.ERROR)
-    bfloat16, job = ds.computes_in_bfloat16(precision), DistillationJob(run)
-    job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
-    return Setting(run, bfloat16, job.teacher, peer_repo)
+    return Setting(run, ds.computes_in_bfloat16(precision), job_of(run).teacher, peer_repo)
 
 
 def build(name: str, setting: Setting) -> Step:
@@ -119,23 +117,18 @@ def build(name: str, setting: Setting) -> Step:
 
 
 def _engine(name: str, setting: Setting) -> Step:
-    run, bfloat16 = setting.run, setting.bfloat16
-    if name == "zero0" and bfloat16:
+    run = setting.run
+    if name == "zero0" and setting.bfloat16:
         raise Unavailable("the engine trains in float32 only at stage 0")
-    world, node = distributed.world_size(), distributed.local_world_size()
-    numbers = ds.RunNumbers(
-        run.batch.micro_batch_size, 1, world, node, run.optim.clip_norm, bfloat16,
-        DistillationJob(run).parameter_sizes(),
-    )  # fmt: skip
-    if name == "zero0":
-        config: dict[str, Any] = {}
-    else:
-        config = ds.load(ROOT / f"ds_configs/{'zero3_hpz' if name == 'hpz' else name}.json")
-    if name == "hpz" and node == world:
-        # A run on one node leaves hpZ off; here its cost is asked for.
-        config["zero_optimization"]["zero_hpz_partition_size"] = world
-    engine = engine_of(run, setting.make_task, ds.fill(config, numbers))
-    engine.task.train()
+    config: dict[str, Any] | str = {} if name == "zero0" else name
+    if name == "hpz":
+        config = ds.load(ROOT / "ds_configs/zero3_hpz.json")
+        if distributed.local_world_size() == distributed.world_size():
+            # A run on one node turns hpZ off; here its cost is the question.
+            config["zero_optimization"]["zero_hpz_partition_size"] = distributed.world_size()
+    engine = zero_engine(
+        run, setting.make_task, config, micro_batch_size=run.batch.micro_batch_size
+    )
 
     def step(batch: Batch) -> Tensor:
         set_rate(engine.deepspeed.optimizer, RATE)

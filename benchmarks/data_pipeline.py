@@ -1,31 +1,30 @@
-"""How fast do pictures become batches? Images per second and core, ours beside others.
+"""How many images per second and core does the loader turn into batches, beside others?
 
     python benchmarks/data_pipeline.py [--quick]
 
-Each pipeline reads the 256 pictures of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
-from files in memory's cache and makes 224 pixel random resized crops with flips, in one thread of
-one process. They take turns; time is the processor time of the process (other programs share the
-machine), and a ratio is that of neighbours. Then 100,000 empty files are listed, first and again
-from the cache. Writes results/data_pipeline.json and .png.
+Each pipeline reads the 256 images of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
+from the page cache and makes random resized crops of 224 pixels with flips, in one thread of one
+process. They take turns; time is processor time (other programs share the machine), and a ratio is
+taken within a round. Then 100,000 empty files are listed, first anew and then from our cache.
+Writes benchmarks/results/data_pipeline.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
+from harness import RESULTS, ROOT
 from PIL import Image
 from torchvision import transforms
 
@@ -33,14 +32,12 @@ from fd_large.data.listing import SETTLED_SECONDS
 from fd_large.data.loader import build_loader
 from fd_large.data.source import open_images
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
 SIZE, MIN_SCALE, BATCH = 224, 0.08, 32
 PIL = "PIL, folder"
 
 
 def ours(root: str) -> Callable[[int], int]:
-    """The loader of this package, without workers."""
+    """Our loader, without workers."""
     source = open_images(root)
 
     def run(epoch: int) -> int:
@@ -62,7 +59,7 @@ def ours(root: str) -> Callable[[int], int]:
 
 
 def pil_transform() -> transforms.Compose:
-    """The usual training transform on PIL pictures."""
+    """The usual training transform of PIL images."""
     return transforms.Compose([
         transforms.RandomResizedCrop(SIZE, scale=(MIN_SCALE, 1.0)),
         transforms.RandomHorizontalFlip(),
@@ -81,8 +78,8 @@ def pil(root: str) -> Callable[[int], int]:
         for start in range(0, len(order), BATCH):
             views = []
             for index in order[start : start + BATCH]:
-                with Image.open(paths[index]) as picture:
-                    views.append(transform(picture.convert("RGB")))
+                with Image.open(paths[index]) as image:
+                    views.append(transform(image.convert("RGB")))
             done += len(torch.stack(views))
         return done
 
@@ -90,7 +87,7 @@ def pil(root: str) -> Callable[[int], int]:
 
 
 def webdataset(tar: str) -> Callable[[int], int] | None:
-    """The package webdataset, which reads a tar in its own order; None where not installed."""
+    """The package webdataset, which reads a tar in its own order; None if it is not installed."""
     try:
         import webdataset as wds
     except ImportError:
@@ -108,7 +105,7 @@ def webdataset(tar: str) -> Callable[[int], int] | None:
 def measure(
     pipelines: dict[str, Callable[[int], int]], repetitions: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Runs all in turn, the first round unmeasured."""
+    """Runs all in turn; the first round is not measured."""
     rates = {name: {"processor": [], "wall": []} for name in pipelines}
     for epoch in range(repetitions + 1):
         for name, run in pipelines.items():
@@ -122,7 +119,7 @@ def measure(
 
 
 def measure_listing(num: int) -> dict[str, float]:
-    """Seconds to list a folder tree of that many empty files, first and from the cache."""
+    """Returns the seconds to list a folder of empty files, first anew, then from the cache."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FD_CACHE"] = f"{folder}/cache"
         for number in range(num):
@@ -146,7 +143,7 @@ def measure_listing(num: int) -> dict[str, float]:
 
 
 def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, object]]:
-    """Medians, quartiles, and the ratio to PIL in the same round."""
+    """Returns medians, quartiles, and ratios to PIL in the same round."""
     result = {}
     for name, samples in rates.items():
         values = samples["processor"]
@@ -163,7 +160,7 @@ def summary(rates: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, obj
 
 
 def draw(result: dict[str, dict[str, object]], path: Path) -> None:
-    """One bar a pipeline: median, quartiles, every sample."""
+    """Draws one bar per pipeline: median, quartiles and every sample."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,30 +183,7 @@ def draw(result: dict[str, dict[str, object]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("images per second of processor time (median, quartiles, samples)")
     axes.set_title(f"{SIZE} px random resized crop and flip, one core")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def processor_name() -> str:
-    """The model of the processor, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "pillow", "numpy", "webdataset"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    harness.save(figure, path)
 
 
 def main() -> None:
@@ -218,7 +192,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tar = Path(os.environ.get("FD_DATA", REPOSITORY / ".." / "shared" / "data"))
+    tar = Path(os.environ.get("FD_DATA", ROOT / ".." / "shared" / "data"))
     tar = tar / "imagenet_sample256.tar"
     if not tar.is_file():
         sys.exit("data_pipeline: no imagenet_sample256.tar. Set FD_DATA to its folder.")
@@ -232,26 +206,19 @@ def main() -> None:
         }
         if run := webdataset(str(tar)):
             pipelines["webdataset, tar (PIL)"] = run
-        load_before = os.getloadavg()[0]
         rates = measure(pipelines, 3 if options.quick else 15)
     result = summary(rates)
     listing = measure_listing(100_000)
-    RESULTS.mkdir(exist_ok=True)
     record = {
-        "question": "images per second per core, 224 px random resized crop and flip",
-        "command": "python benchmarks/data_pipeline.py" + (" --quick" if options.quick else ""),
-        "data": "imagenet_sample256.tar, 256 pictures",
-        "versions": versions(),
-        "machine": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "load_average": [round(load_before, 1), round(os.getloadavg()[0], 1)],
-        },
+        **harness.conditions(
+            __file__, __doc__, ("torch", "torchvision", "pillow", "numpy", "webdataset")
+        ),
+        "data": "imagenet_sample256.tar, 256 images",
         "unit": "images per second of processor time, one thread",
         "pipelines": result,
         "listing": listing,
     }
-    (RESULTS / "data_pipeline.json").write_text(json.dumps(record, indent=1) + "\n")
+    harness.write(record, RESULTS / "data_pipeline.json")
     draw(result, RESULTS / "data_pipeline.png")
     for name, facts in result.items():
         print(

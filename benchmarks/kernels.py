@@ -1,25 +1,23 @@
-"""How close do the fused kernels come to the memory's speed, and how do others do?
+"""How close do the fused kernels come to the memory bandwidth, and how close do others?
 
     python benchmarks/kernels.py [--quick]    # on a CUDA device
     python benchmarks/kernels.py --aot        # anywhere: registers, shared memory and spills
 
-Each operation, forward and backward apart, at the shapes of a SwinV2-G stage (192 px, window 12, 32
-images) and of ViT-B: this project's Triton kernels beside plain torch, torch.compile of it, and,
-where they are installed, NVIDIA apex's and Liger's LayerNorm; attention beside flex_attention and
-scaled_dot_product_attention. They take turns, and the cache is flushed before every sample. Bytes
-are those that an operation cannot do without: each input read once, each result written once.
-"Share" is that traffic a second over what a copy of 1 GiB reaches here, reads and writes counted.
+Each operation runs forward and backward separately, at the shapes of a SwinV2-G stage (192 px,
+window 12, 32 images) and of ViT-B: our Triton kernels, plain torch, torch.compile of it, and, if
+installed, the LayerNorm of NVIDIA apex and of Liger; for attention, flex_attention. They take
+turns, and the cache is flushed before every sample. Bytes are the least that an operation can move:
+each input read once, each result written once. The share is that traffic per second over that of
+copying 1 GiB, reads and writes counted.
 
-Writes benchmarks/results/kernels.json and a picture, or kernels_aot.json.
+Writes benchmarks/results/kernels.json and .png, or kernels_aot.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,12 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 import torch.nn.functional as F
+from harness import RESULTS, ROOT
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 BF16 = torch.bfloat16
 
@@ -42,12 +40,12 @@ class Question:
     """One operation at one shape.
 
     Attributes:
-        name: Shown in the table.
+        name: Name in the table.
         bytes_forward: Least traffic of a forward.
         bytes_backward: Least traffic of a backward.
         flops: Matrix FLOPs of a forward; a backward takes 2.5 times that.
-        inputs: All that a contender is called with; floating ones take a gradient.
-        contenders: Name -> function of the inputs.
+        inputs: Arguments of a contender; floating-point ones take a gradient.
+        contenders: Functions of the inputs, by name.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Question:
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few samples, no torch.compile")
     parser.add_argument("--aot", action="store_true", help="compile for sm_80 and sm_90, no GPU")
@@ -68,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def ahead_of_time() -> int:
-    """Compiles every case, prints and writes what the kernels take."""
+    """Compiles every case; prints and writes registers, shared memory and spills."""
     import triton
     from aot import usage
     from aot_cases import CASES
@@ -90,19 +88,13 @@ def ahead_of_time() -> int:
 
 def write(name: str, found: dict[str, Any]) -> None:
     """Writes a result with what it takes to repeat it."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    common = {
-        "question": __doc__.splitlines()[0],
-        "command": " ".join(["python benchmarks/kernels.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {card}",
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(common | found, indent=1) + "\n")
+    harness.write(
+        harness.conditions(__file__, __doc__, ("torch", "triton")) | found, RESULTS / name
+    )
 
 
 def norm_questions(compiled: bool) -> list[Question]:
-    """residual_norm (with and without a float32 stream), layer_norm, add_norm and the loss."""
+    """Returns questions of residual_norm, layer_norm, add_norm and the loss."""
     from fd_large.kernels import residual_norm as rn
     from fd_large.kernels import whitened_loss as wl
 
@@ -186,7 +178,7 @@ def _add_norm(rn: Any, x: Tensor, f: Tensor, w: Tensor, b: Tensor, scale: Tensor
 
 
 def other_norms() -> dict[str, Callable]:
-    """LayerNorms of packages that may be installed."""
+    """Returns the LayerNorms of packages, if installed."""
     from fd_large.kernels import choose
 
     found: dict[str, Callable] = {}
@@ -202,7 +194,7 @@ def other_norms() -> dict[str, Callable]:
 
 
 def gelu_questions(compiled: bool) -> list[Question]:
-    """Bias and GELU, at the widths of SwinV2-G's MLPs."""
+    """Returns questions of bias and GELU, at the widths of SwinV2-G's MLPs."""
     from fd_large.kernels import linear_gelu  # noqa: F401 (registers the operation)
 
     questions = []
@@ -223,9 +215,9 @@ def gelu_questions(compiled: bool) -> list[Question]:
 
 
 def attention_questions(quick: bool) -> list[Question]:
-    """Window attention at SwinV2's windows, beside flex_attention on windows already cut.
+    """Returns questions of window attention at SwinV2's windows, beside flex_attention.
 
-    Quick: flex_attention, which takes long to compile, only where it is to be matched.
+    Quick runs flex_attention, which takes long to compile, at large windows only.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -285,7 +277,7 @@ def attention_questions(quick: bool) -> list[Question]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
+    """Returns bytes per second, read and written, of copying 1 GiB."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     samples = [seconds(lambda: target.copy_(source)) for _ in range(20)]
@@ -293,7 +285,7 @@ def copy_bandwidth() -> float:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """One call's time on the GPU."""
+    """Returns the time of a call on the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -303,7 +295,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def answer(question: Question, samples: int, copy: float) -> None:
-    """Times the contenders by turns and appends their rows."""
+    """Times the contenders in turns and appends their rows."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times: dict[str, tuple[list[float], list[float]]] = {}
     failed = {}
@@ -313,7 +305,7 @@ def answer(question: Question, samples: int, copy: float) -> None:
                 continue
             try:
                 forward, backward = once(call, question.inputs, flush)
-            except Exception as error:  # A rival that does not run here is told, not fatal.
+            except Exception as error:  # A contender that does not run here is reported.
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
                 continue
             if sample >= 3:
@@ -344,7 +336,7 @@ def answer(question: Question, samples: int, copy: float) -> None:
 
 
 def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, float]:
-    """Seconds of a forward and of its backward, each with a cold cache."""
+    """Returns the seconds of a forward and of its backward, each with a cold cache."""
     results: list[Any] = []
     flush.zero_()
     forward = seconds(lambda: results.append(call(*inputs)))
@@ -356,7 +348,7 @@ def once(call: Callable, inputs: list[Tensor], flush: Tensor) -> tuple[float, fl
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Returns a line of the table."""
     if "failed" in row:
         return f"{row['operation']:38} {'':8} {row['by']:15} did not run: {row['failed'][:80]}"
     work = f"{row['tflops']:7.1f}" if row["tflops"] else "      -"
@@ -366,8 +358,8 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the share of the copy's bandwidth, forward and backward."""
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws bars of the share of the copy's bandwidth, forward and backward."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -390,17 +382,17 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].invert_yaxis()
     axes[1].legend(loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    harness.save(figure, path)
 
 
 def main() -> int:
-    """Runs what can be run here."""
+    """Runs what this machine can run."""
     arguments = parse()
     if arguments.aot:
         return ahead_of_time()
     if not torch.cuda.is_available():
-        print("No CUDA device here: nothing to time. What can be known without one is what the")
-        print("kernels compile to: python benchmarks/kernels.py --aot")
+        print("No CUDA device, so there is nothing to time. To compile the kernels without one:")
+        print("python benchmarks/kernels.py --aot")
         return 0
     os.environ["FD_KERNELS"] = "triton"
     copy = copy_bandwidth()
@@ -416,7 +408,7 @@ def main() -> int:
         print(*map(line, question.rows), sep="\n", flush=True)
         # After each, so that a time limit leaves what was answered.
         write("kernels.json", {"copy_gigabytes_per_second": copy / 1e9, "rows": rows})
-    picture([row for row in rows if "failed" not in row], RESULTS / "kernels.png")
+    draw([row for row in rows if "failed" not in row], RESULTS / "kernels.png")
     return 0
 
 

@@ -1,28 +1,26 @@
-"""What does layer-wise learning-rate decay cost a step, and what would a group per layer cost?
+"""What does layer-wise learning rate decay cost a step, and what would a group per layer cost?
 
     python benchmarks/layer_rates.py [--quick] [--ranks 2] [--stages 1 3]
 
-A SwinV2 of 50 blocks in three engines a ZeRO stage, side by side and in turns: without decay, with
-it (engine/layer_rates.py: two parameter groups), and in the way of the official fine-tuning code,
-a parameter group for each layer and kind of weight decay. Writes
-benchmarks/results/layer_rates.json and a picture; figures are ratios of the same rounds.
+A SwinV2 of 50 blocks in three engines per ZeRO stage, side by side and in turns: without decay,
+with it (engine/zero/layer_rates.py: two parameter groups), and as in the official fine-tuning code,
+with a parameter group per layer and kind of weight decay. Figures are ratios within a round. Writes
+benchmarks/results/layer_rates.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import ranks as here
-from ranks import RESULTS, ROOT
+import harness
+from harness import RESULTS
 
 DECAY, RATE, WARM_UP = 0.9, 1e-4, 2
 DEPTHS = (2, 2, 42, 4)  # SwinV2-G's.
@@ -34,15 +32,15 @@ WAYS = {
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, a small model")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="of ZeRO")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3], help="ZeRO stages")
     parser.add_argument("--width", type=int, default=96, help="channels of the first stage")
     parser.add_argument("--image-size", type=int, default=64, help="pixels")
     parser.add_argument("--micro-batch", type=int, default=4, help="images per rank and step")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each")
+    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each engine")
     parser.add_argument("--out", type=Path, default=RESULTS / "layer_rates.json")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_args().quick:
@@ -51,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 
 def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each layer and kind of weight decay, with its factor of the rate."""
+    """Returns a group per layer and kind of weight decay, with its factor of the learning rate."""
     from fd_large.engine.zero.optimizer import parameter_groups
 
     names = {id(p): name for name, p in task.named_parameters()}
@@ -66,18 +64,14 @@ def groups_by_layer(task: Any, weight_decay: float) -> list[dict[str, Any]]:
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
     """Builds all engines, lets them take turns; rank 0 reports."""
-    import torch
+    from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
-    from fd_large.data.loader import Batch
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.run import engine_of
-    from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import engine, layer_rates, start
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
-    from fd_large.tasks.distillation.job import DistillationJob
 
     distributed.start()
     start.start()
@@ -96,80 +90,61 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         teacher=replace(run.teacher, architecture=small, source="random", placement="replicated"),
         data=replace(run.data, image_size=size),
     )
-    bfloat16, job = ds.computes_in_bfloat16(run.engine.precision), DistillationJob(run)
-    sizes = job.parameter_sizes()
-    job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
-    numbers = ds.RunNumbers(
-        arguments.micro_batch, 1, world, world, run.optim.clip_norm, bfloat16, sizes
-    )
+    job = job_of(run)
     engines: dict[str, Any] = {}
     rates: dict[str, Any] = {}
     for stage in arguments.stages:
-        config = ds.fill(ds.load(ROOT / f"ds_configs/zero{stage}.json"), numbers)
         for way in WAYS:
             name = f"ZeRO-{stage}, {way}"
-            if way == "group per layer":
-                with patch.object(engine, "parameter_groups", groups_by_layer):
-                    engines[name] = engine_of(run, job.make_task, config)
-            else:
-                engines[name] = engine_of(run, job.make_task, config)
+            own = patch.object(engine, "parameter_groups", groups_by_layer)
+            with own if way == "group per layer" else nullcontext():
+                engines[name] = zero_engine(
+                    run, job.make_task, f"zero{stage}", micro_batch_size=arguments.micro_batch
+                )
             if way == "two groups":
                 rates[name] = layer_rates.by_layer(engines[name], DECAY)
-            engines[name].task.train()
-    images = torch.randint(0, 256, (arguments.micro_batch, 3, size, size), dtype=torch.uint8)
-    positions = torch.arange(arguments.micro_batch)
-    batch = Batch(images, 0, positions, positions)
+    batch = noise(arguments.micro_batch, size)
 
-    def step(name: str) -> float:
-        """Seconds of a whole step."""
+    def step(name: str) -> None:
         engine = engines[name]
         set_rate(engine.deepspeed.optimizer, RATE)
         for group in engine.deepspeed.optimizer.param_groups:
             group["lr"] = RATE * group.get("scale", 1.0)
         if name in rates:
             rates[name].rate_of = partial(float.__mul__, RATE)
-        distributed.barrier()
-        begin = time.perf_counter()
         forward_backward(engine, batch, 0)
         engine.deepspeed.step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        distributed.barrier()
-        return time.perf_counter() - begin
 
     for _ in range(WARM_UP):
         for name in engines:
             step(name)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for order in here.turns(list(engines), arguments.rounds):
+    for order in harness.turns(list(engines), arguments.rounds):
         for name in order:
-            seconds[name].append(step(name))
+            seconds[name].append(seconds_of(partial(step, name)))
     if distributed.is_main():
         ratios = {}
         for stage in arguments.stages:
             none, two, per_layer = (seconds[f"ZeRO-{stage}, {way}"] for way in WAYS)
             ratios[f"ZeRO-{stage}"] = {
-                "two groups / none": here.paired(two, none),
-                "group per layer / none": here.paired(per_layer, none),
-                "group per layer / two groups": here.paired(per_layer, two),
+                "two groups / none": harness.paired(two, none),
+                "group per layer / none": harness.paired(per_layer, none),
+                "group per layer / two groups": harness.paired(per_layer, two),
             }
         results = {
-            "question": __doc__.splitlines()[0],
-            **here.conditions(__file__),
-            "load_average": os.getloadavg()[0],
+            **harness.conditions(__file__, __doc__),
             "ranks": world,
             "blocks": sum(DEPTHS),
-            "trained_parameters": sum(DistillationJob(run).parameter_sizes()) - sum(
+            "trained_parameters": sum(job.parameter_sizes()) - sum(
                 p.numel() for p in job.teacher.module.parameters()
             ),
             "image_size": size,
             "micro_batch": arguments.micro_batch,
             "groups": {n: len(e.deepspeed.optimizer.param_groups) for n, e in engines.items()},
-            "seconds": {name: here.spread(samples) for name, samples in seconds.items()},
+            "seconds": {name: harness.spread(samples) for name, samples in seconds.items()},
             "ratios": ratios,
         }  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        harness.write(results, arguments.out)
         draw(results, arguments.out.with_suffix(".png"))
         for stage_name, pairs in ratios.items():
             for pair, ratio in pairs.items():
@@ -180,7 +155,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Seconds a step, a bar for each way and stage; whiskers are quartiles."""
+    """Draws seconds per step, one bar per way and stage; whiskers are quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +179,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 text = f"x {results['ratios'][stage][ratio[way]]['median']:.3f}"
                 axes.text(spot, height * 0.5, text, ha="center", color="white", size=9)
     axes.set_xticks(range(len(stages)), stages)
-    axes.set_ylabel("seconds a step")
+    axes.set_ylabel("seconds per step")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.25)
     axes.set_title(
         f"{results['blocks']} blocks, {results['trained_parameters'] / 1e6:.1f}M parameters, "
@@ -212,8 +187,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         size=9,
     )
     axes.legend(frameon=False, ncols=3, fontsize=8, loc="upper center")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    harness.save(figure, path)
 
 
 def main() -> int:
@@ -221,7 +195,7 @@ def main() -> int:
     arguments = parse()
     if arguments.as_rank:
         return run_as_rank(arguments)
-    return here.start(__file__, *sys.argv[1:], "--as-rank", ranks=arguments.ranks)
+    return harness.start(__file__, *sys.argv[1:], "--as-rank", ranks=arguments.ranks)
 
 
 if __name__ == "__main__":

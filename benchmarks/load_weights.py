@@ -4,31 +4,28 @@
 
 Two CPU ranks load a ViT of more than 300M parameters from a .pth and from a .safetensors file and
 end with their share of bf16 weights and exact float32 masters. In turns, each in processes of its
-own: the public loader, and the naive one, by which every rank reads the whole file, fills a whole
-float32 model and splits it then. The growth of anonymous memory (RssAnon) over its value just before
-building is sampled by a thread. Writes benchmarks/results/load_weights.json and a picture.
+own: our loader, and the naive way, in which every rank reads the whole file into a whole float32
+model and splits it then. A thread samples how far anonymous memory (RssAnon) grows over its value
+just before building. Writes benchmarks/results/load_weights.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+import harness
+from harness import RESULTS, ROOT
+
 sys.path.insert(0, str(ROOT))
 
 LOADERS = ("fd_large", "naive")
@@ -61,14 +58,14 @@ class PeakMemory(threading.Thread):
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Returns the memory of this process that no file backs."""
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smaller model, one round")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each kind")
@@ -80,12 +77,12 @@ def parse() -> argparse.Namespace:
 
 
 def named(quick: bool) -> str:
-    """The net."""
+    """Returns the name of the model."""
     return "vit_base_patch16" if quick else "vit_large_patch14"
 
 
 def write_files(folder: Path, name: str) -> dict[str, int]:
-    """Writes the model in both kinds of file; returns its size in parameters."""
+    """Writes the model in both kinds of file; returns the number of its parameters."""
     import torch
     from safetensors.torch import save_file
 
@@ -161,22 +158,20 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
 
 def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[dict[str, Any]]:
     """Loads once in fresh processes; returns what each rank measured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS)]
-    command += [__file__, "--as-rank", str(path), "--loader", loader]
-    command += ["--quick"] if arguments.quick else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run(command, env=environment, check=True)
+    words = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
+    code = harness.start(__file__, *words, ranks=RANKS)
+    if code:
+        sys.exit(f"load_weights: the ranks ended with {code}")
     return [json.loads(found_of(path, rank).read_text()) for rank in range(RANKS)]
 
 
 def found_of(path: Path, rank: int) -> Path:
-    """Where a rank leaves its numbers."""
+    """Returns the file in which a rank leaves its numbers."""
     return path.with_name(f"found-{rank}.json")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Peak memory and time of both loaders, side by side, for both kinds of file."""
+    """Draws peak memory and time of both loaders, for both kinds of file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,22 +193,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.annotate(
         "bound", (0.5, results["bound_bytes"] / 1e9), va="bottom", ha="center", size=8, color="0.3"
     )
-    left.set_ylabel("peak growth of RssAnon a rank, GB")
+    left.set_ylabel("peak growth of RssAnon per rank, GB")
     right.set_ylabel("seconds to load (median)")
     for axes in (left, right):
         axes.set_xticks(range(len(files)), [Path(file).suffix for file in files])
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.15)
     left.legend(frameon=False, loc="upper right")
     figure.suptitle(
         f"{results['parameters'] / 1e6:.0f}M parameters onto {RANKS} CPU ranks under ZeRO-3",
         size=10,
     )
-    figure.savefig(path, dpi=150)
+    harness.save(figure, path)
 
 
 def bound(sizes: dict[str, int]) -> int:
-    """A rank's bf16 and float32 master partitions, the largest tensor in float32, 300 MB."""
+    """Returns bytes: a rank's bf16 and master partitions, the largest tensor in float32, 300 MB."""
     share = -(-sizes["parameters"] // RANKS)
     return int((2 + 4) * share + 4 * sizes["largest_tensor"] + ALLOWANCE)
 
@@ -229,7 +223,6 @@ def main() -> int:
         found_of(arguments.as_rank, distributed.rank()).write_text(json.dumps(found))
         return distributed.leave(0)
     rounds = 1 if arguments.quick else arguments.rounds
-    load_before = os.getloadavg()[0]
     scratch = Path(tempfile.mkdtemp(prefix="load_weights_"))
     loads: dict[str, dict[str, list]] = {
         loader: {file: [] for file in arguments.files} for loader in LOADERS
@@ -250,14 +243,7 @@ def main() -> int:
         for rank in turn
     }
     results = {
-        "question": __doc__.splitlines()[0],
-        "command": " ".join(["python benchmarks/load_weights.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-        "machine": {
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
-            "load_average_before": round(load_before, 1),
-        },
+        **harness.conditions(__file__, __doc__, ("torch", "deepspeed", "safetensors")),
         "net": name,
         **sizes,
         "ranks": RANKS,
@@ -268,14 +254,13 @@ def main() -> int:
             for loader, files in loads.items()
         },
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    harness.write(results, arguments.out)
     draw(results, arguments.out.with_suffix(".png"))
     return tell(results)
 
 
 def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Of one loader and file: the largest peak of any rank and turn, and all that was measured."""
+    """Returns the largest peak of any rank and turn, and all that was measured."""
     seconds = [max(rank["seconds"] for rank in turn) for turn in turns]
     return {
         "peak_bytes": max(rank["peak_bytes"] for turn in turns for rank in turn),
@@ -294,7 +279,7 @@ def tell(results: dict[str, Any]) -> int:
         for loader in LOADERS:
             case = results["loads"][loader][file]
             print(
-                f"  {file:20} {loader:9} peak {case['peak_bytes'] / 1e6:7.0f} MB a rank, "
+                f"  {file:20} {loader:9} peak {case['peak_bytes'] / 1e6:7.0f} MB per rank, "
                 f"{case['median_seconds']:5.1f} s"
             )
     worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in files)

@@ -1,11 +1,11 @@
-"""Does the detector learn: does it memorise 8 real pictures, boxes and masks, in 20 minutes?
+"""Does the detector learn: can it memorise 8 real images, boxes and masks, in 20 minutes?
 
-    python benchmarks/memorise.py [--quick] [--ranks 2] [--steps 400]
+    python benchmarks/memorise.py [--quick] [--ranks 2] [--updates 400]
 
-The recipe coco_mask_rcnn_swinv2_tiny, narrowed (256 px, 64 channels in the heads, 64 RoIs an
-image), under ZeRO-3, on the 8 pictures of FD_DATA's coco_tiny whose smallest object is largest; the
-test pictures are the same ones. Writes benchmarks/results/memorise.json, the curves, and the
-pictures with what is seen in them.
+Trains a narrow version of the recipe coco_mask_rcnn_swinv2_tiny (256 px, 64 channels in the heads,
+64 RoIs per image) under ZeRO-3 on the 8 images of FD_DATA's coco_tiny whose smallest object is
+largest, and tests it on the same images. Writes benchmarks/results/memorise.json, the curves, and
+the images with what is detected in them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import ranks as here
+import harness
+from harness import RESULTS, ROOT
 from PIL import Image
-from ranks import RESULTS, ROOT
 
-PICTURES = 8
+NUM_IMAGES = 8
 FLAGS = """
 --recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --data.workers 0
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
@@ -41,11 +41,11 @@ FLAGS = """
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--updates", type=int, default=400, help="steps of training")
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--out", type=Path, default=RESULTS / "memorise.json")
     if parser.parse_args().quick:
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def choose(root: Path) -> None:
-    """Leaves of coco_tiny the pictures whose smallest object, at 256 px, is largest."""
+    """Keeps the images of coco_tiny whose smallest object, at 256 px, is largest."""
     source = json.loads((root / "annotations/instances_val.json").read_text())
     of_image = defaultdict(list)
     for annotation in source["annotations"]:
@@ -66,7 +66,7 @@ def choose(root: Path) -> None:
             return 0.0
         return min(a["area"] for a in own) * (256 / max(image["height"], image["width"])) ** 2
 
-    chosen = sorted(source["images"], key=smallest, reverse=True)[:PICTURES]
+    chosen = sorted(source["images"], key=smallest, reverse=True)[:NUM_IMAGES]
     kept = {
         "images": chosen,
         "annotations": [a for image in chosen for a in of_image[image["id"]]],
@@ -81,24 +81,22 @@ def draw(rows: list[dict], evaluations: list[dict], path: Path) -> None:
     """Draws the loss, and AP50 of boxes and masks, over the steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, precision = figure.subplots(1, 2)
     loss.plot([r["update"] for r in rows], [r["loss"] for r in rows], color="#4477aa")
-    loss.set(xlabel="update", ylabel="loss", yscale="log", title="training")
+    loss.set(xlabel="step", ylabel="loss", yscale="log", title="training")
     for kind, colour, aim in (("box", "#4477aa", 0.9), ("mask", "#cc6677", 0.8)):
         values = [e[f"{kind}_AP50"] for e in evaluations]
         updates = [e["update"] for e in evaluations]
         precision.plot(updates, values, marker="o", markersize=3, color=colour, label=kind)
         precision.axhline(aim, color=colour, linewidth=0.8, linestyle="--")
-    precision.set(xlabel="update", ylabel="AP50", ylim=(0, 1.02), title="the same pictures; aims")
+    precision.set(xlabel="step", ylabel="AP50", ylim=(0, 1.02), title="the same images; aims")
     precision.legend(loc="lower right", frameon=False)
-    for axes in (loss, precision):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    harness.save(figure, path)
 
 
 def main() -> int:
-    """Trains, evaluates on the way, keeps what came out."""
+    """Trains, evaluates on the way, and keeps the results."""
     flags = parse()
     data = Path(os.environ.get("FD_DATA", ROOT / "../shared/data")) / "coco_tiny.tar"
     if not data.is_file():
@@ -109,7 +107,7 @@ def main() -> int:
             archive.extractall(root, filter="data")
         choose(root)
         begin = time.monotonic()
-        code = here.start(
+        code = harness.start(
             str(ROOT / "fd_large/train.py"),
             *("--deepspeed_config", ROOT / "ds_configs/zero3.json", *FLAGS.split()),
             *("--data.root", root, "--runtime.run_dir", run_dir),
@@ -123,7 +121,7 @@ def main() -> int:
         lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
         evaluations = [json.loads(line) for line in lines]
         last = run_dir / f"evaluations/update_{flags.updates:08d}"
-        flags.out.parent.mkdir(exist_ok=True)
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
         for name in ("worst", "chosen"):
             if (last / f"{name}.png").is_file():
                 picture = Image.open(last / f"{name}.png").convert("RGB")
@@ -134,8 +132,7 @@ def main() -> int:
             for kind, aim in (("box", 0.9), ("mask", 0.8))
         }
         result = {
-            **here.conditions("memorise"),
-            "question": __doc__.splitlines()[0],
+            **harness.conditions(__file__, __doc__),
             "flags": FLAGS.split(),
             "ranks": flags.ranks,
             "updates": flags.updates,
@@ -144,7 +141,7 @@ def main() -> int:
             "final": evaluations[-1],
             "evaluations": evaluations,
         }
-        flags.out.write_text(json.dumps(result, indent=1) + "\n")
+        harness.write(result, flags.out)
         print(f"{seconds:.0f} s; {json.dumps(evaluations[-1])}; aims reached after {reached}")
     return 0
 

@@ -1,7 +1,7 @@
 """The official Feature-Distillation code as a contender, from a checkout that the user names.
 
 `git clone https://github.com/SwinTransformer/Feature-Distillation PATH`; its imports need timm,
-torchvision and tqdm. Nothing of it is copied here and no weights are loaded: its own SwinV2
+torchvision and tqdm. Nothing of it is copied here and no weights are loaded: it runs its own SwinV2
 student, Swin teacher (EsViT's class, random weights), loss and optimiser, in the order of its
 training loop: DDP, autocast, backward, clip, step, and the loss read on the host. It was written
 for float16 autocast; in bfloat16 it is run under bfloat16 autocast: float32 parameters and
@@ -30,7 +30,7 @@ NEEDED = ("models/feature_distillation.py", "models/esvit.py", "optimizer.py")
 def build_peer(setting: Setting) -> Step:
     """Builds its model and step with the sizes of the setting.
 
-    Raises: Unavailable: if the checkout is another one, or a package that it imports is missing.
+    Raises: Unavailable: if it is not such a checkout, or a package that it imports is missing.
     """
     assert setting.peer_repo is not None
     for name in NEEDED:
@@ -57,10 +57,10 @@ def _step(
     config = _config(setting)
 
     def random_teacher(name: str, **_: Any) -> Any:
-        """In place of the function that downloads weights."""
+        """Replaces the function that downloads weights."""
         shape = run.teacher_architecture()
         return esvit.WarpperSwinTransformer(
-            img_size=run.data.image_size,  # It would take 224 for the sizes of its maps.
+            img_size=run.data.image_size,  # Its default is 224.
             patch_size=4,
             embed_dim=shape.embed_dim,
             depths=list(shape.depths),
@@ -83,7 +83,7 @@ def _step(
 
     def step(batch: Batch) -> Tensor:
         images = normalise(batch.images.to(device, non_blocking=True), IMAGENET)
-        with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.bfloat16):
             loss = module(images)["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -98,7 +98,7 @@ def _step(
 
 
 def _config(setting: Setting) -> SimpleNamespace:
-    """What its build functions read of its configuration."""
+    """Returns the part of its configuration that its build functions read."""
     run, shape = setting.run, setting.run.student_architecture()
     space = SimpleNamespace
     swin = space(

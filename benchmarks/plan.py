@@ -1,36 +1,32 @@
-"""Does the plan's arithmetic, with rates measured here, say how long a step takes here?
+"""Does the arithmetic of `plan`, with rates measured here, predict how long a step takes here?
 
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
 
-Starts its own CPU ranks (or one per GPU), builds an engine at ZeRO 1, 2 and 3, and in each round
+Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3. Each round
 measures the machine's rates (`plan/probe.py`) and right after them a step of each engine, so that
-whatever else the machine does hits both (`--clock cpu` counts processor time, which other work
-stretches less). A round's figure is measured over predicted. Teacher and
-student are the same model; images are noise in memory. Writes benchmarks/results/plan.json.
+other work on the machine affects both (`--clock cpu` counts processor time, which other work
+stretches less). The figure of a round is measured / predicted. Teacher and student are the same
+model; images are noise in memory. Writes benchmarks/results/plan.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "benchmarks" / "results"
+import harness
+from harness import RESULTS
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
@@ -46,24 +42,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_ranks(arguments: argparse.Namespace) -> int:
-    """Runs this file again on every rank."""
-    import torch
-
-    ranks = torch.cuda.device_count() or arguments.ranks
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += [__file__, *sys.argv[1:], "--as-rank"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
-        "PYTHONWARNINGS": "ignore",
-    }
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
 def the_run(arguments: argparse.Namespace, world: int) -> Any:
-    """The recipe: teacher and student of one kind, windows of half the first map's quarter."""
+    """Returns the recipe: teacher and student alike, windows a sixteenth of the image wide."""
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
 
@@ -84,43 +64,41 @@ def the_run(arguments: argparse.Namespace, world: int) -> Any:
 
 def measure(arguments: argparse.Namespace) -> int:
     """Alternates probe and steps; rank 0 reports."""
-    import torch
+    from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
-    from fd_large.data.loader import Batch
     from fd_large.engine.forward import forward_backward
-    from fd_large.engine.run import engine_of
-    from fd_large.engine.zero import config as ds
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.plan import probe
     from fd_large.plan.cluster import Cluster
-    from fd_large.plan.memory import persistence_threshold
     from fd_large.plan.rates import Rates
     from fd_large.plan.setting import Machine, Setting, Workload
     from fd_large.plan.step import estimate
-    from fd_large.tasks.distillation.job import DistillationJob
 
     distributed.start()
     start.start()
     world = distributed.world_size()
     run = the_run(arguments, world)
-    bfloat16, job = ds.computes_in_bfloat16(run.engine.precision), DistillationJob(run)
-    sizes = job.parameter_sizes()
-    threshold = persistence_threshold(sizes)
-    job.build(bfloat16=bfloat16, node_size=world, persistence_threshold=threshold)
-    engines = {}
-    # In float32 on one rank stages 1 and 2 are stage 0.
-    for stage in (1, 2, 3) if world > 1 or bfloat16 else (0, 3):
-        numbers = ds.RunNumbers(
-            arguments.micro_batch, 1, world, world, run.optim.clip_norm, bfloat16, sizes
+    job = job_of(run)
+    # In float32 on one rank, stages 1 and 2 are stage 0.
+    stages = (1, 2, 3) if world > 1 or distributed.device().type == "cuda" else (0, 3)
+    engines = {
+        stage: zero_engine(
+            run,
+            job.make_task,
+            f"zero{stage}" if stage else {},
+            micro_batch_size=arguments.micro_batch,
         )
-        shipped = ds.load(ROOT / f"ds_configs/zero{stage}.json") if stage else {}
-        config = ds.fill(shipped, numbers)
-        engines[stage] = engine_of(run, job.make_task, config)
-    size = arguments.image_size
-    images = torch.randint(0, 256, (arguments.micro_batch, 3, size, size), dtype=torch.uint8)
-    positions = torch.arange(arguments.micro_batch)
+        for stage in stages
+    }
+    batch = noise(arguments.micro_batch, arguments.image_size)
+
+    def step(engine: Any) -> None:
+        set_rate(engine.deepspeed.optimizer, 1e-4)
+        forward_backward(engine, batch, 0)
+        engine.deepspeed.step()
+
     cluster = Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1)
     load = Workload.of(run)
     rounds: list[dict[str, Any]] = []
@@ -130,16 +108,7 @@ def measure(arguments: argparse.Namespace) -> int:
         machine = Machine(cluster=cluster, rates=Rates(**found), kernels="reference")
         row: dict[str, Any] = {"rates": found, "load": os.getloadavg()[0]}
         for stage, engine in engines.items():
-            set_rate(engine.deepspeed.optimizer, 1e-4)
-            distributed.barrier()
-            begin = clock()
-            forward_backward(engine, Batch(images, 0, positions, positions), 0)
-            engine.deepspeed.step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if arguments.clock == "wall":
-                distributed.barrier()
-            seconds = clock() - begin
+            seconds = seconds_of(partial(step, engine), clock)
             setting = Setting(stage=stage, micro_batch_size=arguments.micro_batch)
             planned = estimate(load, setting, machine).seconds
             row[f"ZeRO-{stage}"] = {
@@ -167,16 +136,8 @@ def report(
         if stage.startswith("ZeRO-")
     }
     results = {
-        "question": __doc__.splitlines()[0],
-        "command": " ".join(
-            ["python benchmarks/plan.py", *(w for w in sys.argv[1:] if w != "--as-rank")]
-        ),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "deepspeed")},
-        "machine": {
-            "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load_average": [row["load"] for row in rounds],
-        },
+        **harness.conditions(__file__, __doc__),
+        "load_averages": [row["load"] for row in rounds],
         "ranks": world,
         "model": arguments.model,
         "parameters": parameters,
@@ -186,7 +147,7 @@ def report(
         },
         "rounds": rounds,
     }
-    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    harness.write(results, arguments.json)
     print(
         f"{arguments.model}, {parameters / 1e6:.1f}M, {world} rank(s), {arguments.clock} time; "
         "measured / predicted:"
@@ -202,4 +163,6 @@ def report(
 
 if __name__ == "__main__":
     flags = parse()
-    sys.exit(measure(flags) if flags.as_rank else start_ranks(flags))
+    if flags.as_rank:
+        sys.exit(measure(flags))
+    sys.exit(harness.start(__file__, *sys.argv[1:], "--as-rank", ranks=flags.ranks))

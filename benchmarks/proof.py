@@ -6,10 +6,9 @@ On the CIFAR-10 of FD_DATA (20,000 of the 50,000 training images, all 10,000 tes
 CPU cores: a small ViT with absolute positions learns the labels (the teacher); a ViT with shared
 relative positions learns the teacher's map and no label (the student); teacher, student and the
 student's model with random weights are then fine-tuned with the same budget, three seeds each, and
-tested frozen by neighbours and a linear probe; `diagnose` looks into them where it is there. All by
-the commands that a user has. Each part leaves its files in the work folder and is passed over when
-they are there, so that a run that was cut short goes on. Writes benchmarks/results/proof.json and
-pictures.
+tested frozen by k-NN and a linear probe; `diagnose` compares what they attend to. Every part is a
+command that a user has. It leaves its files in the work folder and is skipped if they are there, so
+that an interrupted run goes on. Writes benchmarks/results/proof.json and plots.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
-import ranks as here
+from harness import RESULTS, ROOT
 from PIL import Image
-from ranks import RESULTS, ROOT
 
 PARTS = ("data", "teacher", "student", "finetune", "knn", "linear", "diagnose")
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
@@ -41,18 +40,18 @@ IMAGE_SIZE, GLOBAL_BATCH = 32, 128
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images, small models, one seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--work", type=Path, default=None, help="folder of runs and pictures")
+    parser.add_argument("--work", type=Path, default=None, help="folder of runs and images")
     parser.add_argument("--out", type=Path, default=RESULTS / "proof.json")
     return parser.parse_args()
 
 
 class Proof:
-    """The parts, each a command in the work folder."""
+    """The parts, each a command that works in the work folder."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         quick = arguments.quick
@@ -64,14 +63,14 @@ class Proof:
             (4, 4, 2) if quick else (14, 12, 3)
         )
         self.seeds = 1 if quick else 3
-        # Parts take their time once; what was passed over keeps what it took.
+        # A part that is skipped keeps the time that it took before.
         self.clock = self.work / "seconds.json"
         self.seconds: dict[str, float] = (
             json.loads(self.clock.read_text()) if self.clock.is_file() else {}
         )
 
     def run(self, part: str) -> None:
-        """Carries out a part, unless its files are there."""
+        """Runs a part, unless it is done."""
         if part in self.seconds:
             print(f"{part}: done before, {self.seconds[part]:.0f} s", flush=True)
             return
@@ -84,7 +83,7 @@ class Proof:
         print(f"{part}: {self.seconds[part]:.0f} s", flush=True)
 
     def data(self) -> None:
-        """Class folders of PNG files from the archives; any prefix of them is class-balanced."""
+        """Writes class folders of PNG files; any prefix of the archives is class-balanced."""
         for split, archive in ARCHIVES.items():
             images, labels, classes = read_cifar(DATA / archive, self.images[split])
             for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -93,7 +92,7 @@ class Proof:
                 Image.fromarray(image).save(folder / f"{number:05d}.png")
 
     def teacher(self) -> None:
-        """A ViT with absolute positions learns the labels from random weights."""
+        """Trains a ViT with absolute positions on the labels, from random weights."""
         self._launch(
             "train",
             *("--recipe", "finetune_deit_vit_base"),
@@ -107,7 +106,7 @@ class Proof:
         )
 
     def student(self) -> None:
-        """A ViT with shared relative positions learns the teacher's map, without labels."""
+        """Distils the teacher into a ViT with shared relative positions, without labels."""
         self._launch(
             "train",
             *("--recipe", "fd_deit_vit_base"),
@@ -123,7 +122,7 @@ class Proof:
         )
 
     def finetune(self) -> None:
-        """The same budget for all three, every seed."""
+        """Fine-tunes all three with the same budget, for every seed."""
         self._evaluate(
             "finetune",
             *("--seeds", self.seeds, "--recipe", "finetune_deit_vit_base"),
@@ -133,23 +132,23 @@ class Proof:
         )
 
     def knn(self) -> None:
-        """Neighbours in the frozen nets."""
+        """Tests the frozen models by k-NN."""
         self._evaluate("knn", "--data.root", self._root, "--data.workers", 0)
 
     def linear(self) -> None:
-        """A linear probe of the frozen nets."""
+        """Trains a linear probe on the frozen models."""
         self._evaluate(
             "linear", "--seeds", self.seeds, "--data.root", self._root, "--data.workers", 0
         )
 
     def diagnose(self) -> None:
-        """What both attend to, how flat their loss is, how alike their layers are."""
+        """Compares attention, loss landscape and similarity of layers."""
         command = [sys.executable, "-m", "fd_large", "diagnose", *self._nets[:2]]
         root, out = self._root / "test", self.work / "diagnosis"
         self._call([*command, "--data.root", root, "--out", out, "--images", 64])
 
     def results(self) -> dict[str, Any]:
-        """What the parts that are done have found."""
+        """Returns the results of the parts that are done."""
         found: dict[str, Any] = {}
         for task in ("finetune", "knn", "linear"):
             summary = self._read(self.work / task / "summary.json")
@@ -172,7 +171,7 @@ class Proof:
         return found
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """A part's file, with paths as seen from the work folder; empty if it is not there."""
+        """Returns a part's file, with paths relative to the work folder; empty if there is none."""
         if not path.is_file():
             return {}
         return json.loads(path.read_text().replace(f"{self.work}/", ""))
@@ -187,7 +186,7 @@ class Proof:
         return [str(self.work / "teacher"), str(student), f"{student}#scratch"]
 
     def _labelled(self) -> list[object]:
-        """Light augmentation: the budget of a few epochs leaves no time to learn through more."""
+        """Flags of labelled training, with light augmentation, as suits a few epochs."""
         return [
             *("--data.root", self._root, "--data.image_size", IMAGE_SIZE),
             *("--data.min_crop_scale", 0.35, "--data.workers", 0),
@@ -211,7 +210,7 @@ class Proof:
         self._launch("evaluate", *self._nets, "--task", task, "--out", out, *words)
 
     def _launch(self, *words: object) -> None:
-        """Starts the ranks, one core each, through DeepSpeed's launcher."""
+        """Starts the ranks, one core each, with DeepSpeed's launcher."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         ranks = ["--num_accelerators", self.ranks]
         self._call([launcher, *ranks, "--no_local_rank", "--module", "fd_large", *words])
@@ -237,7 +236,7 @@ class Proof:
 
 
 def read_cifar(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images (N, 32, 32, 3) uint8, labels and class names of an archive of FD_DATA."""
+    """Returns images (N, 32, 32, 3) uint8, labels and class names of an archive in FD_DATA."""
     with tarfile.open(path) as archive:
         strips = sorted(m.name for m in archive if m.name.endswith(".webp"))[: -(-count // 100)]
         pixels = [np.asarray(Image.open(archive.extractfile(name))) for name in strips]
@@ -247,14 +246,14 @@ def read_cifar(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Three panels, a task each: dots are seeds, a line their mean."""
+    """Draws a panel per task: dots are seeds, a line is their mean."""
     from matplotlib.figure import Figure
 
     tasks = [
         (task, title)
         for task, title in (
             ("finetune", "fine-tuned"),
-            ("knn", "frozen: neighbours"),
+            ("knn", "frozen: k-NN"),
             ("linear", "frozen: linear probe"),
         )
         if task in results["found"]
@@ -284,10 +283,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_ylim(max(0, min(values) - margin), max(values) + 2 * margin)
         axes.set_xlim(-0.5, len(nets) - 0.5)
         axes.set_title(title, size=10)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("CIFAR-10 test accuracy, per cent")
     figure.suptitle(f"{results['images']['train']:,} training images; {results['machine']}", size=9)
-    figure.savefig(path)
+    harness.save(figure, path)
 
 
 def _fields(section: str, values: dict[str, int]) -> list[object]:
@@ -295,7 +293,7 @@ def _fields(section: str, values: dict[str, int]) -> list[object]:
 
 
 def _scalars(value: Any) -> Any:
-    """A diagnosis without its long lists."""
+    """Returns a diagnosis without its long lists."""
     if isinstance(value, dict):
         return {key: _scalars(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -306,7 +304,7 @@ def _scalars(value: Any) -> Any:
 
 
 def main() -> int:
-    """Carries out the parts and writes what is known after each."""
+    """Runs the parts and writes the results after each."""
     arguments = parse()
     missing = [name for name in ARCHIVES.values() if not (DATA / name).is_file()]
     if missing:
@@ -317,11 +315,9 @@ def main() -> int:
     for part in (part for part in PARTS if part in arguments.parts):
         proof.run(part)
         results = {
-            "question": __doc__.splitlines()[0],
-            **here.conditions(__file__),
+            **harness.conditions(__file__, __doc__),
             "quick": arguments.quick,
             "ranks": arguments.ranks,
-            "load_average": os.getloadavg()[0],
             "images": proof.images,
             "nets": {**proof.shape, "image_size": IMAGE_SIZE},
             "epochs": {
@@ -333,8 +329,7 @@ def main() -> int:
             "found": proof.results(),
         }
         results["command"] = results["command"].replace(str(proof.work), "FOLDER")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        harness.write(results, arguments.out)
     draw(results, arguments.out.with_suffix(".png"))
     print(json.dumps(results["found"], indent=1))
     print(f"written: {arguments.out}")

@@ -1,31 +1,31 @@
-"""Where do time and bytes of a distillation step go, and what do fused kernels save?
+"""Where do the time and bytes of a distillation step go, and what do fused kernels save?
 
     python benchmarks/roofline.py [--recipe fd_swinv2g] [--sizes 192:12 224:14] [--card h100]
                                   [--batch 32] [--json FILE]
 
 Runs a recipe's student (forward, backward) and teacher (forward) on the meta device, where tensors
-have shapes and no numbers, once with the reference kernels and once with the fused ones, and notes
-what each operation computes and which bytes it reads and writes. No GPU is used or needed; times
-are arithmetic: the longer of FLOPs / matmul rate and bytes / memory bandwidth of the named card.
+have shapes but no values, once with the reference kernels and once with the fused ones, and records
+what each operation computes and which bytes it reads and writes. No GPU is needed. Times are
+calculated: the longer of FLOPs / matmul rate and bytes / memory bandwidth of the named card.
 
 How it counts, one record per dispatched operation:
 
 - views and empty tensors cost nothing; each distinct input is read once (a dimension of stride 0
-  counts one element), each new output is written once, an in-place target is read and written;
+  counts as one element), each new output is written once, an in-place target is read and written;
 - a gather reads its index and at most as much of its source as it writes;
-- a fused operation counts by the kernels that it launches, and by what torch does between them:
-  each launch reads or writes each of its tensors once, so that what one kernel leaves for another
-  counts twice;
-- no cache and no second read inside a kernel is modelled.
+- a fused operation counts as the kernels that it launches, and what torch does between them: each
+  launch reads or writes each of its tensors once, so that what one kernel leaves for another counts
+  twice;
+- caches and repeated reads inside a kernel are ignored.
 
-A fused operation is counted only where its own rules say that it was tested, where
-benchmarks/results/kernels_aot.json records its kernels, both ways, as compiled for this width (for
-attention: window, class token and head width) and these dtypes, fitting and without spills, and
-where attention is compared with the reference at this window and head width; elsewhere it counts as
-the reference, and is named under the table.
+A fused operation is counted only in a case that its own rules call tested, whose kernels, both
+ways, benchmarks/results/kernels_aot.json records as compiled for this width (for attention: window,
+class token and head width) and these dtypes, fitting and without spills, and, for attention, in
+which a test compares it with the reference. Otherwise it counts as the reference and is listed
+below the table.
 
 Parameters are bfloat16, as on GPUs; nothing is recomputed. Writes benchmarks/results/roofline.json
-and a picture.
+and .png.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,12 +41,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from harness import RESULTS, ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from fd_large.kernels import choose  # noqa: E402
@@ -56,11 +56,10 @@ from fd_large.recipes import registry  # noqa: E402
 from fd_large.recipes.run import Run  # noqa: E402
 from fd_large.report import style  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 PHASES = ("student forward", "student backward", "teacher forward")
 CLASSES = ("matmul", "attention", "stream", "activation", "bias gradient", "loss")
 
-# Of an operation: what its cases in kernels_aot.json start with, and its kernels.
+# For each operation: the start of its cases' names in kernels_aot.json, and its kernels.
 FUSED = {
     "layer_norm": ("residual_norm", ("_residual_norm_forward", "_residual_norm_backward")),
     "residual_norm": ("residual_norm", ("_residual_norm_forward", "_residual_norm_backward")),
@@ -74,9 +73,9 @@ FUSED = {
         )
     },
 }
-# What kernels call the tensors whose dtypes an operation's choice looks at.
+# The kernels' names of the tensors whose dtypes decide about an operation.
 ARGUMENTS = {"stream": "Y", "normed": "NORMED"}
-# Of a program, as in tests/unit/kernels/test_aot.py.
+# Shared memory that a program may have, as in tests/unit/kernels/test_aot.py.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 FREE = {
@@ -217,11 +216,9 @@ class Counter(TorchDispatchMode):
         from torch._library.custom_ops import OPDEFS
 
         given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        names = [argument.name for argument in func._schema.arguments]
-        every = dict(zip(names, args, strict=False)) | kwargs
         self._fused = name
         with recorded() as launches, self:
-            OPDEFS[f"fd_large::{name}"]._init_fn(**every)
+            OPDEFS[f"fd_large::{name}"]._init_fn(*args, **kwargs)
         for tensors in launches:
             read = written = 0
             for t in {_place(t): t for t in tensors}.values():
@@ -326,7 +323,7 @@ Proof = Callable[[str, dict[str, Any]], bool]
 
 
 def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
-    """Returns what says of an operation and its case whether its kernels may count as fused.
+    """Returns a function of an operation and its case: whether its kernels count as fused.
 
     Args:
         recorded: The cases of kernels_aot.json.
@@ -375,7 +372,7 @@ def proof(recorded: dict[str, list[dict[str, Any]]]) -> Proof:
 
 @contextmanager
 def only(proven: Proof) -> Iterator[set[str]]:
-    """Within it the other operations run on the reference; yields which, and in what cases."""
+    """Makes unproven operations run on the reference; yields their names and cases."""
     known, refused = dict(choose._operations), set()
 
     def narrowed(op: str) -> Callable[..., str]:
@@ -405,12 +402,12 @@ def only(proven: Proof) -> Iterator[set[str]]:
 
 
 def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> list[Row]:
-    """Every operation of a step of a run, without recomputation, on the meta device.
+    """Returns every operation of a step of a run, without recomputation, on the meta device.
 
     Args:
         run: The recipe.
         batch: Images.
-        card: Whose rates give the seconds.
+        card: Rates that give the seconds.
         kernels: "reference" or "triton", as FD_KERNELS has them.
     """
     from fd_large.tasks.distillation.job import DistillationJob
@@ -441,7 +438,7 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
 
 
 def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
-    """Rows added up by a key."""
+    """Returns the sums of rows by a key."""
     total: dict[Any, Row] = {}
     for row in rows:
         name = key(row)
@@ -450,12 +447,12 @@ def summed(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Row]:
 
 
 def beside(rows: list[Row], phases: tuple[str, ...]) -> int:
-    """Bytes that everything but the matrix products moves in some phases."""
+    """Returns the bytes that all but the matrix products move in some phases."""
     return sum(row.moved for row in rows if row.phase in phases and row.kind != "matmul")
 
 
 def variants(run: Run, sizes: list[tuple[int, int]]) -> Iterator[tuple[dict[str, Any], Run]]:
-    """A run at each size, with each residual stream: what it is, and the run."""
+    """Yields a label and a run for each size and type of residual stream."""
     for image_size, window in sizes or [(run.data.image_size, 0)]:
         sized = run
         if window:
@@ -476,7 +473,7 @@ def variants(run: Run, sizes: list[tuple[int, int]]) -> Iterator[tuple[dict[str,
 
 
 def measured(rows: list[Row], batch: int) -> dict[str, Any]:
-    """The numbers of a variant, an image: by phase and class, by stage, by operation."""
+    """Returns numbers per image: by phase and class, by stage, by operation."""
 
     def numbers(row: Row) -> dict[str, Any]:
         return {
@@ -509,7 +506,7 @@ def tell(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{results['recipe']}, batch {results['batch']}, an image, beside matrix products",
+        title=f"{results['recipe']}, batch {results['batch']}, per image, besides matrix products",
         title_justify="left",
     )
     table.add_column("px, window, stream, kernels", no_wrap=True)
@@ -533,11 +530,11 @@ def tell(results: dict[str, Any]) -> None:
         )
     Console(width=None if Console().is_terminal else 170).print(table)
     for case in results["counted_as_reference"]:
-        print(f"counted as the reference, not compiled ahead or not compared there: {case}")
+        print(f"counted as the reference, since not compiled or not compared in this case: {case}")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Bars of time and bytes of the student's forward and backward, by class."""
+    """Draws time and bytes of the student's forward and backward, by class."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -569,8 +566,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         side.grid(axis="y", visible=False)
         side.margins(x=0.16)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel(f"microseconds an image on {results['card']['name']} (arithmetic)")
-    axes[1].set_xlabel("GB an image beside the matrix products (counted)")
+    axes[0].set_xlabel(f"microseconds per image on {results['card']['name']} (calculated)")
+    axes[1].set_xlabel("GB per image besides the matrix products (counted)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
@@ -591,17 +588,19 @@ def _of_student(case: dict[str, Any], kind: str, unit: str) -> float:
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
 
     def size(text: str) -> tuple[int, int]:
         pixels, _, window = text.partition(":")
         return int(pixels), int(window or 0)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", default="fd_swinv2g", help="name of a run of record")
+    parser.add_argument("--recipe", default="fd_swinv2g", help="name of a recipe")
     parser.add_argument("--sizes", nargs="*", type=size, default=[], help="PIXELS:WINDOW ...")
-    parser.add_argument("--card", default="h100", help="whose rates give the times")
-    parser.add_argument("--rates", default="", help="JSON of measured rates, over the card's")
+    parser.add_argument("--card", default="h100", help="GPU whose rates give the times")
+    parser.add_argument(
+        "--rates", default="", help="JSON of measured rates, which replace the card's"
+    )
     parser.add_argument("--batch", type=int, default=32, help="images")
     parser.add_argument("--quick", action="store_true", help="the recipe's own size, batch 4")
     parser.add_argument("--json", type=Path, default=RESULTS / "roofline.json")
@@ -623,18 +622,15 @@ def main() -> int:
                 name = "fused" if kernels == "triton" else kernels
                 cases.append(label | {"kernels": name} | measured(rows, arguments.batch))
     results = {
-        "question": __doc__.splitlines()[0],
-        "command": " ".join(["python benchmarks/roofline.py", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": "none: shapes on the meta device, arithmetic for the card",
+        **harness.conditions(__file__, __doc__, ("torch",)),
+        "machine": "none: shapes on the meta device, calculated for the card",
         "recipe": arguments.recipe,
         "batch": arguments.batch,
         "card": card.to_dict(),
         "counted_as_reference": sorted(refused),
         "cases": cases,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    harness.write(results, arguments.json)
     tell(results)
     draw(results, arguments.json.with_suffix(".png"))
     return 0

@@ -1,9 +1,9 @@
-"""How does a step's speed grow with the nodes? The table over several runs of throughput.py.
+"""How does the speed of a step grow with the number of nodes, over several runs of throughput.py?
 
     python benchmarks/scaling.py THROUGHPUT.json ... [--out benchmarks/results/scaling.csv]
 
-`sbatch slurm/throughput.sh` makes the files, one for each number of nodes, and calls this.
-Efficiency is images a second per rank, over those of the fewest nodes. Writes a .csv and a .png.
+`sbatch slurm/throughput.sh` makes the files, one per number of nodes, and calls this program.
+Efficiency is images per second and rank, relative to the smallest run. Writes a .csv and a .png.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ranks import RESULTS, TITLES
+import harness
+from harness import RESULTS, TITLES
 
 SAME = ("model", "image_size", "micro_batch", "precision", "machine")
 
 
 def table_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each contender and number of ranks, fewest ranks first.
+    """Returns a row per contender and number of ranks, fewest ranks first.
 
-    Raises: SystemExit: where the runs are no measurements of one thing.
+    Raises: SystemExit: if the runs do not measure the same thing.
     """
     for key in SAME:
         if len({run[key] for run in runs}) > 1:
-            sys.exit(f"scaling: runs of different {key}; got {[run[key] for run in runs]}.")
+            sys.exit(f"scaling: the runs differ in {key}; got {[run[key] for run in runs]}.")
     runs = sorted(runs, key=lambda run: run["ranks"])
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run["contenders"]):
@@ -48,7 +49,7 @@ def table_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Prints one line a contender, one column a number of ranks."""
+    """Prints one line per contender and one column per number of ranks."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,7 +71,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Images a second over ranks, both logarithmic, with the straight line of the first point."""
+    """Draws images per second over ranks, both logarithmic, and the line of ideal scaling."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,14 +93,13 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("ranks")
     axes.set_ylabel("images per second, all ranks")
-    axes.set_title(f"{title}\ndotted: as many times the first point", size=9)
+    axes.set_title(f"{title}\ndotted: ideal scaling from the first point", size=9)
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    harness.save(figure, path)
 
 
 def main() -> int:
-    """Reads the files, writes table and picture."""
+    """Reads the files, writes the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="THROUGHPUT.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv")
@@ -111,7 +111,7 @@ def main() -> int:
     rows = table_of(runs)
     of = runs[0]
     title = (
-        f"{of['model']}, {of['image_size']} px, {of['micro_batch']} images a rank, "
+        f"{of['model']}, {of['image_size']} px, {of['micro_batch']} images per rank, "
         f"{of['precision']}; {of['machine']}"
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

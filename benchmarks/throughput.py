@@ -1,15 +1,15 @@
-"""How many images a second does a distillation step take here, and how many do others take?
+"""How many images per second does a distillation step reach here, and how many do others?
 
     python benchmarks/throughput.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
         [--micro-batch 8] [--precision float32] [--contenders zero1 ddp ...] [--peer-repo PATH]
 
-Starts its own ranks (one per GPU, or `--ranks` CPU ranks; `--launcher "srun --nodes=4 ..."` for
-another way), builds all contenders side by side (contenders.py) and lets them take turns, so that
-whatever else the machine does hits all alike. The student is a SwinV2, the teacher a Swin of the
-same widths with random weights, whole on every rank; images are uint8 noise in memory, so that no
-loader is measured. `--ranks 1` sets the engine against the plain torch step.
+Starts its own ranks (one per GPU, or `--ranks` CPU ranks; or with `--launcher "srun --nodes=4"`),
+builds all contenders side by side (contenders.py) and lets them take turns, so that other work on
+the machine affects all alike. The student is a SwinV2, the teacher a Swin of the same widths with
+random weights, whole on every rank; images are uint8 noise in memory, so that no loader is
+measured. `--ranks 1` compares the engine with the plain torch step.
 
-Then each contender runs alone in fresh ranks, for its peak of memory. Writes a table, and
+Then each contender runs alone in fresh ranks, to measure its peak memory. Prints a table and writes
 benchmarks/results/throughput_RANKS_PRECISION.json, .csv and .png.
 """
 
@@ -18,39 +18,43 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import ranks as here
-from ranks import RESULTS, TITLES
+import harness
+from harness import RESULTS, TITLES
 
 WARM_UP = 2
 GIGABYTE = 1e9
 
 
 def parse() -> argparse.Namespace:
-    """Flags of the command."""
+    """Reads the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few rounds, small images")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
-    parser.add_argument("--launcher", default="", help="what starts the ranks; default torchrun")
-    parser.add_argument("--model", default="swinv2_tiny", help="a SwinV2 student")
-    parser.add_argument("--width", type=int, default=0, help="of its first stage; 0: its own")
+    parser.add_argument(
+        "--launcher", default="", help="command that starts the ranks; default: torchrun"
+    )
+    parser.add_argument("--model", default="swinv2_tiny", help="the student, a SwinV2")
+    parser.add_argument(
+        "--width", type=int, default=0, help="channels of its first stage; 0: its own"
+    )
     parser.add_argument("--image-size", type=int, default=128, help="pixels, a multiple of 64")
     parser.add_argument("--micro-batch", type=int, default=8, help="images per rank and step")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--rounds", type=int, default=12, help="measured steps of each contender")
     parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--peer-repo", type=Path, help="a checkout of Feature-Distillation")
-    parser.add_argument("--no-memory", action="store_true", help="speed alone")
-    parser.add_argument("--out", type=Path, help="the JSON; .csv and .png lie beside it")
-    parser.add_argument("--as-rank", action="store_true", help="this process is a rank already")
+    parser.add_argument("--no-memory", action="store_true", help="measure speed only")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON file; .csv and .png are written beside it"
+    )
+    parser.add_argument("--as-rank", action="store_true", help="this process is already a rank")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     if parser.parse_args().quick:
         parser.set_defaults(rounds=4, image_size=64, micro_batch=2)
@@ -58,12 +62,12 @@ def parse() -> argparse.Namespace:
 
 
 def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
-    """The contenders in the order that they are built in."""
+    """Returns the contenders in the order in which they are built."""
     wanted = arguments.contenders or [n for n in TITLES if n != "peer" or arguments.peer_repo]
     unknown = [name for name in wanted if name not in TITLES]
     if unknown:
         sys.exit(
-            f"--contenders: no such name; got {unknown[0]}, expected some of {', '.join(TITLES)}."
+            f"--contenders: unknown name; got {unknown[0]}, expected some of {', '.join(TITLES)}."
         )
     if world == 1 and not arguments.contenders:
         wanted = [name for name in wanted if name in ("alone", "zero0", "zero1", "peer")]
@@ -71,12 +75,11 @@ def chosen(arguments: argparse.Namespace, world: int) -> list[str]:
 
 
 def run_as_rank(arguments: argparse.Namespace) -> int:
-    """Measures speed, or of one contender the memory; rank 0 writes the JSON."""
-    import torch
+    """Measures speed, or the memory of one contender; rank 0 writes the JSON."""
     from contenders import Setting, Unavailable, build, share
+    from engines import noise
 
     from fd_large import distributed
-    from fd_large.data.loader import Batch
     from fd_large.engine.zero import start
 
     distributed.start()
@@ -91,11 +94,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.peer_repo,
     )
-    generator = torch.Generator().manual_seed(distributed.rank())
-    shape = (arguments.micro_batch, 3, size, size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    positions = torch.arange(arguments.micro_batch) + arguments.micro_batch * distributed.rank()
-    batch = Batch(images, 0, positions, positions)
+    batch = noise(arguments.micro_batch, size)
     steps, left_out, losses = {}, {}, {}
     for name in [arguments.alone] if arguments.alone else chosen(arguments, world):
         try:
@@ -103,7 +102,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
         except Unavailable as error:
             left_out[name] = str(error)
             continue
-        # What they compute is the same: the losses before and after the first step.
+        # They compute the same: compare the losses before and after the first step.
         losses[name] = [distributed.mean(steps[name](batch)).item() for _ in range(WARM_UP)]
     found: dict[str, Any] = {"left_out": left_out}
     if arguments.alone and steps:
@@ -122,7 +121,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
 
 def _memory(*, reset: bool = False) -> int:
-    """The most that this rank has held since a reset: of its GPU, else of the process."""
+    """Returns the peak bytes of this rank since a reset, on its GPU or else in the process."""
     import torch
 
     from fd_large import distributed
@@ -139,71 +138,61 @@ def _memory(*, reset: bool = False) -> int:
 
 
 def _take_turns(steps: dict[str, Any], batch: Any, rounds: int) -> dict[str, list[float]]:
-    import torch
-
-    from fd_large import distributed
+    from engines import seconds_of
 
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for order in here.turns(list(steps), rounds):
+    for order in harness.turns(list(steps), rounds):
         for name in order:
-            distributed.barrier()
-            begin = time.perf_counter()
-            steps[name](batch)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            distributed.barrier()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(seconds_of(lambda step=steps[name]: step(batch)))
     return seconds
 
 
 def report(
     arguments: argparse.Namespace, setting: Any, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """Figures of every contender; speeds are relative to the fastest that does the whole work."""
+    """Returns figures of every contender; speeds are relative to the fastest complete one."""
     from fd_large import distributed
 
     world = distributed.world_size()
     images = arguments.micro_batch * world
-    # Without exchange several ranks train several models: a bound, no contender.
+    # Without communication several ranks train several models: a bound, not a contender.
     whole = [name for name in seconds if world == 1 or name != "alone"] or list(seconds)
-    medians = {name: here.spread(seconds[name])["median"] for name in seconds}
+    medians = {name: harness.spread(seconds[name])["median"] for name in seconds}
     fastest = min(whole, key=medians.__getitem__)
     rows: dict[str, Any] = {}
     for name, samples in seconds.items():
         rows[name] = {
             "images_per_second": images / medians[name],
-            "seconds": here.spread(samples),
-            "relative_speed": here.paired(seconds[fastest], samples),
+            "seconds": harness.spread(samples),
+            "relative_speed": harness.paired(seconds[fastest], samples),
         }
     return {
-        "question": __doc__.splitlines()[0],
-        **here.conditions(__file__),
-        "load_average": os.getloadavg()[0],
+        **harness.conditions(__file__, __doc__),
         "ranks": world,
         "nodes": world // distributed.local_world_size(),
         "model": arguments.model,
         "trained_parameters": sum(p.numel() for p in setting.make_task().parameters()),
         "image_size": arguments.image_size,
         "micro_batch": arguments.micro_batch,
-        "precision": "bfloat16" if setting.precision.bfloat16 else "float32",
+        "precision": "bfloat16" if setting.bfloat16 else "float32",
         "fastest": fastest,
         "contenders": rows,
     }
 
 
 def start_ranks(arguments: argparse.Namespace) -> int:
-    """Speed of all side by side, then the memory of each alone; table, files, picture."""
+    """Measures the speed of all side by side, then the memory of each alone; writes the results."""
     words = [word for word in sys.argv[1:] if word != "--as-rank"]
     with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
         part = Path(folder) / "part.json"
 
         def run(*more: str) -> dict[str, Any]:
             part.unlink(missing_ok=True)
-            code = here.start(
+            code = harness.start(
                 __file__, *words, "--out", part, "--as-rank", *more,
                 ranks=arguments.ranks, launcher=arguments.launcher,
             )  # fmt: skip
-            # A rank now and then aborts in its last moment, all work done.
+            # Occasionally a rank aborts at exit, when all work is done.
             if not part.exists():
                 sys.exit(f"{' '.join(more) or 'throughput'}: the ranks ended with {code}")
             return json.loads(part.read_text())
@@ -218,8 +207,7 @@ def start_ranks(arguments: argparse.Namespace) -> int:
             ]
     name = f"throughput_{results['ranks']}_{results['precision']}.json"
     out = arguments.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    harness.write(results, out)
     write_csv(results, out.with_suffix(".csv"))
     draw(results, out.with_suffix(".png"))
     show(results)
@@ -228,7 +216,7 @@ def start_ranks(arguments: argparse.Namespace) -> int:
 
 
 def sorted_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(title, figures), the fastest first."""
+    """Returns (title, figures), the fastest first."""
     rows = results["contenders"].items()
     ordered = sorted(rows, key=lambda row: -row[1]["images_per_second"])
     return [(_title(name, results), row) for name, row in ordered]
@@ -244,7 +232,13 @@ def show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=subtitle(results), title_justify="left")
-    for name in ("contender", "images/s", "s a step (quartiles)", "relative speed", "peak memory"):
+    for name in (
+        "contender",
+        "images/s",
+        "s per step (quartiles)",
+        "relative speed",
+        "peak memory",
+    ):
         table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=True)
     for title, row in sorted_rows(results):
         low, high = row["seconds"]["quartiles"]
@@ -264,17 +258,17 @@ def show(results: dict[str, Any]) -> None:
 
 
 def subtitle(results: dict[str, Any]) -> str:
-    """What was measured, and where."""
+    """Describes what was measured, and where."""
     return (
         f"{results['model']} ({results['trained_parameters'] / 1e6:.1f}M trained), "
-        f"{results['image_size']} px, {results['micro_batch']} images a rank, "
+        f"{results['image_size']} px, {results['micro_batch']} images per rank, "
         f"{results['precision']}, {results['ranks']} rank(s)\n"
         f"{results['machine']}; load average {results['load_average']:.1f}"
     )
 
 
 def write_csv(results: dict[str, Any], path: Path) -> None:
-    """One line a contender."""
+    """Writes one line per contender."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
@@ -295,7 +289,7 @@ def write_csv(results: dict[str, Any], path: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Speed and, where it was measured, memory: a bar a contender; whiskers are quartiles."""
+    """Draws speed and, if measured, memory: one bar per contender; whiskers are quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -324,11 +318,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for place, number in enumerate(numbers):
             axes.text(number * 0.03, place, form.format(number), va="center", size=9)
         axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].invert_yaxis()
     figure.suptitle(subtitle(results), size=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    harness.save(figure, path)
 
 
 def main() -> int:

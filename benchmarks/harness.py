@@ -1,7 +1,8 @@
-"""What every benchmark of several ranks needs: their start, turns, and figures with spread."""
+"""What the benchmarks share: starting ranks, taking turns, medians with spread, written results."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ TITLES = {
 
 
 def start(program: str, *words: object, ranks: int, launcher: str = "") -> int:
-    """Runs a program on every rank, one thread or more each; returns the exit code.
+    """Runs a program on every rank and returns the exit code.
 
     Args:
         program: A Python file.
         words: Its arguments.
-        ranks: Where there is no GPU; else one rank on each.
-        launcher: What stands before `python FILE`, for instance "srun --nodes=2"; empty: torchrun
-            on this machine.
+        ranks: Number of CPU ranks; with GPUs, there is one rank per GPU.
+        launcher: The command before `python FILE`, for example "srun --nodes=2". Empty: torchrun on
+            this machine.
     """
     import torch
 
@@ -62,14 +63,14 @@ def start(program: str, *words: object, ranks: int, launcher: str = "") -> int:
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """Yields every round's order: each begins one place later, so that no one always follows."""
+    """Yields the order of every round; each begins one place later, so that none always follows."""
     for turn in range(rounds):
         first = turn % len(names)
         yield [*names[first:], *names[:first]]
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and the samples themselves."""
+    """Returns median, quartiles and the samples themselves."""
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
     return {
         "median": statistics.median(samples),
@@ -79,22 +80,51 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-    """The ratio of two samples that were taken in the same rounds."""
+    """Returns the spread of the ratio of samples that were taken in the same rounds."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
-def conditions(program: str) -> dict[str, Any]:
-    """Command, machine and versions of this process, on a rank or not."""
+def conditions(
+    program: str, question: str, packages: Sequence[str] = ("torch", "deepspeed")
+) -> dict[str, Any]:
+    """Returns what it takes to repeat a benchmark.
+
+    Args:
+        program: Its file.
+        question: Its docstring; the first line is kept.
+        packages: Installed packages on which the figures depend.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    hidden = ("--as-rank", "--alone")
-    words = [word for word in sys.argv[1:] if word not in hidden]
+    words = [word for word in sys.argv[1:] if word not in ("--as-rank", "--alone")]
     return {
+        "question": question.splitlines()[0],
         "command": " ".join([f"python benchmarks/{Path(program).name}", *words]),
         "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "load_average": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "deepspeed")},
+            **{name: _version(name) for name in packages},
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Writes results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure without the upper and right lines of its axes."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

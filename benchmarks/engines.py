@@ -1,0 +1,84 @@
+"""Small distillation runs in real engines, for the benchmarks that time a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import ROOT
+
+from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.engine.run import engine_of
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero.engine import Engine
+from fd_large.recipes.run import Run
+from fd_large.tasks.distillation.job import DistillationJob
+
+
+def job_of(run: Run, *, persistence_threshold: int = 0) -> DistillationJob:
+    """Returns the job of a run, its teacher built in the run's precision."""
+    job = DistillationJob(run)
+    job.build(
+        bfloat16=ds.computes_in_bfloat16(run.engine.precision),
+        node_size=distributed.world_size(),
+        persistence_threshold=persistence_threshold,
+    )
+    return job
+
+
+def zero_engine(
+    run: Run,
+    make_task: Callable[[], Any],
+    config: str | dict[str, Any],
+    *,
+    micro_batch_size: int,
+) -> Engine:
+    """Builds a student in its engine.
+
+    Args:
+        run: The recipe.
+        make_task: Constructs the student and its loss.
+        config: Name of a file in ds_configs/, or a DeepSpeed JSON; {} is ZeRO-0.
+        micro_batch_size: Images per rank and step.
+    """
+    if isinstance(config, str):
+        config = ds.load(ROOT / f"ds_configs/{config}.json")
+    world, node = distributed.world_size(), distributed.local_world_size()
+    numbers = ds.RunNumbers(
+        micro_batch_size,
+        1,
+        world,
+        node,
+        run.optim.clip_norm,
+        ds.computes_in_bfloat16(run.engine.precision),
+        DistillationJob(run).parameter_sizes(),
+    )
+    engine = engine_of(run, make_task, ds.fill(config, numbers))
+    engine.task.train()
+    return engine
+
+
+def noise(micro_batch_size: int, image_size: int) -> Batch:
+    """Returns a batch of random uint8 images, others on every rank."""
+    rank = distributed.rank()
+    generator = torch.Generator().manual_seed(rank)
+    shape = (micro_batch_size, 3, image_size, image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    positions = torch.arange(micro_batch_size) + micro_batch_size * rank
+    return Batch(images, 0, positions, positions)
+
+
+def seconds_of(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Returns the seconds of a call, from all ranks ready to all ranks done."""
+    distributed.barrier()
+    begin = clock()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    # Waiting for the others takes no processor time of this rank.
+    if clock is time.perf_counter:
+        distributed.barrier()
+    return clock() - begin
