@@ -4,13 +4,14 @@ Source: "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Fe
 (arXiv 2205.14141), its code (SwinTransformer/Feature-Distillation) and README.
 
 Common to all six: ImageNet-1K, 1,281,167 images, 224 px; global batch 2048 (16 GPUs x 128), so
-1,281,167 // 2048 = 625 steps an epoch; AdamW .9/.999, eps 1e-8, decay .05; gradients clipped at
-a norm of 3.0; drop path in the student only; smooth L1 with beta 2. Rates are per 512 images: at
-2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The published runs computed in float16 autocast, whose
-residual stream is float32; so is ours, with bfloat16 matrix products.
+1,281,167 // 2048 = 625 steps per epoch; AdamW with betas .9/.999, eps 1e-8 and weight decay .05;
+gradients clipped at a norm of 3.0; drop path in the student only; smooth L1 with beta 2. Learning
+rates are per 512 images: at 2048 the ViT runs peak at 3e-4 x 4 = 1.2e-3. The published runs
+computed in float16 autocast, whose residual stream is float32; so is ours, with bfloat16 matrix
+products.
 
-Durations are arithmetic, not measurements: FLOPs an image (3 x student + teacher, 2 per
-multiply-add) x 300 x 1,281,167 images, at an assumed 200 TFLOP/s a GPU (a fifth of an H100's peak).
+Durations are calculated, not measured: FLOPs per image (3 x student + teacher, 2 per multiply-add)
+x 300 x 1,281,167 images, at an assumed 200 TFLOP/s per GPU (a fifth of an H100's peak).
 """
 
 from __future__ import annotations
@@ -19,11 +20,36 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.distillation.section import Teacher
 
-PAPER_BATCH = Batch(global_batch_size=2048)
+Rates = tuple[float, float, float]
+"""Learning rates per 512 images: peak, start of the warm-up, end."""
+
+VIT_RATES = (3e-4, 5e-7, 5e-6)
+SWIN_RATES = (2e-4, 1e-6, 1e-5)
 
 
-def _vit_optim(epochs: int) -> Optim:
-    return Optim(base_lr=3e-4, warmup_lr=5e-7, min_lr=5e-6, epochs=epochs, warmup_epochs=10)
+def distillation(
+    name: str,
+    student: Student,
+    teacher: Teacher,
+    *,
+    rates: Rates,
+    epochs: int = 300,
+    image_size: int = 224,
+    min_crop_scale: float = 0.08,
+    batch: Batch = Batch(global_batch_size=2048),  # noqa: B008 (frozen)
+) -> Run:
+    """Returns a run with the settings that all distillations of record share."""
+    base_lr, warmup_lr, min_lr = rates
+    return Run(
+        name=name,
+        student=student,
+        teacher=teacher,
+        data=Data(image_size=image_size, min_crop_scale=min_crop_scale),
+        optim=Optim(
+            base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr, epochs=epochs, warmup_epochs=10
+        ),
+        batch=batch,
+    )
 
 
 def fd_clip_vit_base() -> Run:
@@ -36,13 +62,11 @@ def fd_clip_vit_base() -> Run:
     Also published: linear 79.5 -> 80.1, ADE20K 49.5 -> 51.7, COCO box/mask 45.0/39.8 -> 48.2/42.5.
     Duration: 4 x 35.1 GFLOP x 3.84e8 images = 5.4e19 FLOP.
     """
-    return Run(
-        name="fd_clip_vit_base",
-        student=Student(model="vit_base_patch16", drop_path_rate=0.2),
-        teacher=Teacher(model="clip_vit_base_patch16"),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        optim=_vit_optim(300),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_clip_vit_base",
+        Student(model="vit_base_patch16", drop_path_rate=0.2),
+        Teacher(model="clip_vit_base_patch16"),
+        rates=VIT_RATES,
     )
 
 
@@ -55,13 +79,13 @@ def fd_clip_vit_base_100ep() -> Run:
 
     A short run regularises less: drop path .1, and crops of at least .67 of the image.
     """
-    return Run(
-        name="fd_clip_vit_base_100ep",
-        student=Student(model="vit_base_patch16", drop_path_rate=0.1),
-        teacher=Teacher(model="clip_vit_base_patch16"),
-        data=Data(image_size=224, min_crop_scale=0.67),
-        optim=_vit_optim(100),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_clip_vit_base_100ep",
+        Student(model="vit_base_patch16", drop_path_rate=0.1),
+        Teacher(model="clip_vit_base_patch16"),
+        rates=VIT_RATES,
+        epochs=100,
+        min_crop_scale=0.67,
     )
 
 
@@ -76,13 +100,11 @@ def fd_clip_vit_large() -> Run:
     summary of the paper's third version).
     Duration: 4 x 162 GFLOP x 3.84e8 images = 2.5e20 FLOP.
     """
-    return Run(
-        name="fd_clip_vit_large",
-        student=Student(model="vit_large_patch14", drop_path_rate=0.3),
-        teacher=Teacher(model="clip_vit_large_patch14"),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        optim=_vit_optim(300),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_clip_vit_large",
+        Student(model="vit_large_patch14", drop_path_rate=0.3),
+        Teacher(model="clip_vit_large_patch14"),
+        rates=VIT_RATES,
     )
 
 
@@ -96,13 +118,11 @@ def fd_dino_vit_base() -> Run:
     Also published: ADE20K 46.2 -> 47.7; linear falls, 78.2 -> 76.1 (from a summary of the paper's
     third version).
     """
-    return Run(
-        name="fd_dino_vit_base",
-        student=Student(model="vit_base_patch16", drop_path_rate=0.3),
-        teacher=Teacher(model="dino_vit_base_patch16"),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        optim=_vit_optim(300),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_dino_vit_base",
+        Student(model="vit_base_patch16", drop_path_rate=0.3),
+        Teacher(model="dino_vit_base_patch16"),
+        rates=VIT_RATES,
     )
 
 
@@ -115,13 +135,11 @@ def fd_deit_vit_base() -> Run:
 
     Also published: ADE20K 47.0 -> 48.0 (from a summary of the paper's third version).
     """
-    return Run(
-        name="fd_deit_vit_base",
-        student=Student(model="vit_base_patch16", drop_path_rate=0.3),
-        teacher=Teacher(model="deit_vit_base_patch16"),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        optim=_vit_optim(300),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_deit_vit_base",
+        Student(model="vit_base_patch16", drop_path_rate=0.3),
+        Teacher(model="deit_vit_base_patch16"),
+        rates=VIT_RATES,
     )
 
 
@@ -133,14 +151,13 @@ def fd_esvit_swin_base() -> Run:
     Result: ImageNet-1K fine-tuned 83.9 -> 85.1
 
     Also published: ADE20K 47.3 -> 48.9 (from a summary of the paper's third version).
-    Rates of the paper's only Swin run: 2e-4 / 1e-6 / 1e-5 per 512 images, 8e-4 / 4e-6 / 4e-5 here.
+    Learning rates of the paper's only Swin run: 2e-4 / 1e-6 / 1e-5 per 512 images, 8e-4 / 4e-6 /
+    4e-5 here.
     Duration: 4 x 32.6 GFLOP x 3.84e8 images = 5.0e19 FLOP.
     """
-    return Run(
-        name="fd_esvit_swin_base",
-        student=Student(model="swinv2_base", drop_path_rate=0.3),
-        teacher=Teacher(model="swin_base_esvit"),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        optim=Optim(base_lr=2e-4, warmup_lr=1e-6, min_lr=1e-5, epochs=300, warmup_epochs=10),
-        batch=PAPER_BATCH,
+    return distillation(
+        "fd_esvit_swin_base",
+        Student(model="swinv2_base", drop_path_rate=0.3),
+        Teacher(model="swin_base_esvit"),
+        rates=SWIN_RATES,
     )

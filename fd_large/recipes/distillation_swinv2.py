@@ -1,56 +1,82 @@
 """SwinV2 into SwinV2, up to three billion parameters: our own choices.
 
 The paper reports SwinV2-G (ImageNet-1K 89.2 -> 89.4, ADE20K 59.9 -> 61.4, COCO test-dev 64.2 box)
-and publishes no recipe for it: neither data, epochs, rates, resolution, window, drop path, batch
-nor hardware. What stands here is chosen, and the reason is given at each number.
+and publishes no recipe for it: neither data, epochs, learning rates, resolution, window, drop path,
+batch nor hardware. The settings here are chosen, each with its reason.
 
-Common choices, with reasons:
+Common choices:
 
 - 192 px, window 12, grid 6 x 6: how the public SwinV2 models were pre-trained, so the teacher sees
   what it was trained on, and a step costs 0.73 of one at 224 px (743 against 1016 GFLOP in G).
 - ImageNet-1K, 300 epochs, global batch 2048 (187,500 steps), crops from .08, drop path .3, clip
-  3.0, decay .05: the paper's EsViT run into SwinV2-B, its only published Swin student.
-- Rates of that run (2e-4 / 1e-6 / 1e-5 per 512 images) for B and L, as the paper keeps one rate for
-  ViT-B and ViT-L. Above that the peak falls and the ends keep their ratio to it (1/200 and 1/20):
-  1b and huge take half; giant 7.5e-5, since the SwinV2 paper pre-trained G at 1.4e-3 with a batch
-  of 9216, which is 1.4e-3 x 512 / 9216 = 7.8e-5 per 512 images.
+  3.0, weight decay .05: the paper's EsViT run into SwinV2-B, its only published Swin student.
+- Learning rates of that run (2e-4 / 1e-6 / 1e-5 per 512 images) for B and L, as the paper uses the
+  same for ViT-B and ViT-L. Above that the peak falls and the ends keep their ratio to it (1/200 and
+  1/20): 1b and huge take half; giant 7.5e-5, since the SwinV2 paper pre-trained G at 1.4e-3 with a
+  batch of 9216, which is 1.4e-3 x 512 / 9216 = 7.8e-5 per 512 images.
 - FD's initialisation (branch norms start at 1e-5), as in the paper's Swin student.
 - A float32 residual stream: a branch of size 1e-5 added to a bfloat16 stream of size 1 is rounded
   away until the norm weight has grown past half a step, 2^-9 = 2e-3.
 - bfloat16 teachers: a target is whitened in float32 afterwards, and the bytes halve.
 
-Memory a GPU, between steps: 18 bytes a student parameter over the ranks (bfloat16 weight; float32
-accumulated gradient, master and two moments) + 2 bytes a teacher parameter. For backward, a
-checkpointed model keeps each block's input (4 bytes in float32, the table's "kept") and one live
-block.
+Memory of a rank between steps: 18 bytes per student parameter, spread over the ranks (bfloat16
+weight; float32 accumulated gradient, master and two moments), and 2 bytes per teacher parameter.
+For the backward pass, a checkpointed model stores the input of each block and one block's own
+activations. Per image, as `plan` counts it with fused kernels:
 
-| model   | parameters | student states | teacher | kept an image | one block | without checkpoints |
-|-------|------------|----------------|---------|---------------|-----------|---------------------|
-| huge  | 0.655e9    | 11.8 GB        | 1.3 GB  | 25 MB         | 64 MB     | 496 MB              |
-| 1b    | 1.061e9    | 19.1 GB        | 2.1 GB  | 32 MB         | 81 MB     | 631 MB              |
-| giant | 2.998e9    | 54.0 GB        | 6.0 GB  | 66 MB         | 93 MB     | 1303 MB             |
+| model | parameters | student states | teacher | activations, checkpointed | not checkpointed |
+|-------|------------|----------------|---------|---------------------------|------------------|
+| huge  | 0.655e9    | 11.8 GB        | 1.3 GB  | 64 MB                     | 202 MB           |
+| 1b    | 1.061e9    | 19.1 GB        | 2.1 GB  | 81 MB                     | 257 MB           |
+| giant | 2.998e9    | 54.0 GB        | 6.0 GB  | 137 MB                    | 531 MB           |
 
-("One block" and "without" are counted for giant with unfused attention and a bfloat16 stream;
-huge and 1b are scaled by width and by the stages' sum of depth x tokens x width.)
+Plain torch kernels store an eighth more without checkpoints, since GPUs compute attention maps
+again in the backward pass either way. The three large recipes checkpoint every block although
+40 GB (huge, giant) or 80 GB (1b) would hold their activations: the cautious setting, as long as
+no GPU has confirmed these figures. `--student.activation_checkpointing off` saves a fifth of the
+time.
 
-Durations are arithmetic, not measurements: FLOPs an image x 3.84e8 images at an assumed 200 TFLOP/s
-a GPU; 3 x student + teacher, and one more student forward with checkpoints.
+Durations are calculated, not measured: FLOPs per image x 3.84e8 images at an assumed 200 TFLOP/s
+per GPU; 3 x student + teacher, and one more student forward pass with checkpoints. For the three
+large models `python -m fd_large plan` gives about as much on A100s with fused kernels, and two to
+three times as much with plain torch kernels.
 """
 
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.distillation import SWIN_RATES, Rates, distillation
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import Batch, Data, Optim, Student
+from fd_large.recipes.sections import Batch, Student
 from fd_large.tasks.distillation.section import Teacher
 
 # 1b, huge and giant have window 12 as their own; base and large are named with 14, for 224 px.
 WINDOW_12 = Architecture(window_size=12)
-DATA_192 = Data(image_size=192, min_crop_scale=0.08)
 
 
-def _optim(base_lr: float, warmup_lr: float, min_lr: float) -> Optim:
-    return Optim(base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr, epochs=300, warmup_epochs=10)
+def _into_itself(
+    name: str,
+    model: str,
+    *,
+    rates: Rates = SWIN_RATES,
+    architecture: Architecture = Architecture(),  # noqa: B008 (frozen)
+    checkpoint_blocks: bool = False,
+    teacher_placement: str = "replicated",
+    micro_batch_size: int | str = "auto",
+) -> Run:
+    return distillation(
+        name,
+        Student(
+            model=model,
+            architecture=architecture,
+            drop_path_rate=0.3,
+            activation_checkpointing="every" if checkpoint_blocks else "off",
+        ),
+        Teacher(model=model, architecture=architecture, placement=teacher_placement),
+        rates=rates,
+        image_size=192,
+        batch=Batch(global_batch_size=2048, micro_batch_size=micro_batch_size),
+    )
 
 
 def fd_swinv2_base() -> Run:
@@ -65,14 +91,7 @@ def fd_swinv2_base() -> Run:
     Duration: 4 x 23.5 GFLOP x 3.84e8 = 3.6e19 FLOP. Memory: 18 x 0.087e9 = 1.6 GB of states over
     the ranks, 0.2 GB of teacher on each.
     """
-    return Run(
-        name="fd_swinv2_base",
-        student=Student(model="swinv2_base", architecture=WINDOW_12, drop_path_rate=0.3),
-        teacher=Teacher(model="swinv2_base", architecture=WINDOW_12),
-        data=DATA_192,
-        optim=_optim(2e-4, 1e-6, 1e-5),
-        batch=Batch(global_batch_size=2048),
-    )
+    return _into_itself("fd_swinv2_base", "swinv2_base", architecture=WINDOW_12)
 
 
 def fd_swinv2_large() -> Run:
@@ -85,14 +104,7 @@ def fd_swinv2_large() -> Run:
     Duration: 4 x 51.9 GFLOP x 3.84e8 = 8.0e19 FLOP. Memory: 18 x 0.195e9 = 3.5 GB of states over
     the ranks, 0.4 GB of teacher on each.
     """
-    return Run(
-        name="fd_swinv2_large",
-        student=Student(model="swinv2_large", architecture=WINDOW_12, drop_path_rate=0.3),
-        teacher=Teacher(model="swinv2_large", architecture=WINDOW_12),
-        data=DATA_192,
-        optim=_optim(2e-4, 1e-6, 1e-5),
-        batch=Batch(global_batch_size=2048),
-    )
+    return _into_itself("fd_swinv2_large", "swinv2_large", architecture=WINDOW_12)
 
 
 def fd_swinv2_1b() -> Run:
@@ -106,21 +118,11 @@ def fd_swinv2_1b() -> Run:
     masked image modelling (SimMIM), where the paper saw little gain (MAE-B 83.6 -> 83.8): the run
     is there to exercise a public teacher of that size.
     Memory on 16 GPUs: 19.1 / 16 = 1.2 GB of states, 2.1 GB of teacher, replicated because that is
-    small and costs no network. 128 images without checkpoints: 128 x 631 MB = 81 GB, too much for
-    80 GB; with: 128 x (32 + 81) MB = 14.5 GB. Hence checkpointing, at a quarter more time:
-    5 x 276 GFLOP x 3.84e8 = 5.3e20 FLOP.
+    small and costs no network; 128 x 81 MB = 10.4 GB of activations, 32.9 GB without checkpoints.
+    Duration: 5 x 276 GFLOP x 3.84e8 = 5.3e20 FLOP.
     """
-    return Run(
-        name="fd_swinv2_1b",
-        student=Student(
-            model="swinv2_1b",
-            drop_path_rate=0.3,
-            activation_checkpointing="every",
-        ),
-        teacher=Teacher(model="swinv2_1b"),
-        data=DATA_192,
-        optim=_optim(1e-4, 5e-7, 5e-6),
-        batch=Batch(global_batch_size=2048),
+    return _into_itself(
+        "fd_swinv2_1b", "swinv2_1b", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
     )
 
 
@@ -133,21 +135,12 @@ def fd_swinv2h() -> Run:
 
     The public SwinV2-H weights are SimMIM's, of a class without the extra norms: load them with
     `--teacher.architecture.extra_norm_every 0`. The student keeps the norms of the SwinV2 paper.
-    Memory on 16 GPUs: 11.8 / 16 = 0.7 GB of states, 1.3 GB of teacher, replicated. 128 images
-    without checkpoints: 128 x 496 MB = 63 GB; with: 128 x (25 + 64) MB = 11.4 GB, which a 40 GB GPU
-    holds. Duration: 5 x 171 GFLOP x 3.84e8 = 3.3e20 FLOP.
+    Memory on 16 GPUs: 11.8 / 16 = 0.7 GB of states, 1.3 GB of teacher, replicated; 128 x 64 MB =
+    8.2 GB of activations, or 25.9 GB without checkpoints. Duration: 5 x 171 GFLOP x 3.84e8 =
+    3.3e20 FLOP.
     """
-    return Run(
-        name="fd_swinv2h",
-        student=Student(
-            model="swinv2_huge",
-            drop_path_rate=0.3,
-            activation_checkpointing="every",
-        ),
-        teacher=Teacher(model="swinv2_huge"),
-        data=DATA_192,
-        optim=_optim(1e-4, 5e-7, 5e-6),
-        batch=Batch(global_batch_size=2048),
+    return _into_itself(
+        "fd_swinv2h", "swinv2_huge", rates=(1e-4, 5e-7, 5e-6), checkpoint_blocks=True
     )
 
 
@@ -166,38 +159,41 @@ def fd_swinv2g() -> Run:
     Its width, 8 x 448 = 3584, is reached by the projection (4096 -> 3584); both grids are 6 x 6 at
     192 px, and where an override makes them differ, `--objective.interpolation bilinear` resizes
     the teacher's map.
-    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP an image, 1,730 GPU-hours.
+    It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,730 GPU-hours.
 
-    Duration: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward of teacher, four forwards'
-    worth of student with recomputation).
+    Duration: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four
+    forward passes' worth of the student with recomputation).
 
-    Memory on 64 GPUs in nodes of 8: student states 54.0 / 64 = 0.84 GB; teacher inside the node
-    6.0 / 8 = 0.75; hpZ's second copy of the weights inside the node 6.0 / 8 = 0.75; gathered layers
-    about 2 GB each for student and teacher; activations of 32 images, checkpointed,
-    32 x (66 + 93) MB = 5.1 GB (unfused). About 12 GB; without checkpoints 32 x 1303 MB = 41.7 GB,
-    about 48 GB in all, which needs 80 GB GPUs and saves a fifth of the time
-    (`--student.activation_checkpointing off`).
+    Memory and time on 64 GPUs in nodes of 8, as `python -m fd_large plan --recipe fd_swinv2g
+    --gpus 64 --gpu a100_40 --network 100` counts them (32 images per GPU, fused kernels):
+
+    | teacher    | checkpoints | states | teacher | activations | buffers | all     | GPU-hours |
+    |------------|-------------|--------|---------|-------------|---------|---------|-----------|
+    | node       | every block | 1.6 GB | 0.8 GB  | 4.5 GB      | 4.8 GB  | 11.7 GB | 1,973     |
+    | node       | none        | 1.6 GB | 0.8 GB  | 17.0 GB     | 4.8 GB  | 24.3 GB | 1,600     |
+    | replicated | none        | 1.6 GB | 6.0 GB  | 17.0 GB     | 4.6 GB  | 29.3 GB | 1,571     |
+
+    The first line is this recipe. `plan` prefers the last one, a fifth faster, which 40 GB hold as
+    well: `--teacher.placement replicated --student.activation_checkpointing off`. The recipe does
+    not take it as long as no GPU has confirmed the figures: with plain torch kernels the GPU-hours
+    double (3,928 in the first line), and the lines without checkpoints take 2.1 GB more. States
+    include hpZ's second copy of the weights inside the node.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
-    S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s) 52 ms. ZeRO-3 of both models over all ranks
-    makes four passes a micro-step (student forward, backward, gradients, teacher): 210 ms. A
-    teacher split inside the node makes three, hpZ (backward gathers inside the node) two: 105 ms.
-    Computing 32 images takes 136 ms (170 with checkpoints) at the limits of an H100 with fused
-    kernels, 343 (425) without, so the network hides behind either; 8 fused ones would take 34 and
-    wait. Hence placement node, hpZ, and 32 images a GPU
-    as a number rather than `auto`: 2048 = 64 x 32. On 256 GPUs raise the batch to 8192, not the
-    number of GPUs alone. Recomputed forwards gather again inside the node under hpZ, at no cost to
-    the network. One 100 Gb/s card a node (12.5 GB/s) makes it 839 ms: use fewer, larger nodes.
+    S (N-1)/N of it, at 8 nodes of 8 x 100 Gb/s (100 GB/s, of which `plan` expects 80) 66 ms. ZeRO-3
+    of both models over all ranks makes four passes per micro-batch (student forward, backward,
+    gradients, teacher). A teacher split inside the node makes three, and hpZ two, because the
+    backward pass gathers inside the node; recomputed forward passes do so too. With what stays
+    inside the node `plan` counts 193 ms, beside 590 ms of computation on A100s and 404 ms on H100s,
+    so the network hides behind either. Hence placement node, hpZ, and 32 images per GPU as a number
+    rather than `auto`: 2048 = 64 x 32. On 256 GPUs raise the batch to 8192, not the number of GPUs
+    alone. With one 100 Gb/s card per node the network takes 1.1 s: use fewer, larger nodes.
     """
-    return Run(
-        name="fd_swinv2g",
-        student=Student(
-            model="swinv2_giant",
-            drop_path_rate=0.3,
-            activation_checkpointing="every",
-        ),
-        teacher=Teacher(model="swinv2_giant", placement="node"),
-        data=DATA_192,
-        optim=_optim(7.5e-5, 3.75e-7, 3.75e-6),
-        batch=Batch(global_batch_size=2048, micro_batch_size=32),
+    return _into_itself(
+        "fd_swinv2g",
+        "swinv2_giant",
+        rates=(7.5e-5, 3.75e-7, 3.75e-6),
+        checkpoint_blocks=True,
+        teacher_placement="node",
+        micro_batch_size=32,
     )

@@ -2,16 +2,17 @@
 
 Source: the configurations of SwinTransformer/Feature-Distillation (finetune/*.yaml) and its README.
 
-Common to all six: 224 px, AdamW .9/.999, weight decay .05, gradients clipped at a norm of 5.0, the
-rates per 512 images with the same start and end, 100 epochs (50 for the large model) of which 20 (5)
-rise; RandAugment m9-mstd0.5-inc1, erasing .25, mixup .8, CutMix 1.0 (switched at .5), smoothing .1;
-tests on the middle crop of 256/224 of the size, bicubic. 128 images per GPU; how many GPUs is not
-published: 16, as in pre-training, are assumed. One position table for each block, copied from the
-one that distillation shared. The official code normalises CLIP's students by ImageNet's statistics
-in training and by CLIP's in tests; here both are those that the weights were trained with.
+Common to all six: 224 px; AdamW with betas .9/.999 and weight decay .05; gradients clipped at a
+norm of 5.0; the learning rates that warm-up starts and the cosine ends at are equal; 100 epochs
+with a warm-up of 20 (50 with 5 for the large model); RandAugment m9-mstd0.5-inc1, erasing .25,
+mixup .8, CutMix 1.0 (switched at .5), smoothing .1; tests on the middle crop of 256/224 of the
+size, bicubic. 128 images per GPU; the number of GPUs is not published: 16, as in pre-training, are
+assumed. One position table per block, copied from the one that distillation shared. The official
+code normalises CLIP's students by ImageNet's statistics in training and by CLIP's in tests; here
+both are those that the weights were trained with.
 
 `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from random
-weights. Durations are arithmetic, at an assumed 200 TFLOP/s a GPU.
+weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 
 
-def _run(
+def _finetune(
     name: str,
     model: str,
     *,
@@ -63,9 +64,9 @@ def finetune_clip_vit_base() -> Run:
     Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 84.9 (README), 85.0 (paper); CLIP itself 82.9
 
-    Duration: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, as of the other base models.
+    Duration: 3 x 35.1 GFLOP x 1.28e8 images = 1.3e19 FLOP, and the same for the other base models.
     """
-    return _run(
+    return _finetune(
         "finetune_clip_vit_base",
         "vit_base_patch16",
         base_lr=1.25e-3,
@@ -81,7 +82,7 @@ def finetune_clip_vit_base_100ep() -> Run:
     Duration: 62,500 steps; about 19 GPU-hours
     Result: no figure known (300 epochs: 84.9)
     """
-    return _run(
+    return _finetune(
         "finetune_clip_vit_base_100ep",
         "vit_base_patch16",
         base_lr=1.25e-3,
@@ -99,7 +100,7 @@ def finetune_clip_vit_large() -> Run:
 
     Duration: 3 x 162 GFLOP x 6.4e7 images = 3.1e19 FLOP.
     """
-    return _run(
+    return _finetune(
         "finetune_clip_vit_large",
         "vit_large_patch14",
         base_lr=2.5e-4,
@@ -118,7 +119,7 @@ def finetune_dino_vit_base() -> Run:
     Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 83.8; DINO itself 82.8
     """
-    return _run(
+    return _finetune(
         "finetune_dino_vit_base",
         "vit_base_patch16",
         base_lr=1.5e-3,
@@ -134,7 +135,7 @@ def finetune_deit_vit_base() -> Run:
     Duration: 62,500 steps; about 19 GPU-hours
     Result: ImageNet-1K 83.0; DeiT itself 81.8
     """
-    return _run(
+    return _finetune(
         "finetune_deit_vit_base",
         "vit_base_patch16",
         base_lr=1.25e-3,
@@ -153,7 +154,7 @@ def finetune_esvit_swin_base() -> Run:
     64 images per GPU, which the authors call a mistake of theirs: a global batch of 1024.
     Duration: 3 x 32.6 GFLOP x 1.28e8 images = 1.3e19 FLOP.
     """
-    return _run(
+    return _finetune(
         "finetune_esvit_swin_base",
         "swinv2_base",
         base_lr=1.25e-3,

@@ -44,7 +44,7 @@ DEFAULT_RECIPE = "quickstart"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a recipe's docstring says of it, a line each; the table of recipes shows them."""
+    """The facts of a recipe, one line each, as the table of recipes shows them."""
 
     summary: str
     hardware: str
@@ -53,10 +53,10 @@ class Facts:
 
 
 def get(name: str) -> Run:
-    """Returns the run of that name.
+    """Returns the recipe of that name.
 
     Raises:
-        ConfigError: No recipe has it; the nearest names are given.
+        ConfigError: No recipe has that name; the message gives the nearest ones.
     """
     if name not in RECIPES:
         close = nearest(name, RECIPES)
@@ -65,7 +65,7 @@ def get(name: str) -> Run:
 
 
 def facts(name: str) -> Facts:
-    """Reads the first line and the lines `Hardware:`, `Duration:`, `Result:` of the docstring."""
+    """Returns the first line and the lines `Hardware:`, `Duration:`, `Result:` of a docstring."""
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
 
     def first(key: str) -> str:

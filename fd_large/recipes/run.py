@@ -1,8 +1,8 @@
 """What a run is: a name and its sections.
 
-`Run` holds everything that decides a run except what the DeepSpeed JSON owns (ZeRO stage, buckets,
-offload, hpZ). The command line, `recipe.json` of a run folder and the recipes are three ways to the
-same object. Standard library only.
+`Run` holds everything that decides a run, except what the DeepSpeed JSON decides (ZeRO stage,
+buckets, offload, hpZ). The command line, `recipe.json` of a run folder and the recipes are three
+ways to the same object. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.distillation.section import Objective, Teacher
 from fd_large.tasks.registry import TASKS
 
-# One field a task that has a section of its own.
+# A field for each task that has a section of its own.
 _TaskSections = make_dataclass(
     "_TaskSections",
     [
@@ -44,7 +44,7 @@ _TaskSections = make_dataclass(
 
 @dataclass(frozen=True, kw_only=True)
 class Task(_TaskSections):
-    """What the student is trained to do, and the settings that one task alone reads."""
+    """What the student is trained to do, and the settings of single tasks."""
 
     # What the student learns. distillation: the teacher's feature map. finetune: the labels of
     # images. detection: the boxes and masks of objects. The last two have no teacher.
@@ -54,14 +54,14 @@ class Task(_TaskSections):
         check_types(self, "task")
         if self.name not in TASKS:
             raise ConfigError(
-                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Name "
-                "one of them."
+                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Use one of"
+                " these."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run, whole: a name and its sections."""
+    """A whole run: its name and its sections."""
 
     name: str
     student: Student
@@ -88,7 +88,7 @@ class Run:
                 raise ConfigError(f"{where}.{error}") from None
         require(
             self.student_architecture().can_train,
-            "student.model: this family's models only teach",
+            "student.model: models of this family can only be teachers",
             self.student.model,
             f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
         )
@@ -97,7 +97,7 @@ class Run:
                 self._refuse_sections_of(kind)
 
     def _refuse_sections_of(self, kind: TaskKind) -> None:
-        """Refuses what only another task reads: what is set and does nothing would mislead."""
+        """Refuses settings of another task, because they would do nothing."""
         own = {name: getattr(self, name) for name in kind.sections}
         if kind.section:
             own[f"task.{kind.name}"] = getattr(self.task, kind.name)
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the task learns from a teacher."""
+        """Whether the student learns from a teacher."""
         return "teacher" in TASKS[self.task.name].sections
 
     def student_architecture(self) -> FamilyArchitecture:
@@ -124,28 +124,28 @@ class Run:
     def teacher_architecture(self) -> FamilyArchitecture:
         """Returns the teacher's architecture with the overrides filled in.
 
-        Raises: ConfigError: while the model is `auto`, which the weights decide (weights/settle.py).
+        Raises: ConfigError: if the model is still `auto`; the weights decide it, once opened.
         """
         require(
             self.teacher.model != AUTO,
-            "teacher.model: auto is the model of the weights",
+            "teacher.model: auto means the model that the weights belong to",
             f"teacher.source {self.teacher.source!r}",
-            "weights to be opened first",
+            "opened weights",
             "Set --teacher.source, or name a model",
         )
         return resolve(self.teacher.model, self.teacher.architecture)
 
     def run_dir(self) -> str:
-        """Returns the folder of the run: the named one, else runs/RECIPE."""
+        """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""
         return self.runtime.run_dir or f"runs/{self.name}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested dicts, lists and plain values only, as `recipe.json` holds them."""
+        """Returns the run as nested dicts, lists and plain values, as stored in `recipe.json`."""
         return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """Returns the run that `to_dict` wrote; a key that is absent takes the field's default.
+        """Returns the run that `to_dict` gave; an absent key takes the field's default.
 
         Raises:
             ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.

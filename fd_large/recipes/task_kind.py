@@ -1,4 +1,4 @@
-"""What the recipe, the command line and the report know of a task, without torch."""
+"""A task's description for the recipe, the command line and the report; no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:
-    """A task's description; each `tasks/NAME/section.py` has one, named KIND.
+    """A task's description; each `tasks/NAME/section.py` holds one, named KIND.
 
     Attributes:
         name: Its name in a recipe (`task.name`).
         folder: Its folder in `tasks/`.
-        job: Name of the class in the folder's `job.py` that carries it out.
-        section: Dataclass of the fields that it alone reads, `task.NAME.FIELD`; None: it has none.
-        sections: Sections of a recipe that it alone reads.
-        loss: Words for its training loss, on axes and in tables.
+        job: Name of its class in the folder's `job.py`.
+        section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
+        sections: Names of the recipe's sections that no other task uses.
+        loss: Name of its training loss on axes and in tables.
     """
 
     name: str

@@ -33,14 +33,6 @@ def test_json_and_back_is_the_same_run(name):
     assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
-def test_json_and_back_keeps_overridden_tuples():
-    run = a_run()
-    again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
-    assert again == run
-    assert again.student.architecture.depths == (2, 2)
-    assert again.optim.betas == (0.9, 0.999)
-
-
 def test_from_dict_takes_the_default_for_an_absent_field():
     values = a_run().to_dict()
     del values["objective"]
@@ -51,24 +43,25 @@ def test_from_dict_takes_the_default_for_an_absent_field():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("optim", "base_rl"), 1.0, "optim.base_rl: no such field; nearest: optim.base_lr"),
-        (("optimiser",), {}, "optimiser: no such field; nearest: optim"),
-        (("student", "architecture", "dephts"), [1], "student.architecture.dephts: no such field"),
-        (("optim", "epochs"), "many", "optim.epochs: a value of the wrong type; got 'many'"),
-        (("optim", "epochs"), True, "optim.epochs: a value of the wrong type; got True"),
-        (("batch",), 3, "batch: not a section; got 3"),
-        (("teacher", "placement"), "nod", "expected one of replicated, sharded, node"),
+        ("optim.base_rl", 1.0, "optim.base_rl: no such field; nearest: optim.base_lr"),
+        ("optimiser", {}, "optimiser: no such field; nearest: optim"),
+        ("student.architecture.dephts", [1], "student.architecture.dephts: no such field"),
+        ("student.architecture.depths", "many", "student.architecture.depths: .*got 'many'"),
+        ("optim.epochs", "many", "optim.epochs: .*got 'many'"),
+        ("optim.epochs", True, "optim.epochs: .*got True"),
+        ("batch", 3, "batch: not a section; got 3"),
+        ("teacher.placement", "nod", "teacher.placement: .*one of replicated, sharded, node"),
     ],
 )
 def test_from_dict_refuses_what_it_does_not_know(path, value, message):
     values = a_run().to_dict()
+    *sections, name = path.split(".")
     inner = values
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    with pytest.raises(ConfigError) as caught:
+    for section in sections:
+        inner = inner[section]
+    inner[name] = value
+    with pytest.raises(ConfigError, match=message):
         Run.from_dict(values)
-    assert message in str(caught.value)
 
 
 def test_from_dict_names_a_needed_field_that_is_absent():
@@ -79,56 +72,53 @@ def test_from_dict_names_a_needed_field_that_is_absent():
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "message"),
+    ("section", "field", "value"),
     [
-        (Student, {"model": "x", "drop_path_rate": 1.0}, "student.drop_path_rate"),
-        (Student, {"model": "x", "drop_path_rate": float("nan")}, "student.drop_path_rate"),
-        (Student, {"model": "x", "checkpoint_every": 0}, "student.checkpoint_every: too small"),
-        (Student, {"model": "x", "size_rule": "crop"}, "student.size_rule"),
-        (Teacher, {"model": "x", "placement": "host"}, "teacher.placement"),
-        (Data, {"image_size": 0}, "data.image_size: too small; got 0, expected 1 or more pixels"),
-        (Data, {"min_crop_scale": 0.0}, "data.min_crop_scale"),
-        (Data, {"workers": -1}, "data.workers"),
-        (Data, {"max_bad_fraction": 1.0}, "data.max_bad_fraction"),
-        (Data, {"max_bad_fraction": -0.1}, "data.max_bad_fraction"),
-        (Data, {"max_pixels": 0}, "data.max_pixels: too small; got 0, expected 1 or more pixels"),
-        (Data, {"color_jitter": 1.5}, "data.color_jitter: out of range; got 1.5"),
-        (Data, {"grayscale_probability": -0.1}, "data.grayscale_probability: out of range"),
-        (Objective, {"beta": 0.0}, "objective.beta: must be positive"),
-        (Objective, {"whitening_eps": float("inf")}, "objective.whitening_eps"),
-        (Optim, {"base_lr": -1.0}, "optim.base_lr: must not be negative"),
-        (Optim, {"base_lr": 1e-6}, "optim.base_lr: below"),
-        (Optim, {"betas": (0.9, 1.0)}, "optim.betas"),
-        (Optim, {"betas": (0.9,)}, "optim.betas: a value of the wrong type"),
-        (Optim, {"epochs": 10}, "optim.warmup_epochs"),
-        (Optim, {"max_steps": -1}, "optim.max_steps"),
-        (Batch, {"global_batch_size": 0}, "batch.global_batch_size"),
-        (Batch, {"micro_batch_size": "big"}, "batch.micro_batch_size"),
-        (Batch, {"global_batch_size": 12, "micro_batch_size": 8}, "does not divide"),
-        (Engine, {"precision": "float16"}, "expected one of auto, float32, bfloat16"),
-        (Runtime, {"seed": -1}, "runtime.seed"),
-        (Runtime, {"log_every": 0}, "runtime.log_every"),
+        (Student, "drop_path_rate", 1.0),
+        (Student, "drop_path_rate", float("nan")),
+        (Student, "checkpoint_every", 0),
+        (Student, "size_rule", "crop"),
+        (Teacher, "placement", "host"),
+        (Data, "image_size", 0),
+        (Data, "min_crop_scale", 0.0),
+        (Data, "workers", -1),
+        (Data, "max_bad_fraction", 1.0),
+        (Data, "max_bad_fraction", -0.1),
+        (Data, "max_pixels", 0),
+        (Data, "color_jitter", 1.5),
+        (Data, "grayscale_probability", -0.1),
+        (Objective, "beta", 0.0),
+        (Objective, "whitening_eps", float("inf")),
+        (Optim, "base_lr", -1.0),
+        (Optim, "base_lr", 1e-6),  # Below min_lr.
+        (Optim, "betas", (0.9, 1.0)),
+        (Optim, "betas", (0.9,)),
+        (Optim, "warmup_epochs", 300.0),  # As long as the run.
+        (Optim, "max_steps", -1),
+        (Batch, "global_batch_size", 0),
+        (Batch, "micro_batch_size", "big"),
+        (Batch, "micro_batch_size", 1000),  # Does not divide 2048.
+        (Engine, "precision", "float16"),
+        (Runtime, "seed", -1),
+        (Runtime, "log_every", 0),
     ],
 )
-def test_a_section_refuses_a_value_and_says_which(section, values, message):
-    with pytest.raises(ConfigError) as caught:
-        section(**values)
-    text = str(caught.value)
-    assert message in text
-    assert "; got " in text
-    assert text.endswith(".")
+def test_a_section_refuses_a_value_and_names_the_field(section, field, value):
+    needed = {"model": "x"} if section is Student else {}
+    with pytest.raises(ConfigError, match=rf"^{section.__name__.lower()}\.{field}: .*; got .*\.$"):
+        section(**needed, **{field: value})
 
 
-def test_a_run_refuses_an_unknown_net_with_the_nearest():
+def test_a_run_refuses_an_unknown_model_with_the_nearest():
     with pytest.raises(ConfigError, match=r"^student\.model: .*swinv2_giant"):
         a_run(student=Student(model="swinv2_gaint"))
     with pytest.raises(ConfigError, match=r"^teacher\.model: "):
         a_run(teacher=Teacher(model="clip"))
 
 
-def test_a_net_of_timm_teaches_and_does_not_learn():
+def test_a_model_of_timm_teaches_and_does_not_learn():
     assert a_run(teacher=Teacher(model="timm")).teacher_architecture().timm_name == "resnet50"
-    with pytest.raises(ConfigError, match=r"^student\.model: .* got timm"):
+    with pytest.raises(ConfigError, match=r"^student\.model: .*got timm"):
         a_run(student=Student(model="timm"))
 
 
@@ -179,5 +169,4 @@ def test_field_names_flatten_nested_sections():
 def test_the_section_of_another_task_stays_empty(task, name):
     with pytest.raises(ConfigError, match=rf"task\.{name}\."):
         a_run(task=task)
-    own = {"teacher": Teacher()} | {"task": replace(task, name=name)}
-    assert a_run(**own).task.name == name
+    assert a_run(teacher=Teacher(), task=replace(task, name=name)).task.name == name
