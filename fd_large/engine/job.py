@@ -7,7 +7,7 @@ The engine builds, trains, stores and resumes any task through this face and kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class Job:
         run: The settled recipe.
     """
 
+    metrics: ClassVar[Mapping[str, str]] = {}
+    """What logs and reports call the numbers of an evaluation, in the order of showing:
+    "SET/METRIC" -> words. On disk the name is SET_METRIC. What is not listed is recorded and not
+    shown. SET/best_constant is the loss of the constant-prediction baseline of SET/loss; "loss" is
+    the training loss."""
     memory_remedy = ""
     """What else saves memory where the task's models do not fit, as a flag; empty: nothing."""
     learns_from_images_alone = False

@@ -34,12 +34,13 @@ from fd_large.engine.zero.layer_rates import by_layer
 from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
+from fd_large.plan.utilisation import step_flops
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
+from fd_large.runtime.feature_panel import FeaturePanel
 from fd_large.runtime.guard import Guard
 from fd_large.runtime.hooks import DONE, NOT_SAVED, PREEMPTED, Hook, Setting
 from fd_large.runtime.meter import Meter
-from fd_large.runtime.pictures import Pictures
 from fd_large.runtime.preemption import Preemption
 from fd_large.runtime.profiler import Profiler
 from fd_large.runtime.progress import Progress
@@ -115,7 +116,7 @@ def open_run(
     if size == "auto":
         size = _probed(job, config, folder, share)
     config = fill(size)
-    write_environment(folder, config, launch.launcher)
+    write_environment(folder, config, launch.launcher, job.metrics)
 
     with micro_batch.building_in_memory(job.memory_remedy):
         engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
@@ -172,15 +173,25 @@ def train(
         if (decided := time_box.decided()) is not None:
             total, time_box = decided, None
     size, launch = opened.micro_batch_size, opened.launch
+    on_gpu = distributed.device().type == "cuda"
+    teacher = {"model": run.teacher.model, "source": run.teacher.source}
     setting = Setting(
-        folder,
-        run,
-        first,
-        total,
-        size,
-        opened.accumulation,
-        launch.world_size,
+        folder=folder,
+        facts={
+            "recipe": run.name,
+            "student": run.student.model,
+            "teacher": teacher if run.has_teacher else None,
+        },
+        first_update=first,
+        total_updates=total,
+        global_batch_size=run.batch.global_batch_size,
+        micro_batch_size=size,
+        accumulation=opened.accumulation,
+        world_size=launch.world_size,
+        log_every=run.runtime.log_every,
+        flops=step_flops(run, size, on_gpu=on_gpu),
         checkpoint_bytes=opened.checkpoints.bytes,
+        metrics=job.metrics,
         name_of=samples.__getitem__,
     )
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
@@ -245,22 +256,19 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
         more: Hooks besides those of the recipe and the task.
     """
     run = job.run
-    progress, board = Progress(), TensorBoard()
-    # The meter is asked first: at the end it hands the others its last rows.
-    meter = Meter(on_rows=[progress.show_rows, board.write_rows])
-    hooks: list[Hook] = [meter, progress, board, Pictures()]
+    hooks: list[Hook] = [Meter(trackers=[Progress(), TensorBoard()]), FeaturePanel()]
     if run.guard.enabled:
-        hooks.append(Guard())
+        hooks.append(Guard(run.guard))
     if run.runtime.save_minutes:
         hooks.append(SaveInterval(run.runtime.save_minutes))
     if run.runtime.preemption:
-        hooks.append(Preemption())
+        hooks.append(Preemption(run.runtime.notice_seconds))
     if profile:
         hooks.append(Profiler(profile))
     hooks += [*job.hooks(), *more]
     if run.runtime.watchdog_seconds:
         # The last one: what the others do at the end is watched as well.
-        hooks.append(Watchdog())
+        hooks.append(Watchdog(run.runtime.watchdog_seconds))
     return hooks
 
 

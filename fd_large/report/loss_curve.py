@@ -1,22 +1,17 @@
-"""The loss curve: training loss, held-out loss, the best constant's, and the learning rate."""
+"""The loss curve: training and evaluated losses, constant-prediction baselines, learning rate."""
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import numpy
 
 from fd_large.report import style
 from fd_large.report.run_files import RunFiles
 
-# What is evaluated: prefix of its numbers, label, colour and marker.
-SETS = (
-    ("held_out", "held-out photographs", style.VERMILLION, "o"),
-    ("unseen_crops", "unseen crops of the training photographs", style.GREEN, "s"),
-    ("test", "test pictures", style.VERMILLION, "o"),
-)
-LOSSES = {"distillation": "smooth L1 loss", "finetune": "cross-entropy"}
+LOOKS = ((style.VERMILLION, "o"), (style.GREEN, "s"))
+"""Colours and markers of evaluated losses, in turn."""
 DASHES = (0, (5, 3))
 
 
@@ -43,43 +38,43 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
 
     last = int(files.updates[-1])
     constant_seen = False
-    for name, label, color, marker in SETS:
-        steps, held_out = files.evaluated(f"{name}_loss")
-        if len(steps):
-            upper.plot(
-                steps,
-                held_out,
-                color=color,
-                linewidth=1.5,
-                marker=marker,
-                markersize=5 if len(steps) <= 40 else 0,
-                label=label,
-                clip_on=False,
-                zorder=3,
-            )
-            seen.append(held_out)
-            last = max(last, int(steps[-1]))
-        _, constants = files.evaluated(f"{name}_best_constant")
+    evaluated = (name for name in files.measured if name.endswith("_loss"))
+    for name, (color, marker) in zip(evaluated, cycle(LOOKS)):
+        steps, values = files.evaluated(name)
+        upper.plot(
+            steps,
+            values,
+            color=color,
+            linewidth=1.5,
+            marker=marker,
+            markersize=5 if len(steps) <= 40 else 0,
+            label=files.words(name),
+            clip_on=False,
+            zorder=3,
+        )
+        seen.append(values)
+        last = max(last, int(steps[-1]))
+        _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
         if len(constants):
             upper.axhline(constants[-1], color=color, linewidth=1.2, linestyle=DASHES)
             seen.append(constants[-1:])
             constant_seen = True
     if constant_seen:
-        label = "best constant map of the same colour"
+        label = "constant-prediction baseline of the same colour"
         upper.plot([], [], color=style.GREY, linewidth=1.2, linestyle=DASHES, label=label)
 
     values = numpy.concatenate([numpy.asarray(part, dtype=float) for part in seen])
     low, high = numpy.nanmin([*values, loss.min()]), numpy.nanmax(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     upper.set_ylim(low - margin, high + margin)
-    upper.set_ylabel(LOSSES.get(task_of(files.recipe), "loss"), fontsize=style.TEXT_SIZE)
+    upper.set_ylabel(files.words("loss"), fontsize=style.TEXT_SIZE)
     upper.set_title(_title(files), fontsize=style.TITLE_SIZE, loc="left")
     upper.legend(fontsize=style.TEXT_SIZE, frameon=False, loc="upper right")
 
     lower.plot(files.updates, files.learning_rate, color=style.GREY, linewidth=1.5)
     lower.set_ylim(0, 1.15 * (files.learning_rate.max() or 1.0))
     lower.set_ylabel("learning rate", fontsize=style.TEXT_SIZE)
-    lower.set_xlabel("updates", fontsize=style.TEXT_SIZE)
+    lower.set_xlabel("steps", fontsize=style.TEXT_SIZE)
     lower.set_xlim(0, last)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.yaxis.set_major_locator(MaxNLocator(3))
@@ -102,15 +97,10 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
     return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
 
 
-def task_of(recipe: dict[str, Any]) -> str:
-    """The task of a recipe; those written before there were several distil."""
-    return recipe.get("task", {}).get("name", "distillation")
-
-
 def _title(files: RunFiles) -> str:
-    student, teacher = files.recipe["student"]["model"], files.recipe["teacher"]["model"]
-    if task_of(files.recipe) == "finetune":
-        init = files.recipe["student"].get("init") or "random weights"
-        return f"{files.recipe['name']}: {student} learns labels, from {init}"
-    random = " (random weights)" if files.recipe["teacher"].get("source") == "random" else ""
-    return f"{files.recipe['name']}: {student} learns from {teacher}{random}"
+    student, teacher = files.recipe["student"], files.teacher
+    if teacher is None:
+        init = student.get("init") or "random weights"
+        return f"{files.recipe['name']}: {student['model']}, from {init}"
+    random = " (random weights)" if teacher["source"] == "random" else ""
+    return f"{files.recipe['name']}: {student['model']} learns from {teacher['model']}{random}"

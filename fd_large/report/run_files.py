@@ -17,14 +17,14 @@ class RunFiles:
     """A run as its folder tells it.
 
     Attributes:
-        folder: Where it is.
-        recipe: recipe.json.
-        environment: environment.json; empty where there is none yet.
-        summary: summary.json; empty while the run goes, or where it was killed.
-        steps: Finished steps that the training rows stand at, from 1, (n,).
+        folder: The run's folder.
+        recipe: Content of recipe.json.
+        environment: Content of environment.json; empty where there is none yet.
+        summary: Content of summary.json; empty while the run goes, or where it was killed.
+        updates: Finished steps that the training rows stand at, from 1, (n,).
         loss: Training loss of each, (n,); NaN where the step was skipped.
-        learning_rate: Rate of each, (n,).
-        evaluations: Rows of evaluations.jsonl: update (finished ones) and metrics.
+        learning_rate: Learning rate of each, (n,).
+        evaluations: Rows of evaluations.jsonl: update (finished steps) and metrics.
     """
 
     folder: Path
@@ -36,8 +36,35 @@ class RunFiles:
     learning_rate: numpy.ndarray
     evaluations: list[dict[str, float]]
 
+    @property
+    def teacher(self) -> dict[str, Any] | None:
+        """Model and source of the teacher; None where the run has none."""
+        teacher = self.recipe["teacher"]
+        return teacher if teacher.get("source") else None
+
+    @property
+    def trained_loss(self) -> numpy.ndarray:
+        """Training losses of the steps that were not skipped, in order."""
+        return self.loss[numpy.isfinite(self.loss)]
+
+    @property
+    def measured(self) -> list[str]:
+        """Names of the evaluated numbers to show, in order: those that have words, or all."""
+        names = list(dict.fromkeys(key for row in self.evaluations for key in row))
+        listed = [name for name in self._metrics if name in names]
+        return listed or [name for name in names if name != "update"]
+
+    def words(self, name: str) -> str:
+        """What a number is called; `loss` is the training loss."""
+        return self._metrics.get(name, name.replace("_", " "))
+
+    @property
+    def _metrics(self) -> dict[str, str]:
+        metrics = self.environment.get("metrics", {})
+        return {key.replace("/", "_"): words for key, words in metrics.items()}
+
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Returns (steps, values) of a held-out number, where it was evaluated."""
+        """Returns (steps, values) of a number, where it was evaluated."""
         rows = [row for row in self.evaluations if row.get(name) is not None]
         return numpy.array([row["update"] for row in rows]), numpy.array([r[name] for r in rows])
 

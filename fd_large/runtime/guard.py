@@ -22,7 +22,8 @@ from typing import Any
 import safetensors.torch
 
 from fd_large import distributed
-from fd_large.runtime.hooks import GUARD, PASS, Evidence, Hook, Setting, Update, Verdict
+from fd_large.recipes.sections import Guard as Limits
+from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict
 from fd_large.runtime.meter import rows_before
 from fd_large.runtime.run_folder import write_json, written_or_told
 
@@ -166,11 +167,17 @@ class Guard(Hook):
     """Skips bad steps, rolls back from rows of them, ends a run that keeps meeting them.
 
     Skipped steps have a folder in RUN/incidents: what was off, where, and the images.
+
+    Args:
+        limits: What counts as off, and how much of it a run bears.
     """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
 
     def on_start(self, setting: Setting) -> None:
         """Takes up what the guard of the run before a resume knew."""
-        self._setting, self._limits = setting, setting.run.guard
+        self._setting = setting
         self._incidents = setting.folder / "incidents"
         self._findings: list[Finding] = []
         self._incident: dict[str, Any] = {}
@@ -237,12 +244,12 @@ class Guard(Hook):
             _drop_old_images(self._incidents)
         log.warning("%s", _in_words(self._incident, self._findings, folder))
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> Verdict | None:
         """Counts; asks for a roll-back after too many refused in a row, or for the end."""
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
         refused, limits = self._past.refused, self._limits
         if len(refused) < limits.skips:
-            return PASS
+            return None
         if self._past.roll_backs < limits.roll_backs:
             return Verdict(roll_back=refused[0])
         if distributed.is_main():

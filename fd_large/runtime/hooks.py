@@ -3,23 +3,31 @@
 A hook never stops, saves or skips by itself. What one rank alone knows (a signal came) is a Wish,
 which the loop agrees over the ranks; what all ranks know alike (the loss is not finite) is a
 Verdict, the same on each of them. The loop carries both out, so that all ranks do the same in the
-same step.
+same step. A tracker only shows numbers: see `Tracker`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 from torch import Tensor
 
-from fd_large.recipes.run import Run
+from fd_large.plan.flops import StepFlops
 
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
 GUARD = "guard"
 """How a run ends: the status in summary.json. A task's own hooks may add more."""
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: update (from 0), epoch, loss, grad_norm, learning_rate, and skipped:
+true where weights stayed. The same in all rows of an interval: images_per_second (of all ranks),
+data_wait (share of the time that rank 0 waited for images), memory_bytes (the most that rank 0
+has held so far), and, where the models are countable, tflops_per_gpu, and where the card's peak is
+known, mfu and hardware_utilisation (plan/utilisation.py)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class Wish:
     save: bool = False
 
 
+NOTHING = Wish()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What is to be done with a step; the same on every rank.
@@ -42,7 +53,7 @@ class Verdict:
     Attributes:
         skip: Leave weights and moments as they were.
         roll_back: Take the state of the newest checkpoint of at most so many steps, and go on
-            with the next data; None: no.
+            with the next data; None: go on as it is.
         stop: End without saving, under this status; empty: go on.
     """
 
@@ -51,41 +62,46 @@ class Verdict:
     stop: str = ""
 
     @classmethod
-    def all_of(cls, verdicts: Iterable[Verdict]) -> Verdict:
-        """The gravest of several."""
-        given = list(verdicts)
+    def all_of(cls, verdicts: Iterable[Verdict | None]) -> Verdict:
+        """Several at once: skip if one says so, the earliest roll-back, the first reason to end."""
+        given = [verdict for verdict in verdicts if verdict is not None]
         back = [v.roll_back for v in given if v.roll_back is not None]
         stop = next((v.stop for v in given if v.stop), "")
         return cls(any(v.skip for v in given), min(back, default=None), stop)
 
 
-NOTHING, PASS = Wish(), Verdict()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run is, told once before the first step.
+    """What a run is, passed to the hooks once before the first step.
 
     Attributes:
         folder: The run's folder.
-        run: The resolved recipe.
+        facts: First entries of summary.json: recipe, student, teacher.
         first_update: Where the run starts or goes on, from 0.
         total_updates: Where it ends.
+        global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
-        world_size: Ranks.
-        checkpoint_bytes: Of a whole checkpoint, over all ranks.
+        world_size: Number of ranks.
+        log_every: Steps between two looks at the numbers.
+        flops: FLOPs of a micro batch on one rank; None if they are not countable.
+        checkpoint_bytes: Size of a whole checkpoint, over all ranks.
+        metrics: The words for what evaluations measure (`Job.metrics`).
         name_of: A sample's place in the listing -> where it lies.
     """
 
     folder: Path
-    run: Run
+    facts: Mapping[str, Any]
     first_update: int
     total_updates: int
+    global_batch_size: int
     micro_batch_size: int
     accumulation: int
     world_size: int
+    log_every: int
+    flops: StepFlops | None = None
     checkpoint_bytes: int = 0
+    metrics: Mapping[str, str] = field(default_factory=dict)
     name_of: Callable[[int], str] = str
 
 
@@ -94,14 +110,14 @@ class Update:
     """One step, the same numbers on every rank.
 
     Attributes:
-        index: From 0.
+        index: Number of the step, from 0.
         total: Steps of the whole run, as known now; a time box sets it after the first ones.
-        epoch: From 0.
+        epoch: Number of the epoch, from 0.
         loss: Mean over ranks and micro batches.
         grad_norm: Global L2 norm before clipping.
-        learning_rate: What the step ran at.
+        learning_rate: The learning rate of this step.
         skipped: Whether weights and moments stayed as they were.
-        data_seconds: That this rank waited for its images; its own number.
+        data_seconds: Seconds that this rank waited for its images; differs between ranks.
     """
 
     index: int
@@ -122,7 +138,7 @@ class Evidence:
         images: (B, 3, S, S) uint8, this rank's images of the step in order.
         positions: (B,) int64, their places in the epoch's order.
         indices: (B,) int64, their places in the listing.
-        losses: Of this rank's micro batches.
+        losses: Loss of each of this rank's micro batches.
         maxima: Layer -> largest magnitude of its output on the unchanged weights, in execution
             order, over all ranks; infinite where one is not finite.
     """
@@ -135,7 +151,10 @@ class Evidence:
 
 
 class Hook:
-    """Observes a run; every method runs on every rank, so collectives are allowed in all."""
+    """Observes a run; every method runs on every rank, so collectives are allowed in all.
+
+    A verdict must be the same on every rank; None has no objection.
+    """
 
     def on_start(self, setting: Setting) -> None:
         """Before the first step."""
@@ -147,12 +166,8 @@ class Hook:
         """What this rank would like now; asked before each optimiser step, and in evaluations."""
         return NOTHING
 
-    def judge(self, update: Update) -> Verdict:
-        """What becomes of a step whose loss and norm are known and that no weight felt yet.
-
-        The answer must follow from what is the same on every rank.
-        """
-        return PASS
+    def judge(self, update: Update) -> Verdict | None:
+        """What becomes of a step whose loss and norm are known and that no weight felt yet."""
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
         """After a step that was skipped."""
@@ -160,25 +175,20 @@ class Hook:
     def on_roll_back(self, update: Update, restored: int) -> None:
         """After the state of `restored` steps was taken back."""
 
-    def after_update(self, update: Update) -> Verdict:
-        """After each step; the same answer on every rank. `skip` comes too late here."""
-        return PASS
+    def after_update(self, update: Update) -> Verdict | None:
+        """After each step; `skip` comes too late here."""
 
-    def on_save(self, index: int) -> Verdict:
+    def on_save(self, index: int) -> Verdict | None:
         """Before a checkpoint of `index` steps: a resume from it must find what they left.
 
-        The same answer on every rank; `stop` ends the run without this checkpoint.
+        `stop` ends the run without this checkpoint.
         """
-        return PASS
 
     def on_saved(self, seconds: float) -> None:
         """A checkpoint is complete, so many seconds after it was begun."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """After an evaluation that followed `index` steps, the same numbers on every rank.
-
-        Names: see evaluation_names.py.
-        """
+        """After an evaluation that followed `index` steps, the same numbers on every rank."""
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
         """Maps of a few held-out images, before the first step and after the last.
@@ -187,5 +197,27 @@ class Hook:
         """
 
     def on_end(self, status: str) -> None:
-        """After the last step: `done`, or why the run ended early: `preempted`, `not saved`,
-        `guard`, `teacher changed`."""
+        """After the last step: `done`, or why the run ended early."""
+
+
+class Tracker:
+    """Shows the numbers of a run (a progress bar, TensorBoard); lives on rank 0 alone.
+
+    The Meter calls it, after the numbers are in the run's own files; nothing that a tracker does
+    changes a run, and no collective is allowed in it.
+    """
+
+    def on_start(self, setting: Setting) -> None:
+        """Before the first step."""
+
+    def on_step(self, update: Update) -> None:
+        """After each step."""
+
+    def on_rows(self, rows: list[Row]) -> None:
+        """The rows of an interval of `log_every` steps, or of what is left at a save or the end."""
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Numbers of an evaluation that followed `index` steps, by their names on disk."""
+
+    def on_end(self, status: str) -> None:
+        """After the last step."""

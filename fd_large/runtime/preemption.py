@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from fd_large import distributed
-from fd_large.runtime.hooks import NOTHING, PASS, Hook, Setting, Update, Verdict, Wish
+from fd_large.runtime.hooks import NOTHING, Hook, Setting, Update, Wish
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,13 @@ class Preemption(Hook):
 
     Signals are caught from the construction on, so that one that comes while models are built is
     not lost.
+
+    Args:
+        notice_seconds: Between such a signal and the end of the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notice_seconds: float) -> None:
+        self._notice = notice_seconds
         self._reason = ""
         self._told = False
         self._slowest = self._slowest_update = 0.0
@@ -58,19 +62,18 @@ class Preemption(Hook):
         if seconds is None:
             return
         self._slowest = seconds
-        notice = setting.run.runtime.notice_seconds
-        if seconds + MARGIN_SECONDS > notice:
+        if seconds + MARGIN_SECONDS > self._notice:
             log.warning(
                 "runtime.notice_seconds: A SAVE DOES NOT FIT between a pre-emption and its end: "
                 "about %.0f s to write, %.0f s of notice; such a stop would lose the steps since "
                 "the last checkpoint. Ask for more notice (sbatch --signal=B:USR1@%d and "
                 "--runtime.notice_seconds %d) or save more often (--runtime.save_every).",
                 seconds,
-                notice,
+                self._notice,
                 *[round(seconds + 2 * MARGIN_SECONDS)] * 2,
             )
         else:
-            log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, notice)
+            log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, self._notice)
 
     def wish(self) -> Wish:
         """Stop, once this rank has a reason."""
@@ -83,13 +86,12 @@ class Preemption(Hook):
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
         return Wish(stop=True)
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> None:
         """Learns what a step takes: one more is finished before the run saves."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
         self._mark = now
-        return PASS
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """What an evaluation takes is no step's time; it can be left."""
@@ -97,12 +99,11 @@ class Preemption(Hook):
 
     def on_saved(self, seconds: float) -> None:
         """Learns what a save takes."""
-        notice = self._setting.run.runtime.notice_seconds
-        if seconds > max(self._slowest, notice):
+        if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
                 seconds,
-                notice,
+                self._notice,
             )
         self._slowest = max(self._slowest, seconds)
 

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fd_large import distributed
-from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.run_folder import write_json
 
 log = logging.getLogger(__name__)
@@ -73,14 +73,13 @@ class Profiler(Hook):
         )
         self._profile.start()
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> None:
         """Counts the step; after the last traced one, writes the trace."""
         self._index = update.index
         if self._profile is not None:
             self._profile.step()
             if self._written:
                 self._stop()
-        return PASS
 
     def on_end(self, status: str) -> None:
         """Says where the trace lies; a run that ends too early has a shorter one, or none."""

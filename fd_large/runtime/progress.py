@@ -1,8 +1,8 @@
 """What the user sees while a run goes: a progress bar on a terminal, plain lines anywhere else.
 
-Only numbers that the Meter has read are shown, so that watching a run costs it nothing; the bar
-itself moves with every step. It is drawn from the training thread: a drawing thread would
-compete with the ranks of a CPU run, and its lock would be copied into forked loader processes.
+The numbers are those of the Meter's rows; the bar itself moves with every step. It is drawn from
+the training thread: a drawing thread would compete with the ranks of a CPU run, and its lock would
+be copied into forked loader processes.
 """
 
 from __future__ import annotations
@@ -10,33 +10,30 @@ from __future__ import annotations
 import logging
 import time
 
-from fd_large import distributed
 from fd_large.runtime import terminal
-from fd_large.runtime.evaluation_names import in_words
-from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import Row, Setting, Tracker, Update
 from fd_large.runtime.logs import FILE_ONLY
-from fd_large.runtime.meter import Row
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_DRAWINGS = 0.25
 
 
-class Progress(Hook):
-    """Shows the run on rank 0; give `show_rows` to the Meter."""
+class Progress(Tracker):
+    """A bar that moves with each step, or a line in the log for each interval."""
 
     def on_start(self, setting: Setting) -> None:
         """Draws the bar, where there is a terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self._setting = setting
+        self._images, self._metrics = setting.global_batch_size, setting.metrics
         self._total = setting.total_updates
         self._seconds_per_update: float | None = None
         self._drawn = 0.0
         self._bar: Bar | None = None
         console = terminal.console()
-        if distributed.is_main() and console.is_terminal and not console.is_dumb_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             self._bar = Bar(
                 TextColumn("{task.description}", style="bold"),
                 BarColumn(bar_width=None),
@@ -51,7 +48,7 @@ class Progress(Hook):
             )
             self._task = self._bar.add_task(
                 # At 80 columns the numbers need the name's room.
-                setting.run.name if console.width >= 100 else "",
+                setting.facts["recipe"] if console.width >= 100 else "",
                 total=self._total,
                 completed=setting.first_update,
                 numbers="",
@@ -60,7 +57,7 @@ class Progress(Hook):
             self._bar.start()
             terminal.before_errors.append(self._bar.stop)
 
-    def after_update(self, update: Update) -> Verdict:
+    def on_step(self, update: Update) -> None:
         """Moves the bar."""
         self._total = update.total
         if self._bar is not None:
@@ -72,14 +69,13 @@ class Progress(Hook):
             if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS or done == update.total:
                 self._drawn = now
                 self._bar.refresh()
-        return PASS
 
-    def show_rows(self, rows: list[Row]) -> None:
-        """Shows what the Meter has read."""
+    def on_rows(self, rows: list[Row]) -> None:
+        """Shows the last of the rows."""
         last = rows[-1]
         done = last["update"] + 1
         per_second = last["images_per_second"]
-        self._seconds_per_update = self._setting.run.batch.global_batch_size / per_second
+        self._seconds_per_update = self._images / per_second
         if self._bar is not None:
             self._bar.update(
                 self._task,
@@ -102,8 +98,11 @@ class Progress(Hook):
         )
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Says the held-out numbers; with a bar, in a line above it."""
-        log.info("after %d steps: %s", index, in_words(metrics))
+        """Logs the numbers; with a bar, in a line above it."""
+        words = {key.replace("/", "_"): words for key, words in self._metrics.items()}
+        shown = [name for name in words if name in metrics] or metrics
+        numbers = ", ".join(f"{words.get(name, name)} {metrics[name]:z.4f}" for name in shown)
+        log.info("after %d steps: %s", index, numbers)
 
     def on_end(self, status: str) -> None:
         """Leaves the bar as it stands and frees the terminal."""

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,10 +63,18 @@ def open_folder(run: Run, *, fresh: bool) -> Path:
     return folder
 
 
-def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: str) -> None:
-    """Records versions, commit, host, devices, launcher, and the JSON that DeepSpeed got.
+def write_environment(
+    folder: Path, deepspeed_config: dict[str, Any], launcher: str, metrics: Mapping[str, str]
+) -> None:
+    """Records where and how the run is started, in environment.json and deepspeed.json.
 
     Rank 0 writes; the others return at once.
+
+    Args:
+        folder: The run's folder.
+        deepspeed_config: The JSON that DeepSpeed got.
+        launcher: What started the ranks.
+        metrics: The words for what evaluations measure (`Job.metrics`), for the report.
     """
     if not distributed.is_main():
         return
@@ -90,6 +98,7 @@ def write_environment(folder: Path, deepspeed_config: dict[str, Any], launcher: 
             "world_size": distributed.world_size(),
             "launcher": launcher,
             "command": sys.argv,
+            "metrics": dict(metrics),
         },
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from fd_large import distributed
-from fd_large.runtime.hooks import NOTHING, Hook, Setting, Verdict, Wish
+from fd_large.runtime.hooks import NOTHING, Hook, Setting, Wish
 
 
 class SaveInterval(Hook):
@@ -29,7 +29,6 @@ class SaveInterval(Hook):
         late = time.monotonic() - self._last >= self._seconds
         return Wish(save=True) if late and distributed.is_main() else NOTHING
 
-    def on_save(self, index: int) -> Verdict:
+    def on_save(self, index: int) -> None:
         """Starts the clock anew, whoever asked for the checkpoint."""
         self._last = time.monotonic()
-        return super().on_save(index)

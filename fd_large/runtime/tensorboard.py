@@ -10,10 +10,8 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fd_large import distributed
-from fd_large.runtime.evaluation_names import split_name
-from fd_large.runtime.hooks import Hook, Setting
-from fd_large.runtime.meter import Row, rows_before
+from fd_large.runtime.hooks import Row, Setting, Tracker
+from fd_large.runtime.meter import rows_before
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,22 +31,20 @@ TAGS = {
 }
 
 
-class TensorBoard(Hook):
-    """Writes events on rank 0; give `write_rows` to the Meter."""
+class TensorBoard(Tracker):
+    """Writes RUN/events."""
 
     def on_start(self, setting: Setting) -> None:
         """Opens a file of events that hides what the run will write again."""
-        self._writer: SummaryWriter | None = None
-        if not distributed.is_main():
-            return
         # A second of imports that only rank 0 needs.
         from torch.utils.tensorboard import SummaryWriter
 
         first = setting.first_update
         # The last step that is kept stands at step `first`.
-        self._writer = SummaryWriter(
+        self._writer: SummaryWriter | None = SummaryWriter(
             str(setting.folder / "events"), purge_step=first + 1 if first else None, flush_secs=30
         )
+        self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
         # An evaluation at the seam may come again.
         self._seam = first
         self._at_seam: set[str] = set()
@@ -56,20 +52,19 @@ class TensorBoard(Hook):
             if first and row["update"] == first:
                 self._at_seam |= row.keys()
 
-    def write_rows(self, rows: list[Row]) -> None:
-        """Writes what the Meter has read."""
+    def on_rows(self, rows: list[Row]) -> None:
+        """Writes a point a row."""
         for row in rows:
             for name, tag in TAGS.items():
                 if name in row:
                     self._add(tag, row[name], row["update"] + 1)
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Writes the held-out numbers."""
-        if self._writer is None:
-            return
+        """Writes a point for each number, under SET/METRIC."""
         for name, value in metrics.items():
             if not (index == self._seam and name in self._at_seam):
-                self._add("/".join(split_name(name)), value, index)
+                group = next((s for s in self._sets if name.startswith(f"{s}_")), "evaluation")
+                self._add(f"{group}/{name.removeprefix(f'{group}_')}", value, index)
 
     def on_end(self, status: str) -> None:
         """Closes the file."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.runtime import terminal
-from fd_large.runtime.hooks import PASS, Evidence, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import Evidence, Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY
 from fd_large.runtime.run_folder import write_json, written_or_told
 
@@ -68,23 +68,25 @@ class Silence:
 
 
 class Watchdog(Hook):
-    """Ends this rank once it has not moved for `runtime.watchdog_seconds`.
+    """Ends this rank once it has not moved for so many seconds.
 
     Seconds count only while this process runs: one that is stopped (Ctrl-Z, a machine that sleeps)
     and goes on finds its watchdog where it was.
 
     Args:
-        clock: Seconds.
-        leave: Ends the process.
+        seconds: How long it may stand still.
+        clock: Returns seconds.
+        leave: Ends the process with an exit code.
     """
 
     def __init__(
         self,
+        seconds: float,
         *,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._clock, self._leave = clock, leave
+        self._limit, self._clock, self._leave = seconds, clock, leave
         self._beats = 0
         self._over, self._fired = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -93,7 +95,6 @@ class Watchdog(Hook):
         """Starts the clock."""
         self._folder = setting.folder
         self._where = f"after step {setting.first_update} of {setting.total_updates}"
-        self._limit = setting.run.runtime.watchdog_seconds
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
         # Loading processes inherit it, so that they can be asked as well; descriptor 2 is the log.
@@ -107,11 +108,10 @@ class Watchdog(Hook):
         """The run moves."""
         self._beats += 1
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> None:
         """Moves, and knows from where."""
         self.beat()
         self._where = f"after step {update.index + 1} of {update.total}"
-        return PASS
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
         """Moves."""
@@ -125,10 +125,9 @@ class Watchdog(Hook):
         """Moves."""
         self.beat()
 
-    def on_save(self, index: int) -> Verdict:
+    def on_save(self, index: int) -> None:
         """Moves."""
         self.beat()
-        return PASS
 
     def on_saved(self, seconds: float) -> None:
         """Moves; warns of saves that a watchdog may take for a standstill."""

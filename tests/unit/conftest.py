@@ -1,23 +1,26 @@
 """A small run's setting, and steps of it."""
 
-from dataclasses import replace
-
 import pytest
 
-from fd_large.recipes import registry
-from fd_large.recipes.sections import Batch, Runtime
 from fd_large.runtime.hooks import Setting, Update
 
 
 @pytest.fixture
 def make_setting(tmp_path):
-    def make(first=0, total=10, log_every=4):
-        run = replace(
-            registry.get("fd_swinv2_base"),
-            batch=Batch(global_batch_size=8, micro_batch_size=4),
-            runtime=Runtime(log_every=log_every),
-        )
-        return Setting(tmp_path, run, first, total, 4, 2, 1)
+    def make(first=0, total=10, **more):
+        values = {
+            "folder": tmp_path,
+            "facts": {"recipe": "made_up", "student": "swinv2_tiny", "teacher": None},
+            "first_update": first,
+            "total_updates": total,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "accumulation": 2,
+            "world_size": 1,
+            "log_every": 4,
+            "metrics": {"held_out/loss": "held-out loss"},
+        }
+        return Setting(**values | more)
 
     return make
 
@@ -29,17 +32,10 @@ def run_updates():
     def run(hooks, setting, last, *, total=None, shift=0.0, evaluate=(), end="done"):
         for hook in hooks:
             hook.on_start(setting)
+        total = total or setting.total_updates
         for index in range(setting.first_update, last):
-            update = Update(
-                index,
-                total or setting.total_updates,
-                0,
-                index / 100 + shift,
-                1.5,
-                1e-3,
-            )
             for hook in hooks:
-                hook.after_update(update)
+                hook.after_update(Update(index, total, 0, index / 100 + shift, 1.5, 1e-3))
             if index + 1 in evaluate:
                 for hook in hooks:
                     hook.on_evaluation(index + 1, {"held_out_loss": index + 1.0 + shift})

@@ -25,7 +25,7 @@ FLOORS = {
     "data": 2,
     "checkpoint": 3,
     "runtime": 3,
-    "report": 4,
+    "report": 3,
     "engine": 4,
     "probes": 4,
     "tasks": 5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ IDLE = (
 
 class DetectionJob(Job):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
+
+    metrics: ClassVar = {
+        "loss": "loss",
+        **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
+        **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
+    }
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects."""

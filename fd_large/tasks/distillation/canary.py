@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -110,19 +110,19 @@ class Canary(Hook):
                     self._names(odd),
                 )
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> Verdict | None:
         """Looks when it is time; a changed teacher ends the run."""
         done = update.index + 1
         if not self._changed and (done % self._every == 0 or done == update.total):
             self._look(done)
             self._look_at_speed()
-        return Verdict(stop=TEACHER_CHANGED) if self._changed else PASS
+        return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
-    def on_save(self, index: int) -> Verdict:
+    def on_save(self, index: int) -> Verdict | None:
         """Looks, so that no checkpoint is written that learned from a changed teacher."""
         if index != self._good and not self._changed:
             self._look(index)
-        return Verdict(stop=TEACHER_CHANGED) if self._changed else PASS
+        return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def _look(self, done: int) -> None:
         wrong = self._shard_of() != self._shard

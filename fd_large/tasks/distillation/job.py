@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ log = logging.getLogger(__name__)
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
 
+    metrics: ClassVar = {
+        "loss": "smooth L1 loss",
+        "held_out/loss": "held-out loss",
+        "held_out/cosine": "held-out cosine",
+        "held_out/best_constant": "held-out constant-prediction baseline",
+        "unseen_crops/loss": "unseen-crops loss",
+        "unseen_crops/cosine": "unseen-crops cosine",
+        "unseen_crops/best_constant": "unseen-crops constant-prediction baseline",
+        "test/knn": "test k-NN accuracy (%)",
+    }
     memory_remedy = "--teacher.placement sharded"
     learns_from_images_alone = True
     _teacher: PlacedTeacher | None = None

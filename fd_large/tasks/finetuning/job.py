@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ IDLE = (
 
 class FineTuningJob(Job):
     """The student learns the labels of `data.root`/train and is tested on val or test."""
+
+    metrics: ClassVar = {
+        "loss": "cross-entropy",
+        "test/loss": "test loss",
+        "test/top1": "test top-1 accuracy (%)",
+        "test/top5": "test top-5 accuracy (%)",
+    }
 
     def open_samples(self) -> ImageSource:
         """Opens the training images."""

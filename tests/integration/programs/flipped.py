@@ -17,7 +17,7 @@ from fd_large.cli.flags import parse_train
 from fd_large.engine.run import train
 from fd_large.engine.zero import partition, start
 from fd_large.runtime import logs
-from fd_large.runtime.hooks import PASS, Hook
+from fd_large.runtime.hooks import Hook
 from fd_large.tasks.jobs import job_of
 
 RUNS = {
@@ -48,18 +48,16 @@ class Flip(Hook):
     def after_update(self, update):
         """Counts."""
         self.done = update.index + 1
-        return PASS
 
     def on_save(self, index):
         """After the canary has looked."""
         if index != 2 or distributed.rank() != self.rank:
-            return PASS
+            return
         parameters = list(jobs[-1].teacher.module.parameters())
         flat = max((partition.piece(p)[0] for p in parameters), key=torch.numel)
         if self.kept_whole:
             flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
         flat[:1].view(torch.int32).bitwise_xor_(1)
-        return PASS
 
 
 folder, pictures = map(Path, sys.argv[-2:])

@@ -63,7 +63,7 @@ def main(folder: Path) -> int:
     from fd_large.engine import run
     from fd_large.engine.zero import partition, start, state
     from fd_large.runtime import guard
-    from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
+    from fd_large.runtime.hooks import Hook, Update
     from fd_large.tasks.distillation import job as distillation
 
     spoilt = {int(u): mark for u, mark in json.loads((folder / "spoilt.json").read_text()).items()}
@@ -84,10 +84,9 @@ def main(folder: Path) -> int:
             self.served: list[int] = []
             self.status = ""
 
-        def after_update(self, update: Update) -> Verdict:
+        def after_update(self, update: Update) -> None:
             seen = {"index": update.index, "skipped": update.skipped, "loss": update.loss}
             self.updates.append(seen | {"digest": digest()})
-            return PASS
 
         def on_roll_back(self, update: Update, restored: int) -> None:
             self.restored.append({"at": update.index, "to": restored, "digest": digest()})

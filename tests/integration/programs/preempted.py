@@ -24,7 +24,7 @@ from fd_large.cli import main as cli
 from fd_large.engine import run
 from fd_large.engine.zero import start
 from fd_large.runtime import preemption
-from fd_large.runtime.hooks import PASS, Hook, Setting, Update, Verdict
+from fd_large.runtime.hooks import Hook, Setting, Update
 
 SECONDS = 60.0
 
@@ -65,21 +65,18 @@ class Stop(Hook):
         elif self.moment in ("micro batch", "evaluation") and self.beats == 2:
             self.ask()
 
-    def judge(self, update: Update) -> Verdict:
+    def judge(self, update: Update) -> None:
         if self.moment == "judge" and self.done == self.update:
             self.ask()
-        return PASS
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> None:
         self.done, self.beats = update.index + 1, 0
-        return PASS
 
-    def on_save(self, index: int) -> Verdict:
+    def on_save(self, index: int) -> None:
         if self.asked.is_set():
             self.agreed.set()
             # Once more, as schedulers do: the run is saving already.
             os.kill(os.getpid(), signal.SIGTERM)
-        return PASS
 
     def saving(self, copies: dict[str, Any], path: Path) -> None:
         """In place of safetensors' `save_file`."""

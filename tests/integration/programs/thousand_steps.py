@@ -15,7 +15,7 @@ from launch import ROOT, write_result
 from scenarios import storages, tiny_run
 
 from fd_large.engine.run import train
-from fd_large.runtime.hooks import PASS, Hook, Update, Verdict
+from fd_large.runtime.hooks import Hook, Update
 from fd_large.tasks.jobs import job_of
 
 
@@ -32,11 +32,10 @@ class Memory(Hook):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
-    def after_update(self, update: Update) -> Verdict:
+    def after_update(self, update: Update) -> None:
         if update.index % 100 == 99:
             row = {"tensors": sum(storages().values()), "resident": resident()}
             self.rows.append({**row, "rate": update.learning_rate})
-        return PASS
 
 
 def main(pictures: str, folder: Path) -> None:

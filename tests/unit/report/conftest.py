@@ -22,6 +22,12 @@ def make_run(tmp_path):
         write(folder / "recipe.json", recipe)
         command = ["/home/u/fd_large/train.py", "--local_rank=0", "--deepspeed_config", "z.json"]
         environment = {"world_size": 2, "device": "cpu", "command": command + more.get("words", [])}
+        environment["metrics"] = {
+            "loss": "smooth L1 loss",
+            "held_out/loss": "held-out loss",
+            "held_out/cosine": "held-out cosine",
+            "unseen_crops/loss": "unseen-crops loss",
+        }
         write(folder / "environment.json", environment)
         summary = {
             "status": more.get("status", "done"),

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from fd_large.report import loss_curve
-from fd_large.report.closing import loss_ends
 from fd_large.report.loss_curve import draw_loss_curve, smoothed
 from fd_large.report.run_files import read_run
 
@@ -48,7 +47,7 @@ def test_skipped_updates_neither_bend_nor_break_the_curve(make_run, tmp_path, mo
     assert draw_loss_curve(files, tmp_path / "curve.png")
     assert drawn[0] == pytest.approx([0.5 - i / 300 for i in range(59) if i != 20])
     assert files.updates[-1] == 60, "it has run all the same"
-    assert loss_ends(files) == pytest.approx((0.5, 0.5 - 58 / 300))
+    assert files.trained_loss[-1] == pytest.approx(0.5 - 58 / 300)
 
 
 def test_before_the_first_update_there_is_none(make_run, tmp_path):

@@ -109,13 +109,8 @@ def test_the_ranks_at_fault():
 @pytest.fixture
 def started(make_setting):
     def start(first=0, **limits):
-        setting = make_setting(first, 1000, log_every=7)
-        setting = replace(
-            setting,
-            run=replace(setting.run, guard=Limits(**limits)),
-            name_of=lambda index: f"image {index}",
-        )
-        hooks = [Meter(), Guard()]
+        setting = make_setting(first, 1000, log_every=7, name_of=lambda index: f"image {index}")
+        hooks = [Meter(), Guard(Limits(**limits))]
         for hook in hooks:
             hook.on_start(setting)
         return hooks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -27,10 +26,9 @@ def handlers():
 
 @pytest.fixture
 def started(make_setting):
-    def start(checkpoint_bytes=1000, **runtime):
-        hook, setting = Preemption(), make_setting()
-        run = replace(setting.run, runtime=replace(setting.run.runtime, **runtime))
-        hook.on_start(replace(setting, run=run, checkpoint_bytes=checkpoint_bytes))
+    def start(checkpoint_bytes=1000, notice_seconds=120.0):
+        hook = Preemption(notice_seconds)
+        hook.on_start(make_setting(checkpoint_bytes=checkpoint_bytes))
         return hook
 
     return start
@@ -38,7 +36,7 @@ def started(make_setting):
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_a_signal_is_kept_until_it_is_asked_for_also_one_before_the_start(number, make_setting):
-    hook = Preemption()
+    hook = Preemption(120.0)
     os.kill(os.getpid(), number)
     hook.on_start(make_setting())
     assert hook.wish() == STOP

@@ -6,7 +6,6 @@ import multiprocessing
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -26,10 +25,8 @@ def make_dog(make_setting, monkeypatch):
     def make(seconds=0.2, first=0):
         left = []
         ended = threading.Event()
-        dog = Watchdog(leave=lambda code: (left.append(code), ended.set()))
-        setting = make_setting(first=first)
-        runtime = replace(setting.run.runtime, watchdog_seconds=seconds)
-        dog.on_start(replace(setting, run=replace(setting.run, runtime=runtime)))
+        dog = Watchdog(seconds, leave=lambda code: (left.append(code), ended.set()))
+        dog.on_start(make_setting(first=first))
         dogs.append(dog)
         return dog, left, ended
 

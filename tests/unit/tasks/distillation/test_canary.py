@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fd_large.runtime.hooks import PASS, Update, Verdict
+from fd_large.runtime.hooks import Update, Verdict
 from fd_large.tasks.distillation import canary as module
 from fd_large.tasks.distillation.canary import (
     CHECKS_BETWEEN_NAMINGS,
@@ -68,7 +68,7 @@ def test_looks_every_so_many_updates_after_the_last_and_before_a_checkpoint(star
     looked = []
     for done in range(1, 11):
         before = ranks.looks
-        assert after(canary, done, total=10) == PASS
+        assert after(canary, done, total=10) is None
         if done in (3, 4, 10):
             canary.on_save(done)
         looked += [done] * (ranks.looks - before)
@@ -78,9 +78,9 @@ def test_looks_every_so_many_updates_after_the_last_and_before_a_checkpoint(star
 
 def test_a_rank_whose_part_changed_is_named_and_all_stop(start, ranks, caplog):
     canary = start()
-    assert after(canary, 4) == PASS
+    assert after(canary, 4) is None
     ranks.wrong[2] = True
-    assert after(canary, 7) == PASS
+    assert after(canary, 7) is None
     assert after(canary, 8) == STOP
     [said] = caplog.messages
     assert "after step 4, seen after step 8, on rank 2 (n2, cuda:7): the bits held" in said
@@ -101,7 +101,7 @@ def test_own_part_and_own_map_are_compared_with_those_of_the_start(start, ranks)
 def test_a_rank_that_maps_otherwise_is_named(start, ranks, caplog, far):
     canary = start()
     ranks.far[1] = 0.005
-    assert after(canary, 4) == PASS
+    assert after(canary, 4) is None
     ranks.far[1] = far
     assert after(canary, 8) == STOP
     assert "on rank 1 (n1, cuda:7): the weights have the bits of the start, but" in caplog.text
@@ -110,7 +110,7 @@ def test_a_rank_that_maps_otherwise_is_named(start, ranks, caplog, far):
 def test_no_checkpoint_is_written_that_learned_from_a_changed_teacher(start, ranks, caplog):
     canary = start()
     after(canary, 4)
-    assert canary.on_save(4) == PASS
+    assert canary.on_save(4) is None
     ranks.wrong[1] = True
     assert canary.on_save(6) == STOP
     assert "without a checkpoint of what it learned since" in caplog.text
@@ -144,7 +144,7 @@ def test_a_slow_rank_is_named_after_two_checks_and_then_only_now_and_then(start,
     for done in range(1, 8 + CHECKS_BETWEEN_NAMINGS):
         ranks.seconds = [1.0, 1.6 if done in slow_in else 1.4, 1.0]
         caplog.clear()
-        assert after(canary, done) == PASS
+        assert after(canary, done) is None
         named += [done] * len(caplog.messages)
         assert not caplog.messages or "rank 1 (n1, cuda:7) is slow" in caplog.text
     assert named == [6, 6 + CHECKS_BETWEEN_NAMINGS]

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from fd_large.runtime.pictures import Pictures
+from fd_large.runtime.feature_panel import FeaturePanel
 
 
 def panel(width=5):
@@ -16,7 +16,7 @@ def panel(width=5):
 
 
 def test_before_and_after_are_kept_and_the_newest_wins(make_setting, tmp_path):
-    hook = Pictures()
+    hook = FeaturePanel()
     hook.on_start(make_setting())
     hook.on_features(0, panel())
     hook.on_features(5, panel())
@@ -33,7 +33,7 @@ def test_before_and_after_are_kept_and_the_newest_wins(make_setting, tmp_path):
 
 
 def test_maps_that_do_not_fit_are_our_mistake(make_setting):
-    hook = Pictures()
+    hook = FeaturePanel()
     hook.on_start(make_setting())
     with pytest.raises(AssertionError):
         hook.on_features(0, panel() | {"student": panel(width=4)["student"]})

@@ -16,7 +16,7 @@ from fd_large.runtime.hooks import Hook, Setting
 from fd_large.runtime.run_folder import written_or_told
 
 
-class Pictures(Hook):
+class FeaturePanel(Hook):
     """Keeps on rank 0 what the engine computes for the panel."""
 
     def on_start(self, setting: Setting) -> None:
