@@ -27,7 +27,7 @@ def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
 
 def updates_done(started: Started) -> int:
     """Steps that this start has finished, by its own words."""
-    return "".join(started.outputs()).count("  update ")
+    return "".join(started.outputs()).count("  step ")
 
 
 def resumed_from(started: Started) -> int:

@@ -70,8 +70,8 @@ def interrupted(cluster: Cluster, job: Job, preemptions: int, seed: int) -> list
         if starting:
             time.sleep(draw.uniform(0.0, 4.0))
         else:
-            before = len(lines(job, "  update "))
-            cluster.wait(job.number, lambda s, n=before: len(lines(job, "  update ")) > n)
+            before = len(lines(job, "  step "))
+            cluster.wait(job.number, lambda s, n=before: len(lines(job, "  step ")) > n)
             time.sleep(draw.uniform(0.0, LONGEST_REST))
         assert not ended(shown := cluster.show(job.number)), shown
         preempt(cluster, job, kind)
@@ -122,7 +122,7 @@ def main() -> int:
             "starts": job.said().count("ranks speak in"),
             "end": f"{shown['JobState']}, exit code {shown['ExitCode'].split(':')[0]}",
             "updates": updates,
-            "steps made twice": len(lines(job, "  update ")) - updates,
+            "steps made twice": len(lines(job, "  step ")) - updates,
             "losses equal to the bit": losses(job.run_dir) == losses(calm.run_dir),
             "minutes": round((time.monotonic() - begin) / 60, 1),
         }
