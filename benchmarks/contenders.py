@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine.forward import forward_backward, prepared
+from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
 from fd_large.recipes import registry

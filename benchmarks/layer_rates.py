@@ -67,8 +67,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
-    from fd_large.engine.forward import forward_backward
-    from fd_large.engine.zero import engine, layer_rates, start
+    from fd_large.engine.forward_backward import forward_backward
+    from fd_large.engine.zero import engine, layer_decay, start
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
@@ -102,7 +102,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
                     run, job.make_task, f"zero{stage}", micro_batch_size=arguments.micro_batch
                 )
             if way == "two groups":
-                rates[name] = layer_rates.by_layer(engines[name], DECAY)
+                rates[name] = layer_decay.by_layer(engines[name], DECAY)
     batch = noise(arguments.micro_batch, size)
 
     def step(name: str) -> None:

@@ -104,7 +104,8 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     from fd_large.backbones.registry import build
     from fd_large.engine.student import student_weights
     from fd_large.engine.zero import partition, start
-    from fd_large.engine.zero.live_weights import load_weights
+    from fd_large.engine.zero.fingerprint import fingerprint
+    from fd_large.engine.zero.partition import load_weights
     from fd_large.recipes import registry
     from fd_large.weights.settle import settle
 
@@ -140,7 +141,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
             where="--student.init",
         )
     hashed = time.perf_counter()
-    fingerprint = partition.fingerprint(net)
+    found = fingerprint(net)
     begin += time.perf_counter() - hashed  # Not part of loading.
     masters = partition.to_bfloat16(net)
     distributed.barrier()
@@ -152,7 +153,7 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
         "peak_bytes": grown["peak"],
         "bytes_after": grown["after"],
         "samples": memory.samples,
-        "fingerprint": fingerprint,
+        "fingerprint": found,
     }
 
 

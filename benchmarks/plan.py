@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
-    from fd_large.engine.forward import forward_backward
+    from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.plan import probe

@@ -10,7 +10,7 @@ import torch
 from fd_large.backbones.registry import build
 from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import student_weights
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.partition import load_weights
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.section import Teacher

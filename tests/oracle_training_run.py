@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.data.loader import Batch
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
@@ -30,8 +30,8 @@ from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_rate
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
-from fd_large.tasks.distillation.placement import place
 from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.teacher import place
 from fd_large.weights.formats import detect, translate
 
 

@@ -76,7 +76,7 @@ def export(run: RunDir, out: RunDir, deepspeed_config: str) -> int:
         deepspeed_config: The DeepSpeed JSON whose stage the files are for.
     """
     from fd_large import distributed
-    from fd_large.engine.interchange import export_checkpoint
+    from fd_large.engine.deepspeed_checkpoints import export_checkpoint
     from fd_large.tasks.jobs import job_of
 
     updates = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
@@ -94,7 +94,7 @@ def import_(source: RunDir, run: RunDir, deepspeed_config: str) -> int:
         deepspeed_config: The DeepSpeed JSON that it was trained with.
     """
     from fd_large import distributed
-    from fd_large.engine.interchange import import_checkpoint
+    from fd_large.engine.deepspeed_checkpoints import import_checkpoint
     from fd_large.tasks.jobs import job_of
 
     updates = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)

@@ -55,7 +55,7 @@ def _packages() -> Finding:
 
 def _code() -> Finding:
     import fd_large
-    from fd_large.engine.same_everywhere import code_hash
+    from fd_large.engine.node_consistency import code_hash
     from fd_large.runtime.run_folder import source_commit
 
     commit = source_commit()
@@ -86,7 +86,7 @@ def _torch() -> Finding:
 
 def _deepspeed_ops() -> Finding:
     try:
-        from fd_large.engine.zero.ops import ops
+        from fd_large.engine.zero.compiled_ops import ops
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return Finding(

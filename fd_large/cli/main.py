@@ -176,7 +176,7 @@ def _report(arguments: list[str]) -> int:
 def _weights(arguments: list[str]) -> int:
     """Say what a weights file holds, or write it in another format: weights inspect|convert."""
     from fd_large.cli import weights as command
-    from fd_large.engine.stored import serve_runs
+    from fd_large.engine.checkpoint_models import serve_runs
     from fd_large.tasks.jobs import job_of
 
     serve_runs(job_of)

@@ -188,7 +188,7 @@ def _detector(recipe: Run, reader: Reader) -> Detect:
     """The detector of a checkpoint, whole on this rank's device."""
     from fd_large import distributed
     from fd_large.checkpoint import stream
-    from fd_large.engine.stored import stored_task
+    from fd_large.engine.checkpoint_models import stored_task
     from fd_large.engine.zero.config import computes_in_bfloat16
     from fd_large.tasks.detection.build import detector_maker
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.checkpoint import stream
+from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.frozen import RANDOM, Named, find_model
 from fd_large.engine.job import Job
-from fd_large.engine.stored import stored_task
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.jobs import job_of

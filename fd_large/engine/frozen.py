@@ -20,11 +20,11 @@ from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.checkpoint import store, stream
+from fd_large.engine.checkpoint_models import serve_runs
 from fd_large.engine.job import Job
-from fd_large.engine.stored import serve_runs
 from fd_large.engine.student import attention_memory
 from fd_large.engine.zero import partition
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError, nearest
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.family import FamilyArchitecture

@@ -19,14 +19,14 @@ from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, steps_between
-from fd_large.engine.evidence import evidence_of
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.layer_rates import LayerRates
+from fd_large.engine.zero.layer_decay import LayerRates
 from fd_large.engine.zero.optimizer import set_rate
 from fd_large.errors import DataError
 from fd_large.runtime.hooks import (

@@ -23,11 +23,11 @@ from fd_large import distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
-from fd_large.engine.activation import checkpoint_blocks
-from fd_large.engine.evidence import note_maximum, outputs_to
-from fd_large.engine.forward import prepared
+from fd_large.engine.block_wrappers import checkpoint_blocks
+from fd_large.engine.checkpoint_models import serve_runs, stored_task
+from fd_large.engine.forward_backward import prepared
+from fd_large.engine.incident_evidence import note_maximum, outputs_to
 from fd_large.engine.job import Job
-from fd_large.engine.stored import serve_runs, stored_task
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16

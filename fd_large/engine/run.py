@@ -16,21 +16,21 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
-from fd_large.engine import micro_batch, same_everywhere
+from fd_large.engine import micro_batch, node_consistency
+from fd_large.engine.checkpoint_models import serve_runs
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import steps_between
-from fd_large.engine.forward import probe_phases
+from fd_large.engine.forward_backward import probe_phases
 from fd_large.engine.job import Job, Portion
 from fd_large.engine.loop import Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.stored import serve_runs
 from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
-from fd_large.engine.zero.layer_rates import by_layer
+from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
@@ -101,7 +101,7 @@ def open_run(
     job = job_of(run)
     checked = distributed.together(lambda: _check(job, deepspeed_config, launch))
     samples, bfloat16, node_size, sizes, share, fill = checked
-    same_everywhere.check(samples, job.sources())
+    node_consistency.check(samples, job.sources())
     samples = job.stage(samples)
     fixed = run.batch.micro_batch_size
     config = fill(1 if fixed == "auto" else fixed)

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.engine import activation
+from fd_large.engine import block_wrappers
 from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition
-from fd_large.engine.zero.gate import StepGate
-from fd_large.engine.zero.gradients import spare_passes
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
+from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero.step_gate import StepGate
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
 from fd_large.recipes.sections import Optim
 
@@ -62,7 +62,7 @@ def build_engine(
         optim: The optimiser and its weight decay.
         seed: Seed of the random weights.
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
-        activation_checkpointing: "off", "every" or "offload" (see `activation.py`).
+        activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
         checkpoint_every: Checkpoint each k-th block.
         weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
         initial: The same of `task.student` alone.
@@ -79,8 +79,8 @@ def build_engine(
         task.to(distributed.device())
     blocks = task.student.blocks()
     if compile_blocks:
-        activation.compile_blocks(blocks)
-    wrapped = activation.checkpoint_blocks(
+        block_wrappers.compile_blocks(blocks)
+    wrapped = block_wrappers.checkpoint_blocks(
         blocks, mode=activation_checkpointing, every=checkpoint_every
     )
     if wrapped:

@@ -6,7 +6,6 @@ The only file that knows how ZeRO-3 lays a parameter out: rank r of the group ho
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.engine.zero import partition
 from fd_large.engine.zero.start import deepspeed
+from fd_large.weights.coverage import Fitted, covered
 
 
 def build(
@@ -150,79 +151,27 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
             mapping.get_hp_fragment().data.copy_(values[start : start + length])
 
 
-def fingerprint(module: nn.Module, *, group: Any = None) -> str:
-    """A 64-bit hash of all parameters and buffers, the same however they are split.
+def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
+    """Copies full tensors into a network, whole or partitioned, without communication.
 
-    Sum over elements of (bits + 1) * odd(position, name) modulo 2^64: linear, so that each rank
-    hashes what it holds and one all-reduce adds the parts up; any single changed element changes
-    the sum. Not cryptographic.
-
-    Args:
-        module: Whole or partitioned parameters.
-        group: The ranks that share them; None for all.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    partitioned = False
-    for name, parameter in module.named_parameters():
-        held, offset = piece(parameter)
-        partitioned |= is_partitioned(parameter)
-        total += _hash_piece(name, held, offset).cpu()
-    if partitioned:
-        total = distributed.sum_tensor(total, group=group)
-    for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
-        if buffer.is_floating_point():
-            total += _hash_piece(name, buffer.view(-1), 0).cpu()
-    return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
-    """Returns "PART/PARTS HASH" of what this rank itself holds of a module, no other rank asked.
-
-    Its pieces, all buffers, and what ZeRO-3 keeps whole beside the pieces. Ranks that hold the same
-    part give the same.
+    Buffers of floating-point numbers that belong to the state (running statistics of batch
+    normalisation) are weights too; every rank holds them whole.
 
     Args:
-        module: Whole or partitioned parameters.
-        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
-            fetches them at a forward of its choice, so they count by what changed since.
+        model: Parameters in pieces or whole.
+        items: (name, full tensor), the network's own names, the same on every rank; of a file with
+            gaps that the user allowed, those stay as they are.
+        where: What the user set, for the message.
+
+    Raises: WeightsError: if a name is missing, left over or of another shape.
     """
-    total = torch.zeros((), dtype=torch.int64)
-    part, parts = 0, 1
-    for name, parameter in module.named_parameters():
-        total += _hash_piece(name, *piece(parameter)).cpu()
-        if is_partitioned(parameter):
-            part = torch.distributed.get_rank(parameter.ds_process_group)
-            parts = torch.distributed.get_world_size(parameter.ds_process_group)
-            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
-                now = _hash_piece(name, parameter.data.view(-1), 0).cpu()
-                total += now - whole.setdefault(name, now)
-    for name, buffer in module.named_buffers():
-        flat = buffer.reshape(-1)
-        total += _hash_piece(name, flat if flat.is_floating_point() else _bytes(flat), 0).cpu()
-    return f"{part + 1}/{parts} {total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    return flat.contiguous().view(torch.uint8)
-
-
-_BITS = {
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.uint8: torch.uint8,
-}
-_CHUNK = 1 << 22  # Elements hashed at once: 32 MiB of int64 beside the parameter.
-
-
-def _hash_piece(name: str, held: Tensor, offset: int) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=held.device)
-    salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
-    for start in range(0, held.numel(), _CHUNK):
-        bits = held[start : start + _CHUNK].contiguous().view(_BITS[held.dtype]).long()
-        position = torch.arange(bits.numel(), device=held.device) + (offset + start)
-        # Knuth's golden-ratio multiplier as a signed 64-bit integer; int64 products wrap.
-        mixed = (position + salt) * -7046029254386353131
-        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-        total += ((bits + 1) * (mixed | 1)).sum()
-    return total
+    held: dict[str, Tensor] = dict(net.named_parameters())
+    persistent = net.state_dict().keys()
+    for name, buffer in net.named_buffers():
+        if buffer.is_floating_point() and name in persistent:
+            held[name] = buffer
+    expected = {name: tuple(partition.shape(tensor)) for name, tensor in held.items()}
+    gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
+    with torch.no_grad():
+        for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
+            partition.write(held[name], tensor)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fd_large import distributed
@@ -20,7 +21,7 @@ from fd_large.data.views import NUM_DRAWS, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
-from fd_large.tasks.distillation.inspection import best_constant_loss, feature_panel
+from fd_large.tasks.distillation.constant_prediction import best_constant_loss
 from fd_large.tasks.distillation.task import Distillation
 
 # Views of an epoch that no training reaches: crops of training images are unseen ones.
@@ -146,3 +147,37 @@ class HeldOutViews:
                 images, weight = self._images[:1], 0
             prepared = engine.task.prepare(images.to(distributed.device()), None, None)
             yield prepared, weight, len(images)
+
+
+def feature_panel(
+    task: Distillation, forward: Callable[..., Any], images: Tensor
+) -> dict[str, Tensor]:
+    """The maps of a few images, without gradient.
+
+    Args:
+        task: In evaluation.
+        forward: Runs the task (its engine).
+        images: (n, 3, S, S) uint8, on the device.
+
+    Returns: images (n, S, S, 3) uint8; teacher (n, h, w, C) whitened and student (n, h, w, C)
+        projected, float32; all on the host.
+    """
+    seen: list[Tensor] = []
+    handle = task.projection.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach().float().cpu())
+    )
+    with torch.no_grad():
+        prepared = task.prepare(images, None, None)
+        forward(**prepared)
+        reference = task.reference(**prepared).cpu()
+    handle.remove()
+    h, w = task.student.grid(*images.shape[-2:])
+
+    def as_map(tokens: Tensor) -> Tensor:
+        return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
+
+    return {
+        "images": rearrange(images, "n c h w -> n h w c").cpu(),
+        "teacher": as_map(reference),
+        "student": as_map(seen[0]),
+    }

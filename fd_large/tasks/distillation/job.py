@@ -32,8 +32,8 @@ from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation.alignment import check_grids
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.held_out import HeldOutViews
-from fd_large.tasks.distillation.placement import PlacedTeacher, place
 from fd_large.tasks.distillation.task import Distillation
+from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 
 log = logging.getLogger(__name__)
 

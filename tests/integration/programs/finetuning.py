@@ -20,17 +20,17 @@ from fd_large import distributed
 from fd_large.backbones.statistics import normalise
 from fd_large.data.centre_crops import central_batches
 from fd_large.data.random_numbers import drop_path_keep
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.checkpoint_models import serve_runs
+from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.frozen import find_model
 from fd_large.engine.job import Portion
 from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.stored import serve_runs
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
-from fd_large.engine.zero.layer_rates import by_layer
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups, set_rate
+from fd_large.engine.zero.partition import load_weights
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
 from fd_large.recipes.run import Run

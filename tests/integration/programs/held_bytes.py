@@ -13,7 +13,7 @@ from launch import write_result
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start
 from fd_large.engine.zero.optimizer import set_rate
 from fd_large.recipes import registry

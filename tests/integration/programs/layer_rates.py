@@ -19,9 +19,9 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.ema import Ema
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import partition, start
-from fd_large.engine.zero.layer_rates import by_layer
+from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.recipes.run import Run
 

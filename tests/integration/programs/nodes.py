@@ -10,7 +10,7 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data import staging
 from fd_large.data.source import open_images
-from fd_large.engine import same_everywhere
+from fd_large.engine import node_consistency
 from fd_large.errors import DataError, FDError
 from fd_large.recipes import registry
 
@@ -62,7 +62,7 @@ run = type(registry.get("quickstart")).from_dict(recipe)
 
 
 def check():
-    return told(lambda: same_everywhere.check(run, source))
+    return told(lambda: node_consistency.check(run, source))
 
 
 found["alike"] = check()
@@ -70,18 +70,18 @@ found["alike"] = check()
 
 def on_second(name, value):
     """The check with something else on n2."""
-    before = getattr(same_everywhere, name)
+    before = getattr(node_consistency, name)
     if rank == 1:
-        setattr(same_everywhere, name, value)
+        setattr(node_consistency, name, value)
     try:
         return check()
     finally:
-        setattr(same_everywhere, name, before)
+        setattr(node_consistency, name, before)
 
 
 found["code"] = on_second("code_hash", lambda: "0123456789")
 found["versions"] = on_second("_version", lambda name: "1.2.3")
-digest = same_everywhere.weights_digest
+digest = node_consistency.weights_digest
 found["weights"] = on_second("weights_digest", lambda name: name and digest(other_weights))
 found["gone"] = on_second("weights_digest", lambda name: name and digest(name + "x"))
 if rank == 1:

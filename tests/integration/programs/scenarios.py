@@ -22,7 +22,7 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
-from fd_large.engine.forward import forward_backward
+from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task

@@ -18,7 +18,7 @@ from fd_large.backbones.registry import build
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import start
 from fd_large.recipes.architectures import resolve
-from fd_large.tasks.distillation import placement as sharded_teacher
+from fd_large.tasks.distillation import teacher as sharded_teacher
 from fd_large.weights.facts import statistics_of
 from fd_large.weights.timm_backbone import fitted
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.windows import coordinate_table
-from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.errors import ConfigError, ShapeError
 
 

@@ -9,7 +9,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
-from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.tasks.distillation.task import Distillation
 
 NETS = {

@@ -131,7 +131,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_whole_step_as_torch_counts_it(name):
     torch = pytest.importorskip("torch")
-    from fd_large.engine.activation import checkpoint_blocks
+    from fd_large.engine.block_wrappers import checkpoint_blocks
     from fd_large.tasks.distillation.job import DistillationJob
 
     run = STEPS[name]

@@ -14,7 +14,7 @@ from torch import nn
 
 from fd_large.backbones.registry import build
 from fd_large.engine.frozen import Frozen, frozen_weights
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.job import DistillationJob

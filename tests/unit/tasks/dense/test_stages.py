@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.engine.activation import checkpoint_blocks
+from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.dense.position_table import fit_offsets

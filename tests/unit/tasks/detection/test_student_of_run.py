@@ -12,9 +12,9 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.cli.export import export
-from fd_large.engine.stored import serve_runs
+from fd_large.engine.checkpoint_models import serve_runs
 from fd_large.engine.student import student_weights
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError
 from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.jobs import job_of

@@ -10,8 +10,8 @@ from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
 
 from fd_large.backbones.registry import build
 from fd_large.engine.student import student_weights
-from fd_large.engine.zero.live_weights import load_weights
 from fd_large.engine.zero.optimizer import parameter_groups
+from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture

@@ -7,7 +7,8 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen
-from fd_large.tasks.distillation.inspection import best_constant_loss, feature_panel
+from fd_large.tasks.distillation.constant_prediction import best_constant_loss
+from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.task import Distillation
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fd_large.tasks.distillation.placement import PlacedTeacher
+from fd_large.tasks.distillation.teacher import PlacedTeacher
 
 
 class Net(nn.Module):

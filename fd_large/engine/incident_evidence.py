@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.engine.forward import prepared
+from fd_large.engine.forward_backward import prepared
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.runtime.hooks import Evidence

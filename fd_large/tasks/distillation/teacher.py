@@ -18,7 +18,8 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.data.random_numbers import random_words
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import partition
-from fd_large.engine.zero.live_weights import load_weights
+from fd_large.engine.zero.fingerprint import fingerprint, held_fingerprint
+from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,14 @@ class PlacedTeacher:
 
     def hash_now(self) -> str:
         """Hashes the weights as they are; equal to `fingerprint` unless memory failed."""
-        return partition.fingerprint(self.module.net, group=self._group)
+        return fingerprint(self.module.net, group=self._group)
 
     def shard_hash(self) -> str:
         """Returns "PART/PARTS HASH" of what this rank itself holds, no other rank asked.
 
         A gathered weight is the same on all ranks, whoever spoiled its part; this is not.
         """
-        return partition.held_fingerprint(self.module, self._whole)
+        return held_fingerprint(self.module, self._whole)
 
     def map_of_fixed_images(self, image_size: int) -> Tensor:
         """The map (2, N, C) of two images of noise, always the same; all ranks call it.

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.engine.activation import checkpoint_blocks, compile_blocks
+from fd_large.engine.block_wrappers import checkpoint_blocks, compile_blocks
 from fd_large.errors import ConfigError
 
 

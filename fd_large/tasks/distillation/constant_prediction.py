@@ -1,4 +1,4 @@
-"""What a distillation looks like beside its loss: the best constant, and maps to draw."""
+"""The constant-prediction baseline: the loss of the best prediction that ignores the image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from fd_large.tasks.distillation.task import Distillation
@@ -59,37 +58,3 @@ def best_constant_loss(
             constant = (constant - first / second.clamp(min=1.0)).float()
         loss = (lost_sum[0] / (count[0] * len(count))).item()
     return loss
-
-
-def feature_panel(
-    task: Distillation, forward: Callable[..., Any], images: Tensor
-) -> dict[str, Tensor]:
-    """The maps of a few images, without gradient.
-
-    Args:
-        task: In evaluation.
-        forward: Runs the task (its engine).
-        images: (n, 3, S, S) uint8, on the device.
-
-    Returns: images (n, S, S, 3) uint8; teacher (n, h, w, C) whitened and student (n, h, w, C)
-        projected, float32; all on the host.
-    """
-    seen: list[Tensor] = []
-    handle = task.projection.register_forward_hook(
-        lambda module, inputs, output: seen.append(output.detach().float().cpu())
-    )
-    with torch.no_grad():
-        prepared = task.prepare(images, None, None)
-        forward(**prepared)
-        reference = task.reference(**prepared).cpu()
-    handle.remove()
-    h, w = task.student.grid(*images.shape[-2:])
-
-    def as_map(tokens: Tensor) -> Tensor:
-        return rearrange(tokens[:, tokens.shape[1] - h * w :], "n (h w) c -> n h w c", h=h, w=w)
-
-    return {
-        "images": rearrange(images, "n c h w -> n h w c").cpu(),
-        "teacher": as_map(reference),
-        "student": as_map(seen[0]),
-    }

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fd_large.engine.zero.gradients import _Float32Sums, _WholeGradients
+from fd_large.engine.zero.gradient_reduction import _Float32Sums, _WholeGradients
 
 
 class Bf16Optimizer:

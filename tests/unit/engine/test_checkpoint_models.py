@@ -10,7 +10,7 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.checkpoint import store
-from fd_large.engine.stored import serve_runs, student_of
+from fd_large.engine.checkpoint_models import serve_runs, student_of
 from fd_large.errors import CheckpointError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
