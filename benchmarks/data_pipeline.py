@@ -29,8 +29,10 @@ from PIL import Image
 from torchvision import transforms
 
 from fd_large.data.listing import SETTLED_SECONDS
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import open_images
+from fd_large.data.views import ViewSettings
 
 SIZE, MIN_SCALE, BATCH = 224, 0.08, 32
 PIL = "PIL, folder"
@@ -42,15 +44,10 @@ def ours(root: str) -> Callable[[int], int]:
 
     def run(epoch: int) -> int:
         loader = build_loader(
-            source,
-            seed=0,
-            epoch=epoch,
+            ViewBatches(source, ViewSettings(SIZE, MIN_SCALE), 0, epoch),
+            len(source),
+            Portion(epoch, 0, BATCH, 0, 1),
             global_batch_size=BATCH,
-            micro_batch_size=BATCH,
-            rank=0,
-            world_size=1,
-            image_size=SIZE,
-            min_crop_scale=MIN_SCALE,
             workers=0,
         )
         return sum(len(batch.images) for batch in loader)

@@ -2,34 +2,33 @@
 
 Workers get positions and do the rest: the order of the epoch, reading, decoding, the view. So
 nothing that a worker knows beforehand can change a pixel, and only positions travel to it.
+
+A task brings what turns the positions of a micro batch, (B,) int64, into a `Batch`: a Dataset that
+calls `load_samples`. `build_loader` does the rest; `ViewBatches` is the Dataset of images without
+labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from numpy.typing import NDArray
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data import color, views
-from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import (
-    check_batch_sizes,
-    epoch_order,
-    rank_positions,
-    updates_per_epoch,
-)
+from fd_large.data.sampler import MicroBatches, Portion, check_batch_sizes, epoch_order
 from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import start_worker
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import DataError
 
-# Images tried for one place in a batch; where all are bad, so is the data set.
+# Images tried for one place in a batch; where all are bad, so is the dataset.
 MAX_TRIES = 10
 
 T = TypeVar("T")
@@ -39,10 +38,14 @@ T = TypeVar("T")
 class Batch:
     """Views of some samples, and where in the run they belong.
 
-    `images` is (B, 3, S, S) uint8; `positions` (B,) int64 are places in the epoch's order,
-    `indices` (B,) int64 the samples that were taken for them; `bad` says of each sample that was
-    tried and cannot be used what is wrong with it, its name first (`bad_images.py` counts them).
-    `targets` is what a task learns from besides: tensors, in lists, tuples or dicts; or None.
+    Attributes:
+        images: (B, 3, S, S), usually uint8.
+        epoch: Epoch, counted from 0.
+        positions: (B,) int64, places in the epoch's order.
+        indices: (B,) int64, the samples that were taken for them.
+        bad: A message for each sample that was tried and cannot be used, its name first
+            (`bad_images.py` counts them).
+        targets: What a task learns from besides: tensors, in lists, tuples or dicts; or None.
     """
 
     images: torch.Tensor
@@ -67,104 +70,56 @@ class Batch:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yields what `to` copies."""
         yield self.images
-        yield from _tensors(self.targets)
+        yield from (leaf for leaf in tree_leaves(self.targets) if isinstance(leaf, torch.Tensor))
 
     def _through(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return replace(self, images=move(self.images), targets=_mapped(move, self.targets))
+        targets = tree_map_only(torch.Tensor, move, self.targets)
+        return replace(self, images=move(self.images), targets=targets)
 
 
 def build_loader(
-    source: ImageSource,
+    batches: Dataset,
+    num_samples: int,
+    portion: Portion,
     *,
-    seed: int,
-    epoch: int,
-    first_update: int = 0,
     global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    image_size: int,
-    min_crop_scale: float,
     workers: int,
-    color_jitter: float = 0.0,
-    grayscale_probability: float = 0.0,
-    max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
     """The rest of an epoch for one rank: `micro batches a step` batches for each step.
 
     Args:
-        source: The images.
-        seed: The run's seed.
-        epoch: Counted from 0.
-        first_update: Of this epoch, counted from 0; where a resumed run goes on.
+        batches: Takes the positions of a micro batch, (B,), and returns a `Batch`; runs in the
+            workers.
+        num_samples: Size of the dataset.
+        portion: Which micro batches.
         global_batch_size: Images a step over all ranks.
-        micro_batch_size: Images a batch.
-        rank: Counted from 0.
-        world_size: The number of ranks.
-        image_size: Side of a view, in pixels.
-        min_crop_scale: Smallest crop area, as a part of the picture's.
-        workers: Processes that load; 0: this one does.
-        color_jitter: Strength, 0 (none) to 1; `color.jitter_color`.
-        grayscale_probability: Of a view without color.
-        max_pixels: Larger images are refused before they are decoded.
+        workers: Number of loading processes; 0 loads in this one.
 
-    Returns: an iterable of `Batch`. An image that cannot be read or decoded is replaced by
-        another, the same whatever the ranks and workers, and told in `Batch.bad`.
     Raises:
-        ConfigError: if batch sizes do not divide or a number is out of range.
-        DataError: if the global batch is larger than the data set.
+        ConfigError: if batch sizes do not divide.
+        DataError: if the global batch is larger than the dataset.
     """
-    positions = micro_batches(
-        len(source),
-        first_update=first_update,
+    check_batch_sizes(
+        num_samples,
         global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        world_size=world_size,
+        micro_batch_size=portion.micro_batch_size,
+        world_size=portion.world_size,
     )
-    if image_size < 1:
-        raise ConfigError(
-            f"data.image_size: not a size; got {image_size}, expected 1 pixel or more. "
-            "Set --data.image_size, for example 224."
-        )
-    if not 0 < min_crop_scale <= 1:
-        raise ConfigError(
-            f"data.min_crop_scale: not a part of the picture's area; got {min_crop_scale}, "
-            "expected more than 0 and at most 1. Set --data.min_crop_scale, for example 0.08."
-        )
-    assert 0 <= color_jitter <= 1
-    assert 0 <= grayscale_probability <= 1
-    samples = _Views(
-        source,
-        seed,
-        epoch,
-        image_size,
-        min_crop_scale,
-        color_jitter,
-        grayscale_probability,
-        max_pixels,
-    )
-    return load_batches(samples, positions, workers=workers)
+    positions = MicroBatches(num_samples, portion, global_batch_size)
+    return load_batches(batches, positions, workers=workers)
 
 
-def load_batches(batches: Dataset, positions: Sampler, *, workers: int) -> DataLoader:
+def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> DataLoader:
     """Loads batches in order; `len` of the result is how many there are.
 
     Args:
-        batches: Takes the positions of a batch, (B,), and returns it.
-        positions: Of all batches.
-        workers: Processes that load; 0: this one does.
-
-    Raises: ConfigError: if the number of workers is negative.
+        batches: Takes one item of `places` and returns a batch; runs in the workers.
+        places: What belongs into each batch; has a length.
+        workers: Number of loading processes; 0 loads in this one.
     """
-    if workers < 0:
-        raise ConfigError(
-            f"data.workers: not a number of processes; got {workers}, expected 0 or more. "
-            "Set --data.workers 0 to load in the training process."
-        )
     return DataLoader(
         batches,
-        sampler=positions,
+        sampler=places,
         batch_size=None,  # an item is a whole batch
         collate_fn=_unchanged,
         num_workers=workers,
@@ -174,190 +129,108 @@ def load_batches(batches: Dataset, positions: Sampler, *, workers: int) -> DataL
     )
 
 
-def micro_batches(
-    num_samples: int,
-    *,
-    first_update: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-) -> MicroBatches:
-    """Where in the order of an epoch a rank reads, from a step to the epoch's end.
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """What came of one position.
 
-    Raises: ConfigError or DataError: as `sampler.check_batch_sizes`.
+    Attributes:
+        value: What was made of a sample; None if no sample that was tried can be used.
+        index: The sample that it was made of, or the last that was tried.
+        bad: A message for each sample that was tried in vain, its name first.
     """
-    check_batch_sizes(
-        num_samples,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-    )
-    num_updates = updates_per_epoch(num_samples, global_batch_size)
-    assert 0 <= first_update <= num_updates
-    assert 0 <= rank < world_size
-    return MicroBatches(
-        range(first_update, num_updates), global_batch_size, micro_batch_size, rank, world_size
-    )
+
+    value: T | None
+    index: int
+    bad: tuple[str, ...]
 
 
-class MicroBatches(Sampler):
-    """Positions of one micro batch after the other, (B,) each."""
-
-    def __init__(
-        self,
-        updates: range,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.updates = updates
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-
-    def __len__(self) -> int:
-        share = self.global_batch_size // self.world_size
-        return len(self.updates) * (share // self.micro_batch_size)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for update in self.updates:
-            yield from rank_positions(
-                update,
-                global_batch_size=self.global_batch_size,
-                micro_batch_size=self.micro_batch_size,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-
-
-def first_usable(
-    make: Callable[[int], T],
-    index: int,
-    num_samples: int,
+def load_samples(
+    make: Callable[[int, int], T],
+    positions: NDArray[np.int64],
+    indices: NDArray[np.int64],
     *,
+    num_samples: int,
     seed: int,
     epoch: int,
-    position: int,
-    bad: list[str],
-) -> tuple[T | None, int]:
-    """What is made of a sample or, where that is bad, of a stand-in.
+) -> list[Loaded[T]]:
+    """Makes something of the sample at each position or, where that is bad, of a stand-in.
 
-    A stand-in is drawn from the whole data set by a count of its own, so from (seed, epoch,
-    position) again. When none of ten will do, there is nothing: a rank that stopped here would
-    leave the others waiting, and the count of bad ones stops them all together.
+    A stand-in is drawn from the whole dataset, from (seed, epoch, position) again, so it is the
+    same on any number of ranks and workers. When none of ten will do, there is nothing: a rank that
+    stopped here would leave the others waiting, and the count of bad ones stops them all together.
 
     Args:
-        make: Takes a sample's number; DataError if it cannot be used.
-        index: The sample that the epoch's order has at this position.
-        num_samples: Size of the data set.
+        make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
+        positions: (B,), places in the epoch's order.
+        indices: (B,), the samples that the order has there.
+        num_samples: Size of the dataset.
         seed: The run's seed.
-        epoch: Counted from 0.
-        position: In the epoch's order.
-        bad: Gets what is wrong with each sample that was tried in vain.
-
-    Returns: what was made, or None; and the number of the sample that it was made of.
+        epoch: Epoch, counted from 0.
     """
-    others: list[float] = []
-    for number in range(MAX_TRIES):
-        if number:
-            others = others or list(uniforms(seed, epoch, [position], "replacement", MAX_TRIES)[0])
-            index = int(others[number] * num_samples)
-        try:
-            return make(index), index
-        except DataError as error:
-            bad.append(str(error))
-    return None, index
+    loaded = []
+    with suppress_stderr():
+        for place, position in enumerate(positions.tolist()):
+            index, value, bad = int(indices[place]), None, []
+            for number in range(MAX_TRIES):
+                if number:
+                    draws = uniforms(seed, epoch, [position], "replacement", number + 1)
+                    index = int(draws[0, number] * num_samples)
+                try:
+                    value = make(place, index)
+                    break
+                except DataError as error:
+                    bad.append(str(error))
+            loaded.append(Loaded(value, index, tuple(bad)))
+    return loaded
 
 
 @dataclass(frozen=True)
-class _Views(Dataset):
-    """Positions to a `Batch`; runs in the workers."""
+class ViewBatches(Dataset):
+    """Positions to a `Batch` of views, (B, 3, S, S) uint8; runs in the workers.
+
+    Attributes:
+        source: The images.
+        settings: How an image becomes a view.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+    """
 
     source: ImageSource
+    settings: views.ViewSettings
     seed: int
     epoch: int
-    image_size: int
-    min_crop_scale: float
-    color_jitter: float
-    grayscale_probability: float
-    max_pixels: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        indices = epoch_order(len(self.source), self.seed, self.epoch, positions)
-        draws = self._draws(positions, "view", views.NUM_DRAWS)
-        images, bad = [], []
-        with suppress_stderr():
-            for place, position in enumerate(positions.tolist()):
-                image, indices[place] = first_usable(
-                    lambda index, place=place, position=position: self._recolor(
-                        self._view(index, draws[place]), position
-                    ),
-                    int(indices[place]),
-                    len(self.source),
-                    seed=self.seed,
-                    epoch=self.epoch,
-                    position=position,
-                    bad=bad,
-                )
-                if image is None:
-                    image = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-                images.append(image)
+        """Loads the views; a black one stands where no sample can be used."""
+        of = (self.seed, self.epoch, positions)
+        crops = uniforms(*of, "view", views.NUM_DRAWS).tolist()
+        colors = uniforms(*of, "color", color.NUM_DRAWS).tolist()
+
+        def make(place: int, index: int) -> torch.Tensor:
+            return color.jitter_color(
+                views.random_view(self.source, index, crops[place], self.settings),
+                colors[place],
+                strength=self.settings.color_jitter,
+                grayscale_probability=self.settings.grayscale_probability,
+            )
+
+        loaded = load_samples(
+            make,
+            positions,
+            epoch_order(len(self.source), self.seed, self.epoch, positions),
+            num_samples=len(self.source),
+            seed=self.seed,
+            epoch=self.epoch,
+        )
+        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
         return Batch(
-            torch.stack(images),
+            torch.stack([black if sample.value is None else sample.value for sample in loaded]),
             self.epoch,
             torch.from_numpy(positions),
-            torch.from_numpy(indices),
-            tuple(bad),
-        )
-
-    def _draws(self, positions: ArrayLike, stream: str, count: int) -> list[list[float]]:
-        return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
-
-    def _view(self, index: int, draws: list[float]) -> torch.Tensor:
-        encoded, where = self.source.read(index), self.source[index]
-        size, image = size_before_decoding(encoded), None
-        if size is None:
-            image = decode(encoded, where, max_pixels=self.max_pixels)
-            size = image.shape[-2:]
-        box = views.crop_box(*size, draws, min_crop_scale=self.min_crop_scale)
-        if image is None:
-            bottom = box[0] + box[2]
-            image = decode(encoded, where, max_pixels=self.max_pixels, num_rows=bottom)
-        return views.box_view(image, box, draws, image_size=self.image_size)
-
-    def _recolor(self, view: torch.Tensor, position: int) -> torch.Tensor:
-        if self.color_jitter == 0 and self.grayscale_probability == 0:
-            return view
-        return color.jitter_color(
-            view,
-            self._draws([position], "color", color.NUM_DRAWS)[0],
-            strength=self.color_jitter,
-            grayscale_probability=self.grayscale_probability,
+            torch.tensor([sample.index for sample in loaded]),
+            sum((sample.bad for sample in loaded), ()),
         )
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _mapped(move: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return move(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(move, part) for part in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(move, part) for part in value)
-    if isinstance(value, dict):
-        return {key: _mapped(move, part) for key, part in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

@@ -6,6 +6,9 @@ No list as long as the data set is ever made: the permutation is evaluated where
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,26 +62,60 @@ def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-def rank_positions(
-    update: int, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-) -> NDArray[np.int64]:
-    """Where in the epoch's order a rank reads for one step.
+class Portion(NamedTuple):
+    """Which micro batches of an epoch a rank wants.
+
+    Attributes:
+        epoch: Epoch, counted from 0.
+        first_update: Step of this epoch at which a resumed run goes on, counted from 0.
+        micro_batch_size: Images a batch.
+        rank: This rank, counted from 0.
+        world_size: The number of ranks.
+    """
+
+    epoch: int
+    first_update: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Where in the epoch's order a rank reads, (B,) int64 for one micro batch after the other.
 
     Global batch k is positions k*G to (k+1)*G - 1, rank r's slice of it G/W consecutive ones,
-    and a micro batch a consecutive piece of that.
+    and a micro batch a consecutive part of that.
 
-    Args:
-        update: Of this epoch, counted from 0.
-        global_batch_size: G, images a step over all ranks.
-        micro_batch_size: Images a forward pass of one rank.
-        rank: Counted from 0.
-        world_size: W, the number of ranks.
-
-    Returns: (micro batches a step, micro_batch_size).
+    Attributes:
+        num_samples: Size of the dataset.
+        portion: Which of them.
+        global_batch_size: G, images a step over all ranks; W micro batches divide it.
     """
-    share = global_batch_size // world_size
-    start = update * global_batch_size + rank * share
-    return np.arange(start, start + share).reshape(-1, micro_batch_size)
+
+    num_samples: int
+    portion: Portion
+    global_batch_size: int
+
+    @property
+    def _updates(self) -> range:
+        end = updates_per_epoch(self.num_samples, self.global_batch_size)
+        assert 0 <= self.portion.first_update <= end
+        return range(self.portion.first_update, end)
+
+    @property
+    def _share(self) -> int:
+        assert 0 <= self.portion.rank < self.portion.world_size
+        return self.global_batch_size // self.portion.world_size
+
+    def __len__(self) -> int:
+        return len(self._updates) * (self._share // self.portion.micro_batch_size)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for update in self._updates:
+            start = update * self.global_batch_size + self.portion.rank * self._share
+            positions = np.arange(start, start + self._share)
+            yield from positions.reshape(-1, self.portion.micro_batch_size)
 
 
 def check_batch_sizes(

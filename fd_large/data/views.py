@@ -4,15 +4,70 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
+from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
+from fd_large.data.source import ImageSource
+
 NUM_TRIES = 10
 NUM_DRAWS = 3 + 2 * NUM_TRIES  # flip, top, left, then area and aspect of each try
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 FLIP_PROBABILITY = 0.5
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How an image becomes a view.
+
+    Attributes:
+        image_size: Side of the view, in pixels.
+        min_crop_scale: Smallest area of the crop, as a fraction of the image's area in (0, 1].
+        max_pixels: Largest number of pixels of an image; larger ones are refused before decoding.
+        color_jitter: Strength of the color jitter, in [0, 1]; 0 turns it off.
+        grayscale_probability: Probability of a grey view, in [0, 1].
+        interpolation: Interpolation of the resize, which is antialiased.
+    """
+
+    image_size: int
+    min_crop_scale: float
+    max_pixels: int = MAX_PIXELS
+    color_jitter: float = 0.0
+    grayscale_probability: float = 0.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+def random_view(
+    source: ImageSource, index: int, draws: Sequence[float], settings: ViewSettings
+) -> torch.Tensor:
+    """Reads an image, crops a random box, resizes it and flips it in half of the cases.
+
+    Where the size is known before decoding, the rows below the box are not decoded.
+
+    Args:
+        source: The images.
+        index: The image's number.
+        draws: `NUM_DRAWS` numbers in [0, 1).
+        settings: Size, crop and limit; color is another step (`color.py`).
+
+    Returns: (3, image_size, image_size) uint8, contiguous.
+    Raises: DataError: if the image cannot be used.
+    """
+    encoded, where = source.read(index), source[index]
+    size, image = size_before_decoding(encoded), None
+    if size is None:
+        image = decode(encoded, where, max_pixels=settings.max_pixels)
+        size = image.shape[-2:]
+    box = crop_box(*size, draws, min_crop_scale=settings.min_crop_scale)
+    if image is None:
+        bottom = box[0] + box[2]
+        image = decode(encoded, where, max_pixels=settings.max_pixels, num_rows=bottom)
+    return box_view(
+        image, box, draws, image_size=settings.image_size, interpolation=settings.interpolation
+    )
 
 
 def crop_box(
@@ -25,10 +80,10 @@ def crop_box(
     place drawn beforehand has the same distribution and a fixed number of draws.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1).
-        min_crop_scale: Smallest area, as a part of the picture's.
+        min_crop_scale: Smallest area, as a fraction of the image's.
 
     Returns: top, left, height, width of the box, in pixels.
     """
@@ -51,23 +106,6 @@ def crop_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def random_view(
-    image: torch.Tensor, draws: Sequence[float], *, image_size: int, min_crop_scale: float
-) -> torch.Tensor:
-    """Crops a random box, resizes it (bilinear, antialiased) and flips it in half of the cases.
-
-    Args:
-        image: (3, H, W) uint8.
-        draws: `NUM_DRAWS` numbers in [0, 1).
-        image_size: Side of the view, in pixels.
-        min_crop_scale: Smallest crop area, as a part of the picture's.
-
-    Returns: (3, image_size, image_size) uint8, contiguous.
-    """
-    box = crop_box(*image.shape[-2:], draws, min_crop_scale=min_crop_scale)
-    return box_view(image, box, draws, image_size=image_size)
-
-
 def box_view(
     image: torch.Tensor,
     box: tuple[int, int, int, int],
@@ -86,7 +124,7 @@ def box_view(
         box: Top, left, height, width, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1), those that the box came from.
         image_size: Side of the view, in pixels.
-        interpolation: Of the resize, antialiased.
+        interpolation: Interpolation of the resize, which is antialiased.
 
     Returns: (3, image_size, image_size) uint8, contiguous.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.loader import Batch
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.student import student_weights
@@ -24,24 +25,6 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel
 from fd_large.runtime.hooks import Hook
-
-
-class Portion(NamedTuple):
-    """Which micro batches of an epoch a rank wants.
-
-    Attributes:
-        epoch: Epoch, counted from 0.
-        first_update: Step of this epoch at which a resumed run goes on, counted from 0.
-        micro_batch_size: Images a batch.
-        rank: This rank, counted from 0.
-        world_size: The number of ranks.
-    """
-
-    epoch: int
-    first_update: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
 
 
 class StoredStudent(NamedTuple):

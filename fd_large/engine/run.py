@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
-from fd_large.data.sampler import check_batch_sizes, updates_per_epoch
+from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
 from fd_large.engine.checkpoint_models import serve_runs
@@ -22,7 +22,7 @@ from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import steps_between
 from fd_large.engine.forward_backward import probe_phases
-from fd_large.engine.job import Job, Portion
+from fd_large.engine.job import Job
 from fd_large.engine.loop import Plan, Trainer
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task

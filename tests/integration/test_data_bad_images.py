@@ -24,8 +24,10 @@ import json, os, resource, sys, logging
 import torch
 torch.set_num_threads(1)
 from fd_large.data.decode import decode
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import open_images
+from fd_large.data.views import ViewSettings
 from fd_large.errors import DataError
 logging.disable()
 
@@ -45,8 +47,8 @@ def try_one(path):
         shape, dtype = list(image.shape), str(image.dtype)
         mean = image.double().mean(dim=(1, 2)).tolist()
     batches = list(build_loader(
-        source, seed=0, epoch=0, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1,
-        image_size=224, min_crop_scale=0.08, workers=0,
+        ViewBatches(source, ViewSettings(224, 0.08), 0, 0), len(source), Portion(0, 0, 1, 0, 1),
+        global_batch_size=1, workers=0,
     ))
     result = {
         "num": len(source), "decoded": decoded, "skipped": skipped,

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from fd_large.data.loader import build_loader
-from fd_large.data.sampler import epoch_order
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion, epoch_order
 from fd_large.data.source import ImageSource, open_images
+from fd_large.data.views import ViewSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_SAMPLES, SEED = 64, 11
 GLOBAL_BATCH = 12  # 5 steps of 12: 60 of 64 samples
 NUM_USED = 60
+SETTINGS = ViewSettings(64, 0.08, color_jitter=0.1, grayscale_probability=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +67,11 @@ def epoch_of(
     images = torch.zeros(NUM_USED, 3, 64, 64, dtype=torch.uint8)
     for rank in range(world_size):
         for batch in build_loader(
-            source,
-            seed=SEED,
-            epoch=epoch,
+            ViewBatches(source, SETTINGS, SEED, epoch),
+            len(source),
+            Portion(epoch, 0, 2, rank, world_size),
             global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=2,
-            rank=rank,
-            world_size=world_size,
-            image_size=64,
-            min_crop_scale=0.08,
             workers=workers,
-            color_jitter=0.1,
-            grayscale_probability=0.1,
         ):
             assert (indices[batch.positions] == -1).all()  # no place twice
             assert batch.bad == ()

@@ -12,16 +12,17 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.loader import Batch
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
-from fd_large.engine.job import Job, Portion, StoredStudent, trained_at
+from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
-from fd_large.tasks.detection.data.loader import build_loader
+from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
 from fd_large.tasks.detection.heads.inference import Detections
 from fd_large.tasks.detection.heads.target import Target, Targets
@@ -80,14 +81,14 @@ class DetectionJob(Job):
         """Images under jitter, with what is seen of their objects."""
         run = self.run
         return iter(
-            build_loader(
+            build_training_loader(
                 cast(CocoSet, samples),
                 jitter_of(run),
+                portion,
                 seed=run.runtime.seed,
                 global_batch_size=run.batch.global_batch_size,
                 workers=run.data.workers,
                 max_pixels=run.data.max_pixels,
-                **portion._asdict(),
             )
         )
 

@@ -13,11 +13,10 @@ from einops import rearrange
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.data.decode import decode
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
 from fd_large.data.source import ImageSource
-from fd_large.data.views import NUM_DRAWS, random_view
+from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
@@ -39,11 +38,9 @@ class HeldOutViews:
         name: Prefix of the metrics.
         source: The images.
         views: How many; view v shows image v modulo their number.
-        image_size: Side of a view.
-        min_crop_scale: Smallest crop area, as a part of the picture's.
+        settings: How an image becomes a view; its colors are left alone.
         micro_batch_size: Views per forward.
         seed: Of the crops.
-        max_pixels: Larger images are refused before they are decoded.
         skip_bad: Take the next image for one that cannot be used, as training does.
 
     Raises: DataError: for an image that cannot be used, unless such are skipped.
@@ -55,11 +52,9 @@ class HeldOutViews:
         source: ImageSource,
         *,
         views: int,
-        image_size: int,
-        min_crop_scale: float,
+        settings: ViewSettings,
         micro_batch_size: int,
         seed: int,
-        max_pixels: int,
         skip_bad: bool = False,
     ) -> None:
         self.name, self._micro = name, micro_batch_size
@@ -74,22 +69,16 @@ class HeldOutViews:
         order = epoch_order(len(source), seed, EVALUATION_EPOCH, places)
         tries = TRIES if skip_bad else 1
 
-        def picture(view: int) -> Tensor:
+        def cut(view: int) -> Tensor:
             for number in range(tries):
                 index = int(order[(view + number) % len(order)])
                 try:
-                    return decode(source.read(index), source[index], max_pixels=max_pixels)
+                    return random_view(source, index, draws[view], settings)
                 except DataError as error:
                     if number + 1 == tries:
                         raise
                     log.warning("skipped in evaluation: %s", error)
             raise AssertionError("one try at least")
-
-        def cut(view: int) -> Tensor:
-            image = picture(view)
-            return random_view(
-                image, draws[view], image_size=image_size, min_crop_scale=min_crop_scale
-            )
 
         mine = [cut(int(view)) for view in self._mine]
         self._images = torch.stack(mine or [cut(0)])

@@ -16,12 +16,14 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.labelled import LabelledImages, open_split
-from fd_large.data.loader import Batch, build_loader
+from fd_large.data.loader import Batch, ViewBatches, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
+from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
-from fd_large.engine.job import FrozenPart, Job, Portion
+from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError, ShapeError
@@ -171,18 +173,14 @@ class DistillationJob(Job):
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """One crop of each image."""
         run = self.run
+        views = ViewBatches(samples, self._view_settings(), run.runtime.seed, portion.epoch)
         return iter(
             build_loader(
-                samples,
-                seed=run.runtime.seed,
+                views,
+                len(samples),
+                portion,
                 global_batch_size=run.batch.global_batch_size,
-                image_size=run.data.image_size,
-                min_crop_scale=run.data.min_crop_scale,
                 workers=run.data.workers,
-                color_jitter=run.data.color_jitter,
-                grayscale_probability=run.data.grayscale_probability,
-                max_pixels=run.data.max_pixels,
-                **portion._asdict(),
             )
         )
 
@@ -216,11 +214,9 @@ class DistillationJob(Job):
                     name,
                     source,
                     views=run.eval.views,
-                    image_size=run.data.image_size,
-                    min_crop_scale=run.data.min_crop_scale,
+                    settings=self._view_settings(),
                     micro_batch_size=micro_batch_size,
                     seed=run.runtime.seed,
-                    max_pixels=run.data.max_pixels,
                     skip_bad=name == "unseen_crops",
                 )
                 for name, source in images.items()
@@ -313,6 +309,16 @@ class DistillationJob(Job):
     def in_one_process(self) -> Run:
         """With the teacher whole."""
         return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
+
+    def _view_settings(self) -> ViewSettings:
+        data = self.run.data
+        return ViewSettings(
+            data.image_size,
+            data.min_crop_scale,
+            data.max_pixels,
+            data.color_jitter,
+            data.grayscale_probability,
+        )
 
     def _held_out_images(self) -> ImageSource:
         return open_images(self.run.eval.root, where="eval.root")

@@ -14,10 +14,12 @@ from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
 from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
-from fd_large.data.loader import Batch, load_batches, micro_batches
+from fd_large.data.loader import Batch, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
+from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, evaluating
-from fd_large.engine.job import Job, Portion, StoredStudent, trained_at
+from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
@@ -74,26 +76,30 @@ class FineTuningJob(Job):
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Augmented and mixed images."""
         run = self.run
-        positions = micro_batches(
-            len(samples),
-            first_update=portion.first_update,
-            global_batch_size=run.batch.global_batch_size,
-            micro_batch_size=portion.micro_batch_size,
-            rank=portion.rank,
-            world_size=portion.world_size,
-        )
+        size = run.batch.global_batch_size
         batches = TrainingBatches(
             cast(LabelledImages, samples),
             run.task.finetune,
             self.statistics(),
+            ViewSettings(
+                run.data.image_size,
+                run.data.min_crop_scale,
+                run.data.max_pixels,
+                interpolation="bicubic",
+            ),
             run.runtime.seed,
             portion.epoch,
-            run.batch.global_batch_size,
-            run.data.image_size,
-            run.data.min_crop_scale,
-            run.data.max_pixels,
+            size,
         )
-        return iter(load_batches(batches, positions, workers=run.data.workers))
+        return iter(
+            build_loader(
+                batches,
+                len(samples),
+                portion,
+                global_batch_size=size,
+                workers=run.data.workers,
+            )
+        )
 
     def probe_batch(self, size: int) -> Batch:
         """Grey images that belong to every class alike."""

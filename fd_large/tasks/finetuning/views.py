@@ -16,12 +16,10 @@ from torch.utils.data import Dataset
 
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.data import views
-from fd_large.data.decode import decode, size_before_decoding
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.loader import Batch, first_usable
+from fd_large.data.loader import Batch, load_samples
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
-from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.tasks.finetuning import augment, mixing
 from fd_large.tasks.finetuning.section import FineTune
 
@@ -35,25 +33,21 @@ class TrainingBatches(Dataset):
 
     Attributes:
         source: The images.
-        recipe: Augmentation.
-        statistics: By which the images are normalised.
-        seed: The run's.
-        epoch: Counted from 0.
-        global_batch_size: Within which images are mixed.
-        image_size: Side of a view, in pixels.
-        min_crop_scale: Smallest crop area, as a part of the picture's.
-        max_pixels: Larger images are refused before they are decoded.
+        recipe: Augmentation and mixing.
+        statistics: Mean and deviation by which the images are normalised.
+        settings: How an image becomes a view.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+        global_batch_size: Images a step over all ranks; they are mixed among each other.
     """
 
     source: LabelledImages
     recipe: FineTune
     statistics: Statistics
+    settings: views.ViewSettings
     seed: int
     epoch: int
     global_batch_size: int
-    image_size: int
-    min_crop_scale: float
-    max_pixels: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads, augments and mixes."""
@@ -63,7 +57,7 @@ class TrainingBatches(Dataset):
             self.seed,
             self.epoch,
             first,
-            image_size=self.image_size,
+            image_size=self.settings.image_size,
             mixup=recipe.mixup,
             cutmix=recipe.cutmix,
             switch_probability=recipe.switch_probability,
@@ -80,7 +74,7 @@ class TrainingBatches(Dataset):
             mixing.mix_images(images[:own], images[others], mix),
             self.epoch,
             torch.from_numpy(positions),
-            torch.from_numpy(indices[:own]),
+            indices[:own],
             bad,
             mixing.mix_labels(
                 labels[:own],
@@ -93,42 +87,29 @@ class TrainingBatches(Dataset):
 
     def _views(
         self, positions: NDArray[np.int64], own: int
-    ) -> tuple[Tensor, NDArray[np.int64], Tensor, tuple[str, ...]]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
         """Images, samples, labels; and what was bad among the first `own`, a rank's to count."""
-        indices = epoch_order(len(self.source), self.seed, self.epoch, positions)
         crops = self._draws(positions, "view", views.NUM_DRAWS)
         augmentations = self._draws(positions, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
-        images, labels, bad = [], [], []
-        with suppress_stderr():
-            for place, position in enumerate(positions.tolist()):
-                image, indices[place] = first_usable(
-                    lambda index, place=place: self._view(
-                        index, crops[place], augmentations[place]
-                    ),
-                    int(indices[place]),
-                    len(self.source),
-                    seed=self.seed,
-                    epoch=self.epoch,
-                    position=position,
-                    bad=bad if place < own else [],
-                )
-                if image is None:
-                    image = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-                images.append(image)
-                labels.append(self.source.label(int(indices[place])))
+        loaded = load_samples(
+            lambda place, index: self._view(index, crops[place], augmentations[place]),
+            positions,
+            epoch_order(len(self.source), self.seed, self.epoch, positions),
+            num_samples=len(self.source),
+            seed=self.seed,
+            epoch=self.epoch,
+        )
+        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
+        images = [black if sample.value is None else sample.value for sample in loaded]
+        indices = [sample.index for sample in loaded]
+        labels = torch.tensor([self.source.label(index) for index in indices])
+        bad = sum((sample.bad for sample in loaded[:own]), ())
         pixels = normalise(torch.stack(images), self.statistics)
         self._erase(pixels, positions)
-        return pixels, indices, torch.tensor(labels), tuple(bad)
+        return pixels, torch.tensor(indices), labels, bad
 
     def _view(self, index: int, crop: list[float], augmentation: list[float]) -> Tensor:
-        view = random_view(
-            self.source,
-            index,
-            crop,
-            image_size=self.image_size,
-            min_crop_scale=self.min_crop_scale,
-            max_pixels=self.max_pixels,
-        )
+        view = views.random_view(self.source, index, crop, self.settings)
         if self.recipe.randaugment == 0:
             return view
         return augment.augment(
@@ -157,27 +138,3 @@ class TrainingBatches(Dataset):
 
     def _draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
         return uniforms(self.seed, self.epoch, positions, stream, count).tolist()
-
-
-def random_view(
-    source: LabelledImages,
-    index: int,
-    draws: list[float],
-    *,
-    image_size: int,
-    min_crop_scale: float,
-    max_pixels: int,
-) -> Tensor:
-    """A random crop of an image, resized (bicubic) and perhaps flipped: (3, S, S) uint8.
-
-    Raises: DataError: if the image cannot be used.
-    """
-    encoded, where = source.read(index), source[index]
-    size, image = size_before_decoding(encoded), None
-    if size is None:
-        image = decode(encoded, where, max_pixels=max_pixels)
-        size = image.shape[-2:]
-    box = views.crop_box(*size, draws, min_crop_scale=min_crop_scale)
-    if image is None:
-        image = decode(encoded, where, max_pixels=max_pixels, num_rows=box[0] + box[2])
-    return views.box_view(image, box, draws, image_size=image_size, interpolation="bicubic")

@@ -16,8 +16,9 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
+from fd_large.data.sampler import Portion
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
-from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_loader
+from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_training_loader
 from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge
 from fd_large.tasks.detection.heads.inference import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
@@ -30,16 +31,12 @@ def training(pictures: CocoSet) -> dict[str, dict[str, str]]:
     """By jitter and position a hash of the unpadded image and its target."""
     found: dict[str, dict[str, str]] = {}
     for name, jitter in JITTERS.items():
-        loader = build_loader(
+        loader = build_training_loader(
             pictures,
             jitter,
+            Portion(2, 1, 2, distributed.rank(), distributed.world_size()),
             seed=5,
-            epoch=2,
-            first_update=1,
             global_batch_size=4,
-            micro_batch_size=2,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
             workers=0,
         )
         samples = found[name] = {}

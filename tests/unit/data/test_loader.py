@@ -1,22 +1,39 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import MAX_TRIES, Batch, build_loader
-from fd_large.data.sampler import epoch_order
+from fd_large.data.loader import MAX_TRIES, Batch, ViewBatches, build_loader
+from fd_large.data.sampler import Portion, epoch_order
+from fd_large.data.views import ViewSettings
 from fd_large.errors import ConfigError, DataError
 
+VIEWS = ViewSettings(32, 0.3)
 SETTINGS = dict(
-    seed=1, epoch=3, global_batch_size=12, micro_batch_size=2, rank=0, world_size=1,
-    image_size=32, min_crop_scale=0.3, workers=0,
+    seed=1, epoch=3, first_update=0, global_batch_size=12, micro_batch_size=2, rank=0,
+    world_size=1, workers=0,
 )  # fmt: skip
 
 
-def load(source, **changes) -> list[Batch]:
-    return list(build_loader(source, **{**SETTINGS, **changes}))
+def loader(source, views=VIEWS, **changes) -> DataLoader:
+    given = {**SETTINGS, **changes}
+    return build_loader(
+        ViewBatches(source, views, given["seed"], given["epoch"]),
+        len(source),
+        Portion(*(given[name] for name in Portion._fields)),
+        global_batch_size=given["global_batch_size"],
+        workers=given["workers"],
+    )
+
+
+def load(source, views=VIEWS, **changes) -> list[Batch]:
+    return list(loader(source, views, **changes))
 
 
 def by_position(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +91,8 @@ def test_a_batch_says_where_it_belongs(picture_folder):
 def test_length_counts_micro_batches(picture_folder):
     folder = ImageFolder(picture_folder)
     for changes, expected in (({}, 12), ({"world_size": 3}, 4), ({"first_update": 1}, 6)):
-        loader = build_loader(folder, **{**SETTINGS, **changes})
-        assert len(loader) == len(list(loader)) == expected
+        batches = loader(folder, **changes)
+        assert len(batches) == len(list(batches)) == expected
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_batches(picture_folder):
@@ -102,9 +119,9 @@ def test_epochs_and_seeds_change_order_and_views(picture_folder):
 
 def test_workers_may_be_spawned(picture_folder):
     folder = ImageFolder(picture_folder)
-    loader = build_loader(folder, **{**SETTINGS, "workers": 1, "micro_batch_size": 12})
-    loader.multiprocessing_context = "spawn"
-    images, _ = by_position(list(loader))
+    batches = loader(folder, workers=1, micro_batch_size=12)
+    batches.multiprocessing_context = "spawn"
+    images, _ = by_position(list(batches))
     assert torch.equal(images, by_position(load(folder))[0])
 
 
@@ -192,7 +209,7 @@ def test_where_nothing_can_be_used_the_run_is_told_not_hung(tmp_path):
 
 
 def test_a_picture_over_the_limit_of_pixels_is_replaced(picture_folder):
-    batches = load(ImageFolder(picture_folder), max_pixels=50 * 62)
+    batches = load(ImageFolder(picture_folder), ViewSettings(32, 0.3, max_pixels=50 * 62))
     told = [message for batch in batches for message in batch.bad]
     assert told
     assert all("too large; got" in message for message in told)
@@ -201,26 +218,31 @@ def test_a_picture_over_the_limit_of_pixels_is_replaced(picture_folder):
 def test_color_is_changed_by_position_alone(picture_folder):
     folder = ImageFolder(picture_folder)
     plain, _ = by_position(load(folder))
-    images, _ = by_position(load(folder, color_jitter=0.4, grayscale_probability=0.2))
-    others, _ = by_position(
-        load(folder, color_jitter=0.4, grayscale_probability=0.2, micro_batch_size=6, workers=1)
-    )
+    views = ViewSettings(32, 0.3, color_jitter=0.4, grayscale_probability=0.2)
+    images, _ = by_position(load(folder, views))
+    others, _ = by_position(load(folder, views, micro_batch_size=6, workers=1))
     assert torch.equal(images, others)
     assert (images != plain).flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"global_batch_size": 9}, ConfigError, r"batch\.global_batch_size: does not divide"),
-        ({"global_batch_size": 28}, DataError, r"larger than the data set"),
-        ({"image_size": 0}, ConfigError, r"data\.image_size"),
-        ({"min_crop_scale": 0.0}, ConfigError, r"data\.min_crop_scale"),
-        ({"min_crop_scale": 1.5}, ConfigError, r"data\.min_crop_scale"),
-        ({"workers": -1}, ConfigError, r"data\.workers"),
-        ({"seed": -1}, ConfigError, r"runtime\.seed"),
-    ],
+    ("size", "error", "message"),
+    [(9, ConfigError, "does not divide"), (28, DataError, "larger than the data")],
 )
-def test_settings_that_cannot_be_are_refused(picture_folder, changes, error, message):
-    with pytest.raises(error, match=message):
-        load(ImageFolder(picture_folder), **changes)
+def test_batches_that_cannot_be_are_refused(picture_folder, size, error, message):
+    with pytest.raises(error, match=rf"batch\.global_batch_size: {message}"):
+        loader(ImageFolder(picture_folder), global_batch_size=size)
+
+
+def test_all_tensors_of_a_target_travel(picture_folder):
+    class Objects(NamedTuple):
+        boxes: list[torch.Tensor]
+        names: dict[str, torch.Tensor]
+        number: int
+
+    batch = load(ImageFolder(picture_folder))[0]
+    targets = Objects([torch.zeros(2)], {"a": torch.zeros(3)}, 7)
+    moved = replace(batch, targets=targets).to("meta")
+    assert [tensor.device.type for tensor in moved.tensors()] == ["meta"] * 3
+    assert isinstance(moved.targets, Objects)
+    assert moved.targets.number == 7

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_large.data.sampler import (
+    MicroBatches,
+    Portion,
     check_batch_sizes,
     epoch_order,
-    rank_positions,
     updates_per_epoch,
 )
 from fd_large.errors import ConfigError, DataError
@@ -113,20 +114,15 @@ def test_neighbours_step_as_in_a_true_shuffle():
 def test_ranks_share_each_global_batch(world_size, micro_batch_size, accumulation, updates):
     size = world_size * micro_batch_size * accumulation
     for update in range(updates):
-        slices = [
-            rank_positions(
-                update,
-                global_batch_size=size,
-                micro_batch_size=micro_batch_size,
-                rank=rank,
-                world_size=world_size,
-            )
-            for rank in range(world_size)
-        ]
-        assert slices[0].shape == (accumulation, micro_batch_size)
+        parts = []
+        for rank in range(world_size):
+            portion = Portion(0, update, micro_batch_size, rank, world_size)
+            batches = MicroBatches(updates * size + size - 1, portion, size)
+            assert len(batches) == len(list(batches)) == accumulation * (updates - update)
+            parts += list(batches)[:accumulation]
+        assert {part.shape for part in parts} == {(micro_batch_size,)}
         np.testing.assert_array_equal(
-            np.concatenate([part.ravel() for part in slices]),
-            np.arange(update * size, (update + 1) * size),
+            np.concatenate(parts), np.arange(update * size, (update + 1) * size)
         )
 
 

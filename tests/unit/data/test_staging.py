@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from fd_large.data import staging
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
+from fd_large.data.views import ViewSettings
 from fd_large.errors import DataError
 
 
@@ -69,15 +71,10 @@ def stamps(local: Path) -> list[tuple[int, int]]:
 
 def epoch(source: ImageSource) -> tuple[torch.Tensor, list[int], int]:
     loader = build_loader(
-        source,
-        seed=3,
-        epoch=1,
+        ViewBatches(source, ViewSettings(32, 0.2), 3, 1),
+        len(source),
+        Portion(1, 0, 5, 0, 1),
         global_batch_size=5,
-        micro_batch_size=5,
-        rank=0,
-        world_size=1,
-        image_size=32,
-        min_crop_scale=0.2,
         workers=0,
     )
     batches = list(loader)

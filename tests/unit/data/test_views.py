@@ -7,10 +7,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from fd_large.data.decode import decode
+from fd_large.data.folder import ImageFolder
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.views import NUM_DRAWS, crop_box, random_view
+from fd_large.data.views import NUM_DRAWS, ViewSettings, box_view, crop_box, random_view
 
 NUM = 4000
+
+
+def view_of(image: torch.Tensor, draws, *, image_size: int, min_crop_scale: float) -> torch.Tensor:
+    box = crop_box(*image.shape[-2:], draws, min_crop_scale=min_crop_scale)
+    return box_view(image, box, draws, image_size=image_size)
 
 
 def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
@@ -63,7 +70,7 @@ def test_a_view_has_the_pixels_of_torchvisions_crop(photograph, size):
     pixels = photograph(90, 120)
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
     for row in uniforms(2, 0, np.arange(20), "view", NUM_DRAWS).tolist():
-        view = random_view(image, row, image_size=size, min_crop_scale=0.2)
+        view = view_of(image, row, image_size=size, min_crop_scale=0.2)
         assert view.shape == (3, size, size)
         assert view.dtype == torch.uint8
         assert view.is_contiguous()
@@ -83,7 +90,7 @@ def test_memory_order_of_the_picture_does_not_matter(photograph):
     interleaved = torch.from_numpy(photograph(50, 70)).permute(2, 0, 1)
     for row in uniforms(3, 0, np.arange(8), "view", NUM_DRAWS).tolist():
         a, b = (
-            random_view(image, row, image_size=32, min_crop_scale=0.2)
+            view_of(image, row, image_size=32, min_crop_scale=0.2)
             for image in (interleaved, interleaved.contiguous())
         )
         assert torch.equal(a, b)
@@ -93,6 +100,17 @@ def test_half_of_the_views_are_flipped():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     image[..., 4:] = 255
     rows = uniforms(4, 0, np.arange(1000), "view", NUM_DRAWS).tolist()
-    views = [random_view(image, row, image_size=8, min_crop_scale=1.0) for row in rows]
+    views = [view_of(image, row, image_size=8, min_crop_scale=1.0) for row in rows]
     flipped = sum(bool(view[0, 0, 0] > view[0, 0, -1]) for view in views)
     assert abs(flipped - 500) < 4 * np.sqrt(250)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_view_read_from_a_source_is_that_of_the_whole_image(picture_folder, interpolation):
+    source = ImageFolder(picture_folder)
+    settings = ViewSettings(32, 0.2, interpolation=interpolation)
+    for index, row in enumerate(uniforms(5, 0, np.arange(len(source)), "view", NUM_DRAWS).tolist()):
+        image = decode(source.read(index), source[index])
+        box = crop_box(*image.shape[-2:], row, min_crop_scale=0.2)
+        whole = box_view(image, box, row, image_size=32, interpolation=interpolation)
+        assert torch.equal(random_view(source, index, row, settings), whole)

@@ -10,21 +10,21 @@ import psutil
 import pytest
 
 from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import build_loader
-
-SETTINGS = dict(
-    seed=0, epoch=0, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, image_size=32,
-    min_crop_scale=0.3,
-)  # fmt: skip
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion
+from fd_large.data.views import ViewSettings
 
 # Prints its workers once they load, then waits in the middle of the epoch, its pipes full.
 TRAINING = """
 import sys, time, psutil
 from fd_large.data.folder import ImageFolder
-from fd_large.data.loader import build_loader
+from fd_large.data.loader import ViewBatches, build_loader
+from fd_large.data.sampler import Portion
+from fd_large.data.views import ViewSettings
+source = ImageFolder(sys.argv[1])
 batches = iter(build_loader(
-    ImageFolder(sys.argv[1]), seed=0, epoch=0, global_batch_size=2, micro_batch_size=2, rank=0,
-    world_size=1, image_size=512, min_crop_scale=0.3, workers=3,
+    ViewBatches(source, ViewSettings(512, 0.3), 0, 0), len(source), Portion(0, 0, 2, 0, 1),
+    global_batch_size=2, workers=3,
 ))
 next(batches)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
@@ -32,6 +32,12 @@ if len(sys.argv) > 2:
     sys.exit(0)
 time.sleep(100)
 """
+
+
+def load(source, workers: int):
+    views = ViewBatches(source, ViewSettings(32, 0.3), 0, 0)
+    portion = Portion(0, 0, 2, 0, 1)
+    return iter(build_loader(views, len(source), portion, global_batch_size=2, workers=workers))
 
 
 def gone(pids: list[int], within_seconds: float) -> bool:
@@ -74,7 +80,7 @@ def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
 @pytest.mark.multirank
 def test_signals_to_the_group_are_the_parents_affair(picture_folder):
     """Batches still come after Ctrl-C or SIGTERM reached all workers."""
-    batches = iter(build_loader(ImageFolder(picture_folder), **SETTINGS, workers=2))
+    batches = load(ImageFolder(picture_folder), 2)
     next(batches)
     workers = [worker.pid for worker in batches._workers]
     # from another process, as a launcher or a scheduler would
@@ -88,7 +94,7 @@ def test_signals_to_the_group_are_the_parents_affair(picture_folder):
 
 @pytest.mark.multirank
 def test_a_worker_obeys_its_parent(picture_folder):
-    batches = iter(build_loader(ImageFolder(picture_folder), **SETTINGS, workers=1))
+    batches = load(ImageFolder(picture_folder), 1)
     next(batches)
     worker = batches._workers[0]
     os.kill(worker.pid, signal.SIGTERM)

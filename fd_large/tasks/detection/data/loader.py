@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fd_large.data.decode import MAX_PIXELS, decode
-from fd_large.data.loader import Batch, first_usable, load_batches, micro_batches
+from fd_large.data.loader import Batch, build_loader, load_batches, load_samples
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import epoch_order
+from fd_large.data.sampler import Portion, epoch_order
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
@@ -27,17 +27,13 @@ from fd_large.tasks.detection.heads.target import Target, Targets
 BLACK_SIDE = 32
 
 
-def build_loader(
+def build_training_loader(
     source: CocoSet,
     jitter: Jitter,
+    portion: Portion,
     *,
     seed: int,
-    epoch: int,
-    first_update: int,
     global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
     workers: int,
     max_pixels: int = MAX_PIXELS,
 ) -> DataLoader:
@@ -47,35 +43,28 @@ def build_loader(
         source: Images and objects.
         jitter: Draws the views; where they keep their own sizes, a global batch holds images of
             one orientation, and a batch is padded to its largest.
+        portion: Which micro batches.
         seed: The run's seed.
-        epoch: Counted from 0.
-        first_update: Of this epoch, counted from 0; where a resumed run goes on.
         global_batch_size: Images a step over all ranks.
-        micro_batch_size: Images a batch.
-        rank: Counted from 0.
-        world_size: The number of ranks.
-        workers: Processes that load; 0: this one does.
+        workers: Number of loading processes; 0 loads in this one.
         max_pixels: Larger images are refused before they are decoded.
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
         the bottom, and `Targets`. The same samples on any number of ranks and workers.
     Raises:
-        ConfigError: if batch sizes do not divide or a number is out of range.
+        ConfigError: if batch sizes do not divide.
         DataError: if the global batch is larger than the data set.
     """
-    positions = micro_batches(
-        len(source),
-        first_update=first_update,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
     order = None
     if jitter.canvas is None:
-        order = grouped_order(source.landscape(), seed, epoch, global_batch_size)
-    samples = _Samples(source, jitter, order, seed, epoch, max_pixels)
-    return load_batches(samples, positions, workers=workers)
+        order = grouped_order(source.landscape(), seed, portion.epoch, global_batch_size)
+    return build_loader(
+        _Samples(source, jitter, order, seed, portion.epoch, max_pixels),
+        len(source),
+        portion,
+        global_batch_size=global_batch_size,
+        workers=workers,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,28 +84,23 @@ class _Samples(Dataset):
         else:
             indices = self.order[positions]
         draws = uniforms(self.seed, self.epoch, positions, "jitter", NUM_DRAWS).tolist()
-        images, targets, bad = [], [], []
-        with suppress_stderr():
-            for place, position in enumerate(positions.tolist()):
-                made, indices[place] = first_usable(
-                    lambda index, place=place: self._sample(index, draws[place]),
-                    int(indices[place]),
-                    len(self.source),
-                    seed=self.seed,
-                    epoch=self.epoch,
-                    position=position,
-                    bad=bad,
-                )
-                image, target = made or self._black(int(indices[place]))
-                images.append(image)
-                targets.append(target)
+        loaded = load_samples(
+            lambda place, index: self._sample(index, draws[place]),
+            positions,
+            indices,
+            num_samples=len(self.source),
+            seed=self.seed,
+            epoch=self.epoch,
+        )
+        made = [sample.value or self._black(sample.index) for sample in loaded]
+        images, targets = [image for image, _ in made], [target for _, target in made]
         canvas = self.jitter.canvas or _largest(images)
         return Batch(
             _padded(images, canvas),
             self.epoch,
             torch.from_numpy(positions),
-            torch.from_numpy(indices),
-            tuple(bad),
+            torch.tensor([sample.index for sample in loaded]),
+            sum((sample.bad for sample in loaded), ()),
             Targets(
                 [target._replace(masks=_on_canvas(target.masks, canvas)) for target in targets],
                 _sizes(images),

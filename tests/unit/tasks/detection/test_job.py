@@ -10,7 +10,7 @@ from coco import CATEGORIES
 from detection_batches import narrow_run
 from detection_twin import pictures
 
-from fd_large.engine.job import Portion
+from fd_large.data.sampler import Portion
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.detection.job import DetectionJob
 

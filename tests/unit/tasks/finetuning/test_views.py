@@ -13,7 +13,9 @@ from torchvision.transforms.v2 import functional as F
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.data.centre_crops import NO_LABEL, central_batches, central_view
 from fd_large.data.labelled import ClassFolders
-from fd_large.data.loader import Batch, load_batches, micro_batches
+from fd_large.data.loader import Batch, build_loader
+from fd_large.data.sampler import Portion
+from fd_large.data.views import ViewSettings
 from fd_large.tasks.finetuning import mixing
 from fd_large.tasks.finetuning.section import FineTune
 from fd_large.tasks.finetuning.views import TrainingBatches
@@ -40,18 +42,14 @@ def update(
     """The whole global batch of a step, as these ranks load it."""
     parts = []
     for rank in range(ranks):
-        positions = micro_batches(
-            len(source),
-            first_update=number,
-            global_batch_size=GLOBAL,
-            micro_batch_size=micro,
-            rank=rank,
-            world_size=ranks,
-        )
+        settings = ViewSettings(SIZE, 0.3, 2**20, interpolation="bicubic")
         batches = TrainingBatches(
-            source, FineTune(**recipe), OPENAI_CLIP, 5, EPOCH, GLOBAL, SIZE, 0.3, 2**20
+            source, FineTune(**recipe), OPENAI_CLIP, settings, 5, EPOCH, GLOBAL
         )
-        loaded = iter(load_batches(batches, positions, workers=workers))
+        portion = Portion(EPOCH, number, micro, rank, ranks)
+        loaded = iter(
+            build_loader(batches, len(source), portion, global_batch_size=GLOBAL, workers=workers)
+        )
         parts += [next(loaded) for _ in range(GLOBAL // ranks // micro)]
     return Batch(
         torch.cat([part.images for part in parts]),
