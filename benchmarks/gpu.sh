@@ -152,11 +152,11 @@ import torch
 sys.path.insert(0, ".")
 from fd_large.engine.zero.optimizer import make_optimizer
 from fd_large.errors import ConfigError
-from fd_large.plan.memory import student_sizes
+from fd_large.cli.plan import workload
 from fd_large.recipes import registry
 
 run = registry.get("fd_swinv2g")
-masters = [torch.zeros(n, device="cuda", requires_grad=True) for n in student_sizes(run)]
+masters = [torch.zeros(n, device="cuda", requires_grad=True) for n in workload(run).student_sizes]
 for master in masters:
     master.grad = torch.full_like(master, 1e-3)
 for kind in ("deepspeed", "apex", "torch"):

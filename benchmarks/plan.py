@@ -67,14 +67,15 @@ def measure(arguments: argparse.Namespace) -> int:
     from engines import job_of, noise, seconds_of, zero_engine
 
     from fd_large import distributed
+    from fd_large.cli.plan import workload
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_rate
     from fd_large.plan import probe
-    from fd_large.plan.cluster import Cluster
+    from fd_large.plan.candidate import Candidate
+    from fd_large.plan.cluster import Cluster, Machine
     from fd_large.plan.rates import Rates
-    from fd_large.plan.setting import Machine, Setting, Workload
-    from fd_large.plan.step import estimate
+    from fd_large.plan.step_time import estimate
 
     distributed.start()
     start.start()
@@ -100,24 +101,26 @@ def measure(arguments: argparse.Namespace) -> int:
         engine.deepspeed.step()
 
     cluster = Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1)
-    load = Workload.of(run)
+    load = workload(run)
     rounds: list[dict[str, Any]] = []
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     for turn in range(1 + (3 if arguments.quick else arguments.rounds)):
-        found = probe.measure(run, arguments.micro_batch, clock=clock)
+        found = probe.measure(
+            load.student, image_size=load.image_size, batch=arguments.micro_batch, clock=clock
+        )
         machine = Machine(cluster=cluster, rates=Rates(**found), kernels="reference")
         row: dict[str, Any] = {"rates": found, "load": os.getloadavg()[0]}
         for stage, engine in engines.items():
             seconds = seconds_of(partial(step, engine), clock)
-            setting = Setting(stage=stage, micro_batch_size=arguments.micro_batch)
-            planned = estimate(load, setting, machine).seconds
+            candidate = Candidate(stage=stage, micro_batch_size=arguments.micro_batch)
+            planned = estimate(load, candidate, machine).seconds
             row[f"ZeRO-{stage}"] = {
                 "measured": seconds,
                 "predicted": planned.total,
                 "products": planned.products,
                 "rest": planned.rest,
                 "communication": planned.communication,
-                "update": planned.update,
+                "update": planned.finish,
             }
         if turn:  # The first round warms up.
             rounds.append(row)

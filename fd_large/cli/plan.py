@@ -16,11 +16,12 @@ from rich.text import Text
 
 from fd_large.cli.flags import parse_run
 from fd_large.errors import ConfigError
-from fd_large.plan.cluster import Cluster
+from fd_large.plan.candidate import Candidate
+from fd_large.plan.cluster import Cluster, Machine
 from fd_large.plan.rates import CARDS, Rates, rates_of
-from fd_large.plan.search import Refused, checkpoint_bytes, search, updates
-from fd_large.plan.setting import Machine, Setting, Workload
-from fd_large.plan.step import Estimate
+from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
+from fd_large.plan.step_time import Estimate
+from fd_large.plan.workload import Workload
 from fd_large.recipes.run import Run
 
 IMAGENET = 1_281_167
@@ -74,19 +75,19 @@ def main(arguments: list[str]) -> int:
             "expected a recipe with a teacher. Its docstring has the arithmetic."
         )
     machine = _machine(flags, run)
-    load = Workload.of(run)
+    load = workload(run)
     good, bad = search(load, machine)
     console = Console(width=None if Console().is_terminal else 130)
     narrow = console.width < NARROW
     console.print(
-        report(load, machine, good, bad, images=flags.images, rows=flags.rows, narrow=narrow)
+        report(run, load, machine, good, bad, images=flags.images, rows=flags.rows, narrow=narrow)
     )
     if flags.write:
         if not good:
             raise ConfigError(
                 "--write: no setting fits; got none to write, expected one. Use more GPUs."
             )
-        _write("--write", flags.write, good[0].setting.deepspeed(load.parameters))
+        _write("--write", flags.write, good[0].candidate.deepspeed(load.parameters))
         console.print(f"wrote {flags.write}", soft_wrap=True)
     return 0
 
@@ -103,7 +104,19 @@ def _write(flag: str, name: str, content: dict[str, Any]) -> None:
         ) from None
 
 
+def workload(run: Run) -> Workload:
+    """Returns what `plan` counts of a run that distils."""
+    return Workload.of(
+        run.student,
+        run.teacher,
+        image_size=run.data.image_size,
+        teacher_image_size=run.objective.teacher_image_size,
+        global_batch_size=run.batch.global_batch_size,
+    )
+
+
 def report(
+    run: Run,
     load: Workload,
     machine: Machine,
     good: list[Estimate],
@@ -114,10 +127,10 @@ def report(
     narrow: bool,
 ) -> Group:
     """Returns what is printed."""
-    parts: list[Table | Text] = [_heading(load, machine)]
+    parts: list[Table | Text] = [_heading(run, load, machine)]
     if good:
-        parts.append(_best_table(load, machine, good[:rows], images, narrow=narrow))
-        parts.append(_details(load, good[0], machine, images))
+        parts.append(_best_table(machine, good[:rows], _steps(run, images), narrow=narrow))
+        parts.append(_details(run, load, good[0], machine, images))
     else:
         parts.append(Text("No setting fits; use more GPUs, or cards with more memory.\n"))
     if bad:
@@ -125,8 +138,8 @@ def report(
     return Group(*parts)
 
 
-def _heading(load: Workload, machine: Machine) -> Text:
-    run, cluster = load.run, machine.cluster
+def _heading(run: Run, load: Workload, machine: Machine) -> Text:
+    cluster = machine.cluster
     student = sum(p.forward(1) for p in load.student_products)
     teacher = sum(p.forward(1) for p in load.teacher_products)
     network = ""
@@ -135,7 +148,7 @@ def _heading(load: Workload, machine: Machine) -> Text:
     return Text(
         f"{run.name}: {run.student.model} ({load.parameters / 1e6:,.1f}M parameters with its "
         f"projection, {student / 1e9:,.1f} GFLOP forward) learns from {run.teacher.model} "
-        f"({sum(load.teacher) / 1e6:,.1f}M, {teacher / 1e9:,.1f} GFLOP), "
+        f"({sum(load.teacher_sizes) / 1e6:,.1f}M, {teacher / 1e9:,.1f} GFLOP), "
         f"{run.batch.global_batch_size} images a step\n"
         f"{cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
@@ -151,9 +164,7 @@ def _table(title: str) -> Table:
     return table
 
 
-def _best_table(
-    load: Workload, machine: Machine, good: list[Estimate], images: int, *, narrow: bool
-) -> Table:
+def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: bool) -> Table:
     table = _table("Settings that work, best first")
     names = ["micro\nx accum.", "GB a\nrank", "compute\nms", "comm.\nms"]
     names += ["update\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
@@ -161,15 +172,14 @@ def _best_table(
         names[2:4] = []
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    count = updates(load, images)
     for one in good:
         seconds = one.seconds
-        hours = seconds.total * count / 3600
+        hours = seconds.total * steps / 3600
         table.add_row(
-            _zero(one.setting),
-            one.setting.teacher,
-            "blocks" if one.setting.checkpointing else "off",
-            f"{one.setting.micro_batch_size} x {seconds.accumulation}",
+            _zero(one.candidate),
+            one.candidate.teacher,
+            "blocks" if one.candidate.checkpointing else "off",
+            f"{one.candidate.micro_batch_size} x {seconds.accumulation}",
             f"{one.memory.total / 1e9:.1f}",
             *(
                 []
@@ -185,24 +195,28 @@ def _best_table(
     return table
 
 
-def _details(load: Workload, best: Estimate, machine: Machine, images: int) -> Text:
-    memory, seconds, run = best.memory, best.seconds, load.run
+def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images: int) -> Text:
+    memory, seconds = best.memory, best.seconds
     stored = checkpoint_bytes(load)
     keep = run.runtime.keep_last + 1
     longer = "computation" if seconds.computation >= seconds.communication else "communication"
-    flags = best.setting.flags(run)
+    flags = best.candidate.flags(
+        micro_batch_size=run.batch.micro_batch_size,
+        placement=run.teacher.placement,
+        activation_checkpointing=run.student.activation_checkpointing,
+    )
     return Text(
         f"The first: states {memory.states / 1e9:.1f} GB + teacher {memory.teacher / 1e9:.1f} + "
         f"activations {memory.activations / 1e9:.1f} + buffers {memory.buffers / 1e9:.1f} = "
         f"{memory.total / 1e9:.1f} of {machine.rates.memory_bytes / 1e9:.0f} GB\n"
         f"A micro batch: matrix products {seconds.products * 1e3:,.0f} ms, the rest "
         f"{seconds.rest * 1e3:,.0f} ms, communication {seconds.communication * 1e3:,.0f} ms "
-        f"({longer} decides); after the last one {seconds.update * 1e3:,.0f} ms\n"
+        f"({longer} decides); after the last one {seconds.finish * 1e3:,.0f} ms\n"
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s\n"
         f"Disk: a checkpoint is {_size(stored)}; {keep} at once, while one is written: "
         f"{_size(keep * stored)}\n"
-        f"Run: {updates(load, images):,} steps"
+        f"Run: {_steps(run, images):,} steps"
         + (f"; differs from the recipe by {flags}" if flags else "")
         + "\n"
     )
@@ -215,16 +229,21 @@ def _refused_table(bad: list[Refused], rows: int) -> Table:
     table.add_column("why")
     for one in bad[:rows]:
         table.add_row(
-            _zero(one.setting),
-            one.setting.teacher,
-            "blocks" if one.setting.checkpointing else "off",
+            _zero(one.candidate),
+            one.candidate.teacher,
+            "blocks" if one.candidate.checkpointing else "off",
             one.reason,
         )
     return table
 
 
-def _zero(setting: Setting) -> str:
-    return f"{setting.stage}{' + hpZ' if setting.hpz else ''}"
+def _steps(run: Run, images: int) -> int:
+    optim = run.optim
+    return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)
+
+
+def _zero(candidate: Candidate) -> str:
+    return f"{candidate.stage}{' + hpZ' if candidate.hpz else ''}"
 
 
 def _figure(value: float) -> str:
@@ -267,7 +286,12 @@ def _rates(flags: PlanFlags, run: Run) -> Rates:
     # torch, which the rest of this command does without.
     from fd_large.plan.probe import probe
 
-    rates = probe(run, ranks=flags.gpus)
+    rates = probe(
+        run.student,
+        image_size=run.data.image_size,
+        ranks=flags.gpus,
+        micro_batch_size=run.batch.micro_batch_size,
+    )
     if flags.rates:
         _write("--rates", flags.rates, rates.to_dict())
     return rates

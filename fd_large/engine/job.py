@@ -21,6 +21,7 @@ from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.plan.flops import StepFlops
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel
@@ -137,6 +138,10 @@ class Job:
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns what decides the memory of a step besides the student's own fields, by name."""
         return {}
+
+    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
+        """Returns the FLOPs of a micro-batch on one rank; None if they are not known beforehand."""
+        return None
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds what the task uses and does not train; a collective.

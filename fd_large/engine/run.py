@@ -34,7 +34,6 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
-from fd_large.plan.utilisation import step_flops
 from fd_large.recipes.run import Run
 from fd_large.runtime import logs
 from fd_large.runtime.feature_panel import FeaturePanel
@@ -174,6 +173,7 @@ def train(
             total, time_box = decided, None
     size, launch = opened.micro_batch_size, opened.launch
     on_gpu = distributed.device().type == "cuda"
+    memory = run.student.attention_memory
     teacher = {"model": run.teacher.model, "source": run.teacher.source}
     setting = Setting(
         folder=folder,
@@ -189,7 +189,9 @@ def train(
         accumulation=opened.accumulation,
         world_size=launch.world_size,
         log_every=run.runtime.log_every,
-        flops=step_flops(run, size, on_gpu=on_gpu),
+        flops=job.step_flops(
+            size, attention_recomputed=on_gpu if memory == "auto" else memory != "keep"
+        ),
         checkpoint_bytes=opened.checkpoints.bytes,
         metrics=job.metrics,
         name_of=samples.__getitem__,

@@ -1,9 +1,9 @@
-"""Nodes and their network, and how long the collectives of a training step occupy it.
+"""Machines: nodes, their network and their kernels, and how long collectives take on them.
 
-S is what one gather or scatter of a whole model moves: its parameters times the bytes of their
-type. Over n ranks each rank sends and receives S (n - 1) / n. Between N nodes the cards of a node
-carry S (N - 1) / N together, since each byte has to enter a node once; inside a node each rank's
-link carries S (n - 1) / n. Both run at the same time, the slower one counts.
+One gather or scatter of a whole model moves S bytes: its parameters times the bytes of each. Over n
+ranks, each rank sends and receives S (n - 1) / n. Between N nodes, the network cards of a node
+together carry S (N - 1) / N, since each byte has to enter a node once; inside a node, each rank's
+link carries S (n - 1) / n. Both run at the same time, and the slower one counts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_large.plan.rates import Rates
+from fd_large.plan.traffic import Kernels
 
 Span = Literal["all", "node", "across"]
 
-# Of a collective, beside its bytes and its start: each further node of a ring. Assumed.
+# What each further node of a ring adds to a collective, beside its bytes and its start. Assumed.
 PER_NODE_SECONDS = 2e-6
 
 
@@ -24,10 +25,10 @@ class Cluster:
     """Equal nodes.
 
     Attributes:
-        gpus: Ranks in all.
-        gpus_per_node: Ranks of a node.
-        nic_gigabits: Of one network card, per second and direction.
-        nics_per_node: Network cards of a node.
+        gpus: Number of ranks.
+        gpus_per_node: Number of ranks in a node.
+        nic_gigabits: Rate of one network card and direction, in Gb/s.
+        nics_per_node: Number of network cards in a node.
     """
 
     gpus: int
@@ -37,27 +38,27 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Nodes, the last one maybe not full."""
+        """Number of nodes; the last one may be partly used."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
     def node_size(self) -> int:
-        """Ranks that share a node in this run."""
+        """Number of ranks that share a node in this run."""
         return min(self.gpus, self.gpus_per_node)
 
     def network(self, rates: Rates) -> float:
-        """Bytes/s into a node that collectives reach."""
+        """Returns the bytes/s into a node that collectives reach."""
         return self.nic_gigabits / 8 * 1e9 * self.nics_per_node * rates.network_share
 
     def seconds(self, size: float, rates: Rates, *, span: Span = "all", calls: int = 1) -> float:
-        """Returns how long one gather or scatter of a model takes.
+        """Returns how long one gather or scatter of a model takes, in seconds.
 
         Args:
             size: S in bytes.
-            rates: Of the card and its links.
-            span: Over all ranks, inside each node, or between the nodes only (ranks of equal place,
-                each with its share of S).
-            calls: Collectives into which it is cut.
+            rates: Those of the card and its links.
+            span: Over all ranks, inside each node, or between the nodes only (ranks at the same
+                place of their nodes, each with its share of S).
+            calls: Number of collectives into which it is cut.
         """
         inside = nodes = 1
         if span != "across":
@@ -70,3 +71,28 @@ class Cluster:
         wire = size * (nodes - 1) / nodes / self.network(rates) if nodes > 1 else 0.0
         start = calls * (rates.start_seconds + PER_NODE_SECONDS * (nodes - 1))
         return max(link, wire) + start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a run is planned.
+
+    Attributes:
+        cluster: Ranks, nodes, network.
+        rates: Those of a card and its links.
+        kernels: Kernels of everything beside the matrix products.
+    """
+
+    cluster: Cluster
+    rates: Rates
+    kernels: Kernels
+
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels run; they exist for bfloat16 on GPUs."""
+        return self.kernels == "fused" and self.rates.bfloat16
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether plain attention computes its maps again in the backward pass, as on GPUs."""
+        return self.rates.overlap

@@ -1,24 +1,25 @@
-"""Floating-point operations of a run, by arithmetic: the one place where they are counted.
+"""Floating-point operations of a step, from the architectures alone.
 
-Counted are matrix products, 2 operations per multiply-add, as torch.utils.flop_counter counts them
+Matrix products are counted, 2 operations per multiply-add, as torch.utils.flop_counter counts them
 on the reference kernels: convolutions, linear layers, q k^T and the weighted sum of values. Norms,
-softmax, activations and the loss are none; their time is that of the bytes they move
+softmax, activations and the loss are not; they take as long as the bytes that they move
 (`plan.traffic`).
 
-Backward takes two products per product of the forward, one for the input's gradient and one for the
-weight's; what reads images or coordinates needs the weight's only. SwinV2's position-bias MLPs run
-once a forward, whatever the batch. Recomputation is counted apart: the forward of each checkpointed
-block, and q k^T of every block whose attention maps are made again in backward.
+The backward pass takes two products for each product of the forward pass, one for the gradient of
+the input and one for that of the weight; products of images or coordinates need the latter only.
+SwinV2's position-bias MLPs run once per forward pass, whatever the batch. Recomputation is counted
+separately: the forward pass of each checkpointed block, and q k^T of every block whose attention
+maps are computed again in the backward pass.
 
 Utilisation follows from these: model FLOPs (student forward and backward, teacher forward) over the
 peak is MFU; with recomputation it is hardware utilisation.
 
-Not countable here: models of timm but those of `parameters.TIMM`, and models of one's own.
+Models of timm can be counted if `parameters.TIMM` lists them; models of your own cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,6 @@ from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError
 from fd_large.plan.parameters import POSITION_BIAS_WIDTH, timm_counts, width
 from fd_large.recipes.family import FamilyArchitecture, Transformer, WindowedTransformer
-from fd_large.recipes.run import Run
 
 Kind = Literal[
     "patches",
@@ -50,13 +50,13 @@ class Product:
 
     Attributes:
         kind: What they are for.
-        stage: From 0; -1 for what belongs to none.
-        rows: Of one product, for one image.
-        inner: Summed over.
-        columns: Of the result.
-        count: How many a forward, for one image.
-        once: Whether the whole batch needs them once instead of each image.
-        input_gradient: Whether backward also needs the gradient of the input.
+        stage: Number of the stage, from 0; -1 outside of all stages.
+        rows: Rows of one product, for one image.
+        inner: Elements that are summed over.
+        columns: Columns of the result.
+        count: Products per forward pass, for one image.
+        once: Whether they run once for the whole batch instead of once per image.
+        input_gradient: Whether the backward pass also needs the gradient of the input.
         in_block: Whether a checkpointed block computes them again.
     """
 
@@ -71,18 +71,18 @@ class Product:
     in_block: bool = False
 
     def forward(self, batch: int) -> int:
-        """FLOPs of a forward of `batch` images."""
+        """Returns the FLOPs of a forward pass of `batch` images."""
         images = 1 if self.once else batch
         return 2 * self.rows * self.inner * self.columns * self.count * images
 
     def backward(self, batch: int) -> int:
-        """FLOPs of the backward."""
+        """Returns the FLOPs of the backward pass."""
         return self.forward(batch) * (2 if self.input_gradient else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """FLOPs of one micro batch on one rank."""
+    """FLOPs of one micro-batch on one rank."""
 
     student_forward: int
     student_backward: int
@@ -91,26 +91,26 @@ class StepFlops:
 
     @property
     def model(self) -> int:
-        """What the run needs: the numerator of MFU."""
+        """FLOPs that the run needs: the numerator of MFU."""
         return self.student_forward + self.student_backward + self.teacher_forward
 
     @property
     def hardware(self) -> int:
-        """What is computed: with recomputation."""
+        """FLOPs that are computed, recomputation included."""
         return self.model + self.recomputation
 
 
 def products(
     architecture: FamilyArchitecture, *, image_size: int = 0, size_rule: str = "drop"
 ) -> list[Product]:
-    """Returns the matrix products of a net's forward.
+    """Returns the matrix products of a model's forward pass.
 
     Args:
-        architecture: Every field of the family set, as `resolve` returns it.
+        architecture: Of the model.
         image_size: Side in pixels; 0: the architecture's own, or 224.
-        size_rule: The student's: "pad" pads images and, in attention, windows.
+        size_rule: As in `student.size_rule`: "pad" pads images and, in attention, windows.
 
-    Raises: ConfigError: for a model that is not countable.
+    Raises: ConfigError: if the model cannot be counted.
     """
     if not isinstance(architecture, Transformer):
         counts, pixels = timm_counts(architecture), (image_size or 224) ** 2
@@ -118,7 +118,12 @@ def products(
     size = image_size or architecture.image_size
     if isinstance(architecture, ViTArchitecture):
         return list(_vit(architecture, size))
-    return list(_swin(architecture, size, pad=size_rule == "pad"))
+    if isinstance(architecture, WindowedTransformer):
+        return list(_swin(architecture, size, pad=size_rule == "pad"))
+    raise ConfigError(
+        f"plan: the FLOPs of this family are not known; got {architecture.family}, expected vit, "
+        "swin or swinv2. Plan with a model of these that is near in size."
+    )
 
 
 def forward(
@@ -128,84 +133,75 @@ def forward(
     batch: int = 1,
     size_rule: str = "drop",
 ) -> int:
-    """Returns the FLOPs of a net's forward of `batch` images, position-bias MLPs included once."""
+    """Returns the FLOPs of a forward pass of `batch` images, position-bias MLPs included once."""
     table = products(architecture, image_size=image_size, size_rule=size_rule)
     return sum(product.forward(batch) for product in table)
 
 
-def student_products(run: Run) -> list[Product]:
-    """Returns the products of a run's student, with its projection where there is a teacher."""
-    student = run.student_architecture()
-    table = products(student, image_size=run.data.image_size, size_rule=run.student.size_rule)
-    if not run.has_teacher:
-        return table
-    teacher = run.teacher_architecture()
-    tokens = map_side(student, run.data.image_size) ** 2
+def projection(
+    student: FamilyArchitecture, teacher: FamilyArchitecture, *, image_size: int
+) -> Product:
+    """Returns the product of the projection from the student's width to the teacher's.
+
+    Args:
+        student: Its architecture.
+        teacher: Its architecture.
+        image_size: Side of the student's images, in pixels.
+
+    Raises: ConfigError: if the teacher cannot be counted.
+    """
+    tokens = map_side(student, image_size) ** 2
     # Prefix tokens that the other model lacks are dropped before the projection.
     if student.num_prefix_tokens == teacher.num_prefix_tokens:
         tokens += student.num_prefix_tokens
-    projection = Product(
+    return Product(
         kind="projection", stage=-1, rows=tokens, inner=width(student), columns=width(teacher)
     )
-    return [*table, projection]
 
 
-def teacher_products(run: Run) -> list[Product]:
-    """Returns the products of a run's teacher; none without one."""
-    if not run.has_teacher:
-        return []
-    return products(run.teacher_architecture(), image_size=teacher_image_size(run))
-
-
-def of_run(run: Run, *, micro_batch_size: int, attention_recomputed: bool) -> StepFlops:
-    """Returns the FLOPs of one micro batch of a run; a classifier's are left out.
+def step_flops(
+    student: Sequence[Product],
+    teacher: Sequence[Product] = (),
+    *,
+    micro_batch_size: int,
+    attention_recomputed: bool,
+    checkpointed_share: float = 0.0,
+) -> StepFlops:
+    """Returns the FLOPs of one micro-batch.
 
     Args:
-        run: Models, sizes and checkpointing.
+        student: Products of everything that is trained.
+        teacher: Products of the teacher; none without one.
         micro_batch_size: Images.
-        attention_recomputed: Whether backward makes the student's attention maps again, as on GPUs.
-
-    Raises: ConfigError: if the teacher is not countable, or the task is detection.
+        attention_recomputed: Whether the backward pass computes the student's attention maps again,
+            as on GPUs.
+        checkpointed_share: Fraction of the student's blocks that is checkpointed.
     """
-    if run.task.name == "detection":
-        raise ConfigError(
-            "task.name: the FLOPs of heads on boxes depend on the images; got detection, expected "
-            "distillation or finetune. Look at images per second."
-        )
-    student, batch = student_products(run), micro_batch_size
-    again = 0
-    if run.student.activation_checkpointing != "off":
-        again += sum(p.forward(batch) for p in student if p.in_block) * _checkpointed_share(run)
+    batch = micro_batch_size
+    again = checkpointed_share * sum(p.forward(batch) for p in student if p.in_block)
     if attention_recomputed:
         again += sum(p.forward(batch) for p in student if p.kind == "logits")
     return StepFlops(
         student_forward=sum(p.forward(batch) for p in student),
         student_backward=sum(p.backward(batch) for p in student),
-        teacher_forward=sum(p.forward(batch) for p in teacher_products(run)),
+        teacher_forward=sum(p.forward(batch) for p in teacher),
         recomputation=int(again),
     )
 
 
-def teacher_image_size(run: Run) -> int:
-    """Returns the side of the teacher's images: asked for, that of its positions, or the run's."""
-    fixed = run.teacher_architecture().fixed_image_size
-    return run.objective.teacher_image_size or fixed or run.data.image_size
+def checkpointed_share(depths: Sequence[int], every: int) -> float:
+    """Returns the fraction of blocks that is checkpointed, if every k-th one is."""
+    return (sum(depths) // every) / sum(depths)
 
 
 def map_side(architecture: FamilyArchitecture, image_size: int) -> int:
-    """Returns the tokens along a side of the feature map."""
+    """Returns the number of tokens along a side of the feature map."""
     if not isinstance(architecture, Transformer):
         return image_size // architecture.feature_stride
     side = image_size // architecture.patch_size
     for _ in architecture.depths[1:]:
         side = -(-side // 2)
     return side
-
-
-def _checkpointed_share(run: Run) -> float:
-    """Of the blocks; which ones matters little, and k-th ones are spread over the stages."""
-    total = sum(run.student_architecture().depths)
-    return (total // run.student.checkpoint_every) / total
 
 
 def _swin(a: WindowedTransformer, image_size: int, *, pad: bool) -> Iterator[Product]:
@@ -221,7 +217,7 @@ def _swin(a: WindowedTransformer, image_size: int, *, pad: bool) -> Iterator[Pro
     )
     for stage, (depth, heads) in enumerate(zip(a.depths, a.num_heads, strict=True)):
         c = a.embed_dim * 2**stage
-        # Swin V1's windows are those of its tables; SwinV2 fits them to the map.
+        # Swin V1's windows are as large as its tables; SwinV2 fits them to the map.
         own = side if isinstance(a, SwinV2Architecture) else own_side // 2**stage
         window = min(a.window_size, own)
         windows = -(-side // window)
@@ -292,7 +288,7 @@ def _block(
     padded: int,
     group: int,
 ) -> Iterator[Product]:
-    """The products of a stage's blocks: attention on `padded` tokens in groups of `group`."""
+    """Yields the products of a stage; attention has `padded` tokens in groups of `group`."""
 
     def product(kind: Kind, rows: int, inner: int, columns: int, count: int = 1) -> Product:
         return Product(

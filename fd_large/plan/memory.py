@@ -1,7 +1,8 @@
-"""Bytes that a rank holds between two optimizer steps, by arithmetic.
+"""Bytes that a rank holds between two optimizer steps, from counts of elements.
 
-P is the student with its projection, W the ranks, b the bytes of the compute type (2 in bfloat16, 4
-in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keeps between steps:
+P is the number of parameters of student and projection, W that of ranks, b the bytes of a parameter
+(2 in bfloat16, 4 in float32); T and B are the same of the teacher. DeepSpeed 0.19.8 keeps between
+steps:
 
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
@@ -11,23 +12,24 @@ in float32); T, B the teacher's parameters and bytes. What DeepSpeed 0.19.8 keep
 | 3    | bP/W + bK  | 4P/W           | 8P/W    | 4P/W                  |
 
 - Stage 0 trains the parameters themselves; it exists in float32 only.
-- Masters are a copy even where the parameters are float32 already. (Stage 3 means to share its
-  float32 shards, but asks whether a torch.device equals a string, which it never does.)
+- Masters are a copy even if the parameters are float32 already. (Stage 3 is meant to share its
+  float32 shards, but compares a torch.device with a string, which is never equal.)
 - Stage 1 in bfloat16 with float32 accumulation keeps a float32 gradient of the whole model on each
-  rank: 12 GB for three billion parameters. Stage 2 adds up in its partition and frees it.
+  rank: 12 GB for three billion parameters. Stage 2 sums in its partition and frees it.
 - Stage 3 shards tensor by tensor, ceil(n / W) elements each, and keeps a flat float32 buffer for
   the gradients' shards. K, the tensors of at most `stage3_param_persistence_threshold` elements,
   stays whole on every rank beside its shards.
-- hpZ's second copy inside the node lives from forward to step only: bP/G for groups of G.
+- hpZ's second copy inside the node exists from the forward pass to the step only: bP/G for groups
+  of G ranks.
 - Offloading the optimizer moves masters, moments and gradients to host memory, where the step's
-  own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the way up
-  (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the shards;
-  K stays on the device.
+  own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
+  back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
+  shards; K stays on the device.
 - A stage 3 engine owns one bucket of `reduce_bucket_size` elements of b bytes.
-- The teacher: BT whole; split over S ranks BT/S, tensor by tensor, + B times its tensors under the
-  threshold. No gradients, masters or moments.
+- The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
+  under the threshold. It has no gradients, masters or moments.
 
-Stages 1 and 2 pad a group by a few elements; that is left out.
+Stages 1 and 2 pad a group by a few elements, which is left out.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fd_large.errors import ConfigError
 from fd_large.plan.parameters import (
@@ -45,19 +47,21 @@ from fd_large.plan.parameters import (
     timm_counts,
     width,
 )
-from fd_large.recipes.family import Transformer
-from fd_large.recipes.run import Run
+from fd_large.recipes.family import FamilyArchitecture, Transformer
 
-# DeepSpeed's defaults for keys that a JSON leaves out.
+if TYPE_CHECKING:
+    from fd_large.tasks.distillation.section import Teacher
+
+# DeepSpeed's defaults of keys that a JSON leaves out.
 DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_BUCKET_SIZE = 500_000_000
-# Tensors so small that together they are a hundredth of all elements stay whole on every rank.
+# Tensors so small that together they hold a hundredth of all elements stay whole on every rank.
 PERSISTENCE_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What decides where bytes lie: the ZeRO block of the JSON, the ranks, the types."""
+    """What decides where bytes are held: the ZeRO block of the JSON, ranks, data types."""
 
     stage: Literal[0, 1, 2, 3]
     world_size: int
@@ -75,7 +79,7 @@ class Placement:
     @classmethod
     def of(
         cls,
-        run: Run,
+        teacher: Teacher,
         zero: Mapping[str, Any],
         *,
         world_size: int,
@@ -86,28 +90,27 @@ class Placement:
         """Returns the placement of a run.
 
         Args:
-            run: Gives the teacher's placement and type.
+            teacher: Section of the recipe.
             zero: `zero_optimization` of the JSON, every "auto" filled.
-            world_size: Ranks.
-            node_size: Ranks of a node.
+            world_size: Number of ranks.
+            node_size: Number of ranks in a node.
             bfloat16: Whether the run computes in bfloat16.
-            teacher_persistence_threshold: Elements up to which the engine keeps a tensor of a split
-                teacher whole; the JSON's own threshold is the student's.
+            teacher_persistence_threshold: Largest tensor, in elements, of a split teacher that
+                stays whole; the JSON's own threshold is the student's.
         """
         for key, value in zero.items():
             if value == "auto":
                 raise ConfigError(
-                    f"zero_optimization.{key}: not filled; got 'auto', expected a value. Fill the"
-                    " DeepSpeed JSON before counting memory."
+                    f"zero_optimization.{key}: not filled; got 'auto', expected a value. Fill in"
+                    " the DeepSpeed JSON before counting memory."
                 )
-        teacher = run.teacher.dtype
         return cls(
             stage=zero.get("stage", 0),
             world_size=world_size,
             node_size=node_size,
             bfloat16=bfloat16,
-            teacher_bfloat16=bfloat16 if teacher == "auto" else teacher == "bfloat16",
-            teacher_placement=run.teacher.placement,
+            teacher_bfloat16=bfloat16 if teacher.dtype == "auto" else teacher.dtype == "bfloat16",
+            teacher_placement=teacher.placement,
             persistence_threshold=zero.get(
                 "stage3_param_persistence_threshold", DEFAULT_PERSISTENCE_THRESHOLD
             ),
@@ -121,7 +124,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes in one kind of memory, by what they are."""
+    """Bytes in one kind of memory, by what they hold."""
 
     parameters: int = 0
     masters: int = 0
@@ -132,18 +135,18 @@ class Held:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a rank holds between steps.
+    """Bytes that a rank holds between steps.
 
     Attributes:
-        device: On the GPU, or in the process's memory on CPU ranks.
-        host: Offloaded.
-        hpz_copy: On the device from forward to step only, beside `device`.
+        device: On the GPU; on CPU ranks, in the memory of the process.
+        host: Offloaded to host memory.
+        hpz_copy: On the device, in addition, from the forward pass to the step only.
     """
 
     device: Held
@@ -157,7 +160,7 @@ def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Me
     Args:
         student: Elements of each trained tensor: student and projection.
         teacher: Elements of each tensor of the teacher.
-        place: Stage, ranks, types and offload.
+        place: Stage, ranks, data types and offload.
     """
     ranks, total = place.world_size, sum(student)
     compute = 2 if place.bfloat16 else 4
@@ -185,44 +188,45 @@ def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Me
         full = place.stage == 1 and place.bfloat16 and not place.offload_optimizer
         optimizer["gradients"] = 4 * total if full else 0
         if place.offload_optimizer:
-            # Its partition in the compute type and a tensor's gradient on their way up and down.
+            # Its partition on the way to the device, and a tensor's gradient on the way back.
             host["buckets"] = compute * (part + max(student))
             device["buckets"] = compute * max(student)
-    if place.offload_optimizer:  # The optimizer's own gradient is not freed there.
+    if place.offload_optimizer:  # There the optimizer's own gradient is not freed.
         host["gradients"] += 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
     return Memory(device=Held(**device), host=Held(**host), hpz_copy=copy)
 
 
-def held_by(run: Run, place: Placement) -> Memory:
-    """Returns `held` for a run's own student, projection and teacher."""
-    return held(student_sizes(run), teacher_sizes(run), place)
+def student_sizes(
+    student: FamilyArchitecture, teacher: FamilyArchitecture, *, image_size: int
+) -> list[int]:
+    """Returns the elements of each trained tensor: those of the student, then the projection's.
 
-
-def student_sizes(run: Run) -> list[int]:
-    """Returns the elements of each trained tensor: student, then projection."""
-    student, teacher = run.student_architecture(), run.teacher_architecture()
+    Args:
+        student: Its architecture.
+        teacher: Its architecture.
+        image_size: Side of the student's images, in pixels.
+    """
     projection = projection_shapes(width(student), width(teacher))
-    return sizes([shapes(student.at(run.data.image_size)), projection])
+    return sizes([shapes(student.at(image_size)), projection])
 
 
-def teacher_sizes(run: Run) -> list[int]:
+def teacher_sizes(teacher: FamilyArchitecture) -> list[int]:
     """Returns the elements of each tensor of the teacher.
 
-    Those of a model of timm stand as one number: what it is split into is known where it is built.
+    A model of timm is one number, because its tensors are known only once it is built.
     """
-    teacher = run.teacher_architecture()
     if not isinstance(teacher, Transformer):
         return [timm_counts(teacher).parameters]
     return sizes(shapes(teacher))
 
 
 def persistence_threshold(sizes: Iterable[int], *, share: float = PERSISTENCE_SHARE) -> int:
-    """Returns the largest size up to which all tensors together are at most `share` of the sum.
+    """Returns the largest size up to which all tensors together hold at most `share` of the sum.
 
     Args:
         sizes: Elements of each tensor of student and teacher.
-        share: Of the sum of sizes.
+        share: Fraction of the sum of sizes.
     """
     counts = Counter(sizes)
     left, threshold = share * sum(size * count for size, count in counts.items()), 0

@@ -1,9 +1,9 @@
-"""What a card and its links do in a second: named cards, or a file of measured rates.
+"""Rates of a card and its links: of named cards, or from a file of measured rates.
 
-`peak` is the data sheet's dense bfloat16 rate and serves as the denominator of MFU. The other rates
-of the H100 are measured ones as published (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35);
-those of the other cards are the data sheet's times the same shares, 0.81 and 0.90. The link inside
-a node is the data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
+`peak` is the data sheet's dense bfloat16 rate, the denominator of MFU. The other rates of the H100
+are published measurements (800 of 989 TFLOP/s in large products, 3.0 TB/s of 3.35); those of the
+other cards are the data sheet's times the same fractions, 0.81 and 0.90. The link inside a node is
+the data sheet's per direction times 0.78, as 350 of 450 GB/s on the H100.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from fd_large.errors import ConfigError, nearest
 
-# Operations beside the matrix products, by what limits them on a CPU; on a GPU it is the memory
-# for all of them. `plan.traffic` counts their bytes.
+# Classes of operations beside the matrix products, which reach different rates on a CPU; on a GPU
+# memory limits them all. `plan.traffic` counts their bytes.
 CLASSES = ("attention", "stream", "activation")
-# 0 means: as another rate; or that Python costs nothing.
+# Rates that may be 0, which means: as another rate, or at no cost.
 MAY_BE_0 = (*CLASSES, "batched_matmul", "launch_seconds", "start_seconds")
 
 
@@ -28,19 +28,19 @@ class Rates:
     """A card, or a CPU rank.
 
     Attributes:
-        name: For people.
-        memory_bytes: That a rank may hold.
-        peak: FLOP/s, the denominator of MFU.
-        matmul: FLOP/s reached in large products of the compute type.
-        bandwidth: Bytes/s, read and written together, of a copy.
+        name: Name in tables.
+        memory_bytes: Memory that a rank may hold.
+        peak: Peak FLOP/s, the denominator of MFU.
+        matmul: FLOP/s reached in large matrix products.
+        bandwidth: Bytes/s of a copy, read and written together.
         link: Bytes/s that a rank sends to the others of its node, in collectives.
-        network_share: Of the network cards' rate that collectives reach.
-        bfloat16: The compute type; else float32.
+        network_share: Fraction of the network cards' rate that collectives reach.
+        bfloat16: Whether parameters and matrix products are bfloat16; else float32.
         overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
         batched_matmul: FLOP/s in attention's small products; 0: as `matmul`.
         attention, stream, activation: Bytes/s of these classes of operations; 0: as `bandwidth`.
-        launch_seconds: To start an operation from Python; assumed for the named cards.
-        start_seconds: To start a collective; assumed for the named cards.
+        launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
+        start_seconds: Seconds to start a collective; assumed for the named cards.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Rates:
     start_seconds: float = 30e-6
 
     def bytes_rate(self, kind: str) -> float:
-        """Bytes/s of a class of operations."""
+        """Returns the bytes/s of a class of operations."""
         return getattr(self, kind, 0.0) or self.bandwidth
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--rates` reads it."""
+        """Returns the fields as `--rates` reads them."""
         return asdict(self)
 
 
@@ -79,8 +79,8 @@ def _card(name: str, gigabytes: float, teraflops: float, terabytes: float, link:
     )
 
 
-# GB of memory, data sheet TFLOP/s (dense bfloat16), TB/s of memory, GB/s per direction inside a
-# node (NVLink; PCIe for the L40S).
+# From data sheets: GB of memory, TFLOP/s (dense bfloat16), TB/s of memory, GB/s per direction
+# inside a node (NVLink; PCIe for the L40S).
 CARDS = {
     "h100": _card("H100 SXM 80 GB", 80, 989, 3.35, 450),
     "h200": _card("H200 SXM 141 GB", 141, 989, 4.8, 450),
@@ -92,13 +92,13 @@ CARDS = {
 
 
 def rates_of(gpu: str, file: str = "") -> Rates:
-    """Returns the rates of a named card, or of a JSON file over those of the card it names.
+    """Returns the rates of a named card, with those of a file in their place.
 
     Args:
         gpu: A key of `CARDS`.
-        file: A JSON object with any fields of `Rates`; measured values win. Empty: none.
+        file: JSON object with any fields of `Rates`; empty: none.
 
-    Raises: ConfigError: for an unknown card, an unknown field, or a value that is no rate.
+    Raises: ConfigError: for an unknown card, an unknown field or an invalid rate.
     """
     if gpu not in CARDS:
         raise ConfigError(f"--gpu: no such card; got {gpu!r}, {nearest(gpu, CARDS)}. Use --rates.")
@@ -108,23 +108,24 @@ def rates_of(gpu: str, file: str = "") -> Rates:
         given = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--rates: no readable JSON; got {error}, expected an object. Mend {file}."
+            f"--rates: unreadable JSON; got {error}, expected an object. Correct {file}."
         ) from None
     if not isinstance(given, dict):
-        raise ConfigError(f"--rates: {file} holds no object; got {given!r}, expected rates.")
+        raise ConfigError(f"--rates: not an object; got {given!r}, expected rates. Correct {file}.")
     known = {field.name: field.type for field in fields(Rates)}
     for key, value in given.items():
         if key not in known:
-            raise ConfigError(f"--rates: {key}: no such rate; {nearest(key, known)}. Mend {file}.")
+            raise ConfigError(
+                f"--rates: {key}: no such rate; {nearest(key, known)}. Correct {file}."
+            )
         least = ("a number of 0 or more", 0.0) if key in MAY_BE_0 else ("a number above 0", 5e-324)
         if known[key] == "float" and not (type(value) in (int, float) and least[1] <= value < inf):
             raise ConfigError(
-                f"--rates: {key}: no rate; got {value!r}, expected {least[0]}. Mend {file}."
+                f"--rates: {key}: invalid; got {value!r}, expected {least[0]}. Correct {file}."
             )
         for kind, type_, expected in (("bool", bool, "true or false"), ("str", str, "a name")):
             if known[key] == kind and type(value) is not type_:
                 raise ConfigError(
-                    f"--rates: {key}: of another kind; got {value!r}, expected {expected}. Mend"
-                    f" {file}."
+                    f"--rates: {key}: invalid; got {value!r}, expected {expected}. Correct {file}."
                 )
     return replace(CARDS[gpu], **given)

@@ -1,4 +1,4 @@
-"""Every setting of a run on a machine: the fastest first, and why the others do not work."""
+"""All candidates for a workload on a machine: the fastest first, and why the others do not fit."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fd_large.errors import ConfigError
-from fd_large.plan.peak import HEADROOM, Peak, peak_of
-from fd_large.plan.setting import Machine, Setting, Workload
-from fd_large.plan.step import Estimate, estimate
+from fd_large.plan.candidate import Candidate
+from fd_large.plan.cluster import Machine
+from fd_large.plan.peak_memory import HEADROOM, PeakMemory, peak_memory
+from fd_large.plan.step_time import Estimate, estimate
+from fd_large.plan.workload import Workload
 
-# Settings whose times differ by less are equal; of those the one that communicates least wins.
+# Candidates whose times differ by less are equally fast; of those, the one that communicates least
+# comes first.
 SAME_TIME = 0.01
-
-# float32 masters and two moments of each trained parameter are what a checkpoint stores.
+# A checkpoint stores float32 masters and two moments of each trained parameter.
 CHECKPOINT_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A setting that does not work, for any micro batch."""
+    """A candidate that does not fit with any micro-batch."""
 
-    setting: Setting
+    candidate: Candidate
     reason: str
 
 
 def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refused]]:
-    """Returns the settings that fit, fastest first, each with its best micro batch; and the others.
+    """Returns candidates that fit, fastest first, each with its best micro-batch; and the others.
 
     Raises: ConfigError: if the ranks do not divide the global batch.
     """
-    batch, ranks = load.run.batch.global_batch_size, machine.cluster.gpus
+    batch, ranks = load.global_batch_size, machine.cluster.gpus
     share = batch // ranks
     if batch % ranks:
         raise ConfigError(
-            f"batch.global_batch_size: the ranks do not divide it; got {batch} images for {ranks} "
+            f"batch.global_batch_size: not divisible by the ranks; got {batch} images for {ranks} "
             f"ranks, expected a multiple. Set --batch.global_batch_size {_multiple(batch, ranks)}, "
             "or another --gpus."
         )
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     good: list[Estimate] = []
     bad: list[Refused] = []
-    for setting in _settings(machine):
-        memory = peak_of(load, setting, machine)
+    for candidate in _candidates(machine):
+        memory = peak_memory(load, candidate, machine)
         if not memory.fits(machine.rates):
-            bad.append(Refused(setting=setting, reason=_too_large(memory, machine)))
+            bad.append(Refused(candidate=candidate, reason=_too_large(memory, machine)))
             continue
         tried = [
             estimate(load, each, machine)
-            for each in (replace(setting, micro_batch_size=size) for size in sizes)
-            if peak_of(load, each, machine).fits(machine.rates)
+            for each in (replace(candidate, micro_batch_size=size) for size in sizes)
+            if peak_memory(load, each, machine).fits(machine.rates)
         ]
         good.append(min(tried, key=lambda one: (one.seconds.total, one.memory.total)))
     good.sort(key=lambda one: one.seconds.total)
@@ -58,17 +60,16 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
 
 
 def checkpoint_bytes(load: Workload) -> int:
-    """Returns what one stored checkpoint takes on disk."""
+    """Returns the size of one stored checkpoint."""
     return CHECKPOINT_BYTES * load.parameters
 
 
-def updates(load: Workload, images: int) -> int:
-    """Returns the optimizer steps of the whole run on a data set of so many images."""
-    optim = load.run.optim
-    return optim.max_steps or optim.epochs * (images // load.run.batch.global_batch_size)
+def num_steps(epochs: int, images: int, global_batch_size: int) -> int:
+    """Returns the steps of a run on a dataset of that many images; an epoch's rest is dropped."""
+    return epochs * (images // global_batch_size)
 
 
-def _settings(machine: Machine) -> Iterator[Setting]:
+def _candidates(machine: Machine) -> Iterator[Candidate]:
     ranks, nodes = machine.cluster.gpus, machine.cluster.nodes
     placements: list[Literal["replicated", "node", "sharded"]] = ["replicated"]
     if nodes > 1 and machine.cluster.node_size > 1:
@@ -81,7 +82,7 @@ def _settings(machine: Machine) -> Iterator[Setting]:
         for teacher in placements:
             for hpz in (False, True) if stage == 3 and "node" in placements else (False,):
                 for checkpointing in (False, True):
-                    yield Setting(
+                    yield Candidate(
                         stage=stage,  # type: ignore[arg-type]
                         hpz=hpz,
                         teacher=teacher,
@@ -91,7 +92,7 @@ def _settings(machine: Machine) -> Iterator[Setting]:
 
 
 def _ties_by_communication(ordered: list[Estimate]) -> list[Estimate]:
-    """Sorts runs of equally fast settings by what they communicate, then by memory."""
+    """Sorts equally fast candidates by their communication, then by their memory."""
     result: list[Estimate] = []
     left = list(ordered)
     while left:
@@ -103,10 +104,10 @@ def _ties_by_communication(ordered: list[Estimate]) -> list[Estimate]:
 
 
 def _communication(one: Estimate) -> float:
-    return one.seconds.communication * one.seconds.accumulation + one.seconds.update
+    return one.seconds.communication * one.seconds.accumulation + one.seconds.finish
 
 
-def _too_large(memory: Peak, machine: Machine) -> str:
+def _too_large(memory: PeakMemory, machine: Machine) -> str:
     limit = HEADROOM * machine.rates.memory_bytes
     parts = {
         "states": memory.states,

@@ -1,15 +1,15 @@
-"""Bytes of a model beside its matrix products: moved in a step, and kept for backward.
+"""Bytes of a model beside its matrix products: moved in a step, and stored for the backward pass.
 
-Each block of width C with T tokens, h heads and maps of N x N moves and keeps so many bytes per
-T C, per T h and per T N h; the tables below hold these numbers, which follow from the operations:
-a norm of a bfloat16 branch onto a float32 stream reads 4 + 2 and writes 4 bytes, and so on. They
-are the counts of benchmarks/roofline.py, and a test holds them to it.
+A block of width C with T tokens, h heads and attention maps of N x N moves and stores a number of
+bytes per T C, per T h and per T N h. The tables below hold these numbers, which follow from the
+operations: a norm of a bfloat16 branch onto a float32 stream reads 4 + 2 and writes 4 bytes, and so
+on. They are the counts of benchmarks/roofline.py, with which a test compares them.
 
 Rules of the count: each operation reads every distinct input once and writes every new output once;
 views are free; there is no cache. What a step moves once, whatever its batch (position tables,
-partial sums of gradients), is left out: 2% of the G net's bytes at 32 images.
+partial sums of gradients), is left out: 2% of SwinV2-G's bytes at 32 images.
 
-"fused" is one pass each for residual and norm, and for everything between the qkv and the output
+"fused" takes one pass each for residual and norm, and for everything between the qkv and the output
 projection; "reference" is plain torch.
 """
 
@@ -34,11 +34,11 @@ class Per(NamedTuple):
     """Bytes of a block.
 
     Attributes:
-        channels: Per token and channel.
-        heads: Per token and head.
-        maps: Per entry of an N x N map.
-        shifted_channels: More per token and channel where windows are shifted.
-        shifted_maps: More per entry where windows are shifted.
+        channels: Bytes per token and channel.
+        heads: Bytes per token and head.
+        maps: Bytes per entry of an N x N attention map.
+        shifted_channels: Additional bytes per token and channel if windows are shifted.
+        shifted_maps: Additional bytes per entry if windows are shifted.
     """
 
     channels: float
@@ -50,16 +50,15 @@ class Per(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """A kind of block in a compute type.
+    """Bytes of a kind of block in a data type.
 
     Attributes:
-        stream: Norms, residuals, casts, window copies and the gradients of biases, by phase; with a
+        stream: Norms, residuals, casts, window copies and the gradients of biases, by phase, with a
             float32 residual stream.
-        narrow: What a residual stream of the compute type saves of it, by phase, per token and
-            channel.
+        narrow: Bytes per token and channel that a narrow residual stream saves of these, by phase.
         attention: Between the projections of attention, by phase.
-        kept: For backward, without attention's maps.
-        kept_maps: More where attention's maps are kept as well.
+        kept: Stored for the backward pass, without attention maps.
+        kept_maps: Additional bytes if attention maps are stored as well.
     """
 
     stream: dict[Phase, Per]
@@ -91,8 +90,8 @@ def _both(forward: Per, backward: Per) -> tuple[Per, Per, Per]:
     return forward, backward, forward
 
 
-# By kernels, family and whether the compute type is bfloat16. Inference is a teacher's: its stream
-# has the compute type.
+# By kernels, family and whether the data type is bfloat16. Inference is a teacher's, whose stream
+# has the data type of its matrix products.
 COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
     ("fused", "swinv2", True): _counts(
         (24, 28, 12),
@@ -155,23 +154,23 @@ COUNTS: dict[tuple[Kernels, str, bool], Counts] = {
         kept_maps=Per(0, 0, 4),
     ),
 }
-# Exact GELU on the 4 C channels of the MLP: forward reads and writes, backward reads two.
+# Exact GELU on the 4 C channels of the MLP: forward reads and writes, backward reads two tensors.
 ACTIVATION = {"forward": 2, "backward": 3, "inference": 2}
-# Three operations forward, where no kernel fuses them; a teacher's. Backward is no student's.
+# Three operations in the forward pass of a teacher, where no kernel fuses them. No student has it.
 QUICK_GELU = 7
-# Per input token and channel: patch embedding and merging; per output token and channel: final
-# norm, projection and loss. Small beside the blocks. With a float32 stream, and with one of the
-# compute type.
+# Bytes per input token and channel of patch embedding and of merging, and per output token and
+# channel of final norm, projection and loss: with a float32 stream, and with a narrow one. Small
+# beside the blocks.
 _ENDS = {
     True: {"forward": (14, 21, 64), "backward": (18, 23, 42)},
     False: {"forward": (4, 6, 60), "backward": (6, 7, 36), "inference": (4, 6, 4)},
 }
-# Where the same kernel writes the stream in both types.
+# The same where one kernel writes the stream in both data types.
 _FUSED_ENDS = {
     True: {"forward": (8, 8, 64), "backward": (10, 9, 24)},
     False: {"forward": (4, 6, 60), "backward": (8, 8, 18), "inference": (4, 6, 4)},
 }
-# A value of a pixel from uint8 to the normalised one: for the student and for the teacher.
+# Bytes per value of a pixel from uint8 to normalised, for student and teacher.
 _PIXEL = 2 * 35
 
 
@@ -179,12 +178,12 @@ class Stage(NamedTuple):
     """Blocks of one width.
 
     Attributes:
-        width: C.
-        depth: Blocks.
-        tokens: T of an image.
-        heads: h.
-        group: N, tokens that see each other.
-        shifted: Blocks whose windows are shifted.
+        width: C, channels.
+        depth: Number of blocks.
+        tokens: T, tokens of an image.
+        heads: h, attention heads.
+        group: N, tokens that attend to each other.
+        shifted: Number of blocks whose windows are shifted.
     """
 
     width: int
@@ -204,14 +203,14 @@ def moved(
     bfloat16: bool,
     float32_stream: bool,
 ) -> dict[str, float]:
-    """Returns the bytes read and written an image beside matrix products, by class of operation.
+    """Returns the bytes read and written per image beside matrix products, by class of operation.
 
     Args:
         architecture: Of families swinv2, swin or vit; a model of timm moves 0 here.
         phase: forward and backward of a student, inference of a teacher.
         image_size: Side in pixels.
-        kernels: What runs.
-        bfloat16: The compute type; else float32.
+        kernels: Kernels that run.
+        bfloat16: Whether the data type is bfloat16; else float32.
         float32_stream: Whether the residual stream is float32.
     """
     total = dict.fromkeys(CLASSES, 0.0)
@@ -259,22 +258,22 @@ def kept(
     keep_maps: bool,
     checkpoint_every: int,
 ) -> float:
-    """Returns the bytes an image that forward keeps for backward, one live block included.
+    """Returns the bytes per image stored for the backward pass, one block's own ones included.
 
     Args:
         architecture: Of a student.
         image_size: Side in pixels.
-        kernels: What runs.
-        bfloat16: The compute type; else float32.
+        kernels: Kernels that run.
+        bfloat16: Whether the data type is bfloat16; else float32.
         float32_stream: Whether the residual stream is float32.
-        keep_maps: Whether attention's maps are kept, as on CPUs.
-        checkpoint_every: Each k-th block keeps its input only; 0: none does.
+        keep_maps: Whether attention maps are stored, as on CPUs.
+        checkpoint_every: Every k-th block stores its input only; 0: none does.
     """
     counts = counts_of(architecture, kernels, bfloat16)
     inputs = 4 if float32_stream or not bfloat16 else 2
     is_swinv2 = isinstance(architecture, SwinV2Architecture)
     if is_swinv2 and bfloat16 and float32_stream:
-        inputs += 2  # A block takes the stream in the compute type too.
+        inputs += 2  # A block also takes the stream in the narrow data type.
     total = largest = 0.0
     for stage in stages(architecture, image_size):
         block = _of(counts.kept, stage) / stage.depth
@@ -289,9 +288,9 @@ def kept(
 
 
 def tables_kept(architecture: FamilyArchitecture, *, image_size: int) -> float:
-    """Returns the bytes of SwinV2's position biases kept for backward, whatever the batch.
+    """Returns the bytes of SwinV2's position biases stored for the backward pass, for any batch.
 
-    They are made once a step, outside of the blocks, so that no checkpoint makes them again: the
+    They are computed once per step, outside of the blocks, so that checkpoints do not matter: the
     hidden layer of each MLP, the sigmoid, and the table.
     """
     if not isinstance(architecture, SwinV2Architecture):
@@ -307,8 +306,8 @@ def tables_kept(architecture: FamilyArchitecture, *, image_size: int) -> float:
 def counts_of(architecture: FamilyArchitecture, kernels: Kernels, bfloat16: bool) -> Counts:
     """Returns the table of a family.
 
-    Kernels go with bfloat16, in which the plan's GPUs compute; on a GPU a float32 run is fused too,
-    and here it counts as the reference.
+    Fused kernels are counted in bfloat16 only; a float32 run counts as the reference, although
+    kernels exist for it on GPUs.
     """
     return COUNTS[kernels if bfloat16 else "reference", architecture.family, bfloat16]
 

@@ -169,7 +169,7 @@ def fd_swinv2g() -> Run:
 
     | teacher    | checkpoints | states | teacher | activations | buffers | all     | GPU-hours |
     |------------|-------------|--------|---------|-------------|---------|---------|-----------|
-    | node       | every block | 1.6 GB | 0.8 GB  | 4.5 GB      | 4.8 GB  | 11.7 GB | 1,973     |
+    | node       | every block | 1.6 GB | 0.8 GB  | 4.4 GB      | 4.8 GB  | 11.7 GB | 1,973     |
     | node       | none        | 1.6 GB | 0.8 GB  | 17.0 GB     | 4.8 GB  | 24.3 GB | 1,600     |
     | replicated | none        | 1.6 GB | 6.0 GB  | 17.0 GB     | 4.6 GB  | 29.3 GB | 1,571     |
 

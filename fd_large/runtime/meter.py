@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
-from fd_large.plan.utilisation import peak_of, shares
+from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
 from fd_large.runtime.run_folder import write_json, written_or_told
 
@@ -60,7 +60,7 @@ class Meter(Hook):
             self._write_evaluations()
         device = distributed.device()
         on_gpu = device.type == "cuda"
-        self._peak = peak_of(torch.cuda.get_device_name(device)) if on_gpu else None
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
         for tracker in self._trackers:
             tracker.on_start(setting)
         self._seconds = self._interval_seconds = self._waited = 0.0

@@ -16,7 +16,7 @@ from launch import Launcher, start_ranks
 from pictures import write_pictures
 from twin import losses, train
 
-from fd_large.plan import memory
+from fd_large.cli.plan import workload
 from fd_large.recipes.run import Run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.slow]
@@ -58,8 +58,8 @@ def test_a_run_leaves_its_folder(reference: Path) -> None:
     run = Run.from_dict(read(reference / "recipe.json"))
     states = (reference / "checkpoints/step_00000006").rglob("*.safetensors")
     # Masters and moments in float32 and a little text; the teacher would add 4 bytes a parameter.
-    beside = sum(path.stat().st_size for path in states) - 12 * sum(memory.student_sizes(run))
-    assert 0 < beside < 0.3 * 4 * sum(memory.teacher_sizes(run))
+    beside = sum(path.stat().st_size for path in states) - 12 * sum(workload(run).student_sizes)
+    assert 0 < beside < 0.3 * 4 * sum(workload(run).teacher_sizes)
     log = (reference / "logs/rank_00000.log").read_text()
     assert "AdamW of torch" in log
     assert "whole on every rank" in log

@@ -22,6 +22,8 @@ from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
+from fd_large.plan import flops
+from fd_large.plan.flops import StepFlops
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
 
@@ -56,6 +58,19 @@ class FineTuningJob(Job):
         self.refuse(IDLE)
         self.test_images()
         self.initial_weights()
+
+    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops:
+        """FLOPs of the student, without the classifier."""
+        run, student = self.run, self.run.student_architecture()
+        share = flops.checkpointed_share(student.depths, run.student.checkpoint_every)
+        return flops.step_flops(
+            flops.products(
+                student, image_size=run.data.image_size, size_rule=run.student.size_rule
+            ),
+            micro_batch_size=micro_batch_size,
+            attention_recomputed=attention_recomputed,
+            checkpointed_share=0.0 if run.student.activation_checkpointing == "off" else share,
+        )
 
     def make_task(self) -> FineTuning:
         """The student, without the final norm of a ViT, and a classifier."""

@@ -20,6 +20,7 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
+from fd_large.cli.plan import workload
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.forward_backward import forward_backward
@@ -211,14 +212,15 @@ def _master_error(engine: Engine, make: Any, run: Run) -> float:
 def planned_bytes(run: Run, config: dict[str, Any]) -> int:
     """What the plan says that a rank holds between steps, device and host together."""
     place = memory.Placement.of(
-        run,
+        run.teacher,
         config["zero_optimization"],
         world_size=distributed.world_size(),
         node_size=ds.ranks_of_a_node(run.engine.node_size, distributed.world_size()),
         bfloat16=config["bf16"]["enabled"],
         teacher_persistence_threshold=0,
     )
-    held = memory.held_by(run, place)
+    load = workload(run)
+    held = memory.held(load.student_sizes, load.teacher_sizes, place)
     return held.device.total + held.host.total
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fd_large.cli import main as cli
 from fd_large.cli import plan
-from fd_large.plan.setting import Setting, bucket_elements
+from fd_large.plan.candidate import Candidate, bucket_elements
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,7 +53,7 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
         ("--nics_per_node -1", "--nics_per_node: too few; got -1, expected 0 or more"),
         ("--write /", "--write: cannot be written; got"),
         ("--write /proc/none/mine.json", "--write: cannot be written; got"),
-        ("--rates /", "--rates: no readable JSON; got"),
+        ("--rates /", "--rates: unreadable JSON; got"),
         ("--gpu h1000", "nearest: h100"),
         ("--batch.global_batch_sise 8", "nearest: batch.global_batch_size"),
         ("--gpus 24 --recipe fd_swinv2g", "Set --batch.global_batch_size 2040"),
@@ -81,13 +81,13 @@ def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
 
 def test_the_written_json_is_the_shipped_one():
     # The same keys and values, but for the bucket of stages 1 and 2, which grows with the net.
-    for name, setting in (
-        ("zero1", Setting(stage=1)),
-        ("zero2", Setting(stage=2)),
-        ("zero3", Setting(stage=3)),
-        ("zero3_hpz", Setting(stage=3, hpz=True)),
+    for name, candidate in (
+        ("zero1", Candidate(stage=1)),
+        ("zero2", Candidate(stage=2)),
+        ("zero3", Candidate(stage=3)),
+        ("zero3_hpz", Candidate(stage=3, hpz=True)),
     ):
         shipped = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
-        assert setting.deepspeed(28_000_000) == shipped
+        assert candidate.deepspeed(28_000_000) == shipped
     assert bucket_elements(2, 3_014_600_000) == 100_000_000
     assert bucket_elements(1, 600_000_000) == 20_000_000

@@ -1,13 +1,15 @@
 """FLOPs by arithmetic against published figures and against the count on the meta device."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
+from fd_large.cli.plan import workload
 from fd_large.errors import ConfigError
 from fd_large.plan import flops
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.family import Transformer
 
 
 @pytest.mark.parametrize(
@@ -81,10 +83,17 @@ def test_listed_nets_of_timm_at_another_size(name):
     assert flops.forward(a, image_size=96, batch=2) == there
 
 
-def test_other_nets_of_timm_are_refused():
-    net = resolve("timm", Architecture(timm_name="convnext_tiny"))
-    with pytest.raises(ConfigError, match=r"counted only where it is built; got convnext_tiny"):
-        flops.forward(net)
+def test_what_cannot_be_counted_is_refused():
+    with pytest.raises(ConfigError, match="got convnext_tiny"):
+        flops.forward(resolve("timm", Architecture(timm_name="convnext_tiny")))
+
+    class Mixer(Transformer):
+        family = "mixer"
+
+    vit = resolve("vit_base_patch16")
+    shared = {field.name: getattr(vit, field.name) for field in fields(Transformer)}
+    with pytest.raises(ConfigError, match=r"family .*got mixer"):
+        flops.forward(Mixer(**shared))
 
 
 def shrunken(name, *, checkpointing="off", every=1, teacher=None, **student):
@@ -152,7 +161,11 @@ def test_a_whole_step_as_torch_counts_it(name):
     size = run.data.image_size
     images = torch.empty(2, 3, size, size, dtype=torch.uint8, device="meta")
     keep = torch.empty(len(task.drop_path_rates), 2, dtype=torch.bool, device="meta")
-    step = flops.of_run(run, micro_batch_size=2, attention_recomputed=recompute)
+    step = workload(run).step_flops(
+        micro_batch_size=2,
+        checkpointing=run.student.activation_checkpointing != "off",
+        attention_recomputed=recompute,
+    )
     prepared = {}
     assert counted(lambda: prepared.update(task.prepare(images, None, keep))) == pytest.approx(
         step.teacher_forward, rel=1e-3

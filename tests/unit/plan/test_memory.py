@@ -1,12 +1,13 @@
 """Bytes between steps: the formulas on sizes small enough to add up by hand."""
 
-from dataclasses import replace
-
 import pytest
 
+from fd_large.cli.plan import workload
 from fd_large.errors import ConfigError
-from fd_large.plan.memory import Held, Placement, held, held_by, student_sizes
+from fd_large.plan.memory import Held, Placement, held, student_sizes
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import resolve
+from fd_large.tasks.distillation.section import Teacher
 
 STUDENT = [1000, 10, 7]  # P = 1017; tensors of at most 10 elements: 17
 TEACHER = [600, 9]  # T = 609
@@ -119,14 +120,15 @@ def test_giant_on_64_gpus_holds_what_its_recipe_says():
     run = registry.get("fd_swinv2g")
     zero = {"stage": 3, "zero_hpz_partition_size": 8, "reduce_bucket_size": 100_000_000}
     spot = Placement.of(
-        run,
+        run.teacher,
         zero,
         world_size=64,
         node_size=8,
         bfloat16=True,
         teacher_persistence_threshold=100_000,
     )
-    memory = held_by(run, spot)
+    load = workload(run)
+    memory = held(load.student_sizes, load.teacher_sizes, spot)
     states = memory.device.total - memory.device.teacher - memory.device.buckets
     assert states / 1e9 == pytest.approx(54.0 / 64, rel=0.02)
     assert memory.device.teacher / 1e9 == pytest.approx(0.75, rel=0.02)
@@ -134,16 +136,14 @@ def test_giant_on_64_gpus_holds_what_its_recipe_says():
 
 
 def test_student_sizes_include_the_projection():
-    run = registry.get("fd_swinv2g")
-    run = replace(run, teacher=replace(run.teacher, model="swinv2_1b"))
-    assert sum(student_sizes(run)) == 2_997_843_680 + 4096 * 3584 + 3584
+    sizes = student_sizes(resolve("swinv2_giant"), resolve("swinv2_1b"), image_size=192)
+    assert sum(sizes) == 2_997_843_680 + 4096 * 3584 + 3584
 
 
 def test_an_unfilled_auto_is_refused():
-    run = registry.get("fd_swinv2g")
-    with pytest.raises(ConfigError, match="zero_hpz_partition_size: not filled"):
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size"):
         Placement.of(
-            run,
+            Teacher(),
             {"zero_hpz_partition_size": "auto"},
             world_size=8,
             node_size=8,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fd_large.plan import flops, traffic
+from fd_large.cli.plan import workload
+from fd_large.plan import traffic
 from fd_large.plan.rates import CARDS
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -58,14 +59,14 @@ PHASES = {"forward": "student forward", "backward": "student backward"}
 
 
 def planned(run, phase, kernels):
-    teaches = phase == "inference"
+    load, teaches = workload(run), phase == "inference"
     return traffic.moved(
-        run.teacher_architecture() if teaches else run.student_architecture(),
+        load.teacher if teaches else load.student,
         phase,
-        image_size=flops.teacher_image_size(run) if teaches else run.data.image_size,
+        image_size=load.teacher_image_size if teaches else load.image_size,
         kernels=kernels,
         bfloat16=True,
-        float32_stream=not teaches and run.student.residual_dtype == "float32",
+        float32_stream=not teaches and load.float32_stream,
     )
 
 
@@ -110,15 +111,16 @@ def test_operations_go_to_their_stage(roofline):
     rows = roofline.count(RUNS["swinv2"], 2, CARDS["h100"])
     stages = {row.stage for row in rows}
     assert stages == {"ends", "stage 0", "stage 1", "stage 2", "stage 3"}
+    load = workload(RUNS["swinv2"])
     for phase in roofline.PHASES:
-        table = flops.teacher_products if phase.startswith("teacher") else flops.student_products
+        table = load.teacher_products if phase.startswith("teacher") else load.student_products
         for stage in range(4):
             there = sum(
                 row.flops for row in rows if row.phase == phase and row.stage == f"stage {stage}"
             )
             here = sum(
                 product.backward(2) if phase.endswith("backward") else product.forward(2)
-                for product in table(RUNS["swinv2"])
+                for product in table
                 if product.stage == stage
             )
             assert there == here

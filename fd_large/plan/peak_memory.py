@@ -1,0 +1,105 @@
+"""The peak memory of a rank, in the backward pass: more than `plan.memory` counts between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fd_large.plan import traffic
+from fd_large.plan.candidate import PREFETCH_ELEMENTS, Candidate, bucket_elements
+from fd_large.plan.cluster import Machine
+from fd_large.plan.memory import Placement, held
+from fd_large.plan.rates import Rates
+from fd_large.plan.workload import Workload
+
+# DeepSpeed's `stage3_max_live_parameters`: gathered layers are freed above this many elements.
+LIVE_ELEMENTS = 1_000_000_000
+# Driver, libraries and their buffers on a GPU; assumed.
+FIXED_BYTES = 2e9
+# Fraction of the memory that a plan may fill, because allocators fragment. The engine's search for
+# a micro-batch uses the same.
+HEADROOM = 0.92
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Bytes of a rank at its peak.
+
+    Attributes:
+        states: Parameters, masters, moments, accumulated gradients; hpZ's copy.
+        teacher: The rank's share of the teacher.
+        activations: What the forward pass stores for the backward pass; under checkpointing, with
+            one block's own activations.
+        buffers: Gathered layers, buckets, gradients in transit, the driver.
+    """
+
+    states: float
+    teacher: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all."""
+        return self.states + self.teacher + self.activations + self.buffers
+
+    def fits(self, rates: Rates) -> bool:
+        """Returns whether a card has room for it."""
+        return self.total <= HEADROOM * rates.memory_bytes
+
+
+def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakMemory:
+    """Returns the peak memory of a rank."""
+    cluster, rates = machine.cluster, machine.rates
+    size = load.compute_bytes(machine)
+    bucket = bucket_elements(candidate.stage, load.parameters)
+    memory = held(load.student_sizes, load.teacher_sizes, placement_of(load, candidate, machine))
+    device = memory.device
+    states: float = device.total - device.teacher - device.buckets
+    buffers: float = device.buckets
+    if candidate.stage == 3:
+        states += memory.hpz_copy
+        buffers += size * min(load.parameters, LIVE_ELEMENTS)
+        buffers += size * 2 * bucket  # Gradients being reduced, and the next ones.
+    elif candidate.stage == 2:
+        # Buckets as above; the shard's gradients, which are freed after the step.
+        buffers += size * 3 * bucket + 4 * load.parameters / cluster.gpus
+    elif candidate.stage == 1 and rates.bfloat16:
+        # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket.
+        buffers += size * (max(load.student_sizes) + bucket)
+    else:
+        buffers += size * load.parameters  # Every gradient.
+    if candidate.teacher != "replicated" and cluster.gpus > 1:
+        buffers += 2 * size * min(PREFETCH_ELEMENTS, sum(load.teacher_sizes))
+    kept = traffic.kept(
+        load.student,
+        image_size=load.image_size,
+        kernels="fused" if machine.fused else "reference",
+        bfloat16=rates.bfloat16,
+        float32_stream=load.float32_stream,
+        keep_maps=not machine.fused and not machine.recomputes_attention,
+        checkpoint_every=load.checkpoint_every if candidate.checkpointing else 0,
+    )
+    tables = traffic.tables_kept(load.student, image_size=load.image_size)
+    return PeakMemory(
+        states=states,
+        teacher=device.teacher,
+        activations=kept * candidate.micro_batch_size + tables,
+        buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),
+    )
+
+
+def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Placement:
+    """Returns where a candidate holds its bytes."""
+    cluster = machine.cluster
+    return Placement(
+        stage=candidate.stage,
+        world_size=cluster.gpus,
+        node_size=cluster.node_size,
+        bfloat16=machine.rates.bfloat16,
+        teacher_bfloat16=load.teacher_bfloat16(machine),
+        teacher_placement=candidate.teacher,
+        persistence_threshold=load.threshold,
+        teacher_persistence_threshold=load.threshold,
+        hpz_size=cluster.node_size if candidate.hpz else 1,
+        reduce_bucket_size=bucket_elements(candidate.stage, load.parameters),
+    )
