@@ -3,7 +3,7 @@
     python benchmarks/layer_rates.py [--quick] [--ranks 2] [--stages 1 3]
 
 A SwinV2 of 50 blocks in three engines per ZeRO stage, side by side and in turns: without decay,
-with it (engine/zero/layer_rates.py: two parameter groups), and as in the official fine-tuning code,
+with it (engine/zero/layer_decay.py: two parameter groups), and as in the official fine-tuning code,
 with a parameter group per layer and kind of weight decay. Figures are ratios within a round. Writes
 benchmarks/results/layer_rates.json and .png.
 """
