@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "mpirun", "python"]
 
+# Every launcher sets one of these.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -34,6 +37,12 @@ class Launch:
     master_addr: str
     master_port: int
     node_rank: int | None = None
+
+
+def find_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Returns this process's rank as its launcher states it, unchecked; 0 if none does."""
+    given = (environ.get(name, "") for name in RANK_VARIABLES)
+    return next((int(text) for text in given if text.isdigit()), 0)
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:

@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
+from tyro.conf import Positional, arg
 
 from fd_large.checkpoint import inspection
+from fd_large.cli.arguments import call_subcommand
+from fd_large.cli.output import tables
 
-RunDir = Annotated[str, tyro.conf.Positional]
+
+@dataclass(frozen=True, kw_only=True)
+class _OfRun:
+    # Folder of the run, for example runs/quickstart.
+    run: Annotated[str, Positional, arg(metavar="RUN")]
 
 
-def list_(run: RunDir) -> int:
-    """List a run's complete checkpoints.
+class List(_OfRun):
+    """List a run's complete checkpoints."""
 
-    Args:
-        run: Folder of the run.
-    """
-    from rich.console import Console
+
+class Verify(_OfRun):
+    """Check every file of a run's checkpoints; exit code 1 if one is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(_OfRun):
+    """Remove the checkpoints that the recipe does not keep."""
+
+    # Newest checkpoints that stay; None: as many as the recipe's runtime.keep_last.
+    keep_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(_OfRun):
+    """Write the newest checkpoint in DeepSpeed's own format, for this number of ranks."""
+
+    # Folder to write to.
+    out: Annotated[str, Positional, arg(metavar="OUT")]
+    # Path of the DeepSpeed JSON whose ZeRO stage the files are for.
+    deepspeed_config: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Store a checkpoint of DeepSpeed's own format as a run's newest; as many ranks as wrote it."""
+
+    # The folder that DeepSpeed's save_checkpoint was given.
+    source: Annotated[str, Positional, arg(metavar="SOURCE")]
+    # Folder of the run, with its recipe.json.
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+    # Path of the DeepSpeed JSON that it was trained with.
+    deepspeed_config: str
+
+
+def list_checkpoints(run: str) -> int:
+    """Prints a table of a run's complete checkpoints."""
     from rich.table import Table
 
     folder, found = inspection.stored_of(run)
     table = Table(title=f"{folder}", title_justify="left")
-    for column in ("update", "samples", "ranks", "ZeRO", "size", "teacher's hash"):
+    for column in ("step", "samples", "ranks", "ZeRO", "size", "teacher's hash"):
         table.add_column(column, justify="right")
     for row in inspection.rows(found):
         table.add_row(
@@ -33,16 +73,12 @@ def list_(run: RunDir) -> int:
             f"{row['bytes'] / 1e6:,.1f} MB",
             row["teacher"],
         )
-    Console().print(table)
+    tables().print(table)
     return 0
 
 
-def verify(run: RunDir) -> int:
-    """Check every file of a run's checkpoints; exit code 1 if one is damaged.
-
-    Args:
-        run: Folder of the run.
-    """
+def verify(run: str) -> int:
+    """Reads every file of a run's checkpoints; returns 1 if one is damaged."""
     folder, found = inspection.stored_of(run)
     unreadable = inspection.without_manifest(folder)
     problems = unreadable + inspection.verify_all(found)
@@ -54,61 +90,45 @@ def verify(run: RunDir) -> int:
     return 1 if problems else 0
 
 
-def prune(run: RunDir, keep_last: int | None = None) -> int:
-    """Remove the checkpoints that the recipe does not keep.
-
-    Args:
-        run: Folder of the run.
-        keep_last: Newest checkpoints that stay; by default the recipe's runtime.keep_last.
-    """
+def prune(run: str, keep_last: int | None) -> int:
+    """Removes all but the newest checkpoints and those that the recipe keeps besides."""
     folder, _ = inspection.stored_of(run)
     removed = inspection.prune_run(folder, keep_last)
     print(f"removed {len(removed)}: {', '.join(path.name for path in removed) or 'nothing'}")
     return 0
 
 
-def export(run: RunDir, out: RunDir, deepspeed_config: str) -> int:
-    """Write the newest checkpoint in DeepSpeed's own format, for this number of ranks.
-
-    Args:
-        run: Folder of the run.
-        out: Folder to write to.
-        deepspeed_config: The DeepSpeed JSON whose stage the files are for.
-    """
+def export(run: str, out: str, deepspeed_config: str) -> int:
+    """Writes the newest checkpoint for DeepSpeed; a collective."""
     from fd_large import distributed
     from fd_large.engine.deepspeed_checkpoints import export_checkpoint
     from fd_large.tasks.jobs import job_of
 
-    updates = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
+    steps = export_checkpoint(run, out, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
-        print(f"update {updates}: {out}")
+        print(f"step {steps}: {out}")
     return distributed.leave(0)
 
 
-def import_(source: RunDir, run: RunDir, deepspeed_config: str) -> int:
-    """Store a checkpoint of DeepSpeed's own format as a run's newest; as many ranks as wrote it.
-
-    Args:
-        source: The folder that DeepSpeed's save_checkpoint was given.
-        run: Folder of the run, with its recipe.json.
-        deepspeed_config: The DeepSpeed JSON that it was trained with.
-    """
+def import_(source: str, run: str, deepspeed_config: str) -> int:
+    """Stores a checkpoint of DeepSpeed's own as the run's newest; a collective."""
     from fd_large import distributed
     from fd_large.engine.deepspeed_checkpoints import import_checkpoint
     from fd_large.tasks.jobs import job_of
 
-    updates = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)
+    steps = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)
     if distributed.is_main():
-        print(f"update {updates}: {run}")
+        print(f"step {steps}: {run}")
     return distributed.leave(0)
 
 
 def main(arguments: list[str]) -> int:
     """Runs one of the commands."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {"list": list_, "verify": verify, "prune": prune, "export": export, "import": import_},
-        args=arguments or ["--help"],
-        prog="python -m fd_large checkpoint",
-        description="Checkpoints of a run.",
-        use_underscores=True,
-    )
+    commands = {
+        "list": (List, list_checkpoints),
+        "verify": (Verify, verify),
+        "prune": (Prune, prune),
+        "export": (Export, export),
+        "import": (Import, import_),
+    }
+    return call_subcommand(arguments, commands, command="checkpoint")

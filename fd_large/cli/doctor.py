@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fd_large.cli import doctor_machine, doctor_software
+from fd_large.cli.arguments import parse
 from fd_large.cli.doctor_finding import SEVERITY, Finding, look
 from fd_large.errors import LaunchError
-from fd_large.launch import Launch, find_launch
+from fd_large.launch import Launch, find_launch, find_rank
 from fd_large.runtime import terminal
 
 WIDTH = 100
@@ -37,36 +36,43 @@ _ORDER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Say what a run finds here, and what to mend; exit code 1 if training cannot start.
+class Doctor:
+    """Say what a run finds here, and what to fix; exit code 1 if training cannot start.
 
     Alone it looks at this node. Started like a run (srun, mpirun, torchrun, or deepspeed
     --no_local_rank --module) it has the ranks meet, and names the nodes that differ.
     """
 
+    # Folder that runs are written to.
     run_dir: str = "runs"
-    """Where runs are written."""
+    # Folder that data.stage_to would copy to; empty: SLURM_TMPDIR, TMPDIR or /tmp.
     local_disk: str = ""
-    """Where data.stage_to would copy to; by default SLURM_TMPDIR, TMPDIR or /tmp."""
 
 
-def doctor(places: Places, *, speaks: bool) -> int:
-    """Looks, has the ranks meet, and shows the table; returns the exit code.
+def main(arguments: list[str]) -> int:
+    """Looks, has the ranks meet, and prints the table."""
+    given = parse(Doctor, arguments, command="doctor")
+    return doctor(given.run_dir, given.local_disk, speaks=find_rank() == 0)
+
+
+def doctor(run_dir: str, local_disk: str = "", *, speaks: bool = True) -> int:
+    """Looks, has the ranks meet, and prints the table; returns the exit code.
 
     Args:
-        places: Whose disks are measured.
-        speaks: Whether this is rank 0, as far as its environment tells.
+        run_dir: Folder that runs are written to.
+        local_disk: Folder that data.stage_to would copy to; empty: SLURM_TMPDIR, TMPDIR or /tmp.
+        speaks: Whether this is rank 0, as far as its environment shows.
     """
     terminal.take()
     # What libraries print meanwhile is not the image.
     terminal.hand_over(Path(os.devnull))
-    local_disk = places.local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    local_disk = local_disk or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
     first, launch = _launcher()
     found = [first]
     if speaks or (launch is not None and launch.local_rank == 0):
         # Before the meeting, which sets variables of its own.
         found += doctor_software.findings()
-        found += doctor_machine.findings(places.run_dir, local_disk)
+        found += doctor_machine.findings(run_dir, local_disk)
     met = _meet(launch) if launch is not None else Finding("ranks meet", "not tried", "-")
     found.append(met)
     together = launch is not None and launch.world_size > 1 and met.verdict != "STOPS"
@@ -119,14 +125,6 @@ def merged(told: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
             line = Finding(own.what, said, verdict, remedy, own.alike)
         lines.append(line)
     return lines
-
-
-def main(arguments: list[str], *, speaks: bool) -> int:
-    """Runs the command."""
-    places = tyro.cli(
-        Places, args=arguments, prog="python -m fd_large doctor", use_underscores=True
-    )
-    return doctor(places, speaks=speaks)
 
 
 # ------------------------------------------------------------------------------------------------

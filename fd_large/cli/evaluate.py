@@ -1,246 +1,411 @@
-"""`python -m fd_large evaluate A [B ...] --task knn|linear|finetune --data.root FOLDER`."""
+"""`python -m fd_large evaluate MODEL [MODEL ...] --task knn|linear|finetune --data.root FOLDER`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
-from fd_large.cli.evaluate_models import Train, finetune, measure_frozen, slug
-from fd_large.cli.flags import parse_run
-from fd_large.cli.predict import detects, evaluate_run
-from fd_large.errors import ConfigError, nearest
-from fd_large.recipes.fields import at_least, positive, require
+from fd_large.cli.arguments import parse_with_recipe
+from fd_large.cli.output import bar, out_folder, tables
+from fd_large.cli.predict import detects
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least, override, positive, require
+from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
-    from fd_large.tasks.distillation.frozen import Named
+    from fd_large.engine.frozen import Named
 
-# Fields of a recipe that frozen features depend on.
-FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
-# Fields that an evaluation of boxes and masks takes; all else is the run's.
-DETECTION_FIELDS = ("data.root", "data.workers", "data.max_pixels")
-# Flags that each task reads; task and out are read by all.
-_FEATURES = ("pool", "batch_size")
-TASKS = {
-    "knn": ("k", "temperature", *_FEATURES),
-    "linear": ("seeds", "probe_rates", "probe_epochs", *_FEATURES),
+# The command's own arguments that each test reads, besides models, task and out.
+_FROZEN = ("pool", "batch_size")
+TESTS = {
+    "knn": ("k", "temperature", *_FROZEN),
+    "linear": ("seeds", "probe_rates", "probe_epochs", *_FROZEN),
     "finetune": ("seeds", "recipe", "deepspeed_config"),
 }
+# Fields of a recipe that the features of a frozen model depend on.
+FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
+# The defaults of these fields, and of those of fine-tuning where no recipe is named.
+RECIPE = "finetune_clip_vit_base"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Say what models are worth on labelled images, side by side.
+class Evaluate:
+    """Measure models on labelled images, side by side.
 
-    python -m fd_large evaluate NET [NET ...] --task knn --data.root FOLDER
+    python -m fd_large evaluate MODEL [MODEL ...] --task knn --data.root FOLDER
 
     FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
-    which KEY.cls stands beside KEY.jpg. A NET is RUN (its student), RUN#teacher, RUN#scratch (its
-    student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
-    timm:NAME or module:package.file:function; or NET=SOURCE for weights that do not tell their model.
-    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training.
-    docs/evaluation.md says what the figures mean.
+    which KEY.cls stands beside KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
+    (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
+    timm:NAME or module:package.file:function; or NAME=SOURCE for weights that do not show their
+    model. A run that detects objects is scored on the images of COCO that it is tested on, or on
+    those of another --data.root.
+
+    Fields of a recipe (--data.image_size, --optim.epochs ...) follow as in training;
+    `python -m fd_large train --help` lists them. docs/evaluation.md explains the figures.
     """
 
-    task: Literal["", "knn", "linear", "finetune", "detection"] = ""
-    """Nearest neighbours, a linear probe, fine-tuning, or the boxes and masks of one run that
-    detects (with --out, --data.root FOLDER in COCO's layout, --data.workers and --data.max_pixels
-    alone); empty: that of the first run's recipe, else knn."""
+    # Models to measure.
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL [MODEL ...]")] = ()
+    # knn: k nearest neighbours of frozen features; linear: a linear probe on them; finetune: the
+    # whole model learns the labels; detection: boxes and masks of one run that detects. auto: that
+    # of the first run's task, else knn.
+    task: Literal["auto", "knn", "linear", "finetune", "detection"] = "auto"
+    # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
     seeds: int = 1
-    """Repetitions, runtime.seed and those after it; not of neighbours, who leave nothing to
-    chance."""
+    # Folder for summary.json, the plot, and the runs of fine-tuning.
     out: str = "evaluation"
-    """Folder for summary.json, the image, and the runs of fine-tuning."""
+    # Number of neighbours that vote.
     k: int = 20
-    """Neighbours that vote."""
+    # A neighbour's vote is exp(cosine similarity / temperature).
     temperature: float = 0.07
-    """A neighbour's vote is exp(cosine similarity / temperature)."""
+    # Feature of an image of a frozen model: the mean of its patch tokens, or its class token.
     pool: Literal["mean", "cls"] = "mean"
-    """What stands for an image where the model is frozen: the mean of its patches, or CLS."""
+    # Images at a time while the model is frozen.
     batch_size: int = 256
-    """Images at a time where the model is frozen."""
+    # Learning rates of the linear probe per 256 images; all are tried, and a held-out tenth of the
+    # training images decides.
     probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    """Learning rates of the linear probe per 256 images, all tried; a held-out tenth chooses."""
+    # Epochs of the linear probe.
     probe_epochs: int = 30
-    """Passes of the linear probe over the training images."""
+    # Recipe of fine-tuning; empty: the published one that fits the model.
     recipe: str = ""
-    """Settings of fine-tuning; empty: the published ones that fit the net."""
+    # Path of DeepSpeed's JSON for fine-tuning; empty: ds_configs/zero1.json.
     deepspeed_config: str = ""
-    """DeepSpeed's JSON for fine-tuning; empty: ds_configs/zero1.json."""
+    # File in COCO's results format that is scored without a model, with --annotations and --json.
     detections: str = ""
-    """A file in COCO's results format to score, without a model; with --annotations, --json."""
+    # COCO's ground truth for --detections.
     annotations: str = ""
-    """COCO's ground truth for --detections."""
+    # File for the scores of --detections; empty: they are not written.
     json: str = ""
-    """Where the scores of --detections go; empty: nowhere."""
-    local_rank: int = -1
-    """Passed by the deepspeed launcher; ignored."""
 
     def __post_init__(self) -> None:
         at_least("seeds", self.seeds, 1, "repetitions")
         at_least("k", self.k, 1, "neighbours")
         at_least("batch_size", self.batch_size, 1, "images")
-        at_least("probe_epochs", self.probe_epochs, 1, "passes")
+        at_least("probe_epochs", self.probe_epochs, 1, "epochs")
         positive("temperature", self.temperature)
         require(
             bool(self.probe_rates) and min(self.probe_rates) > 0,
-            "probe_rates: no learning rates",
+            "probe_rates: invalid learning rates",
             self.probe_rates,
             "numbers above 0",
         )
 
 
-def main(arguments: list[str], *, train: Train, rank: int) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: Words after `evaluate`.
-        train: Trains a recipe to its end; returns the exit code.
-        rank: Of this process.
-    """
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        if rank == 0:
-            _tyro(["--help"])
-        return 0
-    models, own, rest = split(arguments)
-    flags = _tyro(own)
-    if flags.detections or flags.annotations or flags.json:
-        return _score_detections(flags, models, rest)
-    if not models:
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    given = parse_with_recipe(Evaluate, arguments, command="evaluate", recipe=RECIPE)
+    own, changes = given.own, given.fields
+    if own.detections or own.annotations or own.json:
+        return _score_file(own, changes)
+    if not own.models:
         raise ConfigError(
-            "evaluate: no model; got nothing, expected a run or weights. Name one, for instance "
-            "runs/quickstart."
+            "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
+            "example runs/quickstart."
         )
-    if flags.task == "detection" or (not flags.task and detects(models[0])):
-        return _detection(models, flags, rest)
+    if own.task == "detection" or (own.task == "auto" and detects(own.models[0])):
+        return _score_run(own, changes)
     from fd_large.engine.frozen import find_model  # torch: seconds.
     from fd_large.tasks.jobs import job_of
 
-
-    words, others = _parted(rest, FEATURE_FIELDS)
-    run = parse_run(["--recipe", "finetune_clip_vit_base", *words])
-    is_sized = any(word.partition("=")[0] == "--data.image_size" for word in words)
-    image_size = run.data.image_size if is_sized else 0
-    nets = [find_model(model, job_of, image_size=image_size) for model in models]
-    _tell_apart(nets)
-    task = flags.task or _task_of(nets[0])
-    _check_flags(task, own)
+    data = given.run.data
+    image_size = data.image_size if "data.image_size" in changes else 0
+    models = with_own_labels(
+        [find_model(name, job_of, image_size=image_size) for name in own.models]
+    )
+    trained_by, task = models[0].trained_by, own.task
+    if task == "auto" and trained_by is not None:
+        task = trained_by.task.name
     if task == "finetune":
-        return finetune(nets, flags, rest, train)
-    if others:
-        raise ConfigError(
-            f"{others[0]}: frozen features do not depend on it; got it with --task {task}, "
-            f"expected {', '.join(FEATURE_FIELDS)}. Leave it out, or set --task finetune."
-        )
+        _refuse(own, "finetune", ("models", *TESTS[task]), changes, None)
+        return fine_tune(models, own, changes)
+    task = task if task in TESTS else "knn"
+    _refuse(own, task, ("models", *TESTS[task]), changes, FEATURE_FIELDS)
+    return measure_frozen(models, task, own, given.run)
+
+
+def measure_frozen(models: Sequence[Named], task: str, own: Evaluate, run: Run) -> int:
+    """k-NN or a linear probe on features of models as they are.
+
+    Args:
+        models: What is measured.
+        task: knn or linear.
+        own: How.
+        run: A recipe with the images and the first seed.
+    """
+    from fd_large import distributed
+    from fd_large.data.labelled import open_split
+    from fd_large.probes.measure import measure
     from fd_large.runtime import logs
 
-    logs.start(rank)
-    return measure_frozen(nets, task, flags, run)
+    launch = distributed.start()
+    logs.start(launch.rank)
+    train = distributed.together(lambda: open_split(run.data.root, "train"))
+    test = distributed.together(lambda: open_split(run.data.root, "val", train.classes))
+    folder = out_folder(own.out)
+    count = own.seeds if task == "linear" else 1
+    seeds = list(range(run.runtime.seed, run.runtime.seed + count))
+    rows = []
+    for model in models:
+        module, statistics = model.build()
+        module.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
+        accuracy = measure(
+            module,
+            statistics,
+            train,
+            test,
+            folder / "features" / slug(model.label),
+            method=task,
+            seeds=seeds,
+            bar=lambda text, total, label=model.label: _bar(f"{label}: {text}", total),
+            image_size=model.image_size,
+            batch_size=own.batch_size,
+            pool=own.pool,
+            workers=run.data.workers,
+            max_pixels=run.data.max_pixels,
+            k=own.k,
+            temperature=own.temperature,
+            rates=own.probe_rates,
+            epochs=own.probe_epochs,
+        )
+        rows.append(_row(model, accuracy.values, accuracy.details))
+    settings = (
+        {"k": own.k, "temperature": own.temperature}
+        if task == "knn"
+        else {"rates": list(own.probe_rates), "epochs": own.probe_epochs}
+    )
+    _finish(
+        folder,
+        rows,
+        task=task,
+        root=run.data.root,
+        seeds=seeds,
+        settings=settings | {"pool": own.pool, "batch_size": own.batch_size},
+        classes=len(train.classes),
+        training_images=len(train),
+        pictures=len(test),
+    )
+    return distributed.leave(0)
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Models (the words before the first flag), this command's flags, and fields of a recipe.
+def fine_tune(models: Sequence[Named], own: Evaluate, changes: Mapping[str, Any]) -> int:
+    """Trains every model with every seed through the engine, each into its own run folder.
 
-    Raises: ConfigError: for a flag that is neither.
+    Args:
+        models: What starts each training.
+        own: How.
+        changes: Fields of the recipe.
+
+    Returns: The exit code of the first training that fails; 0 if none does.
     """
-    known = {f.name for f in fields(Flags)}
-    models: list[str] = []
-    own: list[str] = []
-    rest: list[str] = []
-    into = models
-    for word in arguments:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            if name not in known and "." not in name:
-                raise ConfigError(f"--{name}: no such flag of evaluate; {nearest(name, known)}")
-            into = own if name in known else rest
-            word = f"--{name}{word[2 + len(name) :]}"
-        into.append(word)
-    return models, own, rest
+    from fd_large import distributed
+    from fd_large.cli.train import train_run
+    from fd_large.engine.zero import start
+    from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
+
+    folder, config = out_folder(own.out), own.deepspeed_config or _default_config()
+    kept = _student_fields(changes, single=len(models) == own.seeds == 1)
+    recipes = [
+        recipe_of(model, override(registry.get(own.recipe or recipe_name(model)), changes), kept)
+        for model in models
+    ]
+    first = recipes[0].runtime.seed
+    seeds = list(range(first, first + own.seeds))
+    rows = [_row(model, [], []) for model in models]
+    for seed in seeds:
+        for row, recipe in zip(rows, recipes, strict=True):
+            where = folder / f"{slug(row['label'])}_seed_{seed}"
+            if recipe.runtime.run_dir:
+                where = Path(recipe.runtime.run_dir)
+            runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
+            code = train_run(replace(recipe, runtime=runtime), deepspeed_config=config)
+            start.forget_engines()
+            gc.collect()
+            if code:
+                return distributed.leave(code)
+            # Rank 0 wrote it; the others may be here before it is written.
+            text = (where / "summary.json").read_text() if distributed.is_main() else "{}"
+            summary = distributed.broadcast_object(json.loads(text))
+            row["accuracy"].append(summary["test_top1"])
+            row["details"].append({"run": str(where), "test_loss": summary["test_loss"]})
+    _finish(
+        folder,
+        rows,
+        task="finetune",
+        root=recipes[0].data.root,
+        seeds=seeds,
+        settings={"recipe": [recipe.name for recipe in recipes]},
+    )
+    return distributed.leave(0)
 
 
-def _parted(rest: list[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of these fields, and the flags among the rest."""
-    words: list[str] = []
-    others: list[str] = []
-    into: list[str] = []
-    for word in rest:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0]
-            into = words if name in names else []
-            others += [] if into is words else [f"--{name}"]
-        into.append(word)
-    return words, others
+def with_own_labels(models: Sequence[Named]) -> list[Named]:
+    """Gives models labels that differ, also as names of folders.
 
-
-def _check_flags(task: str, own: list[str]) -> None:
-    """Refuses what this task would not read."""
-    read = ("task", "out", "local_rank", *TASKS[task])
-    for word in own:
-        name = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and name not in read:
-            raise ConfigError(
-                f"--{name}: not read by this task; got it with --task {task}, expected "
-                f"{', '.join(f'--{flag}' for flag in TASKS[task])}. Leave it out."
-            )
-
-
-def _tyro(words: list[str]) -> Flags:
-    try:
-        return tyro.cli(Flags, args=words, prog="python -m fd_large evaluate", use_underscores=True)
-    except SystemExit as end:
-        if end.code:
-            raise ConfigError(
-                "evaluate: flags that cannot be read; got "
-                f"{' '.join(words)}, expected those that --help lists. Mend them."
-            ) from None
-        return Flags()
-
-
-def _score_detections(flags: Flags, models: list[str], rest: list[str]) -> int:
-    if models or rest or not (flags.detections and flags.annotations):
+    Raises: ConfigError: if a model is there twice.
+    """
+    if len({slug(model.label) for model in models}) < len(models):
+        models = [replace(model, label=model.source) for model in models]
+    if len({slug(model.label) for model in models}) < len(models):
         raise ConfigError(
-            "--detections: a file is scored by itself; got "
-            f"{' '.join([*models, *rest]) or 'one of two files'}, expected --detections FILE "
-            "--annotations FILE [--json OUT] and nothing else. Mend the command."
+            f"evaluate: a model twice; got {', '.join(model.source for model in models)}, expected "
+            "different ones. Leave one out."
+        )
+    return list(models)
+
+
+def slug(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _refuse(
+    own: Evaluate,
+    what: str,
+    flags: Sequence[str],
+    changes: Collection[str],
+    allowed: Sequence[str] | None,
+) -> None:
+    """Refuses what is given and not used.
+
+    Args:
+        own: The command's own arguments.
+        what: What is measured, for the message.
+        flags: Those of the command's own arguments that it uses.
+        changes: Fields of a recipe that are given.
+        allowed: Those that it uses; None: all.
+    """
+    given = {f.name: getattr(own, f.name) != f.default for f in fields(own)}
+    unused = [name for name in given if given[name] and name not in ("task", "out", *flags)]
+    expected = [f"--{name}" for name in ("out", *flags) if name != "models"]
+    if allowed is not None:
+        unused += [name for name in changes if name not in allowed]
+        expected += [f"--{name}" for name in allowed]
+    mistakes = [
+        f"{'MODEL' if name == 'models' else f'--{name}'}: not used by {what}; got it, expected only"
+        f" {', '.join(expected)}. Leave it out."
+        for name in unused
+    ]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _score_file(own: Evaluate, changes: Collection[str]) -> int:
+    flags = ("detections", "annotations", "json")
+    _refuse(own, "--detections", flags, changes, ())
+    if not (own.detections and own.annotations):
+        raise ConfigError(
+            "--detections: scored against --annotations; got one of the two, expected both. Name "
+            "both files."
         )
     from fd_large.cli.score_detections import score_file
 
-    return score_file(flags.detections, flags.annotations, flags.json)
+    return score_file(own.detections, own.annotations, own.json)
 
 
-def _detection(models: list[str], flags: Flags, rest: list[str]) -> int:
-    words, others = _parted(rest, DETECTION_FIELDS)
-    for field in fields(Flags):
-        if field.name not in ("task", "out", "local_rank"):
-            others += [f"--{field.name}"] if getattr(flags, field.name) != field.default else []
-    if len(models) > 1 or others:
+def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
+    from fd_large.cli.predict import DETECTION_FIELDS, evaluate_run
+
+    _refuse(own, "a run that detects", ("models",), changes, DETECTION_FIELDS)
+    if len(own.models) > 1:
         raise ConfigError(
-            f"evaluate: boxes and masks of one run; got {' '.join([*models, *others])}, expected "
-            f"RUN, --out and {', '.join(f'--{name}' for name in DETECTION_FIELDS)} alone. Leave "
-            "out the rest."
+            f"evaluate: one detector at a time; got {' '.join(own.models)}, expected one run. Name "
+            "one."
         )
-    data = parse_run(["--recipe", "coco_mask_rcnn_vit_base", *words]).data
-    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-    changes = {name: getattr(data, name) for name in (n.removeprefix("data.") for n in given)}
-    return evaluate_run(models[0], changes=changes, out=flags.out)
+    changed = {name.removeprefix("data."): value for name, value in changes.items()}
+    return evaluate_run(own.models[0], changes=changed, out=own.out)
 
 
-def _task_of(net: Named) -> str:
-    """Fine-tuning of a run that fine-tuned; else what costs least."""
-    if net.trained_by is not None and net.trained_by.task.name in TASKS:
-        return net.trained_by.task.name
-    return "knn"
+def _student_fields(changes: Collection[str], *, single: bool) -> list[str]:
+    """The fields of the student that are given, all of which can be set for named models.
 
+    Raises: ConfigError: for a field that the named models decide.
+    """
+    from fd_large.tasks.finetuning.from_model import OWN_FIELDS
 
-def _tell_apart(nets: list[Named]) -> None:
-    """Gives models labels of which no two are the same, as names of folders either."""
-    if len({slug(net.label) for net in nets}) < len(nets):
-        nets[:] = [replace(net, label=net.source) for net in nets]
-    if len({slug(net.label) for net in nets}) < len(nets):
-        raise ConfigError(
-            f"evaluate: a model twice; got {', '.join(net.source for net in nets)}, expected "
-            "different ones. Leave one out."
+    names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
+    mistakes = [
+        f"--student.{name}: the named models decide it; got it with --task finetune, expected of "
+        f"student.* only {', '.join(OWN_FIELDS)}. Leave it out, or train: docs/evaluation.md."
+        for name in names
+        if name not in OWN_FIELDS
+    ]
+    if "runtime.run_dir" in changes and not single:
+        mistakes.append(
+            "--runtime.run_dir: one folder for several runs; got several models or seeds, expected "
+            "one. Set --out, in which each has a folder."
         )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return names
+
+
+def _default_config() -> str:
+    """The repository's JSON for one GPU or several, wherever the command was started."""
+    name = Path("ds_configs") / "zero1.json"
+    beside = Path(__file__).resolve().parents[2] / name
+    return str(name if name.is_file() or not beside.is_file() else beside)
+
+
+def _row(model: Named, values: list[float], details: list[dict[str, Any]]) -> dict[str, Any]:
+    """A model's part of summary.json."""
+    return {
+        "label": model.label,
+        "source": model.source,
+        "image_size": model.image_size,
+        "accuracy": values,
+        "details": details,
+    }
+
+
+def _finish(folder: Path, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
+    """Prints the table, draws the plot and writes summary.json, on rank 0."""
+    from fd_large import distributed
+
+    if not distributed.is_main():
+        return
+    import torch
+
+    from fd_large.report.comparison import draw_comparison, spread, table
+    from fd_large.runtime.run_folder import write_json
+
+    device = distributed.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    summary = {
+        **facts,
+        "device": f"{distributed.world_size()} x {name}",
+        "nets": [row | spread(row["accuracy"]) for row in rows],
+    }
+    write_json(folder / "summary.json", summary)
+    plot = folder / f"{facts['task']}.png"
+    draw_comparison(summary, plot)
+    console = tables()
+    console.print(table(summary))
+    console.print(f"{folder}/summary.json, {plot}", soft_wrap=True)
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what finished images are reported to; rank 0 shows them."""
+    from fd_large import distributed
+
+    if not distributed.is_main():
+        yield lambda count: None
+        return
+    # This rank's images stand for all ranks'.
+    with bar(-(-total // distributed.world_size())) as progress:
+        progress(text, 0)
+        yield lambda count: progress(text, count)

@@ -6,33 +6,60 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
+from fd_large.cli.arguments import parse
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
 
 log = logging.getLogger(__name__)
 
-Positional = Annotated[str, tyro.conf.Positional]
 
-
-def export(
-    run: Positional, out: Positional, to: Literal["timm", "hf", "fd"], shard_size: str = "5GB"
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Export:
     """Write the student of a run's newest checkpoint where timm or Hugging Face load it.
 
     OUT is a new folder: safetensors, config.json, and README.md, the model card.
+    """
+
+    # Folder of the run, for example runs/quickstart.
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+    # Folder to write; nothing may stand there.
+    out: Annotated[str, Positional, arg(metavar="OUT")]
+    # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names.
+    to: Literal["timm", "hf", "fd"]
+    # Size of a file at most; what is larger goes into several files with an index.
+    shard_size: str = "5GB"
+
+
+def main(arguments: list[str]) -> int:
+    """Exports and prints what was written."""
+    given = parse(Export, arguments, command="export")
+    step, parameters, files = export(**vars(given))
+    print(
+        f"step {step}: {parameters:,} parameters in {len(files)} "
+        f"file{'s' if len(files) > 1 else ''}: {given.out}"
+    )
+    return 0
+
+
+def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, int, list[Path]]:
+    """Writes the student of a run's newest checkpoint to a new folder.
 
     Args:
         run: Folder of the run.
-        out: Folder to write; nothing may stand there.
-        to: timm; hf, transformers' Swinv2, BEiT or ViT; fd, Feature-Distillation's names.
-        shard_size: Most bytes of a file; more go into several with an index.
+        out: Folder to write.
+        to: timm, hf or fd.
+        shard_size: Size of a file at most, such as 5GB.
+
+    Returns: The step of the checkpoint, the number of parameters, and the files.
+    Raises: FDError: if the run has no distilled student, or the format cannot hold it.
     """
-    # The words are checked before torch is there.
+    # torch: seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.backbones.statistics import IMAGENET
     from fd_large.checkpoint import stream
@@ -94,12 +121,8 @@ def export(
         )
         return reader.manifest["update"], files
 
-    update, files = _while_pruned(folder, write)
-    print(
-        f"update {update}: {parameters:,} parameters in {len(files)} "
-        f"file{'s' if len(files) > 1 else ''}: {out}"
-    )
-    return 0
+    step, files = _while_pruned(folder, write)
+    return step, parameters, files
 
 
 def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
@@ -145,13 +168,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    return tyro.cli(
-        export,
-        args=arguments or ["--help"],
-        prog="python -m fd_large export",
-        use_underscores=True,
-    )

@@ -1,95 +1,158 @@
-"""`python -m fd_large plan`: does a run fit, how fast, how long, before it waits in a queue."""
+"""`python -m fd_large plan`: whether a run fits a cluster, how fast it is, how long it takes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fd_large.cli.flags import parse_run
+from fd_large.cli.arguments import parse_with_recipe
+from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.rates import CARDS, Rates, rates_of
+from fd_large.plan.rates import rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
 from fd_large.plan.workload import Workload
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least, positive, require
 from fd_large.recipes.run import Run
 
 IMAGENET = 1_281_167
 NARROW = 96
-"""Columns of a terminal below which the table leaves out times that the lines after it tell."""
+"""Columns of a terminal below which the table leaves out times that the lines after it give."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags:
+class Plan:
     """Plan a recipe on a cluster: memory, time, network, disk; arithmetic, without torch.
 
-    Takes the recipe's own flags too: --recipe NAME, --batch.global_batch_size 8192, ...
+    Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training;
+    `python -m fd_large train --help` lists them.
     """
 
+    # Run of record that is planned; without it quickstart.
+    recipe: str = registry.DEFAULT_RECIPE
+    # Number of ranks, one a GPU.
     gpus: int = 8
-    """Ranks in all."""
+    # Card: h100, h200, b200, a100, a100_40 or l40s.
     gpu: str = "h100"
-    """Card: h100, h200, b200, a100, a100_40, l40s."""
+    # Ranks on each node.
     gpus_per_node: int = 8
-    """Ranks of a node."""
+    # Rate of each network card in Gb/s.
     network: float = 400.0
-    """Gb/s of each network card."""
+    # Network cards of each node; 0: one for each GPU.
     nics_per_node: int = 0
-    """Network cards of a node; 0: one a GPU."""
+    # Images of the dataset, which decide the steps of an epoch; the default is ImageNet-1K.
     images: int = IMAGENET
-    """Images of the data set, which set the steps of an epoch; ImageNet-1K by default."""
+    # What runs beside the matrix products.
     kernels: Literal["fused", "reference"] = "fused"
-    """What runs beside the matrix products."""
+    # JSON of measured rates, which replace those of the card; with --probe it is written. Empty:
+    # the card's rates.
     rates: str = ""
-    """JSON of measured rates, over those of the card; with --probe it is written."""
+    # Measure this machine first: its GPU, or as many CPU ranks as --gpus says.
     probe: bool = False
-    """Measure this machine first: its GPU, or CPU ranks as many as --gpus."""
+    # File for the DeepSpeed JSON of the best setting; empty: it is not written.
     write: str = ""
-    """Where to write the DeepSpeed JSON of the best setting."""
+    # How many settings are shown.
     rows: int = 5
-    """Settings that are shown."""
+
+    def __post_init__(self) -> None:
+        rates_of(self.gpu)
+        at_least("gpus", self.gpus, 1, "ranks")
+        at_least("gpus_per_node", self.gpus_per_node, 1, "ranks")
+        at_least("nics_per_node", self.nics_per_node, 0, "network cards")
+        at_least("images", self.images, 1, "images")
+        at_least("rows", self.rows, 1, "settings")
+        positive("network", self.network)
+        require(
+            self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0,
+            "gpus: nodes of unequal size",
+            f"{self.gpus} in nodes of {self.gpus_per_node}",
+            "a multiple",
+            "Set --gpus_per_node",
+        )
 
 
 def main(arguments: list[str]) -> int:
-    """Plans and prints.
+    """Plans and prints."""
+    given = parse_with_recipe(Plan, arguments, command="plan", recipe=registry.DEFAULT_RECIPE)
+    own = given.own
+    cluster = Cluster(
+        gpus=own.gpus,
+        gpus_per_node=own.gpus_per_node,
+        nic_gigabits=own.network,
+        nics_per_node=own.nics_per_node or own.gpus_per_node,
+    )
+    load, machine, good, bad = plan(
+        given.run, cluster, gpu=own.gpu, rates=own.rates, probe=own.probe, kernels=own.kernels
+    )
+    console = tables()
+    narrow = console.width < NARROW
+    console.print(
+        report(given.run, load, machine, good, bad, images=own.images, rows=own.rows, narrow=narrow)
+    )
+    if own.write:
+        if not good:
+            raise ConfigError(
+                "--write: no setting fits; got none to write, expected one. Use more GPUs."
+            )
+        _write("--write", own.write, good[0].candidate.deepspeed(load.parameters))
+        console.print(f"wrote {own.write}", soft_wrap=True)
+    return 0
+
+
+def plan(
+    run: Run,
+    cluster: Cluster,
+    *,
+    gpu: str = "h100",
+    rates: str = "",
+    probe: bool = False,
+    kernels: Literal["fused", "reference"] = "fused",
+) -> tuple[Workload, Machine, list[Estimate], list[Refused]]:
+    """Searches the settings of a run on a cluster.
 
     Args:
-        arguments: The words after `plan`.
+        run: The recipe; it distils.
+        cluster: Ranks, nodes and network.
+        gpu: Name of the card.
+        rates: File of measured rates, which replace those of the card; with `probe` it is written.
+        probe: Whether this machine is measured first.
+        kernels: What runs beside the matrix products.
+
+    Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
+    Raises: ConfigError: if the recipe has no teacher, or something cannot be planned or read.
     """
-    mine, recipe = _split(arguments)
-    flags = tyro.cli(PlanFlags, args=mine, prog="python -m fd_large plan", use_underscores=True)
-    run = parse_run(recipe)
     if not run.has_teacher:
         raise ConfigError(
             f"--recipe: only distillation is planned; got {run.name}, of the task {run.task.name}, "
             "expected a recipe with a teacher. Its docstring has the arithmetic."
         )
-    machine = _machine(flags, run)
+    if probe:
+        # torch, which the rest of this command does without.
+        from fd_large.plan.probe import probe as measure
+
+        measured = measure(
+            run.student,
+            image_size=run.data.image_size,
+            ranks=cluster.gpus,
+            micro_batch_size=run.batch.micro_batch_size,
+        )
+        if rates:
+            _write("--rates", rates, measured.to_dict())
+    else:
+        measured = rates_of(gpu, rates)
+    machine = Machine(cluster=cluster, rates=measured, kernels=kernels)
     load = workload(run)
-    good, bad = search(load, machine)
-    console = Console(width=None if Console().is_terminal else 130)
-    narrow = console.width < NARROW
-    console.print(
-        report(run, load, machine, good, bad, images=flags.images, rows=flags.rows, narrow=narrow)
-    )
-    if flags.write:
-        if not good:
-            raise ConfigError(
-                "--write: no setting fits; got none to write, expected one. Use more GPUs."
-            )
-        _write("--write", flags.write, good[0].candidate.deepspeed(load.parameters))
-        console.print(f"wrote {flags.write}", soft_wrap=True)
-    return 0
+    return load, machine, *search(load, machine)
 
 
 def _write(flag: str, name: str, content: dict[str, Any]) -> None:
@@ -167,7 +230,7 @@ def _table(title: str) -> Table:
 def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: bool) -> Table:
     table = _table("Settings that work, best first")
     names = ["micro\nx accum.", "GB a\nrank", "compute\nms", "comm.\nms"]
-    names += ["update\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
+    names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
     if narrow:
         names[2:4] = []
     for name in names:
@@ -252,71 +315,3 @@ def _figure(value: float) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-def _machine(flags: PlanFlags, run: Run) -> Machine:
-    least = {"gpus": 1, "gpus_per_node": 1, "nics_per_node": 0, "images": 1, "rows": 1}
-    for name, allowed in least.items():
-        if getattr(flags, name) < allowed:
-            raise ConfigError(
-                f"--{name}: too few; got {getattr(flags, name)}, expected {allowed} or more. "
-                "Mend it."
-            )
-    if not 0 < flags.network < inf:
-        raise ConfigError(
-            f"--network: no rate; got {flags.network:g}, expected Gb/s of a network card. Mend it."
-        )
-    cluster = Cluster(
-        gpus=flags.gpus,
-        gpus_per_node=flags.gpus_per_node,
-        nic_gigabits=flags.network,
-        nics_per_node=flags.nics_per_node or flags.gpus_per_node,
-    )
-    if flags.gpus > flags.gpus_per_node and flags.gpus % flags.gpus_per_node:
-        raise ConfigError(
-            f"--gpus: nodes of unequal size; got {flags.gpus} in nodes of {flags.gpus_per_node}, "
-            "expected a multiple. Set --gpus_per_node."
-        )
-    return Machine(cluster=cluster, rates=_rates(flags, run), kernels=flags.kernels)
-
-
-def _rates(flags: PlanFlags, run: Run) -> Rates:
-    if not flags.probe:
-        return rates_of(flags.gpu, flags.rates)
-    # torch, which the rest of this command does without.
-    from fd_large.plan.probe import probe
-
-    rates = probe(
-        run.student,
-        image_size=run.data.image_size,
-        ranks=flags.gpus,
-        micro_batch_size=run.batch.micro_batch_size,
-    )
-    if flags.rates:
-        _write("--rates", flags.rates, rates.to_dict())
-    return rates
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Parts the words into this command's own and the recipe's."""
-    own = {field.name for field in fields(PlanFlags)} | {"help", "no_probe"}
-    mine: list[str] = []
-    recipe: list[str] = []
-    target = mine
-    for word in arguments:
-        if word.startswith("-") and not _is_number(word):
-            name = word.lstrip("-").partition("=")[0].replace("-", "_")
-            target = mine if name in own or word == "-h" else recipe
-        target.append(word)
-    return mine, recipe
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-assert set(CARDS) == {"h100", "h200", "b200", "a100", "a100_40", "l40s"}  # The flag's help.

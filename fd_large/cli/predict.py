@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
+from tyro.conf import Positional, arg
 
+from fd_large.cli.arguments import parse
 from fd_large.cli.export import read_recipe
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
@@ -21,28 +22,43 @@ if TYPE_CHECKING:
     from fd_large.tasks.detection.scores.evaluation import Detect
 
 
-def predict(
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")],
-    out: str = "predictions",
-    score: float = 0.5,
-) -> int:
+# Fields of a recipe that an evaluation of boxes and masks takes; all else is the run's.
+DETECTION_FIELDS = ("data.root", "data.workers", "data.max_pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
     """Draw the boxes and masks that a run's detector sees in images, and write them as JSON.
 
     predictions.json has for each image a list of class, score, bbox (left, top, width, height in
-    its pixels) and segmentation (COCO's run lengths). An image that cannot be read is told and
+    its pixels) and segmentation (COCO's run lengths). An image that cannot be read is reported and
     left out; the exit code is 2 then.
+    """
+
+    # Folder of a run of the task detection.
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+    # Image files.
+    images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGE [IMAGE ...]")]
+    # Folder for predictions.json and NAME.png of each image.
+    out: str = "predictions"
+    # Least score of what is drawn and written, in [0, 1].
+    score: float = 0.5
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the detector."""
+    return predict(**vars(parse(Predict, arguments, command="predict")))
+
+
+def predict(run: str, images: tuple[str, ...], out: str = "predictions", score: float = 0.5) -> int:
+    """Runs a run's detector on images; returns the exit code.
 
     Args:
         run: Folder of a run of the task detection.
         images: Image files.
-        out: Folder for NAME.png of each image and predictions.json.
+        out: Folder for predictions.json and the drawn images.
         score: Least score of what is drawn and written.
     """
-    if not images:
-        raise ConfigError(
-            "predict: no image; got RUN alone, expected RUN IMAGE ... Name some files."
-        )
     recipe = _detection(run, where="predict")
     for path in images:
         if not Path(path).is_file():
@@ -158,13 +174,6 @@ def detects(run: str) -> bool:
     return (Path(run) / "recipe.json").is_file() and read_recipe(
         Path(run), where="evaluate"
     ).task.name == "detection"
-
-
-def main(arguments: list[str]) -> int:
-    """Runs `predict`; the words after it."""
-    return tyro.cli(
-        predict, args=arguments, prog="python -m fd_large predict", use_underscores=True
-    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import math
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import parse
+from fd_large.cli.output import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fd_large.engine.replay import Incident, Replayed, Weights
 
-Positional = Annotated[str, tyro.conf.Positional]
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Run a step that the guard refused again, on one device."""
+
+    # RUN/incidents/update_NNNNNNNN, or the incident.json in it.
+    file: Annotated[str, Positional, arg(metavar="FILE")]
 
 
-def replay(file: Positional) -> int:
-    """Run a step that the guard refused again, on one device.
-
-    Args:
-        file: RUN/incidents/update_NNNNNNNN, or the incident.json in it.
-    """
-    from rich.console import Console
-
+def main(arguments: list[str]) -> int:
+    """Runs the step and prints what differs from what was recorded."""
+    given = parse(Replay, arguments, command="replay")
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.engine.replay import find_weights, read_incident, run_again
     from fd_large.tasks.jobs import job_of
 
-    incident = read_incident(Path(file), job_of)
+    incident = read_incident(Path(given.file), job_of)
     weights = find_weights(incident)
-    # A pipe has no width of its own; layers have long names.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    _tell_incident(console, incident, weights, str(distributed.device()))
+    console = tables()
+    _print_incident(console, incident, weights, str(distributed.device()))
     replayed = run_again(incident, weights)
-    _tell_losses(console, incident, replayed)
-    _tell_layers(console, incident, replayed)
+    _print_losses(console, incident, replayed)
+    _print_layers(console, incident, replayed)
     if replayed.other_training:
         console.print(f"NOT THE TRAINING of the run: {replayed.other_training}", style="red")
     return 0
 
 
-def _tell_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
+def _print_incident(console: Console, incident: Incident, weights: Weights, device: str) -> None:
     said, step = incident.said, incident.said["index"]
-    console.print(f"update {step + 1} of {incident.folder}", style="bold", markup=False)
+    console.print(f"step {step + 1} of {incident.folder}", style="bold", markup=False)
     for off in said["off"]:
         usual = "" if off["median"] is None else f", median before it {off['median']:.6g}"
         limit = "" if off["limit"] is None else f", limit {off['limit']:.6g}"
@@ -59,16 +62,15 @@ def _tell_incident(console: Console, incident: Incident, weights: Weights, devic
         )
     elif weights.accepted_between:
         console.print(
-            f"  weights: checkpoint of {weights.update} steps, {weights.accepted_between} "
-            f"update{'s' if weights.accepted_between > 1 else ''} earlier than the step: losses "
-            "will differ",
+            f"  weights: checkpoint of {weights.update} steps, {weights.accepted_between} earlier "
+            "than the step: losses will differ",
             style="yellow",
         )
     else:
         console.print(f"  weights: checkpoint of {weights.update} steps, those of the step")
 
 
-def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> None:
+def _print_losses(console: Console, incident: Incident, replayed: Replayed) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -76,7 +78,7 @@ def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> No
     table = Table(title="Losses", title_justify="left")
     for column in ("rank", "micro batch", "recorded", "now"):
         table.add_column(column, justify="right")
-    table.add_column("pictures", overflow="fold")
+    table.add_column("images", overflow="fold")
     size = said["micro_batch_size"]
     for pictures in incident.pictures:
         names = said["ranks"][pictures.rank]["names"]
@@ -101,7 +103,7 @@ def _tell_losses(console: Console, incident: Incident, replayed: Replayed) -> No
     )
 
 
-def _tell_layers(console: Console, incident: Incident, replayed: Replayed) -> None:
+def _print_layers(console: Console, incident: Incident, replayed: Replayed) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -135,13 +137,3 @@ def _number(value: float | None) -> object:
     if math.isfinite(value):
         return Text(f"{value:.6g}")
     return Text(f"{value:g} !", style="bold red")
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    return tyro.cli(
-        replay,
-        args=arguments or ["--help"],
-        prog="python -m fd_large replay",
-        use_underscores=True,
-    )

@@ -2,130 +2,80 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from fd_large.errors import ConfigError, nearest
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import call_subcommand
+from fd_large.cli.output import tables
 from fd_large.recipes.architectures import Architecture, resolve
 
-USAGE = """usage: python -m fd_large weights inspect SOURCE [--model NAME]
-       python -m fd_large weights convert SOURCE --to FORMAT OUT [--architecture.FIELD VALUE ...]
 
-SOURCE is a file or folder of weights, FILE#teacher (or #student, #projector) of one that holds
-several models, package:NAME, hf:REPO or open_clip:ARCH/TAG. docs/weights.md lists the formats.
-
-inspect says what the file holds; --model compares it with a model of the table of models.
-convert writes the model to OUT. FORMAT is one of:
-  fd        a folder with this project's names and a config.json that tells everything
-  official  Swin-Transformer's, DINO's or Feature-Distillation's names, one file
-  timm      timm's names (ViT, BEiT, Swin, SwinV2), one .safetensors or .pth file
-"""
+@dataclass(frozen=True, kw_only=True)
+class _OfSource:
+    # A file or folder of weights, a run's folder, FILE#teacher (or #student, #projector) of a file
+    # with several models, package:NAME, hf:REPO or open_clip:ARCH/TAG. docs/weights.md lists the
+    # formats.
+    source: Annotated[str, Positional, arg(metavar="SOURCE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Inspect:
-    source: str
+class Inspect(_OfSource):
+    """Say what a weights file holds: format, architecture, parameters, licence."""
+
+    # Name of a model that the file is compared with; auto: the model that the weights show.
     model: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Convert:
-    source: str
-    out: str
+class Convert(_OfSource):
+    """Write the model of a weights file in another format."""
+
+    # What is written; nothing may stand there.
+    out: Annotated[str, Positional, arg(metavar="OUT")]
+    # fd: a folder with this project's names and a config.json that describes the model; official:
+    # one file with the names of Swin-Transformer, DINO or Feature-Distillation; timm: one
+    # .safetensors or .pth file with timm's names (ViT, BEiT, Swin, SwinV2).
     to: Literal["fd", "official", "timm"]
+    # Name of the model in the file; auto: the model that the weights show.
     model: str = "auto"
+    # Fields that the file does not determine, such as window_size.
     architecture: Architecture = field(default_factory=Architecture)
 
 
-def run(arguments: list[str]) -> int:
-    """Runs `inspect` or `convert`; returns the exit code.
-
-    Raises: ConfigError: for words that are none of theirs; WeightsError: see `inspect`, `write`.
-    """
-    command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help") or "-h" in rest or "--help" in rest:
-        print(USAGE, end="")
-        return 0
-    if command not in ("inspect", "convert"):
-        raise ConfigError(
-            f"weights: no such command; got {command!r}, {nearest(command, ('inspect', 'convert'))}"
-        )
-    return _inspect(rest) if command == "inspect" else _convert(rest)
-
-
-def _inspect(arguments: list[str]) -> int:
-    flags = _parsed(_Inspect, "inspect", arguments, ("source",))
-    from rich.console import Console
-
+def inspect(source: str, model: str) -> int:
+    """Prints what a weights file holds."""
+    from fd_large.engine.checkpoint_models import serve_runs
+    from fd_large.tasks.jobs import job_of
     from fd_large.weights.inspection import inspect, table
 
-    Console(width=None if sys.stdout.isatty() else 120).print(
-        table(inspect(flags.source, model=flags.model))
-    )
+    serve_runs(job_of)
+    tables().print(table(inspect(source, model=model)))
     return 0
 
 
-def _convert(arguments: list[str]) -> int:
-    flags = _parsed(_Convert, "convert", arguments, ("source", "out"))
+def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
+    """Writes a model in another format and prints how much of the file it took."""
     from fd_large.backbones.registry import parameter_shapes
+    from fd_large.engine.checkpoint_models import serve_runs
+    from fd_large.tasks.jobs import job_of
     from fd_large.weights.settle import reconcile
     from fd_large.weights.source import open_weights
     from fd_large.weights.write import write
 
+    serve_runs(job_of)
     where = "weights convert"
-    weights = open_weights(flags.source, where=where)
-    named = None if flags.model == "auto" else resolve(flags.model)
-    architecture = reconcile(
-        weights, flags.architecture, named, name=flags.model, where=where, section=""
-    )
-    items = weights.fitted(architecture, parameter_shapes(architecture), where=where)
-    file = write(items, architecture, flags.to, flags.out, statistics=weights.statistics)
+    weights = open_weights(source, where=where)
+    named = None if model == "auto" else resolve(model)
+    settled = reconcile(weights, architecture, named, name=model, where=where, section="")
+    items = weights.fitted(settled, parameter_shapes(settled), where=where)
+    file = write(items, settled, to, out, statistics=weights.statistics)
     print(f"{file}: {items.match.summary()}")
     return 0
 
 
-def _parsed(flags_type: type, command: str, arguments: list[str], named: tuple[str, ...]) -> Any:
-    """Flags by tyro; the words before or between them are the named ones."""
-    words, given, i = [], [], 0
-    while i < len(arguments):
-        if arguments[i].startswith("--"):
-            stop = i + 1 + ("=" not in arguments[i])
-            # Architecture's tuples take several values.
-            while stop < len(arguments) and _is_number(arguments[stop]):
-                stop += 1
-            given += arguments[i:stop]
-            i = stop
-        else:
-            words.append(arguments[i])
-            i += 1
-    for name, word in zip(named, words, strict=False):
-        given += [f"--{name}", word]
-    parsed = _tyro(flags_type, given) if len(words) == len(named) else None
-    if parsed is None:
-        wanted = " ".join(name.upper() for name in named)
-        raise ConfigError(
-            f"weights {command}: not understood; got {' '.join(arguments) or 'nothing'}, expected "
-            f"{wanted} and flags that exist. See python -m fd_large weights --help."
-        )
-    return parsed
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _tyro(flags_type: type, arguments: list[str]) -> Any | None:
-    import tyro
-
-    with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        try:
-            return tyro.cli(flags_type, args=arguments, console_outputs=False, use_underscores=True)
-        except SystemExit:
-            return None
+def main(arguments: list[str]) -> int:
+    """Runs one of the commands."""
+    commands = {"inspect": (Inspect, inspect), "convert": (Convert, convert)}
+    return call_subcommand(arguments, commands, command="weights")

@@ -74,7 +74,7 @@ def extract(
     pool: Pool = "mean",
     workers: int = 0,
     max_pixels: int = 2**26,
-    told: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> Features:
     """Features of the centre crops of all images; a collective.
@@ -89,7 +89,7 @@ def extract(
         pool: What stands for an image.
         workers: Loader processes of a rank.
         max_pixels: Larger images are refused before they are decoded.
-        told: Called with the number of this rank's images that are done.
+        progress: Called with the number of this rank's images that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
 
     Raises: DataError: if more than a hundredth of the images cannot be used; ConfigError: if the
@@ -131,7 +131,7 @@ def extract(
         bad += len(batch.bad)
         for message in batch.bad:
             log.warning("left out: %s", message)
-        told(len(found))
+        progress(len(found))
     rows.flush()
     labels.flush()
     bad = int(distributed.sum_tensor(torch.tensor(bad)))

@@ -77,7 +77,7 @@ def accuracy(
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    told: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> float:
     """Per cent of the test images that are named rightly; a collective.
@@ -90,7 +90,7 @@ def accuracy(
         num_classes: K.
         k: Neighbours.
         temperature: Of their votes.
-        told: Called with the number of this rank's images that are done.
+        progress: Called with the number of this rank's images that are done.
         between: Called before each block, on every rank alike; may raise to end it.
     """
     bank, usable = Bank(train, num_classes), test.usable()
@@ -104,7 +104,7 @@ def accuracy(
         rows = torch.from_numpy(test.rows[numbers])
         found = predict(rows, bank, k=k, temperature=temperature)
         right += int((found == _labels(test, numbers)).sum())
-        told(len(numbers))
+        progress(len(numbers))
     total = int(distributed.sum_tensor(torch.tensor(right)))
     return 100 * total / max(1, len(usable))
 

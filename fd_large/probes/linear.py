@@ -68,7 +68,7 @@ def evaluate(
     *,
     num_classes: int,
     probe: Probe,
-    told: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
     """Trains and tests; every rank does the same, and rank 0's result counts.
 
@@ -77,7 +77,7 @@ def evaluate(
         test: Of the test images.
         num_classes: K.
         probe: How it is trained.
-        told: Called with the number of images that are done, of `work`.
+        progress: Called with the number of images that are done, of `work`.
 
     Raises: DataError: if there are too few training images for one to be held out.
     """
@@ -89,11 +89,11 @@ def evaluate(
             f"data.root: too few training images for a probe; got {len(order)}, expected at "
             f"least {HELD_OUT}, one of which is held out. Use more."
         )
-    layers = _fit(train, order[count:], num_classes, probe, probe.rates, told)
+    layers = _fit(train, order[count:], num_classes, probe, probe.rates, progress)
     held_out = layers.accuracies(train, order[:count])
     best = max(range(len(held_out)), key=lambda place: held_out[place])
     rate = probe.rates[best]
-    layer = _fit(train, order, num_classes, probe, (rate,), told)
+    layer = _fit(train, order, num_classes, probe, (rate,), progress)
     (result,) = layer.accuracies(test, test.usable())
     return distributed.broadcast_object(Outcome(rate, tuple(held_out), result))
 
@@ -134,7 +134,7 @@ def _fit(
     num_classes: int,
     probe: Probe,
     rates: tuple[float, ...],
-    told: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> _Layers:
     """SGD with momentum, each layer at its rate, which falls along half a cosine."""
     layers = _Layers(len(rates), num_classes, features.rows.shape[1])
@@ -157,7 +157,7 @@ def _fit(
             ):
                 velocity.mul_(MOMENTUM).add_(gradient)
                 parameter.sub_(rate * velocity)
-        told(len(chosen))
+        progress(len(chosen))
     return layers
 
 

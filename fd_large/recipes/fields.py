@@ -7,23 +7,72 @@ line, a recipe and a stored recipe.json.
 from __future__ import annotations
 
 import math
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fd_large.errors import ConfigError, nearest
 
+_Section = TypeVar("_Section")
 
-def field_names(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Returns {"student.model": type, ...}: every field of a dataclass, nested ones flattened."""
+
+def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any]:
+    """Returns {"student.model": type, ...}: every field of a dataclass, nested ones flattened.
+
+    Args:
+        cls: The dataclass.
+        prefix: What precedes its own names.
+        like: A field's name as a user wrote it. A field dict[str, Section] has the entry that is
+            named there ("teachers.clip.model"), else one called NAME.
+    """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
         if is_dataclass(hint):
-            names |= field_names(hint, f"{prefix}{name}.")
+            names |= field_names(hint, f"{prefix}{name}.", like=like)
+        elif section := entry_type(hint):
+            parts = like.split(".")[prefix.count(".") + 1 :]
+            names |= field_names(
+                section, f"{prefix}{name}.{(parts or [''])[0] or 'NAME'}.", like=like
+            )
         else:
             names[prefix + name] = hint
     return names
+
+
+def entry_type(hint: Any) -> Any | None:
+    """Returns the Section of a type dict[str, Section]; None for any other type."""
+    if get_origin(hint) is not dict:
+        return None
+    section = get_args(hint)[1]
+    return section if is_dataclass(section) else None
+
+
+def override(section: _Section, values: Mapping[str, Any]) -> _Section:
+    """Returns a dataclass with other values of some fields, nested ones included.
+
+    Args:
+        section: The dataclass; it stays as it is.
+        values: {"optim.base_lr": 1e-4, ...}.
+
+    Raises:
+        ConfigError: A field does not exist, or a section refuses its value.
+    """
+    tree = plain(asdict(section))  # type: ignore[call-overload]
+    return from_plain(type(section), nested(values, tree), "")
+
+
+def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns {"optim": {"base_lr": 1e-4}} of {"optim.base_lr": 1e-4}; a given tree is filled."""
+    tree = {} if tree is None else tree
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = value
+    return tree
 
 
 def describe_type(hint: Any) -> str:
@@ -50,9 +99,6 @@ def describe_type(hint: Any) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-_Section = TypeVar("_Section")
-
-
 @cache
 def hints_of(cls: type) -> dict[str, Any]:
     """Field name to type, annotations evaluated; cached because every construction asks."""
@@ -74,6 +120,8 @@ def fits(value: Any, hint: Any) -> bool:
         if Ellipsis in parts:
             return all(fits(item, parts[0]) for item in value)
         return len(value) == len(parts) and all(map(fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(v, get_args(hint)[1]) for v in value.values())
     if hint is float:  # A whole number will do; True is not a number here.
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -128,6 +176,9 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(section, f.name)
         if is_dataclass(value):
             named |= flat(value, f"{prefix}{f.name}.")
+        elif isinstance(value, dict):  # Of sections, see entry_type.
+            for name, entry in value.items():
+                named |= flat(entry, f"{prefix}{f.name}.{name}.")
         else:
             named[prefix + f.name] = value
     return named
@@ -149,6 +200,11 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
         hint = hints[name]
         if is_dataclass(hint):
             value = from_plain(hint, value, f"{prefix}{name}.")
+        elif (entry := entry_type(hint)) and isinstance(value, dict):
+            value = {
+                key: from_plain(entry, item, f"{prefix}{name}.{key}.")
+                for key, item in value.items()
+            }
         elif isinstance(value, list):  # JSON has no tuples.
             value = tuple(value)
         if not is_dataclass(hint) and not fits(value, hint):

@@ -180,7 +180,7 @@ def test_replay_reproduces_the_recorded_losses(
 
     assert replay.main([str(incident(stopped, 6) / "incident.json")]) == 0
     said = capsys.readouterr().out
-    assert "weights: checkpoint of 5 steps, 1 update earlier than the step" in said
+    assert "weights: checkpoint of 5 steps, 1 earlier" in said
     assert "forward: student.patch_embed.proj is the first layer that is not finite" in said
     assert "gradient: projection is the first layer that is not finite" in said
 

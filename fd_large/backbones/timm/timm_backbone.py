@@ -91,14 +91,15 @@ class TimmBackbone(nn.Module):
         if height % self.stride or width % self.stride:
             raise ShapeError(
                 f"{self.name}: the image does not divide into tokens; got {height}x{width} pixels, "
-                f"expected multiples of the stride {self.stride}. Set "
-                "--objective.teacher_image_size."
+                f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
+                "teacher --objective.teacher_image_size."
             )
         if self.fixed_size and (height, width) != tuple(self.fixed_size):
             rows, columns = self.fixed_size
             raise ShapeError(
                 f"{self.name}: a model of one image size; got {height}x{width} pixels, expected "
-                f"{rows}x{columns}. Set --objective.teacher_image_size {rows}."
+                f"{rows}x{columns}. Set --data.image_size {rows}, or of a teacher "
+                f"--objective.teacher_image_size {rows}."
             )
         return height // self.stride, width // self.stride
 

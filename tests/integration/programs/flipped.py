@@ -13,7 +13,7 @@ from launch import write_result
 from twin import words
 
 from fd_large import distributed
-from fd_large.cli.flags import parse_train
+from fd_large.cli.train import parse_train
 from fd_large.engine.run import train
 from fd_large.engine.zero import partition, start
 from fd_large.runtime import logs
@@ -68,13 +68,13 @@ for placement, (every, rank) in RUNS.items():
     more = f"--optim.max_steps 20 --runtime.save_every 2 --engine.node_size 2 --data.workers 0 \
         --runtime.canary_every {every} --student.architecture.depths 1 1 1 1 \
         --teacher.placement {placement}"
-    run, flags = parse_train(words(pictures, folder / placement, *more.split()))
+    given = parse_train(words(pictures, folder / placement, *more.split()))
     # In the node, a tensor that every rank keeps whole beside its piece.
     flip = Flip(rank, kept_whole=placement == "node")
     code = train(
-        run,
+        given.run,
         kept_job,
-        deepspeed_config=flags.deepspeed_config,
+        deepspeed_config=given.own.deepspeed_config,
         fresh=False,
         hooks=[flip],
     )

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fd_large import distributed
 from fd_large.cli import main as cli
+from fd_large.cli import train
 from fd_large.engine.loop import Trainer
 
 READS = {
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     leave = distributed.leave
     distributed.leave = lambda code: code
     # The images at a run's end are another matter, and take longer than the run.
-    cli._tell_report = lambda folder: None
+    train.show_report = lambda folder: None
     code = cli.main(["train", *words])
     # RANK is where write_result finds its file's name.
     os.environ.setdefault("RANK", "0")

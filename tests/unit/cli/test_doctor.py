@@ -88,12 +88,11 @@ def test_a_run_folder_that_cannot_be_written_stops_and_the_remedy_is_told(capsys
 def test_help_needs_no_torch():
     code = (
         "import sys; from fd_large.cli.main import main\n"
-        "try: main(['doctor', '--help'])\n"
-        "except SystemExit: pass\n"
+        "main(['doctor', '--help'])\n"
         "assert 'torch' not in sys.modules"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--local_disk" in told.stdout.replace("-disk", "_disk")
+    assert "--local_disk" in told.stdout
 
 
 def test_half_an_environment_of_ranks_is_told_in_the_table(monkeypatch, capsys, tmp_path):

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from fd_large import distributed
 from fd_large.cli import evaluate
-from fd_large.cli.evaluate import FEATURE_FIELDS, _parted, _tell_apart, split
-from fd_large.cli.flags import parse_run
+from fd_large.cli.evaluate import with_own_labels
 from fd_large.cli.main import main
 from fd_large.engine.frozen import find_model
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
+from fd_large.recipes.fields import override
 from fd_large.report.comparison import draw_comparison, spread, table
 from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
 from fd_large.tasks.jobs import job_of
@@ -41,52 +41,35 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-def test_words_are_sorted():
-    words = ["a", "b#teacher", "--task", "knn", "--data.root=x", "--k=3", "--probe-rates", "1", "2"]
-    models, own, rest = split(words)
-    assert models == ["a", "b#teacher"]
-    assert own == ["--task", "knn", "--k=3", "--probe_rates", "1", "2"]
-    assert rest == ["--data.root=x"]
-    with pytest.raises(ConfigError, match=r"--sead: no such flag of evaluate; nearest: seeds"):
-        split(["a", "--sead", "3"])
-    words = ["--data.root", "x", "--optim.epochs", "3", "--runtime.seed=1"]
-    assert _parted(words, FEATURE_FIELDS) == (
-        ["--data.root", "x", "--runtime.seed=1"],
-        ["--optim.epochs"],
-    )
-
-
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "found"),
     [
-        (["--task", "knn"], "evaluate: no model"),
-        (["x", "--k", "0"], "k: too small; got 0"),
-        (["x", "--task", "cnn"], "evaluate: flags that cannot be read"),
-        (["x", "--detections", "a.json"], "--detections: a file is scored by itself"),
-        (["nowhere", "--task", "knn", "--data.root", "."], "model: nowhere: no such file"),
-        ([TINY, "--task", "knn", "--optim.epochs", "9"], "frozen features do not depend on it"),
-        ([TINY, TINY], "evaluate: a model twice"),
-        (
-            ["timm:resnet18=random", "--task", "finetune"],
-            "not fine-tuned; got timm",
-        ),
-        ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], "not one of fine-tuning"),
-        ([TINY, "--task", "finetune", "--pool=cls"], "--pool: not read by this task"),
-        ([TINY, "--task", "knn", "--seeds", "3"], "--seeds: not read by this task"),
-        ([TINY, "--task", "linear", "--recipe", "finetune_x"], "--recipe: not read by this task"),
-        (
-            [TINY, "--task", "finetune", "--student.init", "x"],
-            "the models that are named decide it",
-        ),
+        (["--task", "knn"], ["MODEL is missing"]),
+        (["x", "--k", "0"], ["k:", "got 0"]),
+        (["x", "--sead", "3"], ["--sead", "nearest: seeds"]),
+        (["x", "--task", "cnn"], ["--task", "got cnn"]),
+        (["x", "--detections", "a.json"], ["MODEL: not used by --detections"]),
+        (["--detections", "a.json"], ["--annotations"]),
+        (["nowhere", "--task", "knn", "--data.root", "."], ["nowhere"]),
+        ([TINY, "--optim.epochs", "9", "--seeds", "2"], ["--optim.epochs: not used", "--seeds"]),
+        ([TINY, TINY], ["a model twice"]),
+        (["timm:resnet18=random", "--task", "finetune"], ["resnet18", "got timm"]),
+        ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], ["--recipe"]),
+        ([TINY, "--task", "finetune", "--pool=cls"], ["--pool: not used by finetune"]),
+        ([TINY, "--task", "knn", "--seeds", "3"], ["--seeds: not used by knn"]),
+        ([TINY, "--task", "linear", "--recipe", "finetune_dino_vit_base"], ["--recipe: not used"]),
+        ([TINY, "--task", "finetune", "--student.init", "x"], ["--student.init"]),
         (
             [TINY, "--task", "finetune", "--seeds", "2", "--runtime.run_dir", "x"],
-            "one folder for several runs",
+            ["--runtime.run_dir"],
         ),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(words, message, capsys):
+def test_mistakes_name_the_argument(words, found, capsys):
     assert main(["evaluate", *words]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for part in found:
+        assert part in said
 
 
 def test_help_is_there_without_torch():
@@ -103,7 +86,7 @@ def test_help_is_there_without_torch():
 def test_another_image_size_than_the_nets_is_told(pictures, capsys):
     words = ["timm:test_vit=random", "--task", "knn", "--data.root", str(pictures)]
     assert main(["evaluate", *words, "--data.image_size", "32"]) == 2
-    assert "expected 160x160. Set --data.image_size 160." in capsys.readouterr().err
+    assert "--data.image_size 160" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -165,12 +148,14 @@ def test_a_named_net_becomes_a_fine_tuning_recipe():
     assert recipe_name(large) == "finetune_clip_vit_large"
     swin = find_model("swinv2_tiny=random", job_of)
     assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
-    words = ["--student.residual_dtype", "compute", "--student.activation_checkpointing", "every"]
-    parsed = parse_run(["--recipe", "finetune_clip_vit_base", *words])
-    student = recipe_of(named, parsed, ["activation_checkpointing"]).student
+    fields = {
+        "student.residual_dtype": "compute",
+        "student.activation_checkpointing": "every",
+    }
+    student = recipe_of(named, override(base, fields), ["activation_checkpointing"]).student
     assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
-    parsed = parse_run(["--recipe", "finetune_clip_vit_base", "--task.finetune.mixup", "0"])
-    assert recipe_of(named, parsed).task.finetune.mixup == 0
+    unmixed = override(base, {"task.finetune.mixup": 0.0})
+    assert recipe_of(named, unmixed).task.finetune.mixup == 0
 
 
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
@@ -184,7 +169,8 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
         trained.append(run.runtime.run_dir)
         return 0
 
-    assert evaluate.main(words, train=train, rank=1) == 0
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    assert evaluate.main(words) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
 
 
@@ -193,9 +179,8 @@ def test_no_two_nets_share_a_folder():
         replace(find_model(TINY, job_of), label=label, source=label) for label in ("a b", "a_b")
     ]
     with pytest.raises(ConfigError, match="a model twice"):
-        _tell_apart(nets)
+        with_own_labels(nets)
     nets = [
         replace(find_model(TINY, job_of), label="a", source=source) for source in ("x/a", "y/a")
     ]
-    _tell_apart(nets)
-    assert [net.label for net in nets] == ["x/a", "y/a"]
+    assert [net.label for net in with_own_labels(nets)] == ["x/a", "y/a"]

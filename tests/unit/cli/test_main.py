@@ -1,4 +1,4 @@
-"""Words to calls: flags, mistakes in one sentence, and no torch before it is needed."""
+"""Commands, exit codes and mistakes in one sentence; no torch before it is needed."""
 
 import json
 import logging
@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 
 from fd_large.cli import main as cli
-from fd_large.cli.flags import _flags_type
+from fd_large.cli.train import Train
 from fd_large.errors import ConfigError, DataError
+from fd_large.launch import RANK_VARIABLES
 from fd_large.recipes import registry
 from fd_large.recipes.fields import field_names
+from fd_large.recipes.run import Run
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in cli.RANK_VARIABLES}
+    clean = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -34,7 +36,7 @@ def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in cli.RANK_VARIABLES:
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     # `train` takes over the log of the process.
     root = logging.getLogger()
@@ -109,40 +111,48 @@ def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "found"),
     [
-        ("--optim.base_rl 3", "--optim.base_rl: no such field; nearest: optim.base_lr"),
-        ("--base_lr 3", "--base_lr: no such field; nearest: optim.base_lr"),
-        ("--recipee x", "--recipee: no such field; nearest: recipe"),
-        ("--optimm.epochs 3", "--optimm.epochs: no such field; nearest: optim.epochs"),
-        ("--student.architecture.dephts 2", "nearest: student.architecture.depths"),
-        ("--name x", "--name: no such field"),
-        ("--recipe fd_clip_vit_bas", "--recipe: no such recipe; got 'fd_clip_vit_bas', nearest"),
-        ("--recipe", "--recipe: no such recipe; got ''"),
-        (
-            "--student.model swinv2_gaint",
-            "student.model: no such model; got 'swinv2_gaint', nearest",
-        ),
-        (
-            "--batch.micro_batch_size x",
-            "--batch.micro_batch_size: a value of the wrong type; got x, expected a whole number"
-            " or auto.",
-        ),
-        ("--batch.micro_batch_size 7", "batch.micro_batch_size: does not divide"),
-        ("--optim.epochs 10 20", "--optim.epochs: a value of the wrong type; got 10 20"),
-        ("--optim.epochs", "--optim.epochs: a value of the wrong type; got nothing"),
-        ("--student.architecture.depths 2 x", "got 2 x, expected whole numbers or None"),
-        ("--engine.precision=fp16", "got fp16, expected one of auto, float32, bfloat16"),
-        ("--runtime.seed -1", "runtime.seed: "),
-        ("--student.drop_path_rate 1.5", "student.drop_path_rate: "),
-        ("stray", "train: a word without a flag; got 'stray'"),
-        ("", "--deepspeed_config: not given"),
+        ("--optim.base_rl 3", ["--optim.base_rl", "nearest: optim.base_lr"]),
+        ("--base_lr 3", ["--base_lr", "nearest: optim.base_lr"]),
+        ("--recipee x", ["--recipee", "nearest: recipe"]),
+        ("--student.architecture.dephts 2", ["nearest: student.architecture.depths"]),
+        ("--guard.no_skips", ["--guard.no_skips", "nearest: guard.skips"]),
+        ("--name x", ["--name"]),
+        ("--recipe fd_clip_vit_bas", ["--recipe", "'fd_clip_vit_bas', nearest"]),
+        ("--recipe", ["--recipe"]),
+        ("--student.model swinv2_gaint", ["student.model", "'swinv2_gaint', nearest"]),
+        ("--batch.micro_batch_size x", ["got x, expected a whole number or auto"]),
+        ("--batch.micro_batch_size 7", ["batch.micro_batch_size"]),
+        ("--optim.epochs 10 20", ["--optim.epochs", "got 10 20"]),
+        ("--optim.epochs", ["--optim.epochs", "got nothing"]),
+        ("--student.architecture.depths 2 x", ["got 2 x, expected whole numbers or None"]),
+        ("--engine.precision=fp16", ["got fp16, expected one of auto, float32, bfloat16"]),
+        ("--guard.enabled maybe", ["--guard.enabled", "got maybe"]),
+        ("--runtime.seed -1", ["runtime.seed"]),
+        ("--profile -1", ["profile", "got -1"]),
+        ("--student.drop_path_rate 1.5", ["student.drop_path_rate"]),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(words, message, engine, capsys):
-    assert cli.main(["train", *words.split()]) == 2
-    assert message in one_sentence(capsys)
+def test_a_mistake_is_one_sentence_and_exit_code_2(words, found, engine, capsys):
+    assert cli.main(["train", "--deepspeed_config", "some.json", *words.split()]) == 2
+    said = one_sentence(capsys)
+    for part in found:
+        assert part in said
     assert engine.run is None
+
+
+def test_several_mistakes_are_a_line_each(engine, capsys):
+    words = "stray --optim.base_rl 3 --optim.eps -1 --data.workers x"
+    assert cli.main(["train", *words.split()]) == 2
+    named = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(named) == [
+        "--data.workers",
+        "--deepspeed_config",
+        "--optim.base_rl",
+        "optim.eps",
+        "train",
+    ]
 
 
 def test_a_run_ends_with_its_report(engine, tmp_path, monkeypatch, capsys):
@@ -160,22 +170,17 @@ def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "report: takes the folder of one run; got nothing, expected RUN."),
-        ("one two", "got one two, expected RUN"),
-        ("--run one", "got --run one, expected RUN"),
-        ("nowhere", "report: no run here; got nowhere, expected a folder with recipe.json."),
-    ],
+    ("words", "found"),
+    [("", "RUN"), ("one two", "two"), ("--run one", "--run"), ("nowhere", "nowhere")],
 )
-def test_a_mistake_in_report_is_one_sentence(words, message, capsys):
+def test_a_mistake_in_report_is_one_sentence(words, found, capsys):
     assert cli.main(["report", *words.split()]) == 2
-    assert message in one_sentence(capsys)
+    assert found in one_sentence(capsys)
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
-    assert one_sentence(capsys) == "trian: no such command; nearest: train"
+    assert "nearest: train" in one_sentence(capsys)
 
 
 def test_a_users_mistake_in_the_engine_is_a_sentence_and_ours_a_traceback(engine, capsys):
@@ -196,7 +201,7 @@ def test_the_exit_code_is_the_errors_own(engine, capsys):
     assert cli.main(["train", "--deepspeed_config", "some.json"]) == 3
 
 
-@pytest.mark.parametrize("variable", cli.RANK_VARIABLES)
+@pytest.mark.parametrize("variable", RANK_VARIABLES)
 def test_only_rank_0_tells_a_mistake(variable, monkeypatch, capsys):
     monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.0)
     monkeypatch.setenv(variable, "1")
@@ -211,15 +216,15 @@ def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkey
     monkeypatch.setenv("COLUMNS", "100")  # One column of boxes.
     assert cli.main(["train", "--help", "--recipe", "fd_swinv2g"]) == 0
     text = capsys.readouterr().out.replace("│", " ")
-    run = registry.get("fd_swinv2g")
-    known = field_names(_flags_type(run))
-    for name in known:
+    names = {*field_names(Train), *field_names(Run)} - {"name"}
+    for name in names:
         # The flag, then words before the default: a field without help shows "(default" alone.
-        entry = re.search(rf"--{re.escape(name)}[ ,].*?\(default", text, re.DOTALL)
+        pattern = rf"^ +--{re.escape(name)}[ ,].*?\((default|required)"
+        entry = re.search(pattern, text, re.DOTALL | re.MULTILINE)
         assert entry, name
         _flag, told = entry.group().split("\n", 1)
         assert len(told.split()) > 3, (name, told)
-    assert f"without it {registry.DEFAULT_RECIPE}" in " ".join(text.split())
+    assert "(default: fd_swinv2g)" in text
     assert "7.5e-05" in text
 
 
@@ -275,12 +280,13 @@ def test_the_script_finds_the_package_from_any_folder(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert done.stderr == "--optim.base_rl: no such field; nearest: optim.base_lr\n"
+    assert "--optim.base_rl" in done.stderr
 
 
 def test_the_module_exits_with_mains_code():
     done = run_python("-m", "fd_large", "trian")
-    assert (done.returncode, done.stderr) == (2, "trian: no such command; nearest: train\n")
+    assert done.returncode == 2
+    assert "nearest: train" in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback():

@@ -3,14 +3,11 @@
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fd_large.cli import main as cli
-from fd_large.cli import plan
 from fd_large.plan.candidate import Candidate, bucket_elements
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,33 +40,35 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "found"),
     [
-        ("--gpus 12", "--gpus: nodes of unequal size; got 12 in nodes of 8"),
-        ("--gpus 0", "--gpus: too few; got 0"),
-        ("--gpus -3", "--gpus: too few; got -3"),
-        ("--network 0", "--network: no rate"),
-        ("--network nan", "--network: no rate; got nan"),
-        ("--nics_per_node -1", "--nics_per_node: too few; got -1, expected 0 or more"),
-        ("--write /", "--write: cannot be written; got"),
-        ("--write /proc/none/mine.json", "--write: cannot be written; got"),
-        ("--rates /", "--rates: unreadable JSON; got"),
-        ("--gpu h1000", "nearest: h100"),
-        ("--batch.global_batch_sise 8", "nearest: batch.global_batch_size"),
-        ("--gpus 24 --recipe fd_swinv2g", "Set --batch.global_batch_size 2040"),
-        ("--teacher.model timm --teacher.architecture.timm_name vgg16", "only where it is built"),
-        ("--gpus 1 --gpu a100_40 --recipe fd_swinv2g --write mine.json", "--write: no setting"),
+        ("--gpus 12", ["gpus", "got 12 in nodes of 8"]),
+        ("--gpus 0", ["gpus", "got 0"]),
+        ("--gpus -3", ["gpus", "got -3"]),
+        ("--network 0", ["network"]),
+        ("--network nan", ["network", "got nan"]),
+        ("--nics_per_node -1", ["nics_per_node", "got -1, expected 0 or more"]),
+        ("--write /", ["--write"]),
+        ("--write /proc/none/mine.json", ["--write"]),
+        ("--rates /", ["--rates"]),
+        ("--gpu h1000 --rows 0", ["nearest: h100", "rows"]),
+        ("--batch.global_batch_sise 8", ["nearest: batch.global_batch_size"]),
+        ("--gpus 24 --recipe fd_swinv2g", ["Set --batch.global_batch_size 2040"]),
+        ("--teacher.model timm --teacher.architecture.timm_name vgg16", ["vgg16"]),
+        ("--gpus 1 --gpu a100_40 --recipe fd_swinv2g --write mine.json", ["--write"]),
+        ("--recipe finetune_clip_vit_base", ["--recipe"]),
     ],
 )
-def test_mistakes_are_one_sentence(words, message, capsys):
+def test_mistakes_name_the_flag(words, found, capsys):
     assert cli.main(["plan", *words.split()]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    for part in found:
+        assert part in said
 
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_tables_fit_the_terminal(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(plan, "Console", partial(Console, force_terminal=True))
     words = "--recipe fd_swinv2g --gpus 256 --batch.global_batch_size 8192 --rows 30"
     assert cli.main(["plan", *words.split()]) == 0
     told = capsys.readouterr().out

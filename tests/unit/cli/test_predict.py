@@ -63,21 +63,21 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "found"),
     [
-        (["predict", "RUN"], "predict: no image"),
-        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg: no image"),
-        (["predict", "nowhere", "a.jpg"], "predict: nowhere: no run"),
-        (["evaluate", "nowhere", "--task", "detection"], "evaluate: nowhere: no run"),
-        (["evaluate", "RUN", "RUN"], "boxes and masks of one run"),
-        (["evaluate", "RUN", "--k", "3"], "got RUN --k, expected"),
-        (["evaluate", "RUN", "--data.image_size", "32"], "got RUN --data.image_size, expected"),
-        (["evaluate", "RUN", "--data.root", "nowhere"], "data.root: no annotations"),
+        (["predict", "RUN"], "IMAGE"),
+        (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg"),
+        (["predict", "nowhere", "a.jpg"], "nowhere"),
+        (["evaluate", "nowhere", "--task", "detection"], "nowhere"),
+        (["evaluate", "RUN", "RUN"], "one detector at a time"),
+        (["evaluate", "RUN", "--k", "3"], "--k"),
+        (["evaluate", "RUN", "--data.image_size", "32"], "--data.image_size"),
+        (["evaluate", "RUN", "--data.root", "nowhere"], "data.root"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(run, words, message, capsys):
+def test_mistakes_name_the_argument(run, words, found, capsys):
     assert main([str(run) if word == "RUN" else word for word in words]) == 2
-    assert message.replace("RUN", str(run)) in capsys.readouterr().err
+    assert found in capsys.readouterr().err
 
 
 def test_classes_of_another_set_are_refused(run, tmp_path, capsys):

@@ -122,9 +122,9 @@ def test_a_convolutional_net_has_landscape_and_cka_alone(tmp_path: Path) -> None
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert cli.main(["diagnose", "--data.root", ROOT]) == 2
-    assert "no model" in capsys.readouterr().err
+    assert "MODEL" in capsys.readouterr().err
     assert cli.main(["diagnose", "x", "--data.root", ROOT, "--images", "0"]) == 2
-    assert "images: too small" in capsys.readouterr().err
+    assert "images:" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     words = ["diagnose", "x", "--data.root", ROOT, "--out", str(tmp_path / "file")]
     assert cli.main(words) == 2

@@ -38,7 +38,7 @@ def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
     told: list[int] = []
     found = extract(
         net, OPENAI_CLIP, pictures, tmp_path / "out", image_size=SIZE, batch_size=4,
-        told=told.append,
+        progress=told.append,
     )  # fmt: skip
     assert told == [4, 4, 3]
     assert isinstance(found.rows, np.memmap)

@@ -94,7 +94,9 @@ def test_pictures_without_a_label_are_left_out():
 def test_what_is_told_adds_up_to_the_work():
     told: list[int] = []
     probe = linear.Probe(rates=(0.1,), epochs=3, batch_size=9)
-    linear.evaluate(blobs(90, 1), blobs(9, 2), num_classes=CLASSES, probe=probe, told=told.append)
+    linear.evaluate(
+        blobs(90, 1), blobs(9, 2), num_classes=CLASSES, probe=probe, progress=told.append
+    )
     assert sum(told) == linear.work(90, probe)
 
 

@@ -17,7 +17,7 @@ from stored_run import store_tensors
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
-from fd_large.cli import main as cli
+from fd_large.cli import export as command
 from fd_large.errors import CheckpointError, ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
@@ -84,8 +84,8 @@ def exported(tmp_path):
 
 
 def export(folder, to, *words):
-    arguments = ["export", str(folder / "run"), "--to", to, str(folder / "out"), *words]
-    assert cli._dispatch(arguments) == 0
+    arguments = [str(folder / "run"), "--to", to, str(folder / "out"), *words]
+    assert command.main(arguments) == 0
 
 
 def features(net):

@@ -1,13 +1,21 @@
-"""What commands show as they work: a bar, and the folder where results go."""
+"""What commands show: a progress bar, tables, and the folder where results go."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fd_large.errors import ConfigError
 from fd_large.runtime import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# A pipe has no width of its own; names in tables are long.
+PIPE_WIDTH = 120
 
 Told = Callable[[str, int], None]
 """(what is being done, how much of the whole that was)."""
@@ -42,6 +50,15 @@ def bar(total: int) -> Iterator[Told]:
     with Progress(*columns, console=console, expand=True, refresh_per_second=2) as shown:
         task = shown.add_task("", total=total)
         yield lambda text, done: shown.update(task, description=text, advance=done)
+
+
+def tables() -> Console:
+    """Returns a console for tables, as wide as the terminal."""
+    from rich.console import Console
+
+    out = terminal.out()
+    width = None if out.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(file=out, width=width, highlight=False, markup=False, emoji=False)
 
 
 def out_folder(out: str) -> Path:

@@ -1,0 +1,27 @@
+"""`python -m fd_large report RUN`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw a run's curves and say what came out, from the files in its folder."""
+
+    # Folder of the run, for example runs/quickstart.
+    run: Annotated[str, Positional, arg(metavar="RUN")]
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the report and prints its summary."""
+    given = parse(Report, arguments, command="report")
+    from fd_large.report.make import make_report
+
+    print(make_report(given.run))
+    return 0

@@ -1,0 +1,104 @@
+"""`python -m fd_large train`, the same as `deepspeed fd_large/train.py` on one process."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from fd_large.cli.arguments import WithRecipe, parse_with_recipe
+from fd_large.errors import LostRankError
+from fd_large.launch import find_rank
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least
+from fd_large.recipes.run import Run
+from fd_large.runtime import terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe. A recipe gives every field its value; flags override field by field.
+
+    deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]
+    """
+
+    # Run of record whose values are the defaults below; without it quickstart.
+    recipe: str = registry.DEFAULT_RECIPE
+    # Path of DeepSpeed's JSON, for example ds_configs/zero3.json.
+    deepspeed_config: str
+    # Start anew although the folder of the run holds checkpoints.
+    fresh: bool = False
+    # Steps to trace with torch's profiler, after the first three, into RUN/profile/; 0 turns it
+    # off.
+    profile: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("profile", self.profile, 0, "steps")
+
+
+def main(arguments: list[str]) -> int:
+    """Trains, and ends with the report."""
+    given = parse_train(arguments)
+    code = train_run(
+        given.run,
+        deepspeed_config=given.own.deepspeed_config,
+        fresh=given.own.fresh,
+        profile=given.own.profile,
+    )
+    from fd_large import distributed
+
+    if code == 0 and distributed.is_main():
+        show_report(given.run.run_dir())
+    return distributed.leave(code)
+
+
+def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: int = 0) -> int:
+    """Trains with everything that watches a run; returns the exit code.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: Path of DeepSpeed's JSON.
+        fresh: Whether it starts anew although its folder holds checkpoints.
+        profile: Steps to trace; 0 turns it off.
+
+    Raises:
+        FDError: The user's mistake, or another rank that has ended.
+    """
+    terminal.take()
+    # torch and deepspeed: seconds.
+    from fd_large import distributed
+    from fd_large.runtime import logs
+
+    logs.start(find_rank())
+    from fd_large.engine.run import train
+    from fd_large.tasks.jobs import job_of
+
+    try:
+        return train(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh, profile=profile)
+    except RuntimeError as error:
+        if not distributed.peer_is_gone(error):
+            raise
+        raise LostRankError(
+            "train: another rank has ended, its own message says why; got a closed connection, "
+            "expected an answer. Start the same command again once that is fixed."
+        ) from error
+
+
+def parse_train(arguments: list[str]) -> WithRecipe[Train]:
+    """Reads the arguments after `train`."""
+    return parse_with_recipe(
+        Train, arguments, command="train", recipe=registry.DEFAULT_RECIPE, in_help=True
+    )
+
+
+def show_report(folder: str) -> None:
+    """Draws a finished run's curves and says what came out; a failure does not fail the run."""
+    from fd_large.report.make import make_report
+
+    try:
+        text = make_report(folder)
+    except Exception:
+        logging.getLogger(__name__).exception(
+            "its report failed, the run stands: python -m fd_large report %s", folder
+        )
+        return
+    terminal.console().print(f"\n{text}", soft_wrap=True)

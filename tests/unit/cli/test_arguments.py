@@ -1,0 +1,208 @@
+"""Arguments to a dataclass and to fields of a recipe; mistakes by name, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+from tyro.conf import Positional, arg
+
+from fd_large.cli.arguments import HelpShown, choose, parse, parse_with_recipe
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least, field_names, flat, override
+from fd_large.recipes.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher of several."""
+
+    # Name of the model.
+    model: str
+    # Share of the loss.
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ConfigError("weight: negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A command."""
+
+    # What is read.
+    source: Annotated[str, Positional, arg(metavar="SOURCE")]
+    # What else is read.
+    others: Annotated[tuple[str, ...], Positional, arg(metavar="OTHER ...")] = ()
+    # Where it goes.
+    to: Literal["a", "b"]
+    # Numbers.
+    numbers: tuple[float, ...] = (1.0,)
+    # Two numbers.
+    pair: tuple[int, int] = (0, 0)
+    # A count.
+    count: int | None = None
+    # A switch.
+    loud: bool = False
+    # Teachers by name.
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least("pair", self.pair[0], 0, "things")
+        at_least("count", self.count or 0, 0, "things")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithRecipe:
+    """A command that takes a recipe."""
+
+    # Name of the recipe.
+    recipe: str = "quickstart"
+    # An amount.
+    rows: int = 1
+
+
+def toy(text: str) -> Toy:
+    return parse(Toy, text.split(), command="toy")
+
+
+def run_of(text: str) -> Run:
+    return parse_with_recipe(WithRecipe, text.split(), command="plan", recipe="quickstart").run
+
+
+def mistakes(call) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return str(caught.value).splitlines()
+
+
+def fields_of(said: list[str]) -> list[str]:
+    return [line.partition(":")[0] for line in said]
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("s --to a", {}),
+        ("--to=b s", {"to": "b"}),
+        ("--to b s o p", {"to": "b", "others": ("o", "p")}),
+        ("s --to a --to b", {"to": "b"}),
+        ("--numbers 1 -2e-3 s --to a", {"numbers": (1.0, -2e-3)}),
+        ("--pair 1 2 s o --to a", {"pair": (1, 2), "others": ("o",)}),
+        ("--loud s --to a", {"loud": True}),
+        ("--loud True s --to a", {"loud": True}),
+        ("--loud --loud False s --to a", {}),
+        ("--loud --no-loud s --to a", {}),
+        ("s --count 3 --to a --count None", {}),
+        ("s --local_rank=3 --to a", {}),
+    ],
+)
+def test_flags_and_positional_arguments_mix(text, changed):
+    assert toy(text) == Toy(**{"source": "s", "to": "a", **changed})
+
+
+def test_a_value_may_begin_with_a_dash():
+    assert toy("-s -o --to a") == Toy(source="-s", others=("-o",), to="a")
+
+
+def test_sections_are_named_on_the_command_line():
+    given = toy(
+        "s --to a --teachers.clip-b.model m --teachers.dino.model n --teachers.dino.weight 2"
+    )
+    assert given.teachers == {
+        "clip-b": Teacher(model="m"),
+        "dino": Teacher(model="n", weight=2.0),
+    }
+    assert flat(given)["teachers.dino.weight"] == 2.0
+    changed = override(given, {"teachers.dino.weight": 3.0, "teachers.new.model": "o"})
+    assert changed.teachers["dino"] == Teacher(model="n", weight=3.0)
+    assert changed.teachers["new"] == Teacher(model="o")
+    assert "teachers.NAME.weight" in field_names(Toy)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("s --to a --teachers.clip.modle m", ["--teachers.clip.modle", "teachers.clip.model"]),
+        ("s --to a --teachers.clip.weight x", ["--teachers.clip.weight", "a number"]),
+        ("s --to a --teachers.clip.weight 1", ["teachers.clip", "model"]),
+        ("s --to a --teachers.clip 1", ["--teachers.clip", "teachers.clip.model"]),
+        ("s --to c", ["--to", "got c", "a, b"]),
+        ("s", ["--to"]),
+        ("--to a", ["SOURCE is missing"]),
+        ("s --to a --pair 1", ["--pair", "2 whole numbers"]),
+        ("s --to a --loud=maybe", ["--loud", "maybe"]),
+        ("s --to a --no_count", ["--no_count"]),
+        ("s --to a --count -1", ["count", "-1"]),
+        ("--colour red s --to a", ["--colour"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(text, found):
+    (said,) = mistakes(lambda: toy(text))
+    for part in found:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("--cuont 3 --to c --numbers x", ["--cuont", "--to", "--numbers"]),
+        ("s --to a --pair -1 2 --count -1 --cuont 3", ["--cuont", "pair", "count"]),
+    ],
+)
+def test_all_mistakes_are_reported_at_once(text, named):
+    assert fields_of(mistakes(lambda: toy(text))) == named
+
+
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_every_recipe_passes_unchanged(name):
+    assert run_of(f"--recipe {name}") == registry.get(name)
+
+
+def test_fields_of_a_recipe_mix_with_the_commands_own():
+    text = (
+        "--optim.betas 0.9 0.95 --rows 3 --recipe fd_swinv2g --student.architecture.depths 2 2 6 2"
+    )
+    text += " --student.architecture.window-size 7 --student.architecture.window-size None"
+    text += " --batch.micro_batch_size auto --optim.epochs=50 --optim.epochs 60"
+    given = parse_with_recipe(WithRecipe, text.split(), command="plan", recipe="quickstart")
+    assert given.own == WithRecipe(recipe="fd_swinv2g", rows=3)
+    assert given.run == override(registry.get("fd_swinv2g"), given.fields)
+    assert given.fields == {
+        "optim.betas": (0.9, 0.95),
+        "student.architecture.depths": (2, 2, 6, 2),
+        "student.architecture.window_size": None,
+        "batch.micro_batch_size": "auto",
+        "optim.epochs": 60,
+    }
+
+
+def test_mistakes_in_a_recipe_are_reported_with_the_others():
+    text = "--recipe fd_swinv2g --rowss 3 --optim.base_rl 1 --optim.eps -1 --optim.clip_norm -2"
+    text += " --data.image_size 0 --engine.precision fp16 --student.model swinv2_gaint"
+    assert set(fields_of(mistakes(lambda: run_of(f"stray {text}")))) == {
+        *("plan", "--rowss", "--optim.base_rl", "--engine.precision"),
+        *("optim.eps", "optim.clip_norm", "data.image_size", "student.model"),
+    }
+    assert fields_of(mistakes(lambda: run_of("--recipe quickstrat"))) == ["--recipe"]
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_help_lists_metavars_comments_and_defaults(asked, capsys):
+    with pytest.raises(HelpShown):
+        toy(f"{asked} --to c")
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("SOURCE", "OTHER ...", "What is read.", "{a,b}", "Two numbers. (default: 0 0)"):
+        assert part in text
+
+
+def test_choose():
+    commands = {"list": "List.", "verify": "Verify."}
+    assert choose(["list", "x"], commands) == ("list", ["x"])
+    with pytest.raises(ConfigError, match="nearest: verify"):
+        choose(["verfy"], commands)
+    with pytest.raises(HelpShown):
+        choose([], commands)
