@@ -224,7 +224,7 @@ def test_help_lists_every_field_with_help_and_the_recipes_default(capsys, monkey
         assert entry, name
         _flag, told = entry.group().split("\n", 1)
         assert len(told.split()) > 3, (name, told)
-    assert "(default: fd_swinv2g)" in text
+    assert "(default: fd_swinv2g)" in " ".join(text.split())
     assert "7.5e-05" in text
 
 
