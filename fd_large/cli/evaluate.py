@@ -164,7 +164,7 @@ def measure_frozen(models: Sequence[Named], task: str, own: Evaluate, run: Run) 
             statistics,
             train,
             test,
-            folder / "features" / slug(model.label),
+            folder / "features",
             method=task,
             seeds=seeds,
             bar=lambda text, total, label=model.label: _bar(f"{label}: {text}", total),

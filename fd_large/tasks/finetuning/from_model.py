@@ -11,6 +11,7 @@ from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES, overrides, r
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
+from fd_large.tasks.finetuning.section import KIND
 
 # Fields of the section student that a user sets for models that are named; the others come with them.
 OWN_FIELDS = (
@@ -51,7 +52,14 @@ def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
         base: A recipe of the task finetune; its drop path stays.
         own_fields: Of `OWN_FIELDS`, those in which its student's values stay as well; else a run's
             student is trained as the run trained it.
+
+    Raises: ConfigError: if the recipe is of another task.
     """
+    if base.task.name != KIND.name:
+        raise ConfigError(
+            f"--recipe: not one of fine-tuning; got {base.name}, expected a finetune_... one. See "
+            "python -m fd_large recipes."
+        )
     architecture = _architecture(named).with_own_position_biases()
     if architecture.resizes_positions:
         architecture = architecture.at(named.image_size)

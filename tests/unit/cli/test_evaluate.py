@@ -51,7 +51,7 @@ def pictures(tmp_path):
         (["x", "--detections", "a.json"], ["MODEL: not used by --detections"]),
         (["--detections", "a.json"], ["--annotations"]),
         (["nowhere", "--task", "knn", "--data.root", "."], ["nowhere"]),
-        ([TINY, "--optim.epochs", "9", "--seeds", "2"], ["--optim.epochs: not used", "--seeds"]),
+        ([TINY, "--optim.epochs", "99", "--seeds", "2"], ["--optim.epochs: not used", "--seeds"]),
         ([TINY, TINY], ["a model twice"]),
         (["timm:resnet18=random", "--task", "finetune"], ["resnet18", "got timm"]),
         ([TINY, "--task", "finetune", "--recipe", "fd_clip_vit_base"], ["--recipe"]),
