@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ def state(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
 
 def updates_done(started: Started) -> int:
     """Steps that this start has finished, by its own words."""
-    return "".join(started.outputs()).count("  step ")
+    return len(re.findall(r"  step \d+/\d+  ", "".join(started.outputs())))
 
 
 def resumed_from(started: Started) -> int:
@@ -37,9 +38,17 @@ def resumed_from(started: Started) -> int:
 
 
 def kill_and_resume(
-    pictures: Path, run_dir: Path, kills: int, seed: int, *more: str
+    pictures: Path, run_dir: Path, kills: int, seed: int, *more: str, longest_rest: float = 2.0
 ) -> list[dict[str, Any]]:
     """Trains with kills at random moments of training, a third inside a save.
+
+    Args:
+        pictures: A folder of images.
+        run_dir: The run's folder.
+        kills: How often.
+        seed: Of the moments.
+        more: Further arguments of the command.
+        longest_rest: Seconds of training after a start's first step, at most.
 
     Returns: of each kill, whether the run was alive, whether a save was under way (a `.part` folder
         that was not there before this start's first step), whether all ranks were killed, and
@@ -60,7 +69,7 @@ def kill_and_resume(
             # Leftovers of the last kill are swept before the first step.
             while running() and updates_done(started) < 1:
                 time.sleep(0.02)
-            rest = draw.uniform(0.0, 2.0)
+            rest = draw.uniform(0.0, longest_rest)
             begin = time.monotonic()
             while running() and time.monotonic() < begin + rest:
                 time.sleep(0.01)

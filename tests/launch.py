@@ -1,5 +1,8 @@
 """Starts real ranks for tests: a program under plain python, deepspeed, torchrun or mpirun.
 
+Under plain python a rank is forked from a process that has torch and DeepSpeed imported already
+(rank_server.py), unless its imports belong to what is tested.
+
 A program gets its arguments after those of the launcher (deepspeed adds `--local_rank=N`), and
 leaves its findings with `write_result(folder, value)` as its last act; the test reads them with
 `read_results(folder, ranks)`. Ranks run on the CPU with one thread each.
@@ -20,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from rank_server import ForkedRank, RankServer
+
 ROOT = Path(__file__).resolve().parents[1]
 Launcher = Literal["plain", "deepspeed", "torchrun", "mpirun"]
 
@@ -28,6 +33,9 @@ _FOREIGN = ("SLURM_", "OMPI_", "PMI", "PMIX_", "MPI_", "HYDRA_", "TORCHELASTIC_"
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK")
 # A DeepSpeed process now and then aborts in its last moment, all work done; cause unknown.
 _LATE_ABORT = "terminate called without an active exception"
+# Of even and of odd ranks: two that are forked from one process share the seed of Python's hashes,
+# and what differs between ranks by the order of a set would not show.
+_servers: dict[int, RankServer] = {}
 
 
 def free_port() -> int:
@@ -56,7 +64,7 @@ class Started:
     """Running commands: one per rank under "plain", else the launcher alone."""
 
     mark: str
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes] | ForkedRank] = field(default_factory=list)
     logs: list[IO[bytes]] = field(default_factory=list)
 
     def outputs(self) -> list[str]:
@@ -70,13 +78,16 @@ class Started:
     def pids(self) -> list[int]:
         """Returns every live process that descends from this start, launchers and ranks."""
         found = []
+        # A forked rank has its server's first environment, but leads a session.
+        sessions = {process.pid for process in self.processes}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                ours = self.mark.encode() in (folder / "environ").read_bytes()
+                marked = self.mark.encode() in (folder / "environ").read_bytes()
                 stat = (folder / "stat").read_text(errors="replace")
             except OSError:
                 continue
-            if ours and stat[stat.rindex(")") + 2] not in "ZX":
+            state, _parent, _group, session = stat[stat.rindex(")") + 2 :].split()[:4]
+            if (marked or int(session) in sessions) and state not in "ZX":
                 found.append(int(folder.name))
         return found
 
@@ -105,8 +116,12 @@ def start_ranks(
     ranks: int,
     env: dict[str, str] | None = None,
     launcher: Launcher = "plain",
+    forked: bool = True,
 ) -> Started:
-    """Starts the ranks and returns at once; the caller must `kill` what it started."""
+    """Starts the ranks and returns at once; the caller must `kill` what it started.
+
+    With `forked` plain ranks begin with torch and DeepSpeed imported; see `run_ranks`.
+    """
     started = Started(mark=f"FD_TEST_MARK={uuid.uuid4().hex}")
     port = str(free_port())
     beside = Path(sys.executable).parent
@@ -125,8 +140,8 @@ def start_ranks(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PATH": os.pathsep.join([str(beside), os.environ.get("PATH", "")]),
-        **dict([started.mark.split("=")]),
     }
+    mark = dict([started.mark.split("=")])
     commands: list[tuple[list[str], dict[str, str]]]
     if launcher == "plain":
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -143,18 +158,26 @@ def start_ranks(
         commands = [([*head, *words], {})]
     else:
         commands = [([str(beside / "mpirun"), "-n", str(ranks), sys.executable, *words], {})]
-    for command, more in commands:
+    for index, (command, more) in enumerate(commands):
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
+        started.logs.append(log)
+        environ = base | mark | more | (env or {})
+        if launcher == "plain" and forked:
+            server = _servers.get(index % 2)
+            if server is None:
+                server = _servers[index % 2] = RankServer(base)
+            rank = server.start(words, environ=environ, cwd=ROOT, log=log)
+            started.processes.append(rank)
+            continue
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=base | more | (env or {}),
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        started.logs.append(log)
         started.processes.append(process)
     return started
 
@@ -176,6 +199,7 @@ def run_ranks(
     launcher: Launcher = "plain",
     results: str | Path | None = None,
     check: bool = True,
+    forked: bool = True,
 ) -> Finished:
     """Runs a program on real ranks to its end.
 
@@ -189,12 +213,14 @@ def run_ranks(
         results: The folder that the program was told to write to. Where it is complete, a rank
             that aborts at interpreter exit does not fail the test.
         check: Whether a return code other than 0 is a failure.
+        forked: Whether plain ranks begin with torch and DeepSpeed imported, which saves seconds;
+            False where `env` has something for the imports to see.
 
     Returns: codes and outputs; -9 for a rank that was killed after another one failed.
     Raises:
         AssertionError: On failure or expiry, with the last lines of every rank.
     """
-    started = start_ranks(program, *args, ranks=ranks, env=env, launcher=launcher)
+    started = start_ranks(program, *args, ranks=ranks, env=env, launcher=launcher, forked=forked)
     deadline = time.monotonic() + timeout
     try:
         while None in (codes := [process.poll() for process in started.processes]):

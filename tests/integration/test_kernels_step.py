@@ -41,7 +41,7 @@ def plain() -> list[float]:
 def check(run: dict[str, Any], env: dict[str, str], plain: list[float], folder: Path) -> str:
     scenario = {"run": run, "zero": scenarios.ZERO3, "updates": len(plain)}
     (folder / "scenarios.json").write_text(json.dumps({"zero3": scenario}))
-    done = run_ranks(PROGRAM, folder, ranks=2, timeout=170, results=folder, env=env)
+    done = run_ranks(PROGRAM, folder, ranks=2, timeout=170, results=folder, env=env, forked=not env)
     for result in read_results(folder, 2):
         assert result["zero3"]["losses"] == pytest.approx(plain, rel=1e-5)
     assert plain[-1] != pytest.approx(plain[0], rel=1e-3)

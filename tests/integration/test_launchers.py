@@ -21,7 +21,13 @@ pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 @pytest.mark.parametrize("launcher", ["plain", "deepspeed", "torchrun", "mpirun"])
 def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> None:
-    run_ranks(PROGRAMS / "reductions.py", tmp_path, ranks=2, launcher=launcher, results=tmp_path)
+    run_ranks(
+        *(PROGRAMS / "reductions.py", tmp_path),
+        ranks=2,
+        launcher=launcher,
+        results=tmp_path,
+        forked=False,
+    )
     for rank, result in enumerate(read_results(tmp_path, 2)):
         launch = result.pop("launch")
         assert launch["launcher"] == {"plain": "python"}.get(launcher, launcher)

@@ -103,7 +103,9 @@ def test_auto_micro_batch_trains_like_a_given_one_and_is_remembered(
     words = ("--optim.max_steps", "3")
     bare = {"PATH": str(_empty_folder(tmp_path)), "CC": "", "CXX": ""}
     auto = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "auto")
-    train(pictures, tmp_path / "auto", *words, *auto, env=bare, config="zero3_offload")
+    train(
+        pictures, tmp_path / "auto", *words, *auto, env=bare, config="zero3_offload", forked=False
+    )
     found = read(tmp_path / "auto/micro_batch.json")
     assert found["micro_batch_size"] == 4
     assert found["setting"]["world_size"] == 2

@@ -1,0 +1,172 @@
+"""Forks ranks from a process that has imported torch and DeepSpeed already.
+
+A rank's imports take some eight seconds on two busy cores, longer than most of what is tested. The
+server imports what comes from other packages, but nothing of fd_large, and forks a process for each
+rank: the program starts as under `python PROGRAM ARGS`, with an environment, an output and a
+session of its own, and nothing that one scenario leaves behind reaches the next.
+
+    server = RankServer(environ)
+    rank = server.start(["program.py", "argument"], environ=environ, cwd=ROOT, log=file)
+    rank.poll()                                         # None while it runs, then its exit code
+
+What a rank's environment should change at import (a device, an interpreter of kernels) comes too
+late here: such a rank is started the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+# Muon's file makes torch.compile import the whole compiler, in every run that has an optimiser.
+PRELOADED = (
+    *("torch", "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision"),
+    *("torchvision.transforms.v2", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("timm", "matplotlib.pyplot", "tyro", "rich.console", "rich.progress", "safetensors.torch"),
+)
+_SECONDS_BETWEEN_LOOKS = 0.01
+_LONGEST_MESSAGE = 1 << 20
+
+
+class ForkedRank:
+    """A rank that a server forked, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, server: RankServer, pid: int) -> None:
+        self.pid, self._server = pid, server
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Returns the exit code, negative for a signal; None while the rank runs."""
+        if self.returncode is None:
+            self.returncode = self._server.take_code(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = 60.0) -> int:
+        """Waits for the rank's end and returns its exit code."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return code
+
+    def kill(self) -> None:
+        """Sends SIGKILL to a rank that still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class RankServer:
+    """The caller's end of a server, which starts here and ends with the calling process."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        # A socket that keeps messages apart.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env=environ,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._codes: dict[int, int] = {}
+
+    def start(
+        self, words: list[str], *, environ: dict[str, str], cwd: Path, log: IO[bytes]
+    ) -> ForkedRank:
+        """Forks a rank that runs a Python file, the first of `words`, with the others as arguments.
+
+        Args:
+            words: The file and its arguments.
+            environ: The whole environment.
+            cwd: Where the rank runs.
+            log: Where its output goes.
+        """
+        request = {"words": words, "environ": environ, "cwd": str(cwd)}
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [log.fileno()])
+        while "started" not in (answer := self._receive()):
+            pass
+        return ForkedRank(self, answer["started"])
+
+    def take_code(self, pid: int) -> int | None:
+        """Returns a rank's exit code, once; None while the rank runs."""
+        while pid not in self._codes and select.select([self._socket], [], [], 0)[0]:
+            self._receive()
+        return self._codes.pop(pid, None)
+
+    def _receive(self) -> dict[str, int]:
+        message = self._socket.recv(_LONGEST_MESSAGE)
+        if not message:
+            raise RuntimeError(f"the server of ranks has ended: {self._process.wait()}")
+        answer = json.loads(message)
+        if "ended" in answer:
+            self._codes[answer["ended"]] = answer["code"]
+        return answer
+
+
+# --- the server ----------------------------------------------------------------------------------
+
+
+def serve(connection: socket.socket) -> tuple[dict[str, Any], int]:
+    """Forks a rank for each request; returns only in a rank, with its request and output."""
+    ranks: set[int] = set()
+    while True:
+        if select.select([connection], [], [], _SECONDS_BETWEEN_LOOKS if ranks else None)[0]:
+            message, files, *_ = socket.recv_fds(connection, _LONGEST_MESSAGE, 1)
+            if not message:  # The caller is gone.
+                for pid in ranks:
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            pid = os.fork()
+            if not pid:
+                connection.close()
+                return json.loads(message), files[0]
+            os.close(files[0])
+            ranks.add(pid)
+            connection.send(json.dumps({"started": pid}).encode())
+        for pid in list(ranks):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                ranks.remove(pid)
+                code = os.waitstatus_to_exitcode(status)
+                connection.send(json.dumps({"ended": pid, "code": code}).encode())
+
+
+def become(request: dict[str, Any], output: int) -> None:
+    """Makes this process what `python PROGRAM ARGS` would be, and runs the program."""
+    os.setsid()
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
+    sys.argv = request["words"]
+    program = os.path.abspath(sys.argv[0])
+    sys.path[0] = os.path.dirname(program)
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # What is missing is for a test to say.
+            importlib.import_module(name)
+    # Only the forking thread would live on.
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
+    gc.collect()
+    # The modules' objects are of no concern to a rank's collections, which would copy their pages.
+    gc.freeze()
+    become(*serve(socket.socket(fileno=int(sys.argv[1]))))
