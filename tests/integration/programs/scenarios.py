@@ -1,7 +1,7 @@
 """Rank program: trains tiny runs under DeepSpeed in many settings and writes what came out.
 
 scenarios.py FOLDER, with scenarios.json in it: {name: {"run": overrides by section, "zero":
-zero_optimization of the JSON, "updates": 10}}. `plain_losses` is the same run in plain torch: one
+zero_optimization of the JSON, "updates": 7}}. `plain_losses` is the same run in plain torch: one
 process, whole batches, torch's AdamW.
 """
 
@@ -37,7 +37,7 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.job import DistillationJob
 
-UPDATES = 10
+UPDATES = 7
 # Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.
 ZERO1 = {"stage": 1, "reduce_bucket_size": 1_000_000}
 ZERO2 = {"stage": 2, "reduce_bucket_size": 1_000_000}
@@ -49,14 +49,14 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
     run = registry.get("fd_swinv2g")
     shape = Architecture(
         embed_dim=32,
-        depths=(2, 2, 6, 2),
+        depths=(2, 1, 4, 1),
         num_heads=(1, 2, 4, 8),
         window_size=4,
-        extra_norm_every=3,
+        extra_norm_every=2,
     )
     small = Architecture(
         embed_dim=16,
-        depths=(1, 1, 2, 1),
+        depths=(1, 1, 1, 1),
         num_heads=(1, 1, 2, 4),
         window_size=4,
         extra_norm_every=0,
@@ -71,9 +71,9 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         ),
         data=replace(run.data, image_size=64),
         optim=replace(
-            run.optim, base_lr=5e-2, warmup_lr=5e-3, min_lr=1e-3, warmup_epochs=0.0, clip_norm=0.05
+            run.optim, base_lr=1e-1, warmup_lr=1e-2, min_lr=1e-3, warmup_epochs=0.0, clip_norm=0.05
         ),
-        batch=replace(run.batch, global_batch_size=12, micro_batch_size=2),
+        batch=replace(run.batch, global_batch_size=12, micro_batch_size=3),
         engine=replace(run.engine, precision="float32"),
     )
     for section, values in sections.items():
@@ -94,7 +94,7 @@ def images_of(update: int, run: Run) -> torch.Tensor:
 
 
 def schedule_of(run: Run) -> CosineSchedule:
-    """Rates of a ten-update run with two steps of warm-up."""
+    """Learning rates of a short run with two steps of warm-up."""
     peak, start, minimum = run.optim.rates(run.batch.global_batch_size)
     return CosineSchedule(peak, start, minimum, UPDATES, 2)
 
