@@ -1,11 +1,12 @@
 # make train   install into .venv, then the quick start: minutes, on all GPUs or on two CPU ranks
 # make test    install into .venv, then run the tests; some of them: make test ARGS="tests/unit -k norm"
+# make test-all  the same with those that take minutes each (docs/development.md)
 # make check   style
 # make docs    docs/recipes.md from the recipes' docstrings
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check docs
+.PHONY: train test test-all check docs
 
 # One stamp an extra: the quick start does without the tests' packages.
 .venv/%: setup.py
@@ -26,10 +27,14 @@ ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit || status=1; \
-	$(BIN)/python -m pytest tests/integration || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(MARK) tests/unit || status=1; \
+	$(BIN)/python -m pytest $(MARK) tests/integration || status=1; \
 	exit $$status
 endif
+
+# An empty expression takes back the default one, which leaves the sweep out.
+test-all:
+	$(MAKE) test MARK="-m ''"
 
 check: .venv/test
 	$(BIN)/python -m pip install --quiet ruff

@@ -15,6 +15,7 @@ late here: such a rank is started the plain way.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -26,7 +27,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,7 +160,23 @@ def become(request: dict[str, Any], output: int) -> None:
     sys.argv = request["words"]
     program = os.path.abspath(sys.argv[0])
     sys.path[0] = os.path.dirname(program)
-    runpy.run_path(program, run_name="__main__")
+    code = 1
+    try:
+        runpy.run_path(program, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        else:
+            code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    # The interpreter's own end, without the freeing of what the server imported.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

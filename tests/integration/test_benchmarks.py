@@ -85,8 +85,7 @@ def peer(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.multirank
+@pytest.mark.sweep
 def test_contenders_compute_the_same_and_a_peer_joins(tmp_path: Path, peer: Path) -> None:
     out = tmp_path / "found.json"
     said = run(

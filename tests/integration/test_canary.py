@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
 
 PROGRAM = ROOT / "tests/integration/programs/flipped.py"
 
 
-@pytest.mark.multirank
-@pytest.mark.slow
 def test_the_rank_whose_teacher_changed_is_named_and_all_stop(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures", 26)
     run_ranks(PROGRAM, tmp_path, pictures, ranks=4, results=tmp_path, timeout=240)

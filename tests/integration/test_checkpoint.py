@@ -14,8 +14,6 @@ from launch import ROOT, run_ranks
 from pictures import write_pictures
 from twin import losses, train
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
-
 # The first of the kills waits for a save under way; tests/soak/kills.py has more of them.
 KILLS = 3
 # Three steps an epoch: most kills and resumes are in mid-epoch.

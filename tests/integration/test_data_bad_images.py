@@ -106,7 +106,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, 
     return dict(zip(manifest, zip(manifest.values(), results, strict=True), strict=True))
 
 
-@pytest.mark.slow
 def test_pictures_end_as_their_manifest_says(outcomes):
     wrong, num = {}, 0
     for name, (facts, result) in outcomes.items():
@@ -127,7 +126,6 @@ def test_pictures_end_as_their_manifest_says(outcomes):
     assert num == 45
 
 
-@pytest.mark.slow
 def test_pictures_have_the_colors_that_pillow_sees(outcomes):
     for name, (facts, result) in outcomes.items():
         if facts["expect"] == "ok" and "pil_rgb_mean" in facts:
@@ -136,7 +134,6 @@ def test_pictures_have_the_colors_that_pillow_sees(outcomes):
             assert result["mean"] == pytest.approx(wanted, abs=1), name
 
 
-@pytest.mark.slow
 def test_shards_end_as_their_manifest_says(outcomes):
     found = {
         name: (result["num"], result["decoded"], len(result["skipped"]), len(result["torn"]))
@@ -151,13 +148,11 @@ def test_shards_end_as_their_manifest_says(outcomes):
     }
 
 
-@pytest.mark.slow
 def test_bombs_and_the_picture_over_the_limit_are_refused_by_their_size(outcomes):
     for name in ("bomb_65000.jpg", "bomb_30000.png", "warn_12000x10000.png"):
         assert "too large; got" in outcomes[name][1]["skipped"][0]
 
 
-@pytest.mark.slow
 def test_none_takes_a_gigabyte(outcomes):
     peaks = {name: result["peak"] for name, (_, result) in outcomes.items()}
     assert max(peaks.values()) < MOST_BYTES, peaks

@@ -80,8 +80,6 @@ def epoch_of(
     return indices, images
 
 
-@pytest.mark.slow
-@pytest.mark.multirank
 # of three workers on two cores
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_an_epoch_is_a_permutation_and_the_same_in_every_setting(forms):

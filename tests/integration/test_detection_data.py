@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from coco import unpack_coco_tiny
 from launch import read_results, run_ranks
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "detection_data.py"
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from launch import read_results, run_ranks
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "detection_ranks.py"
-BATCHES = 40
 
 
-def test_as_one_process_and_never_out_of_step(tmp_path: Path) -> None:
-    run_ranks(PROGRAM, tmp_path, BATCHES, ranks=2, results=tmp_path, timeout=300)
+@pytest.mark.parametrize("batches", [16, pytest.param(40, marks=pytest.mark.sweep)])
+def test_as_one_process_and_never_out_of_step(batches: int, tmp_path: Path) -> None:
+    run_ranks(PROGRAM, tmp_path, batches, ranks=2, results=tmp_path, timeout=300)
     results = read_results(tmp_path, 2)
     for name in ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base", "clip"):
         for found in results:
@@ -22,9 +21,10 @@ def test_as_one_process_and_never_out_of_step(tmp_path: Path) -> None:
             assert found[name]["alone"][2] < found[name]["alone"][0], name
     for found in results:
         losses = found["random"]["losses"]
-        assert len(losses) == BATCHES
+        assert len(losses) == batches
         assert all(map(math.isfinite, losses))
-        assert sum(losses[-10:]) < sum(losses[:10])
+        if batches >= 40:  # In fewer, chance outweighs what was learnt.
+            assert sum(losses[-10:]) < sum(losses[:10])
     # What is in an image of no pixels is nothing.
     assert results[0]["random"]["found"] == 0
     assert results[1]["random"]["found"] > 0

@@ -24,7 +24,6 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.jobs import job_of
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "finetuning.py"
 SIZE = 32
 NETS = {

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import twin
-from fd_large.tasks.distillation.replay import find_weights, read_incident, run_again
 from integration.programs import guarded
 from kills import state
 from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
 
 from fd_large.cli import replay
+from fd_large.engine.replay import find_weights, read_incident, run_again
 from fd_large.errors import ConfigError, FDError
-
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
+from fd_large.tasks.jobs import job_of
 
 PROGRAM = ROOT / "tests/integration/programs/guarded.py"
 RANKS = 2
@@ -165,11 +164,11 @@ def test_replay_reproduces_the_recorded_losses(
     stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guarded.spoil(monkeypatch.setattr)
-    spike = read_incident(incident(stopped, 8))
+    spike = read_incident(incident(stopped, 8), job_of)
     weights = find_weights(spike)
     assert (weights.update, weights.accepted_between) == (8, 0)
     replayed = run_again(spike, weights)
-    assert replayed.same_teacher
+    assert not replayed.other_training
     (own,) = spike.pictures
     assert replayed.losses == {0: pytest.approx(own.losses, rel=1e-5)}
     # A largest value over both ranks is no less than one rank's.
@@ -187,14 +186,14 @@ def test_replay_reproduces_the_recorded_losses(
 
 def test_replay_says_how_far_its_weights_are_from_the_step(zero3: Path, tmp_path: Path) -> None:
     shutil.copytree(zero3 / "run", tmp_path / "run")
-    spike = read_incident(incident(tmp_path, 8))
+    spike = read_incident(incident(tmp_path, 8), job_of)
     checkpoints = tmp_path / "run/checkpoints"
     with (checkpoints / "step_00000008/rank_00001.safetensors").open("r+b") as file:
         file.truncate(100)
     # Damaged, so the one before it; of the three steps between them, one was skipped.
     assert find_weights(spike)[1:] == (5, 2)
     # Update 10 was undone, by a roll-back to 8 steps; what was skipped moved nothing.
-    later = read_incident(incident(tmp_path, 13))
+    later = read_incident(incident(tmp_path, 13), job_of)
     assert find_weights(later)[1:] == (12, 1)
     (checkpoints / "step_00000012").rename(tmp_path / "aside")
     assert find_weights(later)[1:] == (5, 3)
@@ -258,7 +257,7 @@ def test_a_damaged_incident_is_told_when_it_is_read(
     damage(said, name)
     file.write_text(json.dumps(said))
     with pytest.raises(ConfigError, match=f"damaged; got (KeyError|TypeError) '?{name}"):
-        read_incident(file)
+        read_incident(file, job_of)
 
 
 def _name_teacher(run: Path, source: str) -> None:

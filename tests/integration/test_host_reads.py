@@ -6,12 +6,10 @@ import gzip
 import json
 from pathlib import Path
 
-import pytest
 import twin
 from launch import read_results, run_ranks
 from pictures import write_pictures
 
-pytestmark = [pytest.mark.slow, pytest.mark.multirank]
 PROGRAM = Path(__file__).parent / "programs" / "host_reads.py"
 
 

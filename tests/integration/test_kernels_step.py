@@ -15,8 +15,6 @@ sys.path.insert(0, str(PROGRAM.parent))
 
 import scenarios  # noqa: E402
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
-
 
 def net(**fields: Any) -> dict[str, Any]:
     # As small as the kernels take: windows of 4, heads of 32.

@@ -16,7 +16,6 @@ from launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("launcher", ["plain", "deepspeed", "torchrun", "mpirun"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from launch import read_results, run_ranks
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 PROGRAM = Path(__file__).parent / "programs" / "layer_rates.py"
 STAGES = (0, 1, 2, 3)
 

@@ -1,4 +1,4 @@
-"""Two ranks load a model of more than 300M parameters: a rank's memory, beside the naive loader's."""
+"""Two ranks load a model of over 300M parameters: a rank's memory, beside the naive loader's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.multirank
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_rank_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
     out = tmp_path / "load_weights.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "load_weights.py")]

@@ -9,7 +9,6 @@ from launch import read_results, run_ranks
 from pictures import write_pictures
 
 PROGRAMS = Path(__file__).parent / "programs"
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 
 def test_building_holds_a_share_and_one_module(tmp_path: Path) -> None:
@@ -22,16 +21,20 @@ def test_building_holds_a_share_and_one_module(tmp_path: Path) -> None:
         assert result["held"] == pytest.approx(result["all"] / 2, rel=0.001)
 
 
-def test_a_thousand_updates_leave_memory_flat(tmp_path: Path) -> None:
-    # 400 images make an epoch of 100 steps: ten loaders come and go.
-    pictures = write_pictures(tmp_path / "pictures", 400, size=24)
+@pytest.mark.parametrize("updates", [200, pytest.param(1000, marks=pytest.mark.sweep)])
+def test_many_updates_leave_memory_flat(updates: int, tmp_path: Path) -> None:
+    # Ten epochs: ten loaders come and go.
+    pictures = write_pictures(tmp_path / "pictures", 4 * updates // 10, size=24)
     run_ranks(
-        PROGRAMS / "thousand_steps.py", pictures, tmp_path, ranks=2, timeout=400, results=tmp_path
+        *(PROGRAMS / "many_steps.py", updates, pictures, tmp_path),
+        ranks=2,
+        timeout=400,
+        results=tmp_path,
     )
     for rows in read_results(tmp_path, 2):
         assert len(rows) == 10
         assert all(row["rate"] > 0 for row in rows)
-        # An image more or less may wait in the loader; a step that leaks would add a thousand.
+        # An image more or less may wait in the loader; a step that leaks adds one each.
         tensors = [row["tensors"] for row in rows[1:]]
         assert max(tensors) - min(tensors) < 64 << 10
         growth = rows[-1]["resident"] - rows[2]["resident"]

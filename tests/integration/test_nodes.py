@@ -46,7 +46,6 @@ def small_disk(tmp_path: Path) -> Path:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.multirank
 def test_one_rank_of_a_node_copies_and_a_node_that_differs_is_named(
     pictures: Path, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -83,7 +82,6 @@ def test_one_rank_of_a_node_copies_and_a_node_that_differs_is_named(
             assert word in first[name], (name, first[name])
 
 
-@pytest.mark.multirank
 def test_a_run_goes_on_staged_where_it_began_unstaged(pictures: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = ("--optim.max_steps", "4", "--runtime.save_every", "2")
@@ -98,7 +96,6 @@ def test_a_run_goes_on_staged_where_it_began_unstaged(pictures: Path, tmp_path: 
     assert losses(run_dir) == whole
 
 
-@pytest.mark.multirank
 def test_the_doctor_has_ranks_meet_and_names_the_node_that_lacks_something(tmp_path: Path) -> None:
     program = ROOT / "tests/integration/programs/doctor.py"
     finished = run_ranks(program, tmp_path, ranks=2, check=False, env={"GLOO_SOCKET_IFNAME": "lo"})

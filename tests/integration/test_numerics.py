@@ -21,8 +21,6 @@ sys.path.insert(0, str(PROGRAM.parent))
 import scenarios  # noqa: E402
 from scenarios import ZERO1, ZERO2, ZERO3  # noqa: E402
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
-
 ON_HOST = {"device": "cpu", "pin_memory": False}
 BF16 = {"engine": {"precision": "bfloat16"}}
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 1e-2

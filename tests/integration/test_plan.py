@@ -8,7 +8,6 @@ import pytest
 from launch import read_results, run_ranks
 
 PROGRAM = Path(__file__).parent / "programs" / "held_bytes.py"
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 
 def test_bytes_between_updates_are_the_plans(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from launch import ROOT, Launcher, read_results
 from pictures import write_pictures
 from twin import losses, train
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
-
 PROGRAM = ROOT / "tests/integration/programs/preempted.py"
 UPDATES = 18
 WORDS = f"""
@@ -31,12 +29,10 @@ STOPS: dict[Launcher, list[tuple[tuple[str, str, int, int], int, bool]]] = {
         (("save", "SIGUSR1", 0, 4), 5, False),
         # which is stopped in it as well, before any update.
         (("evaluation", "file", 1, 5), 5, False),
-    ],
-    "deepspeed": [
         # The wish comes after this step's agreement.
         (("judge", "SIGUSR1", 1, 6), 8, True),
-        (("evaluation", "SIGTERM", 0, 10), 10, False),
     ],
+    "deepspeed": [(("evaluation", "SIGTERM", 0, 10), 10, False)],
     "torchrun": [
         (("save", "file", 1, 12), 13, True),
         (("micro batch", "file", 0, 13), 14, True),
@@ -76,11 +72,21 @@ def stopped(
         raise AssertionError("\n".join(finished.outputs)) from None
 
 
-def test_nine_stops_under_four_launchers(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launchers", "newest"),
+    [
+        (("plain", "deepspeed"), 10),
+        pytest.param(("torchrun", "mpirun"), 17, marks=pytest.mark.sweep),
+    ],
+)
+def test_stops_one_after_the_other(
+    launchers: tuple[Launcher, ...], newest: int, pictures: Path, tmp_path: Path
+) -> None:
     """Each signal and the file, in a step, an evaluation and a save; the curve does not notice."""
     calm, run_dir = tmp_path / "calm", tmp_path / "run"
     train(pictures, calm, *WORDS, "--eval.root", str(pictures))
-    for launcher, stops in STOPS.items():
+    for launcher in launchers:
+        stops = STOPS[launcher]
         folder = tmp_path / launcher
         asked = [stop for stop, _, _ in stops]
         codes, ranks = stopped(pictures, run_dir, folder, launcher, asked, ranks=2)
@@ -92,7 +98,7 @@ def test_nine_stops_under_four_launchers(pictures: Path, tmp_path: Path) -> None
         assert codes == CODES[launcher], launcher
 
     resumed = train(pictures, run_dir, *WORDS, "--eval.root", str(pictures))
-    assert "resumed after step 17 of 18" in resumed.outputs[0]
+    assert f"resumed after step {newest} of 18" in resumed.outputs[0]
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "done"
     assert losses(run_dir) == losses(calm)
     assert (run_dir / "evaluations.jsonl").read_text() == (calm / "evaluations.jsonl").read_text()

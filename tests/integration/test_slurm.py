@@ -20,8 +20,6 @@ from twin import losses
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.multirank,
     pytest.mark.skipif(bool(missing()), reason=missing() or "runs"),
 ]
 UPDATES = 36

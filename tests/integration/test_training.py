@@ -19,8 +19,6 @@ from twin import losses, train
 from fd_large.cli.plan import workload
 from fd_large.recipes.run import Run
 
-pytestmark = [pytest.mark.multirank, pytest.mark.slow]
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:

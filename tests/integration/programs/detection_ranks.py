@@ -105,7 +105,7 @@ def random_batches(run: Run, count: int) -> dict[str, Any]:
         set_rate(engine.deepspeed.optimizer, RATE)
         losses.append(forward_backward(engine, batch, run.runtime.seed).item())
         engine.deepspeed.step()
-        if number % 10 == 0:
+        if number % 8 == 0:
             engine.task.eval()
             # On one rank nothing is large enough to hold an object.
             sizes = batch.targets.sizes if rank else torch.zeros_like(batch.targets.sizes)

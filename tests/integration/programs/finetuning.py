@@ -131,8 +131,8 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
             total += forward_backward(engine, next(batches), run.runtime.seed)
             engine.deepspeed.step()
         losses.append(distributed.mean(total / numbers.accumulation).item())
-    evaluate = job.evaluation(engine, samples, TEST_BATCH, None)
-    metrics, _ = evaluate(UPDATES, True, lambda: None)
+    (evaluation,) = job.evaluations(engine, samples, TEST_BATCH)
+    metrics, _ = evaluation.measure(UPDATES, True, lambda: None)
     weights = dict(partition.stream(engine.task))
     engine.deepspeed.destroy()
     del engine

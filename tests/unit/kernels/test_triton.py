@@ -27,7 +27,6 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "half"), RUNS, ids=[f"{p.stem} {half}".strip() for p, half in RUNS]
 )

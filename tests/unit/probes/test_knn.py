@@ -55,7 +55,6 @@ def test() -> Features:
     return features_of("cifar10_test10k.tar", 10_000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (200, 0.02)])
 def test_every_prediction_is_scikit_learns(train, test, k, temperature, monkeypatch):
     # Blocks that do not divide anything.

@@ -148,7 +148,6 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
             (801, 1333),
             ((201, 334), (101, 167), (51, 84), (26, 42)),
             id="801x1333-window-16",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             "swinv2_giant",
@@ -156,7 +155,14 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
             (1536, 1536),
             ((384, 384), (192, 192), (96, 96), (48, 48)),
             id="1536-window-32",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.sweep,
+        ),
+        pytest.param(
+            "swinv2_giant",
+            {"window_size": 8, "depths": (1, 1, 1, 2)},
+            (384, 384),
+            ((96, 96), (48, 48), (24, 24), (12, 12)),
+            id="384-window-8",
         ),
         pytest.param(
             "swin_base_esvit",

@@ -1,7 +1,7 @@
-"""Rank program: a thousand steps by the trainer itself; memory after each hundred.
+"""Rank program: many steps by the trainer itself; memory after each tenth of them.
 
-thousand_steps.py PICTURES FOLDER writes, per rank, the bytes of all tensors alive, the resident
-size and the last rate. Loader, hooks, checkpoints and evaluation are those of any run.
+many_steps.py STEPS PICTURES FOLDER writes, per rank, the bytes of all tensors alive, the resident
+size and the last learning rate. Loader, hooks, checkpoints and evaluation are those of any run.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ def resident() -> int:
 
 
 class Memory(Hook):
-    """Notes what is held after each hundred steps."""
+    """Notes what is held after each `every` steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.rows: list[dict[str, float]] = []
 
     def after_update(self, update: Update) -> None:
-        if update.index % 100 == 99:
+        if (update.index + 1) % self.every == 0:
             row = {"tensors": sum(storages().values()), "resident": resident()}
             self.rows.append({**row, "rate": update.learning_rate})
 
 
-def main(pictures: str, folder: Path) -> None:
+def main(steps: int, pictures: str, folder: Path) -> None:
     torch.set_num_threads(1)
     shape = {
         "embed_dim": 8,
@@ -52,11 +53,11 @@ def main(pictures: str, folder: Path) -> None:
         teacher={"architecture": shape},
         data={"root": pictures, "image_size": 16, "workers": 1},
         batch={"global_batch_size": 4, "micro_batch_size": 2},
-        runtime={"run_dir": str(folder / "run"), "log_every": 50, "save_every": 250},
-        eval={"root": pictures, "every": 200, "views": 4},
+        runtime={"run_dir": str(folder / "run"), "log_every": 50, "save_every": steps // 4},
+        eval={"root": pictures, "every": steps // 5, "views": 4},
     )
-    run = replace(run, optim=replace(run.optim, max_steps=1000))
-    memory = Memory()
+    run = replace(run, optim=replace(run.optim, max_steps=steps))
+    memory = Memory(steps // 10)
     train(
         run,
         job_of,
@@ -68,4 +69,4 @@ def main(pictures: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[-2], Path(sys.argv[-1]))
+    main(int(sys.argv[-3]), sys.argv[-2], Path(sys.argv[-1]))
