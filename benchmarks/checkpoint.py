@@ -71,7 +71,7 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"ours": [], "ours, waiting": [], "deepspeed": []}
     saver = Saver(scratch, keep_last=1, keep_every=0)
     layout = state.layout_of(engine).to_dict()
-    list(state.pieces(engine))  # This creates the moments, as a first step would.
+    list(state.shards(engine))  # This creates the moments, as a first step would.
     for turn in range(arguments.rounds + 1):
         for kind in seconds:
             distributed.barrier()
@@ -88,7 +88,7 @@ def saves(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                     "teacher_hash": "",
                     "layout": layout,
                 }
-                saver.begin(manifest, state.pieces(engine))
+                saver.begin(manifest, state.shards(engine))
                 taken = time.perf_counter() - begin
                 saver.wait()
                 failed = distributed.any_rank(saver.failed)

@@ -23,7 +23,7 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
@@ -131,7 +131,7 @@ def _engine(name: str, setting: Setting) -> Step:
     )
 
     def step(batch: Batch) -> Tensor:
-        set_rate(engine.deepspeed.optimizer, RATE)
+        set_learning_rate(engine.deepspeed.optimizer, RATE)
         loss = forward_backward(engine, batch, 0)
         engine.deepspeed.step()
         return loss
@@ -150,7 +150,7 @@ def _seeded_task(setting: Setting) -> Any:
 def _optimizer(groups: list[dict[str, Any]], setting: Setting) -> torch.optim.Optimizer:
     on_gpu = distributed.device().type == "cuda"
     optimizer = make_optimizer(groups, setting.run.optim, on_gpu=on_gpu)
-    set_rate(optimizer, RATE)
+    set_learning_rate(optimizer, RATE)
     return optimizer
 
 

@@ -69,7 +69,7 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
     from fd_large import distributed
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import engine, layer_decay, start
-    from fd_large.engine.zero.optimizer import set_rate
+    from fd_large.engine.zero.optimizer import set_learning_rate
     from fd_large.recipes import registry
     from fd_large.recipes.architectures import Architecture
 
@@ -107,11 +107,11 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
 
     def step(name: str) -> None:
         engine = engines[name]
-        set_rate(engine.deepspeed.optimizer, RATE)
+        set_learning_rate(engine.deepspeed.optimizer, RATE)
         for group in engine.deepspeed.optimizer.param_groups:
             group["lr"] = RATE * group.get("scale", 1.0)
         if name in rates:
-            rates[name].rate_of = partial(float.__mul__, RATE)
+            rates[name].at_scale = partial(float.__mul__, RATE)
         forward_backward(engine, batch, 0)
         engine.deepspeed.step()
 

@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large.cli.plan import workload
     from fd_large.engine.forward_backward import forward_backward
     from fd_large.engine.zero import start
-    from fd_large.engine.zero.optimizer import set_rate
+    from fd_large.engine.zero.optimizer import set_learning_rate
     from fd_large.plan import probe
     from fd_large.plan.candidate import Candidate
     from fd_large.plan.cluster import Cluster, Machine
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> int:
     batch = noise(arguments.micro_batch, arguments.image_size)
 
     def step(engine: Any) -> None:
-        set_rate(engine.deepspeed.optimizer, 1e-4)
+        set_learning_rate(engine.deepspeed.optimizer, 1e-4)
         forward_backward(engine, batch, 0)
         engine.deepspeed.step()
 

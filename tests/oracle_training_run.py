@@ -27,7 +27,7 @@ from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import build_engine
-from fd_large.engine.zero.optimizer import set_rate
+from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.task import Distillation
@@ -123,8 +123,8 @@ def main(folder: Path) -> None:
         images = tensors["images_u8"][step % config["batches"]]
         if step == 0:
             found |= first_maps(engine, images)
-        rates.append(schedule.at_update(step))
-        set_rate(engine.deepspeed.optimizer, rates[-1])
+        rates.append(schedule.at_step(step))
+        set_learning_rate(engine.deepspeed.optimizer, rates[-1])
         positions = torch.arange(rank * share, (rank + 1) * share)
         loss = forward_backward(engine, Batch(images[positions], 0, positions, positions), 0)
         if step == 0:

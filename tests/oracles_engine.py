@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
-from fd_large.engine.schedule import CosineSchedule, official_accumulated_rate
+from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.task import Distillation
@@ -35,6 +35,20 @@ def relative(got: float, expected: float) -> float:
     return abs(got - expected) / (abs(expected) or 1.0)
 
 
+def official_accumulated_rate(
+    schedule: CosineSchedule, step: int, *, accumulation: int, micro_batches_per_epoch: int
+) -> float:
+    """The official code's learning rate under accumulation.
+
+    There T, W and the index count micro batches, so that the learning rate depends on how a batch
+    is split. Micro batches that are left at the end of an epoch are dropped, but counted.
+    """
+    if step == 0:
+        return schedule.value(0)
+    epoch, of_epoch = divmod(step - 1, micro_batches_per_epoch // accumulation)
+    return schedule.value(epoch * micro_batches_per_epoch + accumulation * (of_epoch + 1) - 1)
+
+
 def check_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     rows = []
     for number, combo in enumerate(spec["combos"]):
@@ -47,7 +61,7 @@ def check_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
         )
         accumulation = combo["accumulation"]
         used = [
-            schedule.at_update(u)
+            schedule.at_step(u)
             if accumulation == 1
             else official_accumulated_rate(
                 schedule,

@@ -74,7 +74,7 @@ class Checkpoints:
             store.sweep(self._folder)
         distributed.barrier()
 
-    def say_what_disk_it_takes(self, total_updates: int) -> None:
+    def log_disk_use(self, total_updates: int) -> None:
         """Logs the bytes of a checkpoint and of all that will be kept, against the free disk."""
         each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
@@ -126,7 +126,7 @@ class Checkpoints:
             "layout": state.layout_of(self._engine).to_dict(),
         }
         self._saved = update
-        self._saver.begin(manifest, state.pieces(self._engine))
+        self._saver.begin(manifest, state.shards(self._engine))
         log.info("checkpoint of step %d: training stood %.2f s", update, self._saver.stall_seconds)
         return waited
 

@@ -1,8 +1,8 @@
 """An exponential moving average of the trained weights, kept where the masters are.
 
-Each rank averages the elements that it owns, so the average costs four bytes an owned element, no
-communication, and is the same numbers at any ZeRO stage. It lives in the optimiser's state under
-its own key, beside the moments, and is stored with them.
+Each rank averages the elements that it owns: four bytes per owned element, no communication, and
+the same numbers at any ZeRO stage. The average lives in the optimiser's state under its own key,
+beside the moments, and is stored with them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fd_large.engine.zero.engine import Engine
 
 
 class Ema:
-    """ema = decay * ema + (1 - decay) * weight after each step, in float32.
+    """Keeps ema = decay * ema + (1 - decay) * weight after each step, in float32.
 
-    Begins as the weights themselves.
+    It begins as the weights themselves.
 
     Args:
-        engine: Before its first step, or restored.
-        decay: Of the old average.
+        engine: The engine, before its first step or restored.
+        decay: Weight of the previous average in each update, in (0, 1).
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
@@ -35,21 +35,21 @@ class Ema:
                 self._state(owner)[state.EMA] = owner.detach().clone()
 
     def update(self) -> None:
-        """After a step that moved the weights."""
+        """Adds the present weights to the average, after a step that moved them."""
         with torch.no_grad():
             for owner in self._owners():
                 self._state(owner)[state.EMA].lerp_(owner, 1 - self._decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """The task computes with the average inside the block; all ranks enter it together."""
+        """Lets the task compute with the average inside the block; all ranks enter it together."""
         self._exchange()
         try:
             yield
         except Interrupted:
             self._exchange()
             raise
-        # After an error of one rank alone the others are in another collective than this.
+        # Not after other errors: if one rank alone fails, the others wait in another collective.
         self._exchange()
 
     def _exchange(self) -> None:
@@ -62,7 +62,7 @@ class Ema:
         state.redistribute(self._engine)
 
     def _owners(self) -> list[Tensor]:
-        owners = {id(owner): owner for _, owner, _, _ in state.stretches(self._engine)}
+        owners = {id(owner): owner for _, owner, _, _ in state.owned(self._engine)}
         return list(owners.values())
 
     def _state(self, owner: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Evaluations of a run: what a task measures, how often, and how an evaluation is left."""
+"""Evaluations of a run: what a task measures, how often, and how an evaluation is interrupted."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ class Evaluation(NamedTuple):
     """Something that a task measures as it trains.
 
     Attributes:
-        measure: (steps so far, whether for the last time, called between batches) -> numbers by
-            name, and a panel where one is due. Called by all ranks alike, the task in training
-            mode and with the average of the weights in their place where the run keeps one.
-        every: Steps between two calls; 0: only before the first step and after the last.
+        measure: Called with the number of finished steps, whether it is the last evaluation, and a
+            function to call between batches; returns numbers by name, and a panel where one is
+            due. All ranks call it alike, with the task in training mode and with the average of
+            the weights in their place where the run keeps one.
+        every: Steps between two calls; 0 evaluates only before the first step and after the last.
     """
 
     measure: Callable[[int, bool, Callable[[], None]], tuple[dict[str, float], Panel | None]]
     every: int = 0
 
-    def due(self, update: int, last: bool) -> bool:
-        """Whether it is made after so many steps."""
-        return last or update == 0 or (bool(self.every) and update % self.every == 0)
+    def due(self, step: int, last: bool) -> bool:
+        """Returns whether it is made after so many steps."""
+        return last or step == 0 or (bool(self.every) and step % self.every == 0)
 
 
 def steps_between(evaluations: Sequence[Evaluation]) -> int:
@@ -38,11 +39,11 @@ def steps_between(evaluations: Sequence[Evaluation]) -> int:
 
 
 class Interrupted(Exception):
-    """The ranks have agreed to leave an evaluation."""
+    """Raised on all ranks alike to leave an evaluation."""
 
 
 class evaluating:
-    """Evaluation mode without gradients, and training mode again."""
+    """Puts the task into evaluation mode without gradients, and back into training mode."""
 
     def __init__(self, engine: Engine) -> None:
         self._task, self._no_grad = engine.task, torch.no_grad()

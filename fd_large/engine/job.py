@@ -182,6 +182,15 @@ class Job:
         """Returns the hooks that watch what this task alone has; asked after `build`."""
         return ()
 
+    def summary(self) -> Mapping[str, Any]:
+        """Returns the first entries of summary.json."""
+        frozen = {
+            name: {"model": part.section.model, "source": part.section.source}
+            for name, part in self.frozen_models().items()
+        }
+        # The key is always there.
+        return {"recipe": self.run.name, "student": self.run.student.model, "teacher": None} | frozen
+
     def facts(self) -> Mapping[str, Any]:
         """Returns what a checkpoint's manifest says of the task, JSON-safe."""
         return {}

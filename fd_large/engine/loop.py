@@ -1,4 +1,4 @@
-"""The trainer: batches in, steps out, hooks asked, checkpoints written. It knows no task."""
+"""The training loop: batches in, steps out, hooks asked, checkpoints written. It knows no task."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fd_large.engine.prefetch import Prefetch
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.layer_decay import LayerRates
-from fd_large.engine.zero.optimizer import set_rate
+from fd_large.engine.zero.layer_decay import LayerLearningRates
+from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.errors import DataError
 from fd_large.runtime.hooks import (
     DONE,
@@ -43,20 +43,20 @@ from fd_large.runtime.hooks import (
 log = logging.getLogger(__name__)
 
 
-class Plan(NamedTuple):
-    """In what portions and at which rates a run trains.
+class TrainingPlan(NamedTuple):
+    """How long a run trains, in which batches, and at which learning rates.
 
     Attributes:
-        schedule: Learning rates; its total is the run's length.
-        updates_per_epoch: Whole global batches in an epoch.
+        schedule: The learning rates; its total is the run's length.
+        steps_per_epoch: Number of whole global batches in an epoch.
         accumulation: Micro batches per step.
-        seed: Of order, crops and drop path.
-        max_bad_fraction: Of images that may be bad before the run stops.
-        count_bad_every: Steps between two looks at the sum over ranks.
+        seed: Seed of the drop path.
+        max_bad_fraction: Fraction of the images that may be unusable before the run stops.
+        count_bad_every: Steps between two looks at the sum of these over all ranks.
     """
 
     schedule: CosineSchedule
-    updates_per_epoch: int
+    steps_per_epoch: int
     accumulation: int
     seed: int
     max_bad_fraction: float = 1.0
@@ -64,7 +64,16 @@ class Plan(NamedTuple):
 
 
 class _Agreed(NamedTuple):
-    """What the ranks know together before the optimiser moves."""
+    """What all ranks know before the optimiser steps.
+
+    Attributes:
+        update: The step's numbers, for the hooks.
+        stop: Whether a rank wishes to stop.
+        save: Whether a rank wishes to save.
+        busy: Whether a rank is still writing a checkpoint.
+        failed: Whether a rank failed to write one.
+        verdict: What the hooks decided about the step.
+    """
 
     update: Update
     stop: bool
@@ -79,35 +88,36 @@ class Trainer:
 
     Args:
         engine: The task in its engine.
-        plan: Rates and portions.
-        hooks: Asked around every step.
-        setting: Told to the hooks.
-        checkpoints: Asked when to save, and told what the ranks agreed.
+        plan: Length, batches and learning rates.
+        hooks: What observes the run, in the order in which it is asked.
+        setting: What the hooks are given before the first step.
+        checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: What is measured before, during and after training.
-        time_box: Decides the length after the first steps.
-        layer_rates: Steps each layer at its own rate; None: all at one.
-        ema: Follows the weights.
+        time_box: Decides the length after the first steps; None: the plan's length stays.
+        layer_rates: Steps each layer at its own learning rate; None: all have the same.
+        ema: The average of the weights; None: there is none.
     """
 
     def __init__(
         self,
         engine: Engine,
-        plan: Plan,
+        plan: TrainingPlan,
         hooks: Sequence[Hook],
         setting: Setting,
         *,
         checkpoints: Checkpoints,
         evaluations: Sequence[Evaluation] = (),
         time_box: TimeBox | None = None,
-        layer_rates: LayerRates | None = None,
+        layer_rates: LayerLearningRates | None = None,
         ema: Ema | None = None,
     ) -> None:
         self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
         self._layer_rates, self._ema = layer_rates, ema
-        self._update = setting.first_update
+        self._evaluate_every = steps_between(evaluations)
+        self._finished = setting.first_update
         self._status = ""
-        self._owed = False
+        self._save_owed = False
         self._bad_images = BadImages()
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
@@ -121,13 +131,13 @@ class Trainer:
         self._engine.task.train()
         if self._stop_wished():
             self._status = PREEMPTED
-        elif self._update == 0:
-            self._evaluated(last=False)
+        elif self._finished == 0:
+            self._evaluate(last=False)
         elif not self._checkpoints.evaluated:
             # The evaluation that a pre-emption cut short.
-            self._evaluated(last=self._update == self._total)
-        while self._update < self._total and not self._status:
-            self._epoch(batches)
+            self._evaluate(last=self._finished == self._total)
+        while self._finished < self._total and not self._status:
+            self._train_epoch(batches)
         saved = self._checkpoints.settle()
         status = self._status or DONE
         if not saved and status in (DONE, PREEMPTED):
@@ -140,86 +150,60 @@ class Trainer:
     def _total(self) -> int:
         return self._plan.schedule.total
 
-    def _epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
-        epoch, first = divmod(self._update, self._plan.updates_per_epoch)
-        end = min((epoch + 1) * self._plan.updates_per_epoch, self._total)
+    def _train_epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
+        epoch, first = divmod(self._finished, self._plan.steps_per_epoch)
+        end = min((epoch + 1) * self._plan.steps_per_epoch, self._total)
         micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
-        while self._update < min(end, self._total) and not self._status:
-            self._one_update(micro_batches, epoch)
+        while self._finished < min(end, self._total) and not self._status:
+            self._train_step(micro_batches, epoch)
         # Runs the loader dry, so that its workers have ended before the next epoch's are forked.
-        if not self._status and self._update % self._plan.updates_per_epoch == 0:
+        if not self._status and self._finished % self._plan.steps_per_epoch == 0:
             left = next(micro_batches, None)
             assert left is None
 
-    def _one_update(self, micro_batches: Prefetch, epoch: int) -> None:
-        agreed, batches, losses = self._stepped(micro_batches, epoch)
-        finished, verdict = agreed.update, agreed.verdict
-        self._update += 1
-        seconds = self._checkpoints.after_update(
-            busy_anywhere=agreed.busy, failed_anywhere=agreed.failed
+    def _train_step(self, micro_batches: Prefetch, epoch: int) -> None:
+        """One step, and what follows it: hooks, roll-back, evaluation, checkpoint."""
+        agreed, batches, losses = self._forward_backward_step(micro_batches, epoch)
+        update, verdict = agreed.update, agreed.verdict
+        self._finished += 1
+        self._report_saved(
+            self._checkpoints.after_update(busy_anywhere=agreed.busy, failed_anywhere=agreed.failed)
         )
-        if seconds is not None:
-            self._tell_saved(seconds)
-        if finished.skipped:
-            numbers = torch.stack(losses).tolist()
-            evidence = evidence_of(self._engine, batches, numbers, self._plan.seed)
+        if update.skipped:
+            values = torch.stack(losses).tolist()
+            evidence = evidence_of(self._engine, batches, values, self._plan.seed)
             for hook in self._hooks:
-                hook.on_skip(finished, evidence)
-        if self._time_box is not None and (total := self._time_box.after_update()) is not None:
-            self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
-            finished = replace(finished, total=total)
-        verdict = Verdict.all_of([verdict, *(h.after_update(finished) for h in self._hooks)])
+                hook.on_skip(update, evidence)
+        if self._time_box is not None:
+            total = self._time_box.after_step(self._evaluate_every)
+            if total is not None:
+                self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
+                update = replace(update, total=total)
+        verdict = Verdict.all_of([verdict, *(h.after_update(update) for h in self._hooks)])
         if verdict.stop:
             self._status = verdict.stop
             return
-        rolled_back = verdict.roll_back is not None and self._roll_back(finished, verdict.roll_back)
+        rolled_back = verdict.roll_back is not None and self._roll_back(update, verdict.roll_back)
         if self._status:
             return
         self._evaluate_and_save(agreed, rolled_back)
 
-    def _evaluate_and_save(self, agreed: _Agreed, rolled_back: bool) -> None:
-        plan, update = self._plan, self._update
-        last = update == self._total
-        if agreed.stop:
-            self._status = PREEMPTED
-        evaluated = True
-        # Before the checkpoint: a resume does not evaluate again.
-        every = steps_between(self._evaluations)
-        if last or (every and update % every == 0):
-            evaluated = not agreed.stop and self._evaluated(last=last)
-        too_bad = None
-        if last or update % plan.count_bad_every == 0:
-            too_bad = _too_many_bad(self._bad_images, plan.max_bad_fraction)
-        self._owed |= agreed.save or self._checkpoints.due(update, plan.updates_per_epoch)
-        # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
-        due = self._owed and not agreed.update.skipped
-        if self._status or last or due or too_bad or rolled_back:
-            self._save(evaluated=evaluated)
-        if too_bad:
-            self._checkpoints.settle()
-            raise too_bad
-
-    def _save(self, *, evaluated: bool) -> None:
-        verdict = Verdict.all_of(hook.on_save(self._update) for hook in self._hooks)
-        if verdict.stop:
-            self._status = verdict.stop
-            return
-        self._owed = False
-        self._tell_saved(self._checkpoints.save(self._update, evaluated=evaluated))
-
-    def _stepped(
+    def _forward_backward_step(
         self, micro_batches: Prefetch, epoch: int
     ) -> tuple[_Agreed, list[Batch], list[Tensor]]:
-        """Forward, backward, agreement, and the step unless it is refused."""
+        """Forward, backward, agreement, and the optimiser's step unless it is refused.
+
+        Returns: what the ranks agreed, this rank's micro batches, and their losses.
+        """
         engine, plan = self._engine, self._plan
-        rate = plan.schedule.at_update(self._update)
-        set_rate(engine.deepspeed.optimizer, rate)
+        learning_rate = plan.schedule.at_step(self._finished)
+        set_learning_rate(engine.deepspeed.optimizer, learning_rate)
         if self._layer_rates is not None:
-            self._layer_rates.rate_of = partial(plan.schedule.scaled_at, self._update)
+            self._layer_rates.at_scale = partial(plan.schedule.scaled_at, self._finished)
         batches: list[Batch] = []
         losses: list[Tensor] = []
         waited = 0.0
-        for portion in range(plan.accumulation):
+        for number in range(plan.accumulation):
             self._beat()
             begin = time.perf_counter()
             batch, on_device = next(micro_batches)
@@ -228,7 +212,7 @@ class Trainer:
             batches.append(batch)
             with out_of_memory_named(len(batch.positions)):
                 losses.append(forward_backward(engine, on_device, plan.seed))
-                if portion < plan.accumulation - 1:
+                if number < plan.accumulation - 1:
                     engine.deepspeed.step()
             # Before the host waits for the device in `_agree`.
             begin = time.perf_counter()
@@ -237,46 +221,50 @@ class Trainer:
         agreements: list[_Agreed] = []
 
         def ask() -> bool:
-            agreements.append(self._agree(losses, epoch, rate))
+            agreements.append(self._agree(losses, epoch, learning_rate))
             return not agreements[0].verdict.skip
 
         with out_of_memory_named(len(batches[-1].positions)):
             moved = engine.gate.step(engine.deepspeed, ask)
-        # DeepSpeed refuses a norm that is not finite by itself.
-        agreed = agreements[0] if agreements else self._agree(losses, epoch, rate)
+        # DeepSpeed refuses a norm that is not finite by itself, and then does not ask.
+        agreed = agreements[0] if agreements else self._agree(losses, epoch, learning_rate)
         self._checkpoints.optimizer_steps += moved
         if moved and self._ema is not None:
             self._ema.update()
         update = replace(agreed.update, skipped=not moved, data_seconds=waited)
         return agreed._replace(update=update), batches, losses
 
-    def _agree(self, losses: list[Tensor], epoch: int, rate: float) -> _Agreed:
-        """The one collective and the one host read of a step."""
-        # Before clipping.
+    def _agree(self, losses: list[Tensor], epoch: int, learning_rate: float) -> _Agreed:
+        """Makes the one collective and the one read by the host of a step."""
+        # The norm before clipping.
         norm = self._engine.deepspeed.optimizer._global_grad_norm
         wishes = [hook.wish() for hook in self._hooks]
-        flags = [
+        own = [
             any(wish.stop for wish in wishes),
             any(wish.save for wish in wishes),
             *self._checkpoints.flags,
         ]
         device = distributed.device()
         loss = torch.stack(losses).mean().double().reshape(1)
-        told = torch.tensor(flags, dtype=torch.float64).to(device, non_blocking=True)
+        flags = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
         # The norm is the same on all ranks, but for the last digit between unlike processors.
         norm = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
-        summed = distributed.sum_tensor(torch.cat([loss, norm, told])).tolist()
-        loss_sum, norm_sum, *agreed = summed
+        summed = distributed.sum_tensor(torch.cat([loss, norm, flags])).tolist()
+        loss_sum, norm_sum, *counts = summed
         ranks = distributed.world_size()
-        update = Update(self._update, self._total, epoch, loss_sum / ranks, norm_sum / ranks, rate)
+        update = Update(
+            self._finished, self._total, epoch, loss_sum / ranks, norm_sum / ranks, learning_rate
+        )
         verdict = Verdict.all_of(hook.judge(update) for hook in self._hooks)
-        return _Agreed(update, *(count > 0 for count in agreed), verdict=verdict)
+        return _Agreed(update, *(count > 0 for count in counts), verdict=verdict)
 
     def _roll_back(self, update: Update, at_most: int) -> bool:
+        """Restores a checkpoint of at most so many steps; without one the run ends."""
         restored = self._checkpoints.roll_back(at_most)
         if restored is None:
-            # One of this row, by a pre-emption in it: no weight has moved since it began.
-            restored = self._checkpoints.roll_back(self._update)
+            # A checkpoint that a pre-emption wrote in this row of refused steps: no weight has
+            # moved since the row began.
+            restored = self._checkpoints.roll_back(self._finished)
         if restored is None:
             if distributed.is_main():
                 log.error(
@@ -291,9 +279,38 @@ class Trainer:
             hook.on_roll_back(update, restored)
         return True
 
-    def _evaluated(self, *, last: bool) -> bool:
-        """Makes the evaluations that are due; says whether they came to their end."""
-        due = [one for one in self._evaluations if one.due(self._update, last)]
+    def _evaluate_and_save(self, agreed: _Agreed, rolled_back: bool) -> None:
+        plan, finished = self._plan, self._finished
+        last = finished == self._total
+        if agreed.stop:
+            self._status = PREEMPTED
+        evaluated = True
+        # Before the checkpoint: a resumed run does not evaluate again.
+        if last or (self._evaluate_every and finished % self._evaluate_every == 0):
+            evaluated = not agreed.stop and self._evaluate(last=last)
+        too_bad = None
+        if last or finished % plan.count_bad_every == 0:
+            too_bad = _too_many_bad(self._bad_images, plan.max_bad_fraction)
+        self._save_owed |= agreed.save or self._checkpoints.due(finished, plan.steps_per_epoch)
+        # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
+        due = self._save_owed and not agreed.update.skipped
+        if self._status or last or due or too_bad or rolled_back:
+            self._save(evaluated=evaluated)
+        if too_bad:
+            self._checkpoints.settle()
+            raise too_bad
+
+    def _save(self, *, evaluated: bool) -> None:
+        verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
+        if verdict.stop:
+            self._status = verdict.stop
+            return
+        self._save_owed = False
+        self._report_saved(self._checkpoints.save(self._finished, evaluated=evaluated))
+
+    def _evaluate(self, *, last: bool) -> bool:
+        """Makes the evaluations that are due; returns whether they were completed."""
+        due = [one for one in self._evaluations if one.due(self._finished, last)]
         if not due:
             return True
         begin = time.monotonic()
@@ -303,7 +320,7 @@ class Trainer:
             # With the average of the weights where there is one.
             with self._ema.in_place_of_weights() if self._ema else nullcontext():
                 for evaluation in due:
-                    found, shown = evaluation.measure(self._update, last, self._between_batches)
+                    found, shown = evaluation.measure(self._finished, last, self._between_batches)
                     metrics |= found
                     panel = panel or shown
         except Interrupted:
@@ -312,9 +329,9 @@ class Trainer:
         if self._time_box is not None:
             self._time_box.after_evaluation(time.monotonic() - begin)
         for hook in self._hooks if metrics else ():
-            hook.on_evaluation(self._update, metrics)
+            hook.on_evaluation(self._finished, metrics)
             if panel is not None:
-                hook.on_features(self._update, panel)
+                hook.on_features(self._finished, panel)
         return True
 
     def _between_batches(self) -> None:
@@ -329,14 +346,14 @@ class Trainer:
         for hook in self._hooks:
             hook.beat()
 
-    def _tell_saved(self, seconds: float | None) -> None:
+    def _report_saved(self, seconds: float | None) -> None:
         if seconds is not None:
             for hook in self._hooks:
                 hook.on_saved(seconds)
 
 
 def _too_many_bad(bad_images: BadImages, max_bad_fraction: float) -> DataError | None:
-    """The error that ends the run, the same on every rank, or None."""
+    """Returns the error that ends the run, the same on every rank, or None."""
     count = BadCount(*distributed.sum_tensor(torch.tensor(bad_images.count)).tolist())
     if not past_limit(count, max_bad_fraction):
         return None

@@ -1,9 +1,9 @@
-"""The largest micro batch that survives a step, found without running out of memory.
+"""The largest micro batch whose step fits into memory, found without running out of memory.
 
 Under ZeRO-3 a rank that runs out of memory leaves the others waiting in a collective, so the probe
-climbs: it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and takes the
-next size only if straight lines through the last two peaks say that every phase fits on every rank.
-The phases are measured apart, because their maximum bends where one overtakes the other.
+climbs: it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
+next size only if straight lines through the last two peaks predict that every phase fits on every
+rank. Each phase has its own line, because their maximum bends where one overtakes the other.
 """
 
 from __future__ import annotations
@@ -11,44 +11,47 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fd_large import distributed
+from fd_large.data.loader import Batch
+from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
 from fd_large.runtime.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
 HEADROOM = 0.92
-"""Share of the memory that a prediction may fill: allocators fragment, and loaders grow."""
+"""Fraction of the memory that a prediction may fill: allocators fragment, and loaders grow."""
 
 
 class OutOfMemory(FDError):
-    """A step that does not fit; names the field and the next value to try."""
+    """A step that does not fit into memory; names the field and the next value to try."""
 
     rank_local = True
 
 
 class Memory(Protocol):
-    """Peak and capacity of one rank, in bytes."""
+    """Peak and capacity of one rank's memory, in bytes."""
 
     def reset(self) -> None:
         """Starts a new peak."""
 
     def peak(self) -> int:
-        """The most that was held since `reset`."""
+        """Returns the most that was held since `reset`."""
 
     def capacity(self) -> int:
-        """What this rank could hold."""
+        """Returns the most that this rank could hold."""
 
 
 class GpuMemory:
-    """Torch's allocator on this rank's GPU."""
+    """The memory of torch's allocator on this rank's GPU."""
 
     def reset(self) -> None:
         """Starts a new peak."""
@@ -56,18 +59,18 @@ class GpuMemory:
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        """The most that was reserved since `reset`."""
+        """Returns the most that was reserved since `reset`."""
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved()
 
     def capacity(self) -> int:
-        """What this process could reserve: free memory and what it holds already."""
+        """Returns what this process could reserve: free memory and what it holds already."""
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved()
 
 
 class HostMemory:
-    """The process's resident memory, for CPU ranks (Linux)."""
+    """The resident memory of a CPU rank's process (Linux)."""
 
     def reset(self) -> None:
         """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
@@ -75,18 +78,18 @@ class HostMemory:
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """The largest resident size since `reset`."""
+        """Returns the largest resident size since `reset`."""
         return _kib(Path("/proc/self/status"), "VmHWM") * 1024
 
     def capacity(self) -> int:
-        """This rank's part of what the host has left, and what it holds already."""
+        """Returns this rank's part of the host's free memory, and what it holds already."""
         available = _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
         held = _kib(Path("/proc/self/status"), "VmRSS") * 1024
         return available // max(1, distributed.local_world_size()) + held
 
 
 def candidates(share: int) -> tuple[int, ...]:
-    """The powers of two that divide a rank's share, rising."""
+    """Returns the powers of two that divide a rank's images of a step, in rising order."""
     sizes = [1]
     while share % (2 * sizes[-1]) == 0:
         sizes.append(2 * sizes[-1])
@@ -98,9 +101,9 @@ def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memor
 
     Args:
         share: Images of a rank per step.
-        phases: One after the other they run a whole step with that many images: forward and
+        phases: Functions of a number of images, which together run a whole step: forward and
             backward, then the optimiser's step.
-        memory: Of this rank.
+        memory: The memory of this rank.
 
     Raises: OutOfMemory: if not even one image fits.
     """
@@ -136,58 +139,79 @@ def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memor
     return best
 
 
-class building_in_memory:
+def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed: int) -> int:
+    """Finds the largest micro batch of an engine; all ranks return the same size.
+
+    Args:
+        engine: An engine that does not accumulate, so that each of its steps is a whole one. Its
+            weights and moments are spoiled.
+        batch_of: Makes a batch of that many of the largest images.
+        share: Images of a rank per step.
+        seed: Seed of the drop path.
+
+    Raises: OutOfMemory: if not even one image fits.
+    """
+
+    def through(size: int) -> None:
+        forward_backward(engine, batch_of(size), seed)
+
+    def step(size: int) -> None:
+        engine.deepspeed.step()
+
+    engine.task.train()
+    memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
+    return largest_that_fits(share, (through, step), memory)
+
+
+@contextmanager
+def building_in_memory(remedy: str = "") -> Iterator[None]:
     """Turns an allocator's error while models are built into one sentence.
 
     Args:
         remedy: A flag that saves memory besides ZeRO; empty: there is none.
     """
-
-    def __init__(self, remedy: str = "") -> None:
-        self.remedy = remedy
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if error is None or not _is_out_of_memory(error):
-            return False
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"engine: out of memory on rank {distributed.rank()} while the models are built; got "
-            "no room for parameters and optimiser, expected some. Use ds_configs/zero3.json or "
-            f"zero3_offload.json, {self.remedy}{', ' if self.remedy else ''}or more ranks."
+            "too little room for parameters and optimiser, expected enough. Use "
+            f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
+            "ranks."
         ) from error
 
 
-class out_of_memory_named:
-    """Turns an allocator's error inside the block into one sentence with the next value to try."""
+@contextmanager
+def out_of_memory_named(size: int) -> Iterator[None]:
+    """Turns an allocator's error inside the block into one sentence with the next value to try.
 
-    def __init__(self, micro_batch_size: int) -> None:
-        self.size = micro_batch_size
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if error is None or not _is_out_of_memory(error):
-            return False
-        smaller = max(1, self.size // 2)
+    Args:
+        size: The micro batch size that was tried.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        smaller = size // 2
         remedy = (
             f"Set --batch.micro_batch_size {smaller}"
-            if smaller < self.size
+            if smaller
             else "Set --student.activation_checkpointing every, or use more GPUs"
         )
         raise OutOfMemory(
-            f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got "
-            f"{self.size} images a step, expected fewer. {remedy}."
+            f"batch.micro_batch_size: out of memory on rank {distributed.rank()}; got {size} "
+            f"images per micro batch, expected fewer. {remedy}."
         ) from error
 
 
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
-    """The size found by an earlier probe in the same setting, else None.
+    """Returns the size that an earlier probe found in the same setting, else None.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         setting: What decides the memory of a step: ranks, DeepSpeed's JSON, checkpointing ...
         share: Images of a rank per step.
     """
@@ -201,7 +225,7 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
 
 
 def remember(folder: Path, setting: dict[str, Any], size: int) -> None:
-    """Keeps the size in the run folder; rank 0 writes."""
+    """Writes the size into the run's folder, on rank 0."""
     if distributed.is_main():
         write_json(folder / "micro_batch.json", {"micro_batch_size": size, "setting": setting})
 

@@ -10,14 +10,14 @@ from fd_large.data.loader import Batch
 
 
 class Prefetch:
-    """A loader's micro batches, each with the copy of it that is computed with.
+    """Yields a loader's micro batches, each with its copy on the device.
 
     On a GPU, `stage` fetches the next one while the device is still busy, and copies it on a
     stream of its own. Elsewhere there is nothing to copy, and `stage` does nothing.
 
     Args:
-        batches: In pinned memory where the device is a GPU.
-        device: That computes.
+        batches: The micro batches, in pinned memory where the device is a GPU.
+        device: The device that computes.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:

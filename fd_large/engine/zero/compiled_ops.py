@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fd_large.engine.zero.start import deepspeed
 
-# FusedAdam steps the masters on GPUs; the others serve what a JSON may turn on.
+# FusedAdam steps the masters on GPUs; a DeepSpeed JSON may turn on the others.
 NAMES = ("FusedAdam", "CPUAdam", "AsyncIO")
 
 
@@ -16,9 +16,9 @@ class Op(NamedTuple):
     """One operation.
 
     Attributes:
-        name: DeepSpeed's.
+        name: DeepSpeed's name of it.
         buildable: Whether compiler and libraries are there, as far as DeepSpeed looks.
-        built: Whether a library of it lies ready: installed, or left by an earlier run.
+        built: Whether its library is ready: installed, or left by an earlier run.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Op(NamedTuple):
 
 
 def ops() -> list[Op]:
-    """Asks the builder of each operation; nothing is compiled."""
+    """Asks the builder of each operation; compiles nothing."""
     from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -37,7 +37,7 @@ def ops() -> list[Op]:
         builder = getattr(deepspeed.ops.op_builder, f"{name}Builder")()
         try:
             buildable = bool(builder.is_compatible(verbose=False))
-        except Exception:  # DeepSpeed raises many kinds, each of which means that it does not.
+        except Exception:  # DeepSpeed raises many kinds, all of which mean that it cannot.
             buildable = False
         built = bool(installed_ops.get(builder.name)) or any(root.glob(f"**/{builder.name}.so"))
         found.append(Op(name, buildable, built))

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: read, checked at every level against closed lists, and filled by the run.
 
-The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, rates,
-clipping and precision. A number that both could name stands as "auto" in the JSON. DeepSpeed never
+The JSON owns ZeRO stage, buckets, offload, hpZ and communication; the recipe owns batch, learning
+rates, clipping and precision. A number that both could name is "auto" in the JSON. DeepSpeed never
 sees an "auto" (it takes `bf16.enabled: "auto"` for float32), an unknown key (it ignores those at
 the top level), or a setting that its stage would ignore.
 """
@@ -26,7 +26,7 @@ def _is_int(least: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and value >= least
 
 
-# What a value may be, in words and as a check; bool is no int here, though Python thinks so.
+# What a value may be, in words and as a check; unlike in Python, a bool is not an int here.
 _BOOL: Kind = ("true or false", lambda value: type(value) is bool)
 _COUNT: Kind = ("a whole number of 0 or more", _is_int(0))
 _POSITIVE: Kind = ("a whole number of 1 or more", _is_int(1))
@@ -41,7 +41,7 @@ _LIST: Kind = ("a list of names", lambda value: isinstance(value, list))
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
 # The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
-# effect on this engine; both deserve an error rather than silence.
+# effect on this engine, and is refused.
 _OFFLOAD_OPTIMIZER = {
     "device": _DEVICE,
     "pin_memory": _BOOL,
@@ -131,11 +131,11 @@ class RunNumbers(NamedTuple):
     Attributes:
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
-        world_size: Ranks.
-        node_size: Ranks of a node.
-        clip_norm: Global L2 norm to clip gradients at.
-        bfloat16: Whether parameters and products are bfloat16.
-        parameter_sizes: Elements of each parameter tensor of student and teacher.
+        world_size: Number of ranks.
+        node_size: Number of ranks per node.
+        clip_norm: Global L2 norm at which gradients are clipped.
+        bfloat16: Whether parameters and matrix products are bfloat16.
+        parameter_sizes: Number of elements of each tensor that may be split.
     """
 
     micro_batch_size: int
@@ -146,11 +146,16 @@ class RunNumbers(NamedTuple):
     bfloat16: bool
     parameter_sizes: tuple[int, ...]
 
+    def with_micro_batch(self, size: int) -> RunNumbers:
+        """Returns these numbers for another micro batch of the same global batch."""
+        share = self.micro_batch_size * self.accumulation
+        return self._replace(micro_batch_size=size, accumulation=share // size)
+
 
 def load(path: str | Path) -> dict[str, Any]:
     """Reads and checks a DeepSpeed JSON; "auto" values stay.
 
-    Raises: ConfigError: if the file is missing, is no JSON, repeats a key or has an unknown one.
+    Raises: ConfigError: if the file is missing, is not JSON, repeats a key or has an unknown one.
     """
     path = Path(path)
     if not path.is_file():
@@ -171,18 +176,27 @@ def load(path: str | Path) -> dict[str, Any]:
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except ValueError as error:  # Also bytes that are no UTF-8.
+    except ValueError as error:  # Also bytes that are not UTF-8.
         raise ConfigError(
-            f"{path}: not JSON; got {error}, expected an object. Mend the file."
+            f"{path}: not JSON; got {error}, expected an object. Correct the file."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read; got {error}. Name another file.") from None
+        raise ConfigError(
+            f"{path}: cannot be read; got {error}, expected a JSON. Name another file."
+        ) from None
     check_keys(config, where=str(path))
     return config
 
 
 def check_keys(config: Any, *, where: str) -> None:
-    """Refuses unknown keys at every level, with the nearest names, and values of another kind."""
+    """Refuses unknown keys at every level, with the nearest names, and values of another kind.
+
+    Args:
+        config: The JSON's content.
+        where: What messages call it.
+
+    Raises: ConfigError: for the first that is refused.
+    """
     _mapping(config, where, "")
     for key in config:
         if key in _OWNED_ELSEWHERE:
@@ -206,21 +220,21 @@ def check_keys(config: Any, *, where: str) -> None:
 
 
 def stage_of(config: dict[str, Any]) -> int:
-    """The ZeRO stage, 0 to 3."""
+    """Returns the ZeRO stage, 0 to 3."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def offloads(config: dict[str, Any], what: str) -> bool:
-    """Whether `offload_optimizer` or `offload_param` moves anything to host memory."""
+    """Returns whether `offload_optimizer` or `offload_param` moves anything to host memory."""
     block = config.get("zero_optimization", {}).get(what, {})
     return block.get("device", "none") != "none"
 
 
 def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
-    """Returns the JSON that DeepSpeed gets: no "auto", every clash and silent setting refused.
+    """Returns the JSON that DeepSpeed is given, with every "auto" replaced.
 
     Raises: ConfigError: if JSON and recipe name different values, if a value does not fit the
-        stage or the number of ranks, or if an "auto" is left that nobody fills.
+        stage or the number of ranks, or if an "auto" is left that the run does not fill.
     """
     filled = json.loads(json.dumps(config))
     stage = stage_of(filled)
@@ -243,13 +257,13 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     bf16 = filled.setdefault("bf16", {})
     _owned(bf16, "enabled", numbers.bfloat16, "--engine.precision", prefix="bf16.")
     if numbers.bfloat16:
-        # Micro batches add up in float32 whatever the parameters are.
+        # Gradients of micro batches are summed in float32 whatever the parameters are.
         types = filled.setdefault("data_types", {})
         _owned(
             types,
             "grad_accum_dtype",
             "fp32",
-            "no field: gradients add up in float32",
+            "fixed: gradients are summed in float32",
             prefix="data_types.",
         )
     else:
@@ -259,10 +273,10 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     _fill_zero(filled, stage, numbers)
     if numbers.world_size == 1 and not numbers.bfloat16 and stage in (1, 2):
         if not offloads(filled, "offload_optimizer"):
-            # One rank has nothing to split, and float32 parameters are their own masters.
+            # On one rank there is nothing to split, and float32 parameters are their own masters.
             filled["zero_optimization"] = {"stage": 0}
     elif numbers.bfloat16 and stage == 1 and not offloads(filled, "offload_optimizer"):
-        # Each gradient goes into its float32 sum, and is freed, while backward goes on.
+        # Each gradient is added to its float32 sum and freed while backward goes on.
         bf16["immediate_grad_update"] = True
     # Torch's and apex's AdamW are "untested" to DeepSpeed, and so is our choice under offload.
     filled["zero_allow_untested_optimizer"] = True
@@ -311,7 +325,8 @@ def _refuse_activation_checkpointing(block: dict[str, Any]) -> None:
 def _mapping(value: Any, where: str, name: str) -> None:
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{where}: {name or 'the file'} is no object; got {value!r}, expected {{...}}. Mend it."
+            f"{where}: {name or 'the file'} is not an object; got {value!r}, expected {{...}}. "
+            "Correct it."
         )
 
 
@@ -319,14 +334,14 @@ def _known(block: dict[str, Any], keys: dict[str, Kind], where: str, prefix: str
     for key, value in block.items():
         if key not in keys:
             raise ConfigError(
-                f"{where}: {prefix}{key}: no such key; {nearest(key, keys)}. Mend or remove it."
+                f"{where}: {prefix}{key}: no such key; {nearest(key, keys)}. Correct or remove it."
             )
         expected, fits = keys[key]
-        # Objects are looked into one by one; who fills an "auto" is found when it is filled.
+        # Objects are checked one by one; whether an "auto" is filled is checked in `fill`.
         if value != AUTO and expected != "an object" and not fits(value):
             raise ConfigError(
-                f"{where}: {prefix}{key}: no such value; got {value!r}, expected {expected}. "
-                "Mend it."
+                f"{where}: {prefix}{key}: invalid value; got {value!r}, expected {expected}. "
+                "Correct it."
             )
 
 
@@ -348,20 +363,20 @@ def _no_auto_left(value: Any, name: str) -> None:
             _no_auto_left(child, f"{name}.{key}" if name else key)
     elif value == AUTO:
         raise ConfigError(
-            f'{name}: nobody fills this "auto", and DeepSpeed would take it for a value. '
-            "Give a number or remove the key."
+            f'{name}: cannot be "auto"; got "auto", expected a value: the run does not fill it, and '
+            "DeepSpeed would take it as it stands. Give a number or remove the key."
         )
 
 
 def computes_in_bfloat16(precision: str) -> bool:
-    """Resolves `engine.precision`: auto is bfloat16 on GPUs, float32 on CPUs, where it is faster."""
+    """Resolves `engine.precision`: "auto" is bfloat16 on GPUs, and float32 on CPUs (faster)."""
     if precision == "auto":
         return distributed.device().type == "cuda"
     return precision == "bfloat16"
 
 
 def ranks_of_a_node(stated: int, local_world_size: int) -> int:
-    """Returns the ranks of a node: `engine.node_size`, else (0) what the launcher says.
+    """Returns the number of ranks per node: `engine.node_size`, or if that is 0 the launcher's.
 
     Raises: ConfigError: if the nodes would be of unequal size.
     """

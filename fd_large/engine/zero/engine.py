@@ -15,7 +15,6 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
-from fd_large.engine.zero.partition import load_weights
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
@@ -28,11 +27,11 @@ class Engine(NamedTuple):
     """A task inside its DeepSpeed engine.
 
     Attributes:
-        deepspeed: The engine; its module is the task.
+        deepspeed: The DeepSpeed engine; its module is the task.
         task: The trained Module.
-        stage: ZeRO stage.
-        config: The JSON that DeepSpeed got.
-        gate: Before each step of the optimiser.
+        stage: The ZeRO stage, 0 to 3.
+        config: The JSON that DeepSpeed was given.
+        gate: The gate in front of each optimiser step.
     """
 
     deepspeed: Any
@@ -54,27 +53,26 @@ def build_engine(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     initial: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Engine:
-    """Builds the task in its DeepSpeed engine, with exact float32 masters.
+    """Builds a task in its DeepSpeed engine.
 
     Args:
         make: Constructs the task; draws from torch's global generator only.
         config: A filled JSON.
-        optim: The optimiser and its weight decay.
+        optim: The recipe's section of the optimiser.
         seed: Seed of the random weights.
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
         activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
         checkpoint_every: Checkpoint each k-th block.
-        weights: (name, full tensor) of the whole task, on every rank; None for fresh weights.
-        initial: The same of `task.student` alone.
+        weights: (name, full tensor) of the whole task, on every rank; None for random weights.
+        initial: (name, full tensor) of `task.student` alone.
     """
     stage = ds.stage_of(config)
-    bfloat16 = config["bf16"]["enabled"]
     task = partition.build(make, config, partitioned=stage == 3, seed=seed)
     if weights is not None:
-        load_weights(task, weights, where="--student.init")
+        partition.load_weights(task, weights, where="--student.init")
     elif initial is not None:
-        load_weights(task.student, initial, where="--student.init")
-    exact = partition.to_bfloat16(task) if bfloat16 else None
+        partition.load_weights(task.student, initial, where="--student.init")
+    exact = partition.to_bfloat16(task) if config["bf16"]["enabled"] else None
     if stage < 3:
         task.to(distributed.device())
     blocks = task.student.blocks()
@@ -90,7 +88,6 @@ def build_engine(
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
     if exact is not None:
         partition.set_masters(task, exact)
-    spare_passes(
-        engine, bucket=config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
-    )
+    bucket = config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
+    spare_passes(engine, bucket=bucket)
     return Engine(engine, task, stage, config, StepGate(optimizer))

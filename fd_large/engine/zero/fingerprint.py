@@ -1,4 +1,9 @@
-"""64-bit hashes of the weights that a module, or one rank of it, holds."""
+"""64-bit hashes of the weights that a module, or one rank's part of it, holds.
+
+A hash is the sum over elements of (bits + 1) * odd(position, name) modulo 2^64. It is linear, so
+each rank hashes what it holds and one all-reduce adds the parts up; a single changed element
+changes the sum. It is not cryptographic.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.engine.zero.partition import is_partitioned, piece
-
-
-def fingerprint(module: nn.Module, *, group: Any = None) -> str:
-    """A 64-bit hash of all parameters and buffers, the same however they are split.
-
-    Sum over elements of (bits + 1) * odd(position, name) modulo 2^64: linear, so that each rank
-    hashes what it holds and one all-reduce adds the parts up; any single changed element changes
-    the sum. Not cryptographic.
-
-    Args:
-        module: Whole or partitioned parameters.
-        group: The ranks that share them; None for all.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    partitioned = False
-    for name, parameter in module.named_parameters():
-        held, offset = piece(parameter)
-        partitioned |= is_partitioned(parameter)
-        total += _hash_piece(name, held, offset).cpu()
-    if partitioned:
-        total = distributed.sum_tensor(total, group=group)
-    for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
-        if buffer.is_floating_point():
-            total += _hash_piece(name, buffer.view(-1), 0).cpu()
-    return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
-    """Returns "PART/PARTS HASH" of what this rank itself holds of a module, no other rank asked.
-
-    Its pieces, all buffers, and what ZeRO-3 keeps whole beside the pieces. Ranks that hold the same
-    part give the same.
-
-    Args:
-        module: Whole or partitioned parameters.
-        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
-            fetches them at a forward of its choice, so they count by what changed since.
-    """
-    total = torch.zeros((), dtype=torch.int64)
-    part, parts = 0, 1
-    for name, parameter in module.named_parameters():
-        total += _hash_piece(name, *piece(parameter)).cpu()
-        if is_partitioned(parameter):
-            part = torch.distributed.get_rank(parameter.ds_process_group)
-            parts = torch.distributed.get_world_size(parameter.ds_process_group)
-            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
-                now = _hash_piece(name, parameter.data.view(-1), 0).cpu()
-                total += now - whole.setdefault(name, now)
-    for name, buffer in module.named_buffers():
-        flat = buffer.reshape(-1)
-        total += _hash_piece(name, flat if flat.is_floating_point() else _bytes(flat), 0).cpu()
-    return f"{part + 1}/{parts} {total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    return flat.contiguous().view(torch.uint8)
-
+from fd_large.engine.zero.partition import is_partitioned, shard
 
 _BITS = {
     torch.float32: torch.int32,
@@ -74,12 +22,68 @@ _BITS = {
     torch.float16: torch.int16,
     torch.uint8: torch.uint8,
 }
-
-
 _CHUNK = 1 << 22  # Elements hashed at once: 32 MiB of int64 beside the parameter.
 
 
-def _hash_piece(name: str, held: Tensor, offset: int) -> Tensor:
+def fingerprint(module: nn.Module, *, group: Any = None) -> str:
+    """Hashes all parameters and floating-point buffers; the same however they are split.
+
+    Args:
+        module: A module with whole or partitioned parameters.
+        group: The ranks that share the parameters; None for all.
+
+    Returns: 16 hexadecimal digits.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    partitioned = False
+    for name, parameter in module.named_parameters():
+        held, offset = shard(parameter)
+        partitioned |= is_partitioned(parameter)
+        total += _hash(name, held, offset).cpu()
+    if partitioned:
+        total = distributed.sum_tensor(total, group=group)
+    for name, buffer in module.named_buffers():  # Whole on every rank: once, after the sum.
+        if buffer.is_floating_point():
+            total += _hash(name, buffer.view(-1), 0).cpu()
+    return _digits(total)
+
+
+def held_fingerprint(module: nn.Module, whole: dict[str, Tensor]) -> str:
+    """Hashes what this rank itself holds of a module; asks no other rank.
+
+    That is its shards, all buffers, and what ZeRO-3 keeps whole beside the shards.
+
+    Args:
+        module: A module with whole or partitioned parameters.
+        whole: Hashes of tensors that are kept whole, as first seen, by name; extended. DeepSpeed
+            fetches them at a forward of its choice, so they count by what changed since.
+
+    Returns: "PART/PARTS HASH"; ranks that hold the same PART give the same HASH.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    part, parts = 0, 1
+    for name, parameter in module.named_parameters():
+        total += _hash(name, *shard(parameter)).cpu()
+        if is_partitioned(parameter):
+            part = torch.distributed.get_rank(parameter.ds_process_group)
+            parts = torch.distributed.get_world_size(parameter.ds_process_group)
+            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
+                now = _hash(name, parameter.data.view(-1), 0).cpu()
+                total += now - whole.setdefault(name, now)
+    for name, buffer in module.named_buffers():
+        flat = buffer.reshape(-1)
+        if not flat.is_floating_point():
+            flat = flat.contiguous().view(torch.uint8)
+        total += _hash(name, flat, 0).cpu()
+    return f"{part + 1}/{parts} {_digits(total)}"
+
+
+def _digits(total: Tensor) -> str:
+    return f"{total.item() & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _hash(name: str, held: Tensor, offset: int) -> Tensor:
+    """Hashes flat elements, the first of which stands at `offset` of the tensor `name`."""
     total = torch.zeros((), dtype=torch.int64, device=held.device)
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
     for start in range(0, held.numel(), _CHUNK):

@@ -1,16 +1,16 @@
 """Gradients from backward to the optimiser, in fewer passes than DeepSpeed 0.19.8 makes.
 
-Two of its ways are replaced, by methods on the objects of one engine; the numbers stay the same.
+Two of its ways are replaced by methods on the objects of one engine; the numbers stay the same.
 
 | stage        | DeepSpeed                                   | here                               |
 |--------------|---------------------------------------------|------------------------------------|
 | 0            | one rank: flattens, reduces, copies back    | leaves the gradients where they are|
 |              | clips by a norm that it keeps to itself     | one norm, for clipping and the log |
-| 1, bfloat16  | adds float32 copies to zeros, zeroes twice  | the first micro batch is written   |
+| 1, bfloat16  | adds float32 copies to zeros, zeroes twice  | writes the first micro batch       |
 |              | reduces a float32 copy of all gradients     | reduces them in place, by buckets  |
-|              | clips all gradients on every rank           | clips the rank's share             |
+|              | clips all gradients on every rank           | clips the rank's shard             |
 
-At stages 1 (float32), 2 and 3 its own way stays.
+Stage 1 in float32 and stages 2 and 3 keep DeepSpeed's own way.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fd_large.engine.zero.start import deepspeed
 
 
 def spare_passes(engine: Any, *, bucket: int) -> None:
-    """Takes the place of DeepSpeed's ways above.
+    """Replaces DeepSpeed's reduction and clipping where the table above says so.
 
     Args:
-        engine: DeepSpeed's, before its first forward.
-        bucket: Elements that are reduced together.
+        engine: DeepSpeed's engine, before its first forward.
+        bucket: Number of elements that are reduced together.
     """
     if isinstance(engine.optimizer, deepspeed.runtime.bf16_optimizer.BF16_Optimizer):
         _Float32Sums(engine, bucket)
@@ -52,13 +52,13 @@ class _WholeGradients:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if engine.gradient_clipping() > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
-        # Where its other optimisers keep theirs: before clipping.
+        # DeepSpeed's other optimisers keep the norm before clipping here.
         engine.optimizer._global_grad_norm = norm
         self._take_step(lr_kwargs)
 
 
 class _Float32Sums:
-    """Stage 1 in bfloat16: every rank adds all gradients up in float32, and steps its share."""
+    """Stage 1 in bfloat16: every rank sums all gradients in float32, and steps its shard."""
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine, self._optimizer, self._bucket = engine, engine.optimizer, bucket
@@ -70,7 +70,7 @@ class _Float32Sums:
 
     @torch.no_grad()
     def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-        """A parameter's gradient of one micro batch into its sum."""
+        """Adds a parameter's gradient of one micro batch to its sum."""
         optimizer = self._optimizer
         if parameter.grad is None:
             return
@@ -86,13 +86,13 @@ class _Float32Sums:
             parameter.grad.zero_()
 
     def _begin(self) -> None:
-        """The next gradients are first ones; what they overwrite need not be zeroed."""
+        """Marks all sums as empty: the next gradients overwrite them, so they need no zeroing."""
         for has in self._optimizer.fp32_groups_has_gradients:
             has[:] = [False] * len(has)
 
     @torch.no_grad()
     def _reduce(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
-        """The mean over ranks, in the type that gradients travel in."""
+        """Takes the mean over ranks, in the communication data type."""
         optimizer, ranks = self._optimizer, distributed.world_size()
         for flat, totals, has in zip(
             optimizer.fp32_groups_gradients_flat,
@@ -100,8 +100,8 @@ class _Float32Sums:
             optimizer.fp32_groups_has_gradients,
             strict=True,
         ):
-            for total, there in zip(totals, has, strict=True):
-                if not there:
+            for total, present in zip(totals, has, strict=True):
+                if not present:
                     total.zero_()
             if ranks == 1:
                 continue

@@ -1,8 +1,8 @@
-"""Learning rates by layer inside two parameter groups.
+"""A learning rate per layer inside two parameter groups.
 
-DeepSpeed flattens a group, so a group for each layer would cost a flat tensor and collectives for
-each of them. Here the groups stay two, and the inner optimiser is shown the stretches of a flat
-partition, each layer's at its own rate: views, no tensor of parameter size.
+DeepSpeed flattens a group, so a group per layer would cost a flat tensor and collectives for each.
+Here the groups stay two, and the inner optimiser steps slices of a flat partition, each layer's at
+its own learning rate: the slices are views, no tensor of parameter size is made.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 
 
-class Stretch(NamedTuple):
-    """Elements [start, stop) of a flattened tensor, of one layer."""
+class LayerSlice(NamedTuple):
+    """Elements [start, stop) of a flattened tensor, and the factor of their learning rate."""
 
     start: int
     stop: int
     scale: float
 
 
-class LayerRates:
-    """Steps in place of the inner optimiser, each layer at its rate.
+class LayerLearningRates:
+    """Steps in place of the inner optimiser, each layer at its own learning rate.
 
     Args:
         inner: AdamW of torch, DeepSpeed or apex.
-        plain_step: Its `step`.
-        stretches: id of a tensor that the optimiser steps -> its stretches. Elements in none
+        plain_step: The optimiser's own `step`.
+        slices: id of a tensor that the optimiser steps -> its slices. Elements in none of them
             (padding at an end) are not stepped.
 
     Attributes:
-        rate_of: Scale -> learning rate of the step under way.
+        at_scale: Maps a scale to the learning rate of the current step.
     """
 
     def __init__(
         self,
         inner: torch.optim.Optimizer,
         plain_step: Callable[..., Any],
-        stretches: Mapping[int, list[Stretch]],
+        slices: Mapping[int, list[LayerSlice]],
     ) -> None:
         self._inner, self._plain_step = inner, plain_step
-        self._stretches = {owner: _joined(cuts) for owner, cuts in stretches.items()}
-        self.rate_of: Callable[[float], float] = lambda scale: scale
+        self._slices = {owner: _joined(cuts) for owner, cuts in slices.items()}
+        self.at_scale: Callable[[float], float] = lambda scale: scale
 
     def step(self, *arguments: Any, **named: Any) -> None:
-        """One step over the groups as they stand; DeepSpeed empties those it does not mean."""
+        """Steps the groups as they are; DeepSpeed empties those that it does not want stepped."""
         inner = self._inner
         groups, states = inner.param_groups, inner.state
         cut_groups: list[dict[str, Any]] = []
@@ -62,13 +62,13 @@ class LayerRates:
                 if owner.grad is None:
                     continue
                 held = state.optimizer_state(inner, owner)
-                for start, stop, scale in self._stretches.get(id(owner), ()):
+                for start, stop, scale in self._slices.get(id(owner), ()):
                     view = owner.data.view(-1)[start:stop]
                     view.grad = owner.grad.view(-1)[start:stop]
                     cut_state[view] = _cut(held, start, stop)
                     by_scale[scale].append(view)
             for scale, views in by_scale.items():
-                cut_groups.append({**group, "params": views, "lr": self.rate_of(scale)})
+                cut_groups.append({**group, "params": views, "lr": self.at_scale(scale)})
             if by_scale:
                 stepped.append((group, cut_groups[-1], cut_groups[-1]["params"][0]))
         inner.param_groups, inner.state = cut_groups, cut_state
@@ -76,7 +76,7 @@ class LayerRates:
             self._plain_step(*arguments, **named)
         finally:
             inner.param_groups, inner.state = groups, states
-        # Counts of steps: torch and DeepSpeed keep them with the tensor, apex with the group.
+        # Step counts: torch and DeepSpeed keep them with the tensor, apex with the group.
         for group, cut, view in stepped:
             if "step" in cut:
                 group["step"] = cut["step"]
@@ -85,34 +85,34 @@ class LayerRates:
                     states[owner]["step"] = cut_state[view]["step"]
 
 
+def by_layer(engine: Engine, decay: float) -> LayerLearningRates | None:
+    """Lets an engine step each layer at its own learning rate; None where all have the same.
+
+    Args:
+        engine: The engine, before its first step.
+        decay: Factor of the learning rate from one layer to the one below it; 1 turns it off.
+    """
+    if decay == 1.0:
+        return None
+    slices: dict[int, list[LayerSlice]] = defaultdict(list)
+    for name, owner, start, stop in state.owned(engine):
+        scale = engine.task.layer_scale(name, decay)
+        slices[id(owner)].append(LayerSlice(start, stop, scale))
+    rates = LayerLearningRates(engine.gate.inner, engine.gate.inner_step, slices)
+    engine.gate.inner_step = rates.step
+    return rates
+
+
 def _cut(held: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """A stretch's part of a tensor's state: moments are views, the count is a copy."""
+    """Returns a slice of a tensor's state: moments are views, the step count is a copy."""
     step = held["step"]
     moments = {name: held[name].view(-1)[start:stop] for name in state.MOMENTS}
     return {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
 
 
-def by_layer(engine: Engine, decay: float) -> LayerRates | None:
-    """Lets an engine step each layer at its rate; None where all have one.
-
-    Args:
-        engine: Before its first step.
-        decay: Factor of the rate from one layer to the one below it.
-    """
-    if decay == 1.0:
-        return None
-    stretches: dict[int, list[Stretch]] = defaultdict(list)
-    for name, owner, start, stop in state.stretches(engine):
-        scale = engine.task.layer_scale(name, decay)
-        stretches[id(owner)].append(Stretch(start, stop, scale))
-    rates = LayerRates(engine.gate.inner, engine.gate.inner_step, stretches)
-    engine.gate.inner_step = rates.step
-    return rates
-
-
-def _joined(cuts: list[Stretch]) -> list[Stretch]:
-    """Neighbours of one scale as one stretch, with the padding between them."""
-    joined: list[Stretch] = []
+def _joined(cuts: list[LayerSlice]) -> list[LayerSlice]:
+    """Joins neighbours of one scale, with the padding between them."""
+    joined: list[LayerSlice] = []
     for cut in sorted(cuts):
         if joined and joined[-1].scale == cut.scale:
             joined[-1] = joined[-1]._replace(stop=cut.stop)

@@ -1,10 +1,9 @@
-"""AdamW in two groups, by the fastest implementation that is really there."""
+"""AdamW in two parameter groups, by the fastest implementation that works here."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ log = logging.getLogger(__name__)
 def decays(
     name: str, ndim: int, skip_names: frozenset[str], skip_keywords: tuple[str, ...]
 ) -> bool:
-    """Whether a parameter has weight decay.
+    """Returns whether a parameter has weight decay.
 
-    None for vectors, biases, names in the list and names that contain a keyword. Source: official
-    code, optimizer.py get_pretrain_param_groups.
+    Vectors, biases, listed names and names that contain a keyword have none.
+
+    Source: official code, optimizer.py get_pretrain_param_groups.
     """
     if ndim == 1 or name.endswith(".bias") or name in skip_names:
         return False
@@ -33,7 +33,7 @@ def decays(
 
 
 def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, "decay" and "no_decay"; frozen parameters are in none."""
+    """Returns the groups "decay" and "no_decay"; frozen parameters are in neither."""
     skip_names, skip_keywords = task.no_weight_decay()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in task.named_parameters():
@@ -51,14 +51,14 @@ def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
 def make_optimizer(
     groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """AdamW over the groups: DeepSpeed's fused kernel, NVIDIA apex's, or torch's.
+    """Makes AdamW of DeepSpeed's fused kernel, NVIDIA apex or torch.
 
     Args:
-        groups: From `parameter_groups`.
+        groups: Groups from `parameter_groups`.
         optim: Betas, eps and which implementation (`fused`).
         on_gpu: Whether the masters live on a GPU; fused CUDA kernels need that.
 
-    Raises: ConfigError: if the recipe names an implementation that is not there.
+    Raises: ConfigError: if the recipe names an implementation that does not work here.
     """
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     passed_over = []
@@ -66,20 +66,24 @@ def make_optimizer(
         reason = _why_not(kind, on_gpu)
         if reason is None:
             log.info("optimiser: AdamW of %s%s", kind, "".join(passed_over))
-            return _construct(kind, groups, settings)
+            if kind == "torch":
+                return torch.optim.AdamW(groups, fused=True, **settings)
+            apex = kind == "apex"
+            module = importlib.import_module("apex.optimizers") if apex else deepspeed.ops.adam
+            return module.FusedAdam(groups, adam_w_mode=True, **settings)
         if optim.fused != "auto":
             raise ConfigError(
-                f"optim.fused: {kind}'s AdamW is not to be had here; got {reason}, expected "
-                "a working one. Set --optim.fused auto."
+                f"optim.fused: {kind}'s AdamW does not work here; got {reason}, expected a working "
+                "one. Set --optim.fused auto."
             )
         passed_over.append(f"; not {kind}'s: {reason}")
-    raise AssertionError("torch's AdamW is always there")
+    raise AssertionError("torch's AdamW always works")
 
 
-def set_rate(optimizer: Any, rate: float) -> None:
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     """Sets the learning rate of all groups; works on DeepSpeed's wrappers too."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate
 
 
 def _why_not(kind: str, on_gpu: bool) -> str | None:
@@ -92,17 +96,6 @@ def _why_not(kind: str, on_gpu: bool) -> str | None:
     builder = deepspeed.ops.op_builder.FusedAdamBuilder()
     try:
         builder.load(verbose=False)
-    except Exception as error:  # Whatever a compiler says: DeepSpeed raises many kinds.
+    except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
         return f"its kernel does not build ({type(error).__name__})"
     return None
-
-
-def _construct(
-    kind: str, groups: Iterable[dict[str, Any]], settings: dict[str, Any]
-) -> torch.optim.Optimizer:
-    if kind == "deepspeed":
-        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=True, **settings)
-    if kind == "apex":
-        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
-        return fused_adam(groups, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)

@@ -1,13 +1,13 @@
-"""Parameters in pieces: building partitioned, exact float32 masters, and each rank's own slice.
+"""Sharded parameters: modules built in shards, weights loaded into them, exact float32 masters.
 
 The only file that knows how ZeRO-3 lays a parameter out: rank r of the group holds elements
-[r*k, (r+1)*k) of the flattened parameter, k = ceil(numel / ranks), the last rank's rest is zeros.
+[r*k, (r+1)*k) of the flattened parameter, k = ceil(numel / ranks), and zeros beyond its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.engine.zero import partition
 from fd_large.engine.zero.start import deepspeed
 from fd_large.weights.coverage import Fitted, covered
 
@@ -29,19 +28,19 @@ def build(
     group: Any = None,
     whole_first: bool = False,
 ) -> nn.Module:
-    """Builds a module in float32, whole or in pieces, with the same values either way.
+    """Builds a module in float32, whole or in shards, with the same values either way.
 
     Under `zero.Init` each submodule is partitioned at the end of its constructor, so a rank never
-    holds more than its share and one module.
+    holds more than its shards and one whole module.
 
     Args:
         make: Constructs the module; draws from torch's global generator only.
         config: A filled DeepSpeed configuration.
         partitioned: Whether the parameters are split over `group`.
-        seed: Of torch's generator during construction; the caller's state is restored.
+        seed: Seed of torch's generator during construction; the caller's state is restored.
         group: Ranks that share the parameters; None for all.
-        whole_first: Build it whole on every rank and split it then: for constructors that write to
-            their children's parameters, as timm's do.
+        whole_first: Whether to build it whole on every rank and split it afterwards, for
+            constructors that write to their children's parameters, as timm's do.
     """
     context = nullcontext()
     if partitioned:
@@ -56,7 +55,7 @@ def build(
             module = make()
     if partitioned and whole_first:
         split(module=module)
-        # The engine takes a module in pieces for one that is on its device, buffers too.
+        # The engine assumes that a sharded module is on its device, buffers too.
         for child in module.modules():
             for name, buffer in child.named_buffers(recurse=False):
                 setattr(child, name, buffer.to(distributed.device()))
@@ -64,14 +63,14 @@ def build(
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 holds this parameter in pieces."""
+    """Returns whether ZeRO-3 holds this parameter in shards."""
     return hasattr(parameter, "ds_tensor")
 
 
-def piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """This rank's elements, flat and without padding, and the offset of the first.
+def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Returns this rank's elements, flat and without padding, and the offset of the first.
 
-    A whole parameter is one piece at offset 0. The tensor is a view: writing to it writes the
+    A whole parameter is one shard at offset 0. The tensor is a view: writing to it writes the
     parameter.
     """
     if not is_partitioned(parameter):
@@ -83,46 +82,56 @@ def piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return held[:length], min(offset, parameter.ds_numel)
 
 
-def write(parameter: nn.Parameter, full: Tensor) -> None:
-    """Takes this rank's elements of a parameter from its full value, without communication."""
-    target, offset = piece(parameter)
-    source = full.reshape(-1)[offset : offset + target.numel()]
-    target.copy_(source)
+def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
+    """Copies full tensors into a module; each rank takes its own elements, without communication.
 
+    Floating-point buffers that belong to the state (running statistics of batch normalisation) are
+    weights too; every rank holds them whole.
 
-def shape(parameter: nn.Parameter) -> torch.Size:
-    """The full shape, whether the parameter is held in pieces or whole."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    Args:
+        module: A module with whole or partitioned parameters.
+        items: (name, full tensor), by the module's own names, the same on every rank. Tensors that
+            the user allowed a file to miss stay as they are.
+        where: The field that the user set, for messages.
 
-
-@contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters on every rank, for reading."""
-    held = [parameter for parameter in parameters if is_partitioned(parameter)]
-    with deepspeed.zero.GatheredParameters(held, enabled=bool(held)):
-        yield
+    Raises: WeightsError: if a name is missing, left over or of another shape.
+    """
+    held: dict[str, Tensor] = dict(module.named_parameters())
+    persistent = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and name in persistent:
+            held[name] = buffer
+    expected = {
+        name: tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+        for name, tensor in held.items()
+    }
+    gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
+    with torch.no_grad():
+        for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
+            target, offset = shard(held[name])
+            target.copy_(tensor.reshape(-1)[offset : offset + target.numel()])
 
 
 def stream(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, full value on the host), one parameter gathered at a time, on every rank."""
+    """Yields (name, full value in host memory), gathering one parameter at a time; a collective."""
     for name, parameter in module.named_parameters():
-        with gathered([parameter]):
+        split = is_partitioned(parameter)
+        with deepspeed.zero.GatheredParameters([parameter] if split else [], enabled=split):
             value = parameter.detach().to("cpu", copy=True)
         yield name, value
 
 
 def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
-    """Turns parameters into bfloat16 in place and returns this rank's float32 pieces by name.
+    """Turns parameters into bfloat16 in place; returns this rank's float32 shards by name.
 
-    A bf16 engine takes its masters from the bf16 weights; the pieces put the exact ones back
-    (`set_masters`).
+    A bf16 engine takes its masters from the bf16 weights; `set_masters` puts the exact ones back.
     """
     exact = {}
     for name, parameter in module.named_parameters():
-        exact[name] = piece(parameter)[0].detach().clone()
+        exact[name] = shard(parameter)[0].detach().clone()
         if is_partitioned(parameter):
             parameter.ds_tensor.data = parameter.ds_tensor.data.bfloat16()
-            # hpZ's copy inside the node, which the first forward gathers from.
+            # hpZ's copy inside the node, from which the first forward gathers.
             if getattr(parameter, "ds_secondary_tensor", None) is not None:
                 secondary = parameter.ds_secondary_tensor
                 secondary.data = secondary.data.bfloat16()
@@ -135,8 +144,7 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
 
     Args:
         module: The engine's module.
-        exact: What `to_bfloat16` returned; emptied on the way, so that both never stand side by
-            side.
+        exact: What `to_bfloat16` returned; emptied on the way, so that memory never holds both.
     """
     for name, parameter in module.named_parameters():
         values = exact.pop(name)
@@ -145,33 +153,7 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
             held[: values.numel()] = values
             deepspeed.utils.safe_set_local_fp32_param(parameter, held.to(values.device))
         elif (mapping := parameter._hp_mapping) is not None:
-            # Stages 1 and 2: this rank owns a stretch of the flattened parameter, or nothing.
+            # Stages 1 and 2: this rank owns a slice of the flattened parameter, or nothing.
             start = mapping.lp_fragment_address.start
             length = mapping.lp_fragment_address.numel
             mapping.get_hp_fragment().data.copy_(values[start : start + length])
-
-
-def load_weights(net: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
-    """Copies full tensors into a network, whole or partitioned, without communication.
-
-    Buffers of floating-point numbers that belong to the state (running statistics of batch
-    normalisation) are weights too; every rank holds them whole.
-
-    Args:
-        model: Parameters in pieces or whole.
-        items: (name, full tensor), the network's own names, the same on every rank; of a file with
-            gaps that the user allowed, those stay as they are.
-        where: What the user set, for the message.
-
-    Raises: WeightsError: if a name is missing, left over or of another shape.
-    """
-    held: dict[str, Tensor] = dict(net.named_parameters())
-    persistent = net.state_dict().keys()
-    for name, buffer in net.named_buffers():
-        if buffer.is_floating_point() and name in persistent:
-            held[name] = buffer
-    expected = {name: tuple(partition.shape(tensor)) for name, tensor in held.items()}
-    gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
-    with torch.no_grad():
-        for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
-            partition.write(held[name], tensor)

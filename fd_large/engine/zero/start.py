@@ -1,4 +1,4 @@
-"""DeepSpeed's own start: no compiler on CPU, no chatter, and a clean slate between engines."""
+"""DeepSpeed's start: without a compiler on CPUs, without log noise, and clean between engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
 if not torch.cuda.is_available():
     # Read at import: names the accelerator and keeps DeepSpeed from guessing with a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-# Torch's collectives warn once a call about names that DeepSpeed still uses.
+# Torch's collectives warn at each call about names that DeepSpeed still uses.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed.*")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -39,11 +39,11 @@ def start() -> None:
 
 
 def forget_engines() -> None:
-    """Lets go of what ZeRO-3 keeps alive after `engine.destroy()`.
+    """Releases what ZeRO-3 keeps alive after `engine.destroy()`.
 
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
-    parameter coordinator; the hpZ group is global to the process and would be taken over by the
-    next engine, whatever its configuration.
+    parameter coordinator. The hpZ group is global to the process, and the next engine would use it
+    whatever its own configuration.
     """
     parameter_offload.FWD_MODULE_STACK.clear()
     for function in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():

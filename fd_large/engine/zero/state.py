@@ -1,7 +1,7 @@
-"""A live run's state in pieces: masters and moments, at any ZeRO stage, offloaded or not.
+"""This rank's shards of a live run's masters, moments and average, at any ZeRO stage.
 
-The only file that knows where DeepSpeed keeps them (0.19.8). Pieces are views: reading copies
-nothing, writing restores. No communication.
+The only file that knows where DeepSpeed (0.19.8) keeps them, offloaded or not. Shards are views:
+reading copies nothing, and writing restores. Nothing here communicates but `redistribute`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from fd_large.engine.zero.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
-"""Kind, and key in the optimiser's state, of the average that `ema.py` keeps."""
+"""Key in the optimiser's state, and kind in a checkpoint, of the average that `ema.py` keeps."""
 Read = Callable[[str, str, int, int], Tensor]
+"""(kind, name, start, stop) -> those elements of the flattened tensor."""
 
 
 class _Home(NamedTuple):
     """Where this rank's elements of one parameter live.
 
     Attributes:
-        span: Elements of the flattened parameter.
+        span: Which elements of the flattened parameter these are.
         master: Their float32 values, a view.
         owner: The tensor that the inner optimiser steps; its state holds the moments.
-        offset: Of the elements inside the owner.
+        offset: Place of the first element in the owner.
     """
 
     span: Span
@@ -41,7 +42,7 @@ class _Home(NamedTuple):
 
 
 def layout_of(engine: Engine) -> Layout:
-    """Which rank holds which elements, from a few numbers that all ranks know."""
+    """Returns which rank holds which elements, from a few numbers that all ranks know."""
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
@@ -57,8 +58,8 @@ def layout_of(engine: Engine) -> Layout:
     )
 
 
-def pieces(engine: Engine) -> Iterator[Piece]:
-    """This rank's masters and moments, as views of the live state."""
+def shards(engine: Engine) -> Iterator[Piece]:
+    """Yields this rank's masters, moments and average, as views of the live state."""
     inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -71,8 +72,8 @@ def pieces(engine: Engine) -> Iterator[Piece]:
                 yield Piece(f"{kind}.{name}", _part(state[kind], home))
 
 
-def stretches(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Yields (name, tensor that the optimiser steps, start, stop) of this rank's elements.
+def owned(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
+    """Yields (name, tensor that the optimiser steps, start, stop) of the elements of this rank.
 
     At stage 0 every rank steps whole tensors.
     """
@@ -83,21 +84,21 @@ def stretches(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
 
 
 def has_average(engine: Engine) -> bool:
-    """Whether this rank's state holds an average of the weights."""
-    return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in stretches(engine))
+    """Returns whether this rank's state holds an average of the weights."""
+    return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in owned(engine))
 
 
 def needs(engine: Engine, layout: Layout) -> set[int]:
-    """The stored ranks whose files this rank reads to restore its part.
+    """Returns the stored ranks whose files this rank reads to restore its shards.
 
-    One file where as many ranks hold the state in the same cut; all of them at stages 0 to 2,
-    where every rank holds the whole working copy.
+    At stage 3 that is one file if the stored state is sharded in the same way; at stages 0 to 2 it
+    is all of them, since every rank holds the whole working copy.
     """
     if engine.stage < 3:
         return set(range(layout.ranks))
     wanted: set[int] = set()
     for name, parameter in engine.task.named_parameters():
-        held, start = partition.piece(parameter)
+        held, start = partition.shard(parameter)
         wanted |= set(layout.holders(name, Span(start, start + held.numel())))
         secondary = getattr(parameter, "ds_secondary_tensor", None)
         if secondary is not None:
@@ -106,15 +107,15 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
 
 
 def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool = False) -> None:
-    """Writes a stored state into an engine, all ranks together.
+    """Writes a stored state into an engine; all ranks call it.
 
-    An average that the engine keeps and the stored state has not begins as the weights.
+    An average that the engine keeps and the stored state lacks begins as the weights.
 
     Args:
-        engine: Between two steps, or before the first.
-        read: (kind, name, start, stop) -> those elements of the flattened tensor.
-        steps: That are finished.
-        steps: Of them that the optimiser has made: all but the skipped ones.
+        engine: The engine, between two steps or before the first.
+        read: Reads elements of a stored tensor.
+        updates: Number of finished steps.
+        steps: Number of finished steps that were not skipped: the optimiser's own count.
         ema: Whether the stored state has an average.
     """
     inner = engine.gate.inner
@@ -143,7 +144,7 @@ def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool =
 
 
 def redistribute(engine: Engine) -> None:
-    """Gives every rank the parameters that forward uses, from the masters; all ranks together."""
+    """Copies the masters into the parameters that forward uses; a collective."""
     optimizer = engine.deepspeed.optimizer
     if engine.stage in (1, 2):
         optimizer.update_lp_params()
@@ -155,18 +156,18 @@ def redistribute(engine: Engine) -> None:
 
 
 def _forget_whole_copies(engine: Engine) -> None:
-    """Small tensors stay whole from the first forward on; the next one gathers them anew."""
+    """Drops the small tensors that stay whole from the first forward on; the next gathers them."""
     if engine.stage == 3:
         engine.deepspeed.optimizer._partition_all_parameters()
 
 
 def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, read: Read) -> None:
-    """The parameter that forward uses, from the stored master."""
+    """Writes the stored master into the parameter that forward uses."""
     if not partition.is_partitioned(parameter):
         if engine.stage != 0:
             parameter.data.view(-1).copy_(read("master", name, 0, parameter.numel()))
         return
-    held, offset = partition.piece(parameter)
+    held, offset = partition.shard(parameter)
     held.copy_(read("master", name, offset, offset + held.numel()))
     secondary = getattr(parameter, "ds_secondary_tensor", None)
     if secondary is not None:
@@ -175,7 +176,7 @@ def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, re
 
 
 def _secondary_span(parameter: nn.Parameter) -> Span:
-    """Elements of hpZ's copy: the same cut, over the ranks of the node."""
+    """Returns the elements of hpZ's copy: sharded in the same way, over the ranks of the node."""
     each = parameter.ds_secondary_tensor.numel()
     start = torch.distributed.get_rank(parameter.ds_zero_param_process_group) * each
     return Span(min(start, parameter.ds_numel), min(start + each, parameter.ds_numel))
@@ -184,7 +185,7 @@ def _secondary_span(parameter: nn.Parameter) -> Span:
 def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _Home | None:
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 0:
-        # Every rank has all of it and stores its share.
+        # Every rank has all of it and stores its shard.
         size = parameter.numel()
         span = Span(0, size)
         if not whole:
@@ -195,7 +196,7 @@ def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _H
     if engine.stage == 3:
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         owner = optimizer.fp32_partitioned_groups_flat[group]
-        held, start = partition.piece(parameter)
+        held, start = partition.shard(parameter)
         length = held.numel()
         master = owner.data.narrow(0, offset, length)
         return _Home(Span(start, start + length), master, owner, offset)
@@ -214,10 +215,10 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
-    """A tensor's moments and count of steps; before the first step the optimiser has none."""
+    """Returns a tensor's moments and step count; makes them before the first step."""
     held = inner.state[owner]
     if "step" not in held:
-        # torch's fused kernel wants the count beside the parameter.
+        # torch's fused kernel wants the count on the parameter's device.
         on_device = isinstance(inner, torch.optim.AdamW)
         held["step"] = torch.zeros((), device=owner.device) if on_device else 0
     for moment in MOMENTS:
@@ -230,14 +231,14 @@ def _part(moment: Tensor, home: _Home) -> Tensor:
     return moment.view(-1).narrow(0, home.offset, home.master.numel())
 
 
-def _set_steps(inner: torch.optim.Optimizer, owner: Tensor, updates: int) -> None:
+def _set_steps(inner: torch.optim.Optimizer, owner: Tensor, steps: int) -> None:
     if isinstance(inner, torch.optim.AdamW):
-        # The fused kernel wants the count beside the parameter.
+        # torch's fused kernel wants the count on the parameter's device.
         inner.state[owner]["step"] = torch.tensor(
-            float(updates), dtype=torch.float32, device=owner.device
+            float(steps), dtype=torch.float32, device=owner.device
         )
     else:
-        inner.state[owner]["step"] = updates
+        inner.state[owner]["step"] = steps
 
 
 def _numel(parameter: nn.Parameter) -> int:

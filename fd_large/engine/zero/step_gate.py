@@ -1,8 +1,8 @@
-"""The moment between a step's gradients and its step, whatever the ZeRO stage.
+"""Stops an optimiser step between its gradients and its weights, at any ZeRO stage.
 
-DeepSpeed's `step` finds the norm, clips and calls the inner optimiser, once or once a group. The
-gate stands in front of that call: gradients are complete, no weight has moved yet, and a step
-that is refused leaves weights, moments and step counts as they were.
+DeepSpeed's `step` computes the norm, clips and calls the inner optimiser, once or once per group.
+The gate stands in front of that call: gradients are complete, no weight has moved yet, and a
+refused step leaves weights, moments and step counts as they were.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class StepGate:
-    """Asks once a step whether the inner optimiser may step.
+    """Asks once per step whether the inner optimiser may step.
 
     Args:
         inner: The optimiser that DeepSpeed wraps, or steps itself at stage 0. Its `step` is
@@ -22,7 +22,7 @@ class StepGate:
 
     Attributes:
         inner: The optimiser.
-        inner_step: What a step that is let through calls.
+        inner_step: The function that performs an allowed step.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -35,11 +35,11 @@ class StepGate:
         """Lets the engine step; returns whether the weights moved.
 
         Args:
-            engine: DeepSpeed's, at the boundary of a step.
-            ask: Called on every rank before the first weight moves, unless DeepSpeed refuses the
-                step by itself (a norm that is not finite): whether to go on.
+            engine: DeepSpeed's engine, after the last micro batch of a step.
+            ask: Returns whether to go on. Called on every rank before the first weight moves,
+                unless DeepSpeed refuses the step by itself because the norm is not finite.
         """
-        # Stays closed where DeepSpeed throws the gradients away and never steps.
+        # Stays closed where DeepSpeed discards the gradients and never steps.
         self._ask, self._open = ask, False
         engine.step()
         moved, self._ask, self._open = self._open, None, True

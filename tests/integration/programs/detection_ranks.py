@@ -24,7 +24,7 @@ from fd_large.engine.run import engine_of
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_rate
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.build import detector_maker
 
@@ -54,7 +54,7 @@ def losses_of_one_process(run: Run) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
-        set_rate(optimizer, RATE)
+        set_learning_rate(optimizer, RATE)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -81,7 +81,7 @@ def losses_of_ranks(run: Run) -> list[float]:
     engine, first = start_engine(run), 2 * distributed.rank()
     losses = []
     for update in range(UPDATES):
-        set_rate(engine.deepspeed.optimizer, RATE)
+        set_learning_rate(engine.deepspeed.optimizer, RATE)
         batch = part_of(global_batch(update), first, first + 2)
         loss = forward_backward(engine, batch, run.runtime.seed)
         engine.deepspeed.step()
@@ -102,7 +102,7 @@ def random_batches(run: Run, count: int) -> dict[str, Any]:
         if torch.rand((), generator=generator) < 0.3:
             objects = [0, 0]
         batch = batch_of(1000 * (rank + 1) + number, (64, 64), objects, crowds)
-        set_rate(engine.deepspeed.optimizer, RATE)
+        set_learning_rate(engine.deepspeed.optimizer, RATE)
         losses.append(forward_backward(engine, batch, run.runtime.seed).item())
         engine.deepspeed.step()
         if number % 8 == 0:

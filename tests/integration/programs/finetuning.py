@@ -29,7 +29,7 @@ from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.layer_decay import by_layer
-from fd_large.engine.zero.optimizer import parameter_groups, set_rate
+from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.engine.zero.partition import load_weights
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
@@ -124,8 +124,8 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
     samples = job.open_samples()
     batches = job.batches(samples, Portion(0, 0, micro, rank, world))
     for update in range(UPDATES):
-        set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
-        rates.rate_of = lambda scale, update=update: schedule.scaled_at(update, scale)
+        set_learning_rate(engine.deepspeed.optimizer, schedule.at_step(update))
+        rates.at_scale = lambda scale, update=update: schedule.scaled_at(update, scale)
         total = torch.zeros(())
         for _ in range(numbers.accumulation):
             total += forward_backward(engine, next(batches), run.runtime.seed)

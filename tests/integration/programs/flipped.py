@@ -54,7 +54,7 @@ class Flip(Hook):
         if index != 2 or distributed.rank() != self.rank:
             return
         parameters = list(jobs[-1].teacher.module.parameters())
-        flat = max((partition.piece(p)[0] for p in parameters), key=torch.numel)
+        flat = max((partition.shard(p)[0] for p in parameters), key=torch.numel)
         if self.kept_whole:
             flat = next(p.data.view(-1) for p in parameters if p.ds_persist and p.numel())
         flat[:1].view(torch.int32).bitwise_xor_(1)

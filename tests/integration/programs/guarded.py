@@ -96,10 +96,10 @@ def main(folder: Path) -> int:
 
     def digest() -> str:
         total = hashlib.blake2b(digest_size=8)
-        for piece in state.pieces(engines[0]):
+        for piece in state.shards(engines[0]):
             total.update(piece.values.contiguous().view(torch.uint8).numpy().tobytes())
         for parameter in engines[0].task.parameters():
-            held, _ = partition.piece(parameter)
+            held, _ = partition.shard(parameter)
             total.update(held.detach().contiguous().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 

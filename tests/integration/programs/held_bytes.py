@@ -15,7 +15,7 @@ from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start
-from fd_large.engine.zero.optimizer import set_rate
+from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
@@ -54,7 +54,7 @@ def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
     """What the ranks hold after a step, and what the plan says."""
     before = scenarios.storages()
     engine, teacher = scenarios.start_engine(run, dict(zero))
-    set_rate(engine.deepspeed.optimizer, 1e-4)
+    set_learning_rate(engine.deepspeed.optimizer, 1e-4)
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     forward_backward(engine, Batch(images, 0, torch.zeros(1), torch.zeros(1, dtype=int)), 0)
     engine.deepspeed.step()

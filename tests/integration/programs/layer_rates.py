@@ -68,7 +68,7 @@ def in_engine(run: Run, stage: int) -> tuple[Weights, dict[str, Any]]:
     world, rank = distributed.world_size(), distributed.rank()
     share, micro = run.batch.global_batch_size // world, run.batch.micro_batch_size
     for update in range(UPDATES):
-        rates.rate_of = lambda scale, update=update: schedule.scaled_at(update, scale)
+        rates.at_scale = lambda scale, update=update: schedule.scaled_at(update, scale)
         images = images_of(update, run)
         for first in range(rank * share, (rank + 1) * share, micro):
             positions = torch.arange(first, first + micro)

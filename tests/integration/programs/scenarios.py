@@ -30,7 +30,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import gloo, partition, start
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.optimizer import parameter_groups, set_rate
+from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.plan import memory
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -131,7 +131,7 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.at_update(update)
+            group["lr"] = schedule.at_step(update)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -169,7 +169,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
     master_error = _master_error(engine, job.make_task, run)
     schedule, losses, norms = schedule_of(run), [], []
     for update in range(updates):
-        set_rate(engine.deepspeed.optimizer, schedule.at_update(update))
+        set_learning_rate(engine.deepspeed.optimizer, schedule.at_step(update))
         images, total = images_of(update, run), torch.zeros(())
         for start_at in range(rank * share, (rank + 1) * share, micro):
             positions = torch.arange(start_at, start_at + micro)

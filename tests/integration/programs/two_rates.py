@@ -8,7 +8,7 @@ from typing import Any
 from fd_large.cli import main as cli
 from fd_large.engine import loop
 
-one_rate = loop.set_rate
+one_rate = loop.set_learning_rate
 
 
 def two_rates(optimizer: Any, rate: float) -> None:
@@ -19,5 +19,5 @@ def two_rates(optimizer: Any, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    loop.set_rate = two_rates
+    loop.set_learning_rate = two_rates
     sys.exit(cli.main(["train", *sys.argv[1:]]))
