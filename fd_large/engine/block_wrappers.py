@@ -1,9 +1,9 @@
-"""Activation checkpointing: which blocks keep only their inputs, and where those inputs wait.
+"""What is wrapped around a student's blocks: activation checkpointing and torch.compile.
 
-`every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with recomputed attention,
-and needs no saved random state, since drop path is an input. `offload` is fairscale's wrapper:
-torch's `save_on_cpu` moves what autograd saves, but a non-reentrant checkpoint holds its inputs
-itself, outside of that; fairscale's moves exactly these inputs.
+Checkpointing mode `every` is torch's non-reentrant checkpoint: exact under ZeRO-3, nests with
+recomputed attention, and needs no saved random state, since drop path is an input. `offload` is
+fairscale's wrapper, which moves the inputs of checkpointed blocks to the host; torch's
+`save_on_cpu` cannot, because a non-reentrant checkpoint holds its inputs outside of it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
     """Wraps each `every`-th block's forward in place; parameter names stay.
 
     Args:
-        blocks: In execution order.
-        mode: "off", "every" or "offload".
+        blocks: The blocks, in execution order.
+        mode: "off"; "every": a block keeps only its input; "offload": in host memory.
         every: 1 for every block, k for each k-th (blocks k-1, 2k-1, ...).
 
     Returns: the number of blocks wrapped.
@@ -49,13 +49,13 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], *, mode: str, every: int = 1)
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Compiles each block's forward in place, before anything wraps it; parameter names stay.
 
-    Under ZeRO-3 the hooks that fetch a module's parameters break the graph, so that the pieces
-    between them are compiled. On CPUs the pieces run in eager kernels: what a GPU's compiler would
-    be given is traced and differentiated there, which needs no C++ compiler.
+    Under ZeRO-3 the hooks that fetch a module's parameters break the graph, and the parts between
+    them are compiled. On CPUs the graphs that a GPU's compiler would be given are traced and
+    differentiated, but run in eager kernels, which needs no C++ compiler.
     """
     backend = "inductor" if distributed.device().type == "cuda" else "aot_eager"
     for block in blocks:
-        # One limit a block: their code is the same, but each has its own shifts and widths.
+        # A recompilation limit per block: they share code, but not shifts and widths.
         block.forward = torch.compile(
             block.forward, backend=backend, dynamic=False, isolate_recompiles=True
         )

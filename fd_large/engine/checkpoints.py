@@ -1,4 +1,4 @@
-"""When a run saves and from what it resumes: the live engine on one side, files on the other."""
+"""The checkpoints of a run: when it saves, what it resumes from, and what it goes back to."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from fd_large.watch import hold
 log = logging.getLogger(__name__)
 
 BYTES_PER_PARAMETER = 12
-"""A float32 master and two moments; an average takes four more."""
+"""Bytes of a float32 master and two moments; an average of the weights takes four more."""
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Saves and restores the state of one run.
 
     Args:
         folder: The run's folder.
         engine: The engine whose state is saved and restored.
-        runtime: How often to save, how many checkpoints to keep, how many failures to bear.
-        global_batch_size: Images a step.
-        facts: JSON-safe values for every manifest: the recipe, the commit, what the task says.
-        check_stored: Given a manifest, raises CheckpointError where it belongs to another training.
+        runtime: The recipe's section: how often to save, how many checkpoints to keep, how many
+            failed saves end the run.
+        global_batch_size: Images per step, over all ranks.
+        facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
+        check_stored: Raises CheckpointError for a manifest that belongs to another training.
 
     Attributes:
-        optimizer_steps: Steps that were not skipped; the trainer counts on.
+        optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
     """
 
@@ -64,74 +65,74 @@ class Checkpoints:
 
     @property
     def bytes(self) -> int:
-        """Size of one checkpoint, over all ranks."""
+        """Size of one checkpoint, over all ranks, in bytes."""
         each = BYTES_PER_PARAMETER + 4 * state.has_average(self._engine)
         return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
-        """Removes what a killed run left half written; before a run trains, never beside one."""
+        """Removes what a killed run left half written; never while the run trains."""
         if distributed.is_main():
             store.sweep(self._folder)
         distributed.barrier()
 
-    def log_disk_use(self, total_updates: int) -> None:
-        """Logs the bytes of a checkpoint and of all that will be kept, against the free disk."""
+    def log_disk_use(self, total_steps: int) -> None:
+        """Logs the size of a checkpoint and of all that will be kept, and the free disk space."""
         each, runtime = self.bytes, self._runtime
         # One more while the next is being written.
         most = runtime.keep_last + 1
         if runtime.keep_every:
-            most += total_updates // runtime.keep_every
+            most += total_steps // runtime.keep_every
         free = shutil.disk_usage(self._folder).free
         text = "checkpoints: %.2f GB each, up to %d at a time: %.2f GB; %.1f GB free"
         level = logging.WARNING if most * each > free else logging.INFO
         log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
 
-    def due(self, update: int, updates_per_epoch: int) -> bool:
-        """Whether the recipe saves after so many steps."""
-        return update % (self._runtime.save_every or updates_per_epoch) == 0
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        """Returns whether the recipe saves after so many steps."""
+        return step % (self._runtime.save_every or steps_per_epoch) == 0
 
     @property
     def flags(self) -> list[bool]:
-        """(still writing, failed) of this rank, for the loop's one all-reduce."""
+        """Whether this rank is still writing, and whether it failed; for the loop's all-reduce."""
         return [self._saver.busy, self._saver.failed]
 
     def after_update(self, *, busy_anywhere: bool, failed_anywhere: bool) -> float | None:
-        """Commits a checkpoint that all ranks have written; returns the seconds it took."""
+        """Commits a checkpoint once all ranks have written it; returns the seconds it took."""
         if self._saver.begun and not busy_anywhere:
             return self._finish(failed_anywhere)
         return None
 
-    def save(self, update: int, *, evaluated: bool = True) -> float | None:
+    def save(self, step: int, *, evaluated: bool = True) -> float | None:
         """Starts to write the state after so many steps; all ranks call it.
 
         Args:
-            update: Steps so far.
+            step: Number of finished steps.
             evaluated: Whether the evaluation that is due then, if any, was made.
 
-        Returns: the seconds of a save before it that had to be waited for, or None.
+        Returns: the seconds that an earlier save took if it had to be waited for, else None.
         """
-        if self._saved == update:
+        if self._saved == step:
             return None
         waited = self._wait()
         self._begun = time.monotonic()
         manifest = {
             **self._facts,
-            "update": update,
+            "update": step,
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
             "ema": state.has_average(self._engine),
-            "samples": update * self._global_batch_size,
+            "samples": step * self._global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
             "layout": state.layout_of(self._engine).to_dict(),
         }
-        self._saved = update
+        self._saved = step
         self._saver.begin(manifest, state.shards(self._engine))
-        log.info("checkpoint of step %d: training stood %.2f s", update, self._saver.stall_seconds)
+        log.info("checkpoint of step %d: training waited %.2f s", step, self._saver.stall_seconds)
         return waited
 
     def settle(self) -> bool:
-        """Waits for the checkpoint under way, on all ranks; says whether the last one is there."""
+        """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
         self._wait()
         self._saver.close()
         return self._failures == 0
@@ -139,16 +140,16 @@ class Checkpoints:
     def _wait(self) -> float | None:
         if not self._saver.begun:
             return None
-        # An orphaned rank outlives its grace for as long as this takes.
+        # A rank whose launcher has died may outlive its grace period for as long as this takes.
         with hold():
             self._saver.wait()
             return self._finish(distributed.any_rank(self._saver.failed))
 
     def resume(self) -> int:
-        """Restores the newest sound checkpoint; returns its steps, 0 where there is none.
+        """Restores the newest sound checkpoint; returns its step, 0 where there is none.
 
-        Raises: CheckpointError: if there are checkpoints and none is sound, or one is of another
-            model or teacher.
+        Raises: CheckpointError: if there are checkpoints and none is sound, or the newest belongs
+            to another model or training.
         """
         reader, complaints = self._newest()
         if reader is None:
@@ -163,9 +164,9 @@ class Checkpoints:
         return reader.manifest["update"]
 
     def roll_back(self, at_most: int) -> int | None:
-        """Takes back the state of the newest sound checkpoint of at most so many steps.
+        """Restores the newest sound checkpoint of at most so many steps.
 
-        Returns: its steps; None where there is none.
+        Returns: its step; None where there is none.
         """
         self.settle()
         reader, _ = self._newest(at_most)
@@ -176,17 +177,17 @@ class Checkpoints:
 
     def _newest(self, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
         def wanted(layout: Layout) -> set[int]:
-            # Another model's layout has other names; `_fits` says so.
+            # Another model's layout has other names; `_check_fits` refuses it.
             own = state.layout_of(self._engine).sizes
             return state.needs(self._engine, layout) if layout.sizes == own else {0}
 
         reader, complaints = newest_sound(self._folder, wanted, at_most=at_most)
         for complaint in complaints:
-            log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+            log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
         return reader, complaints
 
     def _restore(self, reader: Reader) -> None:
-        self._fits(reader)
+        self._check_fits(reader)
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
@@ -199,7 +200,7 @@ class Checkpoints:
         )
         self._saved = manifest["update"]
 
-    def _fits(self, reader: Reader) -> None:
+    def _check_fits(self, reader: Reader) -> None:
         own, stored = state.layout_of(self._engine).sizes, reader.layout.sizes
         if own != stored:
             names = sorted(n for n in own.keys() | stored.keys() if own.get(n) != stored.get(n))
@@ -211,14 +212,14 @@ class Checkpoints:
         self._check_stored(reader.manifest)
         if reader.manifest.get("pictures") != self._facts["pictures"]:
             log.warning(
-                "data.root: NOT THE PICTURES that this run began with (names were added, removed "
-                "or changed): the run goes on, its order is another one from here"
+                "data.root: NOT THE IMAGES that this run began with (names were added, removed or "
+                "changed): the run goes on, in another order of images from here"
             )
 
     def _finish(self, failed_anywhere: bool) -> float | None:
         if self._saver.finish(failed_anywhere=failed_anywhere):
             self._failures = 0
-            # Not until now: an evaluation may have come between the last byte and this look.
+            # Up to the last byte, not until now: an evaluation may have come in between.
             return self._saver.ended - self._begun
         self._saved = None
         self._failures += 1
@@ -226,8 +227,8 @@ class Checkpoints:
         if limit and self._failures >= limit:
             error = CheckpointError(
                 f"runtime.max_failed_saves: checkpoints cannot be written; got {self._failures} "
-                f"failures one after the other, expected fewer than {limit}. Make room in "
-                f"{self._folder} and start the same command again."
+                f"failed saves in a row, expected fewer than {limit}. Make room in {self._folder} "
+                "and start the same command again."
             )
             error.agreed = True
             raise error

@@ -188,8 +188,8 @@ class Job:
             name: {"model": part.section.model, "source": part.section.source}
             for name, part in self.frozen_models().items()
         }
-        # The key is always there.
-        return {"recipe": self.run.name, "student": self.run.student.model, "teacher": None} | frozen
+        own = {"recipe": self.run.name, "student": self.run.student.model}
+        return {**own, "teacher": None, **frozen}  # The key is there for every task.
 
     def facts(self) -> Mapping[str, Any]:
         """Returns what a checkpoint's manifest says of the task, JSON-safe."""

@@ -1,4 +1,4 @@
-"""Before anything heavy: all nodes run the same code on the same packages, data and weights."""
+"""Checks before anything heavy that all nodes have the same code, packages, data and weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fd_large.weights import package
 from fd_large.weights.read import file_of, split_part
 from fd_large.weights.source import MODULE, TIMM, locate
 
-# Of these another version may compute, or decode, something else.
+# Another version of these may compute, or decode, something else.
 PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy")
 
 _BLOCK = 64 << 10
@@ -29,20 +29,24 @@ _BLOCKS = 64
 _NODES_NAMED = 8
 
 
-class _Fact(NamedTuple):
-    """Something that must be alike.
+class Fact(NamedTuple):
+    """Something that must be the same on all nodes.
 
     Attributes:
-        value: What a node has.
-        what: Its place in the sentence.
-        remedy: What makes it alike.
-        error: The kind of mistake.
+        value: What this node has, in words.
+        what: The field or subject, and what is wrong where it differs; begins the message.
+        remedy: What makes it the same; ends the message.
+        error: The kind of error.
     """
 
     value: str
     what: str
     remedy: str
     error: type[FDError]
+
+
+_NodeFacts = tuple[str, Mapping[str, Fact]]
+"""A rank's node, and its facts by name."""
 
 
 def check(samples: ImageSource, weights: Mapping[str, str]) -> None:
@@ -58,36 +62,35 @@ def check(samples: ImageSource, weights: Mapping[str, str]) -> None:
     compare(distributed.gather_objects((distributed.node_name(), own)))
 
 
-def software() -> dict[str, _Fact]:
-    """What this process runs: the code by its content and commit, Python, and the packages."""
+def software() -> dict[str, Fact]:
+    """Returns the code that this process runs, by content and commit, Python, and the packages."""
     commit = source_commit()
     code = f"{commit[:9] if commit else 'no commit'}, the files' hash {code_hash()[:8]}"
-    alike = "Use one checkout on a shared disk, or one image, on every node"
-    facts = {"code": _Fact(code, "nodes: other code of fd_large", alike, LaunchError)}
+    same_code = "Use one checkout on a shared disk, or one image, on every node"
+    facts = {"code": Fact(code, "nodes: other code of fd_large", same_code, LaunchError)}
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    install = "Use one environment on a shared disk, or one image, on every node"
+    same_packages = "Use one environment on a shared disk, or one image, on every node"
     for name, number in versions.items():
-        facts[name] = _Fact(number, f"nodes: other versions of {name}", install, LaunchError)
+        facts[name] = Fact(number, f"nodes: other versions of {name}", same_packages, LaunchError)
     return facts
 
 
-def compare(told: Sequence[tuple[str, Mapping[str, _Fact]]]) -> None:
-    """Compares what nodes have; what most have counts as right.
+def compare(ranks: Sequence[_NodeFacts]) -> None:
+    """Compares the facts of nodes; what most of them have is taken as right.
 
     Args:
-        told: Of every rank, in order: its node's name, and facts by name; a fact that a rank does
-            not tell is not compared for it.
+        ranks: The facts of every rank, in order. A fact that a rank lacks is not compared for it.
 
-    Raises: FDError: of the first fact that is not alike, naming the others too.
+    Raises: FDError: for the first fact that differs, naming the others too.
     """
-    names = dict.fromkeys(name for _, facts in told for name in facts)
-    odd = {name: found for name in names if (found := _odd(told, name))}
+    names = dict.fromkeys(name for _, facts in ranks for name in facts)
+    odd = {name: found for name in names if (found := _odd(ranks, name))}
     if not odd:
         return
     first = next(iter(odd))
     nodes, got, most = odd[first]
-    fact = next(facts[first] for _, facts in told if first in facts)
-    expected = next(facts[first].value for node, facts in told if node == most and first in facts)
+    fact = next(facts[first] for _, facts in ranks if first in facts)
+    expected = next(facts[first].value for node, facts in ranks if node == most and first in facts)
     also = f" (and other {', '.join(list(odd)[1:])})" if len(odd) > 1 else ""
     raise fact.error(
         f"{fact.what}; got {got} on {_some(nodes)}{also}, expected {expected} as on {most}. "
@@ -96,7 +99,7 @@ def compare(told: Sequence[tuple[str, Mapping[str, _Fact]]]) -> None:
 
 
 def code_hash() -> str:
-    """Hash of fd_large's own source files, whether or not they are committed."""
+    """Returns a hash of fd_large's own source files, whether or not they are committed."""
     root = Path(fd_large.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -105,9 +108,9 @@ def code_hash() -> str:
 
 
 def weights_digest(source: str) -> str:
-    """Size and a hash of samples of the file that a source means, or of its files; "" for none.
+    """Returns the size and a hash of samples of a source's files; "" for random or library models.
 
-    Two trainings of one model differ everywhere, so that 4 MB of a file tell.
+    Two trainings of one model differ everywhere, so 4 MB of a file suffice.
 
     Raises: WeightsError: if there is no such file, or it cannot be read.
     """
@@ -122,17 +125,14 @@ def weights_digest(source: str) -> str:
     except OSError as error:
         raise WeightsError(
             f"weights: {source}: cannot be read; got {error.strerror or error}, expected a file. "
-            "Mend its permissions, or fetch it again."
+            "Correct its permissions, or fetch it again."
         ) from error
     return f"{size} bytes, hash {digest.hexdigest()[:8]}"
 
 
-# ------------------------------------------------------------------------------------------------
-
-
-def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, _Fact]:
+def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, Fact]:
     facts = software()
-    facts["pictures"] = _Fact(
+    facts["images"] = Fact(
         f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",
         "data.root: the nodes see different images",
         "Copy the dataset to every node, and let nothing write to it",
@@ -142,7 +142,7 @@ def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, _Fact]
         return facts  # Ranks of a node see the same files.
     for where, source in weights.items():
         if digest := weights_digest(source):
-            facts[where] = _Fact(
+            facts[where] = Fact(
                 digest,
                 f"--{where}: the nodes see different weights in {source}",
                 "Copy the file to every node again, or read it from a shared disk",
@@ -152,7 +152,7 @@ def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, _Fact]
 
 
 def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
-    """Feeds the file's size, its first and last bytes and blocks in between; returns the size."""
+    """Hashes a file's size, its first and last bytes and blocks in between; returns the size."""
     size = os.fstat(descriptor).st_size
     stride = max(_BLOCK, size // _BLOCKS)
     for at in (*range(0, size, stride), max(0, size - _BLOCK)):
@@ -163,7 +163,7 @@ def _sample(descriptor: int, update: Callable[[bytes], object]) -> int:
 
 def _files(path: Path) -> list[Path]:
     if (path / "manifest.json").is_file():
-        # A checkpoint: the receipts hold what `settle` has checked its files against.
+        # A checkpoint: its receipts hold what `settle` has checked the files against.
         return sorted(path.glob("*.json"))
     path = file_of(path)
     if path.suffix != ".json":
@@ -179,12 +179,10 @@ def _version(name: str) -> str:
         return "none"
 
 
-def _odd(
-    told: Sequence[tuple[str, Mapping[str, _Fact]]], name: str
-) -> tuple[list[str], str, str] | None:
-    """Nodes whose fact is not that of most, what the first of them has, and a node of most."""
-    values = [(node, facts[name].value) for node, facts in told if name in facts]
-    # Of equally many the one of the lowest rank.
+def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str] | None:
+    """Returns the nodes that differ from most, what the first of them has, and a node of most."""
+    values = [(node, facts[name].value) for node, facts in ranks if name in facts]
+    # Of equally frequent values, that of the lowest rank.
     right, _ = Counter(value for _, value in values).most_common(1)[0]
     others = [(node, value) for node, value in values if value != right]
     if not others:

@@ -1,15 +1,15 @@
-"""A step that the guard refused, once more: one process, one device, plain torch.
+"""Runs a step that the guard refused again: one process, one device, plain torch.
 
 Weights come from a checkpoint, whatever ranks and ZeRO stage wrote it; images from the incident;
-drop path is drawn again from seed, epoch and positions. So the loss is the recorded one wherever
-the checkpoint holds the weights that the step ran on.
+drop path is drawn again from seed, epoch and positions. So the losses are the recorded ones if the
+checkpoint holds the weights that the step ran on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fd_large import distributed
 from fd_large.checkpoint import store
@@ -26,7 +26,7 @@ from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.checkpoint_models import serve_runs, stored_task
 from fd_large.engine.forward_backward import prepared
-from fd_large.engine.incident_evidence import note_maximum, outputs_to
+from fd_large.engine.incident_evidence import layer_maxima
 from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
@@ -39,14 +39,14 @@ from fd_large.runtime.meter import rows_before
 log = logging.getLogger(__name__)
 
 
-class Pictures(NamedTuple):
-    """One rank's part of the step.
+class RankImages(NamedTuple):
+    """One rank's images of the step.
 
     Attributes:
-        rank: Who ran it.
+        rank: The rank, from 0.
         images: (B, 3, S, S) uint8.
-        positions: (B,) int64.
-        losses: Recorded, of its micro batches.
+        positions: (B,) int64, their places in the epoch's order.
+        losses: The recorded loss of each micro batch.
     """
 
     rank: int
@@ -56,30 +56,30 @@ class Pictures(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """A refused step as its folder tells it.
+    """A refused step, read from its folder.
 
     Attributes:
-        folder: Of the run.
-        job: The run's, in the precision that it had, with nothing split over ranks.
-        said: incident.json.
-        images: Of the ranks whose images are kept.
+        folder: The run's folder.
+        job: The run's job, in the precision that it had, with nothing split over ranks.
+        said: The content of incident.json.
+        pictures: The images of the ranks that keep theirs.
     """
 
     folder: Path
     job: Job
     said: dict[str, Any]
-    pictures: list[Pictures]
+    pictures: list[RankImages]
 
 
 class Weights(NamedTuple):
-    """What the step is run on.
+    """The weights that the step is run on.
 
     Attributes:
-        reader: Of the checkpoint.
-        update: Steps of it.
-        accepted_between: Steps that moved the step's weights and not these, but for those that a
-            roll-back undid; 0: these are the weights that the step ran on. None: it is later than
-            the step.
+        reader: The checkpoint.
+        update: Its number of finished steps.
+        accepted_between: Number of steps that moved the weights of one of the two, step and
+            checkpoint, and not the other; 0: they are those of the step. None: the checkpoint is
+            later than the step.
     """
 
     reader: Reader
@@ -88,14 +88,15 @@ class Weights(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What came out.
+    """The numbers of the step run again.
 
     Attributes:
         losses: Rank -> loss of each micro batch.
-        grad_norm: Of the mean loss over all replayed images.
+        grad_norm: L2 norm of the gradient of the mean loss over all replayed images.
         forward: Layer -> largest magnitude of its output, in execution order.
         gradient: Layer -> largest magnitude of the gradient at its output.
-        other_training: What `Job.check_stored` has against the checkpoint; empty: nothing.
+        other_training: Why the checkpoint belongs to another training (`Job.check_stored`); empty:
+            it does not.
     """
 
     losses: dict[int, list[float]]
@@ -106,14 +107,14 @@ class Replayed(NamedTuple):
 
 
 def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
-    """Reads incident.json, or the folder that holds it, where the run wrote it.
+    """Reads an incident where the run wrote it.
 
     Args:
-        path: One of the two.
+        path: incident.json, or the folder that holds it.
         job_of: Makes the job of the run's recipe.
 
-    Raises: ConfigError: if it is none, is damaged, stands outside of its run, or has no images
-        any more.
+    Raises: ConfigError: if there is no incident, or it is damaged, outside of its run, or without
+        images.
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
@@ -135,11 +136,13 @@ def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
             if (file.parent / name).is_file():
                 stored = load_file(file.parent / name)
                 rank = int(name.split(".")[0].removeprefix("rank_"))
-                losses = said["ranks"][rank]["losses"]
-                pictures.append(Pictures(rank, stored["images"], stored["positions"], losses))
-                counts = (len(said["ranks"][rank]["names"]), len(stored["positions"]))
-                if counts != (len(stored["images"]),) * 2:
-                    raise ValueError(f"{name} has {len(stored['images'])} images, not {counts}")
+                recorded = said["ranks"][rank]
+                counts = {len(recorded["names"]), len(stored["positions"]), len(stored["images"])}
+                if len(counts) > 1:
+                    raise ValueError(f"{name}: {counts} images")
+                pictures.append(
+                    RankImages(rank, stored["images"], stored["positions"], recorded["losses"])
+                )
         if not pictures:
             raise ConfigError(
                 f"replay: {file}: its images are gone; got none, expected those of a rank. The "
@@ -154,18 +157,18 @@ def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
 
 
 def find_weights(incident: Incident) -> Weights:
-    """The newest sound checkpoint of at most the step's update, else the oldest later one.
+    """Finds the newest sound checkpoint from before the step, else the oldest from after it.
 
-    Raises: CheckpointError: if the run has none that is sound.
+    Raises: CheckpointError: if no checkpoint of the run is sound.
     """
     step = incident.said["index"]
     stored = store.complete(incident.folder)
-    before = [item for item in reversed(stored) if item.update <= step]
+    before = [item for item in stored if item.update <= step]
     complaint = "none"
-    for item in (*before, *(item for item in stored if item.update > step)):
+    for item in (*reversed(before), *stored[len(before) :]):
         if problems := store.verify(item):
             complaint = f"{item.path.name}: {problems[0]}"
-            log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+            log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
             continue
         reader = Reader(item, set(range(item.manifest["world_size"])))
         if item.update > step:
@@ -181,88 +184,69 @@ def find_weights(incident: Incident) -> Weights:
 
 
 def run_again(incident: Incident, weights: Weights) -> Replayed:
-    """Forward and backward over the incident's images, micro batch by micro batch.
+    """Runs forward and backward over the incident's images, micro batch by micro batch.
 
-    Raises: WeightsError: if the teacher's file is gone; CheckpointError: if the checkpoint is not
-        of the recipe's model.
+    Raises: WeightsError: if a weights file that the task needs is gone; CheckpointError: if the
+        checkpoint is not of the recipe's model.
     """
-    job = incident.job
-    run = job.run
-    bfloat16 = computes_in_bfloat16(run.engine.precision)
+    job, said, reader = incident.job, incident.said, weights.reader
+    bfloat16 = computes_in_bfloat16(job.run.engine.precision)
     job.build(bfloat16=bfloat16, node_size=1, persistence_threshold=0)
-    task = _task(job, weights.reader, bfloat16=bfloat16)
-    forward: dict[str, Tensor] = {}
+    task = _task(job, reader, bfloat16=bfloat16)
+    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
+    losses: dict[int, list[float]] = {own.rank: [] for own in incident.pictures}
+    count = sum(len(own.losses) for own in incident.pictures)
+    size = said["micro_batch_size"]
     gradient: dict[str, Tensor] = {}
-
-    def note(name: str, output: Tensor) -> None:
-        note_maximum(forward, name, output)
-        if output.requires_grad:
-            output.register_hook(lambda grad: note_maximum(gradient, name, grad))
-
-    gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in _trained(task)}
-    losses: dict[int, list[float]] = {}
-    count = sum(len(pictures.losses) for pictures in incident.pictures)
-    with outputs_to(note, task):
-        for pictures in incident.pictures:
-            own = losses[pictures.rank] = []
-            for batch in _micro_batches(pictures, incident.said):
-                loss, _ = task(**prepared(task, batch, run.runtime.seed))
+    with layer_maxima(task, gradient) as forward:
+        for own in incident.pictures:
+            for images, positions in zip(
+                own.images.split(size), own.positions.split(size), strict=True
+            ):
+                batch = Batch(images, said["epoch"], positions, positions)
+                loss, _ = task(**prepared(task, batch, job.run.runtime.seed))
                 (loss / count).backward()
-                own.append(loss.item())
-                for name, parameter in _trained(task):
+                losses[own.rank].append(loss.item())
+                for name, parameter in trained.items():
                     if parameter.grad is not None:
-                        gradients[name] += parameter.grad
+                        sums[name] += parameter.grad
                         parameter.grad = None
-    norm = torch.stack([value.norm() for value in gradients.values()]).norm()
+    try:
+        job.check_stored(reader.manifest)
+        other_training = ""
+    except CheckpointError as error:
+        other_training = str(error)
     return Replayed(
         losses,
-        norm.item(),
+        torch.stack([value.norm() for value in sums.values()]).norm().item(),
         {name: value.item() for name, value in forward.items()},
         {name: value.item() for name, value in gradient.items()},
-        _complaint(job, weights.reader),
+        other_training,
     )
 
 
 def _moved_by(
-    rows: Sequence[Mapping[str, Any]], roll_backs: Mapping[int, int], updates: int
+    rows: Sequence[Mapping[str, Any]], roll_backs: Mapping[int, int], steps: int
 ) -> set[int]:
-    """Which of the first `updates` steps the weights after them descend from."""
-    last = max((update for update in roll_backs if update < updates), default=None)
+    """Returns which of the first `steps` steps the weights after them descend from."""
+    last = max((step for step in roll_backs if step < steps), default=None)
     kept, start = set(), 0
     if last is not None:
         kept, start = _moved_by(rows, roll_backs, min(roll_backs[last], last)), last + 1
-    between = (row for row in rows if start <= row["update"] < updates)
+    between = (row for row in rows if start <= row["update"] < steps)
     return kept | {row["update"] for row in between if not row.get("skipped")}
 
 
-def _complaint(job: Job, reader: Reader) -> str:
-    try:
-        job.check_stored(reader.manifest)
-    except CheckpointError as error:
-        return str(error)
-    return ""
-
-
 def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
-    run, task = job.run, stored_task(job.make_task, reader, kind="master")
+    student, task = job.run.student, stored_task(job.make_task, reader, kind="master")
     if bfloat16:
         partition.to_bfloat16(task)
     task.to(distributed.device()).train()
-    if run.student.activation_checkpointing != "off":
-        # Where the inputs wait makes no difference to the numbers.
-        checkpoint_blocks(task.student.blocks(), mode="every", every=run.student.checkpoint_every)
+    if student.activation_checkpointing != "off":
+        # Offloading the inputs would make no difference to the numbers.
+        checkpoint_blocks(task.student.blocks(), mode="every", every=student.checkpoint_every)
     return task
-
-
-def _trained(task: Task) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in task.named_parameters() if p.requires_grad)
-
-
-def _micro_batches(pictures: Pictures, said: dict[str, Any]) -> Iterator[Batch]:
-    size = said["micro_batch_size"]
-    for start in range(0, len(pictures.images), size):
-        positions = pictures.positions[start : start + size]
-        yield Batch(pictures.images[start : start + size], said["epoch"], positions, positions)
 
 
 def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
@@ -276,52 +260,48 @@ def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
             "that the incident names."
         )
     run = job.in_one_process()
-    # bfloat16 overflows nowhere that float32 does not, but it rounds: as the run had it.
+    # In the run's own precision, wherever it is replayed: bfloat16 rounds.
     config = _object(folder / "deepspeed.json")
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
     return job_of(replace(run, engine=replace(run.engine, precision=precision)))
 
 
-# What is used of an incident, here and by whoever tells of it.
 _NUMBER = (int, float)
+# What is used of an incident, here and in what is printed.
 _KEYS: dict[str, type | tuple[type, ...]] = {
-    "index": int,
-    "epoch": int,
-    "world_size": int,
-    "micro_batch_size": int,
+    **dict.fromkeys(("index", "epoch", "world_size", "micro_batch_size"), int),
+    **dict.fromkeys(("off", "images", "ranks"), list),
     "grad_norm": _NUMBER,
-    "off": list,
-    "images": list,
     "layers": dict,
-    "ranks": list,
 }
 
 
 def _check(said: Mapping[str, Any]) -> None:
-    """Raises: KeyError, TypeError or ValueError: where something is not what the guard writes."""
+    """Raises KeyError, TypeError or ValueError where something is not what the guard writes."""
     for name, kind in _KEYS.items():
         if not isinstance(said[name], kind):
             raise TypeError(f"{name} {said[name]!r}")
     if said["micro_batch_size"] < 1:
         raise ValueError(f"micro_batch_size {said['micro_batch_size']}")
+    numbers = dict(said["layers"])
     for off in said["off"]:
-        numbers = (off["value"], *(n for n in (off["median"], off["limit"]) if n is not None))
-        if not all(isinstance(number, _NUMBER) for number in numbers):
-            raise TypeError(f"{off['what']} {numbers}")
-    for name, value in said["layers"].items():
+        numbers |= {f"{off['what']}: value": off["value"]}
+        for name in ("median", "limit"):
+            numbers |= {} if off[name] is None else {f"{off['what']}: {name}": off[name]}
+    for name, value in numbers.items():
         if not isinstance(value, _NUMBER):
             raise TypeError(f"{name} {value!r}")
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object of the run's.
+    """Reads a JSON object of the run.
 
     Raises: ConfigError: if it is missing or damaged.
     """
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"replay: {path}: cannot be read; got {error}, expected what the run wrote. Restore it."

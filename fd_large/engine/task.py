@@ -74,7 +74,7 @@ class Task(nn.Module):
         size = (len(self.drop_path_rates), len(images))
         return torch.ones(size, dtype=torch.bool, device=images.device)
 
-    def nets(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, nn.Module]:
         """Returns the Modules whose layers an incident is traced through, by prefix of names."""
         return {"": self}
 

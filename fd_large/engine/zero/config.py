@@ -363,8 +363,8 @@ def _no_auto_left(value: Any, name: str) -> None:
             _no_auto_left(child, f"{name}.{key}" if name else key)
     elif value == AUTO:
         raise ConfigError(
-            f'{name}: cannot be "auto"; got "auto", expected a value: the run does not fill it, and '
-            "DeepSpeed would take it as it stands. Give a number or remove the key."
+            f'{name}: the run does not fill this "auto", and DeepSpeed would take it for a value; '
+            'got "auto", expected a number. Give one or remove the key.'
         )
 
 

@@ -91,7 +91,7 @@ class Distillation(Task):
         )
         return whiten(tokens, self.whitening_eps)
 
-    def nets(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, nn.Module]:
         """The teacher first, as it runs first."""
         teacher = getattr(self._teacher[0], "module", self._teacher[0])
         frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
