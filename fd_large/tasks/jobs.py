@@ -10,6 +10,6 @@ from fd_large.tasks.registry import TASKS
 
 
 def job_of(run: Run) -> Job:
-    """Returns what the run's task brings to the engine; only that task's rooms are imported."""
+    """Makes the job of a recipe's task; imports that task only."""
     kind = TASKS[run.task.name]
     return getattr(import_module(f"fd_large.tasks.{kind.folder}.job"), kind.job)(run)

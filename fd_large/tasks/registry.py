@@ -1,6 +1,6 @@
 """The tasks, by folder. Adding one is its folder and its name here.
 
-Like the `section.py` of each task, this file imports no torch, and recipes may import it.
+Like the `section.py` of each task, this file does not import torch, and recipes may import it.
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ def _kinds() -> dict[str, TaskKind]:
 
 
 TASKS = _kinds()
-"""By the name that a recipe has for it (`task.name`)."""
+"""The kinds of tasks, by their name in recipes (`task.name`)."""

@@ -16,9 +16,15 @@ INTERPOLATIONS = ("none", "bilinear")
 def check_grids(
     student: tuple[int, int], teacher: tuple[int, int], *, interpolation: str = "none"
 ) -> None:
-    """Refuses maps that cannot be aligned, before a step is spent.
+    """Refuses maps that cannot be aligned.
 
-    Raises: ShapeError: if the grids differ and no interpolation was asked for.
+    Args:
+        student: Rows and columns of the student's map.
+        teacher: Rows and columns of the teacher's map.
+        interpolation: "none" or "bilinear".
+
+    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is
+        another word.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(
@@ -37,13 +43,13 @@ def check_grids(
 def align(
     student: FeatureMap, teacher: FeatureMap, *, interpolation: str = "none"
 ) -> tuple[Tensor, Tensor]:
-    """Returns tokens (B, N, Cs) and (B, N, Ct) that stand for the same places.
+    """Returns the tokens of two maps, (B, N, Cs) and (B, N, Ct), that stand for the same places.
 
     Equal numbers of prefix tokens (CLS) are matched one to one; otherwise both maps drop theirs.
-    With `interpolation`, the teacher's map takes the student's grid: before whitening, so that the
-    targets have unit variance per token whatever the resize did.
+    With "bilinear" interpolation the teacher's map is resized to the student's grid, before
+    whitening, so that the targets have unit variance per token.
 
-    Raises: ShapeError: if the grids differ and no interpolation was asked for.
+    Raises: ShapeError: if the grids differ and interpolation is "none".
     """
     check_grids(student.grid, teacher.grid, interpolation=interpolation)
     prefixes_agree = student.num_prefix_tokens == teacher.num_prefix_tokens

@@ -14,20 +14,20 @@ from fd_large.tasks.distillation.task import Distillation
 Prepared = dict[str, Any]
 
 
-def best_constant_loss(
+def constant_prediction_loss(
     task: Distillation,
     batches: Callable[[], Iterator[tuple[Prepared, int]]],
     summed: Callable[[Tensor], Tensor],
 ) -> float:
-    """The loss of the best prediction that ignores the image: one number per channel.
+    """Computes the loss of the best constant, one number per channel.
 
-    A student that learnt nothing but the mean of its targets has this loss. The minimum over
-    constants is found from the mean by Newton's method on the smooth L1 sum, which is convex.
+    A student that learnt only the mean of its targets has this loss. Newton's method finds the
+    minimum over constants from the mean, as the smooth L1 sum is convex.
 
     Args:
-        task: Gives the targets.
-        batches: Called once a pass; yields (prepared, weight), weight 0 for padding.
-        summed: Adds a tensor up over the ranks.
+        task: The task, in evaluation mode; gives the targets.
+        batches: Called once per pass; yields (prepared, weight), with weight 0 for padding.
+        summed: Sums a tensor over the ranks.
     """
     mean: Tensor | None = None
     constant = torch.zeros(())

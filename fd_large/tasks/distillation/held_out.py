@@ -1,4 +1,4 @@
-"""Held-out loss of a run: fixed views, spread over the ranks, the same result on any number."""
+"""Held-out loss of a run: fixed views, split over the ranks, the same on any number of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import evaluating
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import DataError
-from fd_large.tasks.distillation.constant_prediction import best_constant_loss
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
 from fd_large.tasks.distillation.task import Distillation
 
-# Views of an epoch that no training reaches: crops of training images are unseen ones.
+# An epoch that no training reaches, so that crops of training images are unseen ones.
 EVALUATION_EPOCH = 2**31 - 1
 PANEL_IMAGES = 4
 TRIES = 10
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 
 
 class HeldOutViews:
-    """The views of one set of images, cut once and kept as uint8 on the host.
+    """The views of one dataset, cut once and kept as uint8 in host memory.
 
     Args:
         name: Prefix of the metrics.
         source: The images.
-        views: How many; view v shows image v modulo their number.
-        settings: How an image becomes a view; its colors are left alone.
+        views: Number of views; view v shows image v modulo the number of images.
+        settings: How an image becomes a view; its colours stay.
         micro_batch_size: Views per forward.
-        seed: Of the crops.
-        skip_bad: Take the next image for one that cannot be used, as training does.
+        seed: Seed of the crops.
+        skip_bad: Whether to use the next image for one that cannot be used, as training does.
 
-    Raises: DataError: for an image that cannot be used, unless such are skipped.
+    Raises: DataError: for an image that cannot be used, unless `skip_bad`.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class HeldOutViews:
         self.name, self._micro = name, micro_batch_size
         world = distributed.world_size()
         self._mine = np.arange(distributed.rank(), views, world)
-        # Under ZeRO-3 every rank runs as many forwards as the one with most views.
+        # Under ZeRO-3 every rank must run as many forwards as the one with most views.
         self._rounds = math.ceil(math.ceil(views / world) / micro_batch_size)
         cuts = np.arange(max(views, PANEL_IMAGES))
         draws = uniforms(seed, EVALUATION_EPOCH, cuts, "view", NUM_DRAWS).tolist()
-        # Spread over the set, which may list its classes one after the other.
+        # Spread over the dataset, which may list its classes one after the other.
         places = np.arange(min(len(cuts), len(source)))
         order = epoch_order(len(source), seed, EVALUATION_EPOCH, places)
         tries = TRIES if skip_bad else 1
@@ -86,10 +86,10 @@ class HeldOutViews:
         self._panel = torch.stack([cut(view) for view in range(PANEL_IMAGES)])
 
     def measure(self, engine: Engine, between: Callable[[], None]) -> dict[str, float]:
-        """Mean loss and the task's metrics over all views, the same on every rank.
+        """Returns the mean loss and the task's metrics over all views, the same on every rank.
 
         Args:
-            engine: Whose task is measured.
+            engine: The engine of the task that is measured.
             between: Called before each batch, on every rank alike; may raise to end it.
         """
         totals: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ class HeldOutViews:
         return dict(zip(names, means.tolist(), strict=True))
 
     def best_constant(self, engine: Engine, between: Callable[[], None]) -> float:
-        """The loss of the best prediction that ignores the image."""
+        """Returns the loss of the constant-prediction baseline on these views."""
 
         def batches() -> Iterator[tuple[dict[str, Any], int]]:
             for prepared, weight, _ in self._batches(engine):
@@ -117,10 +117,10 @@ class HeldOutViews:
 
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
-            return best_constant_loss(engine.task, batches, distributed.sum_tensor)
+            return constant_prediction_loss(engine.task, batches, distributed.sum_tensor)
 
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
-        """Maps of the first few images: `images`, `teacher`, `student` (see feature_panel)."""
+        """Returns the maps of the first few views: see `feature_panel`."""
         assert isinstance(engine.task, Distillation)
         with evaluating(engine):
             images = self._panel.to(distributed.device())
@@ -141,15 +141,15 @@ class HeldOutViews:
 def feature_panel(
     task: Distillation, forward: Callable[..., Any], images: Tensor
 ) -> dict[str, Tensor]:
-    """The maps of a few images, without gradient.
+    """Computes the maps of a few images, without gradient.
 
     Args:
-        task: In evaluation.
+        task: The task, in evaluation mode.
         forward: Runs the task (its engine).
         images: (n, 3, S, S) uint8, on the device.
 
-    Returns: images (n, S, S, 3) uint8; teacher (n, h, w, C) whitened and student (n, h, w, C)
-        projected, float32; all on the host.
+    Returns: "images" (n, S, S, 3) uint8; "teacher" (n, h, w, C) whitened and "student"
+        (n, h, w, C) projected, float32; all in host memory.
     """
     seen: list[Tensor] = []
     handle = task.projection.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Feature distillation as a task: project the student's map, whiten the teacher's, smooth L1.
+"""Feature distillation as a task: smooth L1 between projected student and whitened teacher map.
 
 Source: Wei et al., arXiv 2205.14141; constants as in the official code.
 """
@@ -24,12 +24,13 @@ class Distillation(Task):
 
     Args:
         student: A backbone of `fd_large.backbones`.
-        teacher: uint8 images -> FeatureMap, without gradient; a `Teacher`, its engine, or any
-            callable. It is no submodule: its parameters are in no optimiser and no checkpoint.
-        teacher_width: Channels of the teacher's map.
-        beta: Where the loss turns from square to linear, in whitened units.
-        whitening_eps: Added to the variance of a teacher's token.
-        interpolation: "none", or how the teacher's map takes the student's grid ("bilinear").
+        teacher: Any callable that maps uint8 images to a FeatureMap without gradient. It is not a
+            submodule, so that its parameters are in no optimiser and no checkpoint.
+        teacher_width: Number of channels of the teacher's map.
+        beta: Difference above which the loss is linear rather than quadratic, in whitened units.
+        whitening_eps: Constant added to the variance of a teacher's token.
+        interpolation: How the teacher's map is resized to the student's grid: "bilinear"; "none"
+            refuses different grids.
         statistics: The student's normalisation; the paper uses ImageNet's for every student.
     """
 
@@ -49,12 +50,12 @@ class Distillation(Task):
         self.projection = nn.Linear(student.width, teacher_width)
         self.beta, self.whitening_eps = beta, whitening_eps
         self.interpolation, self.statistics = interpolation, statistics
-        # In a tuple, so that nn.Module does not adopt a teacher that is a Module.
+        # In a tuple, so that nn.Module does not register a teacher that is a Module.
         self._teacher = (teacher,)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the drop-path draws and the teacher's map."""
-        del targets  # The images are all that there is.
+        del targets  # Images are all that is needed.
         with torch.no_grad():
             return {
                 "pixels": normalise(images, self.statistics),
@@ -69,8 +70,8 @@ class Distillation(Task):
 
         Args:
             pixels: (B, 3, H, W) float32, normalised for the student.
-            keep: (num_sites, B) bool, or None.
-            target: The teacher's map, any float dtype.
+            keep: (num_sites, B) bool, or None for no drop path.
+            target: The teacher's map, any floating-point dtype.
         """
         student_map = self.student(pixels.to(self.projection.weight.dtype), keep)
         tokens, target_tokens = align(student_map, target, interpolation=self.interpolation)
@@ -83,7 +84,7 @@ class Distillation(Task):
         return loss, metrics
 
     def reference(self, *, pixels: Tensor, keep: Tensor | None, target: FeatureMap) -> Tensor:
-        """The whitened target tokens (B, N, Ct) float32 that `forward` would compare with."""
+        """Returns the whitened target tokens of `forward`, (B, N, Ct) float32."""
         grid, prefix = self.student.grid(*pixels.shape[-2:]), self.student.num_prefix_tokens
         shape_only = pixels.new_empty(len(pixels), prefix + grid[0] * grid[1], 0)
         _, tokens = align(
@@ -92,7 +93,7 @@ class Distillation(Task):
         return whiten(tokens, self.whitening_eps)
 
     def models(self) -> dict[str, nn.Module]:
-        """The teacher first, as it runs first."""
+        """Returns the teacher and this task; the teacher first, as it runs first."""
         teacher = getattr(self._teacher[0], "module", self._teacher[0])
         frozen = {"teacher.": teacher} if isinstance(teacher, nn.Module) else {}
         return {**frozen, "": self}

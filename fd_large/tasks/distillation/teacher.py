@@ -1,7 +1,7 @@
-"""Where the frozen teacher lives: whole on every rank, split over all, or split inside a node.
+"""The frozen teacher: whole on every rank, sharded over all ranks, or sharded inside each node.
 
-A split teacher is a second ZeRO-3 engine without an optimiser: its own configuration, so that it is
-split under a student at any stage; no gradient, no float32 copy, no entry in a checkpoint.
+A sharded teacher is a second ZeRO-3 engine without an optimiser. It has its own configuration, so
+that the student may have any stage, and no gradient, no float32 copy and no entry in a checkpoint.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ log = logging.getLogger(__name__)
 
 
 class PlacedTeacher:
-    """A teacher that is callable whatever its placement.
+    """A teacher that is called in the same way whatever its placement.
+
+    Args:
+        module: The model.
+        engine: Its DeepSpeed engine; None: it is whole on this rank.
+        group: The ranks that share its weights; None for all.
 
     Attributes:
-        module: The model; its parameters are pieces unless it is replicated.
-        fingerprint: Hash of the weights at build, the same for every placement.
-        width: Channels of the map.
+        module: The model; its parameters are sharded unless it is replicated.
+        fingerprint: Hash of the weights when it was built, the same for every placement.
+        width: Number of channels of the map.
     """
 
     def __init__(self, module: Frozen, engine: Any, group: Any) -> None:
@@ -46,21 +51,21 @@ class PlacedTeacher:
             return (self._engine or self.module)(images)
 
     def hash_now(self) -> str:
-        """Hashes the weights as they are; equal to `fingerprint` unless memory failed."""
+        """Hashes the weights as they are now; equal to `fingerprint` unless memory failed."""
         return fingerprint(self.module.net, group=self._group)
 
     def shard_hash(self) -> str:
-        """Returns "PART/PARTS HASH" of what this rank itself holds, no other rank asked.
+        """Returns "PART/PARTS HASH" of what this rank itself holds; asks no other rank.
 
-        A gathered weight is the same on all ranks, whoever spoiled its part; this is not.
+        A damaged shard reaches all ranks when it is gathered; this hash shows which rank holds it.
         """
         return held_fingerprint(self.module, self._whole)
 
     def map_of_fixed_images(self, image_size: int) -> Tensor:
-        """The map (2, N, C) of two images of noise, always the same; all ranks call it.
+        """Returns the map (2, N, C) of two fixed images of noise; all ranks call it.
 
         Args:
-            image_size: Side of the run's crops, in pixels.
+            image_size: Side of the images, in pixels.
         """
         words = random_words(0, 0, range(2), "canary", num_blocks=-(-3 * image_size**2 // 4))
         pixels = (words.reshape(2, -1)[:, : 3 * image_size**2] >> 24).astype("uint8")
@@ -68,7 +73,7 @@ class PlacedTeacher:
         return self(images.to(distributed.device())).tokens
 
     def held_bytes(self) -> int:
-        """Bytes of weights that this rank holds between steps."""
+        """Returns the bytes of weights that this rank holds between steps."""
         total = 0
         for parameter in self.module.parameters():
             total += parameter.numel() * parameter.element_size()
@@ -88,26 +93,26 @@ def place(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     whole_first: bool = False,
 ) -> PlacedTeacher:
-    """Builds the teacher where it is to live.
+    """Builds the teacher with its weights where the recipe wants them held.
 
-    Must run before the student's engine: the hpZ group of a student is global to the process and
-    would give the teacher a second, permanent copy.
+    Must run before the student's engine is built: the hpZ group of a student is global to the
+    process and would give the teacher a second, permanent copy.
 
     Args:
         make: Constructs the teacher with random weights.
         placement: "replicated", "sharded" or "node".
-        dtype: Of its weights and products.
-        seed: Of the random weights.
-        node_size: Ranks of a node.
+        dtype: Data type of its weights and matrix products.
+        seed: Seed of the random weights.
+        node_size: Number of ranks per node.
         persistence_threshold: Tensors of at most so many elements stay whole.
-        weights: (name, full tensor) of the model, on every rank, or None for random weights.
+        weights: (name, full tensor) of the model, on every rank; None for random weights.
         whole_first: See `partition.build`.
     """
     group = None
     if placement == "node" and node_size < distributed.world_size():
         group = distributed.node_group(node_size)
-    shares = node_size if group is not None else distributed.world_size()
-    partitioned = placement != "replicated" and shares > 1
+    shards = node_size if group is not None else distributed.world_size()
+    partitioned = placement != "replicated" and shards > 1
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 10**9,
@@ -129,5 +134,5 @@ def place(
         return PlacedTeacher(module, None, None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
-    log.info("teacher: split over %d ranks", shares)
+    log.info("teacher: sharded over %d ranks", shards)
     return PlacedTeacher(module, engine, group)

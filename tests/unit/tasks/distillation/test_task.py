@@ -7,7 +7,7 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen
-from fd_large.tasks.distillation.constant_prediction import best_constant_loss
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
 from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.task import Distillation
 
@@ -84,10 +84,12 @@ def test_bfloat16_keeps_the_loss_in_float32(task, images):
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
-def test_best_constant_is_the_minimum_over_constants(task, images):
+def test_the_constant_prediction_loss_is_the_minimum_over_constants(task, images):
     task.eval()
     prepared = task.prepare(images, None, None)
-    found = best_constant_loss(task, lambda: iter([(prepared, 1), (prepared, 0)]), lambda t: t)
+    found = constant_prediction_loss(
+        task, lambda: iter([(prepared, 1), (prepared, 0)]), lambda t: t
+    )
     target = task.reference(**prepared).flatten(0, 1)
     constant = nn.Parameter(torch.zeros(target.shape[1]))
     optimizer = torch.optim.LBFGS([constant], max_iter=100)
