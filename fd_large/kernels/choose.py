@@ -1,16 +1,16 @@
-"""One place that says which implementation of an operation runs.
+"""Decides which implementation of an operation runs.
 
-`FD_KERNELS` holds the wish:
+The environment variable `FD_KERNELS` asks for one:
 
-- `auto` (default): Triton on CUDA for the cases that an operation was tested in, else the
+- `auto` (default): Triton on CUDA in the cases that an operation was tested in, else the
   reference.
-- `triton`: the same, but an error where Triton cannot run at all. On CPU it runs in Triton's
-  interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device shapes alone are followed.
-- `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as under `auto`.
+- `triton`: the same, but an error if Triton cannot run at all. On a CPU it runs in Triton's
+  interpreter, which `TRITON_INTERPRET=1` turns on; on the meta device only shapes are computed.
+- `apex`: NVIDIA apex's FusedLayerNorm for plain norms on CUDA, the rest as in `auto`.
 - `reference`: plain torch everywhere.
 
-Asking for something that is not there is an error, never a silent fallback. A single case outside
-of what was tested runs on the reference, and the log says so.
+Asking for what is not installed is an error, never a silent fallback. An untested case runs on the
+reference, and the log says so.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 # apex's fused kernels exist for CUDA only; elsewhere the reference runs.
 APEX_DEVICES = ("cuda",)
 _WISHES = ("auto", "triton", "apex", "reference")
-# A100, H100 and H200: what the kernels are compiled for ahead of time. Other cards of 8.x give a
-# program less shared memory than some of them take.
+# A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
+# less shared memory per program than some kernels need.
 _CAPABILITIES = ((8, 0), (9, 0))
 
 
@@ -50,21 +50,21 @@ _operations: dict[str, _Operation] = {}
 def register(
     op: str, untested: Callable[..., str], apex_untested: Callable[..., str] | None = None
 ) -> None:
-    """Makes an operation known; its own file calls this once.
+    """Registers an operation; its own file calls this once.
 
     Args:
         op: Name of the operation.
-        untested: Gets a case as keywords; says in a few words why the Triton kernels were not
-            tested in it, or returns "" if they were.
-        apex_untested: The same for apex's kernel; None: apex has none.
+        untested: Takes a case as keywords and returns why the Triton kernels were not tested in it,
+            in a few words, or "" if they were.
+        apex_untested: The same for apex's kernel; None if apex has none.
     """
     _operations[op] = _Operation(untested, apex_untested)
 
 
 def wished() -> str:
-    """Returns the value of FD_KERNELS, `auto` where it is not set.
+    """Returns the value of FD_KERNELS, or `auto` if it is not set.
 
-    Raises: ConfigError: if the value is none of the known ones.
+    Raises: ConfigError: if the value is unknown.
     """
     wish = os.environ.get("FD_KERNELS", "") or "auto"
     if wish not in _WISHES:
@@ -82,9 +82,9 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
     Args:
         op: A registered operation.
         device_type: "cuda", "cpu", "meta" or another of torch's.
-        case: What the operation's test of cases looks at: dtypes, widths; hashable values.
+        case: What decides whether the case was tested: dtypes, widths; hashable values.
 
-    Raises: ConfigError: if the wish cannot be met on this device.
+    Raises: ConfigError: if the requested implementation cannot run on this device.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return _implementation(op, device_type, wished(), interpreted, tuple(sorted(case.items())))
@@ -102,7 +102,7 @@ def _implementation(
 
 @lru_cache(maxsize=256)
 def _say(op: str, device_type: str, choice: str, why: str) -> None:
-    # Cached: one line for an operation and a reason, not one for every shape.
+    # Cached: one line per operation and reason, not per shape.
     log.info("%s on %s: %s (%s)", op, device_type, choice, why)
 
 
@@ -137,7 +137,7 @@ def _choose(
 
 
 def _triton_problem(device_type: str, interpreted: bool) -> str:
-    """Says what keeps Triton from running on a device; empty if nothing does."""
+    """Returns why Triton cannot run on a device, or "" if it can."""
     if device_type == "meta":
         return ""
     if find_spec("triton") is None:
@@ -153,10 +153,10 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
 
 
 def has_nvidia_apex() -> bool:
-    """Says whether NVIDIA apex is installed.
+    """Returns whether NVIDIA apex is installed.
 
-    The package named `apex` on the index is another project: NVIDIA's is known by FusedLayerNorm
-    and FusedAdam.
+    The package named `apex` on the index is another project; NVIDIA's has FusedLayerNorm and
+    FusedAdam.
     """
     if find_spec("apex") is None:
         return False
@@ -178,7 +178,7 @@ def apex_layer_norm() -> Callable:
         module = importlib.import_module("apex.normalization.fused_layer_norm")
         return module.fused_layer_norm_affine
     raise ConfigError(
-        "FD_KERNELS=apex: NVIDIA apex is not installed (found by FusedLayerNorm and FusedAdam; the "
-        "package of that name on the index is another project); got none, expected "
-        "apex.normalization.FusedLayerNorm. Build it from NVIDIA's source or unset FD_KERNELS."
+        "FD_KERNELS=apex: NVIDIA apex is not installed (the package of that name on the index is "
+        "another project); got none, expected apex.normalization.FusedLayerNorm and FusedAdam. "
+        "Build it from NVIDIA's source or unset FD_KERNELS."
     )

@@ -1,7 +1,7 @@
-"""A linear layer and its GELU: the product is torch's, what follows is one pass each way.
+"""A linear layer and its GELU: torch computes the product, and one pass each way what follows.
 
-The pass adds the bias and applies the function; its backward gives the product's gradient and, from
-the same reading, the bias's. Triton kernels are in `linear_gelu_triton.py`; `choose.py` says
+The pass adds the bias and applies the function; its backward gives the gradients of the product and
+of the bias from one reading. Triton kernels are in `linear_gelu_triton.py`; `choose.py` decides
 whether they or the plain twin run.
 
 Source: Hendrycks and Gimpel, arXiv 1606.08415; the quick form is OpenAI CLIP's.
@@ -24,7 +24,7 @@ Activation = Literal["gelu", "quick_gelu"]
 def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, *, activation: Activation = "gelu"
 ) -> Tensor:
-    """Activation of a linear layer.
+    """Applies a linear layer and its activation.
 
     Args:
         x: (..., in), dtype of the weight.
@@ -66,7 +66,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
-    """Says why the kernels were not tested in a case; empty if they were."""
+    """Returns why the kernels were not tested in a case, or "" if they were."""
     if width < 32:
         return f"{width} channels"
     if empty:

@@ -1,8 +1,8 @@
 """Triton kernels of `linear_gelu.py`; a tile is some rows by some channels.
 
-Backward: a program walks down its channels over every so many tiles of rows, sums the gradient of
-the bias on the way and stores one partial row; torch adds these in a fixed order, so no atomics and
-the same bits every time.
+In the backward a program walks over every n-th tile of rows of its channels, sums the gradient of
+the bias on the way and stores one partial row. torch adds these in a fixed order: there are no
+atomics, and the bits are the same every time.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from fd_large.kernels.residual_norm_triton import on_device
 
 _ROWS, _COLUMNS = 8, 512
-# Two for every multiprocessor of an H100.
+# Two for each multiprocessor of an H100.
 _PROGRAMS = 264
 
 
 @triton.jit
 def _tile(number, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, columns):
-    """Offsets and mask of a tile, (ROWS, COLUMNS)."""
+    """Returns offsets and mask of a tile, (ROWS, COLUMNS)."""
     row = number * ROWS + tl.arange(0, ROWS)
     at = row.to(tl.int64)[:, None] * C + columns[None, :]
     return at, (row < rows)[:, None] & (columns < C)[None, :]
@@ -29,7 +29,7 @@ def _tile(number, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _share(z, QUICK: tl.constexpr):
-    """What z is multiplied by: the normal distribution function, or the sigmoid for it."""
+    """Returns the factor of z: the normal distribution function, or the sigmoid in its place."""
     return tl.sigmoid(1.702 * z) if QUICK else 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
 
 

@@ -1,10 +1,10 @@
 """Norms and residual sums: LayerNorm, x + scale * LayerNorm(branch), and LayerNorm(x + branch).
 
-Statistics are float32 always (float64 in a float64 run). Under ZeRO-3 a weight is whole only
-inside its own module's forward, so the modules that own these weights call the functions here.
+Statistics are always float32 (float64 in a float64 run). Under ZeRO-3 a weight is whole only inside
+its own module's forward, so the modules that own these weights call the functions here.
 
 Each function has a plain twin (`..._reference`) and one or two operations whose Triton kernels are
-in `residual_norm_triton.py`; `choose.py` says which of them runs.
+in `residual_norm_triton.py`; `choose.py` decides which of them runs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def layer_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LayerNorm over the last dimension.
+    """Applies LayerNorm over the last dimension.
 
     Args:
         x: (..., C), any float dtype.
         weight: (C,).
         bias: (C,).
         eps: Added to the variance.
-        dtype: Of the result; None: that of x.
+        dtype: Data type of the result; None: that of x.
 
     Returns: (..., C).
     """
@@ -65,9 +65,9 @@ def stream_norm(
     dtype: torch.dtype | None = None,
     copy: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm on the main path: in `dtype` and, from the same pass, in the dtype `copy`.
+    """Applies LayerNorm on the main path; one pass gives the result in `dtype` and in `copy`.
 
-    Args and returns: as of `layer_norm` and `residual_norm`.
+    Args and returns: as in `layer_norm` and `residual_norm`.
     """
     dtype = dtype or x.dtype
     choice = choose.implementation(
@@ -106,13 +106,13 @@ def residual_norm(
         bias: (C,).
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
-        copy: Dtype of the second result; None: that of x.
+        copy: Data type of the second result; None: that of x.
         branch_bias: (C,), added to the branch before its norm: the bias of the branch's last layer,
-            whose gradient then needs no pass of its own. See `takes_bias`.
+            so that its gradient needs no pass of its own. See `takes_bias`.
 
     Returns: (B, ..., C) in the dtype of x, and the same in the dtype `copy`, written in the same
         pass (the same numbers in memory where the dtypes are equal).
-    Raises: ShapeError: if branch, vectors or scale do not go with x.
+    Raises: ShapeError: if branch, vectors or scale do not fit x.
     """
     _check("residual_norm", x, branch, scale, weight=weight, bias=bias, branch_bias=branch_bias)
     choice = choose.implementation(
@@ -133,11 +133,11 @@ def residual_norm(
 
 
 def takes_bias(branch: Tensor, width: int) -> bool:
-    """Whether a branch's last layer should leave its bias to `residual_norm`: the kernels run.
+    """Returns whether a branch's last layer should leave its bias to `residual_norm`'s kernels.
 
     Args:
         branch: The input of that layer.
-        width: C, of its output.
+        width: C, channels of its output.
     """
     choice = choose.implementation(
         "residual_norm",
@@ -191,20 +191,20 @@ def add_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pre-norm residual and the next norm: y = x + scale * gamma * branch, and LayerNorm(y).
+    """Adds a pre-norm branch, y = x + scale * gamma * branch, and applies the next norm to y.
 
     Args:
         x: (B, ..., C), the stream.
         branch: (B, ..., C), any float dtype.
-        weight: (C,), of the norm.
-        bias: (C,), of the norm.
+        weight: (C,), weight of the norm.
+        bias: (C,), bias of the norm.
         eps: Added to the variance.
         scale: (B,) float32, drop path's factor per sample, takes no gradient; None: 1.
         gamma: (C,), LayerScale; None: 1.
-        dtype: Of the normalised sum; None: that of x.
+        dtype: Data type of the normalised sum; None: that of x.
 
     Returns: y (B, ..., C) in the dtype of x, and its norm (B, ..., C).
-    Raises: ShapeError: if branch, vectors or scale do not go with x.
+    Raises: ShapeError: if branch, vectors or scale do not fit x.
     """
     _check("add_norm", x, branch, scale, weight=weight, bias=bias, gamma=gamma)
     dtype = dtype or x.dtype
@@ -221,16 +221,16 @@ def add_norm(
         )
         return y, normed
     y = add_branch_reference(x, branch, scale, gamma)
-    # Its own choice, because a norm alone may run where the pair does not.
+    # A separate choice, because a norm alone may run where the pair does not.
     return y, layer_norm(y, weight, bias, eps, dtype=dtype)
 
 
 def add_branch(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:
-    """Pre-norm residual with no norm after it: x + scale * gamma * branch, in the dtype of x.
+    """Adds a pre-norm branch with no norm after it: x + scale * gamma * branch, in the dtype of x.
 
-    Raises: ShapeError: if branch, gamma or scale do not go with x.
+    Raises: ShapeError: if branch, gamma or scale do not fit x.
     """
     _check("add_branch", x, branch, scale, gamma=gamma)
     if _add_choice(x, branch, gamma, x.dtype, None) == "triton":
@@ -244,13 +244,13 @@ def add_branch(
 def _check(
     where: str, x: Tensor, branch: Tensor, scale: Tensor | None, **vectors: Tensor | None
 ) -> None:
-    """Compares what a kernel, which sees addresses alone, would read past the end of."""
+    """Checks shapes, because a kernel sees addresses only and would read past the end."""
     expected = {"branch": (branch, x.shape), "scale": (scale, x.shape[:1])}
     expected |= {name: (vector, x.shape[-1:]) for name, vector in vectors.items()}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ShapeError(
-                f"{where}: {name} does not go with the stream {tuple(x.shape)}; got "
+                f"{where}: {name} does not fit the stream {tuple(x.shape)}; got "
                 f"{tuple(tensor.shape)}, expected {tuple(shape)}. Pass one that does."
             )
 
@@ -278,7 +278,7 @@ def residual_norm_reference(
     scale: Tensor | None = None,
     branch_bias: Tensor | None = None,
 ) -> Tensor:
-    """The plain twin of `residual_norm`: norm, scale, sum in float32, one rounding at the end."""
+    """The plain twin of `residual_norm`: norm, scale and sum in float32, rounded once."""
     if branch_bias is not None:
         branch = branch.to(torch.promote_types(branch.dtype, torch.float32)) + branch_bias
     normed = _wide_layer_norm(branch, weight, bias, eps)
@@ -304,17 +304,17 @@ def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
     return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
 
 
-# What the tests cover; everything else runs on the reference.
+# The tested cases; all others run on the reference.
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDTHS = range(32, 8193)
-# Beyond, a program's registers do not hold three sums per channel, or, of rows that are not read in
-# vectors, the addresses.
+# With more channels, a program's registers do not hold three sums per channel, or the addresses of
+# rows that cannot be read in vectors.
 _WIDTHS_OF_THREE = range(32, 4097)
 _ODD_WIDTHS = range(32, 2049)
 
 
 def untested(*, width: int, empty: bool, **dtypes: torch.dtype) -> str:
-    """Says why the kernels were not tested in a case; empty if they were."""
+    """Returns why the kernels were not tested in a case, or "" if they were."""
     if width not in _WIDTHS or (width % 8 and width not in _ODD_WIDTHS):
         return f"{width} channels"
     if empty:
@@ -401,7 +401,7 @@ def _residual_norm_setup(ctx, inputs, output):
     ctx.save_for_backward(branch, weight, branch_bias, scale, mean, rstd)
     ctx.stream = None if x is None else x.dtype
     ctx.mark_non_differentiable(mean, rstd, *(() if narrow.numel() else (narrow,)))
-    # Else a copy that nobody used would cost a map of zeros.
+    # Otherwise an unused copy would cost a map of zeros.
     ctx.set_materialize_grads(False)
 
 
@@ -410,7 +410,7 @@ def _residual_norm_gradients(ctx, dy, dcopy, _mean, _rstd):
         return (None,) * 9
     branch, weight, branch_bias, scale, mean, rstd = ctx.saved_tensors
     dy, dcopy = contiguous(dy), contiguous(dcopy)
-    # The gradient of a sum is that of its terms: only where two come together is it written.
+    # The gradient of a sum is that of its terms; it is written only if two gradients meet.
     summed = dcopy is not None and ctx.stream is not None
     total, dbranch, dweight, dbias, dlast = torch.ops.fd_large.residual_norm_backward(
         dy, dcopy, branch, weight, branch_bias, scale, mean, rstd, ctx.stream if summed else None
@@ -425,13 +425,13 @@ _residual_norm.register_autograd(_residual_norm_gradients, setup_context=_residu
 class _Twice(torch.autograd.Function):
     """The operation with one result in two tensors over the same memory.
 
-    Their gradients then meet in the backward kernel; those of one tensor that is used twice would
-    meet in a pass of their own. A custom operation may not return such a pair.
+    Their gradients are then summed in the backward kernel; those of one tensor used twice would be
+    summed in a pass of their own. A custom operation may not return such a pair.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Takes and returns what the operation does, the sum also in the place of its copy."""
+        """Takes and returns what the operation does, with the sum in place of its copy."""
         y, _, mean, rstd = torch.ops.fd_large.residual_norm(*inputs)
         output = y, y.detach(), mean, rstd
         _residual_norm_setup(ctx, inputs, output)

@@ -1,10 +1,9 @@
 """Triton kernels of `residual_norm.py`; a tile is some rows by all channels.
 
-Channels are padded to a power of 2, which a mask hides.
-Every kernel widens to float32 right after a load and rounds once at a store. Gradients of
-per-channel vectors: each of at most PARTIALS programs sums its rows in a fixed order and stores one
-partial row; the rows are then summed by torch, in a fixed order too, so no atomics and the same
-bits every time.
+Channels are padded to a power of 2, and the padding is masked. Every kernel widens to float32 right
+after a load and rounds once at a store. For gradients of per-channel vectors, each of at most
+PARTIALS programs sums its rows in a fixed order and stores one partial row; torch then sums these
+rows, in a fixed order too. There are no atomics, and the bits are the same every time.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# One program for nearly every one of an H100's 132 multiprocessors: with fewer, a backward, whose
-# programs are as many as its partial rows, would leave memory bandwidth unused.
+# About one program for each of an H100's 132 multiprocessors. A backward has as many programs as
+# partial rows, and fewer would leave memory bandwidth unused.
 PARTIALS = 128
-# Elements of a tile, where a row is no longer than that; 16 a thread.
+# Elements of a tile, 16 per thread, unless a row is longer.
 _TILE = 4096
 
 
@@ -32,7 +31,7 @@ def tile(width: int) -> dict[str, int]:
 
 @triton.jit
 def locate(rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, number):
-    """Offsets and masks of a tile: (ROWS,), (ROWS,), (ROWS, BLOCK), (ROWS, BLOCK)."""
+    """Returns offsets and masks of a tile: (ROWS,), (ROWS,), (ROWS, BLOCK), (ROWS, BLOCK)."""
     row = number * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = row < rows
@@ -49,7 +48,7 @@ def _vector(POINTER, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def standardise(values, eps, mask, C: tl.constexpr):
-    """Rows with mean 0 and variance 1, 0 outside of the mask, and their mean and 1/deviation."""
+    """Returns rows with mean 0 and variance 1 (0 outside of the mask), mean and 1/deviation."""
     mean = tl.sum(values, 1) / C
     centred = tl.where(mask, values - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
@@ -58,7 +57,7 @@ def standardise(values, eps, mask, C: tl.constexpr):
 
 @triton.jit
 def _norm_gradient(weighted, normed, rstd, C: tl.constexpr):
-    """Gradient of a norm's input, from that of its output times the weight."""
+    """Returns the gradient of a norm's input, from that of its output times the weight."""
     along = tl.sum(weighted * normed, 1) / C
     centred = weighted - (tl.sum(weighted, 1) / C)[:, None] - normed * along[:, None]
     return centred * rstd[:, None]
@@ -189,7 +188,7 @@ def _add_norm_forward(
     stored = y.to(Y.dtype.element_ty)
     tl.store(Y + at, stored, mask=mask)
     if NORMED is not None:
-        # Of the sum as it is stored, which is what the backward reads.
+        # The norm of the sum as stored, because that is what the backward reads.
         normed, mean, rstd = standardise(stored.to(tl.float32), eps, mask, C)
         normed = normed * _vector(WEIGHT, C, BLOCK) + _vector(BIAS, C, BLOCK)
         tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=mask)
@@ -427,17 +426,18 @@ def _rows(values: Tensor) -> int:
 def _loop(
     rows: int, width: int, layer_scale: bool = False
 ) -> tuple[dict[str, int], tuple[int, int], int]:
-    """The constants of a backward, its (tiles, programs), and the programs again as its grid."""
+    """Returns the constants of a backward, its (tiles, programs), and the programs as its grid."""
     constants = tile(width)
     if width % 8:
-        # Loads that are no vectors take more registers for addresses.
+        # Rows that cannot be loaded in vectors take more registers for addresses.
         constants["ROWS"] = max(1, constants["ROWS"] // 2)
-    # Loads of the next tiles are on their way while one is worked on, as shared memory (163 KB on
-    # an A100) and registers allow. With LayerScale there are four maps to load, else three.
+    # The next tiles are loaded while one is worked on, as far as shared memory (163 KB on an A100)
+    # and registers allow. With LayerScale four maps are loaded, else three.
     stages = 3 if constants["BLOCK"] <= (_TILE // 2 if layer_scale else _TILE) else 2
     constants["STAGES"] = stages if constants["BLOCK"] <= _TILE else 1
-    # Twice the threads of a forward: sums per channel stay in registers from tile to tile. All that
-    # so many threads can have, because the compiler would rather spill than use more than half.
+    # Twice the threads of a forward, because sums per channel stay in registers from tile to tile;
+    # all registers that so many threads can have, because the compiler spills rather than use more
+    # than half.
     constants["num_warps"], constants["maxnreg"] = 16, 128
     tiles = triton.cdiv(rows, constants["ROWS"])
     programs = min(PARTIALS, tiles)
@@ -449,5 +449,5 @@ def _summed(partials: Tensor, like: Tensor) -> Tensor:
 
 
 def on_device(values: Tensor) -> AbstractContextManager:
-    """The tensors' own GPU, which a launch would not look for."""
+    """Selects the tensors' GPU, because a launch takes the current one."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()

@@ -1,7 +1,7 @@
-"""The objective's last step: whiten the teacher's tokens, smooth L1 against the student's.
+"""The end of the objective: whitening of the teacher's tokens, smooth L1 against the student's.
 
-The operation's Triton kernels, one pass over both maps each way, are in `whitened_loss_triton.py`;
-`choose.py` says whether they or the plain twin run.
+The Triton kernels, one pass over both maps each way, are in `whitened_loss_triton.py`; `choose.py`
+decides whether they or the plain twin run.
 
 Source: Wei et al., arXiv 2205.14141; beta and eps as in the official code.
 """
@@ -41,7 +41,7 @@ def whitened_loss(
     Args:
         student_map: (B, N, C), projected to the teacher's width, any float dtype.
         teacher_map: (B, N, C), after the teacher's final norm, not whitened; takes no gradient.
-        beta: Where square turns to linear, in whitened units.
+        beta: Difference at which the loss turns from quadratic to linear, in whitened units.
         eps: Added to the variance of a teacher's token.
 
     Returns: scalar, float32 (float64 in a float64 run): the mean over B, N and C.

@@ -1,6 +1,6 @@
 """Triton kernels of `whitened_loss.py`; a tile is some rows by all channels.
 
-Forward reads both maps once and stores one partial sum a tile; torch adds these in a fixed order,
+Forward reads both maps once and stores one partial sum per tile; torch adds these in a fixed order,
 so the loss has the same bits every time. Backward reads both maps once more.
 """
 
@@ -96,7 +96,7 @@ def backward(
             rstd,
             dstudent,
             rows,
-            # A float, because an int32 may not hold it.
+            # A float, because an int32 may be too small.
             float(student.numel()),
             beta,
             **constants,

@@ -1,13 +1,13 @@
 """Attention from the qkv projection to the input of the output projection, tokens left in place.
 
 One operation serves SwinV2's windows (cosine), Swin's windows and whole ViT images (dot product):
-shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and the way
-back. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the Triton
-kernels in `window_attention_triton.py` move nothing but their inputs and results. `choose.py` says
-which runs.
+shift, windows, normalisation, scale, position bias, masks, softmax and weighted sum, and its
+backward. The plain twin in `window_attention_reference.py` rolls the map and copies windows; the
+Triton kernels in `window_attention_triton.py` read their inputs and write their results only.
+`choose.py` decides which runs.
 
-Products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in float32
-(float64 in a float64 run).
+Matrix products run in the dtype of qkv; normalisation of q and k, scale, bias and softmax in
+float32 (float64 in a float64 run).
 
 Source: Liu et al., arXiv 2103.14030 and 2111.09883; Dao et al., arXiv 2205.14135, for softmax in
 tiles and its backward.
@@ -38,20 +38,20 @@ def window_attention(
     table: Tensor | None = None,
     memory: Memory = "keep",
 ) -> Tensor:
-    """Attention within the (shifted) windows of a map.
+    """Computes attention within the (shifted) windows of a map.
 
-    A map that its window does not divide is padded right and bottom with tokens that none sees.
+    A map that its window does not divide is padded right and bottom with tokens that are masked.
 
     Args:
         qkv: (B, H, W, 3C), queries, keys and values, each with its heads side by side.
         num_heads: h.
-        window: Side w of a window in tokens.
-        shift: By how much windows start off the map's corner, in tokens.
-        scale: Of the logits: a number, or (h,) float32.
-        cosine: Logits from the cosine of q and k in place of their product.
-        bias: (2, C), added to queries and to values: its gradient then needs no pass of its own.
+        window: Side w of a window, in tokens.
+        shift: Offset of the windows from the map's corner, in tokens.
+        scale: Factor of the logits: a number, or (h,) float32.
+        cosine: Whether logits are cosines of q and k instead of dot products.
+        bias: (2, C), added to queries and to values, so that its gradient needs no pass of its own.
         table: ((2w - 1)^2, h) float32, added to the logits by offset; None: no position bias.
-        memory: "keep" stores the (N, N) maps for backward; "recompute" makes them again;
+        memory: "keep" stores the (N, N) maps for backward; "recompute" computes them again;
             "sequential" does so for a few windows at a time.
 
     Returns: (B, H, W, C), dtype of qkv.
@@ -84,13 +84,13 @@ def image_attention(
     table: Tensor | None = None,
     memory: Memory = "keep",
 ) -> Tensor:
-    """Dot-product attention over all tokens of an image; as `window_attention`.
+    """Computes dot-product attention over all tokens of an image; see `window_attention`.
 
     Args:
         qkv: (B, N, 3C), at most one class token before the patches where there is a table.
         num_heads: h.
         grid: (H, W) of the patches.
-        scale: Of the logits.
+        scale: Factor of the logits.
         bias: (2, C), added to queries and to values.
         table: ((2H - 1)(2W - 1), h) float32, and with a class token three rows more: CLS to any,
             any to CLS, CLS to itself; None: no position bias.
@@ -176,18 +176,15 @@ def _attention(
 def _check(
     qkv: Tensor, num_heads: int, window: tuple[int, int], places: int, **small: Tensor | None
 ) -> None:
-    """Compares what the kernels, which see addresses alone, would read past the end of."""
+    """Checks shapes, because kernels see addresses only and would read past the end."""
     rows = (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * (qkv.shape[1] - places)
     shapes = {"bias": (2, qkv.shape[2] // 3), "table": (rows, num_heads), "scale": (num_heads,)}
     for name, tensor in small.items():
         if tensor is not None and tensor.shape != shapes[name]:
             raise ShapeError(
-                f"window_attention: {name} does not go with qkv {tuple(qkv.shape)}; got "
+                f"window_attention: {name} does not fit qkv {tuple(qkv.shape)}; got "
                 f"{tuple(tensor.shape)}, expected {shapes[name]}. Pass one that does."
             )
-
-
-# --- the operation of the kernels ---
 
 
 def untested(
@@ -201,7 +198,7 @@ def untested(
     qkv: torch.dtype,
     bias: torch.dtype,
 ) -> str:
-    """Says why the kernels were not tested in a case; empty if they were."""
+    """Returns why the kernels were not tested in a case, or "" if they were."""
     if empty:
         return "no tokens"
     if not 16 <= head_width <= 128:
@@ -209,9 +206,9 @@ def untested(
     if table and (prefix > 1 or not 4 <= min(window) <= max(window) <= 48):
         return f"window {window[0]}x{window[1]}"
     if table and head_width > 64 and max(window) > 16:
-        # The gradient of the table would spill its registers.
+        # The gradient of the table would spill registers.
         return f"window {window[0]}x{window[1]} with head width {head_width}"
-    # So would these, at some windows.
+    # So would these cases, at some windows.
     if head_width > 32 and shifted_product:
         return f"dot product in shifted windows with head width {head_width}"
     if head_width > 32 and qkv == torch.float32:

@@ -26,9 +26,9 @@ class Geometry:
         height: Rows of the map.
         width: Columns of the map.
         window: Rows and columns of a window.
-        shift: In tokens, both ways.
+        shift: Offset of the windows in both directions, in tokens.
         cosine: Whether q and k are normalised.
-        prefix: Tokens before the map's; with any, the window is the map.
+        prefix: Number of tokens before those of the map; with any, the window is the map.
     """
 
     num_heads: int
@@ -66,71 +66,71 @@ class Geometry:
 
     @property
     def windows(self) -> int:
-        """Windows of an image."""
+        """Number of windows in an image."""
         return _ceil(self.height, self.window[0]) * _ceil(self.width, self.window[1])
 
     @property
     def tokens(self) -> int:
-        """N, tokens of a window."""
+        """N, the tokens of a window."""
         return self.prefix + self.window[0] * self.window[1]
 
     @property
     def padded_width(self) -> int:
-        """Head width as tiles have it."""
+        """Head width, padded for tiles."""
         return max(16, _power_of_2(self.head_width))
 
     @property
     def tile(self) -> int:
-        """Tokens that a program owns; fewer where wide heads would spill their registers."""
+        """Tokens of a program; fewer if wide heads would spill registers."""
         few = self.padded_width > 64 or (self.padded_width == 64 and self.cosine)
         return min(32 if few else 64, max(16, _power_of_2(self.tokens)))
 
     @property
     def tiles(self) -> int:
-        """Programs to a window and head."""
+        """Programs per window and head."""
         return _ceil(self.tokens, self.tile)
 
     @property
     def step(self) -> int:
-        """Keys that forward looks at together; backward takes 16, as registers allow."""
+        """Keys that the forward takes at once; the backward takes 16, as registers allow."""
         return 32 if self.tokens > 16 and self.padded_width <= 64 else 16
 
     @property
     def rest(self) -> int:
-        """Keys after forward's whole steps, for a step of 16; 0: the last step is padded."""
+        """Keys after the forward's whole steps, for a step of 16; 0: the last step is padded."""
         rest = self.tokens % self.step
         return rest if rest <= 16 < self.step else 0
 
     @property
     def row(self) -> int:
-        """Slots of a window's row in a tile of the table's gradient."""
+        """Slots for a row of a window in a tile of the table's gradient."""
         return _power_of_2(self.window[1])
 
     @property
     def slots(self) -> int:
-        """Side of such a tile; as `tile`."""
+        """Side of such a tile."""
         return max(32 if self.padded_width <= 64 else 16, self.row)
 
     @property
     def kinds(self) -> int:
-        """Diagonals of such tiles; a prefix has three more."""
+        """Number of diagonals of such tiles; a prefix adds three."""
         return 2 * _ceil(self.window[0], self.slots // self.row) - 1 + 3 * self.prefix
 
     def chunks(self, batch: int) -> int:
-        """Over how many programs a head's windows are spread, for a tile of queries or keys.
+        """Returns over how many programs a head's windows are spread, per tile of queries or keys.
 
-        A function of shapes alone, as `groups` is, so that sums have the same order on every
-        device. Fewer partial sums are less traffic; programs enough for a large GPU are left.
+        Like `groups`, it depends on shapes only, so that sums have the same order on every device.
+        Fewer partial sums mean less traffic; enough programs for a large GPU remain.
         """
         windows = batch * self.windows
         return _ceil(windows, max(1, min(4, windows * self.num_heads * self.tiles // 2048)))
 
     def groups(self, batch: int) -> int:
-        """Over how many programs the windows are spread, for a diagonal of the table's gradient."""
+        """Returns over how many programs windows are spread, per diagonal of the gradient."""
         return min(batch * self.windows, _ceil(512, self.num_heads * self.kinds))
 
     def partials(self, batch: int) -> Partials:
-        """Shapes of what backward sums in two stages."""
+        """Returns the shapes of what the backward sums in two stages."""
         block = (2 * (self.slots // self.row) - 1, self.window[1], self.window[1])
         programs = self.chunks(batch) * self.tiles
         return Partials(

@@ -16,15 +16,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# What the plain twin does with its (N, N) maps until backward; the kernels have none.
-# "sequential" makes them again as "recompute" does, and never for more than a few windows at once.
+# What the plain twin does with its (N, N) maps until the backward; the kernels have none.
+# "sequential" computes them again, as "recompute" does, for a few windows at a time.
 Memory = Literal["keep", "recompute", "sequential"]
 
 # The published penalty between regions of a shifted window: not -inf.
 REGION_PENALTY = -100.0
 # Region id of padding: no query sees such a key.
 PADDING = -1
-# Elements of the maps that "sequential" makes at once: 256 MiB of float32.
+# Elements of the maps that "sequential" computes at once: 256 MiB of float32.
 _SEQUENTIAL_ELEMENTS = 2**26
 
 
@@ -42,10 +42,10 @@ def reference(
     cosine: bool,
     memory: Memory = "keep",
 ) -> Tensor:
-    """The operation in plain torch, by autograd alone.
+    """Computes the operation in plain torch, with autograd's backward.
 
     Args:
-        qkv: (B, N, 3C), any prefix tokens and then the rows of the map; a prefix means that the
+        qkv: (B, N, 3C), prefix tokens, if any, and then the rows of the map; with a prefix, the
             window is the map.
         bias: (2, C) or None.
         table: (R, h) or None.
@@ -54,7 +54,7 @@ def reference(
         height: Rows of the map.
         width: Columns of the map.
         window: Rows and columns of a window.
-        shift: In tokens, both ways.
+        shift: Offset of the windows in both directions, in tokens.
         cosine: As in `window_attention`.
         memory: As in `window_attention`.
 
@@ -103,7 +103,7 @@ def _groups(
     windows: int,
     memory: Memory,
 ) -> Tensor:
-    """Attention within each of B * nW groups of N tokens, (B * nW, h, N, D); regions (nW, N)."""
+    """Computes attention within B * nW groups of N tokens, (B * nW, h, N, D); regions (nW, N)."""
     if memory == "keep":
         return _group_attention(q, k, v, scale, cosine, table, index, regions)
     size = windows
@@ -141,11 +141,11 @@ def _group_attention(
     q, k = q.to(wide), k.to(wide)
     if cosine:
         q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
-    # The scale goes to q, N x D numbers, instead of to the logits, N x N: autograd then keeps one
-    # map less.
+    # The scale is applied to q (N x D) instead of to the logits (N x N), so that autograd stores
+    # one map less.
     logits = ((q * scale).to(v.dtype) @ k.to(v.dtype).transpose(-2, -1)).to(wide)
     if table is not None:
-        # An embedding look-up, because its backward is deterministic on GPUs too.
+        # An embedding lookup, because its backward is deterministic on GPUs too.
         bias = F.embedding(index, table).permute(2, 0, 1).contiguous()  # (h, N, N)
         logits += bias.to(wide)
     if regions is not None:
@@ -166,17 +166,17 @@ def region_mask(regions: Tensor, dtype: torch.dtype) -> Tensor:
 def region_ids(
     height: int, width: int, window: tuple[int, int], shift: int, device: torch.device
 ) -> Tensor:
-    """Returns ids of what belongs together in each (shifted) window: (nW, N) int64.
+    """Returns ids of the regions in each (shifted) window: (nW, N) int64.
 
-    After the roll, windows at the end hold pieces from opposite edges of the map: tokens with
+    After the roll, the last windows hold parts from opposite edges of the map: tokens with
     different ids were not neighbours. Padding has the id -1.
 
     Args:
         height: Rows of the map before padding.
         width: Columns of the map before padding.
         window: Rows and columns of a window.
-        shift: In tokens; 0: ids tell padding only.
-        device: Of the result.
+        shift: Offset of the windows, in tokens; 0: ids mark padding only.
+        device: Device of the result.
     """
     return _region_ids(height, width, window, shift, device)
 
@@ -205,7 +205,7 @@ def _axis_regions(length: int, window: int, shift: int) -> tuple[np.ndarray, np.
 
 @torch.compiler.assume_constant_result
 def position_index(rows: int, columns: int, class_token: bool, device: torch.device) -> Tensor:
-    """Returns the table's row of every (query, key) pair of a grid: (N, N) int64.
+    """Returns the row of the table for every (query, key) pair of a grid: (N, N) int64.
 
     Row (dy + rows - 1)(2 columns - 1) + dx + columns - 1, with (dy, dx) = query - key. A class
     token comes first and has the last three rows: CLS to any, any to CLS, CLS to itself.
@@ -227,7 +227,7 @@ def _position_index(rows: int, columns: int, class_token: bool, device: torch.de
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    # Not an inference tensor, which autograd refuses to save, even where a teacher's forward under
+    # Not an inference tensor, which autograd refuses to save, even if a teacher's forward under
     # inference_mode is the first to ask.
     with torch.inference_mode(False):
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

@@ -1,7 +1,7 @@
-"""Triton kernels of `window_attention.py`: tokens are read and written where the image has them.
+"""Triton kernels of `window_attention.py`: tokens are read and written in the image's layout.
 
-The logits of a tile live in registers, so there is no (N, N) map; logits, softmax and sums are
-float32. Here are the forward kernel and the launches; what the kernels share is in
+The logits of a tile stay in registers, so there is no (N, N) map; logits, softmax and sums are
+float32. This file has the forward kernel and the launches; what the kernels share is in
 `window_attention_tiles_triton.py`, the backward in `window_attention_backward_triton.py` and
 `window_attention_table_triton.py`.
 """
@@ -31,7 +31,7 @@ from fd_large.kernels.window_attention_tiles_triton import (
     narrowed,
 )
 
-# Triton's interpreter multiplies bfloat16 wrongly and truncates where a GPU rounds.
+# Triton's interpreter multiplies bfloat16 incorrectly, and truncates where a GPU rounds.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -63,7 +63,7 @@ def _forward_keys(
     COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One step of the running softmax: the keys of these numbers."""
+    """Makes one step of the running softmax, over the keys with these numbers."""
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
     )
@@ -121,7 +121,7 @@ def _forward(
     table = TABLE
     if TABLE is not None:
         table = TABLE + head * ((2 * WH - 1) * (2 * WW - 1) + 3 * PREFIX)
-    # Finite, so that a step whose keys are all padding is no difference of infinities.
+    # Finite, so that a step with only padding does not subtract infinities.
     row_max = tl.full([TILE], -1e30, tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
     out = tl.zeros([TILE, BD], tl.float32)
@@ -247,7 +247,7 @@ def backward(
 
 
 def _in_bits(table: Tensor | None) -> Tensor | None:
-    """Head after head, in units of log 2, since the kernels take powers of 2."""
+    """Returns the table head by head, in units of log 2, because the kernels use powers of 2."""
     if table is None:
         return None
     turned = table.new_empty(table.shape[::-1])
@@ -256,7 +256,7 @@ def _in_bits(table: Tensor | None) -> Tensor | None:
 
 def _constants(geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     window = geometry.window
-    # As many as keep tiles in registers; a window without a table may be any row of tokens.
+    # Enough warps to keep tiles in registers; a window without a table may be any row of tokens.
     wide, long = geometry.padded_width > 64, dtype == torch.float32
     warps = 16 if wide and long else 8 if wide or long or geometry.slots == 64 else 4
     return {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +32,8 @@ NORM = {"width": 2048, "empty": False, "stream": torch.float32, "branch": torch.
 @pytest.fixture
 def roofline(monkeypatch):
     monkeypatch.setenv("FD_KERNELS", "reference")  # `count` sets it; this puts it back.
-    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks/roofline.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "roofline", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("roofline")
 
 
 @pytest.mark.parametrize(

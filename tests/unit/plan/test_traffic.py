@@ -1,7 +1,6 @@
 """Bytes moved and kept: the tables against the count of benchmarks/roofline.py."""
 
-import importlib.util
-import sys
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,10 @@ ROOT = Path(__file__).resolve().parents[3]
 BATCH = 512
 
 
-@pytest.fixture(scope="module")
-def roofline():
-    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks/roofline.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["roofline"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["roofline"]
+@pytest.fixture
+def roofline(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("roofline")
 
 
 @pytest.fixture(autouse=True)
