@@ -83,22 +83,24 @@ def diagnose(
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.diagnose.examine import Extent, examine, num_steps
-    from fd_large.diagnose.nets import open_subject
+    from fd_large.diagnose.findings import write_findings
+    from fd_large.diagnose.models import load_model
     from fd_large.diagnose.sample import Sample
-    from fd_large.diagnose.write import write_findings
     from fd_large.report.diagnosis import draw_diagnosis
     from fd_large.report.diagnosis_page import write_page
 
     sample = Sample(root, images)
-    subjects = [open_subject(model) for model in models]
+    loaded = [load_model(model) for model in models]
     extent = Extent()
-    steps = num_steps(len(subjects), len(sample), batch_size, extent)
-    with bar(steps) as tell:
-
-        def told(text: str) -> None:
-            tell(text, 1)
-
-        findings = examine(subjects, sample, batch_size=batch_size, extent=extent, told=told)
+    steps = num_steps(len(loaded), len(sample), batch_size, extent)
+    with bar(steps) as advance:
+        findings = examine(
+            loaded,
+            sample,
+            batch_size=batch_size,
+            extent=extent,
+            progress=lambda text: advance(text, 1),
+        )
     facts = {
         "root": root,
         "images": len(sample),

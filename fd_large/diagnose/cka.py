@@ -1,8 +1,8 @@
-"""Linear CKA between the layers of models, by minibatches: the images never are in memory at once.
+"""Linear CKA between the layers of models by minibatches; no more than one is in memory.
 
-A layer's features of one image, whatever their layout, are one vector; X (n, features) are those of
-a minibatch. CKA compares the Gram matrices X X^T of two layers, in which rotations and the layout
-of the features cancel, so that layers of any two models can be compared.
+A layer's features of one image, whatever their layout, are one vector; X (n, features) holds those
+of a minibatch. CKA compares the Gram matrices X X^T of two layers. Rotations and the layout of the
+features cancel in them, so layers of any two models can be compared.
 
 Source: Kornblith et al., arXiv 1905.00414; the unbiased estimate of HSIC, Song et al., JMLR 2012,
 and its mean over minibatches, Nguyen et al., arXiv 2010.15327.
@@ -55,8 +55,8 @@ class Similarity:
         """Adds a minibatch.
 
         Args:
-            grams: Of every layer of every model in the same order each time, (n, n) float64 each, of
-                the same n images, at least 4.
+            grams: Gram matrices (n, n) float64 of the same n images, at least 4: one for each
+                layer of each model, in the same order every time.
         """
         stacked = torch.stack(list(grams))  # (L, n, n)
         sums = torch.stack([hsic(row, stacked) for row in stacked])  # (L, L)

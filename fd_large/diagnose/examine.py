@@ -14,27 +14,29 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.backbones.statistics import normalise
-from fd_large.diagnose.attention import maps_to
+from fd_large.diagnose.attention_maps import maps_to
+from fd_large.diagnose.attention_measures import LayerFigures
 from fd_large.diagnose.cka import LEAST_IMAGES, Similarity, gram
+from fd_large.diagnose.findings import Findings
 from fd_large.diagnose.landscape import curve, random_direction, surface
-from fd_large.diagnose.measures import LayerFigures
-from fd_large.diagnose.nets import Subject
-from fd_large.diagnose.places import Places
+from fd_large.diagnose.models import LoadedModel
 from fd_large.diagnose.sample import Sample
+from fd_large.diagnose.token_positions import TokenPositions
 
 MAP = "map"
-Told = Callable[[str], None]
+Progress = Callable[[str], None]
+"""Called after every step with what is being done."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of the landscape is walked.
+    """How much of the loss landscape is measured.
 
     Attributes:
-        reach: The longest step, in lengths of the weights.
-        points: Of a curve, odd, so that zero is one of them.
-        seeds: Curves.
-        side: Points of the map each way, odd.
+        reach: Length of the longest step, as a multiple of the weights' own length.
+        points: Points of a curve; odd, so that one of them is the model itself.
+        seeds: Number of curves.
+        side: Points of the map in each direction; odd.
     """
 
     reach: float = 0.5
@@ -43,85 +45,75 @@ class Extent:
     side: int = 9
 
     def line(self, points: int) -> list[float]:
-        """Steps from -reach to reach; the one in the middle is exactly 0."""
+        """Returns steps from -reach to reach; the one in the middle is exactly 0."""
         half = points // 2
         return [self.reach * (i - half) / half for i in range(points)]
 
     @property
     def losses(self) -> int:
-        """Evaluations of a net."""
+        """Losses that are computed for each model."""
         return self.seeds * self.points + self.side**2
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What was seen.
-
-    Attributes:
-        models: A dict of plain values for each model.
-        cka: {"layers": names by model, "matrix": rows of all models' layers, one after the other}.
-        averages: The average attention of each model by layer, (P, P) float64.
-    """
-
-    models: list[dict[str, Any]]
-    cka: dict[str, Any]
-    averages: list[dict[str, Tensor]]
-
-
 def num_batches(images: int, batch_size: int) -> int:
-    """Batches of at most that size, but none of fewer images than CKA needs."""
+    """Returns the number of batches of at most that size, but none smaller than CKA needs."""
     return max(1, min(math.ceil(images / batch_size), images // LEAST_IMAGES))
 
 
-def num_steps(subjects: int, images: int, batch_size: int, extent: Extent) -> int:
-    """How often `examine` will tell of a step."""
-    return subjects * (num_batches(images, batch_size) + extent.losses)
+def num_steps(models: int, images: int, batch_size: int, extent: Extent) -> int:
+    """Returns how often `examine` reports a step."""
+    return models * (num_batches(images, batch_size) + extent.losses)
 
 
 def examine(
-    subjects: Sequence[Subject], sample: Sample, *, batch_size: int, extent: Extent, told: Told
+    models: Sequence[LoadedModel],
+    sample: Sample,
+    *,
+    batch_size: int,
+    extent: Extent,
+    progress: Progress,
 ) -> Findings:
-    """Looks at the models.
+    """Measures attention, CKA and the loss landscape of models side by side.
 
     Args:
-        subjects: At least one.
+        models: One or more.
         sample: The images.
-        batch_size: Images at a time, for the landscape too, which sees the first batch only.
-        extent: Of the landscape.
-        told: Called after every step with what is being done.
+        batch_size: Images at a time; the landscape sees the first batch only.
+        extent: Size of the landscape.
+        progress: Called after every step.
     """
     device = distributed.device()
-    sizes = sorted({subject.image_size for subject in subjects})
-    layers: list[dict[str, LayerFigures]] = [{} for _ in subjects]
+    sizes = sorted({model.image_size for model in models})
+    layers: list[dict[str, LayerFigures]] = [{} for _ in models]
     similarity, names, first = Similarity(), [], None
     for views in sample.batches(num_batches(len(sample), batch_size), sizes):
         first = first or views
         grams: dict[tuple[int, str], Tensor] = {}
-        for number, subject in enumerate(subjects):
-            images = views[subject.image_size].to(device)
-            for name, matrix in _look(subject, images, layers[number]).items():
+        for number, model in enumerate(models):
+            images = views[model.image_size].to(device)
+            for name, matrix in _look(model, images, layers[number]).items():
                 grams[number, name] = matrix
-            told(f"{subject.label}: attention and features")
+            progress(f"{model.label}: attention and features")
         if len(next(iter(views.values()))) >= LEAST_IMAGES:
             similarity.add(list(grams.values()))
             names = list(grams)
-    models = []
-    for number, subject in enumerate(subjects):
-        landscape = _landscape(subject, first[subject.image_size].to(device), extent, told)
-        figures = [layer.figures() for layer in layers[number].values()]
-        models.append(_facts(subject) | {"attention": figures, "landscape": landscape})
+    figures = []
+    for model, of_model in zip(models, layers, strict=True):
+        landscape = _landscape(model, first[model.image_size].to(device), extent, progress)
+        attention = [layer.figures() for layer in of_model.values()]
+        figures.append(_facts(model) | {"attention": attention, "landscape": landscape})
     averages = [
         {name: average for name, layer in of.items() if (average := layer.average()) is not None}
         for of in layers
     ]
-    by_net = [[name for owner, name in names if owner == n] for n in range(len(subjects))]
+    by_model = [[name for owner, name in names if owner == n] for n in range(len(models))]
     matrix = similarity.matrix().tolist() if names else []
-    cka = {"layers": by_net, "matrix": [[_plain(v) for v in row] for row in matrix]}
-    return Findings(models, cka, averages)
+    cka = {"layers": by_model, "matrix": [[_plain(v) for v in row] for row in matrix]}
+    return Findings(figures, cka, averages)
 
 
-def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of any model in order: the outermost numbered modules that hold several weights.
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns a model's blocks in order: the outermost numbered modules with several weights.
 
     A sequence of blocks, or a stage that owns one as `blocks`, is itself no block.
     """
@@ -139,32 +131,32 @@ def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
         for child, inner in module.named_children():
             descend(f"{name}.{child}" if name else child, inner)
 
-    descend("", net)
+    descend("", model)
     return found
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _look(subject: Subject, images: Tensor, layers: dict[str, LayerFigures]) -> dict[str, Tensor]:
+def _look(model: LoadedModel, images: Tensor, layers: dict[str, LayerFigures]) -> dict[str, Tensor]:
     """One forward: attention is added to the figures of the layers, Gram matrices are returned."""
-    grid = subject.net.grid(*images.shape[-2:])
+    grid = model.backbone.grid(*images.shape[-2:])
     grams: dict[str, Tensor] = {}
 
-    def note(name: str, attention: Tensor, places: Places) -> None:
-        stride = images.shape[-1] / places.grid[1]
-        layers.setdefault(name, LayerFigures(name, stride)).add(attention, places)
+    def note(name: str, attention: Tensor, positions: TokenPositions) -> None:
+        stride = images.shape[-1] / positions.grid[1]
+        layers.setdefault(name, LayerFigures(name, stride)).add(attention, positions)
 
-    with torch.no_grad(), maps_to(note, subject.net, grid), _outputs(subject.net, grams):
-        tokens = subject.net(normalise(images, subject.statistics)).tokens
+    with torch.no_grad(), maps_to(note, model.backbone, grid), _outputs(model.backbone, grams):
+        tokens = model.backbone(normalise(images, model.statistics)).tokens
         grams[MAP] = gram(tokens).cpu()
     return grams
 
 
 @contextmanager
-def _outputs(net: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
+def _outputs(model: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
-        for name, block in blocks_of(net).items():
+        for name, block in blocks_of(model).items():
 
             def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
                 tensor = output if isinstance(output, Tensor) else output[0]
@@ -174,24 +166,26 @@ def _outputs(net: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def _landscape(subject: Subject, images: Tensor, extent: Extent, told: Told) -> dict[str, Any]:
-    loss = subject.loss_on(images)
+def _landscape(
+    model: LoadedModel, images: Tensor, extent: Extent, progress: Progress
+) -> dict[str, Any]:
+    loss = model.loss_on(images)
     with torch.no_grad():
         own = float(loss())
 
     def step() -> None:
-        told(f"{subject.label}: loss landscape")
+        progress(f"{model.label}: loss landscape")
 
     def direction(seed: int) -> dict[str, Tensor]:
-        return random_direction(subject.moved, seed)
+        return random_direction(model.trained, seed)
 
     line, side = extent.line(extent.points), extent.line(extent.side)
     curves = [
-        curve(subject.moved, loss, direction(seed), line, step) for seed in range(extent.seeds)
+        curve(model.trained, loss, direction(seed), line, step) for seed in range(extent.seeds)
     ]
-    plane = surface(subject.moved, loss, (direction(0), direction(1)), side, step)
+    plane = surface(model.trained, loss, (direction(0), direction(1)), side, step)
     return {
-        "loss": subject.loss_words,
+        "loss": model.loss_name,
         "images": len(images),
         "value": own,
         "steps": line,
@@ -201,16 +195,16 @@ def _landscape(subject: Subject, images: Tensor, extent: Extent, told: Told) -> 
     }
 
 
-def _facts(subject: Subject) -> dict[str, Any]:
-    size = subject.image_size
+def _facts(model: LoadedModel) -> dict[str, Any]:
+    size = model.image_size
     return {
-        "label": subject.label,
-        "source": subject.source,
-        "net": type(subject.net).__name__,
-        "parameters": sum(p.numel() for p in subject.net.parameters()),
+        "label": model.label,
+        "source": model.source,
+        "net": type(model.backbone).__name__,
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "image_size": size,
-        "grid": list(subject.net.grid(size, size)),
-        "statistics": {"mean": subject.statistics.mean, "std": subject.statistics.std},
+        "grid": list(model.backbone.grid(size, size)),
+        "statistics": {"mean": model.statistics.mean, "std": model.statistics.std},
     }
 
 

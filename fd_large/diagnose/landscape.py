@@ -15,14 +15,16 @@ Direction = dict[str, Tensor]
 
 
 def random_direction(module: nn.Module, seed: int) -> Direction:
-    """A normal random direction in the space of the parameters, filter by filter as long as they.
+    """Draws a normal random direction of the parameters, each filter as long as the parameters'.
 
-    A filter is what a weight has for one output: its first dimension. Vectors (biases, norms,
-    LayerScale) do not move, as in the source.
+    A filter is the part of a weight that belongs to one output (its first dimension). Vectors
+    (biases, norms, LayerScale) do not move, as in the source.
 
     Args:
-        module: Its parameters keep their device and dtype.
-        seed: Of the direction; drawn on the CPU, so that every machine has the same.
+        module: The module whose parameters are to move.
+        seed: Seed of the direction. It is drawn on the CPU, so that every machine has the same.
+
+    Returns: {name of the parameter: a tensor of its shape, device and dtype}.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -38,7 +40,10 @@ def random_direction(module: nn.Module, seed: int) -> Direction:
 
 @contextmanager
 def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Direction]]], None]]:
-    """Yields what sets the parameters to start + sum of step * direction; the start comes back."""
+    """Yields a function that sets the parameters to start + sum of step * direction.
+
+    The start is restored at the end.
+    """
     parameters = dict(module.named_parameters())
     start = {name: p.detach().clone() for name, p in parameters.items() if p.dim() >= 2}
 
@@ -47,7 +52,7 @@ def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Dire
             for name, origin in start.items():
                 at = origin
                 for step, direction in steps:
-                    if step:  # At zero the weights are the net's own, to the bit.
+                    if step:  # At zero the weights are the model's own, to the bit.
                         at = torch.add(at, direction[name], alpha=step)
                 parameters[name].copy_(at)
 
@@ -62,23 +67,23 @@ def curve(
     loss: Callable[[], Tensor],
     direction: Direction,
     steps: Sequence[float],
-    told: Callable[[], None],
+    progress: Callable[[], None],
 ) -> list[float]:
-    """The loss at start + step * direction for each step.
+    """Computes the loss at start + step * direction for each step.
 
     Args:
-        module: Whose parameters are moved; it has them back afterwards.
-        loss: A scalar, of the parameters as they are when it is called.
+        module: The module whose parameters are moved; they are restored.
+        loss: Returns a scalar for the parameters as they are when it is called.
         direction: See `random_direction`.
-        steps: 0 is where the model stands.
-        told: Called after every loss.
+        steps: Steps along the direction; 0 is the model itself.
+        progress: Called after every loss.
     """
     values = []
     with _movable(module) as move, torch.no_grad():
         for step in steps:
             move([(step, direction)])
             values.append(float(loss()))
-            told()
+            progress()
     return values
 
 
@@ -87,11 +92,11 @@ def surface(
     loss: Callable[[], Tensor],
     directions: tuple[Direction, Direction],
     steps: Sequence[float],
-    told: Callable[[], None],
+    progress: Callable[[], None],
 ) -> list[list[float]]:
-    """The loss over the plane of two directions: rows are steps along the second.
+    """Computes the loss over the plane of two directions; rows are steps along the second.
 
-    Args as for `curve`.
+    Args: As for `curve`.
     """
     rows = []
     with _movable(module) as move, torch.no_grad():
@@ -100,5 +105,5 @@ def surface(
             for first in steps:
                 move([(first, directions[0]), (second, directions[1])])
                 rows[-1].append(float(loss()))
-                told()
+                progress()
     return rows

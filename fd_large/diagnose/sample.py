@@ -1,4 +1,4 @@
-"""The images that are looked at: spread over the set, none twice, decoded as they are needed."""
+"""The images of a diagnosis: spread over the dataset, none twice, decoded as they are needed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SEED = 0
 
 
 class Sample:
-    """Some images of a set.
+    """Some images of a dataset.
 
     Args:
-        root: As `data.root`: a folder, tar shards or a built-in set.
-        images: How many at most; the same ones every time.
+        root: The dataset as in `data.root`: a folder, tar shards or a built-in one.
+        images: Number of images at most; the same ones every time.
 
     Raises: DataError: if there are none.
     """
@@ -37,9 +37,13 @@ class Sample:
         return len(self._chosen)
 
     def batches(self, num_batches: int, sizes: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Yields so many batches, as even as can be: side to (n, 3, side, side) uint8.
+        """Yields batches as {side: (n, 3, side, side) uint8}, of sizes as equal as possible.
 
         Images that cannot be used are left out with a warning.
+
+        Args:
+            num_batches: Number of batches.
+            sizes: Sides of the square views that are cut from each image.
 
         Raises: DataError: if none of a batch can be used.
         """
@@ -47,12 +51,12 @@ class Sample:
             views: dict[int, list[Tensor]] = {size: [] for size in sizes}
             for index in self._chosen[part::num_batches]:
                 try:
-                    picture = decode(self._source.read(index), self._source[index])
+                    image = decode(self._source.read(index), self._source[index])
                 except DataError as error:
                     log.warning("left out: %s", error)
                     continue
                 for size in sizes:
-                    views[size].append(centre_view(picture, size))
+                    views[size].append(centre_view(image, size))
             if not views[sizes[0]]:
                 raise DataError(
                     "data.root: no image of a batch can be used; got errors only, expected "
@@ -61,27 +65,27 @@ class Sample:
             yield {size: torch.stack(cut) for size, cut in views.items()}
 
 
-def centre_view(picture: Tensor, size: int) -> Tensor:
-    """The largest square in the middle, resized (bilinear, antialiased).
+def centre_view(image: Tensor, size: int) -> Tensor:
+    """Cuts out the largest square in the middle and resizes it (bilinear, antialiased).
 
     Args:
         image: (3, H, W) uint8.
-        size: Side of the view.
+        size: Side of the view, in pixels.
 
     Returns: (3, size, size) uint8.
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = picture[None, :, top : top + side, left : left + side]
+    square = image[None, :, top : top + side, left : left + side]
     return F.interpolate(square, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _choose(source: ImageSource, images: int) -> list[int]:
     chosen: dict[str, int] = {}
     for start in range(0, len(source), 4096):
-        places = range(start, min(start + 4096, len(source)))
-        for index in epoch_order(len(source), _SEED, 0, list(places)).tolist():
+        block = range(start, min(start + 4096, len(source)))
+        for index in epoch_order(len(source), _SEED, 0, list(block)).tolist():
             # Built-in photographs are listed many times over.
             chosen.setdefault(source[index], index)
             if len(chosen) == images:

@@ -1,4 +1,4 @@
-"""Where the tokens of an attention map lie in the image: whole images and (shifted) windows."""
+"""Positions in the image of an attention map's tokens: of whole images and of (shifted) windows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 PREFIX, PADDING = -2, -1
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """The geometry of one layer's maps.
 
     Attributes:
-        index: (nW, T) int64, each token's number in the grid, row by row; PREFIX for CLS and the
-            like, PADDING for what lies outside of the image.
+        index: (nW, T) int64, the number of each token in the grid, row by row; PREFIX for class
+            tokens and the like, PADDING for what lies outside the image.
         grid: Rows and columns of the layer's tokens.
-        window: Rows and columns of a window; the grid itself for whole images.
-        whole: (nW,) bool, windows without padding that were not put together from opposite edges.
+        window: Rows and columns of a window; the grid itself where there are no windows.
+        whole: (nW,) bool, True for windows without padding whose tokens are neighbours in the
+            image (not brought together from opposite edges by the shift).
     """
 
     index: Tensor
@@ -29,31 +30,31 @@ class Places(NamedTuple):
     window: tuple[int, int]
     whole: Tensor
 
-    def to(self, device: torch.device) -> Places:
-        """The same on a device."""
+    def to(self, device: torch.device) -> TokenPositions:
+        """Returns the positions on a device."""
         return self._replace(index=self.index.to(device), whole=self.whole.to(device))
 
 
-def image_places(grid: tuple[int, int], num_prefix_tokens: int) -> Places:
-    """All tokens of an image, prefix tokens first."""
+def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:
+    """Returns the positions of all tokens of an image, prefix tokens first."""
     prefix = torch.full((num_prefix_tokens,), PREFIX)
     index = torch.cat([prefix, torch.arange(grid[0] * grid[1])])
-    return Places(index[None], grid, grid, torch.ones(1, dtype=torch.bool))
+    return TokenPositions(index[None], grid, grid, torch.ones(1, dtype=torch.bool))
 
 
-def window_places(
+def window_positions(
     grid: tuple[int, int],
     window: tuple[int, int],
     shift: tuple[int, int],
     *,
     pad_first: bool,
-) -> Places:
-    """Windows, row by row, after a roll by -shift.
+) -> TokenPositions:
+    """Returns the positions in windows, row by row, after a roll by -shift.
 
     Args:
         grid: Rows and columns of tokens.
         window: Rows and columns of a window.
-        shift: In tokens, down and right.
+        shift: Shift of the windows in tokens, down and right.
         pad_first: Whether the map is padded before the roll (SwinV2 here) or after it (timm).
     """
     numbers = torch.arange(grid[0] * grid[1]).view(grid)
@@ -69,4 +70,4 @@ def window_places(
     for axis in (rows, columns):
         spread = axis.max(1).values - axis.min(1).values
         together &= spread < window[0 if axis is rows else 1]
-    return Places(index, grid, window, together)
+    return TokenPositions(index, grid, window, together)

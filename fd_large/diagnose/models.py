@@ -1,4 +1,4 @@
-"""A word of the user's becomes a model to look at, with the loss that its landscape shows."""
+"""A model that the user names, with its weights and the loss that its landscape shows."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ _DRIFT_BETA = 2.0
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model, ready to run.
 
     Attributes:
-        label: Its short name in images.
-        source: As the user wrote it.
-        model: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
-        statistics: By which its images are normalised.
-        image_size: S, the side of the images that it gets.
-        moved: Whose parameters the loss landscape moves.
-        loss_words: Which loss that is.
-        loss_on: uint8 images -> a function of nothing that gives the loss on them, a scalar, with
-            the weights as they then are.
+        label: Its short name in tables and plots.
+        source: The user's name for it.
+        backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
+        statistics: The normalisation of its images.
+        image_size: S, the side of its images, in pixels.
+        trained: The module whose parameters the loss landscape moves.
+        loss_name: The loss of the landscape in words.
+        loss_on: uint8 images -> a function without arguments that returns the loss on them, a
+            scalar, with the weights as they are when it is called.
     """
 
     label: str
     source: str
-    net: nn.Module
+    backbone: nn.Module
     statistics: Statistics
     image_size: int
-    moved: nn.Module
-    loss_words: str
+    trained: nn.Module
+    loss_name: str
     loss_on: Callable[[Tensor], Callable[[], Tensor]]
 
 
-def open_subject(source: str) -> Subject:
+def load_model(source: str) -> LoadedModel:
     """Builds a model with its weights, in float32, on this process's device.
 
     Args:
-        source: See `find_model`; of a run that distils the loss is its own objective. RUN#student is
-            the student alone.
+        source: See `find_model`. The loss of a run that distils is its own objective; RUN#student
+            is the student alone.
 
-    Raises: FDError: if it cannot be had.
+    Raises: FDError: if it cannot be loaded.
     """
     named = find_model(source, job_of)
     job = job_of(named.trained_by) if named.trained_by else None
@@ -73,8 +73,8 @@ def open_subject(source: str) -> Subject:
         ) from error
 
 
-def _of_run(named: Named, job: Job) -> Subject:
-    """A student with the loss of its training."""
+def _of_run(named: Named, job: Job) -> LoadedModel:
+    """A student with the loss that it was trained by."""
     # Its weights come from the checkpoint; what they started from may be gone.
     run = job.in_one_process()
     run = replace(
@@ -92,36 +92,36 @@ def _of_run(named: Named, job: Job) -> Subject:
         prepared = task.prepare(images, None, None)
         return lambda: task(**prepared)[0]
 
-    return Subject(
+    return LoadedModel(
         label=named.label,
         source=named.source,
-        net=task.student,
+        backbone=task.student,
         statistics=IMAGENET,
         image_size=named.image_size,
-        moved=task,
-        loss_words=OBJECTIVE,
+        trained=task,
+        loss_name=OBJECTIVE,
         loss_on=loss_on,
     )
 
 
-def _alone(named: Named) -> Subject:
-    """A model without an objective: its loss is how far its own map moves."""
-    net, statistics = named.build()
-    net.eval()
+def _alone(named: Named) -> LoadedModel:
+    """A model without an objective; its loss is how far its own map moves."""
+    backbone, statistics = named.build()
+    backbone.eval()
 
     def loss_on(images: Tensor) -> Callable[[], Tensor]:
         pixels = normalise(images, statistics)
         with torch.no_grad():
-            start = whiten(net(pixels).tokens)
-        return lambda: F.smooth_l1_loss(whiten(net(pixels).tokens), start, beta=_DRIFT_BETA)
+            start = whiten(backbone(pixels).tokens)
+        return lambda: F.smooth_l1_loss(whiten(backbone(pixels).tokens), start, beta=_DRIFT_BETA)
 
-    return Subject(
+    return LoadedModel(
         label=named.label,
         source=named.source,
-        net=net,
+        backbone=backbone,
         statistics=statistics,
         image_size=named.image_size,
-        moved=net,
-        loss_words=DRIFT,
+        trained=backbone,
+        loss_name=DRIFT,
         loss_on=loss_on,
     )

@@ -13,7 +13,7 @@ from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
-from fd_large.diagnose.nets import DRIFT, OBJECTIVE, Subject, open_subject
+from fd_large.diagnose.models import DRIFT, OBJECTIVE, LoadedModel, load_model
 from fd_large.engine.frozen import find_model
 from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError, WeightsError
@@ -27,26 +27,26 @@ IMAGES = torch.randint(
 )
 
 
-def at_zero(subject: Subject) -> tuple[float, list[float]]:
+def at_zero(loaded: LoadedModel) -> tuple[float, list[float]]:
     """The loss itself, and a landscape of two points: zero, and a step."""
-    loss = subject.loss_on(IMAGES)
+    loss = loaded.loss_on(IMAGES)
     with torch.no_grad():
         own = loss().item()
-    direction = random_direction(subject.moved, 0)
-    return own, curve(subject.moved, loss, direction, [0.0, 0.2], lambda: None)
+    direction = random_direction(loaded.trained, 0)
+    return own, curve(loaded.trained, loss, direction, [0.0, 0.2], lambda: None)
 
 
 def test_a_run_is_its_student_under_its_own_objective(distillation) -> None:
     folder, _, task = distillation
-    subject = open_subject(str(folder))
-    assert (subject.label, subject.image_size, subject.loss_words) == ("tiny", 32, OBJECTIVE)
-    assert subject.statistics == IMAGENET
+    loaded = load_model(str(folder))
+    assert (loaded.label, loaded.image_size, loaded.loss_name) == ("tiny", 32, OBJECTIVE)
+    assert loaded.statistics == IMAGENET
     # The average of the weights, not the last ones.
-    for name, parameter in subject.moved.named_parameters():
+    for name, parameter in loaded.trained.named_parameters():
         assert torch.equal(parameter, task.get_parameter(name))
     with torch.no_grad():
         expected = task(**task.prepare(IMAGES, None, None))[0].item()
-    own, (zero, away) = at_zero(subject)
+    own, (zero, away) = at_zero(loaded)
     assert own == expected
     assert zero == expected
     assert away != expected
@@ -54,31 +54,31 @@ def test_a_run_is_its_student_under_its_own_objective(distillation) -> None:
 
 def test_a_checkpoint_is_named_by_its_own_path(distillation) -> None:
     folder, _, task = distillation
-    subject = open_subject(str(folder / "checkpoints" / "step_00000003"))
-    assert torch.equal(subject.moved.projection.weight, task.projection.weight)
+    loaded = load_model(str(folder / "checkpoints" / "step_00000003"))
+    assert torch.equal(loaded.trained.projection.weight, task.projection.weight)
 
 
 def test_the_parts_of_a_run(distillation) -> None:
     folder, _, task = distillation
-    student = open_subject(f"{folder}#student")
-    assert student.loss_words == DRIFT
+    student = load_model(f"{folder}#student")
+    assert student.loss_name == DRIFT
     assert student.image_size == 32
-    for name, parameter in student.net.named_parameters():
+    for name, parameter in student.backbone.named_parameters():
         assert torch.equal(parameter, task.student.get_parameter(name))
-    teacher = open_subject(f"{folder}#teacher")
+    teacher = load_model(f"{folder}#teacher")
     assert teacher.label == "tiny: teacher"
     assert teacher.statistics == OPENAI_CLIP
     (own,) = task._teacher
-    for name, parameter in teacher.net.named_parameters():
+    for name, parameter in teacher.backbone.named_parameters():
         assert torch.equal(parameter, own.net.get_parameter(name)), name
 
 
 def test_a_student_from_scratch(distillation) -> None:
     folder, _, task = distillation
-    subject = open_subject(f"{folder}#scratch")
-    assert (subject.label, subject.loss_words) == ("tiny: from scratch", DRIFT)
-    assert not torch.equal(subject.net.norm.weight, task.student.norm.weight)
-    assert at_zero(subject)[0] == 0
+    loaded = load_model(f"{folder}#scratch")
+    assert (loaded.label, loaded.loss_name) == ("tiny: from scratch", DRIFT)
+    assert not torch.equal(loaded.backbone.norm.weight, task.student.norm.weight)
+    assert at_zero(loaded)[0] == 0
 
 
 def test_a_teacher_of_one_size_sees_that_size(distillation) -> None:
@@ -87,9 +87,9 @@ def test_a_teacher_of_one_size_sees_that_size(distillation) -> None:
     tensors = {name: p.detach() for name, p in task.named_parameters()}
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
     # Its positions are for 32 pixels: in training, too, it gets images of the student resized.
-    subject = open_subject(f"{folder}#teacher")
-    assert subject.image_size == 32
-    assert subject.net.grid(32, 32) == (4, 4)
+    loaded = load_model(f"{folder}#teacher")
+    assert loaded.image_size == 32
+    assert loaded.backbone.grid(32, 32) == (4, 4)
 
 
 def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_pa
     net = build("vit_base_patch16", shape, seed=1)
     tensors = {f"student.{n}": p.detach() for n, p in net.named_parameters() if n not in names}
     store_tensors(tmp_path / "detector", tensors, recipe=run.to_dict())
-    subject = open_subject(str(tmp_path / "detector"))
-    assert subject.image_size == 32
-    assert subject.net(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
+    loaded = load_model(str(tmp_path / "detector"))
+    assert loaded.image_size == 32
+    assert loaded.backbone(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
 
 
 def test_a_student_pads_images_as_it_did_in_training(distillation) -> None:
@@ -135,7 +135,7 @@ def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
     torch.manual_seed(run.runtime.seed + 1)
     expected = DistillationJob(run).make_teacher().net
-    found = open_subject(f"{folder}#teacher").net
+    found = load_model(f"{folder}#teacher").backbone
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -146,8 +146,8 @@ def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
     tensors = {name: p.detach() for name, p in task.named_parameters()}
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
     with pytest.raises(WeightsError, match="tiny#student, whose landscape"):
-        open_subject(str(folder))
-    assert open_subject(f"{folder}#student").loss_words == DRIFT
+        load_model(str(folder))
+    assert load_model(f"{folder}#student").loss_name == DRIFT
 
 
 def test_a_run_of_another_task_is_its_student(distillation) -> None:
@@ -155,41 +155,41 @@ def test_a_run_of_another_task_is_its_student(distillation) -> None:
     run = replace(run, task=replace(run.task, name="finetune"), teacher=Teacher())
     tensors = {name: p.detach() for name, p in task.named_parameters() if "student" in name}
     store_tensors(folder, tensors, update=4, recipe=run.to_dict())
-    subject = open_subject(str(folder))
-    assert (subject.label, subject.loss_words) == ("tiny", DRIFT)
-    for name, parameter in subject.net.named_parameters():
+    loaded = load_model(str(folder))
+    assert (loaded.label, loaded.loss_name) == ("tiny", DRIFT)
+    for name, parameter in loaded.backbone.named_parameters():
         assert torch.equal(parameter, task.student.get_parameter(name))
     with pytest.raises(ConfigError, match="has no teacher"):
-        open_subject(f"{folder}#teacher")
+        load_model(f"{folder}#teacher")
 
 
 def test_weights_alone_lose_by_moving(vit_weights: Path) -> None:
-    subject = open_subject(str(vit_weights))
-    assert (subject.label, subject.image_size, subject.loss_words) == ("vit", 32, DRIFT)
-    assert subject.statistics == OPENAI_CLIP
-    own, (zero, away) = at_zero(subject)
+    loaded = load_model(str(vit_weights))
+    assert (loaded.label, loaded.image_size, loaded.loss_name) == ("vit", 32, DRIFT)
+    assert loaded.statistics == OPENAI_CLIP
+    own, (zero, away) = at_zero(loaded)
     assert own == zero == 0
     assert away > 0
 
 
 def test_a_named_net_with_random_weights() -> None:
-    first, again = (open_subject("timm:test_vit=random") for _ in range(2))
+    first, again = (load_model("timm:test_vit=random") for _ in range(2))
     assert first.label == "test_vit, random"
     assert first.image_size == 160
-    for a, b in zip(first.net.parameters(), again.net.parameters(), strict=True):
+    for a, b in zip(first.backbone.parameters(), again.backbone.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_path_may_hold_an_equals_sign(vit_weights: Path) -> None:
     path = vit_weights.rename(vit_weights.parent / "lr=1")
-    assert open_subject(str(path)).label == "lr=1"
+    assert load_model(str(path)).label == "lr=1"
 
 
 def test_what_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(FDError, match="nothing"):
-        open_subject(str(tmp_path / "nothing.pth"))
+        load_model(str(tmp_path / "nothing.pth"))
     with pytest.raises(ConfigError, match="no such model"):
-        open_subject("timm:vit_tinny=random")
+        load_model("timm:vit_tinny=random")
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_what_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
     ],
 )
 def test_blocks_of_nets_of_timm(name: str, first: str, count: int) -> None:
-    names = list(blocks_of(open_subject(name).net))
+    names = list(blocks_of(load_model(name).backbone))
     assert names[0] == first
     assert len(names) == count
 
 
 def test_blocks_of_our_nets(distillation, vit_weights: Path) -> None:
-    assert list(blocks_of(open_subject(str(vit_weights)).net)) == ["blocks.0", "blocks.1"]
-    assert list(blocks_of(open_subject(str(distillation[0])).net)) == [
+    assert list(blocks_of(load_model(str(vit_weights)).backbone)) == ["blocks.0", "blocks.1"]
+    assert list(blocks_of(load_model(str(distillation[0])).backbone)) == [
         f"layers.{stage}.blocks.{block}" for stage in range(2) for block in range(2)
     ]

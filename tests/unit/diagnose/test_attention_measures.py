@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fd_large.diagnose.measures import (
+from fd_large.diagnose.attention_measures import (
     LayerFigures,
     average_map,
     head_distances,
@@ -17,7 +17,7 @@ from fd_large.diagnose.measures import (
     prefix_share,
     translation_score,
 )
-from fd_large.diagnose.places import image_places, window_places
+from fd_large.diagnose.token_positions import image_positions, window_positions
 
 GRID = (3, 4)
 N = 12
@@ -43,13 +43,15 @@ def heads(*maps: Tensor, images: int = 1) -> Tensor:
 
 
 def test_distances_of_identity_and_one_pixel_shift() -> None:
-    found = head_distances(heads(identity(), one_to_the_right(), images=2), image_places(GRID, 0))
+    found = head_distances(
+        heads(identity(), one_to_the_right(), images=2), image_positions(GRID, 0)
+    )
     # Three of four tokens of a row look one to the right.
     assert found.tolist() == [[0.0, 0.75]] * 2
 
 
 def test_distance_of_uniform_attention() -> None:
-    found = head_distances(torch.full((1, 1, 1, 4, 4), 0.25), image_places((2, 2), 0))
+    found = head_distances(torch.full((1, 1, 1, 4, 4), 0.25), image_positions((2, 2), 0))
     # From a corner of 2 x 2: itself, two neighbours, the opposite corner.
     assert found.item() == pytest.approx((0 + 1 + 1 + math.sqrt(2)) / 4)
 
@@ -60,40 +62,40 @@ def test_prefix_tokens_count_neither_as_queries_nor_as_keys() -> None:
     attention[..., 0, 4] = 1
     attention[..., 1:, 0] = 0.6
     attention[..., 1:, 1:] = 0.3 * torch.eye(4) + 0.1 * torch.eye(4)[[1, 0, 3, 2]]
-    places = image_places((2, 2), 1)
-    assert head_distances(attention, places).item() == pytest.approx(0.1 / 0.4)
-    assert prefix_share(attention, places).item() == pytest.approx(0.6)
-    average = average_map(attention, places)
+    positions = image_positions((2, 2), 1)
+    assert head_distances(attention, positions).item() == pytest.approx(0.1 / 0.4)
+    assert prefix_share(attention, positions).item() == pytest.approx(0.6)
+    average = average_map(attention, positions)
     assert average.shape == (1, 4, 4)
     torch.testing.assert_close(average.sum(-1), torch.ones(1, 4))
     assert average[0, 0, 0].item() == pytest.approx(0.75)
 
 
 def test_distances_in_shifted_windows_are_of_true_positions() -> None:
-    places = window_places((4, 4), (2, 2), (1, 1), pad_first=True)
+    positions = window_positions((4, 4), (2, 2), (1, 1), pad_first=True)
     opposite = torch.eye(4)[[3, 2, 1, 0]].expand(1, 4, 1, 4, 4)
     # The window in the middle: sqrt 2. Two windows of opposite edges: 3 across and 1 along.
     # The window of corners: 3 and 3.
     expected = (math.sqrt(2) + 2 * math.sqrt(10) + math.sqrt(18)) / 4
-    assert head_distances(opposite, places).item() == pytest.approx(expected)
+    assert head_distances(opposite, positions).item() == pytest.approx(expected)
 
 
 def test_padding_is_left_out() -> None:
-    places = window_places((3, 2), (2, 2), (0, 0), pad_first=False)
+    positions = window_positions((3, 2), (2, 2), (0, 0), pad_first=False)
     attention = torch.full((1, 2, 1, 4, 4), 0.25)
     # Six queries: of the whole window (0 + 1 + 1 + sqrt 2) / 4, of the cut one (0 + 1) / 2.
     expected = (4 * (2 + math.sqrt(2)) / 4 + 2 * 0.5) / 6
-    assert head_distances(attention, places).item() == pytest.approx(expected)
+    assert head_distances(attention, positions).item() == pytest.approx(expected)
     # An average is taken over whole windows alone.
     attention[:, 1] = torch.eye(4)
-    assert average_map(attention, places).tolist() == [[[0.25] * 4] * 4]
+    assert average_map(attention, positions).tolist() == [[[0.25] * 4] * 4]
 
 
 def test_likeness_of_heads() -> None:
-    places = image_places(GRID, 0)
+    positions = image_positions(GRID, 0)
 
     def found(*maps: Tensor) -> float:
-        return head_similarity(heads(*maps), places).item()
+        return head_similarity(heads(*maps), positions).item()
 
     assert found(identity(), identity()) == pytest.approx(1)
     # <I, U> = N / N, |I| = sqrt N, |U| = 1.
@@ -108,8 +110,8 @@ def test_likeness_of_heads() -> None:
 
 def test_average_over_heads_and_images() -> None:
     layer = LayerFigures("attn", stride=16.0)
-    layer.add(heads(identity(), uniform()), image_places(GRID, 0))
-    layer.add(heads(uniform(), uniform(), images=2), image_places(GRID, 0))
+    layer.add(heads(identity(), uniform()), image_positions(GRID, 0))
+    layer.add(heads(uniform(), uniform(), images=2), image_positions(GRID, 0))
     torch.testing.assert_close(layer.average(), (identity() / 6 + 5 / 6 * uniform()).double())
     figures = layer.figures()
     # Uniform attention on 3 x 4 tokens, and a third of it for the head that was once identity.

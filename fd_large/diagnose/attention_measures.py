@@ -1,7 +1,7 @@
-"""What is read off attention maps: distance, likeness of heads, the average map, its structure.
+"""Measures of attention maps: distance, similarity of heads, the average map and its structure.
 
 Source: distance, Dosovitskiy et al., arXiv 2010.11929 (figure 7) and Raghu et al., arXiv
-2108.08810; likeness of heads and average maps, Wei et al., arXiv 2205.14141.
+2108.08810; similarity of heads and average maps, Wei et al., arXiv 2205.14141.
 """
 
 from __future__ import annotations
@@ -12,63 +12,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_large.diagnose.places import PADDING, PREFIX, Places
+from fd_large.diagnose.token_positions import PADDING, PREFIX, TokenPositions
 
 _MOST_ROUNDS = 500
 _CONVERGED = 1e-12
 
 
-def distances(places: Places) -> Tensor:
-    """Distances between the tokens of each window in the image: (nW, T, T) float32, in tokens.
+def distances(positions: TokenPositions) -> Tensor:
+    """Returns distances in the image between the tokens of each window: (nW, T, T), in tokens.
 
-    Between tokens without a place they mean nothing.
+    Distances to prefix tokens and padding are meaningless.
     """
-    rows, columns = places.index // places.grid[1], places.index % places.grid[1]
+    rows, columns = positions.index // positions.grid[1], positions.index % positions.grid[1]
     at = torch.stack([rows, columns], dim=-1).float()
     return (at[:, :, None] - at[:, None, :]).square().sum(-1).sqrt()
 
 
-def among_patches(attention: Tensor, places: Places) -> Tensor:
-    """Attention to patches alone, so scaled that every query spends 1 on them.
+def among_patches(attention: Tensor, positions: TokenPositions) -> Tensor:
+    """Returns the attention to patches alone, scaled so that every query's sums to 1.
 
     Args:
         attention: (B, nW, h, T, T), rows are queries and sum to 1.
-        places: Of its tokens.
+        positions: Positions of its tokens.
     """
-    there = (places.index >= 0).to(attention)[None, :, None, None, :]
+    there = (positions.index >= 0).to(attention)[None, :, None, None, :]
     kept = attention * there
     return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
 
 
-def head_distances(attention: Tensor, places: Places) -> Tensor:
-    """Attention-weighted distance from query to key, per image and head: (B, h), in tokens.
+def head_distances(attention: Tensor, positions: TokenPositions) -> Tensor:
+    """Returns the attention-weighted distance from query to key: (B, h), in tokens.
 
-    The mean over the queries that are patches of sum_k A(q, k) |q - k|, where A is the attention
-    among patches: prefix tokens are neither queries nor keys.
+    It is the mean over queries of sum_k A(q, k) |q - k|, where A is the attention among patches:
+    prefix tokens are neither queries nor keys.
     """
-    per_query = (among_patches(attention, places) * distances(places)[:, None]).sum(-1)
-    queries = (places.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
+    per_query = (among_patches(attention, positions) * distances(positions)[:, None]).sum(-1)
+    queries = (positions.index >= 0).to(attention)[:, None, :]  # (nW, 1, T)
     return (per_query * queries).sum((1, 3)) / queries.sum()
 
 
-def prefix_share(attention: Tensor, places: Places) -> Tensor:
-    """What part of their attention patches spend on prefix tokens, per image and head: (B, h)."""
-    prefix = (places.index == PREFIX).to(attention)[None, :, None, None, :]
-    queries = (places.index >= 0).to(attention)[:, None, :]
+def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
+    """Returns the share of their attention that patches spend on prefix tokens: (B, h)."""
+    prefix = (positions.index == PREFIX).to(attention)[None, :, None, None, :]
+    queries = (positions.index >= 0).to(attention)[:, None, :]
     return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
 
 
-def head_similarity(attention: Tensor, places: Places) -> Tensor:
-    """Mean cosine similarity between the maps of two different heads, per image: (B,).
+def head_similarity(attention: Tensor, positions: TokenPositions) -> Tensor:
+    """Returns the mean cosine similarity between the maps of two different heads: (B,).
 
-    A head's map is all that it does in an image, prefix tokens included, as one vector.
-
-    Returns: NaN for a layer of one head.
+    A head's map of an image, prefix tokens included, is one vector. NaN for a layer of one head.
     """
     batch_size, _, heads = attention.shape[:3]
     if heads == 1:
         return attention.new_full((batch_size,), torch.nan)
-    queries = (places.index != PADDING).to(attention)[None, :, None, :, None]
+    queries = (positions.index != PADDING).to(attention)[None, :, None, :, None]
     flat = (attention * queries).transpose(1, 2).flatten(2)  # (B, h, nW * T * T)
     unit = F.normalize(flat, dim=-1)
     cosines = unit @ unit.transpose(1, 2)  # (B, h, h)
@@ -76,25 +74,24 @@ def head_similarity(attention: Tensor, places: Places) -> Tensor:
     return (cosines.sum((1, 2)) - own) / (heads * (heads - 1))
 
 
-def average_map(attention: Tensor, places: Places) -> Tensor | None:
-    """Attention among patches, the mean over heads and whole windows, per image: (B, P, P).
+def average_map(attention: Tensor, positions: TokenPositions) -> Tensor | None:
+    """Returns the attention among patches, averaged over heads and whole windows: (B, P, P).
 
-    P are the patches of a window (of the image, where there are no windows).
-
-    Returns: None where no window is whole.
+    P is the number of patches of a window (of the image, where there are no windows). None where
+    no window is whole.
     """
-    if not places.whole.any():
+    if not positions.whole.any():
         return None
-    patches = places.index[places.whole][0] >= 0
-    whole = among_patches(attention, places)[:, places.whole].mean((1, 2))
+    patches = positions.index[positions.whole][0] >= 0
+    whole = among_patches(attention, positions)[:, positions.whole].mean((1, 2))
     return whole[:, patches][:, :, patches]
 
 
 def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
-    """The attention nearest to a map that depends on the offset between query and key alone.
+    """Returns the nearest map in which attention depends on the offset from query to key alone.
 
-    It is the softmax, over the keys that the window has, of one number per offset; of all these,
-    the one with the least Kullback-Leibler divergence from the map, by iterative scaling.
+    Such a map is the softmax, over the keys of the window, of one number per offset. The nearest
+    has the least Kullback-Leibler divergence from `average`; it is found by iterative scaling.
 
     Args:
         average: (P, P), rows are queries and sum to 1.
@@ -123,11 +120,11 @@ def nearest_offset_map(average: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def translation_score(average: Tensor, window: tuple[int, int]) -> float:
-    """How much of an average map depends on the offset alone: 1 all, about 0 nothing.
+    """Returns how much of an average map depends on the offset alone: 1 all, about 0 nothing.
 
-    The share of the map's variance over its P x P entries that the nearest map of offsets explains,
-    1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), n entries
-    and p offsets: so adjusted, a map of noise has 0 on average, and single maps a little less.
+    It is the share of the variance of the P x P entries that the nearest map of offsets explains,
+    1 - (sum of squared residuals / (n - p)) / (sum of squares about the mean / (n - 1)), with n
+    entries and p offsets. With this adjustment maps of noise score 0 on average.
 
     Args:
         average: (P, P), rows are queries and sum to 1.
@@ -147,7 +144,7 @@ def translation_score(average: Tensor, window: tuple[int, int]) -> float:
 
 
 def _offsets(window: tuple[int, int]) -> Tensor:
-    """A number for the offset of each pair of patches: (P, P) int64."""
+    """Numbers the offset of each pair of patches: (P, P) int64."""
     rows, columns = window
     y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
     dy, dx = y[None, :] - y[:, None], x[None, :] - x[:, None]
@@ -155,28 +152,28 @@ def _offsets(window: tuple[int, int]) -> Tensor:
 
 
 class LayerFigures:
-    """The figures of one layer, added up over images; as much memory for a million as for one.
+    """The figures of one layer, summed over images; memory does not grow with their number.
 
     Args:
-        name: Of the layer's attention in its model.
-        stride: Pixels per token, down and right being equal.
+        name: Name of the attention module in its model.
+        stride: Pixels per token, the same in both directions.
     """
 
     def __init__(self, name: str, stride: float) -> None:
         self.name, self.stride = name, stride
         self.images = 0
-        self._places: Places | None = None
+        self._positions: TokenPositions | None = None
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, attention: Tensor, places: Places) -> None:
+    def add(self, attention: Tensor, positions: TokenPositions) -> None:
         """Adds the maps (B, nW, h, T, T) of a batch."""
         self.images += len(attention)
-        self._places = places = places.to(attention.device)
+        self._positions = positions = positions.to(attention.device)
         figures = {
-            "distance": head_distances(attention, places),
-            "prefix": prefix_share(attention, places),
-            "similarity": head_similarity(attention, places),
-            "average": average_map(attention, places),
+            "distance": head_distances(attention, positions),
+            "prefix": prefix_share(attention, positions),
+            "similarity": head_similarity(attention, positions),
+            "average": average_map(attention, positions),
         }
         for name, values in figures.items():
             if values is not None:
@@ -184,21 +181,21 @@ class LayerFigures:
                 self._sums[name] = self._sums.get(name, 0) + total
 
     def average(self) -> Tensor | None:
-        """The average map, (P, P) float64; None where no window is whole."""
+        """Returns the average map, (P, P) float64; None where no window is whole."""
         return self._sums["average"] / self.images if "average" in self._sums else None
 
     def figures(self) -> dict[str, Any]:
-        """The figures as plain values; None where a layer has none."""
-        assert self._places is not None
+        """Returns the figures as plain values; None for those that a layer lacks."""
+        assert self._positions is not None
         average = self.average()
-        window = self._places.window
+        window = self._positions.window
         score = None if average is None else _or_none(translation_score(average, window))
         spread = None if average is None else float(average.std(correction=0) / average.mean())
         distance = self._sums["distance"] / self.images * self.stride
         return {
             "layer": self.name,
             "heads": len(distance),
-            "grid": list(self._places.grid),
+            "grid": list(self._positions.grid),
             "window": list(window),
             "pixels_per_token": self.stride,
             "distance_pixels": distance.tolist(),

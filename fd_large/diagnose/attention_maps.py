@@ -1,8 +1,8 @@
-"""Attention maps of every layer while a model runs, made again from q, k and bias.
+"""Attention maps of every layer while a model runs, recomputed from queries, keys and bias.
 
-Fused kernels never hold a map, so it is computed a second time: for the models of this project from
-the inputs of their attention modules, for timm's from the operands that its modules hand to torch.
-A layer's maps are handed on at once and forgotten.
+Fused kernels never hold a map. So it is computed a second time: for this project's models from the
+inputs of their attention modules, for timm's from the operands that their modules pass to torch. A
+layer's maps are passed on at once and not kept.
 """
 
 from __future__ import annotations
@@ -22,34 +22,39 @@ from torch.overrides import TorchFunctionMode
 from fd_large.backbones.swin import swin
 from fd_large.backbones.swinv2 import swinv2
 from fd_large.backbones.vit import vit
-from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
+from fd_large.diagnose.token_positions import (
+    PREFIX,
+    TokenPositions,
+    image_positions,
+    window_positions,
+)
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 
-Note = Callable[[str, Tensor, Places], None]
-"""(name of the module, maps (B, nW, h, T, T) float32, where its tokens are)."""
+Note = Callable[[str, Tensor, TokenPositions], None]
+"""(name of the module, maps (B, nW, h, T, T) float32, positions of its tokens)."""
 
 
 @contextmanager
-def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
-    """Has every attention layer of a model give its maps to `note` as it runs, in this order.
+def maps_to(note: Note, model: nn.Module, grid: tuple[int, int]) -> Iterator[None]:
+    """Passes the maps of a model's attention layers to `note` as it runs, in order of execution.
 
     Layers whose tokens are not those of an image or of Swin's windows are left out.
 
     Args:
         note: Called in the middle of the forward.
-        model: A backbone of this project or a `TimmBackbone`; of other models nothing is known.
-        grid: Of the net's map.
+        model: A backbone of this project or a `TimmBackbone`; other models have no known maps.
+        grid: Rows and columns of the model's feature map.
     """
     with ExitStack() as stack:
-        for name, module in net.named_modules():
+        for name, module in model.named_modules():
             for kind, recompute in _OWN.items():
                 if type(module) is kind:
                     handle = module.register_forward_pre_hook(_own_hook(note, name, recompute))
                     stack.callback(handle.remove)
-        if _is_timm(net):
-            seen = _Operands(note, _timm_places(net, grid))
-            stack.callback(net.register_forward_pre_hook(seen.count).remove)
-            for name, module in net.named_modules():
+        if _is_timm(model):
+            seen = _Operands(note, _timm_positions(model, grid))
+            stack.callback(model.register_forward_pre_hook(seen.count).remove)
+            for name, module in model.named_modules():
                 if "Attention" in type(module).__name__:
                     for handle in seen.watch(name, module):
                         stack.callback(handle.remove)
@@ -60,7 +65,9 @@ def maps_to(note: Note, net: nn.Module, grid: tuple[int, int]) -> Iterator[None]
 # --- models of this project ---
 
 
-def _own_hook(note: Note, name: str, recompute: Callable[..., tuple[Tensor, Places]]) -> Any:
+def _own_hook(
+    note: Note, name: str, recompute: Callable[..., tuple[Tensor, TokenPositions]]
+) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         with torch.no_grad():
             note(name, *recompute(module, *inputs))
@@ -74,7 +81,7 @@ def _of_vit(
     table: Tensor | None,
     grid: tuple[int, int],
     window: int = 0,
-) -> tuple[Tensor, Places]:
+) -> tuple[Tensor, TokenPositions]:
     projected = module.qkv(x)
     if module.q_bias is not None:
         # A bias of the keys adds the same to all logits of a query: no map depends on it.
@@ -82,34 +89,38 @@ def _of_vit(
     if module.relative_position_bias_table is not None:
         table = module.relative_position_bias_table
     if window:
-        places = window_places(grid, (window, window), (0, 0), pad_first=True)
+        positions = window_positions(grid, (window, window), (0, 0), pad_first=True)
     else:
-        places = image_places(grid, x.shape[1] - grid[0] * grid[1])
+        positions = image_positions(grid, x.shape[1] - grid[0] * grid[1])
     scale = (x.shape[-1] // module.num_heads) ** -0.5
-    return _maps(projected, module.num_heads, scale, False, table, places, 0), places
+    return _maps(projected, module.num_heads, scale, False, table, positions, 0), positions
 
 
-def _of_swin(module: swin.WindowAttention, x: Tensor, shift: int) -> tuple[Tensor, Places]:
+def _of_swin(module: swin.WindowAttention, x: Tensor, shift: int) -> tuple[Tensor, TokenPositions]:
     window = (module.window_size, module.window_size)
-    places = window_places(tuple(x.shape[1:3]), window, (shift, shift), pad_first=True)
+    positions = window_positions(tuple(x.shape[1:3]), window, (shift, shift), pad_first=True)
     projected = module.qkv(x).flatten(1, 2)
     scale = (x.shape[-1] // module.num_heads) ** -0.5
     table = module.relative_position_bias_table
-    return _maps(projected, module.num_heads, scale, False, table, places, shift), places
+    return _maps(projected, module.num_heads, scale, False, table, positions, shift), positions
 
 
 def _of_swinv2(
     module: swinv2.CosineAttention, x: Tensor, window: int, shift: int, position_table: Tensor
-) -> tuple[Tensor, Places]:
-    places = window_places(tuple(x.shape[1:3]), (window, window), (shift, shift), pad_first=True)
+) -> tuple[Tensor, TokenPositions]:
+    positions = window_positions(
+        tuple(x.shape[1:3]), (window, window), (shift, shift), pad_first=True
+    )
     projected = module.qkv(x).flatten(1, 2)
     if module.q_bias is not None:
         projected = projected + F.pad(module.q_bias, (0, 2 * len(module.q_bias)))
     scale = module.logit_scale.float().clamp(max=math.log(100)).exp()  # (h, 1, 1)
-    return _maps(projected, module.num_heads, scale, True, position_table, places, shift), places
+    return _maps(
+        projected, module.num_heads, scale, True, position_table, positions, shift
+    ), positions
 
 
-_OWN: dict[type, Callable[..., tuple[Tensor, Places]]] = {
+_OWN: dict[type, Callable[..., tuple[Tensor, TokenPositions]]] = {
     vit.Attention: _of_vit,
     swin.WindowAttention: _of_swin,
     swinv2.CosineAttention: _of_swinv2,
@@ -122,25 +133,25 @@ def _maps(
     scale: Tensor | float,
     cosine: bool,
     table: Tensor | None,
-    places: Places,
+    positions: TokenPositions,
     shift: int,
 ) -> Tensor:
-    """Maps from queries, keys and values of a model of this project.
+    """Computes the maps of an attention module of this project.
 
     Args:
         projected: (B, N, 3C), the bias of the queries added; tokens in the order of the image,
             prefix tokens first.
-        num_heads: h.
-        scale: Of the logits: a number, or (h, 1, 1).
-        cosine: Whether q and k are normalised.
+        num_heads: Number of heads, h.
+        scale: Factor of the logits: a number, or (h, 1, 1).
+        cosine: Whether queries and keys are normalised.
         table: Position bias by offset, or None.
-        places: Of the windows' tokens.
-        shift: Of the windows, in tokens.
+        positions: Positions of the windows' tokens.
+        shift: Shift of the windows, in tokens.
 
     Returns: (B, nW, h, T, T) float32.
     """
     q, k, _ = rearrange(
-        _in_windows(projected, places).float(),
+        _in_windows(projected, positions).float(),
         "b w t (three h d) -> three b w h t d",
         three=3,
         h=num_heads,
@@ -149,18 +160,18 @@ def _maps(
         q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
     logits = (q * scale) @ k.transpose(-2, -1)
     if table is not None:
-        has_prefix = bool((places.index == PREFIX).any())
-        index = position_index(*places.window, has_prefix, table.device)
+        has_prefix = bool((positions.index == PREFIX).any())
+        index = position_index(*positions.window, has_prefix, table.device)
         logits = logits + table.float()[index].permute(2, 0, 1)
-    if not bool(places.whole.all()):
-        regions = region_ids(*places.grid, places.window, shift, logits.device)
+    if not bool(positions.whole.all()):
+        regions = region_ids(*positions.grid, positions.window, shift, logits.device)
         logits = logits + region_mask(regions, torch.float32)[:, None]
     return logits.softmax(-1)
 
 
-def _in_windows(projected: Tensor, places: Places) -> Tensor:
-    """Each window's tokens of (B, N, C): (B, nW, T, C); padding is 0."""
-    index = places.index.to(projected.device)
+def _in_windows(projected: Tensor, positions: TokenPositions) -> Tensor:
+    """Gathers the tokens (B, N, C) of each window: (B, nW, T, C), padding as 0."""
+    index = positions.index.to(projected.device)
     if len(index) == 1 and index.shape[1] == projected.shape[1]:
         return projected[:, None]
     # The last row is the padding's, whose number is -1.
@@ -175,18 +186,18 @@ _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 class _Operands(TorchFunctionMode):
     """Sees what timm's attention modules pass to torch's fused attention, or to a softmax."""
 
-    def __init__(self, note: Note, places: Callable[[str, int], Places | None]) -> None:
+    def __init__(self, note: Note, positions: Callable[[str, int], TokenPositions | None]) -> None:
         super().__init__()
-        self._note, self._places = note, places
+        self._note, self._positions = note, positions
         self._inside: list[str] = []
         self._num_images = 0
 
-    def count(self, net: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Remembers, as the hook of a whole model, how many images it gets."""
+    def count(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Remembers the number of images; the hook of a whole model."""
         self._num_images = len(inputs[0])
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Remembers by hooks which module is running."""
+        """Adds hooks that remember which module is running."""
         return [
             module.register_forward_pre_hook(lambda *_: self._inside.append(name)),
             module.register_forward_hook(lambda *_: self._left()),
@@ -199,21 +210,21 @@ class _Operands(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if self._inside:
             if func is F.scaled_dot_product_attention:
-                self._tell(_map_of(*args, **(kwargs or {})))
+                self._pass_on(_map_of(*args, **(kwargs or {})))
             elif func in _SOFTMAX:
-                self._tell(out)
+                self._pass_on(out)
         return out
 
-    def _tell(self, attention: Tensor) -> None:
-        """Hands on maps (B * nW, h, T, T) of tokens whose places are known."""
+    def _pass_on(self, attention: Tensor) -> None:
+        """Passes on maps (B * nW, h, T, T) of tokens whose positions are known."""
         if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
             return
-        places = self._places(self._inside[-1], attention.shape[-1])
-        # Windows of another kind may have as many tokens as the net's map: there are more of them.
-        if places is None or len(attention) != self._num_images * len(places.index):
+        positions = self._positions(self._inside[-1], attention.shape[-1])
+        # Windows of another kind may have as many tokens as the model's map, but are more.
+        if positions is None or len(attention) != self._num_images * len(positions.index):
             return
-        by_image = attention.detach().float().unflatten(0, (-1, len(places.index)))
-        self._note(self._inside[-1], by_image, places)
+        by_image = attention.detach().float().unflatten(0, (-1, len(positions.index)))
+        self._note(self._inside[-1], by_image, positions)
 
 
 def _map_of(
@@ -226,7 +237,7 @@ def _map_of(
     scale: float | None = None,
     **other: Any,
 ) -> Tensor:
-    """The map inside scaled_dot_product_attention, whose arguments these are: (B, h, T, T)."""
+    """Computes the map (B, h, T, T) inside scaled_dot_product_attention from its arguments."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query.float() * scale) @ key.float().transpose(-2, -1)
     if is_causal:
@@ -238,27 +249,29 @@ def _map_of(
     return logits.softmax(-1)
 
 
-def _is_timm(net: nn.Module) -> bool:
+def _is_timm(model: nn.Module) -> bool:
     # timm takes a second to import, which other models are spared.
-    return type(net).__module__ == "fd_large.backbones.timm.timm_backbone"
+    return type(model).__module__ == "fd_large.backbones.timm.timm_backbone"
 
 
-def _timm_places(backbone: nn.Module, grid: tuple[int, int]) -> Callable[[str, int], Places | None]:
-    """Where the tokens of an attention module are, by its name and their number."""
+def _timm_positions(
+    backbone: nn.Module, grid: tuple[int, int]
+) -> Callable[[str, int], TokenPositions | None]:
+    """Finds the positions of an attention module's tokens by its name and their number."""
     from timm.models.swin_transformer import SwinTransformerBlock
     from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
     modules = dict(backbone.named_modules())
 
     @lru_cache
-    def places(name: str, num_tokens: int) -> Places | None:
+    def positions(name: str, num_tokens: int) -> TokenPositions | None:
         block = modules[name.rpartition(".")[0]]
         if isinstance(block, SwinTransformerBlock | SwinTransformerV2Block):
             window, shift = (tuple(size) for size in (block.window_size, block.shift_size))
-            return window_places(tuple(block.input_resolution), window, shift, pad_first=False)
+            return window_positions(tuple(block.input_resolution), window, shift, pad_first=False)
         num_prefix_tokens = getattr(backbone.net, "num_prefix_tokens", 0)
         if num_tokens == num_prefix_tokens + grid[0] * grid[1]:
-            return image_places(grid, num_prefix_tokens)
+            return image_positions(grid, num_prefix_tokens)
         return None
 
-    return places
+    return positions

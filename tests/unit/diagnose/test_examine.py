@@ -12,11 +12,11 @@ from PIL import Image
 
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
 from fd_large.cli import main as cli
-from fd_large.diagnose.attention import maps_to
-from fd_large.diagnose.measures import prefix_share
-from fd_large.diagnose.nets import open_subject
-from fd_large.diagnose.places import Places
+from fd_large.diagnose.attention_maps import maps_to
+from fd_large.diagnose.attention_measures import prefix_share
+from fd_large.diagnose.models import load_model
 from fd_large.diagnose.sample import Sample
+from fd_large.diagnose.token_positions import TokenPositions
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"
@@ -98,15 +98,15 @@ def test_figures_do_not_depend_on_the_batches(vit_weights: Path, tmp_path: Path)
 
 def test_each_net_sees_images_by_its_own_statistics(found, vit_weights: Path) -> None:
     _, diagnosis, _ = found
-    subject = open_subject(str(vit_weights))
+    loaded = load_model(str(vit_weights))
     shares = []
 
-    def note(name: str, attention: torch.Tensor, places: Places) -> None:
-        shares.append(prefix_share(attention, places))
+    def note(name: str, attention: torch.Tensor, positions: TokenPositions) -> None:
+        shares.append(prefix_share(attention, positions))
 
     for views in Sample(ROOT, 9).batches(1, [32]):
-        with torch.no_grad(), maps_to(note, subject.net, (4, 4)):
-            subject.net(normalise(views[32], OPENAI_CLIP))
+        with torch.no_grad(), maps_to(note, loaded.backbone, (4, 4)):
+            loaded.backbone(normalise(views[32], OPENAI_CLIP))
     for share, layer in zip(shares, diagnosis["models"][1]["attention"], strict=True):
         numpy.testing.assert_allclose(layer["prefix_share"], share.mean(0), rtol=1e-4)
 

@@ -1,24 +1,40 @@
-"""Findings as files: diagnosis.json and averages.npz, from which the report draws."""
+"""What a diagnosis found, and its files, diagnosis.json and averages.npz, for the report."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
+from torch import Tensor
 
-from fd_large.diagnose.examine import Findings
 from fd_large.runtime.run_folder import write_json
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was found.
+
+    Attributes:
+        models: The figures of each model, as plain values.
+        cka: {"layers": names by model, "matrix": rows of all models' layers, one after the other}.
+        averages: The average attention of each model by layer, (P, P) float64.
+    """
+
+    models: list[dict[str, Any]]
+    cka: dict[str, Any]
+    averages: list[dict[str, Tensor]]
+
+
 def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes both files; returns what diagnosis.json says.
+    """Writes both files; returns the content of diagnosis.json.
 
     Args:
-        folder: Of the diagnosis; it is there.
-        findings: What was seen.
-        facts: Plain values that go in besides: how many images and the like.
+        folder: Folder of the diagnosis; it exists.
+        findings: What was found.
+        facts: Further plain values for diagnosis.json, such as the number of images.
     """
     arrays = {}
     for number, (model, averages) in enumerate(

@@ -15,8 +15,13 @@ from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.backbones.vit.vit import ViT
-from fd_large.diagnose.attention import maps_to
-from fd_large.diagnose.places import PREFIX, Places, image_places, window_places
+from fd_large.diagnose.attention_maps import maps_to
+from fd_large.diagnose.token_positions import (
+    PREFIX,
+    TokenPositions,
+    image_positions,
+    window_positions,
+)
 
 vit = partial(ViT, 32, 2, 4, patch_size=8, image_size=(24, 32))
 NETS: dict[str, tuple[Any, tuple[int, int]]] = {
@@ -123,9 +128,9 @@ def values(module: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, module.qkv.weight[2 * width :], bias)
 
 
-def in_windows(x: Tensor, places: Places) -> Tensor:
+def in_windows(x: Tensor, positions: TokenPositions) -> Tensor:
     """(B, H * W, C) by true positions: (B, nW, T, C), padding 0."""
-    return F.pad(x, (0, 0, 0, 1))[:, places.index.clamp(min=-1)]
+    return F.pad(x, (0, 0, 0, 1))[:, positions.index.clamp(min=-1)]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -136,7 +141,7 @@ def test_maps_times_values_are_what_the_modules_give_out(
     if not fused and not name.startswith("timm"):
         return  # One way on the CPU.
     net, size = build(name, monkeypatch)
-    seen: dict[str, tuple[Tensor, Places]] = {}
+    seen: dict[str, tuple[Tensor, TokenPositions]] = {}
     inputs: dict[str, Tensor] = {}
     modules = dict(net.named_modules())
     for key, module in modules.items():
@@ -157,7 +162,7 @@ def test_maps_times_values_are_what_the_modules_give_out(
     assert list(seen) == attentions
     assert attentions
     for key in attentions:
-        module, (attention, places) = modules[key], seen[key]
+        module, (attention, positions) = modules[key], seen[key]
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
         assert attention.max() > 3 / attention.shape[-1]
         output, given = inputs[f"{key}.proj"], inputs[key]
@@ -166,19 +171,19 @@ def test_maps_times_values_are_what_the_modules_give_out(
             # In the image's order, from before the block makes windows.
             given = inputs[block] if "v2" in name else modules[f"{block}.norm1"](inputs[block])
             output = output.unflatten(0, (len(images), -1))
-        if places.index[0, 0] == PREFIX or places.window == places.grid:
+        if positions.index[0, 0] == PREFIX or positions.window == positions.grid:
             v, output = values(module, given).flatten(1, -2), output.reshape(len(images), -1, 1)
             v, output = v[:, None], output.view(len(images), 1, v.shape[-2], -1)
         else:
-            v = in_windows(values(module, given.flatten(1, 2)), places)
+            v = in_windows(values(module, given.flatten(1, 2)), positions)
             if "pad" in name and "timm" in name:  # timm's padding has a value: the bias.
-                padding = (places.index < 0)[None, :, :, None]
+                padding = (positions.index < 0)[None, :, :, None]
                 v = torch.where(padding, values(module, torch.zeros_like(v)), v)
             if not name.startswith("timm"):
-                output = in_windows(output.flatten(1, 2), places)
+                output = in_windows(output.flatten(1, 2), positions)
         heads = v.unflatten(-1, (attention.shape[2], -1)).transpose(2, 3)  # (B, nW, h, T, D)
         product = (attention @ heads).transpose(2, 3).flatten(3)
-        there = places.index != -1
+        there = positions.index != -1
         error = (product - output)[:, there].abs().max()
         assert error < 1e-5 * max(1.0, float(output.abs().max())), (key, float(error))
 
@@ -187,34 +192,39 @@ def test_a_vit_block_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     net, _ = build("vit, table, no CLS", monkeypatch)
     attn, x, grid = net.blocks[0].attn, torch.randn(2, 12, 32), (3, 4)
     attn.relative_position_bias_table = nn.Parameter(torch.randn(9, 4))  # Of windows of 2 x 2.
-    seen: list[tuple[Tensor, Places]] = []
+    seen: list[tuple[Tensor, TokenPositions]] = []
     outputs: list[Tensor] = []
     attn.proj.register_forward_pre_hook(lambda module, given: outputs.append(given[0]))
     with torch.no_grad(), maps_to(lambda name, *what: seen.append(what), attn, grid):
         attn(x, None, grid, 2)
-        (attention, places), v = seen[0], in_windows(values(attn, x), seen[0][1])
+        (attention, positions), v = seen[0], in_windows(values(attn, x), seen[0][1])
         heads = v.unflatten(-1, (4, -1)).transpose(2, 3)
     product = (attention @ heads).transpose(2, 3).flatten(3)
-    error = (product - in_windows(outputs[0], places))[:, places.index >= 0].abs().max()
+    error = (product - in_windows(outputs[0], positions))[:, positions.index >= 0].abs().max()
     assert error < 1e-5
 
 
 def test_shifted_windows_know_where_their_tokens_are() -> None:
-    places = window_places((4, 4), (2, 2), (1, 1), pad_first=True)
+    positions = window_positions((4, 4), (2, 2), (1, 1), pad_first=True)
     # Rolled by one, the first window starts at row 1, column 1; the last has the four corners.
-    assert places.index.tolist() == [[5, 6, 9, 10], [7, 4, 11, 8], [13, 14, 1, 2], [15, 12, 3, 0]]
-    assert places.whole.tolist() == [True, False, False, False]
+    assert positions.index.tolist() == [
+        [5, 6, 9, 10],
+        [7, 4, 11, 8],
+        [13, 14, 1, 2],
+        [15, 12, 3, 0],
+    ]
+    assert positions.whole.tolist() == [True, False, False, False]
 
 
 def test_padding_has_no_place() -> None:
     for pad_first in (True, False):
-        places = window_places((3, 2), (2, 2), (0, 0), pad_first=pad_first)
-        assert places.index.tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
-        assert places.whole.tolist() == [True, False]
+        positions = window_positions((3, 2), (2, 2), (0, 0), pad_first=pad_first)
+        assert positions.index.tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
+        assert positions.whole.tolist() == [True, False]
 
 
 def test_prefix_tokens_come_first() -> None:
-    assert image_places((1, 2), 2).index.tolist() == [[-2, -2, 0, 1]]
+    assert image_positions((1, 2), 2).index.tolist() == [[-2, -2, 0, 1]]
 
 
 def test_a_convolutional_net_has_no_attention() -> None:
@@ -233,7 +243,7 @@ def test_windows_of_an_unknown_kind_are_left_out() -> None:
     with (
         torch.no_grad(),
         maps_to(
-            lambda name, maps, places: seen.append((name, len(maps))), net, net.grid(size, size)
+            lambda name, maps, positions: seen.append((name, len(maps))), net, net.grid(size, size)
         ),
     ):
         net(torch.randn(2, 3, size, size))
