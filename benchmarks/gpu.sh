@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes on one card; the table comes last.
+# Measures everything that needs a GPU, in under nine minutes on one card; prints a table at the end.
 #
-#     bash benchmarks/gpu.sh             FD_GPU_DRY=1 bash benchmarks/gpu.sh   # the plan alone
+#     bash benchmarks/gpu.sh
+#     FD_GPU_DRY=1 bash benchmarks/gpu.sh    # prints what would run
 #
-# 1. the tests of the Triton kernels, on the card, several processes at once, since they mostly
-#    compile; DeepSpeed's fused Adam is built beside them;
-# 2. an update of 3.0B parameters by each fused Adam that is there;
-# 3. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, every block
-#    checkpointed, then in the mode that keeps most; ViT-B and Swin-B with the fused kernels and with
-#    plain torch; at last G on plain torch;
+# 1. the tests of the Triton kernels on the card, several processes at once, because they mostly
+#    compile; DeepSpeed's fused Adam is built at the same time;
+# 2. a step of 3.0B parameters by each fused AdamW that is installed;
+# 3. training steps through fd_large/train.py: SwinV2-G (3.0B) with a random 3.0B teacher, with every
+#    block checkpointed and with none; ViT-B and Swin-B with the fused kernels and with plain torch;
+#    last, SwinV2-G with plain torch;
 # 4. benchmarks/kernels.py.
 #
-# Most of a G run's time goes before its first update: 6.0B random numbers are drawn on the CPU.
+# Most of the time of a SwinV2-G run passes before its first step, because 6.0B random numbers are
+# drawn on the CPU.
 #
-# MFU counts the student's forward and backward and the teacher's forward over the card's peak (989
-# TFLOP/s for an H100, bfloat16), the optimiser's time included, recomputation not credited:
-# fd_large/plan/utilisation.py. A run's figure is the median over its updates from the fourth on.
-# Runs are killed once they have enough updates, so that none writes its 50 GB checkpoint.
-# Writes benchmarks/results/gpu.json, kernels.json and kernels.png.
+# MFU is the student's forward and backward and the teacher's forward over the card's peak (989
+# TFLOP/s for an H100, bfloat16); the time includes the optimizer, and recomputation does not count
+# (fd_large/plan/utilisation.py). A run's figure is the median over its steps from the fourth on.
+# Runs are killed once they have enough steps, so that none writes its 50 GB checkpoint. Writes
+# benchmarks/results/gpu.json, kernels.json and kernels.png.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -30,7 +32,7 @@ trap 'rm -rf "$WORK"' EXIT
 
 left() { echo $((BUDGET - SECONDS)); }
 
-# step NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, or for what is left.
+# step NAME LIMIT COMMAND...: runs COMMAND for at most LIMIT seconds, or the time that is left.
 step() {
   local name=$1 limit=$2
   shift 2
@@ -48,7 +50,7 @@ step() {
   tail -n 4 "$WORK/$name.log"
 }
 
-# tests LIMIT: the kernels' tests and the build of an optimiser, at once.
+# tests LIMIT: runs the kernels' tests and builds an optimizer, at the same time.
 tests() {
   local limit=$1 folder=tests/unit/kernels index=0
   local groups=(
@@ -87,13 +89,13 @@ tests() {
   cat "$WORK/tests"
 }
 
-# train NAME LIMIT KERNELS CONFIG FLAGS...: a run until it has UPDATES rows of metrics, then killed.
+# train NAME LIMIT KERNELS CONFIG FLAGS...: trains until there are UPDATES rows of metrics.
 train() {
   local name=$1 limit=$2 kernels=$3 config=$4
   shift 4
   local folder=$WORK/run_$name
   local command=("$PYTHON" fd_large/train.py --deepspeed_config "ds_configs/$config.json" "$@"
-    --teacher.source random --data.root "$WORK/pictures" --runtime.run_dir "$folder"
+    --teacher.source random --data.root "$WORK/images" --runtime.run_dir "$folder"
     --runtime.log_every 1 --runtime.save_every 100000 --optim.max_steps 100000
     --optim.warmup_epochs 0)
   if [ -n "$DRY" ]; then
@@ -107,7 +109,7 @@ train() {
   fi
   echo "== $name (at $SECONDS s, at most $limit s)"
   local until=$((SECONDS + limit))
-  # A group of its own, so that its loader's workers end with it.
+  # In a process group of its own, so that its loader workers are killed with it.
   FD_KERNELS=$kernels setsid "${command[@]}" >"$WORK/$name.log" 2>&1 &
   local group=$!
   while kill -0 "$group" 2>/dev/null && [ $SECONDS -lt $until ]; do
@@ -121,11 +123,11 @@ train() {
 
 if [ -z "$DRY" ]; then
   if ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: no CUDA device here; FD_GPU_DRY=1 prints what would run."
+    echo "gpu.sh: no CUDA device; FD_GPU_DRY=1 prints what would run."
     exit 0
   fi
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
-  "$PYTHON" - "$WORK/pictures" <<'PY'
+  "$PYTHON" - "$WORK/images" <<'PY'
 import sys
 from pathlib import Path
 
@@ -142,7 +144,7 @@ PY
 fi
 
 cat >"$WORK/adam.py" <<'PY'
-"""Milliseconds of an update of SwinV2-G's masters by each fused AdamW."""
+"""Prints the milliseconds of a step of SwinV2-G's masters by each fused AdamW."""
 
 import sys
 from dataclasses import replace
@@ -184,7 +186,7 @@ OFF="--student.activation_checkpointing off --batch.global_batch_size 16 --batch
 VIT="--recipe fd_clip_vit_base --batch.global_batch_size 128 --batch.micro_batch_size 128"
 SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_batch_size 64"
 
-# shellcheck disable=SC2086  # Words of the flags are meant to be split.
+# shellcheck disable=SC2086  # The flags are meant to be split.
 {
   tests 90
   step adam 30 "$PYTHON" "$WORK/adam.py"
@@ -198,7 +200,7 @@ SWIN="--recipe fd_esvit_swin_base --batch.global_batch_size 64 --batch.micro_bat
   train G_every_block_plain 90 reference zero2 $G $EVERY
 }
 [ -n "$DRY" ] && {
-  echo "All of it within $BUDGET s: a step gets its seconds or what is left, in this order."
+  echo "All within $BUDGET s: each part gets its seconds or the time that is left, in this order."
   exit 0
 }
 
