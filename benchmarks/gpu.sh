@@ -228,7 +228,7 @@ for log in sorted(work.glob("*.log"), key=lambda path: path.stat().st_mtime):
             values = [line[key] for line in timed if line.get(key) is not None]
             row[key] = statistics.median(values) if values else None
         row["memory_gigabytes"] = timed[-1]["memory_bytes"] / 1e9
-        row["chosen"] = re.findall(r"(?:optimiser: .*|\S+ on cuda: .*)", text)
+        row["chosen"] = re.findall(r"(?:optimi[sz]er: .*|\S+ on cuda: .*)", text)
     else:
         row["failed"] = (text.strip().splitlines() or ["no output"])[-1][:200]
     rows.append(row)
