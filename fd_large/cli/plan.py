@@ -207,20 +207,21 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
     teacher = sum(p.forward(1) for p in load.teacher_products)
     network = ""
     if cluster.nodes > 1:
-        network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s a node"
+        network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s per node"
     return Text(
-        f"{run.name}: {run.student.model} ({load.parameters / 1e6:,.1f}M parameters with its "
-        f"projection, {student / 1e9:,.1f} GFLOP forward) learns from {run.teacher.model} "
-        f"({sum(load.teacher_sizes) / 1e6:,.1f}M, {teacher / 1e9:,.1f} GFLOP), "
-        f"{run.batch.global_batch_size} images a step\n"
-        f"{cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
+        f"{run.name}, {run.batch.global_batch_size} images per step\n"
+        f"  student {run.student.model}: {load.parameters / 1e6:,.1f}M parameters with its "
+        f"projection, {student / 1e9:,.1f} GFLOP\n"
+        f"  teacher {run.teacher.model}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
+        f"{teacher / 1e9:,.1f} GFLOP\n"
+        f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
         f"{machine.kernels if machine.fused else 'reference'} kernels\n"
     )
 
 
 def _table(title: str) -> Table:
-    # No frame: in 80 columns it would cost the words their ends.
+    # No frame, so that all cells fit into 80 columns.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("ZeRO", "teacher", "check-\npoints"):
         table.add_column(name, no_wrap=True)
@@ -228,8 +229,8 @@ def _table(title: str) -> Table:
 
 
 def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: bool) -> Table:
-    table = _table("Settings that work, best first")
-    names = ["micro\nx accum.", "GB a\nrank", "compute\nms", "comm.\nms"]
+    table = _table("Settings that fit, best first")
+    names = ["micro\nx accum.", "GB per\nrank", "compute\nms", "comm.\nms"]
     names += ["step\ns", "images\n/s", "MFU\n%", "days", "GPU-\nhours"]
     if narrow:
         names[2:4] = []
@@ -268,27 +269,29 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         placement=run.teacher.placement,
         activation_checkpointing=run.student.activation_checkpointing,
     )
-    return Text(
-        f"The first: states {memory.states / 1e9:.1f} GB + teacher {memory.teacher / 1e9:.1f} + "
-        f"activations {memory.activations / 1e9:.1f} + buffers {memory.buffers / 1e9:.1f} = "
-        f"{memory.total / 1e9:.1f} of {machine.rates.memory_bytes / 1e9:.0f} GB\n"
-        f"A micro batch: matrix products {seconds.products * 1e3:,.0f} ms, the rest "
-        f"{seconds.rest * 1e3:,.0f} ms, communication {seconds.communication * 1e3:,.0f} ms "
-        f"({longer} decides); after the last one {seconds.finish * 1e3:,.0f} ms\n"
+    lines = [
+        f"Memory of a rank in the best setting: {memory.total / 1e9:.1f} of "
+        f"{machine.rates.memory_bytes / 1e9:.0f} GB",
+        f"  states {memory.states / 1e9:.1f}, teacher {memory.teacher / 1e9:.1f}, "
+        f"activations {memory.activations / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}",
+        f"Time of a micro-batch: {longer} decides",
+        f"  matrix products {seconds.products * 1e3:,.0f} ms, the rest {seconds.rest * 1e3:,.0f}, "
+        f"communication {seconds.communication * 1e3:,.0f}; after the last one "
+        f"{seconds.finish * 1e3:,.0f}",
         f"FLOPs: MFU {100 * best.mfu:.1f} %, with recomputation "
-        f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s\n"
-        f"Disk: a checkpoint is {_size(stored)}; {keep} at once, while one is written: "
-        f"{_size(keep * stored)}\n"
-        f"Run: {_steps(run, images):,} steps"
-        + (f"; differs from the recipe by {flags}" if flags else "")
-        + "\n"
-    )
+        f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
+        f"Disk: {_size(stored)} per checkpoint; {_size(keep * stored)} for {keep}, of which one is "
+        "being written",
+        f"Length: {_steps(run, images):,} steps",
+    ]
+    if flags:
+        lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
+    return Text("\n".join(lines) + "\n")
 
 
 def _refused_table(bad: list[Refused], rows: int) -> Table:
-    hidden = len(bad) - rows
-    more = f" ({hidden} more do not either)" if hidden > 0 else ""
-    table = _table(f"Settings that do not work{more}")
+    more = f", {rows} of {len(bad)}" if len(bad) > rows else ""
+    table = _table(f"Settings that do not fit{more}")
     table.add_column("why")
     for one in bad[:rows]:
         table.add_row(

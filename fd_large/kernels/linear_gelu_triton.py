@@ -35,15 +35,9 @@ def _share(z, QUICK: tl.constexpr):
 
 @triton.jit
 def _forward(
-    PRODUCT,
-    BIAS,
-    OUT,
-    rows,
-    C: tl.constexpr,
-    QUICK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    PRODUCT, BIAS, OUT, rows,
+    C: tl.constexpr, QUICK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(BIAS + columns, mask=columns < C, other=0.0).to(tl.float32)
     at, mask = _tile(tl.program_id(0), rows, C, ROWS, COLUMNS, columns)
@@ -54,19 +48,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    DOUT,
-    PRODUCT,
-    BIAS,
-    DPRODUCT,
-    DBIAS,
-    rows,
-    tiles,
-    programs,
-    C: tl.constexpr,
-    QUICK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    DOUT, PRODUCT, BIAS, DPRODUCT, DBIAS, rows, tiles, programs,
+    C: tl.constexpr, QUICK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     bias = tl.load(BIAS + columns, mask=columns < C, other=0.0).to(tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -106,18 +90,9 @@ def backward(dout: Tensor, product: Tensor, bias: Tensor, quick: bool) -> tuple[
     dbias = bias.new_empty(programs, width, dtype=torch.float32)
     with on_device(product):
         _backward[(programs, blocks)](
-            dout,
-            product,
-            bias,
-            dproduct,
-            dbias,
-            rows,
-            tiles,
-            programs,
-            C=width,
-            QUICK=quick,
-            **_constants(),
-        )
+            dout, product, bias, dproduct, dbias, rows, tiles, programs,
+            C=width, QUICK=quick, **_constants(),
+        )  # fmt: skip
     return dproduct, dbias.sum(0).to(bias.dtype)
 
 

@@ -65,23 +65,9 @@ def _norm_gradient(weighted, normed, rstd, C: tl.constexpr):
 
 @triton.jit
 def _residual_norm_forward(
-    X,
-    BRANCH,
-    WEIGHT,
-    BIAS,
-    BRANCH_BIAS,
-    SCALE,
-    Y,
-    COPY,
-    MEAN,
-    RSTD,
-    rows,
-    rows_per_sample,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, BRANCH, WEIGHT, BIAS, BRANCH_BIAS, SCALE, Y, COPY, MEAN, RSTD, rows, rows_per_sample, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     branch = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
     if BRANCH_BIAS is not None:
@@ -101,28 +87,10 @@ def _residual_norm_forward(
 
 @triton.jit
 def _residual_norm_backward(
-    DY,
-    DCOPY,
-    BRANCH,
-    WEIGHT,
-    BRANCH_BIAS,
-    SCALE,
-    MEAN,
-    RSTD,
-    DX,
-    DBRANCH,
-    DWEIGHT,
-    DBIAS,
-    DBRANCH_BIAS,
-    rows,
-    rows_per_sample,
-    tiles,
-    programs,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    DY, DCOPY, BRANCH, WEIGHT, BRANCH_BIAS, SCALE, MEAN, RSTD, DX, DBRANCH, DWEIGHT, DBIAS,
+    DBRANCH_BIAS, rows, rows_per_sample, tiles, programs,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     weight = _vector(WEIGHT, C, BLOCK)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -161,23 +129,9 @@ def _residual_norm_backward(
 
 @triton.jit
 def _add_norm_forward(
-    X,
-    BRANCH,
-    GAMMA,
-    SCALE,
-    WEIGHT,
-    BIAS,
-    Y,
-    NORMED,
-    MEAN,
-    RSTD,
-    rows,
-    rows_per_sample,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, BRANCH, GAMMA, SCALE, WEIGHT, BIAS, Y, NORMED, MEAN, RSTD, rows, rows_per_sample, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     y = tl.load(BRANCH + at, mask=mask, other=0.0).to(tl.float32)
     if GAMMA is not None:
@@ -198,29 +152,10 @@ def _add_norm_forward(
 
 @triton.jit
 def _add_norm_backward(
-    DY,
-    DNORMED,
-    Y,
-    BRANCH,
-    GAMMA,
-    SCALE,
-    WEIGHT,
-    MEAN,
-    RSTD,
-    DX,
-    DBRANCH,
-    DGAMMA,
-    DWEIGHT,
-    DBIAS,
-    rows,
-    rows_per_sample,
-    tiles,
-    programs,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    DY, DNORMED, Y, BRANCH, GAMMA, SCALE, WEIGHT, MEAN, RSTD, DX, DBRANCH, DGAMMA, DWEIGHT, DBIAS,
+    rows, rows_per_sample, tiles, programs,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK)
     dgamma = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -273,21 +208,10 @@ def residual_norm_forward(
     constants = tile(width)
     with on_device(branch):
         _residual_norm_forward[(triton.cdiv(rows, constants["ROWS"]),)](
-            x,
-            branch,
-            weight,
-            bias,
-            branch_bias,
-            scale,
-            y,
-            None if copy is None else narrow,
-            mean,
-            rstd,
-            rows,
-            rows // branch.shape[0],
-            eps,
+            x, branch, weight, bias, branch_bias, scale, y, None if copy is None else narrow, mean,
+            rstd, rows, rows // branch.shape[0], eps,
             **constants,
-        )
+        )  # fmt: skip
     return y, narrow, mean, rstd
 
 
@@ -311,24 +235,11 @@ def residual_norm_backward(
     dlast = None if branch_bias is None else torch.empty_like(dweight)
     with on_device(branch):
         _residual_norm_backward[(programs,)](
-            dy,
-            dcopy,
-            branch,
-            weight,
-            branch_bias,
-            scale,
-            mean,
-            rstd,
-            None if dx is None else total,
-            dbranch,
-            dweight,
-            dbias,
-            dlast,
-            rows,
-            rows // branch.shape[0],
-            *loop,
+            dy, dcopy, branch, weight, branch_bias, scale, mean, rstd,
+            None if dx is None else total, dbranch, dweight, dbias, dlast, rows,
+            rows // branch.shape[0], *loop,
             **constants,
-        )
+        )  # fmt: skip
     last = branch.new_empty(0) if dlast is None else _summed(dlast, branch_bias)
     return total, dbranch, _summed(dweight, weight), _summed(dbias, weight), last
 
@@ -355,21 +266,10 @@ def add_norm_forward(
     constants = tile(width)
     with on_device(x):
         _add_norm_forward[(triton.cdiv(rows, constants["ROWS"]),)](
-            x,
-            branch,
-            gamma,
-            scale,
-            weight,
-            bias,
-            y,
-            None if weight is None else normed,
-            mean,
-            rstd,
-            rows,
-            rows // x.shape[0],
-            eps,
+            x, branch, gamma, scale, weight, bias, y, None if weight is None else normed, mean,
+            rstd, rows, rows // x.shape[0], eps,
             **constants,
-        )
+        )  # fmt: skip
     return y, normed, mean, rstd
 
 
@@ -395,23 +295,11 @@ def add_norm_backward(
     partials = [None if v is None else mean.new_empty(programs, width) for v in vectors]
     with on_device(like):
         _add_norm_backward[(programs,)](
-            dy,
-            dnormed,
-            y,
-            branch,
-            gamma,
-            scale,
-            weight,
-            mean,
-            rstd,
-            None if dnormed is None else total,
-            dbranch,
-            *partials,
-            rows,
-            rows // like.shape[0],
+            dy, dnormed, y, branch, gamma, scale, weight, mean, rstd,
+            None if dnormed is None else total, dbranch, *partials, rows, rows // like.shape[0],
             *loop,
             **constants,
-        )
+        )  # fmt: skip
     sums = (
         mean.new_empty(0) if v is None else _summed(p, v)
         for p, v in zip(partials, vectors, strict=True)

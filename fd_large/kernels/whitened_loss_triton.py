@@ -16,18 +16,9 @@ from fd_large.kernels.residual_norm_triton import locate, on_device, standardise
 
 @triton.jit
 def _forward(
-    STUDENT,
-    TEACHER,
-    PARTIAL,
-    MEAN,
-    RSTD,
-    rows,
-    beta,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    STUDENT, TEACHER, PARTIAL, MEAN, RSTD, rows, beta, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     student = tl.load(STUDENT + at, mask=mask, other=0.0).to(tl.float32)
     teacher = tl.load(TEACHER + at, mask=mask, other=0.0).to(tl.float32)
@@ -42,19 +33,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    DLOSS,
-    STUDENT,
-    TEACHER,
-    MEAN,
-    RSTD,
-    DSTUDENT,
-    rows,
-    elements,
-    beta,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    DLOSS, STUDENT, TEACHER, MEAN, RSTD, DSTUDENT, rows, elements, beta,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, inside, at, mask = locate(rows, C, ROWS, BLOCK, tl.program_id(0))
     student = tl.load(STUDENT + at, mask=mask, other=0.0).to(tl.float32)
     teacher = tl.load(TEACHER + at, mask=mask, other=0.0).to(tl.float32)

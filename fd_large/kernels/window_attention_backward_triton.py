@@ -35,35 +35,12 @@ def _through_unit(gradient, unit, factor, COSINE: tl.constexpr):
 
 @triton.jit
 def _backward_keys(
-    number,
-    total,
-    excess,
-    cosine,
-    q,
-    dout,
-    lse,
-    delta,
-    number_i,
-    offset_i,
-    region_i,
-    QKV,
-    TABLE,
-    scale,
-    head,
-    window,
-    H,
-    W,
-    C,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
+    number, total, excess, cosine, q, dout, lse, delta, number_i, offset_i, region_i, QKV, TABLE,
+    scale, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """Adds to sums of a tile of queries what the keys of these numbers give.
 
     These are the gradient of q over scale, and for the scale's: by how much the gradients of a
@@ -89,38 +66,12 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries(
-    number,
-    dk,
-    dv,
-    k,
-    v,
-    scale,
-    key_inside,
-    number_j,
-    offset_j,
-    region_j,
-    QKV,
-    BIAS,
-    TABLE,
-    OUT,
-    DOUT,
-    LSE,
-    rows,
-    head,
-    window,
-    H,
-    W,
-    C,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
+    number, dk, dv, k, v, scale, key_inside, number_j, offset_j, region_j, QKV, BIAS, TABLE, OUT,
+    DOUT, LSE, rows, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """Adds to a tile of keys what the queries of these numbers give; keys are the rows here."""
     row, inside, offset, region, q, _ = load_queries(
         number, QKV, BIAS, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -142,16 +93,9 @@ def _backward_queries(
 
 @triton.jit
 def _store(
-    gradient,
-    DQKV,
-    row,
-    inside,
-    column,
-    stride,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    gradient, DQKV, row, inside, column, stride,
+    D: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, BD)
     at = row[:, None] * stride + (column + d)[None, :]
     mask = inside[:, None] & (d < D)[None, :]
@@ -160,36 +104,12 @@ def _store(
 
 @triton.jit
 def _query_part(
-    part,
-    head,
-    QKV,
-    BIAS,
-    TABLE,
-    scale,
-    OUT,
-    DOUT,
-    LSE,
-    DQKV,
-    DBIAS,
-    DSCALE,
-    rows,
-    H,
-    W,
-    heads,
-    windows,
-    chunks,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    part, head, QKV, BIAS, TABLE, scale, OUT, DOUT, LSE, DQKV, DBIAS, DSCALE, rows, H, W, heads,
+    windows, chunks,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Gradients of q, the bias and the scale: a tile of queries of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
@@ -233,34 +153,11 @@ def _query_part(
 
 @triton.jit
 def _key_part(
-    part,
-    head,
-    QKV,
-    BIAS,
-    TABLE,
-    scale,
-    OUT,
-    DOUT,
-    LSE,
-    DQKV,
-    rows,
-    H,
-    W,
-    heads,
-    windows,
-    chunks,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    part, head, QKV, BIAS, TABLE, scale, OUT, DOUT, LSE, DQKV, rows, H, W, heads, windows, chunks,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Gradients of k and v: a tile of keys of every chunks-th window."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
@@ -287,38 +184,13 @@ def _key_part(
 
 @triton.jit
 def _backward(
-    QKV,
-    BIAS,
-    TABLE,
-    SCALE,
-    OUT,
-    DOUT,
-    LSE,
-    DQKV,
-    DBIAS,
-    DSCALE,
-    PARTS,
-    rows,
-    H,
-    W,
-    heads,
-    windows,
-    chunks,
-    groups,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    SLOTS: tl.constexpr,
+    QKV, BIAS, TABLE, SCALE, OUT, DOUT, LSE, DQKV, DBIAS, DSCALE, PARTS, rows, H, W, heads, windows,
+    chunks, groups,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SLOTS: tl.constexpr,
     ROW: tl.constexpr,
-):
+):  # fmt: skip
     """The gradients of queries, of keys and values, and of the table: programs of each kind."""
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE

@@ -41,34 +41,11 @@ def _slots(block, blocks, PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constex
 
 @triton.jit
 def table_part(
-    part,
-    head,
-    QKV,
-    BIAS,
-    TABLE,
-    scale,
-    OUT,
-    DOUT,
-    LSE,
-    PARTS,
-    rows,
-    H,
-    W,
-    heads,
-    windows,
-    groups,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROW: tl.constexpr,
-):
+    part, head, QKV, BIAS, TABLE, scale, OUT, DOUT, LSE, PARTS, rows, H, W, heads, windows, groups,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr, SLOTS: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
     """Gradient of the table: a diagonal of tiles, summed over it and over every groups-th window.
 
     The tiles (I, I - d) make one diagonal; the prefix's row, column and corner are three more.
@@ -137,17 +114,10 @@ def table_part(
 
 @triton.jit
 def gather_table(
-    PARTS,
-    DTABLE,
-    heads,
-    groups,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    PARTS, DTABLE, heads, groups,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
+    ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sums what belongs to each offset, in the order of groups, row distances and columns."""
     R: tl.constexpr = SLOTS // ROW
     BLOCKS: tl.constexpr = (WH + R - 1) // R

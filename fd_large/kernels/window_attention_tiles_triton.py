@@ -37,16 +37,10 @@ def narrowed(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def place(
-    number,
-    window,
-    H,
-    W,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
+    number, window, H, W,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
     PADDED: tl.constexpr,
-):
+):  # fmt: skip
     """Returns of a window's tokens: rows of the tensor, which exist, table offsets, region ids.
 
     Numbers below PREFIX are the image's own tokens, the others count along the window's rows.
@@ -106,23 +100,10 @@ def unit_factor(x, COSINE: tl.constexpr):
 
 @triton.jit
 def load_queries(
-    number,
-    QKV,
-    BIAS,
-    head,
-    window,
-    H,
-    W,
-    C,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-):
+    number, QKV, BIAS, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
     """Returns of queries: rows, which exist, offsets, regions, unit vectors and their factors."""
     row, inside, offset, region = place(number, window, H, W, PREFIX, WH, WW, SHIFT, PADDED)
     q = load_head(QKV, row, inside, head * D, 3 * C, D, BD).to(tl.float32)
@@ -133,22 +114,10 @@ def load_queries(
 
 @triton.jit
 def load_keys(
-    number,
-    QKV,
-    head,
-    window,
-    H,
-    W,
-    C,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-):
+    number, QKV, head, window, H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
     """Returns of keys: rows, which exist, offsets, regions, k, v and the factors of k.
 
     As they are stored: k has no bias, and that of v can wait, since weights sum to 1.
@@ -161,19 +130,9 @@ def load_keys(
 
 @triton.jit
 def add_bias(
-    logits,
-    TABLE,
-    number_i,
-    number_j,
-    offset_i,
-    offset_j,
-    region_i,
-    region_j,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
+    logits, TABLE, number_i, number_j, offset_i, offset_j, region_i, region_j,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     """Adds a head's position bias and the penalty between regions, both in units of log 2.
 
     i are queries and j keys; which of them are rows is the caller's choice.
@@ -192,18 +151,9 @@ def add_bias(
 
 @triton.jit
 def output_terms(
-    row,
-    inside,
-    BIAS,
-    OUT,
-    DOUT,
-    LSE,
-    rows,
-    head,
-    C,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-):
+    row, inside, BIAS, OUT, DOUT, LSE, rows, head, C,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Returns of queries: the gradient of their outputs, lse, and delta = sum(do * (o - bias))."""
     dout = load_head(DOUT, row, inside, head * D, C, D, BD)
     out = load_head(OUT, row, inside, head * D, C, D, BD).to(tl.float32)
@@ -215,17 +165,9 @@ def output_terms(
 
 @triton.jit
 def softmax_gradient(
-    rows,
-    columns,
-    drows,
-    dcolumns,
-    scale,
-    bias,
-    lse,
-    delta,
-    key_inside,
+    rows, columns, drows, dcolumns, scale, bias, lse, delta, key_inside,
     INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """Returns a tile's products, its weights, made again from lse, and its logits' gradient.
 
     Rows are queries and columns keys, or the other way round; the rest has shapes to match.

@@ -37,32 +37,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @triton.jit
 def _forward_keys(
-    number,
-    q,
-    row_max,
-    row_sum,
-    out,
-    QKV,
-    TABLE,
-    scale,
-    number_i,
-    offset_i,
-    region_i,
-    head,
-    window,
-    H,
-    W,
-    C,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
+    number, q, row_max, row_sum, out, QKV, TABLE, scale, number_i, offset_i, region_i, head, window,
+    H, W, C,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """Makes one step of the running softmax, over the keys with these numbers."""
     _, inside, offset, region, k, v, factor = load_keys(
         number, QKV, head, window, H, W, C, PREFIX, WH, WW, SHIFT, PADDED, D, BD, COSINE
@@ -83,29 +63,11 @@ def _forward_keys(
 
 @triton.jit
 def _forward(
-    QKV,
-    BIAS,
-    TABLE,
-    SCALE,
-    OUT,
-    LSE,
-    rows,
-    H,
-    W,
-    heads,
-    PREFIX: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PADDED: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    COSINE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    REST: tl.constexpr,
-):
+    QKV, BIAS, TABLE, SCALE, OUT, LSE, rows, H, W, heads,
+    PREFIX: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SHIFT: tl.constexpr,
+    PADDED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr,
+    INTERPRETED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     N: tl.constexpr = PREFIX + WH * WW
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     dtype: tl.constexpr = QKV.dtype.element_ty
@@ -159,20 +121,10 @@ def forward(
     programs = qkv.shape[0] * geometry.windows * geometry.num_heads * geometry.tiles
     with on_device(qkv):
         _forward[(programs,)](
-            qkv,
-            bias,
-            _in_bits(table),
-            scale,
-            out,
-            lse,
-            qkv.shape[0] * qkv.shape[1],
-            geometry.height,
-            geometry.width,
-            geometry.num_heads,
-            STEP=geometry.step,
-            REST=geometry.rest,
-            **_constants(geometry, qkv.dtype),
-        )
+            qkv, bias, _in_bits(table), scale, out, lse, qkv.shape[0] * qkv.shape[1],
+            geometry.height, geometry.width, geometry.num_heads,
+            STEP=geometry.step, REST=geometry.rest, **_constants(geometry, qkv.dtype),
+        )  # fmt: skip
     return out, lse
 
 
@@ -199,43 +151,19 @@ def backward(
     slots = {"SLOTS": geometry.slots, "ROW": geometry.row}
     with on_device(qkv):
         _backward[(heads * (tables + 2 * chunks * geometry.tiles),)](
-            qkv,
-            bias,
-            _in_bits(table),
-            scale,
-            out,
-            dout,
-            lse,
-            dqkv,
-            dbias,
-            dscale,
-            parts,
-            batch * qkv.shape[1],
-            geometry.height,
-            geometry.width,
-            heads,
-            batch * geometry.windows,
-            chunks,
-            groups,
-            STEP=16,
-            **slots,
-            **_constants(geometry, qkv.dtype),
-        )
+            qkv, bias, _in_bits(table), scale, out, dout, lse, dqkv, dbias, dscale, parts,
+            batch * qkv.shape[1], geometry.height, geometry.width, heads, batch * geometry.windows,
+            chunks, groups,
+            STEP=16, **slots, **_constants(geometry, qkv.dtype),
+        )  # fmt: skip
         dtable = lse.new_empty((0,) if table is None else table.shape)
         if table is not None:
             offsets = len(table) - 3 * geometry.prefix
             gather_table[(triton.cdiv(offsets, 64), heads)](
-                parts,
-                dtable,
-                heads,
-                groups,
-                PREFIX=geometry.prefix,
-                WH=geometry.window[0],
-                WW=geometry.window[1],
-                BLOCK=64,
-                **slots,
-                num_warps=2,
-            )
+                parts, dtable, heads, groups,
+                PREFIX=geometry.prefix, WH=geometry.window[0], WW=geometry.window[1], BLOCK=64,
+                **slots, num_warps=2,
+            )  # fmt: skip
             if geometry.prefix:
                 dtable[offsets:] = parts[:, :, -3:].flatten(3).sum((0, 3)).t()
     return (

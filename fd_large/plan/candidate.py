@@ -41,7 +41,7 @@ class Candidate:
 
     def flags(
         self, *, micro_batch_size: int | str, placement: str, activation_checkpointing: str
-    ) -> str:
+    ) -> list[str]:
         """Returns the flags that make `train` use this candidate instead of the recipe's fields.
 
         Args:
@@ -57,7 +57,7 @@ class Candidate:
             "teacher.placement": (self.teacher, placement),
             "student.activation_checkpointing": (mode, activation_checkpointing),
         }
-        return " ".join(f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own)
+        return [f"--{name} {mine}" for name, (mine, own) in fields.items() if mine != own]
 
     def deepspeed(self, parameters: int) -> dict[str, Any]:
         """Returns the DeepSpeed JSON for that many parameters; the run fills in "auto"."""

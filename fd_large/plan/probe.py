@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -67,40 +66,19 @@ def probe(
             "out": str(out),
         }
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        base = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(ranks),
-            "OMP_NUM_THREADS": str(threads),
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "fd_large.plan.probe", json.dumps(request)],
-                env=base | {"RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]
-        codes = _ended(processes)
-        if any(codes):
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        words = [*launcher, "--module", "fd_large.plan.probe", json.dumps(request)]
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            check=False,
+        )
+        if done.returncode:
             raise LaunchError(
-                f"--probe: a rank failed; got exit codes {codes}, expected 0. Read its message "
-                "above."
+                f"--probe: a rank failed; got exit code {done.returncode}, expected 0. Read its "
+                "message above."
             )
         return Rates(**json.loads(out.read_text()))
-
-
-def _ended(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Returns exit codes; if a process fails, the others, which wait for it, are terminated."""
-    while None in (codes := [process.poll() for process in processes]):
-        if any(codes):
-            for process in processes:
-                process.terminate()
-            return [process.wait() for process in processes]
-        time.sleep(0.1)
-    return [process.returncode for process in processes]
 
 
 def measure(
@@ -370,11 +348,11 @@ def main(request: str) -> None:
     import torch.distributed as dist
 
     asked = json.loads(request)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank = dist.get_rank()
     student = from_plain(Student, asked["student"], "student.")
     rates = measure(
         resolve(student.model, student.architecture),

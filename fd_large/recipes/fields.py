@@ -1,7 +1,7 @@
-"""Fields of the recipe's dataclasses: their types, checks and plain values.
+"""Fields of the recipe's dataclasses: their types, checks, and conversion to JSON and back.
 
-A section checks itself when it is made, so that a wrong value is told the same way from the command
-line, a recipe and a stored recipe.json.
+A section checks itself when it is made, so that a wrong value gives the same message on the command
+line, in a recipe and in a stored recipe.json.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
 
     Args:
         cls: The dataclass.
-        prefix: What precedes its own names.
-        like: A field's name as a user wrote it. A field dict[str, Section] has the entry that is
-            named there ("teachers.clip.model"), else one called NAME.
+        prefix: Start of the names.
+        like: A field's name as a user wrote it. A field of type dict[str, Section] gets the entry
+            that is named there ("teachers.clip.model"), else one called NAME.
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
@@ -42,7 +42,7 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
 
 
 def entry_type(hint: Any) -> Any | None:
-    """Returns the Section of a type dict[str, Section]; None for any other type."""
+    """Returns the Section of a type dict[str, Section], or None for any other type."""
     if get_origin(hint) is not dict:
         return None
     section = get_args(hint)[1]
@@ -64,7 +64,7 @@ def override(section: _Section, values: Mapping[str, Any]) -> _Section:
 
 
 def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns {"optim": {"base_lr": 1e-4}} of {"optim.base_lr": 1e-4}; a given tree is filled."""
+    """Returns {"optim": {"base_lr": 1e-4}} for {"optim.base_lr": 1e-4}; a given tree is filled."""
     tree = {} if tree is None else tree
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -76,7 +76,7 @@ def nested(values: Mapping[str, Any], tree: dict[str, Any] | None = None) -> dic
 
 
 def describe_type(hint: Any) -> str:
-    """Returns words for a field's type: "a whole number or auto"."""
+    """Returns a description of a field's type, such as "a whole number or auto"."""
     origin = get_origin(hint)
     if origin is Literal:
         options = [str(option) for option in get_args(hint)]
@@ -101,13 +101,13 @@ def describe_type(hint: Any) -> str:
 
 @cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Field name to type, annotations evaluated; cached because every construction asks."""
+    """Returns {field name: evaluated type} of a dataclass; cached, as every construction asks."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; True is no number here."""
+    """Returns whether a value is of a field's type. True and False are not numbers here."""
     origin = get_origin(hint)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
@@ -122,28 +122,29 @@ def fits(value: Any, hint: Any) -> bool:
         return len(value) == len(parts) and all(map(fits, value, parts))
     if origin is dict:
         return isinstance(value, dict) and all(fits(v, get_args(hint)[1]) for v in value.values())
-    if hint is float:  # A whole number will do; True is not a number here.
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):  # A whole number will do for a float.
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
 def check_types(section: Any, where: str) -> None:
-    """Raises ConfigError where a value is not of its field's type."""
+    """Raises ConfigError if a value of a section is not of its field's type."""
     for name, hint in hints_of(type(section)).items():
-        value = getattr(section, name)
-        if not fits(value, hint):
-            raise ConfigError(
-                f"{where}.{name}: a value of the wrong type; got {value!r},"
-                f" expected {describe_type(hint)}. Mend the value."
-            )
+        _check_type(f"{where}.{name}", getattr(section, name), hint)
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    if not fits(value, hint):
+        raise ConfigError(
+            f"{where}: a value of the wrong type; got {value!r}, expected {describe_type(hint)}."
+            " Change the value."
+        )
 
 
 def require(ok: bool, what: str, got: Any, expected: str, remedy: str = "") -> None:
     """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok."""
     if not ok:
-        remedy = remedy or f"Mend --{what.partition(':')[0]}"
+        remedy = remedy or f"Change --{what.partition(':')[0]}"
         raise ConfigError(f"{what}; got {got}, expected {expected}. {remedy}.")
 
 
@@ -153,30 +154,30 @@ def positive(where: str, value: float) -> None:
 
 
 def not_negative(where: str, value: float) -> None:
-    """Raises ConfigError unless the value is a finite number from 0 up."""
-    require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number from 0 up")
+    """Raises ConfigError unless the value is a finite number of 0 or more."""
+    require(0 <= value < math.inf, f"{where}: must not be negative", value, "a number of 0 or more")
 
 
 def at_least(where: str, value: int, least: int, unit: str) -> None:
-    """Raises ConfigError below a least number of units."""
+    """Raises ConfigError if the value is below `least`; `unit` names what is counted."""
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 
 def plain(value: Any) -> Any:
-    """Tuples as lists, all the way down, as JSON has them."""
+    """Returns nested dicts with lists in place of tuples, as JSON has them."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.base_lr": value, ...} of a section and all inside it."""
+    """Returns {"optim.base_lr": value, ...}: every value of a section, nested ones flattened."""
     named: dict[str, Any] = {}
     for f in fields(section):
         value = getattr(section, f.name)
         if is_dataclass(value):
             named |= flat(value, f"{prefix}{f.name}.")
-        elif isinstance(value, dict):  # Of sections, see entry_type.
+        elif isinstance(value, dict):  # Named sections; see entry_type.
             for name, entry in value.items():
                 named |= flat(entry, f"{prefix}{f.name}.{name}.")
         else:
@@ -185,11 +186,16 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
-    """The dataclass that `plain` of `asdict` came from; absent keys take the defaults."""
+    """Returns the dataclass whose `plain(asdict(...))` is given; absent keys take the defaults.
+
+    Raises:
+        ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.
+    """
+    where = prefix.rstrip(".") or "recipe"
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{prefix.rstrip('.') or 'recipe'}: not a section; got {values!r}, expected names with"
-            " values. Write the section as a JSON object."
+            f"{where}: not a section; got {values!r}, expected names with values. Write the"
+            " section as a JSON object."
         )
     hints = hints_of(cls)
     arguments: dict[str, Any] = {}
@@ -205,16 +211,11 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
                 key: from_plain(entry, item, f"{prefix}{name}.{key}.")
                 for key, item in value.items()
             }
-        elif isinstance(value, list):  # JSON has no tuples.
-            value = tuple(value)
-        if not is_dataclass(hint) and not fits(value, hint):
-            raise ConfigError(
-                f"{prefix}{name}: a value of the wrong type; got {value!r},"
-                f" expected {describe_type(hint)}. Mend the value."
-            )
+        else:
+            value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples.
+            _check_type(prefix + name, value, hint)
         arguments[name] = value
     try:
         return cls(**arguments)
     except TypeError as error:  # A field without a default is absent.
-        where = prefix.rstrip(".") or "recipe"
         raise ConfigError(f"{where}: incomplete; {error}. Add the field.") from None

@@ -23,9 +23,9 @@ def test_it_needs_no_torch(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "64 x H100 SXM 80 GB on 8 nodes, 8 x 400 Gb/s a node" in done.stdout
-    assert "Settings that work, best first" in done.stdout
-    assert "a checkpoint is 36.2 GB" in done.stdout
+    assert "64 x H100 SXM 80 GB on 8 nodes, 8 x 400 Gb/s per node" in done.stdout
+    assert "Settings that fit, best first" in done.stdout
+    assert "36.2 GB per checkpoint" in done.stdout
     written = json.loads((tmp_path / "ds" / "mine.json").read_text())
     assert written["zero_optimization"]["stage"] in (2, 3)
 
@@ -34,8 +34,8 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
     words = "--recipe fd_swinv2g --gpus 2 --gpu a100_40 --batch.global_batch_size 4096 --rows 3"
     assert cli.main(["plan", *words.split()]) == 0
     told = capsys.readouterr().out
-    assert "4096 images a step" in told
-    assert "Settings that do not work" in told
+    assert "4096 images per step" in told
+    assert "Settings that do not fit" in told
     assert "GB for one image" in told
 
 
