@@ -52,12 +52,15 @@ def bar(total: int) -> Iterator[Told]:
         yield lambda text, done: shown.update(task, description=text, advance=done)
 
 
-def tables() -> Console:
-    """Returns a console for tables, as wide as the terminal."""
+def tables(*, most: int = 1000) -> Console:
+    """Returns a console for tables, as wide as the terminal and at most so many columns."""
     from rich.console import Console
 
-    out = terminal.out()
-    width = None if out.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    out, width = terminal.out(), int(os.environ.get("COLUMNS", 0))
+    if not width and out.isatty():
+        # rich would ask descriptor 1, which may be a log.
+        width = os.get_terminal_size(out.fileno()).columns
+    width = min(most, width or PIPE_WIDTH)
     return Console(file=out, width=width, highlight=False, markup=False, emoji=False)
 
 

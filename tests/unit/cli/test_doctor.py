@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fd_large.cli import doctor, doctor_machine, doctor_software
+from fd_large.cli import doctor, doctor_checks
 from fd_large.cli import main as cli
-from fd_large.cli.doctor_finding import Finding, look
+from fd_large.cli.doctor_checks import Finding, look
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +43,13 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def line(name: str, *places: str) -> Finding:
-    found = [*doctor_software.findings(), *doctor_machine.findings(*(places or ("runs", "/tmp")))]
-    return next(finding for finding in found if finding.what == name)
-
-
 def test_one_screen_where_everything_needed_is_here(tmp_path, capsys):
     assert cli.main(["doctor", "--run_dir", str(tmp_path / "runs")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert 20 <= len(lines) <= 40
+    assert 18 <= len(lines) <= 40
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "Nothing stops training here."
-    names = [name for group in doctor._ORDER for name in group]
+    names = [name for group in doctor.GROUPS for name in group]
     # Every line has its place, and every place its line.
     starts = [text for text in lines[:-1] if not text.startswith(" ")]
     assert len(starts) == len(names)
@@ -70,7 +65,8 @@ def test_lines_are_as_wide_as_the_terminal(columns, width, monkeypatch):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(theirs, "w") as out:
         monkeypatch.setattr(doctor.terminal, "out", lambda: out)
-        doctor._show([Finding("packages", "word " * 60)])
+        monkeypatch.delenv("COLUMNS", raising=False)
+        doctor._print({"packages": Finding("word " * 60)})
         text = os.read(ours, 1 << 16).decode()
     os.close(ours)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
@@ -107,12 +103,12 @@ def test_half_an_environment_of_ranks_is_told_in_the_table(monkeypatch, capsys, 
 
 
 def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
-    found = doctor_machine.disk("local disk", str(tiny_disk / "not" / "made"), needed=False)
+    found = doctor_checks.disk(str(tiny_disk / "not" / "made"), needed=False)
     assert found.verdict == "missing"  # 4 MB do not even take the test
     assert "No space left" in found.found
     assert os.listdir(tiny_disk) == []
-    assert doctor_machine.disk("run folder", str(tiny_disk), needed=True).verdict == "STOPS"
-    shared = doctor_machine.disk("local disk", "/dev/shm", needed=False)
+    assert doctor_checks.disk(str(tiny_disk), needed=True).verdict == "STOPS"
+    shared = doctor_checks.disk("/dev/shm", needed=False)
     assert (shared.verdict, "tmpfs" in shared.found) == ("low", True)
 
 
@@ -131,28 +127,26 @@ def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
 )
 def test_variables_of_the_network(name, value, verdict, monkeypatch):
     monkeypatch.setenv(name, value)
-    found = doctor_machine._collective_variables()
+    found = doctor_checks.collective_variables()
     assert found.verdict == verdict
     assert f"{name}={value}" in found.found
     assert bool(found.remedy) == (verdict != "ok")
 
 
 def test_infiniband(tmp_path, monkeypatch):
-    assert doctor_machine._infiniband().verdict == "-"
+    assert doctor_checks.infiniband().verdict == "-"
     for number, state in enumerate(["4: ACTIVE", "4: ACTIVE", "1: DOWN"]):
         port = tmp_path / f"mlx5_{number}" / "ports" / "1"
         port.mkdir(parents=True)
         (port / "state").write_text(f"{state}\n")
         (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
-    monkeypatch.setattr(doctor_machine, "_FABRIC", tmp_path)
-    assert doctor_machine._infiniband() == Finding(
-        "InfiniBand", "2 x 400 Gb/sec", alike="2 x 400 Gb/sec"
-    )
+    monkeypatch.setattr(doctor_checks, "_FABRIC", tmp_path)
+    assert doctor_checks.infiniband() == Finding("2 x 400 Gb/sec", alike="2 x 400 Gb/sec")
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
-    assert doctor_machine._infiniband().verdict == "slow"
+    assert doctor_checks.infiniband().verdict == "slow"
     for number in range(2):
         (tmp_path / f"mlx5_{number}" / "ports" / "1" / "state").write_text("2: INIT\n")
-    assert doctor_machine._infiniband().found == "no port is active"
+    assert doctor_checks.infiniband().found == "no port is active"
 
 
 def test_packages_that_are_missing_or_too_old_stop(monkeypatch):
@@ -163,8 +157,8 @@ def test_packages_that_are_missing_or_too_old_stop(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.1.0" if name == "deepspeed" else real(name)
 
-    monkeypatch.setattr(doctor_software, "version", other)
-    found = doctor_software._packages()
+    monkeypatch.setattr(doctor_checks, "version", other)
+    found = doctor_checks.packages()
     assert found.verdict == "STOPS"
     assert "no timm" in found.found
     assert "deepspeed 0.1.0, not >=" in found.found
@@ -175,7 +169,7 @@ def test_a_gpu_machine_with_a_torch_for_cpus(monkeypatch):
         pytest.skip("a torch with CUDA")
     real = os.path.exists
     monkeypatch.setattr(os.path, "exists", lambda p: "nvidia" in str(p) or real(p))
-    found = doctor_software._torch()
+    found = doctor_checks.torch_build()
     assert (found.verdict, "beside an NVIDIA driver" in found.found) == ("missing", True)
 
 
@@ -186,21 +180,21 @@ def test_a_gpu_that_does_not_compute_stops(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch, "ones", fails)
-    found = doctor_machine._devices()
+    found = doctor_checks.devices()
     assert found.verdict == "STOPS"
     assert found.found == "GPU 0 does not compute: CUDA error: uncorrectable ECC error encountered"
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = doctor_software._compiler()
+    found = doctor_checks.compiler()
     assert found.verdict == "missing"
     assert found.found == "none; no C++, ninja"
 
 
 def test_listings_that_cannot_be_kept(monkeypatch):
     monkeypatch.setenv("FD_CACHE", "/proc/cache")
-    found = doctor_machine._listings()
+    found = doctor_checks.listings()
     assert (found.verdict, "FD_CACHE" in found.remedy) == ("slow", True)
 
 
@@ -208,21 +202,21 @@ def test_a_look_that_fails_is_told_and_judges_nothing():
     def fails() -> Finding:
         raise OSError(errno.EACCES, "Permission denied")
 
-    found = look("limits", fails)
+    found = look(fails)
     assert found.verdict == "-"
     assert "Permission denied" in found.found
 
 
 def test_nodes_that_differ_are_named():
-    def node(hash_: str, devices: str, disk: Finding) -> list[Finding]:
-        return [
-            Finding("code", hash_, alike=hash_),
-            Finding("devices", devices, alike=devices),
-            disk,
-        ]
+    def node(hash_: str, devices: str, disk: Finding) -> dict[str, Finding]:
+        return {
+            "code": Finding(hash_, alike=hash_),
+            "devices": Finding(devices, alike=devices),
+            "run folder": disk,
+        }
 
-    fast, faster = (Finding("run folder", f"{n} GB/s") for n in (1, 2))
-    slow = Finding("run folder", "0.05 GB/s", "slow", "Name another disk.")
+    fast, faster = (Finding(f"{n} GB/s") for n in (1, 2))
+    slow = Finding("0.05 GB/s", "slow", "Name another disk.")
     slower = slow._replace(found="0.04 GB/s")
     same = doctor.merged([("n1", node("a", "8 x H", fast)), ("n2", node("a", "8 x H", faster))])
     assert same == node("a", "8 x H", fast)
@@ -232,9 +226,9 @@ def test_nodes_that_differ_are_named():
             ("n2", node("a", "8 x H", slow)),
             ("n3", node("b", "7 x H", slower)),
         ]
-    )
+    ).values()
     assert (code.verdict, code.found) == ("STOPS", "a; n3: b")
     assert (devices.verdict, devices.found) == ("check", "8 x H; n3: 7 x H")
     assert disk == slow._replace(found="1 GB/s; n2, n3: 0.05 GB/s")
     # A first node that is worse than the others speaks for itself.
-    assert doctor.merged([("n1", [slow]), ("n2", [fast])]) == [slow]
+    assert doctor.merged([("n1", {"a": slow}), ("n2", {"a": fast})]) == {"a": slow}

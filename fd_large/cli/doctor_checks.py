@@ -1,0 +1,421 @@
+"""The doctor's checks of one node: software, devices, limits, network and disks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
+
+# 2: training cannot start. "-" means that there is nothing to judge.
+SEVERITY: dict[Verdict, int] = {"ok": 0, "-": 0, "slow": 1, "low": 1, "missing": 1, "check": 1}
+SEVERITY |= {"STOPS": 2}
+
+# A write test ends at whichever comes first.
+_WRITE_BYTES, _WRITE_SECONDS = 256 << 20, 2.0
+_SLOW_DISK, _LOW_DISK = 100e6, 10e9  # Bytes/s, bytes.
+# Docker's default of 64 MB ends loader processes with a bus error.
+_LOW_SHARED_MEMORY = 1e9
+_FABRIC = Path("/sys/class/infiniband")
+# Packages whose versions are shown, and must be the same on every node.
+_SHOWN = ("deepspeed", "torchvision", "timm", "numpy")
+
+
+class Finding(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        found: A few words.
+        verdict: The judgement.
+        remedy: What to do about anything that is not "ok".
+        alike: What must be the same on every node; empty: nothing.
+    """
+
+    found: str
+    verdict: Verdict = "ok"
+    remedy: str = ""
+    alike: str = ""
+
+
+def look(check: Callable[[], Finding]) -> Finding:
+    """Runs a check; if it fails to look, that is what it found."""
+    try:
+        return check()
+    except Exception as error:
+        return Finding(f"cannot look: {reason(error)}", "-")
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of an error's text."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def check_node(run_dir: str, local_disk: str) -> dict[str, Finding]:
+    """Makes all checks of this node.
+
+    Args:
+        run_dir: Folder that runs are written to.
+        local_disk: Folder that `data.stage_to` would copy to.
+    """
+    checks: dict[str, Callable[[], Finding]] = {
+        "packages": packages,
+        "code": code,
+        "torch": torch_build,
+        "devices": devices,
+        "CPU/memory": cpu_and_memory,
+        "limits": limits,
+        "interfaces": interfaces,
+        "InfiniBand": infiniband,
+        "NCCL/gloo": collective_variables,
+        "run folder": lambda: disk(run_dir, needed=True),
+        "local disk": lambda: disk(local_disk, needed=False),
+        "/dev/shm": shared_memory,
+        "listings": listings,
+        "DeepSpeed ops": deepspeed_ops,
+        "compiler": compiler,
+        "optional": optional,
+    }
+    return {name: look(check) for name, check in checks.items()}
+
+
+# --- software ---
+
+
+def packages() -> Finding:
+    """Whether what setup.py asks for is installed in a version that it accepts."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in requires("fd_large") or []]
+    except PackageNotFoundError:
+        return Finding("fd_large is not installed", "missing", "pip install -e . in its checkout.")
+    wrong, found = [], [f"Python {platform.python_version()}"]
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            has = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"no {requirement.name}")
+            continue
+        if not requirement.specifier.contains(has, prereleases=True):
+            wrong.append(f"{requirement.name} {has}, not {requirement.specifier}")
+        elif requirement.name in _SHOWN:
+            found.append(f"{requirement.name} {has}")
+    if wrong:
+        return Finding("; ".join(wrong), "STOPS", "pip install -e . in the checkout.")
+    return Finding(", ".join(found), alike=", ".join(found))
+
+
+def code() -> Finding:
+    """The version of fd_large, its commit and the hash of its files."""
+    import fd_large
+    from fd_large.engine.node_consistency import code_hash
+    from fd_large.runtime.run_folder import source_commit
+
+    commit = source_commit()
+    at = f"commit {commit[:9]}" if commit else "no checkout"
+    found = f"fd_large {fd_large.__version__}, {at}, the files' hash {code_hash()[:8]}"
+    return Finding(found, alike=found)
+
+
+def torch_build() -> Finding:
+    """The version of torch and what it is built for."""
+    try:
+        import torch
+    except Exception as error:
+        return Finding(f"cannot be imported: {error}", "STOPS", "Install it again.")
+    cuda = torch.version.cuda
+    found = f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"
+    if cuda:
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if not cuda and os.path.exists("/proc/driver/nvidia/version"):
+        remedy = "Install a torch that is built for CUDA: training would run on the CPU."
+        return Finding(f"{found}, beside an NVIDIA driver", "missing", remedy, found)
+    return Finding(found, alike=found)
+
+
+def deepspeed_ops() -> Finding:
+    """Which of DeepSpeed's compiled operations are built or can be."""
+    try:
+        from fd_large.engine.zero.compiled_ops import ops
+    except Exception as error:
+        return Finding(f"cannot be imported: {reason(error)}", "STOPS", "Install it again.")
+    found = ops()
+    states: dict[str, list[str]] = {}
+    for op in found:
+        state = "built" if op.built else "can be built" if op.buildable else "cannot be built"
+        states.setdefault(state, []).append(op.name)
+    said = "; ".join(f"{state}: {', '.join(names)}" for state, names in states.items())
+    fused = found[0]
+    if not (fused.built or fused.buildable) and _has_gpu():
+        remedy = "Install nvcc of torch's CUDA version, a C++ compiler and ninja: AdamW is fused."
+        return Finding(said, "slow", remedy)
+    return Finding(said)
+
+
+def compiler() -> Finding:
+    """What compiles DeepSpeed's operations and Triton's launchers."""
+    from torch.utils import collect_env
+
+    commands = {
+        "C++": (f"{os.environ.get('CXX', 'c++')} --version", r"(\d+\.[\d.]+)"),
+        "ninja": ("ninja --version", r"(\d+\.[\d.]+)"),
+        "nvcc": ("nvcc --version", r"release ([\d.]+)"),
+    }
+    versions = {
+        name: collect_env.run_and_parse_first_match(collect_env.run, command, pattern)
+        for name, (command, pattern) in commands.items()
+    }
+    found = [f"{name} {number}" for name, number in versions.items() if number]
+    missing = [name for name, number in versions.items() if not number]
+    if not _has_gpu():
+        missing = [name for name in missing if name != "nvcc"]
+    said = ", ".join(found) or "none"
+    if missing:
+        remedy = "Needed where DeepSpeed's ops and Triton's launchers are not built yet."
+        return Finding(f"{said}; no {', '.join(missing)}", "missing", remedy)
+    return Finding(said)
+
+
+def optional() -> Finding:
+    """Packages that make training faster where they are installed."""
+    from fd_large.kernels.choose import has_nvidia_apex
+
+    found = [f"{name} {version(name)}" for name in ("triton", "fairscale") if find_spec(name)]
+    found += ["NVIDIA apex"] if has_nvidia_apex() else []
+    if wish := os.environ.get("FD_KERNELS"):
+        found.append(f"FD_KERNELS={wish}")
+    said = ", ".join(found) or "none"
+    if _has_gpu() and not find_spec("triton"):
+        return Finding(f"{said}; no triton", "slow", "pip install triton: fused kernels on GPUs.")
+    return Finding(said)
+
+
+# --- the machine ---
+
+
+def devices() -> Finding:
+    """The GPUs, each of which adds some numbers."""
+    import torch
+    from torch.utils import collect_env
+
+    if not torch.cuda.is_available():
+        remedy = "Fine for the quick start. A big model needs GPUs."
+        return Finding("no GPU", "slow", remedy, "no GPU")
+    names = []
+    for index in range(torch.cuda.device_count()):
+        try:
+            float(torch.ones(8, device=f"cuda:{index}").sum())
+        except RuntimeError as error:
+            said = f"GPU {index} does not compute: {reason(error)}"
+            return Finding(said, "STOPS", "Have the node looked at, or leave it out.")
+        facts = torch.cuda.get_device_properties(index)
+        names.append(f"{facts.name} ({facts.total_memory / 2**30:.0f} GiB)")
+    said = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    if driver := collect_env.get_nvidia_driver_version(collect_env.run):
+        said += f", driver {driver}"
+    return Finding(said, alike=said)
+
+
+def cpu_and_memory() -> Finding:
+    """Cores that this process may use, and free memory."""
+    import psutil
+
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    free = f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
+    said = f"{cores} of {os.cpu_count()} cores, {free}"
+    if cores == 1 and (os.cpu_count() or 1) > 1:
+        return Finding(said, "slow", "Ask the queue for more: srun --cpus-per-task=N.")
+    return Finding(said)
+
+
+def limits() -> Finding:
+    """Limits of open files and locked memory."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = locked == resource.RLIM_INFINITY
+    said = f"{files} open files, locked memory {'unlimited' if unlimited else f'{locked >> 20} MB'}"
+    if files < 1024:
+        return Finding(said, "low", "ulimit -n 65536 before the start.")
+    if not unlimited and _active_ports():
+        return Finding(said, "low", "InfiniBand needs ulimit -l unlimited.")
+    return Finding(said)
+
+
+# --- network ---
+
+
+def interfaces() -> Finding:
+    """Network interfaces, and whether the host's name leads to one of them."""
+    import psutil
+
+    up = {name: facts for name, facts in psutil.net_if_stats().items() if facts.isup}
+    said = []
+    for name, addresses in psutil.net_if_addrs().items():
+        numbers = [a.address for a in addresses if a.family == socket.AF_INET]
+        if name in up and numbers and name != "lo":
+            speed = f" {up[name].speed / 1000:g} Gb/s" if up[name].speed > 0 else ""
+            said.append(f"{name} {numbers[0]}{speed}")
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = ""
+    found = f"{', '.join(said) or 'lo alone'}; {host} is {address or 'not resolved'}"
+    if said and (not address or address.startswith("127.")) and not _named("GLOO_SOCKET_IFNAME"):
+        remedy = (
+            "Several nodes need GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or a host name that "
+            "the others reach."
+        )
+        return Finding(found, "check", remedy)
+    return Finding(found)
+
+
+def infiniband() -> Finding:
+    """InfiniBand ports and their rates."""
+    if not any(_FABRIC.glob("*")):
+        return Finding("no device", "-")
+    rates = Counter(_active_ports())
+    if not rates:
+        return Finding("no port is active", "slow", "Have the node's fabric looked at.")
+    said = ", ".join(f"{count} x {rate}" for rate, count in rates.items())
+    if os.environ.get("NCCL_IB_DISABLE") == "1":
+        return Finding(f"{said}, unused", "slow", "unset NCCL_IB_DISABLE.", said)
+    return Finding(said, alike=said)
+
+
+def _active_ports() -> list[str]:
+    """Rates of the active InfiniBand ports, such as "400 Gb/sec"."""
+    return [
+        " ".join((port / "rate").read_text().split()[:2])
+        for port in sorted(_FABRIC.glob("*/ports/*"))
+        if "ACTIVE" in (port / "state").read_text()
+    ]
+
+
+def collective_variables() -> Finding:
+    """Variables of NCCL and gloo, and whether the interfaces that they name exist."""
+    found = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("NCCL_", "TORCH_NCCL_")) or name == "GLOO_SOCKET_IFNAME"
+    }
+    said = ", ".join(f"{name}={value}" for name, value in found.items()) or "no variables set"
+    present = os.listdir("/sys/class/net")
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        # NCCL takes the beginning of a name, gloo the whole name.
+        exists = str.startswith if name[0] == "N" else str.__eq__
+        wanted = _named(name)
+        if wanted and not any(exists(there, one) for one in wanted for there in present):
+            return Finding(said, "STOPS", f"{name} names no interface here: {', '.join(present)}.")
+    if found.get("NCCL_P2P_DISABLE") == "1":
+        return Finding(said, "slow", "unset NCCL_P2P_DISABLE: GPUs of a node talk directly.")
+    return Finding(said)
+
+
+def _named(variable: str) -> list[str]:
+    """Interfaces that a variable asks for; none if it only excludes some."""
+    text = os.environ.get(variable, "")
+    return [] if text.startswith("^") else [one for one in text.lstrip("=").split(",") if one]
+
+
+# --- disks ---
+
+
+def disk(folder: str, *, needed: bool) -> Finding:
+    """Free space of a folder's disk, and how fast a file of 256 MB is written and flushed.
+
+    Args:
+        folder: It need not exist; its nearest parent that does is measured.
+        needed: Whether a run cannot do without it.
+    """
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    free, kind = shutil.disk_usage(path).free, _file_system(path)
+    said = f"{folder} ({kind}): {free / 1e9:,.1f} GB free"
+    try:
+        speed = _write_speed(path)
+    except OSError as error:
+        flags = "--run_dir, and --runtime.run_dir of the run" if needed else "--local_disk"
+        return Finding(
+            f"{said}, cannot be written: {error.strerror}",
+            "STOPS" if needed else "missing",
+            f"Name a folder that can be written: {flags}.",
+        )
+    said += f", writes {speed / 1e9:.2f} GB/s"
+    if free < _LOW_DISK:
+        return Finding(said, "low", "A checkpoint takes 12 bytes a parameter. Make room.")
+    if not needed and kind in ("tmpfs", "ramfs"):
+        return Finding(said, "low", "Copies there take memory: name a disk with --local_disk.")
+    if speed < _SLOW_DISK:
+        return Finding(said, "slow", "Every checkpoint waits for it. Name another disk.")
+    return Finding(said)
+
+
+def shared_memory() -> Finding:
+    """Free shared memory, through which loader processes pass batches."""
+    usage = shutil.disk_usage("/dev/shm")
+    said = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+    if usage.free < _LOW_SHARED_MEMORY:
+        remedy = "Loader processes pass batches there: docker run --shm-size=16g or --ipc=host."
+        return Finding(said, "low", remedy)
+    return Finding(said)
+
+
+def listings() -> Finding:
+    """The cache of dataset listings."""
+    from fd_large.data.listing import cache_folder
+
+    folder = cache_folder() / "listings"
+    files = list(folder.glob("*.listing")) if folder.is_dir() else []
+    size = sum(path.stat().st_size for path in files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        said = f"{folder} cannot be written: {error.strerror}"
+        remedy = "Every start walks over the dataset. Set FD_CACHE to a folder that can be written."
+        return Finding(said, "slow", remedy)
+    return Finding(f"{len(files)} kept, {size / 1e6:.0f} MB, in {folder}")
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds a path."""
+    import psutil
+
+    real = path.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
+    # Of several on one mount point the last one counts.
+    return sorted(mounts, key=lambda m: len(m.mountpoint))[-1].fstype if mounts else "?"
+
+
+def _write_speed(folder: Path) -> float:
+    """Bytes a second, flushed to the disk."""
+    block = os.urandom(8 << 20)  # Zeros would be compressed.
+    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
+        start, done = time.perf_counter(), 0
+        while done < _WRITE_BYTES and time.perf_counter() - start < _WRITE_SECONDS:
+            done += file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return done / (time.perf_counter() - start)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
