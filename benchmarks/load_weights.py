@@ -107,7 +107,8 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     from fd_large.engine.zero.fingerprint import fingerprint
     from fd_large.engine.zero.partition import load_weights
     from fd_large.recipes import registry
-    from fd_large.weights.settle import settle
+    from fd_large.tasks.jobs import job_of
+    from fd_large.weights.source import Sources
 
     torch.set_num_threads(1)
     distributed.start()
@@ -131,13 +132,14 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     if loader == "naive":
         net = partition.build(whole, config, partitioned=True, seed=0, whole_first=True)
     else:
-        run = settle(run)
+        sources = Sources()
+        run = job_of(run).settle(sources)
         net = partition.build(
             lambda: build(name, initialization="official"), config, partitioned=True, seed=0
         )
         load_weights(
             net,
-            student_weights(run.student, image_size=run.data.image_size),
+            student_weights(run.student, sources, image_size=run.data.image_size),
             where="--student.init",
         )
     hashed = time.perf_counter()

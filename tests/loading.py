@@ -8,16 +8,22 @@ from dataclasses import replace
 import torch
 
 from fd_large.backbones.registry import build
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.section import Teacher
-from fd_large.weights.settle import settle
+from fd_large.tasks.jobs import job_of
 
 # No test may ask a server.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def settled(run):
+    """The recipe with what its weights decide; the folder of a run is a source too."""
+    return job_of(run).settle(sources_of(job_of))
 
 
 def teacher_run(source, model="auto", *, allow=(), **fields):
@@ -26,14 +32,14 @@ def teacher_run(source, model="auto", *, allow=(), **fields):
     teacher = Teacher(
         model=model, source=str(source), allow=allow, architecture=Architecture(**fields)
     )
-    return settle(replace(run, teacher=teacher))
+    return settled(replace(run, teacher=teacher))
 
 
 def loaded(source, model="auto", *, allow=(), **fields):
     """The teacher's model with the weights of a source, frozen, and its settled section."""
     run = teacher_run(source, model, allow=allow, **fields)
     net = build(run.teacher.model, run.teacher.architecture, initialization="none")
-    load_weights(net, frozen_weights(run.teacher), where="--teacher.source")
+    load_weights(net, frozen_weights(run.teacher, sources_of(job_of)), where="--teacher.source")
     return net.requires_grad_(False).eval(), run.teacher
 
 
@@ -47,18 +53,18 @@ def student_run(init, model, size=224, *, allow=(), **fields):
         init_allow=allow,
         architecture=Architecture(**fields),
     )
-    return settle(replace(run, student=student, data=replace(run.data, image_size=size)))
+    return settled(replace(run, student=student, data=replace(run.data, image_size=size)))
 
 
 def initial(init, model, size=224, *, allow=(), **fields):
     """A student's model filled from a file."""
     run = student_run(init, model, size, allow=allow, **fields)
-    architecture = run.student.architecture
-    if run.student_architecture().family == "vit":
-        architecture = replace(architecture, image_size=size)
-    net = build(model, architecture, initialization="official", seed=0)
+    architecture = run.student_architecture().at(size)
+    net = build(architecture, initialization="official", seed=0)
     load_weights(
-        net, student_weights(run.student, image_size=run.data.image_size), where="--student.init"
+        net,
+        student_weights(run.student, sources_of(job_of), image_size=run.data.image_size),
+        where="--student.init",
     )
     return net.eval(), run.student
 

@@ -17,6 +17,7 @@ from launch import write_result
 from oracles_models import clip_vit, fd_swinv2, fd_vit, swin_v1
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from translated_names import translate
 
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
@@ -32,7 +33,7 @@ from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import place
-from fd_large.weights.formats import detect, translate
+from fd_large.weights.formats import detect
 
 
 def nets(spec: dict) -> tuple[nn.Module, nn.Module, tuple]:

@@ -15,6 +15,7 @@ import launch
 import torch
 from oracles_models import Row, Skipped, Tensors
 from safetensors.torch import load_file, save_file
+from translated_names import translate
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
@@ -23,7 +24,7 @@ from fd_large.engine.zero.optimizer import decays
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.finetuning.task import FineTuning
-from fd_large.weights.formats import FORMATS, translate
+from fd_large.weights.formats import FORMATS
 
 PROGRAM = Path(__file__).parent / "oracle_training_run.py"
 # Of a training run, on one process; two ranks may be twice as far off (other order of sums).
@@ -119,7 +120,7 @@ def finetuning_rows(published: dict) -> list[Row]:
         # A head and a norm of the mean are no tensors of a backbone's file.
         own = {name: name for name in spec["parameters"] if name.startswith(("head.", "fc_norm."))}
         rest = {name for name in spec["parameters"] if name not in own}
-        inside = {n: FORMATS[form].rule(n).name for n in rest}
+        inside = {n: FORMATS[form].format.rule(n).name for n in rest}
         names = own | {theirs: f"student.{mine}" for theirs, mine in inside.items()}
         wrong = len(set(names.values()) ^ ours.keys())
         for theirs, (layer, group) in spec["parameters"].items():

@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from translated_names import translate
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.published import shared_bias
 from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.translation import expanded, translated
 from fd_large.backbones.vit.vit import ViT
 from fd_large.backbones.windows import coordinate_table, window_shift
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.weights.coverage import covered
-from fd_large.weights.formats import FORMATS, detect, translate
+from fd_large.weights.formats import FORMATS, detect
 from fd_large.weights.resize import progression, resize_positions, resize_table
-from fd_large.weights.swin import expand_shared_bias
-from fd_large.weights.translation import translated
 
 Tensors = dict[str, Tensor]
 CPU = torch.device("cpu")
@@ -442,10 +443,10 @@ def _resize_row(name: str, facts: dict, tensors: Tensors, dtype: torch.dtype) ->
 
 def _expansion_row(case: str, facts: dict) -> Row:
     """A shared position bias for every block, by names alone."""
-    rule = FORMATS["fd_swinv2"].rule
+    rule = FORMATS["fd_swinv2"].format.rule
     wanted = {name: () for name in translated(facts["keys_out"], rule).pieces}
     pieces = translated(facts["keys_in"], rule).pieces
-    got = expand_shared_bias(pieces, wanted)
+    got = expanded(pieces, wanted, shared_bias)
     wrong = len(got.keys() ^ wanted.keys())
     for name, piece in got.items():
         stage, last = name.split(".")[1], name.split("cpb_mlp.")[-1]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from fd_large.backbones.exports import Exports
 from fd_large.backbones.hierarchical import SizeRule
 from fd_large.backbones.initialization import Initialization
+from fd_large.backbones.published import Matched, Published, WeightFacts
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import Shapes
 from fd_large.kernels.window_attention_reference import Memory
+from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
 
 
@@ -35,6 +40,32 @@ class Options:
     initialization: Initialization = "fd"
 
 
+class Loaded(NamedTuple):
+    """A module with its weights, and the image statistics that they were trained with."""
+
+    net: nn.Module
+    statistics: Statistics | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Weights that a library or the user's code brings: `timm:NAME` in place of a path.
+
+    Attributes:
+        prefix: Start of such sources.
+        settle: Returns what the rest of the source says of the model, given what the user set of
+            its architecture, and notes for the log.
+        load: Returns the whole module with its weights, and its image statistics if known.
+        weightless: Returns the module's weights by its own names, on the meta device; None where a
+            teacher is the module itself and nothing is to be filled.
+    """
+
+    prefix: str
+    settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
+    load: Callable[[str, str], Loaded]
+    weightless: Callable[[str, str], Mapping[str, Tensor]] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of backbones.
@@ -42,7 +73,18 @@ class Family:
     Attributes:
         architecture: Its dataclass; what the package asks before a model is built stands there.
         build: Builds a model, with fresh weights from torch's global CPU generator.
+        published: Its published files; None if they have no common names.
+        exports: What its models become in other libraries' files, by format.
+        matched: Finds the tensors of a model among those of a file, {name: shape}, in a family
+            whose files have no common names.
+        facts_of: Returns what is known of the published weights of a model that has no name.
+        scheme: Sources that name its models; None if there are none.
     """
 
     architecture: type[FamilyArchitecture]
     build: Callable[[Any, Options], nn.Module]
+    published: Published | None = None
+    exports: Exports = field(default_factory=dict)
+    matched: Callable[[Any, Shapes, str], Matched] | None = None
+    facts_of: Callable[[Any], WeightFacts | None] = lambda architecture: None
+    scheme: Scheme | None = None

@@ -10,6 +10,7 @@ from torch import nn
 
 from fd_large.backbones.custom.family import CUSTOM
 from fd_large.backbones.family import Family, Options
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.backbones.swin.family import SWIN
 from fd_large.backbones.swinv2.family import SWINV2
 from fd_large.backbones.timm.family import TIMM
@@ -34,6 +35,33 @@ def family_of(architecture: FamilyArchitecture) -> Family:
             f"{nearest(architecture.family, FAMILIES)}. Use one of these."
         )
     return FAMILIES[architecture.family]
+
+
+def family_of_source(source: str) -> tuple[Family, str] | None:
+    """Returns the family that brings a source's weights, and the rest of the source; or None."""
+    for family in FAMILIES.values():
+        if family.scheme and source.startswith(family.scheme.prefix):
+            return family, source.removeprefix(family.scheme.prefix)
+    return None
+
+
+def is_module(source: str) -> bool:
+    """Whether a source is a module, weights and all, which is used as it is."""
+    brought = family_of_source(source)
+    return brought is not None and brought[0].scheme.weightless is None
+
+
+def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
+    """Returns the image statistics of a model's published weights; ImageNet's if none are known.
+
+    Args:
+        name: Of the table in `recipes.architectures`.
+        architecture: The model.
+    """
+    family = family_of(architecture)
+    named = family.published.facts.get(name) if family.published else None
+    facts = named or family.facts_of(architecture)
+    return facts.statistics if facts else IMAGENET
 
 
 def build(

@@ -65,7 +65,6 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     from fd_large.checkpoint import stream
     from fd_large.engine.job import trained_at
     from fd_large.weights import export as exports
-    from fd_large.weights.export_config import check
     from fd_large.weights.model_card import card
     from fd_large.weights.shards import parse_size
 
@@ -77,7 +76,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             "expected a distillation. Its model serves other runs as it is: --student.init RUN."
         )
     architecture = trained_at(recipe)
-    check(architecture, to, pads=recipe.student.size_rule == "pad")
+    into = exports.export_of(architecture, to, pads=recipe.student.size_rule == "pad")
     table = parameter_shapes(architecture)
     parameters = sum(map(math.prod, table.values()))
 
@@ -101,9 +100,18 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             for name, shape in stored.items()
         )
         text = card(
-            recipe,
+            recipe.name,
             architecture,
+            into,
             to,
+            student=recipe.student,
+            teacher=recipe.teacher,
+            optim=recipe.optim,
+            data=recipe.data,
+            global_batch_size=recipe.batch.global_batch_size,
+            beta=recipe.objective.beta,
+            seed=recipe.runtime.seed,
+            parameters=parameters,
             manifest=reader.manifest,
             summary=_json(folder / "summary.json"),
             statistics=IMAGENET,
@@ -113,7 +121,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             items,
             {name.removeprefix(stream.STUDENT): shape for name, shape in stored.items()},
             architecture,
-            to,
+            into,
             Path(out),
             statistics=IMAGENET,
             shard_size=size,

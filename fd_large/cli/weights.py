@@ -46,30 +46,26 @@ class Convert(_OfSource):
 
 def inspect(source: str, model: str) -> int:
     """Prints what a weights file holds."""
-    from fd_large.engine.checkpoint_models import serve_runs
+    from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.inspection import inspect, table
 
-    serve_runs(job_of)
-    tables().print(table(inspect(source, model=model)))
+    tables().print(table(inspect(source, model=model, sources=sources_of(job_of))))
     return 0
 
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
     """Writes a model in another format and prints how much of the file it took."""
-    from fd_large.backbones.registry import parameter_shapes
-    from fd_large.engine.checkpoint_models import serve_runs
+    from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.settle import reconcile
-    from fd_large.weights.source import open_weights
     from fd_large.weights.write import write
 
-    serve_runs(job_of)
     where = "weights convert"
-    weights = open_weights(source, where=where)
+    weights = sources_of(job_of).open(source, where=where)
     named = None if model == "auto" else resolve(model)
     settled = reconcile(weights, architecture, named, name=model, where=where, section="")
-    items = weights.fitted(settled, parameter_shapes(settled), where=where)
+    items = weights.fitted(settled, where=where)
     file = write(items, settled, to, out, statistics=weights.statistics)
     print(f"{file}: {items.match.summary()}")
     return 0

@@ -19,7 +19,6 @@ from fd_large.engine.job import Job
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.tasks.jobs import job_of
-from fd_large.weights.settle import settle
 
 OBJECTIVE = "the run's own objective"
 DRIFT = "change of its own map"
@@ -82,7 +81,8 @@ def _of_run(named: Named, job: Job) -> LoadedModel:
         student=replace(run.student, init=""),
         engine=replace(run.engine, precision="float32"),
     )
-    job = job_of(settle(run))
+    job = job_of(job_of(run).settle(named.weights))
+    job.weights = named.weights
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     reader = stream.newest(Path(named.source), where="diagnose")
     task = stored_task(job.make_task, reader, kind=stream.outcome(reader))

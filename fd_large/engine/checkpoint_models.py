@@ -18,7 +18,7 @@ from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
 from fd_large.weights.read import Tensors
-from fd_large.weights.source import Stored, serve
+from fd_large.weights.source import Sources, Stored
 
 AnyTask = TypeVar("AnyTask", bound=Task)
 
@@ -43,13 +43,13 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     return task
 
 
-def serve_runs(job_of: Callable[[Run], Job]) -> None:
-    """Lets `weights`, which knows nothing of runs, take the folder of a run as a source.
+def sources_of(job_of: Callable[[Run], Job]) -> Sources:
+    """Returns sources of weights among which are the folders of runs.
 
     Args:
         job_of: Makes the job of a stored recipe, which says how to give its student back.
     """
-    serve(lambda path, where: student_of(path, where, job_of))
+    return Sources(lambda path, where: student_of(path, where, job_of))
 
 
 def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored | None:

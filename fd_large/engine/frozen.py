@@ -6,7 +6,7 @@ A word means a run's student, another model of a run (RUN#teacher), or weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.hierarchical import HierarchicalBackbone
-from fd_large.backbones.registry import build, parameter_shapes
+from fd_large.backbones.registry import build, family_of, family_of_source, is_module, statistics_of
 from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
-from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.checkpoint import store, stream
-from fd_large.engine.checkpoint_models import serve_runs
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.job import Job
 from fd_large.engine.student import attention_memory
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
-from fd_large.errors import ConfigError, WeightsError, nearest
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Data, FrozenModel
-from fd_large.weights.facts import statistics_of
 from fd_large.weights.settle import settle_model, stated_statistics
-from fd_large.weights.source import MODULE, open_weights
+from fd_large.weights.source import Sources
 
 RANDOM = "random"
-_TIMM, _SCRATCH, _STUDENT = "timm:", "scratch", "student"
+_SCRATCH, _STUDENT = "scratch", "student"
+# In messages, for words that no flag names.
+_WHERE = "model"
 
 
 class Frozen(nn.Module):
@@ -112,11 +112,16 @@ def frozen_maker(
 
 
 def frozen_weights(
-    section: FrozenModel, *, where: str = "--teacher.source"
+    section: FrozenModel, sources: Sources, *, where: str = "--teacher.source"
 ) -> Iterable[tuple[str, Tensor]] | None:
     """Finds the weights of a settled section's model; reads headers only.
 
     That the file covers the model is known when this returns.
+
+    Args:
+        section: The settled section.
+        sources: Opens the weights, or has opened them.
+        where: The flag of the source, for messages.
 
     Returns: (name, tensor) of the model; None if it is random or brings its own.
     Raises: ConfigError: if the section names no source; WeightsError: if the file does not fit.
@@ -127,24 +132,12 @@ def frozen_weights(
             f"{where}: {section.model} has no weights; got nothing, expected a file. Set {where} "
             f"PATH, or {where} random for a test or a throughput run."
         )
-    if source == RANDOM or source.startswith(MODULE):
+    if source == RANDOM or is_module(source):
         return None
-    architecture = resolve(section.model, section.architecture)
-    if isinstance(architecture, TimmArchitecture):
-        # timm takes a second to import, which other models are spared.
-        from fd_large.weights.timm_backbone import fitted
-
-        return fitted(
-            source,
-            architecture.timm_name,
-            stride=architecture.feature_stride,
-            allow=section.allow,
-            where=where,
-        )
     flags = where.removesuffix(".source")
-    return open_weights(source, where=where).fitted(
-        architecture,
-        parameter_shapes(architecture),
+    return sources.fitted(
+        source,
+        resolve(section.model, section.architecture),
         allow=section.allow,
         where=where,
         remedy=f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to "
@@ -163,6 +156,7 @@ class Named:
         image_size: Side of the images that it was trained with, in pixels.
         trained_by: Recipe of the run whose student it is; None: it is no run's student.
         seed: Seed of the run that it belongs to; decides random weights.
+        weights: Has opened its weights.
     """
 
     label: str
@@ -171,13 +165,14 @@ class Named:
     image_size: int
     trained_by: Run | None = None
     seed: int = 0
+    weights: Sources = field(default_factory=Sources, compare=False, repr=False)
 
     def build(self) -> tuple[nn.Module, Statistics]:
         """Builds the model with its weights, in float32 on this process's device.
 
         Returns: the backbone, and the statistics by which its images are normalised.
         """
-        weights = frozen_weights(self.section)
+        weights = frozen_weights(self.section, self.weights)
         make = frozen_maker(self.section, image_size=self.image_size)
         # A random model is the one that a run of this seed has.
         model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)
@@ -204,21 +199,14 @@ def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0
 
     Raises: FDError: if it cannot be had.
     """
-    try:
-        return _found(source, job_of, image_size)
-    except WeightsError as error:
-        raise WeightsError(str(error).replace("--teacher.source", "model")) from None
-
-
-def _found(source: str, job_of: Callable[[Run], Job], image_size: int) -> Named:
-    serve_runs(job_of)
+    weights = sources_of(job_of)
     folder, sign, part = source.rpartition("#")
     recipe = _recipe_of(Path(folder)) if sign else None
     if recipe is None:
         folder, part = source, ""
         recipe = _recipe_of(Path(folder))
     if recipe is None or part == _STUDENT:
-        return _of_weights(source, image_size)
+        return _of_weights(source, image_size, weights)
     path = Path(folder)
     label = path.resolve().name
     if label.startswith("step_"):
@@ -230,7 +218,7 @@ def _found(source: str, job_of: Callable[[Run], Job], image_size: int) -> Named:
             architecture=_sized(recipe.student_architecture(), recipe.student.architecture, size),
             source=RANDOM,
         )
-        return Named(f"{label}: from scratch", source, section, size, recipe, seed)
+        return Named(f"{label}: from scratch", source, section, size, recipe, seed, weights=weights)
     if part:
         models = job_of(recipe).frozen_models()
         if part not in models:
@@ -238,17 +226,19 @@ def _found(source: str, job_of: Callable[[Run], Job], image_size: int) -> Named:
                 f"{source}: this run has no {part}; got one of the task {recipe.task.name}, "
                 f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
             )
-        section = settle_model(models[part].section)
+        section = settle_model(models[part].section, weights, where=_WHERE)
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
-        return Named(f"{label}: {part}", source, section, size, seed=seed)
+        return Named(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
     architecture = Architecture()
     if image_size:
         architecture = _sized(recipe.student_architecture(), architecture, size)
-    section = settle_model(FrozenModel(source=source, architecture=architecture))
+    section = settle_model(
+        FrozenModel(source=source, architecture=architecture), weights, where=_WHERE
+    )
     if not image_size:
         size = _seen_size(section, size)
-    return Named(label, source, section, size, recipe, seed)
+    return Named(label, source, section, size, recipe, seed, weights=weights)
 
 
 def _recipe_of(path: Path) -> Run | None:
@@ -258,50 +248,43 @@ def _recipe_of(path: Path) -> Run | None:
     return Run.from_dict(stream.newest(path, where=str(path)).manifest["recipe"])
 
 
-def _of_weights(source: str, image_size: int) -> Named:
-    named, weights = _split(source)
-    section = FrozenModel(source=weights)
-    if named.startswith(_TIMM):
-        section = replace(section, model="timm", architecture=_timm(named.removeprefix(_TIMM)))
+def _of_weights(source: str, image_size: int, weights: Sources) -> Named:
+    named, file = _split(source)
+    section = FrozenModel(source=file)
+    if brought := family_of_source(named):
+        family, rest = brought
+        architecture, _ = family.scheme.settle(rest, section.architecture, _WHERE)
+        section = replace(section, model=family.architecture.family, architecture=architecture)
     elif named:
         section = replace(section, model=named)
-    settled = settle_model(section)
+    settled = settle_model(section, weights, where=_WHERE)
     architecture = resolve(settled.model, settled.architecture)
     size = image_size or _own_size(architecture)
     if image_size and architecture.resizes_positions:
         wanted = replace(section.architecture, image_size=image_size)
-        settled = settle_model(replace(section, architecture=wanted))
-    return Named(_label(named, weights), source, settled, size)
+        settled = settle_model(replace(section, architecture=wanted), weights, where=_WHERE)
+    return Named(_label(named, file), source, settled, size, weights=weights)
 
 
 def _split(source: str) -> tuple[str, str]:
     """NET=SOURCE; a path may have the sign in it."""
     named, sign, weights = source.partition("=")
-    if sign and (named in ARCHITECTURES or named.startswith(_TIMM)):
+    if sign and (named in ARCHITECTURES or family_of_source(named)):
         return named, weights
     return "", source
 
 
-def _timm(name: str) -> Architecture:
-    from fd_large.weights.timm_backbone import strides
-
-    return Architecture(timm_name=name, feature_stride=max(strides(name)))
-
-
 def _label(named: str, weights: str) -> str:
     if named:
-        return f"{named.removeprefix(_TIMM)}{', random' if weights == RANDOM else ''}"
+        return f"{named.rpartition(':')[2]}{', random' if weights == RANDOM else ''}"
     kind, sign, rest = weights.partition(":")
     return rest if sign else Path(kind).name
 
 
 def _own_size(architecture: FamilyArchitecture) -> int:
     """The side that a model was made for; the recipes' where nothing says it."""
-    if isinstance(architecture, TimmArchitecture):
-        import timm  # A second that other models are spared.
-
-        return timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
-    return getattr(architecture, "image_size", Data().image_size)
+    facts = family_of(architecture).facts_of(architecture)
+    return getattr(architecture, "image_size", facts.image_size if facts else Data().image_size)
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:

@@ -7,6 +7,7 @@ The engine builds, trains, stores and resumes any task through this face and kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel
 from fd_large.runtime.hooks import Hook
+from fd_large.weights.settle import settle_student
+from fd_large.weights.source import Sources
 
 
 class StoredStudent(NamedTuple):
@@ -62,6 +65,7 @@ class Job:
 
     Attributes:
         run: The settled recipe.
+        weights: Opens the weights that the recipe names, or has opened them.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
@@ -76,6 +80,16 @@ class Job:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.weights = Sources()
+
+    def settle(self, sources: Sources) -> Run:
+        """Returns the recipe with what its weights decide: models, windows, statistics.
+
+        Reads headers only; a settled recipe is settled again without change.
+
+        Raises: WeightsError, ConfigError: if weights do not fit what the recipe says.
+        """
+        return replace(self.run, student=settle_student(self.run.student, sources))
 
     def open_samples(self) -> ImageSource:
         """Opens the training samples; a target is found by the same number.
@@ -162,7 +176,7 @@ class Job:
 
         Raises: WeightsError: if `student.init` does not fit the student.
         """
-        return student_weights(self.run.student, image_size=self.run.data.image_size)
+        return student_weights(self.run.student, self.weights, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields the micro batches of a rank from a step of an epoch to its end."""

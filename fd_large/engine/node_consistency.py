@@ -17,9 +17,7 @@ from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.runtime.run_folder import source_commit
-from fd_large.weights import package
-from fd_large.weights.read import file_of, split_part
-from fd_large.weights.source import MODULE, TIMM, locate
+from fd_large.weights.source import Sources
 
 # Another version of these may compute, or decode, something else.
 PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy")
@@ -49,16 +47,17 @@ _NodeFacts = tuple[str, Mapping[str, Fact]]
 """A rank's node, and its facts by name."""
 
 
-def check(samples: ImageSource, weights: Mapping[str, str]) -> None:
+def check(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -> None:
     """Compares all nodes; a collective.
 
     Args:
         samples: The training images.
-        weights: Sources of weights, found on every rank, by the field that names them.
+        sources: Sources of weights, found on every rank, by the field that names them.
+        weights: Has located them.
 
     Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
     """
-    own = distributed.together(lambda: _facts(samples, weights))
+    own = distributed.together(lambda: _facts(samples, sources, weights))
     compare(distributed.gather_objects((distributed.node_name(), own)))
 
 
@@ -107,19 +106,23 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def weights_digest(source: str) -> str:
+def weights_digest(source: str, weights: Sources) -> str:
     """Returns the size and a hash of samples of a source's files; "" for random or library models.
 
     Two trainings of one model differ everywhere, so 4 MB of a file suffice.
 
+    Args:
+        source: As the recipe names it.
+        weights: Has located it.
+
     Raises: WeightsError: if there is no such file, or it cannot be read.
     """
-    if source in ("", "random") or source.startswith((TIMM, MODULE)):
+    located = weights.path(source) if source not in ("", "random") else None
+    if located is None:
         return ""
-    name, _ = split_part(package.locate(locate(source).path))
     digest, size = hashlib.sha256(), 0
     try:
-        for path in _files(Path(name)):
+        for path in _files(located):
             with open(path, "rb") as file:
                 size += _sample(file.fileno(), digest.update)
     except OSError as error:
@@ -130,7 +133,9 @@ def weights_digest(source: str) -> str:
     return f"{size} bytes, hash {digest.hexdigest()[:8]}"
 
 
-def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, Fact]:
+def _facts(
+    samples: ImageSource, sources: Mapping[str, str], weights: Sources
+) -> dict[str, Fact]:
     facts = software()
     facts["images"] = Fact(
         f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",
@@ -140,8 +145,8 @@ def _facts(samples: ImageSource, weights: Mapping[str, str]) -> dict[str, Fact]:
     )
     if distributed.local_rank() != 0:
         return facts  # Ranks of a node see the same files.
-    for where, source in weights.items():
-        if digest := weights_digest(source):
+    for where, source in sources.items():
+        if digest := weights_digest(source, weights):
             facts[where] = Fact(
                 digest,
                 f"--{where}: the nodes see different weights in {source}",
@@ -165,7 +170,6 @@ def _files(path: Path) -> list[Path]:
     if (path / "manifest.json").is_file():
         # A checkpoint: its receipts hold what `settle` has checked the files against.
         return sorted(path.glob("*.json"))
-    path = file_of(path)
     if path.suffix != ".json":
         return [path]
     names = json.loads(path.read_text())["weight_map"].values()

@@ -24,7 +24,7 @@ from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
-from fd_large.engine.checkpoint_models import serve_runs, stored_task
+from fd_large.engine.checkpoint_models import sources_of, stored_task
 from fd_large.engine.forward_backward import prepared
 from fd_large.engine.incident_evidence import layer_maxima
 from fd_large.engine.job import Job
@@ -250,8 +250,6 @@ def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
 
 
 def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
-    # A frozen model of the run may be another run's student.
-    serve_runs(job_of)
     job = job_of(Run.from_dict(_object(folder / "recipe.json")))
     if not job.learns_from_images_alone:
         raise ConfigError(
@@ -263,7 +261,10 @@ def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
     # In the run's own precision, wherever it is replayed: bfloat16 rounds.
     config = _object(folder / "deepspeed.json")
     precision = "bfloat16" if config.get("bf16", {}).get("enabled") else "float32"
-    return job_of(replace(run, engine=replace(run.engine, precision=precision)))
+    job = job_of(replace(run, engine=replace(run.engine, precision=precision)))
+    # A frozen model of the run may be another run's student.
+    job.weights = sources_of(job_of)
+    return job
 
 
 _NUMBER = (int, float)

@@ -17,7 +17,7 @@ from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
-from fd_large.engine.checkpoint_models import serve_runs
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job
@@ -46,7 +46,6 @@ from fd_large.runtime.run_folder import open_folder, source_commit, status_of, w
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.tensorboard import TensorBoard
 from fd_large.runtime.watchdog import Watchdog
-from fd_large.weights.settle import settle
 
 log = logging.getLogger(__name__)
 
@@ -188,16 +187,17 @@ def open_run(
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
-    serve_runs(job_of)
+    weights = sources_of(job_of)
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    settled = distributed.together(lambda: settle(run))
+    settled = distributed.together(lambda: job_of(run).settle(weights))
     # If a source is still being trained, ranks may have found different checkpoints.
     run = distributed.broadcast_object(settled)
     job = job_of(run)
+    job.weights = weights
     json_config, numbers, samples = distributed.together(
         lambda: _check(job, deepspeed_config, launch)
     )
-    node_consistency.check(samples, job.sources())
+    node_consistency.check(samples, job.sources(), weights)
     samples = job.stage(samples)
 
     folder = open_folder(run, fresh=fresh)

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.registry import build, parameter_shapes
+from fd_large.backbones.registry import build
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import Student
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 
 
 def make_student(student: Student, *, image_size: int = 0, sequential_stages: int = 0) -> nn.Module:
@@ -36,12 +36,13 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
 
 
 def student_weights(
-    student: Student, *, image_size: int = 0, without: Collection[str] = ()
+    student: Student, sources: Sources, *, image_size: int = 0, without: Collection[str] = ()
 ) -> Iterable[tuple[str, Tensor]] | None:
     """Finds the weights of `student.init`; reads headers only.
 
     Args:
         student: The section of a settled recipe.
+        sources: Opens the weights, or has opened them.
         image_size: As for `make_student`; tables of positions are resized to it.
         without: Names of tensors that the task has no use for.
 
@@ -51,12 +52,11 @@ def student_weights(
     if not student.init:
         return None
     architecture = resolve(student.model, student.architecture)
-    architecture = architecture.at(image_size) if image_size else architecture
-    expected = parameter_shapes(architecture)
-    return open_weights(student.init, where="--student.init").fitted(
-        architecture,
-        {name: shape for name, shape in expected.items() if name not in without},
-        allow=(*student.init_allow, *without),
+    return sources.fitted(
+        student.init,
+        architecture.at(image_size) if image_size else architecture,
+        without=without,
+        allow=student.init_allow,
         where="--student.init",
         remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",

@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from fd_large.backbones.translation import Piece, Shape
 from fd_large.errors import WeightsError
 from fd_large.weights.read import Tensors
-from fd_large.weights.resize import DINO_MARGIN, resize_positions, resize_table, square_side
-from fd_large.weights.translation import Piece, Shape
+from fd_large.weights.resize import resize_positions, resize_table, square_side
 
 log = logging.getLogger(__name__)
 
@@ -225,11 +225,6 @@ def resized(
     prefix = sum(token in expected for token in ("cls_token", "dist_token"))
     side = square_side(shape[1] - prefix, where=where)
     return resize_positions(tensor, prefix, side, margin=margin, where=where)
-
-
-def margin_of(form: str) -> float:
-    """What a format adds to the scale when it resizes positions."""
-    return DINO_MARGIN if form == "dino" else 0.0
 
 
 def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""What a weights file is: format, architecture, parameters, and what would match a net."""
+"""What a weights file is: format, architecture, parameters, and what would match a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.recipes.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -20,20 +22,8 @@ from fd_large.recipes.architectures import (
 )
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
-from fd_large.weights.facts import FACTS, WeightFacts
-from fd_large.weights.source import Weights, open_weights
-
-# Published models whose files are of a format, by the start of their names in the table of nets.
-_PUBLISHED = {
-    "openai_clip": "clip_",
-    "dino": "dino_",
-    "deit": "deit_",
-    "esvit": "swin_base_esvit",
-    "swinv2": "swinv2_",
-    "simmim_swinv2": "swinv2_1b",
-}
-# Fields that no shape depends on, so that a model can be compared without them.
-_WITHOUT_SHAPE = {"norm_eps": 1e-6, "activation": "gelu", "keep_distillation_token": False}
+from fd_large.weights.formats import FORMATS
+from fd_large.weights.source import Sources, Weights
 
 
 @dataclass(frozen=True)
@@ -41,18 +31,18 @@ class Inspection:
     """What was found.
 
     Attributes:
-        source: As the user gave it.
-        form: The format's name in the table.
+        source: The user's word.
+        form: Name of the format.
         what: The format in words.
         own: Whether this project wrote the file.
         architecture: As far as it is known; None in other fields.
         unknown: Fields that neither file nor configuration tells.
-        statistics: That it was trained with; None: unknown.
-        named: A model of the table with this architecture; "": none.
+        statistics: Image statistics that it was trained with; None if unknown.
+        named: A named model with this architecture; "" if there is none.
         facts: Licence and origin, where the published weights are known.
         parameters: Elements of the model in the file.
         dtypes: Types of its tensors.
-        match: How it fits the model it shows, or the one asked for; None: too little is known.
+        match: How it fits the model it shows, or the one asked for; None if too little is known.
         dropped: Names that are left out on purpose.
     """
 
@@ -71,80 +61,84 @@ class Inspection:
     dropped: tuple[str, ...]
 
 
-def inspect(source: str | Path, *, model: str = "auto") -> Inspection:
+def inspect(
+    source: str | Path, *, model: str = "auto", sources: Sources | None = None
+) -> Inspection:
     """Reads a file's headers and says what is in it.
 
     Args:
         source: A path, `hf:REPO`, `package:NAME` or `open_clip:ARCH/TAG`.
-        model: A model of the table to compare with; "auto": the one that the file shows.
+        model: A named model to compare with; "auto" is the one that the file shows.
+        sources: Opens it; None for files alone.
 
     Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
         unknown model.
     """
-    weights = open_weights(source, where="weights")
-    family = weights.format.family
+    weights = (sources or Sources()).open(source)
+    published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
-    unknown = tuple(sorted(name for name in field_names(family) if getattr(known, name) is None))
-    net = _for_shapes(known) if model == "auto" else resolve(model)
+    unknown = sorted(
+        name
+        for name in field_names(weights.family.architecture.family)
+        if getattr(known, name) is None and name not in published.ours
+    )
     compared = None
-    if net is not None:
-        expected = parameter_shapes(net)
-        pieces, _ = weights.adapted(net, expected)
-        found = {name: piece.shape(weights.file.shape) for name, piece in pieces.items()}
-        compared = match(found, expected)
-    file_shapes = weights.shapes()
-    named = _named(known, weights.form)
-    sources = [name for piece in weights.pieces.values() for name in piece.sources]
+    if model != "auto":
+        compared = _compared(weights, resolve(model))
+    elif (shown := _for_shapes(known, published.without_shape(known))) is not None:
+        compared = _compared(weights, shown)
+    named = _named(known, form.models, published.free | published.ours.keys())
+    held = [name for piece in weights.pieces.values() for name in piece.sources]
     return Inspection(
         source=str(source),
         form=weights.form,
-        what=weights.format.what,
+        what=form.what,
         own=weights.own,
         architecture=known,
-        unknown=tuple(name for name in unknown if name != "keep_distillation_token"),
+        unknown=tuple(unknown),
         statistics=weights.statistics,
         named=named,
-        facts=FACTS.get(named),
-        parameters=sum(math.prod(shape) for shape in file_shapes.values()),
-        dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in sources})),
+        facts=published.facts.get(named),
+        parameters=sum(map(math.prod, weights.shapes().values())),
+        dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in held})),
         match=compared,
         dropped=tuple(weights.dropped),
     )
 
 
 def _merged(weights: Weights) -> Architecture:
+    """What is known of the architecture; a configuration knows the size better than tensors."""
     told = set_fields(weights.told)
-    known = filled(weights.found, weights.told)
-    return replace(known, **{k: told[k] for k in ("image_size", "window_size") if k in told})
+    sizes = {name: told[name] for name in ("image_size", "window_size") if name in told}
+    return replace(filled(weights.found, weights.told), **sizes)
 
 
-def _for_shapes(known: Architecture) -> FamilyArchitecture | None:
-    """The architecture with the fields filled that no shape depends on; None if others lack."""
-    stages = len(known.depths or ())
-    fill: dict[str, Any] = dict(_WITHOUT_SHAPE)
-    if known.family == "vit":
-        fill["num_heads"] = (1,)
-    if known.family == "swinv2":
-        fill |= {"window_size": 1, "pretrained_window_sizes": (0,) * stages, "image_size": 1}
-    names = field_names(known.family)
-    fill = {k: v for k, v in fill.items() if k in names and getattr(known, k) is None}
-    if known.image_size is None and known.patch_size is not None and not known.absolute_position:
-        fill.setdefault("image_size", known.patch_size * 2**stages)
-    values = set_fields(replace(known, **fill))
-    return whole(values) if set(names) <= values.keys() else None
+def _compared(weights: Weights, architecture: FamilyArchitecture) -> Match:
+    expected = parameter_shapes(architecture)
+    pieces, _ = weights.adapted(architecture, expected)
+    return match(
+        {name: piece.shape(weights.file.shape) for name, piece in pieces.items()}, expected
+    )
 
 
-def _named(known: Architecture, form: str) -> str:
-    """A published model of the format with this architecture."""
-    prefix = _PUBLISHED.get(form)
-    if prefix is None:
-        return ""
-    free = ("image_size", "window_size", "pretrained_window_sizes", "keep_distillation_token")
-    for name, net in ARCHITECTURES.items():
-        if not name.startswith(prefix) or net.family != known.family:
+def _for_shapes(known: Architecture, without_shape: dict[str, Any]) -> FamilyArchitecture | None:
+    """The model with the fields filled in that no shape depends on; None if others lack."""
+    values = without_shape | set_fields(known)
+    try:
+        model = whole(values)
+        parameter_shapes(model)
+    except (ConfigError, ShapeError):
+        return None
+    return model
+
+
+def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
+    """A named model of this architecture, but for some fields."""
+    for name, model in ARCHITECTURES.items():
+        if not prefix or not name.startswith(prefix) or model.family != known.family:
             continue
-        own = [f.name for f in fields(net) if f.name not in free]
-        if all(getattr(known, f) in (None, getattr(net, f)) for f in own):
+        own = [f.name for f in fields(model) if f.name not in free]
+        if all(getattr(known, f) in (None, getattr(model, f)) for f in own):
             return name
     return ""
 
@@ -158,7 +152,7 @@ def table(found: Inspection) -> Any:
     rows.add_column(overflow="fold")
     own = " (written by fd_large)" if found.own else ""
     rows.add_row("format", f"{found.form}: {found.what}{own}")
-    rows.add_row("published model", found.named or "none of the table of models")
+    rows.add_row("published model", found.named or "none of the named models")
     if found.facts is not None:
         rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
         rows.add_row("trained at", f"{found.facts.image_size} px")

@@ -11,7 +11,9 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large.errors import WeightsError
-from fd_large.weights.inert import stand_ins
-from fd_large.weights.package import locate
 
 # A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
@@ -129,15 +129,14 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     TorchScript archives (OpenAI CLIP's) give their state dict.
 
     Args:
-        path: A file, an index of several, a folder that holds one or the other, or `package:NAME`
-            (see package.py).
+        path: A file, an index of several, or a folder that holds one or the other.
         where: What the user set, for messages.
         part: "student" or "teacher" where the file holds both by name; "": the first found.
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
         only arbitrary code could restore.
     """
-    path = file_of(locate(path, where=where), where=where)
+    path = file_of(Path(path), where=where)
     try:
         if path.name.endswith(_INDEX):
             entries = _sharded(path, where)
@@ -261,7 +260,7 @@ def _torch_file(path: Path, where: str) -> Any:
                 # Deprecated, but the only reader of the files that OpenAI publishes.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return torch.jit.load(str(path), map_location="cpu").state_dict()
-        with stand_ins():
+        with _stand_ins():
             # Files of before torch 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -275,6 +274,43 @@ def _torch_file(path: Path, where: str) -> Any:
         raise _damaged(path, error, where) from error
     except _DAMAGES as error:
         raise _damaged(path, error, where) from error
+
+
+# Dictionaries with methods: their items are settings. torch fills no other kind of dictionary.
+_DICTIONARIES = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict")
+_PATHS = ("Path", "PosixPath", "PurePosixPath")  # In `_local` as Python 3.13 writes them.
+_OTHERS = (
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
+)
+
+
+class _Passive:
+    """Takes any arguments and state of a pickled object and keeps none of them.
+
+    Checkpoints carry the settings they were trained with (yacs nodes, argparse namespaces) and
+    numpy scalars beside their tensors. torch's restricted unpickler is shown plain containers and
+    this class under those names, so that no code of the file, or of the packages it names, runs.
+    """
+
+    def __new__(cls, *arguments: Any, **options: Any) -> _Passive:
+        """Takes any arguments."""
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **options: Any):
+        """Forgets them."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
+def _stand_ins() -> AbstractContextManager[None]:
+    """Shows `torch.load(weights_only=True)` the stand-ins while it reads."""
+    pairs = [(OrderedDict, name) for name in _DICTIONARIES] + [(_Passive, name) for name in _OTHERS]
+    return torch.serialization.safe_globals(pairs)
 
 
 # What torch and zipfile meet in files that are cut short or altered.

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from fd_large.errors import WeightsError
 
-# DINO asks for a grid that much larger, against rounding down; it changes the values a little.
-DINO_MARGIN = 0.1
-
 
 def resize_positions(
     positions: Tensor, prefix: int, side: int, *, margin: float = 0.0, where: str = "weights"

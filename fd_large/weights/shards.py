@@ -17,8 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from fd_large.backbones.translation import Shape
 from fd_large.errors import ConfigError
-from fd_large.weights.translation import Shape
 
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"

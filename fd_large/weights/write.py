@@ -7,7 +7,6 @@ A writer takes the (name, tensor) of a model in our names, whoever supplies them
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fd_large.backbones.exports import Export
+from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.weights.beside import OWN
+from fd_large.weights.sidecar import own_config
 
 FORMATS = {
     "fd": "a folder with this project's names and a config.json that tells everything",
@@ -65,12 +66,8 @@ def write(
             f"weights convert: {out}: what kind of file is not clear; got {out.suffix!r}, expected "
             "a name that ends in .safetensors or .pth. Rename it."
         )
-    if to == "timm":
-        _check_timm(architecture)
-    renamed = {
-        (timm_name(name, architecture) if to == "timm" else name): tensor.contiguous()
-        for name, tensor in items
-    }
+    rename = _timm(architecture).rename if to == "timm" else lambda name, architecture: name
+    renamed = {rename(name, architecture): tensor.contiguous() for name, tensor in items}
     file = out / "model.safetensors" if to == "fd" else out
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +78,9 @@ def write(
             # Copies of a shared bias share memory, which the format does not know.
             save_file(_unshared(renamed), aside, metadata={"format": "pt"})
         if to == "fd":
-            (out / "config.json").write_text(json.dumps(config(architecture, statistics), indent=1))
+            (out / "config.json").write_text(
+                json.dumps(own_config(architecture, statistics), indent=1)
+            )
         aside.rename(file)
     # A full disk is another error with torch, and with safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -92,51 +91,19 @@ def write(
     return file
 
 
-def config(architecture: FamilyArchitecture, statistics: Statistics | None) -> dict:
-    """The config.json of our own export, which `beside.py` reads."""
-    own: dict = {"architecture": architecture.values()}
-    if statistics is not None:
-        own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
-    return {OWN: own}
+def _timm(architecture: FamilyArchitecture) -> Export:
+    """How timm's state dict has a model.
 
-
-def timm_name(name: str, architecture: FamilyArchitecture) -> str:
-    """Our name of a tensor as timm has it."""
-    merging = re.match(r"layers\.(\d+)\.downsample\.", name)
-    if merging:
-        return f"layers.{int(merging[1]) + 1}.downsample.{name[merging.end() :]}"
-    if architecture.family == "vit" and not is_beit(architecture):
-        return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
-    return name
-
-
-def is_beit(architecture: FamilyArchitecture) -> bool:
-    """Whether timm has the ViT as a BEiT: relative positions, biases of query and value."""
-    return architecture.relative_position != "none" or architecture.qkv_bias == "qv"
-
-
-def lacks_in_timm(a: FamilyArchitecture) -> str:
-    """Says what of a model timm's of the same family has not; empty: it has all."""
-    if a.family == "vit" and is_beit(a):
-        fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
-        return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
-    if a.family == "vit" and a.qkv_bias == "qkv":
-        return "its ViT has one vector for the three biases"
-    if a.family == "swinv2" and a.extra_norm_every:
-        return "its SwinV2 has no norms on the main path"
-    if a.family == "swinv2" and a.shared_position_bias:
-        return "its SwinV2 has a position bias per block"
-    if a.family.startswith("swin") and a.absolute_position:
-        return "its Swin models have no absolute positions"
-    return ""
-
-
-def _check_timm(a: FamilyArchitecture) -> None:
-    if lacks := lacks_in_timm(a):
+    Raises: WeightsError: if it has none like it.
+    """
+    export = family_of(architecture).exports.get("timm")
+    if export is None or (lacks := export.lacks_place(architecture)):
         raise WeightsError(
-            f"weights convert: timm has no such model; got a {a.family} model, expected one that timm "
-            f"has: {lacks}. Convert it to fd or official."
+            f"weights convert: timm has no such model; got a {architecture.family} model, expected "
+            f"one that timm has: {lacks if export else 'none of this family'}. Convert it to fd or "
+            "official."
         )
+    return export
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

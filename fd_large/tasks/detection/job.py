@@ -75,7 +75,7 @@ class DetectionJob(Job):
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """The student's from `student.init`."""
-        return student_weights(self.run.student, without=LEFT_OUT)
+        return student_weights(self.run.student, self.weights, without=LEFT_OUT)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Images under jitter, with what is seen of their objects."""

@@ -38,6 +38,8 @@ from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
+from fd_large.weights.settle import settle_model
+from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +73,18 @@ class DistillationJob(Job):
         """Opens `data.root`."""
         return open_images(self.run.data.root)
 
+    def settle(self, sources: Sources) -> Run:
+        """Returns the recipe with the teacher and the student as their weights show them."""
+        teacher = settle_model(self.run.teacher, sources)
+        return replace(super().settle(sources), teacher=teacher)
+
     def check(self) -> None:
         """Opens held-out and labelled images, and the headers of the weights."""
         if self.run.eval.root:
             self._held_out_images()
         if self.run.eval.knn_root:
             self._labelled_images()
-        frozen_weights(self.run.teacher)
+        frozen_weights(self.run.teacher, self.weights)
         super().check()
 
     def sources(self) -> Mapping[str, str]:
@@ -150,7 +157,7 @@ class DistillationJob(Job):
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Places the teacher; before any student engine."""
         section = self.run.teacher
-        weights = frozen_weights(section)
+        weights = frozen_weights(section, self.weights)
         if section.source == RANDOM:
             log.warning(
                 "teacher: RANDOM weights (--teacher.source random): nothing to learn from it"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.backbones.registry import statistics_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
 from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
@@ -24,8 +26,10 @@ from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.plan import flops
 from fd_large.plan.flops import StepFlops
+from fd_large.recipes.run import Run
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
+from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,17 @@ class FineTuningJob(Job):
     def open_samples(self) -> ImageSource:
         """Opens the training images."""
         return self._training_images()
+
+    def settle(self, sources: Sources) -> Run:
+        """Returns the recipe with the student as its weights show it, and their statistics."""
+        run = super().settle(sources)
+        own, init = run.task.finetune, self.run.student.init
+        if own.statistics or not init:
+            return run
+        found = sources.open(init, where="--student.init").statistics
+        found = found or statistics_of(run.student.model, run.student_architecture())
+        own = replace(own, statistics=tuple(map(float, (*found.mean, *found.std))))
+        return replace(run, task=replace(run.task, finetune=own))
 
     def check(self) -> None:
         """Opens the images for tests, and the headers of the weights."""
@@ -85,7 +100,10 @@ class FineTuningJob(Job):
         run = self.run
         keeps_norm = run.student_architecture().is_hierarchical
         return student_weights(
-            run.student, image_size=run.data.image_size, without=() if keeps_norm else DISCARDED
+            run.student,
+            self.weights,
+            image_size=run.data.image_size,
+            without=() if keeps_norm else DISCARDED,
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:

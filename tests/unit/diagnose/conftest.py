@@ -21,18 +21,12 @@ from fd_large.recipes.sections import Data, Student
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.weights import source
 from fd_large.weights.write import write
 
 VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=32)
 SWIN = Architecture(
     embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=2, patch_size=4, image_size=32
 )
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_readers", [])
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.checkpoint import store
-from fd_large.engine.checkpoint_models import serve_runs, student_of
+from fd_large.engine.checkpoint_models import student_of
 from fd_large.errors import CheckpointError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.finetuning.section import FineTune
 from fd_large.tasks.jobs import job_of
-from fd_large.weights import source
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
@@ -28,12 +27,6 @@ NETS = [
     ("dino_vit_base_patch16", {**VIT, "norm_eps": 1e-5}),
     ("swin_base_esvit", {**SWIN, "image_size": 32}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    monkeypatch.setattr(source, "_readers", [])
-    serve_runs(job_of)
 
 
 @pytest.fixture
@@ -121,8 +114,7 @@ def test_other_paths_are_left_to_others(tmp_path):
     assert student_of(tmp_path / "file.pth", "weights", job_of) is None
 
 
-def test_without_a_reader_a_run_is_no_source(stored, tmp_path, monkeypatch):
+def test_without_a_reader_a_run_is_no_source(stored, tmp_path):
     stored("vit_base_patch16", VIT, 3)
-    monkeypatch.setattr(source, "_readers", [])
     with pytest.raises(WeightsError, match="Export the student first"):
-        open_weights(tmp_path)
+        Sources().open(tmp_path)

@@ -22,6 +22,7 @@ from fd_large.errors import CheckpointError, ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.export import export as export_items
+from fd_large.weights.export import export_of
 from fd_large.weights.read import read
 from fd_large.weights.shards import parse_size, planned
 
@@ -265,11 +266,12 @@ def test_one_tensor_at_a_time(tmp_path):
             # A generator that renames, and one that writes, may hold the last one yet.
             assert sum(reference() is not None for reference in alive) <= 1
 
+    architecture = resolve("vit_base_patch16", Architecture(**VIT, image_size=32))
     files = export_items(
         items(),
         shapes,
-        resolve("vit_base_patch16", Architecture(**VIT, image_size=32)),
-        "timm",
+        architecture,
+        export_of(architecture, "timm", pads=False),
         tmp_path / "out",
         statistics=IMAGENET,
         shard_size=10**6,

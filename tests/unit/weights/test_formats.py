@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from translated_names import translate
 
+from fd_large.backbones.published import Wanted
+from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.swinv2.published import shared_bias as of_swinv2
 from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.translation import Piece, Target, expanded, translated
+from fd_large.backbones.vit.published import shared_bias as of_vit
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.coverage import covered
-from fd_large.weights.formats import FORMATS, detect, translate
-from fd_large.weights.swin import expand_shared_bias, first_stages
-from fd_large.weights.translation import Piece, Target, translated
+from fd_large.weights.formats import FORMATS, detect
 
 
 def swinv2(**options):
@@ -85,7 +90,7 @@ def test_pre_training_of_beit_is_no_student():
     net = vit(**STUDENT)
     state = {**net.state_dict(), "mask_token": torch.zeros(1), "lm_head.weight": torch.zeros(1)}
     check(net, state, "beit_pretraining")
-    assert FORMATS["beit_pretraining"].statistics is None
+    assert FORMATS["beit_pretraining"].format.statistics is None
 
 
 def test_fd_projection_becomes_a_linear_layer():
@@ -130,7 +135,10 @@ def test_esvit_with_its_heads_and_swin_without():
 def test_first_stages_end_with_a_norm_that_only_normalises():
     whole, target = swin(), swin(stages=3)
     state = whole.state_dict()
-    pieces = first_stages(translated(state, FORMATS["swin"].rule).pieces, 3, 32)
+    pieces = translated(state, FORMATS["swin"].format.rule).pieces
+    three = resolve("swin_base_esvit_s3", Architecture(embed_dim=8, num_heads=(1, 1, 2)))
+    wanted = Wanted(three, {}, Architecture(depths=(1, 1, 1, 1)), [])
+    pieces, _ = FAMILIES["swin"].published.adapt(pieces, wanted)
     found = {name: piece.read(state) for name, piece in pieces.items()}
     target.load_state_dict(found)
     assert (found["norm.weight"] == 1).all()
@@ -141,17 +149,17 @@ def test_a_shared_bias_is_copied_to_every_block():
     shared, own = swinv2(shared_position_bias=True), swinv2()
     expected = {name: tuple(p.shape) for name, p in own.named_parameters()}
     state = shared.state_dict()
-    pieces = expand_shared_bias({name: Piece((name,)) for name in state}, expected)
+    pieces = expanded({name: Piece((name,)) for name in state}, expected, of_swinv2)
     assert pieces.keys() == expected.keys()
     table = "layers.1.position_bias.cpb_mlp.2.weight"
     assert pieces["layers.1.blocks.1.attn.cpb_mlp.2.weight"].sources == (table,)
     block = vit(**{**STUDENT, "relative_position": "block"})
     expected = {name: tuple(p.shape) for name, p in block.named_parameters()}
     pieces = {name: Piece((name,)) for name in vit(**STUDENT).state_dict()}
-    assert expand_shared_bias(pieces, expected).keys() == expected.keys()
+    assert expanded(pieces, expected, of_vit).keys() == expected.keys()
     same = {name: tuple(t.shape) for name, t in state.items()}
     pieces = {name: Piece((name,)) for name in state}
-    assert expand_shared_bias(pieces, same) is pieces
+    assert expanded(pieces, same, of_swinv2) is None
 
 
 CLIP_NAMES = [
@@ -213,11 +221,6 @@ def test_unknown_names_list_the_known_formats():
     assert "a.weight" in str(caught.value)
     with pytest.raises(WeightsError, match="no known format"):
         detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
-
-
-def test_unknown_format_gives_the_nearest():
-    with pytest.raises(WeightsError, match="nearest: swinv2"):
-        list(translate("swinv3", []))
 
 
 def test_a_query_without_its_key_makes_no_tensor():

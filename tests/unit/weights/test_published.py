@@ -21,7 +21,8 @@ from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.kernels.window_attention_reference import position_index
 from fd_large.recipes.architectures import Architecture
-from fd_large.weights.source import open_weights
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.source import Sources
 
 FOLDER = Path(os.environ.get("FD_ORACLES", Path(__file__).resolve().parents[4] / "shared/oracles"))
 pytestmark = pytest.mark.skipif(
@@ -119,7 +120,7 @@ def test_simmim_swinv2_encoder_map(tmp_path):
     """Through the loader with nothing masked, since the mask token belongs to pre-training."""
     spec, tensors = oracle("simmim_swinv2")
     torch.save({"model": weights_of(tensors)}, tmp_path / "simmim.pth")
-    found = open_weights(tmp_path / "simmim.pth")
+    found = Sources().open(tmp_path / "simmim.pth")
     assert found.form == "simmim_swinv2"
     assert "encoder.mask_token" in found.dropped
     assert any(name.startswith("decoder.") for name in found.dropped)
@@ -222,7 +223,7 @@ def test_esvit_under_student_and_module(name, tmp_path):
     student = {f"module.{n}": t for n, t in state.items()}
     file = {"student": student, "teacher": {n: t + 1 for n, t in student.items()}, "epoch": 3}
     torch.save(file, tmp_path / "esvit.pth")
-    assert open_weights(tmp_path / "esvit.pth").form == "esvit"
+    assert Sources().open(tmp_path / "esvit.pth").form == "esvit"
     net, teacher = loaded(tmp_path / "esvit.pth")
     assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
     check(net, spec, tensors, "out.whitened")
@@ -243,7 +244,7 @@ def test_an_fd_checkpoint_gives_student_projector_and_teacher(name, tmp_path):
     got = net(tensors["first.input"]).tokens
     expected = tensors["first.student_map"][:1]
     assert max_relative(got, expected) <= tolerance
-    projector = open_weights(f"{tmp_path / 'fd.pth'}#projector")
+    projector = Sources().open(f"{tmp_path / 'fd.pth'}#projector")
     found = {n: p.read(projector.file) for n, p in projector.pieces.items()}
     assert found.keys() == {"projection.weight", "projection.bias"}
     decoded = torch.nn.functional.linear(
@@ -284,10 +285,10 @@ def test_a_rectangular_net_is_filled_by_its_shapes(tmp_path):
     state = {f"encoder.{n}": t for n, t in weights_of(tensors).items()}
     torch.save({"model": state}, tmp_path / "fd.pth")
     net = fd_swinv2(spec["config"])
-    weights = open_weights(tmp_path / "fd.pth")
+    weights = Sources().open(tmp_path / "fd.pth")
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    items = weights.fitted(weights.found, expected)
-    net.load_state_dict(dict(items))
+    pieces, _ = weights.adapted(weights.found, expected)
+    net.load_state_dict(dict(Fitted(pieces, weights.file, expected, what="oracle")))
     check(net, spec, tensors, "out.final")
 
 

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fd_large.errors import WeightsError
-from fd_large.weights.inert import Inert
-from fd_large.weights.read import read, split_part, unwrap
+from fd_large.weights.read import _Passive, read, split_part, unwrap
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
@@ -205,7 +204,7 @@ def test_harmless_settings_are_read_without_their_code(tmp_path):
 
 
 def test_stand_ins_keep_nothing():
-    inert = Inert(1, a=2)
+    inert = _Passive(1, a=2)
     inert.__setstate__({"y": 2})
     assert not vars(inert)
 

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from fd_large.backbones.registry import build
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 from fd_large.weights.write import write
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -48,7 +48,7 @@ def normalised(x):
 def test_vit_of_timm(tmp_path, suffix, scale):
     theirs = scattered(VisionTransformer(**VIT, num_classes=3, init_values=scale))
     path = saved(theirs, tmp_path / f"vit{suffix}")
-    assert open_weights(path).form == "timm_vit"
+    assert Sources().open(path).form == "timm_vit"
     net, _ = loaded(path, **HEADS)
     close(net(IMAGES).tokens, tokens(theirs))
 
@@ -65,7 +65,7 @@ def test_vit_of_a_clip_of_timm_asks_for_its_activation(tmp_path, activation):
     norm = timm.layers.LayerNorm  # eps 1e-5
     theirs = scattered(VisionTransformer(**VIT, pre_norm=True, act_layer=act, norm_layer=norm))
     path = saved(theirs, tmp_path / "clip.pth")
-    assert open_weights(path).form == "timm_clip"
+    assert Sources().open(path).form == "timm_clip"
     with pytest.raises(WeightsError, match=r"no activation.*--teacher\.architecture\.activation"):
         loaded(path, **HEADS)
     norm_eps = theirs.norm.eps
@@ -100,7 +100,7 @@ SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 3), "num
 def test_swin_of_timm(tmp_path):
     theirs = scattered(SwinTransformer(**SWIN, window_size=4, num_classes=3))
     path = saved(theirs, tmp_path / "swin.pth")
-    assert open_weights(path).form == "timm_swin"
+    assert Sources().open(path).form == "timm_swin"
     net, _ = loaded(path)
     close(net(IMAGES).tokens, tokens(theirs))
 
@@ -111,7 +111,7 @@ def test_swinv2_of_timm(tmp_path, pretrained):
         SwinTransformerV2(**SWIN, window_size=4, pretrained_window_sizes=pretrained, num_classes=3)
     )
     path = saved(theirs, tmp_path / "swinv2.pth")
-    assert open_weights(path).form == "timm_swinv2"
+    assert Sources().open(path).form == "timm_swinv2"
     with pytest.raises(WeightsError, match="no pretrained_window_sizes, window_size"):
         loaded(path)
     net, _ = loaded(path, window_size=4, pretrained_window_sizes=pretrained)
@@ -123,7 +123,7 @@ def test_the_other_swinv2_of_timm_is_refused(tmp_path):
         "swinv2_cr_tiny_224", pretrained=False, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
     )
     with pytest.raises(WeightsError, match="another position bias"):
-        open_weights(saved(net, tmp_path / "cr.pth"))
+        Sources().open(saved(net, tmp_path / "cr.pth"))
 
 
 # --- us to timm ---
@@ -285,7 +285,7 @@ def test_beit_of_transformers(transformers, tmp_path, shared, pool, head):
     make = transformers.BeitForImageClassification if head else transformers.BeitModel
     model = scattered(make(config))
     pretrained(model, tmp_path)
-    assert open_weights(tmp_path).form == "hf_beit"
+    assert Sources().open(tmp_path).form == "hf_beit"
     net, teacher = loaded(tmp_path)
     assert teacher.architecture.norm_eps == 1e-12
     with torch.no_grad():
@@ -370,7 +370,7 @@ def test_open_clip(open_clip, tmp_path, quick, wrapping):
     if wrapping == "trained":
         state = {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}
     torch.save(state, tmp_path / "open_clip.pt")
-    assert open_weights(tmp_path / "open_clip.pt").form == "open_clip"
+    assert Sources().open(tmp_path / "open_clip.pt").form == "open_clip"
     with pytest.raises(WeightsError, match="activation"):
         loaded(tmp_path / "open_clip.pt", num_heads=(4,))
     activation = "quick_gelu" if quick else "gelu"

@@ -8,20 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loading import close, initial, loaded, scattered, student_run, teacher_run
+from loading import close, initial, loaded, scattered, settled, student_run, teacher_run
 from safetensors.torch import save_file
 
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import FAMILIES, build
 from fd_large.backbones.swin.swin import Swin
+from fd_large.backbones.vit.published import KNOWN_HEADS
 from fd_large.backbones.windows import coordinate_table
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.section import Teacher
-from fd_large.weights.recognise import KNOWN_HEADS, recognise
-from fd_large.weights.settle import settle
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SMALL = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8, "image_size": 32}
@@ -56,7 +55,8 @@ def test_every_named_net_is_recognised_from_its_shapes(name):
     with torch.device("meta"):
         net = build(name)
     shapes = {n: tuple(p.shape) for n, p in net.named_parameters()}
-    asked, found = resolve(name), recognise(resolve(name).family, shapes, {})
+    asked = resolve(name)
+    found = FAMILIES[asked.family].published.recognise(shapes, {})
     untold = {"norm_eps", "activation", "keep_distillation_token", "pretrained_window_sizes"}
     if asked.family == "swinv2":
         untold |= {"window_size", "image_size"}
@@ -101,7 +101,7 @@ def test_settling_again_changes_nothing(tmp_path):
     path = saved(made("swin_base_esvit", **SWIN), tmp_path)
     run = teacher_run(path)
     assert run.teacher.model == "swin"
-    assert settle(run) == run
+    assert settled(run) == run
     assert Run.from_dict(run.to_dict()) == run
     assert run.teacher_architecture() == replace(
         resolve("swin_base_esvit", Architecture(**SWIN)), image_size=16
@@ -238,17 +238,17 @@ def test_a_projector_is_no_net(tmp_path):
         "decoder.0.weight": torch.zeros(2, 1, 1),
     }
     torch.save({"model": state}, tmp_path / "fd.pth")
-    assert open_weights(f"{tmp_path / 'fd.pth'}#projector").pieces.keys() == {"projection.weight"}
+    assert Sources().open(f"{tmp_path / 'fd.pth'}#projector").pieces.keys() == {"projection.weight"}
     with pytest.raises(WeightsError, match=r"no such part.*got #teacher.*expected .*#projector"):
-        open_weights(f"{tmp_path / 'fd.pth'}#teacher")
+        Sources().open(f"{tmp_path / 'fd.pth'}#teacher")
 
 
 def test_auto_needs_weights():
     run = registry.get("fd_clip_vit_base")
     for source in ("", "random"):
         automatic = replace(run, teacher=Teacher(model="auto", source=source))
-        assert settle(automatic) == automatic
-        with pytest.raises(ConfigError, match="auto is the model of the weights"):
+        assert settled(automatic) == automatic
+        with pytest.raises(ConfigError, match=r"teacher\.model: auto"):
             automatic.teacher_architecture()
 
 
@@ -256,7 +256,7 @@ def test_recipes_of_record_settle_to_themselves():
     for name in registry.RECIPES:
         run = registry.get(name)
         if not run.teacher.source:
-            assert settle(run) == run
+            assert settled(run) == run
 
 
 def test_statistics_are_six_numbers():
@@ -290,11 +290,11 @@ def test_tensors_without_numbers_or_of_strange_shapes(tmp_path):
 
     path = saved(net, tmp_path, in_pieces)
     with pytest.raises(WeightsError, match=r"without numbers.*\(0,\).*ZeRO-3"):
-        open_weights(path)
+        Sources().open(path)
 
     def flat(state):
         state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
 
     path = saved(net, tmp_path, flat)
     with pytest.raises(WeightsError, match=r"shapes of no vit model; got .*\(32, 192\)"):
-        open_weights(path)
+        Sources().open(path)

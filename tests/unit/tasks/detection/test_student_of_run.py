@@ -12,23 +12,14 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.cli.export import export
-from fd_large.engine.checkpoint_models import serve_runs
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError
 from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.jobs import job_of
-from fd_large.weights import source
-from fd_large.weights.settle import settle
-from fd_large.weights.source import open_weights
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    monkeypatch.setattr(source, "_readers", [])
-    serve_runs(job_of)
 
 
 @pytest.mark.parametrize("name", [SWIN, VIT])
@@ -40,17 +31,20 @@ def test_a_detector_goes_on_from_a_detector(name, tmp_path):
     first = detector_maker(run)()
     tensors = {n: p.detach() for n, p in first.named_parameters()}
     store_tensors(tmp_path, tensors, ranks=2, recipe=run.to_dict())
-    again = settle(replace(run, student=replace(run.student, init=str(tmp_path))))
+    sources = sources_of(job_of)
+    again = job_of(replace(run, student=replace(run.student, init=str(tmp_path)))).settle(sources)
     torch.manual_seed(4)
     second = detector_maker(again)()
     load_weights(
-        second.student, student_weights(again.student, without=LEFT_OUT), where="--student.init"
+        second.student,
+        student_weights(again.student, sources, without=LEFT_OUT),
+        where="--student.init",
     )
     for key, parameter in second.student.named_parameters():
         assert torch.equal(parameter, tensors[f"student.{key}"]), key
     # Whoever wants the whole model gets a final norm that only normalises, and a class token of 0.
     net = build(again.student.model, again.student.architecture)
-    weights = open_weights(tmp_path)
+    weights = sources.open(tmp_path)
     shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
     assert weights.shapes() == shapes
     for key, value in (("norm.weight", 1.0), ("norm.bias", 0.0), ("cls_token", 0.0)):

@@ -18,6 +18,7 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.detection.task import Detection
+from fd_large.weights.source import Sources
 
 RECIPES = [name for name in registry.RECIPES if name.startswith("coco_")]
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
@@ -167,14 +168,16 @@ def test_a_distilled_student_is_loaded_without_its_head(name, tmp_path):
     run = replace(run, student=replace(run.student, init=str(path)))
     task = detector_maker(run)()
     load_weights(
-        task.student, student_weights(run.student, without=LEFT_OUT), where="--student.init"
+        task.student,
+        student_weights(run.student, Sources(), without=LEFT_OUT),
+        where="--student.init",
     )
     for name_, parameter in task.student.named_parameters():
         assert torch.equal(parameter, state[name_]), name_
     short = {n: t for n, t in state.items() if not n.endswith("mlp.fc1.bias")}
     torch.save(short, path)
     with pytest.raises(WeightsError, match=r"mlp\.fc1\.bias"):
-        student_weights(run.student, without=LEFT_OUT)
+        student_weights(run.student, Sources(), without=LEFT_OUT)
 
 
 def test_another_window_takes_the_weights_as_they_are(tmp_path):
@@ -185,7 +188,9 @@ def test_another_window_takes_the_weights_as_they_are(tmp_path):
     run = replace(run, student=replace(run.student, init=str(path), architecture=shape))
     task = detector_maker(run)()
     load_weights(
-        task.student, student_weights(run.student, without=LEFT_OUT), where="--student.init"
+        task.student,
+        student_weights(run.student, Sources(), without=LEFT_OUT),
+        where="--student.init",
     )
     assert [stage.pretrained_window for stage in task.student.layers] == [4, 4, 4, 2]
     assert torch.isfinite(loss_of(task, batch_of(0, (100, 70), [2, 0]))[0])

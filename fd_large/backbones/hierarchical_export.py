@@ -1,0 +1,58 @@
+"""What the exports of both Swin models have in common."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fd_large.backbones.exports import timm_config
+from fd_large.backbones.statistics import Statistics
+from fd_large.recipes.family import WindowedTransformer
+
+NAMES = "the names of the Swin-Transformer repository"
+
+
+def timm_name(name: str, a: WindowedTransformer) -> str:
+    """Returns timm's name of a tensor: merging, which closes a stage here, opens the next there."""
+    merging = re.match(r"layers\.(\d+)\.downsample\.", name)
+    if not merging:
+        return name
+    return f"layers.{int(merging[1]) + 1}.downsample.{name[merging.end() :]}"
+
+
+def lacks(a: WindowedTransformer, pads: bool) -> str:
+    """Says what of a model neither timm nor transformers has; empty if they have all."""
+    if pads and not _fits(a):
+        return (
+            f"size_rule pad, which masks what {a.image_size} px leaves empty, expected an image "
+            "size that fits"
+        )
+    if not a.patch_norm:
+        return "no norm after the patch embedding, expected one"
+    if a.absolute_position:
+        return "absolute positions, expected none"
+    return "" if a.norm_eps == 1e-5 else f"norm_eps {a.norm_eps:g}, expected 1e-05"
+
+
+def config(
+    a: WindowedTransformer, statistics: Statistics, entry: str, **arguments: Any
+) -> dict[str, Any]:
+    """Returns timm's configuration of a Swin model, with the family's own arguments."""
+    own = {
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "window_size": a.window_size,
+        **arguments,
+    }
+    return timm_config(a, statistics, entry=entry, pool="avg", arguments=own)
+
+
+def _fits(a: WindowedTransformer) -> bool:
+    """Whether every stage divides into windows and merges without padding."""
+    side, rest = divmod(a.image_size, a.patch_size)
+    for stage in range(len(a.depths)):
+        rest += side % min(a.window_size, side) if side else 1
+        if stage + 1 < len(a.depths):
+            side, odd = divmod(side, 2)
+            rest += odd
+    return rest == 0

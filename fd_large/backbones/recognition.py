@@ -1,0 +1,69 @@
+"""What names, shapes and the words of other libraries say of an architecture."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fd_large.backbones.translation import Shapes
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture
+
+
+def count_of(shapes: Shapes, pattern: str) -> int:
+    """Returns one more than the largest number that a pattern finds in names."""
+    found = (re.match(pattern, name) for name in shapes)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:
+    """Returns the hidden width over the width, from the first layer's weight."""
+    return shapes[name][0] / width if name in shapes else None
+
+
+def qkv_bias(shapes: Shapes, attention: str) -> str:
+    """Returns which of query, key and value have a bias, from the names in an attention."""
+    if f"{attention}qkv.bias" in shapes:
+        return "fused"
+    if f"{attention}q_bias" in shapes:
+        return "qkv" if f"{attention}k_bias" in shapes else "qv"
+    return "none"
+
+
+def side_of(cells: int) -> int:
+    """Returns the side of a square grid of so many cells; 0 if it is none."""
+    side = math.isqrt(max(cells, 0))
+    return side if side * side == cells else 0
+
+
+def grid_of(offsets: int) -> int:
+    """Returns the side n of a grid with (2n - 1)^2 offsets; 0 if it is none."""
+    return (side_of(offsets) + 1) // 2 if side_of(offsets) % 2 else 0
+
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "GELU": "gelu",
+    "QuickGELU": "quick_gelu",
+}
+
+
+def size_to_compare(known: Architecture) -> dict[str, int]:
+    """Returns an image size for a model in which no shape depends on it."""
+    if known.patch_size is None or known.absolute_position:
+        return {}
+    return {"image_size": known.patch_size * 2 ** len(known.depths or ())}
+
+
+def activation_named(name: str | None, where: str, *, of: str) -> str | None:
+    """Returns our name of a library's activation.
+
+    Raises: WeightsError: for one that no model here has.
+    """
+    if name is not None and name not in _ACTIVATIONS:
+        raise WeightsError(
+            f"{where}: an activation that no model here has; got {of} {name!r}, expected gelu or "
+            "quick_gelu. Use other weights, or a teacher timm:NAME."
+        )
+    return name and _ACTIVATIONS[name]

@@ -1,0 +1,108 @@
+"""Published weights of Swin Transformer, first version."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fd_large.backbones import hierarchical_published as names
+from fd_large.backbones.published import (
+    Format,
+    Published,
+    TensorFile,
+    WeightFacts,
+    any_has,
+    any_starts,
+)
+from fd_large.backbones.recognition import grid_of, size_to_compare
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.translation import Shapes
+from fd_large.recipes.architectures import Architecture
+
+_TABLE = ".relative_position_bias_table"
+_EPS_5 = Architecture(norm_eps=1e-5)
+
+
+def _has_tables(names: frozenset[str]) -> bool:
+    return any_has(names, "layers.", ".blocks.", _TABLE)
+
+
+FORMATS = {
+    "hf_swin": Format(
+        "Hugging Face Swin",
+        lambda n, w: any_has(n, "attention.self" + _TABLE),
+        partial(names.hugging_face, fused_bias=True),
+        ask=("norm_eps",),
+        library="hf",
+    ),
+    "timm_swin": Format(
+        "timm's Swin",
+        lambda n, w: _has_tables(n) and names.is_timm(n),
+        names.timm,
+        _EPS_5,
+    ),
+    "esvit": Format(
+        "EsViT's Swin",
+        lambda n, w: (
+            _has_tables(n)
+            and (
+                any_starts(n, "head_dense.") or any_starts(n, "head.mlp.") or w[-1:] == ("student",)
+            )
+        ),
+        names.official,
+        # FD's teacher; EsViT itself trained with 1e-6.
+        _EPS_5,
+        statistics=IMAGENET,
+        models="swin_base_esvit",
+    ),
+    "swin": Format(
+        "Swin-Transformer's Swin V1",
+        lambda n, w: _has_tables(n),
+        names.official,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
+}
+
+
+def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
+    """Returns what tensors tell: all but eps."""
+    fields = names.recognised(shapes)
+    tables = [
+        shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0))
+        for s in range(len(fields["depths"]))
+    ]
+    heads = tuple(heads for _, heads in tables)
+    windows = [grid_of(rows) for rows, _ in tables]
+    return Architecture(
+        family="swin",
+        num_heads=heads if all(heads) else None,
+        **fields,
+        **names.window_and_size(fields, windows, 0, shapes),
+    )
+
+
+def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
+    if config.get("model_type") != "swin":
+        return None
+    return Architecture(**names.hugging_face_fields(config, where))
+
+
+def _timm(net: Any, where: str) -> Architecture | None:
+    from timm.models.swin_transformer import SwinTransformer
+
+    return Architecture(**names.timm_fields(net)) if isinstance(net, SwinTransformer) else None
+
+
+_ESVIT = WeightFacts(IMAGENET, 224, "MIT", "github.com/microsoft/esvit")
+
+PUBLISHED = Published(
+    formats=FORMATS,
+    recognise=recognise,
+    configs={"hf": _hugging_face, "timm": _timm},
+    adapt=names.first_stages,
+    free=names.FREE,
+    agree=names.AGREE,
+    without_shape=lambda known: {"norm_eps": 1e-6, **size_to_compare(known)},
+    facts={"swin_base_esvit": _ESVIT, "swin_base_esvit_s3": _ESVIT},
+)

@@ -1,0 +1,111 @@
+"""A SwinV2 in timm, in transformers, and in FD's own names (or the official ones)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_large.backbones import hierarchical_export as shared
+from fd_large.backbones.exports import (
+    Export,
+    Exports,
+    Output,
+    feature_distillation,
+    hugging_face,
+    hugging_face_config,
+    hugging_face_preprocessor,
+    same,
+)
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.translation import Shape
+
+# timm's entry whose arguments are the nearest; config.json overrides all of them.
+_TIMM_ENTRIES = {
+    (96, (2, 2, 6, 2)): "swinv2_tiny_window8_256",
+    (96, (2, 2, 18, 2)): "swinv2_small_window8_256",
+    (192, (2, 2, 18, 2)): "swinv2_large_window12_192",
+}
+_FD = ((".position_bias.", ".rel_pos_bias."), (".cpb_mlp.", ".rpe_mlp."))
+_HUGGING_FACE = (
+    ("patch_embed.norm.", "embeddings.norm."),
+    ("layers.", "encoder.layers."),
+    (".cpb_mlp.", ".continuous_position_bias_mlp."),
+    (".attn.", ".attention.self."),
+)
+
+
+def _lacks(a: SwinV2Architecture, pads: bool) -> str:
+    if a.has_extra_norms:
+        return f"extra_norm_every {a.extra_norm_every}, expected no norms on the main path"
+    if a.shared_position_bias:
+        return "a shared position bias, expected one per block"
+    return shared.lacks(a, pads)
+
+
+def _timm_has_no_place(a: SwinV2Architecture) -> str:
+    if a.extra_norm_every:
+        return "its SwinV2 has no norms on the main path"
+    if a.shared_position_bias:
+        return "its SwinV2 has a position bias per block"
+    return "its Swin models have no absolute positions" if a.absolute_position else ""
+
+
+def _timm_lacks(a: SwinV2Architecture, pads: bool) -> str:
+    lacks = _lacks(a, pads)
+    if lacks or not _timm_has_no_place(a):
+        return lacks
+    return f"a swinv2 model of which timm has no like: {_timm_has_no_place(a)}"
+
+
+def _timm_config(a: SwinV2Architecture, statistics: Statistics) -> dict[str, Any]:
+    entry = _TIMM_ENTRIES.get((a.embed_dim, a.depths), "swinv2_base_window8_256")
+    windows = list(a.pretrained_window_sizes)
+    return shared.config(a, statistics, entry, pretrained_window_sizes=windows)
+
+
+def _hugging_face_config(a: SwinV2Architecture, statistics: Statistics) -> dict[str, Any]:
+    return hugging_face_config(a, "Swinv2Model") | {
+        "embed_dim": a.embed_dim,
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "window_size": a.window_size,
+        "pretrained_window_sizes": list(a.pretrained_window_sizes),
+        "mlp_ratio": a.mlp_ratio,
+        "qkv_bias": a.qkv_bias != "none",
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "drop_path_rate": 0.0,
+    }
+
+
+def _fd_names(a: SwinV2Architecture) -> str:
+    if a.has_extra_norms:
+        return f"{shared.NAMES}; norms on the main path are `layers.S.blocks.B.extra_norm`"
+    return "the names of the Feature-Distillation repository"
+
+
+def _fd_outputs(name: str, shape: Shape, a: SwinV2Architecture) -> list[Output]:
+    # Feature-Distillation has no norms on the main path.
+    return same(name, shape) if a.has_extra_norms else feature_distillation(name, shape, _FD)
+
+
+EXPORTS: Exports = {
+    "timm": Export(
+        names=lambda a: "timm's SwinV2",
+        outputs=lambda name, shape, a: same(shared.timm_name(name, a), shape),
+        lacks=_timm_lacks,
+        config=_timm_config,
+        class_name=lambda a: "timm.models.swin_transformer_v2.SwinTransformerV2",
+        rename=shared.timm_name,
+        lacks_place=_timm_has_no_place,
+    ),
+    "hf": Export(
+        names=lambda a: "Hugging Face's Swinv2Model",
+        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        lacks=_lacks,
+        config=_hugging_face_config,
+        preprocessor=hugging_face_preprocessor,
+        class_name=lambda a: "Swinv2Model",
+    ),
+    "fd": Export(names=_fd_names, outputs=_fd_outputs),
+}

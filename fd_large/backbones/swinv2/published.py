@@ -1,0 +1,258 @@
+"""Published weights of SwinV2, and how its coordinates are scaled for another window."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import Any
+
+from fd_large.backbones import hierarchical_published as names
+from fd_large.backbones.published import (
+    Format,
+    Published,
+    Settling,
+    TensorFile,
+    Wanted,
+    WeightFacts,
+    any_has,
+    any_starts,
+)
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.translation import (
+    Pieces,
+    Shapes,
+    Target,
+    expanded,
+    projection,
+    replaced,
+)
+from fd_large.recipes.architectures import Architecture
+
+_FD = (
+    (".rel_pos_bias.", ".position_bias."),
+    (".rpe_mlp.", ".cpb_mlp."),
+    (".enorm.", ".extra_norm."),
+)
+
+
+def feature_distillation(name: str) -> Target | None:
+    """Feature-Distillation: the student and its projection."""
+    if name.startswith("decoder.0."):
+        return projection(name)
+    if name.startswith("feature_model."):
+        return None
+    target = names.official(name.removeprefix("encoder."))
+    return target and Target(replaced(target.name, _FD))
+
+
+def simmim(name: str) -> Target | None:
+    """SimMIM in the Swin-Transformer repository: mask token and decoder are dropped."""
+    name = name.removeprefix("encoder.")
+    if name == "mask_token" or name.startswith("decoder."):
+        return None
+    return feature_distillation(name)
+
+
+_EPS_5 = Architecture(norm_eps=1e-5)
+
+FORMATS = {
+    "simmim_swinv2": Format(
+        "SimMIM's SwinV2",
+        lambda n, w: (
+            any_has(n, "mask_token") and (any_has(n, ".cpb_mlp.") or any_has(n, ".rpe_mlp."))
+        ),
+        simmim,
+        _EPS_5,
+        statistics=IMAGENET,
+        models="swinv2_1b",
+    ),
+    "hf_swinv2": Format(
+        "Hugging Face Swin V2",
+        lambda n, w: any_has(n, "attention.self.continuous_position_bias_mlp."),
+        partial(names.hugging_face, fused_bias=False),
+        ask=("norm_eps",),
+        library="hf",
+    ),
+    "timm_swinv2_cr": Format(
+        "timm's other SwinV2 (swinv2_cr_*)",
+        lambda n, w: any_starts(n, "stages.") and any_has(n, ".meta_mlp."),
+        Target,
+        refusal="it is another model: another position bias, another order in merging, no final "
+        "norm. Use --teacher.source timm:swinv2_cr_...",
+    ),
+    "fd_swinv2": Format(
+        "Feature-Distillation SwinV2 student",
+        lambda n, w: any_has(n, ".rpe_mlp."),
+        feature_distillation,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
+    "timm_swinv2": Format(
+        "timm's SwinV2",
+        lambda n, w: any_has(n, ".cpb_mlp.") and names.is_timm(n),
+        names.timm,
+        _EPS_5,
+    ),
+    "swinv2": Format(
+        "Swin-Transformer's SwinV2",
+        lambda n, w: any_has(n, ".cpb_mlp."),
+        names.official,
+        _EPS_5,
+        statistics=IMAGENET,
+        models="swinv2_",
+    ),
+}
+
+
+def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
+    """Returns what tensors tell: all but eps, and windows where the file has no tables."""
+    fields = names.recognised(shapes)
+    stages = len(fields["depths"])
+    scales = [shapes.get(f"layers.{s}.blocks.0.attn.logit_scale", (0,)) for s in range(stages)]
+    heads = tuple(shape[0] for shape in scales)
+    windows, pretrained, side = _windows(stages, file)
+    normed = [re.match(r"layers\.\d+\.blocks\.(\d+)\.extra_norm\.weight", name) for name in shapes]
+    return Architecture(
+        family="swinv2",
+        num_heads=heads if all(heads) else None,
+        pretrained_window_sizes=pretrained or None,
+        extra_norm_every=min((int(match[1]) + 1 for match in normed if match), default=0),
+        shared_position_bias=any(".position_bias.cpb_mlp." in name for name in shapes),
+        **fields,
+        **names.window_and_size(fields, windows, side, shapes),
+    )
+
+
+def _windows(stages: int, file: TensorFile) -> tuple[list[int], tuple[int, ...], int]:
+    """Windows, windows of pre-training and patches a side, from the tables of official files.
+
+    A file without such tables gives zeros.
+    """
+    windows, pretrained, side = [0] * stages, [0] * stages, 0
+    for name in file:
+        stage = re.match(r"(?:encoder\.)?layers\.(\d+)\.", name)
+        if stage is None or int(stage[1]) >= stages:
+            continue
+        s = int(stage[1])
+        if name.endswith(".relative_coords_table") and not windows[s]:
+            windows[s] = (file.shape(name)[-2] + 1) // 2
+            pretrained[s] = _reference(file[name].max().item(), windows[s])
+        elif name.endswith(".attn_mask") and not side:
+            count, tokens, _ = file.shape(name)
+            side = math.isqrt(count * tokens) * 2**s
+    return windows, tuple(pretrained) if all(windows) else (), side
+
+
+def _reference(largest: float, window: int) -> int:
+    """The w0 of a table whose largest entry is log2(8 (w - 1) / (w0 - 1) + 1) / 3."""
+    if window < 2 or not math.isfinite(largest) or largest <= 0:
+        return window
+    return round(8 * (window - 1) / (2 ** (3 * largest) - 1)) + 1
+
+
+def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
+    """Reads a `config.json` of transformers; a window of pre-training of 0 is the one in use."""
+    if config.get("model_type") != "swinv2":
+        return None
+    fields = names.hugging_face_fields(config, where)
+    side = config["image_size"] // config["patch_size"]
+    stages = range(len(config["depths"]))
+    given = tuple(config.get("pretrained_window_sizes", ())) or (0,) * len(stages)
+    return Architecture(
+        pretrained_window_sizes=tuple(
+            given[s] or min(fields["window_size"], side // 2**s) for s in stages
+        ),
+        **fields,
+    )
+
+
+def _timm(net: Any, where: str) -> Architecture | None:
+    """Reads a SwinV2 of timm, a module; a window of pre-training of 0 is the one in use."""
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    if not isinstance(net, SwinTransformerV2):
+        return None
+    blocks = [stage.blocks[0] for stage in net.layers]
+    return Architecture(
+        pretrained_window_sizes=tuple(
+            block.attn.pretrained_window_size[0] or block.window_size[0] for block in blocks
+        ),
+        **names.timm_fields(net),
+    )
+
+
+def shared_bias(name: str) -> str:
+    """Returns the name of the bias that blocks share, for that of a block's own."""
+    return re.sub(r"blocks\.\d+\.attn\.cpb_mlp\.", "position_bias.cpb_mlp.", name)
+
+
+def _adapt(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
+    pieces, notes = names.first_stages(pieces, wanted)
+    if copies := expanded(pieces, wanted.shapes, shared_bias):
+        pieces = copies
+        notes.append("the shared position bias is copied to every block")
+    return pieces, notes
+
+
+def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
+    """Fills the image size and the windows of pre-training.
+
+    Without absolute positions no tensor depends on the image: then it is the one on which every
+    stage has a full window. Coordinates are scaled by the windows of pre-training, which are the
+    file's, whatever window the model has.
+    """
+    window, stages = values["window_size"], len(values["depths"] or ())
+    if values["image_size"] is None and not values["absolute_position"]:
+        if window is None or values["patch_size"] is None:
+            del values["image_size"]  # Follows from fields that are asked for.
+        else:
+            values["image_size"] = window * values["patch_size"] * 2 ** max(stages - 1, 0)
+    field = "pretrained_window_sizes"
+    if getattr(settling.given, field) is not None:
+        return []
+    known = getattr(settling.known, field)
+    if known is None and settling.is_named:
+        return [
+            f"nothing in the file tells its windows: it is taken for one of window {window}, as the "
+            "model has"
+        ]
+    if known is None:
+        return []
+    values[field] = tuple(known[: stages or len(known)])
+    if window is None or max(known) == window:
+        return []
+    return [
+        f"window {window} in place of {max(known)}: coordinates are scaled by the windows of the "
+        f"file, {' '.join(map(str, known))}"
+    ]
+
+
+def _same_norms(fact: int, wanted: int, depths: tuple[int, ...]) -> bool:
+    """Whether there are the same extra norms; beyond the deepest stage there is none."""
+    return all(k > max(depths) for k in (fact or math.inf, wanted or math.inf)) or fact == wanted
+
+
+_MICROSOFT = WeightFacts(IMAGENET, 192, "MIT", "github.com/microsoft/Swin-Transformer")
+
+PUBLISHED = Published(
+    formats=FORMATS,
+    recognise=recognise,
+    configs={"hf": _hugging_face, "timm": _timm},
+    adapt=_adapt,
+    free=names.FREE | {"pretrained_window_sizes"},
+    agree={
+        **names.AGREE,
+        "extra_norm_every": _same_norms,
+        # What is shared can be copied to every block.
+        "shared_position_bias": lambda fact, wanted, depths: fact == wanted or fact,
+    },
+    complete=_complete,
+    without_shape=lambda known: {
+        "norm_eps": 1e-6,
+        "window_size": 1,
+        "pretrained_window_sizes": (0,) * len(known.depths or ()),
+        "image_size": 1,
+    },
+    facts=dict.fromkeys(("swinv2_base", "swinv2_large", "swinv2_1b"), _MICROSOFT),
+)

@@ -1,0 +1,162 @@
+"""Weights for a model of timm: in timm's names, or in another port's, tensor by tensor in its order.
+
+Running statistics of batch normalisation come along: buffers, but weights like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.published import Matched, WeightFacts
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.timm.timm_backbone import TimmBackbone, create
+from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture
+
+_COUNTER = "num_batches_tracked"
+
+
+def matched(architecture: TimmArchitecture, file: Mapping[str, Shape], *, where: str) -> Matched:
+    """Finds the tensors of a `TimmBackbone` among those of a file.
+
+    What belongs to the whole model but not to the part up to the stride is left out.
+
+    Raises: WeightsError: if the file's tensors correspond to those of the model neither by name nor
+        by order.
+    """
+    name = architecture.timm_name
+    whole = _shapes(weightless(name))
+    with torch.device("meta"):
+        kept = _state(TimmBackbone(name, stride=architecture.feature_stride))
+    expected = _shapes(kept)
+    theirs = in_timm_names(
+        {key: file[key] for key in file if not key.endswith((_COUNTER, *RECOMPUTED))},
+        whole,
+        where=f"{where}: {name}",
+    )
+    after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
+    return Matched(
+        {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after},
+        expected,
+        [f"left out on purpose: {len(after)} tensors that come after the map"],
+        f"timm's {name}",
+        "Name the model that the file holds: --teacher.architecture.timm_name.",
+    )
+
+
+def weightless(name: str) -> dict[str, Tensor]:
+    """Returns the weights of a whole model on the meta device, by timm's names."""
+    with torch.device("meta"):
+        return _state(create(name))
+
+
+def of_source(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
+    """Returns the model that `timm:NAME` names, at the last stride unless one is given.
+
+    Raises: ConfigError: if timm has no such model.
+    """
+    stride, notes = given.feature_stride, []
+    if stride is None:
+        stride = max(strides(name))
+        notes.append(f"timm:{name}: the map at stride {stride}, its last")
+    return Architecture(timm_name=name, feature_stride=stride), notes
+
+
+def strides(name: str) -> list[int]:
+    """Returns the strides at which a model of timm has maps, rising.
+
+    Raises: ConfigError: if timm has no such model.
+    """
+    with torch.device("meta"):
+        return sorted({stage["reduction"] for stage in create(name).feature_info})
+
+
+def facts_of(architecture: TimmArchitecture) -> WeightFacts:
+    """Returns what timm knows of the weights that it has for a model."""
+    config = timm.get_pretrained_cfg(architecture.timm_name)
+    statistics = statistics_of(architecture.timm_name)
+    licence, origin = config.license or "", config.url or config.hf_hub_id or "timm"
+    return WeightFacts(statistics, config.input_size[-1], licence, origin)
+
+
+def statistics_of(name: str) -> Statistics:
+    """Returns mean and deviation that timm's weights of a model were trained with."""
+    config = timm.get_pretrained_cfg(name)
+    return Statistics(tuple(config.mean), tuple(config.std))
+
+
+def refuse_untrained(name: str, where: str) -> None:
+    """Raises WeightsError if timm has a model of this name, but no weights for it."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is not None and not config.has_weights:
+        raise WeightsError(
+            f"{where}: timm has no weights for this model; got timm:{name}, expected one of "
+            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
+            f"--teacher.architecture.timm_name {name}."
+        )
+
+
+def pretrained(name: str, where: str) -> nn.Module:
+    """Returns a model with the weights that timm has for it, from its cache or the network.
+
+    Raises: WeightsError: if timm has no weights for the model, or they cannot be had; ConfigError:
+        if there is no such model.
+    """
+    refuse_untrained(name, where)
+    try:
+        return timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{where}: timm cannot get the weights; got {first_line} for timm:{name}, expected "
+            "them in its cache or within reach. Fetch the file elsewhere, and give its path, and "
+            f"--teacher.model timm --teacher.architecture.timm_name {name}."
+        ) from error
+
+
+def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
+    """Returns timm's name of each tensor of a file: {timm's: the file's}.
+
+    A port of the same model into other names is told from this: as many tensors, in the same order,
+    all of the same shapes, and not one name in common.
+
+    Args:
+        given: A file's names and shapes, in order.
+        expected: timm's, of the whole model, in order.
+        where: What the user set, for the message.
+
+    Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
+    """
+    if not given.keys().isdisjoint(expected):
+        return {name: name for name in given}
+    pairs = list(zip(expected.items(), given.items(), strict=False))
+    misfit = next(
+        (
+            f"{theirs} {shape} for {ours} {like}"
+            for (ours, like), (theirs, shape) in pairs
+            if shape != like
+        ),
+        "",
+    )
+    if len(given) != len(expected) or misfit:
+        raise WeightsError(
+            f"{where}: neither timm's names nor its tensors in its order; got {len(given)} tensors"
+            f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the model that the "
+            "file holds: --teacher.architecture.timm_name."
+        )
+    return {ours: theirs for (ours, _), (theirs, _) in pairs}
+
+
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics; integer buffers are no weights."""
+    return {name: t for name, t in net.state_dict().items() if t.is_floating_point()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

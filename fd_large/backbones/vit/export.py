@@ -1,0 +1,174 @@
+"""A ViT in timm, where it is a VisionTransformer or a Beit; in transformers; in FD's own names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_large.backbones.exports import (
+    Export,
+    Exports,
+    Output,
+    feature_distillation,
+    hugging_face,
+    hugging_face_config,
+    hugging_face_preprocessor,
+    same,
+    timm_config,
+)
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import Shape
+from fd_large.backbones.vit.architecture import ViTArchitecture
+
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+_HUGGING_FACE = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("rel_pos_bias.", "encoder.relative_position_bias."),
+    ("blocks.", "encoder.layer."),
+    (".attn.relative", ".attn.relative_position_bias.relative"),
+    (".attn.", ".attention.attention."),
+    (".gamma_", ".lambda_"),
+)
+
+
+def is_beit(a: ViTArchitecture) -> bool:
+    """Whether others have the ViT as a BEiT: relative positions, biases of query and value."""
+    return a.relative_position != "none" or a.qkv_bias == "qv"
+
+
+def _timm_name(name: str, a: ViTArchitecture) -> str:
+    if is_beit(a):
+        return name
+    return name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
+
+
+def _timm_outputs(name: str, shape: Shape, a: ViTArchitecture) -> list[Output]:
+    if name != _SHARED_TABLE:
+        return same(_timm_name(name, a), shape)
+    # timm's beit_* models have a table in every block.
+    return [
+        output
+        for i in range(a.depths[0])
+        for output in same(f"blocks.{i}.attn.relative_position_bias_table", shape)
+    ]
+
+
+def _timm_has_no_place(a: ViTArchitecture) -> str:
+    if is_beit(a):
+        fits = a.qkv_bias == "qv" and a.class_token and not a.pre_norm_layer and a.patch_bias
+        return "" if fits else "a BEiT has q and v biases, a class token, and no norm before"
+    return "its ViT has one vector for the three biases" if a.qkv_bias == "qkv" else ""
+
+
+def _timm_lacks(a: ViTArchitecture, pads: bool) -> str:
+    if a.distillation_token:
+        return "a distillation token, expected none"
+    if a.norm_eps != 1e-6:
+        return f"norm_eps {a.norm_eps:g}, expected 1e-06"
+    if is_beit(a) and a.activation != "gelu":
+        return f"activation {a.activation}, expected gelu"
+    if not is_beit(a) and a.patch_bias == a.pre_norm_layer:
+        return "a patch bias beside a norm before the blocks (or neither), expected one"
+    lacks = _timm_has_no_place(a)
+    return f"a vit model of which timm has no like: {lacks}" if lacks else ""
+
+
+def _timm_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "depth": a.depths[0],
+        "num_heads": a.num_heads[0],
+        "init_values": a.layer_scale or None,
+        "global_pool": "token" if a.class_token else "avg",
+    }
+    if is_beit(a):
+        arguments |= {
+            "use_abs_pos_emb": a.absolute_position,
+            "use_rel_pos_bias": a.relative_position != "none",
+        }
+    else:
+        arguments |= {
+            "class_token": a.class_token,
+            "pos_embed": "learn" if a.absolute_position else "none",
+            "pre_norm": a.pre_norm_layer,
+            "act_layer": a.activation,
+            "fc_norm": False,
+        }
+    size = "large" if (a.embed_dim, a.depths) == (1024, (24,)) else "base"
+    return timm_config(
+        a,
+        statistics,
+        entry=f"{'beit' if is_beit(a) else 'vit'}_{size}_patch16_224",
+        pool=arguments["global_pool"],
+        arguments=arguments,
+    )
+
+
+def _timm_class(a: ViTArchitecture) -> str:
+    beit = "timm.models.beit.Beit"
+    return beit if is_beit(a) else "timm.models.vision_transformer.VisionTransformer"
+
+
+def _hugging_face_class(a: ViTArchitecture) -> str:
+    return "BeitModel" if is_beit(a) else "ViTModel"
+
+
+def _hugging_face_lacks(a: ViTArchitecture, pads: bool) -> str:
+    if a.distillation_token:
+        return "a distillation token, expected none"
+    if is_beit(a):
+        fits = a.qkv_bias == "qv" and a.class_token
+    else:
+        fits = a.class_token and a.absolute_position and not a.layer_scale and a.qkv_bias != "qkv"
+    if fits and a.patch_bias and not a.pre_norm_layer:
+        return ""
+    return (
+        "a vit model of another make, expected q and v biases with relative positions, or absolute "
+        "positions without layer scale; with a class token, and no norm before"
+    )
+
+
+def _hugging_face_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
+    common = hugging_face_config(a, _hugging_face_class(a)) | {
+        "hidden_size": a.embed_dim,
+        "intermediate_size": round(a.embed_dim * a.mlp_ratio),
+        "num_hidden_layers": a.depths[0],
+        "num_attention_heads": a.num_heads[0],
+        "hidden_act": a.activation,
+    }
+    if not is_beit(a):
+        return common | {"qkv_bias": a.qkv_bias != "none"}
+    return common | {
+        "use_absolute_position_embeddings": a.absolute_position,
+        "use_relative_position_bias": a.relative_position == "block",
+        "use_shared_relative_position_bias": a.relative_position == "shared",
+        "layer_scale_init_value": float(a.layer_scale),
+        "use_mean_pooling": False,
+        "use_mask_token": False,
+        "drop_path_rate": 0.0,
+    }
+
+
+EXPORTS: Exports = {
+    "timm": Export(
+        names=lambda a: "timm's BEiT" if is_beit(a) else "timm's ViT",
+        outputs=_timm_outputs,
+        lacks=_timm_lacks,
+        becomes=lambda a: a.with_own_position_biases(),
+        config=_timm_config,
+        class_name=_timm_class,
+        rename=_timm_name,
+        lacks_place=_timm_has_no_place,
+    ),
+    "hf": Export(
+        names=lambda a: f"Hugging Face's {_hugging_face_class(a)}",
+        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        lacks=_hugging_face_lacks,
+        config=_hugging_face_config,
+        preprocessor=hugging_face_preprocessor,
+        class_name=_hugging_face_class,
+    ),
+    "fd": Export(
+        names=lambda a: "the names of the Feature-Distillation repository",
+        outputs=lambda name, shape, a: feature_distillation(name, shape),
+    ),
+}

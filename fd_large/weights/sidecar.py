@@ -1,0 +1,146 @@
+"""The configuration beside a weights file: transformers', timm's, open_clip's or our own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fd_large.backbones.published import Published
+from fd_large.backbones.statistics import Statistics
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
+
+# Our own exports write their architecture under this key.
+OWN = "fd_large"
+
+
+class Sidecar(NamedTuple):
+    """What a configuration tells.
+
+    Attributes:
+        architecture: None in fields that it does not tell.
+        statistics: None where it does not tell.
+        own: Whether our own export wrote it.
+    """
+
+    architecture: Architecture
+    statistics: Statistics | None
+    own: bool = False
+
+
+def read_sidecar(path: Path, published: Published, library: str, where: str) -> Sidecar:
+    """Reads the configuration in a weights file's folder, if there is one that goes with it.
+
+    Args:
+        path: The weights file or index.
+        published: Of the file's family.
+        library: The one whose configuration goes with the file's format; "" is none.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if it is damaged, or tells of something that no model here has.
+    """
+    try:
+        return _read(path.parent, published, library, where)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: the configuration beside {path}: not what its format has; got "
+            f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
+            "again, or move it away and set --teacher.architecture.*."
+        ) from error
+
+
+def _read(folder: Path, published: Published, library: str, where: str) -> Sidecar:
+    config = _json(folder / "config.json", where)
+    if OWN in config:
+        own = config[OWN]
+        return Sidecar(_own(folder, own, where), _statistics(own), own=True)
+    if library == "hf" and (told := published.configs["hf"](config, where)) is not None:
+        preprocessing = _json(folder / "preprocessor_config.json", where)
+        return Sidecar(told, _statistics(preprocessing, "image_mean", "image_std"))
+    if "architecture" in config and "pretrained_cfg" in config:
+        told = described(published, "timm", config, where)
+        return Sidecar(told, _statistics(config["pretrained_cfg"]))
+    config = _json(folder / "open_clip_config.json", where)
+    if library == "open_clip" and "model_cfg" in config:
+        told = described(published, "open_clip", config["model_cfg"], where)
+        return Sidecar(told, _statistics(config.get("preprocess_cfg", {})))
+    return Sidecar(Architecture(), None)
+
+
+def own_config(
+    architecture: FamilyArchitecture, statistics: Statistics | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the config.json of our own exports."""
+    own: dict[str, Any] = {"architecture": architecture.values()}
+    if statistics is not None:
+        own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
+    return {OWN: own}
+
+
+def described(published: Published, library: str, config: Any, where: str) -> Architecture:
+    """Returns what a library's configuration tells of a model; nothing if it is of another kind.
+
+    Args:
+        published: Of the family whose model it is.
+        library: "timm", with a config.json or a module; "open_clip", with a model configuration.
+        config: The configuration.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: for an activation that no model here has.
+    """
+    if library == "open_clip" and "timm_model_name" in config.get("vision_cfg", {}):
+        vision = config["vision_cfg"]
+        told = described(published, "timm", {"architecture": vision["timm_model_name"]}, where)
+        return replace(told, image_size=vision.get("image_size") or told.image_size)
+    if library == "timm" and isinstance(config, dict):
+        config = _timm_module(config)
+    reader = published.configs.get(library)
+    told = None if reader is None or config is None else reader(config, where)
+    return told or Architecture()
+
+
+def _timm_module(config: dict[str, Any]) -> Any:
+    """The module of a timm configuration, without memory; None if timm has none of that name."""
+    import timm  # A second that other files are spared.
+
+    if not timm.is_model(config["architecture"]):
+        return None
+    with torch.device("meta"):
+        return timm.create_model(config["architecture"], **config.get("model_args", {}))
+
+
+def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
+    values = found.get("architecture", {})
+    try:
+        return Architecture(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
+    except TypeError as error:
+        raise WeightsError(
+            f"{where}: {folder / 'config.json'}: fields of no architecture; got {error}, "
+            "expected what fd_large wrote. Use the release that wrote it."
+        ) from error
+
+
+def _json(path: Path, where: str) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(
+            f"{where}: {path}: not JSON; got {error}, expected a configuration of the weights. "
+            "Mend the file, or move it away."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _statistics(config: dict[str, Any], mean: str = "mean", std: str = "std") -> Statistics | None:
+    if mean not in config or std not in config:
+        return None
+    return Statistics(tuple(config[mean]), tuple(config[std]))
