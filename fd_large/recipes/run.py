@@ -54,8 +54,8 @@ class Task(_TaskSections):
         check_types(self, "task")
         if self.name not in TASKS:
             raise ConfigError(
-                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Use one of"
-                " these."
+                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Use one"
+                " of these."
             )
 
 

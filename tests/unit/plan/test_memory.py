@@ -32,41 +32,15 @@ def place(stage, bfloat16=False, **values) -> Placement:
         (0, False, {"parameters": 4 * 1017, "moments": 8 * 1017}),
         (1, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509}),
         (2, False, {"parameters": 4 * 1017, "masters": 4 * 509, "moments": 8 * 509}),
-        (
-            1,
-            True,
-            {
-                "parameters": 2 * 1017,
-                "masters": 4 * 509,
-                "moments": 8 * 509,
-                "gradients": 4 * 1017,
-            },
-        ),
+        (1, True, {"parameters": 2 * 1017, "masters": 4 * 509, "moments": 8 * 509,
+                   "gradients": 4 * 1017}),
         (2, True, {"parameters": 2 * 1017, "masters": 4 * 509, "moments": 8 * 509}),
-        (
-            3,
-            False,
-            {
-                "parameters": 4 * (SPLIT + 17),
-                "masters": 4 * SPLIT,
-                "moments": 8 * SPLIT,
-                "gradients": 4 * SPLIT,
-                "buckets": 400,
-            },
-        ),
-        (
-            3,
-            True,
-            {
-                "parameters": 2 * (SPLIT + 17),
-                "masters": 4 * SPLIT,
-                "moments": 8 * SPLIT,
-                "gradients": 4 * SPLIT,
-                "buckets": 200,
-            },
-        ),
+        (3, False, {"parameters": 4 * (SPLIT + 17), "masters": 4 * SPLIT, "moments": 8 * SPLIT,
+                    "gradients": 4 * SPLIT, "buckets": 400}),
+        (3, True, {"parameters": 2 * (SPLIT + 17), "masters": 4 * SPLIT, "moments": 8 * SPLIT,
+                   "gradients": 4 * SPLIT, "buckets": 200}),
     ],
-)
+)  # fmt: skip
 def test_what_a_rank_holds_at_each_stage(stage, bfloat16, expected):
     memory = held(STUDENT, TEACHER, place(stage, bfloat16))
     teacher = (2 if bfloat16 else 4) * 609
