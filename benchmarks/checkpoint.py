@@ -114,7 +114,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
 
     images = write_pictures(scratch / "images", 26)
     run_dir = scratch / "run"
-    words = ("--optim.max_steps", "4000", "--runtime.save_every", "4")
+    flags = ("--optim.max_steps", "4000", "--runtime.save_every", "4")
     rows = run_dir / "metrics.jsonl"
 
     def lines() -> int:
@@ -125,7 +125,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
             time.sleep(0.02)
 
     found = []
-    started = twin.start(images, run_dir, *words)
+    started = twin.start(images, run_dir, *flags)
     try:
         wait_past(6)
         for _ in range(kills):
@@ -134,7 +134,7 @@ def restarts(kills: int, scratch: Path) -> list[dict[str, float]]:
             begin, before = time.perf_counter(), lines()
             started.kill()
             stored = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_????????"))
-            started = twin.start(images, run_dir, *words)
+            started = twin.start(images, run_dir, *flags)
             while lines() > stored:  # The resumed run cuts the rows that it will repeat.
                 time.sleep(0.02)
             wait_past(stored)

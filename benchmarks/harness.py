@@ -33,12 +33,12 @@ TITLES = {
 }
 
 
-def start(program: str, *words: object, ranks: int, launcher: str = "") -> int:
+def start(program: str, *arguments: object, ranks: int, launcher: str = "") -> int:
     """Runs a program on every rank and returns the exit code.
 
     Args:
         program: A Python file.
-        words: Its arguments.
+        arguments: Its arguments.
         ranks: Number of CPU ranks; with GPUs, there is one rank per GPU.
         launcher: The command before `python FILE`, for example "srun --nodes=2". Empty: torchrun on
             this machine.
@@ -59,7 +59,7 @@ def start(program: str, *words: object, ranks: int, launcher: str = "") -> int:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONWARNINGS": "ignore",
     }
-    return subprocess.run([*command, *map(str, words)], env=environment, check=False).returncode
+    return subprocess.run([*command, *map(str, arguments)], env=environment, check=False).returncode
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
@@ -97,10 +97,10 @@ def conditions(
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    words = [word for word in sys.argv[1:] if word not in ("--as-rank", "--alone")]
+    arguments = [part for part in sys.argv[1:] if part not in ("--as-rank", "--alone")]
     return {
         "question": question.splitlines()[0],
-        "command": " ".join([f"python benchmarks/{Path(program).name}", *words]),
+        "command": " ".join([f"python benchmarks/{Path(program).name}", *arguments]),
         "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores, cpu",
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {

@@ -121,31 +121,31 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
     run = replace(run, student=replace(run.student, model=name, init=str(path)))
 
     def whole() -> torch.nn.Module:
-        net = build(name, initialization="official")
+        model = build(name, initialization="official")
         read = torch.load(path, map_location="cpu") if path.suffix == ".pth" else load_file(path)
-        net.load_state_dict(read.get("model", read))
-        return net
+        model.load_state_dict(read.get("model", read))
+        return model
 
     distributed.barrier()
     memory, begin = PeakMemory(), time.perf_counter()
     memory.start()
     if loader == "naive":
-        net = partition.build(whole, config, partitioned=True, seed=0, whole_first=True)
+        model = partition.build(whole, config, partitioned=True, seed=0, whole_first=True)
     else:
         sources = Sources()
         run = job_of(run).settle(sources)
-        net = partition.build(
+        model = partition.build(
             lambda: build(name, initialization="official"), config, partitioned=True, seed=0
         )
         load_weights(
-            net,
+            model,
             student_weights(run.student, sources, image_size=run.data.image_size),
             where="--student.init",
         )
     hashed = time.perf_counter()
-    found = fingerprint(net)
+    found = fingerprint(model)
     begin += time.perf_counter() - hashed  # Not part of loading.
-    masters = partition.to_bfloat16(net)
+    masters = partition.to_bfloat16(model)
     distributed.barrier()
     seconds = time.perf_counter() - begin
     grown = memory.stop()
@@ -161,8 +161,8 @@ def load(path: Path, name: str, loader: str) -> dict[str, Any]:
 
 def start_ranks(path: Path, arguments: argparse.Namespace, loader: str) -> list[dict[str, Any]]:
     """Loads once in fresh processes; returns what each rank measured."""
-    words = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
-    code = harness.start(__file__, *words, ranks=RANKS)
+    flags = ["--as-rank", path, "--loader", loader, *(["--quick"] if arguments.quick else [])]
+    code = harness.start(__file__, *flags, ranks=RANKS)
     if code:
         sys.exit(f"load_weights: the ranks ended with {code}")
     return [json.loads(found_of(path, rank).read_text()) for rank in range(RANKS)]
@@ -259,7 +259,7 @@ def main() -> int:
     }
     harness.write(results, arguments.out)
     draw(results, arguments.out.with_suffix(".png"))
-    return tell(results)
+    return show(results)
 
 
 def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def summary(turns: list[list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def tell(results: dict[str, Any]) -> int:
+def show(results: dict[str, Any]) -> int:
     """Prints the table; returns 1 if the loader is over the bound or the weights differ."""
     print(f"{results['net']}: {results['parameters']:,} parameters, {RANKS} ranks, ZeRO-3")
     files = list(results["loads"]["naive"])

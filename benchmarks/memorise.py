@@ -124,8 +124,8 @@ def main() -> int:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         for name in ("worst", "chosen"):
             if (last / f"{name}.png").is_file():
-                picture = Image.open(last / f"{name}.png").convert("RGB")
-                picture.save(flags.out.with_name(f"memorise_{name}.jpg"), quality=80)
+                drawn = Image.open(last / f"{name}.png").convert("RGB")
+                drawn.save(flags.out.with_name(f"memorise_{name}.jpg"), quality=80)
         draw(rows, evaluations, flags.out.with_suffix(".png"))
         reached = {
             kind: next((e["update"] for e in evaluations if e[f"{kind}_AP50"] >= aim), None)

@@ -143,7 +143,7 @@ class Proof:
 
     def diagnose(self) -> None:
         """Compares attention, loss landscape and similarity of layers."""
-        command = [sys.executable, "-m", "fd_large", "diagnose", *self._nets[:2]]
+        command = [sys.executable, "-m", "fd_large", "diagnose", *self._models[:2]]
         root, out = self._root / "test", self.work / "diagnosis"
         self._call([*command, "--data.root", root, "--out", out, "--images", 64])
 
@@ -154,8 +154,10 @@ class Proof:
             summary = self._read(self.work / task / "summary.json")
             if summary:
                 found[task] = {
-                    net["label"]: {k: net[k] for k in ("mean", "standard_deviation", "accuracy")}
-                    for net in summary["nets"]
+                    model["label"]: {
+                        k: model[k] for k in ("mean", "standard_deviation", "accuracy")
+                    }
+                    for model in summary["nets"]
                 }
         for run in ("teacher", "student"):
             summary = self._read(self.work / run / "summary.json")
@@ -181,7 +183,7 @@ class Proof:
         return self.work / "cifar10"
 
     @property
-    def _nets(self) -> list[str]:
+    def _models(self) -> list[str]:
         student = self.work / "student"
         return [str(self.work / "teacher"), str(student), f"{student}#scratch"]
 
@@ -205,15 +207,15 @@ class Proof:
             *("--runtime.log_every", 50, "--runtime.keep_last", 1),
         ]
 
-    def _evaluate(self, task: str, *words: object) -> None:
+    def _evaluate(self, task: str, *flags: object) -> None:
         out = self.work / task
-        self._launch("evaluate", *self._nets, "--task", task, "--out", out, *words)
+        self._launch("evaluate", *self._models, "--task", task, "--out", out, *flags)
 
-    def _launch(self, *words: object) -> None:
+    def _launch(self, *flags: object) -> None:
         """Starts the ranks, one core each, with DeepSpeed's launcher."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         ranks = ["--num_accelerators", self.ranks]
-        self._call([launcher, *ranks, "--no_local_rank", "--module", "fd_large", *words])
+        self._call([launcher, *ranks, "--no_local_rank", "--module", "fd_large", *flags])
 
     def _call(self, command: list[object]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -223,12 +225,12 @@ class Proof:
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
         }
-        words = [str(word) for word in command]
+        command = [str(part) for part in command]
         with (self.work / "output.txt").open("a") as log:
-            log.write(f"\n$ {' '.join(words)}\n")
+            log.write(f"\n$ {' '.join(command)}\n")
             log.flush()
             code = subprocess.run(
-                words, env=environment, stdout=log, stderr=log, check=False, cwd=ROOT
+                command, env=environment, stdout=log, stderr=log, check=False, cwd=ROOT
             ).returncode
         if code:
             tail = (self.work / "output.txt").read_text().splitlines()[-25:]
@@ -263,25 +265,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(3.1 * len(tasks), 3.6), dpi=150, layout="constrained")
     colors = ("#5f5f5f", "#0072B2", "#D55E00")
     for axes, (task, title) in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
-        nets = results["found"][task]
-        for place, net in enumerate(nets.values()):
+        models = results["found"][task]
+        for place, model in enumerate(models.values()):
             # No bars: the axis does not begin at 0.
-            axes.plot([place - 0.28, place + 0.28], [net["mean"]] * 2, color=colors[place], lw=2.5)
-            axes.plot([place] * len(net["accuracy"]), net["accuracy"], "o", color=colors[place])
+            axes.plot(
+                [place - 0.28, place + 0.28], [model["mean"]] * 2, color=colors[place], lw=2.5
+            )
+            axes.plot([place] * len(model["accuracy"]), model["accuracy"], "o", color=colors[place])
             axes.annotate(
-                f"{net['mean']:.1f}",
-                (place, max(net["accuracy"])),
+                f"{model['mean']:.1f}",
+                (place, max(model["accuracy"])),
                 xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
                 color=colors[place],
             )
-        names = [label.replace("student: from scratch", "student,\nrandom") for label in nets]
-        axes.set_xticks(range(len(nets)), names, size=9)
-        values = [value for net in nets.values() for value in net["accuracy"]]
+        names = [label.replace("student: from scratch", "student,\nrandom") for label in models]
+        axes.set_xticks(range(len(models)), names, size=9)
+        values = [value for model in models.values() for value in model["accuracy"]]
         margin = max(1.0, 0.2 * (max(values) - min(values)))
         axes.set_ylim(max(0, min(values) - margin), max(values) + 2 * margin)
-        axes.set_xlim(-0.5, len(nets) - 0.5)
+        axes.set_xlim(-0.5, len(models) - 0.5)
         axes.set_title(title, size=10)
     figure.axes[0].set_ylabel("CIFAR-10 test accuracy, per cent")
     figure.suptitle(f"{results['images']['train']:,} training images; {results['machine']}", size=9)

@@ -163,10 +163,10 @@ class Counter(TorchDispatchMode):
         self.phase, self._running, self._fused = "", [""], ""
 
     @contextmanager
-    def named(self, net: nn.Module) -> Iterator[None]:
-        """Follows the modules of a net."""
+    def named(self, model: nn.Module) -> Iterator[None]:
+        """Follows the modules of a model."""
         handles = []
-        for name, module in net.named_modules():
+        for name, module in model.named_modules():
             handles.append(
                 module.register_forward_pre_hook(lambda m, i, n=name: self._running.append(n))
             )
@@ -418,8 +418,8 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
     with torch.device("meta"):
         teacher = DistillationJob(run).make_teacher()
         task = DistillationJob(run).task_around(teacher)
-    for net in (teacher, task):
-        net.to(torch.bfloat16)
+    for model in (teacher, task):
+        model.to(torch.bfloat16)
     size = run.data.image_size
     images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
     keep = torch.empty(len(task.drop_path_rates), batch, dtype=torch.bool, device="meta")
@@ -500,7 +500,7 @@ def measured(rows: list[Row], batch: int) -> dict[str, Any]:
     }
 
 
-def tell(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     """Prints the table."""
     from rich.console import Console
     from rich.table import Table
@@ -631,7 +631,7 @@ def main() -> int:
         "cases": cases,
     }
     harness.write(results, arguments.json)
-    tell(results)
+    show(results)
     draw(results, arguments.json.with_suffix(".png"))
     return 0
 

@@ -233,7 +233,7 @@ def _swin(a: WindowedTransformer, image_size: int, *, pad: bool) -> Iterator[Pro
             group=window * window,
         )
         if isinstance(a, SwinV2Architecture):
-            nets = 1 if a.shared_position_bias else depth
+            mlps = 1 if a.shared_position_bias else depth
             rows = (2 * window - 1) ** 2
             for inner, columns, in_gradient in (
                 (2, POSITION_BIAS_WIDTH, False),
@@ -245,7 +245,7 @@ def _swin(a: WindowedTransformer, image_size: int, *, pad: bool) -> Iterator[Pro
                     rows=rows,
                     inner=inner,
                     columns=columns,
-                    count=nets,
+                    count=mlps,
                     once=True,
                     input_gradient=in_gradient,
                 )

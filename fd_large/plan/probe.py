@@ -67,9 +67,9 @@ def probe(
         }
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        words = [*launcher, "--module", "fd_large.plan.probe", json.dumps(request)]
+        command = [*launcher, "--module", "fd_large.plan.probe", json.dumps(request)]
         done = subprocess.run(
-            [sys.executable, "-m", *words],
+            [sys.executable, "-m", *command],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             check=False,
         )

@@ -298,8 +298,8 @@ def tables_kept(architecture: FamilyArchitecture, *, image_size: int) -> float:
     total = 0.0
     for stage in stages(architecture, image_size):
         offsets = (2 * math.isqrt(stage.group) - 1) ** 2
-        nets = 1 if architecture.shared_position_bias else stage.depth
-        total += nets * offsets * 4 * (POSITION_BIAS_WIDTH + 2 * stage.heads)
+        mlps = 1 if architecture.shared_position_bias else stage.depth
+        total += mlps * offsets * 4 * (POSITION_BIAS_WIDTH + 2 * stage.heads)
     return total
 
 
