@@ -1,4 +1,4 @@
-"""`python -m fd_large checkpoint list|verify|prune RUN`: what is on disk, without torch."""
+"""What `checkpoint list|verify|prune RUN` shows and removes, without torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fd_large.errors import CheckpointError, ConfigError
 
 
 def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
-    """The folder of a run and its complete checkpoints, oldest first.
+    """Returns the folder of a run and its complete checkpoints, oldest first.
 
     Raises: ConfigError: if the folder is no run or holds no checkpoint.
     """
     folder = Path(run_dir)
     if not (folder / "recipe.json").is_file():
         raise ConfigError(
-            f"checkpoint: {run_dir}: no run; got a path without recipe.json, expected the folder "
-            "of a run. Name one, for example runs/quickstart."
+            f"checkpoint: {run_dir}: not a run; got a path without recipe.json, expected the "
+            "folder of a run. Name one, for example runs/quickstart."
         )
     found = store.complete(folder)
     if not found:
@@ -31,7 +31,7 @@ def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
 
 
 def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
-    """What `list` shows of each checkpoint."""
+    """Returns what `list` shows of each checkpoint."""
     return [
         {
             "update": item.update,
@@ -46,12 +46,12 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
 
 
 def verify_all(found: list[store.Stored]) -> list[str]:
-    """Every damage of every checkpoint, each naming its file."""
+    """Returns every damage of the checkpoints, each naming its file."""
     return [f"{item.path}: {problem}" for item in found for problem in store.verify(item)]
 
 
 def without_manifest(folder: Path) -> list[str]:
-    """Checkpoints that nothing can be read of."""
+    """Returns a complaint for each checkpoint without a sound manifest, which cannot be read."""
     return [
         f"{path}: manifest.json is missing or damaged"
         for path in store.renamed(folder)
@@ -60,7 +60,7 @@ def without_manifest(folder: Path) -> list[str]:
 
 
 def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
-    """Removes what the recipe (or `keep_last`) does not keep; returns what went.
+    """Removes what the recipe (or `keep_last`) does not keep; returns the removed folders.
 
     Raises: CheckpointError: if the newest that would stay is damaged.
     """

@@ -22,25 +22,30 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class EachTensor:
-    """ZeRO-3 (and stage 0): every tensor is cut into `ranks` equal pieces, the last one shorter."""
+    """ZeRO-3 (and stage 0): each tensor is cut into `ranks` equal shards, the last ones shorter.
+
+    Attributes:
+        sizes: Elements of each tensor by name.
+        ranks: Number of shards.
+    """
 
     sizes: dict[str, int]
     ranks: int
 
     def span(self, rank: int, name: str) -> Span:
-        """What a rank holds of a tensor; empty where start == stop."""
+        """Returns what a rank holds of a tensor; empty where start == stop."""
         size = self.sizes[name]
         each = -(-size // self.ranks)
         return Span(min(rank * each, size), min((rank + 1) * each, size))
 
     def holders(self, name: str, wanted: Span) -> Iterator[int]:
-        """The ranks that hold any of the wanted elements, in order."""
+        """Yields the ranks that hold any of the wanted elements, in order."""
         each = -(-self.sizes[name] // self.ranks)
         if wanted.start < wanted.stop:
             yield from range(wanted.start // each, (wanted.stop - 1) // each + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Returns the layout as JSON-safe values."""
         return {"kind": "each", "ranks": self.ranks, "sizes": self.sizes}
 
 
@@ -50,8 +55,8 @@ class FlatGroups:
 
     Attributes:
         groups: For each group the (name, elements) of its tensors in order.
-        shares: Elements of a rank's part of each group's line; the end is padded.
-        ranks: Parts.
+        shares: Elements of a rank's shard of each group's line; the end is padded.
+        ranks: Number of shards.
     """
 
     groups: tuple[tuple[tuple[str, int], ...], ...]
@@ -68,11 +73,11 @@ class FlatGroups:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Elements of every tensor."""
+        """Elements of each tensor by name."""
         return {name: size for name, (_, _, size) in self._places.items()}  # type: ignore[attr-defined]
 
     def span(self, rank: int, name: str) -> Span:
-        """What a rank holds of a tensor; empty where start == stop."""
+        """Returns what a rank holds of a tensor; empty where start == stop."""
         group, begin, size = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         start = max(rank * share, begin) - begin
@@ -80,7 +85,7 @@ class FlatGroups:
         return Span(start, stop) if start < stop else Span(0, 0)
 
     def holders(self, name: str, wanted: Span) -> Iterator[int]:
-        """The ranks that hold any of the wanted elements, in order."""
+        """Yields the ranks that hold any of the wanted elements, in order."""
         group, begin, _ = self._places[name]  # type: ignore[attr-defined]
         share = self.shares[group]
         if wanted.start < wanted.stop:
@@ -88,7 +93,7 @@ class FlatGroups:
             yield from range(first // share, last // share + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Returns the layout as JSON-safe values."""
         groups = [[list(item) for item in group] for group in self.groups]
         return {
             "kind": "flat",
@@ -102,7 +107,7 @@ Layout = EachTensor | FlatGroups
 
 
 def from_dict(values: dict[str, Any]) -> Layout:
-    """The layout that `to_dict` wrote."""
+    """Returns the layout that `to_dict` wrote."""
     if values["kind"] == "each":
         return EachTensor(values["sizes"], values["ranks"])
     groups = tuple(tuple((name, size) for name, size in group) for group in values["groups"])

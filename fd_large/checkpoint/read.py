@@ -30,8 +30,8 @@ class Reader:
         sound: Stored ranks whose files were checked against their receipts.
 
     Attributes:
-        path: Of the checkpoint.
-        manifest: As stored.
+        path: The checkpoint's folder.
+        manifest: Content of its manifest.json.
         layout: How the state lies in the files.
     """
 
@@ -39,11 +39,18 @@ class Reader:
         self.path, self.manifest = stored.path, stored.manifest
         self.layout = layouts.from_dict(self.manifest["layout"])
         self._sound = sound
-        # Files stay mapped while slices are taken; a handful covers neighbouring pieces.
+        # Files stay mapped while slices are taken; a handful covers neighbouring shards.
         self._open = lru_cache(maxsize=8)(self._map)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, float32; kind is master, exp_avg, ..."""
+        """Returns elements [start, stop) of a flattened tensor, (stop - start,) float32.
+
+        Args:
+            kind: master, exp_avg, exp_avg_sq or ema.
+            name: The stored tensor.
+            start: First element.
+            stop: Element after the last.
+        """
         parts = []
         for rank in self.layout.holders(name, Span(start, stop)):
             held = self.layout.span(rank, name)
@@ -64,14 +71,14 @@ def newest_sound(
     *,
     at_most: int | None = None,
 ) -> tuple[Reader | None, list[str]]:
-    """The newest checkpoint that is sound for every rank, and what was wrong with newer ones.
+    """Returns the newest checkpoint that is sound for every rank, and what newer ones lacked.
 
     All ranks call it and get the same answer; each checks the files that it is going to read.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         needs: Layout -> the stored ranks whose files this rank reads.
-        at_most: Steps; later checkpoints are not looked at. None: all are.
+        at_most: Steps of the newest checkpoint that may be taken; None takes any.
     """
     complaints: list[str] = []
     # Rank 0 lists and reads manifests for all: another node's view of a shared disk may be old.
@@ -97,7 +104,7 @@ def newest_sound(
         if not problems:
             item = store.Stored(path, manifest)
             if distributed.is_main():
-                # They would count among the newest that stay, and push sound ones out.
+                # Or else they would count among the newest that stay.
                 store.set_aside(folder, names[names.index(name) + 1 :])
             return Reader(item, wanted), complaints
         complaints.append(problems[0])
@@ -105,10 +112,10 @@ def newest_sound(
 
 
 def _damage(path: Path, rank: int) -> str | None:
-    """As `store.damage`, with time for files to appear that another node has just written."""
+    """As `store.damage`, but an error may pass, and files of another node take time to appear."""
     for _ in range(TRIES - 1):
-        if (path / store.file_of(rank)).is_file() and (path / store.receipt_of(rank)).is_file():
-            break
+        if store.damage(path, rank) is None:
+            return None
         time.sleep(SECONDS_BETWEEN_TRIES)
         os.listdir(path.parent)  # Makes a network file system ask its server again.
     return store.damage(path, rank)

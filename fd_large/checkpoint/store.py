@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: what is complete, what is sound, what may go.
+"""The folder of a run's checkpoints: which are complete, which are sound, which may be removed.
 
-checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (bytes and checksum of
+checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
 that file, written by its rank) for every rank, and manifest.json. It is written as step_*.part and
 renamed when all is flushed: a folder without `.part` is complete. Nothing here needs torch.
 """
@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PART = ".part"
+OLD = ".old"
+"""A checkpoint that is being replaced by one of the same step."""
 CHUNK = 1 << 24
 MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage"}
 DAMAGED = "damaged_"
@@ -31,48 +32,48 @@ class Stored:
 
     @property
     def update(self) -> int:
-        """Finished steps."""
+        """Number of finished steps."""
         return self.manifest["update"]
 
     @property
     def bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk, in bytes."""
         return sum(path.stat().st_size for path in self.path.iterdir())
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """The folder of a run's checkpoints."""
+    """Returns the folder of a run's checkpoints."""
     return folder / "checkpoints"
 
 
 def name_of(update: int) -> str:
-    """Folder name after so many finished steps."""
+    """Returns the name of the folder after so many finished steps."""
     return f"step_{update:08d}"
 
 
 def file_of(rank: int) -> str:
-    """A rank's tensors."""
+    """Returns the name of the file of a rank's tensors."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def receipt_of(rank: int) -> str:
-    """A rank's bytes and checksum."""
+    """Returns the name of the file of a rank's size and checksum."""
     return f"rank_{rank:05d}.json"
 
 
 def complete(folder: Path) -> list[Stored]:
-    """Complete checkpoints of a run with a sound manifest, oldest first."""
+    """Returns the complete checkpoints of a run with a sound manifest, oldest first."""
     read = ((path, manifest_of(path)) for path in renamed(folder))
     return [Stored(path, manifest) for path, manifest in read if manifest is not None]
 
 
 def renamed(folder: Path) -> list[Path]:
-    """Folders that were made current, oldest first, whatever became of their files since."""
-    return sorted(p for p in checkpoints_of(folder).glob("step_*") if p.suffix != PART)
+    """Returns the complete folders, oldest first, whatever became of their files since."""
+    return sorted(p for p in checkpoints_of(folder).glob("step_*") if p.suffix not in (PART, OLD))
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """A checkpoint's manifest, or None where it is missing or damaged."""
+    """Returns a checkpoint's manifest, or None where it is missing or damaged."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError):
@@ -89,7 +90,7 @@ def _crc_of(manifest: dict[str, Any]) -> str:
 
 
 def checksum(path: Path) -> str:
-    """CRC-32 of a file, eight hexadecimal digits: it finds flipped bytes, at disk speed."""
+    """Returns the CRC-32 of a file, eight hexadecimal digits: finds flipped bytes at disk speed."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -98,7 +99,7 @@ def checksum(path: Path) -> str:
 
 
 def damage(path: Path, rank: int) -> str | None:
-    """What is wrong with a rank's part of a checkpoint, or None."""
+    """Returns what is wrong with a rank's part of a checkpoint, or None."""
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
         expected = json.loads(receipt.read_text())
@@ -117,19 +118,14 @@ def damage(path: Path, rank: int) -> str | None:
     return None
 
 
-def verify(stored: Stored, said: Callable[[str], None] = lambda text: None) -> list[str]:
+def verify(stored: Stored) -> list[str]:
     """Checks every rank's part; returns what is wrong."""
-    problems = []
-    for rank in range(stored.manifest["world_size"]):
-        problem = damage(stored.path, rank)
-        if problem:
-            problems.append(problem)
-            said(problem)
-    return problems
+    found = (damage(stored.path, rank) for rank in range(stored.manifest["world_size"]))
+    return [problem for problem in found if problem]
 
 
 def set_aside(folder: Path, names: list[str]) -> None:
-    """Renames damaged checkpoints, so that they are kept for a look and count no more; rank 0."""
+    """Renames damaged checkpoints: they are kept for a look and no longer counted; rank 0 calls."""
     for name in names:
         path = checkpoints_of(folder) / name
         aside = path.with_name(DAMAGED + name)
@@ -139,9 +135,14 @@ def set_aside(folder: Path, names: list[str]) -> None:
 
 
 def commit(part: Path, manifest: dict[str, Any]) -> Path:
-    """Makes a fully written `.part` folder current, in one atomic step; rank 0 calls it.
+    """Completes a fully written `.part` folder, in one atomic step; rank 0 calls it.
 
-    Raises: OSError: if a rank's file is not there, or the disk takes no more.
+    Args:
+        part: The folder.
+        manifest: What manifest.json will say, but for its own checksum.
+
+    Returns: the folder without `.part`.
+    Raises: OSError: if a rank's file is not there, or the disk is full.
     """
     for rank in range(manifest["world_size"]):
         for name in (file_of(rank), receipt_of(rank)):
@@ -156,7 +157,7 @@ def commit(part: Path, manifest: dict[str, Any]) -> Path:
     flush_folder(part)
     final = part.with_suffix("")
     if final.exists():  # A resumed run arrives at the same step again.
-        old = final.with_name(f"{final.name}.old{PART}")
+        old = final.with_name(final.name + OLD)
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         part.rename(final)
@@ -168,7 +169,15 @@ def commit(part: Path, manifest: dict[str, Any]) -> Path:
 
 
 def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Removes all but the last `keep_last` and every `keep_every`-th update (0: none); rank 0."""
+    """Removes all but the last `keep_last` and those of every `keep_every`-th step; rank 0 calls.
+
+    Args:
+        folder: The run's folder.
+        keep_last: Newest checkpoints that stay, at least one.
+        keep_every: Steps whose multiples stay as well; 0 keeps none of them.
+
+    Returns: the folders that were removed.
+    """
     removed = []
     stored = complete(folder)
     for old in stored[: max(0, len(stored) - max(1, keep_last))]:
@@ -185,12 +194,18 @@ def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
 
 def sweep(folder: Path) -> None:
     """Removes what a killed run left half written; before any rank writes."""
+    for old in checkpoints_of(folder).glob(f"*{OLD}"):
+        # Killed between the two renames of `commit`: the one that was to be replaced counts.
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(old.with_suffix(""))
     for path in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:
-    """Makes renames and new names inside a folder durable."""
+    """Flushes a folder: renames and new names inside it outlive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A stored checkpoint as (name, full tensor), one at a time, without process group or engine."""
+"""Reads a stored checkpoint as full tensors, one at a time, without process group or engine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
     Only reads: the run may be another user's, or still train. No collective.
 
     Args:
-        folder: Of the run, or one of its checkpoints.
-        where: What the user set, for messages.
+        folder: The run's folder, or one of its checkpoints.
+        where: The field or argument that named it, for messages.
 
     Raises: CheckpointError: if there is none.
     """
@@ -58,7 +58,7 @@ def _problems(stored: store.Stored) -> tuple[str, ...]:
 
 @lru_cache
 def _problems_of(path: Path, ranks: int, seen: tuple) -> tuple[str, ...]:
-    """Sums of files that have not changed since (size, time) are not taken again."""
+    # Files of the same size and time were checked before.
     return tuple(p for rank in range(ranks) if (p := store.damage(path, rank)))
 
 
@@ -68,9 +68,9 @@ def stream(
     """Yields (name, float32 master of the given shape), read when it is asked for.
 
     Args:
-        reader: Of a checkpoint.
-        shapes: By name without the prefix; they also say the order.
-        prefix: Of the stored names, for instance "student.".
+        reader: The opened checkpoint.
+        shapes: Shape of each tensor, by name without the prefix, in the order wanted.
+        prefix: What the stored names begin with, for instance "student.".
 
     Raises: CheckpointError: before the first tensor, if the stored ones are not these.
     """
@@ -79,12 +79,12 @@ def stream(
 
 
 def outcome(reader: Reader) -> str:
-    """What a run is trained for: the average of the weights where it keeps one, else these."""
+    """Returns the kind of weights that a run is trained for: `ema` where it keeps an average."""
     return "ema" if reader.manifest.get("ema") else "master"
 
 
 def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Tensor:
-    """Returns one tensor in float32, by its stored name: the master, or what `kind` says.
+    """Returns one tensor, float32 of the given shape, by its stored name.
 
     Raises: CheckpointError: if the file is there no more: a run that trains prunes its checkpoints.
     """
@@ -108,7 +108,7 @@ def check(reader: Reader, shapes: Mapping[str, Shape], *, prefix: str = "") -> N
     wrong = sorted(n for n in stored.keys() | expected.keys() if stored.get(n) != expected.get(n))
     if wrong:
         raise CheckpointError(
-            f"{reader.path}: of another model than recipe.json tells; got {len(wrong)} tensors that "
-            f"differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
-            f"{len(expected)} of the recipe's. Restore the recipe.json of the run."
+            f"{reader.path}: of another model than recipe.json says; got {len(wrong)} tensors "
+            f"that differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}), expected "
+            f"the {len(expected)} of the recipe. Restore the recipe.json of the run."
         )

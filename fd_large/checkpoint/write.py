@@ -1,11 +1,11 @@
 """Writes a checkpoint while training goes on: copy to host memory, then a thread does the rest.
 
-The host memory, 12 bytes for each parameter of the rank's share and 4 more for an average, is kept
+The host memory, 12 bytes for each parameter of the rank's shard and 4 more for an average, is kept
 from save to save.
 
-Every rank writes one safetensors file of its pieces, so a run on 1,000 ranks writes 1,000 files of
-tensors and 1,000 receipts, and no rank does more than its own. All ranks agree in the loop's one
-small all-reduce that all have finished; then rank 0 commits by a rename.
+Every rank writes one safetensors file of its shards, so that a run on 1,000 ranks writes 1,000
+files of tensors and 1,000 receipts, and no rank writes more than its own. All ranks agree in the
+loop's one small all-reduce that all have finished; then rank 0 commits by a rename.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.atomic_files import replacing
 from fd_large.checkpoint import store
 
 log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """This rank's elements of one tensor of the state.
+    """This rank's shard of one tensor of the state.
 
     Attributes:
         key: KIND.NAME, KIND one of master, exp_avg, exp_avg_sq, ema.
-        values: Flat float32, a view of the live state.
+        values: (elements,) float32, a view of the live state.
     """
 
     key: str
@@ -49,12 +50,12 @@ def _mask() -> int:
 
 
 class Saver:
-    """One checkpoint at a time, from `begin` to `finish`.
+    """Writes one checkpoint at a time, from `begin` to `finish`.
 
     Args:
-        folder: The run's.
-        keep_last: Complete checkpoints that stay.
-        keep_every: Steps whose multiples stay as well; 0: none.
+        folder: The run's folder.
+        keep_last: Newest complete checkpoints that stay.
+        keep_every: Steps whose multiples stay as well; 0 keeps none of them.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
@@ -66,7 +67,7 @@ class Saver:
         self._part = Path()
         self._buffers: dict[str, Tensor] = {}
         self.ended = 0.0
-        """When this rank had written, by time.monotonic."""
+        """When this rank had written its file, by time.monotonic."""
         self.stall_seconds = 0.0
         """How long training stood still for the last `begin`."""
 
@@ -100,7 +101,7 @@ class Saver:
         self.stall_seconds = time.perf_counter() - start
 
     def _copied(self, key: str, values: Tensor) -> Tensor:
-        """Into host memory that stays for the next save: fresh pages cost as much as the copy."""
+        # Host memory that stays for the next save: fresh pages cost as much as the copy.
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != values.shape:
             buffer = torch.empty(
@@ -117,7 +118,7 @@ class Saver:
     def finish(self, *, failed_anywhere: bool) -> bool:
         """Commits, or throws away if any rank failed; all ranks call it when none is busy.
 
-        Returns: whether the checkpoint is current now.
+        Returns: whether the checkpoint is complete now.
         """
         self.wait()
         self._thread = None
@@ -133,7 +134,7 @@ class Saver:
         written = distributed.broadcast_object(not failed_anywhere and not self._problem)
         if distributed.is_main():
             if written:
-                # What goes may be large: beside training, and done before the next save.
+                # Removing takes long for large files: beside training, done before the next save.
                 self._pruner = threading.Thread(target=self._prune, name="prune")
                 self._pruner.start()
             else:
@@ -164,22 +165,18 @@ class Saver:
         path = self._part / store.file_of(rank)
         try:
             self._part.mkdir(parents=True, exist_ok=True)
-            # No empty file for a rank without a piece: safetensors holds zero tensors as well.
+            # A rank without a shard writes a file too: safetensors can hold no tensors at all.
             save_file(copies, path)
-            # safetensors makes it readable to its owner alone, whatever the user's mask says.
+            # safetensors makes it readable to its owner alone, whatever the user's umask is.
             path.chmod(0o666 & ~_mask())
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
-            aside = self._part / (store.receipt_of(rank) + ".new")
-            with aside.open("w") as file:
-                json.dump(receipt, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(self._part / store.receipt_of(rank))
-        except Exception as error:  # Whatever it was, this rank's part is not there.
+            with replacing(self._part / store.receipt_of(rank)) as aside:
+                aside.write_text(json.dumps(receipt))
+        except Exception as error:  # Whatever it was, this rank's file is not there.
             self._problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            # Room for the others, and for what training itself writes.
+            # Frees the disk for the other ranks, and for what training itself writes.
             path.unlink(missing_ok=True)
         finally:
             self.ended = time.monotonic()

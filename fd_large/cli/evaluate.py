@@ -379,8 +379,8 @@ def _finish(folder: Path, rows: Sequence[dict[str, Any]], **facts: Any) -> None:
         return
     import torch
 
+    from fd_large.atomic_files import write_json
     from fd_large.report.comparison import draw_comparison, spread, table
-    from fd_large.runtime.run_folder import write_json
 
     device = distributed.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

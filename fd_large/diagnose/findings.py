@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from fd_large.runtime.run_folder import write_json
+from fd_large.atomic_files import replacing, write_json
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,8 @@ def write_findings(folder: Path, findings: Findings, facts: dict[str, Any]) -> d
             if layer["layer"] in averages:
                 average = averages[layer["layer"]].numpy().astype(numpy.float32)
                 arrays[f"model_{number}_layer_{place}"] = average
-    path = folder / "averages.npz"
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
+    with replacing(folder / "averages.npz") as aside, aside.open("wb") as file:
         numpy.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
     diagnosis = {**facts, "models": findings.models, "cka": findings.cka}
     write_json(folder / "diagnosis.json", diagnosis)
     return diagnosis

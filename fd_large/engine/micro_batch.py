@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import FDError
-from fd_large.runtime.run_folder import write_json
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fd_large import distributed
-from fd_large.runtime.run_folder import write_json, written_or_told
+from fd_large.atomic_files import write_json
+from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class TimeBox:
         total = min(self._most, done + max(0, int(left / with_evaluations)))
         total = distributed.broadcast_object(total)
         if distributed.is_main():
-            with written_or_told(self._path):
+            with written_or_logged(self._path):
                 write_json(self._path, {"updates": total, "seconds_per_update": each})
         log.info("time box: %.0f s at %.2f s a step: %d steps in all", self._seconds, each, total)
         return total

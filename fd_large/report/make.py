@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fd_large.atomic_files import write_json
 from fd_large.report.closing import closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
-from fd_large.report.run_files import read_run, write_object
+from fd_large.report.run_files import read_run
 
 
 def make_report(folder: str | Path) -> str:
@@ -30,5 +31,5 @@ def make_report(folder: str | Path) -> str:
     ]
     if files.summary:
         files.summary["next"] = next_steps(files)
-        write_object(files.folder / "summary.json", files.summary)
+        write_json(files.folder / "summary.json", files.summary)
     return closing_text(files, drawn)

@@ -118,10 +118,3 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             f"report: {path} is damaged; got {error}, expected a JSON object a line. Resume the "
             "run, which drops what follows the damage."
         ) from None
-
-
-def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object aside and renames it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)

@@ -6,14 +6,14 @@ needs neither the models nor torch.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy
 
 from fd_large import distributed
+from fd_large.atomic_files import replacing
 from fd_large.runtime.hooks import Hook, Setting
-from fd_large.runtime.run_folder import written_or_told
+from fd_large.runtime.run_folder import written_or_logged
 
 
 class FeaturePanel(Hook):
@@ -44,16 +44,11 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
     assert images.shape[-1] == 3
     assert teacher.shape == student.shape
     assert len(teacher) == len(images)
-    with written_or_told(path):
-        aside = path.with_name(path.name + ".part")
-        with aside.open("wb") as file:
-            numpy.savez_compressed(
-                file,
-                images=images,
-                teacher=teacher.astype(numpy.float32),
-                student=student.astype(numpy.float32),
-                update=numpy.int64(index),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+    with written_or_logged(path), replacing(path) as aside, aside.open("wb") as file:
+        numpy.savez_compressed(
+            file,
+            images=images,
+            teacher=teacher.astype(numpy.float32),
+            student=student.astype(numpy.float32),
+            update=numpy.int64(index),
+        )

@@ -1,9 +1,9 @@
 """Refuses steps whose loss or gradient norm is off, and takes a run back when they keep coming.
 
-Off: NaN, infinite, or far above the running spread of the last accepted steps. The median and
-the median distance from it tell the spread, since a spike must not widen what it is measured by;
-a floor keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl
-and RUN/incidents alone, so a resumed run decides as one that was never interrupted.
+Off means NaN, infinite, or far above the running spread of the last accepted steps. The spread is
+the median distance from the median, so that a spike does not widen what it is measured by; a floor
+keeps a flat curve from having none. What the guard knows follows from RUN/metrics.jsonl and
+RUN/incidents alone, so a resumed run decides as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -22,10 +22,11 @@ from typing import Any
 import safetensors.torch
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict
 from fd_large.runtime.meter import rows_before
-from fd_large.runtime.run_folder import write_json, written_or_told
+from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,11 @@ WINDOW = 100
 KNOWN = 20
 """Accepted steps before a finite number can be far off."""
 LOSS_FLOOR, NORM_FLOOR = 0.05, 0.25
-"""Least spread: of the loss as a part of its median, of the norm in natural logarithms."""
+"""Least spread: of the loss as a fraction of its median, of the norm in natural logarithms."""
 INCIDENTS_WITH_IMAGES, RANKS_WITH_IMAGES = 20, 4
 """Newest incidents that keep their images, and ranks whose images are written for each."""
 FILE = "incident.json"
-MAD_TO_DEVIATION = 1.4826  # Of a normal distribution.
+MAD_TO_DEVIATION = 1.4826  # Exact for a normal distribution.
 
 Values = tuple[int, float, float]
 """Update, loss, gradient norm."""
@@ -50,10 +51,10 @@ class Finding:
 
     Attributes:
         what: `loss` or `gradient norm`.
-        value: Of this step.
-        median: Of the accepted steps before it; None while there is none.
-        limit: Above it a value is off; None while too few are known.
-        spread: Of the accepted ones, in the value's units or, of the norm, in logarithms.
+        value: The step's loss or gradient norm.
+        median: Median of the accepted steps before it; None while there is none.
+        limit: Largest value that is in order; None while too few are known.
+        spread: Spread of the accepted steps, of the norm in natural logarithms; None as `median`.
     """
 
     what: str
@@ -63,7 +64,7 @@ class Finding:
     spread: float | None
 
     def in_words(self) -> str:
-        """A sentence's predicate."""
+        """Returns a clause, as "its loss is nan"."""
         if not math.isfinite(self.value):
             usual = "" if self.median is None else f" (median so far {self.median:.4g})"
             return f"its {self.what} is {self.value:g}{usual}"
@@ -77,57 +78,43 @@ def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[
     """What is off about a step, given those accepted before it.
 
     Args:
-        update: Loss and norm to judge.
+        update: The step to judge, by its loss and its gradient norm.
         accepted: The last `WINDOW` before it, oldest first.
         spread: Spreads above the median that are still in order.
     """
     known = list(accepted)
     found = (
-        _loss_off(update.loss, [loss for _, loss, _ in known], spread),
-        _norm_off(update.grad_norm, [norm for _, _, norm in known], spread),
+        _off("loss", update.loss, [loss for _, loss, _ in known], spread),
+        _off("gradient norm", update.grad_norm, [n for _, _, n in known], spread, factors=True),
     )
     return [finding for finding in found if finding is not None]
 
 
-def _loss_off(value: float, known: list[float], factor: float) -> Finding | None:
-    middle, spread, limit = _bounds(known, factor, lambda middle: LOSS_FLOOR * abs(middle))
-    return _off("loss", value, middle, limit, spread)
-
-
-def _norm_off(value: float, known: list[float], factor: float) -> Finding | None:
-    # Norms spread by factors: what is far off is judged on their logarithms.
-    logs = [math.log(max(norm, 1e-30)) for norm in known]
-    middle, spread, limit = _bounds(logs, factor, lambda _: NORM_FLOOR)
-    middle, limit = (None if x is None else math.exp(min(x, 700.0)) for x in (middle, limit))
-    return _off("gradient norm", value, middle, limit, spread)
-
-
-def _bounds(
-    known: list[float], factor: float, floor: Callable[[float], float]
-) -> tuple[float | None, float | None, float | None]:
-    """Median, spread and limit; None while too few are known."""
-    if not known:
-        return None, None, None
-    middle = median(known)
-    distance = MAD_TO_DEVIATION * median(abs(value - middle) for value in known)
-    spread = max(distance, floor(middle))
-    return middle, spread, middle + factor * spread if len(known) >= KNOWN else None
-
-
 def _off(
-    what: str, value: float, middle: float | None, limit: float | None, spread: float | None
+    what: str, value: float, known: list[float], allowed: float, *, factors: bool = False
 ) -> Finding | None:
+    """Judges one number; one that spreads by `factors` is judged on its logarithm."""
+    middle = spread = limit = None
+    if known:
+        values = [math.log(max(each, 1e-30)) for each in known] if factors else known
+        middle = median(values)
+        spread = MAD_TO_DEVIATION * median(abs(each - middle) for each in values)
+        spread = max(spread, NORM_FLOOR if factors else LOSS_FLOOR * abs(middle))
+        if len(known) >= KNOWN:
+            limit = middle + allowed * spread
+    if factors:
+        middle, limit = (None if x is None else math.exp(min(x, 700.0)) for x in (middle, limit))
     far = not math.isfinite(value) or (limit is not None and value > limit)
     return Finding(what, value, middle, limit, spread) if far else None
 
 
 @dataclass
 class _Past:
-    """What the steps so far have left.
+    """What the guard remembers of the steps so far.
 
     Attributes:
-        accepted: The last ones whose weights the present ones descend from.
-        refused: The unbroken row of refused steps that led here.
+        accepted: The last accepted steps that the present weights descend from.
+        refused: The refused steps since the last accepted one.
         roll_backs: How often the run was taken back.
     """
 
@@ -145,11 +132,11 @@ class _Past:
 
 
 def past_of(rows: Iterable[Mapping[str, Any]], roll_backs: Mapping[int, int]) -> _Past:
-    """What a run's guard knows after the steps of `rows`.
+    """Returns what a run's guard knows after the steps of `rows`.
 
     Args:
-        rows: Of metrics.jsonl.
-        roll_backs: Update after which the run was taken back -> steps of the state it took.
+        rows: Rows of metrics.jsonl.
+        roll_backs: See `roll_backs_of`.
     """
     past = _Past(deque(), [], 0)
     for row in rows:
@@ -203,7 +190,7 @@ class Guard(Hook):
         folder = _folder_of(self._incidents, update.index)
         part = folder.with_name(folder.name + ".part")
         if distributed.is_main():
-            with written_or_told(folder):
+            with written_or_logged(folder):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
         ranks = distributed.gather_objects(mine)
@@ -211,7 +198,7 @@ class Guard(Hook):
         written = False
         if distributed.rank() in culprits[:RANKS_WITH_IMAGES]:
             name = images_of(distributed.rank())
-            with written_or_told(folder / name):
+            with written_or_logged(folder / name):
                 (part / name).write_bytes(
                     safetensors.torch.save(
                         {"images": evidence.images.contiguous(), "positions": evidence.positions}
@@ -237,7 +224,7 @@ class Guard(Hook):
         }
         if not distributed.is_main():
             return
-        with written_or_told(folder):
+        with written_or_logged(folder):
             write_json(part / FILE, self._incident)
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -245,7 +232,7 @@ class Guard(Hook):
         log.warning("%s", _in_words(self._incident, self._findings, folder))
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Counts; asks for a roll-back after too many refused in a row, or for the end."""
+        """Counts; asks for a roll-back after too many refusals in a row, or for the end."""
         self._past.add(update.index, update.loss, update.grad_norm, skipped=update.skipped)
         refused, limits = self._past.refused, self._limits
         if len(refused) < limits.skips:
@@ -255,7 +242,7 @@ class Guard(Hook):
         if distributed.is_main():
             log.error(
                 "guard: the run ends: steps %d to %d were refused one after the other, and it "
-                "was taken back %d time%s before (--guard.roll_backs). Mend what %s tells and "
+                "was taken back %d time%s before (--guard.roll_backs). See what %s says and "
                 "start the same command again, or anew with a lower --optim.base_lr.",
                 refused[0] + 1,
                 update.index + 1,
@@ -266,12 +253,12 @@ class Guard(Hook):
         return Verdict(stop=GUARD)
 
     def on_roll_back(self, update: Update, restored: int) -> None:
-        """Forgets what the abandoned steps have shown; a resume must know of it as well."""
+        """Forgets what the abandoned steps have shown, and records it for a resume."""
         roll_backs, refused = self._past.roll_backs + 1, len(self._past.refused)
         folder = _folder_of(self._incidents, update.index)
         self._incident["restored"] = restored
         if distributed.is_main():
-            with written_or_told(folder / FILE):
+            with written_or_logged(folder / FILE):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / FILE, self._incident)
             log.warning(
@@ -289,7 +276,7 @@ class Guard(Hook):
         self._past.roll_backs = roll_backs
 
     def _read(self, updates: int) -> _Past:
-        """What the first `updates` of the run have left, the same on every rank."""
+        """Returns what the first `updates` of the run have left, the same on every rank."""
         past = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / "metrics.jsonl", updates)
@@ -298,13 +285,13 @@ class Guard(Hook):
 
 
 def culprits_of(losses: list[list[float]]) -> list[int]:
-    """The ranks with a loss that is not finite; where there is none, the one with the largest."""
+    """Returns the ranks with a loss that is not finite, or else the one with the largest loss."""
     bad = [rank for rank, own in enumerate(losses) if not all(map(math.isfinite, own))]
     return bad or [max(range(len(losses)), key=lambda rank: max(losses[rank], default=-math.inf))]
 
 
 def images_of(rank: int) -> str:
-    """File of a rank's images."""
+    """Returns the name of the file of a rank's images."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -316,13 +303,13 @@ def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> s
     where = f"; {layer} is the first layer that is not finite" if layer else ""
     host = incident["ranks"][rank]["host"]
     return (
-        f"guard: update {incident['index'] + 1} skipped: {why}; worst on rank {rank}{more} ({host})"
+        f"guard: step {incident['index'] + 1} skipped: {why}; worst on rank {rank}{more} ({host})"
         f"{where}; python -m fd_large replay {folder}"
     )
 
 
 def _folder_of(incidents: Path, index: int) -> Path:
-    """Counted from 1, as the terminal and the loss curve count steps."""
+    # Counted from 1, as the terminal and the loss curve count steps.
     return incidents / f"update_{index + 1:08d}"
 
 
@@ -331,7 +318,7 @@ def _index(folder: Path) -> int:
 
 
 def _folders(incidents: Path) -> list[Path]:
-    """Complete incidents, oldest first."""
+    """Returns the complete incidents, oldest first."""
     return sorted(p for p in incidents.glob("update_*") if p.name.removeprefix("update_").isdigit())
 
 
@@ -339,14 +326,14 @@ def _set_aside(incidents: Path, first_update: int) -> None:
     """Renames incidents of steps that will be run again: what they say may not come true."""
     for folder in _folders(incidents):
         if _index(folder) >= first_update:
-            with written_or_told(folder):
+            with written_or_logged(folder):
                 aside = folder.with_name(f"superseded_{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
 
 
 def roll_backs_of(incidents: Path) -> dict[int, int]:
-    """Update after which the run was taken back -> steps of the state it took."""
+    """Returns step after which the run was taken back (from 0) -> steps of the state it took."""
     found = {}
     for folder in _folders(incidents):
         try:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from fd_large import distributed
+from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
-from fd_large.runtime.run_folder import write_json, written_or_told
+from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Meter(Hook):
         peak = distributed.max_rank(peak_memory_bytes())
         if distributed.is_main():
             path = self._setting.folder / "summary.json"
-            with written_or_told(path):
+            with written_or_logged(path):
                 write_json(path, self._summary(status, peak))
         for tracker in self._trackers:
             tracker.on_end(status)
@@ -199,12 +200,10 @@ class Meter(Hook):
         path = self._evaluations_file
         if not self._evaluations and not path.exists():
             return
-        aside = path.with_name(path.name + ".part")
         rows = [{"update": index, **row} for index, row in sorted(self._evaluations.items())]
         # All rows each time: what a full disk did not take is written with the next evaluation.
-        with written_or_told(path):
+        with written_or_logged(path), replacing(path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            aside.replace(path)
 
 
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:

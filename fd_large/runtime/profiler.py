@@ -17,8 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.runtime.hooks import Hook, Setting, Update
-from fd_large.runtime.run_folder import write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,10 @@
-"""The folder of a run: what it is, where it ran, and whether this recipe belongs to it."""
+"""The folder of a run: its recipe, where it ran, and whether a recipe belongs to it."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run, difference
 
@@ -24,20 +23,9 @@ log = logging.getLogger(__name__)
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes aside, flushes to disk, renames: a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 @contextmanager
-def written_or_told(what: object) -> Iterator[None]:
-    """For files that a run can do without: a full disk is told, and training goes on."""
+def written_or_logged(what: object) -> Iterator[None]:
+    """Wraps the writing of a file that a run can do without: training goes on with a full disk."""
     try:
         yield
     except OSError as error:
@@ -49,16 +37,23 @@ def open_folder(run: Run, *, fresh: bool) -> Path:
 
     Args:
         run: The resolved recipe.
-        fresh: Start over: the old run's files go to FOLDER.old-N, never away.
+        fresh: Start over: the old run's folder is renamed to FOLDER.old-N, never removed.
 
-    Raises: ConfigError: if the folder belongs to another recipe; lists the fields that differ.
+    Raises: ConfigError: if the folder cannot be used or belongs to another recipe.
     """
     folder = Path(run.run_dir())
     problem = None
     if distributed.is_main():
-        problem = _enter(folder, run, fresh)
-    problem = distributed.broadcast_object(problem)
-    if problem:
+        try:
+            _enter(folder, run, fresh)
+        except ConfigError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = (
+                f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
+                "written. Choose another."
+            )
+    if problem := distributed.broadcast_object(problem):
         raise ConfigError(problem)
     return folder
 
@@ -103,18 +98,7 @@ def write_environment(
     )
 
 
-def _enter(folder: Path, run: Run, fresh: bool) -> str | None:
-    """Enters or makes the folder on rank 0; returns the user's mistake, which all ranks raise."""
-    try:
-        return _enter_or_raise(folder, run, fresh)
-    except OSError as error:
-        return (
-            f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
-            "written. Choose another."
-        )
-
-
-def _enter_or_raise(folder: Path, run: Run, fresh: bool) -> str | None:
+def _enter(folder: Path, run: Run, fresh: bool) -> None:
     recipe = folder / "recipe.json"
     if fresh and folder.exists() and any(folder.iterdir()):
         number = 1
@@ -122,36 +106,37 @@ def _enter_or_raise(folder: Path, run: Run, fresh: bool) -> str | None:
             number += 1
         folder.rename(old)
     if recipe.exists():
+        remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         try:
             before = Run.from_dict(json.loads(recipe.read_text()))
         except (ValueError, ConfigError, AttributeError) as error:
-            return (
-                f"{recipe}: no recipe that this version can read; got {error}, expected what a run "
-                "wrote. Set --runtime.run_dir to another folder, or --fresh to start over here."
-            )
-        changed = {
-            name: pair for name, pair in difference(before, run).items() if name not in _MAY_CHANGE
-        }
+            raise ConfigError(
+                f"{recipe}: not a recipe that this version can read; got {error}, expected what a "
+                f"run wrote. {remedy}"
+            ) from None
+        changed = "; ".join(
+            f"{name} {was!r} -> {now!r}"
+            for name, (was, now) in difference(before, run).items()
+            if name not in _MAY_CHANGE
+        )
         if changed:
-            fields = "; ".join(f"{name} {a!r} -> {b!r}" for name, (a, b) in changed.items())
-            return (
-                f"{folder}: holds a run of another recipe; got {fields}, expected the same. Set "
-                "--runtime.run_dir to another folder, or --fresh to start over here."
+            raise ConfigError(
+                f"{folder}: holds a run of another recipe; got {changed}, expected the same. "
+                f"{remedy}"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(recipe, run.to_dict())
-    return None
 
 
 def status_of(folder: Path) -> str | None:
-    """The status in summary.json, None where there is none."""
+    """Returns the status in summary.json, None where there is none."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text())
         return summary.get("status") if isinstance(summary, dict) else None
     return None
 
 
-# What may differ between the parts of one run without changing its result.
+# What a resume may change: it does not change the result.
 _MAY_CHANGE = {
     "batch.micro_batch_size",
     "data.max_bad_fraction",
@@ -182,13 +167,10 @@ _MAY_CHANGE = {
 
 
 def source_commit() -> str | None:
-    """The commit of the source tree, or None where it is no checkout."""
-    if shutil.which("git") is None:
+    """Returns the commit of the source tree, or None where it is not a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
         return None
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return answer.stdout.strip() or None

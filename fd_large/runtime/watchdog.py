@@ -2,8 +2,8 @@
 
 A collective that waits for a rank which is stuck waits for half an hour, and so do all GPUs. The
 thread here counts the seconds since the training thread last moved. It works while that thread
-sits in a collective or in any other call that has let go of Python's lock; a call that holds the
-lock stops this thread as well, and the other ranks' watchdogs end the run then.
+waits in a collective or in any other call that has released Python's global lock; a call that holds
+the lock stops this thread as well, and the other ranks' watchdogs end the run then.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from types import FrameType
 from typing import Any
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.runtime import terminal
-from fd_large.runtime.hooks import Evidence, Hook, Setting, Update
+from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY
-from fd_large.runtime.run_folder import write_json, written_or_told
+from fd_large.runtime.run_folder import written_or_logged
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,19 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank, or a process that loads for it, write its stacks and go on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
 MOST_SECONDS_OF_LINGERING = 30.0
-"""From a rank's stacks to its end: the others, at most a micro batch later, write theirs before
+"""Between a rank's stacks and its end: the others, at most a micro batch later, write theirs before
 they see a closed connection."""
 SECONDS_FOR_LAST_WORDS = 20.0
 """The disk of the log may be what hangs."""
 
 
 class Silence:
-    """How long nothing has moved, by looks at a counter.
+    """Measures how long nothing has moved, by looks at a counter.
 
     Args:
         limit: Seconds that are too long.
         interval: Seconds between two looks, as intended.
-        now: By the clock.
+        now: The time, in seconds.
     """
 
     def __init__(self, limit: float, interval: float, now: float) -> None:
@@ -59,8 +60,13 @@ class Silence:
         self.seconds = 0.0
 
     def lasts(self, now: float, beats: int) -> bool:
-        """One look: whether it is too long."""
-        # A longer pause than asked for was not the training thread's alone.
+        """Looks once; returns whether it is too long.
+
+        Args:
+            now: The time, in seconds.
+            beats: The counter.
+        """
+        # A pause longer than intended stopped this thread too: the process did not run.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
         self.seconds = self.seconds + passed if beats == self._seen else 0.0
         self._seen = beats
@@ -70,8 +76,8 @@ class Silence:
 class Watchdog(Hook):
     """Ends this rank once it has not moved for so many seconds.
 
-    Seconds count only while this process runs: one that is stopped (Ctrl-Z, a machine that sleeps)
-    and goes on finds its watchdog where it was.
+    Seconds count only while this process runs, not while it is stopped (Ctrl-Z, a machine that
+    sleeps).
 
     Args:
         seconds: How long it may stand still.
@@ -101,36 +107,22 @@ class Watchdog(Hook):
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        # A rank whose peers end first fails in its collective; it is to leave as they did.
+        # A rank whose peers end first fails in its collective; it leaves with the same exit code.
         atexit.register(self._end_if_fired)
 
-    def beat(self) -> None:
+    def beat(self, *_: object, **__: object) -> None:
         """The run moves."""
         self._beats += 1
+
+    on_skip = on_roll_back = on_evaluation = on_save = beat
 
     def after_update(self, update: Update) -> None:
         """Moves, and knows from where."""
         self.beat()
         self._where = f"after step {update.index + 1} of {update.total}"
 
-    def on_skip(self, update: Update, evidence: Evidence) -> None:
-        """Moves."""
-        self.beat()
-
-    def on_roll_back(self, update: Update, restored: int) -> None:
-        """Moves."""
-        self.beat()
-
-    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """Moves."""
-        self.beat()
-
-    def on_save(self, index: int) -> None:
-        """Moves."""
-        self.beat()
-
     def on_saved(self, seconds: float) -> None:
-        """Moves; warns of saves that a watchdog may take for a standstill."""
+        """Moves; warns of saves that are nearly long enough to count as a standstill."""
         self.beat()
         if seconds > self._limit / 2:
             log.warning(
@@ -202,9 +194,9 @@ class Watchdog(Hook):
                     os.kill(child.pid, STACKS_SIGNAL)
 
     def _write_status(self) -> None:
-        # Whoever gets there: rank 0 may be the one that hangs.
+        # Every rank that can: rank 0 may be the one that hangs.
         path = self._folder / "summary.json"
-        with written_or_told(path):
+        with written_or_logged(path):
             summary: Any = {}
             with suppress(OSError, ValueError):
                 summary = json.loads(path.read_text())
@@ -219,13 +211,13 @@ class Watchdog(Hook):
 
 
 def kill_workers() -> None:
-    """Ends the processes that load: one that hangs would not notice that its parent is gone."""
+    """Kills the loader processes: one that hangs would not notice that its parent is gone."""
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def standpoint(frame: FrameType) -> str:
-    """Where a thread stands: its innermost call, and the innermost one of this package."""
+    """Returns where a thread stands: its innermost call, and the innermost one of this package."""
     package = Path(__file__).parents[1].name
     calls = [
         ("/".join(Path(code.co_filename).parts[-3:]), line, code.co_name)
@@ -238,10 +230,10 @@ def standpoint(frame: FrameType) -> str:
 
 
 def stacks(frames: dict[int, FrameType]) -> str:
-    """The stacks of threads other than the watchdog's, the main one first.
+    """Returns the stacks of threads other than the watchdog's, the main one first.
 
     Args:
-        frames: Of `sys._current_frames`.
+        frames: What `sys._current_frames` returns.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident

@@ -1,3 +1,5 @@
+"""Layouts: every element is held by one rank, and found again."""
+
 import json
 
 from hypothesis import given
