@@ -1,7 +1,7 @@
-"""DeepSpeed's own checkpoints, for those who have tools on them: out of a run, and into one.
+"""DeepSpeed's own checkpoints, for tools that read them: exported from a run, imported into one.
 
-Both build the run as training does and let DeepSpeed read or write; its files belong to one number
-of ranks (0.19.8), ours to any.
+Both build the run as training does and let DeepSpeed (0.19.8) write or read. Its files are for one
+number of ranks, unlike the run's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fd_large.recipes.run import Run
 log = logging.getLogger(__name__)
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
-"""Finished steps, and those of them that were not skipped: DeepSpeed's client state."""
+"""Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
 
 
 def export_checkpoint(
@@ -28,19 +28,25 @@ def export_checkpoint(
 ) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
 
-    Returns: its steps.
+    Args:
+        run_dir: The run's folder.
+        out: The folder to write.
+        job_of: Makes the job of the run's recipe.
+        deepspeed_config: Path of the DeepSpeed JSON, which decides the stage.
+
+    Returns: the checkpoint's step.
     Raises: CheckpointError: if the run has no checkpoint.
     """
     opened = _open(run_dir, job_of, deepspeed_config)
-    updates = opened.checkpoints.resume()
-    if not updates:
+    step = opened.checkpoints.resume()
+    if not step:
         raise CheckpointError(
             f"checkpoint export: {run_dir}: nothing is stored yet; got no complete checkpoint, "
             "expected one. Train the run first."
         )
-    told = {UPDATES: updates, STEPS: opened.checkpoints.optimizer_steps}
-    opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{updates}", client_state=told)
-    return updates
+    client_state = {UPDATES: step, STEPS: opened.checkpoints.optimizer_steps}
+    opened.engine.deepspeed.save_checkpoint(out, tag=f"update_{step}", client_state=client_state)
+    return step
 
 
 def import_checkpoint(
@@ -51,10 +57,10 @@ def import_checkpoint(
     Args:
         source: The folder that `save_checkpoint` was given, with `latest` in it.
         run_dir: A folder with the run's recipe.json.
-        job_of: Makes its task's job.
-        deepspeed_config: The JSON that it was trained with: same stage, and as many ranks now.
+        job_of: Makes the job of that recipe.
+        deepspeed_config: Path of the JSON that it was trained with; stage and ranks must agree.
 
-    Returns: its steps.
+    Returns: the checkpoint's step.
     Raises: CheckpointError: if DeepSpeed cannot read it.
     """
     if not (Path(source) / "latest").is_file():
@@ -65,7 +71,7 @@ def import_checkpoint(
     opened = _open(run_dir, job_of, deepspeed_config)
     engine = opened.engine.deepspeed
     try:
-        path, told = engine.load_checkpoint(source)
+        path, client_state = engine.load_checkpoint(source)
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
             f"checkpoint import: {source}: DeepSpeed cannot read it; got "
@@ -77,23 +83,23 @@ def import_checkpoint(
             f"checkpoint import: {source}: DeepSpeed read nothing; got no files for this engine, "
             "expected those of this stage and number of ranks. Check --deepspeed_config."
         )
-    updates = told.get(UPDATES, engine.global_steps)
-    opened.checkpoints.optimizer_steps = told.get(STEPS, updates - engine.skipped_steps)
-    opened.checkpoints.save(updates)
+    step = client_state.get(UPDATES, engine.global_steps)
+    opened.checkpoints.optimizer_steps = client_state.get(STEPS, step - engine.skipped_steps)
+    opened.checkpoints.save(step)
     if not opened.checkpoints.settle():
         raise CheckpointError(
             f"checkpoint import: {run_dir}: the checkpoint was not written; got a failed save, "
             "expected room for it. Make room and start the same command again."
         )
-    return updates
+    return step
 
 
 def _open(run_dir: str, job_of: Callable[[Run], Job], deepspeed_config: str) -> Opened:
     recipe = Path(run_dir) / "recipe.json"
     if not recipe.is_file():
         raise ConfigError(
-            f"checkpoint: {run_dir}: no run; got a path without recipe.json, expected the folder "
-            "of a run. Name one, for example runs/quickstart."
+            f"checkpoint: {run_dir}: not a run; got a path without recipe.json, expected the "
+            "folder of a run. Name one, for example runs/quickstart."
         )
     run = Run.from_dict(json.loads(recipe.read_text()))
     # The folder may have moved since.

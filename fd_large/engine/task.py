@@ -1,7 +1,6 @@
 """What the engine trains: a Module that maps a batch to a loss and named metrics.
 
-Distillation is one task; detection, segmentation and depth are others with the same face. The
-engine knows nothing of teachers, heads or targets.
+All tasks have this face. The engine knows nothing of teachers, heads or targets.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from fd_large.data.loader import Batch
 
 
 class Task(nn.Module):
-    """A trainable Module with a loss: a backbone, and heads that are new.
+    """A trainable Module with a loss: a backbone, and new heads.
 
     Args:
         student: A backbone of `fd_large.backbones`.
 
     Attributes:
-        student: The backbone; its weights are what a run gives back.
-        drop_path_rates: One rate per drop-path site of the student, in execution order; the engine
+        student: The backbone; its weights are the result of a run.
+        drop_path_rates: Drop-path rate of each site of the student, in execution order; the engine
             draws `keep` of shape (num_sites, B) for them.
     """
 
@@ -33,14 +32,14 @@ class Task(nn.Module):
         self.drop_path_rates: tuple[float, ...] = student.drop_path_rates
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Does what needs no gradient of the trained parameters, a teacher's forward for example.
+        """Does what needs no gradient of the trained parameters, for example a teacher's forward.
 
         Runs under no_grad and outside the engine, so that the engine sees one forward and one
-        backward a micro batch.
+        backward per micro batch.
 
         Args:
             images: (B, 3, H, W) uint8, on the device.
-            targets: What the task's loader put beside them, on the device; None if nothing.
+            targets: The targets from the task's loader, on the device; None if it has none.
             keep: (num_sites, B) bool, or None for no drop path.
 
         Returns: the keyword arguments of `forward`.
@@ -48,14 +47,14 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def forward(self, **prepared: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss, scalar float32, and detached scalar metrics by name."""
+        """Returns the loss, a float32 scalar, and detached scalar metrics by name."""
         raise NotImplementedError
 
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs the part of a step that shapes alone decide, for counting on the meta device.
 
-        That is the whole of `prepare` and `forward`, unless a task's work depends on what is in its
-        images; such a task overrides this, and does as much as it does at most.
+        That is all of `prepare` and `forward`, unless a task's work depends on the content of its
+        images; such a task overrides this with the most work that it may have.
 
         Args:
             batch: A micro batch on the meta device.
@@ -68,21 +67,25 @@ class Task(nn.Module):
         return self(**prepared)[0]
 
     def keep_all(self, images: Tensor) -> Tensor | None:
-        """Returns draws of drop path that keep every branch, (num_sites, B); None without sites."""
+        """Returns a drop path that keeps every branch, (num_sites, B) bool; None without sites."""
         if not any(self.drop_path_rates):
             return None
         size = (len(self.drop_path_rates), len(images))
         return torch.ones(size, dtype=torch.bool, device=images.device)
 
     def models(self) -> dict[str, nn.Module]:
-        """Returns the Modules whose layers an incident is traced through, by prefix of names."""
+        """Returns the models whose layers the record of an incident lists, by prefix of names."""
         return {"": self}
 
     def layer_scale(self, name: str, decay: float) -> float:
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
-        It falls with the depth in the student; heads, pyramids and projections learn at the full
-        rate.
+        It falls from the student's last layer to its first; heads, pyramids and projections have
+        the full learning rate.
+
+        Args:
+            name: The parameter's name in this Module.
+            decay: Factor from one layer to the one below it.
         """
         inside = name.removeprefix("student.")
         return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
@@ -90,7 +93,7 @@ class Task(nn.Module):
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.
 
-        They are the student's; norms and biases are exempt everywhere, as they are one-dimensional.
+        They are the student's; one-dimensional parameters (norms, biases) are exempt anyway.
         """
         names = frozenset(f"student.{name}" for name in self.student.no_weight_decay())
         return names, tuple(self.student.no_weight_decay_keywords())

@@ -1,17 +1,17 @@
 """Finds the rank whose teacher changed in memory, that computes wrongly, or that is slow.
 
-A training loss does not tell: a student learns from a damaged teacher just as well. Every rank
-hashes the part of the teacher that it holds itself, since a weight that was gathered is the same on
-all of them, and maps a fixed batch; both must be as they were at the start. A short product that
-waits for nobody tells how fast each rank is.
+The training loss does not show it: a student learns from a damaged teacher just as well. Every rank
+hashes the part of the teacher that it holds itself (a gathered weight is the same on all ranks) and
+computes the map of fixed images; both must be as they were at the start. The time of a short matrix
+product that waits for no other rank shows how fast each rank is.
 
-Cost of a look, by arithmetic, on one H100 and for the 1.06B teacher in bf16: hashed whole
-(replicated; a split one is hashed in parts), about 10 passes over 16 bytes an element, 1.06e9 x
+Cost of a check, by arithmetic, on one H100 and for the 1.06B teacher in bf16: hashed whole
+(replicated; a sharded one is hashed in parts), about 10 passes over 16 bytes per element, 1.06e9 x
 160 B at 3 TB/s = 0.06 s, and a dozen launches for each of 1,000 tensors, 0.1 s; the map of two
 images, 2 x 0.6 TFLOP at a tenth of the peak, 0.02 s; seven products of 2 x 4096^3 = 0.14 TFLOP,
-0.003 s; two small collectives. 0.2 s every 500 steps is below 1% of training time where a step
-takes 0.04 s or more; those of the 3B run take seconds. On one CPU core (measured) the hash takes
-0.06 s a million elements.
+0.003 s; two small collectives. 0.2 s every 500 steps is below 1% of training time if a step takes
+0.04 s or more; those of the 3B run take seconds. On one CPU core (measured) the hash takes 0.06 s
+per million elements.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from fd_large.runtime.hooks import Hook, Setting, Update, Verdict
 log = logging.getLogger(__name__)
 
 TEACHER_CHANGED = "teacher changed"
-"""How the run ends then: the status in summary.json."""
+"""The status in summary.json of a run that ends because of it."""
 MAP_TOLERANCE = 0.01
-"""Of the map's norm: bf16 products may be summed in another order. The hash is exact."""
+"""Largest change of the map, as a fraction of its norm: products in bf16 may be summed in another
+order. The hash is exact."""
 SLOW = 1.5
-"""Times the median of the ranks."""
+"""A rank is slow from so many times the ranks' median time on."""
 CHECKS_BETWEEN_NAMINGS = 20
+"""A rank that stays slow is named again after so many checks."""
 PRODUCTS = 7
 
 
 def seconds_of_product() -> float:
-    """Time of a square product on this rank's device, without any other rank.
+    """Measures a square matrix product on this rank's device; waits for no other rank.
 
-    The fastest of a few: what interrupts one of them does not make the device slow.
+    Returns: the seconds of the fastest of a few, since an interruption does not make a device slow.
     """
     device = distributed.device()
     on_gpu = device.type == "cuda"
@@ -63,16 +65,16 @@ def seconds_of_product() -> float:
 
 
 class Canary(Hook):
-    """Looks every so many steps, after the last one, and before each checkpoint.
+    """Checks the teacher every so many steps, after the last one, and before each checkpoint.
 
     A changed teacher ends the run on all ranks alike, without saving.
 
     Args:
-        every: Steps between two looks.
-        shard_of: Returns "PART HASH" of what this rank holds itself; ranks that hold the same name
-            the same PART. All ranks call it.
+        every: Steps between two checks.
+        shard_of: Returns "PART HASH" of what this rank holds itself; ranks that hold the same part
+            return the same PART. All ranks call it.
         map_of: Returns the teacher's map (B, N, C) of a fixed batch. All ranks call it.
-        seconds: How long a fixed computation takes on this rank.
+        seconds: Returns how long a fixed computation takes on this rank.
     """
 
     def __init__(
@@ -91,58 +93,58 @@ class Canary(Hook):
         self._named: dict[int, int] = {}
 
     def on_start(self, setting: Setting) -> None:
-        """Remembers the teacher; compares the ranks that hold the same part of it."""
+        """Records the teacher's hash and map; compares ranks that hold the same part of it."""
         self._map = self._map_of().float()
         self._shard = self._shard_of()
         self._good = setting.first_update
         device = str(distributed.device())
-        told = distributed.gather_objects((self._shard, distributed.node_name(), device))
-        self._places = [f"rank {r} ({host}, {dev})" for r, (_, host, dev) in enumerate(told)]
-        odd = _odd_holders([shard for shard, _, _ in told])
+        ranks = distributed.gather_objects((self._shard, distributed.node_name(), device))
+        self._places = [f"rank {r} ({host}, {dev})" for r, (_, host, dev) in enumerate(ranks)]
+        odd = _odd_holders([shard for shard, _, _ in ranks])
         if odd:
             self._changed = True
             if distributed.is_main():
                 log.error(
                     "canary: THE TEACHER IS NOT THE SAME ON ALL RANKS at the start: %s; got other "
                     "bits than on the ranks that hold the same part, expected the same. The run "
-                    "ends. Start the same command again without that node; if its kind of "
-                    "processor differs by design, with --runtime.canary_every 0.",
+                    "ends. Start the same command again without that node, or, if its processors "
+                    "differ by design, with --runtime.canary_every 0.",
                     self._names(odd),
                 )
 
     def after_update(self, update: Update) -> Verdict | None:
-        """Looks when it is time; a changed teacher ends the run."""
+        """Checks when it is time; a changed teacher ends the run."""
         done = update.index + 1
         if not self._changed and (done % self._every == 0 or done == update.total):
-            self._look(done)
-            self._look_at_speed()
+            self._check(done)
+            self._check_speed()
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
     def on_save(self, index: int) -> Verdict | None:
-        """Looks, so that no checkpoint is written that learned from a changed teacher."""
+        """Checks, so that no checkpoint is written that learned from a changed teacher."""
         if index != self._good and not self._changed:
-            self._look(index)
+            self._check(index)
         return Verdict(stop=TEACHER_CHANGED) if self._changed else None
 
-    def _look(self, done: int) -> None:
+    def _check(self, done: int) -> None:
         wrong = self._shard_of() != self._shard
         found = distributed.gather_objects((wrong, self._distance()))
         changed = [rank for rank, (wrong, _) in enumerate(found) if wrong]
-        # Not a number is no small distance.
+        # A distance that is not a number differs too.
         differs = [rank for rank, (_, far) in enumerate(found) if not far <= MAP_TOLERANCE]
         if not changed and not differs:
             self._good = done
             return
         self._changed = True
         if distributed.is_main():
-            self._tell(done, changed, differs, max(far for _, far in found))
+            self._report(done, changed, differs, max(far for _, far in found))
 
     def _distance(self) -> float:
-        """Of the map from that of the start, as a part of the latter's norm."""
+        """Returns how far the map is from that of the start, as a fraction of the latter's norm."""
         now = self._map_of().float()
         return ((now - self._map).norm() / self._map.norm()).item()
 
-    def _tell(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
+    def _report(self, done: int, changed: list[int], differs: list[int], distance: float) -> None:
         if changed:
             what = f"on {self._names(changed)}: the bits held there are not those of the start"
         else:
@@ -152,14 +154,14 @@ class Canary(Hook):
             )
         log.error(
             "canary: THE TEACHER CHANGED after step %d, seen after step %d, %s. The run ends "
-            "without a checkpoint of what it learned since; those that it has are sound. Start the "
-            "same command again, without that node: it goes on from the newest one.",
+            "without a checkpoint of what it learned since; earlier ones are sound. Start the same "
+            "command again, without that node: it goes on from the newest one.",
             self._good,
             done,
             what,
         )
 
-    def _look_at_speed(self) -> None:
+    def _check_speed(self) -> None:
         self._checks += 1
         seconds = distributed.gather_objects(self._seconds())
         usual = median_low(seconds)
@@ -183,7 +185,10 @@ class Canary(Hook):
 
 
 def _odd_holders(shards: list[str]) -> list[int]:
-    """Ranks whose hash is not that of most ranks with the same part; all of them in a tie."""
+    """Returns ranks whose hash differs from that of most ranks with the same part.
+
+    Of a tie it returns all.
+    """
     holders: dict[str, list[int]] = defaultdict(list)
     for rank, shard in enumerate(shards):
         holders[shard.split()[0]].append(rank)

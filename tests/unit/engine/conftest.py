@@ -1,0 +1,93 @@
+"""A tiny task in a real DeepSpeed engine, on one rank of this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from fd_large import distributed
+from fd_large.backbones.vit.vit import ViT
+from fd_large.data.loader import Batch
+from fd_large.engine.task import Task
+from fd_large.engine.zero import config as ds
+from fd_large.engine.zero import start
+from fd_large.engine.zero.engine import build_engine
+from fd_large.launch import Launch
+from fd_large.recipes.sections import Optim
+
+CONFIGS = {
+    "whole": (0, False),
+    "flat": (1, True),
+    "sharded": (3, False),
+    "sharded_bfloat16": (3, True),
+}
+"""Where the state lives: ZeRO stage, and whether parameters are bfloat16."""
+
+
+class Brightness(Task):
+    """Learns the mean of an image."""
+
+    def __init__(self, drop_path_rate: float = 0.3) -> None:
+        super().__init__(ViT(8, 2, 2, patch_size=4, image_size=8, drop_path_rate=drop_path_rate))
+        self.head = nn.Linear(8, 1)
+
+    def prepare(self, images, targets, keep):
+        pixels = images.float() / 255
+        return {"pixels": pixels, "targets": pixels.mean((1, 2, 3)), "keep": keep}
+
+    def forward(self, *, pixels, targets, keep):
+        tokens = self.student(pixels.to(self.head.weight.dtype), keep).tokens
+        found = self.head(tokens.mean(1))[:, 0].float()
+        return (found - targets).square().mean(), {}
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """Torch's process group and DeepSpeed on it, for the tests of this folder."""
+    before = dict(os.environ)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(distributed, "watch_launcher", lambda: None)
+    alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    distributed.start(Launch(launcher="python", **alone, master_addr="127.0.0.1", master_port=port))
+    start.start()
+    yield
+    start.forget_engines()
+    distributed.stop()
+    patch.undo()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def make_engine(one_rank):
+    """Returns (config's name, seed) -> a `Brightness` in its engine; destroyed after the test."""
+    engines = []
+
+    def make(config="whole", *, seed=0, accumulation=1, make_task=Brightness, **more):
+        stage, bfloat16 = CONFIGS[config]
+        numbers = ds.RunNumbers(2, accumulation, 1, 1, 1.0, bfloat16, (8,))
+        filled = ds.fill({"zero_optimization": {"stage": stage}}, numbers)
+        engine = build_engine(make_task, filled, optim=Optim(), seed=seed, **more)
+        engine.task.train()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.deepspeed.destroy()
+    start.forget_engines()
+
+
+def batch_of(number: int, size: int = 2) -> Batch:
+    """Micro batch `number` of an endless epoch."""
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    positions = torch.arange(size) + size * number
+    return Batch(images, 0, positions, positions)

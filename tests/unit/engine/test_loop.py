@@ -1,0 +1,237 @@
+"""The loop: which steps are made, who is asked when, and how a run ends and goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from unit.engine.conftest import batch_of
+
+from fd_large.engine.checkpoints import Checkpoints
+from fd_large.engine.ema import Ema
+from fd_large.engine.evaluation import Evaluation
+from fd_large.engine.loop import Trainer, TrainingPlan
+from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.zero import state
+from fd_large.errors import DataError
+from fd_large.recipes.sections import Runtime
+from fd_large.runtime.hooks import Hook, Verdict, Wish
+
+PER_EPOCH = 4
+
+
+class Recorder(Hook):
+    """Notes what happens; answers what the test wants: by step, or by number of finished steps."""
+
+    def __init__(self, judge=None, wish=None, after=None, on_save=None):
+        self.notes, self.updates, self.evidence = [], [], []
+        self.verdicts, self.wishes = judge or {}, wish or {}
+        self.afterwards, self.saving = after or {}, on_save or {}
+
+    def on_start(self, setting):
+        self.finished = setting.first_update
+
+    def wish(self):
+        return self.wishes.get(self.finished, Wish())
+
+    def judge(self, update):
+        return self.verdicts.get(update.index)
+
+    def on_skip(self, update, evidence):
+        self.evidence.append(evidence)
+
+    def on_roll_back(self, update, restored):
+        self.notes.append(f"back to {restored}")
+
+    def after_update(self, update):
+        self.updates.append(update)
+        self.finished = update.index + 1
+        return self.afterwards.get(self.finished)
+
+    def on_save(self, index):
+        self.notes.append(f"save {index}")
+        return self.saving.get(index)
+
+    def on_evaluation(self, index, metrics):
+        self.notes.append(f"evaluated {index}: {metrics}")
+
+    def on_end(self, status):
+        self.notes.append(status)
+
+
+class Run:
+    """One process's part of a run of `total` steps; another one in the same folder goes on."""
+
+    def __init__(
+        self,
+        make_engine,
+        setting,
+        folder,
+        *,
+        total=10,
+        accumulation=1,
+        save_every=4,
+        evaluate_every=0,
+        average=False,
+        config="whole",
+        **answers,
+    ):
+        self.engine = make_engine(config, seed=3, accumulation=accumulation)
+        ema = Ema(self.engine, 0.5) if average else None
+        self.checkpoints = Checkpoints(
+            folder,
+            self.engine,
+            runtime=Runtime(save_every=save_every, keep_last=9),
+            global_batch_size=2 * accumulation,
+            facts={"pictures": "all"},
+            check_stored=lambda manifest: None,
+        )
+        first = self.checkpoints.resume()
+        self.hook = Recorder(**answers)
+        self.measured = []
+        plan = TrainingPlan(
+            CosineSchedule(1e-2, 1e-3, 0.0, total, 2), PER_EPOCH, accumulation, seed=5
+        )
+        self.trainer = Trainer(
+            self.engine,
+            plan,
+            [self.hook],
+            setting(first=first, total=total),
+            checkpoints=self.checkpoints,
+            evaluations=[Evaluation(self.measure, evaluate_every)] if evaluate_every else (),
+            ema=ema,
+        )
+        self.accumulation = accumulation
+
+    def measure(self, step, last, between):
+        between()
+        self.measured.append((step, last))
+        return {"loss": 0.5}, None
+
+    def batches(self, epoch, first_step):
+        for number in range(first_step, PER_EPOCH):
+            for part in range(self.accumulation):
+                number_of_all = (epoch * PER_EPOCH + number) * self.accumulation + part
+                yield batch_of(number_of_all)
+
+    def train(self):
+        status = self.trainer.train(self.batches)
+        self.state = {key: values.clone() for key, values in state.shards(self.engine)}
+        return status
+
+
+@pytest.fixture
+def start(make_engine, make_setting, tmp_path):
+    return lambda **more: Run(make_engine, make_setting, tmp_path, **more)
+
+
+def indices(run, **wanted):
+    return [u.index for u in run.hook.updates if all(getattr(u, k) == v for k, v in wanted.items())]
+
+
+def test_a_run_makes_its_steps_saves_and_evaluates(start, tmp_path):
+    run = start(evaluate_every=3)
+    assert run.train() == "done"
+    assert indices(run) == list(range(10))
+    assert [u.epoch for u in run.hook.updates] == [0] * 4 + [1] * 4 + [2] * 2
+    assert [u.learning_rate for u in run.hook.updates[:3]] == pytest.approx([1e-3, 1e-3, 5.5e-3])
+    assert run.hook.updates[-1].loss < run.hook.updates[0].loss
+    assert run.measured == [(0, False), (3, False), (6, False), (9, False), (10, True)]
+    seen = [note for note in run.hook.notes if not note.startswith("evaluated")]
+    assert seen == ["save 4", "save 8", "save 10", "done"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (4, 8, 10)
+    ]
+
+
+@pytest.mark.parametrize("config", ["whole", "sharded"])
+def test_a_run_in_two_parts_is_the_run_in_one_to_the_bit(start, tmp_path, config):
+    settings = {"accumulation": 2, "average": True, "config": config}
+    whole = start(save_every=99, **settings)
+    assert whole.train() == "done"
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.rename(tmp_path / "aside")
+    first = start(wish={5: Wish(stop=True)}, **settings)
+    assert first.train() == "preempted"
+    assert indices(first) == list(range(6)), "the step that runs when the wish is agreed is kept"
+    second = start(**settings)
+    assert second.train() == "done"
+    losses = [u.loss for run in (first, second) for u in run.hook.updates]
+    assert losses == [u.loss for u in whole.hook.updates]
+    assert second.state.keys() == whole.state.keys()
+    assert all(torch.equal(second.state[key], value) for key, value in whole.state.items())
+
+
+def test_a_wish_to_save_is_granted_after_the_step(start):
+    run = start(wish={2: Wish(save=True)})
+    run.train()
+    assert [note for note in run.hook.notes if "save" in note][:2] == ["save 3", "save 4"]
+
+
+def test_a_refused_step_moves_nothing_leaves_evidence_and_delays_a_save(start):
+    run = start(total=5, judge={3: Verdict(skip=True)})
+    assert run.train() == "done"
+    assert indices(run, skipped=True) == [3]
+    assert run.hook.notes == ["save 5", "done"], "due after 4, not in a row of refused steps"
+    (evidence,) = run.hook.evidence
+    assert torch.equal(evidence.images, batch_of(3).images)
+    assert evidence.positions.tolist() == [6, 7]
+    assert evidence.losses == pytest.approx([run.hook.updates[3].loss])
+    assert list(evidence.maxima)[-1] == "head"
+    shorter = start(total=5, judge={3: Verdict(skip=True)})
+    assert shorter.checkpoints.optimizer_steps == 4
+
+
+def test_a_roll_back_goes_on_with_the_next_data(start):
+    run = start(total=8, after={6: Verdict(roll_back=5)})
+    assert run.train() == "done"
+    assert run.hook.notes == ["save 4", "back to 4", "save 6", "save 8", "done"]
+    assert indices(run) == list(range(8))
+    assert run.checkpoints.optimizer_steps == 6
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends(start, caplog):
+    run = start(after={2: Verdict(roll_back=1)})
+    assert run.train() == "guard"
+    assert indices(run) == [0, 1]
+    assert "--fresh" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answers", [{"after": {4: Verdict(stop="odd")}}, {"on_save": {4: Verdict(stop="odd")}}]
+)
+def test_a_hook_ends_a_run_without_a_checkpoint(start, tmp_path, answers):
+    run = start(**answers)
+    assert run.train() == "odd"
+    assert indices(run) == list(range(4))
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(start, tmp_path):
+    run = start(total=4, evaluate_every=2, wish={2: Wish(stop=True)})
+    run.hook.wish = lambda: Wish(stop=run.hook.finished == 2)
+    assert run.train() == "preempted"
+    assert run.measured == [(0, False)]
+    manifest = json.loads((tmp_path / "checkpoints/step_00000002/manifest.json").read_text())
+    assert manifest["evaluated"] is False
+    again = start(total=4, evaluate_every=2)
+    assert again.train() == "done"
+    assert again.measured == [(2, False), (4, True)]
+
+
+def test_too_many_images_that_cannot_be_used_end_the_run_after_a_save(start):
+    run = start()
+    run.trainer._plan = run.trainer._plan._replace(max_bad_fraction=0.0, count_bad_every=2)
+    run.batches = lambda *_: (replace(batch_of(n), bad=(f"{n}.png: broken",)) for n in range(4))
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction.*0\.png, 1\.png") as caught:
+        run.train()
+    assert caught.value.agreed
+    assert run.hook.notes == ["save 2"]
+
+
+def test_a_failed_save_is_said_by_the_status(start, monkeypatch):
+    run = start(total=2, save_every=2)
+    monkeypatch.setattr(run.checkpoints, "settle", lambda: False)
+    assert run.train() == "not saved"

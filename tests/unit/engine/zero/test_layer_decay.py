@@ -1,0 +1,62 @@
+"""Slices of flat groups learn as groups of their own do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unit.engine.conftest import CONFIGS, Brightness, batch_of
+
+from fd_large.engine.forward_backward import forward_backward, prepared
+from fd_large.engine.zero import partition, state
+from fd_large.engine.zero.layer_decay import LayerSlice, _joined, by_layer
+from fd_large.engine.zero.optimizer import parameter_groups
+from fd_large.recipes.sections import Optim
+
+DECAY, PEAK = 0.5, 1e-2
+
+
+@pytest.mark.parametrize("config", [name for name, (_, bf16) in CONFIGS.items() if not bf16])
+def test_each_layer_learns_as_in_a_group_of_its_own(make_engine, config):
+    engine = make_engine(config)
+    rates = by_layer(engine, DECAY)
+    plain = partition.build(Brightness, {}, partitioned=False, seed=0)
+    optim = Optim()
+    decayed = {id(p) for p in parameter_groups(plain, 1.0)[0]["params"]}
+    groups = [
+        {
+            "params": [parameter],
+            "lr": PEAK * plain.layer_scale(name, DECAY),
+            "weight_decay": optim.weight_decay * (id(parameter) in decayed),
+        }
+        for name, parameter in plain.named_parameters()
+    ]
+    assert len({group["lr"] for group in groups}) == 4, "stem, two blocks, head"
+    reference = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
+    rates.at_scale = lambda scale: PEAK * scale
+    for number in range(3):
+        forward_backward(engine, batch_of(number), seed=0)
+        engine.deepspeed.step()
+        reference.zero_grad()
+        loss, _ = plain(**prepared(plain, batch_of(number), 0))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        reference.step()
+    for key, values in state.shards(engine):
+        if key.startswith("master."):
+            expected = plain.get_parameter(key.removeprefix("master.")).detach()
+            torch.testing.assert_close(values.view(-1), expected.view(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_without_decay_the_optimiser_steps_as_it_is(make_engine):
+    engine = make_engine()
+    assert by_layer(engine, 1.0) is None
+
+
+def test_neighbours_of_one_scale_are_one_slice_with_the_padding_between_them():
+    cuts = [
+        LayerSlice(8, 9, 0.5),
+        LayerSlice(0, 3, 1.0),
+        LayerSlice(4, 8, 1.0),
+        LayerSlice(9, 9, 2.0),
+    ]
+    assert _joined(cuts) == [LayerSlice(0, 8, 1.0), LayerSlice(8, 9, 0.5)]

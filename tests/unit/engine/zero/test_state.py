@@ -1,0 +1,94 @@
+"""Masters, moments and average leave an engine as shards and come back, wherever they live."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unit.engine.conftest import CONFIGS, batch_of
+
+from fd_large.engine.ema import Ema
+from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.zero import partition, state
+from fd_large.engine.zero.optimizer import set_learning_rate
+
+
+def step(engine, number):
+    set_learning_rate(engine.deepspeed.optimizer, 1e-2)
+    loss = forward_backward(engine, batch_of(number), seed=0)
+    engine.deepspeed.step()
+    return loss.item()
+
+
+def stored(engine):
+    return {key: values.clone() for key, values in state.shards(engine)}
+
+
+def restore(engine, shards, **counts):
+    def read(kind, name, start, stop):
+        return shards[f"{kind}.{name}"].view(-1)[start:stop]
+
+    state.restore(engine, read, **counts)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_engine_goes_on_to_the_bit_from_what_another_stored(make_engine, config):
+    first = make_engine(config)
+    for number in range(3):
+        step(first, number)
+    shards = stored(first)
+    parameters = dict(first.task.named_parameters())
+    assert state.layout_of(first).sizes == {
+        name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()
+    }
+    assert {key.partition(".")[0] for key in shards} == {"master", *state.MOMENTS}
+    second = make_engine(config, seed=1)
+    step(second, 7)
+    restore(second, shards, updates=3, steps=3)
+    assert second.deepspeed.global_steps == 3
+    assert stored(second).keys() == shards.keys()
+    assert all(torch.equal(value, shards[key]) for key, value in stored(second).items())
+    assert [step(first, 3), step(first, 4)] == [step(second, 3), step(second, 4)]
+    after = stored(first)
+    assert all(torch.equal(value, after[key]) for key, value in stored(second).items())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_shards_are_views_and_masters_are_exact(make_engine, config):
+    engine = make_engine(config)
+    whole = partition.build(type(engine.task), {}, partitioned=False, seed=0)
+    exact = {f"master.{n}": p.detach().view(-1) for n, p in whole.named_parameters()}
+    for key, values in state.shards(engine):
+        if key in exact:
+            assert values.dtype == torch.float32
+            assert torch.equal(values.view(-1), exact[key]), key
+    assert state.needs(engine, state.layout_of(engine)) == {0}
+    for _, values in state.shards(engine):
+        values.fill_(0.25)
+    assert all(values.eq(0.25).all() for values in stored(engine).values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_average_follows_the_masters_and_takes_their_place(make_engine, config):
+    engine = make_engine(config)
+    assert not state.has_average(engine)
+    ema = Ema(engine, 0.5)
+    assert state.has_average(engine)
+    before = stored(engine)
+    step(engine, 0)
+    ema.update()
+    after = stored(engine)
+    for key in (key for key in after if key.startswith("ema.")):
+        master = key.replace("ema.", "master.")
+        torch.testing.assert_close(after[key], (before[master] + after[master]) / 2)
+    with ema.in_place_of_weights():
+        for name, value in partition.stream(engine.task):
+            expected = after[f"ema.{name}"].view(value.shape)
+            assert torch.equal(value, expected.to(value.dtype)), name
+    assert all(torch.equal(value, after[key]) for key, value in stored(engine).items())
+    # A stored state without an average: it begins as the weights.
+    restore(engine, before, updates=0, steps=0)
+    again = stored(engine)
+    assert all(
+        torch.equal(again[f"ema.{n}"], again[f"master.{n}"])
+        for n, _ in engine.task.named_parameters()
+    )

@@ -1,0 +1,38 @@
+"""A step that is refused leaves everything as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unit.engine.conftest import CONFIGS, batch_of
+
+from fd_large.engine.forward_backward import forward_backward
+from fd_large.engine.zero import state
+from fd_large.engine.zero.optimizer import set_learning_rate
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_refused_step_moves_nothing_and_the_next_one_does(make_engine, config):
+    engine = make_engine(config)
+    set_learning_rate(engine.deepspeed.optimizer, 1e-2)
+    asked = []
+
+    def step(answer):
+        forward_backward(engine, batch_of(len(asked)), seed=0)
+        norm = engine.deepspeed.optimizer
+
+        def ask():
+            asked.append(float(norm._global_grad_norm))
+            return answer
+
+        before = {key: values.clone() for key, values in state.shards(engine)}
+        moved = engine.gate.step(engine.deepspeed, ask)
+        after = dict(state.shards(engine))
+        assert moved == answer
+        return all(torch.equal(before[key], after[key]) for key in before)
+
+    assert not step(True)
+    assert step(False)
+    assert not step(True)
+    assert len(asked) == 3, "once per step, however many groups are stepped"
+    assert all(norm > 0 for norm in asked)
