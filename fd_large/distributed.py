@@ -1,8 +1,8 @@
 """Ranks: the process group and small collectives.
 
 The only wrapper of torch.distributed; it knows nothing of DeepSpeed's engine, whose
-`init_distributed` finds the group that `start` made and keeps it. Everything but `start`,
-`barrier` and `node_group` also works before `start`, as rank 0 of 1.
+`init_distributed` finds the group that `start` made and keeps it. Everything but `start` and
+`node_group` also works before `start`, as rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
 
     Args:
         launch: Where this rank stands; None asks `find_launch`.
-        timeout_seconds: A collective that waits longer for a rank fails.
+        timeout_seconds: How long a collective waits for a rank before it fails.
 
     Returns: the launch that was used, also when the group existed before.
     Raises:
@@ -96,8 +96,8 @@ def stop() -> None:
 def leave(code: int) -> int:
     """Ends a rank after its work: at once where there are several, else by returning the code.
 
-    Of several ranks one now and then aborted in its last moment (DeepSpeed 0.19.8 with offload on
-    CPUs), all work done; leaving without the interpreter's farewell avoids that.
+    With offload on CPUs (DeepSpeed 0.19.8) a rank now and then aborted while the interpreter shut
+    down, all work done; ending the process at once avoids that.
     """
     if world_size() == 1:
         stop()
@@ -242,20 +242,20 @@ def together(check: Callable[[], T]) -> T:
         value = check()
     except FDError as caught:
         error = caught
-    told = gather_objects((error, node_name()))
-    for number, (found, _) in enumerate(told):
+    ranks = gather_objects((error, node_name()))
+    for number, (found, _) in enumerate(ranks):
         if found is not None:
-            met = [node for other, node in told if str(other) == str(found)]
-            if len(met) == len(told):
+            nodes = [node for other, node in ranks if str(other) == str(found)]
+            if len(nodes) == len(ranks):
                 raise found
-            one_node = len({node for _, node in told}) == 1
-            where = f"rank {number}" if one_node else ", ".join(dict.fromkeys(met))
+            one_node = len({node for _, node in ranks}) == 1
+            where = f"rank {number}" if one_node else ", ".join(dict.fromkeys(nodes))
             raise type(found)(f"{where}: {found}")
     return value  # type: ignore[return-value]
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Whether a collective failed because another rank ended: that rank's message is the cause."""
+    """Says whether a collective failed because another rank ended, whose message is the cause."""
     text = str(error)
     return isinstance(error, RuntimeError) and (
         "Connection closed by peer" in text or "Connection reset by peer" in text
@@ -282,7 +282,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
         first = rank() // node_size * node_size
         if len(set(hosts[first : first + node_size])) > 1:
             raise LaunchError(
-                f"engine.node_size: ranks {first} to {first + node_size - 1} are no node; got "
+                f"engine.node_size: ranks {first} to {first + node_size - 1} are not one node; got "
                 f"hosts {', '.join(sorted(set(hosts[first : first + node_size])))}, expected one. "
                 "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."

@@ -13,8 +13,9 @@ class FDError(Exception):
     """A mistake that the user can mend; the command line prints it and exits with `exit_code`.
 
     Attributes:
-        rank_local: Whether one rank may have met it alone; then that rank speaks, else rank 0.
-        agreed: Whether all ranks raise it together, whenever it comes.
+        exit_code: The exit code of the command.
+        rank_local: Whether one rank may have met it alone; then that rank shows it, else rank 0.
+        agreed: Whether all ranks raise it together.
     """
 
     exit_code = 2
@@ -35,7 +36,7 @@ class DataError(FDError):
 
 
 class WeightsError(FDError):
-    """A weights file that is missing, damaged, or not of the expected network."""
+    """A weights file that is missing, damaged, or not of the expected model."""
 
 
 class CheckpointError(FDError):
@@ -49,8 +50,8 @@ class LaunchError(FDError):
 class LostRankError(FDError):
     """Another rank has ended; its own message and exit code say why.
 
-    1 and not 2: of all ranks' codes launchers return the largest, and a batch job whose rank was
-    lost with its node is to start again.
+    Its exit code is 1, not 2: launchers return the largest of the ranks' codes, and a batch job
+    that lost a rank with its node has to start again.
     """
 
     exit_code = 1

@@ -1,7 +1,7 @@
 """Which launcher started this process, and where the ranks meet; without torch.
 
-One function, `find_launch`, reads the environment that the deepspeed launcher, torchrun, srun,
-mpirun or plain python left.
+`find_launch` reads the environment that the deepspeed launcher, torchrun, srun, mpirun or plain
+python left.
 """
 
 from __future__ import annotations
@@ -21,13 +21,31 @@ log = logging.getLogger(__name__)
 
 Launcher = Literal["deepspeed", "torchrun", "srun", "mpirun", "python"]
 
+# Variables of the rank, the number of ranks, and both on this node.
+_OPEN_MPI = (
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    *("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+
 # Every launcher sets one of these.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Who started this rank, and where the ranks meet."""
+    """Who started this rank, and where the ranks meet.
+
+    Attributes:
+        launcher: The program that started the ranks.
+        rank: Number of this rank, from 0.
+        world_size: Number of ranks.
+        local_rank: Number of this rank on its node, from 0.
+        local_world_size: Number of ranks on its node.
+        master_addr: Host name or address of rank 0.
+        master_port: Port at which rank 0 waits for the others.
+        node_rank: Number of the node, from 0; None where the launcher does not say.
+    """
 
     launcher: Launcher
     rank: int
@@ -60,11 +78,14 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if "CROSS_RANK" in environ and "LOCAL_SIZE" in environ:
         return _from_rank_variables(environ, "deepspeed", node_rank="CROSS_RANK")
     if "OMPI_COMM_WORLD_RANK" in environ:
-        return _agreeing(environ, _from_mpi(environ, "OMPI_COMM_WORLD_", local="LOCAL_"))
-    # `srun --mpi=pmi2` sets PMI_RANK too, hydra's local rank it does not.
+        return _agreeing(environ, _from_mpi(environ, _OPEN_MPI))
+    # `srun --mpi=pmi2` sets PMI_RANK too, but not hydra's local rank.
     if "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
-        return _agreeing(environ, _from_mpi(environ, "PMI_", local=""))
-    if _is_slurm_step(environ):
+        return _agreeing(environ, _from_mpi(environ, _HYDRA))
+    # The shells of sbatch (no step id) and of an interactive salloc (step ids from 0xfffffff0 on
+    # are Slurm's own) carry SLURM_PROCID too, but are not ranks.
+    step = environ.get("SLURM_STEP_ID", "")
+    if step.isdigit() and int(step) < 0xFFFFFFF0:
         return _agreeing(environ, _from_slurm(environ))
     if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_rank_variables(environ, "python", node_rank="GROUP_RANK")
@@ -73,16 +94,8 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             "a Slurm job of %s tasks, but not under srun: running as a single process",
             environ["SLURM_NTASKS"],
         )
-    return Launch(
-        launcher="python",
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=_free_port(),
-        node_rank=0,
-    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+    return _from_rank_variables(alone, "python", node_rank="GROUP_RANK")
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -156,14 +169,8 @@ def _from_rank_variables(
     )
 
 
-def _from_mpi(environ: Mapping[str, str], prefix: str, *, local: str) -> Launch:
-    world_size = _integer(environ, f"{prefix}SIZE")
-    if local:
-        local_rank = _integer(environ, f"{prefix}LOCAL_RANK")
-        local_world_size = _integer(environ, f"{prefix}LOCAL_SIZE")
-    else:
-        local_rank = _integer(environ, "MPI_LOCALRANKID")
-        local_world_size = _integer(environ, "MPI_LOCALNRANKS")
+def _from_mpi(environ: Mapping[str, str], names: tuple[str, ...]) -> Launch:
+    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in names)
     one_node = world_size == local_world_size
     if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
         address, port = environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
@@ -171,7 +178,7 @@ def _from_mpi(environ: Mapping[str, str], prefix: str, *, local: str) -> Launch:
         address, port = _meet_over_mpi(world_size, one_node=one_node)
     return Launch(
         launcher="mpirun",
-        rank=_integer(environ, f"{prefix}RANK"),
+        rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
@@ -228,13 +235,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _is_slurm_step(environ: Mapping[str, str]) -> bool:
-    # The shells of sbatch (no step id) and of an interactive salloc (step ids from 0xfffffff0 on
-    # are Slurm's own) carry SLURM_PROCID too, but are not ranks.
-    step = environ.get("SLURM_STEP_ID", "")
-    return step.isdigit() and int(step) < 0xFFFFFFF0
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:

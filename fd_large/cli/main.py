@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FDError as error:
         # Every rank makes the same mistake and one reports it, unless only one has met it.
         if rank == 0 or error.rank_local:
-            terminal.tell_error(str(error))
+            terminal.show_error(str(error))
         else:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""The pictures of a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
+"""Draws a diagnosis, models side by side, from diagnosis.json and averages.npz alone."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, "#CC79A7", "#E69F00", "#56
 HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
-# Of the spread of an average map over its mean: little is left for a score to explain.
 NEARLY_UNIFORM = 0.1
+"""Spread of an average map over its mean, below which there is little for a score to explain."""
 
 Model = dict[str, Any]
 
 
 def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
-    """Draws every figure that there is something to show of; returns the PNGs.
+    """Draws every figure for which there are numbers; returns the PNGs.
 
     Args:
         folder: Holds averages.npz and takes the pictures.
-        diagnosis: What diagnosis.json says.
+        diagnosis: Content of diagnosis.json.
     """
     models = diagnosis["models"]
     with numpy.load(folder / "averages.npz") as arrays:
@@ -44,7 +44,7 @@ def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
 
 
 def short(label: str) -> str:
-    """A label that fits over a panel."""
+    """Returns a label that fits over a panel."""
     return label if len(label) <= 30 else f"{label[:14]}...{label[-13:]}"
 
 
@@ -66,7 +66,7 @@ def _panels(models: list[Model], *, height: float, share: bool) -> tuple[Figure,
 def _by_layer(
     models: list[Model], label: str, draw: Callable[[Axes, list[dict[str, Any]], str], None]
 ) -> Figure | None:
-    """A panel for each model: something over its attention layers."""
+    """Draws a panel for each model: something over its attention layers."""
     from matplotlib.ticker import MaxNLocator
 
     if not any(model["attention"] for model in models):
@@ -216,7 +216,7 @@ def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
 def _range(
     models: list[Model], loss: str, rows_of: Callable[[dict[str, Any]], list[list[float | None]]]
 ) -> tuple[float, float]:
-    """Of the landscapes of one kind of loss: these have a common scale, and no others."""
+    """Returns the range of the landscapes of one kind of loss, which share a scale."""
     of_kind = [m["landscape"] for m in models if m["landscape"]["loss"] == loss]
     known = [v for of in of_kind for row in rows_of(of) for v in row if v is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
@@ -224,7 +224,7 @@ def _range(
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:
-    """Every pair of models, a model with itself included, below the diagonal."""
+    """Draws every pair of models, a model with itself included, below the diagonal."""
     if not cka["matrix"]:
         return None
     from matplotlib.figure import Figure
@@ -283,7 +283,7 @@ def _nan(value: float | None) -> float:
 
 
 def _spread(layers: list[int]) -> list[int]:
-    """The first, the last and some between."""
+    """Returns the first, the last and some between."""
     if len(layers) <= MOST_LAYERS:
         return layers
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]

@@ -48,7 +48,7 @@ SENTENCES = {
         "Likeness of layers",
         "Linear CKA between the features of two blocks: 1 where one is a rotated copy of the "
         "other, 0 where they have nothing in common. A panel compares two models, or a model with "
-        "itself; the last row and column are the net's final map.",
+        "itself; the last row and column are the model's final map.",
     ),
 }
 
@@ -75,7 +75,7 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def summary(model: dict[str, Any]) -> dict[str, str]:
-    """A model in a few words and numbers: means over its attention layers, and its loss."""
+    """Returns a model's figures in words: means over its attention layers, and its loss."""
     layers, landscape = model["attention"], model["landscape"]
     distance = _mean([sum(x["distance_pixels"]) / x["heads"] for x in layers])
     return {
@@ -105,7 +105,7 @@ def _losses(models: list[dict[str, Any]]) -> list[str]:
 
 
 def _near(landscape: dict[str, Any]) -> float | None:
-    """The mean over directions of the loss at steps of a tenth, both ways."""
+    """Returns the mean over directions of the loss at steps of a tenth, both ways."""
     near = [i for i, step in enumerate(landscape["steps"]) if abs(abs(step) - 0.1) < 1e-6]
     return _mean([curve[i] for curve in landscape["curves"] for i in near])
 

@@ -19,10 +19,10 @@ MOST_ROWS = 4
 
 
 class Basis(NamedTuple):
-    """Three principal components and what is spread over the colours.
+    """Three principal components and the range of each that the colours show.
 
     Attributes:
-        mean: (C,).
+        mean: Mean token, (C,).
         components: (3, C), orthonormal.
         scale: Range of each component, (3,): the 99th percentile of its absolute value.
     """
@@ -125,7 +125,7 @@ def draw_features(folder: Path, path: Path) -> bool:
 
 
 def _srgb(lightness: numpy.ndarray, a: numpy.ndarray, b: numpy.ndarray) -> numpy.ndarray:
-    """CIELAB (D65) to sRGB, IEC 61966-2-1; what is out of the gamut is clipped."""
+    """Converts CIELAB (D65) to sRGB, IEC 61966-2-1; colours out of the gamut are clipped."""
     fy = (lightness + 16) / 116
     steps = numpy.stack([fy + a / 500, fy, fy - b / 200], -1)
     delta = 6 / 29

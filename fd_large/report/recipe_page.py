@@ -71,7 +71,7 @@ def _recipe(name: str) -> list[str]:
         length = f"at most {run.optim.max_steps} steps"
     settings = (
         f"{run.data.image_size} px, crops of at least {run.data.min_crop_scale:g} of the area,"
-        f" global batch {run.batch.global_batch_size}, {length}, peak rate"
+        f" global batch {run.batch.global_batch_size}, {length}, peak learning rate"
         f" {run.optim.base_lr:g} per 512 images, drop path {run.student.drop_path_rate:g}"
     )
     lines = [

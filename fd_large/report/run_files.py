@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read for a report: the run may be over, going, or killed."""
+"""Reads the folder of a run for a report, whether the run is finished, going on, or was killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fd_large.errors import DataError
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its folder tells it.
+    """A run as its folder describes it.
 
     Attributes:
         folder: The run's folder.
@@ -72,12 +72,12 @@ class RunFiles:
 def read_run(folder: str | Path) -> RunFiles:
     """Reads a run's folder.
 
-    Raises: DataError: If it is none, or a file in it is damaged.
+    Raises: DataError: If it is not a run's, or a file in it is damaged.
     """
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
         raise DataError(
-            f"report: no run here; got {folder}, expected a folder with recipe.json. Give the "
+            f"report: not a run; got {folder}, expected a folder with recipe.json. Give the "
             "folder of a run, for instance runs/quickstart."
         )
     rows = _rows(folder / "metrics.jsonl")
@@ -107,7 +107,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last one of a run that goes, or was killed, may be torn."""
+    # The last line of a run that goes on, or was killed, may be torn.
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()

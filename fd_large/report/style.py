@@ -21,7 +21,7 @@ SMALL_SIZE = 9
 
 
 def plain_axes(axes: Axes) -> None:
-    """Leaves of a frame what carries numbers: two sides and a faint grid."""
+    """Reduces a frame to the two sides that carry numbers, and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=SMALL_SIZE)

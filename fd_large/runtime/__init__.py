@@ -1,1 +1,5 @@
-"""Hooks around a run: they observe it and ask it to save or stop, and know nothing of how."""
+"""What watches a run: hooks (guard, watchdog, pre-emption, ...), trackers, the run's folder.
+
+A hook may ask for a stop, a save, a skip or a roll-back and carries out none of them; the engine
+does. Nothing here knows a task, a model or DeepSpeed, and hooks take plain arguments, no recipe.
+"""

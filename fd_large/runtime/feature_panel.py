@@ -1,4 +1,4 @@
-"""The raw material of the feature panel: maps of a few held-out photographs, before and after.
+"""The arrays of the feature panel: maps of a few held-out images, before and after training.
 
 Written during the run as pictures/features_before.npz and features_after.npz, so that the report
 needs neither the models nor torch.
@@ -17,10 +17,10 @@ from fd_large.runtime.run_folder import written_or_logged
 
 
 class FeaturePanel(Hook):
-    """Keeps on rank 0 what the engine computes for the panel."""
+    """Writes on rank 0 what the engine computes for the panel."""
 
     def on_start(self, setting: Setting) -> None:
-        """Remembers where pictures go."""
+        """Notes the folder."""
         self._folder = setting.folder / "pictures"
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
@@ -29,7 +29,7 @@ class FeaturePanel(Hook):
         Args:
             index: Finished steps.
             panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, whitened; student of the
-                same shape and type, projected. Only rank 0's is looked at.
+                same shape and type, projected. Only rank 0's is used.
         """
         if not distributed.is_main():
             return

@@ -1,6 +1,6 @@
-"""Who speaks where: rank 0 on the terminal, every rank in its own file, libraries in files only.
+"""Where log records go: rank 0's to the terminal, every rank's to its own file.
 
-A rank other than 0 reaches the terminal only with an error.
+Records of libraries go to the files only; of other ranks than 0 the terminal shows errors only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fd_large import distributed
 from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
-"""As `extra` of a record: it is on the terminal in another form already."""
+"""As `extra` of a record that the terminal shows in another form."""
 
 _early: list[logging.LogRecord] = []
 
@@ -21,7 +21,7 @@ class _Terminal(logging.Handler):
     """Shows fd_large's records through the console that the progress bar lives on."""
 
     def __init__(self, rank: int) -> None:
-        # Warnings are alike on all ranks; an error may be one rank's own.
+        # Warnings are the same on all ranks; an error may be one rank's own.
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
         self._prefix = f"rank {rank}: " if rank else ""
         self.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -39,14 +39,14 @@ class _Terminal(logging.Handler):
 
 
 class _Keep(logging.Handler):
-    """Holds what is said before the run's folder is known."""
+    """Holds the records until the run's folder is known."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _early.append(record)
 
 
 def start(rank: int) -> None:
-    """Lets rank 0 speak on the terminal and keeps all records for the file that `set_up` opens."""
+    """Shows rank 0's records on the terminal and keeps all for the file that `set_up` opens."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in list(root.handlers):
@@ -78,7 +78,7 @@ def set_up(folder: Path) -> None:
     _early.clear()
     root.addHandler(file)
     terminal.hand_over(path)
-    # DeepSpeed brings its own console handler; through the root its lines get the file's form.
+    # DeepSpeed has a console handler of its own; through the root logger its lines look like ours.
     for name in ("DeepSpeed", "deepspeed"):
         library = logging.getLogger(name)
         for handler in list(library.handlers):

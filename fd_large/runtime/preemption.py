@@ -1,8 +1,8 @@
-"""Pre-emption: a signal, a file or the job's end on any rank stops all of them, saved.
+"""Pre-emption: after a signal, for a file or near the job's end, all ranks save and stop.
 
-SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; a file named `stop`
-in the run's folder is for people. Whichever rank notices wishes to stop; the trainer agrees it in
-the collective of the next step (or evaluation batch), saves, and the run exits with 75.
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away; a file named `stop` in the run's
+folder is for people. Any rank that notices wishes to stop; the trainer agrees on it in the
+collective of the next step (or evaluation batch) and saves, and the run exits with 75.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
-"""At the file: a shared file system is not asked at every step."""
+"""For the file: a shared file system is not asked at every step."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
-"""Between a save that fits exactly and the end of the job: leaving."""
+"""Left after the save for leaving, before the job ends."""
 
 
 class Preemption(Hook):
@@ -36,13 +36,13 @@ class Preemption(Hook):
     not lost.
 
     Args:
-        notice_seconds: Between such a signal and the end of the process.
+        notice_seconds: Seconds between such a signal and the end of the process.
     """
 
     def __init__(self, notice_seconds: float) -> None:
         self._notice = notice_seconds
         self._reason = ""
-        self._told = False
+        self._warned = False
         self._slowest = self._slowest_update = 0.0
         self._mark: float | None = None
         self._file: Path | None = None
@@ -54,7 +54,7 @@ class Preemption(Hook):
             signal.signal(number, self._caught)
 
     def on_start(self, setting: Setting) -> None:
-        """Estimates a save, and says whether it fits between a signal and the end."""
+        """Estimates how long a save takes, and logs whether it fits into the notice."""
         self._setting = setting
         # One look a node is enough.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
@@ -76,29 +76,29 @@ class Preemption(Hook):
             log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, self._notice)
 
     def wish(self) -> Wish:
-        """Stop, once this rank has a reason."""
+        """Wishes to stop, once this rank has a reason."""
         if not self._reason:
             self._reason = self._file_or_end()
         if not self._reason:
             return NOTHING
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
         return Wish(stop=True)
 
     def after_update(self, update: Update) -> None:
-        """Learns what a step takes: one more is finished before the run saves."""
+        """Measures how long a step takes: one more is finished before the run saves."""
         now = time.monotonic()
         if self._mark is not None:
             self._slowest_update = max(self._slowest_update, now - self._mark)
         self._mark = now
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
-        """What an evaluation takes is no step's time; it can be left."""
+        """Leaves the evaluation out of the next step's time: it can be interrupted."""
         self._mark = None
 
     def on_saved(self, seconds: float) -> None:
-        """Learns what a save takes."""
+        """Notes how long a save took."""
         if seconds > max(self._slowest, self._notice):
             log.warning(
                 "a save took %.0f s, more than the %.0f s of runtime.notice_seconds",
@@ -108,7 +108,7 @@ class Preemption(Hook):
         self._slowest = max(self._slowest, seconds)
 
     def on_end(self, status: str) -> None:
-        """Removes the file: the next start is to train."""
+        """Removes the file, so that the next start trains."""
         if distributed.is_main():
             with suppress(OSError):
                 (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
@@ -129,7 +129,7 @@ class Preemption(Hook):
         return ""
 
     def _estimated(self, setting: Setting) -> float | None:
-        """Seconds that a checkpoint will take, from a file that all ranks write at once."""
+        """Returns the seconds that a checkpoint will take, from a file that all ranks write."""
         share = setting.checkpoint_bytes / setting.world_size
         size = int(min(PROBE_BYTES, share))
         probe = setting.folder / f".write_probe_{distributed.rank()}"
@@ -142,7 +142,7 @@ class Preemption(Hook):
                 os.fsync(file.fileno())
             seconds = (time.perf_counter() - begin) * share / max(size, 1)
         except OSError:
-            # A full disk: the first save says it.
+            # A full disk: the first save will say so.
             seconds = -1.0
         with suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """A torch profiler trace of a few steps, for `--profile`.
 
-Written to RUN/profile/ by rank 0; chrome://tracing, ui.perfetto.dev and TensorBoard's profiler
-plugin open it. The profiled steps are slower than others: their rate is no figure of the run.
-What share of them communication took is told beside it, in RUN/profile/communication.json: of all
-figures of a run the one that needs a trace, since only there it is seen what ran beside what.
+Rank 0 writes it to RUN/profile/, for chrome://tracing, ui.perfetto.dev or TensorBoard's profiler
+plugin. The profiled steps are slower than others and do not count for the run's speed.
+RUN/profile/communication.json holds the share of these steps that communication took, and the share
+in which nothing was computed beside it: only a trace can show that.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Profiler(Hook):
     """Traces so many steps, after the first three of this start.
 
     Args:
-        steps: At least one.
+        steps: How many, at least one.
     """
 
-    def __init__(self, updates: int) -> None:
-        assert updates >= 1
-        self._updates = updates
+    def __init__(self, steps: int) -> None:
+        assert steps >= 1
+        self._steps = steps
         self._profile: profile | None = None
         self._written = ""
         self._shares: dict[str, float] = {}
@@ -67,7 +67,7 @@ class Profiler(Hook):
 
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=UNTRACED, warmup=WARM_UP, active=self._updates, repeat=1),
+            schedule=schedule(wait=UNTRACED, warmup=WARM_UP, active=self._steps, repeat=1),
             on_trace_ready=write,
             record_shapes=True,
         )
@@ -82,7 +82,7 @@ class Profiler(Hook):
                 self._stop()
 
     def on_end(self, status: str) -> None:
-        """Says where the trace lies; a run that ends too early has a shorter one, or none."""
+        """Logs where the trace is; a run that ends too early has a shorter one, or none."""
         if not distributed.is_main():
             return
         self._stop()
@@ -111,13 +111,13 @@ Interval = tuple[float, float]
 
 
 def communication_shares(events: Iterable[Any]) -> dict[str, float]:
-    """Returns what share of a trace collectives ran in, and in which nothing else ran beside them.
+    """Returns the share of a trace in which collectives ran, and in which they ran alone.
 
-    On a GPU its kernels count, NCCL's and others; else the collectives of gloo, waiting for the
-    other ranks included, and the operations that run on other threads.
+    On a GPU its kernels count, NCCL's and others. On a CPU gloo's collectives count, with the time
+    in which they wait for other ranks, and the operations that run on other threads.
 
     Args:
-        events: Of torch's profiler.
+        events: The events of torch's profiler.
 
     Returns: {"seconds", "communication", "communication_alone"}; the shares are 0 to 1.
     """
@@ -146,7 +146,7 @@ def _communicates(event: Any) -> bool:
 
 
 def _joined(events: Iterable[Any]) -> list[Interval]:
-    """The times in which at least one of the events ran, in order and apart."""
+    """Returns the intervals in which at least one of the events ran, in order and apart."""
     joined: list[Interval] = []
     for begin, end in sorted((e.time_range.start, e.time_range.end) for e in events):
         if joined and begin <= joined[-1][1]:

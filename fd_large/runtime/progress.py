@@ -79,12 +79,12 @@ class Progress(Tracker):
         if self._bar is not None:
             self._bar.update(
                 self._task,
-                numbers=f"loss {last['loss']:.4f}  rate {last['learning_rate']:.2g}"
+                numbers=f"loss {last['loss']:.4f}  lr {last['learning_rate']:.2g}"
                 f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s",
                 left=self._time_left(done),
             )
         log.info(
-            "step %d/%d  epoch %d  loss %.5f  grad norm %.3f  rate %.3g  %.1f images/s%s  %s",
+            "step %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
             done,
             self._total,
             last["epoch"],
@@ -129,10 +129,10 @@ def clock(seconds: float) -> str:
 
 
 def _beside_speed(row: Row) -> str:
-    """What is known of utilisation, waiting and memory, each after two spaces."""
+    """Returns what is known of utilisation, waiting and memory, each after two spaces."""
     parts = []
     if "tflops_per_gpu" in row:
-        parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s a rank")
+        parts.append(f"{row['tflops_per_gpu']:.3g} TFLOP/s per rank")
     if "mfu" in row:
         again = f" ({100 * row['hardware_utilisation']:.1f}% with recomputation)"
         parts.append(f"MFU {100 * row['mfu']:.1f}%{again}")

@@ -1,9 +1,9 @@
-"""The terminal, kept for what fd_large says; all else that a rank writes goes into its log file.
+"""Keeps the terminal for what fd_large says; all else that a rank writes goes into its log file.
 
 Libraries write to file descriptors 1 and 2 from Python, C++ and child processes. `take` keeps
 private copies of the two, `hand_over` points the numbers at the rank's log: what is written to
 the copies is what the user sees. Without `take` (fd_large used as a library) nothing changes.
-No torch, so that the command line may tell a mistake through it at once.
+No torch, so that the command line can show a mistake at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _handed_over = False
 
 
 before_errors: list[Callable[[], None]] = []
-"""Called before a failure is told: a live progress bar ends its line."""
+"""Called before an error is shown: a live progress bar ends its line."""
 
 
 def out() -> TextIO:
@@ -36,7 +36,7 @@ def out() -> TextIO:
 
 
 def err() -> TextIO:
-    """Returns the stream that tells the user of failures: the private copy, or sys.stderr."""
+    """Returns the stream for errors that reach the user: the private copy, or sys.stderr."""
     return _err or sys.stderr
 
 
@@ -56,9 +56,9 @@ def take() -> None:
         os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace")
         for number in (1, 2)
     )
-    # A death by signal leaves no Python to speak: this writes the stack where the user looks.
+    # After a fatal signal Python runs no more: this writes the stack where the user looks.
     faulthandler.enable(_err)
-    sys.excepthook = _tell_uncaught
+    sys.excepthook = _show_uncaught
 
 
 def hand_over(path: Path) -> None:
@@ -97,8 +97,8 @@ def give_back() -> None:
     console.cache_clear()
 
 
-def tell_error(text: str) -> None:
-    """Writes to the user and, once there is one, to the rank's log."""
+def show_error(text: str) -> None:
+    """Writes an error to the user and, once there is one, to the rank's log."""
     _clear_the_line()
     if _handed_over:
         print(text, file=sys.stderr)
@@ -125,12 +125,12 @@ def _clear_the_line() -> None:
         before_errors.pop()()
 
 
-def _tell_uncaught(
+def _show_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     _clear_the_line()
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
     if _handed_over:
         print(text, file=sys.stderr)
-    # Whoever presses Ctrl-C knows where; the log keeps the stack.
+    # After Ctrl-C the user needs no stack; the log keeps it.
     print("interrupted" if issubclass(kind, KeyboardInterrupt) else text, file=err())

@@ -47,7 +47,7 @@ def test_plain_lines_where_there_is_no_terminal(shown, make_setting, run_updates
     lines = shown.text().splitlines()
     assert len(lines) == 4
     assert re.search(
-        r"step 4/10  epoch 0  loss 0.03000  grad norm 1.500  rate 0.001  .* images/s  "
+        r"step 4/10  epoch 0  loss 0.03000  grad norm 1.500  lr 0.001  .* images/s  "
         r"data wait 0.0%  .* GB  0:0. left",
         lines[0],
     )
@@ -62,7 +62,7 @@ def test_a_bar_on_a_terminal_with_held_out_numbers_above(shown, make_setting, ru
     assert "after 4 steps: held-out loss 4.0000" in text
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("made_up ━")
-    assert re.search(r"10/10 loss 0.0900  rate 0.001  [0-9.]+ images/s done", last)
+    assert re.search(r"10/10 loss 0.0900  lr 0.001  [0-9.]+ images/s done", last)
     # The lines of the log are in the file only.
     assert "grad norm" not in text
 
@@ -80,7 +80,7 @@ def test_a_failure_is_told_below_the_bar(shown, make_setting, run_updates, capsy
     shown.open(is_terminal=True)
     run_updates(hooks(), make_setting(), 3, end=None)
     assert not shown.text().endswith("\n")
-    terminal.tell_error("data.root: gone")
+    terminal.show_error("data.root: gone")
     assert shown.text().endswith("\n")
     assert capsys.readouterr().err == "data.root: gone\n"
 

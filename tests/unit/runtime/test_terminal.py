@@ -51,7 +51,7 @@ library = logging.getLogger("DeepSpeed")
 library.info("from DeepSpeed")
 log.info("from fd_large")
 logging.getLogger("other").error("a library failed")
-terminal.tell_error("data.root: nothing there")
+terminal.show_error("data.root: nothing there")
 """
 
 
@@ -119,7 +119,7 @@ def test_streams_that_are_not_the_descriptors_are_left_alone(capsys):
     terminal.take()
     assert terminal.out() is sys.stdout
     terminal.console().print("seen")
-    terminal.tell_error("seen too")
+    terminal.show_error("seen too")
     assert capsys.readouterr() == ("seen\n", "seen too\n")
 
 
