@@ -22,7 +22,7 @@ from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
-    from fd_large.engine.frozen import Named
+    from fd_large.engine.find_model import NamedModel
 
 # The command's own arguments that each test reads, besides models, task and out.
 _FROZEN = ("pool", "batch_size")
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
         )
     if own.task == "detection" or (own.task == "auto" and detects(own.models[0])):
         return _score_run(own, changes)
-    from fd_large.engine.frozen import find_model  # torch: seconds.
+    from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
 
     data = given.run.data
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
     return measure_frozen(models, task, own, given.run)
 
 
-def measure_frozen(models: Sequence[Named], task: str, own: Evaluate, run: Run) -> int:
+def measure_frozen(models: Sequence[NamedModel], task: str, own: Evaluate, run: Run) -> int:
     """k-NN or a linear probe on features of models as they are.
 
     Args:
@@ -198,7 +198,7 @@ def measure_frozen(models: Sequence[Named], task: str, own: Evaluate, run: Run) 
     return distributed.leave(0)
 
 
-def fine_tune(models: Sequence[Named], own: Evaluate, changes: Mapping[str, Any]) -> int:
+def fine_tune(models: Sequence[NamedModel], own: Evaluate, changes: Mapping[str, Any]) -> int:
     """Trains every model with every seed through the engine, each into its own run folder.
 
     Args:
@@ -249,7 +249,7 @@ def fine_tune(models: Sequence[Named], own: Evaluate, changes: Mapping[str, Any]
     return distributed.leave(0)
 
 
-def with_own_labels(models: Sequence[Named]) -> list[Named]:
+def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
     """Gives models labels that differ, also as names of folders.
 
     Raises: ConfigError: if a model is there twice.
@@ -360,7 +360,7 @@ def _default_config() -> str:
     return str(name if name.is_file() or not beside.is_file() else beside)
 
 
-def _row(model: Named, values: list[float], details: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(model: NamedModel, values: list[float], details: list[dict[str, Any]]) -> dict[str, Any]:
     """A model's part of summary.json."""
     return {
         "label": model.label,

@@ -1,7 +1,7 @@
 """Images that cannot be used: counted, named once, and past a limit the end of the run.
 
-A rank counts its own; `past_limit` and `limit_error` take sums over ranks, so that all ranks come
-to the same decision in the same step. Nothing here communicates.
+A rank counts its own; `past_limit`, `limit_error` and `agreed_error` take sums over ranks, so that
+all ranks come to the same decision in the same step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from fd_large import distributed
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,24 @@ class BadImages:
 def past_limit(count: BadCount, max_bad_fraction: float) -> bool:
     """Whether a run has to stop; the same on all ranks, given the sum of their counts."""
     return count.num_bad > max_bad_fraction * max(count.num_tried, FEWEST_SAMPLES)
+
+
+def agreed_error(
+    count: BadCount, max_bad_fraction: float, names: Sequence[str]
+) -> DataError | None:
+    """Returns the error that ends the run, the same on every rank, or None; all ranks call it.
+
+    Args:
+        count: The sum over ranks.
+        max_bad_fraction: data.max_bad_fraction.
+        names: This rank's bad images.
+    """
+    if not past_limit(count, max_bad_fraction):
+        return None
+    everywhere = [name for rank in distributed.gather_objects(names) for name in rank]
+    error = limit_error(count, max_bad_fraction, everywhere)
+    error.agreed = True
+    return error
 
 
 def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) -> DataError:

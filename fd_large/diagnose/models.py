@@ -14,7 +14,8 @@ from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.checkpoint import stream
 from fd_large.engine.checkpoint_models import stored_task
-from fd_large.engine.frozen import RANDOM, Named, find_model
+from fd_large.engine.find_model import NamedModel, find_model
+from fd_large.engine.frozen import RANDOM
 from fd_large.engine.job import Job
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
@@ -72,7 +73,7 @@ def load_model(source: str) -> LoadedModel:
         ) from error
 
 
-def _of_run(named: Named, job: Job) -> LoadedModel:
+def _of_run(named: NamedModel, job: Job) -> LoadedModel:
     """A student with the loss that it was trained by."""
     # Its weights come from the checkpoint; what they started from may be gone.
     run = job.in_one_process()
@@ -104,7 +105,7 @@ def _of_run(named: Named, job: Job) -> LoadedModel:
     )
 
 
-def _alone(named: Named) -> LoadedModel:
+def _alone(named: NamedModel) -> LoadedModel:
     """A model without an objective; its loss is how far its own map moves."""
     backbone, statistics = named.build()
     backbone.eval()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for other uses: a whole task, or the student as a source of weights."""
+"""Models from a run's checkpoints: a whole task, or the student as a source of weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> AnyTask:
-    """Builds a task with the weights of a checkpoint, whole in this process, in float32.
+    """Builds a task with the weights of a checkpoint, whole, in float32, in host memory.
 
-    No process group and no engine are needed; the weights are on the CPU.
+    Needs neither a process group nor an engine.
 
     Args:
-        make: Constructs it.
-        reader: Of a checkpoint, whatever ranks and ZeRO stage wrote it.
-        kind: "master", or "ema" (`stream.outcome` says what the run is trained for).
+        make: Constructs the task.
+        reader: The checkpoint, whatever ranks and ZeRO stage wrote it.
+        kind: "master", or "ema" for the average (`stream.outcome` says which is the run's result).
 
     Raises: CheckpointError: if the checkpoint is of another task.
     """
@@ -44,10 +44,10 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
 
 
 def sources_of(job_of: Callable[[Run], Job]) -> Sources:
-    """Returns sources of weights among which are the folders of runs.
+    """Returns sources of weights that include the folders of runs.
 
     Args:
-        job_of: Makes the job of a stored recipe, which says how to give its student back.
+        job_of: Makes the job of a stored recipe, which describes the stored student.
     """
     return Sources(lambda path, where: student_of(path, where, job_of))
 
@@ -55,12 +55,12 @@ def sources_of(job_of: Callable[[Run], Job]) -> Sources:
 def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
-    Every file is checked against its receipt, once in a process. No collective: ranks that look
-    while another run trains may see different checkpoints, so the result names the one it took.
+    Checks every file against its receipt, once per process. Not a collective: if that run is still
+    training, ranks may find different checkpoints, so the result names the one that was opened.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.
-        where: What the user set, for messages.
+        where: The field that the user set, for messages.
         job_of: Makes the job of the stored recipe.
 
     Returns: None if the path is neither.
@@ -75,7 +75,7 @@ def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored |
         student = job_of(run).stored_student()
     except (KeyError, ConfigError) as error:
         raise CheckpointError(
-            f"{where}: {reader.path}: its manifest holds no recipe that can be read; got {error}, "
+            f"{where}: {reader.path}: the recipe in its manifest cannot be read; got {error}, "
             "expected what the run wrote. Export the student with the release that wrote it."
         ) from error
     tensors = _Tensors(reader, parameter_shapes(student.architecture), student.absent)
@@ -86,9 +86,9 @@ class _Tensors(Tensors):
     """The weights of a student, each read from the ranks' files when it is asked for.
 
     Args:
-        reader: Of its checkpoint.
-        table: Shape of each tensor.
-        absent: Values of those that the task did without; names outside the table are ignored.
+        reader: The checkpoint.
+        table: Shape of each tensor by name.
+        absent: Value of each tensor that the task did without; other names are ignored.
     """
 
     def __init__(

@@ -32,10 +32,10 @@ from fd_large.weights.source import Sources
 
 
 class StoredStudent(NamedTuple):
-    """How the checkpoint of a run gives its student back.
+    """The student that a checkpoint of a run holds.
 
     Attributes:
-        architecture: The student's, with the image size that its windows and tables are for.
+        architecture: The student's architecture, with the image size that its tables are for.
         absent: Value of each of its tensors that the task did without.
         statistics: The normalisation that it was trained with.
     """
@@ -58,63 +58,62 @@ class FrozenPart(NamedTuple):
 
 
 class Job:
-    """A task as a run needs it; made anew once the recipe is settled.
+    """What one task brings to a run; made again once the recipe is settled.
 
-    The engine calls, in this order: `open_samples` and `check` (no collective, nothing heavy: the
-    user's mistakes end here), `stage`, `build`, then `make_task` as often as it likes.
+    The engine calls `settle`, then `open_samples` and `check` (nothing heavy and no collective: the
+    user's mistakes end here), `stage`, `build`, and then `make_task` as often as it likes.
+
+    Args:
+        run: The recipe.
 
     Attributes:
-        run: The settled recipe.
-        weights: Opens the weights that the recipe names, or has opened them.
+        run: The recipe.
+        weights: The sources that open the recipe's weights, each once.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
     """What logs and reports call the numbers of an evaluation, in the order of showing:
-    "SET/METRIC" -> words. On disk the name is SET_METRIC. What is not listed is recorded and not
-    shown. SET/best_constant is the loss of the constant-prediction baseline of SET/loss; "loss" is
-    the training loss."""
-    memory_remedy = ""
-    """What else saves memory where the task's models do not fit, as a flag; empty: nothing."""
-    learns_from_images_alone = False
-    """Whether the images of a step are all that its loss needs, so that it can be replayed."""
+    "SET/METRIC" -> words. On disk the name is SET_METRIC. Numbers that are not listed are recorded
+    but not shown. SET/best_constant is the constant-prediction baseline of SET/loss; "loss" is the
+    training loss."""
+    memory_remedy: ClassVar[str] = ""
+    """A flag that saves memory if the task's models do not fit; empty: there is none."""
+    learns_from_images_alone: ClassVar[bool] = False
+    """Whether a step can be replayed from its images alone, without targets."""
+    ignored_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of a recipe, section.field, that this task ignores. Setting one would mislead, and is
+    refused."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.weights = Sources()
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe with what its weights decide: models, windows, statistics.
+        """Returns the recipe completed from its weights: models, windows, statistics.
 
-        Reads headers only; a settled recipe is settled again without change.
+        Reads headers only. Settling a settled recipe changes nothing.
 
-        Raises: WeightsError, ConfigError: if weights do not fit what the recipe says.
+        Args:
+            sources: Opens the weights.
+
+        Raises: WeightsError or ConfigError: if weights do not fit the recipe.
         """
         return replace(self.run, student=settle_student(self.run.student, sources))
 
     def open_samples(self) -> ImageSource:
-        """Opens the training samples; a target is found by the same number.
+        """Opens the training samples.
 
         Raises: DataError or ConfigError: if they cannot be used.
         """
         raise NotImplementedError
 
     def check(self) -> None:
-        """Finds mistakes in what else the task reads: headers of weights, held-out samples.
+        """Refuses ignored fields; checks what else the task reads, such as headers of weights.
 
-        Raises: FDError: the user's mistake.
-        """
-        self.initial_weights()
-
-    def refuse(self, ignored: Iterable[str]) -> None:
-        """Refuses fields that this task ignores: what is set and does nothing would mislead.
-
-        Args:
-            ignored: Fields of a recipe, section.field.
-
-        Raises: ConfigError: if one of them is not as it is by default.
+        Raises: FDError: for the user's mistake.
         """
         usual = Run(name="", student=self.run.student)
-        for name in ignored:
+        for name in self.ignored_fields:
             section, _, field = name.partition(".")
             given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
             if given != default:
@@ -122,15 +121,16 @@ class Job:
                     f"{name}: {self.run.task.name} ignores this field; got {given!r}, expected "
                     f"{default!r}. Leave it out."
                 )
+        self.initial_weights()
 
     def sources(self) -> Mapping[str, str]:
-        """Returns the sources of weights by the field that names them, as the recipe has them."""
+        """Returns the sources of the weights that the recipe names, by field."""
         return {"student.init": self.run.student.init}
 
     def stage(self, samples: ImageSource) -> ImageSource:
-        """Copies samples to the nodes' own disks where the recipe wants it; a collective.
+        """Copies samples to the nodes' own disks if the recipe sets `data.stage_to`; a collective.
 
-        Raises: ConfigError: if it wants that and the task cannot.
+        Raises: ConfigError: if the task cannot do that.
         """
         if self.run.data.stage_to:
             raise ConfigError(
@@ -141,20 +141,25 @@ class Job:
         return samples
 
     def parameter_sizes(self) -> tuple[int, ...]:
-        """Returns the elements of each tensor that an engine may split, without memory for them."""
+        """Returns the number of elements of each tensor that may be split; allocates none."""
         with torch.device("meta"):
             return tuple(parameter.numel() for parameter in self.make_task().parameters())
 
     def splits_models(self) -> bool:
-        """Whether a model beside the student is split over ranks, whatever the ZeRO stage."""
+        """Returns whether a model beside the student is sharded, whatever the ZeRO stage."""
         return False
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Returns what decides the memory of a step besides the student's own fields, by name."""
+        """Returns what else decides the memory of a step, besides the student's fields, by name."""
         return {}
 
     def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
-        """Returns the FLOPs of a micro-batch on one rank; None if they are not known beforehand."""
+        """Returns the FLOPs of a micro batch on one rank; None if they are not known beforehand.
+
+        Args:
+            micro_batch_size: Images per rank and forward.
+            attention_recomputed: Whether backward computes attention maps again.
+        """
         return None
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -162,28 +167,28 @@ class Job:
 
         Args:
             bfloat16: Whether the student computes in bfloat16.
-            node_size: Ranks of a node.
-            persistence_threshold: Tensors of at most so many elements stay whole where a model is
-                split.
+            node_size: Number of ranks per node.
+            persistence_threshold: Tensors of at most so many elements stay whole if a model is
+                sharded.
         """
 
     def make_task(self) -> Task:
-        """Constructs the Module, with random weights from torch's global generator only."""
+        """Constructs the trained Module, with random weights from torch's global generator only."""
         raise NotImplementedError
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns (name, full tensor) of `task.student`, on every rank; None for random ones.
+        """Returns (name, full tensor) of `task.student`, on every rank; None for random weights.
 
         Raises: WeightsError: if `student.init` does not fit the student.
         """
         return student_weights(self.run.student, self.weights, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields the micro batches of a rank from a step of an epoch to its end."""
+        """Yields a rank's micro batches from a step of an epoch to the epoch's end."""
         raise NotImplementedError
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes up a micro batch of the largest images that training will see."""
+        """Makes a batch of so many of the largest images that training may see."""
         raise NotImplementedError
 
     def evaluations(
@@ -193,7 +198,7 @@ class Job:
         return ()
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the hooks that watch what this task alone has; asked after `build`."""
+        """Returns the task's own hooks; called after `build`."""
         return ()
 
     def summary(self) -> Mapping[str, Any]:
@@ -206,28 +211,28 @@ class Job:
         return {**own, "teacher": None, **frozen}  # The key is there for every task.
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns what a checkpoint's manifest says of the task, JSON-safe."""
+        """Returns the task's entries of a checkpoint's manifest, JSON-safe."""
         return {}
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that belongs to another training than this.
+        """Refuses a checkpoint that belongs to another training.
 
         Args:
-            manifest: The checkpoint's, with the `facts` of its task.
+            manifest: The checkpoint's manifest, which contains the `facts` of its job.
 
         Raises: CheckpointError: naming what differs.
         """
 
     def stored_student(self) -> StoredStudent:
-        """Returns how a checkpoint of this run gives its student back; builds nothing."""
+        """Returns what describes the student in this run's checkpoints; builds nothing."""
         return StoredStudent(trained_at(self.run), {}, IMAGENET)
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """Returns the models that the run uses and does not train, by name (RUN#name)."""
+        """Returns the models that the run uses and does not train, by name (as in RUN#name)."""
         return {}
 
     def in_one_process(self) -> Run:
-        """Returns the recipe as a single process runs it: nothing is split over ranks."""
+        """Returns the recipe for a single process: no model is sharded."""
         return self.run
 
 

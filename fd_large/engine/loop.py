@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
+from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
@@ -28,7 +28,6 @@ from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
 from fd_large.engine.zero.optimizer import set_learning_rate
-from fd_large.errors import DataError
 from fd_large.runtime.hooks import (
     DONE,
     GUARD,
@@ -290,7 +289,10 @@ class Trainer:
             evaluated = not agreed.stop and self._evaluate(last=last)
         too_bad = None
         if last or finished % plan.count_bad_every == 0:
-            too_bad = _too_many_bad(self._bad_images, plan.max_bad_fraction)
+            tried = distributed.sum_tensor(torch.tensor(self._bad_images.count))
+            too_bad = agreed_error(
+                BadCount(*tried.tolist()), plan.max_bad_fraction, self._bad_images.names
+            )
         self._save_owed |= agreed.save or self._checkpoints.due(finished, plan.steps_per_epoch)
         # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._save_owed and not agreed.update.skipped
@@ -350,14 +352,3 @@ class Trainer:
         if seconds is not None:
             for hook in self._hooks:
                 hook.on_saved(seconds)
-
-
-def _too_many_bad(bad_images: BadImages, max_bad_fraction: float) -> DataError | None:
-    """Returns the error that ends the run, the same on every rank, or None."""
-    count = BadCount(*distributed.sum_tensor(torch.tensor(bad_images.count)).tolist())
-    if not past_limit(count, max_bad_fraction):
-        return None
-    names = [name for mine in distributed.gather_objects(bad_images.names) for name in mine]
-    error = limit_error(count, max_bad_fraction, names)
-    error.agreed = True
-    return error

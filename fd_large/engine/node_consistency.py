@@ -133,9 +133,7 @@ def weights_digest(source: str, weights: Sources) -> str:
     return f"{size} bytes, hash {digest.hexdigest()[:8]}"
 
 
-def _facts(
-    samples: ImageSource, sources: Mapping[str, str], weights: Sources
-) -> dict[str, Fact]:
+def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -> dict[str, Fact]:
     facts = software()
     facts["images"] = Fact(
         f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",

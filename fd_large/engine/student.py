@@ -19,8 +19,8 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
 
     Args:
         student: The recipe's section.
-        image_size: Side of the images, in pixels, for which a model with a table of positions
-            makes it; 0: the side that its architecture states.
+        image_size: Side of the images, in pixels, that a table of positions is made for; 0: the
+            side that the architecture states.
         sequential_stages: See `backbones.registry.build`.
     """
     architecture = resolve(student.model, student.architecture)
@@ -43,8 +43,8 @@ def student_weights(
     Args:
         student: The section of a settled recipe.
         sources: Opens the weights, or has opened them.
-        image_size: As for `make_student`; tables of positions are resized to it.
-        without: Names of tensors that the task has no use for.
+        image_size: See `make_student`; tables of positions are resized to it.
+        without: Names of tensors that the task does not use.
 
     Returns: (name, full tensor) of the student; None for random weights.
     Raises: WeightsError: if the file does not fit the student.
@@ -64,9 +64,9 @@ def student_weights(
 
 
 def attention_memory(wanted: str) -> str:
-    """Resolves "auto": recomputed on GPUs, kept on CPUs, where that is faster.
+    """Resolves `student.attention_memory`: "auto" is "recompute" on GPUs and "keep" on CPUs.
 
-    Raises: ConfigError: if the maps would have to be kept on a GPU.
+    Raises: ConfigError: for "keep" on a GPU.
     """
     on_gpu = distributed.device().type == "cuda"
     if wanted == "keep" and on_gpu:

@@ -16,7 +16,7 @@ from twin import train
 
 from fd_large.backbones.registry import build
 from fd_large.data.labelled import open_split
-from fd_large.engine.frozen import find_model
+from fd_large.engine.find_model import find_model
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes import registry

@@ -1,4 +1,4 @@
-"""Detection as a job of the engine: COCO's images and objects, the student's weights, AP."""
+"""The job of detection: COCO's images and objects, the student's weights, AP."""
 
 from __future__ import annotations
 
@@ -30,17 +30,8 @@ from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_o
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.task import Detection
 
-# More than all but a few of COCO's images have.
+# Only a few of COCO's images have more objects.
 OBJECTS_OF_PROBE = 64
-# Fields of a recipe that mean nothing here: what is set and does nothing would mislead.
-IDLE = (
-    "data.color_jitter",
-    "data.grayscale_probability",
-    "data.min_crop_scale",
-    "eval.views",
-    "eval.knn_root",
-    "eval.knn_every",
-)
 
 
 class DetectionJob(Job):
@@ -51,34 +42,41 @@ class DetectionJob(Job):
         **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
         **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
     }
+    ignored_fields = (
+        "data.color_jitter",
+        "data.grayscale_probability",
+        "data.min_crop_scale",
+        "eval.views",
+        "eval.knn_root",
+        "eval.knn_every",
+    )
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects."""
-        pictures = open_coco(self.run.data.root, "train")
-        check_classes(self.run, pictures)
-        self._categories = dict(zip(pictures.category_ids, pictures.category_names, strict=True))
-        return cast(ImageSource, pictures)
+        images = open_coco(self.run.data.root, "train")
+        check_classes(self.run, images)
+        self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
+        return cast(ImageSource, images)
 
     def check(self) -> None:
-        """Opens the test images, and the headers of the weights."""
-        self.refuse(IDLE)
-        # A data set may have no split for tests; eval.root then names another's.
+        """Opens the test images, and checks the headers of the weights."""
+        super().check()
+        # A dataset may have no test split; eval.root then names another dataset.
         self._test_images = self.test_images(tuple(self._categories.values()), where="eval.root")
         if distributed.is_main():
-            # What cannot be scored is known before hours of training.
+            # Annotations that cannot be scored are refused before hours of training.
             score(read_ground_truth(self._test_images.annotations), [])
-        self.initial_weights()
 
     def make_task(self) -> Detection:
         """The student, a pyramid, and the heads."""
         return detector_maker(self.run)()
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """The student's from `student.init`."""
+        """Returns those of `student.init`."""
         return student_weights(self.run.student, self.weights, without=LEFT_OUT)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Images under jitter, with what is seen of their objects."""
+        """Yields images under jitter, with the visible parts of their objects."""
         run = self.run
         return iter(
             build_training_loader(
@@ -93,7 +91,7 @@ class DetectionJob(Job):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Grey images, each with as many objects as a crowded image has."""
+        """Makes grey images, each with as many objects as a crowded image has."""
         side, count = self.run.data.image_size, OBJECTS_OF_PROBE
         numbers = self.run.task.detection
         height, width = numbers.whole_size[1:] if any(numbers.whole_size) else (side, side)
@@ -117,9 +115,9 @@ class DetectionJob(Job):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """COCO's numbers on all test images; results and scores go into RUN/evaluations.
+        """Returns COCO's metrics on all test images; results and scores go into RUN/evaluations.
 
-        Not before the first step, since new heads see nothing.
+        Nothing is evaluated before the first step, as new heads detect nothing.
         """
         run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
@@ -128,11 +126,11 @@ class DetectionJob(Job):
             return engine.deepspeed(pixels=task.pixels(pixels, sizes), sizes=sizes)
 
         def measure(
-            update: int, last: bool, between: Callable[[], None]
+            step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], None]:
-            if update == 0:
+            if step == 0:
                 return {}, None
-            folder = self.folder / f"update_{update:08d}"
+            folder = self.folder / f"update_{step:08d}"
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
             distributed.barrier()
@@ -165,51 +163,53 @@ class DetectionJob(Job):
         return StoredStudent(architecture, absent, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
-        """Number and name of each class, by which predictions are told."""
+        """Returns the name of each class by its number in the annotations."""
         return {"categories": {str(number): name for number, name in self._categories.items()}}
 
     @property
     def folder(self) -> Path:
-        """Where evaluations are kept."""
+        """The folder of evaluations."""
         return Path(self.run.run_dir()) / "evaluations"
 
     def test_images(self, classes: tuple[str, ...], *, where: str = "") -> CocoSet:
-        """The val split of `eval.root`, or of `data.root`.
+        """Opens the val split of `eval.root`, or if that is not set of `data.root`.
 
         Args:
-            classes: Names that the detector learns, or has learnt, by label.
-            where: The field that messages name; the one that is set unless given.
+            classes: Names of the classes that the detector learns, or has learnt, by label.
+            where: The field that messages name; empty: the one that is used.
+
+        Raises: DataError or ConfigError: if the images cannot be used or have other classes.
         """
         root = self.run.eval.root
         where = where or ("eval.root" if root else "data.root")
-        pictures = open_coco(root or self.run.data.root, "val", where=where)
-        check_classes(self.run, pictures)
-        if pictures.category_names != classes:
-            label = next(i for i, name in enumerate(classes) if pictures.category_names[i] != name)
+        images = open_coco(root or self.run.data.root, "val", where=where)
+        check_classes(self.run, images)
+        found = images.category_names
+        if found != classes:
+            label = next(i for i, name in enumerate(classes) if found[i] != name)
             raise DataError(
-                f"{where}: {pictures.annotations} has other classes than "
-                f"those that are learnt; got {pictures.category_names[label]!r} for label {label}, "
-                f"expected {classes[label]!r}. Give its categories the names and the order of "
-                "the training's."
+                f"{where}: {images.annotations} has other classes than those that are learnt; got "
+                f"{found[label]!r} for label {label}, expected {classes[label]!r}. Give its "
+                "categories the names and the order of the training's."
             )
-        return pictures
+        return images
 
 
-def check_classes(run: Run, pictures: CocoSet) -> None:
-    """Compares the classes of a data set with those of the heads.
+def check_classes(run: Run, images: CocoSet) -> None:
+    """Compares the number of classes of a dataset with that of the heads.
 
-    Raises: ConfigError: if they are not as many.
+    Raises: ConfigError: if they differ.
     """
-    found, expected = len(pictures.category_ids), run.task.detection.num_classes
+    found, expected = len(images.category_ids), run.task.detection.num_classes
     if found != expected:
         raise ConfigError(
-            f"task.detection.num_classes: not those of {pictures.annotations}; got {expected}, "
+            f"task.detection.num_classes: not that of {images.annotations}; got {expected}, "
             f"expected {found}. Set --task.detection.num_classes {found}."
         )
 
 
 def jitter_of(run: Run) -> Jitter:
-    """How the recipe's training images are resized and cut."""
+    """Returns how the recipe's training images are resized and cropped."""
     numbers = run.task.detection
     if any(numbers.whole_size):
         return ShortestEdge(*numbers.whole_size)
@@ -218,6 +218,6 @@ def jitter_of(run: Run) -> Jitter:
 
 
 def test_size(run: Run) -> tuple[int, int]:
-    """Shorter side, and the most that the longer may be, of evaluated images, in pixels."""
+    """Returns the shorter side and the largest longer side of evaluated images, in pixels."""
     side = run.data.image_size
     return run.task.detection.test_size if any(run.task.detection.test_size) else (side, side)

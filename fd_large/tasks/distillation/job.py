@@ -1,4 +1,4 @@
-"""Distillation as a job: images without labels, a teacher beside the engine, held-out losses."""
+"""The job of distillation: images without labels, a frozen teacher, held-out losses."""
 
 from __future__ import annotations
 
@@ -63,23 +63,23 @@ class DistillationJob(Job):
 
     @property
     def teacher(self) -> PlacedTeacher:
-        """The frozen model; there is none before `build`."""
+        """The frozen teacher; only after `build`."""
         assert self._teacher is not None
         return self._teacher
 
     # --- before anything heavy ---
 
     def open_samples(self) -> ImageSource:
-        """Opens `data.root`."""
+        """Opens the images of `data.root`."""
         return open_images(self.run.data.root)
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe with the teacher and the student as their weights show them."""
+        """Returns the recipe completed from the weights of teacher and student."""
         teacher = settle_model(self.run.teacher, sources)
         return replace(super().settle(sources), teacher=teacher)
 
     def check(self) -> None:
-        """Opens held-out and labelled images, and the headers of the weights."""
+        """Opens held-out and labelled images, and checks the headers of all weights."""
         if self.run.eval.root:
             self._held_out_images()
         if self.run.eval.knn_root:
@@ -88,7 +88,7 @@ class DistillationJob(Job):
         super().check()
 
     def sources(self) -> Mapping[str, str]:
-        """Teacher and student."""
+        """Returns the sources of teacher and student."""
         return {"teacher.source": self.run.teacher.source, **super().sources()}
 
     def stage(self, samples: ImageSource) -> ImageSource:
@@ -96,9 +96,9 @@ class DistillationJob(Job):
         return stage(samples, self.run.data.stage_to)
 
     def parameter_sizes(self) -> tuple[int, ...]:
-        """Elements of the tensors of student, projection and teacher; checks the grids.
+        """Returns the sizes of the tensors of student, projection and teacher; checks the grids.
 
-        Raises: ShapeError: if student and teacher cannot be aligned.
+        Raises: ShapeError: if the maps of student and teacher cannot be aligned.
         """
         with torch.device("meta"):
             teacher = self.make_teacher()
@@ -117,15 +117,15 @@ class DistillationJob(Job):
         return tuple(p.numel() for model in (task, teacher) for p in model.parameters())
 
     def splits_models(self) -> bool:
-        """Whether the teacher is split."""
+        """Returns whether the teacher is sharded."""
         return self.run.teacher.placement != "replicated"
 
     def memory_facts(self) -> Mapping[str, Any]:
-        """Where the teacher is."""
+        """Returns where the teacher's weights are held."""
         return {"teacher_placement": self.run.teacher.placement}
 
     def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
-        """FLOPs of student and teacher; None for models that cannot be counted beforehand."""
+        """Counts student and teacher; None for models that cannot be counted beforehand."""
         run = self.run
         try:
             load = Workload.of(
@@ -136,7 +136,7 @@ class DistillationJob(Job):
                 global_batch_size=run.batch.global_batch_size,
             )
         except ConfigError as error:
-            log.info("no FLOPs, no utilisation: %s", error)
+            log.info("FLOPs and utilisation are not reported: %s", error)
             return None
         return load.step_flops(
             micro_batch_size=micro_batch_size,
@@ -155,12 +155,12 @@ class DistillationJob(Job):
         )()
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
-        """Places the teacher; before any student engine."""
+        """Builds the teacher; must run before the student's engine is built."""
         section = self.run.teacher
         weights = frozen_weights(section, self.weights)
         if section.source == RANDOM:
             log.warning(
-                "teacher: RANDOM weights (--teacher.source random): nothing to learn from it"
+                "teacher: RANDOM weights (--teacher.source random): there is nothing to learn"
             )
         student_type = "bfloat16" if bfloat16 else "float32"
         self._teacher = place(
@@ -182,7 +182,7 @@ class DistillationJob(Job):
         )
 
     def make_task(self) -> Distillation:
-        """Student, projection and loss, around the teacher."""
+        """Constructs student, projection and loss around the run's teacher."""
         return self.task_around(self.teacher)
 
     def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
@@ -200,7 +200,7 @@ class DistillationJob(Job):
     # --- training ---
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """One crop of each image."""
+        """Yields one random view of each image."""
         run = self.run
         views = ViewBatches(samples, self._view_settings(), run.runtime.seed, portion.epoch)
         return iter(
@@ -214,7 +214,7 @@ class DistillationJob(Job):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Grey images."""
+        """Makes grey images."""
         side = self.run.data.image_size
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         positions = torch.arange(size)
@@ -223,14 +223,13 @@ class DistillationJob(Job):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Losses on images and crops that training never sees; k-NN of the student's features."""
-        every = self.run.eval
-        found = []
-        if every.root:
-            found.append(self._held_out_losses(engine, samples, micro_batch_size))
-        if every.knn_root:
-            found.append(self._knn(engine, micro_batch_size))
-        return found
+        """Returns losses on images and crops that training never sees, and k-NN accuracy."""
+        evaluations = []
+        if self.run.eval.root:
+            evaluations.append(self._held_out_losses(engine, samples, micro_batch_size))
+        if self.run.eval.knn_root:
+            evaluations.append(self._knn(engine, micro_batch_size))
+        return evaluations
 
     def _held_out_losses(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
@@ -253,7 +252,7 @@ class DistillationJob(Job):
         )
 
         def measure(
-            update: int, last: bool, between: Callable[[], None]
+            step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], Panel | None]:
             metrics: dict[str, float] = {}
             for views in sets:
@@ -261,7 +260,7 @@ class DistillationJob(Job):
                 if last:
                     constant = views.best_constant(engine, between)
                     metrics[f"{views.name}_best_constant"] = constant
-            return metrics, sets[0].panel(engine) if update == 0 or last else None
+            return metrics, sets[0].panel(engine) if step == 0 or last else None
 
         return Evaluation(measure, run.eval.every)
 
@@ -270,7 +269,7 @@ class DistillationJob(Job):
         train_set, test_set = self._labelled_images()
 
         def measure(
-            update: int, last: bool, between: Callable[[], None]
+            step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], Panel | None]:
             folder = Path(run.run_dir()) / "features"
             found = {}
@@ -301,7 +300,7 @@ class DistillationJob(Job):
         return Evaluation(measure, run.eval.knn_every)
 
     def hooks(self) -> Sequence[Hook]:
-        """The canary that watches the teacher."""
+        """Returns the canary, which watches the teacher."""
         every, size = self.run.runtime.canary_every, self.run.data.image_size
         if not every:
             return ()
@@ -316,7 +315,7 @@ class DistillationJob(Job):
     # --- checkpoints, and what others take from them ---
 
     def facts(self) -> Mapping[str, Any]:
-        """Which teacher."""
+        """Returns the teacher's source and hash."""
         return {
             "teacher_source": self.run.teacher.source,
             "teacher_hash": self.teacher.fingerprint,
@@ -332,11 +331,11 @@ class DistillationJob(Job):
             )
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
-        """The teacher."""
+        """Returns the teacher."""
         return {"teacher": FrozenPart(self.run.teacher, self.run.objective.teacher_image_size)}
 
     def in_one_process(self) -> Run:
-        """With the teacher whole."""
+        """Returns the recipe with the teacher whole on its rank."""
         return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
 
     def _view_settings(self) -> ViewSettings:
@@ -359,9 +358,9 @@ class DistillationJob(Job):
 
 
 def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:
-    """The student's map by a forward of the whole task, which is what gathers its shards.
+    """Returns a function from pixels to the student's map, by a forward of the whole task.
 
-    The teacher is spared: its map is made of zeros.
+    Only that gathers the student's shards. The teacher is not run: its map is replaced by zeros.
     """
     task = engine.task
     seen: list[FeatureMap] = []

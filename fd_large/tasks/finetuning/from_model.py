@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fd_large.engine.frozen import RANDOM, Named
+from fd_large.engine.find_model import NamedModel
+from fd_large.engine.frozen import RANDOM
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
@@ -23,7 +24,7 @@ OWN_FIELDS = (
 )
 
 
-def recipe_name(named: Named) -> str:
+def recipe_name(named: NamedModel) -> str:
     """The recipe whose settings a model takes where the user names none.
 
     Raises: ConfigError: if the model cannot be trained here.
@@ -42,7 +43,7 @@ def recipe_name(named: Named) -> str:
     return "finetune_clip_vit_large" if large else "finetune_clip_vit_base"
 
 
-def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
+def recipe_of(named: NamedModel, base: Run, own_fields: Sequence[str] = ()) -> Run:
     """A fine-tuning recipe with a named model in the student's place.
 
     Every block gets its own copy of a position bias that blocks share.
@@ -87,5 +88,5 @@ def recipe_of(named: Named, base: Run, own_fields: Sequence[str] = ()) -> Run:
     )
 
 
-def _architecture(named: Named) -> FamilyArchitecture:
+def _architecture(named: NamedModel) -> FamilyArchitecture:
     return resolve(named.section.model, named.section.architecture)

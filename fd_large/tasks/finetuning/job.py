@@ -1,4 +1,4 @@
-"""Fine-tuning as a job of the engine: labelled images, the student's weights, accuracy."""
+"""The job of fine-tuning: labelled images, the student's weights, accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.backbones.registry import statistics_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.bad_images import BadCount, BadImages, limit_error, past_limit
+from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
 from fd_large.data.labelled import LabelledImages, open_labelled, open_split
 from fd_large.data.loader import Batch, build_loader
@@ -33,15 +33,6 @@ from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
-# Fields of a recipe that mean nothing here: colours are RandAugment's, and tests see all images.
-IDLE = (
-    "data.color_jitter",
-    "data.grayscale_probability",
-    "eval.views",
-    "eval.knn_root",
-    "eval.knn_every",
-)
-
 
 class FineTuningJob(Job):
     """The student learns the labels of `data.root`/train and is tested on val or test."""
@@ -52,13 +43,21 @@ class FineTuningJob(Job):
         "test/top1": "test top-1 accuracy (%)",
         "test/top5": "test top-5 accuracy (%)",
     }
+    # RandAugment changes colours, and evaluations see all test images.
+    ignored_fields = (
+        "data.color_jitter",
+        "data.grayscale_probability",
+        "eval.views",
+        "eval.knn_root",
+        "eval.knn_every",
+    )
 
     def open_samples(self) -> ImageSource:
         """Opens the training images."""
         return self._training_images()
 
     def settle(self, sources: Sources) -> Run:
-        """Returns the recipe with the student as its weights show it, and their statistics."""
+        """Returns the recipe completed from the student's weights, their statistics included."""
         run = super().settle(sources)
         own, init = run.task.finetune, self.run.student.init
         if own.statistics or not init:
@@ -69,13 +68,12 @@ class FineTuningJob(Job):
         return replace(run, task=replace(run.task, finetune=own))
 
     def check(self) -> None:
-        """Opens the images for tests, and the headers of the weights."""
-        self.refuse(IDLE)
+        """Opens the test images, and checks the headers of the weights."""
+        super().check()
         self.test_images()
-        self.initial_weights()
 
     def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops:
-        """FLOPs of the student, without the classifier."""
+        """Counts the student, without the classifier."""
         run, student = self.run, self.run.student_architecture()
         share = flops.checkpointed_share(student.depths, run.student.checkpoint_every)
         return flops.step_flops(
@@ -88,7 +86,7 @@ class FineTuningJob(Job):
         )
 
     def make_task(self) -> FineTuning:
-        """The student, without the final norm of a ViT, and a classifier."""
+        """Constructs the student, without a ViT's final norm, and a classifier."""
         return FineTuning(
             make_student(self.run.student, image_size=self.run.data.image_size),
             len(self.classes()),
@@ -96,7 +94,7 @@ class FineTuningJob(Job):
         )
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """The student's from `student.init`, shared position biases copied to every block."""
+        """Returns those of `student.init`, with shared position biases copied to every block."""
         run = self.run
         keeps_norm = run.student_architecture().is_hierarchical
         return student_weights(
@@ -107,7 +105,7 @@ class FineTuningJob(Job):
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Augmented and mixed images."""
+        """Yields augmented and mixed images."""
         run = self.run
         size = run.batch.global_batch_size
         batches = TrainingBatches(
@@ -135,7 +133,7 @@ class FineTuningJob(Job):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Grey images that belong to every class alike."""
+        """Makes grey images with uniform targets."""
         side, num_classes = self.run.data.image_size, len(self.classes())
         positions = torch.arange(size)
         return Batch(
@@ -149,15 +147,15 @@ class FineTuningJob(Job):
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
-        """Accuracy on all images for tests, exact on any number of ranks.
+        """Returns the accuracy on all test images, exact on any number of ranks.
 
-        What cannot be read is named and not counted; past `data.max_bad_fraction` that ends the
-        run.
+        Images that cannot be read are named in the log and not counted; more of them than
+        `data.max_bad_fraction` end the run.
         """
         images, bad = self.test_images(), BadImages()
 
         def measure(
-            update: int, last: bool, between: Callable[[], None]
+            step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], None]:
             found = self._measure(engine, images, bad, micro_batch_size, between)
             return {f"test_{name}": value for name, value in found.items()}, None
@@ -165,42 +163,42 @@ class FineTuningJob(Job):
         return [Evaluation(measure, self.run.eval.every)]
 
     def stored_student(self) -> StoredStudent:
-        """With the statistics of this training.
+        """Describes the student with the statistics of this training.
 
-        A classifier norms the mean of a ViT's tokens and leaves the tokens as they are, so that its
-        checkpoints have no final norm.
+        The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
+        checkpoints lack the ViT's final norm.
         """
         architecture = trained_at(self.run)
         absent = {} if architecture.is_hierarchical else {"norm.weight": 1.0, "norm.bias": 0.0}
         return StoredStudent(architecture, absent, self.statistics())
 
     def statistics(self) -> Statistics:
-        """By which images are normalised; ImageNet's for random weights."""
+        """Returns the statistics by which images are normalised; ImageNet's for random weights."""
         stated = self.run.task.finetune.statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, those of the training images."""
+        """Returns the names of the classes of the training images."""
         return self._training_images().classes
 
     def test_images(self) -> LabelledImages:
-        """The images of `eval.root`, or those beside the training images."""
+        """Returns the test images of `eval.root`, or if that is not set of `data.root`."""
         root = self.run.eval.root
         if not root:
             return open_split(self.run.data.root, "val", self.classes())
         return open_labelled(root, self.classes(), where="eval.root")
 
-    _pictures: LabelledImages | None = None
+    _training: LabelledImages | None = None
 
     def _training_images(self) -> LabelledImages:
-        if self._pictures is None:
-            self._pictures = open_split(self.run.data.root, "train")
-        return self._pictures
+        if self._training is None:
+            self._training = open_split(self.run.data.root, "train")
+        return self._training
 
     def _measure(
         self,
         engine: Engine,
-        pictures: LabelledImages,
+        images: LabelledImages,
         bad: BadImages,
         batch_size: int,
         between: Callable[[], None],
@@ -208,7 +206,7 @@ class FineTuningJob(Job):
         rank, world = distributed.rank(), distributed.world_size()
         run, device = self.run, distributed.device()
         mine = central_batches(
-            pictures,
+            images,
             image_size=run.data.image_size,
             batch_size=batch_size,
             rank=rank,
@@ -220,8 +218,8 @@ class FineTuningJob(Job):
         idle = CentralBatch(0, torch.zeros(1, 3, side, side).byte(), torch.full((1,), NO_LABEL), ())
         totals: dict[str, Tensor] = {}
         num_bad = 0
-        # Under ZeRO-3 every rank runs as many forwards as the one with most batches.
-        for _ in range(-(-len(pictures) // (batch_size * world))):
+        # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
+        for _ in range(-(-len(images) // (batch_size * world))):
             between()
             batch = next(mine, idle)
             bad.add(0, batch.bad)
@@ -230,14 +228,11 @@ class FineTuningJob(Job):
             with evaluating(engine):
                 _, sums = engine.deepspeed(**prepared)
             totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
-        # Sums of float64: whole numbers, and losses that no order of ranks can tell apart.
+        # Sums in float64: counts are exact, and losses do not depend on the number of ranks.
         totals["bad"] = torch.tensor(num_bad, dtype=torch.float64, device=device)
         summed = distributed.sum_tensor(torch.stack(list(totals.values())))
         sums = dict(zip(totals, summed, strict=True))
-        count = BadCount(int(sums.pop("bad")), len(pictures))
-        if past_limit(count, run.data.max_bad_fraction):
-            names = [name for mine in distributed.gather_objects(bad.names) for name in mine]
-            error = limit_error(count, run.data.max_bad_fraction, names)
-            error.agreed = True
+        count = BadCount(int(sums.pop("bad")), len(images))
+        if error := agreed_error(count, run.data.max_bad_fraction, bad.names):
             raise error
         return counted(sums)

@@ -22,8 +22,8 @@ from fd_large.data.centre_crops import central_batches
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.data.sampler import Portion
 from fd_large.engine.checkpoint_models import sources_of
+from fd_large.engine.find_model import find_model
 from fd_large.engine.forward_backward import forward_backward
-from fd_large.engine.frozen import find_model
 from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds

@@ -14,7 +14,7 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.models import DRIFT, OBJECTIVE, LoadedModel, load_model
-from fd_large.engine.frozen import find_model
+from fd_large.engine.find_model import find_model
 from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.recipes.sections import Student

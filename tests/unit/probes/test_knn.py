@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fd_large.backbones.statistics import normalise
 from fd_large.data.centre_crops import NO_LABEL
-from fd_large.engine.frozen import find_model
+from fd_large.engine.find_model import find_model
 from fd_large.probes import knn
 from fd_large.probes.features import Features, pooled
 from fd_large.tasks.jobs import job_of

@@ -1,0 +1,190 @@
+"""Finds the model that a user names: a run's student, a model that it uses, or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fd_large import distributed
+from fd_large.backbones.hierarchical import HierarchicalBackbone
+from fd_large.backbones.registry import family_of, family_of_source
+from fd_large.backbones.statistics import Statistics
+from fd_large.checkpoint import store, stream
+from fd_large.engine.checkpoint_models import sources_of
+from fd_large.engine.frozen import RANDOM, frozen_maker, frozen_weights
+from fd_large.engine.job import Job
+from fd_large.engine.zero import partition
+from fd_large.engine.zero.partition import load_weights
+from fd_large.errors import ConfigError, nearest
+from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Data, FrozenModel
+from fd_large.weights.settle import settle_model
+from fd_large.weights.source import Sources
+
+_STUDENT, _SCRATCH = "student", "scratch"
+_WHERE = "model"  # What messages call a model that no flag names.
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that a user named, found but not built.
+
+    Attributes:
+        label: A short name, for tables and pictures.
+        source: What the user named.
+        section: Model and weights, settled.
+        image_size: Side of the images that it was trained with, in pixels.
+        trained_by: Recipe of the run whose student it is; None: it is not a run's student.
+        seed: Seed of the run that it belongs to; decides random weights.
+        weights: The sources that have opened its weights.
+    """
+
+    label: str
+    source: str
+    section: FrozenModel
+    image_size: int
+    trained_by: Run | None = None
+    seed: int = 0
+    weights: Sources = field(default_factory=Sources, compare=False, repr=False)
+
+    def build(self) -> tuple[nn.Module, Statistics]:
+        """Builds the model with its weights, in float32 on this process's device.
+
+        Returns: the backbone, and the statistics by which its images are normalised.
+        """
+        weights = frozen_weights(self.section, self.weights)
+        make = frozen_maker(self.section, image_size=self.image_size)
+        # The same random model as in a run of this seed.
+        model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)
+        if weights is not None:
+            load_weights(model.net, weights, where=self.source)
+        if self.trained_by and isinstance(model.net, HierarchicalBackbone):
+            # The weights do not say how it was trained on sizes that do not divide.
+            model.net.size_rule = self.trained_by.student.size_rule
+        return model.to(distributed.device()).net, model.statistics
+
+
+def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0) -> NamedModel:
+    """Finds a model by what the user calls it; reads headers only.
+
+    Args:
+        source: One of
+            the folder of a run or of one of its checkpoints: its student, with the average of its
+            weights where the run keeps one;
+            RUN#NAME: a model that the run uses and does not train (RUN#teacher);
+            RUN#scratch: the run's student with random weights;
+            weights, as `teacher.source` takes them;
+            MODEL=SOURCE, for weights that do not show their model: MODEL is a name of the table of
+            models or timm:NAME, SOURCE is weights or `random`.
+        job_of: Makes the job of a stored recipe.
+        image_size: Side of its images, in pixels, to which tables of positions are resized; 0: as
+            it was trained.
+
+    Raises: FDError: if there is no such model.
+    """
+    weights = sources_of(job_of)
+    folder, sign, part = source.rpartition("#")
+    recipe = _recipe_of(Path(folder)) if sign else None
+    if recipe is None:
+        folder, part = source, ""
+        recipe = _recipe_of(Path(folder))
+    if recipe is None or part == _STUDENT:
+        return _of_weights(source, image_size, weights)
+    path = Path(folder)
+    label = path.resolve().name
+    if label.startswith("step_"):
+        label = f"{path.resolve().parents[1].name} {label}"
+    size, seed = image_size or recipe.data.image_size, recipe.runtime.seed
+    if part == _SCRATCH:
+        section = FrozenModel(
+            model=recipe.student.model,
+            architecture=_sized(recipe.student_architecture(), recipe.student.architecture, size),
+            source=RANDOM,
+        )
+        return NamedModel(
+            f"{label}: from scratch", source, section, size, recipe, seed, weights=weights
+        )
+    if part:
+        models = job_of(recipe).frozen_models()
+        if part not in models:
+            raise ConfigError(
+                f"{source}: this run has no {part}; got one of the task {recipe.task.name}, "
+                f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
+            )
+        section = settle_model(models[part].section, weights, where=_WHERE)
+        if not image_size:
+            size = _seen_size(section, size, models[part].image_size)
+        return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
+    architecture = Architecture()
+    if image_size:
+        architecture = _sized(recipe.student_architecture(), architecture, size)
+    section = settle_model(
+        FrozenModel(source=source, architecture=architecture), weights, where=_WHERE
+    )
+    if not image_size:
+        size = _seen_size(section, size)
+    return NamedModel(label, source, section, size, recipe, seed, weights=weights)
+
+
+def _recipe_of(path: Path) -> Run | None:
+    """Returns the recipe of a run, or of a checkpoint by its own path; None: neither."""
+    if store.manifest_of(path) is None and not store.checkpoints_of(path).is_dir():
+        return None
+    return Run.from_dict(stream.newest(path, where=str(path)).manifest["recipe"])
+
+
+def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
+    named, file = _split(source)
+    section = FrozenModel(source=file)
+    if brought := family_of_source(named):
+        family, rest = brought
+        architecture, _ = family.scheme.settle(rest, section.architecture, _WHERE)
+        section = replace(section, model=family.architecture.family, architecture=architecture)
+    elif named:
+        section = replace(section, model=named)
+    settled = settle_model(section, weights, where=_WHERE)
+    architecture = resolve(settled.model, settled.architecture)
+    size = image_size or _own_size(architecture)
+    if image_size and architecture.resizes_positions:
+        wanted = replace(section.architecture, image_size=image_size)
+        settled = settle_model(replace(section, architecture=wanted), weights, where=_WHERE)
+    return NamedModel(_label(named, file), source, settled, size, weights=weights)
+
+
+def _split(source: str) -> tuple[str, str]:
+    """Splits MODEL=SOURCE; a path may contain "=" too."""
+    named, sign, weights = source.partition("=")
+    if sign and (named in ARCHITECTURES or family_of_source(named)):
+        return named, weights
+    return "", source
+
+
+def _label(named: str, weights: str) -> str:
+    if named:
+        return f"{named.rpartition(':')[2]}{', random' if weights == RANDOM else ''}"
+    kind, sign, rest = weights.partition(":")
+    return rest if sign else Path(kind).name
+
+
+def _own_size(architecture: FamilyArchitecture) -> int:
+    """Returns the side that a model was made for; the recipes' default if it is not known."""
+    facts = family_of(architecture).facts_of(architecture)
+    return getattr(architecture, "image_size", facts.image_size if facts else Data().image_size)
+
+
+def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:
+    """Returns the side that a model is given: its own if its positions are for one side only."""
+    with torch.device("meta"):
+        model = frozen_maker(section, image_size=image_size, own_image_size=own_image_size)()
+    return model.image_size or image_size
+
+
+def _sized(whole: FamilyArchitecture, overrides: Architecture, image_size: int) -> Architecture:
+    """Sets the image size of a model that resizes its positions."""
+    return replace(overrides, image_size=image_size) if whole.resizes_positions else overrides
