@@ -14,7 +14,7 @@ SENTENCES = {
         "global; in windows none is longer than a window.",
     ),
     "head_similarity": (
-        "Likeness of heads",
+        "Similarity of heads",
         "The cosine between the attention maps of two heads of a layer, the mean over pairs and "
         "images. At 1 all heads do the same; the lower, the more they differ.",
     ),
@@ -45,7 +45,7 @@ SENTENCES = {
         "contours are an even valley; narrow or ragged ones a hard one.",
     ),
     "cka": (
-        "Likeness of layers",
+        "Similarity of layers",
         "Linear CKA between the features of two blocks: 1 where one is a rotated copy of the "
         "other, 0 where they have nothing in common. A panel compares two models, or a model with "
         "itself; the last row and column are the model's final map.",
@@ -82,7 +82,7 @@ def summary(model: dict[str, Any]) -> dict[str, str]:
         "parameters": f"{model['parameters'] / 1e6:.2f} M",
         "images": f"{model['image_size']} px",
         "attention distance": "none" if distance is None else f"{distance:.1f} px",
-        "likeness of heads": _number(_mean([x["head_similarity"] for x in layers])),
+        "similarity of heads": _number(_mean([x["head_similarity"] for x in layers])),
         "translation score": _number(_mean([x["translation_score"] for x in layers])),
         "loss": f"{landscape['value']:.4f}",
         "loss at 0.1": _number(_near(landscape), 4),

@@ -99,7 +99,7 @@ def test_the_table_has_means_over_layers() -> None:
         "parameters": "1.23 M",
         "images": "32 px",
         "attention distance": "20.0 px",
-        "likeness of heads": "0.50",
+        "similarity of heads": "0.50",
         "translation score": "0.75",
         "loss": "0.0000",
         "loss at 0.1": "0.2000",
