@@ -69,6 +69,7 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
         # Ranks of one host need no network, nor a host name that resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
+        # AMD GPUs go by the same names: torch's "cuda" is ROCm there, "nccl" is RCCL (docs/amd.md).
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
             timeout=timedelta(seconds=timeout_seconds),

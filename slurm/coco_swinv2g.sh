@@ -5,7 +5,7 @@
 #   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2_base \
 #       sbatch --nodes=2 slurm/coco_swinv2g.sh --recipe coco_mask_rcnn_swinv2_base
 #
-# Submit from the repository's root; data, weights and all else of the site: slurm/site.sh. The
+# Submit from the repository's root; data, weights and the rest of the site: slurm/site.sh. The
 # options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
 # docs/clusters.md.
 

@@ -4,9 +4,9 @@
 #   sbatch slurm/fd_swinv2g.sh
 #   sbatch --nodes=32 slurm/fd_swinv2g.sh --optim.base_lr 2e-4 [--section.field VALUE ...]
 #
-# Submit from the repository's root; data, teacher and all else of the site: slurm/site.sh. Words
-# after the script go to train.py and win over the recipe, sbatch's options before it win over the
-# lines below. What happens at a time limit, a pre-emption, a crash: docs/clusters.md.
+# Submit from the repository's root; data, teacher and the rest of the site: slurm/site.sh.
+# Arguments after the script go to train.py and win over the recipe; options of sbatch before it win
+# over the lines below. What happens at a time limit, a pre-emption, a crash: docs/clusters.md.
 
 #SBATCH --job-name=fd_swinv2g
 #SBATCH --nodes=8
@@ -21,7 +21,7 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 # Five minutes before the time limit the ranks save and the job requeues itself. 12 bytes a
-# parameter are 36 GB in all, 4.5 GB a node: ten seconds at 0.5 GB/s, after the update under way.
+# parameter are 36 GB in all, 4.5 GB a node: ten seconds at 0.5 GB/s, after the step under way.
 # runtime.notice_seconds below says the same number to the ranks, who warn where it is too little.
 #SBATCH --signal=B:USR1@300
 # Slurm starts the job again after a pre-emption or the loss of a node.

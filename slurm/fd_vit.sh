@@ -5,7 +5,7 @@
 #   TEACHER_SOURCE=/weights/dino_vitbase16_pretrain.pth \
 #       sbatch slurm/fd_vit.sh --recipe fd_dino_vit_base
 #
-# Submit from the repository's root; data, teacher and all else of the site: slurm/site.sh. The
+# Submit from the repository's root; data, teacher and the rest of the site: slurm/site.sh. The
 # options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
 # docs/clusters.md.
 

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts, in the repository root.
 #
-#   launch WORDS...    trains with these words for train.py, then ends the batch script
+#   launch ARGUMENTS...    trains with these arguments of train.py, then ends the batch script
 #
 # One Python per GPU under srun; ranks and meeting place come from Slurm's own variables
 # (fd_large/launch.py). How the ranks end decides what follows:
@@ -42,7 +42,7 @@ stay_ended() {
         scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 }
 
-# value_of NAME WORDS...: what train.py takes for --NAME: the last one, with - or _, = or a blank.
+# value_of NAME ARGUMENTS...: what train.py takes for --NAME, the last one, with - or _, = or blank.
 value_of() {
     local name=--$1 value='' word key previous=''
     shift
@@ -56,7 +56,7 @@ value_of() {
 }
 
 launch() {
-    words=("$@")
+    arguments=("$@")
     check_settings
     # Slurm's names for job and rank; they also make the names of the ranks' logs.
     logs="$LOG_DIR/slurm-${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-none}"
@@ -80,23 +80,23 @@ check_settings() {
     for ((place = 0; place < ${#learns_from[@]}; place += 2)); do
         setting=${learns_from[place + 1]}
         site+=("--${learns_from[place]}" "${!setting}")
-        [[ -z $(value_of "${learns_from[place]}" "${site[@]}" "${words[@]}") ]] || continue
+        [[ -z $(value_of "${learns_from[place]}" "${site[@]}" "${arguments[@]}") ]] || continue
         case $setting in
-            DATA_ROOT) what="a folder of pictures or tar files" ;;
-            COCO_ROOT) what="the folder of a data set with COCO's annotations" ;;
+            DATA_ROOT) what="a folder of images or tar files" ;;
+            COCO_ROOT) what="the folder of a dataset with COCO's annotations" ;;
             TEACHER_SOURCE) what="the teacher's weights or \"random\"" ;;
             STUDENT_INIT) what="the folder of a run, or a file of weights" ;;
         esac
         refuse "slurm/site.sh: $setting is empty; got nothing, expected $what. Set it there, or" \
             "$setting=PATH sbatch ..."
     done
-    words=("${site[@]}" "${words[@]}")
-    if [[ " ${words[*]} " == *" --fresh "* ]]; then
+    arguments=("${site[@]}" "${arguments[@]}")
+    if [[ " ${arguments[*]} " == *" --fresh "* ]]; then
         refuse "--fresh: every restart of the job would begin anew; got --fresh, expected none in" \
             "a batch job. Move the run's folder away, or set --runtime.run_dir."
     fi
-    recipe=$(value_of recipe "${words[@]}")
-    run_dir=$(value_of runtime.run_dir "${words[@]}")
+    recipe=$(value_of recipe "${arguments[@]}")
+    run_dir=$(value_of runtime.run_dir "${arguments[@]}")
     run_dir=${run_dir:-runs/${recipe:-quickstart}}
 }
 
@@ -122,8 +122,8 @@ load_software() {
     esac
 }
 
-# Every node: the files that the run names, and the source by its checksum, which tells of changes
-# that are not committed, too, and needs no git in a container.
+# Run on every node: looks for the files that the run names, and takes a checksum of the source,
+# which shows changes that are not committed too and needs no git in a container.
 # shellcheck disable=SC2016 # expanded on the nodes
 on_a_node='
 absent=
@@ -134,14 +134,14 @@ printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 check_nodes() {
     local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=()
     for name in data.root eval.root teacher.source student.init; do
-        path=$(value_of "$name" "${words[@]}")
+        path=$(value_of "$name" "${arguments[@]}")
         # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.
         [[ -z $path || $path == random || $path == *[:*?\{]* ]] || paths+=("${path%%#*}")
     done
     report=$(srun "${outside[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "${inside[@]}" bash -c "$on_a_node" check "${paths[@]}")
     code=$?
-    # srun's own trouble: a node is lost, or the container; what it said stands above.
+    # srun itself failed: a node is lost, or the container; its message stands above.
     if ((code != 0)); then
         say "srun returned $code: no answer from every node"
         code=1
@@ -158,17 +158,17 @@ check_nodes() {
     fi
 }
 
-# Blocks of ranks share a node (hpZ and a split teacher rely on it). The last ranks get a minute
-# after the first one has ended: ended at once, those that are about to say why would not come to
-# it. srun does not take --cpus-per-task over from sbatch.
+# Blocks of ranks share a node (hpZ and a split teacher rely on it). The other ranks get a minute
+# after the first one has ended, time to say why they end. srun does not take --cpus-per-task over
+# from sbatch.
 run_ranks() {
     local caught
-    say "ranks speak in $logs-rank_*.log"
+    say "the output of rank N is in $logs-rank_N.log"
     srun "${outside[@]}" \
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --open-mode=append --output="$logs-rank_%t.log" \
-        "${inside[@]}" "$PYTHON" fd_large/train.py "${words[@]}" &
+        "${inside[@]}" "$PYTHON" fd_large/train.py "${arguments[@]}" &
     ranks=$!
     # A trap ends wait early; then it has to be called again for srun's own code.
     while :; do
@@ -180,8 +180,8 @@ run_ranks() {
     asked=$caught ranks=
 }
 
-# Ranks take USR1 as the wish to save and to end. srun passes it on to all of them; at a TERM,
-# which Slurm sends to ranks as well, it does no harm.
+# At USR1 ranks save and end. srun passes it on to all of them; at a TERM, which Slurm sends to the
+# ranks as well, it does no harm.
 hand_on() {
     asked=$1
     say "got SIG$1"
@@ -203,7 +203,7 @@ finish() {
     case $code in
         0) say "done: $run_dir" ;;
         2 | 3)
-            say "exit code $code, not requeued. The last words of rank 0:"
+            say "exit code $code, not requeued. The last lines of rank 0:"
             tail -n 3 "$logs-rank_0.log" 2>/dev/null
             ;;
         *) requeue ;;

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Goes on with a run from its folder alone, on as many nodes as there are now.
+# Resumes a run from its folder alone, on any number of nodes.
 #
 #   sbatch --nodes=4 slurm/resume.sh runs/fd_swinv2g [--section.field VALUE ...]
 #
-# The words that started it stand in the folder (environment.json), whoever launched it, as do its
-# data and teacher (recipe.json); words after the folder win over them. The options below are
+# The arguments that started it are in the folder (environment.json), whoever launched it, as are
+# its data and teacher (recipe.json); arguments after the folder win over them. The options below are
 # explained in slurm/fd_swinv2g.sh.
 
 #SBATCH --job-name=fd_resume
@@ -29,7 +29,7 @@ source slurm/launch.sh
 
 run=${1:-}
 [[ -f $run/environment.json ]] ||
-    refuse "slurm/resume.sh: no run; got \"$run\", expected a folder with an environment.json." \
+    refuse "slurm/resume.sh: not a run; got \"$run\", expected a folder with an environment.json." \
         "Name it first: sbatch slurm/resume.sh runs/NAME."
 shift
 # Outside of a container, whose Python may not be this node's.
@@ -48,19 +48,19 @@ try:
     words = words[1:] if words[:1] == ["train"] else words
     # What a launcher adds, and what would begin anew.
     words = [word for word in words if not word.startswith("--local_rank") and word != "--fresh"]
-    # First, since they may be the recipe's, of which no word tells.
-    found = [fields["task"]["name"], fields["data"]["root"], fields["teacher"]["source"], *words]
-    told = "".join(word + "\0" for word in found)
+    # First, since they may come from the recipe and stand in no argument.
+    found = [fields["data"]["root"], fields["teacher"]["source"], *words]
+    text = "".join(word + "\0" for word in found)
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    told = f"{type(error).__name__}: {error}\0"
-sys.stdout.write(told)
+    text = f"{type(error).__name__}: {error}\0"
+sys.stdout.write(text)
 PYTHON
 )
 ((${#before[@]} > 1)) || refuse "$run: cannot be read; got ${before[0]:-nothing}, expected the" \
     "environment.json and recipe.json of a run. Submit again the script that started it."
 # The run's own, not the site's.
 # shellcheck disable=SC2034 # launch reads them by their names
-DATA_ROOT=${before[1]} TEACHER_SOURCE=${before[2]}
-[[ ${before[0]} == distillation ]] || learns_from=(data.root DATA_ROOT)
+DATA_ROOT=${before[0]} TEACHER_SOURCE=${before[1]}
+[[ $TEACHER_SOURCE ]] || learns_from=(data.root DATA_ROOT)
 
-launch "${before[@]:3}" --runtime.run_dir "$run" "$@"
+launch "${before[@]:2}" --runtime.run_dir "$run" "$@"

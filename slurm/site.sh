@@ -5,16 +5,16 @@
 #   DATA_ROOT=/data/imagenet22k sbatch slurm/fd_swinv2g.sh
 
 # ---- data and weights ---------------------------------------------------------------------------
-# Pictures that every node sees: a folder or tar files (docs/data.md).
+# Images that every node sees: a folder or tar files (docs/data.md).
 DATA_ROOT=${DATA_ROOT:-}
 # The teacher's weights (docs/weights.md); "random" for a test of throughput. No weights of the 3B
 # SwinV2-G are public. The largest SwinV2 that is, 1.06B parameters, is SimMIM's "SwinV2-giant" of
-# the model hub of microsoft/Swin-Transformer; it is a net of another size, so name that as well:
+# the model hub of microsoft/Swin-Transformer; it is a model of another size, so name that as well:
 #   TEACHER_SOURCE=/weights/swinv2_giant_22k_500k.pth sbatch slurm/fd_swinv2g.sh \
 #       --teacher.model swinv2_1b
 TEACHER_SOURCE=${TEACHER_SOURCE:-}
 
-# For slurm/coco_swinv2g.sh: a data set in COCO's layout, and the run or file of weights that its
+# For slurm/coco_swinv2g.sh: a dataset in COCO's layout, and the run or file of weights that its
 # backbone comes from (docs/detection.md).
 COCO_ROOT=${COCO_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}
@@ -37,7 +37,7 @@ CONTAINER=${CONTAINER:-}
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
 
 # ---- files --------------------------------------------------------------------------------------
-# What each rank says, and how often a job was restarted; on a file system that all nodes share.
+# The output of each rank, and how often a job was restarted; on a file system that all nodes share.
 LOG_DIR=${LOG_DIR:-logs}
 
 # ---- restarts -----------------------------------------------------------------------------------
@@ -58,7 +58,5 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}
 # The address of the job's first node, where its name leads to another network than the ranks'.
 # export MASTER_ADDR=10.0.0.1
 
-# torch ends a rank whose collective failed instead of leaving it waiting: then the job restarts.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Data workers are processes; threads beside them would fight over the same cores.
+# Data workers are processes; threads beside them would compete for the same cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

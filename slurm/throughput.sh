@@ -6,9 +6,9 @@
 #   sbatch --nodes=64 slurm/throughput.sh --model swinv2_giant --image-size 192 --micro-batch 32 \
 #       --contenders zero3 hpz fsdp2
 #
-# Submit from the repository's root; software and network of the site: slurm/site.sh. Words after
-# the script go to throughput.py. No data and no weights are needed. Everything is written to
-# LOG_DIR; the last words of the job are the table.
+# Submit from the repository's root; software and network of the site: slurm/site.sh. Arguments
+# after the script go to throughput.py. No data and no weights are needed. Everything is written to
+# LOG_DIR; the output of the job ends with the table.
 
 #SBATCH --job-name=throughput
 #SBATCH --nodes=4
@@ -34,7 +34,7 @@ mkdir -p "$folder" || refuse "LOG_DIR: cannot be made; got $LOG_DIR, expected a 
     "written. Set it in slurm/site.sh."
 export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 
-# step NODES TASKS NAME WORDS...: the program on so many nodes and ranks of each.
+# step NODES TASKS NAME ARGUMENTS...: the program on so many nodes and ranks of each.
 step() {
     local nodes=$1 tasks=$2 name=$3
     shift 3
@@ -53,7 +53,7 @@ while :; do
     if [[ -s $file ]]; then
         files+=("$file")
     else
-        say "$nodes node(s): no result. The last words of rank 0:"
+        say "$nodes node(s): no result. The last lines of rank 0:"
         tail -n 3 "$folder/nodes_$nodes-rank_0.log" 2>/dev/null
     fi
     ((nodes < most)) || break

@@ -143,6 +143,9 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
     if find_spec("triton") is None:
         return "no package triton, expected triton>=3.2"
     if device_type == "cuda":
+        if torch.version.hip:
+            # By its capability an MI200 could not be told from an H100: both say (9, 0).
+            return "an AMD GPU, where the kernels were never tried (docs/amd.md)"
         capability = torch.cuda.get_device_capability()
         if capability not in _CAPABILITIES:
             return f"compute capability {capability}, expected one of {_CAPABILITIES}"

@@ -47,7 +47,7 @@ Values = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is off about a step.
+    """A number of a step that is off.
 
     Attributes:
         what: `loss` or `gradient norm`.
@@ -75,7 +75,7 @@ class Finding:
 
 
 def findings(update: Update, accepted: Iterable[Values], spread: float) -> list[Finding]:
-    """What is off about a step, given those accepted before it.
+    """Returns what is off about a step, given those accepted before it.
 
     Args:
         update: The step to judge, by its loss and its gradient norm.

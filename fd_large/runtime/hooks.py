@@ -77,8 +77,8 @@ class Setting:
     Attributes:
         folder: The run's folder.
         facts: First entries of summary.json: recipe, student, teacher.
-        first_update: Where the run starts or goes on, from 0.
-        total_updates: Where it ends.
+        first_update: Steps done before this start, after which the run goes on.
+        total_updates: Steps of the whole run.
         global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
@@ -132,7 +132,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a skipped step was made of.
+    """The input of a skipped step, and what it did to the models.
 
     Attributes:
         images: (B, 3, S, S) uint8, this rank's images of the step in order.
@@ -163,11 +163,11 @@ class Hook:
         """The run moves: called with every micro batch, in training and in evaluation."""
 
     def wish(self) -> Wish:
-        """What this rank would like now; asked before each optimiser step, and in evaluations."""
+        """Says what this rank would like; asked before each optimiser step, and in evaluations."""
         return NOTHING
 
     def judge(self, update: Update) -> Verdict | None:
-        """What becomes of a step whose loss and norm are known and that no weight felt yet."""
+        """Before the weights move: loss and gradient norm of the step are known."""
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
         """After a step that was skipped."""
@@ -214,7 +214,7 @@ class Tracker:
         """After each step."""
 
     def on_rows(self, rows: list[Row]) -> None:
-        """The rows of an interval of `log_every` steps, or of what is left at a save or the end."""
+        """After an interval: `log_every` steps, or what is left at a save or the end."""
 
     def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
         """Numbers of an evaluation that followed `index` steps, by their names on disk."""

@@ -224,7 +224,7 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this rank has held: of its GPU, or of the process where there is none."""
+    """Returns the most memory this rank has held: of its GPU, or else of the process."""
     device = distributed.device()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

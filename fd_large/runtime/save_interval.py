@@ -25,7 +25,7 @@ class SaveInterval(Hook):
         self._last = time.monotonic()
 
     def wish(self) -> Wish:
-        """A checkpoint, if it is time."""
+        """Wishes a checkpoint, if it is time."""
         late = time.monotonic() - self._last >= self._seconds
         return Wish(save=True) if late and distributed.is_main() else NOTHING
 

@@ -1,4 +1,4 @@
-"""The batch scripts with stand-ins for srun and scontrol: words, settings, exit codes."""
+"""The batch scripts with stand-ins for srun and scontrol: arguments, settings, exit codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The check of the nodes runs here; of the ranks' start only the words are kept.
+# The check of the nodes runs here; of the ranks' start only the arguments are kept.
 SRUN = """#!/bin/bash
 for word; do
     if [[ $word == bash ]]; then shift $skip; exec "$@"; fi
@@ -87,7 +87,6 @@ class Script:
         """What a run leaves in its folder."""
         self.run_dir.mkdir()
         recipe = {"data": {"root": data}, "teacher": {"source": teacher}}
-        recipe["task"] = {"name": "distillation"}
         for name, found in (("environment", {"command": command}), ("recipe", recipe)):
             (self.run_dir / f"{name}.json").write_text(json.dumps(found, indent=1))
 
@@ -137,48 +136,19 @@ def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Pat
     ]
 
 
-def test_the_vit_script_takes_another_recipe(script: Script) -> None:
+def test_other_scripts_and_arguments_that_win(script: Script) -> None:
     code, said = script.run("--recipe", "fd_dino_vit_base", name="fd_vit")
     assert code == 0, said
     words = script.words()
     assert "ds_configs/zero1.json" in words
-    # The last one wins in train.py.
-    assert [words[i + 1] for i, word in enumerate(words) if word == "--recipe"] == [
-        "fd_clip_vit_base",
-        "fd_dino_vit_base",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "empty"),
-    [
-        ("fd_swinv2g", "DATA_ROOT"),
-        ("fd_swinv2g", "TEACHER_SOURCE"),
-        ("fd_vit", "DATA_ROOT"),
-        ("coco_swinv2g", "COCO_ROOT"),
-        ("coco_swinv2g", "STUDENT_INIT"),
-    ],
-)
-def test_an_empty_site_setting_is_one_sentence(name: str, empty: str, script: Script) -> None:
-    code, said = script.run(name=name, **{empty: ""})
-    assert code == 2
-    assert said.startswith(f"slurm/site.sh: {empty} is empty; got nothing, expected ")
-    assert said.count("\n") == 1
-    assert not (script.scratch / "ranks").exists()
-    assert script.requeues() == 0
-
-
-def test_detection_has_a_data_set_and_a_student_and_no_teacher(script: Script) -> None:
+    recipes = [words[i + 1] for i, word in enumerate(words) if word == "--recipe"]
+    assert recipes == ["fd_clip_vit_base", "fd_dino_vit_base"], "train.py takes the last"
     code, said = script.run(name="coco_swinv2g")
     assert code == 0, said
     words, root = script.words(), str(script.scratch)
-    assert words[words.index("--data.root") :][:4] == [
-        *("--data.root", root, "--student.init", root)
-    ]
+    first = words.index("--data.root")
+    assert words[first : first + 4] == ["--data.root", root, "--student.init", root]
     assert "--teacher.source" not in words
-
-
-def test_an_override_stands_in_for_a_site_setting(script: Script) -> None:
     given = ("--data-root=builtin:photographs", "--teacher.source", "package:x")
     code, said = script.run(*given, DATA_ROOT="", TEACHER_SOURCE="")
     assert code == 2, said  # --data-root is no spelling of --data.root
@@ -187,22 +157,28 @@ def test_an_override_stands_in_for_a_site_setting(script: Script) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "environ", "told"),
+    ("name", "words", "environ", "told"),
     [
-        ((), {"SLURM_SUBMIT_DIR": "/"}, "slurm: got /, expected the repository's root."),
-        (("--fresh",), {}, "--fresh: every restart of the job would begin anew;"),
-        ((), {"DATA_ROOT": "/no/such"}, "does not exist there, expected what every node"),
-        (("--teacher.source", "/no/such.pth#teacher"), {}, ": /no/such.pth: does not exist there"),
-        ((), {"LOG_DIR": "/proc/none"}, "LOG_DIR: cannot be made; got /proc/none"),
-        ((), {"MODULES": "a b"}, 'slurm/site.sh: MODULES; got "a b", expected what module load'),
+        ("fd_swinv2g", (), {"DATA_ROOT": ""}, "slurm/site.sh: DATA_ROOT is empty;"),
+        ("fd_swinv2g", (), {"TEACHER_SOURCE": ""}, "slurm/site.sh: TEACHER_SOURCE is empty;"),
+        ("fd_vit", (), {"DATA_ROOT": ""}, "slurm/site.sh: DATA_ROOT is empty;"),
+        ("coco_swinv2g", (), {"COCO_ROOT": ""}, "slurm/site.sh: COCO_ROOT is empty;"),
+        ("coco_swinv2g", (), {"STUDENT_INIT": ""}, "slurm/site.sh: STUDENT_INIT is empty;"),
+        ("fd_swinv2g", (), {"SLURM_SUBMIT_DIR": "/"}, "slurm: got /, "),
+        ("fd_swinv2g", ("--fresh",), {}, "--fresh: "),
+        ("fd_swinv2g", (), {"DATA_ROOT": "/no/such"}, "node "),
+        ("fd_swinv2g", ("--teacher.source", "/no/such.pth#teacher"), {}, "node "),
+        ("fd_swinv2g", (), {"LOG_DIR": "/proc/none"}, "LOG_DIR: cannot be made; got /proc/none"),
+        ("fd_swinv2g", (), {"MODULES": "a b"}, 'slurm/site.sh: MODULES; got "a b"'),
+        ("resume", (), {}, 'slurm/resume.sh: not a run; got ""'),
     ],
 )
-def test_what_is_found_before_the_ranks_start(
-    words: tuple[str, ...], environ: dict[str, str], told: str, script: Script
+def test_what_is_found_before_the_ranks_start_is_one_sentence(
+    name: str, words: tuple[str, ...], environ: dict[str, str], told: str, script: Script
 ) -> None:
-    code, said = script.run(*words, **environ)
+    code, said = script.run(*words, name=name, **environ)
     assert code == 2
-    assert told in said
+    assert said.splitlines()[-1].startswith(told)
     assert not (script.scratch / "ranks").exists()
     assert script.requeues() == 0
 
@@ -215,30 +191,37 @@ def test_nodes_with_different_sources_are_named(script: Script) -> None:
     assert "fd_large: the nodes see different sources; got n1=12 n2=34" in said
 
 
+PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
+
+
 @pytest.mark.parametrize(
-    ("ranks", "code", "requeues"),
+    ("ranks", "status", "environ", "code", "requeues"),
     [
-        ("exit 0", 0, 0),
-        ("exit 2", 2, 0),
-        ("exit 3", 3, 0),
-        ("exit 75", 75, 1),
-        ("exit 1", 1, 1),
-        ("exit 137", 137, 1),
+        ("exit 0", "", {}, 0, 0),
+        ("exit 2", "", {}, 2, 0),
+        ("exit 3", "", {}, 3, 0),
+        ("exit 75", "", {}, 75, 1),
+        ("exit 1", "", {}, 1, 1),
+        ("exit 137", "", {}, 137, 1),
+        # The run knows what srun does not.
+        ("exit 134", "done", {}, 0, 0),
+        ("exit 134", "preempted", {}, 75, 1),
+        ("exit 134", "guard", {}, 3, 0),
+        ("exit 134", "teacher changed", {}, 3, 0),
+        # No second requeue beside Slurm's own.
+        ("exit 75", "", {"JOB": PREEMPTED}, 75, 0),
+        ("exit 75", "", {"JOB": PREEMPTED, "MODE": "CANCEL"}, 75, 1),
+        ("exit 75", "", {"JOB": PREEMPTED.replace("Requeue=1", "Requeue=0")}, 75, 0),
+        ("exit 75", "", {"JOB": "JobState=COMPLETING Reason=None Requeue=1"}, 75, 0),
+        ("exit 75", "", {"JOB": "JobState=COMPLETING Reason=TimeLimit Requeue=1"}, 75, 1),
+        ("exit 75", "", {"JOB": "JobState=RUNNING Reason=None Requeue=0"}, 75, 0),
     ],
 )
-def test_what_an_exit_code_leads_to(ranks: str, code: int, requeues: int, script: Script) -> None:
-    got, said = script.run(RANKS=ranks)
-    assert (got, script.requeues()) == (code, requeues), said
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "requeues"),
-    [("done", 0, 0), ("preempted", 75, 1), ("guard", 3, 0), ("teacher changed", 3, 0)],
-)
-def test_the_run_knows_what_srun_does_not(
-    status: str, code: int, requeues: int, script: Script
+def test_what_an_exit_code_leads_to(
+    ranks: str, status: str, environ: dict[str, str], code: int, requeues: int, script: Script
 ) -> None:
-    got, said = script.run(RANKS=f"{script.summary(status)}; exit 134")
+    ranks = f"{script.summary(status)}; {ranks}" if status else ranks
+    got, said = script.run(RANKS=ranks, **environ)
     assert (got, script.requeues()) == (code, requeues), said
 
 
@@ -246,20 +229,6 @@ def test_an_old_summary_says_nothing_of_this_start(script: Script) -> None:
     subprocess.run(script.summary("done"), shell=True, check=True)
     assert script.run(RANKS="exit 1")[0] == 1
     assert script.requeues() == 1
-
-
-@pytest.mark.parametrize(
-    ("job", "requeues"),
-    [
-        ("JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00", 0),
-        ("JobState=COMPLETING Reason=None Requeue=1 PreemptTime=None", 0),
-        ("JobState=COMPLETING Reason=TimeLimit Requeue=1 PreemptTime=None", 1),
-        ("JobState=RUNNING Reason=None Requeue=0 PreemptTime=None", 0),
-    ],
-)
-def test_no_second_requeue_beside_slurms_own(job: str, requeues: int, script: Script) -> None:
-    code, said = script.run(RANKS="exit 75", JOB=job)
-    assert (code, script.requeues()) == (75, requeues), said
 
 
 @pytest.mark.parametrize("ranks", ["exit 0", "exit 2", "exit 75", "exit 1"])
@@ -294,9 +263,6 @@ def test_a_restarted_job_that_is_refused_does_not_come_back(
     assert told.read_text() == "JobId=7 Requeue=0\n"
 
 
-PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00:00"
-
-
 def test_a_pre_empted_job_leaves_early_until_slurm_would_hold_it(script: Script) -> None:
     script.run(RANKS="exit 1")  # a requeue of its own between them is not counted
     for start in (1, 2):
@@ -318,11 +284,6 @@ def test_a_pre_empted_job_leaves_early_until_slurm_would_hold_it(script: Script)
     assert (script.scratch / "logs/slurm-x-7.restarts").read_text() == "1 none 2\n"
 
 
-def test_a_pre_emption_that_would_cancel_is_requeued(script: Script) -> None:
-    script.run(RANKS="exit 75", JOB=PREEMPTED, MODE="CANCEL")
-    assert script.requeues() == 1
-
-
 @pytest.mark.parametrize("ranks", ["exit 1", "exit 75"])
 def test_without_a_newer_checkpoint_a_job_is_given_up(ranks: str, script: Script) -> None:
     counts = []
@@ -342,31 +303,23 @@ def test_without_a_newer_checkpoint_a_job_is_given_up(ranks: str, script: Script
     assert script.requeues() == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_is_handed_on_and_srun_waited_for(number: int, script: Script) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_is_handed_on_and_srun_waited_for(number: int, code: int, script: Script) -> None:
     wait = 'trap "echo got >>$SCRATCH/got; ended=1" USR1; touch $SCRATCH/up; '
-    wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done; /bin/sleep 0.3; exit 75"
-    process = script.start("--runtime.run_dir", str(script.run_dir), RANKS=wait)
+    wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done; /bin/sleep 0.3; "
+    run_dir = ("--runtime.run_dir", str(script.run_dir))
+    process = script.start(*run_dir, RANKS=f"{wait} exit {code}")
     deadline = time.monotonic() + 30
     while not (script.scratch / "up").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75, said
+    assert process.returncode == code, said
     assert (script.scratch / "got").read_text() == "got\n"
-    assert script.requeues() == 1
-
-
-def test_a_run_that_ends_by_itself_after_a_signal_is_done(script: Script) -> None:
-    wait = "touch $SCRATCH/up; trap 'ended=1' USR1; "
-    wait += "while [[ ! ${ended:-} ]]; do /bin/sleep 0.05; done"
-    process = script.start("--runtime.run_dir", str(script.run_dir), RANKS=wait)
-    while not (script.scratch / "up").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == 0
-    assert script.requeues() == 0
+    assert script.requeues() == (code == 75)
 
 
 def test_modules_are_loaded(script: Script) -> None:
@@ -401,30 +354,19 @@ def test_a_container_holds_the_ranks_and_the_check(script: Script) -> None:
     [["fd_large/train.py", "--local_rank=0"], ["/x/fd_large/__main__.py", "train"]],
     ids=["launcher", "module"],
 )
-def test_resume_takes_the_words_from_the_runs_folder(command: list[str], script: Script) -> None:
-    before = [*command, "--recipe", "fd_swinv2h", "--fresh"]
-    before += ["--data.root", "builtin:photographs", "--teacher.source", "package:x y"]
-    script.record(before, "builtin:photographs", "package:x y")
-    code, said = script.resume("--optim.epochs", "9")
+@pytest.mark.parametrize("more", [(), ("--data.root", "builtin:photographs", "--fresh", "--x=a b")])
+def test_resume_takes_arguments_data_and_teacher_from_the_runs_folder(
+    command: list[str], more: tuple[str, ...], script: Script
+) -> None:
+    script.record([*command, *more], "builtin:photographs", "package:x y")
+    elsewhere = "/site/of/others" if more else ""
+    code, said = script.resume("--a", "9", DATA_ROOT=elsewhere, TEACHER_SOURCE=elsewhere)
     assert code == 0, said
     words = script.words()
     assert words[words.index("fd_large/train.py") + 1 :] == [
         *("--data.root", "builtin:photographs", "--teacher.source", "package:x y"),
-        *("--recipe", "fd_swinv2h"),
-        *("--data.root", "builtin:photographs", "--teacher.source", "package:x y"),
-        *("--runtime.run_dir", str(script.run_dir), "--optim.epochs", "9"),
-    ]
-
-
-@pytest.mark.parametrize("site", ["", "/site/of/others"])
-def test_resume_takes_data_and_teacher_from_the_recipe(site: str, script: Script) -> None:
-    script.record(["fd_large/train.py"], "builtin:photographs", "package:x")
-    code, said = script.resume(DATA_ROOT=site, TEACHER_SOURCE=site)
-    assert code == 0, said
-    words = script.words()
-    assert words[words.index("fd_large/train.py") + 1 :] == [
-        *("--data.root", "builtin:photographs", "--teacher.source", "package:x"),
-        *("--runtime.run_dir", str(script.run_dir)),
+        *(word for word in more if word != "--fresh"),
+        *("--runtime.run_dir", str(script.run_dir), "--a", "9"),
     ]
 
 
@@ -439,7 +381,8 @@ def test_resume_of_a_damaged_run_is_one_sentence(damaged: str, text: str, script
     assert not (script.scratch / "ranks").exists()
 
 
-def test_resume_without_a_run_is_one_sentence(script: Script) -> None:
-    code, said = script.run(name="resume")
-    assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith('slurm/resume.sh: no run; got "", expected a folder')
+def test_resume_of_a_run_without_teacher_needs_none(script: Script) -> None:
+    script.record(["fd_large/train.py"], "builtin:photographs", "")
+    code, said = script.resume()
+    assert code == 0, said
+    assert "--teacher.source" not in script.words()

@@ -86,6 +86,11 @@ def test_old_gpus_and_missing_packages_run_the_reference_by_default(gpu, no_trit
         assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
 
 
+def test_an_amd_gpu_that_calls_itself_9_0_runs_the_reference(gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose.implementation("residual_norm", "cuda", **CASE) == "reference"
+
+
 def test_triton_where_it_cannot_run_is_refused(gpu, monkeypatch):
     monkeypatch.setenv("FD_KERNELS", "triton")
     with pytest.raises(ConfigError, match="got device cpu, expected cuda or TRITON_INTERPRET=1"):
