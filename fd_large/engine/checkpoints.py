@@ -194,7 +194,7 @@ class Checkpoints:
         state.restore(
             self._engine,
             reader.read,
-            updates=manifest["update"],
+            finished=manifest["update"],
             steps=self.optimizer_steps,
             ema=manifest.get("ema", False),
         )

@@ -106,7 +106,7 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
     return wanted
 
 
-def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool = False) -> None:
+def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool = False) -> None:
     """Writes a stored state into an engine; all ranks call it.
 
     An average that the engine keeps and the stored state lacks begins as the weights.
@@ -114,7 +114,7 @@ def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool =
     Args:
         engine: The engine, between two steps or before the first.
         read: Reads elements of a stored tensor.
-        updates: Number of finished steps.
+        finished: Number of finished steps.
         steps: Number of finished steps that were not skipped: the optimiser's own count.
         ema: Whether the stored state has an average.
     """
@@ -140,7 +140,7 @@ def restore(engine: Engine, read: Read, *, updates: int, steps: int, ema: bool =
         # DeepSpeed's and apex's FusedAdam count in the group.
         if "step" in group:
             group["step"] = steps
-    engine.deepspeed.global_steps = updates
+    engine.deepspeed.global_steps = finished
 
 
 def redistribute(engine: Engine) -> None:

@@ -1,15 +1,23 @@
-"""What the engine puts around a run."""
+"""A run of a task that only this test knows, and what the engine puts around a run."""
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
+from unit.engine.conftest import Brightness, batch_of
 
+from fd_large.data.sampler import MicroBatches
+from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
-from fd_large.engine.run import hooks_of
+from fd_large.engine.run import hooks_of, train
+from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.runtime.hooks import Hook
+from fd_large.recipes.architectures import Architecture
+from fd_large.runtime.hooks import Hook, Verdict, Wish
 
 
 class Watched(Job):
@@ -51,3 +59,114 @@ def test_a_trace_only_where_it_is_asked_for():
     run = registry.get("quickstart")
     assert "Profiler" not in names(run)
     assert "Profiler" in names(run, profile=3)
+
+
+class Samples(list):
+    fingerprint = "names"
+
+
+class BrightnessJob(Job):
+    """Everything that the engine asks of a task."""
+
+    metrics: ClassVar = {"test/loss": "test loss"}
+    ignored_fields = ("eval.views",)
+
+    def open_samples(self):
+        return Samples(f"{number}.png" for number in range(10))
+
+    def make_task(self):
+        return Brightness()
+
+    def batches(self, samples, portion):
+        size = self.run.batch.global_batch_size
+        for positions in MicroBatches(len(samples), portion, size):
+            yield batch_of(int(positions[0]) + 10 * portion.epoch, len(positions))
+
+    def probe_batch(self, size):
+        return batch_of(0, size)
+
+    def evaluations(self, engine, samples, micro_batch_size):
+        return [Evaluation(lambda step, last, between: ({"test_loss": 1.0 / (1 + step)}, None))]
+
+    def facts(self):
+        return {"bright": True}
+
+
+@pytest.fixture
+def recipe(one_rank, tmp_path):
+    before = list(logging.getLogger().handlers)
+    run = registry.get("quickstart")
+    vit = Architecture(embed_dim=8, depths=(2,), num_heads=(2,), patch_size=4)
+    off = {"preemption": False, "watchdog_seconds": 0.0}
+    yield replace(
+        run,
+        name="bright",
+        student=replace(run.student, model="vit_base_patch16", architecture=vit),
+        data=replace(run.data, image_size=8),
+        batch=replace(run.batch, global_batch_size=4, micro_batch_size=2),
+        optim=replace(run.optim, max_steps=3, max_seconds=0.0),
+        eval=replace(run.eval, root="", views=type(run.eval)().views),
+        runtime=replace(run.runtime, run_dir=str(tmp_path / "run"), **off),
+    )
+    for handler in set(logging.getLogger().handlers) - set(before):
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def start(recipe, **more):
+    return train(recipe, BrightnessJob, deepspeed_config="ds_configs/zero3.json", **more)
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+class Ending(Hook):
+    """Ends a run after its first step, by a wish or by a verdict."""
+
+    def __init__(self, *, wish):
+        self.by_wish, self.finished = wish, 0
+
+    def wish(self):
+        return Wish(stop=self.by_wish and self.finished > 0)
+
+    def after_update(self, update):
+        self.finished = update.index + 1
+        return None if self.by_wish else Verdict(stop="odd")
+
+
+def test_any_task_is_trained_to_its_end_in_two_parts(recipe, tmp_path):
+    folder = tmp_path / "run"
+    assert start(recipe, hooks=[Ending(wish=True)]) == 75
+    assert start(recipe) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["student"] == "vit_base_patch16"
+    assert (summary["status"], summary["teacher"]) == ("done", None)
+    assert [row["update"] for row in lines(folder, "metrics.jsonl")] == [0, 1, 2]
+    assert [row["epoch"] for row in lines(folder, "metrics.jsonl")] == [0, 0, 1]
+    assert [row["test_loss"] for row in lines(folder, "evaluations.jsonl")] == [1.0, 0.25]
+    manifest = json.loads((folder / "checkpoints/step_00000003/manifest.json").read_text())
+    assert (manifest["bright"], manifest["pictures"], manifest["zero_stage"]) == (True, "names", 3)
+    before = (folder / "summary.json").read_text()
+    assert start(recipe) == 0, "nothing is left to do"
+    assert (folder / "summary.json").read_text() == before
+
+
+def test_a_hook_that_ends_a_run_decides_the_exit_code(recipe):
+    assert start(recipe, hooks=[Ending(wish=False)]) == 3
+
+
+def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
+    auto = replace(recipe, batch=replace(recipe.batch, micro_batch_size="auto"))
+    assert start(auto, hooks=[Ending(wish=True)]) == 75
+    assert json.loads((tmp_path / "run/micro_batch.json").read_text())["micro_batch_size"] == 4
+    monkeypatch.setattr("fd_large.engine.micro_batch.probe", None)
+    assert start(auto) == 0
+
+
+def test_an_ignored_field_and_a_bad_batch_are_refused_before_anything_is_built(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"eval\.views: "):
+        start(replace(recipe, eval=replace(recipe.eval, views=8)))
+    with pytest.raises(ConfigError, match=r"batch\."):
+        start(replace(recipe, batch=replace(recipe.batch, micro_batch_size=3)))
+    assert not (tmp_path / "run").exists()

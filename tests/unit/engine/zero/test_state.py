@@ -43,7 +43,7 @@ def test_an_engine_goes_on_to_the_bit_from_what_another_stored(make_engine, conf
     assert {key.partition(".")[0] for key in shards} == {"master", *state.MOMENTS}
     second = make_engine(config, seed=1)
     step(second, 7)
-    restore(second, shards, updates=3, steps=3)
+    restore(second, shards, finished=3, steps=3)
     assert second.deepspeed.global_steps == 3
     assert stored(second).keys() == shards.keys()
     assert all(torch.equal(value, shards[key]) for key, value in stored(second).items())
@@ -86,7 +86,7 @@ def test_an_average_follows_the_masters_and_takes_their_place(make_engine, confi
             assert torch.equal(value, expected.to(value.dtype)), name
     assert all(torch.equal(value, after[key]) for key, value in stored(engine).items())
     # A stored state without an average: it begins as the weights.
-    restore(engine, before, updates=0, steps=0)
+    restore(engine, before, finished=0, steps=0)
     again = stored(engine)
     assert all(
         torch.equal(again[f"ema.{n}"], again[f"master.{n}"])

@@ -1,0 +1,64 @@
+"""What differs between nodes is named, and the nodes that differ from most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fd_large.engine.node_consistency import Fact, code_hash, compare, software, weights_digest
+from fd_large.errors import DataError, LaunchError, WeightsError
+from fd_large.weights.source import Sources
+
+
+def node(name, code="abc", images="7 images"):
+    return name, {
+        "code": Fact(code, "nodes: other code", "Use one checkout", LaunchError),
+        "images": Fact(images, "data.root: other images", "Copy them", DataError),
+    }
+
+
+def test_alike_nodes_pass():
+    compare([node("a"), node("b"), ("b", {})])
+
+
+def test_the_nodes_that_differ_from_most_are_named():
+    with pytest.raises(LaunchError) as caught:
+        compare([node("a"), node("b", code="xyz"), node("c"), node("d", "xyz", "6 images")])
+    assert str(caught.value) == (
+        "nodes: other code; got xyz on b, d (and other images), expected abc as on a. "
+        "Use one checkout."
+    )
+    with pytest.raises(DataError, match="got 6 images on d"):
+        compare([node("a"), node("b"), node("c"), node("d", images="6 images")])
+
+
+def test_of_many_nodes_some_are_named():
+    others = [node(f"n{number:02}", code="xyz") for number in range(10)]
+    most = [node(f"m{number:02}") for number in range(11)]
+    with pytest.raises(LaunchError, match=r"n00, .*n07 and 2 more"):
+        compare([*others, *most])
+
+
+def test_what_a_rank_does_not_know_is_not_compared():
+    whole, other = node("a"), node("b", images="6 images")
+    del other[1]["images"]
+    compare([whole, other])
+
+
+def test_this_process_has_code_and_packages():
+    facts = software()
+    assert {"code", "Python", "torch", "deepspeed"} <= facts.keys()
+    assert code_hash()[:8] in facts["code"].value
+
+
+def test_a_digest_of_a_file(tmp_path):
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path, last in ((file, 0.0), (other, 1.0)):
+        save_file({"weight": torch.tensor([0.0] * 1000 + [last])}, path)
+    digest, again, another = (weights_digest(str(f), Sources()) for f in (file, file, other))
+    assert digest == again != another
+    for without_a_file in ("", "random"):
+        assert weights_digest(without_a_file, Sources()) == ""
+    with pytest.raises(WeightsError):
+        weights_digest(str(tmp_path / "c.safetensors"), Sources())
