@@ -103,7 +103,8 @@ def run_as_rank(arguments: argparse.Namespace) -> int:
             left_out[name] = str(error)
             continue
         # They compute the same: compare the losses before and after the first step.
-        losses[name] = [distributed.mean(steps[name](batch)).item() for _ in range(WARM_UP)]
+        sums = [distributed.sum_tensor(steps[name](batch)) for _ in range(WARM_UP)]
+        losses[name] = [total.item() / distributed.world_size() for total in sums]
     found: dict[str, Any] = {"left_out": left_out}
     if arguments.alone and steps:
         _memory(reset=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -155,19 +155,6 @@ def barrier() -> None:
         dist.barrier(device_ids=[local_rank()] if _has_cuda() else None)
 
 
-def mean(value: T) -> T:
-    """Averages a tensor of any shape or a number over the ranks; the argument is not changed.
-
-    Sums run in the tensor's type, but at least in float32; numbers in float64.
-    """
-    if not isinstance(value, torch.Tensor):
-        return float(mean(torch.tensor(value, dtype=torch.float64, device=device())))  # type: ignore[return-value]
-    total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return (total / world_size()).to(value.dtype)  # type: ignore[return-value]
-
-
 def max_rank(value: float) -> float:
     """Returns the largest of the ranks' numbers, exact for integers below 2**53."""
     if not dist.is_initialized():
@@ -176,22 +163,9 @@ def max_rank(value: float) -> float:
     return type(value)(largest.item())
 
 
-def min_rank(value: float) -> float:
-    """Returns the smallest of the ranks' numbers, exact for integers below 2**53."""
-    return -max_rank(-value)
-
-
 def any_rank(flag: bool) -> bool:
     """Says whether the flag is true on any rank: how ranks take a decision together."""
     return bool(max_rank(int(flag)))
-
-
-def any_flags(flags: Sequence[bool]) -> list[bool]:
-    """Says of each flag whether it is true on any rank, in one collective."""
-    if not dist.is_initialized():
-        return list(flags)
-    seen = max_tensor(torch.tensor(flags, dtype=torch.int32, device=device()))
-    return [bool(flag) for flag in seen.tolist()]
 
 
 def max_tensor(value: torch.Tensor) -> torch.Tensor:

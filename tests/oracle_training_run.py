@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
             for name, parameter in engine.task.named_parameters():
                 found[f"gradient.{name}"] = deepspeed.utils.safe_get_full_grad(parameter).clone()
         engine.deepspeed.step()
-        losses.append(distributed.mean(loss).item())
+        losses.append((distributed.sum_tensor(loss) / distributed.world_size()).item())
         norms.append(float(engine.deepspeed.get_global_grad_norm()))
     for name, value in partition.stream(engine.task):
         found[f"final.{name}"] = value

@@ -8,6 +8,7 @@ collective of the next step (or evaluation batch) and saves, and the run exits w
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -143,9 +144,8 @@ class Preemption(Hook):
             seconds = (time.perf_counter() - begin) * share / max(size, 1)
         except OSError:
             # A full disk: the first save will say so.
-            seconds = -1.0
+            seconds = math.inf
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-        if distributed.min_rank(seconds) < 0:
-            return None
-        return distributed.max_rank(seconds)
+        slowest = distributed.max_rank(seconds)
+        return slowest if math.isfinite(slowest) else None

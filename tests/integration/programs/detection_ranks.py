@@ -85,7 +85,7 @@ def losses_of_ranks(run: Run) -> list[float]:
         batch = part_of(global_batch(update), first, first + 2)
         loss = forward_backward(engine, batch, run.runtime.seed)
         engine.deepspeed.step()
-        losses.append(distributed.mean(loss).item())
+        losses.append((distributed.sum_tensor(loss) / distributed.world_size()).item())
     forget(engine)
     return losses
 

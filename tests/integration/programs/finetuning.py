@@ -81,7 +81,8 @@ def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = schedule.scaled_at(update, group["scale"])
         optimizer.step()
-        losses.append(loss.item())
+        mean = distributed.sum_tensor(total / numbers.accumulation) / distributed.world_size()
+        losses.append(mean.item())
     return {name: p.detach().clone() for name, p in task.named_parameters()}, losses
 
 
@@ -129,7 +130,9 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
         for _ in range(numbers.accumulation):
             total += forward_backward(engine, next(batches), run.runtime.seed)
             engine.deepspeed.step()
-        losses.append(distributed.mean(total / numbers.accumulation).item())
+        losses.append(
+            (distributed.sum_tensor(total / numbers.accumulation) / distributed.world_size()).item()
+        )
     (evaluation,) = job.evaluations(engine, samples, TEST_BATCH)
     metrics, _ = evaluation.measure(UPDATES, True, lambda: None)
     weights = dict(partition.stream(engine.task))

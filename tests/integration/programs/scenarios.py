@@ -176,7 +176,7 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
             batch = Batch(images[positions], 0, positions + update * len(images), positions)
             total += forward_backward(engine, batch, run.runtime.seed) * micro / share
             engine.deepspeed.step()
-        losses.append(distributed.mean(total).item())
+        losses.append((distributed.sum_tensor(total) / distributed.world_size()).item())
         norms.append(engine.deepspeed.get_global_grad_norm())
     result = {
         "losses": losses,
