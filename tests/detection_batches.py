@@ -10,7 +10,7 @@ from fd_large.data.loader import Batch
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.section import Detection
 
 NUM_CLASSES = 5

@@ -70,7 +70,7 @@ def predict(run: str, images: tuple[str, ...], out: str = "predictions", score: 
     from fd_large.checkpoint import stream
     from fd_large.data.decode import decode
     from fd_large.data.folder import read_image
-    from fd_large.tasks.detection.data.views import resized_view
+    from fd_large.tasks.dense.geometry import resized_view
     from fd_large.tasks.detection.job import test_size
     from fd_large.tasks.detection.scores.collect import to_results
     from fd_large.tasks.detection.scores.drawing import draw_image, marks_of

@@ -1,7 +1,8 @@
-"""Convolutions of pyramids and heads; each fills its own parameters and never a child's.
+"""Convolutions of pyramids and heads; each draws its own weights and never a child's.
 
-torchvision's pyramid and heads draw their children's weights from the parent's constructor, which
-under `deepspeed.zero.Init` writes into nothing: parts with parameters are our own.
+torchvision's pyramid and heads draw their children's weights in the parent's constructor. Under
+`deepspeed.zero.Init` these are split over the ranks by then and what is written is lost, so that
+parts with parameters are our own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ NORM_EPS = 1e-6
 
 
 def he_normal(out_channels: int, kernel_size: int) -> Draw:
-    """Kaiming's normal for what a ReLU follows, by the fan out, as detectron2 draws heads."""
+    """Kaiming's normal distribution by the fan out, for what a ReLU follows, as in detectron2."""
     return Draw("normal", std=math.sqrt(2 / (out_channels * kernel_size**2)))
 
 
 def he_uniform() -> Draw:
-    """Kaiming's uniform for what no ReLU follows, by the fan in: within +-sqrt(3 / fan in)."""
+    """Kaiming's uniform distribution, +-sqrt(3 / fan in), for what no ReLU follows."""
     return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that keeps the size of the map, with a stated initial distribution."""
+    """A convolution that keeps the size of the map and draws its weight as `draw` says."""
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""From a distilled student to five maps of one width: the part of a detector below its heads."""
+"""A distilled student as a pyramid: its maps on images of any size, and what they are put through.
+
+Parameters and their names stay the student's, so that its weights load and go on as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,31 @@ from torch import Tensor, nn
 from fd_large.backbones.hierarchical import HierarchicalBackbone
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import ConfigError
-from fd_large.tasks.dense.fpn import FeaturePyramid
-from fd_large.tasks.dense.simple_pyramid import SimplePyramid
+from fd_large.tasks.dense.pyramids import FeaturePyramid, SimplePyramid
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
 
 NUM_STAGES = 4
+# Parameters of a distilled student that `strip` takes out, by name.
+LEFT_OUT = ("norm.weight", "norm.bias", "cls_token", "dist_token")
 
 SwinOrViT = HierarchicalBackbone | ViT
 
 
 def strip(student: SwinOrViT) -> None:
-    """Takes from a model what detection has no use for; the weights of the rest keep their names.
+    """Takes the final norm and the class tokens out of a student.
 
-    A parameter without a gradient would still be decayed under DeepSpeed.
+    They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 
-    Raises: ConfigError: if the model can carry no pyramid.
+    Raises: ConfigError: if no pyramid can stand on the student.
     """
     if isinstance(student, ViT):
         check(student)
         student.cls_token = student.dist_token = None
     elif len(student.depths) != NUM_STAGES or student.size_rule != "pad":
         raise ConfigError(
-            f"detection: the pyramid stands on {NUM_STAGES} stages of any size; got "
+            f"student: the pyramid stands on {NUM_STAGES} stages of any size; got "
             f"{len(student.depths)} stages, size_rule {student.size_rule!r}, expected "
-            f"{NUM_STAGES} and 'pad'. Set --student.architecture.depths."
+            f"{NUM_STAGES} and 'pad'. Set --student.model and --student.size_rule."
         )
     student.norm = None
 
@@ -53,7 +57,7 @@ def features(
 
 
 def pyramid_of(student: SwinOrViT, width: int) -> nn.Module:
-    """Returns the pyramid that fits a model, of so many channels."""
+    """Returns the pyramid that fits a student, with `width` channels on every level."""
     if isinstance(student, ViT):
         return SimplePyramid(student.width, width)
     return FeaturePyramid([student.embed_dim * 2**stage for stage in range(NUM_STAGES)], width)

@@ -1,9 +1,9 @@
 """A plain ViT on large images: most blocks see windows, a few the whole image.
 
-The model is the distilled one, parameters and names untouched; only its walk is another. Windows are
-as large as the grid on which the model was distilled, so that its position table fits inside them;
-the last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of 12). The class token
-has no place in a window and is left out, and so is the final norm.
+The parameters are those of the distilled model, under its names; its blocks alone are called in
+another way. Windows are as large as the grid on which the model was distilled, so that its position
+table fits inside them; the last block of each quarter sees the whole image (ViTDet: 2, 5, 8, 11 of
+12). The class token has no place in a window and is left out, and so is the final norm.
 
 Source: Li et al., arXiv 2203.16527.
 """
@@ -24,55 +24,55 @@ NUM_GLOBAL_BLOCKS = 4
 
 
 def global_blocks(depth: int) -> frozenset[int]:
-    """Returns which blocks see the whole image: the last of each quarter of the net."""
+    """Returns which blocks see the whole image: the last of each quarter of the model."""
     quarters = min(NUM_GLOBAL_BLOCKS, depth)
     return frozenset((i + 1) * depth // quarters - 1 for i in range(quarters))
 
 
-def check(net: ViT) -> None:
+def check(vit: ViT) -> None:
     """Raises ConfigError where a ViT's positions cannot be carried to another image size."""
-    rows, columns = net.image_grid
+    rows, columns = vit.image_grid
     if rows != columns:
         raise ConfigError(
             f"architecture.image_size: windows are square; got positions for {rows}x{columns} "
             "patches, expected as many rows as columns. Use a model of square images."
         )
-    if net.has_relative_position and net.rel_pos_bias is None:
+    if vit.has_relative_position and vit.rel_pos_bias is None:
         raise ConfigError(
-            "architecture.relative_position: detection fits one table to windows and image; got "
+            "architecture.relative_position: one table is fitted to windows and to the image; got "
             "'block', expected 'shared' or 'none'. Leave it as the model was distilled."
         )
 
 
-def windowed_map(net: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
+def windowed_map(vit: ViT, pixels: Tensor, keep: Tensor | None) -> Tensor:
     """Maps normalised images of any size to the last block's map.
 
     Args:
-        model: Its patches, positions and blocks are used.
+        vit: Its patches, positions and blocks are used.
         pixels: (B, 3, H, W), any float dtype; padded right and bottom to whole patches.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
     Returns: (B, ceil(H / p), ceil(W / p), C) in the dtype of the residual stream.
     """
-    p = net.patch_size
+    p = vit.patch_size
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels, (0, -width % p, 0, -height % p))
-    scales = branch_scales(keep, net.drop_path_rates, len(pixels), pixels.device)
-    dtype = residual_dtype(net.residual, net.patch_embed.proj.weight.dtype)
-    x = net.patch_embed(pixels, dtype)  # (B, H/p, W/p, C)
+    scales = branch_scales(keep, vit.drop_path_rates, len(pixels), pixels.device)
+    dtype = residual_dtype(vit.residual, vit.patch_embed.proj.weight.dtype)
+    x = vit.patch_embed(pixels, dtype)  # (B, H/p, W/p, C)
     grid = (x.shape[1], x.shape[2])
-    if net.pos_embed is not None:
-        x = x + _positions(net.pos_embed, net.image_grid, grid).to(dtype)
-    if net.norm_pre is not None:
-        x = net.norm_pre(x)
-    window = net.image_grid[0]
+    if vit.pos_embed is not None:
+        x = x + _positions(vit.pos_embed, vit.image_grid, grid).to(dtype)
+    if vit.norm_pre is not None:
+        x = vit.norm_pre(x)
+    window = vit.image_grid[0]
     inside = whole = None
-    if net.rel_pos_bias is not None:
-        inside = net.rel_pos_bias()[: (2 * window - 1) ** 2]
-        whole = fit_offsets(inside, net.image_grid, grid)
-    everywhere = global_blocks(net.depths[0])
+    if vit.rel_pos_bias is not None:
+        inside = vit.rel_pos_bias()[: (2 * window - 1) ** 2]
+        whole = fit_offsets(inside, vit.image_grid, grid)
+    everywhere = global_blocks(vit.depths[0])
     x = rearrange(x, "b h w c -> b (h w) c")
-    for i, block in enumerate(net.blocks):
+    for i, block in enumerate(vit.blocks):
         sites = None if scales is None else scales[2 * i : 2 * i + 2]
         if i in everywhere:
             x = block(x, sites, whole, grid)

@@ -23,9 +23,9 @@ from fd_large.recipes.run import Run
 from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
+from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
-from fd_large.tasks.detection.heads.inference import Detections
-from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.task import Detection

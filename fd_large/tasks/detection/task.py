@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
 from fd_large.tasks.dense.stages import SwinOrViT, features, pyramid_of, strides_of, strip
-from fd_large.tasks.detection.heads.inference import Detections
-from fd_large.tasks.detection.heads.losses import combine
-from fd_large.tasks.detection.heads.roi_heads import RoIHeads
-from fd_large.tasks.detection.heads.rpn import RpnHead, anchors_of, propose, rpn_sums
-from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.data.target import Target, Targets
+from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
+from fd_large.tasks.detection.heads.rpn import (
+    RpnHead,
+    anchors_of,
+    propose,
+    rpn_shapes_only,
+    rpn_terms,
+)
 
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
-# Of pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after normalisation: a
-# model whose biases are still 0 maps that to 0, where each norm multiplies gradients by
-# 1 / sqrt(eps).
+# Value of the pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after
+# normalisation: a model whose biases are still 0 maps that to 0, where each norm multiplies
+# gradients by 1 / sqrt(eps).
 PADDING = 128
 
 
 class Detection(Task):
-    """Mask R-CNN on a distilled student.
+    """A two-stage detector on a distilled student.
 
     Args:
-        student: A Swin, SwinV2 or ViT; it loses its final norm and its class token.
+        student: A Swin, SwinV2 or ViT; it loses its final norm and its class tokens.
         num_classes: K.
+        heads: What is made of proposals; see `heads/roi_heads.py`.
         width: Channels of the pyramid and the heads.
-        anchors_per_image: Sampled for the losses of the proposals.
-        proposals_per_image: Kept.
-        rois_per_image: Sampled of them for the losses of the heads.
-        detections_per_image: Returned at most.
-        seed: Of the samples.
+        anchors_per_image: Anchors sampled for the losses of the proposals.
+        proposals_per_image: Proposals that are kept.
+        rois_per_image: Proposals sampled for the losses of the heads.
+        detections_per_image: The most boxes that are returned.
+        seed: What samples are drawn with, besides epoch and position.
         statistics: The student's normalisation.
     """
 
@@ -46,6 +54,7 @@ class Detection(Task):
         student: SwinOrViT,
         num_classes: int,
         *,
+        heads: Callable[..., nn.Module] = RoIHeads,
         width: int = 256,
         anchors_per_image: int = 256,
         proposals_per_image: int = 1000,
@@ -56,9 +65,9 @@ class Detection(Task):
     ) -> None:
         super().__init__(student)
         strip(student)
-        self.pyramid: nn.Module = pyramid_of(student, width)
+        self.pyramid = pyramid_of(student, width)
         self.rpn = RpnHead(width)
-        self.heads = RoIHeads(
+        self.heads = heads(
             num_classes,
             width,
             rois_per_image=rois_per_image,
@@ -72,14 +81,14 @@ class Detection(Task):
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the targets, and draws for the samples of each image."""
         positions = targets.positions.cpu().numpy()
-        counts = {"anchors": self.anchors_per_image, "proposals": self.heads.rois_per_image}
+        counts = {"anchors": 2 * self.anchors_per_image, "proposals": self.heads.draws_per_image}
         return {
             "pixels": self.pixels(images, targets.sizes),
             "sizes": targets.sizes,
             "keep": keep,
             "targets": targets.targets,
             "draws": {
-                stream: uniforms(self.seed, targets.epoch, positions, stream, 2 * count)
+                stream: uniforms(self.seed, targets.epoch, positions, stream, count)
                 for stream, count in counts.items()
             },
         }
@@ -107,11 +116,10 @@ class Detection(Task):
             pixels: (B, 3, H, W) float32, normalised for the student.
             sizes: (B, 2) int64, height and width of each image without its padding.
             keep: (num_sites, B) bool, or None.
-            targets: Of each image.
+            targets: What is in each image.
             draws: "anchors" and "proposals", a row of uniform numbers for each image.
         """
-        maps = self.pyramid(features(self.student, pixels, keep))
-        logits, deltas = zip(*(self.rpn(level) for level in maps), strict=True)
+        maps, logits, deltas = self._maps(pixels, keep)
         grids = tuple((level.shape[2], level.shape[3]) for level in maps)
         anchors = anchors_of(grids, self.strides, pixels.device)
         proposals = propose(
@@ -124,7 +132,7 @@ class Detection(Task):
         )
         if targets is None:
             return self.heads.detect(maps, self.strides, proposals, sizes)
-        sums, counts = rpn_sums(
+        of_rpn = rpn_terms(
             torch.cat(logits, dim=1),
             torch.cat(deltas, dim=1),
             torch.cat(anchors),
@@ -132,15 +140,59 @@ class Detection(Task):
             draws["anchors"],
             anchors_per_image=self.anchors_per_image,
         )
-        of_heads = self.heads.sums(maps, self.strides, proposals, targets, draws["proposals"])
-        return combine(sums | of_heads[0], counts | of_heads[1])
+        of_heads = self.heads.terms(maps, self.strides, proposals, targets, draws["proposals"])
+        return combine({**of_rpn, **of_heads})
+
+    def shapes_only(self, batch: Batch) -> Tensor:
+        """Runs backbone, pyramid and all heads on as many anchors and boxes as a step has at most.
+
+        What depends on the content of images is left out: the choice of proposals, matching and
+        sampling, and masks cut out of targets. None of it is a matrix product.
+        """
+        with torch.no_grad():
+            pixels = self.pixels(batch.images, batch.targets.sizes)
+        maps, logits, deltas = self._maps(pixels, self.keep_all(pixels))
+        return self.heads.shapes_only(maps, self.strides) + rpn_shapes_only(
+            torch.cat(logits, dim=1),
+            torch.cat(deltas, dim=1),
+            anchors_per_image=self.anchors_per_image,
+        )
+
+    def _maps(
+        self, pixels: Tensor, keep: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Levels of the pyramid; objectness and boxes of each level's anchors."""
+        maps = self.pyramid(features(self.student, pixels, keep))
+        logits, deltas = zip(*(self.rpn(level) for level in maps), strict=True)
+        return maps, list(logits), list(deltas)
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """What is seen in images, by the modules of training in one order on all ranks.
+        """Returns what is seen in images, by the modules of training in one order on all ranks.
 
         Args:
             images: (B, 3, H, W) uint8, padded right and bottom.
             sizes: (B, 2) int64, height and width of each image without its padding.
         """
         return self(pixels=self.pixels(images, sizes), sizes=sizes)
+
+
+def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the loss of this rank and its terms; a collective.
+
+    Each term is a sum over what was looked at, divided by how much that was on all ranks: the
+    gradient of an image then does not depend on which rank it is on, nor on what else is there.
+    DeepSpeed averages gradients over the ranks, so a rank's sum is divided by the ranks' mean
+    count: the average over the ranks is then the sum over all of them through the count of all.
+
+    Args:
+        terms: Sums and counts of this rank.
+
+    Returns: the loss and the detached terms, whose means over the ranks are those of the batch.
+    """
+    sums = [total for total, _ in terms.values()]
+    counts = torch.tensor([float(count) for _, count in terms.values()], device=sums[0].device)
+    # A batch in which nothing was looked at has sums of 0.
+    means = distributed.sum_tensor(counts).clamp(min=1) / distributed.world_size()
+    means_of = torch.stack(sums) / means
+    return means_of.sum(), dict(zip(terms, means_of.detach().unbind(), strict=True))

@@ -14,7 +14,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
 from fd_large.tasks.finetuning.section import KIND
 
-# Fields of the section student that a user sets for models that are named; the others come with them.
+# Fields of the section student that a user sets for named models; the others come with them.
 OWN_FIELDS = (
     "drop_path_rate",
     "residual_dtype",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fd_large.data.folder import read_image
 from fd_large.errors import DataError
+from fd_large.tasks.dense.geometry import whole_view
 from fd_large.tasks.detection.data.masks import coco_masks
 from fd_large.tasks.detection.data.objects import (
     NO_FILE,
@@ -23,8 +24,7 @@ from fd_large.tasks.detection.data.objects import (
     Objects,
     read_objects,
 )
-from fd_large.tasks.detection.data.views import make_target, whole_view
-from fd_large.tasks.detection.heads.target import Target
+from fd_large.tasks.detection.data.target import Target, make_target
 
 log = logging.getLogger(__name__)
 

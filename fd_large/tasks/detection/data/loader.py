@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,18 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data.decode import MAX_PIXELS, decode
 from fd_large.data.loader import Batch, build_loader, load_batches, load_samples
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Portion, epoch_order
 from fd_large.data.suppress_stderr import suppress_stderr
-from fd_large.errors import ConfigError, DataError
+from fd_large.errors import DataError
+from fd_large.tasks.dense.geometry import padded, resized_view, sizes_of
 from fd_large.tasks.detection.data.annotations import CocoSet
-from fd_large.tasks.detection.data.sampler import grouped_order
-from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter, make_target, resized_view
-from fd_large.tasks.detection.heads.target import Target, Targets
+from fd_large.tasks.detection.data.target import Target, Targets, make_target, nothing
+from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter
 
 # Side of the black image without objects that stands where no sample was usable.
 BLACK_SIDE = 32
@@ -53,7 +52,7 @@ def build_training_loader(
         the bottom, and `Targets`. The same samples on any number of ranks and workers.
     Raises:
         ConfigError: if batch sizes do not divide.
-        DataError: if the global batch is larger than the data set.
+        DataError: if the global batch is larger than the dataset.
     """
     order = None
     if jitter.canvas is None:
@@ -65,6 +64,41 @@ def build_training_loader(
         global_batch_size=global_batch_size,
         workers=workers,
     )
+
+
+def grouped_order(
+    landscape: NDArray[np.bool_], seed: int, epoch: int, global_batch_size: int
+) -> NDArray[np.int64]:
+    """The samples of an epoch, global batch by global batch, each of one orientation.
+
+    Padding wide and high images to one size would waste up to half of a batch. The epoch's
+    permutation is dealt into two piles; whenever one holds a global batch, that is the next. As
+    many batches must come of it as the whole dataset fills: where both piles end before a whole
+    batch though together they fill one, the larger takes its own first samples a second time.
+
+    Args:
+        landscape: Whether each sample is at least as wide as high, (N,).
+        seed: The run's seed.
+        epoch: Counted from 0.
+        global_batch_size: G.
+
+    Returns: (N // G * G,) sample indices; the same for any number of ranks.
+    """
+    order = epoch_order(len(landscape), seed, epoch, np.arange(len(landscape)))
+    piles = [np.flatnonzero(landscape[order]), np.flatnonzero(~landscape[order])]
+    batches: list[tuple[int, NDArray[np.int64]]] = []
+    for pile in piles:  # of places in the order
+        whole = len(pile) // global_batch_size * global_batch_size
+        for batch in pile[:whole].reshape(-1, global_batch_size):
+            batches.append((int(batch[-1]), batch))
+    if len(batches) < len(order) // global_batch_size:
+        rest, pile = max(
+            ((len(pile) % global_batch_size, pile) for pile in piles), key=lambda pair: pair[0]
+        )
+        again = np.resize(pile, global_batch_size - rest)
+        batches.append((len(order), np.concatenate([pile[len(pile) - rest :], again])))
+    batches.sort(key=lambda pair: pair[0])
+    return order[np.concatenate([batch for _, batch in batches])]
 
 
 @dataclass(frozen=True)
@@ -94,16 +128,17 @@ class _Samples(Dataset):
         )
         made = [sample.value or self._black(sample.index) for sample in loaded]
         images, targets = [image for image, _ in made], [target for _, target in made]
-        canvas = self.jitter.canvas or _largest(images)
+        sizes = sizes_of(images)
+        canvas = self.jitter.canvas or tuple(sizes.amax(0).tolist())
         return Batch(
-            _padded(images, canvas),
+            torch.stack([padded(image, canvas) for image in images]),
             self.epoch,
             torch.from_numpy(positions),
             torch.tensor([sample.index for sample in loaded]),
             sum((sample.bad for sample in loaded), ()),
             Targets(
                 [target._replace(masks=_on_canvas(target.masks, canvas)) for target in targets],
-                _sizes(images),
+                sizes,
                 torch.from_numpy(positions),
                 self.epoch,
             ),
@@ -115,16 +150,10 @@ class _Samples(Dataset):
         target = make_target(self.source.objects(index), view, self.jitter.canvas or view.size)
         return view.image(image), target
 
-    def _black(self, index: int) -> tuple[Tensor, Target]:
-        image = torch.zeros(3, BLACK_SIDE, BLACK_SIDE, dtype=torch.uint8)
-        nothing = Target(
-            boxes=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            masks=torch.zeros(0, 0, 0, dtype=torch.uint8),
-            crowd_boxes=torch.zeros(0, 4),
-            image_id=self.source.image_id(index),
-        )
-        return image, nothing
+
+def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Masks (n, h, w) padded to the canvas; those of a dataset without masks stay (n, 0, 0)."""
+    return masks if len(masks) and not masks.numel() else padded(masks, canvas)
 
 
 class EvaluationBatch(NamedTuple):
@@ -133,9 +162,10 @@ class EvaluationBatch(NamedTuple):
     Attributes:
         images: (B, 3, H, W) uint8, padded with black at the right and the bottom.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        original_sizes: (B, 2) int64, height and width of the images.
-        indices: (B,) int64, their numbers in the set.
-        weights: (B,) float32: 0 of what only fills up the batch, or could not be read; else 1.
+        original_sizes: (B, 2) int64, height and width of the images in their files.
+        indices: (B,) int64, their numbers in the dataset.
+        weights: (B,) float32, 0 for images that only fill up the batch, or could not be read;
+            else 1.
         bad: What is wrong with those that could not be read.
     """
 
@@ -165,28 +195,22 @@ def build_evaluation_loader(
     run as many forwards as the others.
 
     Args:
-        source: Images.
+        source: The images.
         short_side: Length of the shorter side, in pixels.
-        long_side: Most that the longer side may become.
+        long_side: The most that the longer side may be.
         batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
         workers: Processes that load; 0: this one does.
         max_pixels: Larger images are refused before they are decoded.
-
-    Raises: ConfigError: for sizes that are none.
     """
-    if batch_size < 1 or short_side < 1 or long_side < short_side:
-        raise ConfigError(
-            f"detection: no evaluation of such sizes; got batches of {batch_size}, a short side of "
-            f"{short_side} and a long side of at most {long_side}, expected 1 or more, and a long "
-            "side not below the short one. Set for example 1, 800 and 1333."
-        )
+    assert batch_size > 0
+    assert 0 < short_side <= long_side
     assert 0 <= rank < world_size
     order = np.argsort(~source.landscape(), kind="stable")
     batches = deal(len(order), batch_size=batch_size, rank=rank, world_size=world_size)
-    pictures = _Pictures(source, order, short_side, long_side, max_pixels)
-    return load_batches(pictures, _Listed(batches), workers=workers)
+    images = _Resized(source, order, short_side, long_side, max_pixels)
+    return load_batches(images, batches, workers=workers)
 
 
 def deal(
@@ -194,7 +218,7 @@ def deal(
 ) -> list[NDArray[np.int64]]:
     """A rank's batches of places in an order of images; -1 where there is none left.
 
-    Consecutive batches go to the ranks in turn, so that all are about as long at work.
+    Consecutive batches go to the ranks in turn, so that all work about as long.
     """
     share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
     places = np.where(np.arange(share) < num_images, np.arange(share), -1)
@@ -202,7 +226,7 @@ def deal(
 
 
 @dataclass(frozen=True)
-class _Pictures(Dataset):
+class _Resized(Dataset):
     """Places in the order to an `EvaluationBatch`; runs in the workers."""
 
     source: CocoSet
@@ -212,7 +236,7 @@ class _Pictures(Dataset):
     max_pixels: int
 
     def __getitem__(self, places: NDArray[np.int64]) -> EvaluationBatch:
-        # A filler shows the first image: it is as good as any other.
+        # A filler has the size of the first image: it is as good as any other.
         indices = self.order[np.maximum(places, 0)]
         weights = (places >= 0).astype(np.float32)
         images, bad = [], []
@@ -220,18 +244,19 @@ class _Pictures(Dataset):
             for place, index in enumerate(indices.tolist()):
                 size = self.source.size(index)
                 view = resized_view(*size, short_side=self.short_side, long_side=self.long_side)
-                if not weights[place]:
-                    images.append(torch.zeros(3, *view.size, dtype=torch.uint8))
-                    continue
-                try:
-                    images.append(view.image(read_image(self.source, index, self.max_pixels)))
-                except DataError as error:
-                    bad.append(str(error))
-                    weights[place] = 0
-                    images.append(torch.zeros(3, *view.size, dtype=torch.uint8))
+                image = torch.zeros(3, *view.size, dtype=torch.uint8)
+                if weights[place]:
+                    try:
+                        image = view.image(read_image(self.source, index, self.max_pixels))
+                    except DataError as error:
+                        bad.append(str(error))
+                        weights[place] = 0
+                images.append(image)
+        sizes = sizes_of(images)
+        canvas = tuple(sizes.amax(0).tolist())
         return EvaluationBatch(
-            _padded(images, _largest(images)),
-            _sizes(images),
+            torch.stack([padded(image, canvas) for image in images]),
+            sizes,
             torch.tensor([self.source.size(index) for index in indices.tolist()]),
             torch.from_numpy(indices),
             torch.from_numpy(weights),
@@ -239,21 +264,8 @@ class _Pictures(Dataset):
         )
 
 
-class _Listed(Sampler):
-    """Batches that are known beforehand."""
-
-    def __init__(self, batches: Iterable[NDArray[np.int64]]) -> None:
-        self._batches = list(batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        return iter(self._batches)
-
-
 def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """A picture's pixels, (3, H, W) uint8, of the size that its annotations were drawn on.
+    """Reads the pixels of an image, (3, H, W) uint8, of the size that its annotations state.
 
     Raises: DataError: if it cannot be read or decoded, or has another size.
     """
@@ -265,27 +277,3 @@ def read_image(source: CocoSet, index: int, max_pixels: int = MAX_PIXELS) -> Ten
             f"{image.shape[-2]} pixels, expected {width} x {height}. Fetch the original again."
         )
     return image
-
-
-def _largest(images: list[Tensor]) -> tuple[int, int]:
-    return max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
-
-
-def _sizes(images: list[Tensor]) -> Tensor:
-    return torch.tensor([image.shape[-2:] for image in images])
-
-
-def _padded(images: list[Tensor], canvas: tuple[int, int]) -> Tensor:
-    padded = torch.zeros(len(images), 3, *canvas, dtype=torch.uint8)
-    for place, image in enumerate(images):
-        padded[place, :, : image.shape[-2], : image.shape[-1]] = image
-    return padded
-
-
-def _on_canvas(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Masks (n, h, w) padded to the canvas; those of a set without masks stay (n, 0, 0)."""
-    if tuple(masks.shape[1:]) == canvas or (len(masks) and not masks.numel()):
-        return masks
-    padded = torch.zeros(len(masks), *canvas, dtype=torch.uint8)
-    padded[:, : masks.shape[1], : masks.shape[2]] = masks
-    return padded

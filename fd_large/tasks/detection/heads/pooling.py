@@ -1,8 +1,8 @@
 """RoIAlign over the levels of a pyramid.
 
-Each level is pooled in every call, whether it has a box or not: the graph has one shape on all
-ranks. torchvision's own pooler guesses strides from the first batch it sees and shifts boxes by
-half a pixel; its level rule and its operation serve.
+Each level is pooled in every call, whether it has a box or not, so that the graph has one shape on
+all ranks, whatever is in their images. torchvision's own pooler guesses strides from the first
+batch it sees and shifts boxes by half a pixel; its level rule and its operation serve.
 
 Sources: He et al., arXiv 1703.06870; Lin et al., arXiv 1612.03144, equation 1.
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
+NUM_LEVELS = 4
 # A box of 224 pixels takes the third level, as in a ResNet of ImageNet's size.
-_LEVELS = LevelMapper(k_min=2, k_max=5, canonical_scale=224, canonical_level=4)
+_LEVELS = LevelMapper(k_min=2, k_max=1 + NUM_LEVELS, canonical_scale=224, canonical_level=4)
 _SAMPLES = 2  # Points per cell, each way.
 
 
@@ -26,20 +27,23 @@ def pool(
 ) -> Tensor:
     """Cuts boxes out of the level that fits their size.
 
+    A batch without boxes gives one cut that means nothing: all ranks must call the same modules,
+    and no library promises the gradients of a head that saw none.
+
     Args:
         maps: Four levels, finest first, (B, C, H, W) each; further ones are not used.
         strides: Pixels per place of each level.
-        boxes: Of each image (n, 4) float32, in pixels.
-        side: Of a cut in places.
+        boxes: (n, 4) float32 of each image, in pixels.
+        side: Places of a cut, each way.
 
-    Returns: (sum of n, C, side, side) in the dtype of the maps.
+    Returns: (R, C, side, side) in the dtype of the maps, R the number of boxes and at least 1.
     """
-    levels = _LEVELS(list(boxes))
+    if not any(map(len, boxes)):
+        boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
     numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     rois = torch.cat([torch.cat(numbers), torch.cat(list(boxes))], dim=1)  # (R, 5)
     pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=torch.float32)
-    for level in range(_LEVELS.k_max - _LEVELS.k_min + 1):
-        here = torch.where(levels == level)[0]
+    for level, here in enumerate(_places_by_level(boxes)):
         # In float32: torchvision's kernels know no bfloat16, and places are fractions.
         cuts = roi_align(
             maps[level].float(),
@@ -51,3 +55,12 @@ def pool(
         )
         pooled = pooled.index_add(0, here, cuts)
     return pooled.to(maps[0].dtype)
+
+
+def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers of the boxes for each level; an equal share on the meta device, without sizes."""
+    if boxes[0].is_meta:
+        every = torch.arange(sum(map(len, boxes)), device="meta")
+        return [every[level::NUM_LEVELS] for level in range(NUM_LEVELS)]
+    levels = _LEVELS(list(boxes))
+    return [torch.where(levels == level)[0] for level in range(NUM_LEVELS)]

@@ -19,8 +19,8 @@ from torchvision.ops import batched_nms
 
 from fd_large.backbones.initialization import Draw
 from fd_large.tasks.dense.convolution import Convolution
+from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.matching import match, sample
-from fd_large.tasks.detection.heads.target import Target
 
 RATIOS = (0.5, 1.0, 2.0)
 # Side of a level's square anchor, in places of that level: 32 pixels at stride 4.
@@ -66,7 +66,7 @@ def anchors_of(
     Args:
         grids: (H, W) of each level.
         strides: Pixels per place of each level.
-        device: Of the result.
+        device: Where the result is put.
     """
     with torch.inference_mode(False):
         # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.
@@ -94,8 +94,8 @@ def propose(
         deltas: (B, A_l, 4) float32 of each level.
         anchors: (A_l, 4) of each level.
         sizes: (B, 2), height and width of each image without its padding, to which boxes are cut.
-        before_nms: Best anchors of a level that are looked at.
-        after_nms: Proposals kept.
+        before_nms: How many of a level's best anchors are looked at.
+        after_nms: The most proposals that are kept.
     """
     boxes, scores, levels = [], [], []
     for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
@@ -110,7 +110,7 @@ def propose(
     for box, score, level in zip(
         cut, torch.cat(scores, dim=1), torch.cat(levels, dim=1), strict=True
     ):
-        # A box without area, or of numbers that are none, is no proposal.
+        # A box without area, or with a NaN, is no proposal.
         some = ((box[:, 2:] - box[:, :2]).amin(dim=1) > 0) & score.isfinite()
         box, score, level = box[some], score[some], level[some]
         kept = batched_nms(box, score, level, NMS_IOU)[:after_nms]
@@ -124,7 +124,7 @@ def cut_to(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def rpn_sums(
+def rpn_terms(
     logits: Tensor,
     deltas: Tensor,
     anchors: Tensor,
@@ -132,18 +132,18 @@ def rpn_sums(
     draws: NDArray,
     *,
     anchors_per_image: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The summed losses over the sampled anchors of a batch, and their number.
+) -> dict[str, tuple[Tensor, int]]:
+    """The losses over the sampled anchors of a batch: "rpn_cls" and "rpn_box".
 
     Args:
         logits: (B, A) float32 of all levels.
         deltas: (B, A, 4) float32.
         anchors: (A, 4).
-        targets: Of each image.
-        draws: (B, 2 * anchors_per_image) uniform numbers.
-        anchors_per_image: Sampled at most.
+        targets: What is in each image.
+        draws: (B, 2 * anchors_per_image) uniform numbers in [0, 1).
+        anchors_per_image: The most that are sampled.
 
-    Returns: {"rpn_cls", "rpn_box"} and {"anchors"}, scalars.
+    Returns: by name the sum, and over how many anchors.
     """
     where, labels, positives, wanted = [], [], [], []
     for i, target in enumerate(targets):
@@ -163,8 +163,39 @@ def rpn_sums(
         objects = target.boxes[matched[chosen.positives]]
         wanted.append(CODER.encode_single(objects, anchors[chosen.positives]))
     sampled = torch.cat(where)
-    cls = F.binary_cross_entropy_with_logits(
-        logits.flatten()[sampled], torch.cat(labels).float(), reduction="sum"
+    sums = _losses(
+        logits, deltas, sampled, torch.cat(labels), torch.cat(positives), torch.cat(wanted)
     )
-    box = (deltas.flatten(0, 1)[torch.cat(positives)] - torch.cat(wanted)).abs().sum()
-    return {"rpn_cls": cls, "rpn_box": box}, {"anchors": cls.new_tensor(len(sampled))}
+    return {name: (total, len(sampled)) for name, total in sums.items()}
+
+
+def rpn_shapes_only(logits: Tensor, deltas: Tensor, *, anchors_per_image: int) -> Tensor:
+    """The sum of the losses on as many anchors as are sampled at most, with any numbers.
+
+    Args:
+        logits: (B, A) float32 of all levels; also on the meta device.
+        deltas: (B, A, 4) float32.
+        anchors_per_image: The most that are sampled.
+    """
+    count = len(logits) * anchors_per_image
+    sampled = torch.zeros(count, dtype=torch.int64, device=logits.device)
+    positives = sampled[: int(count * POSITIVE_SHARE)]
+    wanted = deltas.new_zeros(len(positives), 4)
+    sums = _losses(logits, deltas, sampled, sampled, positives, wanted)
+    return torch.stack(list(sums.values())).sum()
+
+
+def _losses(
+    logits: Tensor,
+    deltas: Tensor,
+    sampled: Tensor,
+    labels: Tensor,
+    positives: Tensor,
+    wanted: Tensor,
+) -> dict[str, Tensor]:
+    """The summed losses, by places among all anchors of the batch."""
+    cls = F.binary_cross_entropy_with_logits(
+        logits.flatten()[sampled], labels.float(), reduction="sum"
+    )
+    box = (deltas.flatten(0, 1)[positives] - wanted).abs().sum()
+    return {"rpn_cls": cls, "rpn_box": box}

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large import distributed
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.heads.inference import Detections, paste
+from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
 
 # Masks of an image that lie on its pixels at once: a hundred would fill memory on large ones.
 MASKS_AT_ONCE = 10
+MASK_THRESHOLD = 0.5
 
 
 def to_results(
@@ -59,6 +61,39 @@ def to_results(
             sides.tolist(), seen.labels.tolist(), seen.scores.tolist(), pasted, strict=True
         )
     ]
+
+
+def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Puts masks of boxes on an image's pixels.
+
+    Args:
+        masks: (n, M, M) float32, probabilities over each box.
+        boxes: (n, 4) float32, in pixels of the image.
+        height: Height of the image.
+        width: Width of the image.
+
+    Returns: (n, height, width) bool.
+    """
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    limit = boxes.new_tensor([width, height, width, height])
+    # Whole pixels that a box touches: nothing is computed for the others.
+    corners = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1).clamp(min=0)
+    for i, edges in enumerate(torch.minimum(corners, limit).int().tolist()):
+        left, top, right, bottom = edges
+        if right <= left or bottom <= top:
+            continue
+        x = _places(left, right, boxes[i, 0], boxes[i, 2])
+        y = _places(top, bottom, boxes[i, 1], boxes[i, 3])
+        grid = torch.stack([x[None].expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+        values = F.grid_sample(masks[i][None, None], grid[None], align_corners=False)
+        pasted[i, top:bottom, left:right] = values[0, 0] >= MASK_THRESHOLD
+    return pasted
+
+
+def _places(start: int, stop: int, low: Tensor, high: Tensor) -> Tensor:
+    """Where the centres of pixels lie in a box, from -1 at its one edge to 1 at the other."""
+    centres = torch.arange(start, stop, device=low.device, dtype=low.dtype) + 0.5
+    return (centres - low) / (high - low) * 2 - 1
 
 
 def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:

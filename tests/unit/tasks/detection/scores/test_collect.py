@@ -6,7 +6,7 @@ import torch
 
 from fd_large import distributed
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.heads.inference import Detections
+from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
 
 CATEGORIES = (3, 7, 90)

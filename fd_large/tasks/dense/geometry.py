@@ -1,0 +1,106 @@
+"""How an image and what is drawn over it are resized, cut out and flipped, by one geometry.
+
+Pixels stay uint8. What is drawn at random comes from the caller, so that a view is a function of
+(seed, epoch, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class View:
+    """An image is resized, a crop is cut out of it, and that is flipped.
+
+    Attributes:
+        original: Height and width of the image.
+        resized: Height and width after resizing.
+        crop: Top, left, height and width of the crop, inside `resized`.
+        flipped: Whether left and right are exchanged at the end.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    flipped: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the view."""
+        return self.crop[2:]
+
+    def image(self, image: Tensor) -> Tensor:
+        """Maps pixels (3, H, W) uint8 to the view's, by bilinear resizing with antialiasing."""
+        if self.resized != self.original:
+            image = F.interpolate(image[None], self.resized, mode="bilinear", antialias=True)[0]
+        return self._cut(image)
+
+    def mask(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Maps a mask (H, W), 0 or 1, to the view's; a pixel is 1 if at least half of it was."""
+        pixels = torch.from_numpy(np.ascontiguousarray(mask))
+        if self.resized != self.original:
+            covered = F.interpolate(
+                pixels[None, None].float(), self.resized, mode="bilinear", antialias=True
+            )
+            pixels = (covered[0, 0] >= 0.5).to(torch.uint8)
+        return self._cut(pixels).numpy()
+
+    def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Maps points (n, 2), x and y in pixels, to the view, where they may lie outside."""
+        (height, width), (new_height, new_width) = self.original, self.resized
+        top, left, _, crop_width = self.crop
+        moved = points * (new_width / width, new_height / height) - (left, top)
+        if self.flipped:
+            moved[:, 0] = crop_width - moved[:, 0]
+        return moved
+
+    def _cut(self, image: Tensor) -> Tensor:
+        top, left, height, width = self.crop
+        cut = image[..., top : top + height, left : left + width]
+        return (cut.flip(-1) if self.flipped else cut).contiguous()
+
+
+def whole_view(height: int, width: int) -> View:
+    """Returns the view that shows an image as it is."""
+    return View((height, width), (height, width), (0, 0, height, width), False)
+
+
+def resized_view(
+    height: int, width: int, *, short_side: int, long_side: int, flipped: bool = False
+) -> View:
+    """Returns the view of a whole image at another size, its aspect kept.
+
+    Args:
+        height: Height of the image, in pixels.
+        width: Width of the image.
+        short_side: Length of the view's shorter side.
+        long_side: The most that its longer side may be; the shorter one is smaller then.
+        flipped: Whether left and right are exchanged.
+    """
+    ratio = min(short_side / min(height, width), long_side / max(height, width))
+    resized = scaled(height, width, ratio)
+    return View((height, width), resized, (0, 0, *resized), flipped)
+
+
+def scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
+    """Returns height and width times a ratio, rounded, at least one pixel."""
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def sizes_of(images: Sequence[Tensor]) -> Tensor:
+    """Returns height and width of images (..., H, W): (B, 2) int64."""
+    return torch.tensor([image.shape[-2:] for image in images])
+
+
+def padded(image: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Pads (..., H, W) with zeros at the bottom and the right to (..., *canvas)."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, canvas[1] - width, 0, canvas[0] - height))

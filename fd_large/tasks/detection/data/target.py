@@ -1,0 +1,148 @@
+"""What the heads are taught of an image: the boxes, classes and masks that a view of it shows.
+
+NamedTuples, because a batch is moved to the device and pinned by walking through tuples.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.tasks.dense.geometry import View
+from fd_large.tasks.detection.data import masks
+from fd_large.tasks.detection.data.objects import ImageObjects
+
+# Nothing can be learnt of an object of which less than a pixel is left.
+MIN_SIDE = 1.0
+
+
+class Target(NamedTuple):
+    """The objects of one image, in pixels of the padded image.
+
+    Attributes:
+        boxes: (n, 4) float32, left, top, right, bottom.
+        labels: (n,) int64, 0 to K - 1.
+        masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) where the dataset has boxes alone.
+        crowd_boxes: (m, 4) float32, regions in which objects were not told apart.
+        image_id: The dataset's number of the image.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    crowd_boxes: Tensor
+    image_id: int
+
+
+class Targets(NamedTuple):
+    """The targets of a batch.
+
+    Attributes:
+        targets: One per image, in the order of the images.
+        sizes: (B, 2) int64, height and width of each image without its padding.
+        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on.
+        epoch: Counted from 0.
+    """
+
+    targets: list[Target]
+    sizes: Tensor
+    positions: Tensor
+    epoch: int
+
+
+def make_target(objects: ImageObjects, view: View, canvas: tuple[int, int]) -> Target:
+    """Returns the objects that a view shows; masks are filled last, and only where one is kept.
+
+    A box that the crop cuts becomes the box of what is left of the mask: what remains of an object
+    may fill but a corner of its cut box.
+
+    Args:
+        objects: The objects of the image, in its own pixels.
+        view: The view of the image.
+        canvas: Height and width to which the view is padded, at the right and the bottom.
+    """
+    height, width = view.size
+    frame = np.array([0, 0, width, height])
+    boxes = _boxes_in(view, objects.boxes)
+    clipped = _intersection(boxes, frame)
+    is_cut = np.abs(boxes - clipped).max(1, initial=0) > 1e-3
+    kept, filled = [], []
+    for number in np.flatnonzero(_large_enough(clipped)):
+        if objects.segmentations:
+            mask, corner = _fill(objects.segmentations[number], view)
+            if not mask.any():
+                continue
+            if is_cut[number]:
+                bounds = _bounds(mask) + np.tile(corner, 2)
+                clipped[number] = _intersection(bounds, clipped[number])
+                if not _large_enough(clipped[number]):
+                    continue
+            filled.append((mask, corner))
+        kept.append(number)
+    area = canvas if objects.segmentations else (0, 0)
+    pixels = torch.zeros((len(kept), *area), dtype=torch.uint8)
+    for place, (mask, (left, top)) in enumerate(filled):
+        rows, columns = mask.shape
+        pixels[place, top : top + rows, left : left + columns] = torch.from_numpy(mask)
+    crowds = _intersection(_boxes_in(view, objects.crowd_boxes), frame)
+    return Target(
+        boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
+        labels=torch.from_numpy(objects.labels[kept]),
+        masks=pixels,
+        crowd_boxes=torch.from_numpy(crowds[_large_enough(crowds)].astype(np.float32)),
+        image_id=objects.image_id,
+    )
+
+
+def nothing(image_id: int) -> Target:
+    """Returns the target of an image that shows no object."""
+    return Target(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, 0, 0, dtype=torch.uint8),
+        crowd_boxes=torch.zeros(0, 4),
+        image_id=image_id,
+    )
+
+
+def _boxes_in(view: View, boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Boxes (n, 4) of an image in pixels of the view, where they may lie outside."""
+    corners = view.points(boxes.reshape(-1, 2)).reshape(-1, 4)
+    return corners[:, [2, 1, 0, 3]] if view.flipped else corners
+
+
+def _intersection(boxes: NDArray[np.floating], frame: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.clip(boxes, np.tile(frame[:2], 2), np.tile(frame[2:], 2))
+
+
+def _large_enough(boxes: NDArray[np.floating]) -> NDArray[np.bool_]:
+    return ((boxes[..., 2:] - boxes[..., :2]) >= MIN_SIDE).all(-1)
+
+
+def _bounds(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float64)
+
+
+def _fill(
+    segmentation: list[NDArray[np.float64]] | bytes, view: View
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The mask in the smallest window around it, and the window's left and top."""
+    height, width = view.size
+    if isinstance(segmentation, bytes):
+        return view.mask(masks.decompress(segmentation, *view.original)), np.zeros(2, dtype=int)
+    polygons = [view.points(polygon) for polygon in segmentation]
+    points = np.concatenate(polygons)
+    # One pixel more on either side: filling rounds to fifths of a pixel.
+    low = np.clip(np.floor(points.min(0)) - 1, 0, (width, height)).astype(int)
+    high = np.clip(np.ceil(points.max(0)) + 1, 0, (width, height)).astype(int)
+    columns, rows = (high - low).tolist()
+    if not rows or not columns:
+        return np.zeros((rows, columns), dtype=np.uint8), low
+    # Rounded, so that the difference falls on the same side of a fifth as the number itself.
+    moved = [np.round(polygon - low, 6) for polygon in polygons]
+    return masks.from_polygons(moved, rows, columns), low

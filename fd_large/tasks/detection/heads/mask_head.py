@@ -1,0 +1,72 @@
+"""The mask head: which places inside a box belong to the object.
+
+Source: He et al., arXiv 1703.06870; sizes as ViTDet's, Li et al., arXiv 2203.16527.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from fd_large.backbones.initialization import Draw
+from fd_large.tasks.dense.convolution import Convolution, Doubling, NormedConvolution, he_uniform
+
+MASK_SIDE = 14
+NUM_CONVOLUTIONS = 4
+
+
+class MaskHead(nn.Module):
+    """Four convolutions, doubling, and a mask for each class.
+
+    Args:
+        num_classes: K.
+        width: Channels of the pyramid and the convolutions.
+    """
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            *(NormedConvolution(width, width, 3, relu=True) for _ in range(NUM_CONVOLUTIONS))
+        )
+        self.doubling = Doubling(width, width, draw=he_uniform())
+        self.masks = Convolution(width, num_classes, 1, draw=Draw("normal", std=0.001))
+
+    def forward(self, cuts: Tensor) -> Tensor:
+        """Maps (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
+        return self.masks(F.relu(self.doubling(self.convolutions(cuts)))).float()
+
+
+def of_class(masks: Tensor, labels: Tensor) -> Tensor:
+    """Takes the mask of its class of each of the first boxes: (R, K, M, M), (n,) to (n, M, M)."""
+    return masks[torch.arange(len(labels), device=masks.device), labels]
+
+
+def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the loss of masks, a mean over the places of each and a sum over boxes.
+
+    Args:
+        logits: (R, K, M, M) float32; R may be above P, what follows is not looked at.
+        labels: (P,) int64.
+        wanted: (P, M, M) float32, 0 or 1.
+    """
+    loss = F.binary_cross_entropy_with_logits(of_class(logits, labels), wanted, reduction="sum")
+    return loss / logits.shape[-1] ** 2
+
+
+@torch.no_grad()
+def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Cuts objects' masks out at boxes and resizes them: (r, side, side) float32, 0 or 1.
+
+    Args:
+        masks: (n, H, W) uint8.
+        numbers: (r,) int64, the object of each box.
+        boxes: (r, 4) float32, in pixels.
+        side: Places of a cut, each way.
+    """
+    needed, place = numbers.unique(return_inverse=True)
+    rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)
+    # As many samples in a cell as it has pixels: a mask is thin where a feature is smooth.
+    cuts = roi_align(masks[needed, None].float(), rois, (side, side), 1.0, 0, aligned=True)
+    return (cuts[:, 0] >= 0.5).float()
