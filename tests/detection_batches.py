@@ -14,6 +14,7 @@ from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.section import Detection
 
 NUM_CLASSES = 5
+NO_BOXES = torch.zeros(0, 4)
 SWIN = Architecture(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=4)
 VIT = Architecture(embed_dim=16, depths=(4,), num_heads=(2,), image_size=64)
 
@@ -43,24 +44,29 @@ def narrow_run(recipe: str, *, image_size: int = 96, **changes: object) -> Run:
     )
 
 
+def boxes(*rows: tuple[float, float, float, float]) -> torch.Tensor:
+    """Boxes (n, 4) float32."""
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+
+
 def target_of(
     generator: torch.Generator, height: int, width: int, objects: int, crowds: int = 0
 ) -> Target:
     """Rectangles of random place and class, filled but for a corner."""
 
-    def boxes(count: int) -> torch.Tensor:
+    def drawn(count: int) -> torch.Tensor:
         sides = torch.tensor([width, height], dtype=torch.float32)
         corner = torch.rand(count, 2, generator=generator) * sides * 0.7
         extent = 2 + torch.rand(count, 2, generator=generator) ** 2 * sides * 0.6
         return torch.cat([corner, torch.minimum(corner + extent, sides)], dim=1)
 
-    found = boxes(objects)
+    found = drawn(objects)
     masks = torch.zeros(objects, height, width, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, found.int().tolist(), strict=True):
         mask[top : bottom + 1, left : right + 1] = 1
         mask[top : (top + bottom) // 2, left : (left + right) // 2] = 0
     labels = torch.randint(0, NUM_CLASSES, (objects,), generator=generator)
-    return Target(found, labels, masks, boxes(crowds), 0)
+    return Target(found, labels, masks, drawn(crowds), 0)
 
 
 def batch_of(

@@ -72,8 +72,8 @@ def predict(run: str, images: tuple[str, ...], out: str = "predictions", score: 
     from fd_large.data.folder import read_image
     from fd_large.tasks.dense.geometry import resized_view
     from fd_large.tasks.detection.job import test_size
+    from fd_large.tasks.detection.scores.annotated_images import draw_image, marks_of
     from fd_large.tasks.detection.scores.collect import to_results
-    from fd_large.tasks.detection.scores.drawing import draw_image, marks_of
     from fd_large.tasks.detection.scores.results import write_text
 
     reader = stream.newest(Path(run), where="predict")
@@ -199,9 +199,9 @@ def _detector(recipe: Run, reader: Reader) -> Detect:
     from fd_large.checkpoint import stream
     from fd_large.engine.checkpoint_models import stored_task
     from fd_large.engine.zero.config import computes_in_bfloat16
-    from fd_large.tasks.detection.build import detector_maker
+    from fd_large.tasks.detection.job import DetectionJob
 
-    task = stored_task(detector_maker(recipe), reader, kind=stream.outcome(reader))
+    task = stored_task(DetectionJob(recipe).make_task, reader, kind=stream.outcome(reader))
     if computes_in_bfloat16(recipe.engine.precision):
         task.bfloat16()
     return task.to(distributed.device()).eval().detect

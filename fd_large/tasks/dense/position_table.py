@@ -1,8 +1,8 @@
 """A ViT's table of relative positions on other grids than the one it was learned on.
 
 FD's ViTs own one table for all blocks. Inside a window as large as the grid of the distillation the
-table serves as it is. A block that sees the whole image needs offsets that the table lacks: they are
-made from it in every forward, by the spline on a geometric progression with which BEiT and
+table serves as it is. A block that sees the whole image needs offsets that the table lacks. They
+are made from it in every forward, by the spline on a geometric progression with which BEiT and
 Feature-Distillation resize such tables when they fine-tune, and the one table learns from both
 kinds of blocks. A smaller grid takes the inner part, whose offsets mean the same.
 

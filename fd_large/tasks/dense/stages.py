@@ -14,8 +14,9 @@ from fd_large.tasks.dense.pyramids import FeaturePyramid, SimplePyramid
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
 
 NUM_STAGES = 4
-# Parameters of a distilled student that `strip` takes out, by name.
-LEFT_OUT = ("norm.weight", "norm.bias", "cls_token", "dist_token")
+# Parameters of a distilled student that `strip` takes out, with the values that a whole student has
+# in their place: its final norm then only normalises.
+LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
 
 SwinOrViT = HierarchicalBackbone | ViT
 

@@ -16,11 +16,11 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.job import Job, StoredStudent, trained_at
-from fd_large.engine.student import student_weights
+from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
-from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
+from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
@@ -68,8 +68,28 @@ class DetectionJob(Job):
             score(read_ground_truth(self._test_images.annotations), [])
 
     def make_task(self) -> Detection:
-        """The student, a pyramid, and the heads."""
-        return detector_maker(self.run)()
+        """The student, a pyramid, and the heads.
+
+        A ViT keeps the grid of its distillation (architecture.image_size), whatever the size of the
+        images: its positions and its windows are made for that.
+        """
+        student, numbers = self.run.student, self.run.task.detection
+        if numbers.sequential_stages and not self.run.student_architecture().has_sequential_stages:
+            raise ConfigError(
+                f"task.detection.sequential_stages: {student.model} has no such stages; got "
+                f"{numbers.sequential_stages}, expected 0. Leave it out."
+            )
+        return Detection(
+            make_student(student, sequential_stages=numbers.sequential_stages),
+            numbers.num_classes,
+            heads=numbers.heads,
+            width=numbers.head_width,
+            anchors_per_image=numbers.anchors_per_image,
+            proposals_per_image=numbers.proposals_per_image,
+            rois_per_image=numbers.rois_per_image,
+            detections_per_image=numbers.detections_per_image,
+            seed=self.run.runtime.seed,
+        )
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns those of `student.init`."""
@@ -152,15 +172,11 @@ class DetectionJob(Job):
         return [Evaluation(measure, run.eval.every)]
 
     def stored_student(self) -> StoredStudent:
-        """On the grid of the distillation.
-
-        A detector norms each stage's map for itself, and has no tokens but patches.
-        """
+        """On the grid of the distillation, without what detectors leave out."""
         architecture = self.run.student_architecture()
         if not architecture.resizes_positions:
             architecture = trained_at(self.run)
-        absent = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
-        return StoredStudent(architecture, absent, IMAGENET)
+        return StoredStudent(architecture, LEFT_OUT, IMAGENET)
 
     def facts(self) -> Mapping[str, Any]:
         """Returns the name of each class by its number in the annotations."""

@@ -10,10 +10,12 @@ from fd_large.recipes.task_kind import TaskKind
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """Boxes and masks of objects: Mask R-CNN on the student's features."""
+    """Boxes and masks of objects: a two-stage detector on the student's features."""
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
+    # Heads that make classes, boxes and masks of proposals: mask_rcnn.
+    heads: str = "mask_rcnn"
     # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256
     # Number of anchors per image that enter the losses of the proposal network.

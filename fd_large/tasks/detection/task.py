@@ -14,6 +14,7 @@ from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
+from fd_large.errors import ConfigError
 from fd_large.tasks.dense.stages import SwinOrViT, features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
@@ -25,6 +26,10 @@ from fd_large.tasks.detection.heads.rpn import (
     rpn_terms,
 )
 
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "mask_rcnn": RoIHeads,
+}
+"""What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
 # Value of the pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after
@@ -39,7 +44,7 @@ class Detection(Task):
     Args:
         student: A Swin, SwinV2 or ViT; it loses its final norm and its class tokens.
         num_classes: K.
-        heads: What is made of proposals; see `heads/roi_heads.py`.
+        heads: A name of the table `HEADS`.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.
@@ -47,6 +52,8 @@ class Detection(Task):
         detections_per_image: The most boxes that are returned.
         seed: What samples are drawn with, besides epoch and position.
         statistics: The student's normalisation.
+
+    Raises: ConfigError: for an unknown name, or a student that can carry no pyramid.
     """
 
     def __init__(
@@ -54,7 +61,7 @@ class Detection(Task):
         student: SwinOrViT,
         num_classes: int,
         *,
-        heads: Callable[..., nn.Module] = RoIHeads,
+        heads: str = "mask_rcnn",
         width: int = 256,
         anchors_per_image: int = 256,
         proposals_per_image: int = 1000,
@@ -65,9 +72,14 @@ class Detection(Task):
     ) -> None:
         super().__init__(student)
         strip(student)
+        if heads not in HEADS:
+            raise ConfigError(
+                f"task.detection.heads: unknown name; got {heads!r}, expected one of "
+                f"{', '.join(HEADS)}. Set --task.detection.heads."
+            )
         self.pyramid = pyramid_of(student, width)
         self.rpn = RpnHead(width)
-        self.heads = heads(
+        self.heads = HEADS[heads](
             num_classes,
             width,
             rois_per_image=rois_per_image,

@@ -32,7 +32,7 @@ LARGEST_MAGNITUDE = 10.0
 NO_BITS = (0,)
 
 ERASING_TRIES = 10
-# Whether, top, left, then area and aspect of each try.
+# Whether anything is erased, top, left, then area and aspect of each try.
 NUM_ERASING_DRAWS = 3 + 2 * ERASING_TRIES
 MIN_ERASED, MAX_ERASED = 0.02, 1 / 3
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
@@ -73,13 +73,13 @@ def augment(
     Args:
         image: (3, H, W) uint8.
         draws: `NUM_AUGMENTATION_DRAWS` numbers in [0, 1).
-        magnitude: 0 to 10.
-        std: Of the magnitude, normal, cut at 0 and 10.
-        statistics: Their mean fills what a shear, shift or turn uncovers.
+        magnitude: Mean magnitude of an operation, 0 to 10.
+        std: Standard deviation of the magnitude, which is normal and cut at 0 and 10.
+        statistics: The model's normalisation; its mean fills what a shear, shift or turn uncovers.
 
     Returns: (3, H, W) uint8, contiguous.
     """
-    picture = None
+    pillow = None
     for start in range(0, NUM_AUGMENTATION_DRAWS, DRAWS_AN_OPERATION):
         which, applied, first, second, sign = draws[start : start + DRAWS_AN_OPERATION]
         if applied >= APPLY_PROBABILITY:
@@ -87,37 +87,37 @@ def augment(
         drawn = magnitude + std * float(normals(np.array([first]), np.array([second]))[0])
         share = min(max(drawn, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
         name = _NAMES[int(which * len(_NAMES))]
-        if picture is None:
-            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        if pillow is None:
+            pillow = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         arguments = OPERATIONS[name](share, 1.0 if sign < 0.5 else -1.0)
         if arguments == NO_BITS and name == "PosterizeIncreasing":
             # At the largest magnitude; Pillow refuses since version 12 what was black before.
-            picture = Image.new("RGB", picture.size)
+            pillow = Image.new("RGB", pillow.size)
             continue
-        picture = NAME_TO_OP[name](
-            picture,
+        pillow = NAME_TO_OP[name](
+            pillow,
             *arguments,
             fillcolor=tuple(min(255, round(255 * value)) for value in statistics.mean),
             resample=Image.Resampling.BICUBIC,
         )
-    if picture is None:
+    if pillow is None:
         return image
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(pillow)).permute(2, 0, 1).contiguous()
 
 
 def erasing_box(
     height: int, width: int, draws: Sequence[float], *, probability: float
 ) -> tuple[int, int, int, int] | None:
-    """Which part of an image is erased: top, left, height, width; None: none.
+    """Returns which part of an image is erased: top, left, height and width, or None.
 
-    Area uniform in 2% to a third of the picture's, log aspect uniform in -+ log .3; the first of
-    ten tries that is smaller than the image is taken.
+    The area is uniform in 2% to a third of the image's, the log of the aspect uniform in -+ log .3;
+    the first of ten tries that is smaller than the image is taken.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Height of the image, in pixels.
+        width: Width of the image.
         draws: `NUM_ERASING_DRAWS` numbers in [0, 1).
-        probability: That anything is erased.
+        probability: Probability that anything is erased.
     """
     apply, draw_top, draw_left, *tries = draws
     if apply >= probability:
@@ -134,5 +134,5 @@ def erasing_box(
 
 
 def normals(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard normal numbers of pairs of uniform ones in [0, 1) (Box and Muller)."""
+    """Makes standard normal numbers of pairs of uniform ones in [0, 1) (Box and Muller)."""
     return np.sqrt(-2.0 * np.log1p(-first)) * np.cos(2.0 * np.pi * second)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fd_large.data.random_numbers import uniforms
 
-# Pairs of draws among which the first that is accepted makes the share. Of alpha = 2, the largest
-# that recipes may have, one in six is accepted: 128 fail once in 1e10 batches.
+# Pairs of draws among which the first that is accepted makes the share. At alpha = 2, the largest
+# that recipes may have, one in six is accepted: all 128 fail once in 1e10 batches.
 SHARE_TRIES = 128
 MAX_ALPHA = 2.0
 
@@ -30,7 +30,7 @@ class Mix(NamedTuple):
     """What becomes of every image of a batch.
 
     Attributes:
-        share: Of the image itself, in pixels and in labels; the partner has the rest.
+        share: The part of pixels and labels that stays the image's own; the partner has the rest.
         box: Top, bottom, left, right of the part that is the partner's (CutMix); None: all pixels
             are weighted means (mixup).
     """

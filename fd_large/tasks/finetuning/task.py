@@ -34,7 +34,7 @@ class FineTuning(Task):
     Args:
         student: A backbone of `fd_large.backbones`, of the families vit, swin and swinv2.
         num_classes: K.
-        statistics: By which its images are normalised, in training and in tests.
+        statistics: The normalisation of its images, in training and in tests.
     """
 
     def __init__(self, student: nn.Module, num_classes: int, *, statistics: Statistics) -> None:
@@ -49,7 +49,7 @@ class FineTuning(Task):
         self.head = Linear(student.width, num_classes, draw=draw)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
-        """Returns the pixels, normalised where they are uint8 still, and the targets."""
+        """Returns the pixels, normalised if they are still uint8, and the targets."""
         pixels = images if images.is_floating_point() else normalise(images, self.statistics)
         return {"pixels": pixels, "targets": targets, "keep": keep}
 
@@ -88,10 +88,10 @@ class FineTuning(Task):
 
 
 def counted(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Percentages and the mean loss of sums over all images."""
-    pictures = float(sums["pictures"])
+    """Returns the mean loss and percentages of sums over all images."""
+    images = max(float(sums["pictures"]), 1.0)
     return {
-        "loss": float(sums["loss"]) / max(pictures, 1.0),
-        "top1": 100 * float(sums["top1"]) / max(pictures, 1.0),
-        "top5": 100 * float(sums["top5"]) / max(pictures, 1.0),
+        "loss": float(sums["loss"]) / images,
+        "top1": 100 * float(sums["top1"]) / images,
+        "top5": 100 * float(sums["top5"]) / images,
     }

@@ -1,7 +1,7 @@
 """Labelled images to batches that are mixed and augmented, for training.
 
-What happens to an image in training is a function of (seed, epoch, position), whom it is mixed
-with as well: a rank whose micro batch ends between two partners loads the missing one too.
+What happens to an image in training is a function of (seed, epoch, position), and so is the image
+that it is mixed with: a rank whose micro batch ends between two partners loads the other one too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from fd_large.recipes.run import Run
-from fd_large.tasks.detection.build import detector_maker
+from fd_large.tasks.detection.job import DetectionJob
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
 UPDATES, RATE, SIZE = 4, 1e-3, (96, 128)
@@ -44,7 +44,7 @@ def global_batch(update: int) -> Batch:
 
 def losses_of_one_process(run: Run) -> list[float]:
     """Plain torch, whole batches."""
-    task = partition.build(detector_maker(run), {}, partitioned=False, seed=run.runtime.seed)
+    task = partition.build(DetectionJob(run).make_task, {}, partitioned=False, seed=run.runtime.seed)
     optimizer = make_optimizer(
         parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=False
     )
@@ -71,7 +71,7 @@ def start_engine(run: Run) -> Engine:
         bfloat16=False,
         parameter_sizes=(1,),
     )
-    engine = engine_of(run, detector_maker(run), ds.fill({"zero_optimization": ZERO3}, numbers))
+    engine = engine_of(run, DetectionJob(run).make_task, ds.fill({"zero_optimization": ZERO3}, numbers))
     engine.task.train()
     return engine
 

@@ -14,7 +14,7 @@ from stored_run import store_tensors
 
 from fd_large.checkpoint import store
 from fd_large.cli.main import main
-from fd_large.tasks.detection.build import detector_maker
+from fd_large.tasks.detection.job import DetectionJob
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory, coco):
     recipe = replace(recipe, task=replace(recipe.task, detection=numbers))
     recipe = replace(recipe, data=replace(recipe.data, root=str(coco), workers=0))
     torch.manual_seed(0)
-    tensors = {name: p.detach() for name, p in detector_maker(recipe)().named_parameters()}
+    tensors = {name: p.detach() for name, p in DetectionJob(recipe).make_task().named_parameters()}
     stored = store_tensors(folder, tensors, ranks=2, recipe=recipe.to_dict())
     manifest = json.loads((stored / "manifest.json").read_text())
     manifest["categories"] = {str(one["id"]): one["name"] for one in CATEGORIES}

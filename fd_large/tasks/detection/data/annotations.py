@@ -1,8 +1,4 @@
-"""A data set in COCO's layout: images in folders, and one JSON of their objects for each split.
-
-`open_coco` finds the files of a split and reads the annotations; what the result offers besides
-the images is theirs by the same number.
-"""
+"""A dataset in COCO's layout: images in folders, and one JSON of their objects for each split."""
 
 from __future__ import annotations
 
@@ -66,36 +62,36 @@ class CocoSet:
         return os.path.join(self.root, self._objects.file_names[index])
 
     def read(self, index: int) -> bytearray:
-        """The bytes of image `index`.
+        """Reads the bytes of image `index`.
 
         Raises: DataError: if the file cannot be read.
         """
         return read_image(self[index])
 
     def image_id(self, index: int) -> int:
-        """The data set's number of image `index`."""
+        """Returns the dataset's number of image `index`."""
         return int(self._objects.image_ids[index])
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of image `index`, as the annotations tell them."""
+        """Returns height and width of image `index`, as the annotations state them."""
         height, width = self._objects.sizes[index].tolist()
         return height, width
 
     def objects(self, index: int) -> ImageObjects:
-        """The objects of image `index` as they are stored, in its own pixels."""
+        """Returns the objects of image `index` as they are stored, in its own pixels."""
         return self._objects.of(index)
 
     def target(self, index: int) -> Target:
-        """The objects of image `index` with filled masks, in its own pixels."""
+        """Returns the objects of image `index` with filled masks, in its own pixels."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
     def landscape(self) -> NDArray[np.bool_]:
-        """Whether each image is at least as wide as high, (len,)."""
+        """Returns whether each image is at least as wide as high, (len,)."""
         heights, widths = self._objects.sizes.T
         return widths >= heights
 
     def summary(self) -> str:
-        """Some lines: what the set holds, then what was found."""
+        """Returns some lines: what the dataset holds, then what was found."""
         crowds = int(self._objects.crowd.sum())
         held = (
             f"{self.annotations}: {len(self):,} images, "
@@ -106,7 +102,7 @@ class CocoSet:
 
 
 def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
-    """Opens a split of a data set in a folder, and logs what was found there.
+    """Opens a split of a dataset in a folder, and logs what was found there.
 
     Of "train", images without an object besides crowds are left out, as the reference recipes do,
     and so are images whose file is missing. Any other split is for evaluation and must be whole.
@@ -119,7 +115,7 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
 
     Raises: DataError: if there is no such split, its JSON is not COCO's, or images are missing.
     """
-    coco_masks()  # its absence is told before minutes of reading
+    coco_masks()  # A missing package is reported before minutes of reading.
     annotations, folder = _find(root, split, where)
     findings, training = Findings(), split == "train"
     objects = read_objects(
@@ -140,7 +136,7 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
     if not found:
         raise DataError(
             f"{where}: nothing to learn in {annotations}; got no image with an object, "
-            f"expected some. Set --{where} to another data set."
+            f"expected some. Set --{where} to another dataset."
         )
     opened = CocoSet(root, os.path.join(root, annotations), objects, findings)
     if findings.counts:
@@ -170,7 +166,7 @@ class _Files:
         self._names: dict[str, frozenset[str]] = {}
 
     def find(self, name: str) -> str | None:
-        """A picture's path below the root; of its folders the first may be missing on the disk."""
+        """Returns the path below the root; the first folders of `name` may not be on the disk."""
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
         for start in range(len(parts)):
             *folders, last = parts[start:]

@@ -126,7 +126,11 @@ class _Samples(Dataset):
             seed=self.seed,
             epoch=self.epoch,
         )
-        made = [sample.value or self._black(sample.index) for sample in loaded]
+        black = torch.zeros(3, BLACK_SIDE, BLACK_SIDE, dtype=torch.uint8)
+        made = [
+            sample.value or (black, nothing(self.source.image_id(sample.index)))
+            for sample in loaded
+        ]
         images, targets = [image for image, _ in made], [target for _, target in made]
         sizes = sizes_of(images)
         canvas = self.jitter.canvas or tuple(sizes.amax(0).tolist())

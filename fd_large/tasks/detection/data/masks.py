@@ -32,13 +32,13 @@ def coco_masks() -> ModuleType:
 
 
 def from_polygons(polygons: Sequence[NDArray[np.floating]], height: int, width: int) -> NDArray:
-    """Fills the union of some polygons.
+    """Fills polygons to one mask, their union.
 
     Args:
         polygons: (points, 2) each, x and y in pixels; what lies outside the mask is cut off. The
             cost grows with the length of their edges.
-        height: Of the mask.
-        width: Of the mask.
+        height: Height of the mask.
+        width: Width of the mask.
 
     Returns: (height, width) uint8, 0 or 1.
     """
@@ -52,8 +52,8 @@ def compress(rle: dict[str, Any], height: int, width: int) -> bytes:
 
     Args:
         rle: `size` (height, width) and `counts`: a list of lengths, or COCO's compressed text.
-        height: That the size must be.
-        width: That the size must be.
+        height: The height that the mask must have.
+        width: The width that it must have.
 
     Raises: ValueError: if they do not describe a mask of this size.
     """
@@ -83,7 +83,7 @@ def decompress(counts: bytes, height: int, width: int) -> NDArray:
 
 
 def encode(masks: NDArray[np.uint8]) -> list[dict[str, Any]]:
-    """Masks (n, H, W), 0 or 1, as COCO's results have them: `size` and `counts`, a text."""
+    """Packs masks (n, H, W), 0 or 1, as COCO's results have them: `size` and `counts`, a text."""
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0))

@@ -12,7 +12,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
-# COCO rounds its boxes to two decimals; what leaves an image by less than a pixel is no news.
+# Boxes that leave their image by less are clipped silently: COCO rounds them to two decimals.
 OUTSIDE_PIXELS = 1.0
-NAMED = 5
+NUM_NAMED = 5
 
 
 @dataclass
 class Findings:
-    """What was left out or mended, by kind: how many, and the first few by name."""
+    """What was left out or clipped, by kind: how many, and the first few by name."""
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -36,7 +36,7 @@ class Findings:
     def add(self, kind: str, name: object) -> None:
         """Counts one more of a kind."""
         self.counts[kind] += 1
-        if len(self.names[kind]) < NAMED:
+        if len(self.names[kind]) < NUM_NAMED:
             self.names[kind].append(str(name))
 
     def lines(self) -> list[str]:
@@ -52,7 +52,7 @@ CLIPPED = "boxes that leave their image, clipped (annotations)"
 NO_AREA = "objects without area, left out (annotations)"
 NO_BOX = "objects whose box is not four numbers, left out (annotations)"
 NO_CATEGORY = "objects of a category that the file does not list, left out (annotations)"
-NO_PICTURE = "objects of an image that the file does not list, left out (annotations)"
+NO_IMAGE = "objects of an image that the file does not list, left out (annotations)"
 NO_MASK = "objects without a usable segmentation, left out (annotations)"
 NO_FILE = "images whose file is missing, left out (files)"
 NO_OBJECT = "images without an object, left out (files)"
@@ -64,12 +64,12 @@ class ImageObjects(NamedTuple):
     Attributes:
         boxes: (n, 4) float32, left, top, right, bottom.
         labels: (n,) int64, 0 to K - 1.
-        segmentations: Of each object its polygons, (points, 2) float64 each, or compressed run
-            lengths; empty where the set has none.
+        segmentations: The polygons of each object, (points, 2) float64 each, or its compressed run
+            lengths; empty if the dataset has none.
         crowd_boxes: (m, 4) float32.
-        image_id: The data set's number of the image.
-        height: In pixels.
-        width: In pixels.
+        image_id: The dataset's number of the image.
+        height: Height of the image.
+        width: Width of the image.
     """
 
     boxes: NDArray[np.float32]
@@ -106,31 +106,30 @@ class Objects:
     category_names: tuple[str, ...]
     has_masks: bool
 
-    def of(self, picture: int) -> ImageObjects:
-        """The objects of one image."""
-        span = slice(int(self.first[picture]), int(self.first[picture + 1]))
+    def of(self, image: int) -> ImageObjects:
+        """Returns the objects of an image, by its place in the file."""
+        span = slice(int(self.first[image]), int(self.first[image + 1]))
         crowd = self.crowd[span]
         wanted = np.flatnonzero(~crowd) + span.start
-        height, width = self.sizes[picture].tolist()
+        height, width = self.sizes[image].tolist()
         return ImageObjects(
             self.boxes[wanted],
             self.labels[wanted],
             [self._segmentation(int(number)) for number in wanted] if self.has_masks else [],
             self.boxes[span][crowd],
-            int(self.image_ids[picture]),
+            int(self.image_ids[image]),
             height,
             width,
         )
 
     def fingerprint(self) -> str:
-        """A hash of names, categories and objects."""
+        """Returns a hash of names, categories and objects."""
         digest = hashlib.sha256()
         digest.update("\0".join(self.file_names).encode())
         digest.update(repr((self.category_ids, self.category_names)).encode())
-        for values in (self.image_ids, self.sizes, self.first, self.boxes, self.labels, self.crowd):
-            digest.update(values.tobytes())
-        for values in (self.polygon_first, self.point_first, self.points, self.rle_first, self.rle):
-            digest.update(values.tobytes())
+        for column in fields(self):
+            if isinstance(values := getattr(self, column.name), np.ndarray):
+                digest.update(values.tobytes())
         return digest.hexdigest()
 
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
@@ -150,12 +149,12 @@ def read_json(
     """Reads a JSON file of the user's.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         where: What it is, for messages.
-        flag: By which the user named it.
-        hook: Takes each object as soon as it is read.
+        flag: The flag by which the user named it.
+        hook: Called with each JSON object as soon as it is read.
 
-    Raises: DataError: if it is missing or no JSON.
+    Raises: DataError: if it is missing or not JSON.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -184,12 +183,12 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Gets what is left out or clipped.
-        find_file: Says where an image of this `file_name` lies; None: nowhere, it is left out.
+        findings: Is told what is left out or clipped.
+        find_file: Returns the path of an image from its `file_name`; None: it is left out.
         keep_empty: Whether images without an object stay.
         where: The field that names the dataset, for messages.
 
-    Raises: DataError: if the file is no such file.
+    Raises: DataError: if the file is not of that kind.
     """
     content = read_json(path, where="annotations", flag=f"--{where} FOLDER", hook=_packed)
     for key in ("images", "annotations", "categories"):
@@ -197,15 +196,14 @@ def read_objects(
             raise _not_coco(path, f"no list {key!r}", where)
     try:
         categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
-        pictures = {int(image["id"]): image for image in content["images"]}
         # Here, so that a missing key is met before hours of training.
         facts = {
-            number: (str(image["file_name"]), int(image["height"]), int(image["width"]))
-            for number, image in sorted(pictures.items())
+            int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
+            for image in content["images"]
         }
     except (KeyError, TypeError, ValueError) as error:
         raise _not_coco(path, f"an entry without {error}", where) from error
-    if len(pictures) < len(content["images"]) or len(dict(categories)) < len(categories):
+    if len(facts) < len(content["images"]) or len(dict(categories)) < len(categories):
         raise _not_coco(path, "two images or two categories of one id", where)
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in facts}
     has_masks = False
@@ -215,13 +213,13 @@ def read_objects(
         has_masks = has_masks or bool(entry.get("segmentation"))
         entries = by_image.get(entry["image_id"])
         if entries is None:
-            findings.add(NO_PICTURE, entry.get("id", "without id"))
+            findings.add(NO_IMAGE, entry.get("id", "without id"))
         else:
             entries.append(entry)
     labels = {category: label for label, (category, _) in enumerate(categories)}
     arrays = _Arrays(findings, labels, has_masks)
     kept: list[tuple[str, int]] = []
-    for number, (name, height, width) in facts.items():
+    for number, (name, height, width) in sorted(facts.items()):
         entries = by_image.pop(number)
         if (found := find_file(name)) is None:
             findings.add(NO_FILE, name)
@@ -253,13 +251,13 @@ class _Arrays:
     def add_image(
         self, entries: Iterable[dict[str, Any]], height: int, width: int, *, keep_empty: bool
     ) -> bool:
-        """Adds a picture's objects; says whether it was added: without any but crowds it may not.
+        """Adds an image's objects; returns whether it did.
 
         Args:
-            entries: Its annotations.
-            height: Of the image.
-            width: Of the image.
-            keep_empty: Whether it is added in any case.
+            entries: The image's annotations.
+            height: Height of the image.
+            width: Width of the image.
+            keep_empty: Whether it is added without an object besides crowds.
         """
         usable = []
         for entry in entries:
@@ -327,14 +325,14 @@ class _Arrays:
 
 
 class _Unusable(Exception):
-    """An annotation that is left out: the kind of its mistake, and its name."""
+    """An annotation is left out: the kind of its defect, and its name."""
 
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Polygons as arrays: most of COCO's numbers, 8 bytes each and not 32, on every rank."""
+    """Packs polygons, which hold most of COCO's numbers, in 8 bytes a number instead of 32."""
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
-        # What is no list of numbers stays, and is found by whoever looks at the annotation.
+        # What is not a list of numbers stays, and is found when the annotation is looked at.
         with suppress(TypeError):
             entry["segmentation"] = [array("d", polygon) for polygon in polygons]
     return entry

@@ -2,7 +2,7 @@
 
 `RoIHeads` are Mask R-CNN's. Other heads, a cascade for example, are another class with the same
 constructor and the same face (`draws_per_image`, `terms`, `detect`, `shapes_only`) in a file of
-their own, and one line of the table in `build.py`.
+their own, and one line of the table in `task.py`.
 
 Every call runs the same modules in the same order on all ranks, whatever is in their images.
 

@@ -1,4 +1,4 @@
-"""What a model saw in resized images, as results on the pictures' own pixels; ranks to one list."""
+"""What a model saw in resized images, as results in their own pixels; all ranks' in one list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
 
-# Masks of an image that lie on its pixels at once: a hundred would fill memory on large ones.
+# Masks of an image that are spread over its pixels at once: a hundred would fill the memory.
 MASKS_AT_ONCE = 10
 MASK_THRESHOLD = 0.5
 
@@ -31,11 +31,11 @@ def to_results(
     """Detections of one image in COCO's format.
 
     Args:
-        seen: In the image's pixels.
-        image_id: The data set's number of the image.
+        seen: What was seen, in pixels of the resized image.
+        image_id: The dataset's number of the image.
         size: Height and width of the image without its padding.
-        original_size: Height and width of the image.
-        category_ids: The data set's number of each label.
+        original_size: Height and width of the image in its file.
+        category_ids: The dataset's number of each label.
     """
     (height, width), (original_height, original_width) = map(_whole, (size, original_size))
     scale = torch.tensor([original_width / width, original_height / height] * 2)
@@ -102,8 +102,8 @@ def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
     Through files, one a rank: masks of thousands of images would go to every rank otherwise.
 
     Args:
-        results: This rank's.
-        folder: That all ranks see; the files are removed again.
+        results: This rank's results.
+        folder: A folder that all ranks see; the files are removed again.
 
     Returns: the merged list on rank 0, None on the others.
     """
@@ -114,7 +114,7 @@ def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
         return None
     shards = [_shard(folder, rank) for rank in range(distributed.world_size())]
     merged = merge(read_results(shard) for shard in shards)
-    # Those that an evaluation on more ranks left, which was killed here, as well.
+    # Also those that an evaluation on more ranks left here when it was killed.
     for shard in folder.glob(_shard(folder, "*").name + "*"):
         shard.unlink()
     return merged

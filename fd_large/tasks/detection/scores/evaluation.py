@@ -21,17 +21,17 @@ from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, read_image
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
-from fd_large.tasks.detection.scores.pictures import draw_evaluation
+from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import Result, write_results, write_text
 from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
 
 log = logging.getLogger(__name__)
 
 RESULTS, SCORES = "results.json", "scores.json"
-# What stands for an image that cannot be read.
+# Value of the pixels that are drawn for an image that cannot be read.
 GREY = 128
 SECONDS_BETWEEN_CALLS = 1.0
-"""Of `between` while rank 0 scores."""
+"""How often `between` is called while rank 0 scores."""
 
 T = TypeVar("T")
 
@@ -44,9 +44,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: COCO's numbers.
-        results: Detections in COCO's format.
-        ground_truth: That they were scored against.
-        unread: Images that could not be read; their objects count as missed.
+        results: The detections, in COCO's format.
+        ground_truth: The annotations that they were scored against.
+        unread: How many images could not be read; their objects count as missed.
     """
 
     scores: Scores
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 def evaluate(
     detect: Detect,
-    pictures: CocoSet,
+    images: CocoSet,
     folder: Path,
     *,
     test_size: tuple[int, int],
@@ -69,21 +69,21 @@ def evaluate(
     """Detects in all images and scores; a collective.
 
     Args:
-        detect: The detector, in evaluation.
-        images: With their objects.
-        folder: That all ranks see; for results on their way.
-        test_size: Shorter side, and the most that the longer may be, in pixels.
+        detect: The detector, in evaluation mode.
+        images: The test images and their objects.
+        folder: A folder that all ranks see, for results on their way.
+        test_size: Length of the shorter side, and the most that the longer may be, in pixels.
         batch_size: Images a forward.
         workers: Processes that load.
         max_pixels: Larger images are refused.
-        between: Told (batches done, batches in all) before each and, all done, while rank 0
-            scores; on every rank alike; may raise to end it.
+        between: Called with (batches done, batches in all) before each batch and, when all are
+            done, while rank 0 scores; on every rank alike. It may raise to end the evaluation.
 
     Returns: on rank 0; None elsewhere.
     Raises: DataError: on every rank, if the results cannot be scored.
     """
     loader = build_evaluation_loader(
-        pictures,
+        images,
         short_side=test_size[0],
         long_side=test_size[1],
         batch_size=batch_size,
@@ -107,10 +107,10 @@ def evaluate(
                 index = int(batch.indices[place])
                 results += to_results(
                     seen,
-                    image_id=pictures.image_id(index),
+                    image_id=images.image_id(index),
                     size=batch.sizes[place],
                     original_size=batch.original_sizes[place],
-                    category_ids=pictures.category_ids,
+                    category_ids=images.category_ids,
                 )
     unread = int(distributed.sum_tensor(torch.tensor(unread, device=device)))
     merged = gather(results, folder)
@@ -118,23 +118,22 @@ def evaluate(
         log.warning(
             "%d of %d test images could not be read: the scores count their objects as missed",
             unread,
-            len(pictures),
+            len(images),
         )
 
     def scored() -> Outcome | None:
         if merged is None:
             return None
-        truth = read_ground_truth(pictures.annotations)
+        truth = read_ground_truth(images.annotations)
         return Outcome(score(truth, merged), merged, truth, unread)
 
     return _beside(scored, lambda: between(len(loader), len(loader)))
 
 
 def _beside(work: Callable[[], T], meanwhile: Callable[[], None]) -> T:
-    """Does this rank's work in a thread and calls `meanwhile` on all ranks till all have done it.
+    """Does this rank's work in a thread and calls `meanwhile` on all ranks until all have done it.
 
-    Ranks that only waited for minutes in a collective would be taken for hung, and could not be
-    stopped.
+    Ranks that waited for minutes in a collective would be taken for hung, and could not be stopped.
     """
     done: Future[T] = Future()
 
@@ -144,7 +143,7 @@ def _beside(work: Callable[[], T], meanwhile: Callable[[], None]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    # A daemon: what is left by an exception of `meanwhile` must not keep the process.
+    # A daemon: after an exception of `meanwhile` it must not keep the process alive.
     thread = threading.Thread(target=run, name="scoring", daemon=True)
     thread.start()
     while True:
@@ -155,41 +154,41 @@ def _beside(work: Callable[[], T], meanwhile: Callable[[], None]) -> T:
 
 
 def keep(
-    outcome: Outcome, pictures: CocoSet, folder: Path, *, draw: bool, max_pixels: int
+    outcome: Outcome, images: CocoSet, folder: Path, *, draw: bool, max_pixels: int
 ) -> list[Path]:
-    """Writes results.json and scores.json; rank 0.
+    """Writes results.json and scores.json, and draws pictures; on rank 0.
 
     Args:
-        outcome: Of the evaluation.
-        images: That were evaluated.
-        folder: Must be there.
+        outcome: What the evaluation found.
+        images: The images that were evaluated.
+        folder: A folder that exists.
         draw: Whether to draw the worst images, some others, and the curves.
         max_pixels: Larger images are refused.
 
-    Returns: the images that were drawn.
+    Returns: the pictures that were drawn.
     """
     write_results(folder / RESULTS, outcome.results)
-    told = {"unread_images": outcome.unread, **outcome.scores.to_dict()}
-    write_text(folder / SCORES, json.dumps(told, indent=1) + "\n")
+    scores = {"unread_images": outcome.unread, **outcome.scores.to_dict()}
+    write_text(folder / SCORES, json.dumps(scores, indent=1) + "\n")
     if not draw:
         return []
-    places = {pictures.image_id(index): index for index in range(len(pictures))}
+    places = {images.image_id(index): index for index in range(len(images))}
 
     def read(number: int) -> NDArray[np.uint8]:
         try:
-            image = read_image(pictures, places[number], max_pixels)
-        except DataError:  # Of the worst it will be one; the evaluation has told why.
-            return np.full((*pictures.size(places[number]), 3), GREY, dtype=np.uint8)
+            image = read_image(images, places[number], max_pixels)
+        except DataError:  # It will be one of the worst; the evaluation has said why.
+            return np.full((*images.size(places[number]), 3), GREY, dtype=np.uint8)
         return image.permute(1, 2, 0).numpy()
 
     return draw_evaluation(outcome.ground_truth, outcome.results, outcome.scores, read, folder)
 
 
 def metrics_of(scores: Scores | None) -> dict[str, float]:
-    """The twelve numbers of boxes and of masks, as `box_AP`, on all ranks; a collective.
+    """Returns the twelve numbers of boxes and of masks, by names like `box_AP`; a collective.
 
     Args:
-        scores: On rank 0.
+        scores: What rank 0 has; None elsewhere.
     """
     found = None
     if scores is not None:

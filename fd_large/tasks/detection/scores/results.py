@@ -1,8 +1,8 @@
 """Detections in COCO's results format: files, and the shards of several ranks made one.
 
 A result is `{"image_id", "category_id", "bbox": [left, top, width, height], "score"}` with
-`"segmentation": {"size": [height, width], "counts": text}` where there is a mask; ids are the data
-set's own. No torch.
+`"segmentation": {"size": [height, width], "counts": text}` if it has a mask; ids are the dataset's
+own. No torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
-    """Makes one list of the shards of several ranks, the same however images were dealt.
+    """Makes one list of the shards of several ranks, the same however images were dealt out.
 
     An image that is in two shards counts once, with its results of the first, and so do results
     that are equal. Images come by rising id, the results of one in the order that they were

@@ -1,7 +1,7 @@
 """The official COCO evaluation: twelve numbers for boxes and for masks, classes, curves.
 
-faster-coco-eval counts; its figures are those of pycocotools (a test compares them). Crowds are
-treated as there: what lies in one is neither right nor wrong. No torch.
+faster-coco-eval counts; its figures are those of pycocotools (a test compares them). What lies in a
+crowd is neither right nor wrong. No torch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ CURVES = (0.5, 0.75)
 
 
 class ClassScore(NamedTuple):
-    """Of one category; None where the images show none of it.
+    """The scores of one category; None if no image shows one.
 
     Attributes:
-        category_id: The data set's own.
-        name: Of the category.
-        ap: Mean over IoU 0.5 to 0.95.
-        ap50: At IoU 0.5.
+        category_id: The dataset's number of the category.
+        name: The category's name.
+        ap: Average precision, mean over IoU 0.5 to 0.95.
+        ap50: Average precision at IoU 0.5.
     """
 
     category_id: int
@@ -46,8 +46,8 @@ class KindScores:
 
     Attributes:
         numbers: COCO's twelve, by the names in `NUMBERS`; -1 where there is nothing to find.
-        classes: By rising category id.
-        curves: By IoU, the precision at recall 0, 0.01 ... 1, mean over the classes that occur.
+        classes: Each category's, by rising id.
+        curves: Precision at recall 0, 0.01 ... 1, by IoU; the mean over the classes that occur.
     """
 
     numbers: dict[str, float]
@@ -61,8 +61,8 @@ class Scores:
 
     Attributes:
         kinds: "box" and "mask", as far as the results have them.
-        num_images: Images of the ground truth.
-        num_results: Detections.
+        num_images: How many images the ground truth has.
+        num_results: How many detections were scored.
     """
 
     kinds: dict[str, KindScores]
@@ -70,7 +70,7 @@ class Scores:
     num_results: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns what scores.json holds."""
         return {
             "num_images": self.num_images,
             "num_results": self.num_results,
@@ -88,7 +88,7 @@ class Scores:
 
 
 def read_ground_truth(path: str) -> dict[str, Any]:
-    """Reads the annotations that detections are scored against, and fills what may be left open.
+    """Reads the annotations that detections are scored against, and fills in what they may omit.
 
     Raises: DataError: if the file is missing or not COCO's.
     """
@@ -116,12 +116,12 @@ def read_ground_truth(path: str) -> dict[str, Any]:
 def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     """Scores detections.
 
-    Boxes are scored where all results have one, masks likewise. A detection's size, which decides
+    Boxes are scored if all results have one, masks likewise. A detection's size, which decides
     whether it counts among the small ones, is its box's area for boxes and its mask's for masks.
 
     Args:
         ground_truth: From `read_ground_truth`; all its images count.
-        results: Detections of these images, in COCO's format.
+        results: Detections in these images, in COCO's format.
 
     Raises: DataError: if results belong to other images or categories, or masks to other sizes.
     """
@@ -150,7 +150,7 @@ def _evaluate(
     # Copies, one level deep: both sides get marks of the evaluation's own.
     truth = COCO({**ground_truth, "annotations": [{**a} for a in ground_truth["annotations"]]})
     kept = ("image_id", "category_id", "score", key)
-    # Without the box of a mask: its area would stand for the mask's.
+    # A mask goes without its box, whose area would stand for the mask's.
     entries = [{name: result[name] for name in kept} for result in results]
     try:
         found = truth.loadRes(entries)
@@ -159,7 +159,7 @@ def _evaluate(
     except (RuntimeError, ValueError) as error:  # its C++ on run lengths
         raise DataError(
             f"detections: a mask that cannot be read; got {error}, expected compressed run lengths "
-            "of the pictures' sizes, there and in the annotations. Write them with pycocotools' or "
+            "of the images' sizes, there and in the annotations. Write them with pycocotools' or "
             "faster-coco-eval's encode."
         ) from error
     precision = evaluation.eval["precision"]  # (IoU, recall, class, area, most detections)
@@ -189,7 +189,7 @@ def _mean(precision: np.ndarray) -> float | None:
 
 
 def _silent(*_: object) -> None:
-    """The evaluation prints its table through this."""
+    """Prints nothing, in place of the evaluation's table."""
 
 
 def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
@@ -215,7 +215,7 @@ def _check(ground_truth: dict[str, Any], results: Sequence[Result]) -> None:
             raise DataError(
                 f"detections: a mask of another size than its image; got {segmentation['size']} "
                 f"for image_id {result['image_id']}, expected {sizes[result['image_id']]}. Write "
-                "masks in the pictures' own pixels."
+                "masks in the images' own pixels."
             )
 
 

@@ -16,7 +16,8 @@ from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError
-from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
+from fd_large.tasks.dense.stages import LEFT_OUT
+from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.jobs import job_of
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
@@ -28,13 +29,13 @@ def test_a_detector_goes_on_from_a_detector(name, tmp_path):
     # A ViT's positions stay those of its distillation, whatever the size of the images.
     run = replace(run, data=replace(run.data, image_size=64))
     torch.manual_seed(3)
-    first = detector_maker(run)()
+    first = DetectionJob(run).make_task()
     tensors = {n: p.detach() for n, p in first.named_parameters()}
     store_tensors(tmp_path, tensors, ranks=2, recipe=run.to_dict())
     sources = sources_of(job_of)
     again = job_of(replace(run, student=replace(run.student, init=str(tmp_path)))).settle(sources)
     torch.manual_seed(4)
-    second = detector_maker(again)()
+    second = DetectionJob(again).make_task()
     load_weights(
         second.student,
         student_weights(again.student, sources, without=LEFT_OUT),

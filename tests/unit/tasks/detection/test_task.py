@@ -1,4 +1,4 @@
-"""The detector whole: what it reads of its inputs, what its parameters are called, recipes."""
+"""The detector whole: what it reads of its inputs, what its parameters are called, its cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
+from torch.utils.flop_counter import FlopCounterMode
 
+from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.engine.student import student_weights
 from fd_large.engine.zero.optimizer import parameter_groups
@@ -16,8 +18,10 @@ from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
-from fd_large.tasks.detection.build import LEFT_OUT, detector_maker
-from fd_large.tasks.detection.task import Detection
+from fd_large.tasks.dense.stages import LEFT_OUT
+from fd_large.tasks.detection.heads.roi_heads import RoIHeads
+from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.detection.task import HEADS, Detection, combine
 from fd_large.weights.source import Sources
 
 RECIPES = [name for name in registry.RECIPES if name.startswith("coco_")]
@@ -27,7 +31,7 @@ TERMS = {"rpn_cls", "rpn_box", "cls", "box", "mask"}
 
 def detector(name: str = SWIN, **changes: object) -> Detection:
     torch.manual_seed(0)
-    return detector_maker(narrow_run(name, **changes))()
+    return DetectionJob(narrow_run(name, **changes)).make_task()
 
 
 def loss_of(task: Detection, batch, keep=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -56,14 +60,48 @@ def test_a_recipe_s_twin_trains_and_detects_at_odd_sizes(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_builds_whole(name):
+def test_a_recipe_builds_whole_and_can_be_counted(name):
     run = registry.get(name)
     with torch.device("meta"):
-        task = detector_maker(run)()
+        task = DetectionJob(run).make_task()
     assert len(task.student.blocks()) == sum(run.student_architecture().depths)
     # Pyramid and heads: ViTDet's are 21 to 27 million.
     heads = sum(p.numel() for n, p in task.named_parameters() if not n.startswith("student."))
     assert 20e6 < heads < 35e6
+    with FlopCounterMode(display=False) as flops:
+        task.shapes_only(DetectionJob(run).probe_batch(1).to("meta")).backward()
+    assert flops.get_total_flops() > 1e12
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_shapes_only_on_the_meta_device_costs_what_a_full_step_costs(name):
+    task, batch = detector(name), batch_of(7, (96, 80), [8, 9])
+    sizes = []
+    for head in (task.heads.box, task.heads.mask):
+        head.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    with FlopCounterMode(display=False) as real:
+        loss_of(task, batch, task.keep_all(batch.images))[0].backward()
+    assert sizes == [2 * 16, 2 * 4]  # The recipe's limit of rois, and a quarter of it.
+    with torch.device("meta"):
+        task = detector(name)
+    with FlopCounterMode(display=False) as counted:
+        task.shapes_only(batch.to("meta")).backward()
+    assert counted.get_total_flops() == real.get_total_flops()
+
+
+def test_heads_are_chosen_by_name(monkeypatch):
+    class Others(RoIHeads):
+        pass
+
+    monkeypatch.setitem(HEADS, "others", Others)
+    run = narrow_run(SWIN)
+    for name, expected in (("mask_rcnn", RoIHeads), ("others", Others)):
+        numbers = replace(run.task.detection, heads=name)
+        other = replace(run, task=replace(run.task, detection=numbers))
+        assert type(DetectionJob(other).make_task().heads) is expected
+    numbers = replace(run.task.detection, heads="htc")
+    with pytest.raises(ConfigError, match=r"task\.detection\.heads.*'htc'.*mask_rcnn"):
+        DetectionJob(replace(run, task=replace(run.task, detection=numbers))).make_task()
 
 
 def test_the_loss_is_a_function_of_seed_epoch_and_position():
@@ -84,16 +122,23 @@ def test_the_loss_is_a_function_of_seed_epoch_and_position():
 
 def test_an_image_s_samples_do_not_depend_on_its_batch():
     task, batch = detector(), batch_of(0, (64, 64), [5, 2, 0, 9])
-    counted = {"anchors": 0.0, "boxes": 0.0}
-    alone = 0.0
-    for i in range(4):
-        image = part_of(batch, i, i + 1)
-        _, terms = loss_of(task, image)
-        # 32 anchors and up to 16 boxes of an image: a mean times its number is a sum.
-        alone += terms["rpn_cls"].item() * 32
-        counted["anchors"] += 32
+    # All images have as many sampled anchors, so that the mean of the batch is the mean of means.
+    alone = [loss_of(task, part_of(batch, i, i + 1))[1]["rpn_cls"].item() for i in range(4)]
     _, terms = loss_of(task, batch)
-    assert terms["rpn_cls"].item() == pytest.approx(alone / counted["anchors"], rel=1e-5)
+    assert terms["rpn_cls"].item() == pytest.approx(sum(alone) / 4, rel=1e-5)
+
+
+def test_a_rank_s_loss_is_over_what_all_ranks_looked_at(monkeypatch):
+    terms = {"rpn_cls": (6.0, 10), "rpn_box": (3.0, 10), "cls": (8.0, 0), "mask": (0.0, 0)}
+    others = torch.tensor([20.0, 20.0, 8.0, 0.0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_tensor", lambda own: own + others)
+    loss, means = combine({n: (torch.tensor(total), count) for n, (total, count) in terms.items()})
+    # Twice the share: the mean over two ranks is then the sum over both through all counts.
+    assert {name: value.item() for name, value in means.items()} == pytest.approx(
+        {"rpn_cls": 0.4, "rpn_box": 0.2, "cls": 2.0, "mask": 0.0}
+    )
+    assert loss.item() == pytest.approx(2.6)
 
 
 def test_what_is_beyond_an_image_s_size_is_not_seen():
@@ -166,7 +211,7 @@ def test_a_distilled_student_is_loaded_without_its_head(name, tmp_path):
     run = narrow_run(name)
     state = saved_student(run, path)
     run = replace(run, student=replace(run.student, init=str(path)))
-    task = detector_maker(run)()
+    task = DetectionJob(run).make_task()
     load_weights(
         task.student,
         student_weights(run.student, Sources(), without=LEFT_OUT),
@@ -186,7 +231,7 @@ def test_another_window_takes_the_weights_as_they_are(tmp_path):
     saved_student(run, path)
     shape = replace(run.student.architecture, window_size=6, pretrained_window_sizes=(4, 4, 4, 2))
     run = replace(run, student=replace(run.student, init=str(path), architecture=shape))
-    task = detector_maker(run)()
+    task = DetectionJob(run).make_task()
     load_weights(
         task.student,
         student_weights(run.student, Sources(), without=LEFT_OUT),
@@ -200,13 +245,13 @@ def test_settings_that_do_not_fit_the_student_are_refused():
     run = narrow_run(VIT)
     numbers = replace(run.task.detection, sequential_stages=1)
     with pytest.raises(ConfigError, match="sequential_stages"):
-        detector_maker(replace(run, task=replace(run.task, detection=numbers)))
+        DetectionJob(replace(run, task=replace(run.task, detection=numbers))).make_task()
     run = narrow_run(SWIN)
     with pytest.raises(ConfigError, match="'pad'"):
-        detector_maker(replace(run, student=replace(run.student, size_rule="drop")))()
+        DetectionJob(replace(run, student=replace(run.student, size_rule="drop"))).make_task()
     three = Architecture(embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 1), window_size=4)
     with pytest.raises(ConfigError, match="4 stages"):
-        detector_maker(replace(run, student=replace(run.student, architecture=three)))()
+        DetectionJob(replace(run, student=replace(run.student, architecture=three))).make_task()
 
 
 def test_it_learns_a_picture():

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from detection_batches import boxes
 
 from fd_large import distributed
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.roi_heads import Detections
-from fd_large.tasks.detection.scores.collect import gather, to_results
+from fd_large.tasks.detection.scores.collect import gather, paste, to_results
 
 CATEGORIES = (3, 7, 90)
 
@@ -66,6 +67,20 @@ def test_more_masks_than_are_pasted_at_once_keep_their_order():
         rows, columns = np.nonzero(mask)
         assert abs(rows.mean() - (top + 5.5)) < 1
         assert abs(columns.mean() - (left + 4.5)) < 1
+
+
+def test_a_mask_fills_its_box():
+    masks = torch.ones(3, 4, 4)
+    masks[1, :, 2:] = 0
+    at = boxes((2, 1, 6, 5), (0, 0, 8, 8), (-4, 6, 3, 14))
+    pasted = paste(masks, at, 8, 10)
+    assert pasted.shape == (3, 8, 10)
+    wanted = torch.zeros(8, 10, dtype=torch.bool)
+    wanted[1:5, 2:6] = True
+    assert torch.equal(pasted[0], wanted)
+    assert torch.equal(pasted[1].sum(0), torch.tensor([8, 8, 8, 8, 0, 0, 0, 0, 0, 0]))
+    assert pasted[2].sum() == 2 * 3
+    assert pasted[2][6:, :3].all()
 
 
 def test_ranks_become_one_list_and_their_files_go(tmp_path, monkeypatch):

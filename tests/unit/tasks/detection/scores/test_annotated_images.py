@@ -7,9 +7,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.scores.curves import COLOURS as CURVE_COLOURS
-from fd_large.tasks.detection.scores.curves import draw_curves
-from fd_large.tasks.detection.scores.drawing import (
+from fd_large.tasks.detection.scores.annotated_images import (
     COLOURS,
     Mark,
     compared_rows,
@@ -17,8 +15,7 @@ from fd_large.tasks.detection.scores.drawing import (
     draw_rows,
     marks_of,
 )
-from fd_large.tasks.detection.scores.mistakes import compare
-from fd_large.tasks.detection.scores.scoring import score
+from fd_large.tasks.detection.scores.error_analysis import compare
 
 GREY = np.full((90, 120, 3), 128, dtype=np.uint8)
 
@@ -106,15 +103,3 @@ def test_rows_are_drawn_side_by_side(truth, tmp_path):
         for side, shown in ((drawn[:, :half], left), (drawn[:, half:], right)):
             near = (np.abs(side - mixed(colour)).max(-1) < 4).sum()
             assert (near > 3000) == shown
-
-
-def test_curves_show_boxes_and_masks(truth, tmp_path):
-    del truth["annotations"][2]
-    scores = score(truth, [found(1, [10, 10, 40, 60])])
-    draw_curves(scores, tmp_path / "curves.png")
-    drawn = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(float)
-    half = drawn.shape[1] // 2
-    for side in (drawn[:, :half], drawn[:, half:]):
-        for colour in CURVE_COLOURS:
-            near = np.abs(side - np.array(to_rgb(colour)) * 255).max(-1) < 6
-            assert near.sum() > 100

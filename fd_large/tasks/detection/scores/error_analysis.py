@@ -1,4 +1,4 @@
-"""Which objects were missed and which detections are false: what the images of the worst show.
+"""Which objects were missed and which detections are false, image by image.
 
 A detection is right if it covers an object of its class that no better one took; one that lies in
 a crowd of its class is neither right nor wrong, as in the official evaluation. No torch.
@@ -24,9 +24,9 @@ class Compared(NamedTuple):
 
     Attributes:
         objects: Annotations of the ground truth, crowds left out.
-        missed: Of each object whether no detection took it.
+        missed: Whether no detection took the object, for each object.
         seen: Results of at least `LEAST_SCORE`, best first.
-        false: Of each result whether it is wrong.
+        false: Whether the detection is wrong, for each result.
     """
 
     objects: list[dict[str, Any]]
@@ -35,8 +35,8 @@ class Compared(NamedTuple):
     false: list[bool]
 
     @property
-    def mistakes(self) -> int:
-        """Missed objects and false detections."""
+    def num_errors(self) -> int:
+        """How many objects were missed and how many detections are false, together."""
         return sum(self.missed) + sum(self.false)
 
 
@@ -45,7 +45,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
     Args:
         ground_truth: From `scoring.read_ground_truth`.
-        results: With boxes.
+        results: Detections, with boxes.
 
     Returns: by image id, for all images of the ground truth.
     """
@@ -62,9 +62,9 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
 
 
 def worst(compared: Mapping[int, Compared], count: int) -> list[int]:
-    """The ids of the images with most mistakes, the most first."""
-    by_mistakes = sorted(compared, key=lambda number: (-compared[number].mistakes, number))
-    return [number for number in by_mistakes[:count] if compared[number].mistakes]
+    """Returns the ids of the images with most errors, the worst first; at most `count`."""
+    by_errors = sorted(compared, key=lambda number: (-compared[number].num_errors, number))
+    return [number for number in by_errors[:count] if compared[number].num_errors]
 
 
 def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compared:
@@ -86,7 +86,7 @@ def _compare(annotations: list[dict[str, Any]], results: list[Result]) -> Compar
 
 
 def _iou(seen: list[Result], objects: list[dict[str, Any]], *, crowd: bool) -> np.ndarray:
-    """IoU of boxes, (seen, objects): 0 between classes, with crowds the part of the detection."""
+    """IoU of boxes, (seen, objects): 0 between classes; of a crowd, the part that it covers."""
     if not seen or not objects:
         return np.zeros((len(seen), len(objects)))
     boxes = [np.array([entry["bbox"] for entry in side], dtype=float) for side in (seen, objects)]

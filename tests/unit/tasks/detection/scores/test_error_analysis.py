@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from coco import CATEGORIES, annotation
 
-from fd_large.tasks.detection.scores.mistakes import compare, worst
+from fd_large.tasks.detection.scores.error_analysis import compare, worst
 
 BOX = [10.0, 10.0, 20.0, 20.0]
 

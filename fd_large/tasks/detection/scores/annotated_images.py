@@ -1,4 +1,4 @@
-"""Pictures: ground truth and detections side by side, boxes, masks and names. No torch."""
+"""Images with boxes, masks and names drawn over them; ground truth beside detections. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.scores.mistakes import LEAST_IOU, LEAST_SCORE, Compared
+from fd_large.tasks.detection.scores.error_analysis import LEAST_IOU, LEAST_SCORE, Compared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ COLOURS = (
     "#FFD27A", "#A9DCF7", "#5FD3B0", "#8AC4E8", "#FF9E5E", "#E9B8D3",
 )  # fmt: skip
 MASK_OPACITY = 0.45
-# Inches; a high picture is shown smaller than a wide one.
+# In inches; a high image is shown smaller than a wide one.
 ROW_WIDTH, GAP, HEADING, FOOT, TALLEST = 11.0, 0.1, 0.28, 0.4, 1.2
 SMALL_AREA = 32**2
 
@@ -31,10 +31,10 @@ class Mark(NamedTuple):
 
     Attributes:
         box: Left, top, width, height, in pixels.
-        label: What stands at it.
-        colour: Of box and mask.
+        label: The text at the box.
+        colour: The colour of box and mask.
         mask: (H, W) uint8, or None.
-        wrong: A missed object or a false detection: drawn with a dashed box.
+        wrong: Whether it is a missed object or a false detection: its box is dashed.
     """
 
     box: Sequence[float]
@@ -45,13 +45,13 @@ class Mark(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One picture with its objects and with what was seen.
+    """One image with its objects and with what was seen.
 
     Attributes:
         image: (H, W, 3) uint8.
-        title: Of the picture.
-        truth: Objects.
-        seen: Detections.
+        title: The text above it.
+        truth: Its objects.
+        seen: The detections.
     """
 
     image: NDArray[np.uint8]
@@ -66,12 +66,12 @@ def compared_rows(
     image_ids: Sequence[int],
     read: Callable[[int], NDArray[np.uint8]],
 ) -> list[Row]:
-    """Rows of some pictures.
+    """Returns a row for each of some images.
 
     Args:
         ground_truth: From `scoring.read_ground_truth`.
-        compared: From `mistakes.compare`.
-        image_ids: Which pictures, in this order.
+        compared: From `error_analysis.compare`.
+        image_ids: Which images, in this order.
         read: From an image id to pixels (H, W, 3) uint8.
     """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
@@ -107,10 +107,10 @@ def compared_rows(
 
 
 def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Marks of detections of one picture, a colour for each class among them.
+    """Returns marks of the detections of one image, a colour for each class among them.
 
     Args:
-        found: With `class` (its name), `bbox`, `score`, and `segmentation` where there is a mask.
+        found: Entries with `class` (its name), `bbox`, `score`, and `segmentation` if there is one.
     """
     classes = sorted({one["class"] for one in found})
     return [
@@ -128,7 +128,7 @@ def marks_of(found: Sequence[Mapping[str, Any]]) -> list[Mark]:
 
 
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Draws ground truth at the left and detections at the right, a row a picture, as a PNG."""
+    """Draws ground truth at the left and detections at the right, a row an image, as a PNG."""
     from matplotlib.figure import Figure
 
     column = (ROW_WIDTH - 3 * GAP) / 2
@@ -160,7 +160,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> None:
-    """Draws marks on a picture, in its own size, as a PNG."""
+    """Draws marks on an image, in its own size, as a PNG."""
     from matplotlib.figure import Figure
 
     height, width = image.shape[:2]
@@ -171,7 +171,7 @@ def draw_image(image: NDArray[np.uint8], marks: Sequence[Mark], path: Path) -> N
 
 
 def draw_marks(axes: Axes, image: NDArray[np.uint8], marks: Sequence[Mark]) -> None:
-    """Draws marks on a picture: large ones first, so that small ones stay visible."""
+    """Draws marks on an image: large ones first, so that small ones stay visible."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
