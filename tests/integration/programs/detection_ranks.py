@@ -44,7 +44,9 @@ def global_batch(update: int) -> Batch:
 
 def losses_of_one_process(run: Run) -> list[float]:
     """Plain torch, whole batches."""
-    task = partition.build(DetectionJob(run).make_task, {}, partitioned=False, seed=run.runtime.seed)
+    task = partition.build(
+        DetectionJob(run).make_task, {}, partitioned=False, seed=run.runtime.seed
+    )
     optimizer = make_optimizer(
         parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=False
     )
@@ -71,7 +73,9 @@ def start_engine(run: Run) -> Engine:
         bfloat16=False,
         parameter_sizes=(1,),
     )
-    engine = engine_of(run, DetectionJob(run).make_task, ds.fill({"zero_optimization": ZERO3}, numbers))
+    engine = engine_of(
+        run, DetectionJob(run).make_task, ds.fill({"zero_optimization": ZERO3}, numbers)
+    )
     engine.task.train()
     return engine
 
