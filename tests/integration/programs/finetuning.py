@@ -81,8 +81,7 @@ def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = schedule.scaled_at(update, group["scale"])
         optimizer.step()
-        mean = distributed.sum_tensor(total / numbers.accumulation) / distributed.world_size()
-        losses.append(mean.item())
+        losses.append(loss.item())
     return {name: p.detach().clone() for name, p in task.named_parameters()}, losses
 
 
@@ -130,9 +129,8 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
         for _ in range(numbers.accumulation):
             total += forward_backward(engine, next(batches), run.runtime.seed)
             engine.deepspeed.step()
-        losses.append(
-            (distributed.sum_tensor(total / numbers.accumulation) / distributed.world_size()).item()
-        )
+        mean = distributed.sum_tensor(total / numbers.accumulation) / distributed.world_size()
+        losses.append(mean.item())
     (evaluation,) = job.evaluations(engine, samples, TEST_BATCH)
     metrics, _ = evaluation.measure(UPDATES, True, lambda: None)
     weights = dict(partition.stream(engine.task))
