@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from inspect import getdoc
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from tyro.conf import Positional
 
@@ -95,7 +95,7 @@ def parse_with_recipe(
 
 
 def choose(
-    arguments: Sequence[str], commands: Mapping[str, str], *, command: str = ""
+    arguments: Sequence[str], commands: Mapping[str, str], *, command: str = "", note: str = ""
 ) -> tuple[str, list[str]]:
     """Returns the command that the first argument names, and the arguments after it.
 
@@ -103,6 +103,7 @@ def choose(
         arguments: What was given.
         commands: Name to summary, for the help.
         command: What precedes the name, if anything.
+        note: A last line for the help.
 
     Raises:
         ConfigError: There is no such command.
@@ -113,7 +114,7 @@ def choose(
         width = max(map(len, commands))
         lines = [f"  {known:<{width}}  {summary}" for known, summary in commands.items()]
         print(f"usage: {_program(command)} COMMAND [--help] [ARGUMENTS]\n\ncommands:")
-        print("\n".join(lines))
+        print("\n".join(lines), *([f"\n{note}"] if note else []), sep="\n")
         raise HelpShown
     if name not in commands:
         where = f"{command} {name}".strip()
@@ -145,22 +146,6 @@ def call_subcommand(
 # ------------------------------------------------------------------------------------------------
 
 
-class _Flag(NamedTuple):
-    """A flag that exists.
-
-    Attributes:
-        kind: The dataclass that it belongs to.
-        name: Its name, with dots and underscores.
-        type: The type of its value.
-        off: Whether it was given as --no_NAME, the opposite of a switch.
-    """
-
-    kind: type
-    name: str
-    type: Any
-    off: bool = False
-
-
 class _Parser(Generic[Own]):
     """One command's parser; it is used once."""
 
@@ -174,13 +159,16 @@ class _Parser(Generic[Own]):
             if Positional in marks:
                 metavars = [mark.metavar for mark in marks if hasattr(mark, "metavar")]
                 self._positional[name] = next(iter(metavars), name.upper())
+        self._usage = " ".join(self._positional.values())
         self._mistakes: list[str] = []
         self._invalid: set[str] = set()
 
     def parse(self, arguments: Sequence[str]) -> WithRecipe[Own]:
         values = self._values([argument for argument in arguments if argument not in HELP])
-        own, given = values[self._kind], values[Run]
-        base = run = None
+        names = {name.split(".")[0] for name in field_names(self._kind)}
+        own = {name: value for name, value in values.items() if name.split(".")[0] in names}
+        given = {name: value for name, value in values.items() if name not in own}
+        base = run = built = None
         if self._recipe is not None:
             try:
                 base = registry.get(own.get("recipe") or self._recipe)
@@ -191,84 +179,82 @@ class _Parser(Generic[Own]):
             raise HelpShown
         if base is not None:
             run = self._accepted(given, lambda values: override(base, values))
-        missing = [name for name in _required(self._kind) if name not in own]
-        for name in missing:
-            if name not in self._invalid:
-                self._mistakes.append(self._missing(name))
-        built = None
-        if not missing:
+        if missing := [name for name in _required(self._kind) if name not in own]:
+            self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
+        else:
             built = self._accepted(own, lambda values: from_plain(self._kind, nested(values), ""))
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
         return WithRecipe(built, run, given)
 
-    def _values(self, arguments: Sequence[str]) -> dict[type, dict[str, Any]]:
+    def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Values by name, of the command's own arguments and of the recipe's fields."""
-        values: dict[type, dict[str, Any]] = {self._kind: {}, Run: {}}
+        flags: dict[str, tuple[Any, list[str], bool]] = {}
         loose: list[str] = []
-        flags: dict[tuple[type, str], tuple[_Flag, list[str]]] = {}
         for typed, texts, joined in _groups(arguments):
+            known = self._known(typed)
+            name = typed.replace("-", "_")
+            section, dot, switch = name.rpartition(".")
+            if off := name not in known and switch.startswith("no_"):
+                name = f"{section}{dot}{switch.removeprefix('no_')}"
             if not typed:
                 loose += texts
-            elif flag := self._flag(typed):
-                # A value more than a flag takes is a positional argument, where there are such.
-                count = max(joined, _count(flag, texts)) if self._positional else len(texts)
-                flags[flag.kind, flag.name] = flag, texts[:count]
+            elif name in known and not (off and known[name][1] is not bool):
+                # What a flag cannot take is a positional argument, where there are such.
+                name, hint = known[name]
+                count = len(texts)
+                if self._positional:
+                    count = max(joined, 0 if off else _count(hint, texts))
+                flags[name] = hint, texts[:count], off
                 loose += texts[count:]
-            elif typed.replace("-", "_") != IGNORED:
+            elif name != IGNORED:
                 self._mistakes.append(f"--{typed}: unknown flag; {self._nearest(typed)}")
                 if texts:  # One of them may be a positional argument.
                     self._invalid.update(self._positional)
-        for flag, texts in flags.values():
+        values: dict[str, Any] = {}
+        for name, (hint, texts, off) in flags.items():
             try:
-                values[flag.kind][flag.name] = _value(flag, texts)
+                values[name] = _value(hint, texts, off=off)
             except ValueError:
-                self._invalid.add(flag.name)
+                self._invalid.add(name)
                 self._mistakes.append(
-                    f"--{flag.name}: a value of the wrong type; got {' '.join(texts) or 'nothing'},"
-                    f" expected {describe_type(flag.type)}. Change the value."
+                    f"--{name}: a value of the wrong type; got {' '.join(texts) or 'nothing'},"
+                    f" expected {describe_type(hint)}. Change the value."
                 )
         for name, usage in self._positional.items():
-            count = len(loose) if "..." in usage else 1
-            if taken := loose[:count]:
-                values[self._kind][name] = tuple(taken) if "..." in usage else taken[0]
-            loose = loose[count:]
+            several = "..." in usage
+            taken, loose = (loose, []) if several else (loose[:1], loose[1:])
+            if taken:
+                values[name] = tuple(taken) if several else taken[0]
         if loose:
-            usage = " ".join(self._positional.values()) or "flags alone, --NAME VALUE"
             self._mistakes.append(
-                f"{self._command}: unexpected argument; got {' '.join(loose)!r}, expected {usage}. "
-                "Leave it out, or name the flag before it."
+                f"{self._command}: unexpected argument; got {' '.join(loose)!r}, expected "
+                f"{self._usage or 'flags alone, --NAME VALUE'}. Leave it out, or name the flag "
+                "before it."
             )
         return values
 
-    def _known(self, like: str) -> dict[str, _Flag]:
-        """All flags by name; an entry of a dict has the name that it has in `like`."""
-        known = {}
-        if self._recipe is not None:
-            names = field_names(Run, like=like).items()
-            known = {name: _Flag(Run, name, hint) for name, hint in names if name != "name"}
-        for name, hint in field_names(self._kind, like=like).items():
-            if name not in self._positional:
-                known[name] = _Flag(self._kind, name, hint)
-        return known
+    def _known(self, like: str) -> dict[str, tuple[str, Any]]:
+        """Name and type of each flag, by its name with underscores.
 
-    def _flag(self, typed: str) -> _Flag | None:
-        known = {name.replace("-", "_"): flag for name, flag in self._known(typed).items()}
-        name = typed.replace("-", "_")
-        if name in known:
-            return known[name]
-        section, dot, switch = name.rpartition(".")
-        flag = known.get(f"{section}{dot}{switch.removeprefix('no_')}")
-        return flag._replace(off=True) if flag is not None and flag.type is bool else None
+        Args:
+            like: A flag as it was given; the entry of a dict has the name that it has there.
+        """
+        names = field_names(Run, like=like) if self._recipe is not None else {}
+        names.pop("name", None)
+        names |= field_names(self._kind, like=like)
+        return {
+            name.replace("-", "_"): (name, hint)
+            for name, hint in names.items()
+            if name not in self._positional
+        }
 
     def _nearest(self, typed: str) -> str:
-        known = self._known(typed)
-        if "." not in typed:  # A field without its section.
-            whole = [name for name in known if name.split(".")[-1] == typed]
-            if whole:
-                return f"nearest: {', '.join(whole[:3])}"
+        known = [name for name, _ in self._known(typed).values()]
+        # A field without its section.
+        whole = [name for name in known if name.split(".")[-1] == typed]
         # A near miss stands alone; names that are further off come by the wider search.
-        close = get_close_matches(typed, known, n=2, cutoff=0.85)
+        close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
         return f"nearest: {', '.join(close)}" if close else nearest(typed, known)
 
     def _accepted(
@@ -282,20 +268,17 @@ class _Parser(Generic[Own]):
             except ConfigError as error:
                 self._mistakes.append(str(error))
                 # Messages begin with the field.
-                name = str(error).partition(":")[0].lstrip("-")
-                if name not in values:
+                if values.pop(str(error).partition(":")[0].lstrip("-"), None) is None:
                     return None
-                del values[name]
 
     def _missing(self, name: str) -> str:
+        see = f"See {_program(self._command)} --help."
         if name in self._positional:
-            usage = " ".join(self._positional.values())
-            return (
-                f"{self._command}: {self._positional[name]} is missing; expected {usage}. See "
-                f"{_program(self._command)} --help."
-            )
-        expected = describe_type(field_names(self._kind)[name])
-        return f"--{name}: not given; got nothing, expected {expected}. Set it."
+            metavar = self._positional[name]
+            return f"{self._command}: {metavar} is missing; expected {self._usage}. {see}"
+        return (
+            f"--{name}: not given; expected {describe_type(field_names(self._kind)[name])}. {see}"
+        )
 
     def _print_help(self, base: Run | None) -> None:
         import tyro
@@ -343,42 +326,30 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
     yield name, texts, joined
 
 
-def _count(flag: _Flag, texts: list[str]) -> int:
-    """How many of the texts after a flag are its value."""
-    if flag.off or flag.type is bool:
-        return int(not flag.off and texts[:1] in (["True"], ["False"]))
-    size = _spec(flag.type).nargs
-    if size != "*":
-        return min(int(size), len(texts))
+def _count(hint: Any, texts: list[str]) -> int:
+    """How many of the texts after a flag are its value: as many as its type takes."""
     for count in range(len(texts), 0, -1):
-        try:
-            _value(flag, texts[:count])
+        with suppress(ValueError):
+            _value(hint, texts[:count])
             return count
-        except ValueError:
-            continue
-    return min(1, len(texts))
+    return 0 if hint is bool else min(1, len(texts))
 
 
-def _value(flag: _Flag, texts: list[str]) -> Any:
-    """The value of a flag.
+def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
+    """The value of a flag; `off` if it is a switch that was given as --no_NAME.
 
     Raises: ValueError: if the texts are not of its type.
     """
-    if flag.type is bool and not texts:
-        return not flag.off
-    spec = _spec(flag.type)
-    if flag.off or spec.nargs not in ("*", len(texts)):
-        raise ValueError
-    if flag.type is bool and texts[0] not in ("True", "False"):
-        raise ValueError  # tyro takes all but "True" for False.
-    return spec.instance_from_str(texts)
-
-
-def _spec(hint: Any) -> Any:
-    """tyro's knowledge of a type."""
     from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
-    return ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
+    if hint is bool and not texts:
+        return not off
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
+    if off or spec.nargs not in ("*", len(texts)):
+        raise ValueError
+    if hint is bool and texts[0] not in ("True", "False"):
+        raise ValueError  # tyro takes all but "True" for False.
+    return spec.instance_from_str(texts)
 
 
 def _required(kind: type, prefix: str = "") -> Iterator[str]:

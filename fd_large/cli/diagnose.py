@@ -45,8 +45,8 @@ class Diagnose:
     out: str = "diagnosis"
 
     def __post_init__(self) -> None:
-        at_least("images", self.images, 1, "images")
-        at_least("batch_size", self.batch_size, 1, "images")
+        at_least("--images", self.images, 1, "images")
+        at_least("--batch_size", self.batch_size, 1, "images")
 
 
 def main(arguments: list[str]) -> int:

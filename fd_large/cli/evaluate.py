@@ -89,14 +89,14 @@ class Evaluate:
     json: str = ""
 
     def __post_init__(self) -> None:
-        at_least("seeds", self.seeds, 1, "repetitions")
-        at_least("k", self.k, 1, "neighbours")
-        at_least("batch_size", self.batch_size, 1, "images")
-        at_least("probe_epochs", self.probe_epochs, 1, "epochs")
-        positive("temperature", self.temperature)
+        at_least("--seeds", self.seeds, 1, "repetitions")
+        at_least("--k", self.k, 1, "neighbours")
+        at_least("--batch_size", self.batch_size, 1, "images")
+        at_least("--probe_epochs", self.probe_epochs, 1, "epochs")
+        positive("--temperature", self.temperature)
         require(
             bool(self.probe_rates) and min(self.probe_rates) > 0,
-            "probe_rates: invalid learning rates",
+            "--probe_rates: invalid learning rates",
             self.probe_rates,
             "numbers above 0",
         )

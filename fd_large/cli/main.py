@@ -17,18 +17,18 @@ from fd_large.launch import find_rank
 from fd_large.runtime import terminal
 
 COMMANDS = {
-    "train": "Train a recipe; `deepspeed fd_large/train.py` does it on many processes.",
-    "recipes": "List the runs of record: what they need, how long they take, what to expect.",
-    "plan": "Say whether a recipe fits a cluster, how fast it is and how long it takes.",
-    "report": "Draw a run's curves and say what came out, from the files in its folder.",
-    "checkpoint": "List, verify, prune, export or import the checkpoints of a run.",
-    "weights": "Say what a weights file holds, or convert it to another format.",
-    "export": "Write a run's student where timm or Hugging Face load it, with a model card.",
-    "doctor": "Say what a run finds on this machine, or on all nodes, and what to fix.",
-    "replay": "Run a step that the guard refused again, on one device.",
-    "predict": "Draw what a run's detector sees in images, and write it as JSON.",
-    "evaluate": "Measure models on labelled images: k-NN, linear probe, fine-tuning, detection.",
-    "diagnose": "Show what models attend to, how flat their loss is, how alike their layers are.",
+    "train": "Train a recipe.",
+    "recipes": "List the recipes: what each needs, how long it takes, what to expect.",
+    "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
+    "report": "Draw a run's curves and say what came out.",
+    "checkpoint": "List, verify, prune, export or import a run's checkpoints.",
+    "weights": "Inspect a file of weights, or convert it to another format.",
+    "export": "Write a run's student for timm or Hugging Face.",
+    "doctor": "Say what a run finds on this machine, and what to fix.",
+    "replay": "Run a step again that the guard refused.",
+    "predict": "Draw what a run's detector sees in images.",
+    "evaluate": "Measure models on labelled images.",
+    "diagnose": "Show attention, loss landscape and similar layers of models.",
 }
 
 # A launcher ends all ranks when the first one exits: the silent ones let rank 0 speak before.
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rank and not HELP.isdisjoint(arguments):
         return 0  # Rank 0 prints the help.
     try:
-        command, rest = choose(arguments, COMMANDS)
+        command, rest = choose(arguments, COMMANDS, note="docs/quickstart.md is where to begin.")
         return import_module(f"fd_large.cli.{command}").main(rest)
     except HelpShown:
         return 0

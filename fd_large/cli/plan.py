@@ -66,15 +66,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         rates_of(self.gpu)
-        at_least("gpus", self.gpus, 1, "ranks")
-        at_least("gpus_per_node", self.gpus_per_node, 1, "ranks")
-        at_least("nics_per_node", self.nics_per_node, 0, "network cards")
-        at_least("images", self.images, 1, "images")
-        at_least("rows", self.rows, 1, "settings")
-        positive("network", self.network)
+        at_least("--gpus", self.gpus, 1, "ranks")
+        at_least("--gpus_per_node", self.gpus_per_node, 1, "ranks")
+        at_least("--nics_per_node", self.nics_per_node, 0, "network cards")
+        at_least("--images", self.images, 1, "images")
+        at_least("--rows", self.rows, 1, "settings")
+        positive("--network", self.network)
         require(
             self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0,
-            "gpus: nodes of unequal size",
+            "--gpus: nodes of unequal size",
             f"{self.gpus} in nodes of {self.gpus_per_node}",
             "a multiple",
             "Set --gpus_per_node",

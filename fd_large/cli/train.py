@@ -32,7 +32,7 @@ class Train:
     profile: int = 0
 
     def __post_init__(self) -> None:
-        at_least("profile", self.profile, 0, "steps")
+        at_least("--profile", self.profile, 0, "steps")
 
 
 def main(arguments: list[str]) -> int:

@@ -144,7 +144,7 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
 def require(ok: bool, what: str, got: Any, expected: str, remedy: str = "") -> None:
     """Raises ConfigError("WHAT; got GOT, expected EXPECTED. REMEDY.") unless ok."""
     if not ok:
-        remedy = remedy or f"Change --{what.partition(':')[0]}"
+        remedy = remedy or f"Change --{what.partition(':')[0].removeprefix('--')}"
         raise ConfigError(f"{what}; got {got}, expected {expected}. {remedy}.")
 
 

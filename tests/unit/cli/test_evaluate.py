@@ -45,7 +45,7 @@ def pictures(tmp_path):
     ("words", "found"),
     [
         (["--task", "knn"], ["MODEL is missing"]),
-        (["x", "--k", "0"], ["k:", "got 0"]),
+        (["x", "--k", "0"], ["--k:", "got 0"]),
         (["x", "--sead", "3"], ["--sead", "nearest: seeds"]),
         (["x", "--task", "cnn"], ["--task", "got cnn"]),
         (["x", "--detections", "a.json"], ["MODEL: not used by --detections"]),

@@ -130,7 +130,7 @@ def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
         ("--engine.precision=fp16", ["got fp16, expected one of auto, float32, bfloat16"]),
         ("--guard.enabled maybe", ["--guard.enabled", "got maybe"]),
         ("--runtime.seed -1", ["runtime.seed"]),
-        ("--profile -1", ["profile", "got -1"]),
+        ("--profile -1", ["--profile:", "got -1"]),
         ("--student.drop_path_rate 1.5", ["student.drop_path_rate"]),
     ],
 )
