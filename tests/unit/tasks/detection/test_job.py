@@ -1,4 +1,4 @@
-"""Detection as a job: the user's mistakes that end before anything heavy."""
+"""Detection as a job: mistakes that end before anything heavy, its batches, its stored student."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from coco import CATEGORIES
 from detection_batches import narrow_run
 from detection_twin import pictures
+from stored_run import store_tensors
 
+from fd_large.backbones.registry import build
+from fd_large.cli.export import export
 from fd_large.data.sampler import Portion
+from fd_large.engine.checkpoint_models import sources_of
+from fd_large.engine.student import student_weights
+from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.jobs import job_of
 
-ANNOTATIONS = "annotations/instances_val2017.json"
+SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
+
+ANNOTATIONS = "annotations/instances_{}2017.json"
 
 
 def run_of(root, **sections):
@@ -33,10 +44,11 @@ def check(run) -> DetectionJob:
     return job
 
 
-def edit(root, change) -> None:
-    content = json.loads((root / ANNOTATIONS).read_text())
+def edit(root, change, split: str = "val") -> None:
+    path = root / ANNOTATIONS.format(split)
+    content = json.loads(path.read_text())
     change(content)
-    (root / ANNOTATIONS).write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
 
 
 def test_a_whole_data_set_is_fine(tmp_path):
@@ -68,7 +80,7 @@ def test_other_classes_in_the_test_are_refused(tmp_path):
 
 def test_no_split_for_tests_names_the_field_for_another(tmp_path):
     root = pictures(tmp_path)
-    (root / ANNOTATIONS).unlink()
+    (root / ANNOTATIONS.format("val")).unlink()
     with pytest.raises(DataError, match=r"split 'val'.*Set --eval\.root"):
         check(run_of(root))
     other = pictures(tmp_path / "other")
@@ -119,11 +131,7 @@ def test_whole_pictures_of_one_orientation_in_a_batch(tmp_path):
 def test_a_set_of_boxes_alone_is_learnt_from(tmp_path):
     root = pictures(tmp_path)
     for split in ("train", "val"):
-        path = root / f"annotations/instances_{split}2017.json"
-        content = json.loads(path.read_text())
-        for one in content["annotations"]:
-            del one["segmentation"]
-        path.write_text(json.dumps(content))
+        edit(root, lambda c: [one.pop("segmentation") for one in c["annotations"]], split)
     run = run_of(root, data={"workers": 0})
     job = DetectionJob(run)
     samples = job.open_samples()
@@ -133,3 +141,36 @@ def test_a_set_of_boxes_alone_is_learnt_from(tmp_path):
     loss, terms = task(**task.prepare(batch.images, batch.targets, None))
     loss.backward()
     assert terms["mask"] == 0 < terms["box"] + terms["rpn_box"]
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT])
+def test_a_detector_goes_on_from_a_detector(name, tmp_path):
+    run = narrow_run(name)
+    # A ViT's positions stay those of its distillation, whatever the size of the images.
+    run = replace(run, data=replace(run.data, image_size=64))
+    torch.manual_seed(3)
+    first = DetectionJob(run).make_task()
+    tensors = {n: p.detach() for n, p in first.named_parameters()}
+    store_tensors(tmp_path, tensors, ranks=2, recipe=run.to_dict())
+    sources = sources_of(job_of)
+    again = job_of(replace(run, student=replace(run.student, init=str(tmp_path)))).settle(sources)
+    torch.manual_seed(4)
+    second = DetectionJob(again).make_task()
+    weights = student_weights(again.student, sources, without=LEFT_OUT)
+    load_weights(second.student, weights, where="--student.init")
+    for key, parameter in second.student.named_parameters():
+        assert torch.equal(parameter, tensors[f"student.{key}"]), key
+    # Whoever wants the whole model gets a final norm that only normalises, and a class token of 0.
+    net = build(again.student.model, again.student.architecture)
+    weights = sources.open(tmp_path)
+    shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
+    assert weights.shapes() == shapes
+    for key in shapes.keys() & LEFT_OUT.keys():
+        assert (weights.file[key] == LEFT_OUT[key]).all()
+
+
+def test_a_detector_is_not_exported_as_a_distilled_student(tmp_path):
+    recipe = narrow_run(VIT).to_dict()
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ConfigError, match="of the task detection"):
+        export(str(tmp_path), str(tmp_path / "out"), "timm")

@@ -11,18 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fd_large import distributed
 from fd_large.backbones.registry import build
-from fd_large.engine.student import student_weights
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.run import Run
-from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.detection.task import HEADS, Detection, combine
-from fd_large.weights.source import Sources
 
 RECIPES = [name for name in registry.RECIPES if name.startswith("coco_")]
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
@@ -180,16 +176,15 @@ def test_the_student_s_parameters_keep_their_names():
         assert there <= {n for n, _ in plain.named_parameters()}
 
 
-def test_rates_fall_with_depth_in_the_student_alone():
+def test_learning_rates_fall_with_depth_and_norms_and_position_nets_are_not_decayed():
     task = detector()
-    assert task.layer_scale("heads.box.whole.weight", 0.5) == 1.0
-    assert task.layer_scale("pyramid.norm0.weight", 0.5) == 1.0
-    assert task.layer_scale("student.patch_embed.proj.weight", 0.5) == 0.5**6
-    assert task.layer_scale("student.layers.3.blocks.0.norm1.weight", 0.5) == 0.5
-
-
-def test_norms_biases_and_position_nets_are_not_decayed():
-    task = detector()
+    for name, scale in (
+        ("heads.box.whole.weight", 1.0),
+        ("pyramid.norm0.weight", 1.0),
+        ("student.patch_embed.proj.weight", 0.5**6),
+        ("student.layers.3.blocks.0.norm1.weight", 0.5),
+    ):
+        assert task.layer_scale(name, 0.5) == scale
     names = {id(p): name for name, p in task.named_parameters()}
     decayed, free = (
         {names[id(p)] for p in group["params"]} for group in parameter_groups(task, 0.05)
@@ -198,47 +193,33 @@ def test_norms_biases_and_position_nets_are_not_decayed():
     assert {"pyramid.norm0.weight", "student.layers.0.blocks.0.attn.cpb_mlp.0.weight"} <= free
 
 
-def saved_student(run: Run, path) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (SWIN, {}),
+        (SWIN, {"window_size": 6, "pretrained_window_sizes": (4, 4, 4, 2)}),
+        (VIT, {}),
+    ],
+)
+def test_a_distilled_student_is_loaded_as_it_is_for_any_window(name, shape, tmp_path):
+    path, run = tmp_path / "student.pth", narrow_run(name)
     net = build(run.student.model, run.student.architecture, seed=5)
     state = {name: p.detach() + 0.01 for name, p in net.named_parameters()}
     torch.save(state, path)
-    return state
-
-
-@pytest.mark.parametrize("name", [SWIN, VIT])
-def test_a_distilled_student_is_loaded_without_its_head(name, tmp_path):
-    path = tmp_path / "student.pth"
-    run = narrow_run(name)
-    state = saved_student(run, path)
-    run = replace(run, student=replace(run.student, init=str(path)))
-    task = DetectionJob(run).make_task()
-    load_weights(
-        task.student,
-        student_weights(run.student, Sources(), without=LEFT_OUT),
-        where="--student.init",
+    architecture = replace(run.student.architecture, **shape)
+    job = DetectionJob(
+        replace(run, student=replace(run.student, init=str(path), architecture=architecture))
     )
-    for name_, parameter in task.student.named_parameters():
-        assert torch.equal(parameter, state[name_]), name_
-    short = {n: t for n, t in state.items() if not n.endswith("mlp.fc1.bias")}
-    torch.save(short, path)
+    task = job.make_task()
+    load_weights(task.student, job.initial_weights(), where="--student.init")
+    for key, parameter in task.student.named_parameters():
+        assert torch.equal(parameter, state[key]), key
+    if shape:
+        assert [stage.pretrained_window for stage in task.student.layers] == [4, 4, 4, 2]
+        assert torch.isfinite(loss_of(task, batch_of(0, (100, 70), [2, 0]))[0])
+    torch.save({n: t for n, t in state.items() if not n.endswith("mlp.fc1.bias")}, path)
     with pytest.raises(WeightsError, match=r"mlp\.fc1\.bias"):
-        student_weights(run.student, Sources(), without=LEFT_OUT)
-
-
-def test_another_window_takes_the_weights_as_they_are(tmp_path):
-    path = tmp_path / "student.pth"
-    run = narrow_run(SWIN)
-    saved_student(run, path)
-    shape = replace(run.student.architecture, window_size=6, pretrained_window_sizes=(4, 4, 4, 2))
-    run = replace(run, student=replace(run.student, init=str(path), architecture=shape))
-    task = DetectionJob(run).make_task()
-    load_weights(
-        task.student,
-        student_weights(run.student, Sources(), without=LEFT_OUT),
-        where="--student.init",
-    )
-    assert [stage.pretrained_window for stage in task.student.layers] == [4, 4, 4, 2]
-    assert torch.isfinite(loss_of(task, batch_of(0, (100, 70), [2, 0]))[0])
+        DetectionJob(job.run).initial_weights()
 
 
 def test_settings_that_do_not_fit_the_student_are_refused():
