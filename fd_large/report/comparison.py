@@ -52,10 +52,8 @@ def table(summary: dict[str, Any]) -> Table:
 
 def draw_comparison(summary: dict[str, Any], path: Path) -> None:
     """Draws a row for each model: a dot for each seed, their mean as a line, with its number."""
-    from matplotlib.figure import Figure
-
     models = summary["nets"]
-    figure = Figure(figsize=(8.0, 1.6 + 0.5 * len(models)), dpi=style.DPI, layout="constrained")
+    figure = style.new_figure(8.0, 1.6 + 0.5 * len(models))
     axes = figure.subplots()
     values = [value for model in models for value in model["accuracy"]]
     low, high = min(values), max(values)

@@ -52,11 +52,7 @@ def short(label: str) -> str:
 
 
 def _panels(models: list[Model], *, height: float, share: bool) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(max(3.4 * len(models), 4.6) + 0.6, height), dpi=style.DPI, layout="constrained"
-    )
+    figure = style.new_figure(max(3.4 * len(models), 4.6) + 0.6, height)
     axes = figure.subplots(1, len(models), sharey=share, squeeze=False)[0]
     for panel, model in zip(axes, models, strict=True):
         panel.set_title(short(model["label"]), fontsize=style.TITLE_SIZE, loc="left")
@@ -75,7 +71,10 @@ def _by_layer(
     for number, (panel, model) in enumerate(zip(axes, models, strict=True)):
         style.plain_axes(panel)
         if not model["attention"]:
-            _say(panel, NO_ATTENTION)
+            panel.set_xticks([])
+            panel.grid(visible=False)
+            look = {"ha": "center", "va": "center", "color": style.GREY}
+            panel.text(0.5, 0.5, NO_ATTENTION, transform=panel.transAxes, **look)
             continue
         draw(panel, model["attention"], COLOURS[number % len(COLOURS)])
         panel.margins(y=0.08)
@@ -84,21 +83,6 @@ def _by_layer(
         panel.set_xlabel("layer", fontsize=style.TEXT_SIZE)
     axes[0].set_ylabel(label, fontsize=style.TEXT_SIZE)
     return figure
-
-
-def _say(panel: Axes, text: str) -> None:
-    panel.set_xticks([])
-    panel.grid(visible=False)
-    panel.text(
-        0.5,
-        0.5,
-        text,
-        transform=panel.transAxes,
-        ha="center",
-        va="center",
-        fontsize=style.TEXT_SIZE,
-        color=style.GREY,
-    )
 
 
 def _distance(models: list[Model], averages: Any, cka: Any) -> Figure | None:
@@ -138,8 +122,6 @@ def _score(models: list[Model], averages: Any, cka: Any) -> Figure | None:
 
 
 def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) -> Figure | None:
-    from matplotlib.figure import Figure
-
     rows = [
         (model, [n for n in range(len(model["attention"])) if _key(i, n) in averages], i)
         for i, model in enumerate(models)
@@ -148,11 +130,7 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
     if not rows:
         return None
     columns = max(len(layers) for _, layers, _ in rows)
-    figure = Figure(
-        figsize=(max(1.9 * columns, 4.6), 2.35 * len(rows) + 0.2),
-        dpi=style.DPI,
-        layout="constrained",
-    )
+    figure = style.new_figure(max(1.9 * columns, 4.6), 2.35 * len(rows) + 0.2)
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (model, layers, i) in zip(parts, rows, strict=True):
         part.suptitle(short(model["label"]), fontsize=style.TITLE_SIZE, x=0.01, ha="left")
@@ -227,16 +205,13 @@ def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure
     """Draws every pair of models, a model with itself included, below the diagonal."""
     if not cka["matrix"]:
         return None
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     whole = numpy.array([[_nan(v) for v in row] for row in cka["matrix"]])
     ends = numpy.cumsum([0, *(len(names) for names in cka["layers"])])
     count = len(models)
     side = 2.9 if count > 1 else 3.6
-    figure = Figure(
-        figsize=(side * count + 0.9, side * count + 0.4), dpi=style.DPI, layout="constrained"
-    )
+    figure = style.new_figure(side * count + 0.9, side * count + 0.4)
     cells = figure.subplots(count, count, squeeze=False)
     image = None
     for row in range(count):

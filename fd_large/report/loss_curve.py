@@ -23,10 +23,9 @@ def draw_loss_curve(files: RunFiles, path: Path) -> bool:
     counted = numpy.isfinite(files.loss)
     if not counted.any():
         return False
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8.0, 5.0), dpi=style.DPI, layout="constrained")
+    figure = style.new_figure(8.0, 5.0)
     upper, lower = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.04}
     )

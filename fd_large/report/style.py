@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, "Color Universal Design", 2008.
 BLUE = "#0072B2"
@@ -18,6 +19,13 @@ DPI = 150
 TITLE_SIZE = 12
 TEXT_SIZE = 10
 SMALL_SIZE = 9
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Makes an empty figure of so many inches, which lays itself out."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def plain_axes(axes: Axes) -> None:
