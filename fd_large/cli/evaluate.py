@@ -6,7 +6,7 @@ import gc
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import parse_with_recipe
+from fd_large.cli.export import read_recipe
 from fd_large.cli.output import bar, out_folder, tables
-from fd_large.cli.predict import detects
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
+from fd_large.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from fd_large.engine.find_model import NamedModel
@@ -33,6 +34,9 @@ TESTS = {
 }
 # Fields of a recipe that the features of a frozen model depend on.
 FEATURE_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
+# Tasks whose runs are scored as they were trained, and the fields that are then not the run's own.
+SCORERS = [kind.name for kind in TASKS.values() if kind.evaluated_by not in TESTS]
+SCORE_FIELDS = ("data.root", "data.workers", "data.max_pixels")
 # The defaults of these fields, and of those of fine-tuning where no recipe is named.
 RECIPE = "finetune_clip_vit_base"
 
@@ -57,9 +61,9 @@ class Evaluate:
     # Models to measure.
     models: Annotated[tuple[str, ...], Positional, arg(metavar="MODEL [MODEL ...]")] = ()
     # knn: k nearest neighbours of frozen features; linear: a linear probe on them; finetune: the
-    # whole model learns the labels; detection: boxes and masks of one run that detects. auto: that
-    # of the first run's task, else knn.
-    task: Literal["auto", "knn", "linear", "finetune", "detection"] = "auto"
+    # whole model learns the labels; or the task of one run that is scored as it was trained, such
+    # as detection. auto: that of the first run's task, else knn.
+    task: str = "auto"
     # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
     seeds: int = 1
     # Folder for summary.json, the plot, and the runs of fine-tuning.
@@ -89,6 +93,8 @@ class Evaluate:
     json: str = ""
 
     def __post_init__(self) -> None:
+        names = ("auto", *TESTS, *SCORERS)
+        require(self.task in names, "--task: unknown test", self.task, ", ".join(names))
         at_least("--seeds", self.seeds, 1, "repetitions")
         at_least("--k", self.k, 1, "neighbours")
         at_least("--batch_size", self.batch_size, 1, "images")
@@ -113,7 +119,7 @@ def main(arguments: list[str]) -> int:
             "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
             "example runs/quickstart."
         )
-    if own.task == "detection" or (own.task == "auto" and detects(own.models[0])):
+    if own.task in SCORERS or (own.task == "auto" and _task_of(own.models[0]) in SCORERS):
         return _score_run(own, changes)
     from fd_large.engine.find_model import find_model
     from fd_large.tasks.jobs import job_of
@@ -125,7 +131,7 @@ def main(arguments: list[str]) -> int:
     )
     trained_by, task = models[0].trained_by, own.task
     if task == "auto" and trained_by is not None:
-        task = trained_by.task.name
+        task = TASKS[trained_by.task.name].evaluated_by
     if task == "finetune":
         _refuse(own, "finetune", ("models", *TESTS[task]), changes, None)
         return fine_tune(models, own, changes)
@@ -311,22 +317,68 @@ def _score_file(own: Evaluate, changes: Collection[str]) -> int:
             "--detections: scored against --annotations; got one of the two, expected both. Name "
             "both files."
         )
-    from fd_large.cli.score_detections import score_file
+    if own.json and not Path(own.json).resolve().parent.is_dir():
+        raise ConfigError(
+            f"--json: no folder to write into; got {own.json!r}, expected a file in a folder that "
+            "exists. Make the folder, or choose another."
+        )
+    # Without torch.
+    from fd_large.tasks.detection.scores.results import read_results, write_text
+    from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+    from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
 
-    return score_file(own.detections, own.annotations, own.json)
+    scores = score(read_ground_truth(own.annotations), read_results(own.detections))
+    console = tables()
+    console.print(numbers_table(scores))
+    console.print(classes_table(scores))
+    if own.json:
+        write_text(own.json, json.dumps(scores.to_dict(), indent=1) + "\n")
+        console.print(f"written: {own.json}", soft_wrap=True)
+    return 0
+
+
+def _task_of(run: str) -> str:
+    """The task of a run's folder; empty if it is none."""
+    path = Path(run)
+    return read_recipe(path, where="evaluate").task.name if (path / "recipe.json").is_file() else ""
 
 
 def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
-    from fd_large.cli.predict import DETECTION_FIELDS, evaluate_run
-
-    _refuse(own, "a run that detects", ("models",), changes, DETECTION_FIELDS)
+    """Scores one run by its own task; all ranks that were started share the work."""
+    _refuse(own, "a run that is scored by its own task", ("models",), changes, SCORE_FIELDS)
     if len(own.models) > 1:
         raise ConfigError(
-            f"evaluate: one detector at a time; got {' '.join(own.models)}, expected one run. Name "
-            "one."
+            f"evaluate: one run at a time is scored; got {' '.join(own.models)}, expected one. "
+            "Name one."
         )
-    changed = {name.removeprefix("data."): value for name, value in changes.items()}
-    return evaluate_run(own.models[0], changes=changed, out=own.out)
+    path = Path(own.models[0])
+    run = override(read_recipe(path, where="evaluate"), changes)
+    if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
+        run = override(run, {"eval.root": ""})
+    # torch: seconds.
+    from fd_large import distributed
+    from fd_large.checkpoint import stream
+    from fd_large.runtime import logs
+    from fd_large.tasks.jobs import job_of
+
+    launch = distributed.start()
+    logs.start(launch.rank)
+    reader = distributed.together(lambda: stream.newest(path, where="evaluate"))
+    folder, share = out_folder(own.out), 0.0
+    with bar(1) if distributed.is_main() else nullcontext(lambda text, done: None) as advance:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal share
+            advance(run.task.name, done / max(1, total) - share)
+            share = done / max(1, total)
+
+        scores = job_of(run).score_stored(reader, folder, progress)
+    console = tables()
+    for table in scores.tables:
+        console.print(table)
+    for file in scores.files:
+        console.print(str(file), soft_wrap=True)
+    return distributed.leave(0)
 
 
 def _student_fields(changes: Collection[str], *, single: bool) -> list[str]:

@@ -17,22 +17,24 @@ if TYPE_CHECKING:
 # A pipe has no width of its own; names in tables are long.
 PIPE_WIDTH = 120
 
-Told = Callable[[str, int], None]
-"""(what is being done, how much of the whole that was)."""
+Advance = Callable[[str, float], None]
+"""(what is being done, how much of the whole is newly done)."""
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Told]:
-    """Yields what finished work is told to: a bar on a terminal, a line for each text elsewhere.
+def bar(total: int) -> Iterator[Advance]:
+    """Shows progress: a bar on a terminal, a line for each text elsewhere.
 
     Args:
-        total: All that will be told.
+        total: The whole work.
+
+    Yields: a function to which finished work is reported.
     """
     console = terminal.console()
     if not console.is_terminal or console.is_dumb_terminal:
         said: set[str] = set()
 
-        def line(text: str, done: int) -> None:
+        def line(text: str, done: float) -> None:
             if text not in said:
                 said.add(text)
                 console.print(text, soft_wrap=True)

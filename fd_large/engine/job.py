@@ -6,14 +6,16 @@ The engine builds, trains, stores and resumes any task through this face and kno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
@@ -55,6 +57,34 @@ class FrozenPart(NamedTuple):
 
     section: FrozenModel
     image_size: int
+
+
+class StoredScores(NamedTuple):
+    """What came out of scoring a stored run.
+
+    Attributes:
+        tables: Tables for the terminal.
+        files: Files that were written.
+    """
+
+    tables: Sequence[Any]
+    files: Sequence[Path]
+
+
+class Predicted(NamedTuple):
+    """What a stored run sees in an image.
+
+    Attributes:
+        path: The image file.
+        text: What was seen, in a few words.
+        drawn: The drawn image; None if it could not be read.
+        problem: Why the image could not be read; empty: it was.
+    """
+
+    path: str
+    text: str = ""
+    drawn: Path | None = None
+    problem: str = ""
 
 
 class Job:
@@ -230,6 +260,42 @@ class Job:
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the models that the run uses and does not train, by name (as in RUN#name)."""
         return {}
+
+    def score_stored(
+        self, reader: Reader, folder: Path, progress: Callable[[int, int], None]
+    ) -> StoredScores:
+        """Scores the model of a stored run on its test images; a collective.
+
+        Args:
+            reader: A checkpoint of the run.
+            folder: For results; it exists, and all ranks see it.
+            progress: Called with (batches done, batches in all).
+
+        Returns: tables and files, on rank 0.
+        Raises: ConfigError: if the task does not score stored runs.
+        """
+        raise ConfigError(
+            f"evaluate: the task {self.run.task.name} does not score a run by itself; got "
+            f"{self.run.name}, expected a run of a task that does. Set --task knn."
+        )
+
+    def predict(
+        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
+    ) -> Iterator[Predicted]:
+        """Draws what the model of a stored run sees in images, and writes predictions.json.
+
+        Args:
+            reader: A checkpoint of the run.
+            images: Paths of image files.
+            folder: For results; it exists.
+            least_score: Least score of what is drawn and written.
+
+        Raises: ConfigError: if the task predicts nothing that can be drawn.
+        """
+        raise ConfigError(
+            f"predict: the task {self.run.task.name} draws nothing; got {self.run.name}, expected "
+            "a run that detects. Train one: --recipe coco_mask_rcnn_swinv2_tiny --student.init RUN."
+        )
 
     def in_one_process(self) -> Run:
         """Returns the recipe for a single process: no model is sharded."""

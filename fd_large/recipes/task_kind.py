@@ -16,6 +16,8 @@ class TaskKind:
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that no other task uses.
         loss: Name of its training loss on axes and in tables.
+        evaluated_by: The test that `evaluate RUN` makes unless another is named: knn, linear or
+            finetune; the task's own name if its job scores a stored run (`Job.score_stored`).
     """
 
     name: str
@@ -24,3 +26,4 @@ class TaskKind:
     section: type | None = None
     sections: tuple[str, ...] = ()
     loss: str
+    evaluated_by: str = "knn"

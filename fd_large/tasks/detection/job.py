@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
-from fd_large.engine.job import Job, StoredStudent, trained_at
+from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, Shorte
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+from fd_large.tasks.detection.stored import detector, predict_images, score_stored
 from fd_large.tasks.detection.task import Detection
 
 # Only a few of COCO's images have more objects.
@@ -181,6 +183,41 @@ class DetectionJob(Job):
     def facts(self) -> Mapping[str, Any]:
         """Returns the name of each class by its number in the annotations."""
         return {"categories": {str(number): name for number, name in self._categories.items()}}
+
+    def score_stored(
+        self, reader: Reader, folder: Path, progress: Callable[[int, int], None]
+    ) -> StoredScores:
+        """COCO's numbers on the val split of `eval.root` or `data.root`."""
+        run, micro = self.run, self.run.batch.micro_batch_size
+        classes = tuple(reader.manifest["categories"].values())
+        images = distributed.together(lambda: self.test_images(classes))
+        detect = distributed.together(
+            lambda: detector(self.make_task, reader, precision=run.engine.precision)
+        )
+        return score_stored(
+            detect,
+            images,
+            folder,
+            test_size=test_size(run),
+            batch_size=1 if micro == "auto" else micro,
+            workers=run.data.workers,
+            max_pixels=run.data.max_pixels,
+            progress=progress,
+        )
+
+    def predict(
+        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
+    ) -> Iterator[Predicted]:
+        """Boxes and masks of objects."""
+        return predict_images(
+            detector(self.make_task, reader, precision=self.run.engine.precision),
+            images,
+            folder,
+            class_names=tuple(reader.manifest["categories"].values()),
+            test_size=test_size(self.run),
+            max_pixels=self.run.data.max_pixels,
+            least_score=least_score,
+        )
 
     @property
     def folder(self) -> Path:

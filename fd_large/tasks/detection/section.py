@@ -87,4 +87,5 @@ KIND = TaskKind(
     job="DetectionJob",
     section=Detection,
     loss="sum of five losses",
+    evaluated_by="detection",
 )

@@ -62,4 +62,5 @@ KIND = TaskKind(
     job="FineTuningJob",
     section=FineTune,
     loss="cross-entropy",
+    evaluated_by="finetune",
 )

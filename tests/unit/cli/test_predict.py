@@ -69,7 +69,7 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(run, coco, tmp_path, ca
         (["predict", "RUN", "nowhere.jpg"], "nowhere.jpg"),
         (["predict", "nowhere", "a.jpg"], "nowhere"),
         (["evaluate", "nowhere", "--task", "detection"], "nowhere"),
-        (["evaluate", "RUN", "RUN"], "one detector at a time"),
+        (["evaluate", "RUN", "RUN"], "one run at a time"),
         (["evaluate", "RUN", "--k", "3"], "--k"),
         (["evaluate", "RUN", "--data.image_size", "32"], "--data.image_size"),
         (["evaluate", "RUN", "--data.root", "nowhere"], "data.root"),

@@ -7,8 +7,7 @@ import sys
 import pytest
 from coco import unpack_coco_tiny
 
-from fd_large.cli.score_detections import score_file
-from fd_large.errors import ConfigError, DataError
+from fd_large.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +18,10 @@ def eval_folder(tmp_path_factory):
 def test_a_file_is_scored_shown_and_written_without_torch(eval_folder, tmp_path):
     program = (
         "import sys\n"
-        "from fd_large.cli.score_detections import score_file\n"
-        "code = score_file(*sys.argv[1:])\n"
+        "from fd_large.cli.main import main\n"
+        "names = ('--detections', '--annotations', '--json')\n"
+        "pairs = zip(names, sys.argv[1:], strict=True)\n"
+        "code = main(['evaluate', *(word for pair in pairs for word in pair)])\n"
         "assert not {'torch', 'torchvision', 'matplotlib'} & sys.modules.keys()\n"
         "sys.exit(code)\n"
     )
@@ -44,9 +45,10 @@ def test_a_file_is_scored_shown_and_written_without_torch(eval_folder, tmp_path)
     assert len(written["mask"]["precision_at_recall_0_to_1"]["0.5"]) == 101
 
 
-def test_mistakes_are_told_before_the_work(eval_folder, tmp_path):
-    results, truth = "fakebbox100_results.json", "instances_val2014_100.json"
-    with pytest.raises(ConfigError, match="--json: no folder"):
-        score_file(str(eval_folder / results), str(eval_folder / truth), str(tmp_path / "a" / "b"))
-    with pytest.raises(DataError, match="annotations"):
-        score_file(str(eval_folder / results), str(eval_folder / results), "")
+def test_mistakes_are_reported_before_the_work(eval_folder, tmp_path, capsys):
+    results = str(eval_folder / "fakebbox100_results.json")
+    truth = str(eval_folder / "instances_val2014_100.json")
+    missing = ["--annotations", truth, "--json", str(tmp_path / "a" / "b")]
+    for more, found in ((missing, "--json"), (["--annotations", results], "annotations")):
+        assert main(["evaluate", "--detections", results, *more]) == 2
+        assert found in capsys.readouterr().err

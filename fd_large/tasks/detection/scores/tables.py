@@ -1,14 +1,10 @@
-"""`python -m fd_large evaluate --detections FILE --annotations FILE --json OUT`: no torch."""
+"""COCO's numbers as tables for the terminal; no torch."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fd_large.errors import ConfigError
-from fd_large.tasks.detection.scores.results import read_results, write_text
-from fd_large.tasks.detection.scores.scoring import NUMBERS, Scores, read_ground_truth, score
+from fd_large.tasks.detection.scores.scoring import NUMBERS, Scores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,33 +25,6 @@ MEANINGS = {
     "ARm": "recall from there to 96 x 96",
     "ARl": "recall above",
 }
-
-
-def score_file(detections: str, annotations: str, json_out: str) -> int:
-    """Scores a results file, shows the twelve COCO numbers and the classes, writes JSON.
-
-    Args:
-        detections: Path of a file in COCO's results format.
-        annotations: Path of the ground truth's JSON.
-        json_out: Path to write to; empty: nothing is written.
-
-    Raises: DataError or ConfigError: for files that cannot be used.
-    """
-    if json_out and not Path(json_out).resolve().parent.is_dir():
-        raise ConfigError(
-            f"--json: no folder to write into; got {json_out!r}, expected a file in a folder that "
-            "is there. Make the folder, or choose another."
-        )
-    scores = score(read_ground_truth(annotations), read_results(detections))
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(numbers_table(scores))
-    console.print(classes_table(scores))
-    if json_out:
-        write_text(json_out, json.dumps(scores.to_dict(), indent=1) + "\n")
-        console.print(f"written: {json_out}", soft_wrap=True)
-    return 0
 
 
 def numbers_table(scores: Scores) -> Table:
