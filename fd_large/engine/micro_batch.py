@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,21 +37,8 @@ class OutOfMemory(FDError):
     rank_local = True
 
 
-class Memory(Protocol):
-    """Peak and capacity of one rank's memory, in bytes."""
-
-    def reset(self) -> None:
-        """Starts a new peak."""
-
-    def peak(self) -> int:
-        """Returns the most that was held since `reset`."""
-
-    def capacity(self) -> int:
-        """Returns the most that this rank could hold."""
-
-
 class GpuMemory:
-    """The memory of torch's allocator on this rank's GPU."""
+    """The memory of torch's allocator on this rank's GPU, in bytes."""
 
     def reset(self) -> None:
         """Starts a new peak."""
@@ -70,7 +57,7 @@ class GpuMemory:
 
 
 class HostMemory:
-    """The resident memory of a CPU rank's process (Linux)."""
+    """The resident memory of a CPU rank's process, in bytes (Linux)."""
 
     def reset(self) -> None:
         """Starts a new peak; writing 5 to clear_refs resets VmHWM."""
@@ -96,7 +83,9 @@ def candidates(share: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def largest_that_fits(share: int, phases: Sequence[Callable[[int], None]], memory: Memory) -> int:
+def largest_that_fits(
+    share: int, phases: Sequence[Callable[[int], None]], memory: GpuMemory | HostMemory
+) -> int:
     """Climbs through the candidates; all ranks return the same size.
 
     Args:

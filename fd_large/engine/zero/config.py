@@ -42,18 +42,8 @@ _OBJECT: Kind = ("an object", lambda value: isinstance(value, dict))
 
 # The closed lists. A key of DeepSpeed that is not here either belongs to the recipe or has no
 # effect on this engine, and is refused.
-_OFFLOAD_OPTIMIZER = {
-    "device": _DEVICE,
-    "pin_memory": _BOOL,
-    "buffer_count": _COUNT,
-}
-_OFFLOAD_PARAM = {
-    "device": _DEVICE,
-    "pin_memory": _BOOL,
-    "buffer_count": _COUNT,
-    "buffer_size": _COUNT,
-    "max_in_cpu": _COUNT,
-}
+_OFFLOAD_OPTIMIZER = {"device": _DEVICE, "pin_memory": _BOOL, "buffer_count": _COUNT}
+_OFFLOAD_PARAM = {**_OFFLOAD_OPTIMIZER, "buffer_size": _COUNT, "max_in_cpu": _COUNT}
 _STAGE3_KEYS = {
     "stage3_prefetch_bucket_size": _COUNT,
     "stage3_param_persistence_threshold": _COUNT,
@@ -91,14 +81,6 @@ _BLOCKS: dict[str, dict[str, Kind]] = {
         "prof_ops": _LIST,
         "debug": _BOOL,
     },
-    "activation_checkpointing": {
-        "partition_activations": _BOOL,
-        "cpu_checkpointing": _BOOL,
-        "contiguous_memory_optimization": _BOOL,
-        "number_checkpoints": _COUNT,
-        "synchronize_checkpoint_boundary": _BOOL,
-        "profile": _BOOL,
-    },
 }
 _TOP: dict[str, Kind] = {
     "train_batch_size": _POSITIVE,
@@ -111,6 +93,7 @@ _TOP: dict[str, Kind] = {
     "memory_breakdown": _BOOL,
     "zero_allow_untested_optimizer": _BOOL,
     "zero_force_ds_cpu_optimizer": _BOOL,
+    "activation_checkpointing": _OBJECT,
     **dict.fromkeys(_BLOCKS, _OBJECT),
 }
 _OWNED_ELSEWHERE = {
@@ -205,15 +188,14 @@ def check_keys(config: Any, *, where: str) -> None:
                 f"key. {_OWNED_ELSEWHERE[key]}."
             )
     _known(config, _TOP, where, "")
+    _mapping(config.get("activation_checkpointing", {}), where, "activation_checkpointing")
     for block, keys in _BLOCKS.items():
         if block in config:
             _mapping(config[block], where, block)
             _known(config[block], keys, where, f"{block}.")
     zero = config.get("zero_optimization", {})
-    for name, keys in (
-        ("offload_optimizer", _OFFLOAD_OPTIMIZER),
-        ("offload_param", _OFFLOAD_PARAM),
-    ):
+    offload = {"offload_optimizer": _OFFLOAD_OPTIMIZER, "offload_param": _OFFLOAD_PARAM}
+    for name, keys in offload.items():
         if name in zero:
             _mapping(zero[name], where, f"zero_optimization.{name}")
             _known(zero[name], keys, where, f"zero_optimization.{name}.")
@@ -244,14 +226,10 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
             "is 3.9e-2 off); got stage 0 and bfloat16, expected stage 1. Use "
             "ds_configs/zero1.json, or --engine.precision float32."
         )
-    _owned(
-        filled,
-        "train_micro_batch_size_per_gpu",
-        numbers.micro_batch_size,
-        "--batch.micro_batch_size",
-    )
-    _owned(filled, "gradient_accumulation_steps", numbers.accumulation, "--batch.global_batch_size")
-    global_batch = numbers.micro_batch_size * numbers.accumulation * numbers.world_size
+    size, accumulation = numbers.micro_batch_size, numbers.accumulation
+    global_batch = size * accumulation * numbers.world_size
+    _owned(filled, "train_micro_batch_size_per_gpu", size, "--batch.micro_batch_size")
+    _owned(filled, "gradient_accumulation_steps", accumulation, "--batch.global_batch_size")
     _owned(filled, "train_batch_size", global_batch, "--batch.global_batch_size")
     _owned(filled, "gradient_clipping", float(numbers.clip_norm), "--optim.clip_norm")
     bf16 = filled.setdefault("bf16", {})
@@ -259,17 +237,17 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
     if numbers.bfloat16:
         # Gradients of micro batches are summed in float32 whatever the parameters are.
         types = filled.setdefault("data_types", {})
-        _owned(
-            types,
-            "grad_accum_dtype",
-            "fp32",
-            "fixed: gradients are summed in float32",
-            prefix="data_types.",
-        )
+        why = "fixed: gradients are summed in float32"
+        _owned(types, "grad_accum_dtype", "fp32", why, prefix="data_types.")
     else:
         filled.pop("data_types", None)
-    if "activation_checkpointing" in filled:
-        _refuse_activation_checkpointing(filled.pop("activation_checkpointing"))
+    block = filled.pop("activation_checkpointing", {})
+    if asked := sorted(key for key, value in block.items() if value not in (False, None)):
+        raise ConfigError(
+            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
+            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
+            "--student.activation_checkpointing every (or offload)."
+        )
     _fill_zero(filled, stage, numbers)
     if numbers.world_size == 1 and not numbers.bfloat16 and stage in (1, 2):
         if not offloads(filled, "offload_optimizer"):
@@ -309,16 +287,6 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
             f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
-        )
-
-
-def _refuse_activation_checkpointing(block: dict[str, Any]) -> None:
-    asked = sorted(key for key, value in block.items() if value not in (False, None))
-    if asked:
-        raise ConfigError(
-            "activation_checkpointing: DeepSpeed reads this block only in its own wrapper, which "
-            f"this engine does not use; got {', '.join(asked)}, expected none. Set "
-            "--student.activation_checkpointing every (or offload)."
         )
 
 

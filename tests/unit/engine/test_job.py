@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -25,3 +26,26 @@ def test_every_recipe_has_a_job_of_its_task(name):
     run = registry.get(name)
     names = {"distillation": "DistillationJob", "finetune": "FineTuningJob"}
     assert type(job_of(run)).__name__ == names.get(run.task.name, "DetectionJob")
+
+
+VALUES = {
+    "data.color_jitter": 0.4,
+    "data.grayscale_probability": 0.2,
+    "data.min_crop_scale": 0.5,
+    "eval.views": 8,
+    "eval.knn_root": "somewhere",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["coco_mask_rcnn_swinv2_tiny", "finetune_clip_vit_base", "fd_swinv2g"]
+)
+def test_a_field_that_a_task_ignores_is_refused(name):
+    run = registry.get(name)
+    ignored = type(job_of(run)).ignored_fields
+    assert bool(ignored) == (run.task.name != "distillation")
+    for where in VALUES.keys() & set(ignored):
+        section, _, field = where.partition(".")
+        changed = replace(getattr(run, section), **{field: VALUES[where]})
+        with pytest.raises(ConfigError, match=rf"{re.escape(where)}: {run.task.name} ignores"):
+            job_of(replace(run, **{section: changed})).check()

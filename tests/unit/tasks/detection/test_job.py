@@ -56,20 +56,6 @@ def test_a_whole_data_set_is_fine(tmp_path):
     assert job.facts() == {"categories": {"3": "cat", "7": "dog", "90": "brush"}}
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "value"),
-    [
-        ("data", "color_jitter", 0.4),
-        ("data", "min_crop_scale", 0.5),
-        ("eval", "knn_root", "somewhere"),
-        ("eval", "views", 8),
-    ],
-)
-def test_a_field_without_a_meaning_here_is_refused(tmp_path, section, field, value):
-    with pytest.raises(ConfigError, match=rf"{section}\.{field}: "):
-        check(run_of(pictures(tmp_path), **{section: {field: value}}))
-
-
 def test_other_classes_in_the_test_are_refused(tmp_path):
     root = pictures(tmp_path)
     names = {3: "cat", 7: "brush", 90: "dog"}

@@ -65,22 +65,6 @@ def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
         measured(strict)
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "value"),
-    [
-        ("data", "color_jitter", 0.4),
-        ("data", "grayscale_probability", 0.2),
-        ("eval", "knn_root", "somewhere"),
-        ("eval", "views", 8),
-    ],
-)
-def test_a_field_without_a_meaning_here_is_refused(run, section, field, value):
-    changed = replace(getattr(run, section), **{field: value})
-    job = FineTuningJob(replace(run, **{section: changed}))
-    with pytest.raises(ConfigError, match=rf"{section}\.{field}: "):
-        job.check()
-
-
 def test_one_class_is_refused(run, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "b").rename(tmp_path / f"{split}_b")
