@@ -39,6 +39,11 @@ class Options:
     residual_dtype: Literal["float32", "compute"] = "compute"
     initialization: Initialization = "fd"
 
+    def of_all(self) -> dict[str, Any]:
+        """Returns the options that every backbone here has."""
+        names = ("drop_path_rate", "attention_memory", "residual_dtype", "initialization")
+        return {name: getattr(self, name) for name in names}
+
 
 class Loaded(NamedTuple):
     """A module with its weights, and the image statistics that they were trained with."""

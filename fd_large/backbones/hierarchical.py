@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -24,8 +25,7 @@ SizeRule = Literal["drop", "pad"]
 class HierarchicalBackbone(nn.Module):
     """Images to the map of the last stage; subclasses bring the stages.
 
-    A subclass calls `_embed`, sets `layers` to a ModuleList of stages that know `blocks`, then
-    calls `_finish`, so that parameters stand in the order of the published models.
+    A subclass calls `_build`, which constructs everything in the order of the published models.
 
     Attributes:
         in_two_dtypes: Whether stages take the residual stream as a pair: as it is, and in the
@@ -63,8 +63,9 @@ class HierarchicalBackbone(nn.Module):
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.drop_path_rates = linear_rates(drop_path_rate, sum(depths))
 
-    def _embed(
+    def _build(
         self,
+        stage: Callable[[int], Stage],
         *,
         in_chans: int,
         scheme: Scheme,
@@ -90,8 +91,7 @@ class HierarchicalBackbone(nn.Module):
             rows, columns = self._patch_grid(*_pair(image_size))
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, rows * columns, self.embed_dim))
             fill(self.absolute_pos_embed, scheme.token)
-
-    def _finish(self, norm_eps: float) -> None:
+        self.layers = nn.ModuleList(stage(s) for s in range(len(self.depths)))
         self.norm = LayerNorm(self.width, norm_eps)
 
     def blocks(self) -> list[nn.Module]:
@@ -105,6 +105,30 @@ class HierarchicalBackbone(nn.Module):
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
         """Returns pieces of names of parameters without weight decay."""
         return ("cpb_mlp", "logit_scale", "relative_position_bias_table")
+
+    @property
+    def last_layer(self) -> int:
+        """The deepest layer's id."""
+        return sum(self.depths) + 1
+
+    def layer_id(self, name: str) -> int:
+        """Returns the layer of a parameter, from which learning rates that decay with depth follow.
+
+        The embedding is 0; block b, counted over all stages, is b + 1, and merging goes with the
+        last block before it; the rest (norm, absolute positions, shared position bias) is the last
+        layer.
+
+        Source: the official fine-tuning code, optimizer.py get_swin_layer.
+        """
+        if name.startswith("patch_embed."):
+            return 0
+        found = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+        if found is None:
+            return self.last_layer
+        stage, block = int(found[1]), found[2]
+        if block is None:
+            return sum(self.depths[: stage + 1])
+        return sum(self.depths[:stage]) + int(block) + 1
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
@@ -160,6 +184,11 @@ class HierarchicalBackbone(nn.Module):
             f"Use an image size that fits (square: {', '.join(sizes[:8])}, ...), another window, "
             "or --student.size_rule pad."
         )
+
+    def stages(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Maps images to the map of each stage, (B, H_s, W_s, C_s); see `forward`."""
+        # By a call of the module, for the hooks of ZeRO-3.
+        return self(images, keep, every_stage=True)
 
     def forward(
         self, images: Tensor, keep: Tensor | None = None, *, every_stage: bool = False
@@ -225,6 +254,20 @@ class HierarchicalBackbone(nn.Module):
                 "architecture.image_size to the image's, or resize the positions."
             )
         return self.absolute_pos_embed.view(1, rows, columns, -1)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; `downsample`, which merges patches, runs after them, by the backbone."""
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None):
+        super().__init__()
+        self.blocks, self.downsample = nn.ModuleList(blocks), downsample
+
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Maps (B, H, W, C) to the same shape; scales (2 * depth, B) are drop path's factors."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2])
+        return x
 
 
 class PatchMerging(nn.Module):

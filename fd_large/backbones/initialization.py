@@ -10,6 +10,7 @@ weights of a plain one after the same `torch.manual_seed`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,38 +80,23 @@ class Scheme:
         return self.linear.divided(math.sqrt(divide_squared)) if self.rescale else self.linear
 
 
-_OFFICIAL = Scheme(NORMAL, FAN_IN_UNIFORM, FAN_IN_UNIFORM, NORMAL, NORMAL, False, 0.0)
+# Swin-Transformer's; each family says what it makes of it.
+OFFICIAL = Scheme(NORMAL, FAN_IN_UNIFORM, FAN_IN_UNIFORM, NORMAL, NORMAL, False, 0.0)
 # Zeros: for models whose weights are loaded right away, without the time to draw them.
-_NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
-
-# FD: the Feature-Distillation repository. Official: Swin-Transformer's for Swin and SwinV2, DINO's
-# and DeiT's for ViT. Swin V1 is a teacher only; FD has no scheme of its own for it.
-SCHEMES: dict[str, dict[str, Scheme]] = {
-    "swinv2": {
-        "fd": Scheme(NORMAL, NORMAL, ZEROS, NORMAL, NORMAL, True, 1e-5),
-        "official": _OFFICIAL,
-        "none": _NONE,
-    },
-    "swin": {"fd": _OFFICIAL, "official": _OFFICIAL, "none": _NONE},
-    "vit": {
-        "fd": Scheme(CUT_AT_ONE_SIGMA, CUT_AT_ONE_SIGMA, ZEROS, CUT_AT_ONE_SIGMA, ZEROS, True, 1.0),
-        "official": replace(_OFFICIAL, table=ZEROS, post_norm_weight=1.0),
-        "none": _NONE,
-    },
-}
+NONE = Scheme(ZEROS, ZEROS, ZEROS, ZEROS, ZEROS, False, 0.0)
 
 
-def scheme(family: str, name: str) -> Scheme:
+def scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme:
     """Returns a family's scheme by name.
 
     Raises: ConfigError: if there is no such scheme.
     """
-    if name not in SCHEMES[family]:
+    if name not in schemes:
         raise ConfigError(
-            f"initialization: no such scheme; got {name!r}, {nearest(name, SCHEMES[family])}. "
-            "Use one of these."
+            f"initialization: no such scheme; got {name!r}, {nearest(name, schemes)}. Use one of "
+            "these."
         )
-    return SCHEMES[family][name]
+    return schemes[name]
 
 
 @torch.no_grad()

@@ -66,9 +66,8 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     from fd_large.engine.job import trained_at
     from fd_large.weights import export as exports
     from fd_large.weights.model_card import card
-    from fd_large.weights.shards import parse_size
 
-    folder, size = Path(run), parse_size(shard_size)
+    folder, size = Path(run), exports.parse_size(shard_size)
     recipe = read_recipe(folder)
     if not recipe.has_teacher:
         raise ConfigError(

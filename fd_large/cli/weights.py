@@ -58,8 +58,8 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
     """Writes a model in another format and prints how much of the file it took."""
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
+    from fd_large.weights.convert import write
     from fd_large.weights.settle import reconcile
-    from fd_large.weights.write import write
 
     where = "weights convert"
     weights = sources_of(job_of).open(source, where=where)

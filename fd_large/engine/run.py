@@ -220,6 +220,7 @@ def open_run(
 
     with micro_batch.building_in_memory(job.memory_remedy):
         engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
+    weights.forget()
     # Before any resume, which restores the average too.
     ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
     facts = {

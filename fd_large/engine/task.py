@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fd_large.backbones.layer_ids import layer_scale
 from fd_large.data.loader import Batch
 
 
@@ -88,7 +87,9 @@ class Task(nn.Module):
             decay: Factor from one layer to the one below it.
         """
         inside = name.removeprefix("student.")
-        return 1.0 if inside == name else layer_scale(inside, self.student.depths, decay)
+        if inside == name:
+            return 1.0
+        return decay ** (self.student.last_layer - self.student.layer_id(inside))
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns (parameter names, substrings of names) that are exempt from weight decay.

@@ -35,8 +35,8 @@ class TimmCounts:
     Attributes:
         width: Channels of the map.
         parameters: Elements of all tensors.
-        macs_per_pixel: Multiply-adds of a forward over the image's pixels; a convolutional model has
-            the same number at every size that its stride divides.
+        macs_per_pixel: Multiply-adds of a forward over the image's pixels; a convolutional model
+            has the same number at every size that its stride divides.
     """
 
     width: int

@@ -110,7 +110,8 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
         return base.overridden(given)
     if name not in FAMILIES:
         raise ConfigError(
-            f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed name."
+            f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed "
+            "name."
         )
     given["family"] = name
     return whole(given)

@@ -41,15 +41,12 @@ class FamilyArchitecture:
     """Whether the first stages can attend to a few windows at a time."""
 
     def __post_init__(self) -> None:
-        self.check()
+        self._check()
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
+    def _check(self) -> None:
+        """Refuses values that no model can have."""
 
-        Raises: ConfigError: naming the field.
-        """
-
-    def require(self, ok: bool, field: str, expected: str) -> None:
+    def _require(self, ok: bool, field: str, expected: str) -> None:
         """Raises ConfigError for a field unless ok."""
         if not ok:
             raise ConfigError(
@@ -125,23 +122,19 @@ class Transformer(FamilyArchitecture):
         """Channels of the feature map."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
+    def _check(self) -> None:
         stages = len(self.depths)
-        self.require(
+        self._require(
             stages >= 1 and min(self.depths) >= 1, "depths", "one or more blocks in each stage"
         )
-        self.require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers, as depths has")
+        self._require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers")
         for field in ("embed_dim", "patch_size", "image_size"):
-            self.require(getattr(self, field) >= 1, field, "a positive whole number")
-        self.require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
-        self.require(self.norm_eps > 0, "norm_eps", "a positive number")
+            self._require(getattr(self, field) >= 1, field, "a positive whole number")
+        self._require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
+        self._require(self.norm_eps > 0, "norm_eps", "a positive number")
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
-            self.require(
+            self._require(
                 heads >= 1 and width % heads == 0, "num_heads", f"divisors of width {width}"
             )
 
@@ -166,10 +159,6 @@ class WindowedTransformer(Transformer):
         """Side in pixels of the only images that the model takes; 0: any size that fits."""
         return self.image_size if self.absolute_position else 0
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
-        super().check()
-        self.require(self.window_size >= 1, "window_size", "a positive whole number")
+    def _check(self) -> None:
+        super()._check()
+        self._require(self.window_size >= 1, "window_size", "a positive whole number")

@@ -1,20 +1,22 @@
-"""Every tensor of a model from a file, and nothing of the file left over, or the run does not start.
+"""Every tensor of a model comes from its file and none of the file is left over, or nothing starts.
 
-What fits is found from names and shapes before anything is read; tensors are then read one by one,
-resized where the model has another grid, and looked at: a NaN must not reach a model.
+What fits is found from names and shapes before anything is read. Tensors are then read one by one,
+resized where the model has another grid, and checked: a NaN must not reach a model.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from fd_large.backbones.translation import Piece, Shape
+from fd_large.backbones.translation import Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.weights.read import Tensors
 from fd_large.weights.resize import resize_positions, resize_table, square_side
@@ -30,20 +32,20 @@ class Fitted:
     """The (name, tensor) of a model, from a file that covers it; iterating reads the file.
 
     Args:
-        pieces: In the net's names.
+        pieces: What makes each tensor, by its name in the model.
         file: What they are made of.
         expected: Shape of every tensor of the model.
         allow: Patterns (*, ?) of names that may be missing or left over.
-        what: Of the file, in words, for messages and the log.
+        what: The file in words, for messages and the log.
         where: What the user set, for messages.
         margin: See `resize_positions`.
-        notes: For the log: what was done to the file's tensors already.
+        notes: What was done to the file's tensors already, for the log.
         remedy: What the user can do about tensors that do not fit.
         resize: Whether position tables may have another grid.
 
     Attributes:
+        match: How file and model fit.
         may_be_missing: Names of the model that the file lacks, with the user's leave.
-        notes: For the log.
 
     Raises: WeightsError: if the file does not cover the model, has tensors over, or holds others
         than floating-point ones.
@@ -53,7 +55,7 @@ class Fitted:
         self,
         pieces: Mapping[str, Piece],
         file: Tensors,
-        expected: Mapping[str, Shape],
+        expected: Shapes,
         *,
         allow: tuple[str, ...] = (),
         what: str,
@@ -64,37 +66,34 @@ class Fitted:
         resize: bool = True,
     ):
         self._file, self._expected, self._margin = file, dict(expected), margin
-        self._what, self._where, self.notes = what, where, list(notes)
+        self._what, self._where, self._notes = what, where, list(notes)
         self._pieces = {name: piece for name, piece in pieces.items() if name in expected}
         shapes = {name: piece.shape(file.shape) for name, piece in pieces.items()}
         self.match = match(shapes, self._expected, allow=allow, resize=resize)
         self.may_be_missing = frozenset(self.match.allowed) & expected.keys()
         for name in self.match.allowed:
             side = "in the file alone" if name in pieces else "missing, as it was initialised"
-            self.notes.append(f"{name}: {side} (allowed)")
-        if self.match.complaints:
+            self._notes.append(f"{name}: {side} (allowed)")
+        if complaints := self.match.complaints:
             raise WeightsError(
-                f"{where}: {what}: {self.match.summary()}; got {'; '.join(self.match.complaints)}, "
-                f"expected all {len(expected)} tensors of the model and no other. "
-                f"{remedy or _REMEDY}"
+                f"{where}: {what}: {self.match.summary()}; got {'; '.join(complaints)}, expected "
+                f"all {len(expected)} tensors of the model and no other. {remedy or _REMEDY}"
             )
         self._refuse_other_types()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Reads and yields (name, tensor of the net's shape), one by one.
+        """Reads and yields (name, tensor of the model's shape), one by one.
 
         Raises: WeightsError: for a tensor that holds NaN or infinity.
         """
-        log.info("%s: %s: %s", self._where, self._what, self.match.summary())
-        for note in self.notes:
+        for note in (f"{self._what}: {self.match.summary()}", *self._notes):
             log.info("%s: %s", self._where, note)
-        changed: dict[tuple[str, Shape, Shape], int] = {}
+        changed: Counter[tuple[str, Shape, Shape]] = Counter()
         for name, piece in self._pieces.items():
             tensor, shape = piece.read(self._file), self._expected[name]
             check_finite(name, tensor, self._what, self._where)
             if tuple(tensor.shape) != shape:
-                key = (name.rpartition(".")[2], tuple(tensor.shape), shape)
-                changed[key] = changed.get(key, 0) + 1
+                changed[name.rpartition(".")[2], tuple(tensor.shape), shape] += 1
                 tensor = resized(name, tensor, shape, self._expected, self._margin, self._where)
             yield name, tensor
         for (name, old, new), count in changed.items():
@@ -104,92 +103,80 @@ class Fitted:
             )
 
     def _refuse_other_types(self) -> None:
-        for piece in self._pieces.values():
-            for name in piece.sources:
-                dtype = self._file.dtype(name)
-                if dtype not in _FLOATS:
-                    raise WeightsError(
-                        f"{self._where}: {self._what}: a tensor of another type; got {name} in "
-                        f"{str(dtype).removeprefix('torch.')}, expected float64, float32, float16 "
-                        "or bfloat16. Use the weights before they were quantised."
-                    )
+        for name in (name for piece in self._pieces.values() for name in piece.sources):
+            dtype = self._file.dtype(name)
+            if dtype not in _FLOATS:
+                raise WeightsError(
+                    f"{self._where}: {self._what}: a tensor of another type; got {name} in "
+                    f"{str(dtype).removeprefix('torch.')}, expected float64, float32, float16 or "
+                    "bfloat16. Use the weights before they were quantised."
+                )
 
 
 _REMEDY = "Name the model that the file holds, or allow the differences by name."
 
 
+@dataclass
 class Match:
     """How the tensors of a file fit those of a model.
 
     Attributes:
+        total: Elements of the model.
+        parameters: Those of them that fit.
         matched: Names that fit, resized or not.
         to_resize: Those of them that have another grid.
         missing: Names of the model that the file lacks.
         left_over: Names of the file that the model lacks.
-        misfits: Names of both that have other shapes: {name: (file's, net's)}.
+        misfits: Names of both that have other shapes, as "name (file's) for (model's)".
         allowed: Names of the last three that the user allowed.
     """
 
-    def __init__(self, total: int):
-        self.matched: list[str] = []
-        self.to_resize: list[str] = []
-        self.missing: list[str] = []
-        self.left_over: list[str] = []
-        self.misfits: dict[str, tuple[Shape, Shape]] = {}
-        self.allowed: list[str] = []
-        self.parameters = 0
-        self.total = total
+    total: int
+    parameters: int = 0
+    matched: list[str] = field(default_factory=list)
+    to_resize: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
 
     @property
     def complaints(self) -> list[str]:
-        """What keeps a model from being filled; empty: nothing."""
-        misfits = [f"{name} {old} for {new}" for name, (old, new) in self.misfits.items()]
-        return [
-            f"{what}: {listed(names)}"
-            for what, names in (
-                ("missing", self.missing),
-                ("left over", self.left_over),
-                ("of another shape", misfits),
-            )
-            if names
-        ]
+        """What keeps a model from being filled; empty if nothing does."""
+        return _complaints(self.missing, self.left_over, self.misfits)
 
     def summary(self) -> str:
-        """The coverage in words."""
+        """Returns the coverage in words."""
         share = 100 * self.parameters / self.total if self.total else 0.0
         # Rounding must not call a model covered that is not.
         share = share if self.parameters == self.total else min(share, 99.99)
-        return f"{share:.4g}% of the net's {self.total:,} parameters, {len(self.matched)} tensors"
+        return f"{share:.4g}% of the model's {self.total:,} parameters, {len(self.matched)} tensors"
 
 
 def match(
-    shapes: Mapping[str, Shape],
-    expected: Mapping[str, Shape],
-    *,
-    allow: tuple[str, ...] = (),
-    resize: bool = True,
+    shapes: Shapes, expected: Shapes, *, allow: tuple[str, ...] = (), resize: bool = True
 ) -> Match:
-    """Compares a file's shapes with a net's, both in our names; see `Fitted`."""
+    """Compares a file's shapes with a model's, both in our names; see `Fitted`."""
     found = Match(sum(map(math.prod, expected.values())))
+
+    def sort(name: str, complaint: list[str]) -> None:
+        (found.allowed if any(fnmatchcase(name, p) for p in allow) else complaint).append(name)
+
     for name, shape in expected.items():
         if name not in shapes:
-            _sort(name, found.missing, found, allow)
+            sort(name, found.missing)
         elif shapes[name] == tuple(shape):
             found.matched.append(name)
         elif resize and can_resize(name, shapes[name], tuple(shape)):
             found.matched.append(name)
             found.to_resize.append(name)
         else:
-            found.misfits[name] = (shapes[name], tuple(shape))
+            found.misfits.append(f"{name} {shapes[name]} for {tuple(shape)}")
     for name in shapes:
         if name not in expected:
-            _sort(name, found.left_over, found, allow)
+            sort(name, found.left_over)
     found.parameters = sum(math.prod(expected[name]) for name in found.matched)
     return found
-
-
-def _sort(name: str, complaint: list[str], found: Match, allow: tuple[str, ...]) -> None:
-    (found.allowed if any(fnmatchcase(name, p) for p in allow) else complaint).append(name)
 
 
 def can_resize(name: str, old: Shape, new: Shape) -> bool:
@@ -204,16 +191,16 @@ def resized(
     name: str,
     tensor: Tensor,
     shape: Shape,
-    expected: Mapping[str, Shape],
+    expected: Shapes,
     margin: float = 0.0,
     where: str = "weights",
 ) -> Tensor:
     """Returns a position table for the grid of a model.
 
     Args:
-        name: Ours.
+        name: Name in the model.
         tensor: The file's.
-        shape: Wanted.
+        shape: The model's.
         expected: Shapes of the model, which tell its class tokens.
         margin: See `resize_positions`.
         where: What the user set, for messages.
@@ -228,7 +215,7 @@ def resized(
 
 
 def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:
-    """Looks at every element, without a second copy of the tensor.
+    """Checks every element, without a second copy of the tensor.
 
     Raises: WeightsError: for NaN or infinity.
     """
@@ -238,20 +225,20 @@ def check_finite(name: str, tensor: Tensor, what: str, where: str) -> None:
     if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         bad = int((~torch.isfinite(tensor)).sum())
         raise WeightsError(
-            f"{where}: {what}: numbers that are none; got {bad} of {tensor.numel():,} elements NaN "
-            f"or infinite in {name}, expected finite ones. Fetch the file again, or use an earlier "
+            f"{where}: {what}: invalid numbers; got {bad} of {tensor.numel():,} elements NaN or "
+            f"infinite in {name}, expected finite ones. Fetch the file again, or use an earlier "
             "one of the run that wrote it."
         )
 
 
 def covered(
-    expected: Mapping[str, Shape],
+    expected: Shapes,
     items: Iterable[tuple[str, Tensor]],
     *,
     where: str,
     may_be_missing: frozenset[str] = frozenset(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Passes tensors on one by one and checks that they and the net's are the same set.
+    """Passes tensors on one by one and checks that they are exactly those of a model.
 
     Args:
         expected: Shape of every parameter of the model.
@@ -276,22 +263,17 @@ def covered(
             else:
                 misfits.append(f"{name} {tuple(tensor.shape)} for {tuple(expected[name])}")
     missing = [name for name in expected if name not in seen | may_be_missing]
-    complaints = [
-        f"{what}: {listed(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("left over", left_over),
-            ("of another shape", misfits),
-            ("given twice", twice),
-        )
-        if names
-    ]
-    if complaints:
+    if complaints := _complaints(missing, left_over, misfits, twice):
         raise WeightsError(
             f"{where}: the weights do not fit the model; got {'; '.join(complaints)}, expected all "
-            f"{len(expected)} tensors of the model and no other. Name the model that the file holds "
-            "(--teacher.model, --teacher.architecture.*)."
+            f"{len(expected)} tensors of the model and no other. Name the model that the file "
+            "holds (--teacher.model, --teacher.architecture.*)."
         )
+
+
+def _complaints(*groups: list[str]) -> list[str]:
+    words = ("missing", "left over", "of another shape", "given twice")
+    return [f"{what}: {listed(names)}" for what, names in zip(words, groups, strict=False) if names]
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -35,7 +35,7 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
         where: What the user set, for messages.
         wrapping: Keys that the tensors stood under, outermost first.
 
-    Raises: WeightsError: if the names are of no known format, or of one that no model here can take.
+    Raises: WeightsError: if the names are of no known format, or of one that no model here takes.
     """
     names = frozenset(names)
     for name, (_, form) in FORMATS.items():

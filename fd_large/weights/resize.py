@@ -1,8 +1,8 @@
 """Position tables for another grid or window than the file's.
 
-Position embeddings bicubic; tables of relative positions on a geometric progression, as BEiT and
-Feature-Distillation do when they fine-tune. SwinV2 needs neither: its bias is a model on coordinates
-that are scaled by the window of pre-training.
+Position embeddings are resized bicubically; tables of relative positions on a geometric
+progression, as BEiT and Feature-Distillation do when they fine-tune. SwinV2 needs neither: its bias
+is an MLP on coordinates, which are scaled by the window of pre-training.
 
 Sources: Bao et al., arXiv 2106.08254, and the code of Feature-Distillation (table resize); Caron et
 al., arXiv 2104.14294 (DINO's scale).
@@ -29,9 +29,9 @@ def resize_positions(
 
     Args:
         positions: (1, prefix + n * n, C).
-        prefix: Rows of class and distillation tokens, which stay as they are.
-        side: Of the new grid.
-        margin: Added to the new side in the scale alone (DINO's 0.1).
+        prefix: Number of class and distillation tokens, whose rows stay as they are.
+        side: Side of the new grid.
+        margin: Number added to the new side in the scale alone (DINO's 0.1).
         where: What the user set, for the message.
 
     Returns: (1, prefix + side * side, C), float32 at least.
@@ -58,8 +58,8 @@ def resize_table(table: Tensor, rows: int, extra: int, *, where: str = "weights"
 
     Args:
         table: ((2n - 1)^2 + extra, heads).
-        rows: Wanted, extra ones included.
-        extra: Rows at the end for class tokens, which stay as they are.
+        rows: Number of rows wanted, extra ones included.
+        extra: Number of rows at the end for class tokens, which stay as they are.
         where: What the user set, for the message.
 
     Returns: (rows, heads), float32 at least.

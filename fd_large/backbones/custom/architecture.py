@@ -22,10 +22,6 @@ class CustomArchitecture(FamilyArchitecture):
     can_train: ClassVar[bool] = False
     whole_first: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
+    def _check(self) -> None:
         module, colon, function = self.function.partition(":")
-        self.require(bool(module and colon and function), "function", "package.file:function")
+        self._require(bool(module and colon and function), "function", "package.file:function")

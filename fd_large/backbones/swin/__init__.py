@@ -1,1 +1,1 @@
-""""""
+"""Swin Transformer, first version: EsViT's teacher."""

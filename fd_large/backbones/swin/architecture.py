@@ -15,13 +15,9 @@ class SwinArchitecture(WindowedTransformer):
     family: ClassVar[str] = "swin"
     example: ClassVar[str] = "swin_base_esvit"
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
-        super().check()
-        self.require(self.qkv_bias in ("none", "fused"), "qkv_bias", "'fused' or 'none'")
+    def _check(self) -> None:
+        super()._check()
+        self._require(self.qkv_bias in ("none", "fused"), "qkv_bias", "'fused' or 'none'")
 
 
 _BASE = SwinArchitecture(

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.family import Options
-from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
-from fd_large.backbones.initialization import Draw, Initialization, Scheme, fill, scheme
+from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule, Stage
+from fd_large.backbones.initialization import (
+    NONE,
+    OFFICIAL,
+    Draw,
+    Initialization,
+    Scheme,
+    fill,
+    scheme,
+)
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.backbones.swin.architecture import SwinArchitecture
 from fd_large.backbones.windows import fit_window, window_shift
@@ -22,30 +30,20 @@ from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
 
+# FD has no scheme of its own for Swin V1, which is a teacher only.
+_SCHEMES = {"fd": OFFICIAL, "official": OFFICIAL, "none": NONE}
+
 
 class Swin(HierarchicalBackbone):
     """Swin V1 backbone.
 
+    Fields of `SwinArchitecture` and of `Options` go by the same names; `qkv_bias` says whether
+    query, key and value have a bias.
+
     Args:
-        embed_dim: Channels of the first stage.
-        depths: Blocks of each stage, any number of stages.
-        num_heads: Heads of each stage.
-        window_size: Side of a window in tokens.
-        image_size: Pixels for which the position tables are made: a stage whose map is smaller
-            than the window has a table of the map's size.
-        patch_size: Side of a patch in pixels.
+        image_size: Side in pixels of the images that the position tables are made for: a stage
+            whose map is smaller than the window has a table of the map's size.
         in_chans: Channels of the images.
-        mlp_ratio: Hidden width of the MLP over the width.
-        qkv_bias: Whether query, key and value have a bias.
-        patch_norm: Whether the patch embedding ends with a norm.
-        absolute_position: Whether a learned embedding is added to the patches.
-        drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
-            "pad": image, windows and merging are padded right and bottom, and padding is masked.
-        attention_memory: "keep" or "recompute" attention maps for backward.
-        residual_dtype: "compute": that of the weights; "float32": at least that.
-        norm_eps: Of every norm.
-        initialization: "fd", "official" (the same here) or "none".
 
     Raises: ConfigError, ShapeError: for values that do not fit each other.
     """
@@ -86,8 +84,31 @@ class Swin(HierarchicalBackbone):
                 f"{len(num_heads)}, expected equal. Give one value per stage."
             )
         self.grid(image_size, image_size)  # Refuses a size that does not fit.
-        initial = scheme("swin", initialization)
-        self._embed(
+        initial = scheme(_SCHEMES, initialization)
+        side = image_size // patch_size
+
+        def stage(s: int) -> Stage:
+            width = embed_dim * 2**s
+            # Blocks first: random weights are drawn in the order of construction.
+            blocks = [
+                Block(
+                    width,
+                    num_heads[s],
+                    index=i,
+                    window_size=min(window_size, side // 2**s),
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    attention_memory=attention_memory,
+                    norm_eps=norm_eps,
+                    scheme=initial,
+                )
+                for i in range(depths[s])
+            ]
+            last = s + 1 == len(depths)
+            return Stage(blocks, None if last else Downsample(width, norm_eps, initial))
+
+        self._build(
+            stage,
             in_chans=in_chans,
             scheme=initial,
             patch_norm=patch_norm,
@@ -95,64 +116,6 @@ class Swin(HierarchicalBackbone):
             absolute_position=absolute_position,
             image_size=image_size,
         )
-        side = image_size // patch_size
-        self.layers = nn.ModuleList(
-            Stage(
-                embed_dim * 2**s,
-                depths[s],
-                num_heads[s],
-                merge=s + 1 < len(depths),
-                window_size=min(window_size, side // 2**s),
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                attention_memory=attention_memory,
-                norm_eps=norm_eps,
-                scheme=initial,
-            )
-            for s in range(len(depths))
-        )
-        self._finish(norm_eps)
-
-
-class Stage(nn.Module):
-    """Blocks of one width; `downsample`, which merges patches, runs after them, by the net."""
-
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        num_heads: int,
-        *,
-        merge: bool,
-        window_size: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        attention_memory: Memory,
-        norm_eps: float,
-        scheme: Scheme,
-    ):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                num_heads,
-                index=i,
-                window_size=window_size,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                attention_memory=attention_memory,
-                norm_eps=norm_eps,
-                scheme=scheme,
-            )
-            for i in range(depth)
-        )
-        self.downsample = Downsample(width, norm_eps, scheme) if merge else None
-
-    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2])
-        return x
 
 
 class Block(nn.Module):
@@ -257,21 +220,5 @@ class Downsample(PatchMerging):
 
 def build(a: SwinArchitecture, options: Options) -> Swin:
     """Builds a model with fresh weights."""
-    return Swin(
-        a.embed_dim,
-        a.depths,
-        a.num_heads,
-        window_size=a.window_size,
-        patch_size=a.patch_size,
-        image_size=a.image_size,
-        mlp_ratio=a.mlp_ratio,
-        qkv_bias=a.qkv_bias == "fused",
-        patch_norm=a.patch_norm,
-        absolute_position=a.absolute_position,
-        norm_eps=a.norm_eps,
-        drop_path_rate=options.drop_path_rate,
-        size_rule=options.size_rule,
-        attention_memory=options.attention_memory,
-        residual_dtype=options.residual_dtype,
-        initialization=options.initialization,
-    )
+    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", "size_rule": options.size_rule}
+    return Swin(**own, **options.of_all())

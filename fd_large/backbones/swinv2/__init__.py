@@ -1,1 +1,1 @@
-""""""
+"""SwinV2: students and teachers up to three billion parameters."""

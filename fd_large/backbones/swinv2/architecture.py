@@ -6,8 +6,8 @@ trains at another size sets `window_size`.
 
 Sources: Liu et al., arXiv 2111.09883 (widths of tiny to large, huge, giant); its code repository
 for the rest of tiny to large. Heads of huge and giant are not published: a head width of 32
-continues the rule of the smaller models. The width 448 of the model of 1.06B parameters is inferred from the
-parameter count of the public "giant" weights of the SimMIM scaling study.
+continues the rule of the smaller models. The width 448 of the model of 1.06B parameters is inferred
+from the parameter count of the public "giant" weights of the SimMIM scaling study.
 """
 
 from __future__ import annotations
@@ -39,20 +39,16 @@ class SwinV2Architecture(WindowedTransformer):
     example: ClassVar[str] = "swinv2_base"
     has_sequential_stages: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
-        super().check()
+    def _check(self) -> None:
+        super()._check()
         stages = len(self.depths)
-        self.require(
+        self._require(
             len(self.pretrained_window_sizes) == stages,
             "pretrained_window_sizes",
             f"{stages} numbers",
         )
-        self.require(self.qkv_bias in ("none", "qv"), "qkv_bias", "'qv' or 'none'")
-        self.require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")
+        self._require(self.qkv_bias in ("none", "qv"), "qkv_bias", "'qv' or 'none'")
+        self._require(self.extra_norm_every >= 0, "extra_norm_every", "0 or more blocks")
 
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side; absolute positions stay as they are."""

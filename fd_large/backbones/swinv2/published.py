@@ -214,8 +214,8 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
     known = getattr(settling.known, field)
     if known is None and settling.is_named:
         return [
-            f"nothing in the file tells its windows: it is taken for one of window {window}, as the "
-            "model has"
+            f"nothing in the file tells its windows: it is taken for one of window {window}, as "
+            "the model has"
         ]
     if known is None:
         return []

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.family import Options
-from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule
-from fd_large.backbones.initialization import Draw, Initialization, Scheme, scheme
+from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule, Stage
+from fd_large.backbones.initialization import (
+    NONE,
+    NORMAL,
+    OFFICIAL,
+    ZEROS,
+    Draw,
+    Initialization,
+    Scheme,
+    scheme,
+)
 from fd_large.backbones.layers import (
     BranchEnd,
     Float32Linear,
@@ -35,36 +44,24 @@ _CPB_HIDDEN = 512
 # That a frozen MLP remembers: as many as there are sizes of maps.
 _MOST_TABLES = 16
 _MAX_LOG_SCALE = math.log(100)
+_SCHEMES = {
+    "fd": Scheme(NORMAL, NORMAL, ZEROS, NORMAL, NORMAL, True, 1e-5),
+    "official": OFFICIAL,
+    "none": NONE,
+}
 
 
 class SwinV2(HierarchicalBackbone):
     """SwinV2 backbone.
 
+    Fields of `SwinV2Architecture` and of `Options` go by the same names; `qkv_bias` says whether
+    query and value have a bias (the key never has).
+
     Args:
-        embed_dim: Channels of the first stage.
-        depths: Blocks of each stage, any number of stages.
-        num_heads: Heads of each stage.
-        window_size: Side of a window in tokens; a smaller map is one window.
-        patch_size: Side of a patch in pixels.
         in_chans: Channels of the images.
-        mlp_ratio: Hidden width of the MLP over the width.
-        qkv_bias: Whether query and value have a bias (the key never has).
-        patch_norm: Whether the patch embedding ends with a norm.
-        absolute_position: Whether a learned embedding is added to the patches.
-        image_size: Pixels that the absolute positions are for.
-        pretrained_window_sizes: Window of each stage in pre-training, which scales coordinates; 0
-            or None: the present window.
-        extra_norm_every: A norm on the main path after every k-th block of a stage; 0: none.
-        shared_position_bias: One position-bias MLP per stage in place of one per block.
-        drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        size_rule: "drop": pixels beyond the patch grid are dropped and other misfits are errors;
-            "pad": image, windows and merging are padded right and bottom, and padding is masked.
-        attention_memory: "keep" or "recompute" attention maps for backward.
-        sequential_stages: Of so many first stages, whose maps are largest, few windows' attention
-            maps exist at a time, and they are made again for backward.
-        residual_dtype: "compute": that of the weights; "float32": at least that.
-        norm_eps: Of every norm.
-        initialization: "fd", "official" or "none".
+        image_size: Side or (height, width) in pixels of the images that absolute positions are
+            for; None without them.
+        pretrained_window_sizes: None is the present window in every stage.
 
     Raises: ConfigError: for values that do not fit each other.
     """
@@ -112,8 +109,36 @@ class SwinV2(HierarchicalBackbone):
                 f"{len(depths)}, {len(num_heads)}, {len(pretrained)}, expected equal. Give one "
                 "value per stage."
             )
-        initial = scheme("swinv2", initialization)
-        self._embed(
+        initial = scheme(_SCHEMES, initialization)
+
+        def stage(s: int) -> SwinV2Stage:
+            width, memory = embed_dim * 2**s, attention_memory
+            # Blocks first: random weights are drawn in the order of construction.
+            blocks = [
+                Block(
+                    width,
+                    num_heads[s],
+                    index=i,
+                    number=sum(depths[:s]) + i + 1,
+                    window_size=window_size,
+                    pretrained_window=pretrained[s],
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    extra_norm=extra_norm_every > 0 and (i + 1) % extra_norm_every == 0,
+                    own_position_bias=not shared_position_bias,
+                    attention_memory="sequential" if s < sequential_stages else memory,
+                    norm_eps=norm_eps,
+                    scheme=initial,
+                )
+                for i in range(depths[s])
+            ]
+            last = s + 1 == len(depths)
+            downsample = None if last else Downsample(width, norm_eps, initial)
+            bias = PositionBias(num_heads[s], initial) if shared_position_bias else None
+            return SwinV2Stage(blocks, downsample, bias, window_size, pretrained[s])
+
+        self._build(
+            stage,
             in_chans=in_chans,
             scheme=initial,
             patch_norm=patch_norm,
@@ -121,71 +146,22 @@ class SwinV2(HierarchicalBackbone):
             absolute_position=absolute_position,
             image_size=image_size,
         )
-        self.layers = nn.ModuleList(
-            Stage(
-                embed_dim * 2**s,
-                depths[s],
-                num_heads[s],
-                first_block=sum(depths[:s]),
-                merge=s + 1 < len(depths),
-                window_size=window_size,
-                pretrained_window=pretrained[s],
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                extra_norm_every=extra_norm_every,
-                shared_position_bias=shared_position_bias,
-                attention_memory="sequential" if s < sequential_stages else attention_memory,
-                norm_eps=norm_eps,
-                scheme=initial,
-            )
-            for s in range(len(depths))
-        )
-        self._finish(norm_eps)
 
 
-class Stage(nn.Module):
-    """Blocks of one width; `downsample`, which merges patches, runs after them, by the net."""
+class SwinV2Stage(Stage):
+    """A stage that makes the position biases of its blocks, from their own MLPs or a shared one."""
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        num_heads: int,
-        *,
-        first_block: int,
-        merge: bool,
+        blocks: list[nn.Module],
+        downsample: nn.Module | None,
+        position_bias: PositionBias | None,
         window_size: int,
         pretrained_window: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        extra_norm_every: int,
-        shared_position_bias: bool,
-        attention_memory: Memory,
-        norm_eps: float,
-        scheme: Scheme,
     ):
-        super().__init__()
+        super().__init__(blocks, downsample)
+        self.position_bias = position_bias
         self.window_size, self.pretrained_window = window_size, pretrained_window
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                num_heads,
-                index=i,
-                number=first_block + i + 1,
-                window_size=window_size,
-                pretrained_window=pretrained_window,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                extra_norm=extra_norm_every > 0 and (i + 1) % extra_norm_every == 0,
-                own_position_bias=not shared_position_bias,
-                attention_memory=attention_memory,
-                norm_eps=norm_eps,
-                scheme=scheme,
-            )
-            for i in range(depth)
-        )
-        self.downsample = Downsample(width, norm_eps, scheme) if merge else None
-        self.position_bias = PositionBias(num_heads, scheme) if shared_position_bias else None
 
     def forward(
         self, stream: tuple[Tensor, Tensor], scales: Tensor | None = None
@@ -397,25 +373,5 @@ class Downsample(PatchMerging):
 
 def build(a: SwinV2Architecture, options: Options) -> SwinV2:
     """Builds a model with fresh weights."""
-    return SwinV2(
-        a.embed_dim,
-        a.depths,
-        a.num_heads,
-        window_size=a.window_size,
-        patch_size=a.patch_size,
-        image_size=a.image_size,
-        mlp_ratio=a.mlp_ratio,
-        qkv_bias=a.qkv_bias == "qv",
-        patch_norm=a.patch_norm,
-        absolute_position=a.absolute_position,
-        norm_eps=a.norm_eps,
-        pretrained_window_sizes=a.pretrained_window_sizes,
-        extra_norm_every=a.extra_norm_every,
-        shared_position_bias=a.shared_position_bias,
-        sequential_stages=options.sequential_stages,
-        drop_path_rate=options.drop_path_rate,
-        size_rule=options.size_rule,
-        attention_memory=options.attention_memory,
-        residual_dtype=options.residual_dtype,
-        initialization=options.initialization,
-    )
+    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", "size_rule": options.size_rule}
+    return SwinV2(**own, sequential_stages=options.sequential_stages, **options.of_all())

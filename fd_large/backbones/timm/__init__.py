@@ -1,1 +1,1 @@
-""""""
+"""Any backbone of timm, as a teacher."""

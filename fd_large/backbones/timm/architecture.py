@@ -25,12 +25,8 @@ class TimmArchitecture(FamilyArchitecture):
     can_train: ClassVar[bool] = False
     whole_first: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
-        self.require(self.feature_stride >= 1, "feature_stride", "a positive whole number")
+    def _check(self) -> None:
+        self._require(self.feature_stride >= 1, "feature_stride", "a positive whole number")
 
 
 MODELS = {

@@ -1,4 +1,4 @@
-"""Weights for a model of timm: in timm's names, or in another port's, tensor by tensor in its order.
+"""Weights for a model of timm: in timm's names, or in another port's, in the same order.
 
 Running statistics of batch normalisation come along: buffers, but weights like any other.
 """

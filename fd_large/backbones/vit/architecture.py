@@ -37,14 +37,10 @@ class ViTArchitecture(Transformer):
     example: ClassVar[str] = "vit_base_patch16"
     resizes_positions: ClassVar[bool] = True
 
-    def check(self) -> None:
-        """Refuses values that no model can have.
-
-        Raises: ConfigError: naming the field.
-        """
-        self.require(len(self.depths) == 1, "depths", "one number for a ViT")
-        super().check()
-        self.require(self.layer_scale >= 0, "layer_scale", "0 (none) or more")
+    def _check(self) -> None:
+        self._require(len(self.depths) == 1, "depths", "one number for a ViT")
+        super()._check()
+        self._require(self.layer_scale >= 0, "layer_scale", "0 (none) or more")
 
     @property
     def num_prefix_tokens(self) -> int:

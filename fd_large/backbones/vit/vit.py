@@ -9,6 +9,8 @@ Sources: Dosovitskiy et al., arXiv 2010.11929; Wei et al., arXiv 2205.14141; Bao
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +20,17 @@ from torch import Tensor, nn
 from fd_large.backbones.drop_path import branch_scales, linear_rates
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.initialization import Draw, Initialization, Scheme, fill, scheme
+from fd_large.backbones.initialization import (
+    CUT_AT_ONE_SIGMA,
+    NONE,
+    OFFICIAL,
+    ZEROS,
+    Draw,
+    Initialization,
+    Scheme,
+    fill,
+    scheme,
+)
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
 from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, ShapeError
@@ -28,41 +40,30 @@ from fd_large.kernels.window_attention_reference import Memory
 
 QkvBias = Literal["none", "qv", "qkv", "fused"]
 RelativePosition = Literal["none", "shared", "block"]
+_POSITIONAL = ("embed_dim", "depths", "num_heads")
+_SCHEMES = {
+    "fd": Scheme(CUT_AT_ONE_SIGMA, CUT_AT_ONE_SIGMA, ZEROS, CUT_AT_ONE_SIGMA, ZEROS, True, 1.0),
+    "official": replace(OFFICIAL, table=ZEROS, post_norm_weight=1.0),
+    "none": NONE,
+}
 
 
 class ViT(nn.Module):
     """Vision transformer backbone.
 
+    Fields of `ViTArchitecture` and of `Options` go by the same names; a ViT has one stage, of
+    `depth` blocks with `num_heads` heads.
+
     Args:
-        embed_dim: C.
-        depth: Number of blocks.
-        num_heads: h.
-        patch_size: Side of a patch in pixels.
-        image_size: Pixels, a number or (height, width), for which positions are made.
+        image_size: Side or (height, width) in pixels of the images that positions are made for.
         in_chans: Channels of the images.
-        mlp_ratio: Hidden width of the MLP over the width.
-        class_token: Whether a CLS token comes first.
-        distillation_token: Whether a second token follows it (DeiT).
-        keep_distillation_token: Whether that token stays in the feature map.
-        absolute_position: Whether a learned embedding is added to all tokens.
-        relative_position: "none", "shared" (one table for all blocks) or "block" (one each).
-        layer_scale: Initial factor of the residual branches, per channel; 0: no such factor.
-        qkv_bias: "qv" and "qkv": own vectors for these; "fused": one vector for the three.
-        pre_norm_layer: A norm before the first block (CLIP).
-        patch_bias: A bias in the patch embedding.
-        activation: "gelu" or "quick_gelu".
-        norm_eps: Of every norm.
-        drop_path_rate: Of the last block; blocks before rise linearly from 0.
-        attention_memory: "keep" or "recompute" attention maps for backward.
-        residual_dtype: "compute": that of the weights; "float32": at least that.
-        initialization: "fd", "official" or "none".
 
     Attributes:
         width: Channels of the map.
         stride: Pixels per token, each way.
-        num_prefix_tokens: CLS and distillation tokens of the map.
+        num_prefix_tokens: Number of CLS and distillation tokens of the map.
         depths: Number of blocks, as of a model with one stage.
-        drop_path_rates: One per site, attention then MLP of each block in order.
+        drop_path_rates: One rate per site, attention then MLP of each block in order.
 
     Raises: ConfigError: for values that do not fit each other.
     """
@@ -109,7 +110,7 @@ class ViT(nn.Module):
                     f"architecture.{name}: no such option; got {value!r}, expected one of "
                     f"{', '.join(options)}. Use one of these."
                 )
-        initial = scheme("vit", initialization)
+        initial = scheme(_SCHEMES, initialization)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.width, self.patch_size, self.stride = embed_dim, patch_size, patch_size
         self.image_grid = (height // patch_size, width // patch_size)
@@ -167,6 +168,23 @@ class ViT(nn.Module):
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
         """Returns pieces of names without weight decay: none; tables decay, as published."""
         return ()
+
+    @property
+    def last_layer(self) -> int:
+        """The deepest layer's id."""
+        return len(self.blocks) + 1
+
+    def layer_id(self, name: str) -> int:
+        """Returns the layer of a parameter, from which learning rates that decay with depth follow.
+
+        The embedding is 0, block b is b + 1, and the rest (norm, shared table) is the last layer.
+
+        Source: the official fine-tuning code, optimizer.py get_vit_layer.
+        """
+        if name.startswith(("cls_token", "dist_token", "pos_embed", "patch_embed.")):
+            return 0
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return int(block[1]) + 1 if block else self.last_layer
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
@@ -385,26 +403,5 @@ def _float32(table: Tensor) -> Tensor:
 
 def build(a: ViTArchitecture, options: Options) -> ViT:
     """Builds a model with fresh weights."""
-    return ViT(
-        a.embed_dim,
-        a.depths[0],
-        a.num_heads[0],
-        patch_size=a.patch_size,
-        image_size=a.image_size,
-        mlp_ratio=a.mlp_ratio,
-        class_token=a.class_token,
-        distillation_token=a.distillation_token,
-        keep_distillation_token=a.keep_distillation_token,
-        absolute_position=a.absolute_position,
-        relative_position=a.relative_position,
-        layer_scale=a.layer_scale,
-        qkv_bias=a.qkv_bias,
-        pre_norm_layer=a.pre_norm_layer,
-        patch_bias=a.patch_bias,
-        activation=a.activation,
-        norm_eps=a.norm_eps,
-        drop_path_rate=options.drop_path_rate,
-        attention_memory=options.attention_memory,
-        residual_dtype=options.residual_dtype,
-        initialization=options.initialization,
-    )
+    own = {name: value for name, value in vars(a).items() if name not in _POSITIONAL}
+    return ViT(a.embed_dim, a.depths[0], a.num_heads[0], **own, **options.of_all())

@@ -54,7 +54,7 @@ def features(
     """
     if isinstance(student, ViT):
         return windowed_map(student, pixels, keep)
-    return student(pixels, keep, every_stage=True)
+    return student.stages(pixels, keep)
 
 
 def pyramid_of(student: SwinOrViT, width: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 A ViT classifies the mean of its patch tokens, normalised by a norm of its own; the final norm that
 distillation trained is discarded. A Swin model keeps its norm. Every block has its own copy of a
-position bias that blocks shared before (weights/swin.py makes the copies).
+position bias that blocks shared before (the families' `published.py` make the copies).
 
 Source: the official fine-tuning code (models/vision_transformer.py, main_finetune.py) of
 SwinTransformer/Feature-Distillation.

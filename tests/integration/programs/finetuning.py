@@ -46,6 +46,12 @@ def schedule_of(run: Run) -> CosineSchedule:
     return CosineSchedule(*run.optim.rates(run.batch.global_batch_size), UPDATES, 2)
 
 
+def job_from(run: Run) -> FineTuningJob:
+    job = FineTuningJob(run)
+    job.weights = sources_of(job_of)  # A distilled run may be where the student starts.
+    return job
+
+
 def initial_task(job: FineTuningJob) -> FineTuning:
     torch.manual_seed(job.run.runtime.seed)
     task = job.make_task()
@@ -55,7 +61,7 @@ def initial_task(job: FineTuningJob) -> FineTuning:
 
 def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
     """One process, whole batches, one group for each layer and decay: the official way."""
-    job = FineTuningJob(run)
+    job = job_from(run)
     task = initial_task(job)
     names = {id(p): name for name, p in task.named_parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -87,7 +93,7 @@ def plain(run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """The same test in one process, of the same weights."""
-    job = FineTuningJob(run)
+    job = job_from(run)
     task = job.make_task()
     task.load_state_dict(weights)
     task.eval()
@@ -105,7 +111,7 @@ def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]
 def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float]]:
     """The same on these ranks under ZeRO-3, with the test accuracy at the end."""
     world, rank = distributed.world_size(), distributed.rank()
-    job, micro = FineTuningJob(run), run.batch.micro_batch_size
+    job, micro = job_from(run), run.batch.micro_batch_size
     job.check()
     numbers = ds.RunNumbers(
         micro_batch_size=micro,
@@ -145,7 +151,7 @@ def neighbours(run: Run, folder: Path) -> dict[str, Any]:
     """Features and neighbours of what is fine-tuned: of all ranks, and of one process alone."""
     named = find_model(run.student.init, job_of)
     net, statistics = named.build()
-    job, features = FineTuningJob(run), {}
+    job, features = job_from(run), {}
     parts = {"train": job.open_samples(), "test": job.test_images()}
     same = True
     for name, pictures in parts.items():
@@ -181,7 +187,7 @@ def main(folder: Path, names: list[str]) -> None:
         assert weights.keys() == expected.keys()
         scale = max(value.abs().max() for value in expected.values())
         error = max((weights[n] - value).abs().max() for n, value in expected.items())
-        first = dict(initial_task(FineTuningJob(run)).named_parameters())
+        first = dict(initial_task(job_from(run)).named_parameters())
         still = [n for n, value in weights.items() if (value - first[n]).abs().max() < 1e-5]
         results[name] = {
             "plain": plain_losses,

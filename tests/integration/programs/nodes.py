@@ -12,6 +12,7 @@ from fd_large.data import staging
 from fd_large.data.source import open_images
 from fd_large.engine import node_consistency
 from fd_large.errors import DataError, FDError
+from fd_large.weights.source import Sources
 
 results, root, local, small, weights, other_weights = sys.argv[-6:]
 distributed.start()
@@ -58,7 +59,7 @@ distributed.local_rank = lambda: 0
 
 
 def check():
-    return told(lambda: node_consistency.check(source, {"teacher.source": weights}))
+    return told(lambda: node_consistency.check(source, {"teacher.source": weights}, Sources()))
 
 
 found["alike"] = check()
@@ -78,8 +79,12 @@ def on_second(name, value):
 found["code"] = on_second("code_hash", lambda: "0123456789")
 found["versions"] = on_second("_version", lambda name: "1.2.3")
 digest = node_consistency.weights_digest
-found["weights"] = on_second("weights_digest", lambda name: name and digest(other_weights))
-found["gone"] = on_second("weights_digest", lambda name: name and digest(name + "x"))
+found["weights"] = on_second(
+    "weights_digest", lambda name, opened: name and digest(other_weights, opened)
+)
+found["gone"] = on_second(
+    "weights_digest", lambda name, opened: name and digest(name + "x", opened)
+)
 if rank == 1:
     Path(root, "train-1.tar").rename(Path(root, "train-1.away"))
 distributed.barrier()

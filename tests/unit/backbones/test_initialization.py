@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fd_large.backbones.initialization import CUT_AT_ONE_SIGMA, fill, scheme
+from fd_large.backbones.initialization import CUT_AT_ONE_SIGMA, OFFICIAL, fill, scheme
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
@@ -169,4 +169,4 @@ def test_factories_that_cast_do_not_change_the_draws(make, monkeypatch):
 
 def test_unknown_scheme_is_named():
     with pytest.raises(ConfigError, match="nearest: official"):
-        scheme("swinv2", "oficial")
+        scheme({"official": OFFICIAL}, "oficial")

@@ -16,9 +16,9 @@ from fd_large.backbones.windows import coordinate_table
 from fd_large.cli import main as cli
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.weights.convert import write
 from fd_large.weights.inspection import inspect
 from fd_large.weights.source import Sources
-from fd_large.weights.write import write
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8, image_size=32)
@@ -110,7 +110,7 @@ def test_inspect_prints_a_table(tmp_path, capsys):
         assert words in printed, words
     words = ["weights", "inspect", str(tmp_path / "deit.pth"), "--model", "swin_base_esvit"]
     assert cli.main(words) == 0
-    assert "0% of the net's 86,917,944 parameters" in capsys.readouterr().out
+    assert "0% of the model's 86,917,944 parameters" in capsys.readouterr().out
 
 
 def test_inspect_names_published_nets(tmp_path):

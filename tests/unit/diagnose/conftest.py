@@ -21,7 +21,7 @@ from fd_large.recipes.sections import Data, Student
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.distillation.task import Distillation
-from fd_large.weights.write import write
+from fd_large.weights.convert import write
 
 VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=32)
 SWIN = Architecture(

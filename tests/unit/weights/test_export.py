@@ -22,9 +22,8 @@ from fd_large.errors import CheckpointError, ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.weights.export import export as export_items
-from fd_large.weights.export import export_of
+from fd_large.weights.export import export_of, parse_size, planned
 from fd_large.weights.read import read
-from fd_large.weights.shards import parse_size, planned
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}

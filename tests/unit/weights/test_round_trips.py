@@ -17,8 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from fd_large.backbones.registry import build
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.weights.convert import write
 from fd_large.weights.source import Sources
-from fd_large.weights.write import write
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

