@@ -150,7 +150,7 @@ def read_recipe(folder: Path, *, where: str = "export") -> Run:
     """Returns the recipe of a run.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         where: The command, for messages.
 
     Raises: ConfigError: if the folder holds none that can be read.

@@ -1,1 +1,5 @@
-"""What a model attends to, how flat its loss is, and how alike two models are."""
+"""Diagnosis of models side by side: attention, loss landscape, CKA.
+
+Figures are computed here; plots and the page are drawn by `report/` from the files that
+`findings.py` writes.
+"""

@@ -29,7 +29,7 @@ from fd_large.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 Pool = Literal["mean", "cls"]
-# Any more of one data set and it is not that data set that is measured.
+# With more of a dataset missing, it is not that dataset that is measured.
 MAX_BAD_FRACTION = 0.01
 
 
@@ -45,14 +45,14 @@ class Features(NamedTuple):
     labels: NDArray[np.int64]
 
     def usable(self) -> NDArray[np.int64]:
-        """Numbers of the images that count."""
+        """Returns the numbers of the images that have a label."""
         return np.flatnonzero(self.labels != NO_LABEL)
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
-    """(B, C) float32 of a map: the mean over its patches, or its first token.
+    """Returns (B, C) float32 of a map: the mean over its patches, or its first token.
 
-    Raises: ConfigError: if the class token is wanted of a map without one.
+    Raises: ConfigError: if the map has no class token and `pool` asks for it.
     """
     if pool == "cls":
         if not features.num_prefix_tokens:
@@ -64,9 +64,9 @@ def pooled(features: FeatureMap, pool: Pool) -> Tensor:
 
 
 def extract(
-    net: Callable[[Tensor], FeatureMap],
+    model: Callable[[Tensor], FeatureMap],
     statistics: Statistics,
-    pictures: LabelledImages,
+    images: LabelledImages,
     folder: Path,
     *,
     image_size: int,
@@ -77,17 +77,17 @@ def extract(
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> Features:
-    """Features of the centre crops of all images; a collective.
+    """Extracts the features of the centre crops of all images; a collective.
 
     Args:
         model: Normalised images -> FeatureMap, in evaluation; may be a collective.
-        statistics: By which its images are normalised.
-        images: What is looked at.
-        folder: Gets rows.npy and labels.npy; must be seen by all ranks.
+        statistics: The normalisation of its images.
+        images: The images and their labels.
+        folder: Folder for rows.npy and labels.npy, which all ranks see.
         image_size: Side of the crops, in pixels.
-        batch_size: Images per forward; a part of the result's last bits.
-        pool: What stands for an image.
-        workers: Loader processes of a rank.
+        batch_size: Images per forward; the last bits of the result depend on it.
+        pool: The feature of an image: the mean of its patches, or its class token.
+        workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         progress: Called with the number of this rank's images that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
@@ -98,19 +98,19 @@ def extract(
     rank, world = distributed.rank(), distributed.world_size()
     device = distributed.device()
 
-    def forward(images: Tensor) -> Tensor:
-        return pooled(net(normalise(images.to(device), statistics)), pool)
+    def forward(pixels: Tensor) -> Tensor:
+        return pooled(model(normalise(pixels.to(device), statistics)), pool)
 
     nothing = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     with torch.no_grad():
         width = forward(nothing).shape[1]
     paths = folder / "rows.npy", folder / "labels.npy"
     # Also a barrier: nobody maps files that are not there.
-    distributed.together(lambda: _reserve(paths, len(pictures), width))
+    distributed.together(lambda: _reserve(paths, len(images), width))
     rows, labels = (np.load(path, mmap_mode="r+") for path in paths)
     bad = 0
     mine = central_batches(
-        pictures,
+        images,
         image_size=image_size,
         batch_size=batch_size,
         rank=rank,
@@ -119,7 +119,7 @@ def extract(
         max_pixels=max_pixels,
     )
     # As many forwards on every rank: those of a model in pieces are collectives.
-    for _ in range(-(-len(pictures) // (batch_size * world))):
+    for _ in range(-(-len(images) // (batch_size * world))):
         between()
         batch = next(mine, None)
         with torch.no_grad():
@@ -136,9 +136,9 @@ def extract(
     labels.flush()
     bad = int(distributed.sum_tensor(torch.tensor(bad)))
     distributed.barrier()
-    if bad > MAX_BAD_FRACTION * len(pictures):
+    if bad > MAX_BAD_FRACTION * len(images):
         raise DataError(
-            f"data.root: too many images cannot be used; got {bad} of {len(pictures)}, expected "
+            f"data.root: too many images cannot be used; got {bad} of {len(images)}, expected "
             "at most one in a hundred. Replace the files that the warnings name."
         )
     return Features(*(np.load(path, mmap_mode="r") for path in paths))

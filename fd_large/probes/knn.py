@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: a picture's class by the votes of the most similar ones.
+"""Weighted k-NN: an image's class by the votes of the most similar images.
 
 A neighbour votes for its class with exp(cosine similarity / temperature).
 
@@ -27,8 +27,8 @@ class Bank:
     """Rows that vote, read in blocks.
 
     Args:
-        features: Of the training images; those without a label are left out.
-        num_classes: K.
+        features: Features of the training images; those without a label are left out.
+        num_classes: Number of classes, K.
     """
 
     def __init__(self, features: Features, num_classes: int) -> None:
@@ -46,15 +46,15 @@ class Bank:
 
 
 def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
-    """The classes that the neighbours of some images vote for.
+    """Returns the classes that the neighbours of some images vote for.
 
     Args:
-        rows: (Q, C) float32.
-        bank: Whose rows vote.
-        k: Neighbours; all there are, where there are fewer.
-        temperature: Of the votes.
+        rows: Features of the images, (Q, C) float32.
+        bank: The rows that vote.
+        k: Number of neighbours; all rows where there are fewer.
+        temperature: A neighbour's vote is exp(cosine similarity / temperature).
 
-    Returns: (Q,) int64; of classes with equal votes the first.
+    Returns: (Q,) int64; the first of the classes with equal votes.
     """
     queries = _unit(rows)
     best = queries.new_empty(len(rows), 0)
@@ -64,7 +64,7 @@ def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
         candidates = torch.cat([classes, labels.expand(len(rows), -1)], 1)
         best, places = similar.topk(min(k, similar.shape[1]), dim=1)
         classes = candidates.gather(1, places)
-    # Of the nearest one's vote, whose own is past any number at a low temperature.
+    # Relative to the nearest one's vote, which alone would overflow at a low temperature.
     votes = ((best - best[:, :1]).double() / temperature).exp()
     totals = torch.zeros(len(rows), bank.num_classes, dtype=torch.float64, device=votes.device)
     return totals.scatter_add_(1, classes, votes).argmax(1)
@@ -80,16 +80,16 @@ def accuracy(
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """Per cent of the test images that are named rightly; a collective.
+    """Returns the percentage of the test images that are classified correctly; a collective.
 
-    Blocks of queries are shared out over the ranks; a block is the same whoever has it.
+    Blocks of queries are distributed over the ranks; a block is the same on any of them.
 
     Args:
         train: Features that vote.
-        test: Features that are named.
-        num_classes: K.
-        k: Neighbours.
-        temperature: Of their votes.
+        test: Features that are classified.
+        num_classes: Number of classes, K.
+        k: Number of neighbours.
+        temperature: See `predict`.
         progress: Called with the number of this rank's images that are done.
         between: Called before each block, on every rank alike; may raise to end it.
     """

@@ -38,7 +38,7 @@ class Probe:
         rates: Learning rates for batches of 256, all tried.
         epochs: Passes over the training images.
         batch_size: Images a step.
-        seed: Of the held-out tenth and the order.
+        seed: Seed of the held-out tenth and of the order.
     """
 
     rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -52,9 +52,9 @@ class Outcome:
     """What came out.
 
     Attributes:
-        rate: The best one.
-        held_out: Per cent on the held-out tenth, by rate.
-        test: Per cent on the test images.
+        rate: The best learning rate.
+        held_out: Accuracy on the held-out tenth for each learning rate, in per cent.
+        test: Accuracy on the test images, in per cent.
     """
 
     rate: float
@@ -74,10 +74,10 @@ def evaluate(
 
     Args:
         train: Features of the training images.
-        test: Of the test images.
-        num_classes: K.
-        probe: How it is trained.
-        progress: Called with the number of images that are done, of `work`.
+        test: Features of the test images.
+        num_classes: Number of classes, K.
+        probe: Settings of the training.
+        progress: Called with the number of images that are done; they add up to `work`.
 
     Raises: DataError: if there are too few training images for one to be held out.
     """
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def work(num_train: int, probe: Probe) -> int:
-    """How many images `evaluate` will be told of."""
+    """Returns the number of images that `evaluate` reports to `progress` in all."""
     return probe.epochs * (num_train - num_train // HELD_OUT + num_train)
 
 
@@ -119,7 +119,7 @@ class _Layers:
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
     def accuracies(self, features: Features, numbers: NDArray[np.int64]) -> list[float]:
-        """Per cent of the images that each layer names rightly."""
+        """Returns the percentage of the images that each layer classifies correctly."""
         right = torch.zeros(len(self.weight), dtype=torch.int64, device=self.weight.device)
         for start in range(0, len(numbers), BLOCK):
             rows, labels = _read(features, numbers[start : start + BLOCK])
