@@ -51,8 +51,8 @@ def recipe_of(named: NamedModel, base: Run, own_fields: Sequence[str] = ()) -> R
     Args:
         named: The model.
         base: A recipe of the task finetune; its drop path stays.
-        own_fields: Of `OWN_FIELDS`, those in which its student's values stay as well; else a run's
-            student is trained as the run trained it.
+        own_fields: Those of `OWN_FIELDS` that the base's student decides as well; in the others the
+            student of a run is trained as the run trained it.
 
     Raises: ConfigError: if the recipe is of another task.
     """

@@ -64,16 +64,16 @@ def draw_mix(
     cutmix: float,
     switch_probability: float,
 ) -> Mix:
-    """How a global batch is mixed.
+    """Draws how a global batch is mixed.
 
     Args:
         seed: The run's seed.
-        epoch: Counted from 0.
-        first_position: Of the global batch, in the epoch's order.
+        epoch: Epoch, counted from 0.
+        first_position: Where the global batch begins in the epoch's order.
         image_size: Side of the images, in pixels.
-        mixup: Alpha of its beta distribution; 0: never.
-        cutmix: The same of CutMix.
-        switch_probability: Of CutMix, where both are on.
+        mixup: Alpha of mixup's beta distribution; 0 turns mixup off.
+        cutmix: Alpha of CutMix's beta distribution; 0 turns CutMix off.
+        switch_probability: Probability of CutMix if both are on.
     """
     if not (mixup or cutmix):
         return UNMIXED
@@ -114,8 +114,8 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 
     Args:
         images: (B, 3, H, W) float32, normalised.
-        others: Of the same shape, the partners.
-        mix: Of their global batch.
+        others: (B, 3, H, W) float32, their partners.
+        mix: How their global batch is mixed.
     """
     if mix.box is not None:
         top, bottom, left, right = mix.box
@@ -128,12 +128,12 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
 def mix_labels(
     labels: Tensor, others: Tensor, mix: Mix, *, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Distributions over the classes, smoothed and mixed as the images are.
+    """Makes distributions over the classes, smoothed and mixed as the images are.
 
     Args:
         labels: (B,) int64.
         others: (B,) int64, of the partners.
-        mix: Of their global batch.
+        mix: How their global batch is mixed.
         num_classes: K.
         smoothing: Probability that is spread over all classes.
 

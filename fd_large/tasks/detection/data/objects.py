@@ -183,7 +183,7 @@ def read_objects(
 
     Args:
         path: The JSON file.
-        findings: Is told what is left out or clipped.
+        findings: Counts what is left out or clipped.
         find_file: Returns the path of an image from its `file_name`; None: it is left out.
         keep_empty: Whether images without an object stay.
         where: The field that names the dataset, for messages.

@@ -37,8 +37,8 @@ def match(
         boxes: (n, 4) of the objects, possibly none.
         crowd_boxes: (m, 4); candidates in them that match no object are ignored.
         candidates: (N, 4).
-        positive_iou: From which a candidate is for an object.
-        negative_iou: Below which it is background.
+        positive_iou: Smallest IoU at which a candidate is for an object.
+        negative_iou: IoU below which it is background.
         best_for_each: Whether each object also takes the candidates nearest to it, however far.
     """
     if len(boxes) and len(candidates):
@@ -77,8 +77,8 @@ def sample(matched: Tensor, count: int, positive_share: float, draws: NDArray) -
 
     Args:
         matched: (N,) int64, as `match` returns it.
-        count: Wanted in all.
-        positive_share: Largest share of those for objects; background fills up the rest.
+        count: The most that are chosen, of both kinds.
+        positive_share: Largest share of candidates for objects; background fills up the rest.
         draws: (2 * count,) uniform numbers in [0, 1).
     """
     positives = torch.where(matched >= 0)[0]

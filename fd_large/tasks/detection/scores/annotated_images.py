@@ -69,10 +69,10 @@ def compared_rows(
     """Returns a row for each of some images.
 
     Args:
-        ground_truth: From `scoring.read_ground_truth`.
-        compared: From `error_analysis.compare`.
+        ground_truth: What `scoring.read_ground_truth` returns.
+        compared: What `error_analysis.compare` returns.
         image_ids: Which images, in this order.
-        read: From an image id to pixels (H, W, 3) uint8.
+        read: Returns the pixels (H, W, 3) uint8 of an image id.
     """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     colours = {number: COLOURS[place % len(COLOURS)] for place, number in enumerate(sorted(names))}

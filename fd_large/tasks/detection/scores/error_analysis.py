@@ -44,7 +44,7 @@ def compare(ground_truth: Mapping[str, Any], results: Sequence[Result]) -> dict[
     """Compares boxes, image by image.
 
     Args:
-        ground_truth: From `scoring.read_ground_truth`.
+        ground_truth: What `scoring.read_ground_truth` returns.
         results: Detections, with boxes.
 
     Returns: by image id, for all images of the ground truth.

@@ -37,10 +37,10 @@ def draw_evaluation(
     they can be compared.
 
     Args:
-        ground_truth: From `scoring.read_ground_truth`.
+        ground_truth: What `scoring.read_ground_truth` returns.
         results: Detections, with boxes.
         scores: The scores of these results.
-        read: From an image id to pixels (H, W, 3) uint8.
+        read: Returns the pixels (H, W, 3) uint8 of an image id.
         folder: A folder that exists.
 
     Returns: what was drawn; worst.png is left out where nothing is wrong.

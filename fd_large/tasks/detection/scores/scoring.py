@@ -120,7 +120,7 @@ def score(ground_truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     whether it counts among the small ones, is its box's area for boxes and its mask's for masks.
 
     Args:
-        ground_truth: From `read_ground_truth`; all its images count.
+        ground_truth: What `read_ground_truth` returns; all its images count.
         results: Detections in these images, in COCO's format.
 
     Raises: DataError: if results belong to other images or categories, or masks to other sizes.
