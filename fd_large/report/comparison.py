@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 TITLES = {
     "knn": "k-NN",
-    "linear": "linear probe",
-    "finetune": "fine-tuning",
+    "linear": "Linear probe",
+    "finetune": "Fine-tuning",
 }
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
@@ -32,7 +32,7 @@ def table(summary: dict[str, Any]) -> Table:
 
     several = len(summary["nets"][0]["accuracy"]) > 1
     found = Table(
-        title=f"Accuracy by {TITLES[summary['task']]}, per cent of the test images",
+        title=f"{TITLES[summary['task']]}: accuracy, per cent of the test images",
         title_justify="left",
     )
     found.add_column("model", overflow="fold")
@@ -80,7 +80,7 @@ def draw_comparison(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlim(max(0.0, low - margin), high + 3 * margin)
     axes.set_xlabel("accuracy on the test images, per cent", fontsize=style.TEXT_SIZE)
     title = f"{TITLES[summary['task']]}: {_seeds(summary)}"
-    axes.set_title(title[0].upper() + title[1:], fontsize=style.TITLE_SIZE, loc="left")
+    axes.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
     style.plain_axes(axes)
     axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
     axes.grid(visible=False, axis="y")

@@ -11,50 +11,63 @@ from fd_large.runtime.hooks import Tracker, Update
 from fd_large.runtime.meter import Meter
 
 
-def rows(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+@pytest.fixture
+def rows(tmp_path):
+    return lambda name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
 
-def test_a_row_an_update_and_a_summary(make_setting, run_updates, tmp_path):
-    handed, seen = [], []
+@pytest.fixture
+def summary(tmp_path):
+    return lambda: json.loads((tmp_path / "summary.json").read_text())
 
-    class Seen(Tracker):
-        def on_rows(self, rows):
-            handed.append(rows)
 
-        def on_step(self, update):
-            seen.append(update.index)
+class Seen(Tracker):
+    """What a tracker is handed."""
 
-        def on_evaluation(self, index, metrics):
-            seen.append(metrics)
+    def __init__(self):
+        self.rows, self.others = [], []
 
-    run_updates([Meter([Seen()])], make_setting(), 10, evaluate=(10,))
-    assert seen == [*range(10), {"held_out_loss": 10.0}]
-    written = rows(tmp_path)
+    def on_rows(self, rows):
+        self.rows.append(rows)
+
+    def on_step(self, update):
+        self.others.append(update.index)
+
+    def on_evaluation(self, index, metrics):
+        self.others.append((index, metrics))
+
+    def on_end(self, status):
+        self.others.append(status)
+
+
+def test_a_row_an_update_a_summary_and_the_same_to_trackers(
+    make_setting, run_updates, rows, summary
+):
+    seen = Seen()
+    run_updates([Meter([seen])], make_setting(), 10, evaluate=(10,))
+    written = rows("metrics.jsonl")
     assert [row["update"] for row in written] == list(range(10))
     assert [row["loss"] for row in written] == pytest.approx([i / 100 for i in range(10)])
     # Intervals of four, then what is left.
-    assert [len(part) for part in handed] == [4, 4, 2]
-    assert [row for part in handed for row in part] == written
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "done"
-    assert (summary["updates"], summary["total_updates"]) == (10, 10)
-    assert (summary["loss_start"], summary["loss_end"]) == pytest.approx((0.0, 0.09))
-    assert summary["held_out_loss"] == 10.0
-    assert summary["held_out_cosine"] is None
-    assert summary["images_per_second"] > 0
-    assert summary["peak_memory_bytes"] > 0
+    assert [len(part) for part in seen.rows] == [4, 4, 2]
+    assert [row for part in seen.rows for row in part] == written
+    assert seen.others == [*range(10), (10, {"held_out_loss": 10.0}), "done"]
+    found = summary()
+    assert (found["status"], found["updates"], found["total_updates"]) == ("done", 10, 10)
+    assert (found["loss_start"], found["loss_end"]) == pytest.approx((0.0, 0.09))
+    assert (found["held_out_loss"], found["held_out_cosine"]) == (10.0, None)
+    assert min(found["images_per_second"], found["peak_memory_bytes"]) > 0
 
 
 @pytest.mark.parametrize("killed_at", [5, 8, 9])
 def test_every_update_and_evaluation_once_and_in_order_after_a_kill(
-    killed_at, make_setting, run_updates, tmp_path
+    killed_at, make_setting, run_updates, rows, summary, tmp_path
 ):
     first_part = Meter()
     # A checkpoint of 5 steps was written; then the process was killed.
     run_updates([first_part], make_setting(), 5, evaluate=(2, 4), end=None)
     first_part.on_save(5)
-    assert [row["update"] for row in rows(tmp_path)] == list(range(5))
+    assert [row["update"] for row in rows("metrics.jsonl")] == list(range(5))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         for index in range(5, killed_at):
             file.write(json.dumps({"update": index, "loss": 99.0}) + "\n")
@@ -63,75 +76,29 @@ def test_every_update_and_evaluation_once_and_in_order_after_a_kill(
         file.write('{"update": 5, "held_out_loss": 77.0}\n{"update": 6, "held_out_loss": 99.0}\n')
 
     run_updates([Meter()], make_setting(first=5), 10, evaluate=(6, 10))
-    assert [row["update"] for row in rows(tmp_path)] == list(range(10))
-    assert max(row["loss"] for row in rows(tmp_path)) < 1
-    evaluated = [(r["update"], r["held_out_loss"]) for r in rows(tmp_path, "evaluations.jsonl")]
+    assert [row["update"] for row in rows("metrics.jsonl")] == list(range(10))
+    assert max(row["loss"] for row in rows("metrics.jsonl")) < 1
+    evaluated = [(row["update"], row["held_out_loss"]) for row in rows("evaluations.jsonl")]
     assert evaluated == [(2, 2.0), (4, 4.0), (5, 77.0), (6, 6.0), (10, 10.0)]
-    assert json.loads((tmp_path / "summary.json").read_text())["loss_start"] == 0.0
+    assert summary()["loss_start"] == 0.0
 
 
-def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, tmp_path):
+def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, rows, summary):
     meter = Meter()
     run_updates([meter], make_setting(), 0, end=None)
-    meter.on_evaluation(0, {"held_out_loss": 0.5, "held_out_cosine": 0.0})
-    meter.on_evaluation(10, {"held_out_loss": 0.3, "held_out_cosine": 0.4})
-    meter.on_evaluation(10, {"held_out_best_constant": 0.4, "unseen_crops_loss": 0.2})
+    before = {"held_out_loss": 0.5, "held_out_cosine": 0.0}
+    after = {"held_out_loss": 0.3, "held_out_cosine": 0.4}
+    more = {"held_out_best_constant": 0.4, "unseen_crops_loss": 0.2}
+    for index, numbers in ((0, before), (10, after), (10, more)):
+        meter.on_evaluation(index, numbers)
     meter.on_end("done")
-    before, after = rows(tmp_path, "evaluations.jsonl")
-    assert before == {"update": 0, "held_out_loss": 0.5, "held_out_cosine": 0.0}
-    assert after == {
-        "update": 10,
-        "held_out_loss": 0.3,
-        "held_out_cosine": 0.4,
-        "held_out_best_constant": 0.4,
-        "unseen_crops_loss": 0.2,
-    }
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    expected = {"held_out_loss_start": 0.5, "held_out_loss": 0.3, "held_out_cosine": 0.4}
-    assert expected.items() <= summary.items()
-    assert (summary["loss_best_constant"], summary["unseen_crops_loss"]) == (0.4, 0.2)
+    assert rows("evaluations.jsonl") == [{"update": 0} | before, {"update": 10} | after | more]
+    expected = {"held_out_loss_start": 0.5, **after, "loss_best_constant": 0.4}
+    assert (expected | {"unseen_crops_loss": 0.2}).items() <= summary().items()
 
 
-def test_speed_leaves_out_the_first_update_and_the_evaluations(
-    make_setting, run_updates, tmp_path, monkeypatch
-):
-    now = [0.0]
-    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
-
-    class Clock(Meter):
-        def after_update(self, update):
-            now[0] += 100.0 if update.index == 0 else 2.0
-            return super().after_update(update)
-
-        def on_evaluation(self, index, metrics):
-            now[0] += 1000.0
-            super().on_evaluation(index, metrics)
-
-    run_updates([Clock()], make_setting(), 10, evaluate=(3, 6))
-    speeds = [row["images_per_second"] for row in rows(tmp_path)]
-    assert speeds[0] == pytest.approx(4 * 8 / 106)
-    assert speeds[4:] == pytest.approx([4.0] * 6)
-    assert json.loads((tmp_path / "summary.json").read_text())["images_per_second"] == 4.0
-
-
-def test_a_time_box_ends_the_run_where_the_updates_say(make_setting, run_updates, tmp_path):
-    run_updates([Meter()], make_setting(total=1000), 6, total=6)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["updates"], summary["total_updates"]) == (6, 6)
-
-
-def test_a_run_that_stops_before_its_first_update_has_a_summary(
-    make_setting, run_updates, tmp_path
-):
-    run_updates([Meter()], make_setting(), 0, end="stopped")
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "stopped"
-    assert summary["images_per_second"] is None
-    assert summary["loss_start"] is None
-
-
-def test_flops_waiting_and_memory_stand_in_rows_and_summary(
-    make_setting, run_updates, tmp_path, monkeypatch
+def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations(
+    make_setting, run_updates, rows, summary, monkeypatch
 ):
     now = [0.0]
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
@@ -142,26 +109,45 @@ def test_flops_waiting_and_memory_stand_in_rows_and_summary(
             now[0] += 100.0 if update.index == 0 else 2.0
             return super().after_update(replace(update, data_seconds=0.5))
 
-    step = StepFlops(student_forward=1, student_backward=2, teacher_forward=3, recomputation=4)
+        def on_evaluation(self, index, metrics):
+            now[0] += 1000.0
+            super().on_evaluation(index, metrics)
+
+    flops = StepFlops(
+        student_forward=1e12, student_backward=2e12, teacher_forward=3e12, recomputation=4e12
+    )
+    run_updates([Clock()], make_setting(flops=flops), 10, evaluate=(3, 6))
+    written, found = rows("metrics.jsonl"), summary()
+    assert written[0]["images_per_second"] == pytest.approx(4 * 8 / 106)
     # Two micro batches of 4 images a step, on one rank.
-    run_updates([Clock()], make_setting(flops=step), 10)
-    written = rows(tmp_path)
-    assert written[-1]["tflops_per_gpu"] == pytest.approx(2 * step.model / 2.0 / 1e12)
-    assert written[0]["tflops_per_gpu"] == pytest.approx(4 * 2 * step.model / 106 / 1e12)
-    assert written[-1]["data_wait"] == pytest.approx(0.25)
+    assert written[0]["tflops_per_gpu"] == pytest.approx(4 * 2 * 6 / 106)
+    for row in (written[-1], found):
+        assert row["images_per_second"] == pytest.approx(4.0)
+        assert row["tflops_per_gpu"] == pytest.approx(2 * 6 / 2.0)
+        assert row["data_wait"] == pytest.approx(0.25)
+        assert "mfu" not in row, "a CPU has no peak"
     assert written[-1]["memory_bytes"] == 123
-    assert "mfu" not in written[-1], "a CPU has no peak"
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["tflops_per_gpu"] == pytest.approx(2 * step.model / 2.0 / 1e12)
-    assert summary["data_wait"] == pytest.approx(0.25)
 
 
-def test_losses_of_the_summary_are_of_updates_that_moved_the_weights(make_setting, tmp_path):
+def test_a_time_box_ends_the_run_where_the_updates_say(make_setting, run_updates, summary):
+    run_updates([Meter()], make_setting(total=1000), 6, total=6)
+    assert (summary()["updates"], summary()["total_updates"]) == (6, 6)
+
+
+def test_a_run_that_stops_before_its_first_update_has_a_summary(make_setting, run_updates, summary):
+    run_updates([Meter()], make_setting(), 0, end="stopped")
+    found = summary()
+    assert (found["status"], found["images_per_second"], found["loss_start"]) == (
+        *("stopped", None, None),
+    )
+
+
+def test_losses_of_the_summary_are_of_updates_that_moved_the_weights(make_setting, rows, summary):
     meter, nan = Meter(), float("nan")
     meter.on_start(make_setting(total=4))
     for index, (loss, skipped) in enumerate([(nan, True), (0.5, False), (0.4, False), (9.0, True)]):
         meter.after_update(Update(index, 4, 0, loss, 1.0, 1e-3, skipped))
     meter.on_end("done")
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["loss_start"], summary["loss_end"]) == (0.5, 0.4)
-    assert [row.get("skipped", False) for row in rows(tmp_path)] == [True, False, False, True]
+    assert (summary()["loss_start"], summary()["loss_end"]) == (0.5, 0.4)
+    skipped = [row.get("skipped", False) for row in rows("metrics.jsonl")]
+    assert skipped == [True, False, False, True]
