@@ -323,7 +323,8 @@ def _score_file(own: Evaluate, changes: Collection[str]) -> int:
             "exists. Make the folder, or choose another."
         )
     # Without torch.
-    from fd_large.tasks.detection.scores.results import read_results, write_text
+    from fd_large.atomic_files import write_json
+    from fd_large.tasks.detection.scores.results import read_results
     from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
     from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
 
@@ -332,7 +333,7 @@ def _score_file(own: Evaluate, changes: Collection[str]) -> int:
     console.print(numbers_table(scores))
     console.print(classes_table(scores))
     if own.json:
-        write_text(own.json, json.dumps(scores.to_dict(), indent=1) + "\n")
+        write_json(own.json, scores.to_dict())
         console.print(f"written: {own.json}", soft_wrap=True)
     return 0
 

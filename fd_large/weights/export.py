@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fd_large.atomic_files import replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
@@ -109,10 +109,10 @@ def export(
     try:
         part.mkdir(parents=True)
         files = write_shards(part, theirs, _renamed(items, architecture, into), shard_size)
-        _write_json(part / "config.json", configuration(architecture, into, statistics))
+        write_json(part / "config.json", configuration(architecture, into, statistics))
         if into.preprocessor:
             config = into.preprocessor(architecture, statistics)
-            _write_json(part / "preprocessor_config.json", config)
+            write_json(part / "preprocessor_config.json", config)
         (part / CARD).write_text(card)
         part.rename(out)
     except OSError as error:
@@ -140,14 +140,6 @@ def _renamed(
         check_finite(name, tensor, "the checkpoint", "export")
         for output in into.outputs(name, tuple(tensor.shape), architecture):
             yield output.name, output.take(tensor)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def parse_size(text: str) -> int:
@@ -197,16 +189,12 @@ def write_shards(
     paths = [_path(folder, number, len(files)) for number in range(len(files))]
     stream = iter(items)
     for path, tensors in zip(paths, files, strict=True):
-        aside = path.with_name(f"{path.name}.part")
-        with aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             _write_header(file, tensors)
             for expected, shape in tensors.items():
                 name, tensor = next(stream)
                 assert (name, tuple(tensor.shape)) == (expected, shape)
                 _write_values(file, tensor)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
     if len(files) > 1:
         total = sum(_BYTES * math.prod(shape) for _, shape in shapes)
         places = {n: p.name for p, t in zip(paths, files, strict=True) for n in t}

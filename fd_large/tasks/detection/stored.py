@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.data.decode import decode
@@ -23,7 +23,6 @@ from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.scores.annotated_images import draw_image, marks_of
 from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.scores.evaluation import Detect, evaluate, keep
-from fd_large.tasks.detection.scores.results import write_text
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
 from fd_large.tasks.detection.task import Detection
 
@@ -129,4 +128,4 @@ def predict_images(
         drawn = folder / f"{len(seen)}_{Path(path).stem}.png"
         draw_image(image.permute(1, 2, 0).numpy(), marks_of(seen[path]), drawn)
         yield Predicted(path, f"{len(seen[path])} objects", drawn)
-    write_text(folder / "predictions.json", json.dumps(seen, indent=1) + "\n")
+    write_json(folder / "predictions.json", seen)

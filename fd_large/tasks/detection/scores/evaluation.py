@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.atomic_files import write_json
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, read_image
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
-from fd_large.tasks.detection.scores.results import Result, write_results, write_text
+from fd_large.tasks.detection.scores.results import Result, write_results
 from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def keep(
     """
     write_results(folder / RESULTS, outcome.results)
     scores = {"unread_images": outcome.unread, **outcome.scores.to_dict()}
-    write_text(folder / SCORES, json.dumps(scores, indent=1) + "\n")
+    write_json(folder / SCORES, scores)
     if not draw:
         return []
     places = {images.image_id(index): index for index in range(len(images))}

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fd_large.atomic_files import replacing
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.objects import read_json
 
@@ -37,17 +37,8 @@ def read_results(path: str | Path) -> list[Result]:
 def write_results(path: str | Path, results: Sequence[Result]) -> None:
     """Writes a results file."""
     # json.dumps is C, json.dump is not: five times as fast.
-    write_text(path, json.dumps(results, separators=(",", ":")))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes aside, flushes and renames: nobody sees half of the file."""
-    aside = Path(path).with_name(f"{Path(path).name}.part")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with replacing(Path(path)) as aside:
+        aside.write_text(json.dumps(results, separators=(",", ":")))
 
 
 def merge(shards: Iterable[Sequence[Result]]) -> list[Result]:
