@@ -333,7 +333,7 @@ def _score_file(own: Evaluate, changes: Collection[str]) -> int:
     console.print(numbers_table(scores))
     console.print(classes_table(scores))
     if own.json:
-        write_json(own.json, scores.to_dict())
+        write_json(Path(own.json), scores.to_dict())
         console.print(f"written: {own.json}", soft_wrap=True)
     return 0
 

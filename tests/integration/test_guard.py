@@ -108,7 +108,7 @@ def test_bad_updates_are_skipped_and_rows_of_them_undone(stopped: Path) -> None:
 def test_the_run_says_what_happened(stopped: Path) -> None:
     assert read(stopped / "run/summary.json")["status"] == "guard"
     log = (stopped / "run/logs/rank_00000.log").read_text()
-    assert "update 4 skipped: its loss is nan" in log
+    assert "step 4 skipped: its loss is nan" in log
     assert "worst on rank 1 (" in log
     assert "those of 8 steps again, and the run goes on with the next data" in log
     assert "the run ends: steps 14 to 15 were refused one after the other" in log
