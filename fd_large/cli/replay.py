@@ -80,20 +80,20 @@ def _print_losses(console: Console, incident: Incident, replayed: Replayed) -> N
         table.add_column(column, justify="right")
     table.add_column("images", overflow="fold")
     size = said["micro_batch_size"]
-    for pictures in incident.pictures:
-        names = said["ranks"][pictures.rank]["names"]
+    for own in incident.images:
+        names = said["ranks"][own.rank]["names"]
         for number, (before, now) in enumerate(
-            zip(pictures.losses, replayed.losses[pictures.rank], strict=True)
+            zip(own.losses, replayed.losses[own.rank], strict=True)
         ):
             table.add_row(
-                str(pictures.rank),
+                str(own.rank),
                 str(number),
                 _number(before),
                 _number(now),
                 Text("\n".join(names[number * size : (number + 1) * size])),
             )
     console.print(table)
-    whole = len(incident.pictures) == said["world_size"]
+    whole = len(incident.images) == said["world_size"]
     console.print(
         Text("gradient norm: ").append_text(_number(replayed.grad_norm)),
         Text("of the images above; recorded")

@@ -62,13 +62,13 @@ class Incident(NamedTuple):
         folder: The run's folder.
         job: The run's job, in the precision that it had, with nothing split over ranks.
         said: The content of incident.json.
-        pictures: The images of the ranks that keep theirs.
+        images: The images of the ranks that keep theirs.
     """
 
     folder: Path
     job: Job
     said: dict[str, Any]
-    pictures: list[RankImages]
+    images: list[RankImages]
 
 
 class Weights(NamedTuple):
@@ -129,7 +129,7 @@ def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
             f"replay: {file}: outside of its run; got no recipe.json in {folder}, expected the "
             "folder of a run. Put the incident back into RUN/incidents."
         )
-    pictures = []
+    images = []
     try:
         _check(said)
         for name in said["images"]:
@@ -140,15 +140,15 @@ def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
                 counts = {len(recorded["names"]), len(stored["positions"]), len(stored["images"])}
                 if len(counts) > 1:
                     raise ValueError(f"{name}: {counts} images")
-                pictures.append(
+                images.append(
                     RankImages(rank, stored["images"], stored["positions"], recorded["losses"])
                 )
-        if not pictures:
+        if not images:
             raise ConfigError(
                 f"replay: {file}: its images are gone; got none, expected those of a rank. The "
                 f"newest {INCIDENTS_WITH_IMAGES} incidents keep theirs: replay one of them."
             )
-        return Incident(folder, _job(folder, job_of), said, pictures)
+        return Incident(folder, _job(folder, job_of), said, images)
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ConfigError(
             f"replay: {file}: damaged; got {type(error).__name__} {error}, expected what the guard "
@@ -195,12 +195,12 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     task = _task(job, reader, bfloat16=bfloat16)
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
-    losses: dict[int, list[float]] = {own.rank: [] for own in incident.pictures}
-    count = sum(len(own.losses) for own in incident.pictures)
+    losses: dict[int, list[float]] = {own.rank: [] for own in incident.images}
+    count = sum(len(own.losses) for own in incident.images)
     size = said["micro_batch_size"]
     gradient: dict[str, Tensor] = {}
     with layer_maxima(task, gradient) as forward:
-        for own in incident.pictures:
+        for own in incident.images:
             for images, positions in zip(
                 own.images.split(size), own.positions.split(size), strict=True
             ):

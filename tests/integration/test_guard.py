@@ -169,7 +169,7 @@ def test_replay_reproduces_the_recorded_losses(
     assert (weights.update, weights.accepted_between) == (8, 0)
     replayed = run_again(spike, weights)
     assert not replayed.other_training
-    (own,) = spike.pictures
+    (own,) = spike.images
     assert replayed.losses == {0: pytest.approx(own.losses, rel=1e-5)}
     # A largest value over both ranks is no less than one rank's.
     for name, value in replayed.forward.items():
