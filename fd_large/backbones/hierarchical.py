@@ -52,11 +52,6 @@ class HierarchicalBackbone(nn.Module):
         residual: str,
     ):
         super().__init__()
-        if size_rule not in ("drop", "pad"):
-            raise ConfigError(
-                f"student.size_rule: no such rule; got {size_rule!r}, expected 'drop' or 'pad'. "
-                "Use one of these."
-            )
         self.embed_dim, self.depths, self.window_size = embed_dim, tuple(depths), window_size
         self.patch_size, self.size_rule, self.residual = patch_size, size_rule, residual
         self.width = embed_dim * 2 ** (len(depths) - 1)

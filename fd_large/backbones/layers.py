@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.initialization import Draw, Scheme, fill
-from fd_large.errors import ConfigError, nearest
-from fd_large.kernels.linear_gelu import ACTIVATIONS, Activation, linear_gelu
+from fd_large.kernels.linear_gelu import Activation, linear_gelu
 from fd_large.kernels.residual_norm import (
     add_norm,
     layer_norm,
@@ -218,15 +217,10 @@ class Mlp(nn.Module):
         *,
         draw: Draw,
         end: Draw,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         last: type[Linear] = Linear,
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"activation: no such function; got {activation!r}, "
-                f"{nearest(activation, ACTIVATIONS)}. Use one of these."
-            )
         self.fc1 = LinearGelu(width, hidden, draw=draw, activation=activation)
         self.fc2 = last(hidden, width, draw=end)
 
@@ -235,14 +229,6 @@ class Mlp(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def residual_dtype(choice: str, compute: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the residual stream: that of the products, or float32 at least.
-
-    Raises: ConfigError: if the choice is neither "compute" nor "float32".
-    """
-    if choice not in ("compute", "float32"):
-        raise ConfigError(
-            f"student.residual_dtype: no such choice; got {choice!r}, expected 'compute' or "
-            "'float32'. Use one of these."
-        )
+def residual_dtype(choice: Literal["float32", "compute"], compute: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the residual stream: that of the products, or float32 at least."""
     return compute if choice == "compute" else torch.promote_types(compute, torch.float32)

@@ -99,17 +99,10 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             for name, shape in stored.items()
         )
         text = card(
-            recipe.name,
+            recipe.to_dict(),
             architecture,
             into,
             to,
-            student=recipe.student,
-            teacher=recipe.teacher,
-            optim=recipe.optim,
-            data=recipe.data,
-            global_batch_size=recipe.batch.global_batch_size,
-            beta=recipe.objective.beta,
-            seed=recipe.runtime.seed,
             parameters=parameters,
             manifest=reader.manifest,
             summary=_json(folder / "summary.json"),

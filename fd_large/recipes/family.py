@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from fd_large.errors import ConfigError
+from fd_large.recipes.fields import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class FamilyArchitecture:
     """Whether the first stages can attend to a few windows at a time."""
 
     def __post_init__(self) -> None:
+        check_types(self, "architecture")
         self._check()
 
     def _check(self) -> None:

@@ -25,7 +25,7 @@ from fd_large.backbones.initialization import (
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.backbones.swin.architecture import SwinArchitecture
 from fd_large.backbones.windows import fit_window, window_shift
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
@@ -78,11 +78,6 @@ class Swin(HierarchicalBackbone):
             size_rule=size_rule,
             residual=residual_dtype,
         )
-        if len(depths) != len(num_heads):
-            raise ConfigError(
-                f"swin: depths and num_heads must agree in length; got {len(depths)} and "
-                f"{len(num_heads)}, expected equal. Give one value per stage."
-            )
         self.grid(image_size, image_size)  # Refuses a size that does not fit.
         initial = scheme(_SCHEMES, initialization)
         side = image_size // patch_size

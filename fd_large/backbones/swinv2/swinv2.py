@@ -36,7 +36,6 @@ from fd_large.backbones.layers import (
 )
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture
 from fd_large.backbones.windows import coordinate_table, fit_window, window_shift
-from fd_large.errors import ConfigError
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
 
@@ -103,12 +102,6 @@ class SwinV2(HierarchicalBackbone):
             residual=residual_dtype,
         )
         pretrained = tuple(pretrained_window_sizes or (0,) * len(depths))
-        if not len(depths) == len(num_heads) == len(pretrained):
-            raise ConfigError(
-                "swinv2: depths, num_heads and pretrained_window_sizes must agree in length; got "
-                f"{len(depths)}, {len(num_heads)}, {len(pretrained)}, expected equal. Give one "
-                "value per stage."
-            )
         initial = scheme(_SCHEMES, initialization)
 
         def stage(s: int) -> SwinV2Stage:

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.family import Loaded
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
@@ -22,7 +23,7 @@ from fd_large.recipes.architectures import Architecture
 _COUNTER = "num_batches_tracked"
 
 
-def matched(architecture: TimmArchitecture, file: Mapping[str, Shape], *, where: str) -> Matched:
+def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched:
     """Finds the tensors of a `TimmBackbone` among those of a file.
 
     What belongs to the whole model but not to the part up to the stride is left out.
@@ -31,7 +32,7 @@ def matched(architecture: TimmArchitecture, file: Mapping[str, Shape], *, where:
         by order.
     """
     name = architecture.timm_name
-    whole = _shapes(weightless(name))
+    whole = _shapes(_weightless(name))
     with torch.device("meta"):
         kept = _state(TimmBackbone(name, stride=architecture.feature_stride))
     expected = _shapes(kept)
@@ -50,13 +51,16 @@ def matched(architecture: TimmArchitecture, file: Mapping[str, Shape], *, where:
     )
 
 
-def weightless(name: str) -> dict[str, Tensor]:
-    """Returns the weights of a whole model on the meta device, by timm's names."""
-    with torch.device("meta"):
-        return _state(create(name))
+def weightless(name: str, where: str) -> dict[str, Tensor]:
+    """Returns the weights of a whole model on the meta device, by timm's names.
+
+    Raises: WeightsError: if timm has the model, but no weights for it.
+    """
+    _refuse_untrained(name, where)
+    return _weightless(name)
 
 
-def of_source(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
+def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
     """Returns the model that `timm:NAME` names, at the last stride unless one is given.
 
     Raises: ConfigError: if timm has no such model.
@@ -80,19 +84,12 @@ def strides(name: str) -> list[int]:
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
     """Returns what timm knows of the weights that it has for a model."""
     config = timm.get_pretrained_cfg(architecture.timm_name)
-    statistics = statistics_of(architecture.timm_name)
+    statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.url or config.hf_hub_id or "timm"
     return WeightFacts(statistics, config.input_size[-1], licence, origin)
 
 
-def statistics_of(name: str) -> Statistics:
-    """Returns mean and deviation that timm's weights of a model were trained with."""
-    config = timm.get_pretrained_cfg(name)
-    return Statistics(tuple(config.mean), tuple(config.std))
-
-
-def refuse_untrained(name: str, where: str) -> None:
-    """Raises WeightsError if timm has a model of this name, but no weights for it."""
+def _refuse_untrained(name: str, where: str) -> None:
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if config is not None and not config.has_weights:
         raise WeightsError(
@@ -102,15 +99,15 @@ def refuse_untrained(name: str, where: str) -> None:
         )
 
 
-def pretrained(name: str, where: str) -> nn.Module:
+def load(name: str, where: str) -> Loaded:
     """Returns a model with the weights that timm has for it, from its cache or the network.
 
     Raises: WeightsError: if timm has no weights for the model, or they cannot be had; ConfigError:
         if there is no such model.
     """
-    refuse_untrained(name, where)
+    _refuse_untrained(name, where)
     try:
-        return timm.create_model(name, pretrained=True)
+        return Loaded(timm.create_model(name, pretrained=True), _statistics(name))
     except (OSError, RuntimeError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
@@ -151,6 +148,16 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
             "file holds: --teacher.architecture.timm_name."
         )
     return {ours: theirs for (ours, _), (theirs, _) in pairs}
+
+
+def _weightless(name: str) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return _state(create(name))
+
+
+def _statistics(name: str) -> Statistics:
+    config = timm.get_pretrained_cfg(name)
+    return Statistics(tuple(config.mean), tuple(config.std))
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:

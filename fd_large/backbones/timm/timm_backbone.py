@@ -19,7 +19,9 @@ from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
+from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.errors import ConfigError, ShapeError, nearest
 
 
@@ -177,3 +179,8 @@ def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
         after = getattr(norm, name, None)
         y = y if after is None else after(y)
     return y
+
+
+def build(architecture: TimmArchitecture, options: Options) -> TimmBackbone:
+    """Builds a model with fresh weights, timm's own draws."""
+    return TimmBackbone(architecture.timm_name, stride=architecture.feature_stride)

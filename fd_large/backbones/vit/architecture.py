@@ -41,6 +41,12 @@ class ViTArchitecture(Transformer):
         self._require(len(self.depths) == 1, "depths", "one number for a ViT")
         super()._check()
         self._require(self.layer_scale >= 0, "layer_scale", "0 (none) or more")
+        has_tables = self.relative_position != "none"
+        self._require(
+            not self.distillation_token or (self.class_token and not has_tables),
+            "distillation_token",
+            "False without a class token, or with relative positions",
+        )
 
     @property
     def num_prefix_tokens(self) -> int:

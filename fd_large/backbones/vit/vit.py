@@ -33,7 +33,7 @@ from fd_large.backbones.initialization import (
 )
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
 from fd_large.backbones.vit.architecture import ViTArchitecture
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import image_attention, window_attention
 from fd_large.kernels.window_attention_reference import Memory
@@ -95,21 +95,6 @@ class ViT(nn.Module):
         initialization: Initialization = "fd",
     ):
         super().__init__()
-        if distillation_token and (relative_position != "none" or not class_token):
-            raise ConfigError(
-                "architecture.distillation_token: needs a class token and absolute positions; got "
-                f"class_token {class_token}, relative_position {relative_position!r}, expected "
-                "True and 'none'. Leave the distillation token off."
-            )
-        for name, value, options in (
-            ("relative_position", relative_position, ("none", "shared", "block")),
-            ("qkv_bias", qkv_bias, ("none", "qv", "qkv", "fused")),
-        ):
-            if value not in options:
-                raise ConfigError(
-                    f"architecture.{name}: no such option; got {value!r}, expected one of "
-                    f"{', '.join(options)}. Use one of these."
-                )
         initial = scheme(_SCHEMES, initialization)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.width, self.patch_size, self.stride = embed_dim, patch_size, patch_size

@@ -107,7 +107,7 @@ def test_backbones_that_timm_lacks():
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )
     with pytest.raises(WeightsError, match="timm has no weights for this model"):
-        timm_published.pretrained(untrained, "weights")
+        timm_published.load(untrained, "weights")
 
 
 def test_weights_of_timm_out_of_reach(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fd_large.backbones.vit.vit import ViT
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ShapeError
 
 STUDENT = {
     "absolute_position": False,
@@ -96,15 +96,6 @@ def test_sizes_that_do_not_fit_are_named():
         tiny(**STUDENT)(torch.zeros(1, 3, 20, 16))
     free = tiny(absolute_position=False)
     assert free(torch.zeros(1, 3, 20, 8)).grid == (5, 2)
-
-
-def test_options_that_do_not_fit_are_named():
-    with pytest.raises(ConfigError, match="distillation_token"):
-        tiny(distillation_token=True, relative_position="shared")
-    with pytest.raises(ConfigError, match="qkv_bias"):
-        tiny(qkv_bias="q")
-    with pytest.raises(ConfigError, match="nearest: quick_gelu"):
-        tiny(activation="quickgelu")
 
 
 @pytest.mark.parametrize(
