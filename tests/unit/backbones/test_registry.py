@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fd_large.backbones.registry import build
-from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture
 
 
@@ -103,8 +102,3 @@ def test_seed_leaves_the_global_generator_alone():
     c = build("swinv2_tiny", small, seed=2)
     assert torch.equal(a.patch_embed.proj.weight, b.patch_embed.proj.weight)
     assert not torch.equal(a.patch_embed.proj.weight, c.patch_embed.proj.weight)
-
-
-def test_what_cannot_pad_says_so():
-    with pytest.raises(ConfigError, match="cannot pad"):
-        build("vit_base_patch16", size_rule="pad")

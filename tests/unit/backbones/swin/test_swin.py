@@ -37,10 +37,3 @@ def test_smaller_images_are_named():
     with pytest.raises(ShapeError, match="stage 0") as caught:
         tiny()(torch.zeros(1, 3, 20, 20))
     assert "--student.size_rule pad" in str(caught.value)
-
-
-def test_bfloat16_with_float32_stream():
-    net = tiny(residual_dtype="float32", attention_memory="recompute").bfloat16()
-    tokens = net(torch.randn(1, 3, 16, 16)).tokens
-    tokens.sum().backward()
-    assert tokens.dtype == torch.float32

@@ -46,12 +46,6 @@ def test_teacher_names():
     assert "blocks.1.attn.relative_position_bias_table" in names(tiny(relative_position="block"))
 
 
-def test_blocks_are_listed_by_the_call_of_other_backbones():
-    net = tiny()
-    assert net.blocks() == list(net.blocks)
-    assert len(net.drop_path_rates) == 4
-
-
 @pytest.mark.parametrize(
     ("options", "prefix"),
     [
@@ -96,46 +90,6 @@ def test_sizes_that_do_not_fit_are_named():
         tiny(**STUDENT)(torch.zeros(1, 3, 20, 16))
     free = tiny(absolute_position=False)
     assert free(torch.zeros(1, 3, 20, 8)).grid == (5, 2)
-
-
-@pytest.mark.parametrize(
-    ("residual", "dtype"), [("compute", torch.bfloat16), ("float32", torch.float32)]
-)
-@pytest.mark.parametrize("options", [STUDENT, {"relative_position": "block"}, {}])
-def test_bfloat16_runs_with_either_residual_stream(residual, dtype, options):
-    net = tiny(residual_dtype=residual, attention_memory="recompute", **options)
-    images = torch.randn(2, 3, 16, 16)
-    exact = net(images).tokens
-    net.bfloat16()
-    seen = []
-    for block in net.blocks():
-        block.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
-    tokens = net(images).tokens
-    tokens.float().square().sum().backward()
-    assert set(seen) == {dtype}
-    assert tokens.dtype == dtype
-    assert (tokens.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
-
-
-def test_recompute_saves_no_attention_map_and_equals_keep():
-    gradients, shapes = {}, {}
-    for memory in ("keep", "recompute"):
-        net = tiny(attention_memory=memory, **STUDENT)
-        kept = shapes.setdefault(memory, [])
-
-        def pack(tensor, kept=kept):
-            if tensor.shape[-2:] == (17, 17) and tensor.dtype == torch.float32:
-                kept.append(tuple(tensor.shape))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = net(torch.ones(1, 3, 16, 16).cumsum(-1)).tokens.square().sum()
-        loss.backward()
-        gradients[memory] = [p.grad for p in net.parameters()]
-    assert len(shapes["keep"]) >= 2
-    assert shapes["recompute"] == []
-    for a, b in zip(*gradients.values(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_position_tables_decay_and_tokens_do_not():
