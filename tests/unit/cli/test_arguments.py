@@ -134,6 +134,7 @@ def test_sections_are_named_on_the_command_line():
         ("s", ["--to"]),
         ("--to a", ["SOURCE is missing"]),
         ("s --to a --pair 1", ["--pair", "2 whole numbers"]),
+        ("s --to a --count", ["--count", "got nothing"]),
         ("s --to a --loud=maybe", ["--loud", "maybe"]),
         ("s --to a --no_count", ["--no_count"]),
         ("s --to a --count -1", ["count", "-1"]),
@@ -167,7 +168,9 @@ def test_fields_of_a_recipe_mix_with_the_commands_own():
         "--optim.betas 0.9 0.95 --rows 3 --recipe fd_swinv2g --student.architecture.depths 2 2 6 2"
     )
     text += " --student.architecture.window-size 7 --student.architecture.window-size None"
-    text += " --batch.micro_batch_size auto --optim.epochs=50 --optim.epochs 60"
+    text += (
+        " --batch.micro_batch_size auto --optim.epochs=50 --optim.epochs 60 --guard.enabled False"
+    )
     given = parse_with_recipe(WithRecipe, text.split(), command="plan", recipe="quickstart")
     assert given.own == WithRecipe(recipe="fd_swinv2g", rows=3)
     assert given.run == override(registry.get("fd_swinv2g"), given.fields)
@@ -177,6 +180,7 @@ def test_fields_of_a_recipe_mix_with_the_commands_own():
         "student.architecture.window_size": None,
         "batch.micro_batch_size": "auto",
         "optim.epochs": 60,
+        "guard.enabled": False,
     }
 
 

@@ -95,43 +95,21 @@ def test_without_a_recipe_the_default_one_runs(engine):
 
 
 @pytest.mark.parametrize(
-    ("words", "on"),
-    [
-        ("--guard.enabled", True),
-        ("--guard.enabled True", True),
-        ("--guard.enabled False", False),
-        ("--guard.enabled=False", False),
-        ("--guard.no_enabled", False),
-        ("--guard.enabled False --guard.enabled", True),
-    ],
-)
-def test_a_switch_is_set_as_help_says_or_by_its_value(words, on, engine):
-    assert cli.main(["train", "--deepspeed_config", "some.json", *words.split()]) == 0
-    assert engine.run.guard.enabled is on
-
-
-@pytest.mark.parametrize(
     ("words", "found"),
     [
         ("--optim.base_rl 3", ["--optim.base_rl", "nearest: optim.base_lr"]),
         ("--base_lr 3", ["--base_lr", "nearest: optim.base_lr"]),
-        ("--recipee x", ["--recipee", "nearest: recipe"]),
         ("--student.architecture.dephts 2", ["nearest: student.architecture.depths"]),
         ("--guard.no_skips", ["--guard.no_skips", "nearest: guard.skips"]),
         ("--name x", ["--name"]),
         ("--recipe fd_clip_vit_bas", ["--recipe", "'fd_clip_vit_bas', nearest"]),
-        ("--recipe", ["--recipe"]),
         ("--student.model swinv2_gaint", ["student.model", "'swinv2_gaint', nearest"]),
         ("--batch.micro_batch_size x", ["got x, expected a whole number or auto"]),
         ("--batch.micro_batch_size 7", ["batch.micro_batch_size"]),
-        ("--optim.epochs 10 20", ["--optim.epochs", "got 10 20"]),
-        ("--optim.epochs", ["--optim.epochs", "got nothing"]),
         ("--student.architecture.depths 2 x", ["got 2 x, expected whole numbers or None"]),
         ("--engine.precision=fp16", ["got fp16, expected one of auto, float32, bfloat16"]),
         ("--guard.enabled maybe", ["--guard.enabled", "got maybe"]),
-        ("--runtime.seed -1", ["runtime.seed"]),
         ("--profile -1", ["--profile:", "got -1"]),
-        ("--student.drop_path_rate 1.5", ["student.drop_path_rate"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(words, found, engine, capsys):
