@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fd_large.data.listing import Listing, ListingWriter, listed, settled
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.data.listing import Add, listed, settled
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -25,15 +29,18 @@ MAX_FILE_BYTES = 1 << 29
 class ImageFolder:
     """The images below a folder: `len(folder)`, `folder[i]` (the path), `folder.read(i)`.
 
-    Class sub folders and a flat folder both do; labels are not looked at. The order is that of
-    the UTF-8 bytes of the paths relative to the root, parts joined by "/", which depends neither
-    on the file system nor on the locale. Links to folders are followed; names that start with a
-    dot are left out.
+    The order is that of the UTF-8 bytes of the paths relative to the root, parts joined by "/",
+    which depends neither on the file system nor on the locale. Links to folders are followed; names
+    that start with a dot are left out.
 
     The list of a large folder is kept in the cache (`listing.py`) and made again when the
     modification time of any folder in it changed: that is what adding, removing or renaming a
-    file changes. A file whose content alone changed is the same sample. `modified` is the newest of
-    these times, in ns.
+    file changes. A file whose content alone changed is the same sample.
+
+    Attributes:
+        root: The folder.
+        fingerprint: A hash of the paths in order.
+        modified: The newest modification time of a folder, in ns.
     """
 
     def __init__(self, root: str | Path, *, where: str = "data.root") -> None:
@@ -43,16 +50,15 @@ class ImageFolder:
             root: The folder.
             where: The field that names it, for messages.
 
-        Raises: DataError: if it is missing or holds no image.
+        Raises: DataError: if it holds no image, or a folder in it cannot be listed.
         """
         self.root, self._where = os.fspath(root), where
-        if not self.root or not os.path.isdir(self.root):
-            raise DataError(
-                f"{where}: no such folder; got {self.root!r}, expected a folder of images or "
-                f"tar shards. Set --{where} FOLDER."
-            )
-        self._listing: Listing = listed(
-            f"folder {folder_key(self.root)}", fill=self._fill, is_current=self._is_current
+        # A folder of the same path on another disk is another.
+        status = os.stat(self.root)
+        self._listing = listed(
+            f"folder {os.path.realpath(self.root)} {status.st_dev} {status.st_ino}",
+            fill=self._fill,
+            is_current=self._is_current,
         )
         if not len(self._listing):
             raise DataError(
@@ -86,7 +92,31 @@ class ImageFolder:
         """
         return read_image(self[index])
 
-    def _fill(self, writer: ListingWriter) -> dict[str, Any]:
+    def labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """The class of each image, (len,), and the classes: the sub folders, by name.
+
+        The order of classes is that of torchvision's ImageFolder; an image lies anywhere below the
+        folder of its class.
+
+        Raises: DataError: if an image lies in no sub folder.
+        """
+        starts, names = [0], []
+        while (start := starts[-1]) < len(self):
+            first, slash, _ = self._listing.name(start).partition(b"/")
+            if not slash:
+                raise DataError(
+                    f"{self._where}: an image in no class; got {self[start]!r}, expected a sub "
+                    "folder for each class. Move it into the folder of its class."
+                )
+            names.append(os.fsdecode(first))
+            # The list is sorted, and "0" follows "/": the first name that is no longer below this.
+            places = range(len(self))
+            starts.append(bisect_left(places, first + b"0", lo=start, key=self._listing.name))
+        classes = tuple(sorted(names))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return np.repeat([numbers[name] for name in names], np.diff(starts)), classes
+
+    def _fill(self, add: Add) -> dict[str, Any]:
         stamps, num_tars = [], 0
         for kind, path, modified in walk(self.root, self._where):
             if kind == "folder":
@@ -94,20 +124,25 @@ class ImageFolder:
             elif kind == "tar":
                 num_tars += 1
             else:
-                writer.add(os.fsencode(path))
+                add(os.fsencode(path))
         newest = max(modified for _, modified in stamps)
         return {"stamps": stamps, "modified": newest, "num_tars": num_tars}
 
     def _is_current(self, facts: dict[str, Any]) -> bool:
-        return "modified" in facts and all(
+        return all(
             os.stat(os.path.join(self.root, path)).st_mtime_ns == modified
             and settled(modified, facts["listed_at"])
             for path, modified in facts["stamps"]
         )
 
 
+def open_folder(root: str, *, where: str) -> ImageFolder | None:
+    """Opens a folder of images; DataError if there is none in it."""
+    return ImageFolder(root, where=where) if os.path.isdir(root) else None
+
+
 def read_image(path: str) -> bytearray:
-    """The bytes of a picture's file.
+    """The bytes of an image's file.
 
     Raises: DataError: if it cannot be read, or is so large that it can be no image.
     """
@@ -128,18 +163,12 @@ def read_image(path: str) -> bytearray:
         ) from error
 
 
-def folder_key(root: str) -> str:
-    """Names a folder in the cache; a folder of the same path on another disk is another."""
-    status = os.stat(root)
-    return f"{os.path.realpath(root)} {status.st_dev} {status.st_ino}"
-
-
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for a writer
+    return os.open(path, flags | os.O_NONBLOCK)  # A named pipe would wait for a writer.
 
 
 def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
-    """Yields ("folder" | "picture" | "tar", path, modification time of a folder in ns or 0).
+    """Yields ("folder" | "image" | "tar", path, modification time of a folder in ns or 0).
 
     Paths are relative, "/" between the parts, in the order of their bytes: a folder's place among
     its neighbours is that of its name with the "/", so nothing larger than a folder is sorted.
@@ -151,13 +180,13 @@ def walk(root: str, where: str) -> Iterator[tuple[str, str, int]]:
         name, above = pending.pop()
         if name and not name.endswith(b"/"):
             path = os.fsdecode(name)
-            yield "tar" if path.lower().endswith(".tar") else "picture", path, 0
+            yield "tar" if path.lower().endswith(".tar") else "image", path, 0
             continue
         folder = os.fsdecode(name)
         try:
             status = os.stat(os.path.join(root, folder))
             identity = (status.st_dev, status.st_ino)
-            if identity in above:  # a link to a folder that holds it would go round for ever
+            if identity in above:  # A link to a folder that holds it would go round for ever.
                 continue
             with os.scandir(os.path.join(root, folder)) as entries:
                 found = sorted(map(os.fsencode, _wanted(entries)), reverse=True)
@@ -179,7 +208,7 @@ def _wanted(entries: Iterator[os.DirEntry[str]]) -> Iterator[str]:
         if entry.is_dir():
             yield f"{entry.name}/"
         elif entry.name.lower().endswith((*EXTENSIONS, ".tar")) and (
-            # a link that leads nowhere is listed, so that its name comes up
+            # A link that leads nowhere is listed, so that its name comes up.
             entry.is_file() or entry.is_symlink()
         ):
             yield entry.name

@@ -1,11 +1,12 @@
-"""The names of a data set's samples in one file that is mapped into memory, and its cache.
+"""The names of a dataset's samples, and numbers of each, in one file that is mapped into memory.
 
 A worker holds no list: names and numbers stay in the file, of which the system keeps in memory
-what is used, once for all processes. Making the file means walking over the whole data set, so a
-large one is kept in a cache folder and used again while what was looked at (`stamps`: modification
-times of folders, sizes and times of shards) is as it was.
+what is used, once for all processes. Making the file means walking over the whole dataset, so a
+large one is kept in a cache folder and used again while what was looked at (modification times of
+folders, sizes and times of shards) is as it was.
 
-File: names | padding | columns of int64 | JSON footer | its length (8 bytes) | mark.
+The file is one of safetensors: `names` (bytes, one after the other), `ends` (int64, where each name
+ends), a column of int64 for each further number, and what the maker noted as JSON.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
+import shutil
 import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from fd_large.errors import DataError
 
@@ -35,116 +39,57 @@ CACHED_FROM = 20_000
 # A folder changed less than this before it was listed may have changed again within the same tick
 # of its clock: not to be trusted next time.
 SETTLED_SECONDS = 2.0
-_MARK = b"fd-list1"
+# In the name of each file: another layout is another file.
+_LAYOUT = "fd-list2"
 _STALE_SECONDS = 24 * 3600
+
+Add = Callable[..., None]
+"""Takes the name of a sample, bytes, and its numbers in the order of the columns."""
+Fill = Callable[[Add], dict[str, Any]]
+"""Adds all samples; returns facts in JSON's types, of which `stamps` are not kept in memory."""
 
 
 class Listing:
     """Names by number, and columns of int64 of the same length; read only.
 
-    `fingerprint` is a hash of all names in order; `facts` what the maker noted, in JSON's types.
+    Attributes:
+        arrays: `names`, `ends` and the columns.
+        facts: What the maker noted.
+        fingerprint: A hash of all names in order.
     """
 
-    def __init__(self, buffer: bytes | mmap.mmap, path: str | None) -> None:
-        """Reads the footer; ValueError or KeyError if the file is not whole."""
-        self._buffer, self._path = buffer, path
-        size = len(buffer)
-        if buffer[size - len(_MARK) : size] != _MARK:
-            raise ValueError("no listing, or not whole")
-        length = int.from_bytes(buffer[size - len(_MARK) - 8 : size - len(_MARK)], "little")
-        footer = json.loads(buffer[size - len(_MARK) - 8 - length : size - len(_MARK) - 8])
-        self.fingerprint: str = footer["fingerprint"]
-        self.facts: dict[str, Any] = footer["facts"]
-        num, self._columns = footer["num"], {}
-        for name, start in footer["columns"].items():
-            self._columns[name] = np.frombuffer(buffer, np.int64, num, start)
-        self._ends = self._columns["ends"]
+    def __init__(
+        self, arrays: dict[str, NDArray], facts: dict[str, Any], path: Path | None
+    ) -> None:
+        self.arrays, self.facts, self._path = arrays, facts, path
+        self.fingerprint: str = facts["fingerprint"]
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.arrays["ends"])
 
     def name(self, index: int) -> bytes:
         """The name of sample `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        start = int(self._ends[index - 1]) if index else 0
-        return self._buffer[start : int(self._ends[index])]
+        ends = self.arrays["ends"]
+        start = int(ends[index - 1]) if index else 0
+        return self.arrays["names"][start : int(ends[index])].tobytes()
 
     def number(self, column: str, index: int) -> int:
         """The number of sample `index` in a column."""
-        return int(self._columns[column][index])
+        return int(self.arrays[column][index])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         if self._path is None:
-            return {"buffer": bytes(self._buffer)}
-        return {"path": self._path, "fingerprint": self.fingerprint}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "buffer" in state:
-            self.__init__(state["buffer"], None)
-            return
-        with open(state["path"], "rb") as file:
-            self.__init__(_map(file), state["path"])
-        if self.fingerprint != state["fingerprint"]:
-            raise DataError(
-                f"{state['path']}: the list of images changed while a run used it; got other "
-                "names, expected the run's. Start the run again once the data no longer change."
-            )
-
-
-class ListingWriter:
-    """Takes samples one by one; names go to the file at once."""
-
-    def __init__(self, file: BinaryIO, columns: tuple[str, ...]) -> None:
-        self._file = file
-        self._columns = {name: array("q") for name in ("ends", *columns)}
-        self._end = 0
-        self._hash = hashlib.sha256()
-
-    def __len__(self) -> int:
-        return len(self._columns["ends"])
-
-    def add(self, name: bytes, *numbers: int) -> None:
-        """Adds a sample with its numbers, in the order of the columns."""
-        self._file.write(name)
-        self._hash.update(name + b"\0")
-        self._end += len(name)
-        for column, number in zip(self._columns.values(), (self._end, *numbers), strict=True):
-            column.append(number)
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Writes columns, facts and the mark that makes the file whole."""
-        self._file.write(bytes(-self._end % 8))
-        start = self._end + -self._end % 8
-        starts = {}
-        for name, column in self._columns.items():
-            starts[name] = start
-            self._file.write(column.tobytes())
-            start += 8 * len(column)
-        footer = {
-            "num": len(self),
-            "fingerprint": self._hash.hexdigest(),
-            "columns": starts,
-            "facts": facts,
-        }
-        text = json.dumps(footer).encode()
-        self._file.write(text + len(text).to_bytes(8, "little") + _MARK)
-        self._file.flush()
-
-
-def cache_folder() -> Path:
-    """FD_CACHE, else fd_large in XDG_CACHE_HOME or in ~/.cache."""
-    if folder := os.environ.get("FD_CACHE"):
-        return Path(folder)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "fd_large"
+            return Listing, (self.arrays, self.facts, None)
+        return _reopen, (self._path, self.fingerprint)  # The file, not the names.
 
 
 def listed(
     key: str,
     *,
     columns: tuple[str, ...] = (),
-    fill: Callable[[ListingWriter], dict[str, Any]],
+    fill: Fill,
     is_current: Callable[[dict[str, Any]], bool],
 ) -> Listing:
     """The listing of that key: from the cache where it is current, else made anew.
@@ -156,93 +101,111 @@ def listed(
     Args:
         key: What is listed.
         columns: Names of the numbers that each sample carries.
-        fill: Adds all samples to the writer; returns facts, among them `stamps`.
-        is_current: Says, given these facts, whether the data set is still as it was.
+        fill: Adds all samples and returns the facts.
+        is_current: Says, given these facts, whether the dataset is still as it was.
     """
     folder = cache_folder() / "listings"
-    path = folder / f"{hashlib.sha256(f'{_MARK!r} {key}'.encode()).hexdigest()[:32]}.listing"
+    path = folder / f"{hashlib.sha256(f'{_LAYOUT} {key}'.encode()).hexdigest()[:32]}.listing"
     listing = _load(path, is_current)
     if listing is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _only_one(folder):
-                listing = _load(path, is_current) or _make_in(folder, path, columns, fill)
-        except OSError as error:
-            log.info("the list of images is not kept: cannot write to %s (%s)", folder, error)
-            with tempfile.TemporaryFile() as file:
-                _fill(file, columns, fill)
-                listing = Listing(_map(file), None)
-    listing.facts.pop("stamps", None)  # as long as the data set may be; no worker needs it
+        with _only_one(folder):
+            listing = _load(path, is_current) or _keep(_make(columns, fill), path)
+    listing.facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
     return listing
 
 
-def _make_in(
-    folder: Path,
-    path: Path,
-    columns: tuple[str, ...],
-    fill: Callable[[ListingWriter], dict[str, Any]],
-) -> Listing:
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            if _fill(file, columns, fill) < CACHED_FROM:
-                return Listing(_map(file), None)
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-            _remove_stale(folder)
-            return Listing(_map(file), str(path))
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+def cache_folder() -> Path:
+    """FD_CACHE, else fd_large in XDG_CACHE_HOME or in ~/.cache."""
+    if folder := os.environ.get("FD_CACHE"):
+        return Path(folder)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "fd_large"
 
 
 def settled(modified_ns: int, listed_at: float) -> bool:
-    """Whether a time of modification lies far enough before the listing to be told from later."""
+    """Whether a modification is old enough that a later one would have another time.
+
+    Args:
+        modified_ns: Modification time, in ns since the epoch.
+        listed_at: When it was looked at, in seconds since the epoch.
+    """
     return modified_ns / 1e9 < listed_at - SETTLED_SECONDS
 
 
-def _fill(
-    file: BinaryIO, columns: tuple[str, ...], fill: Callable[[ListingWriter], dict[str, Any]]
-) -> int:
-    writer = ListingWriter(file, columns)
-    start = time.time()
-    facts = fill(writer)
-    writer.finish({**facts, "listed_at": start})
-    took = time.time() - start
-    if took > 1:
-        log.info("listed %d images in %.0f s", len(writer), took)
-    return len(writer)
+def _make(columns: tuple[str, ...], fill: Fill) -> Listing:
+    names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
+    digest, start = hashlib.sha256(), time.time()
+
+    def add(name: bytes, *values: int) -> None:
+        names.extend(name)
+        digest.update(name + b"\0")
+        for column, value in zip(numbers.values(), (len(names), *values), strict=True):
+            column.append(value)
+
+    facts = {**fill(add), "listed_at": start, "fingerprint": digest.hexdigest()}
+    if (took := time.time() - start) > 1:
+        log.info("listed %d images in %.0f s", len(numbers["ends"]), took)
+    arrays = {name: np.array(column, np.int64) for name, column in numbers.items()}
+    return Listing({"names": np.frombuffer(names, np.uint8), **arrays}, facts, None)
 
 
-def _map(file: BinaryIO) -> mmap.mmap:
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _keep(listing: Listing, path: Path) -> Listing:
+    """Writes a large listing to a file, where that is possible, and maps the file."""
+    if len(listing) < CACHED_FROM:
+        return listing
+    try:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as aside:
+            partial = Path(aside, path.name)
+            save_file(listing.arrays, partial, {"facts": json.dumps(listing.facts)})
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        _remove_stale(path.parent)
+        return _open(path)
+    except (OSError, SafetensorError) as error:
+        log.info("the list of images is not kept: cannot write to %s (%s)", path.parent, error)
+        return listing
+
+
+def _open(path: Path) -> Listing:
+    with safe_open(path, "pt") as file:  # Tensors of torch are mapped, NumPy's would be read.
+        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+        return Listing(arrays, json.loads(file.metadata()["facts"]), path)
 
 
 def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing | None:
     try:
-        with open(path, "rb") as file:
-            found = Listing(_map(file), str(path))
+        found = _open(path)
         return found if is_current(found.facts) else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, another version's
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # Absent or damaged.
         return None
+
+
+def _reopen(path: Path, fingerprint: str) -> Listing:
+    found = _open(path)
+    if found.fingerprint != fingerprint:
+        raise DataError(
+            f"{path}: the list of images changed while a run used it; got other names, expected "
+            "the run's. Start the run again once the data no longer change."
+        )
+    found.facts.pop("stamps", None)
+    return found
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Holds the folder's lock, which the system frees when its holder dies."""
-    with open(folder / "lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            log.info("listing images without a lock on %s: %s", folder, error)
+    with ExitStack() as stack:
+        with suppress(OSError):  # Not to be written to, or a file system without locks.
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _remove_stale(folder: Path) -> None:
     """Removes what processes that were killed left behind."""
     for path in folder.glob(".partial-*"):
-        try:
+        with suppress(OSError):  # Another process was faster.
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-        except OSError:
-            pass  # another process was faster
+                shutil.rmtree(path)

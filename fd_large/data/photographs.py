@@ -52,11 +52,13 @@ PREFIX = "builtin:"
 SETS = {f"{PREFIX}photographs": False, f"{PREFIX}photographs-held-out": True}
 
 
-def open_builtin(root: str, *, where: str = "data.root") -> Photographs:
-    """The set of that name, `builtin:photographs` or `builtin:photographs-held-out`.
+def open_photographs(root: str, *, where: str) -> Photographs | None:
+    """Opens `builtin:photographs` or `builtin:photographs-held-out`.
 
-    Raises: DataError: if there is no such set, or a package is missing.
+    Raises: DataError: if there is no such dataset, or a package is missing.
     """
+    if not root.startswith(PREFIX):
+        return None
     if root not in SETS:
         raise DataError(
             f"{where}: no such built-in set; got {root!r}, expected one of {', '.join(SETS)}. "

@@ -78,6 +78,25 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def shards(tmp_path: Path, picture_folder: Path) -> Path:
+    """The image folder in three shards, its order shuffled, with members of other kinds."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    names = sorted(str(path.relative_to(picture_folder)) for path in picture_folder.rglob("*.*"))
+    names = names[::-2] + names[-2::-2]
+    label = tmp_path / "label.cls"
+    label.write_text("7")
+    for number in range(3):
+        with tarfile.open(folder / f"train-{number:03}.tar", "w") as archive:
+            for name in names[number::3]:
+                archive.add(picture_folder / name, f"./{name}" if number == 1 else name)
+                archive.add(label, os.path.splitext(name)[0] + ".cls")
+            archive.add(label, ".hidden.jpg")
+            archive.add(label, "__MACOSX/._a.jpg")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 ImageNet images, among them greyscale ones and the one that EXIF turns."""

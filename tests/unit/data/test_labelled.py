@@ -13,7 +13,8 @@ import webdataset
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fd_large.data.labelled import ClassFolders, LabelledShards, open_labelled, open_split
+from fd_large.data import listing
+from fd_large.data.labelled import open_labelled, open_split
 from fd_large.errors import DataError
 
 # "a-b/" sorts before "a/", though "a" comes before "a-b"; a folder inside a class is no class.
@@ -34,7 +35,6 @@ def write(root: Path, files: list[str]) -> Path:
 
 
 def write_shard(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -43,14 +43,19 @@ def write_shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+def labels(source) -> list[int]:
+    again = pickle.loads(pickle.dumps(source))
+    found = [source.label(index) for index in range(len(source))]
+    assert [again.label(index) for index in range(len(again))] == found
+    return found
+
+
 def test_labels_are_torchvisions(tmp_path):
-    folder = ClassFolders(write(tmp_path, FILES))
+    folder = open_labelled(str(write(tmp_path, FILES)))
     theirs = ImageFolder(str(tmp_path))
     assert list(folder.classes) == theirs.classes
     expected = dict(theirs.samples)
-    assert {folder[i]: folder.label(i) for i in range(len(folder))} == expected
-    again = pickle.loads(pickle.dumps(folder))
-    assert [again.label(i) for i in range(7)] == [folder.label(i) for i in range(7)]
+    assert labels(folder) == [expected[folder[i]] for i in range(len(folder))]
 
 
 def test_a_test_set_takes_the_classes_of_training(tmp_path):
@@ -58,10 +63,11 @@ def test_a_test_set_takes_the_classes_of_training(tmp_path):
     write(tmp_path / "test", ["c/1.png", "a/2.png"])
     classes = open_split(str(tmp_path), "train").classes
     found = open_split(str(tmp_path), "val", classes)
-    assert [found.label(i) for i in range(2)] == [0, 2]
+    assert labels(found) == [0, 2]
+    assert found.classes == classes
     write(tmp_path / "test", ["d/1.png"])
-    with pytest.raises(DataError, match=r"classes that training does not know; got d "):
-        open_split(str(tmp_path), "val", classes)
+    with pytest.raises(DataError, match=r"eval\.root: classes .*; got d "):
+        open_split(str(tmp_path), "val", classes, where="eval.root")
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -74,21 +80,20 @@ def test_what_is_missing_is_named(tmp_path):
         open_labelled("builtin:photographs")
 
 
-def test_shards_of_webdataset(tmp_path):
-    labels = [3, 0, 12, 3, 5]
+@pytest.mark.parametrize("cached_from", [1, 20_000])
+def test_shards_of_webdataset(tmp_path, monkeypatch, cached_from):
+    monkeypatch.setattr(listing, "CACHED_FROM", cached_from)
+    numbers = [3, 0, 12, 3, 5]
     with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=2, verbose=0) as writer:
-        for number, label in enumerate(labels):
+        for number, label in enumerate(numbers):
             sample = {"__key__": f"n{number}/pic.{number}"[:4], "png": picture(number)}
             writer.write({**sample, "cls": label, "json": {"a": 1}})
     found = open_labelled(str(tmp_path))
-    assert isinstance(found, LabelledShards)
     assert found.classes == tuple(map(str, range(13)))
-    for index in range(len(found)):
-        # The grey level of an image is its number.
-        number = int(np.asarray(Image.open(io.BytesIO(found.read(index))))[0, 0, 0])
-        assert found.label(index) == labels[number]
-    again = pickle.loads(pickle.dumps(found))
-    assert [again.label(i) for i in range(5)] == [found.label(i) for i in range(5)]
+    assert found.fingerprint == found.images.fingerprint
+    # The grey level of an image is its number.
+    levels = [np.asarray(Image.open(io.BytesIO(found.read(i))))[0, 0, 0] for i in range(5)]
+    assert labels(found) == [numbers[level] for level in levels]
 
 
 def test_labels_come_with_pictures_whatever_the_order_of_members(tmp_path):
@@ -97,21 +102,21 @@ def test_labels_come_with_pictures_whatever_the_order_of_members(tmp_path):
         {"x/2.cls": b"7", "x/2.small.png": picture(2), "x/1.png": picture(1), "x/1.cls": b"4\n"},
     )
     write_shard(tmp_path / "a.tar", {"x/1.png": picture(3), "x/1.cls": b" 2 "})
-    found = LabelledShards([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
-    assert [found.label(i) for i in range(3)] == [2, 4, 7]
-    with pytest.raises(DataError, match="got 7"):
-        LabelledShards(found.paths, classes=("a", "b"))
+    assert labels(open_labelled(str(tmp_path))) == [2, 4, 7]
+    # Numbers count the classes of training, whatever their names.
+    assert labels(open_labelled(str(tmp_path), tuple("abcdefgh"))) == [2, 4, 7]
+    with pytest.raises(DataError, match=r"got .*7"):
+        open_labelled(str(tmp_path), ("a", "b"))
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"1.png": b"x", "2.png": b"x", "2.cls": b"1"}, r"without a label; got 1 in .*1\.png"),
-        ({"1.png": b"x", "1.cls": b"cat"}, r"a label that is no class; got b'cat'"),
-        ({"1.png": b"x", "1.cls": b"-1"}, r"a label that is no class; got b'-1'"),
+        ({"1.png": b"x", "2.png": b"x", "2.cls": b"1"}, r"without a label; got 1\.png in "),
+        ({"1.png": b"x", "1.cls": b"cat"}, r"label; got b'cat'"),
+        ({"1.png": b"x", "1.cls": b"-1"}, r"label; got b'-1'"),
     ],
 )
 def test_bad_labels_are_refused(tmp_path, members, message):
-    path = write_shard(tmp_path / "a.tar", members)
     with pytest.raises(DataError, match=message):
-        LabelledShards([str(path)])
+        open_labelled(str(write_shard(tmp_path / "a.tar", members)))

@@ -49,9 +49,9 @@ def walks(monkeypatch) -> list[str]:
     done: list[str] = []
     fill = ImageFolder._fill
 
-    def counted(self, writer):
+    def counted(self, add):
         done.append(self.root)
-        return fill(self, writer)
+        return fill(self, add)
 
     monkeypatch.setattr(ImageFolder, "_fill", counted)
     return done
@@ -156,11 +156,11 @@ def _list_slowly(key: str, marks: Path, start) -> None:
     listing.CACHED_FROM = 1
     start.wait()
 
-    def fill(writer):
+    def fill(add):
         (marks / str(os.getpid())).touch()
         time.sleep(0.3)
         for number in range(100):
-            writer.add(f"{number}.jpg".encode())
+            add(f"{number}.jpg".encode())
         return {}
 
     found = listed(key, fill=fill, is_current=lambda facts: True)
@@ -180,9 +180,9 @@ def test_of_several_ranks_one_walks_and_the_others_wait(tmp_path):
 
 
 def test_columns_and_facts_come_back(cache):
-    def fill(writer):
+    def fill(add):
         for number in range(5):
-            writer.add(b"n" * number, number, -number)
+            add(b"n" * number, number, -number)
         return {"stamps": [1], "what": "kept"}
 
     for _ in range(2):  # made, then read

@@ -13,7 +13,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
 from fd_large.data.centre_crops import NO_LABEL, central_view
-from fd_large.data.labelled import ClassFolders
+from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.errors import ConfigError, DataError
 from fd_large.probes.features import extract, pooled
 from fd_large.recipes.architectures import Architecture
@@ -21,14 +21,14 @@ from fd_large.recipes.architectures import Architecture
 SIZE = 32
 
 
-def write(root: Path, count: int) -> ClassFolders:
+def write(root: Path, count: int) -> LabelledImages:
     generator = np.random.default_rng(0)
     for number in range(count):
         folder = root / "abc"[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
         levels = generator.integers(0, 256, (40, 44, 3), dtype=np.uint8)
         Image.fromarray(levels).save(folder / f"{number:03d}.png")
-    return ClassFolders(root)
+    return open_labelled(str(root))
 
 
 def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
@@ -67,7 +67,7 @@ def test_a_bad_picture_is_left_out_and_many_are_refused(tmp_path):
     pictures = write(tmp_path / "pictures", 120)
     broken = Path(pictures[7])
     broken.write_bytes(b"no image")
-    again = ClassFolders(pictures.root)
+    again = open_labelled(pictures.images.root)
     arguments = {"image_size": SIZE, "batch_size": 50}
     found = extract(net_of_means, OPENAI_CLIP, again, tmp_path / "out", **arguments)
     assert found.labels[7] == NO_LABEL

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.data.centre_crops import NO_LABEL, central_batches, central_view
-from fd_large.data.labelled import ClassFolders
+from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.views import ViewSettings
@@ -25,7 +25,7 @@ PLAIN = {"randaugment": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     root = tmp_path_factory.mktemp("labelled")
     generator = np.random.default_rng(0)
     for number in range(40):
@@ -33,11 +33,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
         folder.mkdir(exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize((20 + number % 3, 24)).save(folder / f"{number}.png")
-    return ClassFolders(root)
+    return open_labelled(str(root))
 
 
 def update(
-    source: ClassFolders, number: int, ranks: int, micro: int, workers: int = 0, **recipe: float
+    source: LabelledImages, number: int, ranks: int, micro: int, workers: int = 0, **recipe: float
 ) -> Batch:
     """The whole global batch of a step, as these ranks load it."""
     parts = []
@@ -114,10 +114,10 @@ def test_a_bad_picture_has_the_same_stand_in_on_any_rank(pictures, tmp_path):
     for number in range(40):
         folder = tmp_path / "abcd"[number % 4]
         folder.mkdir(exist_ok=True)
-        source = Path(pictures.root) / folder.name / f"{number}.png"
+        source = Path(pictures.images.root) / folder.name / f"{number}.png"
         content = b"no image" if number % 5 == 0 else source.read_bytes()
         (folder / f"{number}.png").write_bytes(content)
-    broken = ClassFolders(tmp_path)
+    broken = open_labelled(str(tmp_path))
     whole, split = update(broken, 0, 1, GLOBAL), update(broken, 0, 4, 1)
     assert torch.equal(whole.images, split.images)
     assert torch.equal(whole.targets, split.targets)
