@@ -18,7 +18,7 @@ from fd_large.runtime import terminal
 
 COMMANDS = {
     "train": "Train a recipe.",
-    "recipes": "List the recipes: what each needs, how long it takes, what to expect.",
+    "recipes": "List the recipes: what each needs, takes and should give.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
     "report": "Draw a run's curves and say what came out.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",
