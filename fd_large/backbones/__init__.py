@@ -3,7 +3,8 @@
 A family's folder holds all that is true of that family and of no other: `architecture.py` (fields,
 checks and named models; no torch), the module, `published.py` (its published weights files),
 `export.py` (what its models become elsewhere) and `family.py`, which gives all of it to the rest of
-the package as a `Family`; `registry.py` lists the families once.
+the package as a `Family`; `registry.py` lists the families, as
+`recipes/architectures.py` does without torch: a new family is its folder and a line in each.
 
 Every backbone is a Module with
     forward(images, keep) -> FeatureMap, drop path driven by the rows of `keep`;

@@ -1,4 +1,4 @@
-"""`python -m fd_large diagnose A [B ...] --root FOLDER`."""
+"""`python -m fd_large diagnose A [B ...] --data.root FOLDER`."""
 
 from __future__ import annotations
 

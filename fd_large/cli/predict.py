@@ -14,6 +14,7 @@ from fd_large.cli.arguments import parse
 from fd_large.cli.export import read_recipe
 from fd_large.cli.output import out_folder
 from fd_large.errors import ConfigError
+from fd_large.recipes.fields import require
 
 if TYPE_CHECKING:
     from fd_large.engine.job import Predicted
@@ -36,6 +37,9 @@ class Predict:
     out: str = "predictions"
     # Least score of what is drawn and written, in [0, 1].
     score: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.score <= 1, "--score: out of range", self.score, "a number in [0, 1]")
 
 
 def main(arguments: list[str]) -> int:

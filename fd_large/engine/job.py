@@ -294,7 +294,7 @@ class Job:
         """
         raise ConfigError(
             f"predict: the task {self.run.task.name} draws nothing; got {self.run.name}, expected "
-            "a run that detects. Train one: --recipe coco_mask_rcnn_swinv2_tiny --student.init RUN."
+            "a run of a task that finds something in images. python -m fd_large recipes lists them."
         )
 
     def in_one_process(self) -> Run:

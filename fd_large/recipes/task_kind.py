@@ -15,7 +15,6 @@ class TaskKind:
         job: Name of its class in the folder's `job.py`.
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that no other task uses.
-        loss: Name of its training loss on axes and in tables.
         evaluated_by: The test that `evaluate RUN` makes unless another is named: knn, linear or
             finetune; the task's own name if its job scores a stored run (`Job.score_stored`).
     """
@@ -25,5 +24,4 @@ class TaskKind:
     job: str
     section: type | None = None
     sections: tuple[str, ...] = ()
-    loss: str
     evaluated_by: str = "knn"

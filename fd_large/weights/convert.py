@@ -60,7 +60,7 @@ def write(
         )
     if to != "fd" and out.suffix not in (".safetensors", ".pth"):
         raise WeightsError(
-            f"weights convert: {out}: what kind of file is not clear; got {out.suffix!r}, expected a name "
+            f"weights convert: {out}: unknown kind of file; got {out.suffix!r}, expected a name "
             "that ends in .safetensors or .pth. Rename it."
         )
     rename = _timm(architecture).rename if to == "timm" else lambda name, architecture: name

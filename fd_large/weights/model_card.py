@@ -168,7 +168,8 @@ def _loading(theirs: str, to: str, *, sharded: bool) -> str:
             "tokens = model.forward_features(images)"
         )
     return (
-        f"{_code(code)}\n\nIt is a `{theirs}` with the arguments `model_args` of config.json. {ours}"
+        f"{_code(code)}\n\n"
+        f"It is a `{theirs}` with the arguments `model_args` of config.json. {ours}"
     )
 
 

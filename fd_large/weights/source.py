@@ -235,7 +235,7 @@ class Sources:
         self._files.clear()
 
     def _stored(self, path: Path, where: str) -> Stored | None:
-        return next((stored for read in self._readers if (stored := read(path, where))), None)
+        return next((found for reader in self._readers if (found := reader(path, where))), None)
 
     def _open(self, source: str, where: str) -> Weights:
         located = locate(source, where=where)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fd_large.tasks.registry import FOLDERS as TASK_FOLDERS
+
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
     "errors": 0,
@@ -45,6 +47,7 @@ ONLY_IN = {
     "fairscale": ("engine",),
 }
 WITHOUT_TORCH = {"recipes", "plan", "errors", "atomic_files", "launch", "watch", "report", "cli"}
+FOLDERS = set(TASK_FOLDERS)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -97,6 +100,14 @@ def test_imports_come_from_lower_floors(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if room(path) == "engine"], ids=module)
 def test_the_engine_imports_no_task(path: Path) -> None:
     assert not [name for name in imports(path) if name.startswith("fd_large.tasks")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("tasks/*/**/*.py")), ids=module)
+def test_a_task_imports_no_other_task(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[1]
+    for name in imports(path):
+        if name.startswith("fd_large.tasks.") and own in FOLDERS | {"dense"}:
+            assert name.split(".")[2] not in FOLDERS - {own}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class DetectionJob(Job):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
 
     metrics: ClassVar = {
-        "loss": "loss",
+        "loss": "sum of five losses",
         **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
         **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
     }

@@ -86,6 +86,5 @@ KIND = TaskKind(
     folder="detection",
     job="DetectionJob",
     section=Detection,
-    loss="sum of five losses",
     evaluated_by="detection",
 )

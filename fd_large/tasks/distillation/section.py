@@ -49,5 +49,4 @@ KIND = TaskKind(
     folder="distillation",
     job="DistillationJob",
     sections=("teacher", "objective"),
-    loss="smooth L1 loss",
 )

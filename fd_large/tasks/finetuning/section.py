@@ -61,6 +61,5 @@ KIND = TaskKind(
     folder="finetuning",
     job="FineTuningJob",
     section=FineTune,
-    loss="cross-entropy",
     evaluated_by="finetune",
 )

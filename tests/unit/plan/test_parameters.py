@@ -1,4 +1,4 @@
-"""The hand table of shapes, held against the built modules (whose counts test_registry.py holds)."""
+"""The hand table of shapes against the built modules, whose counts test_registry.py holds."""
 
 from __future__ import annotations
 
