@@ -39,8 +39,8 @@ class Keep(logging.Handler):
 logging.getLogger("fd_large.data.staging").addHandler(Keep())
 logging.getLogger().setLevel(logging.INFO)
 copied = []
-copy = staging._Copying._copy
-staging._Copying._copy = lambda self, part: copied.append(part.name) or copy(self, part)
+make = staging._Copy._make
+staging._Copy._make = lambda self, file: copied.append(file.name) or make(self, file)
 source = open_images(root)
 staged = staging.stage(source, local)
 found["copied"] = list(copied)
