@@ -48,7 +48,7 @@ def kill_and_resume(
         kills: How often.
         seed: Of the moments.
         more: Further arguments of the command.
-        longest_rest: Seconds of training after a start's first step, at most.
+        longest_rest: Seconds of training after a start's third step, at most.
 
     Returns: of each kill, whether the run was alive, whether a save was under way (a `.part` folder
         that was not there before this start's first step), whether all ranks were killed, and
@@ -66,8 +66,9 @@ def kill_and_resume(
                 alive = all(process.poll() is None for process in run.processes)
                 return alive and time.monotonic() < until
 
-            # Leftovers of the last kill are swept before the first step.
-            while running() and updates_done(started) < 1:
+            # Leftovers of the last kill are swept before the first step; a save of each step is
+            # complete after the third, however slow the steps are.
+            while running() and updates_done(started) < 3:
                 time.sleep(0.02)
             rest = draw.uniform(0.0, longest_rest)
             begin = time.monotonic()
