@@ -73,7 +73,7 @@ tests() {
   echo "== tests of the kernels (at $SECONDS s, at most $limit s)"
   for group in "${groups[@]}"; do
     index=$((index + 1))
-    FD_KERNELS=triton timeout --kill-after=5 "$limit" "$PYTHON" -m pytest -p no:cacheprovider \
+    FD_KERNELS=triton timeout --kill-after=5 "$limit" "$PYTHON" -m pytest -p no:cacheprovider -m "" \
       "$folder/${group%%|*}" -k "${group#*|}" >"$WORK/tests_$index.txt" 2>&1 &
   done
   timeout --kill-after=5 "$limit" "$PYTHON" -c \

@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
 def ahead_of_time() -> int:
     """Compiles every case; prints and writes registers, shared memory and spills."""
     import triton
-    from aot import usage
+    from aot import digest, usage
     from aot_cases import CASES
 
     cases = {}
@@ -80,7 +80,8 @@ def ahead_of_time() -> int:
                 f"registers  {row['shared_bytes']:6} B shared  {row['spill_bytes']} B spilled",
                 flush=True,
             )
-    write("kernels_aot.json", {"triton": triton.__version__, "cases": cases})
+    digests = {name: digest(launch) for name, launch in CASES.items()}
+    write("kernels_aot.json", {"triton": triton.__version__, "digests": digests, "cases": cases})
     spilled = [row for rows in cases.values() for row in rows if row["spill_bytes"]]
     print(f"{len(cases)} cases, {sum(map(len, cases.values()))} kernels, {len(spilled)} spill")
     return 1 if spilled else 0

@@ -8,12 +8,16 @@ Not in a process with TRITON_INTERPRET=1: there `@triton.jit` makes no compilabl
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import importlib
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +87,52 @@ def usage(
     if not launches:
         raise AssertionError("nothing was launched")
     return [compiled(launch, capability) for launch in launches for capability in capabilities]
+
+
+def digest(call: Callable[[], Any]) -> str:
+    """Hash of all that decides what `usage` returns: the kernels' code, arguments and Triton.
+
+    Comments, docstrings and the place of a line do not count.
+    """
+    with recorded() as launches:
+        call()
+    found = hashlib.sha256(triton.__version__.encode())
+    for kernel, arguments, options, _grid in launches:
+        shown = {
+            name: str(value.dtype) if isinstance(value, torch.Tensor) else repr(value)
+            for name, value in arguments.items()
+        }
+        found.update(repr((kernel.__name__, shown, options)).encode())
+    for module in sorted(_with_imports({launch.kernel.fn.__module__ for launch in launches})):
+        found.update(_code(module).encode())
+    return found.hexdigest()[:16]
+
+
+def _with_imports(modules: set[str]) -> set[str]:
+    """Adds the kernels' modules that these import, and so on."""
+    found: set[str] = set()
+    while new := modules - found:
+        found |= new
+        modules = {imported for module in new for imported in _imports(module)}
+    return found
+
+
+@cache
+def _imports(module: str) -> set[str]:
+    nodes = ast.walk(ast.parse(_code(module)))
+    named = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name for name in named if name.endswith("_triton")}
+
+
+@cache
+def _code(module: str) -> str:
+    """A module's statements as Python writes them itself, without docstrings."""
+    tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text())
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 def compiled(launch: Launch, capability: int) -> dict[str, Any]:

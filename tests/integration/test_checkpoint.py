@@ -113,22 +113,18 @@ def test_resumes_on_other_ranks_and_stages(
 def test_damage_is_named_and_the_one_before_is_taken(
     pictures: Path, reference: Path, tmp_path: Path
 ) -> None:
-    for number, harm in enumerate((_flip_a_byte, _lose_a_file)):
-        run_dir = tmp_path / f"run{number}"
-        shutil.copytree(reference, run_dir)
-        victim = harm(run_dir / "checkpoints/step_00000008")
-        finished = train(pictures, run_dir, *TWELVE)
-        assert "DAMAGED CHECKPOINT" in finished.outputs[0]
-        assert victim in finished.outputs[0]
-        assert "resumed after step 4 of 8" in finished.outputs[0]
-        assert losses(run_dir) == losses(reference)
-    both = tmp_path / "both"
+    run_dir, both = tmp_path / "run", tmp_path / "both"
+    shutil.copytree(reference, run_dir)
+    # Rank 0 reads another file.
+    victim = _flip_a_byte(run_dir / "checkpoints/step_00000008")
+    finished = train(pictures, run_dir, *TWELVE)
+    assert "DAMAGED CHECKPOINT" in finished.outputs[0]
+    assert victim in finished.outputs[0]
+    assert "resumed after step 4 of 8" in finished.outputs[0]
+    assert losses(run_dir) == losses(reference)
     shutil.copytree(reference, both)
     for folder in (both / "checkpoints").iterdir():
         _flip_a_byte(folder)
-    refused = train(pictures, both, *TWELVE, check=False)
-    assert refused.returncodes == [2, 2]
-    assert "no checkpoint is sound" in refused.outputs[0]
     verified = run_ranks(MAIN, "checkpoint", "verify", both, ranks=1, check=False)
     assert verified.returncodes == [1]
     assert "0 of 2 checkpoints are sound" in verified.outputs[0]
@@ -142,15 +138,7 @@ def _flip_a_byte(checkpoint: Path) -> str:
     return victim.name
 
 
-def _lose_a_file(checkpoint: Path) -> str:
-    victim = checkpoint / "rank_00000.safetensors"
-    victim.unlink()
-    return victim.name
-
-
-def test_another_model_and_another_recipe_are_refused(
-    pictures: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_another_model_is_refused(pictures: Path, reference: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(reference, run_dir)
     (run_dir / "recipe.json").unlink()
@@ -159,9 +147,6 @@ def test_another_model_and_another_recipe_are_refused(
     assert refused.returncodes == [2, 2]
     assert "of another model" in refused.outputs[0]
     assert "Traceback" not in refused.outputs[0]
-    shutil.copy(reference / "recipe.json", run_dir)
-    refused = train(pictures, run_dir, *TWELVE, "--optim.base_lr", "2e-2", check=False)
-    assert "optim.base_lr 0.01 -> 0.02" in refused.outputs[0]
 
 
 @pytest.fixture
@@ -190,8 +175,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     run_dir = small_disk / "run"
     block = small_disk / "block"
     # One checkpoint fits beside it, and half of another.
-    all_but_one_and_a_half = bytes(int(1.9 * checkpoint_bytes))
-    block.write_bytes(all_but_one_and_a_half)
+    block.write_bytes(bytes(int(1.9 * checkpoint_bytes)))
     words = (*TWELVE, "--runtime.save_every", "2")
     finished = train(pictures, run_dir, *words, check=False)
     assert finished.returncodes == [75, 75], "the last checkpoint is not there: run me again"
@@ -205,11 +189,6 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     train(pictures, run_dir, *words)
     assert losses(run_dir) == losses(reference)
     assert (run_dir / "checkpoints/step_00000008").is_dir()
-    shutil.rmtree(run_dir)
-    block.write_bytes(all_but_one_and_a_half)
-    limited = train(pictures, run_dir, *words, "--runtime.max_failed_saves", "2", check=False)
-    assert limited.returncodes[0] == 2
-    assert "runtime.max_failed_saves" in "".join(limited.outputs)
 
 
 def test_deepspeeds_own_format_goes_out_and_comes_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -45,9 +46,9 @@ class Brightness(Task):
         return (found - targets).square().mean(), {}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank():
-    """Torch's process group and DeepSpeed on it, for the tests of this folder."""
+    """Torch's process group and DeepSpeed on it, for the tests of a file."""
     before = dict(os.environ)
     patch = pytest.MonkeyPatch()
     patch.setattr(distributed, "watch_launcher", lambda: None)
@@ -57,9 +58,14 @@ def one_rank():
         port = probe.getsockname()[1]
     distributed.start(Launch(launcher="python", **alone, master_addr="127.0.0.1", master_port=port))
     start.start()
+    # DeepSpeed collects garbage at every turn, through all that is imported.
+    gc.freeze()
     yield
+    gc.unfreeze()
     start.forget_engines()
     distributed.stop()
+    # What DeepSpeed keeps of the group would be found by the next file.
+    start.deepspeed.comm.comm.cdb = start.groups._WORLD_GROUP = None
     patch.undo()
     os.environ.clear()
     os.environ.update(before)

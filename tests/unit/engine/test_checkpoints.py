@@ -10,7 +10,7 @@ import pytest
 import torch
 from unit.engine.conftest import Brightness, batch_of
 
-from fd_large.checkpoint import store
+from fd_large.checkpoint import read, store
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import forward_backward
@@ -21,7 +21,10 @@ from fd_large.recipes.sections import Runtime
 
 
 @pytest.fixture
-def make(make_engine, tmp_path):
+def make(make_engine, tmp_path, monkeypatch):
+    # A file that is missing is waited for.
+    monkeypatch.setattr(read, "SECONDS_BETWEEN_TRIES", 0.0)
+
     def checkpoints(
         *, pictures="all", check_stored=lambda manifest: None, average=False, engine=None, **runtime
     ):

@@ -1,7 +1,7 @@
 """Runs what is in `triton_*.py`: tests of the Triton kernels, here in Triton's interpreter.
 
 The interpreter is chosen by the environment when a kernel's module is imported, hence processes of
-their own. On a GPU the same files run as they are: `pytest tests/unit/kernels/triton_*.py`.
+their own. On a GPU the same files run as they are: `pytest -m '' tests/unit/kernels/triton_*.py`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ORACLES = Path(os.environ.get("FD_ORACLES", HERE.parents[3] / "shared/oracles"))
 
-
-# The longest file in two, so that two processes share it.
-HALVES = {"triton_window_attention": ("every_class", "not every_class")}
-RUNS = [
-    (path, half)
-    for path in sorted(HERE.glob("triton_*.py"))
-    for half in HALVES.get(path.stem, ("",))
-]
+# The attention takes as long as all others; its sweep is in two, so that two processes share it.
+ATTENTION = "triton_window_attention"
+OTHERS = [path.stem for path in sorted(HERE.glob("triton_*.py")) if path.stem != ATTENTION]
+if not ORACLES.is_dir():
+    OTHERS.remove("triton_oracles")
 
 
 @pytest.mark.parametrize(
-    ("path", "half"), RUNS, ids=[f"{p.stem} {half}".strip() for p, half in RUNS]
+    ("files", "only", "marked"),
+    [
+        pytest.param([ATTENTION], "", "not sweep", id="attention"),
+        pytest.param(OTHERS, "", "not sweep", id="others"),
+        *(
+            pytest.param([ATTENTION], only, "sweep", marks=pytest.mark.sweep, id=f"sweep, {only}")
+            for only in ("every_class", "not every_class")
+        ),
+        pytest.param(OTHERS, "", "sweep", marks=pytest.mark.sweep, id="sweep, others"),
+    ],
 )
-def test_in_the_interpreter(path, half, tmp_path):
-    if path.stem == "triton_oracles" and not ORACLES.is_dir():
-        pytest.skip(f"no oracles at {ORACLES}; set FD_ORACLES to their folder")
+def test_in_the_interpreter(files, only, marked):
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "FD_KERNELS": "triton",
@@ -40,19 +44,20 @@ def test_in_the_interpreter(path, half, tmp_path):
         # The interpreter wants none.
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-x",
-        str(path),
-        "-k",
-        half,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    paths = [str(HERE / f"{name}.py") for name in files]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x"]
+    done = subprocess.run(
+        [*command, "-m", marked, "-k", only, *paths],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     # A file whose every test was skipped shows nothing.
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+def test_there_are_oracles():
+    if "triton_oracles" not in OTHERS:
+        pytest.skip(f"no oracles at {ORACLES}; set FD_ORACLES to their folder")

@@ -71,8 +71,11 @@ def build(family, device, **options):
 
 @pytest.mark.parametrize(
     ("family", "checkpointed"),
-    [("swinv2", False), ("swin", False), ("vit", True)],
-    ids=["swinv2", "swin", "vit, checkpointed"],
+    [
+        pytest.param("swinv2", False, id="swinv2"),
+        pytest.param("swin", False, id="swin", marks=pytest.mark.sweep),
+        pytest.param("vit", True, id="vit, checkpointed"),
+    ],
 )
 def test_a_step_agrees_with_the_reference(family, checkpointed, device, chosen, monkeypatch):
     options = {"attention_memory": "recompute"}
@@ -89,7 +92,7 @@ def test_a_step_agrees_with_the_reference(family, checkpointed, device, chosen, 
         assert (gradients[name] - reference).abs().max() <= 1e-4 * largest + 1e-7, name
 
 
-@pytest.mark.parametrize("family", ["swinv2", "vit"])
+@pytest.mark.parametrize("family", [pytest.param("swinv2", marks=pytest.mark.sweep), "vit"])
 def test_a_step_with_bfloat16_weights_and_a_float32_stream(family, device, monkeypatch):
     options = {"attention_memory": "recompute", "residual_dtype": "float32"}
 

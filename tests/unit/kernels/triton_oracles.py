@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = Path(os.environ.get("FD_ORACLES", ROOT.parent / "shared/oracles"))
-# A model of each kind, as short as they are; in Triton's interpreter others take minutes.
+# A model of each kind, as short as they are; in Triton's interpreter others take minutes, and
+# those of the sweep ten seconds.
 FILES = {
     "fd_loss": "whitened_loss",
     "fd_vit_no_cls": "window_attention",
@@ -22,7 +23,13 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+SWEEP = ("fd_teacher_esvit_s3", "swinv2_official_a")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.sweep if n in SWEEP else ()) for n in FILES],
+)
 def test_oracle(name, device, chosen):
     verdict = oracles.check_file(FOLDER / f"{name}.json")
     assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"

@@ -18,6 +18,9 @@ SLOW = ("17", "24, padded", "31", "33, padded")
 CASES = [(name, torch.float32) for name in COMPARED] + [
     (name, torch.bfloat16) for name in COMPARED if name not in SLOW or torch.cuda.is_available()
 ]
+# What the interpreter does in seconds: whole, padded and shifted windows, every width's class once.
+QUICK = {(name, dtype) for name, dtype in CASES if name in ("4", "6", "8, narrow heads")}
+QUICK |= {("9, padded", torch.bfloat16), ("13, shifted and padded", torch.float32)}
 
 
 def windows(batch, height, width, window, shift, heads, head_width, *, dtype, scale, seed, cosine):
@@ -101,6 +104,7 @@ def in_windows(geometry):
     return kernel, lambda *tensors: reference(*tensors, **geometry)
 
 
+@pytest.mark.sweep
 @settings(
     deadline=None,
     max_examples=6,
@@ -127,7 +131,10 @@ def test_windows(window, shifted, more, batch, heads, head_width, dtype, scale, 
     compare(*in_windows(geometry), tensors, cotangent, device)
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.sweep) for case in CASES],
+)
 def test_windows_of_every_class(name, dtype, device):
     tensors, cotangent, geometry = windows(
         *COMPARED[name], dtype=dtype, scale=30.0, seed=0, cosine=True
@@ -135,7 +142,9 @@ def test_windows_of_every_class(name, dtype, device):
     compare(*in_windows(geometry), tensors, cotangent, device)
 
 
-@pytest.mark.parametrize("window", [(4, 47), (47, 5), (5, 16)])
+@pytest.mark.parametrize(
+    "window", [(5, 16), *(pytest.param(w, marks=pytest.mark.sweep) for w in ((4, 47), (47, 5)))]
+)
 def test_windows_that_are_no_squares(window, device):
     """Of the operation itself, which takes them for whole images: long rows, shift and padding."""
     height, width, heads, head_width, shift = window[0] + 3, window[1] + 2, 1, 16, 2
@@ -248,7 +257,10 @@ def test_dot_product_without_bias_of_its_own(device):
         ((4, 4), 0, True, 2, 64),
         ((1, 20), 2, False, 2, 64),
         # Those of the models of record, one head.
-        *((grid, prefix, grid[0] > 1, 1, width) for grid, prefix, width in sorted(COMPARED_IMAGES)),
+        *(
+            pytest.param(grid, prefix, grid[0] > 1, 1, width, marks=pytest.mark.sweep)
+            for grid, prefix, width in sorted(COMPARED_IMAGES)
+        ),
     ],
 )
 def test_whole_images(grid, prefix, table, heads, channels, dtype, device):
@@ -296,7 +308,7 @@ def test_the_same_bits_every_time(device):
         return torch.ops.fd_large.window_attention_backward(cotangent, *tensors, *results, *numbers)
 
     first = gradients()
-    for _ in range(20):
+    for _ in range(20 if device == "cuda" else 2):
         for name, a, b in zip(NAMES[1:], gradients(), first, strict=True):
             assert torch.equal(a, b), name
 
