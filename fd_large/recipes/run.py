@@ -88,7 +88,7 @@ class Run:
                 raise ConfigError(f"{where}.{error}") from None
         require(
             self.student_architecture().can_train,
-            "student.model: models of this family can only be teachers",
+            "student.model: models of this family are teachers only (they have no drop path)",
             self.student.model,
             f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
         )
@@ -101,16 +101,18 @@ class Run:
         own = {name: getattr(self, name) for name in kind.sections}
         if kind.section:
             own[f"task.{kind.name}"] = getattr(self.task, kind.name)
+        found: dict[str, tuple[Any, Any]] = {}
         for name, section in own.items():
-            usual = flat(type(section)())
-            for field_name, value in flat(section).items():
-                require(
-                    value == usual[field_name],
-                    f"{name}.{field_name}: the task {self.task.name} ignores this field",
-                    repr(value),
-                    repr(usual[field_name]),
-                    f"Leave it out, or choose a recipe of the task {kind.name}",
-                )
+            usual, given = flat(type(section)()), flat(section)
+            found |= {f"{name}.{f}": (given[f], usual[f]) for f in given if given[f] != usual[f]}
+        if found:
+            fields, plural = ", ".join(found), "s" if len(found) > 1 else ""
+            raise ConfigError(
+                f"{fields}: the task {self.task.name} ignores the field{plural}; got "
+                f"{', '.join(repr(value) for value, _ in found.values())}, expected "
+                f"{', '.join(repr(value) for _, value in found.values())}. Leave out what you set "
+                f"there, or choose a recipe of the task {self.task.name}."
+            )
 
     @property
     def has_teacher(self) -> bool:
