@@ -83,7 +83,7 @@ def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) 
     Args:
         count: The sum over ranks.
         max_bad_fraction: data.max_bad_fraction.
-        names: Of bad images, from one rank or all.
+        names: Names of bad images, from one rank or all.
     """
     distinct = sorted(set(names))
     listed = ", ".join(distinct[:MAX_NAMES])

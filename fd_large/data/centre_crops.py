@@ -9,19 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fd_large.data.decode import decode
 from fd_large.data.labelled import LabelledImages
+from fd_large.data.loader import load_batches
 from fd_large.data.suppress_stderr import suppress_stderr
-from fd_large.data.worker import start_worker
 from fd_large.errors import DataError
 
 # ImageNet's custom: the short side is resized to 256 for a crop of 224.
 RESIZE_RATIO = 256 / 224
 
-
-# Of an image that cannot be used; no class.
+# Stands for the label of an image that cannot be used.
 NO_LABEL = -1
 
 
@@ -53,7 +52,7 @@ class CentralBatch(NamedTuple):
         start: Number of the first image.
         images: (B, 3, S, S) uint8.
         labels: (B,) int64; `NO_LABEL` where the image cannot be used.
-        bad: What is wrong with those.
+        bad: A message for each image that cannot be used.
     """
 
     start: int
@@ -106,26 +105,12 @@ def central_batches(
         source: The images.
         image_size: Side of a crop, in pixels.
         batch_size: B; the last one may have fewer.
-        rank: Counted from 0.
-        world_size: W.
-        workers: Processes that load; 0: this one does.
+        rank: This rank, counted from 0.
+        world_size: W, the number of ranks.
+        workers: Number of loading processes; 0 loads in this one.
         max_pixels: Larger images are refused before they are decoded.
     """
     starts = range(rank * batch_size, len(source), world_size * batch_size)
     ends = [(start, min(start + batch_size, len(source))) for start in starts]
-    return iter(
-        DataLoader(
-            _CentralBatches(source, image_size, max_pixels),
-            sampler=ends,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-            pin_memory=False,
-            generator=torch.Generator(),  # else torch's global one moves
-        )
-    )
-
-
-def _unchanged(batch: CentralBatch) -> CentralBatch:
-    return batch
+    batches = _CentralBatches(source, image_size, max_pixels)
+    return iter(load_batches(batches, ends, workers=workers))

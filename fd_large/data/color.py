@@ -27,7 +27,7 @@ def jitter_color(
         image: (3, H, W) uint8.
         draws: `NUM_DRAWS` numbers in [0, 1).
         strength: 0 (none) to 1.
-        grayscale_probability: Of three equal channels.
+        grayscale_probability: Probability of three equal channels, in [0, 1].
 
     Returns: (3, H, W) uint8.
     Source: Chen et al., "A simple framework for contrastive learning of visual representations",

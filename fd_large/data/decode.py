@@ -143,18 +143,18 @@ def _to_uint8(image: torch.Tensor) -> torch.Tensor:
 def _decode_with_pillow(encoded: bytes | bytearray, where: str, max_pixels: int) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes and of damaged EXIF
-        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as picture:
-            _check_size(*picture.size, max_pixels, where)
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.mode.startswith("I;16"):
-                grey = np.asarray(picture).astype(np.int32)
+        with Image.open(io.BytesIO(encoded), formats=_PILLOW_FORMATS) as image:
+            _check_size(*image.size, max_pixels, where)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                grey = np.asarray(image).astype(np.int32)
                 grey += 128
                 grey //= 257  # 65535 = 255 * 257
                 pixels = np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-            elif picture.mode == "RGB":
-                pixels = np.array(picture)
-            elif picture.mode in _PILLOW_MODES:
-                pixels = np.array(picture.convert("RGB"))
+            elif image.mode == "RGB":
+                pixels = np.array(image)
+            elif image.mode in _PILLOW_MODES:
+                pixels = np.array(image.convert("RGB"))
             else:
-                raise ValueError(f"pixels of mode {picture.mode}, whose range is not known")
+                raise ValueError(f"pixels of mode {image.mode}, whose range is not known")
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)

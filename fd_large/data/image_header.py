@@ -18,7 +18,13 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 @dataclass(frozen=True)
 class Header:
-    """Format ("JPEG", "PNG", "WEBP") and size as stored, before any turning by EXIF."""
+    """What a header says.
+
+    Attributes:
+        format: "JPEG", "PNG" or "WEBP".
+        height: Height as stored, before any turning by EXIF.
+        width: Width as stored.
+    """
 
     format: str
     height: int
@@ -27,10 +33,13 @@ class Header:
 
 @dataclass(frozen=True)
 class JpegHeader(Header):
-    """`upright`: no EXIF turn. `height_at`: where the two bytes of the height stand.
+    """What the header of a JPEG says besides.
 
-    `row_step` is the height of a row of coded units where rows come one after the other (one scan,
-    Huffman coded, sequential), so that a decoder may stop early; else 0.
+    Attributes:
+        upright: Whether EXIF asks for no turn.
+        height_at: Place of the two bytes of the height.
+        row_step: Height of a row of coded units where rows come one after the other (one scan,
+            Huffman coded, sequential), so that a decoder may stop early; else 0.
     """
 
     upright: bool

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from fd_large.errors import ConfigError
-
 STREAMS = {
     "order": 0,
     "view": 1,
@@ -83,18 +81,13 @@ def random_words(
         seed: 0 to 2**64 - 1.
         epoch: 0 to 2**32 - 1.
         positions: (B,), whole numbers from 0.
-        stream: A name in `STREAMS`, or a number below 256 for a use that has no name here.
+        stream: A name in `STREAMS`, or a number below 256 for a use without a name here.
         first_block: Where in the stream to start.
         num_blocks: How many blocks to draw.
 
     Returns: (B, num_blocks, 4) uint64, each below 2**32.
-    Raises: ConfigError: if the seed is out of range.
     """
-    if not 0 <= seed < 2**64:
-        raise ConfigError(
-            f"runtime.seed: out of range; got {seed}, expected 0 to 2**64 - 1. "
-            "Set --runtime.seed to a number in that range."
-        )
+    assert 0 <= seed < 2**64
     stream_number = STREAMS[stream] if isinstance(stream, str) else stream
     assert 0 <= stream_number < 256
     assert 0 <= epoch < 2**32
@@ -120,7 +113,7 @@ def uniforms(
 
     Args:
         seed: 0 to 2**64 - 1.
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order.
         stream: What the numbers are for: a name in `STREAMS`, or a number below 256.
         count: Numbers a position.
@@ -140,9 +133,9 @@ def drop_path_keep(
     """Which branches stay: site i of a sample with probability 1 - rates[i], all independent.
 
     Args:
-        rates: Drop rate of each site, in execution order.
+        rates: Drop rate of each site, in [0, 1], in execution order.
         seed: The run's seed.
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
         positions: (B,), in the epoch's order; a tensor on the CPU will do.
 
     Returns: (num_sites, B) bool, on the CPU.

@@ -1,6 +1,6 @@
 """Which sample goes where: the order of an epoch, and each rank's slice of a global batch.
 
-No list as long as the data set is ever made: the permutation is evaluated where it is needed.
+No list as long as the dataset is ever made: the permutation is evaluated where it is needed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
     """The samples at some positions of the epoch's order, a permutation of all samples.
 
     A number below side**2 >= num_samples is read as two digits to the base side, which pass
-    through a Feistel network whose round function is Philox; what falls outside the data set is
+    through a Feistel network whose round function is Philox; what falls outside the dataset is
     passed through again until it is inside (cycle walking). Both steps keep a bijection, and
     fewer than 2 * sqrt(num_samples) + 1 numbers lie outside, so few are walked.
 
     Args:
-        num_samples: Size of the data set.
+        num_samples: Size of the dataset.
         seed: The run's seed.
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
         positions: (B,), each below num_samples.
 
     Returns: (B,) sample indices.
@@ -121,10 +121,10 @@ class MicroBatches:
 def check_batch_sizes(
     num_samples: int, *, global_batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
-    """Refuses batch sizes that do not divide, or of which the data set has not one.
+    """Refuses batch sizes that do not divide, or which leave the dataset without one global batch.
 
     Args:
-        num_samples: Size of the data set.
+        num_samples: Size of the dataset.
         global_batch_size: Images a step over all ranks.
         micro_batch_size: Images a forward pass of one rank.
         world_size: The number of ranks.
@@ -132,7 +132,7 @@ def check_batch_sizes(
     Raises:
         ConfigError: if a size is not positive or the global batch does not divide into micro
             batches on all ranks; the message names the nearest sizes that do.
-        DataError: if the global batch is larger than the data set.
+        DataError: if the global batch is larger than the dataset.
     """
     for key, size in (
         ("global_batch_size", global_batch_size),
@@ -170,7 +170,7 @@ def check_batch_sizes(
             else f"Add images, or lower --batch.micro_batch_size (now {micro_batch_size}) too"
         )
         raise DataError(
-            "batch.global_batch_size: larger than the data set; got global_batch_size "
+            "batch.global_batch_size: larger than the dataset; got global_batch_size "
             f"{global_batch_size} and {num_samples} images in data.root, expected at least one "
             f"global batch an epoch. {remedy}."
         )
