@@ -28,9 +28,9 @@ def branch_scales(
 
     Args:
         keep: (num_sites, B), bool or 0-1; None: no drop path, and the result is None.
-        rates: Of each site.
-        batch_size: B of the images.
-        device: Of the images.
+        rates: Drop rate of each site.
+        batch_size: B, the number of images.
+        device: Device of the images.
 
     Raises: ShapeError: if keep does not fit sites and batch.
     """
@@ -40,7 +40,7 @@ def branch_scales(
         raise ShapeError(
             f"drop path: keep must have a row per site and a column per image; got "
             f"{tuple(keep.shape)}, expected {(len(rates), batch_size)}. Draw it for "
-            "net.drop_path_rates and this batch."
+            "the model's drop_path_rates and this batch."
         )
     return keep.to(device, torch.float32) / _kept_shares(rates, device)
 

@@ -78,8 +78,8 @@ def hugging_face(name: str, shape: Shape, pairs: tuple[tuple[str, str], ...]) ->
     """Returns a tensor in the names of transformers; a fused one becomes query, key and value.
 
     Args:
-        name: Ours.
-        shape: Ours.
+        name: Name in our model.
+        shape: Shape in our model.
         pairs: The family's own replacements, after those of all.
     """
     if name.startswith("norm."):
@@ -145,8 +145,8 @@ def timm_config(
     """Returns timm's configuration of a model.
 
     Args:
-        architecture: With the image size of the run.
-        statistics: By which images are normalised.
+        architecture: The model, with the image size of the run.
+        statistics: Mean and deviation by which images are normalised.
         entry: Its model whose arguments are the nearest; the arguments here override all of them.
         pool: "token" or "avg".
         arguments: The family's own.

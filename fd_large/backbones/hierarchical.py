@@ -98,7 +98,7 @@ class HierarchicalBackbone(nn.Module):
         return frozenset({"absolute_pos_embed"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns pieces of names of parameters without weight decay."""
+        """Returns substrings of names of parameters without weight decay."""
         return ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 
     @property

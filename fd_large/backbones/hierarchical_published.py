@@ -129,7 +129,7 @@ def window_and_size(
         fields: See `recognised`.
         windows: Side of the windows in each stage, in tokens; 0 where nothing tells.
         side: Patches along a side of the image; 0 if nothing tells.
-        shapes: In our names.
+        shapes: Shapes in our names.
     """
     found: dict[str, Any] = {}
     window = max(windows, default=0)

@@ -29,10 +29,10 @@ class Draw:
 
     Attributes:
         kind: normal; uniform within +-1/sqrt(fan in), torch's default; or all the same value.
-        std: Of the normal, before the cut.
-        cut: The normal is truncated to +-cut, in absolute units.
-        divide: Divides what was drawn.
-        value: Of the constant.
+        std: Standard deviation of the normal distribution, before the cut.
+        cut: Largest absolute value of the normal distribution, which is truncated there.
+        divide: Number by which what was drawn is divided.
+        value: Value of the constant.
     """
 
     kind: Literal["normal", "fan_in_uniform", "constant"]

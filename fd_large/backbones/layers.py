@@ -204,8 +204,8 @@ class Mlp(nn.Module):
     Args:
         width: C.
         hidden: Between the two.
-        draw: Of the first layer's weight.
-        end: Of the last layer's.
+        draw: Initial distribution of the first layer's weight.
+        end: Initial distribution of the last layer's weight.
         activation: "gelu" or "quick_gelu".
         last: The last layer's class; what it returns the MLP returns.
     """

@@ -1,4 +1,4 @@
-"""What names, shapes and the words of other libraries say of an architecture."""
+"""What names and shapes of tensors, and the terms of other libraries, say of an architecture."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
     """Returns the image statistics of a model's published weights; ImageNet's if none are known.
 
     Args:
-        name: Of the table in `recipes.architectures`.
+        name: Name of the model in `recipes.architectures`.
         architecture: The model.
     """
     family = family_of(architecture)

@@ -134,8 +134,8 @@ def expanded(pieces: Pieces, shapes: Shapes, own: Callable[[str], str]) -> Piece
     """Gives every block its own copy of a position bias that a file shares (FD's fine-tuning).
 
     Args:
-        pieces: In our names.
-        shapes: Of the model that is to be filled.
+        pieces: What the file makes, by our names.
+        shapes: Shapes of the model that is to be filled.
         own: Gives the shared tensor's name for that of a block's own.
 
     Returns: None if nothing is to be copied.

@@ -38,7 +38,7 @@ def coordinate_table(window: int, pretrained_window: int, device: torch.device) 
     Args:
         window: w, side in tokens.
         pretrained_window: w0; 0: the window itself.
-        device: Of the result.
+        device: Device of the result.
     """
     reference = max((pretrained_window or window) - 1, 1)
     with torch.inference_mode(False):

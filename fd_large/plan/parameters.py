@@ -54,7 +54,7 @@ def shapes(architecture: FamilyArchitecture, *, image_size: int = 0) -> Shapes:
     """Returns {parameter name: shape} of a model, in no promised order.
 
     Args:
-        architecture: Of a vision transformer.
+        architecture: A vision transformer's.
         image_size: Side in pixels of the images, on which position tables (and the windows of
             Swin V1) depend; 0: the architecture's own.
 

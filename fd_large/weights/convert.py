@@ -36,7 +36,7 @@ def write(
     """Writes a model's weights; returns the file.
 
     Args:
-        items: In our names.
+        items: (our name, tensor) of the whole model.
         architecture: The model.
         to: "fd" is a folder with our names and a config.json that tells everything, "official" one
             file with the names of the official repositories, "timm" one with timm's.

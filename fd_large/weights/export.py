@@ -43,7 +43,7 @@ def export_of(architecture: FamilyArchitecture, to: str, *, pads: bool) -> Expor
     """Returns what a model becomes in a library's files.
 
     Args:
-        architecture: With the image size of the run.
+        architecture: The student, with the image size of the run.
         to: One of LIBRARIES.
         pads: Whether the run pads images that do not fit.
 
@@ -86,7 +86,7 @@ def export(
         architecture: The student, with the image size that it was trained at.
         into: What `export_of` returns for it.
         out: Does not exist.
-        statistics: By which the student's images are normalised.
+        statistics: Mean and deviation by which the student's images are normalised.
         shard_size: Most bytes of a file.
         card: Text of the model card.
 
@@ -181,7 +181,7 @@ def write_shards(
 
     Args:
         folder: Exists; a single file is NAME, several have numbers and an index.
-        shapes: Of all tensors, in the order in which they come.
+        shapes: Names and shapes of all tensors, in the order in which they come.
         items: Those tensors.
         size: Most bytes of a file.
     """

@@ -31,11 +31,11 @@ class Inspection:
     """What was found.
 
     Attributes:
-        source: The user's word.
+        source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
         own: Whether this project wrote the file.
-        architecture: As far as it is known; None in other fields.
+        architecture: What is known of the architecture; None in other fields.
         unknown: Fields that neither file nor configuration tells.
         statistics: Image statistics that it was trained with; None if unknown.
         named: A named model with this architecture; "" if there is none.
@@ -108,9 +108,9 @@ def inspect(
 
 def _merged(weights: Weights) -> Architecture:
     """What is known of the architecture; a configuration knows the size better than tensors."""
-    told = set_fields(weights.told)
-    sizes = {name: told[name] for name in ("image_size", "window_size") if name in told}
-    return replace(filled(weights.found, weights.told), **sizes)
+    stated = set_fields(weights.stated)
+    sizes = {name: stated[name] for name in ("image_size", "window_size") if name in stated}
+    return replace(filled(weights.found, weights.stated), **sizes)
 
 
 def _compared(weights: Weights, architecture: FamilyArchitecture) -> Match:
@@ -159,9 +159,9 @@ def table(found: Inspection) -> Any:
     values = set_fields(found.architecture)
     rows.add_row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
     if found.unknown:
-        rows.add_row("not told", f"{', '.join(found.unknown)} (--teacher.architecture.*)")
+        rows.add_row("unknown", f"{', '.join(found.unknown)} (--teacher.architecture.*)")
     if found.statistics is None:
-        rows.add_row("statistics", "not told (--teacher.statistics)")
+        rows.add_row("statistics", "unknown (--teacher.statistics)")
     else:
         mean, std = found.statistics
         rows.add_row("statistics", f"mean {_plain(mean)}, std {_plain(std)}")

@@ -1,4 +1,4 @@
-"""Where weights come from, in one word of the user's: a path, or a scheme that ends in a file.
+"""Where weights come from: a path, or a scheme that ends in a file.
 
 A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
 `open_clip:ARCH/TAG`, or the scheme of a family (`timm:NAME`, `module:package.file:function`), which
@@ -42,7 +42,7 @@ class Located(NamedTuple):
 def locate(source: str, *, where: str = "weights") -> Located:
     """Returns the file or folder of a source, downloading it where that is what it says.
 
-    Raises: WeightsError: if a package is not installed, or the weights cannot be had.
+    Raises: WeightsError: if a package is not installed, or the weights cannot be fetched.
     """
     if source.startswith(PACKAGE):
         return Located(_in_package(source.removeprefix(PACKAGE), where))
@@ -95,9 +95,9 @@ def _from_hub(repository: str, where: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"{where}: cannot be had from Hugging Face; got {_first_line(error)} for {repository}, "
-            "expected OWNER/NAME of a repository in the cache or within reach. Fetch its "
-            "files elsewhere, and give the path of their folder."
+            f"{where}: cannot be fetched from Hugging Face; got {_first_line(error)} for "
+            f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. Fetch "
+            "its files elsewhere, and give the path of their folder."
         ) from error
 
 
@@ -128,9 +128,9 @@ def _from_open_clip(name: str, where: str) -> Located:
         path = package.download_pretrained(pretrained)
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"{where}: cannot be had from open_clip; got {_first_line(error)} for {name}, expected "
-            "weights in the cache or within reach. Fetch the file elsewhere, and give its path "
-            "and --teacher.architecture.activation."
+            f"{where}: cannot be fetched from open_clip; got {_first_line(error)} for {name}, "
+            "expected weights in the cache or within reach. Fetch the file elsewhere, and give its "
+            "path and --teacher.architecture.activation."
         ) from error
     # The weights' own line says which activation they were trained with.
     quick = pretrained.get("quick_gelu", config.get("quick_gelu", False))

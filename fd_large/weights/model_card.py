@@ -62,14 +62,14 @@ def card(
     """Returns the text, in Markdown, with no path of the machine that it was made on.
 
     Args:
-        recipe: As recipe.json has it.
+        recipe: The recipe as recipe.json has it.
         architecture: The student, with the image size of the run.
         into: What it becomes in the library's files.
         to: "timm", "hf" or "fd".
         parameters: Elements of the student.
-        manifest: Of the checkpoint: steps, samples, teacher, images.
+        manifest: The checkpoint's manifest: steps, samples, teacher, images.
         summary: Contents of the run's summary.json; empty where the run has not ended.
-        statistics: By which images are normalised.
+        statistics: Mean and deviation by which images are normalised.
         sharded: Whether the tensors are in several files.
     """
     values = {**recipe, **_facts(recipe, manifest)}
@@ -167,10 +167,7 @@ def _loading(theirs: str, to: str, *, sharded: bool) -> str:
             "model.load_state_dict({n: t for file in files for n, t in load_file(file).items()})\n"
             "tokens = model.forward_features(images)"
         )
-    return (
-        f"{_code(code)}\n\n"
-        f"It is a `{theirs}` with the arguments `model_args` of config.json. {ours}"
-    )
+    return f"{_code(code)}\n\nIt is a `{theirs}` with config.json's `model_args`. {ours}"
 
 
 def _code(text: str) -> str:

@@ -131,7 +131,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     Args:
         path: A file, an index of several, or a folder that holds one or the other.
         where: What the user set, for messages.
-        part: "student" or "teacher" where the file holds both by name; "": the first found.
+        part: "student" or "teacher" where the file holds both by name; "" is the first found.
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
         only arbitrary code could restore.
@@ -159,8 +159,8 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
         return path
     if (path / "checkpoints").is_dir():
         raise WeightsError(
-            f"{where}: {path}: the folder of a run, which is no file; "
-            "got a folder, expected a weights file. Export the student first."
+            f"{where}: {path}: the folder of a run; got a folder, expected a weights file. Export "
+            "the student first."
         )
     for name in _FOLDER_FILES:
         if (path / name).is_file():

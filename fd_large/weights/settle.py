@@ -39,7 +39,7 @@ def settle_model(
     To be called before anything is built; a settled section is settled again without change.
 
     Args:
-        section: As the user set it.
+        section: The section as the user set it.
         sources: Opens the weights.
         where: The flag of the source, for messages.
 
@@ -127,19 +127,19 @@ def reconcile(
     conflicts, depths = [], weights.found.depths or (0,)
     for field in field_names(family):
         user, net = getattr(given, field), named and getattr(named, field)
-        shown, told = getattr(weights.found, field), getattr(weights.told, field)
+        shown, stated = getattr(weights.found, field), getattr(weights.stated, field)
         if field in published.ours:
             values[field] = _first(user, net, published.ours[field])
         elif field in published.free:
-            values[field] = _first(user, net, shown, told)
+            values[field] = _first(user, net, shown, stated)
         else:
-            fact = shown if shown is not None else told if user is None else None
+            fact = shown if shown is not None else stated if user is None else None
             wanted = _first(user, net)
             agree = published.agree.get(field, _equal)
             if fact is not None and wanted is not None and not agree(fact, wanted, depths):
                 conflicts.append(f"{field} {_text(fact)} for {_text(wanted)}")
             values[field] = fact if wanted is None else wanted
-    settling = Settling(filled(weights.found, weights.told), given, named is not None)
+    settling = Settling(filled(weights.found, weights.stated), given, named is not None)
     for note in published.complete(values, settling):
         log.info("%s: %s", where, note)
     if conflicts:

@@ -38,7 +38,7 @@ def read_sidecar(path: Path, published: Published, library: str, where: str) -> 
 
     Args:
         path: The weights file or index.
-        published: Of the file's family.
+        published: What the file's family says of its files.
         library: The one whose configuration goes with the file's format; "" is none.
         where: What the user set, for messages.
 
@@ -59,16 +59,16 @@ def _read(folder: Path, published: Published, library: str, where: str) -> Sidec
     if OWN in config:
         own = config[OWN]
         return Sidecar(_own(folder, own, where), _statistics(own), own=True)
-    if library == "hf" and (told := published.configs["hf"](config, where)) is not None:
+    if library == "hf" and (stated := published.configs["hf"](config, where)) is not None:
         preprocessing = _json(folder / "preprocessor_config.json", where)
-        return Sidecar(told, _statistics(preprocessing, "image_mean", "image_std"))
+        return Sidecar(stated, _statistics(preprocessing, "image_mean", "image_std"))
     if "architecture" in config and "pretrained_cfg" in config:
-        told = described(published, "timm", config, where)
-        return Sidecar(told, _statistics(config["pretrained_cfg"]))
+        stated = described(published, "timm", config, where)
+        return Sidecar(stated, _statistics(config["pretrained_cfg"]))
     config = _json(folder / "open_clip_config.json", where)
     if library == "open_clip" and "model_cfg" in config:
-        told = described(published, "open_clip", config["model_cfg"], where)
-        return Sidecar(told, _statistics(config.get("preprocess_cfg", {})))
+        stated = described(published, "open_clip", config["model_cfg"], where)
+        return Sidecar(stated, _statistics(config.get("preprocess_cfg", {})))
     return Sidecar(Architecture(), None)
 
 
@@ -86,7 +86,7 @@ def described(published: Published, library: str, config: Any, where: str) -> Ar
     """Returns what a library's configuration tells of a model; nothing if it is of another kind.
 
     Args:
-        published: Of the family whose model it is.
+        published: What the model's family says of its files.
         library: "timm", with a config.json or a module; "open_clip", with a model configuration.
         config: The configuration.
         where: What the user set, for messages.
@@ -95,13 +95,13 @@ def described(published: Published, library: str, config: Any, where: str) -> Ar
     """
     if library == "open_clip" and "timm_model_name" in config.get("vision_cfg", {}):
         vision = config["vision_cfg"]
-        told = described(published, "timm", {"architecture": vision["timm_model_name"]}, where)
-        return replace(told, image_size=vision.get("image_size") or told.image_size)
+        stated = described(published, "timm", {"architecture": vision["timm_model_name"]}, where)
+        return replace(stated, image_size=vision.get("image_size") or stated.image_size)
     if library == "timm" and isinstance(config, dict):
         config = _timm_module(config)
     reader = published.configs.get(library)
-    told = None if reader is None or config is None else reader(config, where)
-    return told or Architecture()
+    stated = None if reader is None or config is None else reader(config, where)
+    return stated or Architecture()
 
 
 def _timm_module(config: dict[str, Any]) -> Any:

@@ -34,14 +34,14 @@ class Weights:
     """An opened file of a model, in our names; nothing is read yet.
 
     Attributes:
-        source: The user's word; for a run's folder the checkpoint that was taken.
+        source: The source as the user gave it; for a run's folder the checkpoint that was taken.
         form: Name of its format.
         file: Its tensors as they are.
         pieces: {our name: what makes it}.
         dropped: Names in the file that are left out on purpose.
         unfit: Names in the file that make no tensor.
         found: What names and shapes tell of the architecture; None in other fields.
-        told: What the format and a configuration beside the file tell of it.
+        stated: What the format and a configuration beside the file tell of it.
         statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
         path: The file, the index of several, or the checkpoint; None if a library brings it.
@@ -54,7 +54,7 @@ class Weights:
     dropped: list[str]
     unfit: list[str]
     found: Architecture
-    told: Architecture
+    stated: Architecture
     statistics: Statistics | None
     own: bool
     path: Path | None
@@ -85,7 +85,7 @@ class Weights:
         return tuple(
             name
             for name in FORMATS[self.form].format.ask
-            if getattr(self.told, name) is None and getattr(wanted, name) is None
+            if getattr(self.stated, name) is None and getattr(wanted, name) is None
         )
 
     def adapted(
@@ -144,10 +144,10 @@ class Stored(NamedTuple):
     """A model of this project's that no weights file holds.
 
     Attributes:
-        path: By which it is opened again, whatever is stored since.
+        path: Path by which it is opened again, whatever is stored since.
         file: Its tensors in our names.
         architecture: The model.
-        statistics: By which its images are normalised.
+        statistics: Mean and deviation by which its images are normalised.
     """
 
     path: Path
@@ -179,7 +179,7 @@ class Sources:
             source: See above; `#student`, `#teacher` or `#projector` after a path name a part.
             where: What the user set, for messages.
 
-        Raises: WeightsError: if it cannot be had or read, or is of no known format.
+        Raises: WeightsError: if it cannot be fetched or read, or is of no known format.
         """
         if str(source) not in self._opened:
             weights = self._open(str(source), where)
@@ -266,12 +266,12 @@ class Sources:
             beside = Sidecar(overrides(stored.architecture), stored.statistics, own=True)
         elif file.path:
             beside = read_sidecar(file.path, published, line.library, where)
-        told = filled(
+        stated = filled(
             described(published, located.library, located.config, where), beside.architecture
         )
         statistics = located.statistics or beside.statistics
         if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
-            told, statistics = filled(told, line.facts), statistics or line.statistics
+            stated, statistics = filled(stated, line.facts), statistics or line.statistics
         shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
         found = _recognised(family, shapes, file, f"{where}: {source}")
         return Weights(
@@ -282,7 +282,7 @@ class Sources:
             dropped=dropped,
             unfit=translation.unfit,
             found=found,
-            told=filled(told, published.guess(found)),
+            stated=filled(stated, published.guess(found)),
             statistics=statistics,
             own=beside.own,
             path=stored.path if stored else file.path,

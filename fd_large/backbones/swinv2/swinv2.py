@@ -40,7 +40,7 @@ from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
 
 _CPB_HIDDEN = 512
-# That a frozen MLP remembers: as many as there are sizes of maps.
+# Number of tables that a frozen MLP remembers: as many as there are sizes of maps.
 _MOST_TABLES = 16
 _MAX_LOG_SCALE = math.log(100)
 _SCHEMES = {
@@ -285,7 +285,7 @@ class CosineAttention(nn.Module):
         Args:
             x: (B, H, W, C).
             window: Side w in tokens.
-            shift: Of the windows, in tokens.
+            shift: Shift of the windows in tokens.
             position_table: ((2w - 1)^2, h) float32.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
@@ -320,8 +320,9 @@ class PositionMlp(nn.Sequential):
 
         Args:
             window: Side w in tokens.
-            pretrained_window: Of pre-training, which scales coordinates; 0: the window itself.
-            device: Of the result.
+            pretrained_window: Side of the window in pre-training, by which coordinates are scaled;
+                0 is the window itself.
+            device: Device of the result.
         """
         # Under ZeRO-3 (whose parameters have a number) modules must be called in the same order in
         # every step. Versions count changes in place, so other weights make other tables.

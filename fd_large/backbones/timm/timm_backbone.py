@@ -1,8 +1,8 @@
 """Any backbone of timm as a frozen teacher: the map at a chosen stride, in the common form.
 
-The map is what the last stage of that stride gives out; of the net's last stage it has passed the
-net's final norm, on every token, as `forward_features` of timm has it. An earlier stage's are raw
-activations. What the model computes after the map is not built.
+The map is what the last stage of that stride returns. If that is the model's last stage, the final
+norm has been applied to every token, as timm's `forward_features` does; the maps of earlier stages
+are raw activations. What the model computes after the map is not built.
 
 Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -125,7 +125,7 @@ class TimmBackbone(nn.Module):
 def create(name: str) -> nn.Module:
     """Builds a model of timm by name, whole, without asking any server.
 
-    Raises: ConfigError: if timm has no such model, or cannot give out its inner maps.
+    Raises: ConfigError: if timm has no such model, or does not return its inner maps.
     """
     if not timm.is_model(name):
         raise ConfigError(
@@ -135,14 +135,14 @@ def create(name: str) -> nn.Module:
     net = timm.create_model(name, pretrained=False)
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
-            f"architecture.timm_name: timm {timm.__version__} cannot give out inner maps of this "
-            f"model; got {name!r}, expected one with forward_intermediates. Choose another net."
+            f"architecture.timm_name: timm {timm.__version__} does not return inner maps of this "
+            f"model; got {name!r}, expected one with forward_intermediates. Choose another model."
         )
     return net
 
 
 def _last_stage(net: Any, name: str, stride: int) -> tuple[int, int]:
-    """Index among the net's stages, and channels, of the deepest map of a stride."""
+    """Index among the model's stages, and channels, of the deepest map of a stride."""
     stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
     fitting = [i for i, (reduction, _) in enumerate(stages) if reduction == stride]
     if not fitting:

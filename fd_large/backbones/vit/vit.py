@@ -151,7 +151,7 @@ class ViT(nn.Module):
         return frozenset({"pos_embed", "cls_token", "dist_token"})
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
-        """Returns pieces of names without weight decay: none; tables decay, as published."""
+        """Returns no substrings of names: tables decay, as published."""
         return ()
 
     @property
@@ -247,7 +247,7 @@ class Block(nn.Module):
         width: C.
         num_heads: h.
         number: Within the model, from 1; it sets how much the branch ends are scaled down.
-        table_rows: Of the block's own position table; 0: none.
+        table_rows: Rows of the block's own position table; 0 is no table.
     """
 
     def __init__(
