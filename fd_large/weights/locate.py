@@ -96,8 +96,8 @@ def _from_hub(repository: str, where: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
             f"{where}: cannot be fetched from Hugging Face; got {_first_line(error)} for "
-            f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. Fetch "
-            "its files elsewhere, and give the path of their folder."
+            f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. "
+            "Fetch its files elsewhere, and give the path of their folder."
         ) from error
 
 

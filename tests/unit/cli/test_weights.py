@@ -173,7 +173,7 @@ def test_nothing_is_overwritten_or_guessed(tmp_path):
     (tmp_path / "there.pth").touch()
     for to, out, words in (
         ("fd", "there.pth", "something is there already; got a file"),
-        ("official", "net", "what kind of file is not clear"),
+        ("official", "net", "unknown kind of file"),
         ("timm", "net.pth", "no norms on the main path"),
         ("onnx", "net.pth", "no such format"),
     ):
