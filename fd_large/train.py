@@ -1,5 +1,6 @@
 """Entry for launchers, which take a file: `deepspeed fd_large/train.py --deepspeed_config JSON`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,4 +9,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from fd_large.cli.main import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    code = main(["train", *sys.argv[1:]])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was.
+    os._exit(code)

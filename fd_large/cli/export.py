@@ -61,9 +61,8 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     """
     # torch: seconds.
     from fd_large.backbones.registry import parameter_shapes
-    from fd_large.backbones.statistics import IMAGENET
     from fd_large.checkpoint import stream
-    from fd_large.engine.job import trained_at
+    from fd_large.tasks.jobs import job_of
     from fd_large.weights import export as exports
     from fd_large.weights.model_card import card
 
@@ -74,7 +73,8 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
             "expected a distillation. Its model serves other runs as it is: --student.init RUN."
         )
-    architecture = trained_at(recipe)
+    student = job_of(recipe).stored_student()
+    architecture = student.architecture
     into = exports.export_of(architecture, to, pads=recipe.student.size_rule == "pad")
     table = parameter_shapes(architecture)
     parameters = sum(map(math.prod, table.values()))
@@ -106,7 +106,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             parameters=parameters,
             manifest=reader.manifest,
             summary=_json(folder / "summary.json"),
-            statistics=IMAGENET,
+            statistics=student.statistics,
             sharded=4 * parameters > size,
         )
         files = exports.export(
@@ -115,7 +115,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             architecture,
             into,
             Path(out),
-            statistics=IMAGENET,
+            statistics=student.statistics,
             shard_size=size,
             card=text,
         )

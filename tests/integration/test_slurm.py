@@ -112,7 +112,7 @@ def test_it_ran_once_after_each_requeue(cluster: Cluster, interrupted: Interrupt
     time.sleep(max(0.0, REQUEUE_SECONDS - passed))
     shown, said = cluster.show(interrupted.job.number), interrupted.job.said()
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "3")
-    assert said.count("ranks speak in") == 4
+    assert said.count("the output of rank N is in") == 4
     # By itself after the signal; by Slurm after the other job, and for the dead node.
     assert said.count("; requeued (newest checkpoint: step_") == 1, said
     assert said.count("pre-empted by another job: Slurm requeues this one itself") == 1, said

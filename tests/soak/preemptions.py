@@ -42,7 +42,7 @@ def wait_until_started(cluster: Cluster, job: Job, restarts: int) -> None:
         job.number,
         lambda s: (
             (s["JobState"], s["Restarts"]) == ("RUNNING", str(restarts))
-            and job.said().count("ranks speak in") == restarts + 1
+            and job.said().count("the output of rank N is in") == restarts + 1
         ),
     )
 
@@ -119,7 +119,7 @@ def main() -> int:
             "requeued by the script": job.said().count("; requeued ("),
             "requeued by Slurm": job.said().count("Slurm requeues this one itself"),
             "of these after the end of the grace": job.said().count("waits for the end of the"),
-            "starts": job.said().count("ranks speak in"),
+            "starts": job.said().count("the output of rank N is in"),
             "end": f"{shown['JobState']}, exit code {shown['ExitCode'].split(':')[0]}",
             "updates": updates,
             "steps made twice": len(lines(job, "  step ")) - updates,

@@ -78,7 +78,10 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
     )
     for section, values in sections.items():
         if "architecture" in values:
-            values = values | {"architecture": Architecture(**values["architecture"])}
+            fields = values["architecture"].items()
+            # JSON has no tuples.
+            shape = {k: tuple(v) if isinstance(v, list) else v for k, v in fields}
+            values = values | {"architecture": Architecture(**shape)}
         run = replace(run, **{section: replace(getattr(run, section), **values)})
     return run
 
