@@ -84,8 +84,13 @@ class SimplePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, H, W, C) to (B, width, 4H, 4W), 2H, H, ceil(H/2) and ceil(H/4)."""
         x = x.permute(0, 3, 1, 2)
-        halved = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=True)
-        scales = (self.fourfold(x), self.twofold(x), x, halved)
+        # In this order: backward adds up the gradients of x in the reverse, to the last bit.
+        scales = (
+            self.fourfold(x),
+            self.twofold(x),
+            x,
+            F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=True),
+        )
         pyramid = [
             output(lateral(scale))
             for scale, lateral, output in zip(scales, self.laterals, self.outputs, strict=True)
