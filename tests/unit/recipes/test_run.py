@@ -170,3 +170,11 @@ def test_the_section_of_another_task_stays_empty(task, name):
     with pytest.raises(ConfigError, match=rf"task\.{name}\."):
         a_run(task=task)
     assert a_run(teacher=Teacher(), task=replace(task, name=name)).task.name == name
+
+
+@pytest.mark.parametrize("name", ["finetune_clip_vit_base", "coco_mask_rcnn_vit_base"])
+def test_what_only_a_distillation_reads_is_refused_field_by_field(name):
+    run = registry.get(name)
+    objective = replace(run.objective, beta=1.0, whitening_eps=1e-3)
+    with pytest.raises(ConfigError, match=r"objective\.beta, objective\.whitening_eps: "):
+        replace(run, objective=objective)
