@@ -11,6 +11,7 @@ import sys
 import time
 from importlib import import_module
 
+from fd_large import doors
 from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import FDError
 from fd_large.launch import find_rank
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank = find_rank()
     if rank and not HELP.isdisjoint(arguments):
         return 0  # Rank 0 prints the help.
+    doors.allow_named(arguments)
     try:
         command, rest = choose(arguments, COMMANDS, note="docs/quickstart.md is where to begin.")
         return import_module(f"fd_large.cli.{command}").main(rest)

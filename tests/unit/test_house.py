@@ -16,6 +16,7 @@ from fd_large.tasks.registry import FOLDERS as TASK_FOLDERS
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
     "errors": 0,
+    "doors": 0,
     "atomic_files": 0,
     "launch": 0,
     "watch": 0,
@@ -40,13 +41,23 @@ FLOORS = {
 # Files that recipes may import: the description of a task or a family, without torch and without
 # the rest of its room.
 DESCRIPTIONS = ("tasks/*/section.py", "tasks/registry.py", "backbones/*/architecture.py")
-FOR_ALL = {"errors", "distributed", "atomic_files"}
+FOR_ALL = {"errors", "distributed", "atomic_files", "doors"}
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
     "apex": ("kernels", "engine/zero"),
     "fairscale": ("engine",),
 }
-WITHOUT_TORCH = {"recipes", "plan", "errors", "atomic_files", "launch", "watch", "report", "cli"}
+WITHOUT_TORCH = {
+    "recipes",
+    "plan",
+    "errors",
+    "doors",
+    "atomic_files",
+    "launch",
+    "watch",
+    "report",
+    "cli",
+}
 FOLDERS = set(TASK_FOLDERS)
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,232 @@
+"""Doors: code of the user's own in the place of a built-in loss, backbone, optimiser and so on.
+
+Where a recipe names a thing, the name is one of
+
+- a built-in name,
+- `module:PATH/TO/FILE.py:NAME`, a name in a file; a relative path starts at the current folder,
+- `module:package.module:NAME`, a name in a module on Python's path,
+- the name of an entry point that an installed package has in the group `fd_large.KIND`.
+
+A file is imported only if it was allowed in this process: the command line allows what it names
+(`allow_named`), and a resumed run allows the files that have not changed since it wrote their
+hashes. So no recipe that came from elsewhere runs code. Entry points need no permission: whoever
+installed the package has given it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from fd_large.errors import ConfigError, nearest
+
+Kind = Literal[
+    "losses", "heads", "normalisers", "backbones", "sources", "tasks", "optimisers", "trackers"
+]
+
+PREFIX = "module:"
+FORMS = "module:PATH/TO/FILE.py:NAME, module:package.module:NAME or a name from an installed plugin"
+"""What a name can be besides a built-in one, for help texts and messages."""
+
+_NAMED = re.compile(rf"(?:^|=)({PREFIX}.+)$")
+
+log = logging.getLogger(__name__)
+
+_allowed: set[Path] = set()
+_modules: dict[Path, ModuleType] = {}
+
+
+def is_own(source: str) -> bool:
+    """Returns whether a name is one of the two `module:` forms."""
+    return source.startswith(PREFIX)
+
+
+def absolute(source: str) -> str:
+    """Returns a name with the path of its file made absolute; any other name as it is."""
+    where, name = _split(source)
+    if not is_own(source) or not _is_path(where):
+        return source
+    return f"{PREFIX}{Path(where).expanduser().resolve()}:{name}"
+
+
+def allow(source: str | Path) -> None:
+    """Allows the import of a file in this process.
+
+    Args:
+        source: A `module:` name, or the path of a file. What names no file is ignored here, and
+            refused by `load`.
+    """
+    path = file_of(source) if isinstance(source, str) and is_own(source) else Path(source)
+    if path is not None:
+        _allowed.add(path.expanduser().resolve())
+
+
+def allow_named(arguments: Iterable[str]) -> None:
+    """Allows the files that a command line names, as `module:...` or `NAME=module:...`."""
+    for argument in arguments:
+        if match := _NAMED.search(argument):
+            allow(match[1])
+
+
+def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
+    """Returns the thing that a name stands for; a file is imported once in a process.
+
+    Args:
+        source: The name.
+        kind: What is wanted; entry points are looked for in the group `fd_large.KIND`.
+        where: The field that the user set, for messages.
+        built_in: The things that need no import, by name.
+
+    Raises: ConfigError: if there is no such thing, its import fails, or its file is not allowed.
+    """
+    known = built_in or {}
+    if source in known:
+        return known[source]
+    if is_own(source):
+        return _own(source, where)
+    from importlib.metadata import entry_points  # Slow to import, and rarely needed.
+
+    installed = {point.name: point for point in entry_points(group=f"fd_large.{kind}")}
+    if source not in installed:
+        raise ConfigError(
+            f"{where}: no such name in {kind}; got {source!r}, "
+            f"{nearest(source, [*known, *installed])}. Take one of these, or {FORMS}."
+        )
+    try:
+        return installed[source].load()
+    except Exception as error:  # The package's code may raise anything.
+        raise _failed(where, f"{source} of the entry points fd_large.{kind}", error) from error
+
+
+def file_of(source: str) -> Path | None:
+    """Returns the file of a `module:` name, imports nothing; None where there is none."""
+    where, _ = _split(source)
+    if _is_path(where):
+        path = Path(where).expanduser().resolve()
+        return path if path.is_file() else None
+    spec = _spec_of(where)
+    if spec is None or not spec.has_location or not spec.origin:
+        return None
+    return Path(spec.origin).resolve()
+
+
+def sources(tree: Any) -> Iterator[str]:
+    """Yields the `module:` names anywhere in a recipe's plain form (dicts, lists, values)."""
+    if isinstance(tree, str):
+        if is_own(tree):
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from sources(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from sources(value)
+
+
+def hashes(tree: Any) -> dict[str, str]:
+    """Returns {"module:...": SHA-256 of its file} of a recipe's plain form.
+
+    The hash is "" for a file that is not there. Nothing is imported.
+    """
+    return {source: _hash(file_of(source)) for source in dict.fromkeys(sources(tree))}
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _split(source: str) -> tuple[str, str]:
+    where, _, name = source.removeprefix(PREFIX).rpartition(":")
+    return where, name
+
+
+def _is_path(where: str) -> bool:
+    return where.endswith(".py") or "/" in where
+
+
+def _hash(path: Path | None) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+
+
+def _own(source: str, where: str) -> Any:
+    module_name, name = _split(source)
+    path = file_of(source)
+    if not module_name or not name.isidentifier():
+        raise ConfigError(
+            f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete it."
+        )
+    if path is None:
+        raise ConfigError(
+            f"{where}: no such file; got {module_name}, expected a Python file or a module on "
+            "Python's path. Correct the path, or set PYTHONPATH."
+        )
+    if path not in _allowed:
+        raise ConfigError(
+            f"{where}: code that nobody has allowed to run; got {path}, expected a file that this "
+            f"command line names. Read it, then add --allow-code {path}."
+        )
+    try:
+        if path not in _modules:
+            is_file = _is_path(module_name)
+            _modules[path] = _from_file(path) if is_file else importlib.import_module(module_name)
+    except Exception as error:  # The user's code may raise anything.
+        raise _failed(where, str(path), error) from error
+    module = _modules[path]
+    if not hasattr(module, name):
+        names = [known for known in vars(module) if not known.startswith("_")]
+        raise ConfigError(
+            f"{where}: no such name in {path}; got {name!r}, {nearest(name, names)}. Correct it."
+        )
+    return getattr(module, name)
+
+
+def _failed(where: str, what: str, error: Exception) -> ConfigError:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    line = f" in {frame.tb_frame.f_code.co_filename} line {frame.tb_lineno}" if frame else ""
+    log.debug("%s", what, exc_info=error)
+    return ConfigError(
+        f"{where}: cannot be imported; got {type(error).__name__}: {error}{line}, expected {what} "
+        "to be imported without an error. Correct the file, or install what it needs."
+    )
+
+
+def _from_file(path: Path) -> ModuleType:
+    # A name of its own, so that two files of the same name do not meet.
+    name = f"fd_large_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # Dataclasses and pickle look modules up there.
+    try:
+        # Not by the loader, which may run a cached compilation of an older text.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """Returns where a module would come from, without importing the packages above it."""
+    first, *rest = name.split(".")
+    try:
+        spec = find_spec(first) if first else None
+    except ValueError:  # A module without a spec, such as __main__.
+        return None
+    path = first
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        path = f"{path}.{part}"
+        spec = PathFinder.find_spec(path, list(spec.submodule_search_locations))
+    return spec

@@ -1,0 +1,160 @@
+"""Code of the user's own is found, imported only where it is allowed, and refused in a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_large import doors
+from fd_large.errors import ConfigError
+
+WHERE = "objective.loss"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors, "_allowed", set())
+    monkeypatch.setattr(doors, "_modules", {})
+
+
+def written(path: Path, text: str = "def cosine():\n    return 1\n") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return f"module:{path}:cosine"
+
+
+def load(source: str) -> object:
+    return doors.load(source, kind="losses", where=WHERE, built_in={"smooth_l1": 7})
+
+
+def allowed(source: str) -> object:
+    doors.allow(source)
+    return load(source)
+
+
+def refused(source: str, *parts: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(source)
+    assert all(part in str(caught.value) for part in (WHERE, *parts)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_imported_once(tmp_path: Path) -> None:
+    source = written(tmp_path / "mine.py")
+    assert allowed(source)() == 1
+    written(tmp_path / "mine.py", "cosine = 2\n")
+    assert load(source)() == 1
+
+
+def test_a_built_in_name_needs_no_permission() -> None:
+    assert load("smooth_l1") == 7
+
+
+def test_a_file_that_was_not_allowed_is_not_imported(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    text = f"open({str(marker)!r}, 'w').close()\ncosine = 1\n"
+    source = written(tmp_path / "mine.py", text)
+    doors.allow(tmp_path / "other.py")
+    refused(source, "--allow-code", str(tmp_path / "mine.py"))
+    assert not marker.exists()
+    assert allowed(source) == 1
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("def cosin(): pass\n", ["'cosine'", "nearest: cosin"]),
+        ("import no_such_package\n", ["ModuleNotFoundError", "no_such_package", "line 1"]),
+        ("def cosine(:\n", ["SyntaxError"]),
+        ("x = 1\ny = 1 / 0\n", ["ZeroDivisionError", "mine.py line 2"]),
+    ],
+    ids=["name", "import", "syntax", "error"],
+)
+def test_what_is_wrong_in_a_file_is_one_sentence(
+    tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    source = written(tmp_path / "mine.py", text)
+    doors.allow(source)
+    refused(source, *parts)
+
+
+def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    for source in (f"module:{tmp_path}/no.py:cosine", "module:no_package.no_module:cosine"):
+        doors.allow(source)
+        refused(source, "no such file")
+    refused("module:no_name", "incomplete")
+    refused("module:mine.py:", "incomplete")
+    refused("smooth_l2", "nearest: smooth_l1", "module:")
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    one = allowed(written(tmp_path / "a" / "mine.py", "class cosine:\n    at = 1\n"))
+    two = allowed(written(tmp_path / "b" / "mine.py", "class cosine:\n    at = 2\n"))
+    assert (one.at, two.at) == (1, 2)
+    assert pickle.loads(pickle.dumps(two)) is two
+
+
+def test_a_relative_path_starts_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert doors.absolute("module:mine.py:cosine") == f"module:{tmp_path}/mine.py:cosine"
+    assert allowed("module:mine.py:cosine")() == 1
+    for other in ("smooth_l1", "module:package.module:cosine", "/a/mine.py", ""):
+        assert doors.absolute(other) == other
+
+
+def test_a_module_on_the_path_is_found_without_importing_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "ran"
+    written(tmp_path / "own_package" / "__init__.py", f"open({str(marker)!r}, 'w').close()\n")
+    written(tmp_path / "own_package" / "mine.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "module:own_package.mine:cosine"
+    assert doors.file_of(source) == tmp_path / "own_package" / "mine.py"
+    assert doors.hashes([source])[source]
+    refused(source, "--allow-code")
+    assert not marker.exists()
+    assert allowed(source)() == 1
+    for name in ("own_package", "own_package.mine"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_an_entry_point_of_an_installed_package_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "plugin_of_a_test.py")
+    folder = tmp_path / "plugin_of_a_test-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-of-a-test\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text(
+        "[fd_large.losses]\ncosine = plugin_of_a_test:cosine\nlost = plugin_of_a_test:lost\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load("cosine")() == 1
+    refused("lost", "fd_large.losses", "AttributeError")
+    refused("cosin", "nearest: cosine")
+    with pytest.raises(ConfigError):
+        doors.load("cosine", kind="trackers", where=WHERE)
+    monkeypatch.delitem(sys.modules, "plugin_of_a_test")
+
+
+def test_a_command_line_allows_what_it_names(tmp_path: Path) -> None:
+    one, two, three = (written(tmp_path / f"{name}.py") for name in "abc")
+    doors.allow_named(["train", "--objective.loss", one, f"--optim.name={two}", "--x", "no"])
+    assert load(one)() == load(two)() == 1
+    refused(three, "--allow-code")
+
+
+def test_hashes_are_of_the_files_that_a_recipe_names(tmp_path: Path) -> None:
+    source, gone = written(tmp_path / "mine.py"), f"module:{tmp_path}/gone.py:x"
+    recipe = {"objective": {"loss": source, "beta": 2.0}, "trackers": ["tensorboard", gone]}
+    digest = hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()
+    assert doors.hashes(recipe) == {source: digest, gone: ""}
