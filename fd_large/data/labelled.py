@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large import doors
+from fd_large.data.custom import open_custom
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
@@ -51,19 +53,24 @@ class LabelledImages:
 
 
 def open_labelled(
-    root: str, classes: Sequence[str] | None = None, *, where: str = "data.root"
+    root: str,
+    classes: Sequence[str] | None = None,
+    *,
+    part: str = "",
+    where: str = "data.root",
 ) -> LabelledImages:
     """Opens a dataset whose source knows labels.
 
     Args:
         root: As `open_images` takes it.
         classes: Names of the training set's classes, for a set that is tested; None: those found.
+        part: The part of a source of the user's own, "train" or "val"; "": all.
         where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind, an image has no label, or a class is not
         among those of the training set.
     """
-    images = open_images(root, where=where)
+    images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
         raise DataError(
             f"{where}: images without labels; got {root!r}, expected class folders or tar "
@@ -92,23 +99,22 @@ def open_split(
     """Opens the training or the test part of a dataset: `train/`, and `val/` or `test/`.
 
     Args:
-        root: The folder that holds the parts.
+        root: The folder that holds the parts, or a source of the user's own that has them.
         split: "train" or "val".
         classes: Names of the training set's classes, for a set that is tested.
         where: The field that names the folder, for messages.
 
     Raises: DataError: if the folder lacks the part, or there is nothing to tell apart.
     """
-    for name in SPLITS[split]:
-        folder = os.path.join(root, name)
-        if os.path.isdir(folder):
-            found = open_labelled(folder, classes, where=where)
-            if len(found.classes) < 2:
-                raise DataError(
-                    f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
-                    "expected several, a folder for each. Add the others."
-                )
-            return found
+    folders = [os.path.join(root, name) for name in SPLITS[split]]
+    for folder in [root] if doors.is_own(root) else filter(os.path.isdir, folders):
+        found = open_labelled(folder, classes, part=split, where=where)
+        if len(found.classes) < 2:
+            raise DataError(
+                f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
+                "expected several, a folder for each. Add the others."
+            )
+        return found
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "

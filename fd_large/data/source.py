@@ -1,7 +1,8 @@
 """Where the images of a run come from: the contract of a source, and the table of sources.
 
-To add a source, write one file with a class that keeps the contract below and a function that
-opens it, and add that function to `SOURCES`.
+To add a source to the package, write one file with a class that keeps the contract below and a
+function that opens it, and add that function to `SOURCES`. `custom.py` opens those that stand
+outside of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+from fd_large.data.custom import open_custom
 from fd_large.data.folder import open_folder
 from fd_large.data.photographs import open_photographs
 from fd_large.data.shards import open_shards
@@ -51,6 +53,7 @@ class ImageSource(Protocol):
 # Each takes what `data.root` says, and `where`, the field that says it, for messages. It returns
 # None if that is no source of its kind, and raises DataError if it is and cannot be used.
 SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
+    open_custom,
     open_photographs,
     open_shards,
     open_folder,
@@ -63,10 +66,12 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
     Args:
         root: A folder of images, sub folders included; a folder that holds tar files and no
             loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
-            "train-*.tar"; or a dataset that comes along, "builtin:photographs".
+            "train-*.tar"; a dataset that comes along, "builtin:photographs"; or a source of the
+            user's own, "module:PATH/TO/FILE.py:NAME".
         where: The field that names it, for messages.
 
-    Raises: DataError: if there is nothing of the kind, or no image in it.
+    Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of
+        the user's own cannot be imported.
     """
     for open_source in SOURCES:
         if (source := open_source(root, where=where)) is not None:

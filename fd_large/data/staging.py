@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed
+from fd_large.data.custom import CustomImages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.shards import TarShards
 from fd_large.data.source import ImageSource
@@ -59,8 +60,15 @@ def stage(source: ImageSource, folder: str) -> ImageSource:
         folder: A folder on a local disk, the same path on all nodes; "" copies nothing.
 
     Returns: the same samples in the same order, with the same fingerprint.
-    Raises: DataError: if a node cannot make its copy, or nodes have read different bytes.
+    Raises: DataError: if a node cannot make its copy, or nodes have read different bytes, or the
+        source is the user's own.
     """
+    if folder and isinstance(source, CustomImages):
+        raise DataError(
+            "data.stage_to: a source of the user's own reads what it likes, and cannot be copied; "
+            f"got {folder!r}, expected nothing. Leave --data.stage_to out, and copy its files to "
+            "every node."
+        )
     files = _files(source) if folder else []
     if not files:
         if folder:

@@ -104,7 +104,8 @@ class Data:
     """Images and the one crop of each that student and teacher see."""
 
     # The training images: a folder, read recursively (labels are ignored); tar shards, given as
-    # their folder, one file or a pattern like "train-{000..146}.tar"; or builtin:photographs.
+    # their folder, one file or a pattern like "train-{000..146}.tar"; builtin:photographs; or a
+    # source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
     root: str = ""
     # Folder on a local disk of each node, to which the dataset is copied once and verified before
     # training. Empty reads the dataset where it is.

@@ -1,0 +1,138 @@
+"""A source of images of the user's own: `data.root module:PATH/TO/FILE.py:NAME`.
+
+NAME is a class, or a function, that returns the images: `len(images)`, and `images[i]`, either an
+array (H, W, 3) or (H, W) of uint8 or the bytes of an image file. It is called without arguments,
+and where the parts of a labelled dataset are told apart, with the part: "train" or "val". It may
+also have
+
+    labels() -> (classes of the images as whole numbers, (len,); names of the classes or None)
+    name(i) -> str, what messages call an image
+    fingerprint: str, which changes when the images do
+
+A source runs in the loading processes, and gives the same image for the same number in each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large import doors
+from fd_large.errors import DataError
+
+# Images whose content makes the fingerprint of a source that states none.
+_SAMPLED = 16
+
+
+def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None:
+    """Opens a source of the user's own; None if the name is that of a file or folder.
+
+    Args:
+        root: A `module:` name.
+        where: The field that names it, for messages.
+        part: "train" or "val" of a labelled dataset; "": the images.
+
+    Raises:
+        ConfigError: It cannot be imported.
+        DataError: It is no source of images, or holds none.
+    """
+    return CustomImages(root, where=where, part=part) if doors.is_own(root) else None
+
+
+class CustomImages:
+    """The images of a user's source, as an `ImageSource`.
+
+    Arrays are given on as PPM files, which decode to the same pixels.
+
+    Attributes:
+        fingerprint: What the source states, else a hash of its length and of some images.
+        labels: The method of the source; absent where it has none.
+    """
+
+    fingerprint: str
+
+    def __init__(self, root: str, *, where: str, part: str = "") -> None:
+        make = doors.load(root, kind="sources", where=where)
+        arguments = (part,) if part else ()
+        try:
+            self._images = make(*arguments)
+            count = len(self._images)
+            self._name = getattr(self._images, "name", str)
+        except Exception as error:  # The user's code may raise anything.
+            called = f"{root.rpartition(':')[2]}({', '.join(map(repr, arguments))})"
+            raise DataError(
+                f"{where}: no source of images; got {type(error).__name__}: {error} from {called}, "
+                "expected an object with a length and images by number. docs/extending.md shows "
+                "one."
+            ) from error
+        self._count, self._root = count, root
+        if not count:
+            raise DataError(
+                f"{where}: no image in the source; got {root} of length 0, expected at least one. "
+                "Name another source."
+            )
+        self.read(0)  # A source whose first image is none is refused at once.
+        self.fingerprint = getattr(self._images, "fingerprint", None) or self._hash()
+        if hasattr(self._images, "labels"):
+            self.labels = self._labels
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
+        return f"{self._root}: image {self._name(index)}"
+
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of image `index`.
+
+        Raises: DataError: if the source fails, or gives no image.
+        """
+        try:
+            image = self._images[index]
+        except Exception as error:  # The user's code may raise anything.
+            raise DataError(
+                f"{self[index]}: cannot be read; got {type(error).__name__}: {error}, expected an "
+                "image. Mend the source or its data."
+            ) from error
+        if isinstance(image, (bytes, bytearray)):
+            return image
+        pixels = np.asarray(image)
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+            raise DataError(
+                f"{self[index]}: no image; got {pixels.dtype} {pixels.shape}, expected uint8 "
+                "(height, width, 3) or (height, width), or the bytes of an image file. Mend the "
+                "source."
+            )
+        height, width, _ = pixels.shape
+        return f"P6 {width} {height} 255\n".encode() + pixels.tobytes()
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(str(self._count).encode())
+        for place in np.unique(np.linspace(0, self._count - 1, _SAMPLED).astype(int)).tolist():
+            with suppress(DataError):  # A bad image is skipped in training too.
+                digest.update(self.read(place))
+        return digest.hexdigest()[:16]
+
+    def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
+        found: Any = self._images.labels()
+        labels, names = np.asarray(found[0]), found[1]
+        most = int(labels.max(initial=-1))
+        if labels.shape != (self._count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise DataError(
+                f"{self._root}: invalid labels; got {labels.dtype} {labels.shape}, expected a "
+                f"whole number from 0 up for each of the {self._count} images. Mend the source."
+            )
+        if names is not None and len(names) <= most:
+            raise DataError(
+                f"{self._root}: a label without a class; got {most}, expected less than the "
+                f"{len(names)} names. Mend the source."
+            )
+        return labels.astype(np.int64), None if names is None else tuple(map(str, names))
