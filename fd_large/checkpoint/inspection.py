@@ -8,6 +8,7 @@ from typing import Any
 
 from fd_large.checkpoint import store
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.recipes.stored import recipe_file
 
 
 def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
@@ -16,11 +17,7 @@ def stored_of(run_dir: str) -> tuple[Path, list[store.Stored]]:
     Raises: ConfigError: if the folder is no run or holds no checkpoint.
     """
     folder = Path(run_dir)
-    if not (folder / "recipe.json").is_file():
-        raise ConfigError(
-            f"checkpoint: {run_dir}: not a run; got a path without recipe.json, expected the "
-            "folder of a run. Name one, for example runs/quickstart."
-        )
+    recipe_file(folder, where="checkpoint")
     found = store.complete(folder)
     if not found:
         raise ConfigError(
@@ -64,7 +61,7 @@ def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
 
     Raises: CheckpointError: if the newest that would stay is damaged.
     """
-    runtime = json.loads((folder / "recipe.json").read_text())["runtime"]
+    runtime = json.loads(recipe_file(folder, where="checkpoint prune").read_text())["runtime"]
     keep = runtime["keep_last"] if keep_last is None else keep_last
     if keep < 1:
         raise ConfigError(

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import parse
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.recipes.run import Run
+from fd_large.recipes.stored import read_recipe
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     from fd_large.weights.model_card import card
 
     folder, size = Path(run), exports.parse_size(shard_size)
-    recipe = read_recipe(folder)
+    recipe = read_recipe(folder, where="export")
     if not recipe.has_teacher:
         raise ConfigError(
             f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
@@ -137,29 +137,6 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
             if store.renamed(folder) == before:
                 raise
             log.warning("export: %s The newest is taken.", error)
-
-
-def read_recipe(folder: Path, *, where: str = "export") -> Run:
-    """Returns the recipe of a run.
-
-    Args:
-        folder: Folder of the run.
-        where: The command, for messages.
-
-    Raises: ConfigError: if the folder holds none that can be read.
-    """
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{where}: {folder}: no run; got a path without recipe.json, expected the folder of a "
-            "run. Name one, for example runs/quickstart."
-        )
-    try:
-        return Run.from_dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ConfigError(
-            f"{where}: {path}: damaged; got {error}, expected what the run wrote. Restore it."
-        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import parse
-from fd_large.cli.export import read_recipe
 from fd_large.cli.output import out_folder
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import require
+from fd_large.recipes.stored import read_recipe
 
 if TYPE_CHECKING:
     from fd_large.engine.job import Predicted

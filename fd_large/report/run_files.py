@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 from fd_large.errors import DataError
+from fd_large.recipes.stored import recipe_file
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,13 @@ class RunFiles:
 def read_run(folder: str | Path) -> RunFiles:
     """Reads a run's folder.
 
-    Raises: DataError: If it is not a run's, or a file in it is damaged.
+    Raises: ConfigError: if it is not a run's; DataError: if a file in it is damaged.
     """
     folder = Path(folder)
-    if not (folder / "recipe.json").is_file():
-        raise DataError(
-            f"report: not a run; got {folder}, expected a folder with recipe.json. Give the "
-            "folder of a run, for instance runs/quickstart."
-        )
     rows = _rows(folder / "metrics.jsonl")
     return RunFiles(
         folder=folder,
-        recipe=_object(folder / "recipe.json"),
+        recipe=_object(recipe_file(folder, where="report")),
         environment=_object(folder / "environment.json"),
         summary=_object(folder / "summary.json"),
         updates=numpy.array([row["update"] + 1 for row in rows], dtype=numpy.int64),

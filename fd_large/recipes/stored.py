@@ -1,0 +1,44 @@
+"""The recipe in the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fd_large.errors import ConfigError
+from fd_large.recipes.run import Run
+
+FILE = "recipe.json"
+
+
+def recipe_file(folder: str | Path, *, where: str) -> Path:
+    """Returns the path of a run's recipe.
+
+    Args:
+        folder: Folder of the run.
+        where: The command, for messages.
+
+    Raises: ConfigError: if the folder is not that of a run.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"{where}: {folder}: not a run; got a path without {FILE}, expected the folder of a "
+            "run. Name one, for example runs/quickstart."
+        )
+    return path
+
+
+def read_recipe(folder: str | Path, *, where: str) -> Run:
+    """Returns the recipe of a run.
+
+    Args: As `recipe_file`.
+    Raises: ConfigError: if the folder holds none that can be read.
+    """
+    path = recipe_file(folder, where=where)
+    try:
+        return Run.from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: {path}: damaged; got {error}, expected what the run wrote. Restore it."
+        ) from error
