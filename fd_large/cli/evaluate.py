@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import parse_with_recipe
-from fd_large.cli.export import read_recipe
 from fd_large.cli.output import bar, out_folder, tables
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
+from fd_large.recipes.stored import read_recipe
 from fd_large.tasks.registry import TASKS
 
 if TYPE_CHECKING:

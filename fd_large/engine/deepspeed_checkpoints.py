@@ -6,7 +6,6 @@ number of ranks, unlike the run's own.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from fd_large.engine.job import Job
 from fd_large.engine.run import Opened, open_run
-from fd_large.errors import CheckpointError, ConfigError
+from fd_large.errors import CheckpointError
 from fd_large.recipes.run import Run
+from fd_large.recipes.stored import read_recipe
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,7 @@ def import_checkpoint(
 
 
 def _open(run_dir: str, job_of: Callable[[Run], Job], deepspeed_config: str) -> Opened:
-    recipe = Path(run_dir) / "recipe.json"
-    if not recipe.is_file():
-        raise ConfigError(
-            f"checkpoint: {run_dir}: not a run; got a path without recipe.json, expected the "
-            "folder of a run. Name one, for example runs/quickstart."
-        )
-    run = Run.from_dict(json.loads(recipe.read_text()))
+    run = read_recipe(run_dir, where="checkpoint")
     # The folder may have moved since.
     run = replace(run, runtime=replace(run.runtime, run_dir=run_dir))
     return open_run(run, job_of, deepspeed_config=deepspeed_config)

@@ -16,7 +16,7 @@ def make_report(folder: str | Path) -> str:
 
     A run that is not finished has no summary yet, and its report writes none.
 
-    Raises: DataError: If the folder is not a run's, or a file in it is damaged.
+    Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
     """
     files = read_run(folder)
     pictures = files.folder / "pictures"

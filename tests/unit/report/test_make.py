@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_large.errors import DataError
+from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.report.make import make_report
 
@@ -78,7 +78,7 @@ def test_a_run_that_is_not_finished_can_go_on(status, make_run):
 
 
 def test_no_run_and_a_damaged_file_are_one_sentence(make_run, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere"):
+    with pytest.raises(ConfigError, match=r"nowhere"):
         make_report(tmp_path / "nowhere")
     folder = make_run()
     (folder / "metrics.jsonl").write_text("{}{\n")
