@@ -28,6 +28,7 @@ class Options:
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
+        is_trained: Whether it is a student, which has to be deterministic in training.
         residual_dtype: "compute" is the dtype of the weights; "float32" is at least that.
         initialization: "fd", "official" or "none" (zeros, for models whose weights are loaded).
     """
@@ -36,6 +37,7 @@ class Options:
     size_rule: SizeRule = "drop"
     attention_memory: Memory = "keep"
     sequential_stages: int = 0
+    is_trained: bool = False
     residual_dtype: Literal["float32", "compute"] = "compute"
     initialization: Initialization = "fd"
 
@@ -56,8 +58,9 @@ class Loaded(NamedTuple):
 class Scheme:
     """Weights that a library or the user's code brings: `timm:NAME` in place of a path.
 
+    Such sources start with the `prefix` of the family's architecture.
+
     Attributes:
-        prefix: Start of such sources.
         settle: Returns what the rest of the source says of the model, given what the user set of
             its architecture, and notes for the log.
         load: Returns the whole module with its weights, and its image statistics if known.
@@ -65,7 +68,6 @@ class Scheme:
             teacher is the module itself and nothing is to be filled.
     """
 
-    prefix: str
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
     load: Callable[[str, str], Loaded]
     weightless: Callable[[str, str], Mapping[str, Tensor]] | None = None
@@ -83,7 +85,7 @@ class Family:
         matched: Finds the tensors of a model among those of a file, {name: shape}, in a family
             whose files have no common names.
         facts_of: Returns what is known of the published weights of a model that has no name.
-        scheme: Sources that name its models; None if there are none.
+        scheme: Weights that come with the name of one of its models; None if there are none.
     """
 
     architecture: type[FamilyArchitecture]

@@ -40,8 +40,9 @@ def family_of(architecture: FamilyArchitecture) -> Family:
 def family_of_source(source: str) -> tuple[Family, str] | None:
     """Returns the family that brings a source's weights, and the rest of the source; or None."""
     for family in FAMILIES.values():
-        if family.scheme and source.startswith(family.scheme.prefix):
-            return family, source.removeprefix(family.scheme.prefix)
+        prefix = family.architecture.prefix
+        if family.scheme and source.startswith(prefix):
+            return family, source.removeprefix(prefix)
     return None
 
 

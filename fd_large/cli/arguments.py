@@ -32,7 +32,6 @@ from fd_large.recipes.fields import (
     from_plain,
     hints_of,
     nested,
-    override,
 )
 from fd_large.recipes.run import Run
 
@@ -178,7 +177,7 @@ class _Parser(Generic[Own]):
             self._print_help(base)
             raise HelpShown
         if base is not None:
-            run = self._accepted(given, lambda values: override(base, values))
+            run = self._accepted(given, base.with_fields)
         if missing := [name for name in _required(self._kind) if name not in own]:
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:

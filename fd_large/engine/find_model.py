@@ -20,7 +20,7 @@ from fd_large.engine.job import Job
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Data, FrozenModel
@@ -160,7 +160,7 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
 def _split(source: str) -> tuple[str, str]:
     """Splits MODEL=SOURCE; a path may contain "=" too."""
     named, sign, weights = source.partition("=")
-    if sign and (named in ARCHITECTURES or family_of_source(named)):
+    if sign and by_name(named):
         return named, weights
     return "", source
 
@@ -175,7 +175,8 @@ def _label(named: str, weights: str) -> str:
 def _own_size(architecture: FamilyArchitecture) -> int:
     """Returns the side that a model was made for; the recipes' default if it is not known."""
     facts = family_of(architecture).facts_of(architecture)
-    return getattr(architecture, "image_size", facts.image_size if facts else Data().image_size)
+    stated = getattr(architecture, "image_size", 0)
+    return stated or (facts.image_size if facts else Data().image_size)
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:

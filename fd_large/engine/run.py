@@ -346,6 +346,7 @@ def engine_of(
         compile_blocks=run.engine.compile == "blocks",
         activation_checkpointing=run.student.activation_checkpointing,
         checkpoint_every=run.student.checkpoint_every,
+        whole_first=run.student_architecture().whole_first,
         initial=initial,
     )
 

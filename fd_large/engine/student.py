@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fd_large import distributed
 from fd_large.backbones.registry import build
@@ -22,9 +23,11 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
         image_size: Side of the images, in pixels, that a table of positions is made for; 0: the
             side that the architecture states.
         sequential_stages: See `backbones.registry.build`.
+
+    Raises: ConfigError: if the model cannot be trained.
     """
     architecture = resolve(student.model, student.architecture)
-    return build(
+    net = build(
         architecture.at(image_size) if image_size else architecture,
         initialization=student.initialization,
         drop_path_rate=student.drop_path_rate,
@@ -32,7 +35,15 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
         residual_dtype=student.residual_dtype,
         attention_memory=attention_memory(student.attention_memory),
         sequential_stages=sequential_stages,
+        is_trained=True,
     )
+    if not student.init and any(isinstance(module, _BatchNorm) for module in net.modules()):
+        raise ConfigError(
+            f"student.model: {student.model} has batch normalisation, whose running statistics are "
+            "used as they are loaded (a batch's own depend on micro batch and rank); got no "
+            "--student.init, expected trained weights. Set it, or choose a model with another norm."
+        )
+    return net
 
 
 def student_weights(

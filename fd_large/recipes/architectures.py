@@ -89,17 +89,28 @@ def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
 Architecture = _flat_section(tuple(FAMILIES.values()))
 
 
+def by_name(name: str) -> FamilyArchitecture | None:
+    """Returns the model of a name: of the table, or with a family's prefix; None if there is none.
+
+    Whether a library has a model of that name shows when it is built.
+    """
+    for family in FAMILIES.values():
+        if family.prefix and name.startswith(family.prefix):
+            return family.named(name.removeprefix(family.prefix))
+    return ARCHITECTURES.get(name)
+
+
 def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitecture:
     """Returns the named model with the overrides filled in, as its family's dataclass.
 
-    The name of a family is a name too: of a model that the overrides describe whole.
+    The name of a family is a name too: of a model that the overrides describe whole. So is what
+    starts with a family's prefix, as `timm:NAME`.
 
     Raises: ConfigError: if the name is unknown, or an override does not fit the family or the
         other values.
     """
     given = set_fields(overrides or Architecture())
-    if name in ARCHITECTURES:
-        base = ARCHITECTURES[name]
+    if base := by_name(name):
         wanted = given.pop("family", base.family)
         if wanted != base.family:
             raise ConfigError(
@@ -111,7 +122,7 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
     if name not in FAMILIES:
         raise ConfigError(
             f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed "
-            "name."
+            "name, or timm:NAME."
         )
     given["family"] = name
     return whole(given)

@@ -26,6 +26,8 @@ class FamilyArchitecture:
     """The family's name in recipes and files."""
     example: ClassVar[str]
     """The named model that stands for the family where a recipe has to name one."""
+    prefix: ClassVar[str] = ""
+    """Start of names that name any model of the family, as `timm:NAME`; empty if there are none."""
     can_train: ClassVar[bool] = True
     """Whether a model can be a student; the others only teach."""
     whole_first: ClassVar[bool] = False
@@ -44,6 +46,11 @@ class FamilyArchitecture:
     def __post_init__(self) -> None:
         check_types(self, "architecture")
         self._check()
+
+    @classmethod
+    def named(cls, rest: str) -> Self:
+        """Returns the model that a name with the family's prefix means, given what follows it."""
+        raise NotImplementedError
 
     def _check(self) -> None:
         """Refuses values that no model can have."""

@@ -7,13 +7,14 @@ ways to the same object. Standard library only.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, make_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from typing import Any
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes.architectures import FAMILIES, resolve
+from fd_large.recipes.architectures import FAMILIES, Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.fields import check_types, flat, from_plain, plain, require
+from fd_large.recipes.fields import check_types, flat, from_plain, override, plain, require
 from fd_large.recipes.sections import (
     AUTO,
     Batch,
@@ -88,7 +89,7 @@ class Run:
                 raise ConfigError(f"{where}.{error}") from None
         require(
             self.student_architecture().can_train,
-            "student.model: models of this family are teachers only (they have no drop path)",
+            "student.model: models of this family are teachers only",
             self.student.model,
             f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
         )
@@ -136,6 +137,23 @@ class Run:
             "Set --teacher.source, or name a model",
         )
         return resolve(self.teacher.model, self.teacher.architecture)
+
+    def with_fields(self, values: Mapping[str, Any]) -> Run:
+        """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
+
+        A model of another family keeps none of the fields of the run's own.
+
+        Raises: ConfigError: as `override`.
+        """
+        base = self
+        for where in ("student", "teacher"):
+            section = getattr(self, where)
+            before, after = section.model, values.get(f"{where}.model")
+            old, new = (by_name(name) for name in (before, after or before))
+            if old and new and old.family != new.family:
+                plain_model = replace(section, architecture=Architecture())
+                base = replace(base, **{where: plain_model})
+        return override(base, values)
 
     def run_dir(self) -> str:
         """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""

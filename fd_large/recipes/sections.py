@@ -23,7 +23,8 @@ AUTO = "auto"
 class Student:
     """The model that is trained. It starts from random weights or from a file."""
 
-    # Name of the model, for example swinv2_base or vit_base_patch16.
+    # Name of the model, for example swinv2_base or vit_base_patch16, or timm:NAME for any model of
+    # timm, for example timm:convnextv2_atto (docs/timm.md).
     model: str
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)

@@ -14,7 +14,7 @@ from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
 _LIBRARIES = {"timm": "timm", "hf": "transformers", "fd": "fd_large"}
 _SCHEMES = (
     *(PACKAGE, HUB, OPEN_CLIP, "random", "builtin:"),
-    *(family.scheme.prefix for family in FAMILIES.values() if family.scheme),
+    *(family.architecture.prefix for family in FAMILIES.values() if family.scheme),
 )
 _RANDOM = "**random weights**: a test or a throughput run, nothing was learned from it"
 # Made from the recipe as recipe.json has it, and from `_facts`.

@@ -16,8 +16,8 @@ from fd_large.backbones.registry import family_of, family_of_source
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import (
-    ARCHITECTURES,
     Architecture,
+    by_name,
     field_names,
     filled,
     overrides,
@@ -59,7 +59,7 @@ def settle_model(
     if section.source in ("", "random") or _tells_nothing(section):
         return section
     # A family alone names no model: its fields are all the user's, or a settled run's.
-    by_itself = section.model == AUTO or section.model not in ARCHITECTURES
+    by_itself = section.model == AUTO or by_name(section.model) is None
     weights = sources.open(section.source, where=where)
     named = None if by_itself else resolve(section.model)
     architecture = reconcile(

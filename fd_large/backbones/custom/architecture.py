@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from fd_large.recipes.family import FamilyArchitecture
 
@@ -19,8 +19,14 @@ class CustomArchitecture(FamilyArchitecture):
     function: str
 
     family: ClassVar[str] = "module"
+    prefix: ClassVar[str] = "module:"
     can_train: ClassVar[bool] = False
     whole_first: ClassVar[bool] = True
+
+    @classmethod
+    def named(cls, rest: str) -> Self:
+        """Returns the model of a function."""
+        return cls(function=rest)
 
     def _check(self) -> None:
         module, colon, function = self.function.partition(":")

@@ -26,5 +26,5 @@ def _load(function: str, where: str) -> Loaded:
 CUSTOM = Family(
     architecture=CustomArchitecture,
     build=_build,
-    scheme=Scheme(prefix="module:", settle=_settle, load=_load),
+    scheme=Scheme(settle=_settle, load=_load),
 )

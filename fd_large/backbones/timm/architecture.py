@@ -1,9 +1,9 @@
-"""Backbones of timm, as teachers: the fields of a model, and the models that have a name."""
+"""Backbones of timm: the fields of a model, and the models that have a name here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from fd_large.recipes.family import FamilyArchitecture
 
@@ -14,23 +14,37 @@ class TimmArchitecture(FamilyArchitecture):
 
     Attributes:
         timm_name: Name of the model in timm.
-        feature_stride: Pixels per token of the map that is taken, each way.
+        feature_stride: Pixels per token of the map that is taken, each way; 0 takes the last map.
+        image_size: Side in pixels of the images that position tables are made for; models without
+            such tables take any size.
     """
 
     timm_name: str
-    feature_stride: int
+    feature_stride: int = 0
+    image_size: int = 0
 
     family: ClassVar[str] = "timm"
+    prefix: ClassVar[str] = "timm:"
     example: ClassVar[str] = "timm"
-    can_train: ClassVar[bool] = False
     whole_first: ClassVar[bool] = True
+    resizes_positions: ClassVar[bool] = True
+
+    @classmethod
+    def named(cls, rest: str) -> Self:
+        """Returns a model of timm up to its last map."""
+        return cls(timm_name=rest)
+
+    def at(self, image_size: int) -> Self:
+        """Returns the same model for images of that side in pixels."""
+        return replace(self, image_size=image_size)
 
     def _check(self) -> None:
-        self._require(self.feature_stride >= 1, "feature_stride", "a positive whole number")
+        self._require(bool(self.timm_name), "timm_name", "a name of timm.list_models()")
+        self._require(self.feature_stride >= 0, "feature_stride", "a positive whole number, or 0")
+        self._require(self.image_size >= 0, "image_size", "a positive whole number, or 0")
 
 
 MODELS = {
     "efficientnet_lite0": TimmArchitecture(timm_name="tf_efficientnet_lite0", feature_stride=8),
-    # Any other model of timm: --teacher.architecture.timm_name and .feature_stride.
     "timm": TimmArchitecture(timm_name="resnet50", feature_stride=32),
 }

@@ -24,7 +24,6 @@ TIMM = Family(
     matched=_later("published", "matched"),
     facts_of=_later("published", "facts_of"),
     scheme=Scheme(
-        prefix="timm:",
         settle=_later("published", "settle"),
         load=_later("published", "load"),
         weightless=_later("published", "weightless"),

@@ -15,7 +15,8 @@ from fd_large.backbones.family import Loaded
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.timm_backbone import TimmBackbone, create
+from fd_large.backbones.timm.models import create
+from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture

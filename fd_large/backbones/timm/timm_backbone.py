@@ -1,4 +1,4 @@
-"""Any backbone of timm as a frozen teacher: the map at a chosen stride, in the common form.
+"""Any backbone of timm, as a student or a frozen teacher: the map at a stride, in the common form.
 
 The map is what the last stage of that stride returns. If that is the model's last stage, the final
 norm has been applied to every token, as timm's `forward_features` does; the maps of earlier stages
@@ -9,80 +9,160 @@ Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-i
 
 from __future__ import annotations
 
+from collections import defaultdict
+from fnmatch import fnmatch
 from functools import partial
-from typing import Any
 
-import timm
+import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.hiera import Hiera
-from timm.models.hieradet_sam2 import HieraDet
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fd_large.backbones.drop_path import branch_scales
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.errors import ConfigError, ShapeError, nearest
+from fd_large.backbones.timm.drop_path import Kept, Scales, give_scales
+from fd_large.backbones.timm.measure import Measured, measure, still
+from fd_large.backbones.timm.models import create, cut, size_arguments
+from fd_large.errors import ConfigError, ShapeError
 
 
 class TimmBackbone(nn.Module):
-    """A model of timm up to the last stage of a stride; for inference only.
+    """A model of timm up to the last stage of a stride.
 
     Parameters and buffers have timm's names, after `net.`. Under `zero.Init` it cannot be built:
     timm's constructors write to their children's parameters, which are in pieces by then. It is
-    built whole and split afterwards.
+    built whole and split afterwards. Batch normalisation uses its running statistics, which do not
+    change, in training too: those of a batch would depend on the micro batch and the rank.
 
     Args:
         name: timm's name of the model.
-        stride: Pixels per token of the map.
+        stride: Pixels per token of the map; 0 is the model's last map.
+        image_size: Side in pixels of the images that positions and windows are made for; 0 is the
+            size that timm has the model for. Models without either take any size.
+        drop_path_rate: Drop path of the last block; the others' follow timm's rule for the model.
+        is_trained: Whether it is a student; a frozen model has neither blocks nor layers.
 
     Attributes:
         width: Channels of the map.
         stride: Pixels per token.
         num_prefix_tokens: 0; class tokens are left out of the map.
-        drop_path_rates: None.
+        drop_path_rates: Rate of each call of a drop path, in order.
 
-    Raises: ConfigError: if timm has no such model, or the model no map of that stride.
+    Raises: ConfigError: if timm has no such model, the model no map of that stride, or it cannot be
+        trained.
     """
 
     num_prefix_tokens = 0
-    drop_path_rates: tuple[float, ...] = ()
 
-    def __init__(self, name: str, *, stride: int):
+    def __init__(
+        self,
+        name: str,
+        *,
+        stride: int = 0,
+        image_size: int = 0,
+        drop_path_rate: float = 0.0,
+        is_trained: bool = False,
+    ):
         super().__init__()
-        self.name, self.stride = name, stride
-        net = create(name)
-        index, self.width = _last_stage(net, name, stride)
-        # Hiera's norms are its heads': its map is raw, and timm refuses to be asked.
-        ends = index == len(net.feature_info) - 1 and not isinstance(net, Hiera | HieraDet)
-        net.prune_intermediate_layers([index], prune_norm=not ends, prune_head=True)
+        self.name = name
+        self._measured: Measured | None = None
+        arguments = size_arguments(name, image_size)
+        if is_trained:
+            self._measured = measure(name, stride, image_size, drop_path_rate)
+            arguments = self._measured.arguments
+        net = create(name, **arguments)
+        self._exempt = tuple(getattr(net, "no_weight_decay", tuple)())
+        stage = cut(net, name, stride)
+        self.width, self.stride = stage.width, stage.stride
         config = net.pretrained_cfg
-        self.fixed_size = config["input_size"][1:] if config.get("fixed_input_size") else None
+        fixed = image_size if "img_size" in arguments else config["input_size"][-1]
+        self.fixed_size = fixed if config.get("fixed_input_size") else 0
+        still(net)
         for module in net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BatchNorm):
                 module.forward = partial(_batch_norm, module)
         # timm reaches inner maps by a method; the hooks of ZeRO-3 want the model itself called, or
         # parameters that it owns directly (class token, positions) would not be gathered.
         net.forward = partial(
             net.forward_intermediates,
-            indices=[index],
-            norm=ends,
+            indices=[stage.index],
+            norm=stage.is_last,
             output_fmt="NCHW",
             intermediates_only=True,
         )
         self.net = net
+        self._scales = Scales()
+        self.drop_path_rates = self._keep_rows() if self._measured else ()
+
+    def _keep_rows(self) -> tuple[float, ...]:
+        """Puts `Kept` in the place of each drop path; returns the rate of each row."""
+        assert self._measured is not None
+        rows, owned = defaultdict(list), defaultdict(list)
+        for row, (path, _) in enumerate(self._measured.sites):
+            rows[path].append(row)
+        for path, module in list(self.net.named_modules()):
+            if isinstance(module, DropPath):
+                kept = Kept(self._scales, rows[path], scales_by_keep=module.scale_by_keep)
+                self.net.set_submodule(path, kept)
+                if path in rows:  # Some models never call one of theirs.
+                    owned[self._measured.owners[path]].append(kept)
+        for path, sites in owned.items():
+            give_scales(self.net.get_submodule(path), self._scales, sites)
+        return tuple(rate for _, rate in self._measured.sites)
 
     def blocks(self) -> list[nn.Module]:
-        """Returns no blocks: nothing of a teacher is checkpointed."""
-        return []
+        """Returns the modules that own a drop path, and their like; none of a frozen model."""
+        if self._measured is None:
+            return []
+        return [self.net.get_submodule(path) for path in self._measured.blocks]
+
+    @property
+    def last_layer(self) -> int:
+        """The layer of a head, which the model had if it were whole."""
+        return self._measured.last_layer if self._measured else 0
+
+    def layer_id(self, name: str) -> int:
+        """Returns the layer of a parameter, as timm's `param_groups_layer_decay` has it.
+
+        The final norm belongs to the last block, where our own families count it as the last layer.
+
+        Raises: ConfigError: if timm does not say which layers the model has.
+        """
+        layers = self._measured.layers if self._measured else {}
+        if not layers:
+            raise ConfigError(
+                f"optim.layer_decay: timm does not say which layers {self.name} has; got another "
+                "value than 1, expected 1. Set --optim.layer_decay 1."
+            )
+        return layers[name.removeprefix("net.")]
 
     def no_weight_decay(self) -> frozenset[str]:
-        """Returns no names: a teacher is not trained."""
-        return frozenset()
+        """Returns the names of parameters that timm exempts from weight decay."""
+        return frozenset(
+            f"net.{name}"
+            for name, _ in self.net.named_parameters()
+            if any(fnmatch(name, pattern) for pattern in self._exempt)
+        )
 
     def no_weight_decay_keywords(self) -> tuple[str, ...]:
         """Returns no keywords."""
         return ()
+
+    def cast_buffers(self, dtype: torch.dtype) -> None:
+        """Casts the buffers that meet the weights in sums and products (masks, biases, tables).
+
+        Running statistics and rotary positions stay float32, as they are used in float32.
+        """
+        for module in self.net.modules():
+            if isinstance(module, _BatchNorm) or "Rotary" in type(module).__name__:
+                continue
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(dtype))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
@@ -96,12 +176,12 @@ class TimmBackbone(nn.Module):
                 f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
                 "teacher --objective.teacher_image_size."
             )
-        if self.fixed_size and (height, width) != tuple(self.fixed_size):
-            rows, columns = self.fixed_size
+        if self.fixed_size and (height, width) != (self.fixed_size, self.fixed_size):
+            side = self.fixed_size
             raise ShapeError(
                 f"{self.name}: a model of one image size; got {height}x{width} pixels, expected "
-                f"{rows}x{columns}. Set --data.image_size {rows}, or of a teacher "
-                f"--objective.teacher_image_size {rows}."
+                f"{side}x{side}. Set --data.image_size {side}, or of a teacher "
+                f"--objective.teacher_image_size {side}."
             )
         return height // self.stride, width // self.stride
 
@@ -110,48 +190,17 @@ class TimmBackbone(nn.Module):
 
         Args:
             images: (B, 3, H, W), any float dtype.
-            keep: None: there is no drop path.
+            keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
         Returns: tokens (B, N, C) in the dtype of the weights, no prefix tokens.
-        Raises: ShapeError: if the image size does not fit.
+        Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
-        assert keep is None, "a timm backbone has no drop path"
         grid = self.grid(*images.shape[-2:])
+        self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
         (features,) = self.net(images)  # (B, C, h, w)
+        self._scales.now = None
         assert features.shape[-2:] == grid, f"{self.name}: grid {tuple(features.shape[-2:])}"
         return FeatureMap(rearrange(features, "b c h w -> b (h w) c"), grid, 0)
-
-
-def create(name: str) -> nn.Module:
-    """Builds a model of timm by name, whole, without asking any server.
-
-    Raises: ConfigError: if timm has no such model, or does not return its inner maps.
-    """
-    if not timm.is_model(name):
-        raise ConfigError(
-            f"architecture.timm_name: timm {timm.__version__} has no such model; got {name!r}, "
-            f"{nearest(name, timm.list_models())}. Use a name of timm.list_models()."
-        )
-    net = timm.create_model(name, pretrained=False)
-    if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
-        raise ConfigError(
-            f"architecture.timm_name: timm {timm.__version__} does not return inner maps of this "
-            f"model; got {name!r}, expected one with forward_intermediates. Choose another model."
-        )
-    return net
-
-
-def _last_stage(net: Any, name: str, stride: int) -> tuple[int, int]:
-    """Index among the model's stages, and channels, of the deepest map of a stride."""
-    stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
-    fitting = [i for i, (reduction, _) in enumerate(stages) if reduction == stride]
-    if not fitting:
-        known = sorted({reduction for reduction, _ in stages})
-        raise ConfigError(
-            f"architecture.feature_stride: {name} has no map of this stride; got {stride}, "
-            f"expected one of {', '.join(map(str, known))}. Choose one of these."
-        )
-    return fitting[-1], stages[fitting[-1]][1]
 
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -183,4 +232,10 @@ def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def build(architecture: TimmArchitecture, options: Options) -> TimmBackbone:
     """Builds a model with fresh weights, timm's own draws."""
-    return TimmBackbone(architecture.timm_name, stride=architecture.feature_stride)
+    return TimmBackbone(
+        architecture.timm_name,
+        stride=architecture.feature_stride,
+        image_size=architecture.image_size,
+        drop_path_rate=options.drop_path_rate,
+        is_trained=options.is_trained,
+    )

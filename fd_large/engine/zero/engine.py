@@ -50,6 +50,7 @@ def build_engine(
     compile_blocks: bool = False,
     activation_checkpointing: str = "off",
     checkpoint_every: int = 1,
+    whole_first: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     initial: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Engine:
@@ -63,11 +64,12 @@ def build_engine(
         compile_blocks: Whether torch.compile compiles each of the student's blocks.
         activation_checkpointing: "off", "every" or "offload" (see `block_wrappers.py`).
         checkpoint_every: Checkpoint each k-th block.
+        whole_first: See `partition.build`.
         weights: (name, full tensor) of the whole task, on every rank; None for random weights.
         initial: (name, full tensor) of `task.student` alone.
     """
     stage = ds.stage_of(config)
-    task = partition.build(make, config, partitioned=stage == 3, seed=seed)
+    task = partition.build(make, config, partitioned=stage == 3, seed=seed, whole_first=whole_first)
     if weights is not None:
         partition.load_weights(task, weights, where="--student.init")
     elif initial is not None:

@@ -124,7 +124,8 @@ def stream(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
     """Turns parameters into bfloat16 in place; returns this rank's float32 shards by name.
 
-    A bf16 engine takes its masters from the bf16 weights; `set_masters` puts the exact ones back.
+    Of the buffers, a module casts those that meet its weights (`cast_buffers`). A bf16 engine takes
+    its masters from the bf16 weights; `set_masters` puts the exact ones back.
     """
     exact = {}
     for name, parameter in module.named_parameters():
@@ -136,6 +137,9 @@ def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
                 secondary = parameter.ds_secondary_tensor
                 secondary.data = secondary.data.bfloat16()
         parameter.data = parameter.data.bfloat16()
+    for child in module.modules():
+        if hasattr(child, "cast_buffers"):
+            child.cast_buffers(torch.bfloat16)
     return exact
 
 

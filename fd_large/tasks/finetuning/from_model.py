@@ -8,7 +8,7 @@ from dataclasses import replace
 from fd_large.engine.find_model import NamedModel
 from fd_large.engine.frozen import RANDOM
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES, overrides, resolve
+from fd_large.recipes.architectures import FAMILIES, by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Student
@@ -66,7 +66,7 @@ def recipe_of(named: NamedModel, base: Run, own_fields: Sequence[str] = ()) -> R
         architecture = architecture.at(named.image_size)
     started = named.trained_by.student if named.trained_by else Student(model="swinv2_tiny")
     model = started.model if named.trained_by else named.section.model
-    if model not in ARCHITECTURES:
+    if by_name(model) is None:
         model = architecture.example
     is_random = named.section.source == RANDOM
     student = replace(

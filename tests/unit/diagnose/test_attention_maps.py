@@ -239,7 +239,7 @@ def test_windows_of_an_unknown_kind_are_left_out() -> None:
     # MaxViT's windows have as many tokens as its last map.
     net = TimmBackbone("test_maxvit", stride=32).eval()
     seen: list[tuple[str, int]] = []
-    size = net.fixed_size[0]
+    size = net.fixed_size
     with (
         torch.no_grad(),
         maps_to(

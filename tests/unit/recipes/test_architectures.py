@@ -70,7 +70,7 @@ def test_fewer_stages_need_fewer_heads():
         ("vit_base_patch16", Architecture(qkv_bias="q"), "qkv_bias"),
         ("vit_base_patch16", Architecture(activation="quickgelu"), "activation"),
         ("timm", Architecture(embed_dim=8), "embed_dim"),
-        ("timm", Architecture(feature_stride=0), "feature_stride"),
+        ("timm", Architecture(feature_stride=-1), "feature_stride"),
         ("module", Architecture(function="no_colon"), "function"),
     ],
 )

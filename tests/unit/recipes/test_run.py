@@ -116,10 +116,19 @@ def test_a_run_refuses_an_unknown_model_with_the_nearest():
         a_run(teacher=Teacher(model="clip"))
 
 
-def test_a_model_of_timm_teaches_and_does_not_learn():
+def test_any_model_of_timm_teaches_and_learns():
     assert a_run(teacher=Teacher(model="timm")).teacher_architecture().timm_name == "resnet50"
-    with pytest.raises(ConfigError, match=r"^student\.model: .*got timm"):
-        a_run(student=Student(model="timm"))
+    run = a_run(student=Student(model="timm:vgg"), data=Data(image_size=64))
+    assert run.student_architecture().timm_name == "vgg"
+    assert run.student_architecture().feature_stride == 0  # Its last map.
+
+
+def test_a_model_of_another_family_keeps_none_of_the_recipes_shape():
+    run = a_run(student=Student(model="swinv2_tiny", architecture=Architecture(window_size=4)))
+    same = run.with_fields({"student.model": "swinv2_base"})
+    assert same.student.architecture.window_size == 4
+    other = run.with_fields({"student.model": "timm:x", "student.architecture.feature_stride": 8})
+    assert other.student.architecture == Architecture(feature_stride=8)
 
 
 def test_max_steps_may_be_shorter_than_the_warmup_of_the_epochs():

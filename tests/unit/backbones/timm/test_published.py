@@ -10,8 +10,8 @@ from loading import close, initial, scattered, student_run, teacher_run
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm import published as timm_published
+from fd_large.backbones.timm.models import create
 from fd_large.backbones.timm.published import in_timm_names
-from fd_large.backbones.timm.timm_backbone import create
 from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError

@@ -1,0 +1,79 @@
+"""Drop path of timm's models, driven by rows of `keep` in place of torch's generator.
+
+Each `DropPath` is replaced by a `Kept`, which has no parameters, so that names stay timm's. The
+block that owns it is given the factors of the forward under way as an argument, as our own blocks
+are: whatever computes a block again for backward has the factors of the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Scales:
+    """What all sites of a model read.
+
+    Attributes:
+        now: The factors of the forward under way, (num_sites, B) float32; None: no drop path.
+    """
+
+    now: Tensor | None = None
+
+
+class Kept(nn.Module):
+    """Multiplies a branch by its row of the factors.
+
+    Args:
+        scales: The model's factors.
+        rows: The row of each call in a forward of its block.
+        scales_by_keep: Whether kept branches are divided by the probability of keeping them.
+    """
+
+    def __init__(self, scales: Scales, rows: Sequence[int], *, scales_by_keep: bool):
+        super().__init__()
+        self.scales, self.rows, self.scales_by_keep = scales, tuple(rows), scales_by_keep
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B', ...) to the same shape; B' is a multiple of B with the samples outermost."""
+        if self.scales.now is None:
+            return x
+        row = self.scales.now[self.rows[self.calls]]
+        self.calls += 1
+        if not self.scales_by_keep:
+            row = row.sign()
+        if len(x) != len(row):
+            row = row.repeat_interleave(len(x) // len(row))
+        return x * row.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def give_scales(block: nn.Module, scales: Scales, sites: Sequence[Kept]) -> None:
+    """Lets a block take the model's factors as an argument, and its sites begin with their first.
+
+    The block gets a subclass of its class, because wrappers for activation checkpointing call
+    either the forward of the module or that of its class.
+    """
+    block._kept_sites, block._keep_scales = list(sites), scales
+    block.__class__ = _with_scales(type(block))
+
+    def argument(
+        _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**named, "keep_scales": scales.now}
+
+    block.register_forward_pre_hook(argument, with_kwargs=True)
+
+
+@cache
+def _with_scales(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, keep_scales: Tensor | None = None, **named: Any) -> Any:
+        self._keep_scales.now = keep_scales
+        for site in self._kept_sites:
+            site.calls = 0
+        return cls.forward(self, *args, **named)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})

@@ -1,0 +1,198 @@
+"""What a model of timm needs to be trained, seen in one forward on the meta device.
+
+Which drop path is called when, which modules are its blocks, and whether anything else draws random
+numbers: timm does not say so, and its models differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fd_large.backbones.timm.models import create, cut, size_arguments
+from fd_large.errors import ConfigError
+
+_BATCH_SIZE = 2
+# Finds the blocks of a model that is trained without drop path.
+_ANY_RATE = 0.1
+
+
+class Measured(NamedTuple):
+    """What a model needs to be trained.
+
+    Attributes:
+        arguments: Those of `timm.create_model`.
+        sites: Path and drop rate of each call of a drop path, in order.
+        owners: Path of the module that is given the factors of each site, by the site's path.
+        blocks: Paths of the modules whose activations can be computed again, in order.
+        layers: Layer of each parameter, from 0; empty if the model does not say.
+        last_layer: The deepest layer: the head's.
+    """
+
+    arguments: Mapping[str, Any]
+    sites: tuple[tuple[str, float], ...]
+    owners: Mapping[str, str]
+    blocks: tuple[str, ...]
+    layers: Mapping[str, int]
+    last_layer: int
+
+
+@lru_cache(maxsize=64)
+def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> Measured:
+    """Builds a model on the meta device and runs it once in training mode.
+
+    Args:
+        name: timm's name of the model.
+        stride: Pixels per token of its map; 0 is its last.
+        image_size: Side of the images in pixels; 0 is the size that timm has the model for.
+        drop_path_rate: Rate of the last block, in [0, 1).
+
+    Raises: ConfigError: if it cannot be trained so that ranks and recomputation change nothing.
+    """
+    arguments = dict(size_arguments(name, image_size))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            whole: Any = create(name, **arguments, drop_path_rate=drop_path_rate or _ANY_RATE)
+            arguments["drop_path_rate"] = drop_path_rate
+        except TypeError as error:
+            if "drop_path_rate" not in str(error):
+                raise
+            whole = create(name, **arguments)
+        layers, last_layer = _layers(whole)
+        drops = _run(whole, name, stride, image_size)
+    if drop_path_rate and not drops.order:
+        raise ConfigError(
+            f"student.drop_path_rate: {name} has no drop path; got {drop_path_rate:g}, expected 0. "
+            "Set --student.drop_path_rate 0."
+        )
+    kinds = {type(module) for path, module in whole.named_modules() if path in drops.owner.values()}
+    return Measured(
+        arguments,
+        drops.order if drop_path_rate else (),
+        drops.owner if drop_path_rate else {},
+        tuple(path for path, module in whole.named_modules() if type(module) in kinds),
+        layers,
+        last_layer,
+    )
+
+
+class _DropPaths(NamedTuple):
+    order: tuple[tuple[str, float], ...]
+    owner: dict[str, str]
+
+
+def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
+    """Cuts a model on the meta device and runs it."""
+    stage = cut(net, name, stride)
+    still(net)
+    side = image_size or net.pretrained_cfg["input_size"][-1]
+    modules = dict(net.named_modules())
+    rates = {
+        path: module.drop_prob for path, module in modules.items() if isinstance(module, DropPath)
+    }
+    order: list[str] = []
+    runs: Counter[str] = Counter()
+    batches: dict[str, int] = {}
+
+    def called(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        order.append(path)
+        batches[path] = len(inputs[0])
+
+    def ran(path: str, *_: Any) -> None:
+        runs[path] += 1
+
+    for path, module in modules.items():
+        if path in rates:
+            module.drop_prob = 0.0  # So that it draws nothing.
+            module.register_forward_pre_hook(partial(called, path))
+        else:
+            module.register_forward_pre_hook(partial(ran, path))
+    images = torch.empty(_BATCH_SIZE, 3, side, side, device="meta")
+    try:
+        with _Draws() as draws, torch.no_grad():
+            (features,) = net.train().forward_intermediates(
+                images,
+                indices=[stage.index],
+                norm=stage.is_last,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"student.model: {name} does not take images of this size; got {side}x{side} pixels "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}), expected a size that it "
+            "takes. Set --data.image_size."
+        ) from error
+    if draws.seen:
+        raise _refused(name, f"random draws besides drop path ({', '.join(sorted(draws.seen))})")
+    grid = (side // stage.stride, side // stage.stride)
+    if tuple(features.shape[-2:]) != grid:
+        raise _refused(name, f"a map of {tuple(features.shape[-2:])} where timm says {grid}")
+    owner = {}
+    for path in dict.fromkeys(order):
+        above = path.rpartition(".")[0]
+        while above and not runs[above]:
+            above = above.rpartition(".")[0]
+        if runs[above] != 1:
+            raise _refused(name, f"{above or 'a model'} that runs {runs[above]} times in a forward")
+        if batches[path] % _BATCH_SIZE:
+            raise _refused(name, f"drop path of {batches[path]} rows for {_BATCH_SIZE} images")
+        owner[path] = above
+    return _DropPaths(tuple((path, rates[path]) for path in order), owner)
+
+
+def still(net: nn.Module) -> None:
+    """Turns dropout off, which timm has by default in a few models' position MLPs."""
+    for module in net.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+
+
+def _layers(net: Any) -> tuple[dict[str, int], int]:
+    """The layers of a whole model, as timm's `param_groups_layer_decay` has them.
+
+    A model that timm has without a head gets a layer for one, so that its last block decays.
+    """
+    if not hasattr(net, "group_matcher"):
+        return {}, 0
+    layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    head = net.get_classifier() if hasattr(net, "get_classifier") else None
+    has_head = isinstance(head, nn.Module) and any(True for _ in head.parameters())
+    return layers, max(layers.values()) + (not has_head)
+
+
+def _refused(name: str, got: str) -> ConfigError:
+    return ConfigError(
+        f"student.model: {name} cannot be trained so that ranks and recomputation change nothing; "
+        f"got {got}, expected none. Use it as a teacher, or choose another model."
+    )
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the names of operators that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not self._is_still(func, args):
+            self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _is_still(func: Any, args: Any) -> bool:
+        # Fused attention draws if the probability of its dropout is above 0.
+        is_attention = "scaled_dot_product" in str(func)
+        return is_attention and not any(isinstance(a, float) and a > 0 for a in args[3:])

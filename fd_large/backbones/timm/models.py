@@ -1,0 +1,98 @@
+"""Models of timm by name: whole, and cut off after the map at a stride."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
+from torch import nn
+
+from fd_large.errors import ConfigError, nearest
+
+
+def create(name: str, **arguments: Any) -> nn.Module:
+    """Builds a model of timm by name, whole, without asking any server.
+
+    Args:
+        name: timm's name of the model.
+        arguments: What differs from timm's own arguments of that model.
+
+    Raises: ConfigError: if timm has no such model, or does not return its inner maps.
+    """
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"architecture.timm_name: timm {timm.__version__} has no such model; got {name!r}, "
+            f"{nearest(name, timm.list_models())}. Use a name of timm.list_models()."
+        )
+    net = timm.create_model(name, pretrained=False, **arguments)
+    if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
+        raise ConfigError(
+            f"architecture.timm_name: timm {timm.__version__} does not return inner maps of this "
+            f"model; got {name!r}, expected one with forward_intermediates. Choose another model."
+        )
+    return net
+
+
+@lru_cache(maxsize=64)
+def size_arguments(name: str, image_size: int) -> dict[str, Any]:
+    """Returns the arguments that make a model for images of that side in pixels.
+
+    Models that take any size need none; 0 is the size that timm has the model for.
+    """
+    if not image_size:
+        return {}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        net = create(name)
+        config = net.pretrained_cfg
+        if config["input_size"][-1] == image_size:
+            return {}
+        if hasattr(net, "set_input_size"):
+            return {"img_size": image_size}
+        if config.get("fixed_input_size"):
+            try:
+                create(name, img_size=image_size)
+            except TypeError:
+                return {}  # Of one size only, which `TimmBackbone.grid` says.
+            return {"img_size": image_size}
+    return {}
+
+
+class Stage(NamedTuple):
+    """The map of a model that is taken.
+
+    Attributes:
+        index: Number of the map among those that the model has.
+        width: Channels.
+        stride: Pixels per token, each way.
+        is_last: Whether it is the model's last map, after its final norm.
+    """
+
+    index: int
+    width: int
+    stride: int
+    is_last: bool
+
+
+def cut(net: Any, name: str, stride: int) -> Stage:
+    """Removes what a model computes after its deepest map of a stride; 0 is its last map.
+
+    Raises: ConfigError: if it has no map of that stride.
+    """
+    stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
+    known = sorted({reduction for reduction, _ in stages})
+    stride = stride or known[-1]
+    fitting = [i for i, (reduction, _) in enumerate(stages) if reduction == stride]
+    if not fitting:
+        raise ConfigError(
+            f"architecture.feature_stride: {name} has no map of this stride; got {stride}, "
+            f"expected one of {', '.join(map(str, known))}. Choose one of these."
+        )
+    index = fitting[-1]
+    # Hiera's norms are its heads': its map is raw, and timm refuses to be asked.
+    is_last = index == len(stages) - 1 and not isinstance(net, Hiera | HieraDet)
+    net.prune_intermediate_layers([index], prune_norm=not is_last, prune_head=True)
+    return Stage(index, stages[index][1], stride, is_last)
