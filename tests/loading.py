@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 import torch
+from safetensors.torch import save_file
 
 from fd_large.backbones.registry import build
 from fd_large.engine.checkpoint_models import sources_of
@@ -88,3 +89,60 @@ def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape, (a.shape, b.shape)
     error = ((a - b).abs().max() / b.abs().max()).item()
     assert error < tolerance, error
+
+
+TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TIMM_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 3),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
+"""Tiny models of timm."""
+HF_VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+"""A tiny ViT of transformers."""
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def saved(net, path):
+    """Writes a state as its suffix says."""
+    (save_file if path.suffix == ".safetensors" else torch.save)(net.state_dict(), path)
+    return path
+
+
+def tokens(net, images=IMAGES):
+    """The last tokens of a model of timm, (B, N, C)."""
+    with torch.no_grad():
+        found = net.forward_features(images)
+    return found.flatten(1, 2) if found.dim() == 4 else found
+
+
+TINY_VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8, image_size=32)
+
+
+TINY_SWIN = Architecture(
+    embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, patch_size=2, image_size=32
+)
+
+
+TINY = {
+    "vit_base_patch16": TINY_VIT,
+    "dino_vit_base_patch16": TINY_VIT,
+    "clip_vit_base_patch16": TINY_VIT,
+    "swinv2_huge": replace(TINY_SWIN, extra_norm_every=2),
+    "swin_base_esvit": TINY_SWIN,
+}
+
+
+def made(name):
+    """The tiny model of that name, random."""
+    return scattered(build(name, TINY[name], initialization="official", seed=0))

@@ -1,4 +1,4 @@
-"""A small run's setting, and steps of it."""
+"""A small run's setting, and steps of it; libraries that may not be there."""
 
 import pytest
 
@@ -44,3 +44,8 @@ def run_updates():
                 hook.on_end(end)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers")

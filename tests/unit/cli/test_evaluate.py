@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from coco import unpack_coco_tiny
 from PIL import Image
-from rich.console import Console
 
 from fd_large import distributed
 from fd_large.cli import evaluate
@@ -18,10 +18,6 @@ from fd_large.cli.evaluate import with_own_labels
 from fd_large.cli.main import main
 from fd_large.engine.find_model import find_model
 from fd_large.errors import ConfigError
-from fd_large.recipes import registry
-from fd_large.recipes.fields import override
-from fd_large.report.comparison import draw_comparison, spread, table
-from fd_large.tasks.finetuning.from_model import recipe_name, recipe_of
 from fd_large.tasks.jobs import job_of
 
 TINY = "vit_base_patch16=random"
@@ -105,58 +101,6 @@ def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     assert "efficientnet_lite0" in capsys.readouterr().out
 
 
-SUMMARY = {
-    "task": "finetune",
-    "nets": [
-        {
-            "label": label,
-            "image_size": 32,
-            "accuracy": values,
-            **spread(values),
-        }
-        for label, values in (("student", [71.0, 72.0, 73.0]), ("scratch", [60.0, 60.5, 61.0]))
-    ],
-}
-
-
-def test_the_table_has_means_and_deviations():
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(SUMMARY))
-    text = console.export_text()
-    assert "72.00" in text
-    assert "1.00" in text
-    assert "71.00 72.00 73.00" in text
-    assert spread([4.0]) == {"mean": 4.0, "standard_deviation": None}
-
-
-def test_the_picture_is_drawn(tmp_path):
-    draw_comparison(SUMMARY, tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").size[0] > 900
-
-
-def test_a_named_net_becomes_a_fine_tuning_recipe():
-    named = find_model(TINY, job_of)
-    assert recipe_name(named) == "finetune_clip_vit_base"
-    base = registry.get("finetune_clip_vit_base")
-    run = recipe_of(named, base)
-    assert run.student.init == ""
-    assert run.student_architecture().relative_position == "block"
-    assert run.student.drop_path_rate == base.student.drop_path_rate == 0.3
-    assert run.optim == base.optim
-    large = find_model("vit_large_patch14=random", job_of)
-    assert recipe_name(large) == "finetune_clip_vit_large"
-    swin = find_model("swinv2_tiny=random", job_of)
-    assert recipe_of(swin, registry.get(recipe_name(swin))).student.model == "swinv2_tiny"
-    fields = {
-        "student.residual_dtype": "compute",
-        "student.activation_checkpointing": "every",
-    }
-    student = recipe_of(named, override(base, fields), ["activation_checkpointing"]).student
-    assert (student.activation_checkpointing, student.residual_dtype) == ("every", "float32")
-    unmixed = override(base, {"task.finetune.mixup": 0.0})
-    assert recipe_of(named, unmixed).task.finetune.mixup == 0
-
-
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     told = {"test_top1": 50.0, "test_loss": 1.0}
@@ -183,3 +127,47 @@ def test_no_two_nets_share_a_folder():
         replace(find_model(TINY, job_of), label="a", source=source) for source in ("x/a", "y/a")
     ]
     assert [net.label for net in with_own_labels(nets)] == ["x/a", "y/a"]
+
+
+@pytest.fixture(scope="module")
+def eval_folder(tmp_path_factory):
+    return unpack_coco_tiny(tmp_path_factory.mktemp("coco_tiny")) / "eval"
+
+
+def test_a_file_is_scored_shown_and_written_without_torch(eval_folder, tmp_path):
+    program = (
+        "import sys\n"
+        "from fd_large.cli.main import main\n"
+        "names = ('--detections', '--annotations', '--json')\n"
+        "pairs = zip(names, sys.argv[1:], strict=True)\n"
+        "code = main(['evaluate', *(word for pair in pairs for word in pair)])\n"
+        "assert not {'torch', 'torchvision', 'matplotlib'} & sys.modules.keys()\n"
+        "sys.exit(code)\n"
+    )
+    files = [eval_folder / "fakesegm100_results.json", eval_folder / "instances_val2014_100.json"]
+    answer = subprocess.run(
+        [sys.executable, "-c", program, *files, tmp_path / "out.json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "100 images, 734 detections" in answer.stdout
+    row = next(line for line in answer.stdout.splitlines() if "AP50 " in line)
+    assert "56.2" in row
+    person = next(line for line in answer.stdout.splitlines() if "person" in line)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert f"{100 * written['mask']['classes'][0]['ap']:.1f}" in person
+    assert written["mask"]["numbers"]["AP"] == pytest.approx(0.319545, abs=1e-6)
+    assert list(written) == ["num_images", "num_results", "mask"]
+    assert len(written["mask"]["precision_at_recall_0_to_1"]["0.5"]) == 101
+
+
+def test_mistakes_in_detections_are_reported_before_the_work(eval_folder, tmp_path, capsys):
+    results = str(eval_folder / "fakebbox100_results.json")
+    truth = str(eval_folder / "instances_val2014_100.json")
+    missing = ["--annotations", truth, "--json", str(tmp_path / "a" / "b")]
+    for more, found in ((missing, "--json"), (["--annotations", results], "annotations")):
+        assert main(["evaluate", "--detections", results, *more]) == 2
+        assert found in capsys.readouterr().err

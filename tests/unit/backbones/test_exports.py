@@ -1,0 +1,65 @@
+"""Our weights in the models of timm: the same features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from loading import (
+    IMAGES,
+    TIMM_SWIN,
+    TIMM_VIT,
+    TINY_SWIN,
+    TINY_VIT,
+    close,
+    scattered,
+    tokens,
+)
+from safetensors.torch import load_file
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+
+from fd_large.backbones.registry import build
+from fd_large.recipes.architectures import resolve
+from fd_large.weights.convert import write
+
+
+def ours(name, fields):
+    net = scattered(build(name, fields, initialization="official", seed=0))
+    return net, resolve(name, fields)
+
+
+def test_our_vit_in_timm(tmp_path):
+    net, architecture = ours("dino_vit_base_patch16", TINY_VIT)
+    file = write(net.state_dict().items(), architecture, "timm", tmp_path / "vit.safetensors")
+    theirs = VisionTransformer(**TIMM_VIT, num_classes=0).eval()
+    theirs.load_state_dict(load_file(file))
+    close(tokens(theirs), net(IMAGES).tokens)
+
+
+def test_our_student_vit_in_timms_beit(tmp_path):
+    net, architecture = ours("vit_base_patch16", TINY_VIT)
+    file = write(net.state_dict().items(), architecture, "timm", tmp_path / "beit.safetensors")
+    theirs = Beit(
+        **TIMM_VIT,
+        num_classes=0,
+        global_pool="token",
+        use_abs_pos_emb=False,
+        use_shared_rel_pos_bias=True,
+        init_values=0.1,
+    ).eval()
+    theirs.load_state_dict(load_file(file))
+    close(tokens(theirs), net(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("name", ["swinv2_base", "swin_base_esvit"])
+def test_our_swins_in_timm(tmp_path, name):
+    net, architecture = ours(name, replace(TINY_SWIN, depths=(2, 3)))
+    file = write(net.state_dict().items(), architecture, "timm", tmp_path / "swin.pth")
+    make = SwinTransformerV2 if name == "swinv2_base" else SwinTransformer
+    theirs = make(**TIMM_SWIN, num_classes=0).eval()
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    close(tokens(theirs), net(IMAGES).tokens)

@@ -1,0 +1,36 @@
+"""Accuracies of several models side by side: as a table and as a picture."""
+
+from __future__ import annotations
+
+from PIL import Image
+from rich.console import Console
+
+from fd_large.report.comparison import draw_comparison, spread, table
+
+SUMMARY = {
+    "task": "finetune",
+    "nets": [
+        {
+            "label": label,
+            "image_size": 32,
+            "accuracy": values,
+            **spread(values),
+        }
+        for label, values in (("student", [71.0, 72.0, 73.0]), ("scratch", [60.0, 60.5, 61.0]))
+    ],
+}
+
+
+def test_the_table_has_means_and_deviations():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(SUMMARY))
+    text = console.export_text()
+    assert "72.00" in text
+    assert "1.00" in text
+    assert "71.00 72.00 73.00" in text
+    assert spread([4.0]) == {"mean": 4.0, "standard_deviation": None}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    draw_comparison(SUMMARY, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 900

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from loading import (
+    IMAGES,
+    TINY,
+    loaded,
+    made,
+)
+
+from fd_large.backbones.statistics import OPENAI_CLIP
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import resolve
+from fd_large.weights.convert import write
+from fd_large.weights.inspection import inspect
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_our_own_export_tells_everything(tmp_path, name):
+    net, architecture = made(name), resolve(name, TINY[name])
+    file = write(
+        net.state_dict().items(), architecture, "fd", tmp_path / "net", statistics=OPENAI_CLIP
+    )
+    assert file == tmp_path / "net" / "model.safetensors"
+    for source in (file, file.parent):
+        got, teacher = loaded(source)
+        assert teacher.statistics == (*OPENAI_CLIP.mean, *OPENAI_CLIP.std)
+        for field, value in vars(architecture).items():
+            if field not in ("image_size", "pretrained_window_sizes"):
+                assert getattr(teacher.architecture, field) == value, field
+        assert torch.equal(got(IMAGES).tokens, net(IMAGES).tokens)
+    found = inspect(file.parent)
+    assert found.own
+    assert not found.unknown
+    assert not found.match.complaints
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_nothing_is_overwritten_or_guessed(tmp_path):
+    net, architecture = made("swinv2_huge"), resolve("swinv2_huge", TINY["swinv2_huge"])
+    (tmp_path / "there.pth").touch()
+    for to, out, words in (
+        ("fd", "there.pth", "something is there already; got a file"),
+        ("official", "net", "unknown kind of file"),
+        ("timm", "net.pth", "no norms on the main path"),
+        ("onnx", "net.pth", "no such format"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            write(net.state_dict().items(), architecture, to, tmp_path / out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.pth"]
