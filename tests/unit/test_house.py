@@ -58,6 +58,16 @@ WITHOUT_TORCH = {
     "report",
     "cli",
 }
+# Tests of what is no file of the package.
+OF_NO_FILE = {
+    "kernels/test_aot.py": "kernels compiled for GPUs that are not here",
+    "kernels/test_roofline.py": "benchmarks/roofline.py",
+    "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
+    "plan/test_scaling_page.py": "docs/scaling.md",
+    "test_house.py": "the package as a whole",
+    "test_oracles.py": "tests/oracles.py",
+    "test_slurm_script.py": "slurm/",
+}
 FOLDERS = set(TASK_FOLDERS)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -145,6 +155,17 @@ def test_no_cycles() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_tests_mirror_the_house() -> None:
+    """The test of ROOM/FILE.py is ROOM/test_FILE.py, so that a test whose file is gone shows."""
+    tests = Path(__file__).resolve().parent
+    inside = [path.relative_to(tests) for path in tests.rglob("test_*.py")]
+    assert {str(path) for path in inside} >= OF_NO_FILE.keys()
+    for path in inside:
+        twin = PACKAGE / path.with_name(path.name.removeprefix("test_"))
+        found = twin.is_file() != (str(path) in OF_NO_FILE)
+        assert found, f"{path}: no {twin}; rename the test, or name it in OF_NO_FILE with a reason"
 
 
 def test_no_room_without_a_name() -> None:
