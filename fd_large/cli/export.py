@@ -87,8 +87,17 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             f"{stream.PROJECTION}weight": (width, architecture.width),
             f"{stream.PROJECTION}bias": (width,),
         }
-        # The whole task is checked, whatever part of it goes out.
-        stream.check(reader, stored | projection)
+        # The whole task is checked, whatever part of it goes out; but a head of the user's own
+        # is trained and discarded.
+        if recipe.objective.head == "linear":
+            stream.check(reader, stored | projection)
+        elif to == "fd":
+            raise ConfigError(
+                f"export: --to fd: holds a linear projection; got {recipe.objective.head}, "
+                "expected objective.head linear. Take --to timm or hf."
+            )
+        else:
+            stream.check(reader, table, prefix=stream.STUDENT)
         if to == "fd":
             stored |= projection
         items = (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fd_large import doors
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
@@ -27,7 +28,7 @@ _RECIPE = {
     "{optim[weight_decay]:g}, betas {optim[betas][0]:g} {optim[betas][1]:g}, clip "
     "{optim[clip_norm]:g}",
     "drop path": "{student[drop_path_rate]:g}",
-    "loss": "smooth L1 (beta {objective[beta]:g}) to the whitened map",
+    "loss": "{loss}",
     "seed": "{runtime[seed]}",
     "commit of fd_large": "{commit}",
 }
@@ -107,6 +108,8 @@ def card(
 
 def without_folders(source: str) -> str:
     """Returns a source as others may see it: of a path the last name alone."""
+    if doors.is_own(source):
+        return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
     return source if source.startswith(_SCHEMES) else Path(source).name
 
 
@@ -123,8 +126,17 @@ def _facts(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, 
         "hash": manifest.get("teacher_hash", "not recorded"),
         "commit": manifest.get("commit") or "not recorded",
         "images": without_folders(recipe["data"]["root"]) or "not recorded",
+        "loss": _loss(recipe["objective"]),
         "fingerprint": manifest.get("pictures", "not recorded"),
     }
+
+
+def _loss(objective: Mapping[str, Any]) -> str:
+    """The loss in words: the published one, or the names in the recipe."""
+    names = {name: objective[name] for name in ("loss", "normaliser", "head")}
+    if tuple(names.values()) == ("smooth_l1", "whitening", "linear"):
+        return f"smooth L1 (beta {objective['beta']:g}) to the whitened map"
+    return ", ".join(f"{name} {without_folders(value)}" for name, value in names.items())
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

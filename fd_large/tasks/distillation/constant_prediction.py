@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.tasks.distillation.task import Distillation
@@ -21,8 +20,8 @@ def constant_prediction_loss(
 ) -> float:
     """Computes the loss of the best constant, one number per channel.
 
-    A student that learnt only the mean of its targets has this loss. Newton's method finds the
-    minimum over constants from the mean, as the smooth L1 sum is convex.
+    A student that learnt only the mean of its targets has about this loss. Where the loss gives
+    slope and curvature (`Loss.newton`), Newton's method goes on from the mean to the minimum.
 
     Args:
         task: The task, in evaluation mode; gives the targets.
@@ -35,26 +34,26 @@ def constant_prediction_loss(
     # Pass 0 gives the mean; passes 1 and 2 one Newton step each; the last pass the loss.
     for step in range(4):
         totals: Tensor | None = None
+        moves = True
         for prepared, weight in batches():
             tokens = task.reference(**prepared).flatten(0, 1)  # (B * N, C) float32
-            if mean is None:
-                rows = [tokens.sum(0), torch.zeros_like(tokens[0])]
+            rows = [tokens.sum(0), torch.zeros_like(tokens[0])]
+            if mean is not None and (slopes := task.loss.newton(constant, tokens)):
+                rows = list(slopes)
             else:
-                difference = constant - tokens
-                inside = difference.abs() < task.beta
-                slope = difference.clamp(-task.beta, task.beta) / task.beta
-                rows = [slope.sum(0), inside.float().sum(0) / task.beta]
-            lost = F.smooth_l1_loss(
-                constant.expand_as(tokens), tokens, beta=task.beta, reduction="sum"
-            )
-            count = torch.full_like(tokens[0], len(tokens))
-            part = torch.stack([*rows, lost.expand_as(tokens[0]), count]).double() * weight
+                moves = mean is None
+            lost, terms = task.loss.total(constant.expand_as(tokens), tokens)
+            sums = torch.stack([*rows, lost.expand_as(tokens[0])]).double()
+            counts = sums.new_tensor([[len(tokens)], [terms]]).expand(2, sums.shape[1])
+            part = torch.cat([sums, counts]) * weight
             totals = part if totals is None else totals + part
         assert totals is not None
-        first, second, lost_sum, count = summed(totals)
+        first, second, lost_sum, count, terms_sum = summed(totals)
+        loss = (lost_sum[0] / terms_sum[0]).item()
         if mean is None:
             mean = constant = (first / count).float()
+        elif not moves:
+            break
         elif step < 3:
             constant = (constant - first / second.clamp(min=1.0)).float()
-        loss = (lost_sum[0] / (count[0] * len(count))).item()
     return loss

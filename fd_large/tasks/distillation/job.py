@@ -35,7 +35,10 @@ from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation.alignment import check_grids
 from fd_large.tasks.distillation.canary import Canary
+from fd_large.tasks.distillation.heads import check_head
 from fd_large.tasks.distillation.held_out import HeldOutViews
+from fd_large.tasks.distillation.losses import check_loss, make_loss
+from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.settle import settle_model
@@ -47,8 +50,10 @@ log = logging.getLogger(__name__)
 class DistillationJob(Job):
     """The student learns the teacher's feature map."""
 
-    metrics: ClassVar = {
-        "loss": "smooth L1 loss",
+    memory_remedy = "--teacher.placement sharded"
+    learns_from_images_alone = True
+    _teacher: PlacedTeacher | None = None
+    _words: ClassVar = {
         "held_out/loss": "held-out loss",
         "held_out/cosine": "held-out cosine",
         "held_out/best_constant": "held-out constant-prediction baseline",
@@ -57,9 +62,12 @@ class DistillationJob(Job):
         "unseen_crops/best_constant": "unseen-crops constant-prediction baseline",
         "test/knn": "test k-NN accuracy (%)",
     }
-    memory_remedy = "--teacher.placement sharded"
-    learns_from_images_alone = True
-    _teacher: PlacedTeacher | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """The words for this task's numbers; the loss brings its own."""
+        objective = self.run.objective
+        return {"loss": make_loss(objective.loss, beta=objective.beta).label, **self._words}
 
     @property
     def teacher(self) -> PlacedTeacher:
@@ -79,7 +87,14 @@ class DistillationJob(Job):
         return replace(super().settle(sources), teacher=teacher)
 
     def check(self) -> None:
-        """Opens held-out and labelled images, and checks the headers of all weights."""
+        """Opens held-out and labelled images, and checks the headers of all weights.
+
+        Loss and normaliser are tried on a few random tokens.
+        """
+        objective = self.run.objective
+        check_loss(make_loss(objective.loss, beta=objective.beta), objective.loss)
+        normaliser = make_normaliser(objective.normaliser, eps=objective.whitening_eps)
+        check_normaliser(normaliser, objective.normaliser)
         if self.run.eval.root:
             self._held_out_images()
         if self.run.eval.knn_root:
@@ -103,6 +118,7 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teacher = self.make_teacher()
             task = self.task_around(teacher)
+        check_head(task.projection, self.run.objective.head, task.student.width, teacher.width)
         size = self.run.data.image_size
         grids = []
         for whose, grid_of in (
@@ -192,6 +208,9 @@ class DistillationJob(Job):
             make_student(self.run.student, image_size=self.run.data.image_size),
             teacher,
             teacher.width,
+            loss=objective.loss,
+            normaliser=objective.normaliser,
+            head=objective.head,
             beta=objective.beta,
             whitening_eps=objective.whitening_eps,
             interpolation=objective.interpolation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fd_large import doors
 from fd_large.recipes.fields import at_least, check_types, positive
 from fd_large.recipes.sections import FrozenModel
 from fd_large.recipes.task_kind import TaskKind
@@ -24,9 +25,19 @@ class Teacher(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Smooth L1 between the projected student map and the whitened teacher map."""
+    """The loss between the projected student map and the normalised teacher map."""
 
-    # Difference, in whitened units, above which the loss is linear rather than quadratic.
+    # The loss. smooth_l1: quadratic up to beta, linear above. A function of your own, from
+    # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
+    loss: str = "smooth_l1"
+    # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
+    # channels. none: nothing. A function of your own: module:FILE.py:NAME.
+    normaliser: str = "whitening"
+    # What maps the student's tokens to the teacher's width; it is trained and then discarded.
+    # linear: one linear layer. A module of your own, made of (width, teacher_width):
+    # module:FILE.py:NAME.
+    head: str = "linear"
+    # Difference, in units of the target, above which smooth L1 is linear rather than quadratic.
     beta: float = 2.0
     # Constant added to a teacher token's variance before its square root divides the token.
     whitening_eps: float = 1e-5
@@ -39,6 +50,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_types(self, "objective")
+        for name in ("loss", "normaliser", "head"):
+            object.__setattr__(self, name, doors.absolute(getattr(self, name)))
         positive("objective.beta", self.beta)
         positive("objective.whitening_eps", self.whitening_eps)
         at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels")

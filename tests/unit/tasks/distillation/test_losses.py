@@ -1,0 +1,161 @@
+"""Losses, normalisers and heads: built-in ones, and a user's own in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fd_large import doors
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.vit.vit import ViT
+from fd_large.engine.frozen import Frozen
+from fd_large.errors import ConfigError
+from fd_large.tasks.distillation import losses
+from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
+from fd_large.tasks.distillation.heads import check_head, make_head
+from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
+from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
+from fd_large.tasks.distillation.section import Objective
+from fd_large.tasks.distillation.task import Distillation
+
+COSINE = """
+import torch.nn.functional as F
+
+def cosine(projected, target):
+    return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
+"""
+
+
+def own(path: Path, text: str, name: str) -> str:
+    path.write_text(text)
+    source = f"module:{path}:{name}"
+    doors.allow(source)
+    return source
+
+
+def distillation(**objective: object) -> Distillation:
+    torch.manual_seed(0)
+    student = ViT(8, 1, 1, patch_size=8, image_size=16, absolute_position=True)
+    teacher = Frozen(ViT(12, 1, 1, patch_size=8, image_size=16, absolute_position=True), IMAGENET)
+    return Distillation(student, teacher, teacher.width, **objective)
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def test_a_loss_of_the_users_own_is_trained_and_has_words_and_a_baseline(tmp_path):
+    source = own(tmp_path / "cosine.py", COSINE, "cosine")
+    loss = make_loss(source, beta=2.0)
+    check_loss(loss, source)
+    assert loss.label == "cosine loss"
+    task = distillation(loss=source).eval()
+    prepared = task.prepare(images(), None, None)
+    value, metrics = task(**prepared)
+    assert value.item() == pytest.approx(1 - metrics["cosine"].item(), abs=1e-6)
+    value.backward()
+    assert task.projection.weight.grad.abs().sum() > 0
+    target = task.reference(**prepared).flatten(0, 1)
+    best = 1 - F.cosine_similarity(target.mean(0, keepdim=True), target).mean()
+    found = constant_prediction_loss(task, lambda: iter([(prepared, 1), (prepared, 0)]), _same)
+    assert found == pytest.approx(best.item(), rel=1e-5)
+
+
+def test_a_built_in_loss_is_one_line_in_its_table(monkeypatch):
+    def l2(projected, target):
+        return (projected - target).square().mean()
+
+    monkeypatch.setitem(losses.LOSSES, "l2", l2)
+    task = distillation(loss=Objective(loss="l2").loss)
+    value, _ = task(**task.prepare(images(), None, None))
+    assert value.dtype == torch.float32
+    assert task.loss.label == "l2 loss"
+
+
+def test_smooth_l1_is_the_same_fused_and_written_out():
+    projected, tokens = torch.randn(2, 2, 3, 8).unbind()
+    loss, whiten = SmoothL1(0.5), make_normaliser("whitening", eps=1e-3)
+    assert torch.equal(loss.fused(projected, tokens, 1e-3), loss(projected, whiten(tokens)))
+    total, terms = loss.total(projected.flatten(0, 1), tokens.flatten(0, 1))
+    assert (total / terms).item() == pytest.approx(loss(projected, tokens).item(), rel=1e-6)
+    constant = torch.zeros(8, requires_grad=True)
+    rows = tokens.flatten(0, 1)
+    loss.total(constant.expand_as(rows), rows)[0].backward()
+    assert torch.allclose(loss.newton(constant.detach(), rows)[0], constant.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("return (projected - target).mean(-1)", "(2, 3)"),
+        ("return (projected - target).mean().double()", "float64"),
+        ("return target.mean()", "RuntimeError"),
+        ("return projected.mean() / 0", "float32"),
+        ("return projected @ target", "RuntimeError"),
+    ],
+    ids=["shape", "type", "gradient", "infinite", "error"],
+)
+def test_a_loss_that_does_not_work_is_refused_before_a_run(tmp_path, body, part):
+    source = own(tmp_path / "own.py", f"def own(projected, target):\n    {body}\n", "own")
+    with pytest.raises(ConfigError, match=r"objective\.loss") as caught:
+        check_loss(make_loss(source, beta=2.0), source)
+    assert part in str(caught.value)
+
+
+def test_a_normaliser_of_the_users_own_treats_each_token_alone(tmp_path):
+    text = (
+        "def scaled(tokens):\n    return tokens.float() / 2\n"
+        "def batch(tokens):\n    return tokens - tokens.mean((0, 1))\n"
+        "def narrow(tokens):\n    return tokens[..., :2]\n"
+    )
+    scaled = own(tmp_path / "own.py", text, "scaled")
+    check_normaliser(make_normaliser(scaled, eps=1e-5), scaled)
+    task = distillation(normaliser=scaled)
+    prepared = task.prepare(images(), None, None)
+    assert torch.equal(task.reference(**prepared), prepared["target"].tokens / 2)
+    whole, half = task(**prepared)[0], distillation(normaliser="none")(**prepared)[0]
+    assert whole != half
+    for name in ("batch", "narrow"):
+        source = own(tmp_path / "own.py", text, name)
+        with pytest.raises(ConfigError, match=r"objective\.normaliser"):
+            check_normaliser(make_normaliser(source, eps=1e-5), source)
+
+
+def test_a_head_of_the_users_own_projects_and_is_checked_on_shapes_alone(tmp_path):
+    text = (
+        "from torch import nn\n"
+        "def mlp(width, teacher_width):\n"
+        "    return nn.Sequential(nn.Linear(width, 20), nn.GELU(), nn.Linear(20, teacher_width))\n"
+        "def wrong(width, teacher_width):\n    return nn.Linear(width, 3)\n"
+        "def nothing(width, teacher_width):\n    return None\n"
+    )
+    mlp = own(tmp_path / "own.py", text, "mlp")
+    task = distillation(head=mlp)
+    assert {n for n, _ in task.named_parameters() if n.startswith("projection.")} == {
+        f"projection.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    task(**task.prepare(images(), None, None))[0].backward()
+    wrong, nothing = (own(tmp_path / "own.py", text, name) for name in ("wrong", "nothing"))
+    with torch.device("meta"):
+        check_head(make_head(mlp, 8, 12), mlp, 8, 12)
+        with pytest.raises(ConfigError, match=r"objective\.head.*\(2, 3, 3\)"):
+            check_head(make_head(wrong, 8, 12), wrong, 8, 12)
+        with pytest.raises(ConfigError, match=r"objective\.head.*NoneType"):
+            make_head(nothing, 8, 12)
+    assert type(make_head("linear", 8, 12)) is nn.Linear
+
+
+def test_recipes_hold_the_path_of_a_file_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    objective = Objective(loss="module:own.py:cosine")
+    assert objective.loss == f"module:{tmp_path}/own.py:cosine"
+    assert Objective() == Objective(loss="smooth_l1", normaliser="whitening", head="linear")
+
+
+def _same(totals: torch.Tensor) -> torch.Tensor:
+    return totals
