@@ -67,7 +67,7 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
             if "drop_path_rate" not in str(error):
                 raise
             whole = create(name, **arguments)
-        layers, last_layer = _layers(whole)
+        layers, has_head = _layers(whole)
         drops = _run(whole, name, stride, image_size)
     if drop_path_rate and not drops.order:
         raise ConfigError(
@@ -81,7 +81,7 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
         drops.owner if drop_path_rate else {},
         tuple(path for path, module in whole.named_modules() if type(module) in kinds),
         layers,
-        last_layer,
+        _last_layer(layers, whole, has_head=has_head),
     )
 
 
@@ -157,17 +157,22 @@ def still(net: nn.Module) -> None:
             module.p = 0.0
 
 
-def _layers(net: Any) -> tuple[dict[str, int], int]:
-    """The layers of a whole model, as timm's `param_groups_layer_decay` has them.
-
-    A model that timm has without a head gets a layer for one, so that its last block decays.
-    """
+def _layers(net: Any) -> tuple[dict[str, int], bool]:
+    """The layers of a whole model, as timm's `param_groups_layer_decay` has them; has it a head."""
     if not hasattr(net, "group_matcher"):
-        return {}, 0
+        return {}, False
     layers = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     head = net.get_classifier() if hasattr(net, "get_classifier") else None
-    has_head = isinstance(head, nn.Module) and any(True for _ in head.parameters())
-    return layers, max(layers.values()) + (not has_head)
+    return layers, isinstance(head, nn.Module) and any(True for _ in head.parameters())
+
+
+def _last_layer(layers: Mapping[str, int], net: nn.Module, *, has_head: bool) -> int:
+    """The layer of a head; timm has some models without one, whose last block is to decay too."""
+    if not layers:
+        return 0
+    last = max(layers.values())
+    ends_there = any(layers[name] == last for name, _ in net.named_parameters())
+    return last + (ends_there and not has_head)
 
 
 def _refused(name: str, got: str) -> ConfigError:
