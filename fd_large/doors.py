@@ -70,6 +70,11 @@ def allow(source: str | Path) -> None:
         _allowed.add(path.expanduser().resolve())
 
 
+def is_allowed(source: str) -> bool:
+    """Returns whether the file of a `module:` name is there and may be imported."""
+    return file_of(source) in _allowed
+
+
 def allow_named(arguments: Iterable[str]) -> None:
     """Allows the files that a command line names, as `module:...` or `NAME=module:...`."""
     for argument in arguments:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from tyro.conf import Positional
 
+from fd_large import doors
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import (
@@ -33,7 +34,8 @@ from fd_large.recipes.fields import (
     hints_of,
     nested,
 )
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import Run, Task
+from fd_large.tasks.registry import TASKS, kind_of
 
 HELP = frozenset({"-h", "--help"})
 # The deepspeed launcher passes it to whatever it starts.
@@ -161,8 +163,12 @@ class _Parser(Generic[Own]):
         self._usage = " ".join(self._positional.values())
         self._mistakes: list[str] = []
         self._invalid: set[str] = set()
+        self._task: type[Task] = Task
 
     def parse(self, arguments: Sequence[str]) -> WithRecipe[Own]:
+        own_task = _own_task(arguments) if self._recipe is not None else ""
+        if own_task:  # Its section's fields are flags too.
+            self._task = Task.class_for({"name": own_task})
         values = self._values([argument for argument in arguments if argument not in HELP])
         names = {name.split(".")[0] for name in field_names(self._kind)}
         own = {name: value for name, value in values.items() if name.split(".")[0] in names}
@@ -171,6 +177,7 @@ class _Parser(Generic[Own]):
         if self._recipe is not None:
             try:
                 base = registry.get(own.get("recipe") or self._recipe)
+                base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
                 self._mistakes.append(str(error))
         if not HELP.isdisjoint(arguments):
@@ -213,7 +220,7 @@ class _Parser(Generic[Own]):
         values: dict[str, Any] = {}
         for name, (hint, texts, off) in flags.items():
             try:
-                values[name] = _value(hint, texts, off=off)
+                values[name] = _absolute(_value(hint, texts, off=off))
             except ValueError:
                 self._invalid.add(name)
                 self._mistakes.append(
@@ -239,8 +246,10 @@ class _Parser(Generic[Own]):
         Args:
             like: A flag as it was given; the entry of a dict has the name that it has there.
         """
-        names = field_names(Run, like=like) if self._recipe is not None else {}
-        names.pop("name", None)
+        names: dict[str, Any] = {}
+        if self._recipe is not None:
+            names = field_names(Run, like=like) | field_names(self._task, "task.", like=like)
+            names.pop("name")
         names |= field_names(self._kind, like=like)
         return {
             name.replace("-", "_"): (name, hint)
@@ -290,7 +299,7 @@ class _Parser(Generic[Own]):
             parts = [("own", Annotated[self._kind, tyro.conf.arg(name="")], field(default=own))]
             parts += [
                 (name, _with_name(hint), field(default=getattr(base, name)))
-                for name, hint in hints_of(Run).items()
+                for name, hint in (hints_of(Run) | {"task": self._task}).items()
                 if name != "name"
             ]
             shown = make_dataclass("Shown", parts, frozen=True)
@@ -361,6 +370,30 @@ def _required(kind: type, prefix: str = "") -> Iterator[str]:
             yield from _required(hint, f"{prefix}{own.name}.")
         else:
             yield prefix + own.name
+
+
+def _own_task(arguments: Sequence[str]) -> str:
+    """Returns the task of the user's own that the last --task.name names; empty if there is none.
+
+    Raises: ConfigError: if it cannot be imported.
+    """
+    named = [texts[0] for name, texts, _ in _groups(arguments) if name == "task.name" and texts]
+    if not named or named[-1] in TASKS:
+        return ""
+    try:
+        kind_of(named[-1])
+    except ConfigError:
+        if doors.is_own(named[-1]):
+            raise
+        return ""  # A mistyped name, which is refused with the other mistakes.
+    return doors.absolute(named[-1])
+
+
+def _absolute(value: Any) -> Any:
+    """A value, in which the paths of files of the user's own do not depend on the folder."""
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return doors.absolute(value) if isinstance(value, str) else value
 
 
 def _with_name(hint: Any) -> Any:

@@ -20,7 +20,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
-from fd_large.tasks.registry import TASKS
+from fd_large.tasks.registry import TASKS, kind_of
 
 if TYPE_CHECKING:
     from fd_large.engine.find_model import NamedModel
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
     )
     trained_by, task = models[0].trained_by, own.task
     if task == "auto" and trained_by is not None:
-        task = TASKS[trained_by.task.name].evaluated_by
+        task = kind_of(trained_by.task.name).evaluated_by
     if task == "finetune":
         _refuse(own, "finetune", ("models", *TESTS[task]), changes, None)
         return fine_tune(models, own, changes)

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed
-from fd_large.data.custom import CustomImages
 from fd_large.data.folder import ImageFolder
+from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError
@@ -61,13 +61,13 @@ def stage(source: ImageSource, folder: str) -> ImageSource:
 
     Returns: the same samples in the same order, with the same fingerprint.
     Raises: DataError: if a node cannot make its copy, or nodes have read different bytes, or the
-        source is the user's own.
+        source is labelled or the user's own.
     """
-    if folder and isinstance(source, CustomImages):
+    if folder and not isinstance(source, (TarShards, ImageFolder, Photographs)):
         raise DataError(
-            "data.stage_to: a source of the user's own reads what it likes, and cannot be copied; "
-            f"got {folder!r}, expected nothing. Leave --data.stage_to out, and copy its files to "
-            "every node."
+            "data.stage_to: only folders and tar files of images without labels are copied; got "
+            f"{folder!r} for {type(source).__name__}, expected nothing. Copy the dataset to every "
+            "node, and set --data.root."
         )
     files = _files(source) if folder else []
     if not files:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
-from fd_large.data.loader import Batch
+from fd_large.data.loader import Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion
-from fd_large.data.source import ImageSource
+from fd_large.data.source import ImageSource, open_images
+from fd_large.data.staging import stage
+from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.student import student_weights
 from fd_large.engine.task import Task
@@ -131,11 +133,11 @@ class Job:
         return replace(self.run, student=settle_student(self.run.student, sources))
 
     def open_samples(self) -> ImageSource:
-        """Opens the training samples.
+        """Opens the training samples: the images of `data.root`, unless the task needs others.
 
         Raises: DataError or ConfigError: if they cannot be used.
         """
-        raise NotImplementedError
+        return open_images(self.run.data.root)
 
     def check(self) -> None:
         """Refuses ignored fields; checks what else the task reads, such as headers of weights.
@@ -160,15 +162,9 @@ class Job:
     def stage(self, samples: ImageSource) -> ImageSource:
         """Copies samples to the nodes' own disks if the recipe sets `data.stage_to`; a collective.
 
-        Raises: ConfigError: if the task cannot do that.
+        Raises: DataError or ConfigError: if that is not possible.
         """
-        if self.run.data.stage_to:
-            raise ConfigError(
-                "data.stage_to: only images without labels are copied; got "
-                f"{self.run.data.stage_to!r} for the task {self.run.task.name}, expected nothing. "
-                "Copy the dataset to every node, and set --data.root."
-            )
-        return samples
+        return stage(samples, self.run.data.stage_to)
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the number of elements of each tensor that may be split; allocates none."""
@@ -214,12 +210,37 @@ class Job:
         return student_weights(self.run.student, self.weights, image_size=self.run.data.image_size)
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields a rank's micro batches from a step of an epoch to the epoch's end."""
-        raise NotImplementedError
+        """Yields a rank's micro batches from a step of an epoch to the epoch's end.
+
+        One random view of each image, without targets, unless the task needs something else.
+        """
+        run = self.run
+        return iter(
+            build_loader(
+                ViewBatches(samples, self.view_settings(), run.runtime.seed, portion.epoch),
+                len(samples),
+                portion,
+                global_batch_size=run.batch.global_batch_size,
+                workers=run.data.workers,
+            )
+        )
+
+    def view_settings(self) -> ViewSettings:
+        """Returns how the recipe makes an image a view."""
+        data = self.run.data
+        return ViewSettings(
+            data.image_size,
+            data.min_crop_scale,
+            data.max_pixels,
+            data.color_jitter,
+            data.grayscale_probability,
+        )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes a batch of so many of the largest images that training may see."""
-        raise NotImplementedError
+        """Makes a batch of so many of the largest images that training may see; grey ones here."""
+        side, positions = self.run.data.image_size, torch.arange(size)
+        images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
+        return Batch(images, 0, positions, positions)
 
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int

@@ -120,6 +120,8 @@ def fits(value: Any, hint: Any) -> bool:
         if Ellipsis in parts:
             return all(fits(item, parts[0]) for item in value)
         return len(value) == len(parts) and all(map(fits, value, parts))
+    if hint is Any:
+        return True
     if origin is dict:
         return isinstance(value, dict) and all(fits(v, get_args(hint)[1]) for v in value.values())
     if hint in (int, float):  # A whole number will do for a float.
@@ -177,9 +179,10 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(section, f.name)
         if is_dataclass(value):
             named |= flat(value, f"{prefix}{f.name}.")
-        elif isinstance(value, dict):  # Named sections; see entry_type.
+        elif isinstance(value, dict):  # Named sections, see entry_type; or values without a type.
             for name, entry in value.items():
-                named |= flat(entry, f"{prefix}{f.name}.{name}.")
+                inside = f"{prefix}{f.name}.{name}"
+                named |= flat(entry, f"{inside}.") if is_dataclass(entry) else {inside: entry}
         else:
             named[prefix + f.name] = value
     return named
@@ -187,6 +190,9 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
 
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
     """Returns the dataclass whose `plain(asdict(...))` is given; absent keys take the defaults.
+
+    A dataclass whose fields depend on the values has a classmethod `class_for(values)`, which
+    returns the subclass that has them.
 
     Raises:
         ConfigError: A key is unknown, a needed one absent, or a value of the wrong type.
@@ -197,6 +203,8 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
             f"{where}: not a section; got {values!r}, expected names with values. Write the"
             " section as a JSON object."
         )
+    if hasattr(cls, "class_for"):
+        cls = cls.class_for(values)
     hints = hints_of(cls)
     arguments: dict[str, Any] = {}
     for name, value in values.items():

@@ -8,13 +8,23 @@ ways to the same object. Standard library only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import cache
 from typing import Any
 
-from fd_large.errors import ConfigError, nearest
+from fd_large import doors
+from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import FAMILIES, Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.fields import check_types, flat, from_plain, override, plain, require
+from fd_large.recipes.fields import (
+    check_types,
+    flat,
+    from_plain,
+    hints_of,
+    override,
+    plain,
+    require,
+)
 from fd_large.recipes.sections import (
     AUTO,
     Batch,
@@ -28,7 +38,7 @@ from fd_large.recipes.sections import (
 )
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.distillation.section import Objective, Teacher
-from fd_large.tasks.registry import TASKS
+from fd_large.tasks.registry import TASKS, kind_of
 
 # A field for each task that has a section of its own.
 _TaskSections = make_dataclass(
@@ -48,16 +58,56 @@ class Task(_TaskSections):
     """What the student is trained to do, and the settings of single tasks."""
 
     # What the student learns. distillation: the teacher's feature map. finetune: the labels of
-    # images. detection: the boxes and masks of objects. The last two have no teacher.
+    # images. detection: the boxes and masks of objects. The last two have no teacher. Or a task of
+    # your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
     name: str = "distillation"
 
     def __post_init__(self) -> None:
         check_types(self, "task")
-        if self.name not in TASKS:
-            raise ConfigError(
-                f"task.name: no such task; got {self.name!r}, {nearest(self.name, TASKS)}. Use one"
-                " of these."
-            )
+        self.kind()
+
+    def kind(self) -> TaskKind | None:
+        """Returns the task's description; None for code that this process may not import.
+
+        Raises: ConfigError: if there is no such task.
+        """
+        if doors.is_own(self.name) and not doors.is_allowed(self.name):
+            return None
+        return kind_of(self.name)
+
+    @classmethod
+    def class_for(cls, values: Mapping[str, Any]) -> type[Task]:
+        """Returns this class, with the section of a task of the user's own if values name one.
+
+        The section of code that this process may not import is a dict of what is stored.
+        """
+        name = values.get("name", Task.name)
+        if not isinstance(name, str) or name in TASKS:
+            return Task
+        if doors.is_own(name) and not doors.is_allowed(name):
+            stored = sorted(values.keys() - {f.name for f in fields(Task)})
+            return _with_sections(tuple((key, dict[str, Any]) for key in stored))
+        kind = kind_of(name)
+        return _with_sections(((kind.name, kind.section),) if kind.section else ())
+
+    def __reduce__(self) -> Any:
+        # Classes that `class_for` makes have no name by which pickle could find them.
+        return from_plain, (Task, plain(asdict(self)), "task.")
+
+
+@cache
+def _with_sections(sections: tuple[tuple[str, Any], ...]) -> type[Task]:
+    return make_dataclass(
+        "Task",
+        [
+            (name, kind, field(default_factory=kind if isinstance(kind, type) else dict))
+            for name, kind in sections
+        ],
+        bases=(Task,),
+        namespace={"__module__": __name__, "__doc__": Task.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +143,14 @@ class Run:
             self.student.model,
             f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
         )
-        for kind in TASKS.values():
-            if kind.name != self.task.name:
-                self._refuse_sections_of(kind)
+        if read := self.task.kind():
+            for kind in TASKS.values():
+                if kind.name != self.task.name:
+                    self._refuse_sections_of(kind, read)
 
-    def _refuse_sections_of(self, kind: TaskKind) -> None:
-        """Refuses settings of another task, because they would do nothing."""
-        own = {name: getattr(self, name) for name in kind.sections}
+    def _refuse_sections_of(self, kind: TaskKind, read: TaskKind) -> None:
+        """Refuses settings of another task that this one does not read: they would do nothing."""
+        own = {name: getattr(self, name) for name in kind.sections if name not in read.sections}
         if kind.section:
             own[f"task.{kind.name}"] = getattr(self.task, kind.name)
         found: dict[str, tuple[Any, Any]] = {}
@@ -118,7 +169,8 @@ class Run:
     @property
     def has_teacher(self) -> bool:
         """Whether the student learns from a teacher."""
-        return "teacher" in TASKS[self.task.name].sections
+        kind = self.task.kind()
+        return "teacher" in kind.sections if kind else self.teacher != Teacher()
 
     def student_architecture(self) -> FamilyArchitecture:
         """Returns the student's architecture with the overrides filled in."""
@@ -141,11 +193,17 @@ class Run:
     def with_fields(self, values: Mapping[str, Any]) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
-        A model of another family keeps none of the fields of the run's own.
+        A model of another family keeps none of the fields of the run's own. A task of the user's
+        own keeps nothing that the run says to another task alone.
 
-        Raises: ConfigError: as `override`.
+        Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
         base = self
+        task = values.get("task.name", self.task.name)
+        if task not in (self.task.name, *TASKS):
+            base = replace(
+                base, task=Task.class_for({"name": task})(name=task), **_unread(kind_of(task))
+            )
         for where in ("student", "teacher"):
             section = getattr(self, where)
             before, after = section.model, values.get(f"{where}.model")
@@ -176,4 +234,11 @@ class Run:
 def difference(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
     """Returns {"optim.base_lr": (value in a, value in b), ...} for the fields that differ."""
     flat_a, flat_b = flat(a), flat(b)
-    return {name: (flat_a[name], flat_b[name]) for name in flat_a if flat_a[name] != flat_b[name]}
+    pairs = {name: (flat_a.get(name), flat_b.get(name)) for name in flat_a | flat_b}
+    return {name: (first, second) for name, (first, second) in pairs.items() if first != second}
+
+
+def _unread(read: TaskKind) -> dict[str, Any]:
+    """Returns the sections that a task does not read, by name, as they are by default."""
+    names = {name for kind in TASKS.values() for name in kind.sections} - set(read.sections)
+    return {name: hints_of(Run)[name]() for name in names}

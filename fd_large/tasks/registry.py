@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from fd_large import doors
+from fd_large.errors import ConfigError
 from fd_large.recipes.task_kind import TaskKind
 
 FOLDERS = (
@@ -23,3 +25,25 @@ def _kinds() -> dict[str, TaskKind]:
 
 TASKS = _kinds()
 """The kinds of tasks, by their name in recipes (`task.name`)."""
+
+
+def kind_of(name: str) -> TaskKind:
+    """Returns the kind of a task, which may be the user's own.
+
+    Args:
+        name: What a recipe has as `task.name`.
+
+    Raises: ConfigError: if there is no such task, or it cannot be imported.
+    """
+    kind = doors.load(name, kind="tasks", where="task.name", built_in=TASKS)
+    if not isinstance(kind, TaskKind):
+        raise ConfigError(
+            f"task.name: no task; got {type(kind).__name__} from {name}, expected a TaskKind. "
+            "docs/extending.md shows one."
+        )
+    if name not in TASKS and kind.name in {"name", *TASKS}:
+        raise ConfigError(
+            f"task.name: the name of a task's section is taken; got {kind.name!r} from {name}, "
+            f"expected none of name, {', '.join(TASKS)}. Give the kind another name."
+        )
+    return kind

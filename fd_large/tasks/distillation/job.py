@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,11 +16,7 @@ from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.labelled import LabelledImages, open_split
-from fd_large.data.loader import Batch, ViewBatches, build_loader
-from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
-from fd_large.data.staging import stage
-from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
 from fd_large.engine.job import FrozenPart, Job
@@ -77,10 +73,6 @@ class DistillationJob(Job):
 
     # --- before anything heavy ---
 
-    def open_samples(self) -> ImageSource:
-        """Opens the images of `data.root`."""
-        return open_images(self.run.data.root)
-
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teacher and student."""
         teacher = settle_model(self.run.teacher, sources)
@@ -105,10 +97,6 @@ class DistillationJob(Job):
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teacher and student."""
         return {"teacher.source": self.run.teacher.source, **super().sources()}
-
-    def stage(self, samples: ImageSource) -> ImageSource:
-        """Copies the images to `data.stage_to`."""
-        return stage(samples, self.run.data.stage_to)
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the sizes of the tensors of student, projection and teacher; checks the grids.
@@ -218,27 +206,6 @@ class DistillationJob(Job):
 
     # --- training ---
 
-    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
-        """Yields one random view of each image."""
-        run = self.run
-        views = ViewBatches(samples, self._view_settings(), run.runtime.seed, portion.epoch)
-        return iter(
-            build_loader(
-                views,
-                len(samples),
-                portion,
-                global_batch_size=run.batch.global_batch_size,
-                workers=run.data.workers,
-            )
-        )
-
-    def probe_batch(self, size: int) -> Batch:
-        """Makes grey images."""
-        side = self.run.data.image_size
-        images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
-        positions = torch.arange(size)
-        return Batch(images, 0, positions, positions)
-
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:
@@ -261,7 +228,7 @@ class DistillationJob(Job):
                     name,
                     source,
                     views=run.eval.views,
-                    settings=self._view_settings(),
+                    settings=self.view_settings(),
                     micro_batch_size=micro_batch_size,
                     seed=run.runtime.seed,
                     skip_bad=name == "unseen_crops",
@@ -356,16 +323,6 @@ class DistillationJob(Job):
     def in_one_process(self) -> Run:
         """Returns the recipe with the teacher whole on its rank."""
         return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
-
-    def _view_settings(self) -> ViewSettings:
-        data = self.run.data
-        return ViewSettings(
-            data.image_size,
-            data.min_crop_scale,
-            data.max_pixels,
-            data.color_jitter,
-            data.grayscale_probability,
-        )
 
     def _held_out_images(self) -> ImageSource:
         return open_images(self.run.eval.root, where="eval.root")
