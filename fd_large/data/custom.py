@@ -70,6 +70,7 @@ class CustomImages:
                 "one."
             ) from error
         self._count, self._root = count, root
+        self._again = root, where, part
         if not count:
             raise DataError(
                 f"{where}: no image in the source; got {root} of length 0, expected at least one. "
@@ -79,6 +80,10 @@ class CustomImages:
         self.fingerprint = getattr(self._images, "fingerprint", None) or self._hash()
         if hasattr(self._images, "labels"):
             self.labels = self._labels
+
+    def __reduce__(self) -> Any:
+        # A loading process that was not forked opens the source again.
+        return _reopened, self._again
 
     def __len__(self) -> int:
         return self._count
@@ -136,3 +141,8 @@ class CustomImages:
                 f"{len(names)} names. Mend the source."
             )
         return labels.astype(np.int64), None if names is None else tuple(map(str, names))
+
+
+def _reopened(root: str, where: str, part: str) -> CustomImages:
+    doors.allow(root)  # As it was where it was opened first.
+    return CustomImages(root, where=where, part=part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from fd_large import doors
 from fd_large.data.decode import decode
@@ -120,3 +121,26 @@ def test_what_is_no_source(own, tmp_path, name, error, words):
 def test_a_source_of_ones_own_is_not_copied(own, tmp_path):
     with pytest.raises(DataError, match=r"data\.stage_to"):
         stage(open_images(f"{own}:Arrays"), str(tmp_path / "copy"))
+
+
+def test_a_spawned_loading_process_opens_it_again(own):
+    images = open_images(f"{own}:Arrays")
+    first = next(iter(spawned_loader(images)))
+    assert first == images.read(0)
+
+
+def spawned_loader(images):
+    return DataLoader(
+        ReadBytes(images), batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+
+
+class ReadBytes(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.images.read(index)

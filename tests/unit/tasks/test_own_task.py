@@ -1,0 +1,116 @@
+"""A task of the user's own: its section in recipes, flags and stored recipes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from fd_large import doors
+from fd_large.cli.train import parse_train
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.run import Run, difference
+from fd_large.tasks.jobs import job_of
+
+TOY = """
+from dataclasses import dataclass
+from fd_large.recipes.fields import check_types, positive
+from fd_large.recipes.task_kind import TaskKind
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    # Factor of the loss, above 0.
+    weight: float = 1.0
+    sides: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        check_types(self, "task.toy")
+        positive("task.toy.weight", self.weight)
+
+class ToyJob:
+    def __init__(self, run):
+        self.run = run
+
+KIND = TaskKind(name="toy", job=ToyJob, section=Toy)
+TAUGHT = TaskKind(name="toy", job=ToyJob, section=Toy, sections=("teacher",))
+BARE = TaskKind(name="bare", job=ToyJob)
+TAKEN = TaskKind(name="finetune", job=ToyJob, section=Toy)
+NO_TASK = 3
+"""
+CONFIG = ["--deepspeed_config", "zero1.json"]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doors, "_allowed", set())
+    doors.allow("toy.py")
+    return f"module:{tmp_path}/toy.py"
+
+
+def given(*arguments):
+    return parse_train([*CONFIG, *arguments]).run
+
+
+def test_flags_of_its_section_and_its_job(toy):
+    run = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "0.5")
+    assert (run.task.name, run.task.toy.weight) == (f"{toy}:KIND", 0.5)
+    assert not run.has_teacher
+    assert run.teacher == type(run.teacher)()  # quickstart's says nothing to this task.
+    assert job_of(run).run is run
+
+
+def test_recipe_json_and_back_and_from_rank_to_rank(toy):
+    run = given("--task.name", "module:toy.py:KIND", "--task.toy.sides", "3", "4")
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert pickle.loads(pickle.dumps(run)) == run
+    other = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "2")
+    changed = difference(run, other)
+    assert set(changed) == {"task.toy.weight", "task.toy.sides"}
+    assert "task.toy.weight" in difference(registry.get("quickstart"), other)
+
+
+def test_sections_that_it_reads_are_kept(toy):
+    run = given("--task.name", "module:toy.py:TAUGHT", "--teacher.source", "random")
+    assert run.has_teacher
+    assert run.teacher.source == "random"
+    with pytest.raises(ConfigError, match="objective.beta"):
+        given("--task.name", "module:toy.py:TAUGHT", "--objective.beta", "3")
+
+
+def test_a_task_without_a_section(toy):
+    run = given("--task.name", "module:toy.py:BARE", "--student.model", "vit_base_patch16")
+    assert job_of(run).run.student.model == "vit_base_patch16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("--task.name", "module:toy.py:KIND", "--task.toy.weight", "-1"), "task.toy.weight"),
+        (("--task.name", "module:toy.py:KIND", "--task.toy.wieght", "1"), "--task.toy.wieght"),
+        (("--task.toy.weight", "1"), "--task.toy.weight"),
+        (("--task.name", "module:toy.py:NO_TASK"), "task.name"),
+        (("--task.name", "module:toy.py:TAKEN"), "task.name"),
+        (("--task.name", "module:toy.py:NONE"), "task.name"),
+        (("--task.name", "module:gone.py:KIND"), "task.name"),
+    ],
+)
+def test_mistakes_name_the_field(toy, arguments, field):
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        given(*arguments)
+
+
+def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
+    run = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "0.5")
+    stored = json.loads(json.dumps(run.to_dict()))
+    monkeypatch.setattr(doors, "_allowed", set())
+    monkeypatch.setattr(doors, "_modules", {})
+    read = Run.from_dict(stored)
+    assert read.to_dict() == stored
+    assert not read.has_teacher
+    assert not doors._modules
+    with pytest.raises(ConfigError, match="--allow-code"):
+        job_of(read)
