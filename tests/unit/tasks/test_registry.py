@@ -77,7 +77,7 @@ def test_sections_that_it_reads_are_kept(toy):
     run = given("--task.name", "module:toy.py:TAUGHT", "--teacher.source", "random")
     assert run.has_teacher
     assert run.teacher.source == "random"
-    with pytest.raises(ConfigError, match="objective.beta"):
+    with pytest.raises(ConfigError, match=r"objective\.beta"):
         given("--task.name", "module:toy.py:TAUGHT", "--objective.beta", "3")
 
 
