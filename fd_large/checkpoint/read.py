@@ -46,7 +46,7 @@ class Reader:
         """Returns elements [start, stop) of a flattened tensor, (stop - start,) float32.
 
         Args:
-            kind: master, exp_avg, exp_avg_sq or ema.
+            kind: master, ema, or one of the optimiser's moments (exp_avg, exp_avg_sq).
             name: The stored tensor.
             start: First element.
             stop: Element after the last.

@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     """This rank's shard of one tensor of the state.
 
     Attributes:
-        key: KIND.NAME, KIND one of master, exp_avg, exp_avg_sq, ema.
+        key: KIND.NAME, KIND master, ema, or a moment of the optimiser, such as exp_avg.
         values: (elements,) float32, a view of the live state.
     """
 

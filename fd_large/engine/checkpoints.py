@@ -16,14 +16,13 @@ from fd_large.checkpoint.read import Reader, newest_sound
 from fd_large.checkpoint.write import Saver
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.optimizer import kept_by
+from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS
 from fd_large.errors import CheckpointError
 from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
-
-BYTES_PER_PARAMETER = 12
-"""Bytes of a float32 master and two moments; an average of the weights takes four more."""
 
 
 class Checkpoints:
@@ -66,7 +65,8 @@ class Checkpoints:
     @property
     def bytes(self) -> int:
         """Size of one checkpoint, over all ranks, in bytes."""
-        each = BYTES_PER_PARAMETER + 4 * state.has_average(self._engine)
+        moments = len(kept_by(self._engine.gate.inner).moments)
+        each = 4 * (1 + moments + state.has_average(self._engine))  # The first is the master.
         return each * sum(state.layout_of(self._engine).sizes.values())
 
     def sweep(self) -> None:
@@ -121,6 +121,7 @@ class Checkpoints:
             "optimizer_steps": self.optimizer_steps,
             "evaluated": evaluated,
             "ema": state.has_average(self._engine),
+            "moments": list(kept_by(self._engine.gate.inner).moments),
             "samples": step * self._global_batch_size,
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
@@ -208,6 +209,14 @@ class Checkpoints:
                 f"{reader.path}: of another model; got {len(names)} tensors that differ "
                 f"({', '.join(names[:3])}, ...), expected this recipe's. Name another "
                 "--runtime.run_dir, or --fresh."
+            )
+        wanted = set(kept_by(self._engine.gate.inner).moments)
+        kept = set(reader.manifest.get("moments", ADAMW_MOMENTS))
+        if wanted != kept:
+            raise CheckpointError(
+                f"{reader.path}: of another optimiser; got {', '.join(sorted(kept)) or 'nothing'} "
+                f"of each parameter, expected {', '.join(sorted(wanted)) or 'nothing'}. Restore "
+                "the file of optim.name, or --fresh."
             )
         self._check_stored(reader.manifest)
         if reader.manifest.get("pictures") != self._facts["pictures"]:

@@ -30,6 +30,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
+from fd_large.engine.zero.own_optimizer import moments_of
 from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
@@ -263,6 +264,7 @@ def _check(
     json_config = ds.load(deepspeed_config)
     samples = job.open_samples()
     job.check()
+    moments_of(run.optim, distributed.device().type)
     fixed = run.batch.micro_batch_size
     size = 1 if fixed == "auto" else fixed
     node_size = ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fd_large import doors
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
 
@@ -16,7 +17,7 @@ from fd_large.recipes.fields import at_least, check_types, not_negative, positiv
 # configurations.
 RATE_BATCH_SIZE = 512
 
-AUTO = "auto"
+AUTO, ADAMW = "auto", "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +155,14 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW, its learning rate schedule (linear warm-up, then cosine, per step) and clipping.
+    """The optimiser, its learning rate schedule (linear warm-up, then cosine) and clipping.
 
     The three learning rates are per 512 images: a step uses value x global_batch_size / 512.
     """
 
+    # The optimiser. adamw; or your own, a torch.optim.Optimizer that acts element by element and
+    # takes (groups, lr): module:FILE.py:NAME (docs/extending.md).
+    name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4
     # Learning rate per 512 images at which the warm-up starts.
@@ -197,6 +201,16 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
+        object.__setattr__(self, "name", doors.absolute(self.name))
+        usual = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": "auto"}
+        for name, value in usual.items() if self.name != ADAMW else ():
+            require(
+                getattr(self, name) == value,
+                f"optim.{name}: read by AdamW alone",
+                getattr(self, name),
+                f"{value} beside optim.name {self.name}",
+                "Set it in the optimiser's own file",
+            )
         for name in ("base_lr", "warmup_lr", "min_lr", "weight_decay", "clip_norm"):
             not_negative(f"optim.{name}", getattr(self, name))
         for value in self.betas:

@@ -24,9 +24,8 @@ _RECIPE = {
     "name": "{name}",
     "steps": "{steps:,} (of {total})",
     "images per step": "{batch[global_batch_size]:,}",
-    "AdamW": "base learning rate {optim[base_lr]:g} per 512 images, weight decay "
-    "{optim[weight_decay]:g}, betas {optim[betas][0]:g} {optim[betas][1]:g}, clip "
-    "{optim[clip_norm]:g}",
+    "optimiser": "{optimiser}, base learning rate {optim[base_lr]:g} per 512 images, weight decay "
+    "{optim[weight_decay]:g}, clip {optim[clip_norm]:g}",
     "drop path": "{student[drop_path_rate]:g}",
     "loss": "{loss}",
     "seed": "{runtime[seed]}",
@@ -126,6 +125,9 @@ def _facts(recipe: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, 
         "hash": manifest.get("teacher_hash", "not recorded"),
         "commit": manifest.get("commit") or "not recorded",
         "images": without_folders(recipe["data"]["root"]) or "not recorded",
+        "optimiser": f"AdamW (betas {optim['betas'][0]:g} {optim['betas'][1]:g})"
+        if optim["name"] == "adamw"
+        else without_folders(optim["name"]),
         "loss": _loss(recipe["objective"]),
         "fingerprint": manifest.get("pictures", "not recorded"),
     }

@@ -8,7 +8,7 @@ its own learning rate: the slices are views, no tensor of parameter size is made
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.optimizer import kept_by
 
 
 class LayerSlice(NamedTuple):
@@ -30,7 +31,7 @@ class LayerLearningRates:
     """Steps in place of the inner optimiser, each layer at its own learning rate.
 
     Args:
-        inner: AdamW of torch, DeepSpeed or apex.
+        inner: The optimiser, which acts element by element.
         plain_step: The optimiser's own `step`.
         slices: id of a tensor that the optimiser steps -> its slices. Elements in none of them
             (padding at an end) are not stepped.
@@ -52,9 +53,10 @@ class LayerLearningRates:
     def step(self, *arguments: Any, **named: Any) -> None:
         """Steps the groups as they are; DeepSpeed empties those that it does not want stepped."""
         inner = self._inner
-        groups, states = inner.param_groups, inner.state
+        groups, states, kept = inner.param_groups, inner.state, kept_by(inner)
         cut_groups: list[dict[str, Any]] = []
         cut_state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        places: dict[Tensor, tuple[Tensor, int, int]] = {}
         stepped: list[tuple[dict[str, Any], dict[str, Any], Tensor]] = []
         for group in groups:
             by_scale: dict[float, list[Tensor]] = defaultdict(list)
@@ -65,7 +67,8 @@ class LayerLearningRates:
                 for start, stop, scale in self._slices.get(id(owner), ()):
                     view = owner.data.view(-1)[start:stop]
                     view.grad = owner.grad.view(-1)[start:stop]
-                    cut_state[view] = _cut(held, start, stop)
+                    places[view] = owner, start, stop
+                    cut_state[view] = _cut(held, kept.moments, start, stop)
                     by_scale[scale].append(view)
             for scale, views in by_scale.items():
                 cut_groups.append({**group, "params": views, "lr": self.at_scale(scale)})
@@ -76,12 +79,18 @@ class LayerLearningRates:
             self._plain_step(*arguments, **named)
         finally:
             inner.param_groups, inner.state = groups, states
+        for view, (owner, start, stop) in places.items():
+            for name in kept.moments:
+                # Where the optimiser has put a new tensor in the place of the slice.
+                part = states[owner][name].view(-1)[start:stop]
+                if part.data_ptr() != cut_state[view][name].data_ptr():
+                    part.copy_(cut_state[view][name])
         # Step counts: torch and DeepSpeed keep them with the tensor, apex with the group.
         for group, cut, view in stepped:
             if "step" in cut:
                 group["step"] = cut["step"]
             for owner in group["params"]:
-                if owner.grad is not None:
+                if kept.count is not None and owner.grad is not None:
                     states[owner]["step"] = cut_state[view]["step"]
 
 
@@ -103,11 +112,13 @@ def by_layer(engine: Engine, decay: float) -> LayerLearningRates | None:
     return rates
 
 
-def _cut(held: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+def _cut(held: dict[str, Any], moments: Iterable[str], start: int, stop: int) -> dict[str, Any]:
     """Returns a slice of a tensor's state: moments are views, the step count is a copy."""
-    step = held["step"]
-    moments = {name: held[name].view(-1)[start:stop] for name in state.MOMENTS}
-    return {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
+    cut = {name: held[name].view(-1)[start:stop] for name in moments}
+    if "step" in held:
+        step = held["step"]
+        cut["step"] = step.clone() if isinstance(step, Tensor) else step
+    return cut
 
 
 def _joined(cuts: list[LayerSlice]) -> list[LayerSlice]:

@@ -1,21 +1,31 @@
-"""AdamW in two parameter groups, by the fastest implementation that works here."""
+"""The optimiser in two parameter groups: AdamW by the fastest implementation, or the user's own."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fd_large import distributed
 from fd_large.engine.task import Task
+from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS, Kept, maker_of, tried
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
+
+_kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
+
+
+def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
+    """Returns what an optimiser of `make_optimizer` keeps of each tensor."""
+    return _kept[optimizer]
 
 
 def decays(
@@ -51,15 +61,32 @@ def parameter_groups(task: Task, weight_decay: float) -> list[dict[str, Any]]:
 def make_optimizer(
     groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool
 ) -> torch.optim.Optimizer:
-    """Makes AdamW of DeepSpeed's fused kernel, NVIDIA apex or torch.
+    """Makes the user's optimiser, or AdamW of DeepSpeed's fused kernel, NVIDIA apex or torch.
 
     Args:
         groups: Groups from `parameter_groups`.
-        optim: Betas, eps and which implementation (`fused`).
+        optim: Name, betas, eps and which implementation of AdamW (`fused`).
         on_gpu: Whether the masters live on a GPU; fused CUDA kernels need that.
 
-    Raises: ConfigError: if the recipe names an implementation that does not work here.
+    Raises: ConfigError: if the recipe names an implementation that does not work here, or an
+        optimiser that does not act element by element.
     """
+    if make := maker_of(optim):
+        device = distributed.device() if on_gpu else torch.device("cpu")
+        kept = tried(make, optim, device)
+        optimizer = make(groups, lr=optim.base_lr)
+        log.info("optimiser: %s, keeps %s", optim.name, ", ".join(kept.moments) or "nothing")
+    else:
+        optimizer = _adamw(groups, optim, on_gpu=on_gpu)
+        kept = Kept(
+            dict.fromkeys(ADAMW_MOMENTS, 0.0),
+            _on_device if isinstance(optimizer, torch.optim.AdamW) else _number,
+        )
+    _kept[optimizer] = kept
+    return optimizer
+
+
+def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     passed_over = []
     for kind in (optim.fused,) if optim.fused != "auto" else ("deepspeed", "apex", "torch"):
@@ -99,3 +126,12 @@ def _why_not(kind: str, on_gpu: bool) -> str | None:
     except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
         return f"its kernel does not build ({type(error).__name__})"
     return None
+
+
+def _number(owner: Tensor, steps: int) -> int:
+    return steps
+
+
+def _on_device(owner: Tensor, steps: int) -> Tensor:
+    # torch's fused kernel wants the count on the parameter's device.
+    return torch.tensor(float(steps), dtype=torch.float32, device=owner.device)

@@ -17,8 +17,8 @@ from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout, Span
 from fd_large.checkpoint.write import Piece
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.optimizer import kept_by
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 """Key in the optimiser's state, and kind in a checkpoint, of the average that `ema.py` keeps."""
 Read = Callable[[str, str, int, int], Tensor]
@@ -67,7 +67,7 @@ def shards(engine: Engine) -> Iterator[Piece]:
             continue
         yield Piece(f"master.{name}", home.master)
         state = optimizer_state(inner, home.owner)
-        for kind in (*MOMENTS, EMA):
+        for kind in (*kept_by(inner).moments, EMA):
             if kind in state:
                 yield Piece(f"{kind}.{name}", _part(state[kind], home))
 
@@ -127,7 +127,7 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
             if home is not None and home.master.numel():
                 home.master.copy_(read("master", name, *home.span))
                 state = optimizer_state(inner, home.owner)
-                for kind in MOMENTS:
+                for kind in kept_by(inner).moments:
                     _part(state[kind], home).copy_(read(kind, name, *home.span))
                 if EMA in state:
                     _part(state[EMA], home).copy_(read(EMA if ema else "master", name, *home.span))
@@ -216,14 +216,12 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
 
 def optimizer_state(inner: torch.optim.Optimizer, owner: Tensor) -> dict[str, Any]:
     """Returns a tensor's moments and step count; makes them before the first step."""
-    held = inner.state[owner]
-    if "step" not in held:
-        # torch's fused kernel wants the count on the parameter's device.
-        on_device = isinstance(inner, torch.optim.AdamW)
-        held["step"] = torch.zeros((), device=owner.device) if on_device else 0
-    for moment in MOMENTS:
+    held, kept = inner.state[owner], kept_by(inner)
+    if kept.count is not None and "step" not in held:
+        held["step"] = kept.count(owner, 0)
+    for moment, value in kept.moments.items():
         if moment not in held:
-            held[moment] = torch.zeros_like(owner, requires_grad=False)
+            held[moment] = torch.full_like(owner, value, requires_grad=False)
     return held
 
 
@@ -232,13 +230,8 @@ def _part(moment: Tensor, home: _Home) -> Tensor:
 
 
 def _set_steps(inner: torch.optim.Optimizer, owner: Tensor, steps: int) -> None:
-    if isinstance(inner, torch.optim.AdamW):
-        # torch's fused kernel wants the count on the parameter's device.
-        inner.state[owner]["step"] = torch.tensor(
-            float(steps), dtype=torch.float32, device=owner.device
-        )
-    else:
-        inner.state[owner]["step"] = steps
+    if (count := kept_by(inner).count) is not None:
+        inner.state[owner]["step"] = count(owner, steps)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -76,11 +76,11 @@ def make_engine(one_rank):
     """Returns (config's name, seed) -> a `Brightness` in its engine; destroyed after the test."""
     engines = []
 
-    def make(config="whole", *, seed=0, accumulation=1, make_task=Brightness, **more):
+    def make(config="whole", *, seed=0, accumulation=1, make_task=Brightness, optim=None, **more):
         stage, bfloat16 = CONFIGS[config]
         numbers = ds.RunNumbers(2, accumulation, 1, 1, 1.0, bfloat16, (8,))
         filled = ds.fill({"zero_optimization": {"stage": stage}}, numbers)
-        engine = build_engine(make_task, filled, optim=Optim(), seed=seed, **more)
+        engine = build_engine(make_task, filled, optim=optim or Optim(), seed=seed, **more)
         engine.task.train()
         engines.append(engine)
         return engine

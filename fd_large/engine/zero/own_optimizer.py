@@ -1,0 +1,152 @@
+"""An optimiser of the user's own: it is tried on a few numbers before it is given a model.
+
+ZeRO steps flat parts of many tensors, so an optimiser must act element by element. The trial also
+shows what it keeps of each parameter, which checkpoints and layer-wise learning rates have to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import doors
+from fd_large.errors import ConfigError
+from fd_large.recipes.sections import ADAMW, Optim
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+RESERVED = ("master", "ema")
+"""Kinds in a checkpoint that are no moments."""
+
+
+class Kept(NamedTuple):
+    """What an optimiser keeps of each tensor that it steps.
+
+    Attributes:
+        moments: Name of each float32 tensor of the parameter's shape -> its value at first.
+        count: (tensor, steps) -> the entry "step" after so many steps; None where it keeps none.
+    """
+
+    moments: dict[str, float]
+    count: Callable[[Tensor, int], Any] | None
+
+
+def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
+    """Returns the names of what a recipe's optimiser keeps of each parameter, 4 bytes each.
+
+    Args:
+        optim: The recipe's section.
+        device: Where an optimiser of the user's own is tried.
+
+    Raises: ConfigError: if there is no such optimiser, or it is not fit.
+    """
+    make = maker_of(optim)
+    return tuple(tried(make, optim, torch.device(device)).moments) if make else ADAMW_MOMENTS
+
+
+def maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
+    """Returns what makes the user's optimiser of (groups, lr=...); None for AdamW."""
+    return doors.load(optim.name, kind="optimisers", where="optim.name", built_in={ADAMW: None})
+
+
+def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
+    """Steps a few numbers with an optimiser, whole and in parts, and looks at its state.
+
+    Raises: ConfigError: if the parts move otherwise than the whole, or a checkpoint could not hold
+        the state.
+    """
+    try:
+        whole, state, group = _trial(make, [(8, 8)], device)
+        flat, _, _ = _trial(make, [(64,)], device)
+        parts, _, _ = _trial(make, [(24,), (40,)], device)
+        _, first, _ = _trial(make, [(8,)], device, steps=1, still=True)
+    except Exception as error:  # The user's code may raise anything.
+        raise _unfit(
+            optim, f"does not step; got {type(error).__name__}: {error}", "an optimiser of torch"
+        ) from error
+    if optim.weight_decay and "weight_decay" not in group:
+        raise _unfit(
+            optim, f"has no weight decay; got {optim.weight_decay}", "optim.weight_decay 0"
+        )
+    if not all(torch.allclose(flat, other, rtol=1e-3, atol=1e-6) for other in (whole, parts)):
+        raise _unfit(
+            optim,
+            "does not act element by element; got other steps for parts of a tensor than for the "
+            "whole",
+            "the same, since ZeRO steps parts",
+        )
+    moments, count = {}, None
+    for name, value in state.items():
+        is_moment = isinstance(value, Tensor) and value.shape == (8, 8) and name.isidentifier()
+        if is_moment and name not in RESERVED and value.dtype == torch.float32:
+            moments[name] = first[name].flatten()[0].item()
+        elif name == "step":
+            count = _count_like(value)
+        elif value is not None:
+            kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
+            raise _unfit(
+                optim,
+                f"keeps what a checkpoint does not; got {name!r}: {kind}",
+                f"float32 tensors of the parameter's shape, not named {' or '.join(RESERVED)}, and "
+                "a count 'step'",
+            )
+    return Kept(moments, count)
+
+
+def _trial(
+    make: Callable[..., Any],
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+    *,
+    steps: int = 3,
+    still: bool = False,
+) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    """Returns how far the numbers moved, flattened; state of the first tensor; defaults.
+
+    Args:
+        make: Makes the optimiser.
+        shapes: Shapes of the parameters, 64 elements in all.
+        device: Where they are.
+        steps: How many.
+        still: Whether numbers and gradients are zeros.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(steps + 1, 64, generator=generator).to(device) * (not still)
+    # Parts of unlike sizes, so that an optimiser that looks at norms is found out.
+    draws[1:, 24:] *= 100
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+
+    def cut(row: Tensor) -> list[Tensor]:
+        pieces = row[: sum(sizes)].split(sizes)
+        return [piece.clone().view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    parameters = [nn.Parameter(piece) for piece in cut(draws[0])]
+    optimizer = make([{"params": parameters, "weight_decay": 0.1}], lr=0.01)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is no torch.optim.Optimizer")
+    if optimizer.state:
+        # DeepSpeed puts flat tensors in the place of the parameters before the first step.
+        raise TypeError("its state is there before the first step")
+    group = optimizer.param_groups[0]
+    before = {name: value for name, value in group.items() if name not in ("params", "step")}
+    for row in draws[1:]:
+        for parameter, piece in zip(parameters, cut(row), strict=True):
+            parameter.grad = piece
+        optimizer.step()
+    if changed := [name for name, value in before.items() if group[name] != value]:
+        raise TypeError(f"it changes {', '.join(changed)} of its groups, which no checkpoint holds")
+    end = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    return end - draws[0, : len(end)], dict(optimizer.state[parameters[0]]), optimizer.defaults
+
+
+def _count_like(value: Any) -> Callable[[Tensor, int], Any]:
+    """Returns what makes a count of steps as an optimiser itself does."""
+    if not isinstance(value, Tensor):
+        return lambda owner, steps: type(value)(steps)
+    return lambda owner, steps: torch.tensor(steps, dtype=value.dtype, device=value.device)
+
+
+def _unfit(optim: Optim, what: str, expected: str) -> ConfigError:
+    return ConfigError(f"optim.name: {optim.name} {what}, expected {expected}. Take another.")
