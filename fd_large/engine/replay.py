@@ -34,7 +34,7 @@ from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.run import Run
 from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
-from fd_large.runtime.meter import rows_before
+from fd_large.runtime.run_folder import rows_before
 
 log = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ from fd_large.runtime.profiler import Profiler
 from fd_large.runtime.progress import Progress
 from fd_large.runtime.run_folder import open_folder, source_commit, status_of, write_environment
 from fd_large.runtime.save_interval import SaveInterval
-from fd_large.runtime.tensorboard import TensorBoard
+from fd_large.runtime.trackers import trackers_of
 from fd_large.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -265,6 +265,7 @@ def _check(
     samples = job.open_samples()
     job.check()
     moments_of(run.optim, distributed.device().type)
+    trackers_of(run.runtime.trackers)
     fixed = run.batch.micro_batch_size
     size = 1 if fixed == "auto" else fixed
     node_size = ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size)
@@ -362,7 +363,10 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
         more: Hooks besides those of the recipe and the task.
     """
     run = job.run
-    hooks: list[Hook] = [Meter(trackers=[Progress(), TensorBoard()]), FeaturePanel()]
+    hooks: list[Hook] = [
+        Meter(trackers=[Progress(), *trackers_of(run.runtime.trackers)]),
+        FeaturePanel(),
+    ]
     if run.guard.enabled:
         hooks.append(Guard(run.guard))
     if run.runtime.save_minutes:

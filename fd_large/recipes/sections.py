@@ -362,6 +362,10 @@ class Runtime:
     run_dir: str = ""
     # Number of optimizer steps between two lines of the log.
     log_every: int = 20
+    # What shows the numbers of the run besides the progress bar and the files in its folder.
+    # tensorboard: curves in RUN/events. A Tracker of your own: module:FILE.py:NAME
+    # (docs/extending.md). Nothing turns them off.
+    trackers: tuple[str, ...] = ("tensorboard",)
     # Seed of initial weights, order of images, crops and drop path. The number of ranks does not
     # change what it gives.
     seed: int = 0
@@ -392,6 +396,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self, "runtime")
+        object.__setattr__(self, "trackers", tuple(map(doors.absolute, self.trackers)))
         at_least("runtime.log_every", self.log_every, 1, "steps")
         at_least("runtime.save_every", self.save_every, 0, "steps")
         not_negative("runtime.save_minutes", self.save_minutes)

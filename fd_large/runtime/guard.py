@@ -25,8 +25,7 @@ from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.recipes.sections import Guard as Limits
 from fd_large.runtime.hooks import GUARD, Evidence, Hook, Setting, Update, Verdict
-from fd_large.runtime.meter import rows_before
-from fd_large.runtime.run_folder import written_or_logged
+from fd_large.runtime.run_folder import rows_before, written_or_logged
 
 log = logging.getLogger(__name__)
 

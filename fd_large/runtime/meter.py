@@ -11,7 +11,6 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
-from fd_large.runtime.run_folder import written_or_logged
+from fd_large.runtime.run_folder import rows_before, written_or_logged
+from fd_large.runtime.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Meter(Hook):
     """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
+        self._trackers = Trackers(trackers)
 
     def on_start(self, setting: Setting) -> None:
         """Opens the files, without the rows that the run will write again."""
@@ -48,7 +48,7 @@ class Meter(Hook):
         self._rows_file = setting.folder / "metrics.jsonl"
         self._evaluations_file = setting.folder / "evaluations.jsonl"
         if not distributed.is_main():
-            self._trackers = ()
+            self._trackers = Trackers(())
         else:
             kept = rows_before(self._rows_file, setting.first_update)
             self._rows_file.touch()
@@ -62,8 +62,7 @@ class Meter(Hook):
         device = distributed.device()
         on_gpu = device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
-        for tracker in self._trackers:
-            tracker.on_start(setting)
+        self._trackers.tell("on_start", setting)
         self._seconds = self._interval_seconds = self._waited = 0.0
         self._mark = time.perf_counter()
 
@@ -81,8 +80,7 @@ class Meter(Hook):
         done = update.index + 1
         if done == update.total or done % self._setting.log_every == 0:
             self._flush()
-        for tracker in self._trackers:
-            tracker.on_step(update)
+        self._trackers.tell("on_step", update)
 
     def on_save(self, index: int) -> None:
         """Before a checkpoint of `index` steps: a resume from it must find all their rows."""
@@ -93,8 +91,7 @@ class Meter(Hook):
         if distributed.is_main():
             self._evaluations.setdefault(index, {}).update(metrics)
             self._write_evaluations()
-        for tracker in self._trackers:
-            tracker.on_evaluation(index, metrics)
+        self._trackers.tell("on_evaluation", index, metrics)
         # What the evaluation took is not training time.
         self._mark = time.perf_counter()
 
@@ -106,8 +103,7 @@ class Meter(Hook):
             path = self._setting.folder / "summary.json"
             with written_or_logged(path):
                 write_json(path, self._summary(status, peak))
-        for tracker in self._trackers:
-            tracker.on_end(status)
+        self._trackers.tell("on_end", status)
 
     def _summary(self, status: str, peak_memory: int) -> dict[str, Any]:
         setting = self._setting
@@ -175,8 +171,7 @@ class Meter(Hook):
         self._note_losses(rows)
         self._unwritten += [json.dumps(row) + "\n" for row in rows]
         self._append()
-        for tracker in self._trackers:
-            tracker.on_rows(rows)
+        self._trackers.tell("on_rows", rows)
 
     def _note_losses(self, rows: Sequence[Row]) -> None:
         """Keeps the first and the last loss of a step that moved the weights."""
@@ -204,23 +199,6 @@ class Meter(Hook):
         # All rows each time: what a full disk did not take is written with the next evaluation.
         with written_or_logged(path), replacing(path) as aside:
             aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
-    """Returns the rows of a .jsonl file up to the first one of `update` or later.
-
-    A torn last line and all that follows are left out; an absent file has no rows.
-    """
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not line.endswith("\n") or row["update"] >= update:
-            break
-        kept.append(row)
-    return kept
 
 
 def peak_memory_bytes() -> int:

@@ -136,6 +136,23 @@ def status_of(folder: Path) -> str | None:
     return None
 
 
+def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
+    """Returns the rows of a .jsonl file up to the first one of `update` or later.
+
+    A torn last line and all that follows are left out; an absent file has no rows.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not line.endswith("\n") or row["update"] >= update:
+            break
+        kept.append(row)
+    return kept
+
+
 # What a resume may change: it does not change the result.
 _MAY_CHANGE = {
     "batch.micro_batch_size",
@@ -158,6 +175,7 @@ _MAY_CHANGE = {
     "runtime.run_dir",
     "runtime.save_every",
     "runtime.save_minutes",
+    "runtime.trackers",
     "runtime.watchdog_seconds",
     "student.activation_checkpointing",
     "student.attention_memory",

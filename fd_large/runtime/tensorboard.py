@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fd_large.runtime.hooks import Row, Setting, Tracker
-from fd_large.runtime.meter import rows_before
+from fd_large.runtime.run_folder import rows_before
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,65 @@
+"""The trackers that a recipe names, and how they are called without harm to the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fd_large import doors
+from fd_large.errors import ConfigError
+from fd_large.runtime.hooks import Tracker
+from fd_large.runtime.tensorboard import TensorBoard
+
+WHERE = "runtime.trackers"
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard}
+"""The built-in trackers. Another one is a class in a file here and a line in this table, or a class
+in a file of the user's own."""
+
+log = logging.getLogger(__name__)
+
+
+def trackers_of(names: Sequence[str]) -> list[Tracker]:
+    """Makes the trackers that a recipe names; they open nothing before `on_start`.
+
+    Raises: ConfigError: if there is no such tracker, or it is no `Tracker`.
+    """
+    made = []
+    for name in names:
+        make = doors.load(name, kind="trackers", where=WHERE, built_in=TRACKERS)
+        try:
+            tracker = make()
+        except Exception as error:  # The user's code may raise anything.
+            raise ConfigError(
+                f"{WHERE}: {name} cannot be made; got {type(error).__name__}: {error}, expected a "
+                "Tracker from a call without arguments. Correct the class."
+            ) from error
+        if not isinstance(tracker, Tracker):
+            raise ConfigError(
+                f"{WHERE}: {name} is no tracker; got {type(tracker).__name__}, expected a subclass "
+                "of fd_large.runtime.hooks.Tracker. Correct the class."
+            )
+        made.append(tracker)
+    return made
+
+
+class Trackers:
+    """Calls several trackers; one that raises is logged and not called again.
+
+    Args:
+        trackers: Called in this order.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Calls a method of `Tracker` on each."""
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception:  # Numbers that are not shown are no reason to stop training.
+                name = type(tracker).__name__
+                log.exception("tracker %s FAILED in %s and is left out from here", name, method)
+                self._trackers.remove(tracker)
