@@ -42,6 +42,7 @@ class Export:
         outputs: Returns what becomes of one of our tensors, by name and shape.
         lacks: Says what of a model the library has not, given whether images are padded; empty if
             it has all.
+        added: Returns tensors of the library's model that ours does without, by their names there.
         becomes: Returns the model that is in the file: a shared position bias may be copied.
         config: Returns what its own loader reads in config.json; None for files that only we load.
         preprocessor: Returns its preprocessor_config.json; None if there is none.
@@ -53,6 +54,7 @@ class Export:
     names: Callable[[Any], str]
     outputs: Callable[[str, Shape, Any], list[Output]]
     lacks: Callable[[Any, bool], str] = lambda architecture, pads: ""
+    added: Callable[[Any], Mapping[str, Tensor]] = lambda architecture: {}
     becomes: Callable[[Any], Any] = lambda architecture: architecture
     config: Callable[[Any, Statistics], dict[str, Any]] | None = None
     preprocessor: Callable[[Any, Statistics], dict[str, Any]] | None = None

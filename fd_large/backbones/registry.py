@@ -100,11 +100,15 @@ def build(
 def _shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         net = build(architecture, initialization="none")
-    return {name: tuple(p.shape) for name, p in net.named_parameters()}
+    parameters, held = dict(net.named_parameters()), net.state_dict().items()
+    statistics = {n: t for n, t in held if n not in parameters and t.is_floating_point()}
+    return {name: tuple(t.shape) for name, t in (parameters | statistics).items()}
 
 
 def parameter_shapes(architecture: FamilyArchitecture) -> dict[str, tuple[int, ...]]:
     """Returns {name: shape} of every parameter, in the module's order, from one without memory.
+
+    Running statistics of batch normalisation follow them: they are weights like any other.
 
     Raises: ConfigError, ShapeError: if the model cannot be built.
     """

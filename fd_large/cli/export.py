@@ -82,9 +82,13 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
         stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
-        width = reader.layout.sizes.get(f"{stream.PROJECTION}bias", 0)
+        sizes = reader.layout.sizes
+        width = sizes.get(f"{stream.PROJECTION}bias", 0)
         projection = {
-            f"{stream.PROJECTION}weight": (width, architecture.width),
+            f"{stream.PROJECTION}weight": (
+                width,
+                sizes.get(f"{stream.PROJECTION}weight", 0) // max(width, 1),
+            ),
             f"{stream.PROJECTION}bias": (width,),
         }
         # The whole task is checked, whatever part of it goes out; but a head of the user's own

@@ -93,6 +93,10 @@ class FamilyArchitecture:
         """Returns the model with a position bias in every block where blocks share one."""
         return self
 
+    def summary(self) -> dict[str, Any]:
+        """Returns what a model card says of the shape, {"patch": 16}."""
+        return {}
+
     def values(self) -> dict[str, Any]:
         """Returns the family's name and every field."""
         return {"family": self.family, **asdict(self)}
@@ -131,6 +135,14 @@ class Transformer(FamilyArchitecture):
         """Channels of the feature map."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
 
+    def summary(self) -> dict[str, Any]:
+        """Returns width, depths, heads and patch."""
+        depths, heads = (" ".join(map(str, numbers)) for numbers in (self.depths, self.num_heads))
+        return {
+            "width, depths, heads": f"{self.embed_dim}, {depths}, {heads}",
+            "patch": self.patch_size,
+        }
+
     def _check(self) -> None:
         stages = len(self.depths)
         self._require(
@@ -167,6 +179,10 @@ class WindowedTransformer(Transformer):
     def fixed_image_size(self) -> int:
         """Side in pixels of the only images that the model takes; 0: any size that fits."""
         return self.image_size if self.absolute_position else 0
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the window, too."""
+        return {**super().summary(), "window": self.window_size}
 
     def _check(self) -> None:
         super()._check()

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,11 +105,14 @@ def export(
         for name, shape in shapes.items()
         for output in into.outputs(name, shape, architecture)
     ]
+    added = into.added(architecture)
+    theirs += [(name, tuple(tensor.shape)) for name, tensor in added.items()]
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        files = write_shards(part, theirs, _renamed(items, architecture, into), shard_size)
+        tensors = chain(_renamed(items, architecture, into), added.items())
+        files = write_shards(part, theirs, tensors, shard_size)
         write_json(part / "config.json", configuration(architecture, into, statistics))
         if into.preprocessor:
             config = into.preprocessor(architecture, statistics)

@@ -76,13 +76,9 @@ def card(
     student = {
         "model": f"{recipe['student']['model']} ({architecture.family})",
         "parameters": f"{parameters:,}, float32",
-        "width, depths, heads": f"{architecture.embed_dim}, {_text(architecture.depths)}, "
-        f"{_text(architecture.num_heads)}",
-        "patch": architecture.patch_size,
+        **architecture.summary(),
         "names": into.names(architecture),
     }
-    if architecture.is_hierarchical:
-        student["window"] = architecture.window_size
     if init := recipe["student"]["init"]:
         student["started from"] = without_folders(init)
     size = architecture.image_size
@@ -186,7 +182,3 @@ def _loading(theirs: str, to: str, *, sharded: bool) -> str:
 
 def _code(text: str) -> str:
     return f"```python\n{text}\n```"
-
-
-def _text(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)

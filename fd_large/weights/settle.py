@@ -26,7 +26,7 @@ from fd_large.recipes.architectures import (
 )
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import AUTO, FrozenModel, Student
-from fd_large.weights.source import Sources, Weights
+from fd_large.weights.source import Sources, Stored, Weights
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,11 @@ def settle_model(
         facts = family.facts_of(resolve(model, architecture))
         statistics = section.statistics or _numbers(facts.statistics if facts else None)
         return replace(section, model=model, architecture=architecture, statistics=statistics)
-    if section.source in ("", "random") or _tells_nothing(section):
+    if section.source in ("", "random"):
+        return section
+    if own := sources.own(section.source, where=where):
+        return _of_own(section, own)
+    if _tells_nothing(section):
         return section
     # A family alone names no model: its fields are all the user's, or a settled run's.
     by_itself = section.model == AUTO or by_name(section.model) is None
@@ -81,6 +85,17 @@ def settle_model(
     )
 
 
+def _of_own(section: FrozenModel, own: Stored) -> FrozenModel:
+    """The section of a model of ours whose family has no published names."""
+    return replace(
+        section,
+        model=own.architecture.family,
+        source=str(own.path),
+        architecture=filled(section.architecture, overrides(own.architecture)),
+        statistics=section.statistics or _numbers(own.statistics),
+    )
+
+
 def settle_student(student: Student, sources: Sources) -> Student:
     """Returns the student's section with the model as the weights of `init` allow it.
 
@@ -89,6 +104,10 @@ def settle_student(student: Student, sources: Sources) -> Student:
     if not student.init:
         return student
     where, name = "--student.init", student.model
+    if family_of(resolve(name, student.architecture)).published is None:
+        # Names and shapes do not show its model, which is what the user says.
+        own = sources.own(student.init, where=where)
+        return replace(student, init=str(own.path)) if own else student
     weights, named = sources.open(student.init, where=where), resolve(name)
     architecture = reconcile(
         weights, student.architecture, named, name=name, where=where, section="student"

@@ -55,10 +55,9 @@ def read_sidecar(path: Path, published: Published, library: str, where: str) -> 
 
 
 def _read(folder: Path, published: Published, library: str, where: str) -> Sidecar:
+    if own := read_own(folder, where):
+        return own
     config = _json(folder / "config.json", where)
-    if OWN in config:
-        own = config[OWN]
-        return Sidecar(_own(folder, own, where), _statistics(own), own=True)
     if library == "hf" and (stated := published.configs["hf"](config, where)) is not None:
         preprocessing = _json(folder / "preprocessor_config.json", where)
         return Sidecar(stated, _statistics(preprocessing, "image_mean", "image_std"))
@@ -70,6 +69,15 @@ def _read(folder: Path, published: Published, library: str, where: str) -> Sidec
         stated = described(published, "open_clip", config["model_cfg"], where)
         return Sidecar(stated, _statistics(config.get("preprocess_cfg", {})))
     return Sidecar(Architecture(), None)
+
+
+def read_own(folder: Path, where: str) -> Sidecar | None:
+    """Reads what our own export wrote beside its weights; None if the folder holds nothing of it.
+
+    Raises: WeightsError: if it is damaged.
+    """
+    own = _json(folder / "config.json", where).get(OWN)
+    return Sidecar(_own(folder, own, where), _statistics(own), own=True) if own else None
 
 
 def own_config(

@@ -14,17 +14,22 @@ from torch import Tensor
 
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.published import Published, Wanted
-from fd_large.backbones.registry import family_of, family_of_source, parameter_shapes
+from fd_large.backbones.registry import (
+    family_of,
+    family_of_source,
+    parameter_shapes,
+    statistics_of,
+)
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import Architecture, filled, overrides
+from fd_large.recipes.architectures import Architecture, filled, overrides, set_fields, whole
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.formats import FORMATS, detect
 from fd_large.weights.locate import locate
 from fd_large.weights.read import Tensors, read, split_part
-from fd_large.weights.sidecar import Sidecar, described, read_sidecar
+from fd_large.weights.sidecar import Sidecar, described, read_own, read_sidecar
 
 _TEACHER = "feature_model."
 
@@ -171,6 +176,7 @@ class Sources:
         self._readers = readers
         self._opened: dict[str, Weights] = {}
         self._files: dict[str, Tensors] = {}
+        self._own: dict[str, Stored | None] = {}
 
     def open(self, source: str | Path, *, where: str = "weights") -> Weights:
         """Opens a source that ends in a file, finds its format, and what is known of its model.
@@ -204,7 +210,8 @@ class Sources:
                 architecture, without=without, allow=allow, where=where, remedy=remedy
             )
         if source not in self._files:
-            self._files[source] = _foreign(source, where)
+            own = self.own(source, where=where)
+            self._files[source] = own.file if own else _foreign(source, where)
         file = self._files[source]
         found = matched(architecture, {name: file.shape(name) for name in file}, where)
         return Fitted(
@@ -219,10 +226,32 @@ class Sources:
             resize=False,
         )
 
+    def own(self, source: str, *, where: str = "weights") -> Stored | None:
+        """Opens a model of ours whose family has no published names; None if a source is another.
+
+        Args:
+            source: The folder of a run, of one of its checkpoints, or of an export.
+            where: What the user set, for messages.
+
+        Raises: FDError: if it cannot be read.
+        """
+        if source not in self._own:
+            path, found = Path(source), None
+            if not family_of_source(source):
+                found = self._stored(path, where) or _exported(path, where)
+            if found is not None and family_of(found.architecture).published is not None:
+                found = None
+            self._own[source] = found
+            if found is not None:
+                self._own[str(found.path)] = found
+        return self._own[source]
+
     def path(self, source: str, *, where: str = "weights") -> Path | None:
         """Returns the file, index or checkpoint that a source means; None if it is no file."""
         if source in self._opened:
             return self._opened[source].path
+        if (own := self._own.get(source)) is not None:
+            return own.path
         if family_of_source(source):
             return None
         if source not in self._files:
@@ -233,6 +262,7 @@ class Sources:
         """Lets go of all files; some are in memory whole. What is asked for is opened again."""
         self._opened.clear()
         self._files.clear()
+        self._own.clear()
 
     def _stored(self, path: Path, where: str) -> Stored | None:
         return next((found for reader in self._readers if (found := reader(path, where))), None)
@@ -313,6 +343,16 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
             f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
             "and tables of its kind. Use the weights of another model."
         ) from error
+
+
+def _exported(path: Path, where: str) -> Stored | None:
+    """A folder that `export` wrote, of a model whose file does not show it; None if it is none."""
+    found = read_own(path, where)
+    if found is None or not set_fields(found.architecture):
+        return None
+    architecture = whole(set_fields(found.architecture))
+    statistics = found.statistics or statistics_of("", architecture)
+    return Stored(path, read(str(path), where=where), architecture, statistics)
 
 
 def _foreign(source: str, where: str) -> Tensors:

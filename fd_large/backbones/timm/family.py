@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from fd_large.backbones.exports import Export, feature_distillation, same
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.timm.architecture import TimmArchitecture
 
@@ -23,6 +24,20 @@ TIMM = Family(
     build=_later("timm_backbone", "build"),
     matched=_later("published", "matched"),
     facts_of=_later("published", "facts_of"),
+    exports={
+        "timm": Export(
+            names=lambda a: f"those of timm's {a.timm_name}",
+            outputs=lambda name, shape, a: same(name.removeprefix("net."), shape),
+            lacks=_later("export", "lacks"),
+            added=_later("export", "added"),
+            config=_later("export", "config"),
+            class_name=_later("export", "class_name"),
+        ),
+        "fd": Export(
+            names=lambda a: f"Feature-Distillation's, around those of timm's {a.timm_name}",
+            outputs=lambda name, shape, a: feature_distillation(name.removeprefix("net."), shape),
+        ),
+    },
     scheme=Scheme(
         settle=_later("published", "settle"),
         load=_later("published", "load"),

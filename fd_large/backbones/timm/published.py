@@ -5,29 +5,32 @@ Running statistics of batch normalisation come along: buffers, but weights like 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from fd_large.backbones.family import Loaded
+from fd_large.backbones.family import Loaded, Options
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.models import create
-from fd_large.backbones.timm.timm_backbone import TimmBackbone
+from fd_large.backbones.timm.models import create, size_arguments
+from fd_large.backbones.timm.timm_backbone import build
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 
-_COUNTER = "num_batches_tracked"
+_NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
 
 
 def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched:
     """Finds the tensors of a `TimmBackbone` among those of a file.
 
-    What belongs to the whole model but not to the part up to the stride is left out.
+    What belongs to the whole model but not to the part up to the stride is left out. Positions of
+    another image size are resized, by timm's own rule.
 
     Raises: WeightsError: if the file's tensors correspond to those of the model neither by name nor
         by order.
@@ -35,21 +38,76 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
     name = architecture.timm_name
     whole = _shapes(_weightless(name))
     with torch.device("meta"):
-        kept = _state(TimmBackbone(name, stride=architecture.feature_stride))
+        kept = _state(build(architecture, Options()))
     expected = _shapes(kept)
+    own = _without_prefix([key for key in file if not key.endswith(_NOT_WEIGHTS)])
     theirs = in_timm_names(
-        {key: file[key] for key in file if not key.endswith((_COUNTER, *RECOMPUTED))},
-        whole,
-        where=f"{where}: {name}",
+        {key: file[held] for key, held in own.items()}, whole, where=f"{where}: {name}"
     )
+    theirs = {key: own[held] for key, held in theirs.items()}
     after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
+    pieces = {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after}
+    notes = [f"left out on purpose: {len(after)} tensors that come after the map"]
+    if size_arguments(name, architecture.image_size):
+        other = [
+            key
+            for key, piece in pieces.items()
+            if piece.shape(file.__getitem__) != expected.get(key, file[piece.sources[0]])
+        ]
+        resize = cache(partial(_resized, architecture, theirs))
+        pieces |= {key: _Resized(pieces[key].sources, key, expected[key], resize) for key in other}
+        if other:
+            notes.append(f"resized by timm for {architecture.image_size} pixels: {len(other)}")
     return Matched(
-        {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after},
+        pieces,
         expected,
-        [f"left out on purpose: {len(after)} tensors that come after the map"],
+        notes,
         f"timm's {name}",
-        "Name the model that the file holds: --teacher.architecture.timm_name.",
+        "Name the model that the file holds: --student.model timm:NAME, or of a teacher "
+        "--teacher.model timm:NAME.",
     )
+
+
+@dataclass(frozen=True)
+class _Resized(Piece):
+    """A tensor of positions that timm makes for another image size.
+
+    Attributes:
+        name: Its name in our model.
+        new_shape: Its shape there.
+        resize: Returns all weights of the model at its size, from those of a file.
+    """
+
+    name: str = ""
+    new_shape: Shape = ()
+    resize: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+
+    def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
+        """Returns the shape at the new size."""
+        return self.new_shape
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the tensor at the new size."""
+        return self.resize(tensors)[self.name]
+
+
+def _resized(
+    architecture: TimmArchitecture, names: Mapping[str, str], file: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Loads a file as timm does into a model of another image size; whole, in host memory."""
+    name = architecture.timm_name
+    with torch.random.fork_rng(devices=[]):
+        net = timm.create_model(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay={
+                "state_dict": {ours: file[theirs].float() for ours, theirs in names.items()}
+            },
+            pretrained_strict=False,
+            num_classes=0,
+            **size_arguments(name, architecture.image_size),
+        )
+    return {f"net.{key}": tensor for key, tensor in net.state_dict().items()}
 
 
 def weightless(name: str, where: str) -> dict[str, Tensor]:
@@ -95,8 +153,8 @@ def _refuse_untrained(name: str, where: str) -> None:
     if config is not None and not config.has_weights:
         raise WeightsError(
             f"{where}: timm has no weights for this model; got timm:{name}, expected one of "
-            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model timm "
-            f"--teacher.architecture.timm_name {name}."
+            "timm.list_models(pretrained=True). Give the path of a file, and --teacher.model "
+            f"timm:{name}."
         )
 
 
@@ -114,7 +172,7 @@ def load(name: str, where: str) -> Loaded:
         raise WeightsError(
             f"{where}: timm cannot get the weights; got {first_line} for timm:{name}, expected "
             "them in its cache or within reach. Fetch the file elsewhere, and give its path, and "
-            f"--teacher.model timm --teacher.architecture.timm_name {name}."
+            f"--teacher.model timm:{name}."
         ) from error
 
 
@@ -146,9 +204,18 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
         raise WeightsError(
             f"{where}: neither timm's names nor its tensors in its order; got {len(given)} tensors"
             f"{', ' + misfit if misfit else ''}, expected {len(expected)}. Name the model that the "
-            "file holds: --teacher.architecture.timm_name."
+            "file holds: timm:NAME."
         )
     return {ours: theirs for (ours, _), (theirs, _) in pairs}
+
+
+def _without_prefix(names: list[str]) -> dict[str, str]:
+    """{timm's: the file's} of our own files: `net.` in checkpoints, `encoder.` in exports to fd."""
+    for prefix, beside in (("net.", ()), ("encoder.", ("decoder.",))):
+        ours = [name for name in names if name.startswith(prefix)]
+        if ours and all(name.startswith((prefix, *beside)) for name in names):
+            return {name.removeprefix(prefix): name for name in ours}
+    return {name: name for name in names}
 
 
 def _weightless(name: str) -> dict[str, Tensor]:

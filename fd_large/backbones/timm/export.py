@@ -1,0 +1,71 @@
+"""What becomes of a student that is a model of timm: the same model, without its head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.timm.models import create, size_arguments
+from fd_large.backbones.timm.timm_backbone import TimmBackbone
+
+OURS = "net."
+
+
+def lacks(architecture: TimmArchitecture, pads: bool) -> str:
+    """Says what timm does not have: models that end before their last map."""
+    del pads
+    with torch.device("meta"):
+        last = TimmBackbone(architecture.timm_name).stride
+    if architecture.feature_stride in (0, last):
+        return ""
+    return f"the map at stride {architecture.feature_stride}, where timm's ends at {last}"
+
+
+def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
+    """Returns what timm's model has and ours has not, at its initial values.
+
+    That is a norm that belongs to the head, after the map that was trained, and counters.
+    """
+    name = architecture.timm_name
+    arguments = {**size_arguments(name, architecture.image_size), "num_classes": 0}
+    with torch.device("meta"):
+        ours = TimmBackbone(name, image_size=architecture.image_size).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        theirs = create(name, **arguments).state_dict()
+    floats = {key for key, tensor in ours.items() if tensor.is_floating_point()}
+    return {key: tensor for key, tensor in theirs.items() if f"{OURS}{key}" not in floats}
+
+
+def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, Any]:
+    """Returns timm's configuration of the model."""
+    name = architecture.timm_name
+    known = timm.get_pretrained_cfg(name)
+    arguments = size_arguments(name, architecture.image_size)
+    size = architecture.image_size or known.input_size[-1]
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, size, size],
+            "fixed_input_size": bool(known.fixed_input_size),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": list(statistics.mean),
+            "std": list(statistics.std),
+            "first_conv": known.first_conv,
+            "classifier": known.classifier,
+        },
+    }
+
+
+def class_name(architecture: TimmArchitecture) -> str:
+    """Returns timm's class of the model."""
+    with torch.device("meta"):
+        return type(create(architecture.timm_name)).__name__
