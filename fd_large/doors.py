@@ -25,9 +25,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fd_large.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Kind = Literal[
     "losses", "heads", "normalisers", "backbones", "sources", "tasks", "optimisers", "trackers"
@@ -98,18 +101,23 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
         return known[source]
     if is_own(source):
         return _own(source, where)
-    from importlib.metadata import entry_points  # Slow to import, and rarely needed.
-
-    installed = {point.name: point for point in entry_points(group=f"fd_large.{kind}")}
-    if source not in installed:
+    plugins = installed(kind)
+    if source not in plugins:
         raise ConfigError(
             f"{where}: no such name in {kind}; got {source!r}, "
-            f"{nearest(source, [*known, *installed])}. Take one of these, or {FORMS}."
+            f"{nearest(source, [*known, *plugins])}. Take one of these, or {FORMS}."
         )
     try:
-        return installed[source].load()
+        return plugins[source].load()
     except Exception as error:  # The package's code may raise anything.
         raise _failed(where, f"{source} of the entry points fd_large.{kind}", error) from error
+
+
+def installed(kind: Kind) -> dict[str, EntryPoint]:
+    """Returns what installed packages bring of a kind, by name; imports nothing of theirs."""
+    from importlib.metadata import entry_points  # Slow to import, and rarely needed.
+
+    return {point.name: point for point in entry_points(group=f"fd_large.{kind}")}
 
 
 def file_of(source: str) -> Path | None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
+from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.swin.architecture import MODELS as SWIN
 from fd_large.backbones.swin.architecture import SwinArchitecture
@@ -119,10 +120,12 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
             )
         _refuse_foreign(given, base.family, name)
         return base.overridden(given)
+    if name in doors.installed("backbones"):
+        return CustomArchitecture(function=name).overridden(given)
     if name not in FAMILIES:
         raise ConfigError(
             f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed "
-            "name, or timm:NAME."
+            f"name, timm:NAME, or {doors.FORMS}."
         )
     given["family"] = name
     return whole(given)
@@ -135,7 +138,9 @@ def whole(values: dict[str, Any]) -> FamilyArchitecture:
     """
     own = dict(values)
     family = own.pop("family")
-    missing = sorted(set(field_names(family)) - own.keys())
+    field_names(family)  # Refuses an unknown family.
+    needed = {f.name for f in fields(FAMILIES[family]) if f.default is MISSING}
+    missing = sorted(needed - own.keys())
     if missing:
         raise ConfigError(
             f"model: {family} is a family, whose models have no values of their own; got none for "

@@ -1,1 +1,1 @@
-"""Models of the user's own, as teachers."""
+"""Models of the user's own: their contract, and how the user's code is called."""

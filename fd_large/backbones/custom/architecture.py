@@ -1,33 +1,48 @@
-"""Models of the user's own, as teachers: a function returns the module, weights and all."""
+"""Models of the user's own: a class or a function of the user's makes the module."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from fd_large import doors
 from fd_large.recipes.family import FamilyArchitecture
 
 
 @dataclass(frozen=True, kw_only=True)
 class CustomArchitecture(FamilyArchitecture):
-    """A model that a function of the user's own returns.
+    """A model that a class or a function of the user's own makes.
 
     Attributes:
-        function: package.file:function, which returns the model, weights and all.
+        function: Class or function that makes the model, path/to/file.py:NAME or
+            package.module:NAME, or the name that an installed package gives it.
+        image_size: Side in pixels of the images that position tables are made for; models without
+            such tables take any size.
     """
 
     function: str
+    image_size: int = 0
 
     family: ClassVar[str] = "module"
-    prefix: ClassVar[str] = "module:"
-    can_train: ClassVar[bool] = False
+    prefix: ClassVar[str] = doors.PREFIX
     whole_first: ClassVar[bool] = True
 
     @classmethod
     def named(cls, rest: str) -> Self:
-        """Returns the model of a function."""
+        """Returns the model of a class or a function."""
         return cls(function=rest)
 
+    @property
+    def door(self) -> str:
+        """The name by which `doors.load` finds the class or function."""
+        return f"{doors.PREFIX}{self.function}" if ":" in self.function else self.function
+
+    def at(self, image_size: int) -> Self:
+        """Returns the same model for images of that side in pixels."""
+        return replace(self, image_size=image_size)
+
     def _check(self) -> None:
-        module, colon, function = self.function.partition(":")
-        self._require(bool(module and colon and function), "function", "package.file:function")
+        place, colon, name = self.function.rpartition(":")
+        known = bool(place and name) if colon else self.function in doors.installed("backbones")
+        self._require(known, "function", "path/to/file.py:NAME or package.module:NAME")
+        self._require(self.image_size >= 0, "image_size", "a positive whole number, or 0")

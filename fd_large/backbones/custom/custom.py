@@ -1,52 +1,91 @@
-"""A model of the user's own as a teacher: a function of the user's returns it, weights and all.
+"""A model of the user's own, as a student or a teacher: the module that the user's code makes.
 
-The model maps normalised images (B, 3, H, W) to a `FeatureMap`, and has the attributes `width`
-(channels of the map) and `num_prefix_tokens`, and the method `grid(height, width)`. Mean and
-deviation of its images may stand in an attribute `statistics` (a `Statistics`).
+`NAME` of `module:PATH/TO/FILE.py:NAME` is a class or a function that returns a torch Module with
+
+    forward(images, keep) -> FeatureMap   normalised images (B, 3, H, W), and a row of `keep`,
+                                          (num_sites, B), for each entry of drop_path_rates or None
+    width, num_prefix_tokens              channels of the map, and its tokens before the patches
+    grid(height, width)                   rows and columns of the map of an image
+    drop_path_rates                       the rate of each row of `keep`
+    blocks()                              the modules whose activations may be recomputed, in order
+
+A teacher does without the last two, and brings its weights; its `forward` is called with the images
+alone. Optional are `stages(images, keep)`, a map per stride; `statistics`, mean and deviation by
+which its images are normalised (a `Statistics`); `layer_id(name)` and `last_layer`, for
+`optim.layer_decay`; and `no_weight_decay()`, names of parameters without weight decay.
+
+The class or function is called with those of the arguments `image_size` and `drop_path_rate` that
+it takes; more than once, also under `torch.device("meta")`, where weights are only shapes.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import inspect
+from typing import Any
 
 from torch import nn
 
+from fd_large import doors
+from fd_large.backbones.custom.architecture import CustomArchitecture
+from fd_large.backbones.family import Options
 from fd_large.errors import ConfigError
 
-_NEEDED = ("width", "num_prefix_tokens", "grid")
+_NEEDED = ("forward", "width", "num_prefix_tokens", "grid")
+_NEEDED_TO_TRAIN = ("drop_path_rates", "blocks")
 
 
-def build_own(function: str, *, where: str = "--teacher.source module") -> nn.Module:
-    """Imports `package.file` of `package.file:function`, calls the function, returns the model.
-
-    It is called more than once, also under `torch.device("meta")`, where weights are only shapes.
+def build_custom(
+    architecture: CustomArchitecture, options: Options, *, where: str = "student.model"
+) -> nn.Module:
+    """Imports the user's code and makes the model.
 
     Args:
-        function: `package.file:function`.
+        architecture: Says which class or function makes it.
+        options: How it is built; most is the user's own affair.
         where: What the user set, for messages.
 
-    Raises: ConfigError: if there is no such function, or what it returns is no such model.
+    Raises: ConfigError: if there is no such class or function, it fails, or what it returns lacks
+        something, all of which is named.
     """
-    module_name, _, name = function.partition(":")
+    make = doors.load(architecture.door, kind="backbones", where=where)
+    offered = {"drop_path_rate": options.drop_path_rate, "image_size": architecture.image_size}
     try:
-        module = import_module(module_name)
-    except ImportError as error:
+        taken = inspect.signature(make).parameters
+        net = make(**{name: value for name, value in offered.items() if value and name in taken})
+    except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
-            f"{where}: cannot be imported; got {module_name} ({error}), expected a module on "
-            "Python's path. Start from its folder, or set PYTHONPATH."
+            f"{where}: the model cannot be made; got {type(error).__name__}: {error} from "
+            f"{architecture.function}, expected a torch Module. Correct the code; it is called on "
+            "the meta device too, where tensors have no values."
         ) from error
-    make = getattr(module, name, None)
-    if not callable(make):
-        raise ConfigError(
-            f"{where}: no such function in {module_name}; got {name!r}, expected one that returns "
-            "a model. Write module:package.file:function."
-        )
-    net = make()
-    lacks = [attribute for attribute in _NEEDED if not hasattr(net, attribute)]
+    needed = _NEEDED + (_NEEDED_TO_TRAIN if options.is_trained else ())
+    lacks = [name for name in needed if not hasattr(net, name)]
     if not isinstance(net, nn.Module) or lacks:
         raise ConfigError(
-            f"{where}: {function} returns no backbone; got {type(net).__name__} without "
+            f"{where}: no backbone; got {type(net).__name__} from {architecture.function} without "
             f"{', '.join(lacks) or 'parameters'}, expected a torch Module with "
-            f"{', '.join(_NEEDED)}. See fd_large/backbones/custom/custom.py."
+            f"{', '.join(needed)}. docs/extending.md says what each is."
         )
+    _complete(net)
     return net
+
+
+def _complete(net: Any) -> None:
+    """Gives a model what is optional and has an obvious value."""
+    for name, value in (
+        ("drop_path_rates", ()),
+        ("no_weight_decay", frozenset),
+        ("no_weight_decay_keywords", tuple),
+        ("layer_id", _no_layers),
+        ("last_layer", 0),
+    ):
+        if not hasattr(net, name):
+            setattr(net, name, value)
+
+
+def _no_layers(name: str) -> int:
+    raise ConfigError(
+        "optim.layer_decay: the student does not say which layer a parameter is in; got another "
+        "value than 1 for a model without layer_id, expected 1. Set --optim.layer_decay 1, or give "
+        "the model layer_id and last_layer."
+    )

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from fd_large.backbones.custom.architecture import CustomArchitecture
-from fd_large.backbones.custom.custom import build_own
+from fd_large.backbones.custom.custom import build_custom
 from fd_large.backbones.family import Family, Loaded, Options, Scheme
 from fd_large.recipes.architectures import Architecture
-
-
-def _build(architecture: CustomArchitecture, options: Options) -> nn.Module:
-    return build_own(architecture.function)
 
 
 def _settle(function: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
@@ -19,12 +13,13 @@ def _settle(function: str, given: Architecture, where: str) -> tuple[Architectur
 
 
 def _load(function: str, where: str) -> Loaded:
-    net = build_own(function, where=f"{where} module")
+    net = build_custom(CustomArchitecture(function=function), Options(), where=where)
     return Loaded(net, getattr(net, "statistics", None))
 
 
 CUSTOM = Family(
     architecture=CustomArchitecture,
-    build=_build,
+    build=build_custom,
     scheme=Scheme(settle=_settle, load=_load),
 )
+"""`module:...` in place of weights is a module that brings its own."""

@@ -1,4 +1,4 @@
-"""A model of the user's own as a teacher."""
+"""Models of the user's own, as teachers and as students."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 import torch
 from loading import teacher_run
 
+from fd_large import doors
+from fd_large.backbones.registry import build
 from fd_large.engine.frozen import frozen_weights
+from fd_large.engine.student import make_student
+from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.weights.source import Sources
 
@@ -38,6 +44,15 @@ class Patches(nn.Module):
 def make():
     return Patches()
 
+class Student(Patches):
+    def __init__(self, drop_path_rate=0.0, image_size=16):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, (image_size // 8) ** 2, 12))
+        self.drop_path_rates = (drop_path_rate,)
+
+    def blocks(self):
+        return [self.cut]
+
 def broken():
     return nn.Linear(2, 2)
 """
@@ -48,14 +63,19 @@ def _own_module(tmp_path, monkeypatch):
     (tmp_path / "own_nets").mkdir()
     (tmp_path / "own_nets" / "patches.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doors, "_allowed", set())
+    monkeypatch.setattr(doors, "_modules", {})
+    doors.allow("own_nets/patches.py")
     yield
     for name in ("own_nets", "own_nets.patches"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.usefixtures("_own_module")
-def test_a_net_of_ones_own_teaches():
-    run = teacher_run("module:own_nets.patches:make", "clip_vit_base_patch16")
+@pytest.mark.parametrize("place", ["own_nets.patches", "own_nets/patches.py"])
+def test_a_model_of_ones_own_teaches(place):
+    run = teacher_run(f"module:{place}:make", "clip_vit_base_patch16")
     assert frozen_weights(run.teacher, Sources()) is None
     teacher = DistillationJob(run).make_teacher()
     assert teacher.statistics.mean == (0.1, 0.2, 0.3)
@@ -69,12 +89,39 @@ def test_a_net_of_ones_own_teaches():
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("own_nets.patches:none", "no such function in own_nets.patches; got 'none'"),
-        ("own_nets.nothing:make", "cannot be imported; got own_nets.nothing"),
-        ("own_nets.patches:broken", "returns no backbone; got Linear without width"),
-        ("own_nets.patches", "expected package.file:function"),
+        ("own_nets.patches:none", "'none'"),
+        ("own_nets.nothing:make", "own_nets.nothing"),
+        ("own_nets.patches:broken", "width, num_prefix_tokens, grid"),
+        ("own_nets.patches", "function"),
+        ("own_nets/gone.py:make", "own_nets/gone.py"),
     ],
 )
-def test_functions_that_return_no_backbone(function, words):
+def test_what_returns_no_backbone(function, words):
     with pytest.raises(ConfigError, match=words):
         DistillationJob(teacher_run(f"module:{function}")).make_teacher()
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_a_student_gets_drop_path_and_image_size_and_what_is_optional():
+    section = Student(model="module:own_nets/patches.py:Student", drop_path_rate=0.25)
+    task = Task(make_student(section, image_size=32))
+    assert task.drop_path_rates == (0.25,)
+    assert task.student.positions.shape == (1, 16, 12)
+    assert task.no_weight_decay() == (frozenset(), ())
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay"):
+        task.layer_scale("student.positions", 0.9)
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_a_student_without_what_training_needs():
+    with pytest.raises(ConfigError, match="drop_path_rates, blocks"):
+        make_student(Student(model="module:own_nets/patches.py:make"))
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_nothing_is_imported_that_was_not_allowed(monkeypatch):
+    monkeypatch.setattr(doors, "_allowed", set())
+    architecture = resolve("module:own_nets/patches.py:Student")
+    assert (architecture.family, architecture.whole_first) == ("module", True)
+    with pytest.raises(ConfigError, match="--allow-code"):
+        build(architecture)
