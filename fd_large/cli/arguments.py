@@ -220,7 +220,7 @@ class _Parser(Generic[Own]):
         values: dict[str, Any] = {}
         for name, (hint, texts, off) in flags.items():
             try:
-                values[name] = _absolute(_value(hint, texts, off=off))
+                values[name] = _value(hint, texts, off=off)
             except ValueError:
                 self._invalid.add(name)
                 self._mistakes.append(
@@ -387,13 +387,6 @@ def _own_task(arguments: Sequence[str]) -> str:
             raise
         return ""  # A mistyped name, which is refused with the other mistakes.
     return doors.absolute(named[-1])
-
-
-def _absolute(value: Any) -> Any:
-    """A value, in which the paths of files of the user's own do not depend on the folder."""
-    if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    return doors.absolute(value) if isinstance(value, str) else value
 
 
 def _with_name(hint: Any) -> Any:

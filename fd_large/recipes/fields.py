@@ -13,6 +13,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from fd_large import doors
 from fd_large.errors import ConfigError, nearest
 
 _Section = TypeVar("_Section")
@@ -130,9 +131,22 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def check_types(section: Any, where: str) -> None:
-    """Raises ConfigError if a value of a section is not of its field's type."""
+    """Raises ConfigError if a value of a section is not of its field's type.
+
+    Files of the user's own are named by their absolute path from here on, so that a recipe does not
+    depend on the current folder.
+    """
     for name, hint in hints_of(type(section)).items():
-        _check_type(f"{where}.{name}", getattr(section, name), hint)
+        value = getattr(section, name)
+        _check_type(f"{where}.{name}", value, hint)
+        if (whole := _absolute(value)) != value:
+            object.__setattr__(section, name, whole)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return doors.absolute(value) if isinstance(value, str) else value
 
 
 def _check_type(where: str, value: Any, hint: Any) -> None:

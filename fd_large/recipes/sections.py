@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fd_large import doors
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
 
@@ -24,8 +23,9 @@ AUTO, ADAMW = "auto", "adamw"
 class Student:
     """The model that is trained. It starts from random weights or from a file."""
 
-    # Name of the model, for example swinv2_base or vit_base_patch16, or timm:NAME for any model of
-    # timm, for example timm:convnextv2_atto (docs/timm.md).
+    # Name of the model, for example swinv2_base or vit_base_patch16; timm:NAME for any model of
+    # timm, for example timm:convnextv2_atto (docs/timm.md); or a model of your own,
+    # module:PATH/TO/FILE.py:NAME (docs/extending.md).
     model: str
     # Changes to the named model's shape. None keeps the model's own value.
     architecture: Architecture = field(default_factory=Architecture)
@@ -80,7 +80,7 @@ class FrozenModel:
     architecture: Architecture = field(default_factory=Architecture)
     # The weights: a file (docs/weights.md lists the formats), package:NAME for weights inside an
     # installed Python package, hf:REPO, open_clip:ARCH/TAG, timm:NAME or
-    # module:package.file:function (the last two bring their own model), or `random` for random
+    # module:PATH/TO/FILE.py:NAME (the last two bring their own model), or `random` for random
     # weights (throughput runs and tests). Training stops while it is empty.
     source: str = ""
     # Name patterns (with * and ?) of tensors that may be missing from these weights, and then stay
@@ -201,7 +201,6 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
-        object.__setattr__(self, "name", doors.absolute(self.name))
         usual = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": "auto"}
         for name, value in usual.items() if self.name != ADAMW else ():
             require(
@@ -396,7 +395,6 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_types(self, "runtime")
-        object.__setattr__(self, "trackers", tuple(map(doors.absolute, self.trackers)))
         at_least("runtime.log_every", self.log_every, 1, "steps")
         at_least("runtime.save_every", self.save_every, 0, "steps")
         not_negative("runtime.save_minutes", self.save_minutes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fd_large import doors
 from fd_large.recipes.fields import at_least, check_types, positive
 from fd_large.recipes.sections import FrozenModel
 from fd_large.recipes.task_kind import TaskKind
@@ -50,8 +49,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_types(self, "objective")
-        for name in ("loss", "normaliser", "head"):
-            object.__setattr__(self, name, doors.absolute(getattr(self, name)))
         positive("objective.beta", self.beta)
         positive("objective.whitening_eps", self.whitening_eps)
         at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels")
