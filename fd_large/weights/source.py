@@ -246,6 +246,15 @@ class Sources:
                 self._own[str(found.path)] = found
         return self._own[source]
 
+    def statistics(
+        self, source: str, architecture: FamilyArchitecture, *, where: str = "weights"
+    ) -> Statistics | None:
+        """Returns the image statistics that a source states for a model; None if it states none."""
+        if family_of(architecture).matched is None:
+            return self.open(source, where=where).statistics
+        own = self.own(source, where=where)
+        return own.statistics if own else None
+
     def path(self, source: str, *, where: str = "weights") -> Path | None:
         """Returns the file, index or checkpoint that a source means; None if it is no file."""
         if source in self._opened:

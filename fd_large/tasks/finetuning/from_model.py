@@ -39,7 +39,7 @@ def recipe_name(named: NamedModel) -> str:
         )
     if architecture.is_hierarchical:
         return "finetune_esvit_swin_base"
-    large = architecture.embed_dim >= 1024
+    large = getattr(architecture, "embed_dim", 0) >= 1024
     return "finetune_clip_vit_large" if large else "finetune_clip_vit_base"
 
 

@@ -62,8 +62,9 @@ class FineTuningJob(Job):
         own, init = run.task.finetune, self.run.student.init
         if own.statistics or not init:
             return run
-        found = sources.open(init, where="--student.init").statistics
-        found = found or statistics_of(run.student.model, run.student_architecture())
+        student = run.student_architecture()
+        found = sources.statistics(init, student, where="--student.init")
+        found = found or statistics_of(run.student.model, student)
         own = replace(own, statistics=tuple(map(float, (*found.mean, *found.std))))
         return replace(run, task=replace(run.task, finetune=own))
 
@@ -72,9 +73,11 @@ class FineTuningJob(Job):
         super().check()
         self.test_images()
 
-    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops:
-        """Counts the student, without the classifier."""
+    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
+        """Counts the student, without the classifier; None if it cannot be counted beforehand."""
         run, student = self.run, self.run.student_architecture()
+        if not hasattr(student, "depths"):
+            return None
         share = flops.checkpointed_share(student.depths, run.student.checkpoint_every)
         return flops.step_flops(
             flops.products(

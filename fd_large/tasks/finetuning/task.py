@@ -1,7 +1,8 @@
 """Fine-tuning as a task: the whole model learns to name the class of an image.
 
 A ViT classifies the mean of its patch tokens, normalised by a norm of its own; the final norm that
-distillation trained is discarded. A Swin model keeps its norm. Every block has its own copy of a
+distillation trained is discarded. A Swin model keeps its norm. The map of a model of timm may be
+raw: its mean is normalised too, and what norms it has stay. Every block has its own copy of a
 position bias that blocks shared before (the families' `published.py` make the copies).
 
 Source: the official fine-tuning code (models/vision_transformer.py, main_finetune.py) of
@@ -15,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.hierarchical import HierarchicalBackbone
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
@@ -22,6 +24,7 @@ from fd_large.backbones.vit.vit import ViT
 from fd_large.data.centre_crops import NO_LABEL
 from fd_large.engine.task import Task
 
+NORM_EPS = 1e-6
 # Published for ViT: predictions start all alike.
 VIT_HEAD_SCALE = 1e-3
 # Of the student's own parameters, those that the task has no use for.
@@ -32,7 +35,7 @@ class FineTuning(Task):
     """A backbone and a linear classifier of its mean token.
 
     Args:
-        student: A backbone of `fd_large.backbones`, of the families vit, swin and swinv2.
+        student: A backbone of `fd_large.backbones`.
         num_classes: K.
         statistics: The normalisation of its images, in training and in tests.
     """
@@ -46,6 +49,8 @@ class FineTuning(Task):
             self.fc_norm = LayerNorm(student.width, student.norm.eps)
             student.norm = nn.Identity()
             draw = NORMAL.divided(1 / VIT_HEAD_SCALE)
+        elif not isinstance(student, HierarchicalBackbone):
+            self.fc_norm = LayerNorm(student.width, NORM_EPS)
         self.head = Linear(student.width, num_classes, draw=draw)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
