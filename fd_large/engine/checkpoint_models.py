@@ -36,10 +36,13 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     Raises: CheckpointError: if the checkpoint is of another task.
     """
     task = partition.build(make, {}, partitioned=False, seed=0)
-    stream.check(reader, {name: tuple(p.shape) for name, p in task.named_parameters()})
+    statistics = partition.running_statistics(task.student)
+    held = dict(task.named_parameters())
+    held |= {f"{stream.STUDENT}{name}": buffer for name, buffer in statistics.items()}
+    stream.check(reader, {name: tuple(tensor.shape) for name, tensor in held.items()})
     with torch.no_grad():
-        for name, parameter in task.named_parameters():
-            parameter.copy_(stream.read(reader, name, tuple(parameter.shape), kind=kind))
+        for name, tensor in held.items():
+            tensor.copy_(stream.read(reader, name, tuple(tensor.shape), kind=kind))
     return task
 
 

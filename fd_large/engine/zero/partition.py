@@ -96,11 +96,7 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
 
     Raises: WeightsError: if a name is missing, left over or of another shape.
     """
-    held: dict[str, Tensor] = dict(module.named_parameters())
-    persistent = module.state_dict().keys()
-    for name, buffer in module.named_buffers():
-        if buffer.is_floating_point() and name in persistent:
-            held[name] = buffer
+    held = dict(module.named_parameters()) | running_statistics(module)
     expected = {
         name: tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
         for name, tensor in held.items()
@@ -110,6 +106,16 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
         for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
             target, offset = shard(held[name])
             target.copy_(tensor.reshape(-1)[offset : offset + target.numel()])
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the floating-point buffers that belong to a module's state, by name."""
+    persistent = module.state_dict().keys()
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point() and name in persistent
+    }
 
 
 def stream(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

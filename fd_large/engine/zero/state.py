@@ -46,20 +46,28 @@ def layout_of(engine: Engine) -> Layout:
     ranks = distributed.world_size()
     if engine.stage in (0, 3):
         sizes = {n: _numel(p) for n, p in engine.task.named_parameters()}
+        sizes |= {name: buffer.numel() for name, buffer in _statistics(engine).items()}
         return EachTensor(sizes, ranks)
     optimizer = engine.deepspeed.optimizer
     names = {id(p): n for n, p in engine.task.named_parameters()}
     groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
     flats = _flat_partitions(optimizer)
-    return FlatGroups(
-        tuple(tuple((names[id(p)], p.numel()) for p in group) for group in groups),
-        tuple(flat.numel() for flat in flats),
-        ranks,
-    )
+    named = [tuple((names[id(p)], p.numel()) for p in group) for group in groups]
+    shares = [flat.numel() for flat in flats]
+    if statistics := _statistics(engine):
+        named.append(tuple((name, buffer.numel()) for name, buffer in statistics.items()))
+        shares.append(-(-sum(buffer.numel() for buffer in statistics.values()) // ranks))
+    return FlatGroups(tuple(named), tuple(shares), ranks)
+
+
+def _statistics(engine: Engine) -> dict[str, Tensor]:
+    """The student's running statistics: the same on every rank, frozen, whole; stored in shards."""
+    found = partition.running_statistics(engine.task.student)
+    return {f"student.{name}": buffer for name, buffer in found.items()}
 
 
 def shards(engine: Engine) -> Iterator[Piece]:
-    """Yields this rank's masters, moments and average, as views of the live state."""
+    """Yields this rank's masters, moments, average and statistics, as views of the live state."""
     inner = engine.gate.inner
     for name, parameter in engine.task.named_parameters():
         home = _home(engine, parameter)
@@ -70,6 +78,13 @@ def shards(engine: Engine) -> Iterator[Piece]:
         for kind in (*kept_by(inner).moments, EMA):
             if kind in state:
                 yield Piece(f"{kind}.{name}", _part(state[kind], home))
+    if statistics := _statistics(engine):
+        layout = layout_of(engine)
+        kinds = ("master", EMA) if has_average(engine) else ("master",)
+        for name, buffer in statistics.items():
+            start, stop = layout.span(distributed.rank(), name)
+            for kind in kinds if start < stop else ():
+                yield Piece(f"{kind}.{name}", buffer.float().view(-1)[start:stop])
 
 
 def owned(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
@@ -103,6 +118,8 @@ def needs(engine: Engine, layout: Layout) -> set[int]:
         secondary = getattr(parameter, "ds_secondary_tensor", None)
         if secondary is not None:
             wanted |= set(layout.holders(name, _secondary_span(parameter)))
+    for name, buffer in _statistics(engine).items():
+        wanted |= set(layout.holders(name, Span(0, buffer.numel())))
     return wanted
 
 
@@ -134,6 +151,8 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
             if home is not None:
                 owners[id(home.owner)] = home.owner
             _restore_working_copy(engine, name, parameter, read)
+        for name, buffer in _statistics(engine).items():
+            buffer.copy_(read("master", name, 0, buffer.numel()).view_as(buffer))
     for owner in owners.values():
         _set_steps(inner, owner, steps)
     for group in inner.param_groups:
