@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import timm
@@ -59,6 +59,13 @@ def size_arguments(name: str, image_size: int) -> dict[str, Any]:
                 return {}  # Of one size only, which `TimmBackbone.grid` says.
             return {"img_size": image_size}
     return {}
+
+
+@cache
+def can_resize(name: str) -> bool:
+    """Whether timm carries the weights of a model over to another image size."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return hasattr(create(name), "set_input_size")
 
 
 class Stage(NamedTuple):

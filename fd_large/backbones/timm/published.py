@@ -17,7 +17,7 @@ from fd_large.backbones.family import Loaded, Options
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.models import create, size_arguments
+from fd_large.backbones.timm.models import can_resize, create, size_arguments
 from fd_large.backbones.timm.timm_backbone import build
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
 from fd_large.errors import WeightsError
@@ -48,7 +48,7 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
     after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
     pieces = {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after}
     notes = [f"left out on purpose: {len(after)} tensors that come after the map"]
-    if size_arguments(name, architecture.image_size):
+    if size_arguments(name, architecture.image_size) and can_resize(name):
         other = [
             key
             for key, piece in pieces.items()

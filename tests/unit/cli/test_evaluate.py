@@ -78,10 +78,10 @@ def test_help_is_there_without_torch():
     assert "--temperature" in found
 
 
-def test_another_image_size_than_the_nets_is_told(pictures, capsys):
-    words = ["timm:mixer_s32_224=random", "--task", "knn", "--data.root", str(pictures)]
-    assert main(["evaluate", *words, "--data.image_size", "32"]) == 2
-    assert "--data.image_size 224" in capsys.readouterr().err
+def test_an_image_size_that_the_model_does_not_take(pictures, capsys):
+    words = ["timm:test_vit=random", "--task", "knn", "--data.root", str(pictures)]
+    assert main(["evaluate", *words, "--data.image_size", "40"]) == 2
+    assert "--data.image_size" in capsys.readouterr().err
 
 
 def test_two_nets_in_one_table(pictures, tmp_path, capsys):
