@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from inspect import getdoc
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 from tyro.conf import Positional
@@ -33,6 +34,7 @@ from fd_large.recipes.fields import (
     from_plain,
     hints_of,
     nested,
+    require,
 )
 from fd_large.recipes.run import Run, Task
 from fd_large.tasks.registry import TASKS, kind_of
@@ -46,6 +48,25 @@ Own = TypeVar("Own")
 
 class HelpShown(Exception):
     """The help was asked for and is printed; there is nothing else to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllowsCode:
+    """An argument of commands that build the model of a stored run."""
+
+    # Python files that may be imported where a stored recipe names them (module:FILE.py:NAME).
+    # Others are not: a run that came from elsewhere must not run code.
+    allow_code: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for path in self.allow_code:
+            doors.allow(path)
+            require(
+                doors.is_own(path) or Path(path).expanduser().is_file(),
+                "--allow_code: no such file",
+                path,
+                "a Python file",
+            )
 
 
 @dataclass(frozen=True)
@@ -141,7 +162,8 @@ def call_subcommand(
     summaries = {name: (getdoc(kind) or "").split("\n")[0] for name, (kind, _) in commands.items()}
     name, rest = choose(arguments, summaries, command=command)
     kind, call = commands[name]
-    return call(**vars(parse(kind, rest, command=f"{command} {name}")))
+    given = vars(parse(kind, rest, command=f"{command} {name}"))
+    return call(**{key: value for key, value in given.items() if key != "allow_code"})
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from fd_large.checkpoint import inspection
-from fd_large.cli.arguments import call_subcommand
+from fd_large.cli.arguments import AllowsCode, call_subcommand
 from fd_large.cli.output import tables
 
 
@@ -35,7 +35,7 @@ class Prune(_OfRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(_OfRun):
+class Export(_OfRun, AllowsCode):
     """Write the newest checkpoint in DeepSpeed's own format, for this number of ranks."""
 
     # Folder to write to.
@@ -45,7 +45,7 @@ class Export(_OfRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import:
+class Import(AllowsCode):
     """Store a checkpoint of DeepSpeed's own format as a run's newest; as many ranks as wrote it."""
 
     # The folder that DeepSpeed's save_checkpoint was given.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import parse
+from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import bar, out_folder
 from fd_large.recipes.fields import at_least
 from fd_large.runtime import terminal
@@ -24,7 +24,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose:
+class Diagnose(AllowsCode):
     """Show what models attend to, how flat their loss is and how alike their layers are.
 
     A model is RUN (its student, with the run's loss), RUN#student (the same model alone),
@@ -45,6 +45,7 @@ class Diagnose:
     out: str = "diagnosis"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("--images", self.images, 1, "images")
         at_least("--batch_size", self.batch_size, 1, "images")
 

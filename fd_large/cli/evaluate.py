@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import parse_with_recipe
+from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.output import bar, out_folder, tables
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
@@ -42,7 +42,7 @@ RECIPE = "finetune_clip_vit_base"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(AllowsCode):
     """Measure models on labelled images, side by side.
 
     python -m fd_large evaluate MODEL [MODEL ...] --task knn --data.root FOLDER
@@ -93,6 +93,7 @@ class Evaluate:
     json: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = ("auto", *TESTS, *SCORERS)
         require(self.task in names, "--task: unknown test", self.task, ", ".join(names))
         at_least("--seeds", self.seeds, 1, "repetitions")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import parse
+from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.stored import read_recipe
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(AllowsCode):
     """Write the student of a run's newest checkpoint where timm or Hugging Face load it.
 
     OUT is a new folder: safetensors, config.json, and README.md, the model card.
@@ -39,7 +39,7 @@ class Export:
 def main(arguments: list[str]) -> int:
     """Exports and prints what was written."""
     given = parse(Export, arguments, command="export")
-    step, parameters, files = export(**vars(given))
+    step, parameters, files = export(given.run, given.out, given.to, given.shard_size)
     print(
         f"step {step}: {parameters:,} parameters in {len(files)} "
         f"file{'s' if len(files) > 1 else ''}: {given.out}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import parse
+from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import out_folder
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import require
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(AllowsCode):
     """Draw the boxes and masks that a run's detector sees in images, and write them as JSON.
 
     predictions.json has for each image a list of class, score, bbox (left, top, width, height in
@@ -39,6 +39,7 @@ class Predict:
     score: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.score <= 1, "--score: out of range", self.score, "a number in [0, 1]")
 
 

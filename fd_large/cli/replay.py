@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import parse
+from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
+class Replay(AllowsCode):
     """Run a step that the guard refused again, on one device."""
 
     # RUN/incidents/update_NNNNNNNN, or the incident.json in it.

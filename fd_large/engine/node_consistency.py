@@ -47,17 +47,30 @@ _NodeFacts = tuple[str, Mapping[str, Fact]]
 """A rank's node, and its facts by name."""
 
 
-def check(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -> None:
+def check(
+    samples: ImageSource,
+    sources: Mapping[str, str],
+    weights: Sources,
+    code: Mapping[str, str] | None = None,
+) -> None:
     """Compares all nodes; a collective.
 
     Args:
         samples: The training images.
         sources: Sources of weights, found on every rank, by the field that names them.
         weights: Has located them.
+        code: Hashes of the user's own files, by the names in the recipe.
 
     Raises: LaunchError, DataError or WeightsError: naming the nodes that differ from most.
     """
     own = distributed.together(lambda: _facts(samples, sources, weights))
+    for source, digest in (code or {}).items():
+        own[source] = Fact(
+            f"the hash {digest[:8]}",
+            f"{source}: the nodes see different files",
+            "Copy the file to every node, or keep it on a shared disk",
+            LaunchError,
+        )
     compare(distributed.gather_objects((distributed.node_name(), own)))
 
 

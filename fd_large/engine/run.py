@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
@@ -43,7 +43,14 @@ from fd_large.runtime.meter import Meter
 from fd_large.runtime.preemption import Preemption
 from fd_large.runtime.profiler import Profiler
 from fd_large.runtime.progress import Progress
-from fd_large.runtime.run_folder import open_folder, source_commit, status_of, write_environment
+from fd_large.runtime.run_folder import (
+    open_folder,
+    record_code,
+    recorded_code,
+    source_commit,
+    status_of,
+    write_environment,
+)
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.trackers import trackers_of
 from fd_large.runtime.watchdog import Watchdog
@@ -77,12 +84,15 @@ def train(
 
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
+    # Files that are as this run's own folder recorded them; the command line allows all others.
+    doors.allow_unchanged(recorded_code(Path(run.run_dir())))
     opened = open_run(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh)
     run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
     launch = opened.launch
     checkpoints.sweep()
     first = checkpoints.resume()
+    record_code(folder, doors.hashes(run.to_dict()), first)
     per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     time_box = None
@@ -198,7 +208,8 @@ def open_run(
     json_config, numbers, samples = distributed.together(
         lambda: _check(job, deepspeed_config, launch)
     )
-    node_consistency.check(samples, job.sources(), weights)
+    code = doors.hashes(run.to_dict())
+    node_consistency.check(samples, job.sources(), weights, code)
     samples = job.stage(samples)
 
     folder = open_folder(run, fresh=fresh)
@@ -229,6 +240,7 @@ def open_run(
         "pictures": samples.fingerprint,
         "commit": distributed.broadcast_object(source_commit()),
         "recipe": run.to_dict(),
+        **({"code": code} if code else {}),
     }
     checkpoints = Checkpoints(
         folder,

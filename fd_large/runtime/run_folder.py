@@ -20,6 +20,7 @@ from fd_large.recipes.run import Run, difference
 
 log = logging.getLogger(__name__)
 
+_CODE = "code.json"
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
 
 
@@ -134,6 +135,45 @@ def status_of(folder: Path) -> str | None:
         summary = json.loads((folder / "summary.json").read_text())
         return summary.get("status") if isinstance(summary, dict) else None
     return None
+
+
+def recorded_code(folder: Path) -> dict[str, str]:
+    """Returns the hashes of the user's own files that a run used last: {"module:...": SHA-256}."""
+    starts = _starts(folder)
+    return starts[-1]["files"] if starts else {}
+
+
+def record_code(folder: Path, files: Mapping[str, str], step: int) -> None:
+    """Records the hashes of the user's own files in code.json, and says which have changed.
+
+    Rank 0 writes; the others return at once.
+
+    Args:
+        folder: The run's folder.
+        files: {"module:...": SHA-256}, of `doors.hashes`.
+        step: Number of finished steps, from which on these files are used.
+    """
+    if not distributed.is_main() or dict(files) == (before := recorded_code(folder)):
+        return
+    for source in before.keys() & files.keys():
+        if before[source] != files[source]:
+            log.warning(
+                "%s: NOT THE FILE that this run used before step %d (its hash was %s, now %s): "
+                "the run goes on with it, and code.json records both",
+                source,
+                step,
+                before[source][:12],
+                files[source][:12],
+            )
+    with written_or_logged(folder / _CODE):
+        write_json(folder / _CODE, [*_starts(folder), {"update": step, "files": dict(files)}])
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    """Returns what code.json lists: {"update": first step, "files": {"module:...": SHA-256}}."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / _CODE).read_text())
+    return []
 
 
 def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
