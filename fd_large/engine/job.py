@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
@@ -201,6 +201,13 @@ class Job:
     def make_task(self) -> Task:
         """Constructs the trained Module, with random weights from torch's global generator only."""
         raise NotImplementedError
+
+    def models_on_shapes(self) -> tuple[Task, tuple[nn.Module, ...]]:
+        """Constructs the task and the frozen models that it uses, on the meta device, for counting.
+
+        Needs no `build`, no weights and no samples.
+        """
+        return self.make_task(), ()
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns (name, full tensor) of `task.student`, on every rank; None for random weights.

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.errors import ConfigError
+from fd_large.kernels import choose
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.sections import Student
 from fd_large.weights.source import Sources
@@ -79,7 +80,8 @@ def attention_memory(wanted: str) -> str:
 
     Raises: ConfigError: for "keep" on a GPU.
     """
-    on_gpu = distributed.device().type == "cuda"
+    planned = choose.stood_for()
+    on_gpu = planned.on_gpu if planned else distributed.device().type == "cuda"
     if wanted == "keep" and on_gpu:
         raise ConfigError(
             "student.attention_memory: keep would hold N x N float32 maps on the GPU; got keep, "

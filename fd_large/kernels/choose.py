@@ -18,7 +18,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -36,7 +37,7 @@ APEX_DEVICES = ("cuda",)
 _WISHES = ("auto", "triton", "apex", "reference")
 # A100, H100 and H200, for which the kernels are compiled ahead of time. Other cards of 8.x have
 # less shared memory per program than some kernels need.
-_CAPABILITIES = ((8, 0), (9, 0))
+CAPABILITIES = ((8, 0), (9, 0))
 
 
 class _Operation(NamedTuple):
@@ -45,6 +46,39 @@ class _Operation(NamedTuple):
 
 
 _operations: dict[str, _Operation] = {}
+
+
+class Device(NamedTuple):
+    """A device for which the meta device stands in.
+
+    Attributes:
+        capability: Compute capability of an NVIDIA card, as (9, 0); None: no fused kernel runs.
+        on_gpu: Whether it is a GPU.
+        wish: As FD_KERNELS; "auto": what runs if that is not set.
+    """
+
+    capability: tuple[int, int] | None
+    on_gpu: bool = True
+    wish: str = "auto"
+
+
+_stood_for: Device | None = None
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """Within it the meta device runs what that device would run, whatever this machine has."""
+    global _stood_for
+    before, _stood_for = _stood_for, device
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def stood_for() -> Device | None:
+    """Returns the device for which the meta device stands in; None outside of `standing_in`."""
+    return _stood_for
 
 
 def register(
@@ -87,13 +121,23 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
     Raises: ConfigError: if the requested implementation cannot run on this device.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return _implementation(op, device_type, wished(), interpreted, tuple(sorted(case.items())))
+    device = _stood_for if device_type == "meta" else None
+    wish = device.wish if device else wished()
+    return _implementation(op, device_type, wish, interpreted, device, tuple(sorted(case.items())))
 
 
 @lru_cache(maxsize=4096)
 def _implementation(
-    op: str, device_type: str, wish: str, interpreted: bool, case: tuple[tuple[str, Any], ...]
+    op: str,
+    device_type: str,
+    wish: str,
+    interpreted: bool,
+    device: Device | None,
+    case: tuple[tuple[str, Any], ...],
 ) -> Implementation:
+    if device is not None:
+        runs = wish in ("auto", "triton") and device.capability in CAPABILITIES
+        return "triton" if runs and not _operations[op].untested(**dict(case)) else "reference"
     choice, why = _choose(op, device_type, wish, interpreted, dict(case))
     if device_type != "meta":
         _say(op, device_type, choice, why)
@@ -147,8 +191,8 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
             # By its capability an MI200 could not be told from an H100: both say (9, 0).
             return "an AMD GPU, where the kernels were never tried (docs/amd.md)"
         capability = torch.cuda.get_device_capability()
-        if capability not in _CAPABILITIES:
-            return f"compute capability {capability}, expected one of {_CAPABILITIES}"
+        if capability not in CAPABILITIES:
+            return f"compute capability {capability}, expected one of {CAPABILITIES}"
         return ""
     if device_type == "cpu":
         return "" if interpreted else "device cpu, expected cuda or TRITON_INTERPRET=1"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
@@ -285,3 +286,38 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | 
 
 
 _window_attention.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _product_flops(qkv: Any, window: tuple[int, int], height: int, width: int) -> int:
+    """FLOPs of one of the products of attention: that of queries and keys, say."""
+    batch, tokens, channels = qkv
+    if window == (height, width):
+        pairs = tokens * tokens
+    else:
+        rows, columns = -(-height // window[0]), -(-width // window[1])
+        pairs = rows * columns * (window[0] * window[1]) ** 2
+    return 2 * batch * pairs * (channels // 3)
+
+
+@register_flop_formula(torch.ops.fd_large.window_attention)
+def _forward_flops(
+    qkv: Any,
+    bias: Any,
+    table: Any,
+    scale: Any,
+    num_heads: int,
+    height: int,
+    width: int,
+    window_height: int,
+    window_width: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * _product_flops(qkv, (window_height, window_width), height, width)
+
+
+@register_flop_formula(torch.ops.fd_large.window_attention_backward)
+def _backward_flops(dout: Any, *arguments: Any, **named: Any) -> int:
+    # Four products, and the logits made again.
+    qkv, bias, table, scale, _, _, *geometry = arguments
+    return 5 * _forward_flops(qkv, bias, table, scale, *geometry) // 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.backbones.feature_map import FeatureMap
@@ -188,6 +188,11 @@ class DistillationJob(Job):
     def make_task(self) -> Distillation:
         """Constructs student, projection and loss around the run's teacher."""
         return self.task_around(self.teacher)
+
+    def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
+        """Constructs the task around a teacher of its own."""
+        teacher = self.make_teacher()
+        return self.task_around(teacher), (teacher,)
 
     def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
         """Constructs student, projection and loss around a teacher."""

@@ -1,0 +1,172 @@
+"""What a step of a task computes, moves, starts and keeps: counts as data, for any micro-batch.
+
+`engine/count.py` counts the real task at two sizes. Everything is a straight line in the images of
+a micro-batch, but for the peak of memory, which is the highest of several lines.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Phase = Literal["inference", "forward", "backward"]
+"""Frozen models; forward of the trained ones; their backward, with what it computes again."""
+
+
+class Line(NamedTuple):
+    """A number that grows with the images: `fixed` + `each` a image."""
+
+    fixed: float
+    each: float
+
+    def at(self, images: int) -> int:
+        """Returns the number for a micro-batch."""
+        return int(self.fixed + self.each * images)
+
+    def __add__(self, other: Line) -> Line:  # type: ignore[override]
+        return Line(self.fixed + other.fixed, self.each + other.each)
+
+
+NOTHING = Line(0, 0)
+
+
+class Product(NamedTuple):
+    """Equal operations with matrix products.
+
+    Attributes:
+        phase: Where they run.
+        again: Whether they compute again what forward has computed.
+        times: How many they are.
+        flops: FLOPs of one.
+        moved: Bytes that one reads and writes.
+    """
+
+    phase: str
+    again: bool
+    times: int
+    flops: Line
+    moved: Line
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one micro-batch on one rank.
+
+    Attributes:
+        model: What the run needs, the numerator of MFU: forward and backward of what is trained,
+            forward of frozen models.
+        hardware: What is computed, recomputation included.
+    """
+
+    model: int
+    hardware: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """A micro-batch of a task, as one kind of device runs it.
+
+    Attributes:
+        products: Operations with matrix products, equal ones together.
+        again: FLOPs among them that are computed again, beside the products of which this is said:
+            attention's logits inside a fused backward.
+        moved: Bytes that everything else reads and writes, by phase.
+        calls: Calls that Python makes, views included, by phase.
+        modules: Forwards of modules, by phase.
+        kept: Bytes that live between forward and backward, the batch among them.
+        peak: Bytes at the most, gradients of parameters left out: the highest of these lines.
+        student: (elements, how many) of the trained tensors.
+        frozen: (elements, how many) of the tensors of frozen models.
+        images: The only micro-batch that these hold for; 0: they hold for all.
+    """
+
+    products: tuple[Product, ...]
+    again: Line
+    moved: Mapping[str, Line]
+    calls: Mapping[str, int]
+    modules: Mapping[str, int]
+    kept: Line
+    peak: tuple[Line, ...]
+    student: tuple[tuple[int, int], ...]
+    frozen: tuple[tuple[int, int], ...] = ()
+    images: int = 0
+
+    def flops(self, phase: Phase, images: int) -> int:
+        """Returns the FLOPs of a phase, without what is computed again."""
+        own = [p for p in self.products if p.phase == phase and not p.again]
+        total = sum(p.times * p.flops.at(images) for p in own)
+        return total - (self.again.at(images) if phase == "backward" else 0)
+
+    def step_flops(self, images: int) -> StepFlops:
+        """Returns the FLOPs of a micro-batch."""
+        return StepFlops(
+            model=sum(self.flops(phase, images) for phase in ("inference", "forward", "backward")),
+            hardware=sum(p.times * p.flops.at(images) for p in self.products),
+        )
+
+    def peak_at(self, images: int) -> int:
+        """Returns the most bytes that live at once, beside parameters and their gradients."""
+        return max(line.at(images) for line in self.peak)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Returns what JSON can hold."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_plain(cls, given: Mapping[str, Any]) -> Counts:
+        """Returns the counts that `to_plain` gave."""
+        return cls(
+            products=tuple(
+                Product(phase, again, times, Line(*flops), Line(*moved))
+                for phase, again, times, flops, moved in given["products"]
+            ),
+            again=Line(*given["again"]),
+            moved={phase: Line(*line) for phase, line in given["moved"].items()},
+            calls=given["calls"],
+            modules=given["modules"],
+            kept=Line(*given["kept"]),
+            peak=tuple(Line(*line) for line in given["peak"]),
+            student=tuple((size, count) for size, count in given["student"]),
+            frozen=tuple((size, count) for size, count in given["frozen"]),
+            images=given["images"],
+        )
+
+
+def sizes(tensors: Iterable[tuple[int, int]]) -> list[int]:
+    """Returns the elements of each tensor, from (elements, how many)."""
+    return [size for size, count in tensors for _ in range(count)]
+
+
+def grouped(tensors: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Returns (elements, how many) from the elements of each tensor."""
+    return tuple(sorted(Counter(tensors).items()))
+
+
+def through(first: int, second: int, at: tuple[int, int]) -> Line:
+    """Returns the line through two numbers, counted at two micro-batches."""
+    each = (second - first) / (at[1] - at[0])
+    if each == int(each):
+        each = int(each)
+    return Line(first - each * at[0], each)
+
+
+def highest(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """Returns the lines that are the highest at some micro-batch of one image or more."""
+    best: dict[float, float] = {}
+    for fixed, each in lines:
+        best[each] = max(fixed, best.get(each, fixed))
+    hull: list[Line] = []
+    for each, fixed in sorted(best.items()):
+        line = Line(fixed, each)
+        while hull and hull[-1].fixed + hull[-1].each <= fixed + each:
+            hull.pop()  # Lower at one image already, and less steep.
+        while len(hull) > 1 and _meet(hull[-2], line) <= _meet(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(line)
+    return tuple(hull)
+
+
+def _meet(a: Line, b: Line) -> float:
+    """Images at which the steeper line b reaches a."""
+    return (a.fixed - b.fixed) / (b.each - a.each)

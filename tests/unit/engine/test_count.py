@@ -1,0 +1,206 @@
+"""A step is counted on the real task: by hand, against torch's counter, and published figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fd_large.backbones.registry import build
+from fd_large.engine.count import Recorder, count, run_on_shapes
+from fd_large.kernels.choose import Device, standing_in
+from fd_large.plan.counts import Counts, Line
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
+from fd_large.recipes.sections import Student
+from fd_large.tasks.jobs import job_of
+
+H100, L40S, CPU = Device((9, 0)), Device((8, 9)), Device(None, on_gpu=False)
+
+
+def counted(run, device, *, bfloat16=True, **options):
+    return count(job_of(run), device, bfloat16=bfloat16, frozen_bfloat16=bfloat16, **options)
+
+
+def test_a_linear_layer_by_hand():
+    layer = nn.Linear(32, 48, device="meta")
+    x = torch.empty(16, 32, device="meta", requires_grad=True)
+    recorder = Recorder([layer])
+    with recorder:
+        y = layer(x).relu()
+        recorder.phase = "backward"
+        y.backward(torch.empty_like(y))
+    found = {(o.phase, o.name): o for o in recorder.operations}
+    product, weight, inputs, outputs = 2 * 16 * 32 * 48, 4 * 32 * 48, 4 * 16 * 32, 4 * 16 * 48
+    forward = found["forward", "addmm"]
+    assert forward.flops == product
+    assert (forward.read, forward.written) == (weight + 4 * 48 + inputs, outputs)
+    backward = [o for o in recorder.operations if o.name == "mm"]
+    assert [o.flops for o in backward] == [product, product]
+    assert sum(o.read + o.written for o in backward) == 2 * (weight + inputs + outputs)
+    bias = found["backward", "sum"]
+    assert bias.read + bias.written == outputs + 4 * 48
+    relu = found["forward", "relu"]
+    assert relu.read + relu.written == 2 * outputs
+
+
+def test_a_convolution_in_groups_counts_its_own_channels():
+    layer = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False, device="meta")
+    recorder = Recorder([layer])
+    with recorder:
+        y = layer(torch.empty(2, 8, 5, 5, device="meta", requires_grad=True))
+        recorder.phase = "backward"
+        y.sum().backward()
+    forward, backward = (o.flops for o in recorder.operations if o.flops)
+    assert forward == 2 * y.numel() * 2 * 9
+    assert backward == 2 * forward
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "gflop"),
+    [(192, 12, 743.02), (224, 14, 1015.91), (256, 16, 1333.79), (384, 24, 3083.46)],
+)
+def test_published_flops_of_giant(size, window, gflop):
+    model = Architecture(window_size=window, extra_norm_every=0)
+    assert forward_flops("swinv2_giant", model, size) / 1e9 == pytest.approx(gflop, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),
+    [("tiny", 7.04), ("small", 13.63), ("base", 23.71), ("large", 52.20), ("huge", 171.98)],
+)
+def test_published_flops_of_the_family_at_192(name, gflop):
+    model = Architecture(window_size=12)
+    assert forward_flops(f"swinv2_{name}", model, 192) / 1e9 == pytest.approx(gflop, abs=0.01)
+
+
+def forward_flops(name, model, size):
+    with standing_in(H100), torch.device("meta"):
+        net = build(resolve(name, model)).to(torch.bfloat16)
+        recorder = Recorder([net])
+        with recorder, torch.no_grad():
+            net(torch.empty(1, 3, size, size, dtype=torch.bfloat16))
+    return sum(o.flops for o in recorder.operations)
+
+
+@pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.family != "timm"])
+def test_fused_kernels_compute_what_torch_counts_on_the_reference(name):
+    found = {}
+    for device in (H100, CPU):
+        with standing_in(device), torch.device("meta"):
+            model = resolve(name)
+            net = build(model, attention_memory="keep").to(torch.bfloat16)
+            images = torch.empty(2, 3, model.image_size, model.image_size, dtype=torch.bfloat16)
+            with FlopCounterMode(display=False) as mode:
+                net(images).tokens.sum()
+        found[device] = mode.get_total_flops()
+    assert found[H100] == found[CPU] > 0
+
+
+def small(name, **model):
+    run = registry.get(name)
+    student, teacher = (
+        replace(part, architecture=replace(part.architecture, **model))
+        for part in (run.student, run.teacher)
+    )
+    return replace(run, student=student, teacher=teacher)
+
+
+SWIN = {"embed_dim": 32, "depths": (2, 2, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": 6}
+SMALL = {
+    "swinv2": small("fd_swinv2_base", **SWIN),
+    "vit": small("fd_clip_vit_base", embed_dim=64, depths=(3,), num_heads=(2,)),
+    "swinv2 and swin": small("fd_esvit_swin_base", **(SWIN | {"window_size": 7})),
+    "quickstart": registry.get("quickstart"),
+    "timm": replace(
+        registry.get("quickstart"),
+        student=Student(model="timm:convnextv2_atto"),
+        objective=replace(registry.get("quickstart").objective, interpolation="bilinear"),
+    ),
+}
+
+
+@pytest.mark.parametrize("device", [H100, L40S, CPU], ids=["fused", "reference", "cpu"])
+@pytest.mark.parametrize("name", SMALL)
+def test_two_counts_give_every_batch(name, device):
+    run, bfloat16 = SMALL[name], device.on_gpu
+    for wrapped, counts in counted(run, device, bfloat16=bfloat16).items():
+        assert counts.images == 0
+        for batch in (8, 32):
+            with standing_in(device), torch.device("meta"):
+                alone = one(run, device, bfloat16, wrapped, batch)
+            operations = alone.recorder.operations
+            flops = sum(o.flops for o in operations)
+            assert counts.step_flops(batch).hardware == flops
+            beside = sum(o.read + o.written for o in operations if not o.flops)
+            assert sum(line.at(batch) for line in counts.moved.values()) == beside
+            within = sum(o.read + o.written for o in operations if o.flops)
+            assert sum(p.times * p.moved.at(batch) for p in counts.products) == within
+            assert counts.calls == alone.recorder.calls
+            assert counts.kept.at(batch) == alone.kept
+            assert counts.peak_at(batch) == max(alone.recorder.trail)
+
+
+def one(run, device, bfloat16, wrapped, batch):
+    from fd_large.engine.block_wrappers import checkpoint_blocks
+    from fd_large.engine.zero.partition import to_bfloat16
+
+    job = job_of(run)
+    task, frozen = job.models_on_shapes()
+    if bfloat16:
+        for model in (task, *frozen):
+            to_bfloat16(model)
+    mode = "every" if wrapped else "off"
+    checkpoint_blocks(task.student.blocks(), mode=mode, every=run.student.checkpoint_every)
+    with torch.no_grad():  # A frozen model keeps its tables from then on.
+        task.shapes_only(job.probe_batch(batch))
+    recorder = Recorder((task, *frozen))
+    return run_on_shapes(task, frozen, job.probe_batch(batch), recorder, on_gpu=device.on_gpu)
+
+
+@pytest.mark.parametrize("name", ["swinv2", "vit"])
+def test_what_is_computed_again_is_no_part_of_the_model(name):
+    run = SMALL[name]
+    kept, reference, fused = (
+        counted(run, device, bfloat16=device.on_gpu) for device in (CPU, L40S, H100)
+    )
+    plain = kept[False].step_flops(4)
+    assert plain.model == plain.hardware, "maps are kept, and nothing is computed again"
+    forward = kept[False].flops("forward", 4)
+    for counts in (kept, reference, fused):
+        for wrapped, each in counts.items():
+            assert each.step_flops(4).model == pytest.approx(plain.model, rel=1e-9)
+            if wrapped:
+                again = each.step_flops(4).hardware - counts[False].step_flops(4).hardware
+                assert again == pytest.approx(forward, rel=0.2)
+    logits = fused[False].step_flops(4).hardware - plain.model
+    assert 0 < logits < 0.2 * forward
+
+
+def test_the_planned_card_decides_the_kernels():
+    fused, reference = (
+        counted(SMALL["vit"], d, checkpointing=[False])[False] for d in (H100, L40S)
+    )
+    assert reference.moved["forward"].each > 2 * fused.moved["forward"].each
+    asked = Device((9, 0), wish="reference")
+    assert counted(SMALL["vit"], asked, checkpointing=[False])[False] == reference
+
+
+def test_sequential_attention_is_counted_at_the_asked_batch():
+    run = registry.get("coco_mask_rcnn_swinv2_tiny")
+    detection = replace(run.task.detection, sequential_stages=2)
+    run = replace(run, task=replace(run.task, detection=detection))
+    counts = counted(run, L40S, checkpointing=[False], micro_batch_size=1)[False]
+    assert counts.images == 1
+    assert counts.kept.each == 0 < counts.kept.at(1)
+
+
+def test_counts_survive_json():
+    import json
+
+    counts = counted(SMALL["vit"], H100)[True]
+    assert Counts.from_plain(json.loads(json.dumps(counts.to_plain()))) == counts
+    assert counts.moved["forward"] == Line(*counts.moved["forward"])
