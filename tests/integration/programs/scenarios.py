@@ -110,7 +110,11 @@ def plain_task(run: Run) -> Task:
         return make()
 
     teacher = seeded(DistillationJob(run).make_teacher, run.runtime.seed + 1)
-    return seeded(lambda: DistillationJob(run).task_around(teacher), run.runtime.seed)
+    task = seeded(lambda: DistillationJob(run).task_around(teacher), run.runtime.seed)
+    if run.student.init:
+        initial = DistillationJob(run).initial_weights()
+        partition.load_weights(task.student, initial, where="--student.init")
+    return task
 
 
 def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
@@ -157,7 +161,7 @@ def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, DistillationJo
     )
     config = ds.fill({"zero_optimization": zero}, numbers)
     job.build(bfloat16=bfloat16, node_size=node_size, persistence_threshold=0)
-    return engine_of(run, job.make_task, config), job
+    return engine_of(run, job.make_task, config, initial=job.initial_weights()), job
 
 
 def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
