@@ -22,6 +22,7 @@ def store_tensors(
     stage: int = 3,
     recipe: dict[str, Any] | None = None,
     ema: dict[str, torch.Tensor] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint of float32 masters, and averages, as so many ranks at that stage do."""
     layout = layout_of({name: t.numel() for name, t in tensors.items()}, ranks, stage)
@@ -50,6 +51,7 @@ def store_tensors(
         "recipe": recipe or {},
         "layout": layout.to_dict(),
         "ema": ema is not None,
+        **(facts or {}),
     }
     return store.commit(part, manifest)
 

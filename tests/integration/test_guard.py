@@ -18,7 +18,6 @@ from pictures import write_pictures
 
 from fd_large.cli import replay
 from fd_large.engine.replay import find_weights, read_incident, run_again
-from fd_large.errors import ConfigError, FDError
 from fd_large.tasks.jobs import job_of
 
 PROGRAM = ROOT / "tests/integration/programs/guarded.py"
@@ -184,24 +183,6 @@ def test_replay_reproduces_the_recorded_losses(
     assert "gradient: projection is the first layer that is not finite" in said
 
 
-def test_replay_says_how_far_its_weights_are_from_the_step(zero3: Path, tmp_path: Path) -> None:
-    shutil.copytree(zero3 / "run", tmp_path / "run")
-    spike = read_incident(incident(tmp_path, 8), job_of)
-    checkpoints = tmp_path / "run/checkpoints"
-    with (checkpoints / "step_00000008/rank_00001.safetensors").open("r+b") as file:
-        file.truncate(100)
-    # Damaged, so the one before it; of the three steps between them, one was skipped.
-    assert find_weights(spike)[1:] == (5, 2)
-    # Update 10 was undone, by a roll-back to 8 steps; what was skipped moved nothing.
-    later = read_incident(incident(tmp_path, 13), job_of)
-    assert find_weights(later)[1:] == (12, 1)
-    (checkpoints / "step_00000012").rename(tmp_path / "aside")
-    assert find_weights(later)[1:] == (5, 3)
-    (tmp_path / "aside").rename(checkpoints / "step_00000012")
-    shutil.rmtree(checkpoints / "step_00000005")
-    assert find_weights(spike)[1:] == (12, None)
-
-
 def test_a_resume_counts_the_roll_backs_before_it(
     zero3: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -215,52 +196,3 @@ def test_a_resume_counts_the_roll_backs_before_it(
     log = (tmp_path / "zero3/run/logs/rank_00000.log").read_text()
     assert "(roll-back 2 of 2)" in log
     assert read(tmp_path / "zero3/run/summary.json")["status"] == "done"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda run, at: shutil.rmtree(at), "no incident; got no such file"),
-        (lambda run, at: (at / "incident.json").write_text("{"), "cannot be read"),
-        (lambda run, at: (at / "incident.json").write_text("{}"), "damaged; got KeyError"),
-        (lambda run, at: (at / "rank_00001.safetensors").unlink(), "its images are gone"),
-        (lambda run, at: (at / "rank_00001.safetensors").write_text("x"), "damaged"),
-        (lambda run, at: (run / "recipe.json").unlink(), "outside of its run"),
-        (lambda run, at: shutil.rmtree(run / "checkpoints"), "no sound checkpoint; got none"),
-        (lambda run, at: _name_teacher(run, "/no/such/file.pt"), "no such file"),
-    ],
-)
-def test_what_cannot_be_replayed_is_told_in_a_sentence(
-    spoil: Any, said: str, zero3: Path, tmp_path: Path
-) -> None:
-    run = shutil.copytree(zero3 / "run", tmp_path / "run")
-    spoil(run, run / "incidents/update_00000007")
-    with pytest.raises(FDError) as caught:
-        replay.main([str(run / "incidents/update_00000007")])
-    assert said in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["index", "off", "layers", "epoch", "world_size", "micro_batch_size", "grad_norm"]
-)
-@pytest.mark.parametrize(
-    "damage",
-    [lambda said, name: said.pop(name), lambda said, name: said.update({name: ""})],
-    ids=["missing", "of another type"],
-)
-def test_a_damaged_incident_is_told_when_it_is_read(
-    damage: Any, name: str, zero3: Path, tmp_path: Path
-) -> None:
-    run = shutil.copytree(zero3 / "run", tmp_path / "run", ignore=lambda *_: ["checkpoints"])
-    file = run / "incidents/update_00000007/incident.json"
-    said = read(file)
-    damage(said, name)
-    file.write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match=f"damaged; got (KeyError|TypeError) '?{name}"):
-        read_incident(file, job_of)
-
-
-def _name_teacher(run: Path, source: str) -> None:
-    recipe = read(run / "recipe.json")
-    recipe["teacher"]["source"] = source
-    (run / "recipe.json").write_text(json.dumps(recipe))

@@ -1,4 +1,4 @@
-"""A small run's setting, and steps of it; libraries that may not be there."""
+"""A small run's setting, and steps of it; tiny models on disk; libraries that may not be there."""
 
 import pytest
 
@@ -49,3 +49,25 @@ def run_updates():
 @pytest.fixture(scope="session")
 def transformers():
     return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def vit_weights(tmp_path):
+    """The folder of a ViT with CLS in this project's format."""
+    import tiny_runs  # Not for all tests: it imports DeepSpeed.
+
+    return tiny_runs.vit_file(tmp_path)
+
+
+@pytest.fixture
+def distillation(tmp_path):
+    """A run's folder, its recipe with a random teacher, and the task whose averages it stores."""
+    import tiny_runs
+
+    folder, run = tmp_path / "runs" / "tiny", tiny_runs.tiny_run()
+    task, worse = tiny_runs.tiny_task(run), tiny_runs.tiny_task(run)
+    for parameter in worse.parameters():
+        parameter.data += 1
+    ema = {name: p.detach() for name, p in task.named_parameters()}
+    tiny_runs.store_task(folder, run, worse, ema=ema)
+    return folder, run, task

@@ -1,0 +1,181 @@
+"""A refused step is run again: on which weights, to which numbers, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny_runs
+import torch
+
+from fd_large.checkpoint import store
+from fd_large.data.loader import Batch
+from fd_large.engine.forward_backward import prepared
+from fd_large.engine.replay import find_weights, read_incident, run_again
+from fd_large.errors import CheckpointError, ConfigError, FDError
+from fd_large.recipes import registry
+from fd_large.tasks.jobs import job_of
+
+IMAGES = torch.randint(
+    0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+STEP = 9
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run's folder with checkpoints of 3, 5, 8 and 12 steps, its task, and refused steps."""
+    run = tiny_runs.tiny_run()
+    run = replace(run, student=replace(run.student, drop_path_rate=0.5))
+    task = tiny_runs.tiny_task(run)
+    for update in (3, 5, 8, 12):
+        tiny_runs.store_task(tmp_path, run, task, update=update)
+    file = tiny_runs.store_incident(tmp_path, STEP, IMAGES, [0.5, 0.25])
+    return tmp_path, run, task, file
+
+
+def expected_numbers(run, task):
+    """Losses of the two micro batches, and the norm of their mean's gradient, in plain torch."""
+    positions = torch.arange(4) + 40
+    task.train()
+    losses = []
+    for part in (slice(0, 2), slice(2, 4)):
+        batch = Batch(IMAGES[part], 2, positions[part], positions[part])
+        losses.append(task(**prepared(task, batch, run.runtime.seed))[0])
+    (sum(losses) / 2).backward()
+    norms = [p.grad.norm() for p in task.parameters() if p.grad is not None]
+    return [loss.item() for loss in losses], torch.stack(norms).norm().item()
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "every"])
+def test_the_numbers_are_those_of_the_step(made, checkpointing):
+    folder, run, task, file = made
+    student = replace(run.student, activation_checkpointing=checkpointing)
+    recipe = replace(run, student=student).to_dict()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    incident = read_incident(file, job_of)
+    assert [image.losses for image in incident.images] == [[0.5, 0.25]]
+    replayed = run_again(incident, find_weights(incident))
+    losses, norm = expected_numbers(run, task)
+    assert replayed.losses == {0: pytest.approx(losses, rel=1e-6)}
+    assert replayed.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert list(replayed.forward)[-1] == "projection"
+    # The teacher has no gradient, and a first layer with none at its input has one at its output.
+    trained = [name for name in replayed.forward if not name.startswith("teacher.")]
+    assert len(trained) < len(replayed.forward)
+    assert replayed.gradient.keys() == set(trained)
+    assert all(math.isfinite(value) for value in replayed.gradient.values())
+
+
+def test_another_teacher_is_told(made):
+    folder, run, task, file = made
+    incident = read_incident(file, job_of)
+    weights = find_weights(incident)
+    assert "hash" in run_again(incident, weights).other_training
+    own = incident.job.facts()
+    tiny_runs.store_task(folder, run, task, update=STEP, facts=own)
+    assert run_again(incident, find_weights(incident)).other_training == ""
+
+
+def test_bfloat16_rounds_as_the_run_did(made):
+    folder, _, _, file = made
+    exact = run_again(incident := read_incident(file, job_of), find_weights(incident))
+    (folder / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
+    low = run_again(incident := read_incident(file, job_of), find_weights(incident))
+    assert low.losses[0] != exact.losses[0]
+    assert low.losses[0] == pytest.approx(exact.losses[0], rel=0.05)
+
+
+def rows(folder, updates, skipped=()):
+    lines = [json.dumps({"update": i, "skipped": i in skipped}) + "\n" for i in updates]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("gone", "skipped", "taken_back", "found"),
+    [
+        ([], (), {}, (8, 1)),
+        ([], (8,), {}, (8, 0)),
+        ([8], (7,), {}, (5, 3)),
+        ([8, 5], (3, 4), {}, (3, 4)),
+        # Steps 6 to 8 were undone: the weights of the step are those after 5, and step 9 came.
+        ([], (), {7: 5}, (8, 1)),
+        ([8], (), {7: 5}, (5, 1)),
+        ([3, 5, 8], (), {}, (12, None)),
+    ],
+)
+def test_weights_from_before_the_step(made, gone, skipped, taken_back, found):
+    folder, _, _, file = made
+    rows(folder, range(STEP + 3), skipped)
+    for index, restored in taken_back.items():
+        at = folder / "incidents" / f"update_{index + 1:08d}"
+        at.mkdir()
+        (at / "incident.json").write_text(json.dumps({"restored": restored}))
+    for update in gone:
+        shutil.rmtree(store.checkpoints_of(folder) / store.name_of(update))
+    assert find_weights(read_incident(file, job_of))[1:] == found
+
+
+def test_a_damaged_checkpoint_is_passed_over(made, caplog):
+    folder, _, _, file = made
+    rows(folder, range(STEP))
+    part = store.checkpoints_of(folder) / store.name_of(8) / store.file_of(1)
+    part.write_bytes(part.read_bytes()[:-1])
+    incident = read_incident(file.parent, job_of)
+    assert find_weights(incident)[1:] == (5, 4)
+    assert "step_00000008: rank_00001" in caplog.text
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match="no sound checkpoint; got none"):
+        find_weights(incident)
+
+
+def no_teacher(folder):
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["teacher"]["source"] = "/no/such/file.pt"
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder, at: shutil.rmtree(at), "no incident"),
+        (lambda folder, at: (at / "incident.json").write_text("{"), r"incident\.json: cannot be"),
+        (lambda folder, at: (at / "incident.json").write_text("[]"), r"incident\.json: cannot be"),
+        (lambda folder, at: (at / "rank_00000.safetensors").unlink(), "images are gone"),
+        (lambda folder, at: (at / "rank_00000.safetensors").write_text("x"), "damaged"),
+        (lambda folder, at: (folder / "recipe.json").unlink(), "outside of its run"),
+        (lambda folder, at: (folder / "deepspeed.json").unlink(), r"deepspeed\.json"),
+        (lambda folder, at: no_teacher(folder), "/no/such/file.pt"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_sentence(made, spoil, said):
+    folder, _, _, file = made
+    spoil(folder, file.parent)
+    with pytest.raises(FDError, match=said):
+        run_again(incident := read_incident(file.parent, job_of), find_weights(incident))
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "off", "layers", "epoch", "world_size", "micro_batch_size", "grad_norm"]
+)
+@pytest.mark.parametrize("value", [None, ""], ids=["missing", "of another type"])
+def test_a_damaged_incident_is_told_when_it_is_read(made, name, value):
+    file = made[-1]
+    said = json.loads(file.read_text())
+    said |= {name: value}
+    if value is None:
+        del said[name]
+    file.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=f"damaged; got (KeyError|TypeError) '?{name}"):
+        read_incident(file, job_of)
+
+
+def test_a_task_with_targets_is_refused(made):
+    folder, _, _, file = made
+    recipe = registry.get("finetune_clip_vit_base").to_dict()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ConfigError, match="the task finetune"):
+        read_incident(file, job_of)
