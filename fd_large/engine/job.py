@@ -6,7 +6,7 @@ The engine builds, trains, stores and resumes any task through this face and kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,7 +29,7 @@ from fd_large.errors import ConfigError
 from fd_large.plan.flops import StepFlops
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import FrozenModel
+from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
 from fd_large.weights.settle import settle_student
 from fd_large.weights.source import Sources
@@ -306,6 +306,50 @@ class Job:
             f"evaluate: the task {self.run.task.name} does not score a run by itself; got "
             f"{self.run.name}, expected a run of a task that does. Set --task knn."
         )
+
+    @staticmethod
+    def recipe_for(architecture: FamilyArchitecture, source: str) -> str:
+        """Returns the name of the recipe by which a model is trained where the user names none.
+
+        Args:
+            architecture: The model's.
+            source: The user's name for it, for messages.
+
+        Raises: ConfigError: if the task does not train such models.
+        """
+        raise NotImplementedError
+
+    def starting_from(
+        self,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns the recipe with a named model in the student's place.
+
+        Args:
+            model: The model and its weights, settled.
+            image_size: Side of its images, in pixels.
+            trained_as: The student's section in the run that trained the model; None: it is not a
+                run's student.
+            fields: Fields of the student that the user set in the recipe.
+
+        Raises: ConfigError: if the user set a field that the named model decides.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def compared(summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Returns what `evaluate` compares of a finished run.
+
+        Args:
+            summary: Content of its summary.json.
+
+        Returns: the accuracy in per cent, and more about it.
+        """
+        raise NotImplementedError
 
     def predict(
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float

@@ -17,15 +17,30 @@ class TaskKind:
         folder: Its folder in `tasks/`; empty for a task of the user's own.
         job: Name of its class in the folder's `job.py`; the class itself for a task of the user's
             own.
+        title: Words for it in tables and plots; empty: its name.
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that are read by this task and not by all.
-        evaluated_by: The test that `evaluate RUN` makes unless another is named: knn, linear or
-            finetune; the task's own name if its job scores a stored run (`Job.score_stored`).
+        frozen: Names of those sections that describe a model which the task uses and does not
+            train (`Job.frozen_models`).
+        may_change: Fields of its own, section.field, that a resume may change: they do not change
+            the result.
+        scores_runs: Whether its job scores a stored run (`Job.score_stored`); `evaluate RUN` then
+            does that unless another test is named.
+        trains_models: Whether `evaluate` trains named models by it (`Job.recipe_for`,
+            `Job.starting_from`, `Job.compared`).
+        scored_files: Flags of `evaluate` that name files of results which are scored without a
+            model: a dataclass whose flags are empty texts by default. The function `score_files` of
+            the folder's `score_files.py` takes it.
     """
 
     name: str
     folder: str = ""
     job: str | Callable[[Any], Any]
+    title: str = ""
     section: type | None = None
     sections: tuple[str, ...] = ()
-    evaluated_by: str = "knn"
+    frozen: tuple[str, ...] = ()
+    may_change: tuple[str, ...] = ()
+    scores_runs: bool = False
+    trains_models: bool = False
+    scored_files: type | None = None

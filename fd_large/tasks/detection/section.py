@@ -81,10 +81,24 @@ class Detection:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoredFiles:
+    """Flags of `evaluate` that score a file of detections."""
+
+    # File in COCO's results format that is scored without a model, with --annotations and --json.
+    detections: str = ""
+    # COCO's ground truth for --detections.
+    annotations: str = ""
+    # File for the scores of --detections; empty: they are not written.
+    json: str = ""
+
+
 KIND = TaskKind(
     name="detection",
     folder="detection",
     job="DetectionJob",
+    title="Detection",
     section=Detection,
-    evaluated_by="detection",
+    scores_runs=True,
+    scored_files=ScoredFiles,
 )

@@ -58,5 +58,8 @@ KIND = TaskKind(
     name="distillation",
     folder="distillation",
     job="DistillationJob",
+    title="Distillation",
     sections=("teacher", "objective"),
+    frozen=("teacher",),
+    may_change=("teacher.placement",),
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.plan import flops
 from fd_large.plan.flops import StepFlops
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import FrozenModel, Student
+from fd_large.tasks.finetuning.named_model import named_student, recipe_name
 from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
 from fd_large.weights.source import Sources
@@ -174,6 +176,35 @@ class FineTuningJob(Job):
         architecture = trained_at(self.run)
         absent = {} if architecture.is_hierarchical else {"norm.weight": 1.0, "norm.bias": 0.0}
         return StoredStudent(architecture, absent, self.statistics())
+
+    recipe_for = staticmethod(recipe_name)
+
+    def starting_from(
+        self,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns the recipe with a named model, and its statistics, in the student's place."""
+        run, own = self.run, self.run.task.finetune
+        student = named_student(
+            model, run.student, image_size=image_size, trained_as=trained_as, fields=fields
+        )
+        if not own.statistics and student.init:
+            own = replace(own, statistics=model.statistics)
+        return replace(
+            run,
+            student=student,
+            task=replace(run.task, finetune=own),
+            data=replace(run.data, image_size=image_size),
+        )
+
+    @staticmethod
+    def compared(summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Returns the accuracy and the loss on the test images."""
+        return summary["test_top1"], {"test_loss": summary["test_loss"]}
 
     def statistics(self) -> Statistics:
         """Returns the statistics by which images are normalised; ImageNet's for random weights."""

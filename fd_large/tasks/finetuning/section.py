@@ -60,6 +60,7 @@ KIND = TaskKind(
     name="finetune",
     folder="finetuning",
     job="FineTuningJob",
+    title="Fine-tuning",
     section=FineTune,
-    evaluated_by="finetune",
+    trains_models=True,
 )

@@ -1,0 +1,37 @@
+"""Files in COCO's results format, scored without a model and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fd_large.atomic_files import write_json
+from fd_large.errors import ConfigError
+from fd_large.tasks.detection.scores.results import read_results
+from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
+from fd_large.tasks.detection.section import ScoredFiles
+
+
+def score_files(files: ScoredFiles) -> tuple[Sequence[Any], Sequence[Path]]:
+    """Scores a file of results.
+
+    Returns: tables for the terminal, and the files that were written.
+    Raises: FDError: if a file is missing or cannot be scored or written.
+    """
+    if not (files.detections and files.annotations):
+        raise ConfigError(
+            "--detections: scored against --annotations; got one of the two, expected both. Name "
+            "both files."
+        )
+    if files.json and not Path(files.json).resolve().parent.is_dir():
+        raise ConfigError(
+            f"--json: no folder to write into; got {files.json!r}, expected a file in a folder "
+            "that exists. Make the folder, or choose another."
+        )
+    scores = score(read_ground_truth(files.annotations), read_results(files.detections))
+    written = [Path(files.json)] if files.json else []
+    for path in written:
+        write_json(path, scores.to_dict())
+    return (numbers_table(scores), classes_table(scores)), written
