@@ -62,7 +62,7 @@ def load_model(source: str) -> LoadedModel:
     Raises: FDError: if it cannot be loaded.
     """
     named = find_model(source, job_of)
-    job = job_of(named.trained_by) if named.trained_by else None
+    job = named.trained_by
     if job is None or not job.learns_from_images_alone or named.section.source == RANDOM:
         return _alone(named)
     try:

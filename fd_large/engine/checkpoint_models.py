@@ -12,11 +12,10 @@ from torch import Tensor
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
-from fd_large.engine.job import Job
+from fd_large.engine.job import JobOf
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.recipes.run import Run
 from fd_large.weights.read import Tensors
 from fd_large.weights.source import Sources, Stored
 
@@ -46,7 +45,7 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     return task
 
 
-def sources_of(job_of: Callable[[Run], Job]) -> Sources:
+def sources_of(job_of: JobOf) -> Sources:
     """Returns sources of weights that include the folders of runs.
 
     Args:
@@ -55,7 +54,7 @@ def sources_of(job_of: Callable[[Run], Job]) -> Sources:
     return Sources(lambda path, where: student_of(path, where, job_of))
 
 
-def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored | None:
+def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
     Checks every file against its receipt, once per process. Not a collective: if that run is still
@@ -74,8 +73,7 @@ def student_of(path: Path, where: str, job_of: Callable[[Run], Job]) -> Stored |
         return None
     reader = stream.newest(path, where=where)
     try:
-        run = Run.from_dict(reader.manifest["recipe"])
-        student = job_of(run).stored_student()
+        student = job_of(reader.manifest["recipe"]).stored_student()
     except (KeyError, ConfigError) as error:
         raise CheckpointError(
             f"{where}: {reader.path}: the recipe in its manifest cannot be read; got {error}, "

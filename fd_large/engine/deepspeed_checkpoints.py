@@ -7,15 +7,11 @@ number of ranks, unlike the run's own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from fd_large.engine.job import Job
-from fd_large.engine.run import Opened, open_run
+from fd_large.engine.job import JobOf
+from fd_large.engine.run import open_stored
 from fd_large.errors import CheckpointError
-from fd_large.recipes.run import Run
-from fd_large.recipes.stored import read_recipe
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +19,7 @@ UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 """Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
 
 
-def export_checkpoint(
-    run_dir: str, out: str, job_of: Callable[[Run], Job], *, deepspeed_config: str
-) -> int:
+def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config: str) -> int:
     """Writes a run's newest checkpoint in DeepSpeed's format, for this number of ranks.
 
     Args:
@@ -37,7 +31,7 @@ def export_checkpoint(
     Returns: the checkpoint's step.
     Raises: CheckpointError: if the run has no checkpoint.
     """
-    opened = _open(run_dir, job_of, deepspeed_config)
+    opened = open_stored(run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint")
     step = opened.checkpoints.resume()
     if not step:
         raise CheckpointError(
@@ -49,9 +43,7 @@ def export_checkpoint(
     return step
 
 
-def import_checkpoint(
-    source: str, run_dir: str, job_of: Callable[[Run], Job], *, deepspeed_config: str
-) -> int:
+def import_checkpoint(source: str, run_dir: str, job_of: JobOf, *, deepspeed_config: str) -> int:
     """Reads a DeepSpeed checkpoint of the same model and stores it as the run's newest.
 
     Args:
@@ -68,7 +60,7 @@ def import_checkpoint(
             f"checkpoint import: {source}: no DeepSpeed checkpoint; got a folder without `latest`, "
             "expected what save_checkpoint was given. Name that folder."
         )
-    opened = _open(run_dir, job_of, deepspeed_config)
+    opened = open_stored(run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint")
     engine = opened.engine.deepspeed
     try:
         path, client_state = engine.load_checkpoint(source)
@@ -92,10 +84,3 @@ def import_checkpoint(
             "expected room for it. Make room and start the same command again."
         )
     return step
-
-
-def _open(run_dir: str, job_of: Callable[[Run], Job], deepspeed_config: str) -> Opened:
-    run = read_recipe(run_dir, where="checkpoint")
-    # The folder may have moved since.
-    run = replace(run, runtime=replace(run.runtime, run_dir=run_dir))
-    return open_run(run, job_of, deepspeed_config=deepspeed_config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,19 +11,17 @@ import torch
 from torch import nn
 
 from fd_large import distributed
-from fd_large.backbones.hierarchical import HierarchicalBackbone
 from fd_large.backbones.registry import family_of, family_of_source
 from fd_large.backbones.statistics import Statistics
 from fd_large.checkpoint import store, stream
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.frozen import RANDOM, frozen_maker, frozen_weights
-from fd_large.engine.job import Job
+from fd_large.engine.job import Job, JobOf
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Data, FrozenModel
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
@@ -40,7 +39,7 @@ class NamedModel:
         source: What the user named.
         section: Model and weights, settled.
         image_size: Side of the images that it was trained with, in pixels.
-        trained_by: Recipe of the run whose student it is; None: it is not a run's student.
+        trained_by: Job of the run whose student it is; None: it is not a run's student.
         seed: Seed of the run that it belongs to; decides random weights.
         weights: The sources that have opened its weights.
     """
@@ -49,9 +48,14 @@ class NamedModel:
     source: str
     section: FrozenModel
     image_size: int
-    trained_by: Run | None = None
+    trained_by: Job | None = None
     seed: int = 0
     weights: Sources = field(default_factory=Sources, compare=False, repr=False)
+
+    @property
+    def architecture(self) -> FamilyArchitecture:
+        """The model's architecture, every field set."""
+        return resolve(self.section.model, self.section.architecture)
 
     def build(self) -> tuple[nn.Module, Statistics]:
         """Builds the model with its weights, in float32 on this process's device.
@@ -64,13 +68,13 @@ class NamedModel:
         model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)
         if weights is not None:
             load_weights(model.net, weights, where=self.source)
-        if self.trained_by and isinstance(model.net, HierarchicalBackbone):
+        if self.trained_by and self.architecture.can_pad:
             # The weights do not say how it was trained on sizes that do not divide.
-            model.net.size_rule = self.trained_by.student.size_rule
+            model.net.size_rule = self.trained_by.run.student.size_rule
         return model.to(distributed.device()).net, model.statistics
 
 
-def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0) -> NamedModel:
+def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel:
     """Finds a model by what the user calls it; reads headers only.
 
     Args:
@@ -90,31 +94,32 @@ def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0
     """
     weights = sources_of(job_of)
     folder, sign, part = source.rpartition("#")
-    recipe = _recipe_of(Path(folder)) if sign else None
-    if recipe is None:
+    job = _job_of(Path(folder), job_of) if sign else None
+    if job is None:
         folder, part = source, ""
-        recipe = _recipe_of(Path(folder))
-    if recipe is None or part == _STUDENT:
+        job = _job_of(Path(folder), job_of)
+    if job is None or part == _STUDENT:
         return _of_weights(source, image_size, weights)
     path = Path(folder)
     label = path.resolve().name
     if label.startswith("step_"):
         label = f"{path.resolve().parents[1].name} {label}"
-    size, seed = image_size or recipe.data.image_size, recipe.runtime.seed
+    run, whole = job.run, job.run.student_architecture()
+    size, seed = image_size or run.data.image_size, run.runtime.seed
     if part == _SCRATCH:
         section = FrozenModel(
-            model=recipe.student.model,
-            architecture=_sized(recipe.student_architecture(), recipe.student.architecture, size),
+            model=run.student.model,
+            architecture=_sized(whole, run.student.architecture, size),
             source=RANDOM,
         )
         return NamedModel(
-            f"{label}: from scratch", source, section, size, recipe, seed, weights=weights
+            f"{label}: from scratch", source, section, size, job, seed, weights=weights
         )
     if part:
-        models = job_of(recipe).frozen_models()
+        models = job.frozen_models()
         if part not in models:
             raise ConfigError(
-                f"{source}: this run has no {part}; got one of the task {recipe.task.name}, "
+                f"{source}: this run has no {part}; got one of the task {run.task.name}, "
                 f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
             )
         section = settle_model(models[part].section, weights, where=_WHERE)
@@ -123,20 +128,48 @@ def find_model(source: str, job_of: Callable[[Run], Job], *, image_size: int = 0
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)
     architecture = Architecture()
     if image_size:
-        architecture = _sized(recipe.student_architecture(), architecture, size)
+        architecture = _sized(whole, architecture, size)
     section = settle_model(
         FrozenModel(source=source, architecture=architecture), weights, where=_WHERE
     )
     if not image_size:
         size = _seen_size(section, size)
-    return NamedModel(label, source, section, size, recipe, seed, weights=weights)
+    return NamedModel(label, source, section, size, job, seed, weights=weights)
 
 
-def _recipe_of(path: Path) -> Run | None:
-    """Returns the recipe of a run, or of a checkpoint by its own path; None: neither."""
+def find_models(sources: Sequence[str], job_of: JobOf, *, image_size: int = 0) -> list[NamedModel]:
+    """Finds several models, whose labels differ, also as names of folders (`slug`).
+
+    Args: As `find_model`.
+    Raises: FDError: as `find_model`; if a model is there twice.
+    """
+    return with_own_labels([find_model(one, job_of, image_size=image_size) for one in sources])
+
+
+def with_own_labels(models: Sequence[NamedModel]) -> list[NamedModel]:
+    """Gives models labels that differ, also as names of folders.
+
+    Raises: ConfigError: if a model is there twice.
+    """
+    for found in (models, [replace(model, label=model.source) for model in models]):
+        if len({slug(model.label) for model in found}) == len(found):
+            return list(found)
+    raise ConfigError(
+        f"{_WHERE}: a model twice; got {', '.join(model.source for model in models)}, expected "
+        "different ones. Leave one out."
+    )
+
+
+def slug(label: str) -> str:
+    """Returns a label as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).strip("_")
+
+
+def _job_of(path: Path, job_of: JobOf) -> Job | None:
+    """Returns the job of a run, or of a checkpoint by its own path; None: neither."""
     if store.manifest_of(path) is None and not store.checkpoints_of(path).is_dir():
         return None
-    return Run.from_dict(stream.newest(path, where=str(path)).manifest["recipe"])
+    return job_of(stream.newest(path, where=str(path)).manifest["recipe"])
 
 
 def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:

@@ -374,6 +374,10 @@ class Job:
         return self.run
 
 
+JobOf = Callable[[Run | Mapping[str, Any]], Job]
+"""Makes the job of a recipe, or of what recipe.json and manifests hold of it."""
+
+
 def trained_at(run: Run) -> FamilyArchitecture:
     """Returns the student's architecture with the image size that its tables are for."""
     return run.student_architecture().at(run.data.image_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,11 @@ from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.checkpoint_models import sources_of, stored_task
 from fd_large.engine.forward_backward import prepared
 from fd_large.engine.incident_evidence import layer_maxima
-from fd_large.engine.job import Job
+from fd_large.engine.job import Job, JobOf
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import CheckpointError, ConfigError
-from fd_large.recipes.run import Run
 from fd_large.runtime.guard import FILE, INCIDENTS_WITH_IMAGES, roll_backs_of
 from fd_large.runtime.run_folder import rows_before
 
@@ -106,7 +105,7 @@ class Replayed(NamedTuple):
     other_training: str
 
 
-def read_incident(path: Path, job_of: Callable[[Run], Job]) -> Incident:
+def read_incident(path: Path, job_of: JobOf) -> Incident:
     """Reads an incident where the run wrote it.
 
     Args:
@@ -249,8 +248,8 @@ def _task(job: Job, reader: Reader, *, bfloat16: bool) -> Task:
     return task
 
 
-def _job(folder: Path, job_of: Callable[[Run], Job]) -> Job:
-    job = job_of(Run.from_dict(_object(folder / "recipe.json")))
+def _job(folder: Path, job_of: JobOf) -> Job:
+    job = job_of(_object(folder / "recipe.json"))
     if not job.learns_from_images_alone:
         raise ConfigError(
             f"replay: {folder}: its incidents do not hold what the task learns from; got the task "

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from fd_large.engine import micro_batch, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
-from fd_large.engine.job import Job
+from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.student import attention_memory
@@ -35,6 +36,7 @@ from fd_large.errors import FDError
 from fd_large.launch import Launch
 from fd_large.plan.memory import persistence_threshold
 from fd_large.recipes.run import Run
+from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
 from fd_large.runtime.feature_panel import FeaturePanel
 from fd_large.runtime.guard import Guard
@@ -65,7 +67,7 @@ SOMEBODY_HAS_TO_LOOK = 3
 
 def train(
     run: Run,
-    job_of: Callable[[Run], Job],
+    job_of: JobOf,
     *,
     deepspeed_config: str,
     fresh: bool = False,
@@ -183,9 +185,7 @@ class Opened(NamedTuple):
     ema: Ema | None
 
 
-def open_run(
-    run: Run, job_of: Callable[[Run], Job], *, deepspeed_config: str, fresh: bool = False
-) -> Opened:
+def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = False) -> Opened:
     """Checks everything, then builds the task and its engine on all ranks.
 
     Args:
@@ -262,6 +262,19 @@ def open_run(
         numbers.accumulation,
         ema,
     )
+
+
+def open_stored(folder: str, job_of: JobOf, *, deepspeed_config: str, where: str) -> Opened:
+    """Opens the run of a folder again, wherever the folder stands now.
+
+    Args:
+        folder: Folder of the run.
+        job_of, deepspeed_config: See `open_run`.
+        where: The command, for messages.
+    """
+    run = read_recipe(folder, where=where)
+    run = replace(run, runtime=replace(run.runtime, run_dir=folder))
+    return open_run(run, job_of, deepspeed_config=deepspeed_config)
 
 
 def _check(

@@ -11,11 +11,6 @@ from fd_large.report import style
 if TYPE_CHECKING:
     from rich.table import Table
 
-TITLES = {
-    "knn": "k-NN",
-    "linear": "Linear probe",
-    "finetune": "Fine-tuning",
-}
 COLORS = (style.BLUE, style.VERMILLION, style.GREEN, style.GREY)
 
 
@@ -25,14 +20,19 @@ def spread(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "standard_deviation": deviation}
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """Returns the rich table, one row for each model."""
+def table(summary: dict[str, Any], title: str) -> Table:
+    """Returns the rich table, one row for each model.
+
+    Args:
+        summary: Content of summary.json.
+        title: Words for how accuracy was measured.
+    """
     from rich.table import Table
     from rich.text import Text
 
     several = len(summary["nets"][0]["accuracy"]) > 1
     found = Table(
-        title=f"{TITLES[summary['task']]}: accuracy, per cent of the test images",
+        title=f"{title}: accuracy, per cent of the test images",
         title_justify="left",
     )
     found.add_column("model", overflow="fold")
@@ -50,8 +50,13 @@ def table(summary: dict[str, Any]) -> Table:
     return found
 
 
-def draw_comparison(summary: dict[str, Any], path: Path) -> None:
-    """Draws a row for each model: a dot for each seed, their mean as a line, with its number."""
+def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
+    """Draws a row for each model: a dot for each seed, their mean as a line, with its number.
+
+    Args:
+        summary, title: See `table`.
+        path: The plot.
+    """
     models = summary["nets"]
     figure = style.new_figure(8.0, 1.6 + 0.5 * len(models))
     axes = figure.subplots()
@@ -79,8 +84,7 @@ def draw_comparison(summary: dict[str, Any], path: Path) -> None:
     # Room for the numbers to the right.
     axes.set_xlim(max(0.0, low - margin), high + 3 * margin)
     axes.set_xlabel("accuracy on the test images, per cent", fontsize=style.TEXT_SIZE)
-    title = f"{TITLES[summary['task']]}: {_seeds(summary)}"
-    axes.set_title(title, fontsize=style.TITLE_SIZE, loc="left")
+    axes.set_title(f"{title}: {_seeds(summary)}", fontsize=style.TITLE_SIZE, loc="left")
     style.plain_axes(axes)
     axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
     axes.grid(visible=False, axis="y")

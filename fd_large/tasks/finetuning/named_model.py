@@ -39,7 +39,8 @@ def recipe_name(architecture: FamilyArchitecture, source: str) -> str:
         )
     if architecture.is_hierarchical:
         return "finetune_esvit_swin_base"
-    large = architecture.embed_dim >= 1024
+    # Not every family states its width.
+    large = getattr(architecture, "embed_dim", 0) >= 1024
     return "finetune_clip_vit_large" if large else "finetune_clip_vit_base"
 
 

@@ -14,9 +14,8 @@ from PIL import Image
 
 from fd_large import distributed
 from fd_large.cli import evaluate
-from fd_large.cli.evaluate import with_own_labels
 from fd_large.cli.main import main
-from fd_large.engine.find_model import find_model
+from fd_large.engine.find_model import find_model, with_own_labels
 from fd_large.errors import ConfigError
 from fd_large.tasks.jobs import job_of
 

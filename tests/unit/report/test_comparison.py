@@ -23,7 +23,7 @@ SUMMARY = {
 
 def test_the_table_has_means_and_deviations():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(SUMMARY))
+    console.print(table(SUMMARY, "k-NN"))
     text = console.export_text()
     assert "72.00" in text
     assert "1.00" in text
@@ -32,5 +32,5 @@ def test_the_table_has_means_and_deviations():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    draw_comparison(SUMMARY, tmp_path / "a.png")
+    draw_comparison(SUMMARY, "k-NN", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 900
