@@ -29,7 +29,7 @@ class Diagnose(AllowsCode):
 
     A model is RUN (its student, with the run's loss), RUN#student (the same model alone),
     RUN#teacher or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME
-    or module:package.file:function; or NAME=SOURCE for weights that do not show their model, such
+    or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their model, such
     as timm:vit_tiny_patch16_224=random. docs/diagnose.md explains the figures.
     """
 

@@ -43,7 +43,7 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
     FOLDER holds train/ and val/ or test/, each with a folder for each class, or with tar shards in
     which KEY.cls stands beside KEY.jpg. A MODEL is RUN (its student), RUN#teacher or RUN#scratch
     (its student with random weights); a file or folder of weights, hf:REPO, open_clip:ARCH/TAG,
-    timm:NAME or module:package.file:function; or NAME=SOURCE for weights that do not show their
+    timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their
     model. A run that detects objects is scored on the images of COCO that it is tested on, or on
     those of another --data.root.
 

@@ -1,7 +1,7 @@
 """Where weights come from: a path, or a scheme that ends in a file.
 
 A source is a path (also `FILE#teacher` and the like), `package:NAME`, `hf:REPO`,
-`open_clip:ARCH/TAG`, or the scheme of a family (`timm:NAME`, `module:package.file:function`), which
+`open_clip:ARCH/TAG`, or the scheme of a family (`timm:NAME`, `module:PATH/TO/FILE.py:NAME`), which
 brings its tensors itself.
 """
 
