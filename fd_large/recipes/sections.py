@@ -363,7 +363,7 @@ class Runtime:
     log_every: int = 20
     # What shows the numbers of the run besides the progress bar and the files in its folder.
     # tensorboard: curves in RUN/events. A Tracker of your own: module:FILE.py:NAME
-    # (docs/extending.md). Nothing turns them off.
+    # (docs/extending.md). An empty list turns them off.
     trackers: tuple[str, ...] = ("tensorboard",)
     # Seed of initial weights, order of images, crops and drop path. The number of ranks does not
     # change what it gives.

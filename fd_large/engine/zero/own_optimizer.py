@@ -17,6 +17,8 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.sections import ADAMW, Optim
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMISERS: dict[str, Any] = {ADAMW: None}
+"""The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
 RESERVED = ("master", "ema")
 """Kinds in a checkpoint that are no moments."""
 
@@ -48,7 +50,7 @@ def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
 
 def maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
     """Returns what makes the user's optimiser of (groups, lr=...); None for AdamW."""
-    return doors.load(optim.name, kind="optimisers", where="optim.name", built_in={ADAMW: None})
+    return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
 def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:

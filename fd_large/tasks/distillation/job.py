@@ -19,6 +19,7 @@ from fd_large.data.labelled import LabelledImages, open_split
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
+from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
@@ -29,12 +30,12 @@ from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook
+from fd_large.tasks.distillation import heads
 from fd_large.tasks.distillation.alignment import check_grids
 from fd_large.tasks.distillation.canary import Canary
-from fd_large.tasks.distillation.heads import check_head
 from fd_large.tasks.distillation.held_out import HeldOutViews
-from fd_large.tasks.distillation.losses import check_loss, make_loss
-from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
+from fd_large.tasks.distillation.losses import FunctionLoss, check_loss, make_loss
+from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser, make_normaliser
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.settle import settle_model
@@ -71,6 +72,15 @@ class DistillationJob(Job):
         assert self._teacher is not None
         return self._teacher
 
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Fields that this recipe's loss or normaliser does not read."""
+        objective = self.run.objective
+        is_function = isinstance(make_loss(objective.loss, beta=objective.beta), FunctionLoss)
+        no_eps = objective.normaliser != WHITENING
+        fields = {"objective.beta": is_function, "objective.whitening_eps": no_eps}
+        return tuple(name for name, ignored in fields.items() if ignored)
+
     # --- before anything heavy ---
 
     def settle(self, sources: Sources) -> Run:
@@ -106,7 +116,13 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teacher = self.make_teacher()
             task = self.task_around(teacher)
-        check_head(task.projection, self.run.objective.head, task.student.width, teacher.width)
+        check_head(
+            task.projection,
+            self.run.objective.head,
+            (2, 3, task.student.width),
+            teacher.width,
+            where=heads.WHERE,
+        )
         size = self.run.data.image_size
         grids = []
         for whose, grid_of in (

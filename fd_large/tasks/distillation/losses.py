@@ -116,7 +116,7 @@ def make_loss(name: str, *, beta: float) -> Loss:
     """
     found = doors.load(name, kind="losses", where=WHERE, built_in=LOSSES)
     is_class = isinstance(found, type) and issubclass(found, Loss)
-    return found(beta) if is_class else _Function(found)
+    return found(beta) if is_class else FunctionLoss(found)
 
 
 def check_loss(loss: Loss, name: str) -> None:
@@ -144,7 +144,7 @@ def check_loss(loss: Loss, name: str) -> None:
         )
 
 
-class _Function(Loss):
+class FunctionLoss(Loss):
     """A loss that is a function alone."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -153,4 +153,5 @@ class _Function(Loss):
         self.label = f"{getattr(function, '__name__', 'own').replace('_', ' ')} loss"
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns what the function does."""
         return self._function(projected, target)

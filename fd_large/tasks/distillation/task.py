@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.heads import make_head
+from fd_large.tasks.distillation.heads import HEADS, WHERE
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import WHITENING, make_normaliser
 
@@ -55,7 +56,7 @@ class Distillation(Task):
         statistics: Statistics = IMAGENET,
     ) -> None:
         super().__init__(student)
-        self.projection = make_head(head, student.width, teacher_width)
+        self.projection = make_head(head, student.width, teacher_width, built_in=HEADS, where=WHERE)
         self.loss = make_loss(loss, beta=beta)
         self.normalise = make_normaliser(normaliser, eps=whitening_eps)
         self.whitening_eps = whitening_eps if normaliser == WHITENING else None

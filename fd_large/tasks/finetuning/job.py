@@ -21,6 +21,7 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, evaluating
+from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
@@ -29,7 +30,7 @@ from fd_large.plan.flops import StepFlops
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.finetuning.named_model import named_student, recipe_name
-from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
+from fd_large.tasks.finetuning.task import DISCARDED, HEAD, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
 from fd_large.weights.source import Sources
 
@@ -74,6 +75,10 @@ class FineTuningJob(Job):
         """Opens the test images, and checks the headers of the weights."""
         super().check()
         self.test_images()
+        with torch.device("meta"):
+            task = self.make_task()
+        name, classes = self.run.task.finetune.head, len(self.classes())
+        check_head(task.head, name, (2, task.student.width), classes, where=HEAD)
 
     def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
         """Counts the student, without the classifier; None if it cannot be counted beforehand."""
@@ -96,6 +101,7 @@ class FineTuningJob(Job):
             make_student(self.run.student, image_size=self.run.data.image_size),
             len(self.classes()),
             statistics=self.statistics(),
+            head=self.run.task.finetune.head,
         )
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fd_large import doors
 from fd_large.recipes.fields import check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
 
@@ -12,6 +13,9 @@ from fd_large.recipes.task_kind import TaskKind
 class FineTune:
     """Classification by the whole model; data.root holds labelled train/, val/ or test/."""
 
+    # The classifier of the mean token. linear: one linear layer. A module of your own, made of
+    # (width, number of classes): module:FILE.py:NAME (docs/extending.md).
+    head: str = "linear"
     # Magnitude of RandAugment's two operations per image, in [0, 10]. 0 turns it off.
     randaugment: float = 9.0
     # Standard deviation of that magnitude from operation to operation.
@@ -34,6 +38,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         check_types(self, "task.finetune")
+        object.__setattr__(self, "head", doors.absolute(self.head))
         not_negative("task.finetune.randaugment_std", self.randaugment_std)
         for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ SwinTransformer/Feature-Distillation.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,25 +23,37 @@ from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.vit.vit import ViT
 from fd_large.data.centre_crops import NO_LABEL
+from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
 
 NORM_EPS = 1e-6
 # Published for ViT: predictions start all alike.
 VIT_HEAD_SCALE = 1e-3
+# The field of the recipe that names the classifier.
+HEAD = "task.finetune.head"
 # Of the student's own parameters, those that the task has no use for.
 DISCARDED = ("norm.weight", "norm.bias")
 
 
 class FineTuning(Task):
-    """A backbone and a linear classifier of its mean token.
+    """A backbone and a classifier of its mean token, by default linear.
 
     Args:
         student: A backbone of `fd_large.backbones`.
         num_classes: K.
         statistics: The normalisation of its images, in training and in tests.
+        head: Name of the classifier of the mean token: "linear", or one of the user's own, a
+            function or Module class of (width, num_classes).
     """
 
-    def __init__(self, student: nn.Module, num_classes: int, *, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        num_classes: int,
+        *,
+        statistics: Statistics,
+        head: str = "linear",
+    ) -> None:
         super().__init__(student)
         self.statistics = statistics
         self.fc_norm: LayerNorm | None = None
@@ -51,7 +64,8 @@ class FineTuning(Task):
             draw = NORMAL.divided(1 / VIT_HEAD_SCALE)
         elif not isinstance(student, HierarchicalBackbone):
             self.fc_norm = LayerNorm(student.width, NORM_EPS)
-        self.head = Linear(student.width, num_classes, draw=draw)
+        heads = {"linear": partial(Linear, draw=draw)}
+        self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
 
     def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
         """Returns the pixels, normalised if they are still uint8, and the targets."""
@@ -85,11 +99,12 @@ class FineTuning(Task):
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
         """Returns (B, K) float32."""
-        features = self.student(pixels.to(self.head.weight.dtype), keep)
+        dtype = next(self.student.parameters()).dtype
+        features = self.student(pixels.to(dtype), keep)
         mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)  # (B, C)
         if self.fc_norm is not None:
             mean = self.fc_norm(mean)
-        return self.head(mean).float()
+        return self.head(mean.to(dtype)).float()
 
 
 def counted(sums: dict[str, Tensor]) -> dict[str, float]:

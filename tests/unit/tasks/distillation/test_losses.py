@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fd_large import doors
 from fd_large.backbones.statistics import IMAGENET
@@ -16,7 +15,6 @@ from fd_large.engine.frozen import Frozen
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
-from fd_large.tasks.distillation.heads import check_head, make_head
 from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.section import Objective
@@ -126,28 +124,18 @@ def test_a_normaliser_of_the_users_own_treats_each_token_alone(tmp_path):
             check_normaliser(make_normaliser(source, eps=1e-5), source)
 
 
-def test_a_head_of_the_users_own_projects_and_is_checked_on_shapes_alone(tmp_path):
+def test_a_head_of_the_users_own_is_trained(tmp_path):
     text = (
         "from torch import nn\n"
         "def mlp(width, teacher_width):\n"
         "    return nn.Sequential(nn.Linear(width, 20), nn.GELU(), nn.Linear(20, teacher_width))\n"
-        "def wrong(width, teacher_width):\n    return nn.Linear(width, 3)\n"
-        "def nothing(width, teacher_width):\n    return None\n"
     )
-    mlp = own(tmp_path / "own.py", text, "mlp")
-    task = distillation(head=mlp)
+    task = distillation(head=own(tmp_path / "own.py", text, "mlp"))
     assert {n for n, _ in task.named_parameters() if n.startswith("projection.")} == {
         f"projection.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
     }
     task(**task.prepare(images(), None, None))[0].backward()
-    wrong, nothing = (own(tmp_path / "own.py", text, name) for name in ("wrong", "nothing"))
-    with torch.device("meta"):
-        check_head(make_head(mlp, 8, 12), mlp, 8, 12)
-        with pytest.raises(ConfigError, match=r"objective\.head.*\(2, 3, 3\)"):
-            check_head(make_head(wrong, 8, 12), wrong, 8, 12)
-        with pytest.raises(ConfigError, match=r"objective\.head.*NoneType"):
-            make_head(nothing, 8, 12)
-    assert type(make_head("linear", 8, 12)) is nn.Linear
+    assert task.projection[0].weight.grad.abs().sum() > 0
 
 
 def test_recipes_hold_the_path_of_a_file_absolute(tmp_path, monkeypatch):

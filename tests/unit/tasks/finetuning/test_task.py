@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.loader import Batch
@@ -27,3 +28,21 @@ def test_shapes_only_on_the_meta_device_costs_what_a_step_costs():
             task.shapes_only(batch.to(device)).backward()
         counted.append(flops.get_total_flops())
     assert counted[0] == counted[1] > 0
+
+
+def test_a_classifier_of_the_users_own_is_trained_in_any_type(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def two(width, classes):\n"
+        "    return nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, classes))\n"
+    )
+    doors.allow(path)
+    for dtype in (torch.float32, torch.bfloat16):
+        student = build("vit_base_patch16", TINY)
+        task = FineTuning(student, 4, statistics=IMAGENET, head=f"module:{path}:two").to(dtype)
+        images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+        loss, _ = task(**task.prepare(images, torch.full((2, 4), 0.25), None))
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert task.head[0].weight.grad is not None
