@@ -64,13 +64,13 @@ def main(folder: Path) -> int:
     from fd_large.engine.zero import partition, start, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import Hook, Update
-    from fd_large.tasks.distillation import job as distillation
+    from fd_large.engine import job
 
     spoilt = {int(u): mark for u, mark in json.loads((folder / "spoilt.json").read_text()).items()}
     guard.KNOWN = 4
     spoil(setattr)
     engines: list[Any] = []
-    build_engine, build_loader = run.build_engine, distillation.build_loader
+    build_engine, build_loader = run.build_engine, job.build_loader
     train, leave = run.train, distributed.leave
 
     def kept_engine(*arguments: Any, **named: Any) -> Any:
@@ -118,7 +118,7 @@ def main(folder: Path) -> int:
         def watched_train(*arguments: Any, **named: Any) -> int:
             return train(*arguments, hooks=[watch], **named)
 
-        distillation.build_loader, run.train = marked_loader, watched_train
+        job.build_loader, run.train = marked_loader, watched_train
         return {"code": cli.main(["train", *words]), **vars(watch)}
 
     run.build_engine, distributed.leave = kept_engine, lambda code: code
