@@ -1,14 +1,10 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, normalise
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen
-from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
-from fd_large.tasks.distillation.held_out import feature_panel
 from fd_large.tasks.distillation.task import Distillation
 
 
@@ -84,32 +80,8 @@ def test_bfloat16_keeps_the_loss_in_float32(task, images):
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
-def test_the_constant_prediction_loss_is_the_minimum_over_constants(task, images):
-    task.eval()
-    prepared = task.prepare(images, None, None)
-    found = constant_prediction_loss(
-        task, lambda: iter([(prepared, 1), (prepared, 0)]), lambda t: t
-    )
-    target = task.reference(**prepared).flatten(0, 1)
-    constant = nn.Parameter(torch.zeros(target.shape[1]))
-    optimizer = torch.optim.LBFGS([constant], max_iter=100)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.smooth_l1_loss(constant.expand_as(target), target, beta=2.0)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert found == pytest.approx(closure().item(), rel=1e-5)
-
-
-def test_evaluation_reports_the_cosine_and_a_panel(task, images):
+def test_evaluation_reports_the_cosine(task, images):
     task.eval()
     with torch.no_grad():
         _, metrics = task(**task.prepare(images, None, None))
     assert -1 <= metrics["cosine"].item() <= 1
-    panel = feature_panel(task, task, images)
-    assert panel["images"].shape == (3, 32, 32, 3)
-    assert panel["teacher"].shape == panel["student"].shape == (3, 4, 4, 24)
-    assert torch.allclose(panel["teacher"].var(-1, unbiased=False), torch.ones(3, 4, 4), atol=1e-3)

@@ -1,0 +1,128 @@
+"""Held-out losses: over fixed views, whatever the micro batch and the number of ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+from PIL import Image
+
+from fd_large import distributed
+from fd_large.data.source import open_images
+from fd_large.data.views import ViewSettings
+from fd_large.engine.evaluation import Interrupted
+from fd_large.errors import DataError
+from fd_large.tasks.distillation.held_out import HeldOutViews
+
+SETTINGS = ViewSettings(32, 0.5, 10**7, 0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tiny_runs.tiny_task(tiny_runs.tiny_run())
+
+
+@pytest.fixture
+def engine(task):
+    return SimpleNamespace(task=task.train(), deepspeed=task)
+
+
+@pytest.fixture
+def images(tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(7):
+        levels = generator.integers(0, 256, (48, 40, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def views_of(folder, views=5, micro=2, **more):
+    return HeldOutViews(
+        "set",
+        open_images(str(folder)),
+        views=views,
+        settings=SETTINGS,
+        micro_batch_size=micro,
+        seed=3,
+        **more,
+    )
+
+
+def measured(views, engine, calls=None):
+    def between():
+        assert not engine.task.training
+        assert not torch.is_grad_enabled()
+        if calls is not None:
+            calls.append(1)
+
+    found = views.measure(engine, between)
+    assert engine.task.training
+    return found
+
+
+def test_a_mean_over_views_whatever_the_micro_batch(images, engine):
+    calls = []
+    found = measured(views_of(images), engine, calls)
+    assert found.keys() == {"set_loss", "set_cosine"}
+    assert len(calls) == 3
+    for micro in (1, 5, 9):
+        assert measured(views_of(images, micro=micro), engine) == pytest.approx(found, rel=1e-5)
+    engine.task.eval()
+    with torch.no_grad():
+        prepared = engine.task.prepare(views_of(images)._images, None, None)
+        assert found["set_loss"] == pytest.approx(engine.task(**prepared)[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("views", "micro", "world"), [(5, 2, 2), (5, 1, 3), (2, 4, 4)])
+def test_ranks_share_the_views(images, engine, monkeypatch, views, micro, world):
+    """Ranks without views run as many forwards, which count for nothing."""
+    alone = measured(views_of(images, views, micro), engine)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    sums, forwards, shares = [], [], []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own, calls = [], []
+        monkeypatch.setattr(distributed, "sum_tensor", lambda t, own=own: own.append(t) or t)
+        share = views_of(images, views, micro)
+        measured(share, engine, calls)
+        sums.append(own)
+        forwards.append(len(calls))
+        shares.append(share)
+    counts, totals = (sum(own[i] for own in sums) for i in (0, 1))
+    assert counts == views
+    assert (totals / counts).tolist() == pytest.approx(list(alone.values()), rel=1e-5)
+    assert len(set(forwards)) == 1
+    # All show the same images.
+    assert all(torch.equal(share._panel, shares[0]._panel) for share in shares)
+
+
+def test_an_evaluation_that_is_left_goes_back_to_training(images, engine):
+    def between():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        views_of(images).measure(engine, between)
+    assert engine.task.training
+    assert torch.is_grad_enabled()
+
+
+def test_a_bad_image_is_refused_or_replaced_by_the_next(images, caplog):
+    whole = views_of(images, 7)._images
+    (images / "3.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3\.png"):
+        views_of(images, 7)
+    mended = views_of(images, 7, skip_bad=True)._images
+    assert "3.png" in caplog.text
+    same = [torch.equal(a, b) for a, b in zip(whole, mended, strict=True)]
+    assert same.count(False) == 1
+
+
+def test_the_panel_shows_whitened_teacher_and_projected_student(images, engine):
+    panel = views_of(images).panel(engine)
+    assert panel["images"].shape == (4, 32, 32, 3)
+    assert panel["teacher"].shape == panel["student"].shape == (4, 4, 4, 16)
+    np.testing.assert_allclose(panel["teacher"].var(-1), np.ones((4, 4, 4)), atol=1e-2)
+    assert engine.task.training

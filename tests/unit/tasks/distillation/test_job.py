@@ -1,0 +1,152 @@
+"""Distillation as a job: what is refused before anything heavy, its batches, its evaluations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+from PIL import Image
+
+from fd_large.data.sampler import Portion
+from fd_large.errors import CheckpointError, FDError, ShapeError
+from fd_large.recipes.fields import override
+from fd_large.tasks.distillation.job import DistillationJob
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Labelled images, red and green."""
+    for split, count in (("train", 8), ("val", 4)):
+        for number in range(count):
+            color = number % 2
+            folder = tmp_path / split / ("red", "green")[color]
+            folder.mkdir(parents=True, exist_ok=True)
+            levels = np.zeros((40, 48, 3), np.uint8)
+            levels[..., color] = 200 + number
+            Image.fromarray(levels).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(root):
+    fields = {"batch.global_batch_size": 4, "data.workers": 0, "eval.views": 3, "eval.root": ""}
+    return override(tiny_runs.tiny_run(str(root / "train")), fields)
+
+
+@pytest.fixture
+def built(run):
+    """Returns fields -> a job with its teacher, its task, and an engine that is the task."""
+
+    def build(**fields):
+        named = {name.replace("__", "."): value for name, value in fields.items()}
+        job = DistillationJob(override(run, named))
+        job.build(bfloat16=False, node_size=1, persistence_threshold=0)
+        torch.manual_seed(0)
+        task = job.make_task()
+        return job, SimpleNamespace(task=task, deepspeed=task)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"eval.root": "/no/such"}, r"eval\.root"),
+        ({"eval.knn_root": "/no/such"}, r"eval\.knn_root"),
+        ({"teacher.source": ""}, r"teacher\.source"),
+        ({"student.init": "/no/such"}, r"student\.init"),
+    ],
+)
+def test_mistakes_name_their_field(run, fields, named):
+    with pytest.raises(FDError, match=named):
+        DistillationJob(override(run, fields)).check()
+
+
+def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
+    job = DistillationJob(override(run, {"eval.root": str(root), "eval.knn_root": str(root)}))
+    job.check()
+    assert dict(job.sources()) == {"teacher.source": "random", "student.init": ""}
+    assert job.summary()["teacher"] == {"model": "clip_vit_base_patch16", "source": "random"}
+    assert job.splits_models() == (run.teacher.placement != "replicated")
+    sharded = override(run, {"teacher.placement": "sharded"})
+    assert DistillationJob(sharded).splits_models()
+    assert not DistillationJob(DistillationJob(sharded).in_one_process()).splits_models()
+
+
+def test_sizes_of_all_that_may_be_split(built):
+    job, engine = built()
+    models = (engine.task, job.teacher.module)
+    expected = sorted(p.numel() for model in models for p in model.parameters())
+    assert sorted(job.parameter_sizes()) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("data.image_size", 36, "^student: "),
+        ("objective.teacher_image_size", 36, "^teacher: "),
+        ("objective.teacher_image_size", 16, r"4.?x.?4.*2.?x.?2|interpolation"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(run, field, value, named):
+    with pytest.raises(ShapeError, match=named):
+        DistillationJob(override(run, {field: value})).parameter_sizes()
+
+
+def test_batches_go_on_where_an_epoch_was_left(run):
+    job = DistillationJob(run)
+    samples = job.open_samples()
+    whole = list(job.batches(samples, Portion(1, 0, 2, 0, 1)))
+    assert [batch.images.shape for batch in whole] == [(2, 3, 32, 32)] * 4
+    assert sorted(i for batch in whole for i in batch.indices.tolist()) == list(range(8))
+    # A step of four images is two micro batches.
+    rest = list(job.batches(samples, Portion(1, 1, 2, 0, 1)))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(whole[2:], rest, strict=True))
+    probe = job.probe_batch(3)
+    assert probe.images.shape == (3, 3, 32, 32)
+    assert probe.images.dtype == whole[0].images.dtype == torch.uint8
+
+
+def test_evaluations_of_images_that_training_never_sees(built, root):
+    job, engine = built(eval__root=str(root / "val"), eval__every=5)
+    (evaluation,) = job.evaluations(engine, job.open_samples(), 2)
+    names = {
+        f"{part}_{name}" for part in ("held_out", "unseen_crops") for name in ("loss", "cosine")
+    }
+    for step, last, panel in ((0, False, True), (5, False, False), (9, True, True)):
+        metrics, drawn = evaluation.measure(step, last, lambda: None)
+        constants = {"held_out_best_constant", "unseen_crops_best_constant"}
+        assert metrics.keys() == (names | constants if last else names)
+        assert (drawn is not None) == panel
+        assert metrics.keys() <= {name.replace("/", "_") for name in job.metrics}
+    # The teacher is random and the student untrained: it does not beat a constant.
+    assert metrics["held_out_loss"] > metrics["held_out_best_constant"]
+    assert [step for step in range(11) if evaluation.due(step, step == 9)] == [0, 5, 9, 10]
+
+
+def test_red_and_green_are_told_apart_by_knn(built, root, tmp_path):
+    job, engine = built(eval__knn_root=str(root), runtime__run_dir=str(tmp_path / "run"))
+    (evaluation,) = job.evaluations(engine, job.open_samples(), 3)
+    assert evaluation.measure(0, False, lambda: None) == ({"test_knn": 100.0}, None)
+    assert not list((tmp_path / "run").rglob("*.*"))
+    assert engine.task.training
+    assert not engine.task.student._forward_hooks
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(built):
+    job, _ = built()
+    facts = job.facts()
+    assert facts["teacher_source"] == "random"
+    job.check_stored(facts)
+    other, _ = built(runtime__seed=5)
+    with pytest.raises(CheckpointError, match=rf"teacher\.source.*{facts['teacher_hash']}"):
+        other.check_stored(facts)
+
+
+def test_the_canary_watches_the_teacher_where_it_is_asked_for(built):
+    assert built(runtime__canary_every=0)[0].hooks() == ()
+    job, _ = built(runtime__canary_every=7)
+    assert len(job.hooks()) == 1
