@@ -36,7 +36,8 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
             "ranks": item.manifest["world_size"],
             "zero": item.manifest["zero_stage"],
             "bytes": item.bytes,
-            "teacher": item.manifest.get("teacher_hash", "none"),
+            # Such as that of the teacher.
+            "hashes": {k: v for k, v in item.manifest.items() if k.endswith("_hash")},
         }
         for item in found
     ]

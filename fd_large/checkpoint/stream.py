@@ -16,7 +16,7 @@ from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-STUDENT, PROJECTION = "student.", "projection."
+STUDENT = "student."
 
 Shape = tuple[int, ...]
 

@@ -62,16 +62,19 @@ def list_checkpoints(run: str) -> int:
 
     folder, found = inspection.stored_of(run)
     table = Table(title=f"{folder}", title_justify="left")
-    for column in ("step", "samples", "ranks", "ZeRO", "size", "teacher's hash"):
+    rows = inspection.rows(found)
+    hashes = list(dict.fromkeys(name for row in rows for name in row["hashes"]))
+    titles = [name.replace("_", " ") for name in hashes]
+    for column in ("step", "samples", "ranks", "ZeRO", "size", *titles):
         table.add_column(column, justify="right")
-    for row in inspection.rows(found):
+    for row in rows:
         table.add_row(
             str(row["update"]),
             f"{row['samples']:,}",
             str(row["ranks"]),
             str(row["zero"]),
             f"{row['bytes'] / 1e6:,.1f} MB",
-            row["teacher"],
+            *(row["hashes"].get(name, "none") for name in hashes),
         )
     tables().print(table)
     return 0

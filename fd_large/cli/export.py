@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
-from fd_large.errors import CheckpointError, ConfigError
+from fd_large.errors import CheckpointError
 from fd_large.recipes.stored import read_recipe
+from fd_large.weights.libraries import To
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Export(AllowsCode):
     # Folder to write; nothing may stand there.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names.
-    to: Literal["timm", "hf", "fd"]
+    to: To
     # Size of a file at most; what is larger goes into several files with an index.
     shard_size: str = "5GB"
 
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, int, list[Path]]:
+def export(run: str, out: str, to: To, shard_size: str = "5GB") -> tuple[int, int, list[Path]]:
     """Writes the student of a run's newest checkpoint to a new folder.
 
     Args:
@@ -57,23 +58,19 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
         shard_size: Size of a file at most, such as 5GB.
 
     Returns: The step of the checkpoint, the number of parameters, and the files.
-    Raises: FDError: if the run has no distilled student, or the format cannot hold it.
+    Raises: FDError: if the run's task exports no student, or the format cannot hold it.
     """
     # torch: seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
     from fd_large.tasks.jobs import job_of
     from fd_large.weights import export as exports
-    from fd_large.weights.model_card import card
 
     folder, size = Path(run), exports.parse_size(shard_size)
     recipe = read_recipe(folder, where="export")
-    if not recipe.has_teacher:
-        raise ConfigError(
-            f"export: {run}: no distilled student; got a run of the task {recipe.task.name}, "
-            "expected a distillation. Its model serves other runs as it is: --student.init RUN."
-        )
-    student = job_of(recipe).stored_student()
+    job = job_of(recipe)
+    job.check_export(to)
+    student = job.stored_student()
     architecture = student.architecture
     into = exports.export_of(architecture, to, pads=recipe.student.size_rule == "pad")
     table = parameter_shapes(architecture)
@@ -82,28 +79,7 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
         stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
-        sizes = reader.layout.sizes
-        width = sizes.get(f"{stream.PROJECTION}bias", 0)
-        projection = {
-            f"{stream.PROJECTION}weight": (
-                width,
-                sizes.get(f"{stream.PROJECTION}weight", 0) // max(width, 1),
-            ),
-            f"{stream.PROJECTION}bias": (width,),
-        }
-        # The whole task is checked, whatever part of it goes out; but a head of the user's own
-        # is trained and discarded.
-        if recipe.objective.head == "linear":
-            stream.check(reader, stored | projection)
-        elif to == "fd":
-            raise ConfigError(
-                f"export: --to fd: holds a linear projection; got {recipe.objective.head}, "
-                "expected objective.head linear. Take --to timm or hf."
-            )
-        else:
-            stream.check(reader, table, prefix=stream.STUDENT)
-        if to == "fd":
-            stored |= projection
+        stored |= job.exported_beside(reader, table, to)
         items = (
             (
                 name.removeprefix(stream.STUDENT),
@@ -111,15 +87,13 @@ def export(run: str, out: str, to: str, shard_size: str = "5GB") -> tuple[int, i
             )
             for name, shape in stored.items()
         )
-        text = card(
-            recipe.to_dict(),
+        text = job.model_card(
             architecture,
             into,
             to,
             parameters=parameters,
             manifest=reader.manifest,
             summary=_json(folder / "summary.json"),
-            statistics=student.statistics,
             sharded=4 * parameters > size,
         )
         files = exports.export(

@@ -131,7 +131,7 @@ def plan(
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
     Raises: ConfigError: if the recipe has no teacher, or something cannot be planned or read.
     """
-    if not run.has_teacher:
+    if not run.frozen_models:
         raise ConfigError(
             f"--recipe: only distillation is planned; got {run.name}, of the task {run.task.name}, "
             "expected a recipe with a teacher. Its docstring has the arithmetic."

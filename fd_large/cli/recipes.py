@@ -35,8 +35,10 @@ def recipes_table() -> Table:
     table.add_column("What it needs, how long it takes, what to expect", ratio=1)
     for name in registry.RECIPES:
         run, facts = registry.get(name), registry.facts(name)
-        models = f"\n{run.teacher.model}\n->" if run.has_teacher else f"\n{run.task.name}:"
-        models += f" {run.student.model}"
+        models = "".join(f"\n{model.model}" for model in run.frozen_models.values())
+        models += (
+            f"\n-> {run.student.model}" if models else f"\n{run.task.name}: {run.student.model}"
+        )
         said = f"needs:  {facts.hardware}\ntakes:  {facts.duration}\nexpect: {facts.result}"
         table.add_row(Text(name, style="bold").append(models, style="not bold"), Text(said))
     return table

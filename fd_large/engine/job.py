@@ -14,8 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.stream import Shape
 from fd_large.data.loader import Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
@@ -31,8 +33,12 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
+from fd_large.weights.libraries import To
 from fd_large.weights.settle import settle_student
 from fd_large.weights.source import Sources
+
+# Keys that summary.json has for every task, null where a task has no such number.
+_FOR_EVERY_TASK = ("held_out_loss_start", "held_out_loss", "held_out_cosine", "loss_best_constant")
 
 
 class StoredStudent(NamedTuple):
@@ -268,6 +274,15 @@ class Job:
         own = {"recipe": self.run.name, "student": self.run.student.model}
         return {**own, "teacher": None, **frozen}  # The key is there for every task.
 
+    def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
+        """Returns the entries of summary.json that evaluations make.
+
+        Args:
+            first: Numbers of the first evaluation, by name.
+            last: The newest number of every name.
+        """
+        return {**dict.fromkeys(_FOR_EVERY_TASK), **last}
+
     def facts(self) -> Mapping[str, Any]:
         """Returns the task's entries of a checkpoint's manifest, JSON-safe."""
         return {}
@@ -284,6 +299,54 @@ class Job:
     def stored_student(self) -> StoredStudent:
         """Returns what describes the student in this run's checkpoints; builds nothing."""
         return StoredStudent(trained_at(self.run), {}, IMAGENET)
+
+    def check_export(self, to: To) -> None:
+        """Refuses to export the student of this run for a library, if that cannot be done.
+
+        Raises: ConfigError: if the task exports no student, or not for this library.
+        """
+        raise ConfigError(
+            f"export: the task {self.run.task.name} exports no student; got {self.run.name}, "
+            "expected a distillation. Its model serves other runs as it is: --student.init RUN."
+        )
+
+    def exported_beside(
+        self, reader: Reader, student: Mapping[str, Shape], to: To
+    ) -> Mapping[str, Shape]:
+        """Returns the tensors of the task that are exported beside the student's.
+
+        Args:
+            reader: The checkpoint that is exported.
+            student: Shapes of the student's tensors by their own names.
+            to: The library.
+
+        Raises: CheckpointError: if the checkpoint is not of this recipe's models.
+        """
+        raise NotImplementedError
+
+    def model_card(
+        self,
+        architecture: FamilyArchitecture,
+        into: Export,
+        to: To,
+        *,
+        parameters: int,
+        manifest: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        sharded: bool,
+    ) -> str:
+        """Returns the model card of the exported student, in Markdown.
+
+        Args:
+            architecture: The student, with the image size of the run.
+            into: What it becomes in the library's files.
+            to: The library.
+            parameters: Elements of the student.
+            manifest: The checkpoint's manifest.
+            summary: Content of the run's summary.json; empty where the run has not ended.
+            sharded: Whether the tensors are in several files.
+        """
+        raise NotImplementedError
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the models that the run uses and does not train, by name (as in RUN#name)."""

@@ -142,6 +142,7 @@ def train(
         ),
         checkpoint_bytes=checkpoints.bytes,
         metrics=job.metrics,
+        evaluated=job.evaluated,
         name_of=samples.__getitem__,
     )
 
@@ -212,7 +213,8 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
     node_consistency.check(samples, job.sources(), weights, code)
     samples = job.stage(samples)
 
-    folder = open_folder(run, fresh=fresh)
+    folder = Path(run.run_dir())
+    open_folder(folder, run.to_dict(), run.changes_since, fresh=fresh)
     logs.set_up(folder)
     start.start()
     config = ds.fill(json_config, numbers)

@@ -31,6 +31,7 @@ from fd_large.recipes.sections import (
     Data,
     Engine,
     Eval,
+    FrozenModel,
     Guard,
     Optim,
     Runtime,
@@ -110,6 +111,37 @@ def _with_sections(sections: tuple[tuple[str, Any], ...]) -> type[Task]:
     )
 
 
+# Fields that a resume may change, besides those of its task (`TaskKind.may_change`): they do not
+# change the result.
+_MAY_CHANGE = {
+    "batch.micro_batch_size",
+    "data.max_bad_fraction",
+    "data.root",
+    "data.stage_to",
+    "data.workers",
+    "engine.node_size",
+    "guard.enabled",
+    "guard.roll_backs",
+    "guard.skips",
+    "guard.spread",
+    "runtime.canary_every",
+    "runtime.keep_every",
+    "runtime.keep_last",
+    "runtime.log_every",
+    "runtime.max_failed_saves",
+    "runtime.notice_seconds",
+    "runtime.preemption",
+    "runtime.run_dir",
+    "runtime.save_every",
+    "runtime.save_minutes",
+    "runtime.trackers",
+    "runtime.watchdog_seconds",
+    "student.activation_checkpointing",
+    "student.attention_memory",
+    "student.checkpoint_every",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A whole run: its name and its sections."""
@@ -167,10 +199,19 @@ class Run:
             )
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether the student learns from a teacher."""
+    def frozen_models(self) -> dict[str, FrozenModel]:
+        """The models that the run uses and does not train, by section.
+
+        If the task is code that this process may not import, those that the recipe describes.
+        """
         kind = self.task.kind()
-        return "teacher" in kind.sections if kind else self.teacher != Teacher()
+        sections = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: section
+            for name, section in sections.items()
+            if isinstance(section, FrozenModel)
+            and (name in kind.sections if kind else section != type(section)())
+        }
 
     def student_architecture(self) -> FamilyArchitecture:
         """Returns the student's architecture with the overrides filled in."""
@@ -212,6 +253,20 @@ class Run:
                 plain_model = replace(section, architecture=Architecture())
                 base = replace(base, **{where: plain_model})
         return override(base, values)
+
+    def changes_since(self, stored: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns how the run differs from a stored one in what a resume may not change.
+
+        Args:
+            stored: What `to_dict` gave.
+
+        Returns: {"optim.base_lr": (value there, value here), ...}.
+        Raises: ConfigError: as `from_dict`.
+        """
+        kind = self.task.kind()
+        free = _MAY_CHANGE | set(kind.may_change if kind else ())
+        found = difference(Run.from_dict(stored), self)
+        return {name: values for name, values in found.items() if name not in free}
 
     def run_dir(self) -> str:
         """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""

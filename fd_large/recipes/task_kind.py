@@ -20,8 +20,6 @@ class TaskKind:
         title: Words for it in tables and plots; empty: its name.
         section: Dataclass of its own settings, `task.NAME.FIELD`; None if it has none.
         sections: Names of the recipe's sections that are read by this task and not by all.
-        frozen: Names of those sections that describe a model which the task uses and does not
-            train (`Job.frozen_models`).
         may_change: Fields of its own, section.field, that a resume may change: they do not change
             the result.
         scores_runs: Whether its job scores a stored run (`Job.score_stored`); `evaluate RUN` then
@@ -39,7 +37,6 @@ class TaskKind:
     title: str = ""
     section: type | None = None
     sections: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
     may_change: tuple[str, ...] = ()
     scores_runs: bool = False
     trains_models: bool = False

@@ -33,7 +33,7 @@ def recipe_page() -> str:
         run, facts = registry.get(name), registry.facts(name)
         cells = (
             f"[{name}](#{name})",
-            run.teacher.model if run.has_teacher else "-",
+            ", ".join(model.model for model in run.frozen_models.values()) or "-",
             run.student.model,
             facts.duration,
             facts.result,
@@ -74,6 +74,7 @@ def _recipe(name: str) -> list[str]:
         f" global batch {run.batch.global_batch_size}, {length}, peak learning rate"
         f" {run.optim.base_lr:g} per 512 images, drop path {run.student.drop_path_rate:g}"
     )
+    frozen = ", ".join(model.model for model in run.frozen_models.values())
     lines = [
         f"### {name}",
         "",
@@ -82,9 +83,7 @@ def _recipe(name: str) -> list[str]:
         f"- needs: {facts.hardware}",
         f"- takes: {facts.duration}",
         f"- expect: {facts.result}",
-        f"- models: {run.teacher.model} -> {run.student.model}"
-        if run.has_teacher
-        else f"- model: {run.student.model}",
+        f"- models: {frozen} -> {run.student.model}" if frozen else f"- model: {run.student.model}",
         f"- settings: {settings}",
     ]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_listed(rest))).strip("\n")

@@ -76,7 +76,7 @@ class Setting:
 
     Attributes:
         folder: The run's folder.
-        facts: First entries of summary.json: recipe, student, teacher.
+        facts: First entries of summary.json (`Job.summary`).
         first_update: Steps done before this start, after which the run goes on.
         total_updates: Steps of the whole run.
         global_batch_size: Images a step, over all ranks.
@@ -87,6 +87,8 @@ class Setting:
         flops: FLOPs of a micro batch on one rank; None if they are not countable.
         checkpoint_bytes: Size of a whole checkpoint, over all ranks.
         metrics: The words for what evaluations measure (`Job.metrics`).
+        evaluated: Numbers of the first evaluation and the newest of every name -> their entries of
+            summary.json (`Job.evaluated`).
         name_of: A sample's place in the listing -> where it lies.
     """
 
@@ -102,6 +104,9 @@ class Setting:
     flops: StepFlops | None = None
     checkpoint_bytes: int = 0
     metrics: Mapping[str, str] = field(default_factory=dict)
+    evaluated: Callable[[Mapping[str, float], Mapping[str, float]], Mapping[str, Any]] = (
+        lambda first, last: last
+    )
     name_of: Callable[[int], str] = str
 
 

@@ -126,12 +126,7 @@ class Meter(Hook):
             "accumulation": setting.accumulation,
             "loss_start": loss_start,
             "loss_end": loss_end,
-            "held_out_loss_start": first.get("held_out_loss"),
-            "held_out_loss": last.get("held_out_loss"),
-            "held_out_cosine": last.get("held_out_cosine"),
-            "loss_best_constant": last.pop("held_out_best_constant", None),
-            # Whatever else was evaluated, under its own name.
-            **last,
+            **setting.evaluated(first, last),
             "images_per_second": images / self._seconds if images > 0 else None,
             **self._shares(timed, self._seconds),
             "data_wait": self._waited / self._seconds if timed else None,

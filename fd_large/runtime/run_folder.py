@@ -7,7 +7,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 from fd_large import distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import ConfigError
-from fd_large.recipes.run import Run, difference
 
 log = logging.getLogger(__name__)
 
 _CODE = "code.json"
+Changes = Callable[[dict[str, Any]], Mapping[str, tuple[Any, Any]]]
+"""A recipe -> {name of a field: (its value there, its value now)}."""
+
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "numpy", "triton", "fairscale", "mpi4py")
 
 
@@ -33,20 +35,22 @@ def written_or_logged(what: object) -> Iterator[None]:
         log.error("%s: NOT WRITTEN: %s", what, error)
 
 
-def open_folder(run: Run, *, fresh: bool) -> Path:
+def open_folder(folder: Path, recipe: dict[str, Any], changes: Changes, *, fresh: bool) -> None:
     """Makes or enters the run's folder; rank 0 writes, the others follow.
 
     Args:
-        run: The resolved recipe.
+        folder: The run's folder.
+        recipe: The resolved recipe, as recipe.json holds it.
+        changes: Returns the fields that differ from a stored recipe and that a resume may not
+            change (`Run.changes_since`).
         fresh: Start over: the old run's folder is renamed to FOLDER.old-N, never removed.
 
     Raises: ConfigError: if the folder cannot be used or belongs to another recipe.
     """
-    folder = Path(run.run_dir())
     problem = None
     if distributed.is_main():
         try:
-            _enter(folder, run, fresh)
+            _enter(folder, recipe, changes, fresh)
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
@@ -56,7 +60,6 @@ def open_folder(run: Run, *, fresh: bool) -> Path:
             )
     if problem := distributed.broadcast_object(problem):
         raise ConfigError(problem)
-    return folder
 
 
 def write_environment(
@@ -99,34 +102,30 @@ def write_environment(
     )
 
 
-def _enter(folder: Path, run: Run, fresh: bool) -> None:
-    recipe = folder / "recipe.json"
+def _enter(folder: Path, recipe: dict[str, Any], changes: Changes, fresh: bool) -> None:
+    file = folder / "recipe.json"
     if fresh and folder.exists() and any(folder.iterdir()):
         number = 1
         while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(old)
-    if recipe.exists():
+    if file.exists():
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         try:
-            before = Run.from_dict(json.loads(recipe.read_text()))
+            found = changes(json.loads(file.read_text()))
         except (ValueError, ConfigError, AttributeError) as error:
             raise ConfigError(
-                f"{recipe}: not a recipe that this version can read; got {error}, expected what a "
+                f"{file}: not a recipe that this version can read; got {error}, expected what a "
                 f"run wrote. {remedy}"
             ) from None
-        changed = "; ".join(
-            f"{name} {was!r} -> {now!r}"
-            for name, (was, now) in difference(before, run).items()
-            if name not in _MAY_CHANGE
-        )
-        if changed:
+        if found:
+            changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in found.items())
             raise ConfigError(
                 f"{folder}: holds a run of another recipe; got {changed}, expected the same. "
                 f"{remedy}"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(recipe, run.to_dict())
+    write_json(file, recipe)
 
 
 def status_of(folder: Path) -> str | None:
@@ -191,37 +190,6 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
             break
         kept.append(row)
     return kept
-
-
-# What a resume may change: it does not change the result.
-_MAY_CHANGE = {
-    "batch.micro_batch_size",
-    "data.max_bad_fraction",
-    "data.root",
-    "data.stage_to",
-    "data.workers",
-    "engine.node_size",
-    "guard.enabled",
-    "guard.roll_backs",
-    "guard.skips",
-    "guard.spread",
-    "runtime.canary_every",
-    "runtime.keep_every",
-    "runtime.keep_last",
-    "runtime.log_every",
-    "runtime.max_failed_saves",
-    "runtime.notice_seconds",
-    "runtime.preemption",
-    "runtime.run_dir",
-    "runtime.save_every",
-    "runtime.save_minutes",
-    "runtime.trackers",
-    "runtime.watchdog_seconds",
-    "student.activation_checkpointing",
-    "student.attention_memory",
-    "student.checkpoint_every",
-    "teacher.placement",
-}
 
 
 def source_commit() -> str | None:

@@ -26,6 +26,7 @@ from fd_large.backbones.translation import Shape, Shapes
 from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
+from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.sidecar import own_config
 
 CARD = "README.md"
@@ -33,14 +34,9 @@ NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"
 _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-LIBRARIES = {
-    "timm": "a model of timm",
-    "hf": "a model of transformers",
-    "fd": "the names of the Feature-Distillation repository",
-}
 
 
-def export_of(architecture: FamilyArchitecture, to: str, *, pads: bool) -> Export:
+def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export:
     """Returns what a model becomes in a library's files.
 
     Args:
@@ -61,7 +57,7 @@ def export_of(architecture: FamilyArchitecture, to: str, *, pads: bool) -> Expor
         able = [f"--to {form}" for form in LIBRARIES if not lacks(form)]
         remedy = f"Use {' or '.join(able)}" if able else "Nothing has it: keep the checkpoint"
         raise ConfigError(
-            f"export: --to {to}: this student is not {LIBRARIES[to]}; got {reason}. {remedy}."
+            f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. {remedy}."
         )
     return exports[to]
 

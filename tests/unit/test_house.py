@@ -41,6 +41,15 @@ FLOORS = {
 # Files that recipes may import: the description of a task or a family, without torch and without
 # the rest of its room.
 DESCRIPTIONS = ("tasks/*/section.py", "tasks/registry.py", "backbones/*/architecture.py")
+# All other functions take plain arguments.
+SEE_A_RUN = (
+    "cli/*.py",
+    "api.py",
+    "engine/run.py",
+    "engine/job.py",
+    "tasks/jobs.py",
+    "tasks/*/job.py",
+)
 FOR_ALL = {"errors", "distributed", "atomic_files", "doors"}
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
@@ -121,6 +130,14 @@ def test_imports_come_from_lower_floors(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if room(path) == "engine"], ids=module)
 def test_the_engine_imports_no_task(path: Path) -> None:
     assert not [name for name in imports(path) if name.startswith("fd_large.tasks")]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) != "recipes"], ids=module)
+def test_a_whole_run_is_seen_by_few(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    if not any(inside.match(pattern) for pattern in SEE_A_RUN):
+        found = {name for name in imports(path) if name.startswith("fd_large.recipes.")}
+        assert not found & {"fd_large.recipes.run"}, "take plain arguments, or a Job"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("tasks/*/**/*.py")), ids=module)

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.backbones.exports import PROJECTION, Export
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.checkpoint import stream
+from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.stream import Shape
 from fd_large.data.labelled import LabelledImages, open_split
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
@@ -28,6 +32,7 @@ from fd_large.plan.flops import StepFlops
 from fd_large.plan.workload import Workload
 from fd_large.probes import knn
 from fd_large.probes.features import extract
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import heads
@@ -35,9 +40,11 @@ from fd_large.tasks.distillation.alignment import check_grids
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import FunctionLoss, check_loss, make_loss
+from fd_large.tasks.distillation.model_card import card
 from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser, make_normaliser
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
+from fd_large.weights.libraries import To
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
 
@@ -319,6 +326,15 @@ class DistillationJob(Job):
             ),
         )
 
+    def evaluated(self, first: Mapping[str, float], last: Mapping[str, float]) -> Mapping[str, Any]:
+        """Returns the newest numbers, and the held-out loss before training."""
+        own = {name: value for name, value in last.items() if name != "held_out_best_constant"}
+        named = {
+            "held_out_loss_start": first.get("held_out_loss"),
+            "loss_best_constant": last.get("held_out_best_constant"),
+        }
+        return {**super().evaluated({}, {}), **named, **own}
+
     # --- checkpoints, and what others take from them ---
 
     def facts(self) -> Mapping[str, Any]:
@@ -336,6 +352,63 @@ class DistillationJob(Job):
                 f"{self.teacher.fingerprint}, expected {manifest.get('teacher_hash')} "
                 f"({manifest.get('teacher_source')}). Give that file, or --fresh."
             )
+
+    def check_export(self, to: To) -> None:
+        """Refuses Feature-Distillation's names, which hold a linear projection, without one."""
+        if to == "fd" and not self._projects:
+            raise ConfigError(
+                f"export: --to fd: holds a linear projection; got {self.run.objective.head}, "
+                "expected objective.head linear. Take --to timm or hf."
+            )
+
+    def exported_beside(
+        self, reader: Reader, student: Mapping[str, Shape], to: To
+    ) -> Mapping[str, Shape]:
+        """Returns the projection if the library's files hold it.
+
+        The whole task is checked, whatever part of it goes out; but a head of the user's own is
+        trained and discarded.
+        """
+        if not self._projects:
+            stream.check(reader, dict(student), prefix=stream.STUDENT)
+            return {}
+        sizes = reader.layout.sizes
+        width = sizes.get(f"{PROJECTION}bias", 0)
+        projection = {
+            f"{PROJECTION}weight": (width, sizes.get(f"{PROJECTION}weight", 0) // max(width, 1)),
+            f"{PROJECTION}bias": (width,),
+        }
+        whole = {f"{stream.STUDENT}{name}": shape for name, shape in student.items()}
+        stream.check(reader, whole | projection)
+        return projection if to == "fd" else {}
+
+    def model_card(
+        self,
+        architecture: FamilyArchitecture,
+        into: Export,
+        to: To,
+        *,
+        parameters: int,
+        manifest: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        sharded: bool,
+    ) -> str:
+        """Returns the model card: teacher, recipe, data, metrics, and how it is loaded."""
+        return card(
+            self.run.to_dict(),
+            architecture,
+            into,
+            to,
+            parameters=parameters,
+            manifest=manifest,
+            summary=summary,
+            statistics=self.stored_student().statistics,
+            sharded=sharded,
+        )
+
+    @property
+    def _projects(self) -> bool:
+        return self.run.objective.head == "linear"
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the teacher."""

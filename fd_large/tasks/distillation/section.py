@@ -60,6 +60,5 @@ KIND = TaskKind(
     job="DistillationJob",
     title="Distillation",
     sections=("teacher", "objective"),
-    frozen=("teacher",),
     may_change=("teacher.placement",),
 )

@@ -60,11 +60,10 @@ def main(folder: Path) -> int:
     # After the launch's variables are read; seconds.
     from fd_large import distributed
     from fd_large.cli import main as cli
-    from fd_large.engine import run
+    from fd_large.engine import job, run
     from fd_large.engine.zero import partition, start, state
     from fd_large.runtime import guard
     from fd_large.runtime.hooks import Hook, Update
-    from fd_large.engine import job
 
     spoilt = {int(u): mark for u, mark in json.loads((folder / "spoilt.json").read_text()).items()}
     guard.KNOWN = 4

@@ -216,7 +216,7 @@ def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
     for name in registry.RECIPES:
         run = registry.get(name)
         assert any(f" {name} " in line for line in lines)
-        net = run.teacher.model if run.has_teacher else run.student.model
+        net = run.teacher.model if run.frozen_models else run.student.model
         assert any(f" {net} " in line for line in lines)
 
 

@@ -139,7 +139,7 @@ def test_ranks_must_divide_the_batch():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.RECIPES if registry.get(name).has_teacher]
+    "name", [name for name in registry.RECIPES if registry.get(name).frozen_models]
 )
 def test_every_recipe_with_a_teacher_can_be_planned(name):
     run = registry.get(name)

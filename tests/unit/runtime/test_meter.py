@@ -55,7 +55,7 @@ def test_a_row_an_update_a_summary_and_the_same_to_trackers(
     found = summary()
     assert (found["status"], found["updates"], found["total_updates"]) == ("done", 10, 10)
     assert (found["loss_start"], found["loss_end"]) == pytest.approx((0.0, 0.09))
-    assert (found["held_out_loss"], found["held_out_cosine"]) == (10.0, None)
+    assert found["held_out_loss"] == 10.0
     assert min(found["images_per_second"], found["peak_memory_bytes"]) > 0
 
 
@@ -93,8 +93,7 @@ def test_numbers_of_one_evaluation_come_together(make_setting, run_updates, rows
         meter.on_evaluation(index, numbers)
     meter.on_end("done")
     assert rows("evaluations.jsonl") == [{"update": 0} | before, {"update": 10} | after | more]
-    expected = {"held_out_loss_start": 0.5, **after, "loss_best_constant": 0.4}
-    assert (expected | {"unseen_crops_loss": 0.2}).items() <= summary().items()
+    assert (after | more).items() <= summary().items()
 
 
 def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations(

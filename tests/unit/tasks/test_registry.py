@@ -58,7 +58,7 @@ def given(*arguments):
 def test_flags_of_its_section_and_its_job(toy):
     run = given("--task.name", "module:toy.py:KIND", "--task.toy.weight", "0.5")
     assert (run.task.name, run.task.toy.weight) == (f"{toy}:KIND", 0.5)
-    assert not run.has_teacher
+    assert not run.frozen_models
     assert run.teacher == type(run.teacher)()  # quickstart's says nothing to this task.
     assert job_of(run).run is run
 
@@ -75,7 +75,7 @@ def test_recipe_json_and_back_and_from_rank_to_rank(toy):
 
 def test_sections_that_it_reads_are_kept(toy):
     run = given("--task.name", "module:toy.py:TAUGHT", "--teacher.source", "random")
-    assert run.has_teacher
+    assert run.frozen_models
     assert run.teacher.source == "random"
     with pytest.raises(ConfigError, match=r"objective\.beta"):
         given("--task.name", "module:toy.py:TAUGHT", "--objective.beta", "3")
@@ -110,7 +110,7 @@ def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
     monkeypatch.setattr(doors, "_modules", {})
     read = Run.from_dict(stored)
     assert read.to_dict() == stored
-    assert not read.has_teacher
+    assert not read.frozen_models
     assert not doors._modules
     with pytest.raises(ConfigError, match="--allow-code"):
         job_of(read)

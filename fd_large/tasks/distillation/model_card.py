@@ -10,9 +10,9 @@ from fd_large import doors
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
+from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
 
-_LIBRARIES = {"timm": "timm", "hf": "transformers", "fd": "fd_large"}
 _SCHEMES = (
     *(PACKAGE, HUB, OPEN_CLIP, "random", "builtin:"),
     *(family.architecture.prefix for family in FAMILIES.values() if family.scheme),
@@ -51,7 +51,7 @@ def card(
     recipe: Mapping[str, Any],
     architecture: Any,
     into: Export,
-    to: str,
+    to: To,
     *,
     parameters: int,
     manifest: Mapping[str, Any],
@@ -65,7 +65,7 @@ def card(
         recipe: The recipe as recipe.json has it.
         architecture: The student, with the image size of the run.
         into: What it becomes in the library's files.
-        to: "timm", "hf" or "fd".
+        to: The library.
         parameters: Elements of the student.
         manifest: The checkpoint's manifest: steps, samples, teacher, images.
         summary: Contents of the run's summary.json; empty where the run has not ended.
@@ -83,7 +83,7 @@ def card(
         student["started from"] = without_folders(init)
     size = architecture.image_size
     sections = [
-        f"---\nlibrary_name: {_LIBRARIES[to]}\npipeline_tag: image-feature-extraction\n"
+        f"---\nlibrary_name: {LIBRARIES[to].package}\npipeline_tag: image-feature-extraction\n"
         "tags:\n- feature-distillation\n---",
         f"# {recipe['student']['model']}, distilled from {recipe['teacher']['model']}",
         "An image backbone that learned the feature map of a frozen teacher (feature distillation, "
