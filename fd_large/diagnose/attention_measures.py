@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fd_large.diagnose.token_positions import PADDING, PREFIX, TokenPositions
+from fd_large.backbones.token_positions import PADDING, PREFIX, TokenPositions
 
 _MOST_ROUNDS = 500
 _CONVERGED = 1e-12

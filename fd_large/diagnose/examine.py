@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.backbones.statistics import normalise
+from fd_large.backbones.token_positions import TokenPositions
 from fd_large.diagnose.attention_maps import maps_to
 from fd_large.diagnose.attention_measures import LayerFigures
 from fd_large.diagnose.cka import LEAST_IMAGES, Similarity, gram
@@ -21,7 +22,6 @@ from fd_large.diagnose.findings import Findings
 from fd_large.diagnose.landscape import curve, random_direction, surface
 from fd_large.diagnose.models import LoadedModel
 from fd_large.diagnose.sample import Sample
-from fd_large.diagnose.token_positions import TokenPositions
 
 MAP = "map"
 Progress = Callable[[str], None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.attention_maps import attention_maps
 from fd_large.backbones.family import Options
 from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule, Stage
 from fd_large.backbones.initialization import (
@@ -24,6 +25,7 @@ from fd_large.backbones.initialization import (
 )
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.backbones.swin.architecture import SwinArchitecture
+from fd_large.backbones.token_positions import TokenPositions, window_positions
 from fd_large.backbones.windows import fit_window, window_shift
 from fd_large.errors import ShapeError
 from fd_large.kernels.residual_norm import add_branch
@@ -197,6 +199,21 @@ class WindowAttention(nn.Module):
             memory=self.memory,
         )
         return self.proj(out)
+
+    def attention_maps(self, x: Tensor, shift: int) -> tuple[Tensor, TokenPositions]:
+        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        window = (self.window_size, self.window_size)
+        positions = window_positions(tuple(x.shape[1:3]), window, (shift, shift), pad_first=True)
+        maps = attention_maps(
+            self.qkv(x).flatten(1, 2),
+            positions,
+            num_heads=self.num_heads,
+            scale=(x.shape[-1] // self.num_heads) ** -0.5,
+            cosine=False,
+            table=self.relative_position_bias_table,
+            shift=shift,
+        )
+        return maps, positions
 
 
 class Downsample(PatchMerging):

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.attention_maps import attention_maps, with_query_bias
 from fd_large.backbones.family import Options
 from fd_large.backbones.hierarchical import HierarchicalBackbone, PatchMerging, SizeRule, Stage
 from fd_large.backbones.initialization import (
@@ -35,6 +36,7 @@ from fd_large.backbones.layers import (
     ResidualNorm,
 )
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture
+from fd_large.backbones.token_positions import TokenPositions, window_positions
 from fd_large.backbones.windows import coordinate_table, fit_window, window_shift
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
@@ -302,6 +304,23 @@ class CosineAttention(nn.Module):
             memory=self.memory,
         )
         return self.proj(out)
+
+    def attention_maps(
+        self, x: Tensor, window: int, shift: int, position_table: Tensor
+    ) -> tuple[Tensor, TokenPositions]:
+        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        grid = tuple(x.shape[1:3])
+        positions = window_positions(grid, (window, window), (shift, shift), pad_first=True)
+        maps = attention_maps(
+            with_query_bias(self.qkv(x).flatten(1, 2), self.q_bias),
+            positions,
+            num_heads=self.num_heads,
+            scale=self.logit_scale.float().clamp(max=math.log(100)).exp(),  # (h, 1, 1)
+            cosine=True,
+            table=position_table,
+            shift=shift,
+        )
+        return maps, positions
 
 
 class PositionMlp(nn.Sequential):

@@ -10,13 +10,16 @@ Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-i
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from fnmatch import fnmatch
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,6 +30,7 @@ from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.backbones.timm.drop_path import Kept, Scales, give_scales
 from fd_large.backbones.timm.measure import Measured, measure, still
 from fd_large.backbones.timm.models import create, cut, size_arguments
+from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.errors import ConfigError, ShapeError
 
 
@@ -119,6 +123,31 @@ class TimmBackbone(nn.Module):
         if self._measured is None:
             return []
         return [self.net.get_submodule(path) for path in self._measured.blocks]
+
+    def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
+        """Returns what finds where the tokens of an attention module are, for diagnosis.
+
+        Args:
+            grid: Rows and columns of the map.
+
+        Returns: (name of the module, its number of tokens) -> their positions; None: not known.
+        """
+        modules = dict(self.named_modules())
+        num_prefix_tokens = getattr(self.net, "num_prefix_tokens", 0)
+
+        @lru_cache
+        def positions(name: str, num_tokens: int) -> TokenPositions | None:
+            block = modules[name.rpartition(".")[0]]
+            if isinstance(block, SwinTransformerBlock | SwinTransformerV2Block):
+                window, shift = (tuple(size) for size in (block.window_size, block.shift_size))
+                return window_positions(
+                    tuple(block.input_resolution), window, shift, pad_first=False
+                )
+            if num_tokens == num_prefix_tokens + grid[0] * grid[1]:
+                return image_positions(grid, num_prefix_tokens)
+            return None
+
+        return positions
 
     @property
     def last_layer(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from fd_large.backbones.attention_maps import attention_maps, with_query_bias
 from fd_large.backbones.drop_path import branch_scales, linear_rates
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
@@ -32,6 +33,7 @@ from fd_large.backbones.initialization import (
     scheme,
 )
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp, PatchEmbed, residual_dtype
+from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ShapeError
 from fd_large.kernels.residual_norm import add_branch
@@ -366,6 +368,26 @@ class Attention(nn.Module):
             out = window_attention(on_grid, window=window, shift=0, cosine=False, **options)
             return self.proj(out.flatten(1, 2))
         return self.proj(image_attention(qkv, grid=grid, **options))
+
+    def attention_maps(
+        self, x: Tensor, table: Tensor | None, grid: tuple[int, int], window: int = 0
+    ) -> tuple[Tensor, TokenPositions]:
+        """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
+        if self.relative_position_bias_table is not None:
+            table = self.relative_position_bias_table
+        if window:
+            positions = window_positions(grid, (window, window), (0, 0), pad_first=True)
+        else:
+            positions = image_positions(grid, x.shape[1] - grid[0] * grid[1])
+        maps = attention_maps(
+            with_query_bias(self.qkv(x), self.q_bias),
+            positions,
+            num_heads=self.num_heads,
+            scale=(x.shape[-1] // self.num_heads) ** -0.5,
+            cosine=False,
+            table=table,
+        )
+        return maps, positions
 
 
 class RelativePositionBias(nn.Module):

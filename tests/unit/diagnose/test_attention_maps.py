@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
-from fd_large.backbones.vit.vit import ViT
-from fd_large.diagnose.attention_maps import maps_to
-from fd_large.diagnose.token_positions import (
+from fd_large.backbones.token_positions import (
     PREFIX,
     TokenPositions,
     image_positions,
     window_positions,
 )
+from fd_large.backbones.vit.vit import ViT
+from fd_large.diagnose.attention_maps import maps_to
 
 vit = partial(ViT, 32, 2, 4, patch_size=8, image_size=(24, 32))
 NETS: dict[str, tuple[Any, tuple[int, int]]] = {

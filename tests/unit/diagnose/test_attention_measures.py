@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fd_large.backbones.token_positions import image_positions, window_positions
 from fd_large.diagnose.attention_measures import (
     LayerFigures,
     average_map,
@@ -17,7 +18,6 @@ from fd_large.diagnose.attention_measures import (
     prefix_share,
     translation_score,
 )
-from fd_large.diagnose.token_positions import image_positions, window_positions
 
 GRID = (3, 4)
 N = 12

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
+from fd_large.backbones.token_positions import TokenPositions
 from fd_large.cli import main as cli
 from fd_large.diagnose.attention_maps import maps_to
 from fd_large.diagnose.attention_measures import prefix_share
 from fd_large.diagnose.models import load_model
 from fd_large.diagnose.sample import Sample
-from fd_large.diagnose.token_positions import TokenPositions
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"
