@@ -18,6 +18,7 @@ from fd_large.backbones.initialization import Scheme, fill
 from fd_large.backbones.layers import LayerNorm, PatchEmbed, residual_dtype
 from fd_large.backbones.windows import fit_window
 from fd_large.errors import ConfigError, ShapeError
+from fd_large.recipes.family import WindowedTransformer
 
 SizeRule = Literal["drop", "pad"]
 
@@ -32,11 +33,13 @@ class HierarchicalBackbone(nn.Module):
             dtype of the matrix products.
         width: Channels of the map.
         stride: Pixels per token of the map, each way.
+        stage_widths: Channels of the map of each stage.
         num_prefix_tokens: 0.
         drop_path_rates: One per site, attention then MLP of each block in order.
     """
 
     num_prefix_tokens = 0
+    mean_norm = WindowedTransformer.mean_norm
     in_two_dtypes = False
     layers: nn.ModuleList
 
@@ -54,7 +57,8 @@ class HierarchicalBackbone(nn.Module):
         super().__init__()
         self.embed_dim, self.depths, self.window_size = embed_dim, tuple(depths), window_size
         self.patch_size, self.size_rule, self.residual = patch_size, size_rule, residual
-        self.width = embed_dim * 2 ** (len(depths) - 1)
+        self.stage_widths = tuple(embed_dim * 2**stage for stage in range(len(depths)))
+        self.width = self.stage_widths[-1]
         self.stride = patch_size * 2 ** (len(depths) - 1)
         self.drop_path_rates = linear_rates(drop_path_rate, sum(depths))
 

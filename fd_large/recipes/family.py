@@ -40,6 +40,10 @@ class FamilyArchitecture:
     """Whether the model has several stages, each at half the resolution of the one before."""
     can_pad: ClassVar[bool] = False
     """Whether image sizes that do not fit can be padded (`student.size_rule`)."""
+    mean_norm: ClassVar[Literal["none", "instead", "also"]] = "also"
+    """How fine-tuning normalises the mean of the tokens. none: the model's final norm is enough.
+    instead: a new norm takes the place of the final norm, which is discarded. also: a new norm
+    follows, whatever the model ends in."""
     has_sequential_stages: ClassVar[bool] = False
     """Whether the first stages can attend to a few windows at a time."""
 
@@ -173,6 +177,7 @@ class WindowedTransformer(Transformer):
     patch_norm: bool
 
     is_hierarchical: ClassVar[bool] = True
+    mean_norm: ClassVar[Literal["none", "instead", "also"]] = "none"
     can_pad: ClassVar[bool] = True
 
     @property

@@ -35,6 +35,7 @@ class ViTArchitecture(Transformer):
 
     family: ClassVar[str] = "vit"
     example: ClassVar[str] = "vit_base_patch16"
+    mean_norm: ClassVar[Literal["none", "instead", "also"]] = "instead"
     resizes_positions: ClassVar[bool] = True
 
     def _check(self) -> None:

@@ -63,12 +63,16 @@ class ViT(nn.Module):
     Attributes:
         width: Channels of the map.
         stride: Pixels per token, each way.
+        attends_in_windows: Whether its blocks can attend within windows (`Block.forward`).
         num_prefix_tokens: Number of CLS and distillation tokens of the map.
         depths: Number of blocks, as of a model with one stage.
         drop_path_rates: One rate per site, attention then MLP of each block in order.
 
     Raises: ConfigError: for values that do not fit each other.
     """
+
+    mean_norm = ViTArchitecture.mean_norm
+    attends_in_windows = True
 
     def __init__(
         self,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fd_large.backbones.hierarchical import HierarchicalBackbone
-from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import ConfigError
 from fd_large.tasks.dense.pyramids import FeaturePyramid, SimplePyramid
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
@@ -18,30 +16,38 @@ NUM_STAGES = 4
 # in their place: its final norm then only normalises.
 LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
 
-SwinOrViT = HierarchicalBackbone | ViT
 
-
-def strip(student: SwinOrViT) -> None:
+def strip(student: nn.Module) -> None:
     """Takes the final norm and the class tokens out of a student.
 
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 
+    Args:
+        student: A backbone whose stages give a map each (`stage_widths`), or one with a single map
+            whose blocks can attend within windows (`attends_in_windows`).
+
     Raises: ConfigError: if no pyramid can stand on the student.
     """
-    if isinstance(student, ViT):
+    if _has_stages(student):
+        if len(student.depths) != NUM_STAGES or student.size_rule != "pad":
+            raise ConfigError(
+                f"student: the pyramid stands on {NUM_STAGES} stages of any size; got "
+                f"{len(student.depths)} stages, size_rule {student.size_rule!r}, expected "
+                f"{NUM_STAGES} and 'pad'. Set --student.model and --student.size_rule."
+            )
+    elif getattr(student, "attends_in_windows", False):
         check(student)
         student.cls_token = student.dist_token = None
-    elif len(student.depths) != NUM_STAGES or student.size_rule != "pad":
+    else:
         raise ConfigError(
-            f"student: the pyramid stands on {NUM_STAGES} stages of any size; got "
-            f"{len(student.depths)} stages, size_rule {student.size_rule!r}, expected "
-            f"{NUM_STAGES} and 'pad'. Set --student.model and --student.size_rule."
+            f"student.model: no pyramid stands on this model; got {type(student).__name__}, "
+            "expected one that maps images of any size, such as swinv2_base. Set --student.model."
         )
     student.norm = None
 
 
 def features(
-    student: SwinOrViT, pixels: Tensor, keep: Tensor | None
+    student: nn.Module, pixels: Tensor, keep: Tensor | None
 ) -> Tensor | tuple[Tensor, ...]:
     """Maps normalised images of any size to what the pyramid takes.
 
@@ -50,21 +56,25 @@ def features(
         pixels: (B, 3, H, W), any float dtype.
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
 
-    Returns: of a ViT one map (B, H, W, C), of a Swin model a map of each stage.
+    Returns: a map (B, H, W, C) of each stage, or the only map.
     """
-    if isinstance(student, ViT):
-        return windowed_map(student, pixels, keep)
-    return student.stages(pixels, keep)
+    if _has_stages(student):
+        return student.stages(pixels, keep)
+    return windowed_map(student, pixels, keep)
 
 
-def pyramid_of(student: SwinOrViT, width: int) -> nn.Module:
+def pyramid_of(student: nn.Module, width: int) -> nn.Module:
     """Returns the pyramid that fits a student, with `width` channels on every level."""
-    if isinstance(student, ViT):
-        return SimplePyramid(student.width, width)
-    return FeaturePyramid([student.embed_dim * 2**stage for stage in range(NUM_STAGES)], width)
+    if _has_stages(student):
+        return FeaturePyramid(list(student.stage_widths), width)
+    return SimplePyramid(student.width, width)
 
 
-def strides_of(student: SwinOrViT) -> tuple[float, ...]:
+def strides_of(student: nn.Module) -> tuple[float, ...]:
     """Returns the pixels per place of each level of the pyramid, finest first."""
-    finest = student.patch_size / 4 if isinstance(student, ViT) else student.patch_size
+    finest = student.patch_size if _has_stages(student) else student.patch_size / 4
     return tuple(float(finest * 2**level) for level in range(NUM_STAGES + 1))
+
+
+def _has_stages(student: nn.Module) -> bool:
+    return hasattr(student, "stage_widths")

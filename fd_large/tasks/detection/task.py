@@ -15,7 +15,7 @@ from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
 from fd_large.errors import ConfigError
-from fd_large.tasks.dense.stages import SwinOrViT, features, pyramid_of, strides_of, strip
+from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
 from fd_large.tasks.detection.heads.rpn import (
@@ -58,7 +58,7 @@ class Detection(Task):
 
     def __init__(
         self,
-        student: SwinOrViT,
+        student: nn.Module,
         num_classes: int,
         *,
         heads: str = "mask_rcnn",

@@ -107,12 +107,11 @@ class FineTuningJob(Job):
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns those of `student.init`, with shared position biases copied to every block."""
         run = self.run
-        keeps_norm = run.student_architecture().is_hierarchical
         return student_weights(
             run.student,
             self.weights,
             image_size=run.data.image_size,
-            without=() if keeps_norm else DISCARDED,
+            without=self._discarded(),
         )
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
@@ -179,9 +178,10 @@ class FineTuningJob(Job):
         The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
         checkpoints lack the ViT's final norm.
         """
-        architecture = trained_at(self.run)
-        absent = {} if architecture.is_hierarchical else {"norm.weight": 1.0, "norm.bias": 0.0}
-        return StoredStudent(architecture, absent, self.statistics())
+        return StoredStudent(trained_at(self.run), self._discarded(), self.statistics())
+
+    def _discarded(self) -> Mapping[str, float]:
+        return DISCARDED if self.run.student_architecture().mean_norm == "instead" else {}
 
     recipe_for = staticmethod(recipe_name)
 

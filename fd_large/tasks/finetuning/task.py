@@ -17,22 +17,22 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fd_large.backbones.hierarchical import HierarchicalBackbone
 from fd_large.backbones.initialization import NORMAL
 from fd_large.backbones.layers import LayerNorm, Linear
 from fd_large.backbones.statistics import Statistics, normalise
-from fd_large.backbones.vit.vit import ViT
 from fd_large.data.centre_crops import NO_LABEL
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
+from fd_large.recipes.family import FamilyArchitecture
 
 NORM_EPS = 1e-6
 # Published for ViT: predictions start all alike.
-VIT_HEAD_SCALE = 1e-3
+HEAD_SCALE = 1e-3
 # The field of the recipe that names the classifier.
 HEAD = "task.finetune.head"
-# Of the student's own parameters, those that the task has no use for.
-DISCARDED = ("norm.weight", "norm.bias")
+# The student's final norm, which the task discards where it has a norm of its own instead, and the
+# values that a whole student has in its place.
+DISCARDED = {"norm.weight": 1.0, "norm.bias": 0.0}
 
 
 class FineTuning(Task):
@@ -58,11 +58,12 @@ class FineTuning(Task):
         self.statistics = statistics
         self.fc_norm: LayerNorm | None = None
         draw = NORMAL
-        if isinstance(student, ViT):
+        kind = getattr(student, "mean_norm", FamilyArchitecture.mean_norm)
+        if kind == "instead":
             self.fc_norm = LayerNorm(student.width, student.norm.eps)
             student.norm = nn.Identity()
-            draw = NORMAL.divided(1 / VIT_HEAD_SCALE)
-        elif not isinstance(student, HierarchicalBackbone):
+            draw = NORMAL.divided(1 / HEAD_SCALE)
+        elif kind == "also":
             self.fc_norm = LayerNorm(student.width, NORM_EPS)
         heads = {"linear": partial(Linear, draw=draw)}
         self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
