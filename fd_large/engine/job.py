@@ -24,7 +24,7 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
-from fd_large.engine.student import student_weights
+from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
@@ -159,6 +159,10 @@ class Job:
                     f"{name}: {self.run.task.name} ignores this field; got {given!r}, expected "
                     f"{default!r}. Leave it out."
                 )
+        if self.run.optim.layer_decay != 1.0:
+            with torch.device("meta"):
+                student = make_student(self.run.student, image_size=self.run.data.image_size)
+            student.layer_id(next(name for name, _ in student.named_parameters()))
         self.initial_weights()
 
     def sources(self) -> Mapping[str, str]:

@@ -78,6 +78,11 @@ class FamilyArchitecture:
         """Side in pixels of the only images that the model takes; 0: any size that fits."""
         return 0
 
+    @property
+    def code(self) -> str:
+        """The name of code of the user's own that makes the model; empty: it is the package's."""
+        return ""
+
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side in pixels.
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fd_large import doors
 from fd_large.atomic_files import replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
@@ -130,7 +131,8 @@ def configuration(
 ) -> dict[str, Any]:
     """Returns config.json: what the library's own loader reads, and what ours does."""
     theirs = into.config(architecture, statistics) if into.config else {}
-    return theirs | own_config(into.becomes(architecture), statistics)
+    code_hash = doors.hashes(architecture.code).get(architecture.code, "")
+    return theirs | own_config(into.becomes(architecture), statistics, code_hash=code_hash)
 
 
 def _renamed(

@@ -26,11 +26,13 @@ class Sidecar(NamedTuple):
         architecture: None in fields that it does not tell.
         statistics: None where it does not tell.
         own: Whether our own export wrote it.
+        code_hash: SHA-256 of the file of the user's own that made the model; empty: none did.
     """
 
     architecture: Architecture
     statistics: Statistics | None
     own: bool = False
+    code_hash: str = ""
 
 
 def read_sidecar(path: Path, published: Published, library: str, where: str) -> Sidecar:
@@ -77,16 +79,21 @@ def read_own(folder: Path, where: str) -> Sidecar | None:
     Raises: WeightsError: if it is damaged.
     """
     own = _json(folder / "config.json", where).get(OWN)
-    return Sidecar(_own(folder, own, where), _statistics(own), own=True) if own else None
+    if not own:
+        return None
+    code_hash = own.get("code_sha256", "")
+    return Sidecar(_own(folder, own, where), _statistics(own), own=True, code_hash=code_hash)
 
 
 def own_config(
-    architecture: FamilyArchitecture, statistics: Statistics | None
+    architecture: FamilyArchitecture, statistics: Statistics | None, *, code_hash: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Returns the config.json of our own exports."""
+    """Returns the config.json of our own exports; see `Sidecar`."""
     own: dict[str, Any] = {"architecture": architecture.values()}
     if statistics is not None:
         own |= {"mean": list(statistics.mean), "std": list(statistics.std)}
+    if code_hash:
+        own["code_sha256"] = code_hash
     return {OWN: own}
 
 

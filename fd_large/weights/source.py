@@ -5,6 +5,7 @@ What a path means beside files (the folder of a run) is read by whoever a `Sourc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fd_large import doors
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.published import Published, Wanted
 from fd_large.backbones.registry import (
@@ -30,6 +32,8 @@ from fd_large.weights.formats import FORMATS, detect
 from fd_large.weights.locate import locate
 from fd_large.weights.read import Tensors, read, split_part
 from fd_large.weights.sidecar import Sidecar, described, read_own, read_sidecar
+
+log = logging.getLogger(__name__)
 
 _TEACHER = "feature_model."
 
@@ -360,6 +364,15 @@ def _exported(path: Path, where: str) -> Stored | None:
     if found is None or not set_fields(found.architecture):
         return None
     architecture = whole(set_fields(found.architecture))
+    code_hash = doors.hashes(architecture.code).get(architecture.code, "")
+    if code_hash and code_hash != found.code_hash:
+        log.warning(
+            "%s: %s is NOT THE FILE that made this model (its hash was %s, now %s)",
+            path,
+            architecture.code,
+            found.code_hash[:12],
+            code_hash[:12],
+        )
     statistics = found.statistics or statistics_of("", architecture)
     return Stored(path, read(str(path), where=where), architecture, statistics)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from launch import ROOT, Finished, run_ranks
 from twin import TRAIN, losses
 
 from fd_large import doors
+from fd_large.cli.main import main
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
@@ -62,7 +65,9 @@ def flags(folder: Path, *names: str) -> list[str]:
     return [word.replace("module:", f"module:{folder}/") for word in found]
 
 
-def train(folder: Path, run: Path, given: list[str], *, ranks: int, config: str, kill=False):
+def train(
+    folder: Path, run: Path, given: list[str], *, ranks: int, config: str, kill=False, check=True
+) -> Finished:
     tail = [*TINY.split(), "--runtime.run_dir", str(run)]
     trackers = [f"module:{folder}/lines.py:Csv", f"module:{folder}/killer.py:Killer"]
     return run_ranks(
@@ -71,7 +76,7 @@ def train(folder: Path, run: Path, given: list[str], *, ranks: int, config: str,
         *(*given, *tail, "--runtime.trackers", *trackers),
         ranks=ranks,
         env={"KILL": "1"} if kill else {},
-        check=not kill,
+        check=check and not kill,
     )
 
 
@@ -103,23 +108,33 @@ def test_the_examples_are_short_and_complete():
         assert f"module:{name}:" in PAGE
 
 
-def test_loss_head_normaliser_backbone_source_optimiser_and_tracker(own, tmp_path):
-    names = ("cosine.py", "head.py", "unit.py", "convnet.py", "arrays.py", "lion.py")
-    given = flags(own, *names)
-    assert sum("module:" in word for word in given) == len(names) + 1  # Two are the backbone.
-    whole, killed, finished = twice(own, tmp_path, given, ranks=2, config="zero3")
+NAMES = ("cosine.py", "unit.py", "convnet.py", "arrays.py", "lion.py")
+
+
+@pytest.fixture(scope="module")
+def distilled(own, tmp_path_factory) -> Path:
+    """A run with all examples but head and task."""
+    given = flags(own, *NAMES)
+    assert sum("module:" in word for word in given) == len(NAMES) + 1  # Two are the backbone.
+    whole, killed, finished = twice(
+        own, tmp_path_factory.mktemp("runs"), given, ranks=2, config="zero3"
+    )
     assert "resumed after step" in finished.outputs[0]
     assert_same(whole, killed)
-    stored = state(whole, STEPS)
+    return whole
+
+
+def test_loss_normaliser_backbone_source_optimiser_and_tracker(distilled):
+    stored = state(distilled, STEPS)
     assert {name.partition(".")[0] for name in stored} == {"master", "ema", "momentum"}
-    assert {"master.projection.2.bias", "momentum.student.layers.0.wide.weight"} <= stored.keys()
-    assert losses(whole)[-1] < losses(whole)[0]
-    manifest = json.loads((whole / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
+    assert {"master.projection.bias", "momentum.student.layers.0.wide.weight"} <= stored.keys()
+    assert losses(distilled)[-1] < losses(distilled)[0]
+    manifest = json.loads((distilled / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
     files = {Path(doors.file_of(source)).name for source in manifest["code"]}
-    assert files == {*names, "lines.py", "killer.py"}
+    assert files == {*NAMES, "lines.py", "killer.py"}
 
 
-def test_task(own, tmp_path):
+def test_task_and_head(own, tmp_path):
     student = ("--student.model", f"module:{own}/convnet.py:ConvNet")
     given = [*flags(own, "colour.py", "arrays.py"), *student]
     whole, killed, _ = twice(own, tmp_path, given, ranks=1, config="zero1")
@@ -127,3 +142,79 @@ def test_task(own, tmp_path):
     recipe = json.loads((whole / "recipe.json").read_text())
     assert recipe["task"]["colour"] == {"weight": 0.5}
     assert recipe["teacher"]["source"] == ""
+    given = [*flags(own, "head.py", "convnet.py", "arrays.py")]
+    whole, killed, _ = twice(own, tmp_path / "head", given, ranks=1, config="zero2")
+    assert_same(whole, killed)
+    assert "master.projection.2.bias" in state(whole, STEPS)
+
+
+@pytest.fixture
+def nothing_allowed(monkeypatch):
+    monkeypatch.setattr(doors, "_allowed", set())
+    monkeypatch.setattr(doors, "_modules", {})
+
+
+@pytest.mark.usefixtures("nothing_allowed")
+def test_a_student_is_exported_measured_and_fine_tuned(own, distilled, tmp_path, capsys):
+    code, out, data = own / "convnet.py", tmp_path / "out", f"module:{own}/arrays.py:Arrays"
+    export = ["export", str(distilled), str(out), "--to", "fd"]
+    assert main(export) == 2
+    assert f"--allow-code {code}" in capsys.readouterr().err
+    assert not doors._modules
+    assert main([*export, "--allow-code", str(code)]) == 0
+    config = json.loads((out / "config.json").read_text())["fd_large"]
+    assert config["architecture"]["function"] == "convnet.py:ConvNet"
+    assert config["code_sha256"] == hashlib.sha256(code.read_bytes()).hexdigest()
+    assert str(own) not in (out / "README.md").read_text()
+
+    # An export is used with the file beside the current folder; or under another name of it.
+    named = f"module:{code}:ConvNet={out}"
+    measured = tmp_path / "measured"
+    words = ["--data.root", data, "--out", str(measured), "--data.workers", "0", "--k", "3"]
+    assert main(["evaluate", str(distilled), named, "--task", "knn", *words]) == 0
+    rows = json.loads((measured / "summary.json").read_text())["nets"]
+    assert len(rows) == 2
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+
+    tuned = tmp_path / "tuned"
+    given = [
+        *("--recipe", "finetune_clip_vit_base", "--student.init", str(distilled)),
+        *("--student.model", f"module:{code}:ConvNet", "--data.root", data),
+    ]
+    refused = train(own, tuned, given, ranks=1, config="zero1", check=False)
+    assert refused.returncodes == [2]
+    assert "optim.layer_decay" in refused.outputs[0]
+    train(own, tuned, [*given, "--optim.layer_decay", "1"], ranks=1, config="zero1")
+    assert len(losses(tuned)) == STEPS
+
+
+@pytest.mark.usefixtures("nothing_allowed")
+def test_a_stored_run_imports_nothing(own, distilled, tmp_path, capsys):
+    assert main(["report", str(distilled)]) == 0
+    assert main(["checkpoint", "list", str(distilled)]) == 0
+    look = ["evaluate", str(distilled), "--task", "knn", "--data.root", str(tmp_path)]
+    assert main(look) == 2
+    assert f"--allow-code {own}/convnet.py" in capsys.readouterr().err
+    assert not doors._modules
+
+
+@pytest.mark.parametrize("field", ["student.model", "data.root", "task.name"])
+@pytest.mark.usefixtures("nothing_allowed")
+def test_a_file_that_is_another_or_gone(own, distilled, tmp_path, capsys, field):
+    run, (section, key) = tmp_path / "run", field.split(".")
+    shutil.copytree(distilled, run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    for file in (own / "killer.py", own / "gone.py"):
+        recipe[section][key] = f"module:{file}:Killer"
+        (run / "recipe.json").write_text(json.dumps(recipe))
+        assert main(["report", str(run)]) == 0
+        if field != "data.root":  # An export does without the images.
+            assert main(["export", str(run), str(tmp_path / "out"), "--to", "fd"]) == 2
+            assert f"{field}: " in capsys.readouterr().err
+    assert not doors._modules
+    for name in ("killer.py:Killer", "gone.py:Killer"):
+        given = [*flags(own, *NAMES), f"--{field}", f"module:{own}/{name}"]
+        refused = train(own, distilled, given, ranks=1, config="zero3", check=False)
+        assert refused.returncodes == [2]
+        assert f"{field}: " in refused.outputs[0]
+        assert "Traceback" not in refused.outputs[0]

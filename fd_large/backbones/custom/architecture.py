@@ -33,7 +33,7 @@ class CustomArchitecture(FamilyArchitecture):
         return cls(function=rest)
 
     @property
-    def door(self) -> str:
+    def code(self) -> str:
         """The name by which `doors.load` finds the class or function."""
         return f"{doors.PREFIX}{self.function}" if ":" in self.function else self.function
 

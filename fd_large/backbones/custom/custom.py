@@ -24,6 +24,8 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
@@ -47,7 +49,7 @@ def build_custom(
     Raises: ConfigError: if there is no such class or function, it fails, or what it returns lacks
         something, all of which is named.
     """
-    make = doors.load(architecture.door, kind="backbones", where=where)
+    make = doors.load(architecture.code, kind="backbones", where=where)
     offered = {"drop_path_rate": options.drop_path_rate, "image_size": architecture.image_size}
     try:
         taken = inspect.signature(make).parameters
@@ -66,8 +68,22 @@ def build_custom(
             f"{', '.join(lacks) or 'parameters'}, expected a torch Module with "
             f"{', '.join(needed)}. docs/extending.md says what each is."
         )
+    if options.is_trained:
+        _refuse_chance(net, architecture, where)
     _complete(net)
     return net
+
+
+def _refuse_chance(net: nn.Module, architecture: CustomArchitecture, where: str) -> None:
+    """Refuses modules whose output depends on more than image, weights and `keep`."""
+    for name, module in net.named_modules():
+        draws = isinstance(module, _DropoutNd) and module.p > 0
+        if draws or isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"{where}: a module that makes a step depend on rank, micro batch or resume; got "
+                f"{type(module).__name__} {name!r} in {architecture.function}, expected none. Use "
+                "`keep` in the place of dropout, and a norm of single images."
+            )
 
 
 def _complete(net: Any) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.custom.custom import build_custom
+from fd_large.backbones.exports import Export, feature_distillation
 from fd_large.backbones.family import Family, Loaded, Options, Scheme
+from fd_large.backbones.published import Matched
+from fd_large.backbones.translation import Piece, Shapes
 from fd_large.recipes.architectures import Architecture
 
 
@@ -17,9 +25,43 @@ def _load(function: str, where: str) -> Loaded:
     return Loaded(net, getattr(net, "statistics", None))
 
 
+def _matched(architecture: CustomArchitecture, file: Shapes, where: str) -> Matched:
+    """Finds the tensors by the module's own names, after `encoder.` in exports to fd."""
+    with torch.device("meta"):
+        net = build_custom(architecture, Options(), where=where)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in net.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    held = {name.removeprefix("encoder."): name for name in file}
+    if held.keys() & expected.keys():  # An export holds the projection as well.
+        held = {name: key for name, key in held.items() if not key.startswith("decoder.")}
+    return Matched(
+        {name: Piece((key,)) for name, key in held.items()},
+        expected,
+        [],
+        architecture.code,
+        f"Name the model that the file holds: --student.model {doors.PREFIX}PATH/TO/FILE.py:NAME.",
+    )
+
+
+def _without_folders(architecture: CustomArchitecture) -> CustomArchitecture:
+    """The model as a file may name it that goes to others."""
+    return replace(architecture, function=architecture.function.rpartition("/")[2])
+
+
 CUSTOM = Family(
     architecture=CustomArchitecture,
     build=build_custom,
+    matched=_matched,
+    exports={
+        "fd": Export(
+            names=lambda a: f"Feature-Distillation's, around those of {_without_folders(a).code}",
+            outputs=lambda name, shape, a: feature_distillation(name, shape),
+            becomes=_without_folders,
+        )
+    },
     scheme=Scheme(settle=_settle, load=_load),
 )
 """`module:...` in place of weights is a module that brings its own."""

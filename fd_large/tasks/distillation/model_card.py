@@ -73,8 +73,9 @@ def card(
         sharded: Whether the tensors are in several files.
     """
     values = {**recipe, **_facts(recipe, manifest)}
+    name = without_folders(recipe["student"]["model"])
     student = {
-        "model": f"{recipe['student']['model']} ({architecture.family})",
+        "model": f"{name} ({architecture.family})",
         "parameters": f"{parameters:,}, float32",
         **architecture.summary(),
         "names": into.names(architecture),
@@ -85,7 +86,7 @@ def card(
     sections = [
         f"---\nlibrary_name: {LIBRARIES[to].package}\npipeline_tag: image-feature-extraction\n"
         "tags:\n- feature-distillation\n---",
-        f"# {recipe['student']['model']}, distilled from {recipe['teacher']['model']}",
+        f"# {name}, distilled from {recipe['teacher']['model']}",
         "An image backbone that learned the feature map of a frozen teacher (feature distillation, "
         "arXiv 2205.14141): no labels, no head. Made by fd_large.",
         _table("Student", student),

@@ -9,7 +9,7 @@ import torch
 from loading import teacher_run
 
 from fd_large import doors
-from fd_large.backbones.registry import build
+from fd_large.backbones.registry import build, family_of, parameter_shapes
 from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import make_student
 from fd_large.engine.task import Task
@@ -52,6 +52,16 @@ class Student(Patches):
 
     def blocks(self):
         return [self.cut]
+
+class Drops(Student):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+class Batches(Student):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(12)
 
 def broken():
     return nn.Linear(2, 2)
@@ -116,6 +126,27 @@ def test_a_student_gets_drop_path_and_image_size_and_what_is_optional():
 def test_a_student_without_what_training_needs():
     with pytest.raises(ConfigError, match="drop_path_rates, blocks"):
         make_student(Student(model="module:own_nets/patches.py:make"))
+
+
+@pytest.mark.usefixtures("_own_module")
+@pytest.mark.parametrize(("name", "module"), [("Drops", "Dropout"), ("Batches", "BatchNorm2d")])
+def test_a_step_depends_on_images_weights_and_keep_alone(name, module):
+    build(resolve(f"module:own_nets/patches.py:{name}"))  # A teacher's step is not trained.
+    with pytest.raises(ConfigError, match=module):
+        make_student(Student(model=f"module:own_nets/patches.py:{name}", init="weights.pt"))
+
+
+@pytest.mark.usefixtures("_own_module")
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+def test_tensors_are_found_by_the_models_own_names(prefix):
+    architecture = resolve("module:own_nets/patches.py:Student").at(16)
+    file = {f"{prefix}{n}": s for n, s in parameter_shapes(architecture).items()}
+    beside = {"decoder.0.weight": (3, 12, 1, 1)} if prefix else {}
+    found = family_of(architecture).matched(architecture, file | beside, "weights")
+    assert {n: p.sources for n, p in found.pieces.items()} == {
+        n.removeprefix(prefix): (n,) for n in file
+    }
+    assert found.shapes == parameter_shapes(architecture)
 
 
 @pytest.mark.usefixtures("_own_module")
