@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fd_large.errors import ConfigError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -18,6 +20,22 @@ def replacing(path: Path) -> Iterator[Path]:
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def out_folder(out: str | Path) -> Path:
+    """Makes the folder that a command's --out names, once there is something to write.
+
+    Raises: ConfigError: if it cannot be one.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
+            "another."
+        ) from error
+    return folder
 
 
 def write_json(path: Path, value: Any) -> None:

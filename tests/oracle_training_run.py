@@ -18,6 +18,7 @@ from oracles_models import clip_vit, fd_swinv2, fd_vit, swin_v1
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from translated_names import translate
+from whole_weights import whole_weights
 
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
@@ -26,7 +27,7 @@ from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import partition, start
+from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.kernels.whitened_loss import whiten
@@ -134,7 +135,7 @@ def main(folder: Path) -> None:
         engine.deepspeed.step()
         losses.append((distributed.sum_tensor(loss) / distributed.world_size()).item())
         norms.append(float(engine.deepspeed.get_global_grad_norm()))
-    for name, value in partition.stream(engine.task):
+    for name, value in whole_weights(engine.task):
         found[f"final.{name}"] = value
     if distributed.is_main():
         save_file({n: t.contiguous() for n, t in found.items()}, folder / "found.safetensors")

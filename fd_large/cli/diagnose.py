@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from fd_large.atomic_files import out_folder
 from fd_large.cli.arguments import AllowsCode, parse
-from fd_large.cli.output import bar, out_folder
+from fd_large.cli.output import bar
 from fd_large.recipes.fields import at_least
 from fd_large.runtime import terminal
 
@@ -79,7 +80,7 @@ def diagnose(
         batch_size: Images at a time.
         out: Folder for the results.
     """
-    folder, console = out_folder(out), terminal.console()
+    console = terminal.console()
     began = time.monotonic()
     # torch and deepspeed: seconds.
     from fd_large import distributed
@@ -92,7 +93,7 @@ def diagnose(
 
     sample = Sample(root, images)
     loaded = [load_model(model) for model in models]
-    extent = Extent()
+    folder, extent = out_folder(out), Extent()
     steps = num_steps(len(loaded), len(sample), batch_size, extent)
     with bar(steps) as advance:
         findings = examine(

@@ -17,7 +17,7 @@ from fd_large.cli.evaluate_models import (
     measure_frozen,
     train_models,
 )
-from fd_large.cli.output import bar, out_folder, tables
+from fd_large.cli.output import bar, tables
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.stored import FILE, read_recipe
@@ -161,7 +161,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     launch = distributed.start()
     logs.start(launch.rank)
     reader = distributed.together(lambda: stream.newest(path, where="evaluate"))
-    folder, share = out_folder(own.out), 0.0
+    share = 0.0
     with bar(1) if distributed.is_main() else nullcontext(lambda text, done: None) as advance:
 
         def progress(done: int, total: int) -> None:
@@ -169,7 +169,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
             advance(run.task.name, done / max(1, total) - share)
             share = done / max(1, total)
 
-        scores = job_of(run).score_stored(reader, folder, progress)
+        scores = job_of(run).score_stored(reader, Path(own.out), progress)
     console = tables()
     for table in scores.tables:
         console.print(table)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from fd_large.atomic_files import write_json
+from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli.arguments import AllowsCode
-from fd_large.cli.output import bar, out_folder, tables
+from fd_large.cli.output import bar, tables
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require

@@ -1,14 +1,12 @@
-"""What commands show: a progress bar, tables, and the folder where results go."""
+"""What commands show: a progress bar and tables."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fd_large.errors import ConfigError
 from fd_large.runtime import terminal
 
 if TYPE_CHECKING:
@@ -64,19 +62,3 @@ def tables(*, most: int = 1000) -> Console:
         width = os.get_terminal_size(out.fileno()).columns
     width = min(most, width or PIPE_WIDTH)
     return Console(file=out, width=width, highlight=False, markup=False, emoji=False)
-
-
-def out_folder(out: str) -> Path:
-    """Makes the folder of --out.
-
-    Raises: ConfigError: if it cannot be one.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: cannot be used; got {error}, expected a folder that can be written. Choose "
-            "another."
-        ) from error
-    return folder

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
-from fd_large.cli.output import out_folder
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import require
 from fd_large.recipes.stored import read_recipe
@@ -82,4 +81,4 @@ def predict(
     from fd_large.tasks.jobs import job_of
 
     reader = stream.newest(Path(run), where="predict")
-    return job_of(recipe).predict(reader, images, out_folder(out), least_score=score)
+    return job_of(recipe).predict(reader, images, Path(out), least_score=score)

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from fd_large import doors
 from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
+from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture, resolve
 
 
@@ -45,7 +47,16 @@ class Convert(_OfSource):
 
 
 def inspect(source: str, model: str) -> int:
-    """Prints what a weights file holds."""
+    """Prints what a weights file holds.
+
+    Raises: ConfigError: for code of the user's own, which is not imported here.
+    """
+    for where, given in (("weights inspect", source), ("--model", model)):
+        if doors.is_own(given):
+            raise ConfigError(
+                f"{where}: code of your own is not imported to be inspected; got {given}, expected "
+                "weights. Name a file, or what else docs/weights.md lists."
+            )
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.inspection import inspect, table

@@ -363,7 +363,7 @@ class Job:
 
         Args:
             reader: A checkpoint of the run.
-            folder: For results; it exists, and all ranks see it.
+            folder: For results, made where it is missing (`out_folder`); all ranks see it.
             progress: Called with (batches done, batches in all).
 
         Returns: tables and files, on rank 0.
@@ -426,7 +426,7 @@ class Job:
         Args:
             reader: A checkpoint of the run.
             images: Paths of image files.
-            folder: For results; it exists.
+            folder: For results, made where it is missing (`out_folder`).
             least_score: Least score of what is drawn and written.
 
         Raises: ConfigError: if the task predicts nothing that can be drawn.

@@ -6,7 +6,7 @@ The only file that knows how ZeRO-3 lays a parameter out: rank r of the group ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -116,15 +116,6 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers()
         if buffer.is_floating_point() and name in persistent
     }
-
-
-def stream(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, full value in host memory), gathering one parameter at a time; a collective."""
-    for name, parameter in module.named_parameters():
-        split = is_partitioned(parameter)
-        with deepspeed.zero.GatheredParameters([parameter] if split else [], enabled=split):
-            value = parameter.detach().to("cpu", copy=True)
-        yield name, value
 
 
 def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:

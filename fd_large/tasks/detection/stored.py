@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
+from fd_large.atomic_files import out_folder, write_json
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.data.decode import decode
@@ -57,6 +57,7 @@ def score_stored(
     Args: See `evaluate`; progress is its `between`.
     Returns: tables and files on rank 0, nothing elsewhere.
     """
+    out_folder(folder)
     outcome = evaluate(
         detect,
         images,
@@ -98,6 +99,7 @@ def predict_images(
         least_score: Least score of what is drawn and written.
     """
     device = distributed.device()
+    out_folder(folder)
     short, long = test_size
     seen: dict[str, list[dict[str, Any]]] = {}
     for path in dict.fromkeys(images):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from launch import write_result
+from whole_weights import whole_weights
 
 from fd_large import distributed
 from fd_large.backbones.statistics import normalise
@@ -27,7 +28,7 @@ from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.run import engine_of
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import partition, start
+from fd_large.engine.zero import start
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups, set_learning_rate
 from fd_large.engine.zero.partition import load_weights
@@ -139,7 +140,7 @@ def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str,
         losses.append(mean.item())
     (evaluation,) = job.evaluations(engine, samples, TEST_BATCH)
     metrics, _ = evaluation.measure(UPDATES, True, lambda: None)
-    weights = dict(partition.stream(engine.task))
+    weights = dict(whole_weights(engine.task))
     engine.deepspeed.destroy()
     del engine
     start.forget_engines()

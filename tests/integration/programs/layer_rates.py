@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from launch import write_result
 from scenarios import images_of, plain_task, schedule_of, start_engine, tiny_run
+from whole_weights import whole_weights
 
 from fd_large import distributed
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import drop_path_keep
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import forward_backward
-from fd_large.engine.zero import partition, start
+from fd_large.engine.zero import start
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.recipes.run import Run
@@ -63,7 +64,7 @@ def in_engine(run: Run, stage: int) -> tuple[Weights, dict[str, Any]]:
     engine.task.train()
     rates, ema = by_layer(engine, DECAY), Ema(engine, AVERAGE)
     assert rates is not None
-    gathered = {name: value.clone() for name, value in partition.stream(engine.task)}
+    gathered = {name: value.clone() for name, value in whole_weights(engine.task)}
     schedule = schedule_of(run)
     world, rank = distributed.world_size(), distributed.rank()
     share, micro = run.batch.global_batch_size // world, run.batch.micro_batch_size
@@ -76,12 +77,12 @@ def in_engine(run: Run, stage: int) -> tuple[Weights, dict[str, Any]]:
             forward_backward(engine, batch, run.runtime.seed)
             engine.deepspeed.step()
         ema.update()
-        for name, value in partition.stream(engine.task):
+        for name, value in whole_weights(engine.task):
             gathered[name].lerp_(value, 1 - AVERAGE)
-    weights = dict(partition.stream(engine.task))
+    weights = dict(whole_weights(engine.task))
     with ema.in_place_of_weights():
-        average = dict(partition.stream(engine.task))
-    again = dict(partition.stream(engine.task))
+        average = dict(whole_weights(engine.task))
+    again = dict(whole_weights(engine.task))
     found = {
         "average": all(torch.equal(average[name], gathered[name]) for name in gathered),
         "differs": any(not torch.equal(average[name], weights[name]) for name in weights),

@@ -59,8 +59,10 @@ def pictures(tmp_path):
         ),
     ],
 )
-def test_mistakes_name_the_argument(words, found, capsys):
+def test_mistakes_name_the_argument(words, found, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *words]) == 2
+    assert not list(tmp_path.iterdir()), "refused before a folder is made"
     said = capsys.readouterr().err
     for part in found:
         assert part in said

@@ -81,6 +81,7 @@ def test_inspect_prints_a_table(tmp_path, capsys):
         (["inspect", "a", "--colour", "red"], "--colour"),
         (["convert", "a", "--to", "onnx", "b"], "--to"),
         (["convert", "a", "--to", "fd"], "OUT"),
+        (["inspect", "module:own.py:build"], "module:own.py:build"),
     ],
 )
 def test_a_mistake_names_the_argument(words, found, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from whole_weights import whole_weights
 
 from fd_large.engine.zero import partition
 from fd_large.errors import WeightsError
@@ -36,7 +37,7 @@ def test_shards_have_the_values_of_the_whole_and_the_callers_generator_stays(who
     sharded = build(partitioned=True, whole_first=whole_first)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(partition.is_partitioned(p) for p in sharded.parameters())
-    for name, value in partition.stream(sharded):
+    for name, value in whole_weights(sharded):
         assert torch.equal(value, whole[name]), name
     for name, parameter in sharded.named_parameters():
         held, offset = partition.shard(parameter)
@@ -62,7 +63,7 @@ def test_weights_and_running_statistics_are_loaded(partitioned):
     state = {n: t for n, t in source.state_dict().items() if t.is_floating_point()}
     module = build(partitioned=partitioned)
     partition.load_weights(module, state.items(), where="--student.init")
-    for name, value in partition.stream(module):
+    for name, value in whole_weights(module):
         assert torch.equal(value, state[name]), name
     assert module.norm.running_mean.eq(3).all()
     del state["linear.bias"]
@@ -73,9 +74,9 @@ def test_weights_and_running_statistics_are_loaded(partitioned):
 @pytest.mark.parametrize("partitioned", [False, True])
 def test_bfloat16_leaves_the_exact_values_in_the_callers_hands(partitioned):
     module = build(partitioned=partitioned)
-    before = {name: value.clone() for name, value in partition.stream(module)}
+    before = {name: value.clone() for name, value in whole_weights(module)}
     exact = partition.to_bfloat16(module)
-    for name, value in partition.stream(module):
+    for name, value in whole_weights(module):
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, before[name].bfloat16())
         assert torch.equal(exact[name], before[name].view(-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from unit.engine.conftest import CONFIGS, batch_of
+from whole_weights import whole_weights
 
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import forward_backward
@@ -81,7 +82,7 @@ def test_an_average_follows_the_masters_and_takes_their_place(make_engine, confi
         master = key.replace("ema.", "master.")
         torch.testing.assert_close(after[key], (before[master] + after[master]) / 2)
     with ema.in_place_of_weights():
-        for name, value in partition.stream(engine.task):
+        for name, value in whole_weights(engine.task):
             expected = after[f"ema.{name}"].view(value.shape)
             assert torch.equal(value, expected.to(value.dtype)), name
     assert all(torch.equal(value, after[key]) for key, value in stored(engine).items())
