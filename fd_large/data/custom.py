@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
     """Opens a source of the user's own; None if the name is that of a file or folder.
 
     Args:
-        root: A `module:` name.
+        root: A name as doors.py has it.
         where: The field that names it, for messages.
         part: "train" or "val" of a labelled dataset; "": the images.
 
@@ -40,7 +41,14 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
         ConfigError: It cannot be imported.
         DataError: It is no source of images, or holds none.
     """
-    return CustomImages(root, where=where, part=part) if doors.is_own(root) else None
+    return CustomImages(root, where=where, part=part) if is_custom(root) else None
+
+
+def is_custom(root: str) -> bool:
+    """Returns whether a name is that of a source of the user's own or of an installed package."""
+    if doors.is_own(root):
+        return True
+    return root.isidentifier() and not Path(root).exists() and root in doors.installed("sources")
 
 
 class CustomImages:

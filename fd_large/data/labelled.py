@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import doors
-from fd_large.data.custom import open_custom
+from fd_large.data.custom import is_custom, open_custom
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
@@ -107,7 +106,7 @@ def open_split(
     Raises: DataError: if the folder lacks the part, or there is nothing to tell apart.
     """
     folders = [os.path.join(root, name) for name in SPLITS[split]]
-    for folder in [root] if doors.is_own(root) else filter(os.path.isdir, folders):
+    for folder in [root] if is_custom(root) else filter(os.path.isdir, folders):
         found = open_labelled(folder, classes, part=split, where=where)
         if len(found.classes) < 2:
             raise DataError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large import doors
 from fd_large.recipes.fields import check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
 
@@ -38,7 +37,6 @@ class FineTune:
 
     def __post_init__(self) -> None:
         check_types(self, "task.finetune")
-        object.__setattr__(self, "head", doors.absolute(self.head))
         not_negative("task.finetune.randaugment_std", self.randaugment_std)
         for name, most in (("randaugment", 10), ("mixup", 2), ("cutmix", 2)):
             value = getattr(self, name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -144,3 +146,18 @@ class ReadBytes(Dataset):
 
     def __getitem__(self, index):
         return self.images.read(index)
+
+
+def test_an_installed_package_brings_a_source(own, tmp_path, monkeypatch):
+    folder = tmp_path / "images_of_a_test-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: images-of-a-test\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text("[fd_large.sources]\narrays = arrays:Arrays\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(open_images("arrays")) == 12
+    assert len(open_split("arrays", "val")) == 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arrays").mkdir()
+    with pytest.raises(DataError, match="no image in the folder"):
+        open_images("arrays")  # A folder of that name comes first.
+    monkeypatch.delitem(sys.modules, "arrays")

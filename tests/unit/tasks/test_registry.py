@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 
 import pytest
 
@@ -114,3 +115,16 @@ def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
     assert not doors._modules
     with pytest.raises(ConfigError, match="--allow-code"):
         job_of(read)
+
+
+def test_an_installed_package_brings_a_task(toy, tmp_path, monkeypatch):
+    folder = tmp_path / "toy_of_a_test-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-of-a-test\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text("[fd_large.tasks]\ntoys = toy:KIND\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = given("--task.name", "toys", "--task.toy.weight", "0.5")
+    assert (run.task.name, run.task.toy.weight) == ("toys", 0.5)
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert job_of(run).run is run
+    monkeypatch.delitem(sys.modules, "toy")

@@ -156,3 +156,17 @@ def test_nothing_is_imported_that_was_not_allowed(monkeypatch):
     assert (architecture.family, architecture.whole_first) == ("module", True)
     with pytest.raises(ConfigError, match="--allow-code"):
         build(architecture)
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_an_installed_package_brings_a_backbone(tmp_path, monkeypatch):
+    folder = tmp_path / "nets_of_a_test-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nets-of-a-test\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text(
+        "[fd_large.backbones]\npatches = own_nets.patches:Student\n"
+    )
+    assert make_student(Student(model="patches")).drop_path_rates == (0.1,)
+    assert resolve("patches").at(32).image_size == 32
+    with pytest.raises(ConfigError, match="model"):
+        resolve("patchs")
