@@ -1,0 +1,97 @@
+"""A frozen model: uint8 images to its map, in its own statistics, size and precision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from loading import TINY, TINY_VIT, made
+
+from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP, Statistics, normalise
+from fd_large.backbones.vit.vit import ViT
+from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes.sections import FrozenModel
+from fd_large.weights.source import Sources
+
+IMAGES = torch.randint(
+    0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
+def test_it_normalises_and_has_no_gradient():
+    net = made("dino_vit_base_patch16").train()
+    frozen = Frozen(net, OPENAI_CLIP)
+    found = frozen(IMAGES)
+    assert torch.equal(found.tokens, net(normalise(IMAGES, OPENAI_CLIP)).tokens)
+    assert not torch.equal(found.tokens, net(normalise(IMAGES, IMAGENET)).tokens)
+    assert not found.tokens.requires_grad
+    assert not any(p.requires_grad for p in frozen.parameters())
+    # Whatever contains it goes into training mode, it does not.
+    torch.nn.Sequential(frozen).train()
+    assert not net.training
+    assert (frozen.width, frozen.grid(32)) == (32, (4, 4))
+
+
+def test_it_sees_its_own_size_and_its_own_statistics():
+    net = ViT(8, 1, 1, patch_size=8, image_size=32, absolute_position=True)
+    seen = []
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    frozen = Frozen(net, OPENAI_CLIP, image_size=32)
+    assert frozen.grid(48) == (4, 4)
+    frozen(torch.full((1, 3, 48, 48), 255, dtype=torch.uint8))
+    expected = (1 - torch.tensor(OPENAI_CLIP.mean)) / torch.tensor(OPENAI_CLIP.std)
+    assert seen[0].shape == (1, 3, 32, 32)
+    torch.testing.assert_close(seen[0].mean((0, 2, 3)), expected, atol=1e-5, rtol=0)
+
+
+def test_it_computes_in_the_type_of_its_weights():
+    frozen = Frozen(made("dino_vit_base_patch16"), IMAGENET)
+    exact = frozen(IMAGES).tokens
+    low = frozen.bfloat16()(IMAGES).tokens
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "grid", "image_size"),
+    [
+        # A table of positions allows one size alone.
+        ("dino_vit_base_patch16", 0, (4, 4), 32),
+        ("dino_vit_base_patch16", 32, (4, 4), 32),
+        ("swin_base_esvit", 0, (16, 16), 0),
+        ("swin_base_esvit", 32, (8, 8), 32),
+    ],
+)
+def test_a_section_becomes_a_model_of_its_statistics(model, own, grid, image_size):
+    numbers = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    section = FrozenModel(
+        model=model, architecture=TINY[model], source="random", statistics=numbers
+    )
+    frozen = frozen_maker(section, image_size=64, own_image_size=own)()
+    assert frozen.statistics == Statistics(numbers[:3], numbers[3:])
+    assert frozen.grid(64) == grid
+    assert frozen.image_size == image_size
+    unstated = FrozenModel(model="clip_vit_base_patch16", architecture=TINY_VIT, source="random")
+    assert frozen_maker(unstated, image_size=32)().statistics == OPENAI_CLIP
+
+
+def test_its_weights_are_a_file_or_none(tmp_path):
+    net = made("dino_vit_base_patch16")
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    section = FrozenModel(
+        model="dino_vit_base_patch16", architecture=TINY_VIT, source=str(tmp_path / "net.pth")
+    )
+    found = dict(frozen_weights(section, Sources()))
+    assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
+    random = FrozenModel(model="dino_vit_base_patch16", source="random")
+    assert frozen_weights(random, Sources()) is None
+    nothing = FrozenModel(model="dino_vit_base_patch16")
+    with pytest.raises(ConfigError, match=r"--net\.source"):
+        frozen_weights(nothing, Sources(), where="--net.source")
+    del found["norm.bias"]
+    torch.save(found, tmp_path / "part.pth")
+    section = replace(section, source=str(tmp_path / "part.pth"))
+    with pytest.raises(WeightsError, match=r"norm\.bias.*--teacher\.allow"):
+        frozen_weights(section, Sources())

@@ -1,0 +1,78 @@
+"""What a skipped step leaves: its images, and the largest magnitude at each layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from unit.engine.conftest import Brightness, batch_of
+
+from fd_large.engine.forward_backward import prepared
+from fd_large.engine.incident_evidence import evidence_of, layer_maxima
+
+
+def outputs(task, batches):
+    """Each layer's largest magnitude over the micro batches, by hooks of our own."""
+    seen = {}
+
+    def keep(name, output):
+        tokens = output[0] if isinstance(output, tuple) else output
+        seen.setdefault(name, []).append(tokens.detach().abs().max().item())
+
+    for name, module in task.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
+    for batch in batches:
+        task(**prepared(task, batch, seed=0))
+    return {name: max(values) for name, values in seen.items()}
+
+
+def test_images_positions_and_maxima_of_all_micro_batches(make_engine):
+    engine = make_engine("whole", accumulation=2)
+    batches = [batch_of(4), batch_of(5)]
+    before = {name: p.clone() for name, p in engine.task.named_parameters()}
+    found = evidence_of(engine, batches, [0.5, 0.25], seed=0)
+    assert torch.equal(found.images, torch.cat([batch.images for batch in batches]))
+    assert found.positions.tolist() == found.indices.tolist() == [8, 9, 10, 11]
+    assert found.losses == [0.5, 0.25]
+    assert all(torch.equal(p, before[name]) for name, p in engine.task.named_parameters())
+    assert all(p.grad is None for p in engine.task.parameters())
+    task = Brightness()
+    task.load_state_dict(engine.task.state_dict())
+    expected = outputs(task, batches)
+    assert list(found.maxima) == list(expected)
+    assert found.maxima == pytest.approx(expected)
+    assert not any(module._forward_hooks for module in engine.task.student.modules())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_infinite_from_its_layer_on(make_engine, value):
+    engine = make_engine("whole")
+    blocks = engine.task.student.blocks()
+    with torch.no_grad():
+        blocks[1].mlp.fc2.bias[0] = value
+    found = evidence_of(engine, [batch_of(0)], [value], seed=0).maxima
+    names = list(found)
+    spoilt = next(name for name in names if not math.isfinite(found[name]))
+    assert spoilt.endswith("1.mlp.fc2")
+    assert found["head"] == math.inf
+    assert all(math.isfinite(found[name]) for name in names[: names.index(spoilt)])
+
+
+def test_gradients_at_the_outputs():
+    task, gradients = Brightness(), {}
+    with layer_maxima(task, gradients) as maxima:
+        loss, _ = task(**prepared(task, batch_of(0), seed=0))
+        loss.backward()
+    assert gradients.keys() == maxima.keys()
+    # d(mean of squares) / d(head's output) = 2 * difference / 2 images / tokens.
+    with torch.no_grad():
+        arguments = prepared(task, batch_of(0), seed=0)
+        tokens = task.student(arguments["pixels"], arguments["keep"]).tokens
+        differences = task.head(tokens.mean(1))[:, 0] - arguments["targets"]
+    assert gradients["head"].item() == pytest.approx(differences.abs().max().item(), rel=1e-5)
+    # Nothing is watched outside of the block.
+    task(**prepared(task, batch_of(1), seed=0))
+    assert maxima["head"].item() > 0
+    assert not any(module._forward_hooks for module in task.modules())

@@ -1,0 +1,85 @@
+"""The student of a recipe as a module, and the weights that it starts from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loading import made
+
+from fd_large import distributed
+from fd_large.engine.student import attention_memory, make_student, student_weights
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.sections import Student
+from fd_large.weights.source import Sources
+
+VIT = Architecture(embed_dim=32, depths=(2,), num_heads=(2,), patch_size=8)
+
+
+def test_it_is_built_as_the_section_says():
+    section = Student(
+        model="swinv2_tiny",
+        architecture=Architecture(
+            embed_dim=8, depths=(1, 3), num_heads=(1, 2), window_size=4, patch_size=2
+        ),
+        drop_path_rate=0.3,
+        size_rule="pad",
+    )
+    torch.manual_seed(0)
+    net = make_student(section)
+    assert net.drop_path_rates[-1] == pytest.approx(0.3)
+    assert net.width == 16
+    assert len(net.blocks()) == 4
+    assert net(torch.zeros(1, 3, 36, 36)).grid == (9, 9)  # 18 by 18 patches, padded to windows.
+
+
+@pytest.mark.parametrize("size", [0, 32, 48])
+def test_tables_are_made_for_the_images(size):
+    section = Student(model="dino_vit_base_patch16", architecture=VIT)
+    net = make_student(section, image_size=size)
+    assert net.pos_embed.shape[1] == 1 + ((size or 224) // 8) ** 2
+
+
+def test_weights_of_a_file_and_what_the_task_does_without(tmp_path):
+    net = made("dino_vit_base_patch16")
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    section = Student(
+        model="dino_vit_base_patch16", architecture=VIT, init=str(tmp_path / "net.pth")
+    )
+    found = dict(student_weights(section, Sources(), image_size=32))
+    assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
+    assert len(found) == len(net.state_dict())
+    without = dict(
+        student_weights(section, Sources(), image_size=32, without=("norm.weight", "norm.bias"))
+    )
+    assert found.keys() - without.keys() == {"norm.weight", "norm.bias"}
+    # Tables of positions are resized to the images.
+    larger = dict(student_weights(section, Sources(), image_size=64))
+    assert larger["pos_embed"].shape[1] == 1 + 64
+    assert student_weights(Student(model="swinv2_tiny"), Sources()) is None
+
+
+def test_another_model_is_refused(tmp_path):
+    torch.save(made("dino_vit_base_patch16").state_dict(), tmp_path / "net.pth")
+    section = Student(model="dino_vit_base_patch16", init=str(tmp_path / "net.pth"))
+    with pytest.raises(WeightsError, match=r"student\.init"):
+        student_weights(section, Sources(), image_size=224)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "found"),
+    [
+        ("auto", "cpu", "keep"),
+        ("auto", "cuda", "recompute"),
+        ("recompute", "cpu", "recompute"),
+        ("keep", "cpu", "keep"),
+        ("keep", "cuda", None),
+    ],
+)
+def test_attention_maps_are_kept_where_memory_is_the_hosts(monkeypatch, wanted, device, found):
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(device))
+    if found is None:
+        with pytest.raises(ConfigError, match=r"student\.attention_memory"):
+            attention_memory(wanted)
+    else:
+        assert attention_memory(wanted) == found
