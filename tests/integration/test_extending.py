@@ -134,7 +134,7 @@ def test_loss_normaliser_backbone_source_optimiser_and_tracker(distilled):
     assert files == {*NAMES, "lines.py", "killer.py"}
 
 
-def test_task_and_head(own, tmp_path):
+def test_task(own, tmp_path):
     student = ("--student.model", f"module:{own}/convnet.py:ConvNet")
     given = [*flags(own, "colour.py", "arrays.py"), *student]
     whole, killed, _ = twice(own, tmp_path, given, ranks=1, config="zero1")
@@ -142,10 +142,19 @@ def test_task_and_head(own, tmp_path):
     recipe = json.loads((whole / "recipe.json").read_text())
     assert recipe["task"]["colour"] == {"weight": 0.5}
     assert recipe["teacher"]["source"] == ""
-    given = [*flags(own, "head.py", "convnet.py", "arrays.py")]
-    whole, killed, _ = twice(own, tmp_path / "head", given, ranks=1, config="zero2")
+
+
+def test_head_and_any_number_of_ranks(own, tmp_path):
+    given = flags(own, "head.py", "convnet.py", "arrays.py")
+    whole, killed, _ = twice(own, tmp_path, given, ranks=1, config="zero2")
     assert_same(whole, killed)
     assert "master.projection.2.bias" in state(whole, STEPS)
+    other = [*given, "--student.activation_checkpointing", "every"]
+    train(own, tmp_path / "other", other, ranks=2, config="zero3")
+    assert losses(tmp_path / "other") == pytest.approx(losses(whole), rel=1e-5)
+    first, second = state(whole, STEPS), state(tmp_path / "other", STEPS)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name][: len(tensor)], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
