@@ -40,7 +40,11 @@ def loaded(source, model="auto", *, allow=(), **fields):
     """The teacher's model with the weights of a source, frozen, and its settled section."""
     run = teacher_run(source, model, allow=allow, **fields)
     net = build(run.teacher.model, run.teacher.architecture, initialization="none")
-    load_weights(net, frozen_weights(run.teacher, sources_of(job_of)), where="--teacher.source")
+    load_weights(
+        net,
+        frozen_weights(run.teacher, sources_of(job_of), where="--teacher.source"),
+        where="--teacher.source",
+    )
     return net.requires_grad_(False).eval(), run.teacher
 
 

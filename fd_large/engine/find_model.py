@@ -62,7 +62,7 @@ class NamedModel:
 
         Returns: the backbone, and the statistics by which its images are normalised.
         """
-        weights = frozen_weights(self.section, self.weights)
+        weights = frozen_weights(self.section, self.weights, where=_WHERE)
         make = frozen_maker(self.section, image_size=self.image_size)
         # The same random model as in a run of this seed.
         model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)

@@ -94,7 +94,7 @@ def frozen_maker(
 
 
 def frozen_weights(
-    section: FrozenModel, sources: Sources, *, where: str = "--teacher.source"
+    section: FrozenModel, sources: Sources, *, where: str
 ) -> Iterable[tuple[str, Tensor]] | None:
     """Finds the weights of a settled section's model; reads headers only.
 

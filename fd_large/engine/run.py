@@ -38,7 +38,6 @@ from fd_large.plan.memory import persistence_threshold
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
-from fd_large.runtime.feature_panel import FeaturePanel
 from fd_large.runtime.guard import Guard
 from fd_large.runtime.hooks import DONE, NOT_SAVED, PREEMPTED, Hook, Setting
 from fd_large.runtime.meter import Meter
@@ -392,7 +391,6 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
     run = job.run
     hooks: list[Hook] = [
         Meter(trackers=[Progress(), *trackers_of(run.runtime.trackers)]),
-        FeaturePanel(),
     ]
     if run.guard.enabled:
         hooks.append(Guard(run.guard))

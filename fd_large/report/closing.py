@@ -21,8 +21,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     """
     summary = files.summary
     rows = []
-    if teacher := files.teacher:
-        rows.append(("teacher", _teacher(teacher)))
+    rows += [(name, _frozen(name, section)) for name, section in files.frozen_models.items()]
     losses = files.trained_loss
     if len(losses):
         rows.append(("training loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
@@ -79,13 +78,13 @@ def _progress(files: RunFiles) -> str:
     return f"{done} of {total} steps" if total else f"{done} steps"
 
 
-def _teacher(teacher: dict[str, Any]) -> str:
-    if teacher["source"] == "random":
+def _frozen(name: str, section: dict[str, Any]) -> str:
+    if section["source"] == "random":
         return (
-            f"{teacher['model']} with RANDOM weights: shows the machinery works, no more; "
-            "give a real one with --teacher.source FILE"
+            f"{section['model']} with RANDOM weights: shows the machinery works, no more; "
+            f"give a real one with --{name}.source FILE"
         )
-    return f"{teacher['model']} from {teacher['source']}"
+    return f"{section['model']} from {section['source']}"
 
 
 def _devices(summary: dict[str, Any]) -> str:

@@ -97,9 +97,12 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def _title(files: RunFiles) -> str:
-    student, teacher = files.recipe["student"], files.teacher
-    if teacher is None:
+    student, frozen = files.recipe["student"], files.frozen_models.values()
+    if not frozen:
         init = student.get("init") or "random weights"
         return f"{files.recipe['name']}: {student['model']}, from {init}"
-    random = " (random weights)" if teacher["source"] == "random" else ""
-    return f"{files.recipe['name']}: {student['model']} learns from {teacher['model']}{random}"
+    names = [
+        section["model"] + " (random weights)" * (section["source"] == "random")
+        for section in frozen
+    ]
+    return f"{files.recipe['name']}: {student['model']} learns from {', '.join(names)}"

@@ -38,10 +38,10 @@ class RunFiles:
     evaluations: list[dict[str, float]]
 
     @property
-    def teacher(self) -> dict[str, Any] | None:
-        """Model and source of the teacher; None where the run has none."""
-        teacher = self.recipe["teacher"]
-        return teacher if teacher.get("source") else None
+    def frozen_models(self) -> dict[str, dict[str, Any]]:
+        """Model and source of each model that the run uses and does not train, by section."""
+        sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
+        return {name: section for name, section in sections.items() if section.get("source")}
 
     @property
     def trained_loss(self) -> numpy.ndarray:

@@ -31,9 +31,7 @@ from fd_large.weights.source import Sources, Stored, Weights
 log = logging.getLogger(__name__)
 
 
-def settle_model(
-    section: FrozenModel, sources: Sources, *, where: str = "--teacher.source"
-) -> FrozenModel:
+def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
     """Returns the section of a frozen model as its weights show it; reads headers only.
 
     To be called before anything is built; a settled section is settled again without change.
@@ -66,15 +64,17 @@ def settle_model(
     by_itself = section.model == AUTO or by_name(section.model) is None
     weights = sources.open(section.source, where=where)
     named = None if by_itself else resolve(section.model)
+    flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else ""
     architecture = reconcile(
-        weights, section.architecture, named, name=section.model, where=where, section="teacher"
+        weights, section.architecture, named, name=section.model, where=where, section=flags
     )
     statistics = section.statistics or _numbers(weights.statistics)
     if not statistics and section.model == AUTO:
         log.warning(
             "%s: nothing tells the image statistics of the weights: ImageNet's are used "
-            "(--teacher.statistics)",
+            "(%s.statistics)",
             where,
+            where.removesuffix(".source"),
         )
     return replace(
         section,
@@ -132,7 +132,7 @@ def reconcile(
         named: The named model; None if the model is what the file shows.
         name: Name of the named model, for messages.
         where: What the user set, for messages.
-        section: "teacher" or "student"; "" where flags have none.
+        section: The section that the flags of the model begin with; "" where they have none.
 
     Raises: WeightsError: if file and model differ, or a field is known to nobody.
     """
@@ -209,7 +209,7 @@ def _equal(fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
 
 def _name_another(section: str, family: str) -> str:
     if section != "student":
-        flag = "--teacher.model" if section else "--model"
+        flag = f"--{section}.model" if section else "--model"
         return f"Set {flag} auto to take the model of the file."
     return f"Name a {family} model by --student.model, or set --student.architecture.*."
 

@@ -38,6 +38,7 @@ from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import heads
 from fd_large.tasks.distillation.alignment import check_grids
 from fd_large.tasks.distillation.canary import Canary
+from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import FunctionLoss, check_loss, make_loss
 from fd_large.tasks.distillation.model_card import card
@@ -49,6 +50,8 @@ from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
+
+SOURCE = "--teacher.source"
 
 
 class DistillationJob(Job):
@@ -92,7 +95,7 @@ class DistillationJob(Job):
 
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teacher and student."""
-        teacher = settle_model(self.run.teacher, sources)
+        teacher = settle_model(self.run.teacher, sources, where=SOURCE)
         return replace(super().settle(sources), teacher=teacher)
 
     def check(self) -> None:
@@ -108,7 +111,7 @@ class DistillationJob(Job):
             self._held_out_images()
         if self.run.eval.knn_root:
             self._labelled_images()
-        frozen_weights(self.run.teacher, self.weights)
+        frozen_weights(self.run.teacher, self.weights, where=SOURCE)
         super().check()
 
     def sources(self) -> Mapping[str, str]:
@@ -184,7 +187,7 @@ class DistillationJob(Job):
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teacher; must run before the student's engine is built."""
         section = self.run.teacher
-        weights = frozen_weights(section, self.weights)
+        weights = frozen_weights(section, self.weights, where=SOURCE)
         if section.source == RANDOM:
             log.warning(
                 "teacher: RANDOM weights (--teacher.source random): there is nothing to learn"
@@ -314,11 +317,12 @@ class DistillationJob(Job):
         return Evaluation(measure, run.eval.knn_every)
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns the canary, which watches the teacher."""
+        """Returns what writes the maps of some images, and the canary, which watches the teacher."""
         every, size = self.run.runtime.canary_every, self.run.data.image_size
         if not every:
-            return ()
+            return (FeaturePanel(),)
         return (
+            FeaturePanel(),
             Canary(
                 every,
                 shard_of=self.teacher.shard_hash,

@@ -37,7 +37,7 @@ def test_the_meter_is_asked_first_and_the_watchdog_last():
     found = names(registry.get("fd_swinv2g"), more=[Hook()])
     assert found[0] == "Meter"
     assert found[-3:] == ["TaskHook", "Hook", "Watchdog"]
-    assert {"Meter", "FeaturePanel", "Preemption", "Guard"} <= set(found)
+    assert {"Meter", "Preemption", "Guard"} <= set(found)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def reads(monkeypatch):
 def test_a_file_is_read_once_from_the_recipe_to_the_tensors(vit, reads):
     sources = Sources()
     section = FrozenModel(source=str(vit), architecture=Architecture(num_heads=(2,)))
-    settled = settle_model(section, sources)
-    weights = dict(frozen_weights(settled, sources))
+    settled = settle_model(section, sources, where="--teacher.source")
+    weights = dict(frozen_weights(settled, sources, where="--teacher.source"))
     assert weights.keys() == torch.load(vit, weights_only=True).keys()
     assert sources.path(settled.source) == vit
     assert reads == [str(vit)]
@@ -93,8 +93,15 @@ def test_what_is_no_file_is_asked_of_the_reader_once(tmp_path):
 def test_nothing_at_all_is_still_one_sentence():
     run = teacher_run("", "clip_vit_base_patch16")
     with pytest.raises(ConfigError, match=r"--teacher\.source"):
-        frozen_weights(run.teacher, Sources())
-    assert frozen_weights(teacher_run("random", "clip_vit_base_patch16").teacher, Sources()) is None
+        frozen_weights(run.teacher, Sources(), where="--teacher.source")
+    assert (
+        frozen_weights(
+            teacher_run("random", "clip_vit_base_patch16").teacher,
+            Sources(),
+            where="--teacher.source",
+        )
+        is None
+    )
 
 
 FD_NETS = [

@@ -86,7 +86,7 @@ def _own_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["own_nets.patches", "own_nets/patches.py"])
 def test_a_model_of_ones_own_teaches(place):
     run = teacher_run(f"module:{place}:make", "clip_vit_base_patch16")
-    assert frozen_weights(run.teacher, Sources()) is None
+    assert frozen_weights(run.teacher, Sources(), where="--teacher.source") is None
     teacher = DistillationJob(run).make_teacher()
     assert teacher.statistics.mean == (0.1, 0.2, 0.3)
     got = teacher(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

@@ -191,7 +191,11 @@ def test_backbones_of_timm_teach(name, stride, width):
     run = teacher_run(f"timm:{name}", "clip_vit_base_patch16")
     assert (run.teacher.model, run.teacher.architecture.feature_stride) == ("timm", stride)
     teacher = DistillationJob(run).make_teacher()
-    load_weights(teacher.net, frozen_weights(run.teacher, Sources()), where="--teacher.source")
+    load_weights(
+        teacher.net,
+        frozen_weights(run.teacher, Sources(), where="--teacher.source"),
+        where="--teacher.source",
+    )
     assert isinstance(teacher, Frozen)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.training
@@ -248,7 +252,7 @@ def test_weights_of_timm_out_of_reach(monkeypatch):
         raise OSError("no route to host")
 
     run = teacher_run("timm:resnet10t", feature_stride=8)
-    items = frozen_weights(run.teacher, Sources())
+    items = frozen_weights(run.teacher, Sources(), where="--teacher.source")
     monkeypatch.setattr(timm_published.timm, "create_model", offline)
     with pytest.raises(WeightsError, match=r"timm cannot get the weights; got no route to host"):
         list(items)

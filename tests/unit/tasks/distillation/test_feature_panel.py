@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from fd_large.runtime.feature_panel import FeaturePanel
+from fd_large.tasks.distillation.feature_panel import FeaturePanel
 
 
 def panel(width=5):
