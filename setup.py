@@ -13,6 +13,7 @@ setup(
     version="0.1.0",
     description="Feature distillation of vision backbones at up to three billion parameters",
     packages=find_packages(include=["fd_large", "fd_large.*"]),
+    package_data={"fd_large.plan": ["kept_counts.json"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

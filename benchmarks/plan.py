@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--quick] [--ranks 2] [--model swinv2_tiny] [--image-size 128]
 
 Starts its own CPU ranks (or one per GPU) and builds an engine at ZeRO 1, 2 and 3. Each round
-measures the machine's rates (`plan/probe.py`) and right after them a step of each engine, so that
+measures the machine's rates (`engine/probe.py`) and right after them a step of each engine, so that
 other work on the machine affects both (`--clock cpu` counts processor time, which other work
 stretches less). The figure of a round is measured / predicted. Teacher and student are the same
 model; images are noise in memory. Writes benchmarks/results/plan.json.
@@ -69,9 +69,9 @@ def measure(arguments: argparse.Namespace) -> int:
     from fd_large import distributed
     from fd_large.cli.plan import workload
     from fd_large.engine.forward_backward import forward_backward
+    from fd_large.engine.probe import measure as measured_rates
     from fd_large.engine.zero import start
     from fd_large.engine.zero.optimizer import set_learning_rate
-    from fd_large.plan import probe
     from fd_large.plan.candidate import Candidate
     from fd_large.plan.cluster import Cluster, Machine
     from fd_large.plan.rates import Rates
@@ -101,14 +101,14 @@ def measure(arguments: argparse.Namespace) -> int:
         engine.deepspeed.step()
 
     cluster = Cluster(gpus=world, gpus_per_node=world, nic_gigabits=1.0, nics_per_node=1)
-    load = workload(run)
+    load: Any = None
     rounds: list[dict[str, Any]] = []
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     for turn in range(1 + (3 if arguments.quick else arguments.rounds)):
-        found = probe.measure(
-            load.student, image_size=load.image_size, batch=arguments.micro_batch, clock=clock
-        )
-        machine = Machine(cluster=cluster, rates=Rates(**found), kernels="reference")
+        found = measured_rates(job_of(run), micro_batch_size=arguments.micro_batch, clock=clock)
+        rates = Rates(**found)
+        load = load or workload(run, rates)
+        machine = Machine(cluster=cluster, rates=rates)
         row: dict[str, Any] = {"rates": found, "load": os.getloadavg()[0]}
         for stage, engine in engines.items():
             seconds = seconds_of(partial(step, engine), clock)

@@ -32,8 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,11 +43,11 @@ import harness
 import torch
 from harness import RESULTS, ROOT
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from fd_large.engine.count import Recorder, bytes_of, place_of  # noqa: E402
 from fd_large.kernels import choose  # noqa: E402
 from fd_large.plan.rates import Rates, rates_of  # noqa: E402
 from fd_large.recipes import registry  # noqa: E402
@@ -77,34 +75,6 @@ FUSED = {
 ARGUMENTS = {"stream": "Y", "normed": "NORMED"}
 # Shared memory that a program may have, as in tests/unit/kernels/test_aot.py.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-
-FREE = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
-    *("alias", "detach", "detach_", "_unsafe_view", "lift_fresh", "_reshape_alias", "sym_size"),
-    *("_local_scalar_dense", "is_same_size"),
-}
-# They take a tensor for its dtype and device only.
-FACTORIES = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like"}
-WRITE_ONLY = {"zero_", "fill_", "copy_", "bernoulli_", "normal_", "uniform_", "random_"}
-GATHER = {"index", "index_select", "embedding", "gather"}
-
-
-def _product(a: Tensor, b: Tensor) -> int:
-    return 2 * a.numel() * b.shape[-1]
-
-
-def _convolution(out: Tensor, weight: Tensor) -> int:
-    return 2 * out.numel() * weight.numel() // weight.shape[0]
-
-
-MATMUL: dict[str, Callable[[Any, Any], int]] = {
-    "mm": lambda a, out: _product(a[0], a[1]),
-    "addmm": lambda a, out: _product(a[1], a[2]),
-    "bmm": lambda a, out: _product(a[0], a[1]),
-    "baddbmm": lambda a, out: _product(a[1], a[2]),
-    "convolution": lambda a, out: _convolution(out[0], a[1]),
-    "convolution_backward": lambda a, out: sum(a[-1][:2]) * _convolution(a[0], a[2]),
-}
 
 
 @dataclass(frozen=True)
@@ -149,7 +119,7 @@ class Row:
         return self.read + self.written
 
 
-class Counter(TorchDispatchMode):
+class Counter(Recorder):
     """Records every operation that computes or moves bytes while it is on.
 
     A forward operation belongs to the innermost module that runs; its backward to the same one,
@@ -188,46 +158,34 @@ class Counter(TorchDispatchMode):
             node.metadata.setdefault("module", name)
             found += [before for before, _ in node.next_functions]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        namespace, name = func._schema.name.split("::")
-        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
-            # As on a card: the meta device, which knows no backend, leaves channels first.
-            out = torch.empty_like(out, memory_format=torch.channels_last)
-        if namespace == "fd_large":
-            self._launch(name, func, args, kwargs or {}, out)
-        else:
-            self._record(func, name, args, kwargs or {}, out)
-        return out
-
-    def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        returns = func._schema.returns
-        views = returns and all(r.alias_info and not r.alias_info.is_write for r in returns)
-        if name in FREE or views:
+    def record(
+        self, func: Any, known: Any, args: Any, kwargs: Any, outs: list[Tensor], out: Any
+    ) -> None:
+        """Adds a row; a fused operation is a row for each of its kernels."""
+        if func.namespace == "fd_large":
+            self._launch(known.name, args, kwargs)
             return
-        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        flops = MATMUL[name](args, outs) if name in MATMUL else 0
-        self._add(name, flops, *_traffic(func, name, args, kwargs, out))
+        super().record(func, known, args, kwargs, outs, out)
+        one = self.operations.pop()
+        self._add(one.name, one.flops, one.read, one.written)
 
-    def _launch(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _launch(self, name: str, args: Any, kwargs: Any) -> None:
         """Counts the kernels of a fused operation: runs its launches, which start nothing."""
         from torch._library.custom_ops import OPDEFS
 
-        given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {place_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         self._fused = name
         with recorded() as launches, self:
             OPDEFS[f"fd_large::{name}"]._init_fn(*args, **kwargs)
         for tensors in launches:
             read = written = 0
-            for t in {_place(t): t for t in tensors}.values():
+            for t in {place_of(t): t for t in tensors}.values():
                 # What no earlier one had is an output of this launch.
-                if _place(t) in given:
-                    read += _bytes(t)
+                if place_of(t) in given:
+                    read += bytes_of(t)
                 else:
-                    written += _bytes(t)
-            given |= {_place(t) for t in tensors}
+                    written += bytes_of(t)
+            given |= {place_of(t) for t in tensors}
             self._add(name, 0, read, written)
         self._fused = ""
 
@@ -235,7 +193,7 @@ class Counter(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         module = self._running[-1] if node is None else node.metadata.get("module", "")
         op = self._fused or name
-        kind = _kind(op, module, node)
+        kind = _kind(op, module, node, flops)
         seconds = max(flops / self.card.matmul, (read + written) / self.card.bandwidth)
         row = Row(self.phase, _stage(module), kind, op, flops, read, written, seconds)
         self.rows.append(row)
@@ -259,40 +217,6 @@ def recorded() -> Iterator[list[list[Tensor]]]:
         triton.JITFunction.run = original
 
 
-def _traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
-    """Bytes that an operation reads and writes."""
-    seen: dict[Any, int] = {}
-    written = 0
-    for i, argument in enumerate([*args, *kwargs.values()]):
-        spec = func._schema.arguments[i] if i < len(args) else None
-        mutated = spec is not None and spec.alias_info is not None and spec.alias_info.is_write
-        for t in tree_leaves(argument):
-            if not isinstance(t, Tensor):
-                continue
-            if mutated:
-                written += _bytes(t)
-                if name in WRITE_ONLY:
-                    continue
-            seen[_place(t)] = _bytes(t)
-    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    returns = func._schema.returns
-    for i, t in enumerate(outs):
-        if len(returns) != len(outs) or returns[i].alias_info is None:
-            written += _bytes(t)
-    if name in GATHER:
-        seen[_place(args[0])] = min(_bytes(args[0]), sum(_bytes(t) for t in outs))
-    return 0 if name in FACTORIES else sum(seen.values()), written
-
-
-def _bytes(t: Tensor) -> int:
-    distinct = [n for n, step in zip(t.shape, t.stride(), strict=True) if step]
-    return math.prod(distinct) * t.element_size()
-
-
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
-
-
 def _stage(module: str) -> str:
     parts = module.split(".")
     if "layers" in parts:
@@ -300,8 +224,8 @@ def _stage(module: str) -> str:
     return "blocks" if "blocks" in parts else "ends"
 
 
-def _kind(op: str, module: str, node: Any) -> str:
-    if op in MATMUL:
+def _kind(op: str, module: str, node: Any, flops: int) -> str:
+    if flops:
         return "matmul"
     if "attention" in op:
         return "attention"
@@ -408,19 +332,23 @@ def count(run: Run, batch: int, card: Rates, *, kernels: str = "reference") -> l
         run: The recipe.
         batch: Images.
         card: Rates that give the seconds.
-        kernels: "reference" or "triton", as FD_KERNELS has them.
+        kernels: "reference" or "triton".
     """
     from fd_large.tasks.distillation.job import DistillationJob
 
-    os.environ["FD_KERNELS"] = kernels
     # Maps are not made again: the reference keeps them, as it may not on a GPU.
     run = replace(run, student=replace(run.student, attention_memory="keep"))
+    device = choose.Device((9, 0) if kernels == "triton" else None, on_gpu=False)
+    with choose.standing_in(device):
+        return _rows(DistillationJob(run), batch, card)
+
+
+def _rows(job: Any, batch: int, card: Rates) -> list[Row]:
     with torch.device("meta"):
-        teacher = DistillationJob(run).make_teacher()
-        task = DistillationJob(run).task_around(teacher)
+        task, (teacher,) = job.models_on_shapes()
     for model in (teacher, task):
         model.to(torch.bfloat16)
-    size = run.data.image_size
+    size = job.run.data.image_size
     images = torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
     keep = torch.empty(len(task.drop_path_rates), batch, dtype=torch.bool, device="meta")
     counter = Counter(card)

@@ -15,24 +15,38 @@ from rich.text import Text
 from fd_large.cli.arguments import parse_with_recipe
 from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
+from fd_large.plan import kept_counts
 from fd_large.plan.candidate import Candidate
 from fd_large.plan.cluster import Cluster, Machine
-from fd_large.plan.rates import rates_of
+from fd_large.plan.counts import Counts
+from fd_large.plan.rates import CARDS, Rates, rates_of
 from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
-from fd_large.plan.workload import Workload
+from fd_large.plan.workload import Workload, frozen_in_bfloat16
 from fd_large.recipes import registry
-from fd_large.recipes.fields import at_least, positive, require
+from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Student
 
 IMAGENET = 1_281_167
 NARROW = 96
 """Columns of a terminal below which the table leaves out times that the lines after it give."""
+Kernels = Literal["fused", "reference"]
+
+SHAPES = ("student.", "teacher.", "objective.", "task.", "data.image_size")
+"""Beginnings of the fields that may decide what a step computes, but for these:"""
+NO_SHAPES = frozenset(
+    {
+        *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
+        "student.activation_checkpointing",
+        *(f"teacher.{name}" for name in ("allow", "placement", "statistics")),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Plan a recipe on a cluster: memory, time, network, disk; arithmetic, without torch.
+    """Plan a recipe on a cluster: memory, time, network, disk; from shapes, without a GPU.
 
     Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training;
     `python -m fd_large train --help` lists them.
@@ -52,8 +66,9 @@ class Plan:
     nics_per_node: int = 0
     # Images of the dataset, which decide the steps of an epoch; the default is ImageNet-1K.
     images: int = IMAGENET
-    # What runs beside the matrix products.
-    kernels: Literal["fused", "reference"] = "fused"
+    # fused: the fused kernels, on cards that have them (h100, h200, a100, a100_40). reference:
+    # plain torch.
+    kernels: Kernels = "fused"
     # JSON of measured rates, which replace those of the card; with --probe it is written. Empty:
     # the card's rates.
     rates: str = ""
@@ -116,42 +131,32 @@ def plan(
     gpu: str = "h100",
     rates: str = "",
     probe: bool = False,
-    kernels: Literal["fused", "reference"] = "fused",
+    kernels: Kernels = "fused",
 ) -> tuple[Workload, Machine, list[Estimate], list[Refused]]:
     """Searches the settings of a run on a cluster.
 
     Args:
-        run: The recipe; it distils.
+        run: The recipe.
         cluster: Ranks, nodes and network.
         gpu: Name of the card.
         rates: File of measured rates, which replace those of the card; with `probe` it is written.
         probe: Whether this machine is measured first.
-        kernels: What runs beside the matrix products.
+        kernels: The fused kernels where the card has them, or plain torch.
 
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
-    Raises: ConfigError: if the recipe has no teacher, or something cannot be planned or read.
+    Raises: FDError: if something cannot be planned or read.
     """
-    if not run.frozen_models:
-        raise ConfigError(
-            f"--recipe: only distillation is planned; got {run.name}, of the task {run.task.name}, "
-            "expected a recipe with a teacher. Its docstring has the arithmetic."
-        )
     if probe:
         # torch, which the rest of this command does without.
-        from fd_large.plan.probe import probe as measure
+        from fd_large.cli.plan_probe import probe as measure
 
-        measured = measure(
-            run.student,
-            image_size=run.data.image_size,
-            ranks=cluster.gpus,
-            micro_batch_size=run.batch.micro_batch_size,
-        )
+        measured = measure(run, ranks=cluster.gpus)
         if rates:
             _write("--rates", rates, measured.to_dict())
     else:
         measured = rates_of(gpu, rates)
-    machine = Machine(cluster=cluster, rates=measured, kernels=kernels)
-    load = workload(run)
+    machine = Machine(cluster=cluster, rates=measured)
+    load = workload(run, measured, kernels)
     return load, machine, *search(load, machine)
 
 
@@ -167,15 +172,61 @@ def _write(flag: str, name: str, content: dict[str, Any]) -> None:
         ) from None
 
 
-def workload(run: Run) -> Workload:
-    """Returns what `plan` counts of a run that distils."""
-    return Workload.of(
-        run.student,
-        run.teacher,
-        image_size=run.data.image_size,
-        teacher_image_size=run.objective.teacher_image_size,
+def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused") -> Workload:
+    """Returns what is planned of a run on a card: kept counts if there are any, or new ones.
+
+    Raises: FDError: if the run's models cannot be built.
+    """
+    counts = None
+    if rates.overlap and rates.bfloat16:
+        counts = kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, kernels))
+    return Workload(
+        counts=counts or count_anew(run, rates, kernels),
         global_batch_size=run.batch.global_batch_size,
+        frozen_dtype=run.teacher.dtype if run.frozen_models else "auto",
     )
+
+
+def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
+    """Counts a run on a card, without activation checkpointing and with it; takes seconds.
+
+    Raises: FDError: if the run's models cannot be built.
+    """
+    # They import torch, which a recipe of record does without.
+    from fd_large.engine.count import count
+    from fd_large.kernels.choose import Device
+    from fd_large.tasks.jobs import job_of
+
+    major, _, minor = rates.capability.partition(".")
+    device = Device(
+        (int(major), int(minor)) if rates.capability else None,
+        on_gpu=rates.overlap,
+        wish="auto" if kernels == "fused" else "reference",
+    )
+    micro_batch_size = run.batch.micro_batch_size
+    return count(
+        job_of(run),
+        device,
+        bfloat16=rates.bfloat16,
+        frozen_bfloat16=frozen_in_bfloat16(run.teacher.dtype, rates.bfloat16),
+        micro_batch_size=1 if micro_batch_size == "auto" else micro_batch_size,
+    )
+
+
+def shape_fields(run: Run) -> dict[str, Any]:
+    """Returns the fields that may decide what a step computes, where they differ from defaults."""
+    default = flat(Run(name=run.name, student=Student(model=run.student.model)))
+    default.pop("student.model")
+    fields = {name: plain(value) for name, value in flat(run).items() if name.startswith(SHAPES)}
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if name not in NO_SHAPES and value != plain(default.get(name, ""))
+    }
+    # Weights decide nothing, but code of the user's own does.
+    if not str(fields.get("teacher.source", "")).startswith("module:"):
+        fields.pop("teacher.source", None)
+    return fields
 
 
 def report(
@@ -203,20 +254,24 @@ def report(
 
 def _heading(run: Run, load: Workload, machine: Machine) -> Text:
     cluster = machine.cluster
-    student = sum(p.forward(1) for p in load.student_products)
-    teacher = sum(p.forward(1) for p in load.teacher_products)
+    counts = load.counts[False]
     network = ""
     if cluster.nodes > 1:
         network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s per node"
+    teacher = ""
+    if load.teacher_sizes:
+        teacher = (
+            f"  teacher {run.teacher.model}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
+            f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
+        )
     return Text(
         f"{run.name}, {run.batch.global_batch_size} images per step\n"
         f"  student {run.student.model}: {load.parameters / 1e6:,.1f}M parameters with its "
-        f"projection, {student / 1e9:,.1f} GFLOP\n"
-        f"  teacher {run.teacher.model}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
-        f"{teacher / 1e9:,.1f} GFLOP\n"
+        f"{'projection' if run.frozen_models else 'heads'}, "
+        f"{counts.flops('forward', 1) / 1e9:,.1f} GFLOP\n{teacher}"
         f"  {cluster.gpus} x {machine.rates.name} on {cluster.nodes} "
         f"node{'s' if cluster.nodes > 1 else ''}{network}, "
-        f"{machine.kernels if machine.fused else 'reference'} kernels\n"
+        f"{'fused' if counts.fused else 'reference'} kernels\n"
     )
 
 

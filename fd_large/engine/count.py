@@ -13,6 +13,7 @@ alone is counted.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +32,21 @@ from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.job import Job
 from fd_large.engine.task import Task
 from fd_large.engine.zero.partition import to_bfloat16
+from fd_large.errors import ConfigError, FDError
 from fd_large.kernels import choose
-from fd_large.plan.counts import NOTHING, Counts, Line, Phase, Product, grouped, highest, through
+from fd_large.plan.counts import (
+    NOTHING,
+    Counts,
+    Line,
+    Phase,
+    Product,
+    StepFlops,
+    grouped,
+    highest,
+    through,
+)
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -108,12 +122,14 @@ class Recorder(TorchDispatchMode):
         calls: All calls by phase, views included.
         live: Bytes of storages now.
         trail: Live bytes after each call.
+        fused: Whether a fused kernel was called.
     """
 
     def __init__(self, models: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.phase: Phase = "forward"
         self.inside = self.live = 0
+        self.fused = False
         self.operations: list[Operation] = []
         self.calls: Counter[str] = Counter()
         self.trail: list[int] = []
@@ -150,7 +166,8 @@ class Recorder(TorchDispatchMode):
         self.operations.append(Operation(self.phase, again, known.name, flops, *moved))
 
     def _learn(self, func: Any) -> _Known:
-        name, returns = func._schema.name.split("::")[1], func._schema.returns
+        (space, name), returns = func._schema.name.split("::"), func._schema.returns
+        self.fused |= space == "fd_large"
         views = returns and all(r.alias_info and not r.alias_info.is_write for r in returns)
         known = self._known[func] = _Known(
             name,
@@ -353,9 +370,10 @@ def count(
         micro_batch_size: Counted alone if the task is not linear in its images.
 
     Returns: the counts with and without checkpoints, as asked.
+    Raises: FDError: if the models cannot be built, or cannot run without values.
     """
     result: dict[bool, Counts] = {}
-    with choose.standing_in(device), torch.device("meta"):
+    with _on_shapes(device):
         task, frozen = job.models_on_shapes()
         if bfloat16:
             to_bfloat16(task)
@@ -368,24 +386,82 @@ def count(
             batch = job.probe_batch(size)
             return run_on_shapes(task, frozen, batch, recorder, on_gpu=device.on_gpu)
 
-        with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
-            task.shapes_only(job.probe_batch(SIZES[0]))
+        # The first of these fills caches, whose tables would be counted with it.
+        sizes = (SIZES[0], *SIZES)
+        _, *calls = (_calls(task, job.probe_batch(n), on_gpu=device.on_gpu) for n in sizes)
+        linear = calls[0] == calls[1]
         for wrapped in checkpointing:
             if wrapped:
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
-            ones, images = [at(size) for size in SIZES], 0
-            if not _alike(*ones):
-                ones, images = [at(micro_batch_size)], micro_batch_size
+            ones = [at(size) for size in (SIZES if linear else (micro_batch_size,))]
+            images = 0 if linear else micro_batch_size
             result[wrapped] = _counts(ones[0], ones[-1], images, task, frozen)
     return result
 
 
-def _alike(first: _One, second: _One) -> bool:
-    a, b = (
-        [(o.phase, o.name, o.again) for o in one.recorder.operations] for one in (first, second)
-    )
-    return a == b and len(first.recorder.trail) == len(second.recorder.trail)
+def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepFlops | None:
+    """Returns the FLOPs of a micro-batch as this device runs it; None if it cannot be counted.
+
+    Args:
+        job: Its weights and its images are not touched.
+        micro_batch_size: Images.
+        checkpointing: Whether the student's blocks are checkpointed.
+    """
+    # What a CPU computes is that of fused kernels, which are counted in the shortest time.
+    device = choose.Device((9, 0))
+    if torch.cuda.is_available():
+        capability = None if torch.version.hip else torch.cuda.get_device_capability()
+        device = choose.Device(capability, wish=choose.wished())
+    try:
+        with _on_shapes(device):
+            task, frozen = job.models_on_shapes()
+            for model in (task, *frozen):
+                to_bfloat16(model)
+            if checkpointing:
+                every = job.run.student.checkpoint_every
+                checkpoint_blocks(task.student.blocks(), mode="every", every=every)
+            recorder, batch = Recorder((task, *frozen)), job.probe_batch(micro_batch_size)
+            one = run_on_shapes(task, frozen, batch, recorder, on_gpu=True)
+            return _counts(one, one, micro_batch_size, task, frozen).step_flops(micro_batch_size)
+    except FDError as error:
+        log.info("FLOPs and utilisation are not reported: %s", error)
+        return None
+
+
+@contextmanager
+def _on_shapes(device: choose.Device) -> Iterator[None]:
+    try:
+        # Random weights of no values would move the generator on.
+        with choose.standing_in(device), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"count: a model does not run on shapes alone; got {error}, expected a model that "
+            "torch's meta device can run. Plan with one that is near in size."
+        ) from error
+
+
+class _Names(TorchDispatchMode):
+    """Notes the names of what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(task: Task, batch: Batch, *, on_gpu: bool) -> list[str]:
+    """Names of what a forward calls; the same for all micro-batches if a task is linear in them."""
+    noted = _Names()
+    with torch.no_grad(), noted, _Attention(on_gpu):
+        task.shapes_only(batch)
+    return noted.names
 
 
 def _counts(
@@ -420,4 +496,5 @@ def _counts(
         student=grouped(p.numel() for p in task.parameters() if p.requires_grad),
         frozen=grouped(p.numel() for model in frozen for p in model.parameters()),
         images=images,
+        fused=second.recorder.fused,
     )

@@ -28,7 +28,6 @@ from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
-from fd_large.plan.flops import StepFlops
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
@@ -188,15 +187,6 @@ class Job:
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns what else decides the memory of a step, besides the student's fields, by name."""
         return {}
-
-    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
-        """Returns the FLOPs of a micro batch on one rank; None if they are not known beforehand.
-
-        Args:
-            micro_batch_size: Images per rank and forward.
-            attention_recomputed: Whether backward computes attention maps again.
-        """
-        return None
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds what the task uses and does not train; a collective.

@@ -20,11 +20,11 @@ from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
+from fd_large.engine.count import step_flops
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.schedule import CosineSchedule
-from fd_large.engine.student import attention_memory
 from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import config as ds
@@ -34,6 +34,7 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
 from fd_large.errors import FDError
 from fd_large.launch import Launch
+from fd_large.plan.counts import StepFlops
 from fd_large.plan.memory import persistence_threshold
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
@@ -135,10 +136,7 @@ def train(
         accumulation=opened.accumulation,
         world_size=launch.world_size,
         log_every=run.runtime.log_every,
-        flops=job.step_flops(
-            size,
-            attention_recomputed=attention_memory(run.student.attention_memory) == "recompute",
-        ),
+        flops=_step_flops(job, size),
         checkpoint_bytes=checkpoints.bytes,
         metrics=job.metrics,
         evaluated=job.evaluated,
@@ -168,6 +166,14 @@ def train(
         raise
     log.info("%s: %s", status, folder)
     return EXIT_CODES.get(status, SOMEBODY_HAS_TO_LOOK)
+
+
+def _step_flops(job: Job, micro_batch_size: int) -> StepFlops | None:
+    """Counts on rank 0, which alone reports them."""
+    if not distributed.is_main():
+        return None
+    checkpointing = job.run.student.activation_checkpointing != "off"
+    return step_flops(job, micro_batch_size, checkpointing=checkpointing)
 
 
 class Opened(NamedTuple):

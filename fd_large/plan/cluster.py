@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_large.plan.rates import Rates
-from fd_large.plan.traffic import Kernels
 
 Span = Literal["all", "node", "across"]
 
@@ -80,19 +79,7 @@ class Machine:
     Attributes:
         cluster: Ranks, nodes, network.
         rates: Those of a card and its links.
-        kernels: Kernels of everything beside the matrix products.
     """
 
     cluster: Cluster
     rates: Rates
-    kernels: Kernels
-
-    @property
-    def fused(self) -> bool:
-        """Whether fused kernels run; they exist for bfloat16 on GPUs."""
-        return self.kernels == "fused" and self.rates.bfloat16
-
-    @property
-    def recomputes_attention(self) -> bool:
-        """Whether plain attention computes its maps again in the backward pass, as on GPUs."""
-        return self.rates.overlap

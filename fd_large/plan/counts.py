@@ -79,6 +79,7 @@ class Counts:
         student: (elements, how many) of the trained tensors.
         frozen: (elements, how many) of the tensors of frozen models.
         images: The only micro-batch that these hold for; 0: they hold for all.
+        fused: Whether fused kernels run.
     """
 
     products: tuple[Product, ...]
@@ -91,6 +92,7 @@ class Counts:
     student: tuple[tuple[int, int], ...]
     frozen: tuple[tuple[int, int], ...] = ()
     images: int = 0
+    fused: bool = False
 
     def flops(self, phase: Phase, images: int) -> int:
         """Returns the FLOPs of a phase, without what is computed again."""
@@ -130,6 +132,7 @@ class Counts:
             student=tuple((size, count) for size, count in given["student"]),
             frozen=tuple((size, count) for size, count in given["frozen"]),
             images=given["images"],
+            fused=given["fused"],
         )
 
 

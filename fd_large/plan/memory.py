@@ -40,14 +40,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from fd_large.errors import ConfigError
-from fd_large.plan.parameters import (
-    projection_shapes,
-    shapes,
-    sizes,
-    timm_counts,
-    width,
-)
-from fd_large.recipes.family import FamilyArchitecture, Transformer
 
 if TYPE_CHECKING:
     from fd_large.tasks.distillation.section import Teacher
@@ -195,30 +187,6 @@ def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Me
         host["gradients"] += 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
     return Memory(device=Held(**device), host=Held(**host), hpz_copy=copy)
-
-
-def student_sizes(
-    student: FamilyArchitecture, teacher: FamilyArchitecture, *, image_size: int
-) -> list[int]:
-    """Returns the elements of each trained tensor: those of the student, then the projection's.
-
-    Args:
-        student: Its architecture.
-        teacher: Its architecture.
-        image_size: Side of the student's images, in pixels.
-    """
-    projection = projection_shapes(width(student), width(teacher))
-    return sizes([shapes(student.at(image_size)), projection])
-
-
-def teacher_sizes(teacher: FamilyArchitecture) -> list[int]:
-    """Returns the elements of each tensor of the teacher.
-
-    A model of timm is one number, because its tensors are known only once it is built.
-    """
-    if not isinstance(teacher, Transformer):
-        return [timm_counts(teacher).parameters]
-    return sizes(shapes(teacher))
 
 
 def persistence_threshold(sizes: Iterable[int], *, share: float = PERSISTENCE_SHARE) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large.plan import traffic
 from fd_large.plan.candidate import PREFETCH_ELEMENTS, Candidate, bucket_elements
 from fd_large.plan.cluster import Machine
 from fd_large.plan.memory import Placement, held
@@ -27,8 +26,8 @@ class PeakMemory:
     Attributes:
         states: Parameters, masters, moments, accumulated gradients; hpZ's copy.
         teacher: The rank's share of the teacher.
-        activations: What the forward pass stores for the backward pass; under checkpointing, with
-            one block's own activations.
+        activations: What lives beside these where most of it does: what the forward pass stores
+            for the backward pass, and what that has computed at the moment.
         buffers: Gathered layers, buckets, gradients in transit, the driver.
     """
 
@@ -70,20 +69,10 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
         buffers += size * load.parameters  # Every gradient.
     if candidate.teacher != "replicated" and cluster.gpus > 1:
         buffers += 2 * size * min(PREFETCH_ELEMENTS, sum(load.teacher_sizes))
-    kept = traffic.kept(
-        load.student,
-        image_size=load.image_size,
-        kernels="fused" if machine.fused else "reference",
-        bfloat16=rates.bfloat16,
-        float32_stream=load.float32_stream,
-        keep_maps=not machine.fused and not machine.recomputes_attention,
-        checkpoint_every=load.checkpoint_every if candidate.checkpointing else 0,
-    )
-    tables = traffic.tables_kept(load.student, image_size=load.image_size)
     return PeakMemory(
         states=states,
         teacher=device.teacher,
-        activations=kept * candidate.micro_batch_size + tables,
+        activations=load.counts[candidate.checkpointing].peak_at(candidate.micro_batch_size),
         buffers=buffers + (FIXED_BYTES if rates.overlap else 0.0),
     )
 

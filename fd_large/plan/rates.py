@@ -16,11 +16,8 @@ from typing import Any
 
 from fd_large.errors import ConfigError, nearest
 
-# Classes of operations beside the matrix products, which reach different rates on a CPU; on a GPU
-# memory limits them all. `plan.traffic` counts their bytes.
-CLASSES = ("attention", "stream", "activation")
-# Rates that may be 0, which means: as another rate, or at no cost.
-MAY_BE_0 = (*CLASSES, "batched_matmul", "launch_seconds", "start_seconds")
+# Rates that may be 0: what they stand for costs nothing.
+MAY_BE_0 = ("launch_seconds", "start_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +34,10 @@ class Rates:
         network_share: Fraction of the network cards' rate that collectives reach.
         bfloat16: Whether parameters and matrix products are bfloat16; else float32.
         overlap: Whether communication runs beside computation, as on a GPU; CPU ranks share cores.
-        batched_matmul: FLOP/s in attention's small products; 0: as `matmul`.
-        attention, stream, activation: Bytes/s of these classes of operations; 0: as `bandwidth`.
+        slowness: Factor of a micro-batch's computation, beside what the rates make of its counts;
+            `--probe` measures it on a real micro-batch.
+        capability: Compute capability of an NVIDIA card, as "9.0", which decides the kernels;
+            empty: no fused kernel runs.
         launch_seconds: Seconds to start an operation from Python; assumed for the named cards.
         start_seconds: Seconds to start a collective; assumed for the named cards.
     """
@@ -52,25 +51,22 @@ class Rates:
     network_share: float = 0.8
     bfloat16: bool = True
     overlap: bool = True
-    batched_matmul: float = 0.0
-    attention: float = 0.0
-    stream: float = 0.0
-    activation: float = 0.0
+    slowness: float = 1.0
+    capability: str = ""
     launch_seconds: float = 5e-6
     start_seconds: float = 30e-6
-
-    def bytes_rate(self, kind: str) -> float:
-        """Returns the bytes/s of a class of operations."""
-        return getattr(self, kind, 0.0) or self.bandwidth
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as `--rates` reads them."""
         return asdict(self)
 
 
-def _card(name: str, gigabytes: float, teraflops: float, terabytes: float, link: float) -> Rates:
+def _card(
+    name: str, capability: str, gigabytes: float, teraflops: float, terabytes: float, link: float
+) -> Rates:
     return Rates(
         name=name,
+        capability=capability,
         memory_bytes=gigabytes * 1e9,
         peak=teraflops * 1e12,
         matmul=0.81 * teraflops * 1e12,
@@ -82,12 +78,12 @@ def _card(name: str, gigabytes: float, teraflops: float, terabytes: float, link:
 # From data sheets: GB of memory, TFLOP/s (dense bfloat16), TB/s of memory, GB/s per direction
 # inside a node (NVLink; PCIe for the L40S).
 CARDS = {
-    "h100": _card("H100 SXM 80 GB", 80, 989, 3.35, 450),
-    "h200": _card("H200 SXM 141 GB", 141, 989, 4.8, 450),
-    "b200": _card("B200 180 GB", 180, 2250, 7.7, 900),
-    "a100": _card("A100 SXM 80 GB", 80, 312, 2.039, 300),
-    "a100_40": _card("A100 SXM 40 GB", 40, 312, 1.555, 300),
-    "l40s": _card("L40S 48 GB", 48, 362, 0.864, 32),
+    "h100": _card("H100 SXM 80 GB", "9.0", 80, 989, 3.35, 450),
+    "h200": _card("H200 SXM 141 GB", "9.0", 141, 989, 4.8, 450),
+    "b200": _card("B200 180 GB", "10.0", 180, 2250, 7.7, 900),
+    "a100": _card("A100 SXM 80 GB", "8.0", 80, 312, 2.039, 300),
+    "a100_40": _card("A100 SXM 40 GB", "8.0", 40, 312, 1.555, 300),
+    "l40s": _card("L40S 48 GB", "8.9", 48, 362, 0.864, 32),
 }
 
 

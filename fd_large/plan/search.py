@@ -41,10 +41,13 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
             f"ranks, expected a multiple. Set --batch.global_batch_size {_multiple(batch, ranks)}, "
             "or another --gpus."
         )
+    counted = load.counts[False].images
     sizes = [size for size in range(1, share + 1) if share % size == 0]
+    if counted in sizes:  # The counts hold for no other size.
+        sizes = [counted]
     good: list[Estimate] = []
     bad: list[Refused] = []
-    for candidate in _candidates(machine):
+    for candidate in _candidates(machine, taught=bool(load.teacher_sizes)):
         memory = peak_memory(load, candidate, machine)
         if not memory.fits(machine.rates):
             bad.append(Refused(candidate=candidate, reason=_too_large(memory, machine)))
@@ -69,18 +72,19 @@ def num_steps(epochs: int, images: int, global_batch_size: int) -> int:
     return epochs * (images // global_batch_size)
 
 
-def _candidates(machine: Machine) -> Iterator[Candidate]:
+def _candidates(machine: Machine, *, taught: bool) -> Iterator[Candidate]:
     ranks, nodes = machine.cluster.gpus, machine.cluster.nodes
     placements: list[Literal["replicated", "node", "sharded"]] = ["replicated"]
-    if nodes > 1 and machine.cluster.node_size > 1:
+    shared = nodes > 1 and machine.cluster.node_size > 1
+    if taught and shared:
         placements.append("node")
-    if ranks > 1:
+    if taught and ranks > 1:
         placements.append("sharded")
     # One rank has nothing to split: in float32 the engine runs stages 1 and 2 as stage 0.
     whole = ranks == 1 and not machine.rates.bfloat16
     for stage in (0, 3) if whole else (1, 2, 3):
         for teacher in placements:
-            for hpz in (False, True) if stage == 3 and "node" in placements else (False,):
+            for hpz in (False, True) if stage == 3 and shared else (False,):
                 for checkpointing in (False, True):
                     yield Candidate(
                         stage=stage,  # type: ignore[arg-type]

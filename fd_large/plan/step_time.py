@@ -2,11 +2,9 @@
 
 Computation of a micro-batch:
 
-- matrix products: each takes the longer of FLOPs / product rate and bytes / bandwidth; the backward
-  pass takes two products for one;
-- the rest: bytes moved (`plan.traffic`) / bandwidth, with the gradients of the parameters and the
-  copies of gathered parameters;
-- with checkpoints, the student's blocks once more;
+- matrix products: each takes the longer of FLOPs / product rate and bytes / bandwidth;
+- the rest: bytes moved / bandwidth, with the gradients of the parameters and the copies of gathered
+  parameters;
 - starting the operations from Python, and DeepSpeed's hooks around each module at stage 3. Python
   runs ahead of a GPU, so this counts only if it takes longer than all the rest; on CPU ranks it is
   added.
@@ -34,13 +32,11 @@ rank's shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from fd_large.plan import flops, traffic
 from fd_large.plan.candidate import Candidate, bucket_elements
 from fd_large.plan.cluster import Machine
+from fd_large.plan.counts import Counts, StepFlops
 from fd_large.plan.peak_memory import PeakMemory, peak_memory
 from fd_large.plan.rates import Rates
 from fd_large.plan.workload import Workload
@@ -52,15 +48,8 @@ OPTIMIZER_BYTES = 44
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), in the data type of the parameters.
 GRADIENT_PASSES = 4
-# Calls that Python makes for a block, views included, as torch dispatches them.
-OPERATIONS = {
-    "fused": {"forward": 39, "backward": 95, "inference": 40},
-    "reference": {"forward": 100, "backward": 177, "inference": 98},
-}
-# Modules of a block. DeepSpeed's hooks at stage 3 run before and after each, and take as long as
-# HOOK_CALLS calls (measured with 0.19.8 on an idle CPU rank: 0.24 ms per module and pass, 9 us per
-# call).
-MODULES = {"swinv2": 13, "swin": 9, "vit": 9}
+# DeepSpeed's hooks at stage 3 run before and after each module, and take as long as HOOK_CALLS
+# calls (measured with 0.19.8 on an idle CPU rank: 0.24 ms per module and pass, 9 us per call).
 HOOK_CALLS = 27
 # Half of DeepSpeed's `stage3_max_reuse_distance`, which counts forward and back.
 KEPT_ELEMENTS = 500_000_000
@@ -114,7 +103,7 @@ class Estimate:
     candidate: Candidate
     memory: PeakMemory
     seconds: StepSeconds
-    flops: flops.StepFlops
+    flops: StepFlops
     images: int
     peak: float
 
@@ -141,7 +130,6 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
     """Returns memory and time of a candidate; the memory may be more than the card has."""
     share = load.global_batch_size // machine.cluster.gpus
     products, rest = _computation(load, candidate, machine)
-    again = not machine.fused and machine.recomputes_attention
     return Estimate(
         candidate=candidate,
         memory=peak_memory(load, candidate, machine),
@@ -153,49 +141,16 @@ def estimate(load: Workload, candidate: Candidate, machine: Machine) -> Estimate
             accumulation=max(1, share // candidate.micro_batch_size),
             overlap=machine.rates.overlap,
         ),
-        flops=load.step_flops(
-            micro_batch_size=candidate.micro_batch_size,
-            checkpointing=candidate.checkpointing,
-            attention_recomputed=again or machine.fused,
-        ),
+        flops=load.counts[candidate.checkpointing].step_flops(candidate.micro_batch_size),
         images=load.global_batch_size,
         peak=machine.rates.peak,
     )
 
 
 def _computation(load: Workload, candidate: Candidate, machine: Machine) -> tuple[float, float]:
-    rates, batch = machine.rates, candidate.micro_batch_size
-    kernels: traffic.Kernels = "fused" if machine.fused else "reference"
-
-    def products(table: Iterable[flops.Product], kind: Literal["forward", "backward"]) -> float:
-        return sum(product_seconds(p, kind, batch, machine) for p in table)
-
-    def moved(phase: traffic.Phase) -> dict[str, float]:
-        inference = phase == "inference"
-        return traffic.moved(
-            load.teacher if inference else load.student,
-            phase,
-            image_size=load.teacher_image_size if inference else load.image_size,
-            kernels=kernels,
-            bfloat16=load.teacher_bfloat16(machine) if inference else rates.bfloat16,
-            float32_stream=not inference and load.float32_stream,
-        )
-
-    def rest(by_class: dict[str, float]) -> float:
-        return sum(batch * moved / rates.bytes_rate(kind) for kind, moved in by_class.items())
-
-    forward = moved("forward")
-    matrix = products(load.student_products, "forward")
-    matrix += products(load.student_products, "backward")
-    matrix += products(load.teacher_products, "forward")
-    other = rest(forward) + rest(moved("backward")) + rest(moved("inference"))
-    if candidate.checkpointing:
-        share = load.checkpointed_share
-        matrix += share * products([p for p in load.student_products if p.in_block], "forward")
-        other += share * rest(forward)
-    if machine.recomputes_attention and not machine.fused:
-        matrix += products([p for p in load.student_products if p.kind == "logits"], "forward")
-        other += rest({"attention": forward["attention"]})
+    rates = machine.rates
+    counts = load.counts[candidate.checkpointing]
+    matrix, other = seconds_of(counts, candidate.micro_batch_size, rates)
     size = load.compute_bytes(machine)
     passes = GRADIENT_PASSES if candidate.stage or machine.cluster.gpus > 1 else 1
     other += passes * size * load.parameters / rates.bandwidth
@@ -204,53 +159,38 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> tupl
     if candidate.teacher != "replicated":
         own = 2 if load.teacher_bfloat16(machine) else 4
         other += 2 * own * sum(load.teacher_sizes) / rates.bandwidth
-    starting = _starts(load, candidate, kernels) * rates.launch_seconds
+    starting = _starts(counts, candidate) * rates.launch_seconds
     if not rates.overlap:
         return matrix, other + starting
     return matrix, max(other, starting - matrix)
 
 
-def _starts(load: Workload, candidate: Candidate, kernels: traffic.Kernels) -> int:
+def seconds_of(counts: Counts, images: int, rates: Rates) -> tuple[float, float]:
+    """Returns the seconds of a micro-batch's matrix products, and of the rest without its starts.
+
+    Args:
+        counts: What it computes and moves.
+        images: Images of the micro-batch.
+        rates: Those of the card.
+    """
+    matrix = sum(
+        product.times
+        * max(product.flops.at(images) / rates.matmul, product.moved.at(images) / rates.bandwidth)
+        for product in counts.products
+    )
+    moved = sum(line.at(images) for line in counts.moved.values())
+    return rates.slowness * matrix, rates.slowness * moved / rates.bandwidth
+
+
+def _starts(counts: Counts, candidate: Candidate) -> int:
     """Returns the calls that Python makes in a micro-batch, hooks of ZeRO-3 included."""
-    count = OPERATIONS[kernels]
-    student, teacher = load.student, load.teacher
-    passes = 3 if candidate.checkpointing else 2
-    calls = count["forward"] * (passes - 1) + count["backward"]
-    if candidate.stage == 3:
-        calls += passes * HOOK_CALLS * MODULES[str(student.family)]
-    taught = count["inference"]
+    calls = sum(counts.calls.values())
+    modules = counts.modules
+    if candidate.stage == 3:  # Forward, backward, and what backward computes again.
+        calls += HOOK_CALLS * (2 * modules.get("forward", 0) + modules.get("backward", 0))
     if candidate.teacher != "replicated":
-        taught += HOOK_CALLS * MODULES.get(str(teacher.family), 9)
-    return calls * sum(student.depths) + taught * sum(getattr(teacher, "depths", ()))
-
-
-def product_seconds(
-    product: flops.Product,
-    kind: Literal["forward", "backward"],
-    batch: int,
-    machine: Machine,
-) -> float:
-    """Returns the seconds of an entry's products for `batch` images."""
-    rates = machine.rates
-    inside = product.kind in flops.ATTENTION
-    computed = product.forward(batch) if kind == "forward" else product.backward(batch)
-    seconds = computed / ((rates.batched_matmul if inside else 0.0) or rates.matmul)
-    if inside and machine.fused:  # Attention maps never leave the chip.
-        return seconds
-    return max(seconds, _product_bytes(product, kind, batch, rates) / rates.bandwidth)
-
-
-def _product_bytes(
-    product: flops.Product, kind: Literal["forward", "backward"], batch: int, rates: Rates
-) -> float:
-    images = 1 if product.once else batch
-    rows, inner, columns = product.rows, product.inner, product.columns
-    if product.kind in flops.ATTENTION:
-        elements = images * (rows * inner + inner * columns + rows * columns)
-    else:  # Weights are read once per batch.
-        elements = images * rows * (inner + columns) + inner * columns
-    passes = 1 if kind == "forward" or not product.input_gradient else 2
-    return passes * (2 if rates.bfloat16 else 4) * product.count * elements
+        calls += HOOK_CALLS * modules.get("inference", 0)
+    return calls
 
 
 def _communication(load: Workload, candidate: Candidate, machine: Machine) -> float:

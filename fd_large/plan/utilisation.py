@@ -6,7 +6,7 @@ peak; hardware utilisation also counts what is computed again.
 
 from __future__ import annotations
 
-from fd_large.plan.flops import StepFlops
+from fd_large.plan.counts import StepFlops
 from fd_large.plan.rates import CARDS
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 from torch import Tensor
 
-from fd_large.plan.flops import StepFlops
+from fd_large.plan.counts import StepFlops
 
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
 GUARD = "guard"

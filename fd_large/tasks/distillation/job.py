@@ -27,9 +27,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, ShapeError
-from fd_large.plan.flops import StepFlops
-from fd_large.plan.workload import Workload
+from fd_large.errors import CheckpointError, ShapeError
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.family import FamilyArchitecture
@@ -153,26 +151,6 @@ class DistillationJob(Job):
     def memory_facts(self) -> Mapping[str, Any]:
         """Returns where the teacher's weights are held."""
         return {"teacher_placement": self.run.teacher.placement}
-
-    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
-        """Counts student and teacher; None for models that cannot be counted beforehand."""
-        run = self.run
-        try:
-            load = Workload.of(
-                run.student,
-                run.teacher,
-                image_size=run.data.image_size,
-                teacher_image_size=run.objective.teacher_image_size,
-                global_batch_size=run.batch.global_batch_size,
-            )
-        except ConfigError as error:
-            log.info("FLOPs and utilisation are not reported: %s", error)
-            return None
-        return load.step_flops(
-            micro_batch_size=micro_batch_size,
-            checkpointing=run.student.activation_checkpointing != "off",
-            attention_recomputed=attention_recomputed,
-        )
 
     # --- the models ---
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.backbones.registry import statistics_of
@@ -25,8 +25,6 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
-from fd_large.plan import flops
-from fd_large.plan.flops import StepFlops
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.finetuning.named_model import named_student, recipe_name
@@ -35,6 +33,8 @@ from fd_large.tasks.finetuning.views import TrainingBatches
 from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
+
+IMAGENET_CLASSES = 1000
 
 
 class FineTuningJob(Job):
@@ -80,26 +80,17 @@ class FineTuningJob(Job):
         name, classes = self.run.task.finetune.head, len(self.classes())
         check_head(task.head, name, (2, task.student.width), classes, where=HEAD)
 
-    def step_flops(self, micro_batch_size: int, *, attention_recomputed: bool) -> StepFlops | None:
-        """Counts the student, without the classifier; None if it cannot be counted beforehand."""
-        run, student = self.run, self.run.student_architecture()
-        if not hasattr(student, "depths"):
-            return None
-        share = flops.checkpointed_share(student.depths, run.student.checkpoint_every)
-        return flops.step_flops(
-            flops.products(
-                student, image_size=run.data.image_size, size_rule=run.student.size_rule
-            ),
-            micro_batch_size=micro_batch_size,
-            attention_recomputed=attention_recomputed,
-            checkpointed_share=0.0 if run.student.activation_checkpointing == "off" else share,
-        )
+    def models_on_shapes(self) -> tuple[FineTuning, tuple[nn.Module, ...]]:
+        """Constructs the task; before the samples are open, with as many classes as ImageNet's."""
+        if self._training is None:
+            self._assumed_classes = IMAGENET_CLASSES
+        return self.make_task(), ()
 
     def make_task(self) -> FineTuning:
         """Constructs the student, without a ViT's final norm, and a classifier."""
         return FineTuning(
             make_student(self.run.student, image_size=self.run.data.image_size),
-            len(self.classes()),
+            self.num_classes,
             statistics=self.statistics(),
             head=self.run.task.finetune.head,
         )
@@ -144,7 +135,7 @@ class FineTuningJob(Job):
 
     def probe_batch(self, size: int) -> Batch:
         """Makes grey images with uniform targets."""
-        side, num_classes = self.run.data.image_size, len(self.classes())
+        side, num_classes = self.run.data.image_size, self.num_classes
         positions = torch.arange(size)
         return Batch(
             torch.zeros(size, 3, side, side),
@@ -216,6 +207,13 @@ class FineTuningJob(Job):
         """Returns the statistics by which images are normalised; ImageNet's for random weights."""
         stated = self.run.task.finetune.statistics
         return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
+
+    _assumed_classes = 0
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the training images."""
+        return self._assumed_classes or len(self.classes())
 
     def classes(self) -> tuple[str, ...]:
         """Returns the names of the classes of the training images."""

@@ -1,29 +1,36 @@
-"""The command: what it prints, writes and refuses; without torch."""
+"""The command: what it prints, writes and refuses; recipes of record without torch."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fd_large.cli import main as cli
+from fd_large.cli.plan import count_anew, shape_fields
+from fd_large.plan import kept_counts
 from fd_large.plan.candidate import Candidate, bucket_elements
+from fd_large.plan.rates import CARDS
+from fd_large.recipes import registry
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_it_needs_no_torch(tmp_path):
+@pytest.mark.parametrize("gpu", ["h100", "b200"])
+def test_a_recipe_of_record_needs_no_torch(gpu, tmp_path):
     code = (
         "import sys; from fd_large.cli.main import main;"
-        "code = main(['plan', '--recipe', 'fd_swinv2g', '--gpus', '64', '--gpu', 'h100',"
+        f"code = main(['plan', '--recipe', 'fd_swinv2g', '--gpus', '64', '--gpu', '{gpu}',"
         f" '--network', '400', '--write', {str(tmp_path / 'ds' / 'mine.json')!r}]);"
         "assert not {'torch', 'deepspeed', 'numpy', 'timm'} & set(sys.modules); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "64 x H100 SXM 80 GB on 8 nodes, 8 x 400 Gb/s per node" in done.stdout
+    assert f"64 x {CARDS[gpu].name} on 8 nodes, 8 x 400 Gb/s per node" in done.stdout
+    assert ("fused kernels" in done.stdout) == (gpu == "h100")
     assert "Settings that fit, best first" in done.stdout
     assert "36.2 GB per checkpoint" in done.stdout
     written = json.loads((tmp_path / "ds" / "mine.json").read_text())
@@ -54,9 +61,9 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
         ("--gpu h1000 --rows 0", ["nearest: h100", "--rows:"]),
         ("--batch.global_batch_sise 8", ["nearest: batch.global_batch_size"]),
         ("--gpus 24 --recipe fd_swinv2g", ["Set --batch.global_batch_size 2040"]),
-        ("--teacher.model timm --teacher.architecture.timm_name vgg16", ["vgg16"]),
+        ("--teacher.model timm:vgg61", ["vgg61"]),
+        ("--data.image_size 96", ["data.image_size"]),
         ("--gpus 1 --gpu a100_40 --recipe fd_swinv2g --write mine.json", ["--write"]),
-        ("--recipe finetune_clip_vit_base", ["--recipe"]),
     ],
 )
 def test_mistakes_name_the_flag(words, found, capsys):
@@ -90,3 +97,89 @@ def test_the_written_json_is_the_shipped_one():
         assert candidate.deepspeed(28_000_000) == shipped
     assert bucket_elements(2, 3_014_600_000) == 100_000_000
     assert bucket_elements(1, 600_000_000) == 20_000_000
+
+
+SMALL = ("quickstart", "fd_clip_vit_base", "finetune_clip_vit_base")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SMALL else pytest.mark.sweep)
+        for name in registry.RECIPES
+    ],
+)
+@pytest.mark.parametrize("gpu", ["h100", "l40s"])
+def test_kept_counts_are_those_of_the_recipe(name, gpu):
+    """If this fails: python benchmarks/keep_counts.py."""
+    run, rates = registry.get(name), CARDS[gpu]
+    kept = kept_counts.read(kept_counts.key(shape_fields(run), rates.capability, "fused"))
+    assert kept == count_anew(run, rates, "fused")
+
+
+def test_what_changes_a_step_is_counted_anew():
+    run = registry.get("fd_clip_vit_base")
+    fields = shape_fields(run)
+    for change in (
+        {"batch": {"global_batch_size": 8192}},
+        {"student": {"activation_checkpointing": "every", "init": "hf:some/where"}},
+        {"teacher": {"placement": "sharded", "source": "random"}},
+    ):
+        assert shape_fields(changed(run, change)) == fields
+    for change in (
+        {"data": {"image_size": 192}},
+        {"student": {"checkpoint_every": 2}},
+        {"teacher": {"dtype": "float32"}},
+        {"objective": {"teacher_image_size": 256}},
+    ):
+        assert shape_fields(changed(run, change)) != fields
+
+
+def changed(run, change):
+    sections = {name: replace(getattr(run, name), **values) for name, values in change.items()}
+    return replace(run, **sections)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--teacher.model timm:convnextv2_atto", "teacher timm:convnextv2_atto: 3.4M"),
+        ("--student.model timm:convnextv2_atto", "student timm:convnextv2_atto: 3."),
+        ("--teacher.model module:{file}:Toy", "0.0M parameters, 0.0 GFLOP"),
+        ("--student.model module:{file}:Toy", "0.0M parameters with its projection"),
+    ],
+)
+def test_any_model_can_be_planned(words, told, tmp_path, capsys):
+    own = tmp_path / "toy.py"
+    own.write_text(TOY)
+    teaches, student = words.startswith("--teacher"), words.split()[1].format(file=own)
+    base = registry.get("quickstart")
+    del teaches, student, base
+    words = f"--gpus 1 --objective.interpolation bilinear {words.format(file=own)}"
+    assert cli.main(["plan", *words.split()]) == 0
+    assert told in capsys.readouterr().out
+
+
+TOY = """
+from torch import nn
+
+from fd_large.backbones.feature_map import FeatureMap
+
+
+class Toy(nn.Module):
+    width, num_prefix_tokens, drop_path_rates = 8, 0, ()
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 16, stride=16)
+
+    def blocks(self):
+        return [self.patches]
+
+    def grid(self, height, width):
+        return height // 16, width // 16
+
+    def forward(self, images, keep=None):
+        x = self.patches(images)
+        return FeatureMap(x.flatten(2).transpose(1, 2), tuple(x.shape[-2:]), 0)
+"""

@@ -31,7 +31,6 @@ NORM = {"width": 2048, "empty": False, "stream": torch.float32, "branch": torch.
 
 @pytest.fixture
 def roofline(monkeypatch):
-    monkeypatch.setenv("FD_KERNELS", "reference")  # `count` sets it; this puts it back.
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("roofline")
 

@@ -21,7 +21,7 @@ CASES = ((1, 2048), (8, 2048), (64, 2048), (256, 2048), (256, 8192), (1024, 2048
 
 def machine(gpus: int, gpu: str, gigabits: int) -> Machine:
     cluster = Cluster(gpus=gpus, gpus_per_node=8, nic_gigabits=gigabits, nics_per_node=8)
-    return Machine(cluster=cluster, rates=CARDS[gpu], kernels="fused")
+    return Machine(cluster=cluster, rates=CARDS[gpu])
 
 
 @pytest.mark.parametrize(("gpus", "images"), CASES)

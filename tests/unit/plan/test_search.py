@@ -26,8 +26,8 @@ def cluster(gpus, *, gigabits=400, nics=8):
     return Cluster(gpus=gpus, gpus_per_node=8, nic_gigabits=gigabits, nics_per_node=nics)
 
 
-def machine(gpus, *, rates=CARDS["h100"], kernels="fused", **network):
-    return Machine(cluster=cluster(gpus, **network), rates=rates, kernels=kernels)
+def machine(gpus, *, rates=CARDS["h100"], **network):
+    return Machine(cluster=cluster(gpus, **network), rates=rates)
 
 
 def milliseconds(phases, gpus, **network):
@@ -61,7 +61,7 @@ def test_giant_by_hand_on_64():
     candidate = Candidate(stage=3, hpz=True, teacher="node", micro_batch_size=32)
     one = estimate(GIANT, candidate, machine(64))
     # 3 x 744.2 + 743.0 GFLOP an image at 0.81 x 989 TFLOP/s, nearly all of it limited by that.
-    assert one.seconds.products == pytest.approx(32 * 2.976e12 / 801e12, rel=0.03)
+    assert one.seconds.products == pytest.approx(32 * 2.976e12 / 801e12, rel=0.05)
     assert one.flops.model / 32 == pytest.approx(2.976e12, rel=0.005)
     assert one.seconds.total == one.seconds.computation + one.seconds.finish
     assert one.images_per_second == pytest.approx(2048 / one.seconds.total)
@@ -92,10 +92,8 @@ def test_checkpoints_cost_a_forward_and_save_memory():
 
 def test_fused_kernels_are_faster_and_hold_less():
     candidate = Candidate(stage=2, micro_batch_size=32)
-    fused, plain = (
-        estimate(GIANT, candidate, machine(64, kernels=kernels))
-        for kernels in ("fused", "reference")
-    )
+    reference = workload(registry.get("fd_swinv2g"), kernels="reference")
+    fused, plain = (estimate(load, candidate, machine(64)) for load in (GIANT, reference))
     assert plain.seconds.rest > 3 * fused.seconds.rest
     assert plain.memory.activations > fused.memory.activations
 
@@ -138,14 +136,15 @@ def test_ranks_must_divide_the_batch():
         search(GIANT, machine(24))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in registry.RECIPES if registry.get(name).frozen_models]
-)
-def test_every_recipe_with_a_teacher_can_be_planned(name):
-    run = registry.get(name)
+@pytest.mark.parametrize("card", ["h100", "l40s"])
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_every_recipe_can_be_planned(name, card):
+    run, rates = registry.get(name), CARDS[card]
     gpus = 8 if run.batch.global_batch_size % 8 == 0 else 1
-    good, _ = search(workload(run), machine(gpus))
-    assert good[0].images_per_second > 0
+    good, bad = search(workload(run, rates), machine(gpus, rates=rates))
+    assert good or min(one.reason for one in bad)
+    for one in (*good, *bad):
+        assert run.frozen_models or one.candidate.teacher == "replicated"
 
 
 def test_the_json_of_a_candidate_is_accepted(tmp_path):

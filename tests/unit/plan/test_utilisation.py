@@ -2,10 +2,10 @@
 
 import pytest
 
-from fd_large.plan.flops import StepFlops
+from fd_large.plan.counts import StepFlops
 from fd_large.plan.utilisation import peak_flops, shares
 
-STEP = StepFlops(student_forward=100, student_backward=200, teacher_forward=90, recomputation=100)
+STEP = StepFlops(model=390, hardware=490)
 
 
 def test_shares_by_hand():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fd_large.plan.flops import StepFlops
+from fd_large.plan.counts import StepFlops
 from fd_large.runtime import meter as meter_module
 from fd_large.runtime.hooks import Tracker, Update
 from fd_large.runtime.meter import Meter
@@ -112,9 +112,7 @@ def test_speed_waiting_and_memory_leave_out_the_first_update_and_the_evaluations
             now[0] += 1000.0
             super().on_evaluation(index, metrics)
 
-    flops = StepFlops(
-        student_forward=1e12, student_backward=2e12, teacher_forward=3e12, recomputation=4e12
-    )
+    flops = StepFlops(model=6e12, hardware=10e12)
     run_updates([Clock()], make_setting(flops=flops), 10, evaluate=(3, 6))
     written, found = rows("metrics.jsonl"), summary()
     assert written[0]["images_per_second"] == pytest.approx(4 * 8 / 106)

@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fd_large.plan.flops import StepFlops
+from fd_large.plan.counts import StepFlops
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.tensorboard import TAGS, TensorBoard
 
@@ -23,7 +23,7 @@ def hooks():
 
 def test_every_number_has_its_curve(make_setting, run_updates, tmp_path):
     (meter,) = hooks()
-    flops = StepFlops(student_forward=1, student_backward=2, teacher_forward=3, recomputation=4)
+    flops = StepFlops(model=6, hardware=10)
     run_updates([meter], make_setting(flops=flops), 10, evaluate=(4,), end=None)
     meter.on_evaluation(10, {"held_out_cosine": 0.5, "held_out_best_constant": 0.25, "odd": 1.0})
     meter.on_end("done")

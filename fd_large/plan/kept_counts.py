@@ -1,0 +1,52 @@
+"""The counts of the recipes of record, so that planning these takes no torch.
+
+`benchmarks/keep_counts.py` writes the file again where a recipe or a model changes; a test holds
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fd_large.plan.counts import Counts
+
+FILE = Path(__file__).with_name("kept_counts.json")
+
+
+def key(fields: Mapping[str, Any], capability: str, kernels: str) -> str:
+    """Returns the name of a count.
+
+    Args:
+        fields: What decides the shapes of a step: those fields of the recipe that are not as the
+            defaults, by name.
+        capability: Compute capability of the card, as "9.0".
+        kernels: "fused" or "reference".
+    """
+    text = json.dumps([sorted(fields.items()), capability, kernels])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read(name: str) -> dict[bool, Counts] | None:
+    """Returns the counts of that key, without and with checkpoints; None: they are not kept."""
+    kept = json.loads(FILE.read_text())
+    if name not in kept["keys"]:
+        return None
+    pair = kept["counts"][kept["keys"][name]]
+    return {bool(i): Counts.from_plain(plain) for i, plain in enumerate(pair)}
+
+
+def write(found: Mapping[str, Mapping[bool, Counts]], path: Path = FILE) -> None:
+    """Writes counts by key; equal ones once."""
+    different: list[str] = []
+    keys = {}
+    for name, both in found.items():
+        text = json.dumps([both[wrapped].to_plain() for wrapped in (False, True)])
+        if text not in different:
+            different.append(text)
+        keys[name] = different.index(text)
+    lines = ",\n".join(text.replace(" ", "") for text in different)
+    path.write_text(f'{{"keys": {json.dumps(keys)},\n"counts": [\n{lines}\n]}}\n')
