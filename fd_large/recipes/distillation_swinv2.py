@@ -148,7 +148,7 @@ def fd_swinv2g() -> Run:
     """SwinV2-G (3.0B, width 512, depths 2-2-42-4) into itself, 300 epochs.
 
     Hardware: 64 GPUs of 40 GB (8 nodes) x 32 images; SwinV2-G weights, not public
-    Duration: 187,500 steps; about 1,980 GPU-hours, 31 h on 64
+    Duration: 187,500 steps; about 1,950 GPU-hours, 31 h on 64
     Result: not published (paper's G, unknown recipe: 89.2 -> 89.4)
 
     Run it with ds_configs/zero3_hpz.json. No weights of SwinV2-G are public. A run that public
@@ -169,14 +169,14 @@ def fd_swinv2g() -> Run:
 
     | teacher    | checkpoints | states | teacher | activations | buffers | all     | GPU-hours |
     |------------|-------------|--------|---------|-------------|---------|---------|-----------|
-    | node       | every block | 1.6 GB | 0.8 GB  | 4.4 GB      | 4.8 GB  | 11.7 GB | 1,973     |
-    | node       | none        | 1.6 GB | 0.8 GB  | 17.0 GB     | 4.8 GB  | 24.3 GB | 1,600     |
-    | replicated | none        | 1.6 GB | 6.0 GB  | 17.0 GB     | 4.6 GB  | 29.3 GB | 1,571     |
+    | node       | every block | 1.6 GB | 0.8 GB  | 3.9 GB      | 4.8 GB  | 11.1 GB | 1,952     |
+    | node       | none        | 1.6 GB | 0.8 GB  | 17.8 GB     | 4.8 GB  | 25.0 GB | 1,585     |
+    | replicated | none        | 1.6 GB | 6.0 GB  | 17.8 GB     | 4.6 GB  | 30.0 GB | 1,556     |
 
     The first line is this recipe. `plan` prefers the last one, a fifth faster, which 40 GB hold as
     well: `--teacher.placement replicated --student.activation_checkpointing off`. The recipe does
     not take it as long as no GPU has confirmed the figures: with plain torch kernels the GPU-hours
-    double (3,928 in the first line), and the lines without checkpoints take 2.1 GB more. States
+    double (3,879 in the first line), and the lines without checkpoints take 2.2 GB more. States
     include hpZ's second copy of the weights inside the node.
 
     Network: one gather or scatter of the model is S = 2.998e9 x 2 = 6.0 GB; a node's cards carry
@@ -184,7 +184,7 @@ def fd_swinv2g() -> Run:
     of both models over all ranks makes four passes per micro-batch (student forward, backward,
     gradients, teacher). A teacher split inside the node makes three, and hpZ two, because the
     backward pass gathers inside the node; recomputed forward passes do so too. With what stays
-    inside the node `plan` counts 193 ms, beside 590 ms of computation on A100s and 404 ms on H100s,
+    inside the node `plan` counts 193 ms, beside 584 ms of computation on A100s and 363 ms on H100s,
     so the network hides behind either. Hence placement node, hpZ, and 32 images per GPU as a number
     rather than `auto`: 2048 = 64 x 32. On 256 GPUs raise the batch to 8192, not the number of GPUs
     alone. With one 100 Gb/s card per node the network takes 1.1 s: use fewer, larger nodes.

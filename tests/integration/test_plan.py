@@ -18,5 +18,5 @@ def test_bytes_between_updates_are_the_plans(tmp_path: Path) -> None:
     for name, result in results.items():
         for measured in result["measured"]:
             worst = max(worst, abs(measured / result["planned"] - 1))
-            assert measured == pytest.approx(result["planned"], rel=0.05), name
+            assert measured == pytest.approx(result["planned"], rel=0.01), name
     print(f"worst: {100 * worst:.2f} %")

@@ -27,7 +27,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ShapeError
+from fd_large.errors import CheckpointError, ConfigError, ShapeError
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.family import FamilyArchitecture

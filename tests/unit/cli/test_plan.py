@@ -62,7 +62,7 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
         ("--batch.global_batch_sise 8", ["nearest: batch.global_batch_size"]),
         ("--gpus 24 --recipe fd_swinv2g", ["Set --batch.global_batch_size 2040"]),
         ("--teacher.model timm:vgg61", ["vgg61"]),
-        ("--data.image_size 96", ["data.image_size"]),
+        ("--data.image_size 96", ["student.size_rule"]),
         ("--gpus 1 --gpu a100_40 --recipe fd_swinv2g --write mine.json", ["--write"]),
     ],
 )
@@ -146,15 +146,12 @@ def changed(run, change):
         ("--teacher.model timm:convnextv2_atto", "teacher timm:convnextv2_atto: 3.4M"),
         ("--student.model timm:convnextv2_atto", "student timm:convnextv2_atto: 3."),
         ("--teacher.model module:{file}:Toy", "0.0M parameters, 0.0 GFLOP"),
-        ("--student.model module:{file}:Toy", "0.0M parameters with its projection"),
+        ("--student.model module:{file}:Toy", "0.0M parameters with its"),
     ],
 )
 def test_any_model_can_be_planned(words, told, tmp_path, capsys):
     own = tmp_path / "toy.py"
     own.write_text(TOY)
-    teaches, student = words.startswith("--teacher"), words.split()[1].format(file=own)
-    base = registry.get("quickstart")
-    del teaches, student, base
     words = f"--gpus 1 --objective.interpolation bilinear {words.format(file=own)}"
     assert cli.main(["plan", *words.split()]) == 0
     assert told in capsys.readouterr().out
