@@ -96,6 +96,27 @@ def allow_unchanged(recorded: Mapping[str, str]) -> None:
             allow(source)
 
 
+def require_allowed(named: Mapping[str, str]) -> None:
+    """Refuses files that nobody has allowed, all of them at once.
+
+    Args:
+        named: What a recipe names, by its field; built-in names and absent files are passed over.
+
+    Raises: ConfigError: naming the files.
+    """
+    refused = {
+        where: path
+        for where, source in named.items()
+        if is_own(source) and (path := file_of(source)) is not None and path not in _allowed
+    }
+    if refused:
+        files = " ".join(map(str, dict.fromkeys(refused.values())))
+        raise ConfigError(
+            f"{', '.join(refused)}: code that nobody has allowed to run; got {files}, expected "
+            f"files that this command line names. Read them, then add --allow-code {files}."
+        )
+
+
 def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
     """Returns the thing that a name stands for; a file is imported once in a process.
 
@@ -192,11 +213,7 @@ def _own(source: str, where: str) -> Any:
             f"{where}: no such file; got {module_name}, expected a Python file or a module on "
             "Python's path. Correct the path, or set PYTHONPATH."
         )
-    if path not in _allowed:
-        raise ConfigError(
-            f"{where}: code that nobody has allowed to run; got {path}, expected a file that this "
-            f"command line names. Read it, then add --allow-code {path}."
-        )
+    require_allowed({where: source})
     try:
         if path not in _modules:
             is_file = _is_path(module_name)

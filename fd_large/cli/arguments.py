@@ -60,13 +60,13 @@ class AllowsCode:
 
     def __post_init__(self) -> None:
         for path in self.allow_code:
-            doors.allow(path)
             require(
                 doors.is_own(path) or Path(path).expanduser().is_file(),
                 "--allow_code: no such file",
                 path,
                 "a Python file",
             )
+            doors.allow(path)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files, each of which says in FILE.ran that it was imported."""
     folder = tmp_path_factory.mktemp("own")
-    for name in ("cosine.py", "lion.py", "lines.py"):
+    for name in ("cosine.py", "head.py", "lion.py", "lines.py"):
         mark = f"\nopen({str(folder / name) + '.ran'!r}, 'a').write('x')\n"
         (folder / name).write_text(EXAMPLES[name] + mark)
     return folder
@@ -38,8 +38,11 @@ def flags(own: Path, stage: int) -> tuple[str, ...]:
     return (
         *("--deepspeed_config", str(ROOT / f"ds_configs/zero{stage}.json")),
         *("--objective.loss", f"module:{own}/cosine.py:cosine"),
+        *("--objective.head", f"module:{own}/head.py:mlp"),
         *("--optim.name", f"module:{own}/lion.py:Lion", "--optim.base_lr", "1e-3"),
         *("--runtime.trackers", "tensorboard", f"module:{own}/lines.py:Csv"),
+        # As transformers has it.
+        *("--student.architecture.extra_norm_every", "0"),
         *("--optim.layer_decay", "0.8", "--optim.ema_decay", "0.9"),
         *("--optim.max_steps", str(STEPS), "--runtime.save_every", "1"),
     )
@@ -78,7 +81,7 @@ def test_a_killed_run_ends_as_one_that_was_not(calm, pictures, own, tmp_path):
     assert metrics["loss"] == "cosine loss"
     manifest = json.loads((run_dir / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())
     assert manifest["moments"] == ["momentum"]
-    assert len(manifest["code"]) == 3
+    assert len(manifest["code"]) == 4
     assert [start["files"] for start in code(run_dir)] == [manifest["code"]]
 
 
@@ -128,14 +131,18 @@ def test_nothing_is_imported_because_a_stored_run_names_it(calm, pictures, own, 
         ("weights", "inspect", run_dir),
     ):
         assert command(*words).returncodes == [0]
+    out = tmp_path / "exported"
+    assert command("export", run_dir, out, "--to", "hf").returncodes == [0], "only the student"
+    assert str(own) not in (out / "README.md").read_text()
+    assert command("export", run_dir, tmp_path / "fd", "--to", "fd").returncodes == [2]
     # A command that builds the whole task.
     look = ("diagnose", run_dir, "--data.root", pictures, "--images", "2", "--out", tmp_path / "d")
     refused = command(*look)
     assert refused.returncodes == [2]
-    assert f"--allow-code {own}/cosine.py" in refused.outputs[0]
+    assert f"--allow-code {own}/head.py {own}/cosine.py" in refused.outputs[0]
     assert "Traceback" not in refused.outputs[0]
     # The same recipe without the names is another recipe.
-    plain = flags(own, stage)[:2] + flags(own, stage)[-8:]
+    plain = flags(own, stage)[:2] + flags(own, stage)[-10:]
     other = train(pictures, run_dir, *plain, check=False)
     assert other.returncodes == [2, 2]
     assert "objective.loss" in other.outputs[0]
@@ -145,5 +152,6 @@ def test_nothing_is_imported_because_a_stored_run_names_it(calm, pictures, own, 
     assert missing.returncodes == [2, 2]
     assert "no such file" in missing.outputs[0]
     assert imported(own) == before
-    assert command(*look, "--allow-code", own / "cosine.py").returncodes == [0]
-    assert imported(own) == before + 1
+    allowed = (own / "cosine.py", own / "head.py")
+    assert command(*look, "--allow-code", *allowed).returncodes == [0]
+    assert imported(own) == before + 2

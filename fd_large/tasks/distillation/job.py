@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.backbones.exports import PROJECTION, Export
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
@@ -201,6 +201,12 @@ class DistillationJob(Job):
     def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
         """Constructs student, projection and loss around a teacher."""
         objective = self.run.objective
+        doors.require_allowed(
+            {
+                f"objective.{name}": getattr(objective, name)
+                for name in ("head", "loss", "normaliser")
+            }
+        )
         return Distillation(
             make_student(self.run.student, image_size=self.run.data.image_size),
             teacher,

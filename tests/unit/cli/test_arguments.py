@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import pytest
 from tyro.conf import Positional, arg
 
-from fd_large.cli.arguments import HelpShown, choose, parse, parse_with_recipe
+from fd_large import doors
+from fd_large.cli.arguments import AllowsCode, HelpShown, choose, parse, parse_with_recipe
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, field_names, flat, override
@@ -210,3 +211,14 @@ def test_choose():
         choose(["verfy"], commands)
     with pytest.raises(HelpShown):
         choose([], commands)
+
+
+def test_code_is_allowed_by_the_argument_of_commands_that_build_stored_models(tmp_path):
+    path = tmp_path / "own.py"
+    with pytest.raises(ConfigError, match="--allow_code"):
+        parse(AllowsCode, ["--allow-code", str(path)], command="export")
+    path.write_text("x = 1\n")
+    source = f"module:{path}:x"
+    assert not doors.is_allowed(source)
+    parse(AllowsCode, ["--allow-code", str(path)], command="export")
+    assert doors.is_allowed(source)
