@@ -135,18 +135,23 @@ class CustomImages:
         return digest.hexdigest()[:16]
 
     def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
-        found: Any = self._images.labels()
-        labels, names = np.asarray(found[0]), found[1]
-        most = int(labels.max(initial=-1))
+        try:
+            found, names = self._images.labels()
+            labels = np.asarray(found)
+        except Exception as error:  # The user's code may raise anything.
+            raise DataError(
+                f"{self._root}: labels() does not give labels; got {type(error).__name__}: {error},"
+                " expected a whole number for each image, and names or None. Mend the source."
+            ) from error
         if labels.shape != (self._count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise DataError(
                 f"{self._root}: invalid labels; got {labels.dtype} {labels.shape}, expected a "
                 f"whole number from 0 up for each of the {self._count} images. Mend the source."
             )
-        if names is not None and len(names) <= most:
+        if names is not None and len(names) <= labels.max():
             raise DataError(
-                f"{self._root}: a label without a class; got {most}, expected less than the "
-                f"{len(names)} names. Mend the source."
+                f"{self._root}: a label without a class; got {labels.max()}, expected less than "
+                f"the {len(names)} names. Mend the source."
             )
         return labels.astype(np.int64), None if names is None else tuple(map(str, names))
 

@@ -10,9 +10,10 @@
     blocks()                              the modules whose activations may be recomputed, in order
 
 A teacher does without the last two, and brings its weights; its `forward` is called with the images
-alone. Optional are `stages(images, keep)`, a map per stride; `statistics`, mean and deviation by
-which its images are normalised (a `Statistics`); `layer_id(name)` and `last_layer`, for
-`optim.layer_decay`; and `no_weight_decay()`, names of parameters without weight decay.
+alone. Optional are `statistics`, mean and deviation by which its images are normalised (a
+`Statistics`); `layer_id(name)` and `last_layer`, for `optim.layer_decay`; `no_weight_decay()`,
+names of parameters without weight decay; and for detection `stages(images, keep)`, four maps
+(B, H, W, C) of images of any size, with `stage_widths` and `stage_strides`.
 
 The class or function is called with those of the arguments `image_size` and `drop_path_rate` that
 it takes; more than once, also under `torch.device("meta")`, where weights are only shapes.

@@ -45,6 +45,18 @@ class Broken(Arrays):
             raise KeyError("row 3")
         return super().__getitem__(index).astype(float if index == 4 else np.uint8)
 
+class Floats(Arrays):
+    def labels(self):
+        return [0.5] * len(self), None
+
+class Few(Arrays):
+    def labels(self):
+        return np.arange(len(self)), ("ant", "bee")
+
+class Lost(Arrays):
+    def labels(self):
+        raise OSError("no labels")
+
 def empty():
     return []
 
@@ -118,6 +130,14 @@ def test_what_is_no_source(own, tmp_path, name, error, words):
     root = f"module:{tmp_path}/{name}" if ".py" in name else f"{own}:{name}"
     with pytest.raises(error, match=words):
         open_images(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("Floats", "float64"), ("Few", "got 11"), ("Lost", "OSError: no labels")]
+)
+def test_what_are_no_labels(own, name, words):
+    with pytest.raises(DataError, match=words):
+        open_split(f"{own}:{name}", "train")
 
 
 def test_a_source_of_ones_own_is_not_copied(own, tmp_path):
