@@ -34,6 +34,7 @@ class HierarchicalBackbone(nn.Module):
         width: Channels of the map.
         stride: Pixels per token of the map, each way.
         stage_widths: Channels of the map of each stage.
+        stage_strides: Pixels per token of the map of each stage.
         num_prefix_tokens: 0.
         drop_path_rates: One per site, attention then MLP of each block in order.
     """
@@ -58,8 +59,8 @@ class HierarchicalBackbone(nn.Module):
         self.embed_dim, self.depths, self.window_size = embed_dim, tuple(depths), window_size
         self.patch_size, self.size_rule, self.residual = patch_size, size_rule, residual
         self.stage_widths = tuple(embed_dim * 2**stage for stage in range(len(depths)))
-        self.width = self.stage_widths[-1]
-        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.stage_strides = tuple(patch_size * 2**stage for stage in range(len(depths)))
+        self.width, self.stride = self.stage_widths[-1], self.stage_strides[-1]
         self.drop_path_rates = linear_rates(drop_path_rate, sum(depths))
 
     def _build(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 
 import timm
 import torch
@@ -54,8 +53,10 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
             for key, piece in pieces.items()
             if piece.shape(file.__getitem__) != expected.get(key, file[piece.sources[0]])
         ]
-        resize = cache(partial(_resized, architecture, theirs))
-        pieces |= {key: _Resized(pieces[key].sources, key, expected[key], resize) for key in other}
+        resize = _Resize(architecture, theirs)
+        for key in other:
+            sources = pieces[key].sources
+            pieces[key] = _Resized(sources, name=key, new_shape=expected[key], resize=resize)
         if other:
             notes.append(f"resized by timm for {architecture.image_size} pixels: {len(other)}")
     return Matched(
@@ -91,23 +92,34 @@ class _Resized(Piece):
         return self.resize(tensors)[self.name]
 
 
-def _resized(
-    architecture: TimmArchitecture, names: Mapping[str, str], file: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Loads a file as timm does into a model of another image size; whole, in host memory."""
-    name = architecture.timm_name
-    with torch.random.fork_rng(devices=[]):
-        net = timm.create_model(
-            name,
-            pretrained=True,
-            pretrained_cfg_overlay={
-                "state_dict": {ours: file[theirs].float() for ours, theirs in names.items()}
-            },
-            pretrained_strict=False,
-            num_classes=0,
-            **size_arguments(name, architecture.image_size),
-        )
-    return {f"net.{key}": tensor for key, tensor in net.state_dict().items()}
+class _Resize:
+    """Loads a file as timm does into a model of another image size; whole, in host memory, once.
+
+    Args:
+        architecture: The model.
+        names: Name of each tensor in the file by timm's.
+    """
+
+    def __init__(self, architecture: TimmArchitecture, names: Mapping[str, str]) -> None:
+        self._architecture, self._names = architecture, names
+        self._resized: dict[str, Tensor] | None = None
+
+    def __call__(self, file: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns all weights by our names."""
+        if self._resized is None:
+            name, size = self._architecture.timm_name, self._architecture.image_size
+            state = {ours: file[theirs].float() for ours, theirs in self._names.items()}
+            with torch.random.fork_rng(devices=[]):
+                net = timm.create_model(
+                    name,
+                    pretrained=True,
+                    pretrained_cfg_overlay={"state_dict": state},
+                    pretrained_strict=False,
+                    num_classes=0,
+                    **size_arguments(name, size),
+                )
+            self._resized = {f"net.{key}": tensor for key, tensor in net.state_dict().items()}
+        return self._resized
 
 
 def weightless(name: str, where: str) -> dict[str, Tensor]:

@@ -33,6 +33,9 @@ from fd_large.backbones.timm.models import create, cut, size_arguments
 from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.errors import ConfigError, ShapeError
 
+# Pixels per token of the first stage that a pyramid takes.
+FINEST_STAGE = 4
+
 
 class TimmBackbone(nn.Module):
     """A model of timm up to the last stage of a stride.
@@ -54,6 +57,8 @@ class TimmBackbone(nn.Module):
         width: Channels of the map.
         stride: Pixels per token.
         num_prefix_tokens: 0; class tokens are left out of the map.
+        stage_strides: Pixels per place of each map of `stages`, finest first.
+        stage_widths: Their channels.
         drop_path_rates: Rate of each call of a drop path, in order.
 
     Raises: ConfigError: if timm has no such model, the model no map of that stride, or it cannot be
@@ -99,6 +104,11 @@ class TimmBackbone(nn.Module):
             intermediates_only=True,
         )
         self.net = net
+        # The deepest map of each stride, as far as the model is built.
+        deepest = {info["reduction"]: i for i, info in enumerate(net.feature_info)}
+        strides = sorted(s for s in deepest if FINEST_STAGE <= s <= self.stride)
+        self.stage_strides, self._stages = tuple(strides), [deepest[s] for s in strides]
+        self.stage_widths = tuple(net.feature_info[i]["num_chs"] for i in self._stages)
         self._scales = Scales()
         self.drop_path_rates = self._keep_rows() if self._measured else ()
 
@@ -230,6 +240,39 @@ class TimmBackbone(nn.Module):
         self._scales.now = None
         assert features.shape[-2:] == grid, f"{self.name}: grid {tuple(features.shape[-2:])}"
         return FeatureMap(rearrange(features, "b c h w -> b (h w) c"), grid, 0)
+
+    def check_stages(self) -> None:
+        """Refuses a model whose stages do not see images of any size, without a norm after them.
+
+        Raises: ConfigError: naming what is in the way.
+        """
+        norm = getattr(self.net, "norm", None)
+        if self.fixed_size:
+            got = f"a model for images of {self.fixed_size} pixels"
+        elif norm is not None and any(True for _ in norm.parameters()):
+            got = "a final norm, which would not be trained"
+        else:
+            return
+        raise ConfigError(
+            f"student.model: the stages of {self.name} cannot carry a pyramid; got {got}, expected "
+            "a convolutional model with stages, such as timm:convnextv2_atto. Choose another."
+        )
+
+    def stages(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Maps normalised images to the raw map of each stage.
+
+        Args:
+            images: (B, 3, H, W) of any size; padded right and bottom to the coarsest stride.
+            keep: See `forward`.
+
+        Returns: (B, h, w, C) for each of `stage_strides`.
+        """
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
+        self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
+        maps = self.net(images, indices=self._stages, norm=False)
+        self._scales.now = None
+        return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -23,18 +23,21 @@ def strip(student: nn.Module) -> None:
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 
     Args:
-        student: A backbone whose stages give a map each (`stage_widths`), or one with a single map
-            whose blocks can attend within windows (`attends_in_windows`).
+        student: A backbone whose stages give a map each (`stage_widths`, `stage_strides`), each of
+            half the resolution of the one before, or one with a single map whose blocks can attend within windows (`attends_in_windows`).
 
     Raises: ConfigError: if no pyramid can stand on the student.
     """
     if _has_stages(student):
-        if len(student.depths) != NUM_STAGES or student.size_rule != "pad":
+        stages, size_rule = len(student.stage_widths), getattr(student, "size_rule", "pad")
+        if stages != NUM_STAGES or size_rule != "pad":
             raise ConfigError(
-                f"student: the pyramid stands on {NUM_STAGES} stages of any size; got "
-                f"{len(student.depths)} stages, size_rule {student.size_rule!r}, expected "
-                f"{NUM_STAGES} and 'pad'. Set --student.model and --student.size_rule."
+                f"student.model: the pyramid stands on {NUM_STAGES} stages of any size; got "
+                f"{stages} stages, size_rule {size_rule!r}, expected {NUM_STAGES} and 'pad'. Set "
+                "--student.model and --student.size_rule."
             )
+        if hasattr(student, "check_stages"):
+            student.check_stages()
     elif getattr(student, "attends_in_windows", False):
         check(student)
         student.cls_token = student.dist_token = None
@@ -72,7 +75,7 @@ def pyramid_of(student: nn.Module, width: int) -> nn.Module:
 
 def strides_of(student: nn.Module) -> tuple[float, ...]:
     """Returns the pixels per place of each level of the pyramid, finest first."""
-    finest = student.patch_size if _has_stages(student) else student.patch_size / 4
+    finest = student.stage_strides[0] if _has_stages(student) else student.patch_size / 4
     return tuple(float(finest * 2**level) for level in range(NUM_STAGES + 1))
 
 

@@ -42,7 +42,7 @@ class Detection(Task):
     """A two-stage detector on a distilled student.
 
     Args:
-        student: A Swin, SwinV2 or ViT; it loses its final norm and its class tokens.
+        student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
         heads: A name of the table `HEADS`.
         width: Channels of the pyramid and the heads.

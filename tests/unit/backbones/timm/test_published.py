@@ -10,7 +10,7 @@ from loading import close, initial, scattered, student_run, teacher_run
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm import published as timm_published
-from fd_large.backbones.timm.models import create
+from fd_large.backbones.timm.models import create, size_arguments
 from fd_large.backbones.timm.published import in_timm_names
 from fd_large.engine.frozen import Frozen, frozen_weights
 from fd_large.engine.zero.partition import load_weights
@@ -270,3 +270,32 @@ def test_a_student_starts_from_a_net_of_timm():
         close(net(images).tokens, theirs.forward_features(images))
     with pytest.raises(WeightsError, match="names of no known format"):
         student_run("timm:resnet10t", "vit_base_patch16")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224", 64),
+        ("swin_tiny_patch4_window7_224", 64),
+        ("eva02_tiny_patch14_224", 56),
+        ("convnextv2_atto", 64),
+        ("vit_tiny_patch16_224", 224),
+    ],
+)
+def test_a_student_of_timm_starts_from_a_file_at_any_size(name, size, tmp_path):
+    file = tmp_path / f"{name}.pth"
+    torch.save(scattered(timm.create_model(name), seed=4).state_dict(), file)
+    sized = size_arguments(name, size)
+    assert bool(sized) == (size != 224 and not name.startswith("convnext"))
+    expected = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **sized
+    )
+    net, _ = initial(file, f"timm:{name}", size)
+    held = {n.removeprefix("net."): p for n, p in net.state_dict().items()}
+    assert all(torch.equal(p, expected.state_dict()[n]) for n, p in held.items())
+
+
+def test_weights_of_another_size_that_timm_cannot_resize(tmp_path):
+    torch.save(timm.create_model("mixer_s32_224").state_dict(), tmp_path / "mixer.pth")
+    with pytest.raises(WeightsError, match=r"mlp_tokens\.fc1\.weight"):
+        initial(tmp_path / "mixer.pth", "timm:mixer_s32_224", 64)
