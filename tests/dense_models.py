@@ -35,6 +35,14 @@ def swin_of(model: str, **shape: object) -> nn.Module:
     return lively(net).eval()
 
 
+def timm_of() -> nn.Module:
+    """A stripped ConvNeXt of timm."""
+    torch.manual_seed(0)
+    net = build("timm:convnextv2_atto", is_trained=True)
+    strip(net)
+    return lively(net).eval()
+
+
 def vit_of(**shape: object) -> nn.Module:
     """A stripped ViT with the positions of 64 pixels."""
     torch.manual_seed(0)

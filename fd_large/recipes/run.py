@@ -251,6 +251,8 @@ class Run:
             old, new = (by_name(name) for name in (before, after or before))
             if old and new and old.family != new.family:
                 plain_model = replace(section, architecture=Architecture())
+                if where == "student" and not new.can_pad:
+                    plain_model = replace(plain_model, size_rule="drop")
                 base = replace(base, **{where: plain_model})
         return override(base, values)
 

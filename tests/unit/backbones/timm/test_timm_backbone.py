@@ -136,3 +136,18 @@ def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
         rounded = net(images.bfloat16()).tokens
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_the_maps_of_its_stages_are_timms():
+    net = with_running_statistics(TimmBackbone("resnet18")).eval()
+    theirs = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    state = {key.removeprefix("net."): value for key, value in net.state_dict().items()}
+    theirs.load_state_dict(state)
+    images = torch.randn(2, 3, 60, 97)  # Padded to 64 x 128 pixels.
+    with torch.no_grad():
+        maps = net.stages(images)
+        expected = theirs(torch.nn.functional.pad(images, (0, 31, 0, 4)))
+    assert net.stage_strides == (4, 8, 16, 32)
+    assert net.stage_widths == (64, 128, 256, 512)
+    for found, like in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, like.permute(0, 2, 3, 1))

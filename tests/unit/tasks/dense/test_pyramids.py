@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from dense_models import swin_of, vit_of
+from dense_models import swin_of, timm_of, vit_of
 
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of
 
+NETS = {
+    "swin": partial(swin_of, "swinv2_tiny", window_size=4, depths=(1, 1, 1, 1)),
+    "vit": vit_of,
+    "timm": timm_of,
+}
 
-@pytest.mark.parametrize("kind", ["swin", "vit"])
+
+@pytest.mark.parametrize("kind", NETS)
 def test_a_pyramid_halves_from_level_to_level(kind):
-    net = vit_of() if kind == "vit" else swin_of("swinv2_tiny", window_size=4, depths=(1, 1, 1, 1))
+    net = NETS[kind]()
     pyramid = pyramid_of(net, 8)
     maps = pyramid(features(net, torch.randn(2, 3, 96, 160), None))
     strides = strides_of(net)

@@ -161,3 +161,13 @@ def test_sequential_stages_and_checkpoints_change_nothing():
         grads.append([p.grad for p in net.parameters()])
     for plain, frugal in zip(*grads, strict=True):
         torch.testing.assert_close(plain, frugal, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "focalnet_tiny_srf"]
+)
+def test_models_of_timm_whose_stages_carry_no_pyramid(name: str) -> None:
+    with torch.device("meta"):
+        net = build(f"timm:{name}", is_trained=True)
+    with pytest.raises(ConfigError, match=r"^student\.model"):
+        strip(net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,15 +16,25 @@ from fd_large.tasks.finetuning.task import FineTuning
 TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=16)
 
 
-def test_shapes_only_on_the_meta_device_costs_what_a_step_costs():
-    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+MODELS = {
+    "vit_base_patch16": TINY,
+    # Its map is not normalised: the classifier normalises the mean.
+    "timm:convnextv2_atto": Architecture(image_size=32),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_only_on_the_meta_device_costs_what_a_step_costs(name):
+    side = MODELS[name].image_size
+    images = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     batch = Batch(images, 0, torch.arange(2), torch.arange(2), targets=torch.full((2, 4), 0.25))
     counted = []
     for device in ("cpu", "meta"):
         with torch.device(device):
-            student = build("vit_base_patch16", TINY, drop_path_rate=0.1)
+            student = build(name, MODELS[name], drop_path_rate=0.1, is_trained=True)
             task = FineTuning(student, 4, statistics=IMAGENET)
-        assert task.keep_all(images).shape == (4, 2)
+        assert task.fc_norm is not None
+        assert task.keep_all(images).shape == (len(student.drop_path_rates), 2)
         with FlopCounterMode(display=False) as flops:
             task.shapes_only(batch.to(device)).backward()
         counted.append(flops.get_total_flops())
