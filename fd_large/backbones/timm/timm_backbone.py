@@ -247,7 +247,10 @@ class TimmBackbone(nn.Module):
         Raises: ConfigError: naming what is in the way.
         """
         norm = getattr(self.net, "norm", None)
-        if self.fixed_size:
+        finest, *coarser = self.stage_strides
+        if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:
+            got = f"strides {' '.join(map(str, self.stage_strides))}"
+        elif self.fixed_size:
             got = f"a model for images of {self.fixed_size} pixels"
         elif norm is not None and any(True for _ in norm.parameters()):
             got = "a final norm, which would not be trained"

@@ -23,8 +23,9 @@ def strip(student: nn.Module) -> None:
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
 
     Args:
-        student: A backbone whose stages give a map each (`stage_widths`, `stage_strides`), each of
-            half the resolution of the one before, or one with a single map whose blocks can attend within windows (`attends_in_windows`).
+        student: A backbone whose stages give a map each (`stage_widths`, `stage_strides`), of half
+            the resolution of the one before, or one with a single map whose blocks can attend
+            within windows (`attends_in_windows`).
 
     Raises: ConfigError: if no pyramid can stand on the student.
     """
