@@ -26,7 +26,7 @@ from fd_large.plan.workload import Workload, frozen_in_bfloat16
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import Student
+from fd_large.recipes.sections import ADAMW, Student
 
 IMAGENET = 1_281_167
 NARROW = 96
@@ -184,7 +184,18 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
         counts=counts or count_anew(run, rates, kernels),
         global_batch_size=run.batch.global_batch_size,
         frozen_dtype=run.teacher.dtype if run.frozen_models else "auto",
+        moments=_moments(run),
     )
+
+
+def _moments(run: Run) -> int:
+    """Returns how many numbers the optimiser keeps of each parameter."""
+    if run.optim.name == ADAMW:
+        return 2
+    # It imports torch, which a recipe of record does without.
+    from fd_large.engine.zero.own_optimizer import moments_of
+
+    return len(moments_of(run.optim))
 
 
 def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:

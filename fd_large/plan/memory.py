@@ -2,7 +2,7 @@
 
 P is the number of parameters of student and projection, W that of ranks, b the bytes of a parameter
 (2 in bfloat16, 4 in float32); T and B are the same of the teacher. DeepSpeed 0.19.8 keeps between
-steps:
+steps, with the two moments of AdamW (4P each; another optimiser may keep more or fewer):
 
 | ZeRO | parameters | masters        | moments | gradients             |
 |------|------------|----------------|---------|-----------------------|
@@ -146,13 +146,16 @@ class Memory:
     hpz_copy: int = 0
 
 
-def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Memory:
+def held(
+    student: Sequence[int], teacher: Sequence[int], place: Placement, *, moments: int = 2
+) -> Memory:
     """Returns the bytes of one rank between steps, after the first step.
 
     Args:
         student: Elements of each trained tensor: student and projection.
         teacher: Elements of each tensor of the teacher.
         place: Stage, ranks, data types and offload.
+        moments: Float32 numbers that the optimiser keeps of each parameter.
     """
     ranks, total = place.world_size, sum(student)
     compute = 2 if place.bfloat16 else 4
@@ -161,11 +164,11 @@ def held(student: Sequence[int], teacher: Sequence[int], place: Placement) -> Me
     device: dict[str, int] = {"teacher": _teacher(teacher, place)}
     host: dict[str, int] = {}
     if place.stage == 0:
-        device |= {"parameters": compute * total, "moments": 8 * total}
+        device |= {"parameters": compute * total, "moments": 4 * moments * total}
         return Memory(device=Held(**device))
 
     optimizer = host if place.offload_optimizer else device
-    optimizer["moments"] = 8 * part
+    optimizer["moments"] = 4 * moments * part
     if place.stage == 3:
         device["parameters"] = compute * whole
         shards = host if place.offload_param else device

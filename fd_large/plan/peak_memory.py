@@ -51,7 +51,12 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     cluster, rates = machine.cluster, machine.rates
     size = load.compute_bytes(machine)
     bucket = bucket_elements(candidate.stage, load.parameters)
-    memory = held(load.student_sizes, load.teacher_sizes, placement_of(load, candidate, machine))
+    memory = held(
+        load.student_sizes,
+        load.teacher_sizes,
+        placement_of(load, candidate, machine),
+        moments=load.moments,
+    )
     device = memory.device
     states: float = device.total - device.teacher - device.buckets
     buffers: float = device.buckets

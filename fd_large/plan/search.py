@@ -16,8 +16,6 @@ from fd_large.plan.workload import Workload
 # Candidates whose times differ by less are equally fast; of those, the one that communicates least
 # comes first.
 SAME_TIME = 0.01
-# A checkpoint stores float32 masters and two moments of each trained parameter.
-CHECKPOINT_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +61,8 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
 
 
 def checkpoint_bytes(load: Workload) -> int:
-    """Returns the size of one stored checkpoint."""
-    return CHECKPOINT_BYTES * load.parameters
+    """Returns the size of one stored checkpoint: float32 masters and moments."""
+    return 4 * (1 + load.moments) * load.parameters
 
 
 def num_steps(epochs: int, images: int, global_batch_size: int) -> int:

@@ -42,9 +42,9 @@ from fd_large.plan.rates import Rates
 from fd_large.plan.workload import Workload
 
 # Bytes that a step moves per parameter of the rank's shard, in float32: 4 for the norm, 8 for
-# clipping, 28 for AdamW (reads gradient, master and moments, writes the last three), 4 read for the
-# new parameter; that writes its own bytes besides.
-OPTIMIZER_BYTES = 44
+# clipping, 12 for the optimiser (reads gradient and master, writes the master), 4 read for the new
+# parameter; that writes its own bytes besides. Each moment is read and written.
+OPTIMIZER_BYTES, MOMENT_BYTES = 28, 8
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
 # accumulated one (read), in the data type of the parameters.
 GRADIENT_PASSES = 4
@@ -225,11 +225,10 @@ def _buckets(load: Workload, candidate: Candidate) -> int:
 
 def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
     cluster, rates = machine.cluster, machine.rates
-    # Stage 0 steps the parameters themselves: 4 + 8 + 28 bytes, and no copy.
+    # Stage 0 steps the parameters themselves, without a copy.
     split = 1 if candidate.stage == 0 else cluster.gpus
-    moved = (
-        OPTIMIZER_BYTES + load.compute_bytes(machine) if candidate.stage else OPTIMIZER_BYTES - 4
-    )
+    moved = OPTIMIZER_BYTES + MOMENT_BYTES * load.moments
+    moved += load.compute_bytes(machine) if candidate.stage else -4
     total = moved * load.parameters / split / rates.bandwidth
     whole = load.compute_bytes(machine) * load.parameters
     if candidate.stage in (1, 2):

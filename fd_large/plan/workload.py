@@ -20,11 +20,13 @@ class Workload:
             planned card runs it.
         global_batch_size: Images of a step.
         frozen_dtype: Data type of the teacher, as in the recipe: auto, float32 or bfloat16.
+        moments: Float32 numbers that the optimiser keeps of each parameter.
     """
 
     counts: Mapping[bool, Counts]
     global_batch_size: int
     frozen_dtype: str = "auto"
+    moments: int = 2
 
     @cached_property
     def student_sizes(self) -> tuple[int, ...]:

@@ -301,7 +301,7 @@ class DistillationJob(Job):
         return Evaluation(measure, run.eval.knn_every)
 
     def hooks(self) -> Sequence[Hook]:
-        """Returns what writes the maps of some images, and the canary, which watches the teacher."""
+        """Returns what writes the maps of some images, and the canary of the teacher."""
         every, size = self.run.runtime.canary_every, self.run.data.image_size
         if not every:
             return (FeaturePanel(),)

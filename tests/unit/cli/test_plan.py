@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from fd_large import doors
 from fd_large.cli import main as cli
-from fd_large.cli.plan import count_anew, shape_fields
+from fd_large.cli.plan import count_anew, plan, shape_fields
 from fd_large.plan import kept_counts
 from fd_large.plan.candidate import Candidate, bucket_elements
+from fd_large.plan.cluster import Cluster
 from fd_large.plan.rates import CARDS
+from fd_large.plan.search import checkpoint_bytes
 from fd_large.recipes import registry
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,3 +183,23 @@ class Toy(nn.Module):
         x = self.patches(images)
         return FeatureMap(x.flatten(2).transpose(1, 2), tuple(x.shape[-2:]), 0)
 """
+
+
+def test_an_optimiser_of_the_users_own_is_counted_by_what_it_keeps(tmp_path):
+    path = tmp_path / "sgd.py"
+    path.write_text(
+        "import torch\n"
+        "def momentum(groups, lr):\n    return torch.optim.SGD(groups, lr=lr, momentum=0.9)\n"
+        "def plain(groups, lr):\n    return torch.optim.SGD(groups, lr=lr)\n"
+    )
+    doors.allow(path)
+    run = registry.get("fd_swinv2_base")
+    cluster = Cluster(gpus=8, gpus_per_node=8, nic_gigabits=400, nics_per_node=8)
+    stored, states = [], []
+    for name in ("adamw", f"module:{path}:momentum", f"module:{path}:plain"):
+        load, _, good, _ = plan(replace(run, optim=replace(run.optim, name=name)), cluster)
+        stored.append(checkpoint_bytes(load) / load.parameters)
+        states.append(min(one.memory.states for one in good))
+    assert stored == [12, 8, 4]
+    assert states == sorted(states, reverse=True)
+    assert len(set(states)) == 3
