@@ -63,6 +63,7 @@ def export(run: str, out: str, to: To, shard_size: str = "5GB") -> tuple[int, in
     # torch: seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
+    from fd_large.engine.job import ExportedStudent
     from fd_large.tasks.jobs import job_of
     from fd_large.weights import export as exports
 
@@ -87,8 +88,8 @@ def export(run: str, out: str, to: To, shard_size: str = "5GB") -> tuple[int, in
             )
             for name, shape in stored.items()
         )
-        text = job.model_card(
-            architecture,
+        exported = ExportedStudent(
+            student,
             into,
             to,
             parameters=parameters,
@@ -104,7 +105,7 @@ def export(run: str, out: str, to: To, shard_size: str = "5GB") -> tuple[int, in
             Path(out),
             statistics=student.statistics,
             shard_size=size,
-            card=text,
+            card=job.model_card(exported),
         )
         return reader.manifest["update"], files
 

@@ -54,6 +54,28 @@ class StoredStudent(NamedTuple):
     statistics: Statistics
 
 
+class ExportedStudent(NamedTuple):
+    """What a model card tells of an exported student, besides its recipe.
+
+    Attributes:
+        student: The student.
+        into: What it becomes in the library's files.
+        to: The library.
+        parameters: Number of its elements.
+        manifest: The checkpoint's manifest: steps, samples, facts of the job.
+        summary: Content of the run's summary.json; empty where the run has not ended.
+        sharded: Whether the tensors are in several files.
+    """
+
+    student: StoredStudent
+    into: Export
+    to: To
+    parameters: int
+    manifest: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    sharded: bool
+
+
 class FrozenPart(NamedTuple):
     """A model that a run uses and does not train.
 
@@ -318,28 +340,8 @@ class Job:
         """
         raise NotImplementedError
 
-    def model_card(
-        self,
-        architecture: FamilyArchitecture,
-        into: Export,
-        to: To,
-        *,
-        parameters: int,
-        manifest: Mapping[str, Any],
-        summary: Mapping[str, Any],
-        sharded: bool,
-    ) -> str:
-        """Returns the model card of the exported student, in Markdown.
-
-        Args:
-            architecture: The student, with the image size of the run.
-            into: What it becomes in the library's files.
-            to: The library.
-            parameters: Elements of the student.
-            manifest: The checkpoint's manifest.
-            summary: Content of the run's summary.json; empty where the run has not ended.
-            sharded: Whether the tensors are in several files.
-        """
+    def model_card(self, exported: ExportedStudent) -> str:
+        """Returns the model card of an exported student, in Markdown."""
         raise NotImplementedError
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:

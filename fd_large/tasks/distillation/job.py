@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed, doors
-from fd_large.backbones.exports import PROJECTION, Export
+from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
@@ -24,13 +24,12 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
-from fd_large.engine.job import FrozenPart, Job
+from fd_large.engine.job import ExportedStudent, FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError, ConfigError, ShapeError
 from fd_large.probes import knn
 from fd_large.probes.features import extract
-from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import heads
@@ -370,29 +369,9 @@ class DistillationJob(Job):
         stream.check(reader, whole | projection)
         return projection if to == "fd" else {}
 
-    def model_card(
-        self,
-        architecture: FamilyArchitecture,
-        into: Export,
-        to: To,
-        *,
-        parameters: int,
-        manifest: Mapping[str, Any],
-        summary: Mapping[str, Any],
-        sharded: bool,
-    ) -> str:
+    def model_card(self, exported: ExportedStudent) -> str:
         """Returns the model card: teacher, recipe, data, metrics, and how it is loaded."""
-        return card(
-            self.run.to_dict(),
-            architecture,
-            into,
-            to,
-            parameters=parameters,
-            manifest=manifest,
-            summary=summary,
-            statistics=self.stored_student().statistics,
-            sharded=sharded,
-        )
+        return card(self.run.to_dict(), exported)
 
     @property
     def _projects(self) -> bool:

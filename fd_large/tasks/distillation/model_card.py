@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fd_large import doors
-from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import FAMILIES
-from fd_large.backbones.statistics import Statistics
-from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.engine.job import ExportedStudent
+from fd_large.weights.libraries import LIBRARIES
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
 
 _SCHEMES = (
@@ -47,36 +46,20 @@ _METRICS = {
 }
 
 
-def card(
-    recipe: Mapping[str, Any],
-    architecture: Any,
-    into: Export,
-    to: To,
-    *,
-    parameters: int,
-    manifest: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    statistics: Statistics,
-    sharded: bool,
-) -> str:
+def card(recipe: Mapping[str, Any], exported: ExportedStudent) -> str:
     """Returns the text, in Markdown, with no path of the machine that it was made on.
 
     Args:
         recipe: The recipe as recipe.json has it.
-        architecture: The student, with the image size of the run.
-        into: What it becomes in the library's files.
-        to: The library.
-        parameters: Elements of the student.
-        manifest: The checkpoint's manifest: steps, samples, teacher, images.
-        summary: Contents of the run's summary.json; empty where the run has not ended.
-        statistics: Mean and deviation by which images are normalised.
-        sharded: Whether the tensors are in several files.
+        exported: The student, its checkpoint and its files.
     """
+    architecture, statistics = exported.student.architecture, exported.student.statistics
+    into, to, manifest = exported.into, exported.to, exported.manifest
     values = {**recipe, **_facts(recipe, manifest)}
     name = without_folders(recipe["student"]["model"])
     student = {
         "model": f"{name} ({architecture.family})",
-        "parameters": f"{parameters:,}, float32",
+        "parameters": f"{exported.parameters:,}, float32",
         **architecture.summary(),
         "names": into.names(architecture),
     }
@@ -94,10 +77,10 @@ def card(
             _table(title, {name: text.format_map(values) for name, text in rows.items()})
             for title, rows in (("Teacher", _TEACHER), ("Recipe", _RECIPE), ("Data", _DATA))
         ),
-        _metrics(manifest["update"], summary),
+        _metrics(manifest["update"], exported.summary),
         f"## Images\n\nRGB in 0..1, {size} x {size} pixels, normalised by mean "
         f"{list(statistics.mean)} and standard deviation {list(statistics.std)} (ImageNet's).",
-        f"## Loading\n\n{_loading(into.class_name(architecture), to, sharded=sharded)}",
+        f"## Loading\n\n{_loading(into.class_name(architecture), to, sharded=exported.sharded)}",
     ]
     return "\n\n".join(sections) + "\n"
 
