@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fd_large.recipes.architectures import FAMILIES
 from fd_large.tasks.registry import FOLDERS as TASK_FOLDERS
+from fd_large.tasks.registry import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
@@ -138,6 +140,17 @@ def test_a_whole_run_is_seen_by_few(path: Path) -> None:
     if not any(inside.match(pattern) for pattern in SEE_A_RUN):
         found = {name for name in imports(path) if name.startswith("fd_large.recipes.")}
         assert not found & {"fd_large.recipes.run"}, "take plain arguments, or a Job"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder(path: Path) -> None:
+    names = {**{name: kind.folder for name, kind in TASKS.items()}, **{f: f for f in FAMILIES}}
+    del names["timm"]  # The library is called so too.
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            for name in compared & names.keys():
+                assert names[name] in path.parts, f"line {node.lineno} compares {name!r}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("tasks/*/**/*.py")), ids=module)
