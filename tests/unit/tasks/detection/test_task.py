@@ -9,13 +9,14 @@ import torch
 from detection_batches import NUM_CLASSES, batch_of, narrow_run, part_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.backbones.registry import build
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.sections import Student
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.detection.task import HEADS, Detection, combine
@@ -53,6 +54,51 @@ def test_a_recipe_s_twin_trains_and_detects_at_odd_sizes(name):
         assert seen.boxes[:, 3].max() <= size
         assert seen.labels.max() < NUM_CLASSES
         assert (seen.scores.diff() <= 0).all()
+
+
+OWN = """
+import torch.nn.functional as F
+from torch import nn
+from fd_large.backbones.feature_map import FeatureMap
+
+class Stages(nn.Module):
+    width, num_prefix_tokens = 64, 0
+    stage_widths, stage_strides = (8, 16, 32, 64), (4, 8, 16, 32)
+    drop_path_rates = ()
+
+    def __init__(self):
+        super().__init__()
+        widths = zip((3, *self.stage_widths), self.stage_widths, (4, 2, 2, 2))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, k, k) for a, b, k in widths)
+
+    def blocks(self):
+        return list(self.down)
+
+    def grid(self, height, width):
+        return height // 32, width // 32
+
+    def stages(self, images, keep=None):
+        x = F.pad(images, (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32))
+        return tuple((x := down(x)).permute(0, 2, 3, 1) for down in self.down)
+
+    def forward(self, images, keep=None):
+        last = self.stages(images)[-1]
+        return FeatureMap(last.flatten(1, 2), tuple(last.shape[1:3]), 0)
+"""
+
+
+def test_a_student_of_the_users_own_carries_the_pyramid(tmp_path):
+    (tmp_path / "stages.py").write_text(OWN)
+    doors.allow(tmp_path / "stages.py")
+    run = narrow_run(SWIN)
+    own = Student(model=f"module:{tmp_path}/stages.py:Stages")
+    detection = replace(run.task.detection, sequential_stages=0)
+    run = replace(run, student=own, task=replace(run.task, detection=detection))
+    task = DetectionJob(run).make_task()
+    loss, terms = loss_of(task, batch_of(0, (83, 67), [3, 0]))
+    loss.backward()
+    assert set(terms) == TERMS
+    assert [name for name, p in task.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
