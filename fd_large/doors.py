@@ -25,7 +25,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fd_large.errors import ConfigError, nearest
 
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _allowed: set[Path] = set()
 _modules: dict[Path, ModuleType] = {}
+_imported: dict[Path | None, str] = {}
 
 
 def is_own(source: str) -> bool:
@@ -92,7 +93,7 @@ def allow_unchanged(recorded: Mapping[str, str]) -> None:
         recorded: {"module:...": SHA-256}, of `hashes`.
     """
     for source, digest in recorded.items():
-        if digest and _hash(file_of(source)) == digest:
+        if is_own(source) and digest and _hash(file_of(source)) == digest:
             allow(source)
 
 
@@ -164,28 +165,40 @@ def file_of(source: str) -> Path | None:
     return Path(spec.origin).resolve()
 
 
-def sources(tree: Any) -> Iterator[str]:
-    """Yields the `module:` names anywhere in a recipe's plain form (dicts, lists, values)."""
-    if isinstance(tree, str):
-        if is_own(tree):
-            yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from sources(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from sources(value)
-
-
 def hashes(tree: Any) -> dict[str, str]:
-    """Returns {"module:...": SHA-256 of its file} of a recipe's plain form.
+    """Returns {name: SHA-256 of its file} of the code that a recipe's plain form names.
 
-    The hash is "" for a file that is not there. Nothing is imported.
+    Of a file that this process has imported, it is the hash of what it imported; "" is that of a
+    file that is not there. Entry points count too. Nothing is imported.
+
+    Args:
+        tree: Dicts, lists and values.
     """
-    return {source: _hash(file_of(source)) for source in dict.fromkeys(sources(tree))}
+    plugins = {name: point for kind in get_args(Kind) for name, point in installed(kind).items()}
+    found: dict[str, str] = {}
+    for text in _texts(tree):
+        if is_own(text):
+            path = file_of(text)
+        elif text in plugins:
+            path = file_of(f"{PREFIX}{plugins[text].value}")
+        else:
+            continue
+        found[text] = _imported.get(path) or _hash(path)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _texts(value)
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -250,7 +263,9 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # Dataclasses and pickle look modules up there.
     try:
         # Not by the loader, which may run a cached compilation of an older text.
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        text = path.read_bytes()
+        _imported[path] = hashlib.sha256(text).hexdigest()
+        exec(compile(text, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

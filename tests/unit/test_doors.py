@@ -19,6 +19,7 @@ WHERE = "objective.loss"
 def _nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doors, "_allowed", set())
     monkeypatch.setattr(doors, "_modules", {})
+    monkeypatch.setattr(doors, "_imported", {})
 
 
 def written(path: Path, text: str = "def cosine():\n    return 1\n") -> str:
@@ -138,6 +139,9 @@ def test_an_entry_point_of_an_installed_package_is_a_name(
         "[fd_large.losses]\ncosine = plugin_of_a_test:cosine\nlost = plugin_of_a_test:lost\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    assert doors.hashes({"loss": "cosine", "beta": 2.0}) == {
+        "cosine": hashlib.sha256((tmp_path / "plugin_of_a_test.py").read_bytes()).hexdigest()
+    }
     assert load("cosine")() == 1
     refused("lost", "fd_large.losses", "AttributeError")
     refused("cosin", "nearest: cosine")
@@ -158,3 +162,6 @@ def test_hashes_are_of_the_files_that_a_recipe_names(tmp_path: Path) -> None:
     recipe = {"objective": {"loss": source, "beta": 2.0}, "trackers": ["tensorboard", gone]}
     digest = hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()
     assert doors.hashes(recipe) == {source: digest, gone: ""}
+    allowed(source)
+    written(tmp_path / "mine.py", "cosine = 2\n")
+    assert doors.hashes(recipe)[source] == digest, "of what runs"

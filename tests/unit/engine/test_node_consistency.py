@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fd_large.engine.node_consistency import Fact, code_hash, compare, software, weights_digest
+from fd_large import distributed
+from fd_large.engine.node_consistency import (
+    Fact,
+    check,
+    code_hash,
+    compare,
+    software,
+    weights_digest,
+)
 from fd_large.errors import DataError, LaunchError, WeightsError
 from fd_large.weights.source import Sources
 
@@ -62,3 +70,20 @@ def test_a_digest_of_a_file(tmp_path):
         assert weights_digest(without_a_file, Sources()) == ""
     with pytest.raises(WeightsError):
         weights_digest(str(tmp_path / "c.safetensors"), Sources())
+
+
+def test_files_of_the_users_own_are_the_same_on_all_nodes(tmp_path, monkeypatch):
+    class Images(list):
+        fingerprint = "0" * 16
+
+    def nodes(own, **other):
+        # Errors are gathered as well.
+        return [own, ("b", {**own[1], **other}), own] if isinstance(own, tuple) else [own]
+
+    source = "module:/own/cosine.py:cosine"
+    monkeypatch.setattr(distributed, "gather_objects", nodes)
+    check(Images(), {}, Sources(), {source: "abc"})
+    changed = Fact("the hash xyz", f"{source}: other files", "Copy it", LaunchError)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: nodes(own, **{source: changed}))
+    with pytest.raises(LaunchError, match=r"cosine\.py.* on b"):
+        check(Images(), {}, Sources(), {source: "abc"})
