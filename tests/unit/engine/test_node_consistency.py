@@ -78,7 +78,8 @@ def test_files_of_the_users_own_are_the_same_on_all_nodes(tmp_path, monkeypatch)
 
     def nodes(own, **other):
         # Errors are gathered as well.
-        return [own, ("b", {**own[1], **other}), own] if isinstance(own, tuple) else [own]
+        is_fact = isinstance(own[-1], dict)
+        return [own, ("b", {**own[1], **other}), own] if is_fact else [own]
 
     source = "module:/own/cosine.py:cosine"
     monkeypatch.setattr(distributed, "gather_objects", nodes)
