@@ -1,7 +1,7 @@
 """A rank that watches the command that started it, and ends when that is gone.
 
 SIGTERM to the `deepspeed` command kills only the runner, and a launcher that is killed hands
-nothing on: ranks would go on and hold their GPUs. prctl(PR_SET_PDEATHSIG) tells of a process's
+nothing on: ranks would go on and hold their GPUs. prctl(PR_SET_PDEATHSIG) reports a process's
 parent alone, and the runner is the parent's parent; so a thread looks at the ancestors in /proc.
 Ranks under srun are ended by Slurm.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_SECONDS = 20.0
-"""From SIGTERM to the end of a rank whose launcher is gone, unless a `hold` is active."""
+"""Seconds from SIGTERM to the end of a rank whose launcher is gone, unless a `hold` is active."""
 
 WATCH_INTERVAL_SECONDS = 1.0
 

@@ -106,7 +106,7 @@ def first_stages(pieces: Pieces, wanted: Wanted) -> tuple[Pieces, list[str]]:
 
 
 def recognised(shapes: Shapes) -> dict[str, Any]:
-    """Returns the fields that tensors tell in the same way for both models."""
+    """Returns the fields that tensors show in the same way for both models."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     stages = range(count_of(shapes, r"layers\.(\d+)\."))
     return {
@@ -127,8 +127,8 @@ def window_and_size(
 
     Args:
         fields: See `recognised`.
-        windows: Side of the windows in each stage, in tokens; 0 where nothing tells.
-        side: Patches along a side of the image; 0 if nothing tells.
+        windows: Side of the windows in each stage, in tokens; 0 where nothing shows it.
+        side: Patches along a side of the image; 0 if nothing shows it.
         shapes: Shapes in our names.
     """
     found: dict[str, Any] = {}
@@ -146,7 +146,7 @@ def window_and_size(
 
 
 def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Reads what a `config.json` of transformers tells of both models."""
+    """Reads what a `config.json` of transformers states about both models."""
     activation_named(config.get("hidden_act"), where, of="hidden_act")
     return {
         "norm_eps": config.get("layer_norm_eps"),
@@ -156,7 +156,7 @@ def hugging_face_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_fields(net: Any) -> dict[str, Any]:
-    """Reads what a Swin of timm, a module, tells of both models."""
+    """Reads what a Swin of timm, a module, shows of both models."""
     blocks = [stage.blocks[0] for stage in net.layers]
     return {
         "window_size": max(block.window_size[0] for block in blocks),

@@ -34,8 +34,8 @@ class Format:
         is_it: Whether names, and the keys that they stood under, are of this format; the first
             format of a family for which this holds is taken.
         rule: Gives a name's target; None drops it on purpose.
-        facts: Fields that all its files have in common and no name tells.
-        ask: Fields in which its files differ and that no name tells: a configuration beside the
+        facts: Fields that all its files have in common and no name shows.
+        ask: Fields in which its files differ and that no name shows: a configuration beside the
             file or the user has to.
         statistics: Image statistics that all its files were trained with; None if they differ.
         library: "hf" or "open_clip", whose configuration files may stand beside it.
@@ -84,7 +84,7 @@ class TensorFile(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-# A configuration of one library -> the fields that it tells; None if it describes something else.
+# A configuration of one library -> the fields that it states; None if it describes something else.
 ConfigReader = Callable[[Any, str], Architecture | None]
 
 
@@ -126,7 +126,7 @@ class Settling(NamedTuple):
     """What a model is settled from, for fields that follow from others.
 
     Attributes:
-        known: What file, format and configuration tell.
+        known: What file, format and configuration show.
         given: What the user set.
         is_named: Whether the user named a model.
     """
@@ -142,7 +142,7 @@ class Published:
 
     Attributes:
         formats: {name: format}, the particular before the general.
-        recognise: Returns what tensors tell of the architecture, from shapes in our names and the
+        recognise: Returns what tensors show of the architecture, from shapes in our names and the
             file as it is; None in other fields. Raises ValueError or IndexError for shapes that no
             model of the family has.
         configs: {library: reader of its configuration}, of "hf", "timm" (a module of timm) and
@@ -150,7 +150,7 @@ class Published:
         adapt: Returns the pieces for a model that differs from the file's where it may, and says
             in words what was done.
         guess: Returns what published models of such an architecture have in common, for where
-            nothing else tells.
+            nothing else shows.
         free: Fields in which a model may differ from its file: tables are resized, coordinates
             scaled.
         ours: {field: value} of fields on which no file has an opinion.

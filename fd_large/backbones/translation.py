@@ -1,4 +1,4 @@
-"""From a file's names to a model's: which tensors, joined and reshaped how, make each of ours.
+"""Translates a file's names to a model's: which tensors make each of ours, joined and reshaped how.
 
 Made from names alone: what fits and what is missing is known before a tensor is read.
 """

@@ -54,7 +54,7 @@ class FlatGroups:
     """ZeRO-1 and 2: the tensors of a parameter group lie end to end, and that line is cut.
 
     Attributes:
-        groups: For each group the (name, elements) of its tensors in order.
+        groups: (name, elements) of the tensors of each group, in order.
         shares: Elements of a rank's shard of each group's line; the end is padded.
         ranks: Number of shards.
     """

@@ -48,7 +48,7 @@ class BadImages:
         for message in bad:
             name = message.partition(": ")[0]
             if name in self._known or len(self._known) >= _MAX_REMEMBERED:
-                continue  # seen in another epoch, or too many to tell one by one
+                continue  # seen in another epoch, or too many to list one by one
             self._known.add(name)
             self.names.append(name)
             log.warning("skipped: %s", message)

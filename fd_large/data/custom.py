@@ -2,7 +2,7 @@
 
 NAME is a class, or a function, that returns the images: `len(images)`, and `images[i]`, either an
 array (H, W, 3) or (H, W) of uint8 or the bytes of an image file. It is called without arguments,
-and where the parts of a labelled dataset are told apart, with the part: "train" or "val". It may
+and where the parts of a labelled dataset differ, with the part: "train" or "val". It may
 also have
 
     labels() -> (classes of the images as whole numbers, (len,); names of the classes or None)

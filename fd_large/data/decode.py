@@ -1,4 +1,4 @@
-"""From the bytes of an image file to RGB pixels, upright.
+"""Decodes the bytes of an image file to RGB pixels, upright.
 
 torchvision's decoders go first, faster than Pillow; Pillow takes what they refuse or handle badly
 (BMP, TIFF, GIF, animated WebP). Sizes are read before pixels are decoded, so that a small file
@@ -108,7 +108,7 @@ def _rows_in_order(header: object) -> bool:
 def _decode_top(encoded: bytes | bytearray, header: JpegHeader, num_rows: int) -> torch.Tensor:
     """The upper rows of a JPEG, bit for bit those of the whole.
 
-    libjpeg stops at the height that the header tells, and skips the rest of the scan up to the end
+    libjpeg stops at the height that the header states, and skips the rest of the scan up to the end
     marker (so that a cut file is still noticed). One row of coded units more than asked for: the
     chroma of the last row wanted is interpolated with its neighbour below.
     """

@@ -103,7 +103,7 @@ def open_split(
         classes: Names of the training set's classes, for a set that is tested.
         where: The field that names the folder, for messages.
 
-    Raises: DataError: if the folder lacks the part, or there is nothing to tell apart.
+    Raises: DataError: if the folder lacks the part, or there is only one class.
     """
     folders = [os.path.join(root, name) for name in SPLITS[split]]
     for folder in [root] if is_custom(root) else filter(os.path.isdir, folders):

@@ -35,7 +35,7 @@ class NamedModel:
     """A model that a user named, found but not built.
 
     Attributes:
-        label: A short name, for tables and pictures.
+        label: A short name, for tables and plots.
         source: What the user named.
         section: Model and weights, settled.
         image_size: Side of the images that it was trained with, in pixels.

@@ -55,7 +55,7 @@ class StoredStudent(NamedTuple):
 
 
 class ExportedStudent(NamedTuple):
-    """What a model card tells of an exported student, besides its recipe.
+    """What a model card says about an exported student, besides its recipe.
 
     Attributes:
         student: The student.
@@ -355,7 +355,7 @@ class Job:
 
         Args:
             reader: A checkpoint of the run.
-            folder: For results, made where it is missing (`out_folder`); all ranks see it.
+            folder: Folder of the results, made if it is missing (`out_folder`); all ranks see it.
             progress: Called with (batches done, batches in all).
 
         Returns: tables and files, on rank 0.
@@ -418,7 +418,7 @@ class Job:
         Args:
             reader: A checkpoint of the run.
             images: Paths of image files.
-            folder: For results, made where it is missing (`out_folder`).
+            folder: Folder of the results, made where it is missing (`out_folder`).
             least_score: Least score of what is drawn and written.
 
         Raises: ConfigError: if the task predicts nothing that can be drawn.

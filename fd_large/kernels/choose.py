@@ -188,7 +188,7 @@ def _triton_problem(device_type: str, interpreted: bool) -> str:
         return "no package triton, expected triton>=3.2"
     if device_type == "cuda":
         if torch.version.hip:
-            # By its capability an MI200 could not be told from an H100: both say (9, 0).
+            # By its capability an MI200 could not be distinguished from an H100: both say (9, 0).
             return "an AMD GPU, where the kernels were never tried (docs/amd.md)"
         capability = torch.cuda.get_device_capability()
         if capability not in CAPABILITIES:

@@ -61,8 +61,8 @@ def measure(
         statistics: Normalisation of its images.
         train: Images whose features vote or train the probe.
         test: Images that are classified.
-        folder: For the features, 4 bytes for each channel and image; removed at the end. All ranks
-            see it.
+        folder: Folder of the features, 4 bytes for each channel and image; removed at the end. All
+            ranks see it.
         method: The test. k-NN has no randomness and is made once.
         seeds: Seeds of the probe.
         bar: Shows progress.

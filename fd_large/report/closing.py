@@ -28,12 +28,12 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     for name in files.measured:
         _, values = files.evaluated(name)
         _, baseline = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
-        told = " -> ".join(f"{value:z.4f}" for value in dict.fromkeys(values[[0, -1]]))
+        text = " -> ".join(f"{value:z.4f}" for value in dict.fromkeys(values[[0, -1]]))
         if name.endswith("_loss") and len(baseline):
             ratio = values[-1] / baseline[-1]
-            told += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
+            text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
         if not name.endswith("_best_constant"):
-            rows.append((files.words(name), told))
+            rows.append((files.words(name), text))
     if summary.get("images_per_second"):
         speed = f"{summary['images_per_second']:.1f} images/s on {_devices(summary)}"
         rows.append(("speed", speed))
@@ -45,7 +45,7 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     width = max(len(what) for what, _ in rows)
     status = summary.get("status") or "not finished"
     lines = [f"{files.recipe['name']}: {status}, {_progress(files)}; {files.folder}"]
-    lines += [f"  {what:<{width}}  {told}" for what, told in rows]
+    lines += [f"  {what:<{width}}  {text}" for what, text in rows]
     lines.append("next:")
     for step in next_steps(files):
         lines += [f"  {step['why']}:", f"    {step['command']}"]

@@ -1,4 +1,4 @@
-"""Models side by side: a table and a picture of their accuracies, from summary.json alone."""
+"""Models side by side: a table and a plot of their accuracies, from summary.json alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The look of all pictures: one font size scale, colours that colour-blind readers tell apart."""
+"""The look of all plots: one scale of font sizes, colours that the colour-blind distinguish."""
 
 from __future__ import annotations
 

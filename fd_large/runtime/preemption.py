@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
-"""For the file: a shared file system is not asked at every step."""
+"""Seconds between two looks for the file: a shared file system is not asked at every step."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
 """Left after the save for leaving, before the job ends."""

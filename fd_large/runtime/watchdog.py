@@ -225,8 +225,8 @@ def standpoint(frame: FrameType) -> str:
         for code in (each.f_code,)
     ]
     own = next((call for call in calls if f"{package}/" in call[0]), calls[0])
-    told = " called from ".join("{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], own]))
-    return f"its training thread stands in {told}"
+    place = " called from ".join("{}:{} {}".format(*c) for c in dict.fromkeys([calls[0], own]))
+    return f"its training thread stands in {place}"
 
 
 def stacks(frames: dict[int, FrameType]) -> str:

@@ -1,4 +1,4 @@
-"""From a recipe to the job that carries out its task."""
+"""Makes the job that carries out the task of a recipe."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def write(
     Args:
         items: (our name, tensor) of the whole model.
         architecture: The model.
-        to: "fd" is a folder with our names and a config.json that tells everything, "official" one
+        to: "fd" is a folder with our names and a config.json that states everything, "official" one
             file with the names of the official repositories, "timm" one with timm's.
         out: A new folder for "fd"; a new .safetensors or .pth file for the others.
         statistics: Image statistics that the weights were trained with; None if unknown.

@@ -201,7 +201,7 @@ def resized(
         name: Name in the model.
         tensor: The file's.
         shape: The model's.
-        expected: Shapes of the model, which tell its class tokens.
+        expected: Shapes of the model, which show its class tokens.
         margin: See `resize_positions`.
         where: What the user set, for messages.
     """

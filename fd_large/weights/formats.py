@@ -1,4 +1,4 @@
-"""The published formats of all families: how a file is told from its names."""
+"""The published formats of all families: how a file is recognised by its names."""
 
 from __future__ import annotations
 

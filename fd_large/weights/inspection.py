@@ -36,7 +36,7 @@ class Inspection:
         what: The format in words.
         own: Whether this project wrote the file.
         architecture: What is known of the architecture; None in other fields.
-        unknown: Fields that neither file nor configuration tells.
+        unknown: Fields that neither file nor configuration shows.
         statistics: Image statistics that it was trained with; None if unknown.
         named: A named model with this architecture; "" if there is none.
         facts: Licence and origin, where the published weights are known.

@@ -193,7 +193,7 @@ def unwrap(
     if not isinstance(contents, Mapping) or not contents:
         raise WeightsError(
             f"{where}: no tensors by name in the file; got {type(contents).__name__}, expected a "
-            "mapping of names to tensors. Save the net's state_dict()."
+            "mapping of names to tensors. Save the model's state_dict()."
         )
     strange = sorted(
         str(name)
@@ -204,7 +204,7 @@ def unwrap(
         raise WeightsError(
             f"{where}: not only dense tensors in it; got {', '.join(strange[:5])}, expected a "
             "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
-            "Save the net's state_dict()."
+            "Save the model's state_dict()."
         )
     return _without_prefixes(contents), tuple(wrapping)
 

@@ -1,7 +1,7 @@
 """Sections of a recipe whose sources are settled: the models have the architecture that files show.
 
-What names and shapes tell is a fact; what they cannot tell comes from the format, a configuration
-beside the file, the named model or the user, and is asked for where nothing tells.
+What names and shapes show is a fact; what they cannot show comes from the format, a configuration
+beside the file, the named model or the user, and is asked for where nothing shows it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         where: The flag of the source, for messages.
 
     Raises: WeightsError: if a file cannot be read, does not hold the named model, or leaves fields
-        open that nothing tells; ConfigError: if a model cannot be as it is described.
+        open that nothing determines; ConfigError: if a model cannot be as it is described.
     """
     if brought := family_of_source(section.source):
         family, rest = brought
@@ -71,7 +71,7 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     statistics = section.statistics or _numbers(weights.statistics)
     if not statistics and section.model == AUTO:
         log.warning(
-            "%s: nothing tells the image statistics of the weights: ImageNet's are used "
+            "%s: the image statistics of the weights are unknown: ImageNet's are used "
             "(%s.statistics)",
             where,
             where.removesuffix(".source"),
@@ -172,7 +172,7 @@ def reconcile(
     if asked := sorted(unset.union(weights.unknown(given))):
         prefix = f"--{section}.architecture." if section else "--architecture."
         raise WeightsError(
-            f"{where}: {weights.what}: neither its tensors nor a config.json beside it tell "
+            f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
             f"everything; got no {', '.join(asked)}, expected every field of a {family} model. Set "
             f"{', '.join(prefix + field for field in asked)}."
         )
@@ -180,7 +180,7 @@ def reconcile(
 
 
 def _tells_nothing(section: FrozenModel) -> bool:
-    """Whether the named model is of a family whose files have no names to tell a model by."""
+    """Whether the named model is of a family whose files have no names that show a model."""
     if section.model == AUTO:
         return False
     return family_of(resolve(section.model, section.architecture)).published is None

@@ -20,11 +20,11 @@ OWN = "fd_large"
 
 
 class Sidecar(NamedTuple):
-    """What a configuration tells.
+    """What a configuration states.
 
     Attributes:
-        architecture: None in fields that it does not tell.
-        statistics: None where it does not tell.
+        architecture: None in fields that it does not state.
+        statistics: None where it does not state them.
         own: Whether our own export wrote it.
         code_hash: SHA-256 of the file of the user's own that made the model; empty: none did.
     """
@@ -44,7 +44,7 @@ def read_sidecar(path: Path, published: Published, library: str, where: str) -> 
         library: The one whose configuration goes with the file's format; "" is none.
         where: What the user set, for messages.
 
-    Raises: WeightsError: if it is damaged, or tells of something that no model here has.
+    Raises: WeightsError: if it is damaged, or describes something that no model here has.
     """
     try:
         return _read(path.parent, published, library, where)
@@ -98,7 +98,7 @@ def own_config(
 
 
 def described(published: Published, library: str, config: Any, where: str) -> Architecture:
-    """Returns what a library's configuration tells of a model; nothing if it is of another kind.
+    """Returns what a library's configuration states about a model; nothing for another kind.
 
     Args:
         published: What the model's family says of its files.

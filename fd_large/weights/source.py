@@ -49,8 +49,8 @@ class Weights:
         pieces: {our name: what makes it}.
         dropped: Names in the file that are left out on purpose.
         unfit: Names in the file that make no tensor.
-        found: What names and shapes tell of the architecture; None in other fields.
-        stated: What the format and a configuration beside the file tell of it.
+        found: What names and shapes show of the architecture; None in other fields.
+        stated: What the format and a configuration beside the file state about it.
         statistics: Image statistics that it was trained with; None if unknown.
         own: Whether this project wrote it.
         path: The file, the index of several, or the checkpoint; None if a library brings it.
@@ -90,7 +90,7 @@ class Weights:
         return {name: piece.shape(self.file.shape) for name, piece in self.pieces.items()}
 
     def unknown(self, wanted: Architecture) -> tuple[str, ...]:
-        """Returns fields of the format that neither file, nor configuration, nor the user tells."""
+        """Returns fields of the format that neither file, configuration nor user determines."""
         return tuple(
             name
             for name in FORMATS[self.form].format.ask

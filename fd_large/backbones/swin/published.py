@@ -66,7 +66,7 @@ FORMATS = {
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors tell: all but eps."""
+    """Returns what tensors show: all but eps."""
     fields = names.recognised(shapes)
     tables = [
         shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0))

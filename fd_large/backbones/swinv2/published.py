@@ -106,7 +106,7 @@ FORMATS = {
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors tell: all but eps, and windows where the file has no tables."""
+    """Returns what tensors show: all but eps, and windows where the file has no tables."""
     fields = names.recognised(shapes)
     stages = len(fields["depths"])
     scales = [shapes.get(f"layers.{s}.blocks.0.attn.logit_scale", (0,)) for s in range(stages)]
@@ -214,7 +214,7 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
     known = getattr(settling.known, field)
     if known is None and settling.is_named:
         return [
-            f"nothing in the file tells its windows: it is taken for one of window {window}, as "
+            f"nothing in the file shows its windows: it is taken for one of window {window}, as "
             "the model has"
         ]
     if known is None:

@@ -324,7 +324,7 @@ class CosineAttention(nn.Module):
 
 
 class PositionMlp(nn.Sequential):
-    """From log-spaced offsets to position biases; a frozen one remembers its tables."""
+    """Maps log-spaced offsets to position biases; a frozen one remembers its tables."""
 
     def __init__(self, num_heads: int, scheme: Scheme):
         super().__init__(

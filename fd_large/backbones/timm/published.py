@@ -191,8 +191,8 @@ def load(name: str, where: str) -> Loaded:
 def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") -> dict[str, str]:
     """Returns timm's name of each tensor of a file: {timm's: the file's}.
 
-    A port of the same model into other names is told from this: as many tensors, in the same order,
-    all of the same shapes, and not one name in common.
+    A port of the same model into other names has as many tensors, in the same order, all of the
+    same shapes, and not one name in common.
 
     Args:
         given: A file's names and shapes, in order.

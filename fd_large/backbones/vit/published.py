@@ -293,10 +293,10 @@ FORMATS = {
     ),
 }
 
-# --- what files and configurations tell of the model ---
+# --- what files and configurations show of the model ---
 
 # Published models of these widths have so many heads, whoever trained them: a guess, for where no
-# table, configuration or user tells.
+# table, configuration or user says.
 KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 # Relations of CLS in a table: CLS to any token, any token to CLS, CLS to itself.
 _CLASS_TOKEN_ROWS = 3
@@ -305,7 +305,7 @@ _HF_TYPES = ("clip", "clip_vision_model", "vit", "deit", "beit")
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
-    """Returns what tensors tell: all but activation, eps, and heads where there is no table."""
+    """Returns what tensors show: all but activation, eps, and heads where there is no table."""
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     tokens = [name in shapes for name in ("cls_token", "dist_token")]
     table = shapes.get("rel_pos_bias.relative_position_bias_table")

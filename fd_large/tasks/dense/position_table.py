@@ -43,7 +43,7 @@ def fit_offsets(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 @lru_cache(maxsize=64)
 def _matrix(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """From the offsets along an axis of `old` tokens to those of `new`: (2new - 1, 2old - 1)."""
+    """Returns the matrix from offsets along `old` tokens to `new` ones: (2new - 1, 2old - 1)."""
     before, after = 2 * old - 1, 2 * new - 1
     if new <= old:
         matrix = np.eye(before)[old - new : old + new - 1]

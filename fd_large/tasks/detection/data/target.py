@@ -27,7 +27,7 @@ class Target(NamedTuple):
         boxes: (n, 4) float32, left, top, right, bottom.
         labels: (n,) int64, 0 to K - 1.
         masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) where the dataset has boxes alone.
-        crowd_boxes: (m, 4) float32, regions in which objects were not told apart.
+        crowd_boxes: (m, 4) float32, regions in which single objects are not marked.
         image_id: The dataset's number of the image.
     """
 

@@ -39,7 +39,7 @@ from fd_large.tasks.detection.heads.mask_head import (
 from fd_large.tasks.detection.heads.pooling import pool
 
 Terms = Mapping[str, tuple[Tensor, int]]
-"""By name a summed loss, a scalar with gradient, and how many things it is a sum over."""
+"""Name -> a summed loss, a scalar with gradient, and the number of things that it sums over."""
 
 
 class Detections(NamedTuple):
