@@ -25,7 +25,7 @@ class Frozen(nn.Module):
     """A frozen backbone that maps uint8 images to its feature map.
 
     Args:
-        net: A backbone: normalised images -> FeatureMap after its final norm.
+        net: The backbone: normalised images -> FeatureMap after its final norm.
         statistics: The normalisation that the backbone was trained with.
         image_size: Side to which the normalised images are resized (bilinear, antialiased) before
             the backbone; 0 leaves them as they are.

@@ -118,7 +118,7 @@ def extract(
         workers=workers,
         max_pixels=max_pixels,
     )
-    # As many forwards on every rank: those of a model in pieces are collectives.
+    # As many forwards on every rank: those of a sharded model are collectives.
     for _ in range(-(-len(images) // (batch_size * world))):
         between()
         batch = next(mine, None)

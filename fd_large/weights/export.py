@@ -147,7 +147,7 @@ def _renamed(
 def parse_size(text: str) -> int:
     """Returns the bytes of "5GB", "300MB", "80KB" or a plain number; units are powers of 1000.
 
-    Raises: ConfigError: for another word.
+    Raises: ConfigError: for any other text.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper().replace("IB", "B"))
     size = int(float(found[1]) * _UNITS.get(found[2], 1)) if found else 0

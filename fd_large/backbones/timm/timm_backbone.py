@@ -41,7 +41,7 @@ class TimmBackbone(nn.Module):
     """A model of timm up to the last stage of a stride.
 
     Parameters and buffers have timm's names, after `net.`. Under `zero.Init` it cannot be built:
-    timm's constructors write to their children's parameters, which are in pieces by then. It is
+    timm's constructors write to their children's parameters, which are split by then. It is
     built whole and split afterwards. Batch normalisation uses its running statistics, which do not
     change, in training too: those of a batch would depend on the micro batch and the rank.
 

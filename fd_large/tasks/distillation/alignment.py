@@ -24,7 +24,7 @@ def check_grids(
         interpolation: "none" or "bilinear".
 
     Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is
-        another word.
+        neither of the two.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(
