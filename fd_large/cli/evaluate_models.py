@@ -193,7 +193,7 @@ def train_models(
     recipes = [
         _recipe_of(
             model,
-            registry.get(own.recipe or job.recipe_for(model.architecture, model.source)),
+            registry.get(own.recipe or job.recipe_for(model.architecture)),
             kind,
             changes,
         )

@@ -367,15 +367,8 @@ class Job:
         )
 
     @staticmethod
-    def recipe_for(architecture: FamilyArchitecture, source: str) -> str:
-        """Returns the name of the recipe by which a model is trained where the user names none.
-
-        Args:
-            architecture: The model's.
-            source: The user's name for it, for messages.
-
-        Raises: ConfigError: if the task does not train such models.
-        """
+    def recipe_for(architecture: FamilyArchitecture) -> str:
+        """Returns the name of the recipe by which a model is trained where the user names none."""
         raise NotImplementedError
 
     def starting_from(

@@ -28,8 +28,6 @@ class FamilyArchitecture:
     """The named model that stands for the family where a recipe has to name one."""
     prefix: ClassVar[str] = ""
     """Start of names that name any model of the family, as `timm:NAME`; empty if there are none."""
-    can_train: ClassVar[bool] = True
-    """Whether a model can be a student; the others only teach."""
     whole_first: ClassVar[bool] = False
     """Whether the module is built whole on every rank and split afterwards, because constructors
     write to the parameters of their children."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from fd_large import doors
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import FAMILIES, Architecture, by_name, resolve
+from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
     check_types,
@@ -169,12 +169,6 @@ class Run:
                 resolve(section.model, section.architecture)
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
-        require(
-            self.student_architecture().can_train,
-            "student.model: models of this family are teachers only",
-            self.student.model,
-            f"a model of {', '.join(n for n, family in FAMILIES.items() if family.can_train)}",
-        )
         if read := self.task.kind():
             for kind in TASKS.values():
                 if kind.name != self.task.name:

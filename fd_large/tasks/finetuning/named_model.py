@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fd_large.engine.frozen import RANDOM
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import FAMILIES, by_name, overrides, resolve
+from fd_large.recipes.architectures import by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import FrozenModel, Student
 
@@ -21,22 +21,8 @@ OWN_FIELDS = (
 )
 
 
-def recipe_name(architecture: FamilyArchitecture, source: str) -> str:
-    """Returns the name of the recipe whose settings a model takes where the user names none.
-
-    Args:
-        architecture: The model's.
-        source: The user's name for it, for messages.
-
-    Raises: ConfigError: if the model cannot be trained.
-    """
-    if not architecture.can_train:
-        raise ConfigError(
-            f"evaluate: {source}: this family's models are not fine-tuned; got "
-            f"{architecture.family}, expected a model of "
-            f"{', '.join(n for n, family in FAMILIES.items() if family.can_train)}. Set --task knn "
-            "or linear."
-        )
+def recipe_name(architecture: FamilyArchitecture) -> str:
+    """Returns the name of the recipe whose settings a model takes where the user names none."""
     if architecture.is_hierarchical:
         return "finetune_esvit_swin_base"
     # Not every family states its width.

@@ -31,7 +31,7 @@ def started(source, base=BASE, fields=()):
     ],
 )
 def test_each_model_has_a_recipe(source, recipe):
-    assert recipe_name(find_model(source, job_of).architecture, source) == recipe
+    assert recipe_name(find_model(source, job_of).architecture) == recipe
 
 
 def test_the_recipe_stays_and_the_model_is_the_named_one():
