@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,21 @@ def open_custom(root: str, *, where: str, part: str = "") -> CustomImages | None
         ConfigError: It cannot be imported.
         DataError: It is no source of images, or holds none.
     """
-    return CustomImages(root, where=where, part=part) if is_custom(root) else None
+    return _opened(root, where, part) if is_custom(root) else None
+
+
+@lru_cache(maxsize=8)
+def _opened(root: str, where: str, part: str) -> CustomImages:
+    # Once: a job asks for its images more than once, and a source may hold them in memory.
+    return CustomImages(root, where=where, part=part)
 
 
 def is_custom(root: str) -> bool:
     """Returns whether a name is that of a source of the user's own or of an installed package."""
     if doors.is_own(root):
         return True
-    return root.isidentifier() and not Path(root).exists() and root in doors.installed("sources")
+    is_word = root.replace("-", "_").isidentifier()
+    return is_word and not Path(root).exists() and root in doors.installed("sources")
 
 
 class CustomImages:
@@ -78,7 +86,7 @@ class CustomImages:
                 "one."
             ) from error
         self._count, self._root = count, root
-        self._again = root, where, part
+        self._named = root, where, part
         if not count:
             raise DataError(
                 f"{where}: no image in the source; got {root} of length 0, expected at least one. "
@@ -91,7 +99,7 @@ class CustomImages:
 
     def __reduce__(self) -> Any:
         # A loading process that was not forked opens the source again.
-        return _reopened, self._again
+        return _reopened, self._named
 
     def __len__(self) -> int:
         return self._count
@@ -158,4 +166,4 @@ class CustomImages:
 
 def _reopened(root: str, where: str, part: str) -> CustomImages:
     doors.allow(root)  # As it was where it was opened first.
-    return CustomImages(root, where=where, part=part)
+    return _opened(root, where, part)
