@@ -323,7 +323,8 @@ class Job:
         """
         raise ConfigError(
             f"export: the task {self.run.task.name} exports no student; got {self.run.name}, "
-            "expected a distillation. Its model serves other runs as it is: --student.init RUN."
+            "expected one of a task that does. Its model serves other runs as it is: --student.init "
+            "RUN."
         )
 
     def exported_beside(
