@@ -10,6 +10,7 @@ import pytest
 import torch
 from unit.engine.conftest import Brightness, batch_of
 
+from fd_large import doors
 from fd_large.checkpoint import read, store
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
@@ -17,7 +18,7 @@ from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import state
 from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.errors import CheckpointError
-from fd_large.recipes.sections import Runtime
+from fd_large.recipes.sections import Optim, Runtime
 
 
 @pytest.fixture
@@ -162,6 +163,20 @@ def test_another_model_another_training_and_other_images(make, make_engine, capl
         make(check_stored=refuse).resume()
     assert make(pictures="fewer").resume() == 1
     assert "data.root: NOT THE IMAGES" in caplog.text
+
+
+def test_another_optimiser_is_refused_by_what_it_keeps(make, make_engine, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import torch\n"
+        "def sgd(groups, lr):\n    return torch.optim.SGD(groups, lr=lr, momentum=0.9)\n"
+    )
+    doors.allow(path)
+    own = Optim(name=f"module:{path}:sgd")
+    saved(make(engine=make_engine(optim=own)), 1)
+    assert make(engine=make_engine(optim=own)).resume() == 1
+    with pytest.raises(CheckpointError, match=r"momentum_buffer.*exp_avg, exp_avg_sq"):
+        make().resume()
 
 
 def test_failed_saves_in_a_row_end_the_run(make, monkeypatch):
