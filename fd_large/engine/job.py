@@ -323,8 +323,7 @@ class Job:
         """
         raise ConfigError(
             f"export: the task {self.run.task.name} exports no student; got {self.run.name}, "
-            "expected one of a task that does. Its model serves other runs as it is: --student.init "
-            "RUN."
+            "expected one of a task that does. Other runs take its model: --student.init RUN."
         )
 
     def exported_beside(
