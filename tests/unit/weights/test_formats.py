@@ -9,7 +9,7 @@ from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.published import shared_bias as of_swinv2
 from fd_large.backbones.swinv2.swinv2 import SwinV2
-from fd_large.backbones.translation import Piece, Target, expanded, translated
+from fd_large.backbones.translation import Piece, expanded, translated
 from fd_large.backbones.vit.published import shared_bias as of_vit
 from fd_large.backbones.vit.vit import ViT
 from fd_large.errors import WeightsError
@@ -224,30 +224,3 @@ def test_unknown_names_list_the_known_formats():
     assert "a.weight" in str(caught.value)
     with pytest.raises(WeightsError, match="no known format"):
         detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
-
-
-def test_a_query_without_its_key_makes_no_tensor():
-    def rule(name):
-        return Target("qkv", "qkv".index(name)) if name in "qkv" else None
-
-    whole = translated(["q", "v", "x", "k"], rule)
-    assert whole.pieces == {"qkv": Piece(("q", "k", "v"))}
-    assert whole.dropped == ["x"]
-    broken = translated(["q", "v"], rule)
-    assert broken.pieces == {}
-    assert broken.unfit == ["q", "v"]
-    twice = translated(["a", "b"], lambda name: Target("same"))
-    assert twice.unfit == ["b"]
-
-
-def test_the_report_names_everything_that_does_not_fit():
-    expected = {"a": (2,), "b": (3,), "c": (1, 2)}
-    items = [("b", torch.zeros(4)), ("c", torch.zeros(1, 2)), ("d", torch.zeros(1))]
-    with pytest.raises(WeightsError) as caught:
-        dict(covered(expected, [*items, ("c", torch.zeros(1, 2))], where="test"))
-    message = str(caught.value)
-    for piece in ("missing: a", "left over: d", "b (4,) for (3,)", "given twice: c"):
-        assert piece in message
-    allowed = frozenset({"a"})
-    good = [("b", torch.zeros(3)), ("c", torch.zeros(1, 2))]
-    assert dict(covered(expected, good, where="test", may_be_missing=allowed)).keys() == {"b", "c"}

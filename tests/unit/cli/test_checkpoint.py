@@ -1,0 +1,71 @@
+"""The command `checkpoint`: what it prints and removes, and its exit codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored_run import store_tensors
+
+from fd_large.checkpoint import store
+from fd_large.cli.main import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"runtime": {"keep_last": 2, "keep_every": 0}}')
+    for update in (2, 4, 6):
+        store_tensors(tmp_path, {"w": torch.zeros(500)}, update=update, ranks=2, stage=1)
+    return tmp_path
+
+
+def test_list_shows_a_row_for_each(run, capsys):
+    assert main(["checkpoint", "list", str(run)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    numbers = [[cell for cell in row if cell not in "\u2502|"] for row in rows]
+    # Steps, samples, ranks, ZeRO stage.
+    assert [row[:4] for row in numbers if row[1:2] and row[0] in "246"] == [
+        ["2", "128", "2", "1"],
+        ["4", "256", "2", "1"],
+        ["6", "384", "2", "1"],
+    ]
+
+
+def test_verify_names_what_is_damaged_and_ends_with_1(run, capsys):
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert "3 of 3" in capsys.readouterr().out
+    folder = store.checkpoints_of(run)
+    file = folder / store.name_of(4) / store.file_of(1)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (folder / store.name_of(6) / "manifest.json").write_text("{")
+    assert main(["checkpoint", "verify", str(run)]) == 1
+    shown = capsys.readouterr().out
+    assert f"{store.name_of(4)}: {store.file_of(1)}" in shown
+    assert f"{store.name_of(6)}: manifest.json" in shown
+    assert "1 of 3" in shown
+
+
+@pytest.mark.parametrize(("flags", "stay"), [([], [4, 6]), (["--keep_last", "1"], [6])])
+def test_prune_leaves_the_newest(run, flags, stay, capsys):
+    assert main(["checkpoint", "prune", str(run), *flags]) == 0
+    assert [item.update for item in store.complete(run)] == stay
+    assert f"removed {3 - len(stay)}: step_00000002" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["prune", "RUN", "--keep_last", "0"], "--keep_last"),
+        (["list", "RUN/none"], "recipe.json"),
+        (["verify"], "RUN"),
+        (["export", "RUN", "out"], "--deepspeed_config"),
+        (["import", "RUN", "RUN", "--deepspeed_config", "x.json"], "latest"),
+        (["lst", "RUN"], "list"),
+    ],
+)
+def test_a_mistake_ends_with_2(run, arguments, named, capsys):
+    arguments = [argument.replace("RUN", str(run)) for argument in arguments]
+    assert main(["checkpoint", *arguments]) == 2
+    assert named in capsys.readouterr().err
+    assert [item.update for item in store.complete(run)] == [2, 4, 6]
