@@ -38,7 +38,8 @@ def read_recipe(folder: str | Path, *, where: str) -> Run:
     path = recipe_file(folder, where=where)
     try:
         return Run.from_dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(
-            f"{where}: {path}: damaged; got {error}, expected what the run wrote. Restore it."
+            f"{where}: {path}: cannot be read; got {error}, expected what the run wrote. Restore "
+            "it, or use the release that wrote it."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run's folder records of the user's own code."""
+"""The folder of a run: who may enter it, and what it records of a start and of own code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import pytest
 
 from fd_large import doors
 from fd_large.errors import ConfigError
-from fd_large.runtime.run_folder import record_code, recorded_code
+from fd_large.recipes import registry
+from fd_large.recipes.fields import override
+from fd_large.runtime.run_folder import (
+    open_folder,
+    record_code,
+    recorded_code,
+    rows_before,
+    status_of,
+    write_environment,
+    written_or_logged,
+)
 
 
 def test_code_is_recorded_with_the_step_from_which_it_is_used(tmp_path, caplog):
@@ -42,3 +52,74 @@ def test_a_file_that_is_as_it_was_recorded_may_be_imported(tmp_path, monkeypatch
     for name in ("edited", "gone"):
         with pytest.raises(ConfigError, match=f"{name}.py"):
             doors.load(names[name], kind="losses", where="")
+
+
+def enter(folder, fresh=False, **fields):
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    run = override(registry.get("quickstart"), named)
+    open_folder(folder, run.to_dict(), run.changes_since, fresh=fresh)
+    return json.loads((folder / "recipe.json").read_text())
+
+
+def test_a_run_goes_on_in_its_own_folder_alone(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    enter(folder, optim__base_lr=0.2)
+    # What does not change the result may change, and the newest is recorded.
+    found = enter(folder, optim__base_lr=0.2, runtime__log_every=3, data__workers=1)
+    assert found["runtime"]["log_every"] == 3
+    with pytest.raises(ConfigError, match=r"got optim\.base_lr 0\.2 -> 0\.3, .*--fresh"):
+        enter(folder, optim__base_lr=0.3, runtime__log_every=7)
+    assert json.loads((folder / "recipe.json").read_text()) == found
+
+
+def test_a_fresh_start_keeps_the_old_runs(tmp_path):
+    folder = tmp_path / "a"
+    for number in range(3):
+        enter(folder, fresh=True, runtime__seed=number)
+        (folder / "metrics.jsonl").write_text(str(number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.old-1", "a.old-2"]
+    assert (tmp_path / "a.old-2" / "metrics.jsonl").read_text() == "1"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}'])
+def test_a_damaged_recipe_is_named(tmp_path, text):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"recipe\.json: not a recipe .*--fresh"):
+        enter(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--runtime\.run_dir: "):
+        enter(tmp_path / "file" / "run")
+
+
+def test_where_and_how_it_was_started(tmp_path):
+    write_environment(tmp_path, {"a": 1}, "torchrun", {"test/top1": "top-1"})
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert (found["launcher"], found["world_size"], found["device"]) == ("torchrun", 1, "cpu")
+    assert found["metrics"] == {"test/top1": "top-1"}
+    assert found["packages"]["torch"]
+    assert json.loads((tmp_path / "deepspeed.json").read_text()) == {"a": 1}
+
+
+def test_the_status_of_a_run_that_has_none_yet(tmp_path):
+    assert status_of(tmp_path) is None
+    for text, status in (("{", None), ("[]", None), ('{"status": "done"}', "done")):
+        (tmp_path / "summary.json").write_text(text)
+        assert status_of(tmp_path) == status
+
+
+def test_rows_end_at_a_torn_line_and_at_the_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert rows_before(file, 9) == []
+    file.write_text("".join(f'{{"update": {number}}}\n' for number in range(5)) + '{"update": 5')
+    assert [row["update"] for row in rows_before(file, 9)] == [0, 1, 2, 3, 4]
+    assert [row["update"] for row in rows_before(file, 3)] == [0, 1, 2]
+    file.write_text('{"update": 0}\n{"update": 1}')  # Whole by chance: its end is missing.
+    assert [row["update"] for row in rows_before(file, 9)] == [0]
+
+
+def test_a_full_disk_is_logged_and_other_errors_are_not_hidden(caplog):
+    with written_or_logged("summary.json"):
+        raise OSError("No space left on device")
+    assert "summary.json: NOT WRITTEN: No space left" in caplog.text
+    with pytest.raises(ValueError, match="x"), written_or_logged("summary.json"):
+        raise ValueError("x")

@@ -109,3 +109,12 @@ def test_tables_keep_what_belongs_to_class_tokens(prefix):
     # A constant stays one, whatever the grid.
     flat = resized("pos_embed", torch.ones(1, 5, 4), (1, 17, 4), expected)
     torch.testing.assert_close(flat, torch.ones(1, 17, 4))
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_tables_of_biases_keep_the_rows_of_class_tokens(extra):
+    expected = {"cls_token": (1, 1, 4)} if extra else {}
+    table = torch.randn(9 + extra, 2)
+    new = resized("relative_position_bias_table", table, (25 + extra, 2), expected)
+    assert new.shape == (25 + extra, 2)
+    assert torch.equal(new[25:], table[9:])

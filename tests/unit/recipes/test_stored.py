@@ -1,0 +1,25 @@
+"""The recipe in the folder of a run, or one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.stored import read_recipe
+
+
+def test_a_stored_recipe_is_the_same_run(tmp_path):
+    run = registry.get("quickstart")
+    (tmp_path / "recipe.json").write_text(json.dumps(run.to_dict()))
+    assert read_recipe(tmp_path, where="report") == run
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "3", '{"student": {"model": "no"}}', "{}"])
+def test_what_is_none_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"^report: .*recipe\.json"):
+        read_recipe(tmp_path, where="report")
