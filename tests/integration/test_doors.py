@@ -110,6 +110,9 @@ def test_an_edited_file_is_said_and_recorded_and_other_ranks_resume(calm, pictur
     assert [start["update"] for start in code(run_dir)] == [0, STEPS - 1]
     assert len({start["files"][f"module:{path}:cosine"] for start in code(run_dir)}) == 2
     assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
+    wanted, found = state(reference, STEPS), state(run_dir, STEPS)
+    for key in (key for key in wanted if key.startswith("momentum.")):
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-6)
 
 
 def command(*words: object, ranks: int = 1) -> Finished:
