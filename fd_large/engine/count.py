@@ -435,10 +435,13 @@ def _on_shapes(device: choose.Device) -> Iterator[None]:
         # Random weights of no values would move the generator on.
         with choose.standing_in(device), torch.random.fork_rng(devices=[]), torch.device("meta"):
             yield
-    except (RuntimeError, NotImplementedError) as error:
+    except FDError:
+        raise
+    except Exception as error:  # Code of the user's own may raise anything.
         raise ConfigError(
-            f"count: a model does not run on shapes alone; got {error}, expected a model that "
-            "torch's meta device can run. Plan with one that is near in size."
+            f"count: a step does not run on shapes alone; got {type(error).__name__}: {error}, "
+            "expected models and a loss that torch's meta device can run. Plan with others that "
+            "are near in size."
         ) from error
 
 

@@ -63,6 +63,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
         whole, state, group = _trial(make, [(8, 8)], device)
         flat, _, _ = _trial(make, [(64,)], device)
         parts, _, _ = _trial(make, [(24,), (40,)], device)
+        alone, _, _ = _trial(make, [(24,)], device)  # As on a rank that has no other part.
         _, first, _ = _trial(make, [(8,)], device, steps=1, still=True)
     except Exception as error:  # The user's code may raise anything.
         raise _unfit(
@@ -72,7 +73,8 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
         raise _unfit(
             optim, f"has no weight decay; got {optim.weight_decay}", "optim.weight_decay 0"
         )
-    if not all(torch.allclose(flat, other, rtol=1e-3, atol=1e-6) for other in (whole, parts)):
+    others = (whole, parts, alone)
+    if not all(torch.allclose(flat[: len(o)], o, rtol=1e-3, atol=1e-6) for o in others):
         raise _unfit(
             optim,
             "does not act element by element; got other steps for parts of a tensor than for the "
@@ -109,7 +111,7 @@ def _trial(
 
     Args:
         make: Makes the optimiser.
-        shapes: Shapes of the parameters, 64 elements in all.
+        shapes: Shapes of the parameters, at most 64 elements in all.
         device: Where they are.
         steps: How many.
         still: Whether numbers and gradients are zeros.

@@ -112,11 +112,18 @@ def make_loss(name: str, *, beta: float) -> Loss:
         name: A name in `LOSSES`, or one of the user's own (fd_large/doors.py).
         beta: `objective.beta`.
 
-    Raises: ConfigError: if there is no such loss.
+    Raises: ConfigError: if there is no such loss, or it cannot be made.
     """
     found = doors.load(name, kind="losses", where=WHERE, built_in=LOSSES)
-    is_class = isinstance(found, type) and issubclass(found, Loss)
-    return found(beta) if is_class else FunctionLoss(found)
+    if not (isinstance(found, type) and issubclass(found, Loss)):
+        return FunctionLoss(found)
+    try:
+        return found(beta)
+    except Exception as error:  # The user's code may raise anything.
+        raise ConfigError(
+            f"{WHERE}: {name} cannot be made; got {type(error).__name__}: {error}, expected a Loss "
+            "from a call with beta. Correct the class."
+        ) from error
 
 
 def check_loss(loss: Loss, name: str) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fd_large import doors
 from fd_large.backbones.registry import build
-from fd_large.engine.count import Recorder, count, run_on_shapes
+from fd_large.engine.count import Recorder, count, run_on_shapes, step_flops
+from fd_large.errors import ConfigError
 from fd_large.kernels.choose import Device, standing_in
 from fd_large.plan.counts import Counts, Line
 from fd_large.recipes import registry
@@ -196,6 +198,17 @@ def test_sequential_attention_is_counted_at_the_asked_batch():
     counts = counted(run, L40S, checkpointing=[False], micro_batch_size=1)[False]
     assert counts.images == 1
     assert counts.kept.each == 0 < counts.kept.at(1)
+
+
+def test_code_that_needs_values_leaves_a_run_without_flops_and_ends_a_plan(tmp_path):
+    path = tmp_path / "loss.py"
+    path.write_text("def loss(p, t):\n    p.detach().numpy()\n    return (p - t).square().mean()\n")
+    doors.allow(path)
+    run = registry.get("quickstart")
+    run = replace(run, objective=replace(run.objective, loss=f"module:{path}:loss"))
+    assert step_flops(job_of(run), 2, checkpointing=False) is None
+    with pytest.raises(ConfigError, match="numpy"):
+        counted(run, H100)
 
 
 def test_counts_survive_json():

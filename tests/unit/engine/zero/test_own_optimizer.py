@@ -61,6 +61,13 @@ class Schedule(Lion):
     def step(self, closure=None):
         self.param_groups[0]["lr"] *= 0.5
 
+class Clipping(Lion):
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            p.data.sub_(p.grad / norm, alpha=self.param_groups[0]["lr"])
+
 def broken(groups, lr):
     return [groups, lr]
 
@@ -167,6 +174,7 @@ def test_a_built_in_one_is_a_line_in_its_table(monkeypatch, own, make_engine):
     ("name", "part"),
     [
         ("Lamb", "element by element"),
+        ("Clipping", "element by element"),
         ("LBFGS", "does not step"),
         ("Adagrad", "before the first step"),
         ("NAdam", "'mu_product'"),

@@ -105,6 +105,13 @@ def test_a_loss_that_does_not_work_is_refused_before_a_run(tmp_path, body, part)
     assert part in str(caught.value)
 
 
+def test_a_loss_class_that_cannot_be_made_is_refused(tmp_path):
+    text = "from fd_large.tasks.distillation.losses import Loss\n"
+    text += "class Own(Loss):\n    def __init__(self):\n        super().__init__()\n"
+    with pytest.raises(ConfigError, match=r"objective\.loss"):
+        make_loss(own(tmp_path / "own.py", text, "Own"), beta=2.0)
+
+
 def test_a_normaliser_of_the_users_own_treats_each_token_alone(tmp_path):
     text = (
         "def scaled(tokens):\n    return tokens.float() / 2\n"
