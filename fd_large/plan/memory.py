@@ -1,4 +1,4 @@
-"""Bytes that a rank holds between two optimizer steps, from counts of elements.
+"""Bytes that a rank holds between two steps, from counts of elements.
 
 P is the number of parameters of student and projection, W that of ranks, b the bytes of a parameter
 (2 in bfloat16, 4 in float32); T and B are the same of the teacher. DeepSpeed 0.19.8 keeps between
@@ -21,7 +21,7 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   stays whole on every rank beside its shards.
 - hpZ's second copy inside the node exists from the forward pass to the step only: bP/G for groups
   of G ranks.
-- Offloading the optimizer moves masters, moments and gradients to host memory, where the step's
+- Offloading the optimiser moves masters, moments and gradients to host memory, where the step's
   own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
   back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
   shards; K stays on the device.

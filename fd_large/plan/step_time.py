@@ -26,7 +26,7 @@ elements, forward and back, stay whole.
 A split teacher adds T per micro-batch, over all ranks or inside each node. With hpZ the backward
 pass gathers inside a node. On GPUs communication runs beside computation, and the longer of the two
 counts; CPU ranks, whose cores do both, take the sum. After the last micro-batch come the
-collectives of the step and the optimizer, which moves 46 bytes (bfloat16) for each parameter of the
+collectives of the step and the optimiser, which moves 46 bytes (bfloat16) for each parameter of the
 rank's shard.
 """
 

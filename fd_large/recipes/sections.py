@@ -190,7 +190,7 @@ class Optim:
     # Number of passes, or a fraction of one, over which the learning rate rises. 0 turns warm-up
     # off.
     warmup_epochs: float = 10.0
-    # Number of optimizer steps of the run and of its schedule, instead of epochs. 0 uses epochs.
+    # Number of optimiser steps of the run and of its schedule, instead of epochs. 0 uses epochs.
     max_steps: int = 0
     # Time limit of training, in seconds. After 20 steps the run shortens itself and its schedule to
     # the number of steps that fit, at most max_steps. 0 sets no limit.
@@ -234,7 +234,7 @@ class Optim:
         )
         at_least("optim.epochs", self.epochs, 1, "passes over the data")
         not_negative("optim.warmup_epochs", self.warmup_epochs)
-        at_least("optim.max_steps", self.max_steps, 0, "optimizer steps")
+        at_least("optim.max_steps", self.max_steps, 0, "steps")
         not_negative("optim.max_seconds", self.max_seconds)
         require(
             bool(self.max_steps) or self.warmup_epochs < self.epochs,
@@ -259,7 +259,7 @@ class Optim:
 class Batch:
     """The number of images in a step, and in one pass on a GPU."""
 
-    # Number of images in an optimizer step, over all ranks and micro-batches.
+    # Number of images in a step, over all ranks and micro-batches.
     global_batch_size: int = 2048
     # Number of images in one pass on a rank. auto: the largest power of two that divides the rank's
     # images of a step and fits in memory, found by a trial step. The number of passes per step
@@ -359,7 +359,7 @@ class Runtime:
 
     # Folder of the run. Empty: runs/RECIPE.
     run_dir: str = ""
-    # Number of optimizer steps between two lines of the log.
+    # Number of steps between two lines of the log.
     log_every: int = 20
     # What shows the numbers of the run besides the progress bar and the files in its folder.
     # tensorboard: curves in RUN/events. A Tracker of your own: module:FILE.py:NAME
