@@ -14,7 +14,8 @@ class Detection:
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
-    # Heads that make classes, boxes and masks of proposals: mask_rcnn.
+    # Heads that make classes, boxes and masks of proposals: mask_rcnn. Your own, with the methods
+    # of RoIHeads (fd_large/tasks/detection/heads/roi_heads.py): module:FILE.py:NAME.
     heads: str = "mask_rcnn"
     # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256

@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.task import Task
-from fd_large.errors import ConfigError
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
@@ -44,7 +43,7 @@ class Detection(Task):
     Args:
         student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
-        heads: A name of the table `HEADS`.
+        heads: A name of the table `HEADS`, or one of the user's own that stands in for it.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.
@@ -72,14 +71,10 @@ class Detection(Task):
     ) -> None:
         super().__init__(student)
         strip(student)
-        if heads not in HEADS:
-            raise ConfigError(
-                f"task.detection.heads: unknown name; got {heads!r}, expected one of "
-                f"{', '.join(HEADS)}. Set --task.detection.heads."
-            )
         self.pyramid = pyramid_of(student, width)
         self.rpn = RpnHead(width)
-        self.heads = HEADS[heads](
+        make = doors.load(heads, kind="heads", where="task.detection.heads", built_in=HEADS)
+        self.heads = make(
             num_classes,
             width,
             rois_per_image=rois_per_image,

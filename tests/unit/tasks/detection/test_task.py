@@ -293,3 +293,17 @@ def test_it_learns_a_picture():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_heads_of_the_users_own_stand_in_for_ours(tmp_path):
+    path = tmp_path / "heads.py"
+    path.write_text(
+        "from fd_large.tasks.detection.heads.roi_heads import RoIHeads\n"
+        "class Own(RoIHeads):\n    pass\n"
+    )
+    doors.allow(path)
+    run = narrow_run(VIT)
+    own = replace(run.task.detection, heads=f"module:{path}:Own")
+    task = DetectionJob(replace(run, task=replace(run.task, detection=own))).make_task()
+    assert type(task.heads).__name__ == "Own"
+    loss_of(task, batch_of(0, (64, 64), [2]))[0].backward()
