@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +14,6 @@ from PIL import Image
 from fd_large import distributed
 from fd_large.cli import evaluate
 from fd_large.cli.main import main
-from fd_large.engine.find_model import find_model, with_own_labels
-from fd_large.errors import ConfigError
-from fd_large.tasks.jobs import job_of
 
 TINY = "vit_base_patch16=random"
 
@@ -115,18 +111,6 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
     assert evaluate.main(words) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
-
-
-def test_no_two_nets_share_a_folder():
-    nets = [
-        replace(find_model(TINY, job_of), label=label, source=label) for label in ("a b", "a_b")
-    ]
-    with pytest.raises(ConfigError, match="a model twice"):
-        with_own_labels(nets)
-    nets = [
-        replace(find_model(TINY, job_of), label="a", source=source) for source in ("x/a", "y/a")
-    ]
-    assert [net.label for net in with_own_labels(nets)] == ["x/a", "y/a"]
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,10 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.models import DRIFT, OBJECTIVE, LoadedModel, load_model
-from fd_large.engine.find_model import find_model
-from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError, WeightsError
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Teacher
-from fd_large.tasks.jobs import job_of
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -109,23 +106,6 @@ def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_pa
     loaded = load_model(str(tmp_path / "detector"))
     assert loaded.image_size == 32
     assert loaded.backbone(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
-
-
-def test_a_student_pads_images_as_it_did_in_training(distillation) -> None:
-    folder, run, task = distillation
-    run = replace(
-        run,
-        student=replace(run.student, size_rule="pad"),
-        data=replace(run.data, image_size=38),
-    )
-    tensors = {name: p.detach() for name, p in task.named_parameters()}
-    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
-    trained = make_student(run.student, image_size=run.data.image_size).eval()
-    trained.load_state_dict(task.student.state_dict())
-    images = torch.randn(2, 3, 38, 38, generator=torch.Generator().manual_seed(0))
-    net, _ = find_model(str(folder), job_of).build()
-    with torch.no_grad():
-        assert torch.equal(net(images).tokens, trained(images).tokens)
 
 
 def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:

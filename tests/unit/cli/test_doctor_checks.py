@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fd_large.cli import doctor, doctor_checks
+from fd_large.cli.doctor_checks import Finding, look
+
+
+def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
+    found = doctor_checks.disk(str(tiny_disk / "not" / "made"), needed=False)
+    assert found.verdict == "missing"  # 4 MB do not even take the test
+    assert "No space left" in found.found
+    assert os.listdir(tiny_disk) == []
+    assert doctor_checks.disk(str(tiny_disk), needed=True).verdict == "STOPS"
+    shared = doctor_checks.disk("/dev/shm", needed=False)
+    assert (shared.verdict, "tmpfs" in shared.found) == ("low", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "verdict"),
+    [
+        ("NCCL_SOCKET_IFNAME", "ib77", "STOPS"),
+        ("NCCL_SOCKET_IFNAME", "^docker,lo", "ok"),
+        ("NCCL_SOCKET_IFNAME", "=lo", "ok"),
+        ("NCCL_SOCKET_IFNAME", "l", "ok"),  # a beginning
+        ("GLOO_SOCKET_IFNAME", "l", "STOPS"),  # gloo wants the whole name
+        ("GLOO_SOCKET_IFNAME", "lo", "ok"),
+        ("NCCL_P2P_DISABLE", "1", "slow"),
+        ("NCCL_DEBUG", "INFO", "ok"),
+    ],
+)
+def test_variables_of_the_network(name, value, verdict, monkeypatch):
+    monkeypatch.setenv(name, value)
+    found = doctor_checks.collective_variables()
+    assert found.verdict == verdict
+    assert f"{name}={value}" in found.found
+    assert bool(found.remedy) == (verdict != "ok")
+
+
+def test_infiniband(tmp_path, monkeypatch):
+    assert doctor_checks.infiniband().verdict == "-"
+    for number, state in enumerate(["4: ACTIVE", "4: ACTIVE", "1: DOWN"]):
+        port = tmp_path / f"mlx5_{number}" / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    monkeypatch.setattr(doctor_checks, "_FABRIC", tmp_path)
+    assert doctor_checks.infiniband() == Finding("2 x 400 Gb/sec", alike="2 x 400 Gb/sec")
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    assert doctor_checks.infiniband().verdict == "slow"
+    for number in range(2):
+        (tmp_path / f"mlx5_{number}" / "ports" / "1" / "state").write_text("2: INIT\n")
+    assert doctor_checks.infiniband().found == "no port is active"
+
+
+def test_packages_that_are_missing_or_too_old_stop(monkeypatch):
+    real = importlib.metadata.version
+
+    def other(name: str) -> str:
+        if name == "timm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1.0" if name == "deepspeed" else real(name)
+
+    monkeypatch.setattr(doctor_checks, "version", other)
+    found = doctor_checks.packages()
+    assert found.verdict == "STOPS"
+    assert "no timm" in found.found
+    assert "deepspeed 0.1.0, not >=" in found.found
+
+
+def test_a_gpu_machine_with_a_torch_for_cpus(monkeypatch):
+    if torch.version.cuda:
+        pytest.skip("a torch with CUDA")
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda p: "nvidia" in str(p) or real(p))
+    found = doctor_checks.torch_build()
+    assert (found.verdict, "beside an NVIDIA driver" in found.found) == ("missing", True)
+
+
+def test_a_gpu_that_does_not_compute_stops(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "ones", fails)
+    found = doctor_checks.devices()
+    assert found.verdict == "STOPS"
+    assert found.found == "GPU 0 does not compute: CUDA error: uncorrectable ECC error encountered"
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = doctor_checks.compiler()
+    assert found.verdict == "missing"
+    assert found.found == "none; no C++, ninja"
+
+
+def test_listings_that_cannot_be_kept(monkeypatch):
+    monkeypatch.setenv("FD_CACHE", "/proc/cache")
+    found = doctor_checks.listings()
+    assert (found.verdict, "FD_CACHE" in found.remedy) == ("slow", True)
+
+
+def test_a_look_that_fails_is_told_and_judges_nothing():
+    def fails() -> Finding:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    found = look(fails)
+    assert found.verdict == "-"
+    assert "Permission denied" in found.found
+
+
+def test_nodes_that_differ_are_named():
+    def node(hash_: str, devices: str, disk: Finding) -> dict[str, Finding]:
+        return {
+            "code": Finding(hash_, alike=hash_),
+            "devices": Finding(devices, alike=devices),
+            "run folder": disk,
+        }
+
+    fast, faster = (Finding(f"{n} GB/s") for n in (1, 2))
+    slow = Finding("0.05 GB/s", "slow", "Name another disk.")
+    slower = slow._replace(found="0.04 GB/s")
+    same = doctor.merged([("n1", node("a", "8 x H", fast)), ("n2", node("a", "8 x H", faster))])
+    assert same == node("a", "8 x H", fast)
+    code, devices, disk = doctor.merged(
+        [
+            ("n1", node("a", "8 x H", fast)),
+            ("n2", node("a", "8 x H", slow)),
+            ("n3", node("b", "7 x H", slower)),
+        ]
+    ).values()
+    assert (code.verdict, code.found) == ("STOPS", "a; n3: b")
+    assert (devices.verdict, devices.found) == ("check", "8 x H; n3: 7 x H")
+    assert disk == slow._replace(found="1 GB/s; n2, n3: 0.05 GB/s")
+    # A first node that is worse than the others speaks for itself.
+    assert doctor.merged([("n1", {"a": slow}), ("n2", {"a": fast})]) == {"a": slow}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(("NCCL_", "GLOO_", "SLURM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("FD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,52 @@
+"""Where records go: the terminal, this rank's file, or both."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from fd_large import distributed
+from fd_large.runtime import logs
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Logging as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_rank_0_speaks_and_every_file_keeps_all(rank, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    logs.start(rank)
+    ours, theirs = logging.getLogger("fd_large.x"), logging.getLogger("library")
+    ours.info("before the folder is known")
+    logs.set_up(tmp_path)
+    ours.info("one of ours")
+    ours.info("not for the terminal", extra=logs.FILE_ONLY)
+    ours.debug("not at all")
+    theirs.warning("one of theirs")
+    theirs.error("an error of theirs")
+    logging.getLogger("DeepSpeed").info("of DeepSpeed")
+    shown = capsys.readouterr().out
+    kept = (tmp_path / "logs" / f"rank_{rank:05d}.log").read_text()
+    everywhere = {"an error of theirs"}
+    ours_alone = {"before the folder is known", "one of ours"}
+    in_files = {"not for the terminal", "one of theirs", "of DeepSpeed"}
+    for text in everywhere | ours_alone | in_files:
+        assert kept.count(text) == 1, text
+        assert (text in shown) == (text in everywhere | (ours_alone if rank == 0 else set())), text
+    assert "not at all" not in kept
+    assert ("rank 3: " in shown) == (rank == 3)
+    order = [kept.index(text) for text in ("before the folder", "one of ours", "an error")]
+    assert order == sorted(order)
