@@ -83,10 +83,10 @@ def test_its_weights_are_a_file_or_none(tmp_path):
     section = FrozenModel(
         model="dino_vit_base_patch16", architecture=TINY_VIT, source=str(tmp_path / "net.pth")
     )
-    found = dict(frozen_weights(section, Sources()))
+    found = dict(frozen_weights(section, Sources(), where="--teacher.source"))
     assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
     random = FrozenModel(model="dino_vit_base_patch16", source="random")
-    assert frozen_weights(random, Sources()) is None
+    assert frozen_weights(random, Sources(), where="--teacher.source") is None
     nothing = FrozenModel(model="dino_vit_base_patch16")
     with pytest.raises(ConfigError, match=r"--net\.source"):
         frozen_weights(nothing, Sources(), where="--net.source")
@@ -94,4 +94,4 @@ def test_its_weights_are_a_file_or_none(tmp_path):
     torch.save(found, tmp_path / "part.pth")
     section = replace(section, source=str(tmp_path / "part.pth"))
     with pytest.raises(WeightsError, match=r"norm\.bias.*--teacher\.allow"):
-        frozen_weights(section, Sources())
+        frozen_weights(section, Sources(), where="--teacher.source")
