@@ -1,4 +1,4 @@
-"""What a model of timm needs to be trained, seen in one forward on the meta device.
+"""What a model of timm needs to be trained, seen in one run on the meta device.
 
 Which drop path is called when, which modules are its blocks, and whether anything else draws random
 numbers: timm does not say so, and its models differ.
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 @lru_cache(maxsize=64)
 def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> Measured:
-    """Builds a model on the meta device and runs it once in training mode.
+    """Builds a model on the meta device and runs it forward and backward once.
 
     Args:
         name: timm's name of the model.
@@ -79,22 +79,37 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
         arguments,
         drops.order if drop_path_rate else (),
         drops.owner if drop_path_rate else {},
-        tuple(path for path, module in whole.named_modules() if type(module) in kinds),
+        tuple(
+            path
+            for path, module in whole.named_modules()
+            if type(module) in kinds and path not in drops.growing
+        ),
         layers,
         _last_layer(layers, whole, has_head=has_head),
     )
 
 
 class _DropPaths(NamedTuple):
+    """What was seen; `growing` are modules that are given a list, which may have grown since when
+    they are computed again."""
+
     order: tuple[tuple[str, float], ...]
     owner: dict[str, str]
+    growing: set[str]
 
 
 def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     """Cuts a model on the meta device and runs it."""
     stage = cut(net, name, stride)
     still(net)
-    side = image_size or net.pretrained_cfg["input_size"][-1]
+    native = net.pretrained_cfg["input_size"][-1]
+    # A few models' own size does not divide into tokens.
+    side = image_size or -(-native // stage.stride) * stage.stride
+    if side % stage.stride:
+        raise ConfigError(
+            f"student.model: images do not divide into the tokens of {name}; got {side}x{side} "
+            f"pixels, expected a multiple of {stage.stride}. Set --data.image_size."
+        )
     modules = dict(net.named_modules())
     rates = {
         path: module.drop_prob for path, module in modules.items() if isinstance(module, DropPath)
@@ -102,13 +117,16 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     order: list[str] = []
     runs: Counter[str] = Counter()
     batches: dict[str, int] = {}
+    growing: set[str] = set()
 
     def called(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         order.append(path)
         batches[path] = len(inputs[0])
 
-    def ran(path: str, *_: Any) -> None:
+    def ran(path: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         runs[path] += 1
+        if any(isinstance(value, list) for value in inputs):
+            growing.add(path)
 
     for path, module in modules.items():
         if path in rates:
@@ -118,7 +136,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
             module.register_forward_pre_hook(partial(ran, path))
     images = torch.empty(_BATCH_SIZE, 3, side, side, device="meta")
     try:
-        with _Draws() as draws, torch.no_grad():
+        with _Draws() as draws:
             (features,) = net.train().forward_intermediates(
                 images,
                 indices=[stage.index],
@@ -126,6 +144,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
                 output_fmt="NCHW",
                 intermediates_only=True,
             )
+            features.sum().backward()
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"student.model: {name} does not take images of this size; got {side}x{side} pixels "
@@ -134,20 +153,32 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
         ) from error
     if draws.seen:
         raise _refused(name, f"random draws besides drop path ({', '.join(sorted(draws.seen))})")
+    if idle := [path for path, p in net.named_parameters() if p.grad is None]:
+        # They would be decayed all the same.
+        raise ConfigError(
+            f"student.model: the map of {name} does not depend on all of its parameters; got "
+            f"{len(idle)} that it does not need, {idle[0]} the first, expected none. Choose "
+            "another model."
+        )
     grid = (side // stage.stride, side // stage.stride)
     if tuple(features.shape[-2:]) != grid:
-        raise _refused(name, f"a map of {tuple(features.shape[-2:])} where timm says {grid}")
+        raise ConfigError(
+            f"student.model: the map of {name} has another stride than timm states; got "
+            f"{features.shape[-2]}x{features.shape[-1]} tokens of {side}x{side} pixels, expected "
+            f"{grid[0]}x{grid[1]}. Use another model."
+        )
     owner = {}
     for path in dict.fromkeys(order):
         above = path.rpartition(".")[0]
         while above and not runs[above]:
             above = above.rpartition(".")[0]
         if runs[above] != 1:
-            raise _refused(name, f"{above or 'a model'} that runs {runs[above]} times in a forward")
+            block = above or "no block"
+            raise _refused(name, f"drop path {path} in {block}, run {runs[above]} times")
         if batches[path] % _BATCH_SIZE:
             raise _refused(name, f"drop path of {batches[path]} rows for {_BATCH_SIZE} images")
         owner[path] = above
-    return _DropPaths(tuple((path, rates[path]) for path in order), owner)
+    return _DropPaths(tuple((path, rates[path]) for path in order), owner, growing)
 
 
 def still(net: nn.Module) -> None:

@@ -120,7 +120,7 @@ class TimmBackbone(nn.Module):
             rows[path].append(row)
         for path, module in list(self.net.named_modules()):
             if isinstance(module, DropPath):
-                kept = Kept(self._scales, rows[path], scales_by_keep=module.scale_by_keep)
+                kept = Kept(self._scales, rows.get(path, ()), scales_by_keep=module.scale_by_keep)
                 self.net.set_submodule(path, kept)
                 if path in rows:  # Some models never call one of theirs.
                     owned[self._measured.owners[path]].append(kept)

@@ -62,12 +62,14 @@ def test_a_model_without_a_head_leaves_a_layer_for_one():
     [
         ("convnext_attoo", 0.1, "timm_name: .*convnext_atto"),
         ("vgg11", 0.1, "student.drop_path_rate"),
+        ("coat_mini", 0.1, "student.model: .*norm22.weight"),
+        ("inception_v3", 0.0, "student.model: .*8x8 tokens"),
         ("vit_that_drops_patches", 0.1, "student.model: .*bernoulli|rand"),
-        ("vit_tiny_patch16_224", 0.1, "student.model: .*8x8"),
+        ("vit_tiny_patch16_224", 0.1, "student.model: .*8x8 pixels"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_sentence(name, rate, field):
-    size = 8 if "8x8" in field else 0
+    size = 8 if "8x8 pixels" in field else 0
     with pytest.raises(ConfigError, match=field), torch.device("meta"):
         TimmBackbone(name, image_size=size, drop_path_rate=rate, is_trained=True)
 
@@ -81,3 +83,15 @@ def test_batch_normalisation_needs_weights_to_start_from():
 def test_dropout_that_a_model_has_by_default_is_off():
     net = TimmBackbone("vit_relpos_small_patch16_224", drop_path_rate=0.1, is_trained=True)
     assert all(m.p == 0 for m in net.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_drop_paths_that_are_never_called_have_no_row():
+    with torch.device("meta"):
+        net = TimmBackbone("hgnet_tiny", drop_path_rate=0.1, is_trained=True)
+    keep = torch.ones(len(net.drop_path_rates), 2, dtype=torch.bool)
+    assert net(torch.empty(2, 3, 64, 64, device="meta"), keep).tokens.shape[:2] == (2, 4)
+
+
+def test_blocks_that_are_given_a_growing_list_are_not_computed_again():
+    with torch.device("meta"):
+        assert TimmBackbone("rdnet_tiny", is_trained=True).blocks() == []
