@@ -52,10 +52,10 @@ class HelpShown(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class AllowsCode:
-    """An argument of commands that build the model of a stored run."""
+    """An argument of commands that build models of stored runs and of exports."""
 
-    # Python files that may be imported where a stored recipe names them (module:FILE.py:NAME).
-    # Others are not: a run that came from elsewhere must not run code.
+    # Python files that may be imported where a stored recipe or an export names them
+    # (module:FILE.py:NAME). Others are not: what came from elsewhere must not run code.
     allow_code: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from fd_large.plan.search import Refused, checkpoint_bytes, num_steps, search
 from fd_large.plan.step_time import Estimate
 from fd_large.plan.workload import Workload, frozen_in_bfloat16
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import ADAMW, Student
+from fd_large.recipes.sections import ADAMW, AUTO, Student
 
 IMAGENET = 1_281_167
 NARROW = 96
@@ -39,7 +40,7 @@ NO_SHAPES = frozenset(
     {
         *(f"student.{name}" for name in ("init", "init_allow", "initialization")),
         "student.activation_checkpointing",
-        *(f"teacher.{name}" for name in ("allow", "placement", "statistics")),
+        *(f"teacher.{name}" for name in ("allow", "placement", "source", "statistics")),
     }
 )
 
@@ -146,6 +147,7 @@ def plan(
     Returns: The work, the machine, the settings that fit, fastest first, and those that do not.
     Raises: FDError: if something cannot be planned or read.
     """
+    run = _as_trained(run)
     if probe:
         # torch, which the rest of this command does without.
         from fd_large.cli.plan_probe import probe as measure
@@ -158,6 +160,35 @@ def plan(
     machine = Machine(cluster=cluster, rates=measured)
     load = workload(run, measured, kernels)
     return load, machine, *search(load, machine)
+
+
+def _as_trained(run: Run) -> Run:
+    """Returns the run with the frozen models that its sources bring, or that their files show."""
+    from_source = {
+        name: section
+        for name, section in run.frozen_models.items()
+        if brings_model(section.source) or section.model == AUTO
+    }
+    if not from_source:
+        return run
+    # They import torch, which a recipe of record does without.
+    from fd_large.engine.checkpoint_models import sources_of
+    from fd_large.tasks.jobs import job_of
+    from fd_large.weights.settle import settle_model
+
+    settled = {
+        name: settle_model(section, sources_of(job_of), where=f"--{name}.source")
+        for name, section in from_source.items()
+    }
+    for name, section in settled.items():
+        require(
+            section.model != AUTO,
+            f"{name}.model: auto takes the model that the weights show",
+            f"{name}.source {section.source!r}",
+            "weights",
+            f"Set --{name}.source, or name a model",
+        )
+    return replace(run, **settled)
 
 
 def _write(flag: str, name: str, content: dict[str, Any]) -> None:
@@ -229,15 +260,11 @@ def shape_fields(run: Run) -> dict[str, Any]:
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")
     fields = {name: plain(value) for name, value in flat(run).items() if name.startswith(SHAPES)}
-    fields = {
+    return {
         name: value
         for name, value in fields.items()
         if name not in NO_SHAPES and value != plain(default.get(name, ""))
     }
-    # Weights decide nothing, but code of the user's own does.
-    if not str(fields.get("teacher.source", "")).startswith("module:"):
-        fields.pop("teacher.source", None)
-    return fields
 
 
 def report(
@@ -271,8 +298,10 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
         network = f", {cluster.nics_per_node} x {cluster.nic_gigabits:g} Gb/s per node"
     teacher = ""
     if load.teacher_sizes:
+        source, model = run.teacher.source, run.teacher.model
+        name = source if brings_model(source) else model
         teacher = (
-            f"  teacher {run.teacher.model}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
+            f"  teacher {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
             f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
         )
     return Text(

@@ -30,9 +30,8 @@ def probe(run: Run, *, ranks: int) -> Rates:
     ranks = min(ranks, torch.cuda.device_count() or ranks)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
-        request = json.dumps(
-            {"run": run.to_dict(), "out": str(out), "code": doors.hashes(run.to_dict())}
-        )
+        code = {name: digest for name, digest in run.code().items() if doors.is_allowed(name)}
+        request = json.dumps({"run": run.to_dict(), "out": str(out), "code": code})
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from fd_large.cli.arguments import WithRecipe, parse_with_recipe
+from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
 from fd_large.errors import LostRankError
 from fd_large.launch import find_rank
 from fd_large.recipes import registry
@@ -15,7 +15,7 @@ from fd_large.runtime import terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(AllowsCode):
     """Train a recipe. A recipe gives every field its value; flags override field by field.
 
     deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]
@@ -32,6 +32,7 @@ class Train:
     profile: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("--profile", self.profile, 0, "steps")
 
 

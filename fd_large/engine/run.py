@@ -94,7 +94,7 @@ def train(
     launch = opened.launch
     checkpoints.sweep()
     first = checkpoints.resume()
-    record_code(folder, doors.hashes(run.to_dict()), first)
+    record_code(folder, run.code(), first)
     per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     time_box = None
@@ -214,7 +214,7 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
     json_config, numbers, samples = distributed.together(
         lambda: _check(job, deepspeed_config, launch)
     )
-    code = doors.hashes(run.to_dict())
+    code = run.code()
     node_consistency.check(samples, job.sources(), weights, code)
     samples = job.stage(samples)
 

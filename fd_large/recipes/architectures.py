@@ -101,6 +101,11 @@ def by_name(name: str) -> FamilyArchitecture | None:
     return ARCHITECTURES.get(name)
 
 
+def brings_model(source: str) -> bool:
+    """Returns whether a source of weights names their model too, as `timm:NAME`."""
+    return any(f.prefix and source.startswith(f.prefix) for f in FAMILIES.values())
+
+
 def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitecture:
     """Returns the named model with the overrides filled in, as its family's dataclass.
 

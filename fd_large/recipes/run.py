@@ -264,6 +264,12 @@ class Run:
         found = difference(Run.from_dict(stored), self)
         return {name: values for name, values in found.items() if name not in free}
 
+    def code(self) -> dict[str, str]:
+        """Returns {name: SHA-256} of the files of the user's own that the run names."""
+        sections = (self.student, *self.frozen_models.values())
+        models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
+        return doors.hashes([self.to_dict(), models])
+
     def run_dir(self) -> str:
         """Returns the folder of the run: runtime.run_dir, or runs/RECIPE if that is empty."""
         return self.runtime.run_dir or f"runs/{self.name}"

@@ -264,7 +264,7 @@ class Sources:
         if source in self._opened:
             return self._opened[source].path
         if (own := self._own.get(source)) is not None:
-            return own.path
+            return own.file.path or own.path
         if family_of_source(source):
             return None
         if source not in self._files:

@@ -17,6 +17,8 @@ from fd_large.recipes.architectures import Architecture
 
 
 def _settle(function: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
+    # Where it fails, the message names what the user set.
+    doors.load(CustomArchitecture(function=function).code, kind="backbones", where=where)
     return Architecture(family=CustomArchitecture.family, function=function), []
 
 

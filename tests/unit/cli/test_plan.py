@@ -65,6 +65,8 @@ def test_the_recipes_own_flags_and_what_does_not_fit(capsys):
         ("--batch.global_batch_sise 8", ["nearest: batch.global_batch_size"]),
         ("--gpus 24 --recipe fd_swinv2g", ["Set --batch.global_batch_size 2040"]),
         ("--teacher.model timm:vgg61", ["vgg61"]),
+        ("--teacher.model auto --teacher.source random", ["teacher.model", "--teacher.source"]),
+        ("--teacher.source module:gone.py:Toy", ["--teacher.source", "gone.py"]),
         ("--data.image_size 96", ["student.size_rule"]),
         ("--gpus 1 --gpu a100_40 --recipe fd_swinv2g --write mine.json", ["--write"]),
     ],
@@ -147,6 +149,8 @@ def changed(run, change):
     ("words", "told"),
     [
         ("--teacher.model timm:convnextv2_atto", "teacher timm:convnextv2_atto: 3.4M"),
+        ("--teacher.source timm:convnextv2_atto", "teacher timm:convnextv2_atto: 3.4M"),
+        ("--teacher.source module:{file}:Toy", "toy.py:Toy: 0.0M parameters, 0.0 GFLOP"),
         ("--student.model timm:convnextv2_atto", "student timm:convnextv2_atto: 3."),
         ("--teacher.model module:{file}:Toy", "0.0M parameters, 0.0 GFLOP"),
         ("--student.model module:{file}:Toy", "0.0M parameters with its"),

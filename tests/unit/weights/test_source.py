@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from loading import (
 )
 from oracle_files import assert_matches, oracle, weights_of
 from oracles_models import fd_swinv2, max_relative
+from safetensors.torch import save_file
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
@@ -28,6 +30,7 @@ from fd_large.weights import source as module
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.read import Tensors
 from fd_large.weights.settle import settle_model
+from fd_large.weights.sidecar import own_config
 from fd_large.weights.source import Sources, Stored
 
 VIT = Architecture(embed_dim=32, depths=(1,), num_heads=(2,), patch_size=8, image_size=32)
@@ -88,6 +91,16 @@ def test_what_is_no_file_is_asked_of_the_reader_once(tmp_path):
     assert sources.open(weights.source) is weights
     assert sources.path(weights.source) == tmp_path / "step_7"
     assert asked == [tmp_path / "run"]
+
+
+def test_an_export_that_only_its_config_describes_is_located_by_its_file(tmp_path):
+    architecture = resolve("timm:resnet18")
+    config = own_config(architecture, IMAGENET)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"encoder.bn1.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    sources = Sources()
+    assert sources.own(str(tmp_path)).architecture == architecture
+    assert sources.path(str(tmp_path)) == tmp_path / "model.safetensors"
 
 
 def test_nothing_at_all_is_still_one_sentence():
