@@ -12,8 +12,8 @@ Every backbone is a Module with
     width, stride, num_prefix_tokens, of that map; drop_path_rates, one a row of `keep`;
     blocks(), in order of execution; layer_id(name) and last_layer, for learning rates by depth;
     no_weight_decay() and no_weight_decay_keywords();
-and stages(images, keep), a map a stage, with stage_widths and stage_strides, if it has stages. A model that only teaches does
-without those that training needs.
+and stages(images, keep), a map a stage, with stage_widths and stage_strides, if it has stages. A
+model that only teaches does without those that training needs.
 
 Nothing here reads files, knows tasks or calls torch.distributed.
 """
