@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
@@ -180,10 +181,14 @@ class Job:
                     f"{name}: {self.run.task.name} ignores this field; got {given!r}, expected "
                     f"{default!r}. Leave it out."
                 )
-        if self.run.optim.layer_decay != 1.0:
+        is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size
+        if is_own or self.run.optim.layer_decay != 1.0:
             with torch.device("meta"):
-                student = make_student(self.run.student, image_size=self.run.data.image_size)
-            student.layer_id(next(name for name, _ in student.named_parameters()))
+                student = make_student(self.run.student, image_size=size)
+            if is_own:
+                check_map(student, size, where="student.model")
+            if self.run.optim.layer_decay != 1.0:
+                student.layer_id(next(name for name, _ in student.named_parameters()))
         self.initial_weights()
 
     def sources(self) -> Mapping[str, str]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -31,6 +32,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.family import Options
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.random_draws import Draws
 from fd_large.errors import ConfigError
 
 _NEEDED = ("forward", "width", "num_prefix_tokens", "grid")
@@ -105,4 +108,41 @@ def _no_layers(name: str) -> int:
         "optim.layer_decay: the student does not say which layer a parameter is in; got another "
         "value than 1 for a model without layer_id, expected 1. Set --optim.layer_decay 1, or give "
         "the model layer_id and last_layer."
+    )
+
+
+def check_map(net: Any, image_size: int, *, where: str) -> None:
+    """Runs a model that was built on the meta device once, and looks at what it returns.
+
+    One that the meta device cannot run is passed over.
+
+    Args:
+        net: What `build_custom` returns, as a student.
+        image_size: Side of the images, in pixels.
+        where: What the user set, for messages.
+
+    Raises: ConfigError: if it returns something else than its map, or draws random numbers.
+    """
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    sites = len(net.drop_path_rates)
+    keep = torch.ones(sites, 2, dtype=torch.bool, device="meta") if sites else None
+    try:
+        with Draws() as draws, torch.no_grad():
+            found = net(images, keep)
+        rows, columns = net.grid(image_size, image_size)
+    except Exception:  # The user's code may raise anything, and on this device for good reasons.
+        return
+    shape = (2, net.num_prefix_tokens + rows * columns, net.width)
+    if not isinstance(found, FeatureMap):
+        got = type(found).__name__
+    elif tuple(found.tokens.shape) != shape:
+        got = f"tokens {tuple(found.tokens.shape)}"
+    elif draws.seen:
+        got = f"random draws ({', '.join(sorted(draws.seen))})"
+    else:
+        return
+    raise ConfigError(
+        f"{where}: forward does not return the map of images {tuple(images.shape)}; got {got}, "
+        f"expected a FeatureMap with tokens {shape}, and no draws besides `keep`. "
+        "docs/extending.md shows one."
     )

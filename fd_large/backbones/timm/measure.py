@@ -16,8 +16,8 @@ from timm.layers import DropPath
 from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fd_large.backbones.random_draws import Draws
 from fd_large.backbones.timm.models import create, cut, size_arguments
 from fd_large.errors import ConfigError
 
@@ -136,7 +136,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
             module.register_forward_pre_hook(partial(ran, path))
     images = torch.empty(_BATCH_SIZE, 3, side, side, device="meta")
     try:
-        with _Draws() as draws:
+        with Draws() as draws:
             (features,) = net.train().forward_intermediates(
                 images,
                 indices=[stage.index],
@@ -211,24 +211,3 @@ def _refused(name: str, got: str) -> ConfigError:
         f"student.model: {name} cannot be trained so that ranks and recomputation change nothing; "
         f"got {got}, expected none. Use it as a teacher, or choose another model."
     )
-
-
-class _Draws(TorchDispatchMode):
-    """Notes the names of operators that draw random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not self._is_still(func, args):
-            self.seen.add(str(func))
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _is_still(func: Any, args: Any) -> bool:
-        # Fused attention draws if the probability of its dropout is above 0.
-        is_attention = "scaled_dot_product" in str(func)
-        return is_attention and not any(isinstance(a, float) and a > 0 for a in args[3:])

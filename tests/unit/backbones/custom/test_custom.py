@@ -9,6 +9,7 @@ import torch
 from loading import teacher_run
 
 from fd_large import doors
+from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.registry import build, family_of, parameter_shapes
 from fd_large.engine.frozen import frozen_weights
 from fd_large.engine.student import make_student
@@ -62,6 +63,21 @@ class Batches(Student):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm2d(12)
+
+class Bare(Student):
+    def forward(self, images, keep=None):
+        return super().forward(images, keep).tokens
+
+class Wide(Student):
+    width = 24
+
+class Noisy(Student):
+    def forward(self, images, keep=None):
+        return super().forward(images + torch.rand_like(images), keep)
+
+class Valued(Student):
+    def forward(self, images, keep=None):
+        return super().forward(images * float(images.max()), keep)
 
 def broken():
     return nn.Linear(2, 2)
@@ -134,6 +150,20 @@ def test_a_step_depends_on_images_weights_and_keep_alone(name, module):
     build(resolve(f"module:own_nets/patches.py:{name}"))  # A teacher's step is not trained.
     with pytest.raises(ConfigError, match=module):
         make_student(Student(model=f"module:own_nets/patches.py:{name}", init="weights.pt"))
+
+
+@pytest.mark.usefixtures("_own_module")
+@pytest.mark.parametrize(("name", "part"), [("Bare", "Tensor"), ("Wide", "12"), ("Noisy", "rand")])
+def test_a_forward_that_returns_no_map_or_draws_is_refused(name, part):
+    def check(name):
+        with torch.device("meta"):
+            net = make_student(Student(model=f"module:own_nets/patches.py:{name}"))
+        check_map(net, 16, where="student.model")
+
+    check("Student")
+    check("Valued")  # The meta device cannot run it.
+    with pytest.raises(ConfigError, match=rf"student\.model.*{part}"):
+        check(name)
 
 
 @pytest.mark.usefixtures("_own_module")
