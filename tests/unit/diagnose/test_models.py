@@ -14,9 +14,8 @@ from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.models import DRIFT, OBJECTIVE, LoadedModel, load_model
-from fd_large.errors import ConfigError, FDError, WeightsError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.sections import Student
-from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.section import Teacher
 
 IMAGES = torch.randint(
@@ -53,21 +52,6 @@ def test_a_checkpoint_is_named_by_its_own_path(distillation) -> None:
     folder, _, task = distillation
     loaded = load_model(str(folder / "checkpoints" / "step_00000003"))
     assert torch.equal(loaded.trained.projection.weight, task.projection.weight)
-
-
-def test_the_parts_of_a_run(distillation) -> None:
-    folder, _, task = distillation
-    student = load_model(f"{folder}#student")
-    assert student.loss_name == DRIFT
-    assert student.image_size == 32
-    for name, parameter in student.backbone.named_parameters():
-        assert torch.equal(parameter, task.student.get_parameter(name))
-    teacher = load_model(f"{folder}#teacher")
-    assert teacher.label == "tiny: teacher"
-    assert teacher.statistics == OPENAI_CLIP
-    (own,) = task._teacher
-    for name, parameter in teacher.backbone.named_parameters():
-        assert torch.equal(parameter, own.net.get_parameter(name)), name
 
 
 def test_a_student_from_scratch(distillation) -> None:
@@ -108,18 +92,6 @@ def test_a_detectors_student_sees_the_size_of_its_positions(distillation, tmp_pa
     assert loaded.backbone(torch.zeros(1, 3, 32, 32)).grid == (4, 4)
 
 
-def test_a_random_teacher_is_the_one_that_its_run_had(distillation) -> None:
-    folder, run, task = distillation
-    run = replace(run, runtime=replace(run.runtime, seed=5))
-    tensors = {name: p.detach() for name, p in task.named_parameters()}
-    store_tensors(folder, tensors, update=4, recipe=run.to_dict())
-    torch.manual_seed(run.runtime.seed + 1)
-    expected = DistillationJob(run).make_teacher().net
-    found = load_model(f"{folder}#teacher").backbone
-    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_run_whose_teacher_is_gone(distillation, tmp_path: Path) -> None:
     folder, run, task = distillation
     run = replace(run, teacher=replace(run.teacher, source=str(tmp_path / "gone.pth")))
@@ -158,18 +130,6 @@ def test_a_named_net_with_random_weights() -> None:
     assert first.image_size == 160
     for a, b in zip(first.backbone.parameters(), again.backbone.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_path_may_hold_an_equals_sign(vit_weights: Path) -> None:
-    path = vit_weights.rename(vit_weights.parent / "lr=1")
-    assert load_model(str(path)).label == "lr=1"
-
-
-def test_what_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(FDError, match="nothing"):
-        load_model(str(tmp_path / "nothing.pth"))
-    with pytest.raises(ConfigError, match="no such model"):
-        load_model("timm:vit_tinny=random")
 
 
 @pytest.mark.parametrize(

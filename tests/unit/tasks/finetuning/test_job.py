@@ -12,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.finetuning.job import FineTuningJob
+from fd_large.tasks.finetuning.section import FineTune
+from fd_large.weights.source import Sources
 
 TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
 
@@ -75,3 +78,21 @@ def test_one_class_is_refused(run, tmp_path):
 def test_an_interval_without_pictures_is_refused(run):
     with pytest.raises(ConfigError, match=r"eval\.knn_every: "):
         replace(run.eval, knn_every=10)
+
+
+def test_images_are_normalised_as_those_of_the_weights(run, vit_weights):
+    student = replace(
+        run.student,
+        model="clip_vit_base_patch16",
+        architecture=Architecture(),
+        init=str(vit_weights),
+    )
+    started = replace(run, student=student, data=replace(run.data, image_size=32))
+    settled = FineTuningJob(started).settle(Sources())
+    assert settled.task.finetune.statistics == (*OPENAI_CLIP.mean, *OPENAI_CLIP.std)
+    assert FineTuningJob(settled).stored_student().statistics == OPENAI_CLIP
+    # What the recipe says stays.
+    own = (0.5,) * 6
+    said = replace(started, task=replace(run.task, finetune=FineTune(statistics=own)))
+    assert FineTuningJob(said).settle(Sources()).task.finetune.statistics == own
+    assert FineTuningJob(run).settle(Sources()).task.finetune.statistics == ()

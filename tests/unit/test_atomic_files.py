@@ -1,0 +1,32 @@
+"""A file is whole or as it was, whatever happens while it is written."""
+
+import json
+
+import pytest
+
+from fd_large.atomic_files import out_folder, replacing, write_json
+from fd_large.errors import ConfigError
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with replacing(file) as aside:
+        aside.write_text("half")
+        assert json.loads(file.read_text()) == {"a": 1}
+    assert file.read_text() == "half"
+    with pytest.raises(ValueError, match="torn"), replacing(file) as aside:
+        aside.write_text("other")
+        raise ValueError("torn")
+    assert file.read_text() == "half"
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert file.read_text() == "half"
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    assert out_folder(tmp_path / "a" / "b").is_dir()
+    assert out_folder(str(tmp_path / "a")).is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--out"):
+        out_folder(tmp_path / "file" / "b")
