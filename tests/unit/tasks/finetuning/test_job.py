@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
 
@@ -84,7 +85,7 @@ def test_images_are_normalised_as_those_of_the_weights(run, vit_weights):
     student = replace(
         run.student,
         model="clip_vit_base_patch16",
-        architecture=Architecture(),
+        architecture=tiny_runs.VIT,
         init=str(vit_weights),
     )
     started = replace(run, student=student, data=replace(run.data, image_size=32))
