@@ -87,7 +87,9 @@ def train(
     Raises: FDError: for the user's mistakes, before training where that is possible.
     """
     # Files that are as this run's own folder recorded them; the command line allows all others.
-    doors.allow_unchanged(recorded_code(Path(run.run_dir())))
+    # What the folder alone names stays refused, as the folder may have come from elsewhere.
+    recorded, named = recorded_code(Path(run.run_dir())), run.code()
+    doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
     opened = open_run(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh)
     run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size

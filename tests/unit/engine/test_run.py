@@ -10,7 +10,9 @@ from typing import ClassVar
 import pytest
 from unit.engine.conftest import Brightness, batch_of
 
+from fd_large import doors
 from fd_large.data.sampler import MicroBatches
+from fd_large.engine import run as engine_run
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
 from fd_large.engine.run import hooks_of, train
@@ -170,3 +172,25 @@ def test_an_ignored_field_and_a_bad_batch_are_refused_before_anything_is_built(r
     with pytest.raises(ConfigError, match=r"batch\."):
         start(replace(recipe, batch=replace(recipe.batch, micro_batch_size=3)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_allows_no_code_that_it_alone_names(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(engine_run, "open_run", stop)
+    monkeypatch.setattr(doors, "_allowed", set())
+    files = [tmp_path / "own.py", tmp_path / "other.py"]
+    names = [f"module:{file}:it" for file in files]
+    for file in files:
+        file.write_text("it = 1")
+    (tmp_path / "code.json").write_text(json.dumps([{"update": 0, "files": doors.hashes(names)}]))
+    run = registry.get("quickstart")
+    run = replace(
+        run,
+        objective=replace(run.objective, loss=names[0]),
+        runtime=replace(run.runtime, run_dir=str(tmp_path)),
+    )
+    with pytest.raises(ConfigError, match="enough"):
+        train(run, Job, deepspeed_config="")
+    assert [doors.is_allowed(name) for name in names] == [True, False]
