@@ -13,6 +13,7 @@ alone is counted.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections import Counter
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -121,7 +121,7 @@ class Recorder(TorchDispatchMode):
         operations: What computed or moved something.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
-        trail: Live bytes after each call.
+        trail: Live bytes at each call.
         fused: Whether a fused kernel was called.
     """
 
@@ -130,6 +130,8 @@ class Recorder(TorchDispatchMode):
         self.phase: Phase = "forward"
         self.inside = self.live = 0
         self.fused = False
+        device = choose.stood_for()
+        self._on_cpu = device is not None and not device.on_gpu
         self.operations: list[Operation] = []
         self.calls: Counter[str] = Counter()
         self.trail: list[int] = []
@@ -146,11 +148,14 @@ class Recorder(TorchDispatchMode):
         if known.name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
             # As on a card: the meta device, which knows no backend, leaves channels first.
             out = torch.empty_like(out, memory_format=torch.channels_last)
+        elif known.name == "smooth_l1_loss" and not out.shape:
+            # As on devices, where the mean lies in the storage of what it is the mean of.
+            out = args[0].new_empty(args[0].shape).view(-1)[0]
         self.calls[self.phase] += 1
         outs = [out] if isinstance(out, Tensor) else tensors_of(out)
         for t in outs:
             self.follow(t)
-        self.trail.append(self.live)
+        self.trail.append(self.live + (_copies(known.name, args, outs) if self._on_cpu else 0))
         if not known.free:
             self.record(func, known, args, kwargs, outs, out)
         return out
@@ -194,6 +199,22 @@ class Recorder(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, gone)
 
 
+def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
+    """Bytes of the copies in a layout of its own that a CPU's convolution makes while it runs.
+
+    oneDNN's, for all but 1x1 kernels and channels that come last: of the larger of input and output
+    in forward, of both in backward.
+    """
+    if name not in ("convolution", "convolution_backward"):
+        return 0
+    backward = name.endswith("backward")
+    x, weight = args[1:3] if backward else args[:2]
+    if weight[0, 0].numel() == 1 or x.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    sizes = bytes_of(x), bytes_of(args[0] if backward else outs[0])
+    return sum(sizes) if backward else max(sizes)
+
+
 def tensors_of(thing: Any) -> list[Tensor]:
     """Returns the tensors of an operation's argument or result that may be a list of them."""
     return [t for t in thing if isinstance(t, Tensor)] if isinstance(thing, (tuple, list)) else []
@@ -235,46 +256,31 @@ def place_of(t: Tensor) -> tuple[Any, ...]:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
 
 
-class _Attention(TorchFunctionMode):
-    """Sends torch's attention to the kernel that a device has; meta would take it apart."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        super().__init__()
-        self._on_gpu = on_gpu
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **_: Any,
-    ) -> Tensor:
-        if not self._on_gpu:
-            return aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is None:
-            return aten._scaled_dot_product_flash_attention(
-                q, k, v, dropout_p, is_causal, False, scale=scale
-            )[0]
-        if attn_mask.dtype != q.dtype:
-            attn_mask = attn_mask.to(q.dtype)
-        mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
-        log_sum = any(t.requires_grad for t in (q, k, v, mask)) and torch.is_grad_enabled()
-        return aten._scaled_dot_product_efficient_attention(
-            q, k, v, mask, log_sum, dropout_p, is_causal, scale=scale
+def _attention(
+    on_gpu: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Calls the kernel that a device has for torch's attention; meta would take it apart."""
+    if not on_gpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, is_causal, False, scale=scale
+        )[0]
+    mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    log_sum = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask))
+    return aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, log_sum, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 @contextmanager
@@ -325,7 +331,7 @@ class _One(NamedTuple):
 
 
 def run_on_shapes(
-    task: Task, frozen: Iterable[nn.Module], batch: Batch, recorder: Recorder, *, on_gpu: bool
+    task: Task, frozen: Iterable[nn.Module], batch: Batch, recorder: Recorder
 ) -> _One:
     """Runs forward and backward of a task under a recorder.
 
@@ -334,15 +340,13 @@ def run_on_shapes(
         frozen: Models that it uses and does not train.
         batch: On the meta device.
         recorder: Writes down what runs.
-        on_gpu: Whether torch's own attention is that of a GPU.
     """
     frozen = tuple(frozen)
     for t in tree_leaves((batch.images, batch.targets)):
         if isinstance(t, Tensor):
             recorder.follow(t)
     with _watched(recorder, task, frozen) as modules, recorder:
-        with _Attention(on_gpu):
-            loss = task.shapes_only(batch)
+        loss = task.shapes_only(batch)
         kept = recorder.live
         recorder.phase = "backward"
         loss.backward()
@@ -373,7 +377,7 @@ def count(
     Raises: FDError: if the models cannot be built, or cannot run without values.
     """
     result: dict[bool, Counts] = {}
-    with _on_shapes(device):
+    with on_shapes(device):
         task, frozen = job.models_on_shapes()
         if bfloat16:
             to_bfloat16(task)
@@ -384,11 +388,11 @@ def count(
         def at(size: int) -> _One:
             recorder = Recorder((task, *frozen))
             batch = job.probe_batch(size)
-            return run_on_shapes(task, frozen, batch, recorder, on_gpu=device.on_gpu)
+            return run_on_shapes(task, frozen, batch, recorder)
 
         # The first of these fills caches, whose tables would be counted with it.
         sizes = (SIZES[0], *SIZES)
-        _, *calls = (_calls(task, job.probe_batch(n), on_gpu=device.on_gpu) for n in sizes)
+        _, *calls = (_calls(task, job.probe_batch(n)) for n in sizes)
         linear = calls[0] == calls[1]
         for wrapped in checkpointing:
             if wrapped:
@@ -414,7 +418,7 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
         capability = None if torch.version.hip else torch.cuda.get_device_capability()
         device = choose.Device(capability, wish=choose.wished())
     try:
-        with _on_shapes(device):
+        with on_shapes(device):
             task, frozen = job.models_on_shapes()
             for model in (task, *frozen):
                 to_bfloat16(model)
@@ -422,7 +426,7 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
             recorder, batch = Recorder((task, *frozen)), job.probe_batch(micro_batch_size)
-            one = run_on_shapes(task, frozen, batch, recorder, on_gpu=True)
+            one = run_on_shapes(task, frozen, batch, recorder)
             return _counts(one, one, micro_batch_size, task, frozen).step_flops(micro_batch_size)
     except FDError as error:
         log.info("FLOPs and utilisation are not reported: %s", error)
@@ -430,7 +434,16 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
 
 
 @contextmanager
-def _on_shapes(device: choose.Device) -> Iterator[None]:
+def on_shapes(device: choose.Device) -> Iterator[None]:
+    """Within it models are built and run on the meta device, as a device would run them.
+
+    Raises: ConfigError: if a model cannot run there.
+    """
+    ours = functools.partial(_attention, device.on_gpu)
+    torchs, nn.functional.scaled_dot_product_attention = (
+        nn.functional.scaled_dot_product_attention,
+        ours,
+    )
     try:
         # Random weights of no values would move the generator on.
         with choose.standing_in(device), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -443,6 +456,8 @@ def _on_shapes(device: choose.Device) -> Iterator[None]:
             "expected models and a loss that torch's meta device can run. Plan with others that "
             "are near in size."
         ) from error
+    finally:
+        nn.functional.scaled_dot_product_attention = torchs
 
 
 class _Names(TorchDispatchMode):
@@ -459,10 +474,10 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _calls(task: Task, batch: Batch, *, on_gpu: bool) -> list[str]:
+def _calls(task: Task, batch: Batch) -> list[str]:
     """Names of what a forward calls; the same for all micro-batches if a task is linear in them."""
     noted = _Names()
-    with torch.no_grad(), noted, _Attention(on_gpu):
+    with torch.no_grad(), noted:
         task.shapes_only(batch)
     return noted.names
 
