@@ -17,7 +17,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -101,6 +101,10 @@ class Operation(NamedTuple):
     written: int
 
 
+class NotLinear(Exception):
+    """A micro-batch calls other operations than another does."""
+
+
 class _Known(NamedTuple):
     name: str
     free: bool
@@ -114,6 +118,7 @@ class Recorder(TorchDispatchMode):
 
     Args:
         models: Their parameters and buffers are no part of what lives.
+        like: Names of the calls that are expected; None: any.
 
     Attributes:
         phase: What runs now; the caller sets it.
@@ -121,12 +126,17 @@ class Recorder(TorchDispatchMode):
         operations: What computed or moved something.
         calls: All calls by phase, views included.
         live: Bytes of storages now.
+        names: Names of all calls.
         trail: Live bytes at each call.
         fused: Whether a fused kernel was called.
     """
 
-    def __init__(self, models: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, models: Iterable[nn.Module] = (), *, like: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
+        self._like = like
+        self.names: list[str] = []
         self.phase: Phase = "forward"
         self.inside = self.live = 0
         self.fused = False
@@ -152,6 +162,9 @@ class Recorder(TorchDispatchMode):
             # As on devices, where the mean lies in the storage of what it is the mean of.
             out = args[0].new_empty(args[0].shape).view(-1)[0]
         self.calls[self.phase] += 1
+        self.names.append(known.name)
+        if self._like is not None and not self._expected(known.name):
+            raise NotLinear
         outs = [out] if isinstance(out, Tensor) else tensors_of(out)
         for t in outs:
             self.follow(t)
@@ -159,6 +172,10 @@ class Recorder(TorchDispatchMode):
         if not known.free:
             self.record(func, known, args, kwargs, outs, out)
         return out
+
+    def _expected(self, name: str) -> bool:
+        place, names = len(self.trail), self._like or ()
+        return place < len(names) and names[place] == name
 
     def record(
         self, func: Any, known: _Known, args: Any, kwargs: Any, outs: list[Tensor], out: Any
@@ -313,9 +330,11 @@ def _watched(recorder: Recorder, task: nn.Module, frozen: Iterable[nn.Module]) -
     for p in task.parameters():
         if p.requires_grad:
             handles.append(p.register_post_accumulate_grad_hook(_drop))
-    yield modules
-    for handle in handles:
-        handle.remove()
+    try:
+        yield modules
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _drop(p: Tensor) -> None:
@@ -385,22 +404,29 @@ def count(
             if frozen_bfloat16:
                 to_bfloat16(model)
 
-        def at(size: int) -> _One:
-            recorder = Recorder((task, *frozen))
-            batch = job.probe_batch(size)
-            return run_on_shapes(task, frozen, batch, recorder)
+        def at(size: int, like: _One | None = None) -> _One:
+            recorder = Recorder((task, *frozen), like=like.recorder.names if like else None)
+            one = run_on_shapes(task, frozen, job.probe_batch(size), recorder)
+            if like and len(recorder.names) != len(like.recorder.names):
+                raise NotLinear
+            return one
 
-        # The first of these fills caches, whose tables would be counted with it.
-        sizes = (SIZES[0], *SIZES)
-        _, *calls = (_calls(task, job.probe_batch(n)) for n in sizes)
-        linear = calls[0] == calls[1]
+        with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
+            task.shapes_only(job.probe_batch(SIZES[0]))
+        images = 0
         for wrapped in checkpointing:
             if wrapped:
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
-            ones = [at(size) for size in (SIZES if linear else (micro_batch_size,))]
-            images = 0 if linear else micro_batch_size
-            result[wrapped] = _counts(ones[0], ones[-1], images, task, frozen)
+            if not images:
+                try:
+                    first = at(SIZES[0])
+                    second = at(SIZES[1], like=first)
+                except NotLinear:
+                    images = micro_batch_size
+            if images:
+                first = second = at(images)
+            result[wrapped] = _counts(first, second, images, task, frozen)
     return result
 
 
@@ -458,28 +484,6 @@ def on_shapes(device: choose.Device) -> Iterator[None]:
         ) from error
     finally:
         nn.functional.scaled_dot_product_attention = torchs
-
-
-class _Names(TorchDispatchMode):
-    """Notes the names of what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def _calls(task: Task, batch: Batch) -> list[str]:
-    """Names of what a forward calls; the same for all micro-batches if a task is linear in them."""
-    noted = _Names()
-    with torch.no_grad(), noted:
-        task.shapes_only(batch)
-    return noted.names
 
 
 def _counts(

@@ -114,7 +114,7 @@ def small(name, **model):
     return replace(run, student=student, teacher=teacher)
 
 
-SWIN = {"embed_dim": 32, "depths": (2, 2, 3, 2), "num_heads": (1, 2, 4, 8), "window_size": 6}
+SWIN = {"embed_dim": 32, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 6}
 SMALL = {
     "swinv2": small("fd_swinv2_base", **SWIN),
     "vit": small("fd_clip_vit_base", embed_dim=64, depths=(3,), num_heads=(2,)),
@@ -212,11 +212,12 @@ PEAKS = {
 }
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("name", PEAKS)
+@pytest.mark.parametrize(
+    ("name", "wrapped"),
+    # Of the checkpointed one, oneDNN's share does show: 17 of 142 MB.
+    [(n, w) for n in PEAKS for w in (False, True) if (n, w) != ("convnextv2_atto", True)],
+)
 def test_the_peak_is_the_allocators(name, wrapped):
-    if wrapped and name == "convnextv2_atto":
-        pytest.skip("oneDNN's own 17 MB show")
     run, images = PEAKS[name]
     modes = (False, True) if wrapped else (False,)
     counts = counted(run, CPU, bfloat16=False, checkpointing=modes)[wrapped]
