@@ -228,14 +228,14 @@ class Run:
     def with_fields(self, values: Mapping[str, Any]) -> Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
-        A model of another family keeps none of the fields of the run's own. A task of the user's
-        own keeps nothing that the run says to another task alone.
+        A model of another family keeps none of the fields of the run's own, and another task
+        nothing that the run says to its own task alone.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
         base = self
         task = values.get("task.name", self.task.name)
-        if task not in (self.task.name, *TASKS):
+        if task != self.task.name:
             base = replace(
                 base, task=Task.class_for({"name": task})(name=task), **_unread(kind_of(task))
             )

@@ -62,6 +62,7 @@ def features(
 
     Returns: a map (B, H, W, C) of each stage, or the only map.
     """
+    pixels = pixels.to(next(student.parameters()).dtype)
     if _has_stages(student):
         return student.stages(pixels, keep)
     return windowed_map(student, pixels, keep)
