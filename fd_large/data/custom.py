@@ -87,6 +87,7 @@ class CustomImages:
             ) from error
         self._count, self._root = count, root
         self._named = root, where, part
+        self._code = doors.hashes(root)
         if not count:
             raise DataError(
                 f"{where}: no image in the source; got {root} of length 0, expected at least one. "
@@ -99,7 +100,7 @@ class CustomImages:
 
     def __reduce__(self) -> Any:
         # A loading process that was not forked opens the source again.
-        return _reopened, self._named
+        return _reopened, (*self._named, self._code)
 
     def __len__(self) -> int:
         return self._count
@@ -164,6 +165,6 @@ class CustomImages:
         return labels.astype(np.int64), None if names is None else tuple(map(str, names))
 
 
-def _reopened(root: str, where: str, part: str) -> CustomImages:
-    doors.allow(root)  # As it was where it was opened first.
+def _reopened(root: str, where: str, part: str, code: dict[str, str]) -> CustomImages:
+    doors.allow_unchanged(code)  # As it was where it was opened first.
     return _opened(root, where, part)

@@ -16,7 +16,7 @@ Phase = Literal["inference", "forward", "backward"]
 
 
 class Line(NamedTuple):
-    """A number that grows with the images: `fixed` + `each` a image."""
+    """A number that grows with the images: `fixed` + `each` an image."""
 
     fixed: float
     each: float

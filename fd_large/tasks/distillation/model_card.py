@@ -69,7 +69,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent) -> str:
     sections = [
         f"---\nlibrary_name: {LIBRARIES[to].package}\npipeline_tag: image-feature-extraction\n"
         "tags:\n- feature-distillation\n---",
-        f"# {name}, distilled from {recipe['teacher']['model']}",
+        f"# {name}, distilled from {without_folders(recipe['teacher']['model'])}",
         "An image backbone that learned the feature map of a frozen teacher (feature distillation, "
         "arXiv 2205.14141): no labels, no head. Made by fd_large.",
         _table("Student", student),

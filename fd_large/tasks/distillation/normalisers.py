@@ -50,14 +50,16 @@ def make_normaliser(name: str, *, eps: float) -> Normaliser:
 def check_normaliser(normaliser: Normaliser, name: str) -> None:
     """Calls a normaliser on a few tokens.
 
-    Raises: ConfigError: if that fails, changes the shape, or mixes images.
+    Raises: ConfigError: if that fails, changes the shape, or mixes tokens.
     """
     tokens = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     try:
         given = normaliser(tokens)
         got = f"{tuple(given.shape)} of type {given.dtype}"
         fits = given.shape == tokens.shape and given.dtype == torch.float32
-        alone = fits and torch.allclose(given[:1], normaliser(tokens[:1]), rtol=1e-4, atol=1e-5)
+        alone = fits and torch.allclose(
+            given[:1, :1], normaliser(tokens[:1, :1]), rtol=1e-4, atol=1e-5
+        )
     except Exception as error:  # The user's code may raise anything.
         got, fits, alone = f"{type(error).__name__}: {error}".splitlines()[0], False, False
     if not fits:
@@ -67,7 +69,7 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
         )
     if not alone:
         raise ConfigError(
-            f"{WHERE}: {name} mixes images; got other values for one image than for it among "
-            "two, expected a function of each token alone, because micro batches and ranks must "
+            f"{WHERE}: {name} mixes tokens; got other values for one token than for it among "
+            "others, expected a function of each token alone, because micro batches and ranks must "
             "not change a target. Correct the function."
         )
