@@ -12,6 +12,8 @@ from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shape, replaced
 
 PROJECTION = "projection."
+# The same in Feature-Distillation's files.
+DECODER = "decoder.0."
 
 
 class Output(NamedTuple):
@@ -70,7 +72,7 @@ def feature_distillation(name: str, shape: Shape, pairs: tuple = ()) -> list[Out
     """Returns the tensor of a student in Feature-Distillation's names, projection included."""
     if not name.startswith(PROJECTION):
         return same(f"encoder.{replaced(name, pairs)}", shape)
-    name = f"decoder.0.{name.removeprefix(PROJECTION)}"
+    name = f"{DECODER}{name.removeprefix(PROJECTION)}"
     if len(shape) == 2:  # A convolution of side 1.
         return [Output(name, (*shape, 1), lambda tensor: tensor.unsqueeze(-1))]
     return same(name, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,8 +80,18 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
             f"{where}: {reader.path}: the recipe in its manifest cannot be read; got {error}, "
             "expected what the run wrote. Export the student with the release that wrote it."
         ) from error
-    tensors = _Tensors(reader, parameter_shapes(student.architecture), student.absent)
-    return Stored(reader.path, tensors, student.architecture, student.statistics)
+    sizes = reader.layout.sizes
+    return Stored(
+        reader.path,
+        _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent),
+        student.architecture,
+        student.statistics,
+        {
+            n.removeprefix(stream.STUDENT): s
+            for n, s in sizes.items()
+            if n.startswith(stream.STUDENT)
+        },
+    )
 
 
 class _Tensors(Tensors):
@@ -88,17 +99,26 @@ class _Tensors(Tensors):
 
     Args:
         reader: The checkpoint.
-        table: Shape of each tensor by name.
+        shapes: Returns the shape of each tensor by name, once one is asked for: to know them, the
+            user's own code is imported that makes the student.
         absent: Value of each tensor that the task did without; other names are ignored.
     """
 
     def __init__(
-        self, reader: Reader, table: dict[str, stream.Shape], absent: Mapping[str, float]
+        self,
+        reader: Reader,
+        shapes: Callable[[], dict[str, stream.Shape]],
+        absent: Mapping[str, float],
     ) -> None:
         super().__init__({})
-        stored = {name: shape for name, shape in table.items() if name not in absent}
-        stream.check(reader, stored, prefix=stream.STUDENT)
-        self._reader, self._table, self._absent = reader, table, absent
+        self._reader, self._shapes, self._absent = reader, shapes, absent
+
+    @cached_property
+    def _table(self) -> dict[str, stream.Shape]:
+        table = self._shapes()
+        stored = {name: shape for name, shape in table.items() if name not in self._absent}
+        stream.check(self._reader, stored, prefix=stream.STUDENT)
+        return table
 
     def __getitem__(self, name: str) -> Tensor:
         reader = self._reader

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from dataclasses import MISSING, asdict, field, fields, make_dataclass, replace
 from typing import Any, Literal, get_type_hints
 
 from fd_large import doors
@@ -99,6 +99,15 @@ def by_name(name: str) -> FamilyArchitecture | None:
         if family.prefix and name.startswith(family.prefix):
             return family.named(name.removeprefix(family.prefix))
     return ARCHITECTURES.get(name)
+
+
+def name_of(architecture: FamilyArchitecture) -> str:
+    """Returns the name of a model, whatever its image size; of its family where it has none."""
+    for name, model in ARCHITECTURES.items():
+        same = name not in FAMILIES and type(model) is type(architecture)
+        if same and replace(model, image_size=architecture.image_size) == architecture:
+            return name
+    return architecture.own_name or architecture.family
 
 
 def brings_model(source: str) -> bool:

@@ -81,6 +81,11 @@ class FamilyArchitecture:
         """The name of code of the user's own that makes the model; empty: it is the package's."""
         return ""
 
+    @property
+    def own_name(self) -> str:
+        """The name with the family's prefix that means the model; empty: there is none."""
+        return ""
+
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side in pixels.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fd_large.backbones.exports import DECODER
 from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
@@ -16,14 +17,17 @@ from fd_large.recipes.architectures import (
     Architecture,
     field_names,
     filled,
+    name_of,
+    overrides,
     resolve,
     set_fields,
     whole,
 )
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
+from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.formats import FORMATS
-from fd_large.weights.source import Sources, Weights
+from fd_large.weights.source import Sources, Stored, Weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Inspection:
         source: The source as the user gave it.
         form: Name of the format.
         what: The format in words.
-        own: Whether this project wrote the file.
+        own: Whether this project wrote it.
         architecture: What is known of the architecture; None in other fields.
         unknown: Fields that neither file nor configuration shows.
         statistics: Image statistics that it was trained with; None if unknown.
@@ -74,7 +78,17 @@ def inspect(
     Raises: WeightsError: if it cannot be read or is of no known format; ConfigError: for an
         unknown model.
     """
-    weights = (sources or Sources()).open(source)
+    sources = sources or Sources()
+    path = Path(source)
+    beside = path.name in (NAME, INDEX) and path.is_file()
+    if own := sources.own(str(path.parent if beside else source)):
+        if model != "auto":
+            raise ConfigError(
+                f"--model: the weights are of {name_of(own.architecture)}, whose tensors have "
+                f"names of their own; got {model}, expected auto. Leave it out."
+            )
+        return _of_own(source, own)
+    weights = sources.open(source)
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
     unknown = sorted(
@@ -103,6 +117,31 @@ def inspect(
         dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in held})),
         match=compared,
         dropped=tuple(weights.dropped),
+    )
+
+
+def _of_own(source: str | Path, own: Stored) -> Inspection:
+    """Of what this project stored of a model whose family has no published names; imports nothing.
+
+    The tensors of a run's checkpoint are float32.
+    """
+    is_file = own.file.path is not None
+    dtypes = {str(own.file.dtype(n)) for n in own.sizes} if is_file else {"float32"}
+    dropped = [name for name in own.sizes if is_file and name.startswith(DECODER)]
+    return Inspection(
+        source=str(source),
+        form="export" if is_file else "checkpoint",
+        what="exported student" if is_file else f"student of a run, {own.path.name}",
+        own=True,
+        architecture=overrides(own.architecture),
+        unknown=(),
+        statistics=own.statistics,
+        named=name_of(own.architecture),
+        facts=None,
+        parameters=sum(size for name, size in own.sizes.items() if name not in dropped),
+        dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in dtypes)),
+        match=None,
+        dropped=tuple(dropped),
     )
 
 
@@ -152,7 +191,10 @@ def table(found: Inspection) -> Any:
     rows.add_column(overflow="fold")
     own = " (written by fd_large)" if found.own else ""
     rows.add_row("format", f"{found.form}: {found.what}{own}")
-    rows.add_row("published model", found.named or "none of the named models")
+    published = found.match is not None or not found.own
+    rows.add_row(
+        "published model" if published else "model", found.named or "none of the named models"
+    )
     if found.facts is not None:
         rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
         rows.add_row("trained at", f"{found.facts.image_size} px")

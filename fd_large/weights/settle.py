@@ -26,7 +26,7 @@ from fd_large.recipes.architectures import (
 )
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import AUTO, FrozenModel, Student
-from fd_large.weights.source import Sources, Stored, Weights
+from fd_large.weights.source import Sources, Stored, Weights, other_model
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,15 @@ def settle_student(student: Student, sources: Sources) -> Student:
     if not student.init:
         return student
     where, name = "--student.init", student.model
-    if family_of(resolve(name, student.architecture)).published is None:
+    wanted = resolve(name, student.architecture)
+    if family_of(wanted).published is None:
         # Names and shapes do not show its model, which is what the user says.
-        own = sources.own(student.init, where=where)
-        return replace(student, init=str(own.path)) if own else student
+        ours = sources.ours(student.init, where=where)
+        if ours and ours.architecture.family != wanted.family:
+            raise other_model(student.init, ours.architecture, wanted, where)
+        return replace(student, init=str(ours.path)) if ours else student
+    if own := sources.own(student.init, where=where):
+        raise other_model(student.init, own.architecture, wanted, where)
     weights, named = sources.open(student.init, where=where), resolve(name)
     architecture = reconcile(
         weights, student.architecture, named, name=name, where=where, section="student"

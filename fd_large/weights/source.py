@@ -6,7 +6,8 @@ What a path means beside files (the folder of a run) is read by whoever a `Sourc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,14 @@ from fd_large.backbones.registry import (
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, translated
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import Architecture, filled, overrides, set_fields, whole
+from fd_large.recipes.architectures import (
+    Architecture,
+    filled,
+    name_of,
+    overrides,
+    set_fields,
+    whole,
+)
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.formats import FORMATS, detect
@@ -157,12 +165,14 @@ class Stored(NamedTuple):
         file: Its tensors in our names.
         architecture: The model.
         statistics: Mean and deviation by which its images are normalised.
+        sizes: Number of elements of each tensor, by the name that it is stored under.
     """
 
     path: Path
     file: Tensors
     architecture: FamilyArchitecture
     statistics: Statistics
+    sizes: Mapping[str, int]
 
 
 # (path, what the user set) -> the model, or None where the path means nothing to it.
@@ -181,6 +191,7 @@ class Sources:
         self._opened: dict[str, Weights] = {}
         self._files: dict[str, Tensors] = {}
         self._own: dict[str, Stored | None] = {}
+        self._read: dict[Path, Stored | None] = {}
 
     def open(self, source: str | Path, *, where: str = "weights") -> Weights:
         """Opens a source that ends in a file, finds its format, and what is known of its model.
@@ -216,8 +227,13 @@ class Sources:
         if source not in self._files:
             own = self.own(source, where=where)
             self._files[source] = own.file if own else _foreign(source, where)
-        file = self._files[source]
-        found = matched(architecture, {name: file.shape(name) for name in file}, where)
+        file, own = self._files[source], self._own.get(source)
+        try:
+            found = matched(architecture, {name: file.shape(name) for name in file}, where)
+        except WeightsError as error:
+            if own is None or own.architecture == architecture:
+                raise
+            raise other_model(source, own.architecture, architecture, where) from error
         return Fitted(
             found.pieces,
             file,
@@ -226,12 +242,24 @@ class Sources:
             what=f"{source} ({found.what})",
             where=where,
             notes=found.notes,
-            remedy=found.remedy,
+            remedy=_named(own.architecture) if own else found.remedy,
             resize=False,
         )
 
     def own(self, source: str, *, where: str = "weights") -> Stored | None:
         """Opens a model of ours whose family has no published names; None if a source is another.
+
+        Args:
+            source: As of `ours`.
+            where: What the user set, for messages.
+
+        Raises: FDError: if it cannot be read.
+        """
+        found = self.ours(source, where=where)
+        return found if found and family_of(found.architecture).published is None else None
+
+    def ours(self, source: str, *, where: str = "weights") -> Stored | None:
+        """Opens a model that this project stored; None if a source is another. Imports no code.
 
         Args:
             source: The folder of a run, of one of its checkpoints, or of an export.
@@ -243,8 +271,6 @@ class Sources:
             path, found = Path(source), None
             if not family_of_source(source):
                 found = self._stored(path, where) or _exported(path, where)
-            if found is not None and family_of(found.architecture).published is not None:
-                found = None
             self._own[source] = found
             if found is not None:
                 self._own[str(found.path)] = found
@@ -276,9 +302,14 @@ class Sources:
         self._opened.clear()
         self._files.clear()
         self._own.clear()
+        self._read.clear()
 
     def _stored(self, path: Path, where: str) -> Stored | None:
-        return next((found for reader in self._readers if (found := reader(path, where))), None)
+        # Once: a run that trains on must not show a start two checkpoints.
+        if path not in self._read:
+            answers = (reader(path, where) for reader in self._readers)
+            self._read[path] = next((found for found in answers if found), None)
+        return self._read[path]
 
     def _open(self, source: str, where: str) -> Weights:
         located = locate(source, where=where)
@@ -332,6 +363,20 @@ class Sources:
         )
 
 
+def other_model(
+    source: str, held: FamilyArchitecture, wanted: FamilyArchitecture, where: str
+) -> WeightsError:
+    """Returns the refusal of what this project stored, where it is not the model that is wanted."""
+    return WeightsError(
+        f"{where}: {source}: another model; it holds {name_of(held)}, expected {name_of(wanted)}. "
+        f"{_named(held)}"
+    )
+
+
+def _named(held: FamilyArchitecture) -> str:
+    return f"Set --student.model {name_of(held)}, which it holds."
+
+
 def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Architecture:
     """What the tensors show.
 
@@ -374,7 +419,8 @@ def _exported(path: Path, where: str) -> Stored | None:
             code_hash[:12],
         )
     statistics = found.statistics or statistics_of("", architecture)
-    return Stored(path, read(str(path), where=where), architecture, statistics)
+    file = read(str(path), where=where)
+    return Stored(path, file, architecture, statistics, {n: math.prod(file.shape(n)) for n in file})
 
 
 def _foreign(source: str, where: str) -> Tensors:

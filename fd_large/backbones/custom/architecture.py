@@ -37,6 +37,11 @@ class CustomArchitecture(FamilyArchitecture):
         """The name by which `doors.load` finds the class or function."""
         return f"{doors.PREFIX}{self.function}" if ":" in self.function else self.function
 
+    @property
+    def own_name(self) -> str:
+        """The name as the user gave it."""
+        return self.code
+
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side in pixels."""
         return replace(self, image_size=image_size)

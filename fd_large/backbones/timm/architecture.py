@@ -34,6 +34,11 @@ class TimmArchitecture(FamilyArchitecture):
         """Returns a model of timm up to its last map."""
         return cls(timm_name=rest)
 
+    @property
+    def own_name(self) -> str:
+        """timm:NAME."""
+        return f"{self.prefix}{self.timm_name}"
+
     def at(self, image_size: int) -> Self:
         """Returns the same model for images of that side in pixels."""
         return replace(self, image_size=image_size)

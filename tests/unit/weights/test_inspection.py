@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from fd_large.backbones.registry import build
-from fd_large.recipes.architectures import Architecture
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.errors import WeightsError
+from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.recipes.sections import Student
 from fd_large.weights.inspection import inspect
+from fd_large.weights.settle import settle_student
+from fd_large.weights.sidecar import own_config
+from fd_large.weights.source import Sources
+
+HELD = "timm:resnet18"
 
 
 def test_inspect_names_published_nets(tmp_path):
@@ -30,3 +42,24 @@ def test_inspect_says_what_would_be_resized(tmp_path):
     assert found.match.to_resize == ["pos_embed"]
     assert not found.match.complaints
     assert found.architecture.image_size == 384
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "module:away.py:Net"])
+def test_what_the_project_stored_is_recognised_without_its_code(tmp_path, name):
+    config = own_config(resolve(name), IMAGENET)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {"encoder.a": torch.ones(64), "decoder.0.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        found = inspect(source)
+        assert (found.named, found.own, found.parameters) == (name, True, 64)
+        assert found.dropped == ("decoder.0.weight",)
+
+
+@pytest.mark.parametrize("student", ["swinv2_tiny", "module:other.py:Net"])
+def test_init_from_another_model_names_it(tmp_path, student):
+    (tmp_path / "config.json").write_text(json.dumps(own_config(resolve(HELD), IMAGENET)))
+    save_file({"bn1.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    section = Student(model=student, init=str(tmp_path))
+    with pytest.raises(WeightsError, match=f"--student.model {HELD}"):
+        settle_student(section, Sources())

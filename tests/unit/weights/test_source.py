@@ -83,7 +83,7 @@ def test_what_is_no_file_is_asked_of_the_reader_once(tmp_path):
 
     def reader(path, where):
         asked.append(path)
-        return Stored(tmp_path / "step_7", Tensors(net.state_dict()), model, IMAGENET)
+        return Stored(tmp_path / "step_7", Tensors(net.state_dict()), model, IMAGENET, {})
 
     sources = Sources(reader)
     weights = sources.open(tmp_path / "run")
