@@ -18,8 +18,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -47,6 +49,10 @@ log = logging.getLogger(__name__)
 _allowed: set[Path] = set()
 _modules: dict[Path, ModuleType] = {}
 _imported: dict[Path | None, str] = {}
+# Files and folders of entry points, which stand among libraries that are not the user's affair.
+_plugins: set[str] = set()
+_LIBRARIES = re.compile(r"[/\\](?:site|dist)-packages[/\\]")
+_NOT_THEIRS = tuple(f"{Path(file).resolve().parent}{os.sep}" for file in (__file__, os.__file__))
 
 
 def is_own(source: str) -> bool:
@@ -136,14 +142,41 @@ def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | N
         return _own(source, where)
     plugins = installed(kind)
     if source not in plugins:
+        if ":" in source or _is_path(source):
+            form = source if ":" in source else f"{source}:NAME"
+            raise ConfigError(
+                f"{where}: a file or module without {PREFIX!r} before it; got {source!r}, expected "
+                f"{PREFIX}{form}. Put {PREFIX} in front."
+            )
         raise ConfigError(
             f"{where}: no such name in {kind}; got {source!r}, "
             f"{nearest(source, [*known, *plugins])}. Take one of these, or {FORMS}."
         )
+    value = plugins[source].value
+    if path := file_of(f"{PREFIX}{value}"):
+        alone = path.parent.name.endswith("-packages")
+        _plugins.add(str(path) if alone else f"{path.parent}{os.sep}")
     try:
         return plugins[source].load()
     except Exception as error:  # The package's code may raise anything.
-        raise _failed(where, f"{source} of the entry points fd_large.{kind}", error) from error
+        what = f"{source} = {value} of the entry points fd_large.{kind}"
+        raise _failed(where, what, error) from error
+
+
+def cause(error: Exception) -> str:
+    """Returns "TYPE: text in FILE line N", one line, of what code of the user's own raised.
+
+    FILE is the innermost that is the user's, also where a library raised; it is left out if there
+    is none.
+    """
+    log.debug("code of the user's own failed", exc_info=error)
+    text, places = str(error), traceback.extract_tb(error.__traceback__)
+    found = [(place.filename, place.lineno) for place in places if _is_theirs(place.filename)]
+    if isinstance(error, SyntaxError) and _is_theirs(error.filename or "<"):
+        text, found = error.msg, [(error.filename or "", error.lineno)]
+    first = next(iter(text.splitlines()), "")
+    line = "".join(f" in {file} line {number}" for file, number in found[-1:])
+    return f"{type(error).__name__}{': ' if first else ''}{first}{line}"
 
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
@@ -243,15 +276,17 @@ def _own(source: str, where: str) -> Any:
 
 
 def _failed(where: str, what: str, error: Exception) -> ConfigError:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    line = f" in {frame.tb_frame.f_code.co_filename} line {frame.tb_lineno}" if frame else ""
-    log.debug("%s", what, exc_info=error)
     return ConfigError(
-        f"{where}: cannot be imported; got {type(error).__name__}: {error}{line}, expected {what} "
-        "to be imported without an error. Correct the file, or install what it needs."
+        f"{where}: cannot be imported; got {cause(error)}, expected {what} to be imported without "
+        "an error. Correct the file, or install what it needs."
     )
+
+
+def _is_theirs(file: str) -> bool:
+    real = os.path.realpath(file)
+    if real.startswith(tuple(_plugins)):
+        return True
+    return not (file.startswith("<") or real.startswith(_NOT_THEIRS) or _LIBRARIES.search(real))
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -1,11 +1,36 @@
-"""Whether a model draws random numbers; a student must not, because `keep` decides a step."""
+"""What would make a step depend on more than images, weights and `keep`, and is refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fd_large.errors import ConfigError
+
+
+def refuse_chance(net: nn.Module, name: str, *, where: str) -> None:
+    """Refuses dropout and batch normalisation in a model or head of the user's own.
+
+    Args:
+        net: What is trained.
+        name: Its name in the recipe.
+        where: What the user set, for messages.
+
+    Raises: ConfigError: naming the first such module.
+    """
+    for part, module in net.named_modules():
+        draws = isinstance(module, _DropoutNd) and module.p > 0
+        if draws or isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"{where}: a module that makes a step depend on rank, micro batch or resume; got "
+                f"{type(module).__name__} {part!r} in {name}, expected none. Leave dropout out (a "
+                "student has `keep` in its place), and take a norm of single images."
+            )
 
 
 class Draws(TorchDispatchMode):

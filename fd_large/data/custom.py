@@ -81,9 +81,8 @@ class CustomImages:
         except Exception as error:  # The user's code may raise anything.
             called = f"{root.rpartition(':')[2]}({', '.join(map(repr, arguments))})"
             raise DataError(
-                f"{where}: no source of images; got {type(error).__name__}: {error} from {called}, "
-                "expected an object with a length and images by number. docs/extending.md shows "
-                "one."
+                f"{where}: no source of images; got {doors.cause(error)}, expected an object with "
+                f"a length and images by number from {called}. docs/extending.md shows one."
             ) from error
         self._count, self._root = count, root
         self._named = root, where, part
@@ -119,8 +118,8 @@ class CustomImages:
             image = self._images[index]
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
-                f"{self[index]}: cannot be read; got {type(error).__name__}: {error}, expected an "
-                "image. Mend the source or its data."
+                f"{self[index]}: cannot be read; got {doors.cause(error)}, expected an image. Mend "
+                "the source or its data."
             ) from error
         if isinstance(image, (bytes, bytearray)):
             return image
@@ -149,8 +148,8 @@ class CustomImages:
             labels = np.asarray(found)
         except Exception as error:  # The user's code may raise anything.
             raise DataError(
-                f"{self._root}: labels() does not give labels; got {type(error).__name__}: {error},"
-                " expected a whole number for each image, and names or None. Mend the source."
+                f"{self._root}: labels() does not give labels; got {doors.cause(error)}, expected "
+                "a whole number for each image, and names or None. Mend the source."
             ) from error
         if labels.shape != (self._count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise DataError(

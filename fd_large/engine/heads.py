@@ -12,38 +12,43 @@ import torch
 from torch import nn
 
 from fd_large import doors
+from fd_large.backbones.random_draws import Draws, refuse_chance
 from fd_large.errors import ConfigError
 
-Make = Callable[[int, int], nn.Module]
+Make = Callable[..., nn.Module]
 
 
 def make_head(
-    name: str, width: int, out_width: int, *, built_in: Mapping[str, Make], where: str
+    name: str, *arguments: int, built_in: Mapping[str, Make], where: str, **settings: int
 ) -> nn.Module:
     """Constructs a head, with weights from torch's global generator.
 
     Args:
         name: A built-in name, or one of the user's own (fd_large/doors.py).
-        width: Channels of what it takes.
-        out_width: Channels of what it gives.
+        arguments: What it is made of: channels of what it takes, and of what it gives.
         built_in: The task's own heads.
         where: The field that the user set, for messages.
+        settings: What it is made of besides, by name.
 
-    Raises: ConfigError: if there is no such head, or it is no Module.
+    Raises: ConfigError: if there is no such head, it is no Module, or one of the user's own makes
+        a step depend on rank or micro batch.
     """
     make = doors.load(name, kind="heads", where=where, built_in=built_in)
+    if name in built_in:
+        return make(*arguments, **settings)
     try:
-        head = make(width, out_width)
+        head = make(*arguments, **settings)
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
-            f"{where}: {name} cannot be made; got {type(error).__name__}: {error}, expected a "
-            f"Module from ({width}, {out_width}). Correct the head."
+            f"{where}: {name} cannot be made; got {doors.cause(error)}, expected a Module from "
+            f"{arguments}. Correct the head."
         ) from error
     if not isinstance(head, nn.Module):
         raise ConfigError(
             f"{where}: {name} gives no Module; got {type(head).__name__}, expected a torch Module "
-            f"made of ({width}, {out_width}). Correct the head."
+            f"made of {arguments}. Correct the head."
         )
+    refuse_chance(head, name, where=where)
     return head
 
 
@@ -59,14 +64,16 @@ def check_head(
         out_width: Channels of what it has to give.
         where: The field that the user set, for messages.
 
-    Raises: ConfigError: if that fails, or gives another shape.
+    Raises: ConfigError: if that fails, gives another shape, or draws random numbers.
     """
     wanted = (*shape[:-1], out_width)
     try:
-        with torch.no_grad():
+        with Draws() as draws, torch.no_grad():
             got = str(tuple(head(torch.empty(shape, device="meta")).shape))
+        if draws.seen:
+            got = f"random draws ({', '.join(sorted(draws.seen))})"
     except Exception as error:  # The user's code may raise anything.
-        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        got = doors.cause(error)
     if got != str(wanted):
         raise ConfigError(
             f"{where}: {name} does not fit; got {got} from {shape}, expected {wanted}. "

@@ -186,7 +186,7 @@ class Job:
             with torch.device("meta"):
                 student = make_student(self.run.student, image_size=size)
             if is_own:
-                check_map(student, size, where="student.model")
+                check_map(student, size, is_trained=True, where="student.model")
             if self.run.optim.layer_decay != 1.0:
                 student.layer_id(next(name for name, _ in student.named_parameters()))
         self.initial_weights()

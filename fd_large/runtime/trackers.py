@@ -32,8 +32,8 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
             tracker = make()
         except Exception as error:  # The user's code may raise anything.
             raise ConfigError(
-                f"{WHERE}: {name} cannot be made; got {type(error).__name__}: {error}, expected a "
-                "Tracker from a call without arguments. Correct the class."
+                f"{WHERE}: {name} cannot be made; got {doors.cause(error)}, expected a Tracker "
+                "from a call without arguments. Correct the class."
             ) from error
         if not isinstance(tracker, Tracker):
             raise ConfigError(

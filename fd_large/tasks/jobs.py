@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from fd_large import doors
 from fd_large.engine.job import Job
+from fd_large.errors import ConfigError, FDError
 from fd_large.recipes.run import Run
-from fd_large.tasks.registry import kind_of
+from fd_large.tasks.registry import TASKS, kind_of
+
+# What a job does without a collective, and without a model in memory.
+_BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes")
 
 
 def job_class(task: str) -> Callable[[Run], Job]:
@@ -28,7 +34,39 @@ def job_of(recipe: Run | Mapping[str, Any]) -> Job:
     Args:
         recipe: The recipe, or what recipe.json and manifests hold of it.
 
-    Raises: ConfigError: as `job_class`; if a stored recipe cannot be read.
+    Raises: ConfigError: as `job_class`; if a stored recipe cannot be read, or the user's own job
+        fails, here or in what it does before a run.
     """
     run = recipe if isinstance(recipe, Run) else Run.from_dict(recipe)
-    return job_class(run.task.name)(run)
+    name = run.task.name
+    make = job_class(name)
+    if name in TASKS:
+        return make(run)
+    job = _said(name, make)(run)
+    if not isinstance(job, Job):
+        raise ConfigError(
+            f"task.name: no job; got {type(job).__name__} from {name}, expected a subclass of "
+            "fd_large.engine.job.Job. docs/extending.md shows one."
+        )
+    for method in _BEFORE_A_RUN:
+        setattr(job, method, _said(name, getattr(job, method)))
+    return job
+
+
+def _said(task: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of the user's own that ends in one sentence whatever it raises."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except FDError:
+            raise
+        except Exception as error:  # The user's code may raise anything.
+            raise ConfigError(
+                f"task.name: {task} fails before the run; got {doors.cause(error)}, expected a Job "
+                "that makes its Module; what it reads of task.SECTION is the section of its "
+                "TaskKind. Correct the file."
+            ) from error
+
+    return call

@@ -44,6 +44,18 @@ def refused(source: str, *parts: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_the_users_code_raises_has_a_place_in_their_file(tmp_path: Path) -> None:
+    text = "import torch\ndef cosine():\n    torch.zeros(2) @ torch.zeros(3)\n"
+    cosine = allowed(written(tmp_path / "mine.py", text))
+    with pytest.raises(RuntimeError) as caught:
+        cosine()
+    said = doors.cause(caught.value)
+    assert said.startswith("RuntimeError: ")
+    assert said.endswith(f" in {tmp_path}/mine.py line 3")
+    assert doors.cause(ValueError("a\nb")) == "ValueError: a"
+    assert doors.cause(AssertionError()) == "AssertionError"
+
+
 def test_a_file_is_imported_once(tmp_path: Path) -> None:
     source = written(tmp_path / "mine.py")
     assert allowed(source)() == 1
@@ -70,11 +82,12 @@ def test_a_file_that_was_not_allowed_is_not_imported(tmp_path: Path) -> None:
     ("text", "parts"),
     [
         ("def cosin(): pass\n", ["'cosine'", "nearest: cosin"]),
-        ("import no_such_package\n", ["ModuleNotFoundError", "no_such_package", "line 1"]),
-        ("def cosine(:\n", ["SyntaxError"]),
+        ("import no_such_package\n", ["ModuleNotFoundError", "no_such_package", "mine.py line 1"]),
+        ("x = 1\ndef cosine(:\n", ["SyntaxError", "mine.py line 2"]),
         ("x = 1\ny = 1 / 0\n", ["ZeroDivisionError", "mine.py line 2"]),
+        ("import json\njson.loads('{')\n", ["JSONDecodeError", "mine.py line 2"]),
     ],
-    ids=["name", "import", "syntax", "error"],
+    ids=["name", "import", "syntax", "error", "library"],
 )
 def test_what_is_wrong_in_a_file_is_one_sentence(
     tmp_path: Path, text: str, parts: list[str]
@@ -91,6 +104,9 @@ def test_names_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     refused("module:no_name", "incomplete")
     refused("module:mine.py:", "incomplete")
     refused("smooth_l2", "nearest: smooth_l1", "module:")
+    for bare in (f"{tmp_path}/no.py:cosine", "package.module:cosine"):
+        refused(bare, f"module:{bare}")
+    refused("no.py", "module:no.py:NAME")
 
 
 def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
@@ -137,6 +153,7 @@ def test_an_entry_point_of_an_installed_package_is_a_name(
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-of-a-test\nVersion: 1\n")
     (folder / "entry_points.txt").write_text(
         "[fd_large.losses]\ncosine = plugin_of_a_test:cosine\nlost = plugin_of_a_test:lost\n"
+        "gone = no_module_of_a_test:gone\nneeds = needs_of_a_test:needs\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert doors.hashes({"loss": "cosine", "beta": 2.0}) == {
@@ -144,6 +161,9 @@ def test_an_entry_point_of_an_installed_package_is_a_name(
     }
     assert load("cosine")() == 1
     refused("lost", "fd_large.losses", "AttributeError")
+    refused("gone", "ModuleNotFoundError", "no_module_of_a_test:gone")
+    written(tmp_path / "needs_of_a_test.py", "x = 1\nimport no_such_package\n")
+    refused("needs", "no_such_package", "needs_of_a_test.py line 2")
     refused("cosin", "nearest: cosine")
     with pytest.raises(ConfigError):
         doors.load("cosine", kind="trackers", where=WHERE)

@@ -26,14 +26,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
 from fd_large.backbones.family import Options
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.random_draws import Draws
+from fd_large.backbones.random_draws import Draws, refuse_chance
 from fd_large.errors import ConfigError
 
 _NEEDED = ("forward", "width", "num_prefix_tokens", "grid")
@@ -60,9 +58,9 @@ def build_custom(
         net = make(**{name: value for name, value in offered.items() if value and name in taken})
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
-            f"{where}: the model cannot be made; got {type(error).__name__}: {error} from "
-            f"{architecture.function}, expected a torch Module. Correct the code; it is called on "
-            "the meta device too, where tensors have no values."
+            f"{where}: the model cannot be made; got {doors.cause(error)}, expected a torch Module "
+            f"from {architecture.function}. Correct the code; it is called on the meta device too, "
+            "where tensors have no values."
         ) from error
     needed = _NEEDED + (_NEEDED_TO_TRAIN if options.is_trained else ())
     lacks = [name for name in needed if not hasattr(net, name)]
@@ -73,21 +71,9 @@ def build_custom(
             f"{', '.join(needed)}. docs/extending.md says what each is."
         )
     if options.is_trained:
-        _refuse_chance(net, architecture, where)
+        refuse_chance(net, architecture.function, where=where)
     _complete(net)
     return net
-
-
-def _refuse_chance(net: nn.Module, architecture: CustomArchitecture, where: str) -> None:
-    """Refuses modules whose output depends on more than image, weights and `keep`."""
-    for name, module in net.named_modules():
-        draws = isinstance(module, _DropoutNd) and module.p > 0
-        if draws or isinstance(module, _BatchNorm):
-            raise ConfigError(
-                f"{where}: a module that makes a step depend on rank, micro batch or resume; got "
-                f"{type(module).__name__} {name!r} in {architecture.function}, expected none. Use "
-                "`keep` in the place of dropout, and a norm of single images."
-            )
 
 
 def _complete(net: Any) -> None:
@@ -111,38 +97,45 @@ def _no_layers(name: str) -> int:
     )
 
 
-def check_map(net: Any, image_size: int, *, where: str) -> None:
+def check_map(net: Any, image_size: int, *, is_trained: bool, where: str) -> None:
     """Runs a model that was built on the meta device once, and looks at what it returns.
 
-    One that the meta device cannot run is passed over.
+    A forward that fails because tensors have no values there is passed over.
 
     Args:
-        net: What `build_custom` returns, as a student.
+        net: What `build_custom` returns.
         image_size: Side of the images, in pixels.
+        is_trained: Whether it is called with `keep`, as a student.
         where: What the user set, for messages.
 
-    Raises: ConfigError: if it returns something else than its map, or draws random numbers.
+    Raises: ConfigError: if it fails, returns something else than its map, or draws random numbers.
     """
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     sites = len(net.drop_path_rates)
     keep = torch.ones(sites, 2, dtype=torch.bool, device="meta") if sites else None
+    expected = ""
     try:
         with Draws() as draws, torch.no_grad():
-            found = net(images, keep)
+            found = net(images, keep) if is_trained else net(images)
         rows, columns = net.grid(image_size, image_size)
-    except Exception:  # The user's code may raise anything, and on this device for good reasons.
-        return
-    shape = (2, net.num_prefix_tokens + rows * columns, net.width)
-    if not isinstance(found, FeatureMap):
-        got = type(found).__name__
-    elif tuple(found.tokens.shape) != shape:
-        got = f"tokens {tuple(found.tokens.shape)}"
-    elif draws.seen:
-        got = f"random draws ({', '.join(sorted(draws.seen))})"
-    else:
-        return
+        shape = (2, net.num_prefix_tokens + rows * columns, net.width)
+        expected = f" with tokens {shape}, grid {(rows, columns)}"
+        if not isinstance(found, FeatureMap):
+            got = type(found).__name__
+        elif (tuple(found.tokens.shape), tuple(found.grid)) != (shape, (rows, columns)):
+            got = f"tokens {tuple(found.tokens.shape)}, grid {tuple(found.grid)}"
+        elif found.num_prefix_tokens != net.num_prefix_tokens:
+            got = f"num_prefix_tokens {found.num_prefix_tokens}, not {net.num_prefix_tokens}"
+        elif draws.seen:
+            got = f"random draws ({', '.join(sorted(draws.seen))})"
+        else:
+            return
+    except Exception as error:  # The user's code may raise anything.
+        if "meta" in str(error).lower():
+            return
+        got = doors.cause(error)
     raise ConfigError(
         f"{where}: forward does not return the map of images {tuple(images.shape)}; got {got}, "
-        f"expected a FeatureMap with tokens {shape}, and no draws besides `keep`. "
-        "docs/extending.md shows one."
+        f"expected a FeatureMap{expected}, and no draws besides `keep`. docs/extending.md shows "
+        "one."
     )

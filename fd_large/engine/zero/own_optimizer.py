@@ -67,7 +67,7 @@ def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:
         _, first, _ = _trial(make, [(8,)], device, steps=1, still=True)
     except Exception as error:  # The user's code may raise anything.
         raise _unfit(
-            optim, f"does not step; got {type(error).__name__}: {error}", "an optimiser of torch"
+            optim, f"does not step; got {doors.cause(error)}", "an optimiser of torch"
         ) from error
     if optim.weight_decay and "weight_decay" not in group:
         raise _unfit(

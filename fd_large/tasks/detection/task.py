@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fd_large import distributed, doors
+from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
+from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
@@ -73,10 +74,12 @@ class Detection(Task):
         strip(student)
         self.pyramid = pyramid_of(student, width)
         self.rpn = RpnHead(width)
-        make = doors.load(heads, kind="heads", where="task.detection.heads", built_in=HEADS)
-        self.heads = make(
+        self.heads = make_head(
+            heads,
             num_classes,
             width,
+            built_in=HEADS,
+            where="task.detection.heads",
             rois_per_image=rois_per_image,
             detections_per_image=detections_per_image,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed, doors
+from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import IMAGENET
@@ -123,6 +124,10 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teacher = self.make_teacher()
             task = self.task_around(teacher)
+        size = self.run.data.image_size
+        if self.run.teacher_architecture().code:
+            side = teacher.image_size or size
+            check_map(teacher.net, side, is_trained=False, where="teacher.source")
         check_head(
             task.projection,
             self.run.objective.head,
@@ -130,7 +135,6 @@ class DistillationJob(Job):
             teacher.width,
             where=heads.WHERE,
         )
-        size = self.run.data.image_size
         grids = []
         for whose, grid_of in (
             ("student", lambda: task.student.grid(size, size)),

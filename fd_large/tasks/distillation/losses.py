@@ -121,8 +121,8 @@ def make_loss(name: str, *, beta: float) -> Loss:
         return found(beta)
     except Exception as error:  # The user's code may raise anything.
         raise ConfigError(
-            f"{WHERE}: {name} cannot be made; got {type(error).__name__}: {error}, expected a Loss "
-            "from a call with beta. Correct the class."
+            f"{WHERE}: {name} cannot be made; got {doors.cause(error)}, expected a Loss from a "
+            "call with beta. Correct the class."
         ) from error
 
 
@@ -143,7 +143,7 @@ def check_loss(loss: Loss, name: str) -> None:
                 (slope,) = torch.autograd.grad(value, projected)
                 fits = bool(value.isfinite() and slope.isfinite().all())
         except Exception as error:  # The user's code may raise anything.
-            got, fits = f"{type(error).__name__}: {error}".splitlines()[0], False
+            got, fits = doors.cause(error), False
     if not fits:
         raise ConfigError(
             f"{WHERE}: {name} does not work on tokens (2, 3, 8); got {got}, expected a finite "
@@ -157,7 +157,8 @@ class FunctionLoss(Loss):
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self._function = function
-        self.label = f"{getattr(function, '__name__', 'own').replace('_', ' ')} loss"
+        words = getattr(function, "__name__", "own").replace("_", " ")
+        self.label = words if words.endswith("loss") else f"{words} loss"
 
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns what the function does."""

@@ -61,7 +61,7 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
             given[:1, :1], normaliser(tokens[:1, :1]), rtol=1e-4, atol=1e-5
         )
     except Exception as error:  # The user's code may raise anything.
-        got, fits, alone = f"{type(error).__name__}: {error}".splitlines()[0], False, False
+        got, fits, alone = doors.cause(error), False, False
     if not fits:
         raise ConfigError(
             f"{WHERE}: {name} does not work on tokens (2, 3, 8); got {got}, expected float32 of "

@@ -17,6 +17,7 @@ from fd_large.tasks.jobs import job_of
 
 TOY = """
 from dataclasses import dataclass
+from fd_large.engine.job import Job
 from fd_large.recipes.fields import check_types, positive
 from fd_large.recipes.task_kind import TaskKind
 
@@ -30,14 +31,24 @@ class Toy:
         check_types(self, "task.toy")
         positive("task.toy.weight", self.weight)
 
-class ToyJob:
+class ToyJob(Job):
+    def make_task(self):
+        return self.run.task.rotation
+
+class Fails(ToyJob):
     def __init__(self, run):
-        self.run = run
+        raise KeyError("no table")
+
+    def settle(self, sources):
+        raise AssertionError
 
 KIND = TaskKind(name="toy", job=ToyJob, section=Toy)
 TAUGHT = TaskKind(name="toy", job=ToyJob, section=Toy, sections=("teacher",))
 BARE = TaskKind(name="bare", job=ToyJob)
 TAKEN = TaskKind(name="finetune", job=ToyJob, section=Toy)
+FAILS = TaskKind(name="fails", job=Fails)
+NO_JOB = TaskKind(name="no_job", job=lambda run: 3)
+NO_ARGUMENT = TaskKind(name="no_argument", job=lambda: 3)
 NO_TASK = 3
 """
 CONFIG = ["--deepspeed_config", "zero1.json"]
@@ -102,6 +113,21 @@ def test_a_task_without_a_section(toy):
 def test_mistakes_name_the_field(toy, arguments, field):
     with pytest.raises(ConfigError, match=f"^{field}: "):
         given(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("FAILS", r"KeyError: 'no table' in .*toy\.py line \d+"),
+        ("NO_JOB", "int"),
+        ("NO_ARGUMENT", "TypeError"),
+        ("BARE", r"'Task' object has no attribute 'rotation' in .*toy\.py line \d+"),
+    ],
+)
+def test_what_its_job_raises_is_one_sentence(toy, kind, part):
+    run = given("--task.name", f"module:toy.py:{kind}", "--student.model", "vit_base_patch16")
+    with pytest.raises(ConfigError, match=rf"^task\.name: .*{part}"):
+        job_of(run).parameter_sizes()
 
 
 def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,21 @@ class Valued(Student):
     def forward(self, images, keep=None):
         return super().forward(images * float(images.max()), keep)
 
+class Tall(Student):
+    def grid(self, height, width):
+        return 4, 1
+
+class Prefixed(Student):
+    num_prefix_tokens = 1
+
+class Raises(Student):
+    def forward(self, images, keep=None):
+        return super().forward(images[:, :2], keep)
+
+class Deaf(Student):
+    def forward(self, images):
+        return super().forward(images)
+
 def broken():
     return nn.Linear(2, 2)
 """
@@ -153,17 +169,38 @@ def test_a_step_depends_on_images_weights_and_keep_alone(name, module):
 
 
 @pytest.mark.usefixtures("_own_module")
-@pytest.mark.parametrize(("name", "part"), [("Bare", "Tensor"), ("Wide", "12"), ("Noisy", "rand")])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("Bare", "Tensor"),
+        ("Wide", "12"),
+        ("Noisy", "rand"),
+        ("Tall", r"\(4, 1\)"),
+        ("Prefixed", r"\(2, 5, 12\)"),
+        ("Raises", r"RuntimeError: .*patches\.py line \d+"),
+        ("Deaf", "TypeError"),
+    ],
+)
 def test_a_forward_that_returns_no_map_or_draws_is_refused(name, part):
     def check(name):
         with torch.device("meta"):
             net = make_student(Student(model=f"module:own_nets/patches.py:{name}"))
-        check_map(net, 16, where="student.model")
+        check_map(net, 16, is_trained=True, where="student.model")
 
     check("Student")
     check("Valued")  # The meta device cannot run it.
     with pytest.raises(ConfigError, match=rf"student\.model.*{part}"):
         check(name)
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_a_teacher_that_returns_no_map_is_refused():
+    run = teacher_run("module:own_nets/patches.py:Deaf", "clip_vit_base_patch16")
+    run = replace(run, objective=replace(run.objective, interpolation="bilinear"))
+    DistillationJob(run).parameter_sizes()  # A teacher is called with images alone.
+    run = teacher_run("module:own_nets/patches.py:Wide", "clip_vit_base_patch16")
+    with pytest.raises(ConfigError, match=r"teacher\.source.*24"):
+        DistillationJob(run).parameter_sizes()
 
 
 @pytest.mark.usefixtures("_own_module")

@@ -68,6 +68,10 @@ class Clipping(Lion):
         for p in [p for group in self.param_groups for p in group["params"]]:
             p.data.sub_(p.grad / norm, alpha=self.param_groups[0]["lr"])
 
+class Raises(Lion):
+    def step(self, closure=None):
+        raise KeyError("momentum")
+
 def broken(groups, lr):
     return [groups, lr]
 
@@ -181,6 +185,7 @@ def test_a_built_in_one_is_a_line_in_its_table(monkeypatch, own, make_engine):
         ("Reserved", "'master'"),
         ("Schedule", "changes lr"),
         ("broken", "list"),
+        ("Raises", "own.py line"),
         ("Undecayed", "weight decay"),
         ("lion", "nearest: Lion"),
     ],

@@ -10,6 +10,7 @@ from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.loader import Batch
+from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.finetuning.task import FineTuning
 
@@ -57,3 +58,15 @@ def test_a_classifier_of_the_users_own_is_trained_in_any_type(tmp_path):
         assert loss.dtype == torch.float32
         loss.backward()
         assert task.head[0].weight.grad is not None
+
+
+def test_a_classifier_that_draws_is_refused(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from torch import nn\ndef drops(width, classes):\n    return nn.Dropout(0.1)\n"
+    )
+    doors.allow(path)
+    with pytest.raises(ConfigError, match=r"task\.finetune\.head.*Dropout"):
+        FineTuning(
+            build("vit_base_patch16", TINY), 4, statistics=IMAGENET, head=f"module:{path}:drops"
+        )
