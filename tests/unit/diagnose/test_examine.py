@@ -126,6 +126,7 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert cli.main(["diagnose", "x", "--data.root", ROOT, "--images", "0"]) == 2
     assert "images:" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    words = ["diagnose", "x", "--data.root", ROOT, "--out", str(tmp_path / "file")]
+    model = "timm:test_efficientnet=random"
+    words = ["diagnose", model, "--data.root", ROOT, "--out", str(tmp_path / "file")]
     assert cli.main(words) == 2
     assert "--out" in capsys.readouterr().err

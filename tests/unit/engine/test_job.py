@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fd_large.engine.job import Job
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.tasks.jobs import job_of
 
@@ -16,7 +16,7 @@ from fd_large.tasks.jobs import job_of
 def test_samples_that_cannot_be_staged_are_refused_and_not_forgotten():
     run = registry.get("coco_mask_rcnn_swinv2_tiny")
     job = Job(replace(run, data=replace(run.data, stage_to="/disk")))
-    with pytest.raises(ConfigError, match=r"data\.stage_to: .*'/disk' for the task detection"):
+    with pytest.raises(DataError, match=r"data\.stage_to: .*'/disk'"):
         job.stage([])
     assert Job(run).stage([]) == []
 
@@ -42,7 +42,7 @@ VALUES = {
 )
 def test_a_field_that_a_task_ignores_is_refused(name):
     run = registry.get(name)
-    ignored = type(job_of(run)).ignored_fields
+    ignored = job_of(run).ignored_fields
     assert bool(ignored) == (run.task.name != "distillation")
     for where in VALUES.keys() & set(ignored):
         section, _, field = where.partition(".")
