@@ -15,6 +15,7 @@ installed the package has given it.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import logging
@@ -122,6 +123,30 @@ def require_allowed(named: Mapping[str, str]) -> None:
             f"{', '.join(refused)}: code that nobody has allowed to run; got {files}, expected "
             f"files that this command line names. Read them, then add --allow-code {files}."
         )
+
+
+def complaint(source: str, where: str) -> str:
+    """Returns what is wrong with a `module:` name as far as its file's text shows; empty: nothing.
+
+    Nothing is imported.
+
+    Args:
+        source: The name; any other name is passed over.
+        where: The field that the user set, for the message.
+    """
+    if not is_own(source):
+        return ""
+    module_name, name = _split(source)
+    if not module_name or not name.isidentifier():
+        return f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete it."
+    path = file_of(source)
+    if path is None:
+        return (
+            f"{where}: no such file; got {module_name}, expected a Python file or a module on "
+            "Python's path. Correct the path, or set PYTHONPATH."
+        )
+    names = _names_in(path)
+    return _no_name(where, path, name, names) if names and name not in names else ""
 
 
 def load(source: str, *, kind: Kind, where: str, built_in: Mapping[str, Any] | None = None) -> Any:
@@ -250,15 +275,8 @@ def _hash(path: Path | None) -> str:
 def _own(source: str, where: str) -> Any:
     module_name, name = _split(source)
     path = file_of(source)
-    if not module_name or not name.isidentifier():
-        raise ConfigError(
-            f"{where}: an incomplete name; got {source!r}, expected {FORMS}. Complete it."
-        )
-    if path is None:
-        raise ConfigError(
-            f"{where}: no such file; got {module_name}, expected a Python file or a module on "
-            "Python's path. Correct the path, or set PYTHONPATH."
-        )
+    if path is None or not name.isidentifier():
+        raise ConfigError(complaint(source, where))
     require_allowed({where: source})
     try:
         if path not in _modules:
@@ -268,11 +286,31 @@ def _own(source: str, where: str) -> Any:
         raise _failed(where, str(path), error) from error
     module = _modules[path]
     if not hasattr(module, name):
-        names = [known for known in vars(module) if not known.startswith("_")]
-        raise ConfigError(
-            f"{where}: no such name in {path}; got {name!r}, {nearest(name, names)}. Correct it."
-        )
+        raise ConfigError(_no_name(where, path, name, vars(module)))
     return getattr(module, name)
+
+
+def _no_name(where: str, path: Path, name: str, names: Iterable[str]) -> str:
+    public = [known for known in names if not known.startswith("_")]
+    return f"{where}: no such name in {path}; got {name!r}, {nearest(name, public)}. Correct it."
+
+
+def _names_in(path: Path) -> set[str]:
+    """Returns all names that a file gives to anything; empty where its text does not show them."""
+    try:
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else ast.Module([], [])
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+    # These make names that no text shows.
+    return set() if found & {"*", "__getattr__", "globals", "exec", "vars", "setattr"} else found
 
 
 def _failed(where: str, what: str, error: Exception) -> ConfigError:

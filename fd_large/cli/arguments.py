@@ -188,6 +188,7 @@ class _Parser(Generic[Own]):
         self._task: type[Task] = Task
 
     def parse(self, arguments: Sequence[str]) -> WithRecipe[Own]:
+        self._check_code(arguments)
         own_task = _own_task(arguments) if self._recipe is not None else ""
         if own_task:  # Its section's fields are flags too.
             self._task = Task.class_for({"name": own_task})
@@ -214,6 +215,20 @@ class _Parser(Generic[Own]):
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
         return WithRecipe(built, run, given)
+
+    def _check_code(self, arguments: Sequence[str]) -> None:
+        """Refuses files that are not there and names that they lack, all at once; imports nothing.
+
+        Before anything is imported, which takes seconds.
+        """
+        wrong = [
+            complaint
+            for name, texts, _ in _groups(arguments)
+            for text in texts
+            if name and (complaint := doors.complaint(text, f"--{name}"))
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
 
     def _values(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Values by name, of the command's own arguments and of the recipe's fields."""

@@ -139,7 +139,7 @@ def resolve(name: str, overrides: Architecture | None = None) -> FamilyArchitect
     if name not in FAMILIES:
         raise ConfigError(
             f"model: no such model; got {name!r}, {nearest(name, ARCHITECTURES)}. Use a listed "
-            f"name, timm:NAME, or {doors.FORMS}."
+            f"name, timm:{name} if it is a model of timm, or {doors.FORMS}."
         )
     given["family"] = name
     return whole(given)

@@ -25,7 +25,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """
     if not timm.is_model(name):
         raise ConfigError(
-            f"architecture.timm_name: timm {timm.__version__} has no such model; got {name!r}, "
+            f"student.model or teacher.model: no such model in timm {timm.__version__}; got {name!r}, "
             f"{nearest(name, timm.list_models())}. Use a name of timm.list_models()."
         )
     net = timm.create_model(name, pretrained=False, **arguments)

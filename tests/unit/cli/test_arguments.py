@@ -222,3 +222,18 @@ def test_code_is_allowed_by_the_argument_of_commands_that_build_stored_models(tm
     assert not doors.is_allowed(source)
     parse(AllowsCode, ["--allow-code", str(path)], command="export")
     assert doors.is_allowed(source)
+
+
+def test_code_that_is_not_there_is_reported_at_once_and_nothing_is_imported(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def cosine(): pass\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
+    text = f"source --objective.loss module:{file}:cosin --optim.name module:gone.py:Lion"
+    text += f" --runtime.trackers tensorboard module:gone.py:Csv --task.name module:{file}"
+    text += f" --objective.head module:{file}:cosine --student.model=module:no.such.one:Net"
+    found = mistakes(lambda: run_of(text))
+    assert fields_of(found) == [
+        *("--objective.loss", "--optim.name", "--runtime.trackers", "--task.name"),
+        "--student.model",
+    ]
+    assert "nearest: cosine" in str(found)
+    assert not (tmp_path / "ran").exists()
