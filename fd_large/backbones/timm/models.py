@@ -25,8 +25,8 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """
     if not timm.is_model(name):
         raise ConfigError(
-            f"student.model or teacher.model: no such model in timm {timm.__version__}; got {name!r}, "
-            f"{nearest(name, timm.list_models())}. Use a name of timm.list_models()."
+            f"student.model or teacher.model: no such model in timm {timm.__version__}; got "
+            f"{name!r}, {nearest(name, timm.list_models())}. Use a name of timm.list_models()."
         )
     net = timm.create_model(name, pretrained=False, **arguments)
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):

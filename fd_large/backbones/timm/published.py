@@ -46,7 +46,7 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
     theirs = {key: own[held] for key, held in theirs.items()}
     after = [key for key in theirs if key in whole and f"net.{key}" not in expected]
     pieces = {f"net.{key}": Piece((held,)) for key, held in theirs.items() if key not in after}
-    notes = [f"left out on purpose: {len(after)} tensors that come after the map"]
+    notes = [f"left out on purpose: {len(after)} tensors that come after the map"] if after else []
     if size_arguments(name, architecture.image_size) and can_resize(name):
         other = [
             key
