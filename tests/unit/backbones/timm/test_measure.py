@@ -60,7 +60,7 @@ def test_a_model_without_a_head_leaves_a_layer_for_one():
 @pytest.mark.parametrize(
     ("name", "rate", "field"),
     [
-        ("convnext_attoo", 0.1, "timm_name: .*convnext_atto"),
+        ("convnext_attoo", 0.1, "student.model.*: .*convnext_atto"),
         ("vgg11", 0.1, "student.drop_path_rate"),
         ("coat_mini", 0.1, "student.model: .*norm22.weight"),
         ("inception_v3", 0.0, "student.model: .*8x8 tokens"),
