@@ -408,6 +408,8 @@ def _zero(candidate: Candidate) -> str:
 
 
 def _figure(value: float) -> str:
+    if value < 0.001:
+        return "<0.001"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

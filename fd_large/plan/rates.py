@@ -97,7 +97,10 @@ def rates_of(gpu: str, file: str = "") -> Rates:
     Raises: ConfigError: for an unknown card, an unknown field or an invalid rate.
     """
     if gpu not in CARDS:
-        raise ConfigError(f"--gpu: no such card; got {gpu!r}, {nearest(gpu, CARDS)}. Use --rates.")
+        raise ConfigError(
+            f"--gpu: no such card; got {gpu!r}, {nearest(gpu, CARDS)}. Take one, or "
+            "measure yours: plan --probe writes a file for --rates."
+        )
     if not file:
         return CARDS[gpu]
     try:

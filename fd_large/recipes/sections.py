@@ -303,7 +303,8 @@ class Engine:
 class Eval:
     """Evaluation during training, on images that are not trained on."""
 
-    # Folder of held-out images, or builtin:photographs-held-out. Empty turns the held-out loss off.
+    # Held-out images: a folder, builtin:photographs-held-out, or a source of your own,
+    # module:PATH/TO/FILE.py:NAME. Empty turns the held-out loss off.
     root: str = ""
     # Number of steps between two evaluations. 0 evaluates only before the first step and after the
     # last.

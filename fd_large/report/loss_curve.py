@@ -96,13 +96,18 @@ def smoothed(values: numpy.ndarray) -> numpy.ndarray:
     return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
 
 
+def _short(model: str) -> str:
+    """A model of the user's own by its file and name, without the folders."""
+    return model.rpartition("/")[2]
+
+
 def _title(files: RunFiles) -> str:
     student, frozen = files.recipe["student"], files.frozen_models.values()
     if not frozen:
         init = student.get("init") or "random weights"
-        return f"{files.recipe['name']}: {student['model']}, from {init}"
+        return f"{files.recipe['name']}: {_short(student['model'])}, from {init}"
     names = [
-        section["model"] + " (random weights)" * (section["source"] == "random")
+        _short(section["model"]) + " (random weights)" * (section["source"] == "random")
         for section in frozen
     ]
-    return f"{files.recipe['name']}: {student['model']} learns from {', '.join(names)}"
+    return f"{files.recipe['name']}: {_short(student['model'])} learns from {', '.join(names)}"

@@ -28,7 +28,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import ExportedStudent, FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ConfigError, ShapeError
+from fd_large.errors import CheckpointError, ShapeError
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.run import Run
@@ -345,12 +345,7 @@ class DistillationJob(Job):
             )
 
     def check_export(self, to: To) -> None:
-        """Refuses Feature-Distillation's names, which hold a linear projection, without one."""
-        if to == "fd" and not self._projects:
-            raise ConfigError(
-                f"export: --to fd: holds a linear projection; got {self.run.objective.head}, "
-                "expected objective.head linear. Take --to timm or hf."
-            )
+        """Lets the student go out to every library."""
 
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
