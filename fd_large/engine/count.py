@@ -501,7 +501,7 @@ def _counts(
             continue
         flops = through(one.flops, two.flops, at)
         products[one.phase, one.again, flops, bytes_] += 1
-        if one.name.endswith("attention_backward"):  # One product of five.
+        if "attention" in one.name and one.name.endswith("backward"):  # One product of five.
             again += Line(flops.fixed / 5, flops.each / 5)
     trail = zip(first.recorder.trail, second.recorder.trail, strict=True)
     return Counts(

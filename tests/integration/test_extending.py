@@ -13,13 +13,12 @@ import pytest
 import torch
 from kills import state
 from launch import ROOT, Finished, run_ranks
+from page_examples import EXAMPLES, PAGE
 from twin import TRAIN, losses
 
 from fd_large import doors
 from fd_large.cli.main import main
 
-PAGE = (ROOT / "docs" / "extending.md").read_text()
-EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 LINES = 40
 STEPS = 8
 

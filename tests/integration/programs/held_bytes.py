@@ -1,17 +1,21 @@
-"""Bytes that a rank holds between steps, against the plan: three twins at ZeRO 1 to 3."""
+"""Bytes that a rank holds between steps, against the plan: small runs at ZeRO 1 to 3.
+
+held_bytes.py FOLDER, with convnet.py of docs/extending.md in it.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import scenarios
 import torch
 from launch import write_result
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.data.loader import Batch
 from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start
@@ -19,6 +23,7 @@ from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Student
 
 SWIN = Architecture(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=4)
 VIT = Architecture(embed_dim=96, depths=(3,), num_heads=(3,))
@@ -50,13 +55,24 @@ def twin(name: str) -> Run:
     )
 
 
+def with_student(model: str) -> Run:
+    """CLIP's twin with a student that the package did not write."""
+    run = twin("fd_clip_vit_base")
+    return replace(
+        run,
+        student=Student(model=model),
+        objective=replace(run.objective, interpolation="bilinear"),
+    )
+
+
 def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
     """What the ranks hold after a step, and what the plan says."""
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    batch = Batch(images, 0, torch.zeros(1), torch.zeros(1, dtype=int))
     before = scenarios.storages()
     engine, teacher = scenarios.start_engine(run, dict(zero))
     set_learning_rate(engine.deepspeed.optimizer, 1e-4)
-    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    forward_backward(engine, Batch(images, 0, torch.zeros(1), torch.zeros(1, dtype=int)), 0)
+    forward_backward(engine, batch, 0)
     engine.deepspeed.step()
     after = scenarios.storages()
     mine = sum(size for address, size in after.items() if address not in before)
@@ -72,15 +88,18 @@ def held(run: Run, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(folder: str) -> None:
-    """Measures every twin at every stage, in both types."""
+    """Measures every run at every stage, in both types."""
     torch.set_num_threads(1)
     distributed.start()
     start.start()
+    module = f"module:{Path(folder, 'convnet.py')}:ConvNet"
+    doors.allow(module)
+    runs = {name: twin(name) for name in TWINS}
+    runs |= {name: with_student(name) for name in ("timm:convnextv2_atto", module)}
     results = {}
-    for name in TWINS:
+    for name, run in runs.items():
         for stage, zero in ZERO.items():
             precision = "bfloat16" if stage == 2 or name == "fd_swinv2g" else "float32"
-            run = twin(name)
             run = replace(run, engine=replace(run.engine, precision=precision))
             results[f"{name}, ZeRO-{stage}, {precision}"] = held(run, zero)
     write_result(folder, results)

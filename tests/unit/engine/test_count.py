@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
+from page_examples import EXAMPLES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -191,34 +193,71 @@ def test_the_planned_card_decides_the_kernels():
     assert counted(SMALL["vit"], asked, checkpointing=[False])[False] == reference
 
 
-def student_of_timm(name, size):
-    run = SMALL["timm"]
-    data = replace(run.data, image_size=size)
-    return replace(run, student=Student(model=f"timm:{name}"), data=data)
-
-
-PEAKS = {
-    **{name: (run, 4) for name, run in SMALL.items() if name != "timm"},
+# Students that the package did not write, and the images with which their peak is measured.
+STUDENTS = {
     # So many images that what oneDNN takes for itself, whatever their number, does not show.
-    "convnextv2_atto": (SMALL["timm"], 24),
-    **{
-        name: (student_of_timm(name, 224), 2)
-        for name in (
-            "vit_tiny_patch16_224",
-            "swin_tiny_patch4_window7_224",
-            "eva02_tiny_patch14_224",
-        )
-    },
+    "timm:convnextv2_atto": 24,
+    "timm:vit_tiny_patch16_224": 2,
+    "timm:swin_tiny_patch4_window7_224": 2,
+    "timm:eva02_tiny_patch14_224": 2,
+    "module:convnet.py:ConvNet": 24,
 }
+PEAKS = {name: 4 for name in SMALL if name != "timm"} | STUDENTS
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    """Makes the run of a name in SMALL or of one of the STUDENTS."""
+    (tmp_path / "convnet.py").write_text(EXAMPLES["convnet.py"])
+    doors.allow(tmp_path / "convnet.py")
+    monkeypatch.chdir(tmp_path)
+
+    def make(name):
+        if name in SMALL:
+            return SMALL[name]
+        size = 224 if name.endswith("_224") else SMALL["timm"].data.image_size
+        data = replace(SMALL["timm"].data, image_size=size)
+        return replace(SMALL["timm"], student=Student(model=doors.absolute(name)), data=data)
+
+    return make
+
+
+@pytest.mark.parametrize("device", [H100, CPU], ids=["card", "cpu"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_parameters_and_flops_are_those_of_the_plain_model(name, device, run_of):
+    run, images = run_of(name), 2
+    counts = counted(run, device, bfloat16=device.on_gpu, checkpointing=[False])[False]
+    kind, _, rest = name.partition(":")
+    with torch.device("meta"), FlopCounterMode(display=False) as mode:
+        if kind == "timm":
+            plain = timm.create_model(rest, num_classes=0)
+        else:
+            plain = doors.load(run.student.model, kind="backbones", where="student.model")()
+        stem = next(m for m in plain.modules() if isinstance(m, nn.Conv2d))
+        maps = []
+        stem.register_forward_hook(lambda *given: maps.append(given[-1]))
+        plain(torch.empty(images, 3, run.data.image_size, run.data.image_size))
+        task, _ = job_of(run).models_on_shapes()
+    # A norm of the head comes after the map that is learnt.
+    kept = {k: p for k, p in plain.named_parameters() if not k.startswith(("head.", "fc_norm."))}
+    width, teacher_width = task.student.width, task.projection.out_features
+    trained = sum(p.numel() for p in kept.values()) + (width + 1) * teacher_width
+    assert sum(size * times for size, times in counts.student) == trained
+    rows, columns = task.student.grid(run.data.image_size, run.data.image_size)
+    forward = mode.get_total_flops() + 2 * images * rows * columns * width * teacher_width
+    assert counts.flops("forward", images) == forward
+    # Nobody asks for the gradient of the images.
+    of_images = 2 * maps[0].numel() * stem.weight[0].numel()
+    assert counts.flops("backward", images) == 2 * forward - of_images
 
 
 @pytest.mark.parametrize(
     ("name", "wrapped"),
     # Of the checkpointed one, oneDNN's share does show: 17 of 142 MB.
-    [(n, w) for n in PEAKS for w in (False, True) if (n, w) != ("convnextv2_atto", True)],
+    [(n, w) for n in PEAKS for w in (False, True) if (n, w) != ("timm:convnextv2_atto", True)],
 )
-def test_the_peak_is_the_allocators(name, wrapped):
-    run, images = PEAKS[name]
+def test_the_peak_is_the_allocators(name, wrapped, run_of):
+    run, images = run_of(name), PEAKS[name]
     modes = (False, True) if wrapped else (False,)
     counts = counted(run, CPU, bfloat16=False, checkpointing=modes)[wrapped]
     job = job_of(run)
