@@ -154,13 +154,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        known = self._known.get(func) or self._learn(func)
+        known, beside = self._known.get(func) or self._learn(func), 0
         if known.name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
             # As on a card: the meta device, which knows no backend, leaves channels first.
             out = torch.empty_like(out, memory_format=torch.channels_last)
         elif known.name == "smooth_l1_loss" and not out.shape:
             # As on devices, where the mean lies in the storage of what it is the mean of.
             out = args[0].new_empty(args[0].shape).view(-1)[0]
+            beside = bytes_of(args[0])  # What is averaged lives beside it.
         self.calls[self.phase] += 1
         self.names.append(known.name)
         if self._like is not None and not self._expected(known.name):
@@ -168,7 +169,8 @@ class Recorder(TorchDispatchMode):
         outs = [out] if isinstance(out, Tensor) else tensors_of(out)
         for t in outs:
             self.follow(t)
-        self.trail.append(self.live + (_copies(known.name, args, outs) if self._on_cpu else 0))
+        beside += _copies(known.name, args, outs) if self._on_cpu else 0
+        self.trail.append(self.live + beside)
         if not known.free:
             self.record(func, known, args, kwargs, outs, out)
         return out
@@ -219,17 +221,19 @@ class Recorder(TorchDispatchMode):
 def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
     """Bytes of the copies in a layout of its own that a CPU's convolution makes while it runs.
 
-    oneDNN's, for all but 1x1 kernels and channels that come last: of the larger of input and output
-    in forward, of both in backward.
+    oneDNN's, for all but channels that come last: of the larger of input and output in forward; in
+    backward of both, and of a gradient that is not contiguous.
     """
     if name not in ("convolution", "convolution_backward"):
         return 0
     backward = name.endswith("backward")
-    x, weight = args[1:3] if backward else args[:2]
-    if weight[0, 0].numel() == 1 or x.is_contiguous(memory_format=torch.channels_last):
+    x, out = (args[1], args[0]) if backward else (args[0], outs[0])
+    if x.is_contiguous(memory_format=torch.channels_last):
         return 0
-    sizes = bytes_of(x), bytes_of(args[0] if backward else outs[0])
-    return sum(sizes) if backward else max(sizes)
+    sizes = bytes_of(x), bytes_of(out)
+    if not backward:
+        return max(sizes)
+    return sum(sizes) + (0 if out.is_contiguous() else bytes_of(out))
 
 
 def tensors_of(thing: Any) -> list[Tensor]:

@@ -215,9 +215,12 @@ def run_of(tmp_path, monkeypatch):
     def make(name):
         if name in SMALL:
             return SMALL[name]
-        size = 224 if name.endswith("_224") else SMALL["timm"].data.image_size
-        data = replace(SMALL["timm"].data, image_size=size)
-        return replace(SMALL["timm"], student=Student(model=doors.absolute(name)), data=data)
+        run = SMALL["timm"]
+        if name.startswith("module:"):  # Beside a teacher whose maps are smaller than its own.
+            run = replace(run, teacher=SMALL["vit"].teacher)
+        if not name.endswith("atto"):
+            run = replace(run, data=replace(run.data, image_size=224))
+        return replace(run, student=Student(model=doors.absolute(name)))
 
     return make
 
