@@ -25,6 +25,15 @@ def extra_names() -> set[str]:
     return names | {IMPORT_NAMES[name] for name in names & IMPORT_NAMES.keys()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Gives the environment back: what a launch in this process sets would reach later ones."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turns such a skip into a failure."""
