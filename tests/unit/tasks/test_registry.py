@@ -106,8 +106,8 @@ def test_a_task_without_a_section(toy):
         (("--task.toy.weight", "1"), "--task.toy.weight"),
         (("--task.name", "module:toy.py:NO_TASK"), "task.name"),
         (("--task.name", "module:toy.py:TAKEN"), "task.name"),
-        (("--task.name", "module:toy.py:NONE"), "task.name"),
-        (("--task.name", "module:gone.py:KIND"), "task.name"),
+        (("--task.name", "module:toy.py:NONE"), "--task.name"),
+        (("--task.name", "module:gone.py:KIND"), "--task.name"),
     ],
 )
 def test_mistakes_name_the_field(toy, arguments, field):
