@@ -226,8 +226,8 @@ def file_of(source: str) -> Path | None:
 def hashes(tree: Any) -> dict[str, str]:
     """Returns {name: SHA-256 of its file} of the code that a recipe's plain form names.
 
-    Of a file that this process has imported, it is the hash of what it imported; "" is that of a
-    file that is not there. Entry points count too. Nothing is imported.
+    The hash of a file that this process has imported is that of what it imported; a file that is
+    not there has the hash "". Entry points count too. Nothing is imported.
 
     Args:
         tree: Dicts, lists and values.

@@ -121,7 +121,7 @@ def inspect(
 
 
 def _of_own(source: str | Path, own: Stored) -> Inspection:
-    """Of what this project stored of a model whose family has no published names; imports nothing.
+    """Inspects what this project stored of a model without published names; imports nothing.
 
     The tensors of a run's checkpoint are float32.
     """

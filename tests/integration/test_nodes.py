@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from launch import ROOT, read_results, run_ranks
 from PIL import Image
 from safetensors.torch import save_file
+from small_disk import mounted
 from twin import losses, train
 
 PROGRAM = ROOT / "tests/integration/programs/nodes.py"
@@ -35,15 +35,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    yield from mounted(tmp_path, "200k")
 
 
 def test_one_rank_of_a_node_copies_and_a_node_that_differs_is_named(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from plugins import install
 
 from fd_large import doors
 from fd_large.errors import ConfigError
@@ -148,12 +149,13 @@ def test_an_entry_point_of_an_installed_package_is_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path / "plugin_of_a_test.py")
-    folder = tmp_path / "plugin_of_a_test-1.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-of-a-test\nVersion: 1\n")
-    (folder / "entry_points.txt").write_text(
-        "[fd_large.losses]\ncosine = plugin_of_a_test:cosine\nlost = plugin_of_a_test:lost\n"
-        "gone = no_module_of_a_test:gone\nneeds = needs_of_a_test:needs\n"
+    install(
+        tmp_path,
+        "losses",
+        "cosine = plugin_of_a_test:cosine",
+        "lost = plugin_of_a_test:lost",
+        "gone = no_module_of_a_test:gone",
+        "needs = needs_of_a_test:needs",
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert doors.hashes({"loss": "cosine", "beta": 2.0}) == {

@@ -29,7 +29,7 @@ def lacks(architecture: TimmArchitecture, pads: bool) -> str:
 def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
     """Returns what timm's model has and ours has not, at its initial values.
 
-    That is a norm that belongs to the head, after the map that was trained, and counters.
+    Such as a norm that belongs to the head, after the map that was trained, and counters.
     """
     name = architecture.timm_name
     arguments = {**size_arguments(name, architecture.image_size), "num_classes": 0}

@@ -121,8 +121,8 @@ def running_statistics(module: nn.Module) -> dict[str, Tensor]:
 def to_bfloat16(module: nn.Module) -> dict[str, Tensor]:
     """Turns parameters into bfloat16 in place; returns this rank's float32 shards by name.
 
-    Of the buffers, a module casts those that meet its weights (`cast_buffers`). A bf16 engine takes
-    its masters from the bf16 weights; `set_masters` puts the exact ones back.
+    A module casts the buffers that meet its weights (`cast_buffers`). A bf16 engine takes its
+    masters from the bf16 weights; `set_masters` puts the exact ones back.
     """
     exact = {}
     for name, parameter in module.named_parameters():

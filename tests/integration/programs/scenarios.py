@@ -164,26 +164,30 @@ def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, DistillationJo
     return engine_of(run, job.make_task, config, initial=job.initial_weights()), job
 
 
+def take_step(engine: Engine, run: Run, update: int) -> float:
+    """Takes a step on this rank's share of the images; returns the loss over all ranks."""
+    world, rank = distributed.world_size(), distributed.rank()
+    micro, share = run.batch.micro_batch_size, run.batch.global_batch_size // world
+    set_learning_rate(engine.deepspeed.optimizer, schedule_of(run).at_step(update))
+    images, total = images_of(update, run), torch.zeros(())
+    for start_at in range(rank * share, (rank + 1) * share, micro):
+        positions = torch.arange(start_at, start_at + micro)
+        batch = Batch(images[positions], 0, positions + update * len(images), positions)
+        total += forward_backward(engine, batch, run.runtime.seed) * micro / share
+        engine.deepspeed.step()
+    return (distributed.sum_tensor(total) / world).item()
+
+
 def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dict[str, Any]:
     """The same run in the engine on all ranks: losses, teacher hashes, bytes held."""
-    world, rank = distributed.world_size(), distributed.rank()
-    micro = run.batch.micro_batch_size
-    share = run.batch.global_batch_size // world
     before = storages()
     engine, job = start_engine(run, zero)
     teacher = job.teacher
     engine.task.train()
     master_error = _master_error(engine, job.make_task, run)
-    schedule, losses, norms = schedule_of(run), [], []
+    losses, norms = [], []
     for update in range(updates):
-        set_learning_rate(engine.deepspeed.optimizer, schedule.at_step(update))
-        images, total = images_of(update, run), torch.zeros(())
-        for start_at in range(rank * share, (rank + 1) * share, micro):
-            positions = torch.arange(start_at, start_at + micro)
-            batch = Batch(images[positions], 0, positions + update * len(images), positions)
-            total += forward_backward(engine, batch, run.runtime.seed) * micro / share
-            engine.deepspeed.step()
-        losses.append((distributed.sum_tensor(total) / distributed.world_size()).item())
+        losses.append(take_step(engine, run, update))
         norms.append(engine.deepspeed.get_global_grad_norm())
     result = {
         "losses": losses,

@@ -14,15 +14,12 @@ from typing import Any
 import timm
 import torch
 from launch import write_result
-from scenarios import ZERO3, images_of, schedule_of, start_engine, tiny_run
+from scenarios import ZERO3, start_engine, take_step, tiny_run
 
 from fd_large import distributed
-from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
-from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.zero import start, state
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.recipes.run import Run
 
 UPDATES, SAVED_AT = 4, 2
@@ -69,19 +66,7 @@ def write_weights(path: Path) -> None:
 
 def trained(engine: Engine, run: Run, updates: range) -> list[float]:
     """The losses of some steps."""
-    world, rank = distributed.world_size(), distributed.rank()
-    micro, share = run.batch.micro_batch_size, run.batch.global_batch_size // world
-    schedule, losses = schedule_of(run), []
-    for update in updates:
-        set_learning_rate(engine.deepspeed.optimizer, schedule.at_step(update))
-        images, total = images_of(update, run), torch.zeros(())
-        for start_at in range(rank * share, (rank + 1) * share, micro):
-            positions = torch.arange(start_at, start_at + micro)
-            batch = Batch(images[positions], 0, positions + update * len(images), positions)
-            total += forward_backward(engine, batch, run.runtime.seed) * micro / share
-            engine.deepspeed.step()
-        losses.append((distributed.sum_tensor(total) / world).item())
-    return losses
+    return [take_step(engine, run, update) for update in updates]
 
 
 def opened(run: Run) -> tuple[Engine, Checkpoints]:

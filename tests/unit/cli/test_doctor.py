@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 
@@ -17,13 +16,7 @@ from fd_large.cli import doctor
 from fd_large.cli import main as cli
 from fd_large.cli.doctor_checks import Finding
 
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("NCCL_", "GLOO_", "SLURM_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("FD_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
 def test_one_screen_where_everything_needed_is_here(tmp_path, capsys):

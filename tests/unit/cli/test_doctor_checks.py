@@ -3,15 +3,17 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from small_disk import mounted
 
 from fd_large.cli import doctor, doctor_checks
 from fd_large.cli.doctor_checks import Finding, look
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
 def test_a_disk_in_memory_and_a_full_one_are_low(tiny_disk):
@@ -146,22 +148,6 @@ def test_nodes_that_differ_are_named():
     assert doctor.merged([("n1", {"a": slow}), ("n2", {"a": fast})]) == {"a": slow}
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("NCCL_", "GLOO_", "SLURM_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("FD_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    yield from mounted(tmp_path, "4m")

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from plugins import install
 from torch.utils.data import DataLoader, Dataset
 
 from fd_large import doors
@@ -169,10 +170,7 @@ class ReadBytes(Dataset):
 
 
 def test_an_installed_package_brings_a_source(own, tmp_path, monkeypatch):
-    folder = tmp_path / "images_of_a_test-1.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: images-of-a-test\nVersion: 1\n")
-    (folder / "entry_points.txt").write_text("[fd_large.sources]\narrays = arrays:Arrays\n")
+    install(tmp_path, "sources", "arrays = arrays:Arrays")
     monkeypatch.syspath_prepend(tmp_path)
     assert len(open_images("arrays")) == 12
     assert len(open_split("arrays", "val")) == 4

@@ -7,7 +7,6 @@ import fcntl
 import os
 import pickle
 import shutil
-import subprocess
 import tarfile
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_disk import mounted
 
 from fd_large.data import staging
 from fd_large.data.loader import ViewBatches, build_loader
@@ -46,15 +46,7 @@ def local(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
     """A file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    yield from mounted(tmp_path, "1m")
 
 
 def copies(local: Path) -> list[Path]:

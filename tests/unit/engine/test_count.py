@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.engine.block_wrappers import checkpoint_blocks
-from fd_large.engine.count import Recorder, count, on_shapes, run_on_shapes, step_flops
+from fd_large.engine.count import count, on_shapes, run_on_shapes, step_flops
+from fd_large.engine.recorder import Recorder
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import Device, standing_in

@@ -7,6 +7,7 @@ import pickle
 import sys
 
 import pytest
+from plugins import install
 
 from fd_large import doors
 from fd_large.cli.train import parse_train
@@ -144,10 +145,7 @@ def test_a_stored_recipe_is_read_without_its_code(toy, monkeypatch):
 
 
 def test_an_installed_package_brings_a_task(toy, tmp_path, monkeypatch):
-    folder = tmp_path / "toy_of_a_test-1.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-of-a-test\nVersion: 1\n")
-    (folder / "entry_points.txt").write_text("[fd_large.tasks]\ntoys = toy:KIND\n")
+    install(tmp_path, "tasks", "toys = toy:KIND")
     monkeypatch.syspath_prepend(tmp_path)
     run = given("--task.name", "toys", "--task.toy.weight", "0.5")
     assert (run.task.name, run.task.toy.weight) == ("toys", 0.5)

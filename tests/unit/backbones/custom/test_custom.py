@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from loading import teacher_run
+from plugins import install
 
 from fd_large import doors
 from fd_large.backbones.custom.custom import check_map
@@ -227,12 +228,7 @@ def test_nothing_is_imported_that_was_not_allowed(monkeypatch):
 
 @pytest.mark.usefixtures("_own_module")
 def test_an_installed_package_brings_a_backbone(tmp_path, monkeypatch):
-    folder = tmp_path / "nets_of_a_test-1.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nets-of-a-test\nVersion: 1\n")
-    (folder / "entry_points.txt").write_text(
-        "[fd_large.backbones]\npatches = own_nets.patches:Student\n"
-    )
+    install(tmp_path, "backbones", "patches = own_nets.patches:Student")
     assert make_student(Student(model="patches")).drop_path_rates == (0.1,)
     assert resolve("patches").at(32).image_size == 32
     with pytest.raises(ConfigError, match="model"):

@@ -1,0 +1,246 @@
+"""Writes down what a computation dispatches: FLOPs, bytes, calls and what lives in memory.
+
+Of each operation, the FLOPs of its matrix products (torch's own formulas; a fused operation brings
+its own), its bytes (each distinct input is read once, each new output written once, views are free)
+and a call. Storages are followed from birth to death, which gives what lives at each moment.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fd_large.kernels import choose
+from fd_large.plan.counts import Phase
+
+aten = torch.ops.aten
+
+FREE = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"),
+    *("alias", "detach", "detach_", "_unsafe_view", "lift_fresh", "_reshape_alias", "sym_size"),
+    *("_local_scalar_dense", "is_same_size"),
+}
+# They take a tensor for its dtype and device only.
+FACTORIES = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like"}
+WRITE_ONLY = {"zero_", "fill_", "copy_", "bernoulli_", "normal_", "uniform_", "random_"}
+GATHER = {"index", "index_select", "embedding", "gather"}
+
+
+def _convolution_backward(out: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    # torch's own (2.13) leaves out that groups share the channels.
+    return sum(rest[-1][:2]) * 2 * out.numel() * weight[0].numel()
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Operation(NamedTuple):
+    """One dispatched operation.
+
+    Attributes:
+        phase: Where it runs.
+        again: Whether it computes again what forward has computed.
+        name: Its name.
+        flops: Of matrix products.
+        read: Bytes.
+        written: Bytes.
+    """
+
+    phase: Phase
+    again: bool
+    name: str
+    flops: int
+    read: int
+    written: int
+
+
+class _Known(NamedTuple):
+    name: str
+    free: bool
+    mutated: tuple[bool, ...]
+    fresh: tuple[bool, ...]
+    flops: Callable[..., int] | None
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what is dispatched while it is on.
+
+    Args:
+        models: Their parameters and buffers are no part of what lives.
+        like: Names of the calls that are expected; None: any.
+
+    Attributes:
+        phase: What runs now; the caller sets it.
+        inside: How many modules are running now.
+        operations: What computed or moved something.
+        calls: All calls by phase, views included.
+        live: Bytes of storages now.
+        names: Names of all calls.
+        trail: Live bytes at each call.
+        fused: Whether a fused kernel was called.
+    """
+
+    def __init__(
+        self, models: Iterable[nn.Module] = (), *, like: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self._like = like
+        self.names: list[str] = []
+        self.phase: Phase = "forward"
+        self.inside = self.live = 0
+        self.fused = False
+        device = choose.stood_for()
+        self._on_cpu = device is not None and not device.on_gpu
+        self.operations: list[Operation] = []
+        self.calls: Counter[str] = Counter()
+        self.trail: list[int] = []
+        self._known: dict[Any, _Known] = {}
+        own = (t for model in models for t in (*model.parameters(), *model.buffers()))
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in own}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        known, beside = self._known.get(func) or self._learn(func), 0
+        if known.name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            # As on a card: the meta device, which knows no backend, leaves channels first.
+            out = torch.empty_like(out, memory_format=torch.channels_last)
+        elif known.name == "smooth_l1_loss" and not out.shape:
+            # As on devices, where the mean lies in the storage of what it is the mean of.
+            out = args[0].new_empty(args[0].shape).view(-1)[0]
+            beside = bytes_of(args[0])  # What is averaged lives beside it.
+        self.calls[self.phase] += 1
+        self.names.append(known.name)
+        if self._like is not None and not self._expected(known.name):
+            raise NotLinear
+        outs = [out] if isinstance(out, Tensor) else tensors_of(out)
+        for t in outs:
+            self.follow(t)
+        beside += _copies(known.name, args, outs) if self._on_cpu else 0
+        self.trail.append(self.live + beside)
+        if not known.free:
+            self.record(func, known, args, kwargs, outs, out)
+        return out
+
+    def _expected(self, name: str) -> bool:
+        place, names = len(self.trail), self._like or ()
+        return place < len(names) and names[place] == name
+
+    def record(
+        self, func: Any, known: _Known, args: Any, kwargs: Any, outs: list[Tensor], out: Any
+    ) -> None:
+        """Writes an operation down."""
+        flops = known.flops(*args, **kwargs, out_val=out) if known.flops else 0
+        # Backward runs modules only where it computes their forward again.
+        again = self.phase == "backward" and (self.inside > 0 or torch.is_grad_enabled())
+        moved = _moved(known, args, kwargs, outs)
+        self.operations.append(Operation(self.phase, again, known.name, flops, *moved))
+
+    def _learn(self, func: Any) -> _Known:
+        (space, name), returns = func._schema.name.split("::"), func._schema.returns
+        self.fused |= space == "fd_large"
+        views = returns and all(r.alias_info and not r.alias_info.is_write for r in returns)
+        known = self._known[func] = _Known(
+            name,
+            bool(views) or name in FREE,
+            tuple(bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments),
+            tuple(r.alias_info is None for r in returns),
+            FORMULAS.get(func._overloadpacket),
+        )
+        return known
+
+    def follow(self, t: Tensor) -> None:
+        """Counts a tensor's storage as alive until it is gone."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = storage.nbytes()
+        self.live += size
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, gone)
+
+
+def _copies(name: str, args: Any, outs: list[Tensor]) -> int:
+    """Bytes of the copies in a layout of its own that a CPU's convolution makes while it runs.
+
+    oneDNN's, for all but channels that come last: of the larger of input and output in forward; in
+    backward of both, and of a gradient that is not contiguous.
+    """
+    if name not in ("convolution", "convolution_backward"):
+        return 0
+    backward = name.endswith("backward")
+    x, out = (args[1], args[0]) if backward else (args[0], outs[0])
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    sizes = bytes_of(x), bytes_of(out)
+    if not backward:
+        return max(sizes)
+    return sum(sizes) + (0 if out.is_contiguous() else bytes_of(out))
+
+
+def tensors_of(thing: Any) -> list[Tensor]:
+    """Returns the tensors of an operation's argument or result that may be a list of them."""
+    return [t for t in thing if isinstance(t, Tensor)] if isinstance(thing, (tuple, list)) else []
+
+
+def _moved(known: _Known, args: Any, kwargs: Any, outs: list[Tensor]) -> tuple[int, int]:
+    """Bytes that an operation reads and writes."""
+    seen: dict[Any, int] = {}
+    written = 0
+    for i, argument in enumerate((*args, *kwargs.values())):
+        mutated = i < len(args) and known.mutated[i]
+        for t in (argument,) if isinstance(argument, Tensor) else tensors_of(argument):
+            size = bytes_of(t)
+            if mutated:
+                written += size
+                if known.name in WRITE_ONLY:
+                    continue
+            seen[place_of(t)] = size
+    whole = len(known.fresh) != len(outs)
+    written += sum(bytes_of(t) for i, t in enumerate(outs) if whole or known.fresh[i])
+    if known.name in FACTORIES:
+        return 0, written
+    if known.name in GATHER:
+        seen[place_of(args[0])] = min(bytes_of(args[0]), sum(bytes_of(t) for t in outs))
+    return sum(seen.values()), written
+
+
+def bytes_of(t: Tensor) -> int:
+    """Returns the bytes of a tensor; a dimension of stride 0 counts as one element."""
+    size = t.element_size()
+    for n, step in zip(t.shape, t.stride(), strict=True):
+        if step:
+            size *= n
+    return size
+
+
+def place_of(t: Tensor) -> tuple[Any, ...]:
+    """Returns what two tensors share that are the same bytes."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
+
+
+class NotLinear(Exception):
+    """A micro-batch calls other operations than another does."""

@@ -1,0 +1,12 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(("NCCL_", "GLOO_", "SLURM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("FD_CACHE", str(tmp_path / "cache"))
