@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -80,8 +78,7 @@ def kill_and_resume(
             alive = running()
             victims = started.processes if everyone else [draw.choice(started.processes)]
             for process in victims:
-                if process.poll() is None:
-                    os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             met.append(
                 {
                     "alive": alive,

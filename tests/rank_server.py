@@ -68,7 +68,9 @@ class ForkedRank:
     def kill(self) -> None:
         """Sends SIGKILL to a rank that still runs."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            # The server may have reaped it since.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class RankServer:
