@@ -5,8 +5,9 @@ Every message reads `where: what; got X, expected Y. Remedy.` Our own mistakes s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class FDError(Exception):
@@ -55,6 +56,29 @@ class LostRankError(FDError):
     """
 
     exit_code = 1
+
+
+def check_all(*checks: Callable[[], Any]) -> list[Any]:
+    """Makes every check, and raises one error that tells all the mistakes that they found.
+
+    Args:
+        checks: Each raises an FDError, or returns a value.
+
+    Returns: the values, in the order of the checks.
+    Raises: FDError: of the type of the first one, with a line for each mistake.
+    """
+    values: list[Any] = []
+    found: list[FDError] = []
+    for check in checks:
+        try:
+            values.append(check())
+        except FDError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise type(found[0])("\n".join(dict.fromkeys(map(str, found))))
+    return values
 
 
 def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:

@@ -32,7 +32,7 @@ from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
-from fd_large.errors import FDError
+from fd_large.errors import FDError, check_all
 from fd_large.launch import Launch
 from fd_large.plan.counts import StepFlops
 from fd_large.plan.memory import persistence_threshold
@@ -295,11 +295,13 @@ def _check(
         the training samples.
     """
     run = job.run
-    json_config = ds.load(deepspeed_config)
-    samples = job.open_samples()
-    job.check()
-    moments_of(run.optim, distributed.device().type)
-    trackers_of(run.runtime.trackers)
+    json_config, samples, *_ = check_all(
+        lambda: ds.load(deepspeed_config),
+        job.open_samples,
+        job.check,
+        lambda: moments_of(run.optim, distributed.device().type),
+        lambda: trackers_of(run.runtime.trackers),
+    )
     fixed = run.batch.micro_batch_size
     size = 1 if fixed == "auto" else fixed
     node_size = ds.ranks_of_a_node(run.engine.node_size, launch.local_world_size)

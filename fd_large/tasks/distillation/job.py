@@ -28,7 +28,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import ExportedStudent, FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ShapeError
+from fd_large.errors import CheckpointError, ShapeError, check_all
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.run import Run
@@ -101,16 +101,28 @@ class DistillationJob(Job):
 
         Loss and normaliser are tried on a few random tokens.
         """
+        check_all(
+            self._check_loss,
+            self._check_normaliser,
+            self._check_head,
+            lambda: self.run.eval.root and self._held_out_images(),
+            lambda: self.run.eval.knn_root and self._labelled_images(),
+            lambda: frozen_weights(self.run.teacher, self.weights, where=SOURCE),
+            super().check,
+        )
+
+    def _check_loss(self) -> None:
         objective = self.run.objective
         check_loss(make_loss(objective.loss, beta=objective.beta), objective.loss)
+
+    def _check_normaliser(self) -> None:
+        objective = self.run.objective
         normaliser = make_normaliser(objective.normaliser, eps=objective.whitening_eps)
         check_normaliser(normaliser, objective.normaliser)
-        if self.run.eval.root:
-            self._held_out_images()
-        if self.run.eval.knn_root:
-            self._labelled_images()
-        frozen_weights(self.run.teacher, self.weights, where=SOURCE)
-        super().check()
+
+    def _check_head(self) -> None:
+        # Its shapes wait for the models.
+        doors.load(self.run.objective.head, kind="heads", where=heads.WHERE, built_in=heads.HEADS)
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teacher and student."""

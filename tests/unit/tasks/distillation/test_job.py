@@ -66,6 +66,15 @@ def test_mistakes_name_their_field(run, fields, named):
         DistillationJob(override(run, fields)).check()
 
 
+def test_all_mistakes_are_told_at_once(run):
+    names = ("objective.loss", "objective.normaliser", "objective.head", "eval.root")
+    fields = dict.fromkeys(names, "/no/such") | {"teacher.source": ""}
+    with pytest.raises(FDError) as caught:
+        DistillationJob(override(run, fields)).check()
+    told = [line.partition(":")[0].removeprefix("--") for line in str(caught.value).splitlines()]
+    assert sorted(told) == sorted(fields)
+
+
 def test_a_sound_recipe_passes_and_lists_its_sources(run, root):
     job = DistillationJob(override(run, {"eval.root": str(root), "eval.knn_root": str(root)}))
     job.check()

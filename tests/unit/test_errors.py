@@ -1,0 +1,35 @@
+"""Checks that are made together."""
+
+from __future__ import annotations
+
+import pytest
+
+from fd_large.errors import ConfigError, DataError, FDError, check_all
+
+
+def refuse(error: FDError) -> None:
+    raise error
+
+
+def test_without_a_mistake_the_values_come_back_in_order() -> None:
+    assert check_all(lambda: 1, lambda: None, lambda: "a") == [1, None, "a"]
+
+
+def test_a_single_mistake_is_raised_as_it_is() -> None:
+    error = DataError("data.root: a")
+    error.agreed = True
+    with pytest.raises(DataError) as caught:
+        check_all(lambda: 1, lambda: refuse(error))
+    assert caught.value is error
+
+
+def test_all_mistakes_are_told_at_once_and_each_once() -> None:
+    first, second = ConfigError("objective.loss: a"), DataError("data.root: b")
+    with pytest.raises(ConfigError) as caught:
+        check_all(lambda: refuse(first), lambda: refuse(second), lambda: refuse(second))
+    assert str(caught.value).splitlines() == ["objective.loss: a", "data.root: b"]
+
+
+def test_a_mistake_of_ours_stays_a_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        check_all(lambda: refuse(ConfigError("a")), lambda: 1 / 0)
