@@ -69,15 +69,17 @@ def store_task(folder: Path, run: Run, task: Distillation, **options: Any) -> No
     store_tensors(folder, tensors, ranks=2, recipe=run.to_dict(), **options)
 
 
-def store_incident(folder: Path, step: int, images: torch.Tensor, losses: list[float]) -> Path:
-    """Has the guard refuse a step of this rank's images, in as many micro batches as losses."""
-    guard, size = Guard(Limits()), len(images) // len(losses)
-    facts: dict[str, Any] = {"facts": {}, "log_every": 1, "global_batch_size": len(images)}
+def store_incident(
+    folder: Path, step: int, images: list[torch.Tensor], losses: list[float]
+) -> Path:
+    """Has the guard refuse a step of these micro batches of this rank's."""
+    guard, count = Guard(Limits()), sum(map(len, images))
+    facts: dict[str, Any] = {"facts": {}, "log_every": 1, "global_batch_size": count}
     setting = Setting(
         folder=folder,
         first_update=step,
         total_updates=100,
-        micro_batch_size=size,
+        micro_batch_size=len(images[0]),
         accumulation=len(losses),
         world_size=1,
         **facts,
@@ -85,6 +87,6 @@ def store_incident(folder: Path, step: int, images: torch.Tensor, losses: list[f
     guard.on_start(setting)
     update = Update(step, 100, 2, math.nan, 1.5, 1e-3)
     guard.judge(update)
-    positions = torch.arange(len(images)) + 40
+    positions = torch.arange(count) + 40
     guard.on_skip(update, Evidence(images, positions, positions + 100, losses, {"projection": 2.0}))
     return folder / "incidents" / f"update_{step + 1:08d}" / "incident.json"

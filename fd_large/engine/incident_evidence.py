@@ -39,7 +39,7 @@ def evidence_of(
     values = torch.nan_to_num(torch.stack(list(maxima.values())), nan=torch.inf, posinf=torch.inf)
     over_ranks = distributed.max_tensor(values).tolist()
     return Evidence(
-        images=torch.cat([batch.images for batch in batches]).cpu(),
+        images=[batch.images.cpu() for batch in batches],
         positions=torch.cat([batch.positions for batch in batches]),
         indices=torch.cat([batch.indices for batch in batches]),
         losses=list(losses),

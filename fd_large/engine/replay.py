@@ -43,13 +43,13 @@ class RankImages(NamedTuple):
 
     Attributes:
         rank: The rank, from 0.
-        images: (B, 3, S, S) uint8.
+        images: (b, 3, H, W) uint8, micro batch by micro batch.
         positions: (B,) int64, their places in the epoch's order.
         losses: The recorded loss of each micro batch.
     """
 
     rank: int
-    images: Tensor
+    images: list[Tensor]
     positions: Tensor
     losses: list[float]
 
@@ -139,9 +139,11 @@ def read_incident(path: Path, job_of: JobOf) -> Incident:
                 counts = {len(recorded["names"]), len(stored["positions"]), len(stored["images"])}
                 if len(counts) > 1:
                     raise ValueError(f"{name}: {counts} images")
-                images.append(
-                    RankImages(rank, stored["images"], stored["positions"], recorded["losses"])
-                )
+                parts = list(stored["images"].split(said["micro_batch_size"]))
+                if "sizes" in stored:  # Files of older versions have one size.
+                    sizes = zip(parts, stored["sizes"].tolist(), strict=True)
+                    parts = [part[..., :height, :width] for part, (height, width) in sizes]
+                images.append(RankImages(rank, parts, stored["positions"], recorded["losses"]))
         if not images:
             raise ConfigError(
                 f"replay: {file}: its images are gone; got none, expected those of a rank. The "
@@ -201,7 +203,7 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     with layer_maxima(task, gradient) as forward:
         for own in incident.images:
             for images, positions in zip(
-                own.images.split(size), own.positions.split(size), strict=True
+                own.images, own.positions.split(size), strict=True
             ):
                 batch = Batch(images, said["epoch"], positions, positions)
                 loss, _ = task(**prepared(task, batch, job.run.runtime.seed))

@@ -20,6 +20,9 @@ from statistics import median
 from typing import Any
 
 import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
@@ -198,11 +201,7 @@ class Guard(Hook):
         if distributed.rank() in culprits[:RANKS_WITH_IMAGES]:
             name = images_of(distributed.rank())
             with written_or_logged(folder / name):
-                (part / name).write_bytes(
-                    safetensors.torch.save(
-                        {"images": evidence.images.contiguous(), "positions": evidence.positions}
-                    )
-                )
+                (part / name).write_bytes(safetensors.torch.save(_stored(evidence)))
                 written = True
         with_images = [
             rank for rank, done in enumerate(distributed.gather_objects(written)) if done
@@ -292,6 +291,20 @@ def culprits_of(losses: list[list[float]]) -> list[int]:
 def images_of(rank: int) -> str:
     """Returns the name of the file of a rank's images."""
     return f"rank_{rank:05d}.safetensors"
+
+
+def _stored(evidence: Evidence) -> dict[str, Tensor]:
+    """Returns a rank's images as one tensor, those of smaller micro batches padded with black.
+
+    `sizes` has the height and width of each micro batch, (micro batches, 2).
+    """
+    sizes = torch.tensor([images.shape[-2:] for images in evidence.images])
+    height, width = sizes.amax(0).tolist()
+    padded = [
+        functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+        for images in evidence.images
+    ]
+    return {"images": torch.cat(padded), "positions": evidence.positions, "sizes": sizes}
 
 
 def _in_words(incident: dict[str, Any], found: list[Finding], folder: Path) -> str:

@@ -140,7 +140,8 @@ class Evidence:
     """The input of a skipped step, and what it did to the models.
 
     Attributes:
-        images: (B, 3, S, S) uint8, this rank's images of the step in order.
+        images: (b, 3, H, W) uint8, this rank's images of the step in order, micro batch by micro
+            batch; each may have a size of its own.
         positions: (B,) int64, their places in the epoch's order.
         indices: (B,) int64, their places in the listing.
         losses: Loss of each of this rank's micro batches.
@@ -148,7 +149,7 @@ class Evidence:
             order, over all ranks; infinite where one is not finite.
     """
 
-    images: Tensor
+    images: list[Tensor]
     positions: Tensor
     indices: Tensor
     losses: list[float]

@@ -21,7 +21,7 @@ def incident(tmp_path, monkeypatch):
     run = tiny_runs.tiny_run()
     task = tiny_runs.tiny_task(run)
     tiny_runs.store_task(tmp_path, run, task, update=5)
-    return tiny_runs.store_incident(tmp_path, 9, IMAGES, [math.nan, 0.25])
+    return tiny_runs.store_incident(tmp_path, 9, list(IMAGES.split(1)), [math.nan, 0.25])
 
 
 def test_losses_layers_and_where_the_weights_are_from(incident, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_images_positions_and_maxima_of_all_micro_batches(make_engine):
     batches = [batch_of(4), batch_of(5)]
     before = {name: p.clone() for name, p in engine.task.named_parameters()}
     found = evidence_of(engine, batches, [0.5, 0.25], seed=0)
-    assert torch.equal(found.images, torch.cat([batch.images for batch in batches]))
+    assert all(map(torch.equal, found.images, [batch.images for batch in batches]))
     assert found.positions.tolist() == found.indices.tolist() == [8, 9, 10, 11]
     assert found.losses == [0.5, 0.25]
     assert all(torch.equal(p, before[name]) for name, p in engine.task.named_parameters())
@@ -44,6 +45,22 @@ def test_images_positions_and_maxima_of_all_micro_batches(make_engine):
     assert list(found.maxima) == list(expected)
     assert found.maxima == pytest.approx(expected)
     assert not any(module._forward_hooks for module in engine.task.student.modules())
+
+
+class OfAnySize(Brightness):
+    """Takes images of any size, as a detector does."""
+
+    def prepare(self, images, targets, keep):
+        return super().prepare(torch.nn.functional.interpolate(images, (8, 8)), targets, keep)
+
+
+def test_micro_batches_keep_their_sizes(make_engine):
+    engine = make_engine("whole", accumulation=2, make_task=OfAnySize)
+    batches = [batch_of(4), batch_of(5)]
+    batches[1] = replace(batches[1], images=batches[1].images[..., :5, :])
+    found = evidence_of(engine, batches, [0.5, 0.25], seed=0)
+    assert [tuple(images.shape[-2:]) for images in found.images] == [(8, 8), (5, 8)]
+    assert all(map(torch.equal, found.images, [batch.images for batch in batches]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

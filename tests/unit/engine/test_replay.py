@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import load_file, save_file
 
 from fd_large.checkpoint import store
 from fd_large.data.loader import Batch
@@ -33,7 +34,7 @@ def made(tmp_path):
     task = tiny_runs.tiny_task(run)
     for update in (3, 5, 8, 12):
         tiny_runs.store_task(tmp_path, run, task, update=update)
-    file = tiny_runs.store_incident(tmp_path, STEP, IMAGES, [0.5, 0.25])
+    file = tiny_runs.store_incident(tmp_path, STEP, list(IMAGES.split(2)), [0.5, 0.25])
     return tmp_path, run, task, file
 
 
@@ -68,6 +69,20 @@ def test_the_numbers_are_those_of_the_step(made, checkpointing):
     assert len(trained) < len(replayed.forward)
     assert replayed.gradient.keys() == set(trained)
     assert all(math.isfinite(value) for value in replayed.gradient.values())
+
+
+def test_images_come_back_in_the_sizes_of_their_micro_batches(made):
+    folder, *_ = made
+    parts = [IMAGES[:2], IMAGES[2:, :, :20, :28]]
+    file = tiny_runs.store_incident(folder, STEP + 1, parts, [0.5, 0.25])
+    (own,) = read_incident(file, job_of).images
+    assert all(map(torch.equal, own.images, parts))
+    # An older file has one size and does not say which.
+    at = file.parent / "rank_00000.safetensors"
+    stored = load_file(at)
+    save_file({name: stored[name] for name in ("images", "positions")}, at)
+    (own,) = read_incident(file, job_of).images
+    assert [tuple(part.shape) for part in own.images] == [(2, 3, 32, 32)] * 2
 
 
 def test_another_teacher_is_told(made):

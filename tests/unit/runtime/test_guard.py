@@ -27,7 +27,7 @@ def evidence(losses=(1.0, 2.0), maxima=None):
     images = torch.arange(4 * 3 * 2 * 2, dtype=torch.uint8).view(4, 3, 2, 2)
     positions = torch.arange(100, 104)
     layers = {"teacher.a": 1.0, "student.b": 2.0} if maxima is None else maxima
-    return Evidence(images, positions, positions + 1000, list(losses), layers)
+    return Evidence(list(images.split(2)), positions, positions + 1000, list(losses), layers)
 
 
 def noise(index):
@@ -181,7 +181,7 @@ def test_an_incident_says_what_was_off_and_keeps_the_pictures(started, tmp_path,
     assert rank["positions"] == [100, 101, 102, 103]
     assert rank["names"] == [f"image {i}" for i in range(1100, 1104)]
     stored = load_file(folder / said["images"][0])
-    assert torch.equal(stored["images"], evidence().images)
+    assert torch.equal(stored["images"], torch.cat(evidence().images))
     assert stored["positions"].tolist() == rank["positions"]
     assert "its loss is 4, far above the median 1 (limit 1.5)" in caplog.text
     assert "student.b is the first layer that is not finite" in caplog.text
