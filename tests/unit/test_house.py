@@ -75,6 +75,7 @@ OF_NO_FILE = {
     "kernels/test_roofline.py": "benchmarks/roofline.py",
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
     "plan/test_scaling_page.py": "docs/scaling.md",
+    "test_devices.py": "the package on a card that is not here",
     "test_house.py": "the package as a whole",
     "test_oracles.py": "tests/oracles.py",
     "test_slurm_script.py": "slurm/",
