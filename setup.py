@@ -18,9 +18,10 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        # 0.19.2 failed with frozen parameters under activation checkpointing.
-        "deepspeed>=0.19.8",
-        "timm>=1.0",
+        # Its private names are read and replaced: fd_large/engine/zero/private_names.py.
+        "deepspeed==0.19.8",
+        # Older ones were not seen to leave code in a configuration alone.
+        "timm>=1.0.31",
         "einops>=0.8",
         "safetensors>=0.5",
         "tyro>=1.0",

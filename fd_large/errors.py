@@ -48,6 +48,10 @@ class LaunchError(FDError):
     """An environment in which ranks cannot find each other."""
 
 
+class VersionError(FDError):
+    """An installed package that is not what this one works with."""
+
+
 class LostRankError(FDError):
     """Another rank has ended; its own message and exit code say why.
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero.private_names import get
 
 # FusedAdam steps the masters on GPUs; a DeepSpeed JSON may turn on the others.
 NAMES = ("FusedAdam", "CPUAdam", "AsyncIO")
@@ -28,13 +28,12 @@ class Op(NamedTuple):
 
 def ops() -> list[Op]:
     """Asks the builder of each operation; compiles nothing."""
-    from deepspeed.git_version_info import installed_ops
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    installed_ops = get("deepspeed.git_version_info:installed_ops")
+    default = get("torch.utils.cpp_extension:get_default_build_root")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default())
     found = []
     for name in NAMES:
-        builder = getattr(deepspeed.ops.op_builder, f"{name}Builder")()
+        builder = get(f"deepspeed.ops.op_builder:{name}Builder")()
         try:
             buildable = bool(builder.is_compatible(verbose=False))
         except Exception:  # DeepSpeed raises many kinds, all of which mean that it cannot.

@@ -206,6 +206,14 @@ def stage_of(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def optimizer_class(config: dict[str, Any]) -> str | None:
+    """Returns the name of the class in which DeepSpeed wraps the optimiser; None if in none."""
+    if config["bf16"].get("immediate_grad_update"):
+        return "BF16_Optimizer"
+    split = "DeepSpeedZeroOptimizer"
+    return {0: None, 1: split, 2: split, 3: f"{split}_Stage3"}[stage_of(config)]
+
+
 def offloads(config: dict[str, Any], what: str) -> bool:
     """Returns whether `offload_optimizer` or `offload_param` moves anything to host memory."""
     block = config.get("zero_optimization", {}).get(what, {})

@@ -15,6 +15,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
+from fd_large.engine.zero.private_names import check_engine
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
@@ -88,6 +89,7 @@ def build_engine(
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
+    check_engine(engine, optimizer, ds.optimizer_class(config))
     if exact is not None:
         partition.set_masters(task, exact)
     bucket = config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fd_large import distributed
+from fd_large.engine.zero.private_names import get, replace
 from fd_large.engine.zero.start import deepspeed
 
 
@@ -30,7 +31,7 @@ def spare_passes(engine: Any, *, bucket: int) -> None:
         engine: DeepSpeed's engine, before its first forward.
         bucket: Number of elements that are reduced together.
     """
-    if isinstance(engine.optimizer, deepspeed.runtime.bf16_optimizer.BF16_Optimizer):
+    if isinstance(engine.optimizer, get("deepspeed.runtime.bf16_optimizer:BF16_Optimizer")):
         _Float32Sums(engine, bucket)
     elif engine.zero_optimization_stage() == 0:
         _WholeGradients(engine)
@@ -40,11 +41,11 @@ class _WholeGradients:
     """Stage 0: every rank holds and steps everything."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine, self._take_step = engine, engine._take_model_step
+        self._engine = engine
         if distributed.world_size() == 1:
-            engine.buffered_allreduce_fallback = lambda *_, **__: None
-        engine.clip_fp32_gradients = lambda: None
-        engine._take_model_step = self._step
+            replace(engine, "buffered_allreduce_fallback", lambda *_, **__: None)
+        replace(engine, "clip_fp32_gradients", lambda: None)
+        self._take_step = replace(engine, "_take_model_step", self._step)
 
     def _step(self, lr_kwargs: Any) -> None:
         engine = self._engine
@@ -62,11 +63,10 @@ class _Float32Sums:
 
     def __init__(self, engine: Any, bucket: int) -> None:
         self._engine, self._optimizer, self._bucket = engine, engine.optimizer, bucket
-        self._grads_for_norm = engine.optimizer.get_grads_for_norm
-        engine.buffered_allreduce_fallback = self._reduce
-        engine.optimizer._update_hp_grad = self._add
-        engine.optimizer.clear_hp_grads = self._begin
-        engine.optimizer.get_grads_for_norm = self._for_norm
+        replace(engine, "buffered_allreduce_fallback", self._reduce)
+        replace(engine.optimizer, "_update_hp_grad", self._add)
+        replace(engine.optimizer, "clear_hp_grads", self._begin)
+        self._grads_for_norm = replace(engine.optimizer, "get_grads_for_norm", self._for_norm)
 
     @torch.no_grad()
     def _add(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
@@ -80,7 +80,6 @@ class _Float32Sums:
             total.add_(gradient)
         else:
             total.copy_(gradient)
-        parameter._hp_grad = total
         optimizer.fp32_groups_has_gradients[group][index] = True
         if clear_lp_grads:
             parameter.grad.zero_()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fd_large import distributed
 from fd_large.engine.task import Task
 from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS, Kept, maker_of, tried
+from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
@@ -120,7 +121,7 @@ def _why_not(kind: str, on_gpu: bool) -> str | None:
         return "the masters are in host memory"
     if kind == "apex":
         return None if has_nvidia_apex() else "NVIDIA apex is not installed"
-    builder = deepspeed.ops.op_builder.FusedAdamBuilder()
+    builder = get("deepspeed.ops.op_builder:FusedAdamBuilder")()
     try:
         builder.load(verbose=False)
     except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
+from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.start import deepspeed
 from fd_large.weights.coverage import Fitted, covered
 
@@ -147,12 +148,13 @@ def set_masters(module: nn.Module, exact: dict[str, Tensor]) -> None:
         module: The engine's module.
         exact: What `to_bfloat16` returned; emptied on the way, so that memory never holds both.
     """
+    set_local = get("deepspeed.utils.tensor_fragment:safe_set_local_fp32_param")
     for name, parameter in module.named_parameters():
         values = exact.pop(name)
         if is_partitioned(parameter):
             held = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)
             held[: values.numel()] = values
-            deepspeed.utils.safe_set_local_fp32_param(parameter, held.to(values.device))
+            set_local(parameter, held.to(values.device))
         elif (mapping := parameter._hp_mapping) is not None:
             # Stages 1 and 2: this rank owns a slice of the flattened parameter, or nothing.
             start = mapping.lp_fragment_address.start

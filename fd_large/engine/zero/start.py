@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from fd_large import distributed
+from fd_large.engine.zero import private_names
 from fd_large.engine.zero.gloo import gather_in_place, scatter_in_place
 
 if not torch.cuda.is_available():
@@ -20,22 +21,24 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed.*")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator  # noqa: E402
-from deepspeed.utils import groups  # noqa: E402
 
 
 def start() -> None:
-    """Gives DeepSpeed the process group that `distributed.start()` made."""
+    """Gives DeepSpeed the process group that `distributed.start()` made.
+
+    Raises: VersionError: if the installed DeepSpeed is not what this package works with.
+    """
+    distributed.together(private_names.check)
     if not torch.cuda.is_available():
         # Otherwise init_distributed compiles a shared-memory extension and dies without a C++
         # compiler; gloo's collectives serve.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        private_names.get("deepspeed.ops:__compatible_ops__")["deepspeed_shm_comm"] = False
     backend = "nccl" if distributed.device().type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     if backend == "gloo":
-        deepspeed.comm.comm.cdb.all_gather_into_tensor = gather_in_place
-        deepspeed.comm.comm.cdb.reduce_scatter_tensor = scatter_in_place
+        collectives = private_names.get("deepspeed.comm.comm:cdb")
+        private_names.replace(collectives, "all_gather_into_tensor", gather_in_place)
+        private_names.replace(collectives, "reduce_scatter_tensor", scatter_in_place)
 
 
 def forget_engines() -> None:
@@ -45,10 +48,13 @@ def forget_engines() -> None:
     parameter coordinator. The hpZ group is global to the process, and the next engine would use it
     whatever its own configuration.
     """
-    parameter_offload.FWD_MODULE_STACK.clear()
-    for function in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+    get = private_names.get
+    get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()
+    coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    for function in vars(get(f"{coordinator}:PartitionedParameterCoordinator")).values():
         cells = getattr(function, "__closure__", None) or ()
         for candidate in (function, *(cell.cell_contents for cell in cells)):
             if hasattr(candidate, "cache_clear"):
                 candidate.cache_clear()
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    groups = get("deepspeed.utils:groups")
+    private_names.replace(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)

@@ -18,6 +18,7 @@ from fd_large.checkpoint.write import Piece
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
+from fd_large.engine.zero.private_names import replace
 
 EMA = "ema"
 """Key in the optimiser's state, and kind in a checkpoint, of the average that `ema.py` keeps."""
@@ -159,7 +160,7 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
         # DeepSpeed's and apex's FusedAdam count in the group.
         if "step" in group:
             group["step"] = steps
-    engine.deepspeed.global_steps = finished
+    replace(engine.deepspeed, "global_steps", finished)
 
 
 def redistribute(engine: Engine) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fd_large.engine.zero.private_names import replace
+
 
 class StepGate:
     """Asks once per step whether the inner optimiser may step.
@@ -26,10 +28,10 @@ class StepGate:
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner, self.inner_step = inner, inner.step
+        self.inner = inner
         self._ask: Callable[[], bool] | None = None
         self._open = True
-        inner.step = self._guarded  # type: ignore[method-assign]
+        self.inner_step = replace(inner, "step", self._guarded)
 
     def step(self, engine: Any, ask: Callable[[], bool]) -> bool:
         """Lets the engine step; returns whether the weights moved.

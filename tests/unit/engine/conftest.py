@@ -17,6 +17,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
+from fd_large.engine.zero.start import deepspeed
 from fd_large.launch import Launch
 from fd_large.recipes.sections import Optim
 
@@ -65,7 +66,7 @@ def one_rank():
     start.forget_engines()
     distributed.stop()
     # What DeepSpeed keeps of the group would be found by the next file.
-    start.deepspeed.comm.comm.cdb = start.groups._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
     patch.undo()
     os.environ.clear()
     os.environ.update(before)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
 from fd_large.backbones.initialization import Draw
 from fd_large.backbones.layers import Linear
+from fd_large.engine.zero.private_names import get
 from fd_large.tasks.dense.convolution import NormedConvolution, he_uniform
 from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.matching import match, sample
@@ -28,7 +28,7 @@ POSITIVE_IOU = 0.5
 POSITIVE_SHARE = 0.25
 LEAST_SCORE = 0.05
 NMS_IOU = 0.5
-CODER = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
+CODER = get("torchvision.models.detection._utils:BoxCoder")(weights=(10.0, 10.0, 5.0, 5.0))
 
 
 class BoxHead(nn.Module):

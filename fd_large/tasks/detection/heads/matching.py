@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_area, box_iou
 
+from fd_large.engine.zero.private_names import get
+
+Matcher = get("torchvision.models.detection._utils:Matcher")
 BACKGROUND = Matcher.BELOW_LOW_THRESHOLD  # -1
 IGNORED = Matcher.BETWEEN_THRESHOLDS  # -2
 # Share of a candidate inside a crowd from which it is no background: what is there is not known.

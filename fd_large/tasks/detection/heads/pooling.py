@@ -14,11 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
-from torchvision.ops.poolers import LevelMapper
+
+from fd_large.engine.zero.private_names import get
 
 NUM_LEVELS = 4
 # A box of 224 pixels takes the third level, as in a ResNet of ImageNet's size.
-_LEVELS = LevelMapper(k_min=2, k_max=1 + NUM_LEVELS, canonical_scale=224, canonical_level=4)
+_LEVELS = get("torchvision.ops.poolers:LevelMapper")(
+    k_min=2, k_max=1 + NUM_LEVELS, canonical_scale=224, canonical_level=4
+)
 _SAMPLES = 2  # Points per cell, each way.
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms
 
 from fd_large.backbones.initialization import Draw
+from fd_large.engine.zero.private_names import get
 from fd_large.tasks.dense.convolution import Convolution
 from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.matching import match, sample
@@ -28,7 +27,8 @@ ANCHOR_PLACES = 8
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 POSITIVE_SHARE = 0.5
 NMS_IOU = 0.7
-CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+CODER = get("torchvision.models.detection._utils:BoxCoder")(weights=(1.0, 1.0, 1.0, 1.0))
+AnchorGenerator = get("torchvision.models.detection.anchor_utils:AnchorGenerator")
 
 
 class RpnHead(nn.Module):

@@ -20,13 +20,22 @@ class Bf16Optimizer:
         self.fp32_groups_gradient_flat_partition = [flat]
         self.dp_process_group = None
 
+    def _update_hp_grad(self):
+        raise NotImplementedError
+
+    clear_hp_grads = _update_hp_grad
+
     def get_grads_for_norm(self):
         return self.fp32_groups_gradients[0]
 
 
 def test_float32_sums_are_those_of_plain_addition():
     optimizer = Bf16Optimizer()
-    engine = SimpleNamespace(optimizer=optimizer, communication_data_type=torch.bfloat16)
+    engine = SimpleNamespace(
+        optimizer=optimizer,
+        communication_data_type=torch.bfloat16,
+        buffered_allreduce_fallback=None,
+    )
     _Float32Sums(engine, bucket=5)
     generator = torch.Generator().manual_seed(0)
     for update in range(3):
@@ -70,6 +79,8 @@ def test_stage_0_clips_by_the_norm_that_it_tells(clip):
         optimizer=SimpleNamespace(),
         gradient_clipping=lambda: clip,
         _take_model_step=take_step,
+        buffered_allreduce_fallback=None,
+        clip_fp32_gradients=None,
     )
     _WholeGradients(engine)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
