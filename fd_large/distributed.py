@@ -17,11 +17,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fd_large import failures
 from fd_large.errors import ConfigError, FDError, LaunchError
 from fd_large.launch import Launch, find_launch
 from fd_large.watch import watch_launcher
 
 T = TypeVar("T")
+
+_PEER_IS_GONE = (
+    # gloo
+    *("Connection closed by peer", "Connection reset by peer"),
+    # NCCL, where it notices: ncclRemoteError, and what a communicator says that was aborted.
+    *("remote process exited", "ncclRemoteError", "NCCL communicator was aborted"),
+    # The store, over which NCCL's ranks meet.
+    "Connection was likely closed",
+)
 
 _launch: Launch | None = None
 _node_groups: dict[int, dist.ProcessGroup] = {}
@@ -55,12 +65,23 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
         "MASTER_ADDR": launch.master_addr,
         "MASTER_PORT": str(launch.master_port),
     }
+    if launch.world_size > 1:
+        first = launch.rank - launch.local_rank
+        node = range(first, first + launch.local_world_size)
+        failures.watch(
+            lambda: _store_of(launch, timeout_seconds),
+            launch.rank,
+            launch.world_size,
+            neighbours=[rank for rank in node if rank != launch.rank],
+        )
     if _has_cuda():
         if launch.local_rank >= (visible := torch.cuda.device_count()):
             raise LaunchError(
                 f"launch: GPUs that local rank {launch.local_rank} sees; got {visible}, expected "
                 f"{launch.local_world_size}. Start no more ranks than a node has GPUs and let "
-                "each see all of them (srun: --gpus-per-node, not --gpus-per-task)."
+                "each see all of them (srun: --gres=gpu:N, not --gpus-per-task). Of a GPU that is "
+                "cut in slices (MIG) a process sees one: start one rank a node there, or turn MIG "
+                "off."
             )
         torch.cuda.set_device(launch.local_rank)
     elif launch.world_size == launch.local_world_size and "lo" in dict(
@@ -88,6 +109,7 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
 def stop() -> None:
     """Destroys the process group without waiting for other ranks; harmless when there is none."""
     global _launch
+    failures.stop_watching()
     _node_groups.clear()
     _launch = None
     if dist.is_initialized():
@@ -104,9 +126,26 @@ def leave(code: int) -> int:
         stop()
         return code
     barrier()
+    if code:
+        failures.write_exit_file(code, "all ranks end with it")
+    failures.stop_watching()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _store_of(launch: Launch, timeout_seconds: float) -> failures.Store:
+    """Connects to the store at which the ranks meet, once more, as soon as it is there."""
+    store = dist.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    # torchrun's own store lives on when it starts the ranks again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"fd_large/{attempt}", store)
 
 
 def _has_cuda() -> bool:
@@ -231,10 +270,7 @@ def together(check: Callable[[], T]) -> T:
 
 def peer_is_gone(error: BaseException) -> bool:
     """Says whether a collective failed because another rank ended, whose message is the cause."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "Connection closed by peer" in text or "Connection reset by peer" in text
-    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_IS_GONE)
 
 
 def node_group(node_size: int) -> dist.ProcessGroup:

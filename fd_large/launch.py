@@ -273,12 +273,19 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         local_rank=local_rank,
         local_world_size=counts[node_rank],
         master_addr=environ.get("MASTER_ADDR") or _slurm_address(environ, len(counts)),
-        # The port must be known to all ranks without a message; jobs that share a node differ.
-        master_port=_integer(
-            environ, "MASTER_PORT", 10000 + _integer(environ, "SLURM_JOB_ID") % 20000
-        ),
+        master_port=_integer(environ, "MASTER_PORT", _slurm_port(environ)),
         node_rank=node_rank,
     )
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """Returns a port that all ranks know without a message.
+
+    Jobs that share a node differ, and so do the starts of a job: a rank of the last one may still
+    hold its port.
+    """
+    starts = _integer(environ, "SLURM_RESTART_COUNT", 0)
+    return 10000 + (_integer(environ, "SLURM_JOB_ID") + 1009 * starts) % 20000
 
 
 def first_slurm_host(nodelist: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -9,8 +10,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from fd_large.cli.main import main
 
-    code = main(["train", *sys.argv[1:]])
+    try:
+        code = main(["train", *sys.argv[1:]])
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was.
+    # DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was;
+    # and one whose peers are gone may wait in it for the kernel of a collective.
     os._exit(code)

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from fd_large import failures
+
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_SECONDS = 20.0
@@ -81,6 +83,7 @@ def _watch(line: list[int], launchers: dict[int, str]) -> None:
     deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
     while time.monotonic() < deadline or _holds:
         time.sleep(0.1)
+    failures.tell(128 + signal.SIGTERM, f"{gone}, which started it, is gone")
     os._exit(128 + signal.SIGTERM)
 
 

@@ -12,8 +12,9 @@
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 # One task per GPU, but every task sees all GPUs of its node: with --gpus-per-task=1 each sees one,
-# and the local rank, by which torch and DeepSpeed choose a device, would name none.
-#SBATCH --gpus-per-node=8
+# and the local rank, by which torch and DeepSpeed choose a device, would name none. --gres, since
+# --gpus-per-node needs a Slurm that schedules by cons_tres.
+#SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive

@@ -11,6 +11,9 @@
 #   75        saved before the time limit, or hung: requeued, by this script or by Slurm, once
 #   others    a crash, a lost rank, a node that srun cannot reach: requeued as well
 #
+# srun returns the largest code of all ranks, or 137 where it had to kill one. So every rank that
+# fails leaves its code in a file (fd_large/failures.py), and 2 or 3 found there is the job's.
+#
 # A job is given up after MAX_RESTARTS restarts that brought no newer checkpoint.
 
 source slurm/site.sh
@@ -65,6 +68,10 @@ launch() {
         "can be written. Set it in slurm/site.sh."
     # A job keeps its number over restarts. The file's time is that of this start.
     if ((${SLURM_RESTART_COUNT:-0})); then touch "$ledger"; else : >"$ledger"; fi
+    # Of this start alone: a rank of an earlier one may still be alive on a node that was lost.
+    export FD_LARGE_EXITS="$logs-exits/start_$((${SLURM_RESTART_COUNT:-0} + 1))"
+    [[ $FD_LARGE_EXITS == /* ]] || FD_LARGE_EXITS=$PWD/$FD_LARGE_EXITS
+    mkdir -p "$FD_LARGE_EXITS" && rm -f "$FD_LARGE_EXITS"/*
 
     # srun in the background: a trap runs at once while bash waits, but only after a command ends.
     trap 'hand_on USR1' USR1
@@ -102,7 +109,8 @@ check_settings() {
 
 load_software() {
     local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
-    outside=() inside=()
+    # None of them empty, which bash before 4.4 takes for unset.
+    on_nodes=(srun) inside=(env)
     if [[ $MODULES ]]; then
         set +u
         # shellcheck disable=SC2086 # several names
@@ -116,7 +124,7 @@ load_software() {
             inside=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$CONTAINER")
             ;;
         *)
-            outside=(--container-image="$CONTAINER" --container-workdir="$PWD"
+            on_nodes+=(--container-image="$CONTAINER" --container-workdir="$PWD"
                 --container-mounts="$mounts")
             ;;
     esac
@@ -132,13 +140,13 @@ sum=$(find fd_large ds_configs -name "*.py" -o -name "*.json" | LC_ALL=C sort | 
 printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 
 check_nodes() {
-    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=()
+    local name path report nodes=${SLURM_JOB_NUM_NODES:-1} paths=(.)
     for name in data.root eval.root teacher.source student.init; do
         path=$(value_of "$name" "${arguments[@]}")
         # Patterns, names of packages and hubs, and a part of a file (FILE#teacher) are train.py's.
         [[ -z $path || $path == random || $path == *[:*?\{]* ]] || paths+=("${path%%#*}")
     done
-    report=$(srun "${outside[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    report=$("${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "${inside[@]}" bash -c "$on_a_node" check "${paths[@]}")
     code=$?
     # srun itself failed: a node is lost, or the container; its message stands above.
@@ -164,7 +172,7 @@ check_nodes() {
 run_ranks() {
     local caught
     say "the output of rank N is in $logs-rank_N.log"
-    srun "${outside[@]}" \
+    "${on_nodes[@]}" \
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --open-mode=append --output="$logs-rank_%t.log" \
@@ -189,7 +197,17 @@ hand_on() {
 }
 
 finish() {
-    local status='' again=''
+    local status='' again='' number file failed='' code_left=
+    # Of several the smallest: a mistake of the user's, rather than what followed from it.
+    for number in 3 2; do
+        file=$(grep -ls "\"code\": $number," "$FD_LARGE_EXITS"/*.json | head -n 1)
+        if [[ $file ]]; then failed=$file code_left=$number; fi
+    done
+    if [[ $failed && $code != "$code_left" ]]; then
+        say "srun returned $code, $(basename "$failed" .json) left $code_left:" \
+            "$(sed -n 's/^ *"reason": "\(.*\)"$/\1/p' "$failed")"
+        code=$code_left
+    fi
     # A rank that is lost on its way out, or killed while it waits, hides the code of the others.
     if [[ ! $code =~ ^(0|2|3|75)$ && $run_dir/summary.json -nt $ledger ]]; then
         status=$(sed -n 's/^ *"status": "\(.*\)",*$/\1/p' "$run_dir/summary.json")

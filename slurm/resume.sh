@@ -10,7 +10,7 @@
 #SBATCH --job-name=fd_resume
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
@@ -36,7 +36,8 @@ shift
 reader=$(command -v "$PYTHON" || command -v python3) ||
     refuse "slurm/resume.sh: no Python; got PYTHON=$PYTHON, expected one that runs here. Set it" \
         "in slurm/site.sh."
-mapfile -d '' -t before < <("$reader" - "$run" <<'PYTHON'
+before=()
+while IFS= read -r -d '' word; do before+=("$word"); done < <("$reader" - "$run" <<'PYTHON'
 import json, sys
 
 try:

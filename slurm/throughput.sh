@@ -14,7 +14,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 # Every task sees all GPUs of its node, as in slurm/fd_swinv2g.sh.
-#SBATCH --gpus-per-node=8
+#SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
@@ -38,7 +38,7 @@ export PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
 step() {
     local nodes=$1 tasks=$2 name=$3
     shift 3
-    srun "${outside[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
+    "${on_nodes[@]}" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --output="$folder/$name-rank_%t.log" \
         "${inside[@]}" "$PYTHON" "$@"

@@ -20,7 +20,7 @@ FLAGS = """
 --batch.global_batch_size 8 --batch.micro_batch_size 4
 --runtime.log_every 1 --runtime.save_every 1
 """
-NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+NODES = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1")
 
 
 class Job(NamedTuple):

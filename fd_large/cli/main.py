@@ -11,7 +11,7 @@ import sys
 import time
 from importlib import import_module
 
-from fd_large import doors
+from fd_large import doors, failures
 from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import FDError
 from fd_large.launch import find_rank
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except HelpShown:
         return 0
     except FDError as error:
+        failures.tell(error.exit_code, str(error))
         # Every rank makes the same mistake and one reports it, unless only one has met it.
         if rank == 0 or error.rank_local:
             terminal.show_error(str(error))
@@ -61,3 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (Exception, KeyboardInterrupt) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        failures.tell(code, f"{type(error).__name__}: {error}")
+        raise

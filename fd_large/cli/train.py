@@ -66,7 +66,7 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
     """
     terminal.take()
     # torch and deepspeed: seconds.
-    from fd_large import distributed
+    from fd_large import distributed, failures
     from fd_large.runtime import logs
 
     logs.start(find_rank())
@@ -78,9 +78,11 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
     except RuntimeError as error:
         if not distributed.peer_is_gone(error):
             raise
+        lost = failures.heard()
+        said = f"rank {lost.rank} says: {lost.reason}" if lost else "its own message says why"
         raise LostRankError(
-            "train: another rank has ended, its own message says why; got a closed connection, "
-            "expected an answer. Start the same command again once that is fixed."
+            f"train: another rank has ended; got a closed connection, expected an answer ({said}). "
+            "Start the same command again once that is fixed."
         ) from error
 
 

@@ -219,7 +219,7 @@ def test_eight_nodes_of_eight_gpus(folder: Path) -> None:
             folder,
             "layout-run",
             updates=1,
-            sbatch=("--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12"),
+            sbatch=("--nodes=8", "--ntasks-per-node=8", "--gres=gpu:8", "--cpus-per-task=12"),
             environ={"PYTHON": str(python)},
         )
         shown = cluster.wait(job.number, ended)

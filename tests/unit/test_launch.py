@@ -96,6 +96,10 @@ def launch(launcher: str, **changes: object) -> Launch:
         (HYDRA, launch("mpirun", master_port=29613, node_rank=None)),
         (OPEN_MPI, launch("mpirun", master_port=29614, node_rank=None)),
         (SRUN, launch("srun", master_addr="127.0.0.1", master_port=10007)),
+        (
+            SRUN | {"SLURM_RESTART_COUNT": "1"},
+            launch("srun", master_addr="127.0.0.1", master_port=11016),
+        ),
         (SRUN | MEETING, launch("srun", master_addr="h", master_port=7)),
         # the inner launcher wins
         (SRUN | TORCHRUN, launch("torchrun", master_port=29611)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Pat
     assert words[:command] == [
         *("--export=ALL", "--distribution=block", "--kill-on-bad-exit=0", "--wait=60"),
         *("--cpus-per-task=12", "--open-mode=append"),
-        f"--output={tmp_path}/logs/slurm-x-7-rank_%t.log",
+        *(f"--output={tmp_path}/logs/slurm-x-7-rank_%t.log", "env"),
     ]
 
 
@@ -223,6 +224,48 @@ def test_what_an_exit_code_leads_to(
     ranks = f"{script.summary(status)}; {ranks}" if status else ranks
     got, said = script.run(RANKS=ranks, **environ)
     assert (got, script.requeues()) == (code, requeues), said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "codes", "code", "requeues"),
+    [
+        # srun had to kill the peers of the rank that failed.
+        ("exit 137", {2: 2, 0: 1, 1: 1}, 2, 0),
+        ("exit 137", {5: 3}, 3, 0),
+        ("exit 1", {0: 1, 3: 2}, 2, 0),
+        ("exit 137", {0: 75, 1: 1}, 137, 1),
+        ("exit 137", {0: 1}, 137, 1),
+        ("exit 3", {0: 3, 1: 2}, 2, 0),
+    ],
+)
+def test_the_rank_that_failed_decides_and_not_what_srun_returns(
+    ranks: str, codes: dict[int, int], code: int, requeues: int, script: Script
+) -> None:
+    write = "".join(
+        f"RANK={rank} {sys.executable} -c 'from fd_large.failures import write_exit_file; "
+        f'write_exit_file({left}, "data.root: damaged.")\'; '
+        for rank, left in codes.items()
+    )
+    got, said = script.run(RANKS=f"{write} {ranks}", PYTHONPATH=str(ROOT))
+    assert (got, script.requeues()) == (code, requeues), said
+    if code in (2, 3) and code != int(ranks.split()[1]):
+        assert f"left {code}: data.root: damaged." in said
+    # The next start is not judged by these.
+    got, said = script.run(RANKS="exit 1", SLURM_RESTART_COUNT="1")
+    assert got == 1, said
+
+
+def test_no_array_that_may_be_empty_is_expanded() -> None:
+    """bash before 4.4 (RHEL 7) takes an empty array for an unset one, and has no mapfile -d."""
+    # Each of these has a first element where it is made.
+    filled = {"learns_from", "site", "arguments", "on_nodes", "inside", "files", "paths", "before"}
+    for path in (ROOT / "slurm").glob("*.sh"):
+        text = path.read_text()
+        assert "mapfile -d" not in text
+        assert set(re.findall(r"\$\{(\w+)\[@\]", text)) <= filled, path
+    text = (ROOT / "slurm/launch.sh").read_text()
+    assert re.search(r"on_nodes=\(srun\) inside=\(env\)", text)
+    assert "paths=(.)" in text
 
 
 def test_an_old_summary_says_nothing_of_this_start(script: Script) -> None:

@@ -1,0 +1,300 @@
+"""What one rank meets alone ends all ranks: told through the store at which the ranks met.
+
+A rank that fails leaves its peers in a collective. Over gloo they see a closed connection; over
+NCCL they wait in a kernel, for as long as the launcher lets them. So a rank that ends with an exit
+code other than 0 says so first, under a key of the store, and a thread of every rank looks at that
+key once a second and ends the process. The same thread notices that the store is gone (rank 0
+died), and that the next rank of the node was killed. No collective, and nothing in the step.
+
+An exit file says the same to the batch script, from the first line of the program on. No torch: the
+store is given.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import multiprocessing
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from fd_large.atomic_files import write_json
+from fd_large.launch import find_rank
+
+log = logging.getLogger(__name__)
+
+LOST = 1
+"""The exit code of a rank that ends because another one did. Launchers return the largest."""
+EXITS_FOLDER = "FD_LARGE_EXITS"
+"""The variable with the folder for exit files; slurm/launch.sh sets it."""
+SECONDS_BETWEEN_LOOKS = 1.0
+GRACE_SECONDS = 5.0
+"""In which the main thread may end by itself, with a message and an exit code of its own."""
+SECONDS_FOR_LAST_WORDS = 2.5
+"""The store may not answer, as rank 0 may be stopped; the disk of the log may hang."""
+
+_END, _LEFT, _PROCESS = "end", "left", "process"
+
+
+class Ending(NamedTuple):
+    """Why the ranks end.
+
+    Attributes:
+        rank: The rank that said so, or that was found dead.
+        code: Its exit code; 0: rank 0, which holds the store, has done its work.
+        reason: One sentence.
+    """
+
+    rank: int
+    code: int
+    reason: str
+
+
+class Store(Protocol):
+    """What is used of torch's stores; every method raises RuntimeError once the server is gone."""
+
+    def set(self, key: str, value: str) -> None:
+        """Sets a key."""
+
+    def get(self, key: str) -> bytes:
+        """Returns the value of a key that is there."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Says whether all of the keys are there."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Sets a key that has the expected value, or that is not there where that is empty."""
+
+
+class Watch:
+    """The thread of a rank that ends it once another rank has failed.
+
+    Args:
+        connect: Returns a client of the store that belongs to this watch alone, since a call that
+            waits would keep others waiting; may take long.
+        rank: This rank.
+        world_size: Number of ranks.
+        neighbours: The other ranks of this node, which are looked at as processes.
+        leave: Ends the process with an exit code.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Store],
+        rank: int,
+        world_size: int,
+        *,
+        neighbours: Iterable[int] = (),
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._connect, self._rank, self._world_size = connect, rank, world_size
+        self._leave = leave
+        # Each with the descriptor that its end makes readable, once it is known.
+        self._neighbours: dict[int, int | None] = dict.fromkeys(neighbours)
+        self._store: Store | None = None
+        self._connected, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, code: int = 0, reason: str = "") -> None:
+        """Ends the watch, as this rank leaves; the other ranks are told.
+
+        Rank 0, whose end closes the store, waits until the others know, but not long.
+
+        Args:
+            code: This rank's exit code. Unless it is 0 the others end as well. With 0 of rank 0
+                they watch no longer.
+            reason: One sentence; of several ranks that fail, the first is heard.
+        """
+        if self._over.is_set():
+            return
+        self._over.set()
+        ending = Ending(self._rank, code, reason)
+        teller = threading.Thread(target=self._tell, args=(ending,), daemon=True)
+        teller.start()
+        teller.join(SECONDS_FOR_LAST_WORDS)
+        # A thread inside the store's code while the interpreter ends would abort the process.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(SECONDS_FOR_LAST_WORDS)
+
+    def _tell(self, ending: Ending) -> None:
+        if not self._connected.wait(SECONDS_FOR_LAST_WORDS):
+            return
+        assert self._store is not None
+        with suppress(RuntimeError):
+            self._store.set(f"{_LEFT}/{self._rank}", "")
+            if ending.code or self._rank == 0:
+                self._store.compare_set(_END, "", json.dumps(ending))
+            others = [f"{_LEFT}/{rank}" for rank in range(1, self._world_size)]
+            until = time.monotonic() + SECONDS_FOR_LAST_WORDS
+            while self._rank == 0 and time.monotonic() < until and not self._store.check(others):
+                time.sleep(0.02)
+
+    def _watch(self) -> None:
+        try:
+            self._store = self._connect()
+        except RuntimeError as error:
+            # The ranks do not meet, which the main thread reports.
+            log.debug("no watch over the other ranks: %s", error)
+            return
+        self._connected.set()
+        with suppress(RuntimeError):
+            self._store.set(f"{_PROCESS}/{self._rank}", json.dumps(_this_process()))
+        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
+            ending = self._look(self._store)
+            if ending is not None:
+                # Rank 0 may close the store from here on.
+                with suppress(RuntimeError):
+                    self._store.set(f"{_LEFT}/{self._rank}", "")
+                if ending.code:
+                    self._end(ending)
+                return
+
+    def heard(self) -> Ending | None:
+        """Returns why the ranks end, if the store says so by now."""
+        with suppress(RuntimeError):
+            if self._store is not None and self._store.check([_END]):
+                return Ending(*json.loads(self._store.get(_END)))
+        return None
+
+    def _look(self, store: Store) -> Ending | None:
+        """Returns why this rank has to end, or to watch no longer; None: go on."""
+        try:
+            if not store.check([_END]):
+                lost = self._lost_neighbour(store)
+                if lost is None:
+                    return None
+                ending = Ending(lost, LOST, "it was killed, or ended without a word")
+                store.compare_set(_END, "", json.dumps(ending))
+            return Ending(*json.loads(store.get(_END)))
+        except RuntimeError:
+            return Ending(0, LOST, "it, or the node that it ran on, is gone")
+
+    def _lost_neighbour(self, store: Store) -> int | None:
+        for rank, descriptor in list(self._neighbours.items()):
+            if descriptor is None:
+                self._find(rank, store)
+            elif _readable(descriptor):
+                if not store.check([f"{_LEFT}/{rank}"]):
+                    return rank
+                del self._neighbours[rank]
+        return None
+
+    def _find(self, rank: int, store: Store) -> None:
+        if not store.check([f"{_PROCESS}/{rank}"]):
+            return
+        *space, pid = json.loads(store.get(f"{_PROCESS}/{rank}"))
+        try:
+            # Ranks in containers of their own do not see each other's processes.
+            if space == _this_process()[:-1]:
+                self._neighbours[rank] = os.pidfd_open(pid)
+                return
+        except (OSError, AttributeError):
+            pass  # Gone within its first second; kernels before 5.3; other systems.
+        del self._neighbours[rank]
+
+    def _end(self, ending: Ending) -> None:
+        # Many short waits: none of them counts while the whole process is stopped.
+        for _ in range(int(GRACE_SECONDS / 0.1)):
+            if self._over.wait(0.1):
+                return
+        reason = f"rank {ending.rank} has failed (exit code {ending.code}): {ending.reason}"
+        try:
+            words = threading.Thread(target=self._last_words, args=(reason,), daemon=True)
+            words.start()
+            words.join(SECONDS_FOR_LAST_WORDS)
+            kill_workers()
+        finally:
+            self._leave(LOST)
+
+    def _last_words(self, reason: str) -> None:
+        write_exit_file(LOST, reason)
+        # Of all ranks, the terminal shows what rank 0 says.
+        extra = {"file_only": self._rank != 0}
+        log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
+
+
+_watch: Watch | None = None
+
+
+def watch(connect: Callable[[], Store], rank: int, world_size: int, **more: Any) -> None:
+    """Starts the watch over the other ranks; see `Watch`."""
+    global _watch
+    _watch = Watch(connect, rank, world_size, **more)
+    _watch.start()
+    atexit.register(stop_watching)
+
+
+def stop_watching() -> None:
+    """Ends the watch of a rank that has done its work, or whose work needs no other rank."""
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+    _watch = None
+
+
+def tell(code: int, reason: str) -> None:
+    """Says that this rank ends with an exit code other than 0, to the others and the batch script.
+
+    Args:
+        code: The exit code.
+        reason: One sentence.
+    """
+    write_exit_file(code, reason)
+    if _watch is not None:
+        _watch.stop(code, reason)
+
+
+def heard() -> Ending | None:
+    """Returns the failure of another rank, if that could say so."""
+    return _watch.heard() if _watch is not None else None
+
+
+def write_exit_file(code: int, reason: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Leaves this rank's exit code for slurm/launch.sh, if that asks for it.
+
+    The batch script learns the largest code of all ranks at best, and 137 where ranks had to be
+    killed. The first that a rank writes is kept: it says what came first.
+
+    Args:
+        code: The exit code.
+        reason: One sentence.
+        environ: The environment, which names the folder and the rank.
+    """
+    if not (folder := environ.get(EXITS_FOLDER)):
+        return
+    path = Path(folder) / f"rank_{find_rank(environ)}.json"
+    with suppress(OSError):
+        if not path.exists():
+            write_json(path, {"code": code, "reason": reason})
+
+
+def kill_workers() -> None:
+    """Kills the loader processes: one that hangs would not notice that its parent is gone."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _this_process() -> list[str | int]:
+    """Returns the kernel, the space of process numbers, and this process's number in it."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [kernel, os.readlink("/proc/self/ns/pid"), os.getpid()]
+    except OSError:
+        return [f"unknown of rank {find_rank()}", "", os.getpid()]

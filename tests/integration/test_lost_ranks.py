@@ -1,0 +1,40 @@
+"""One rank is lost while its peers wait in a collective that never returns: all ranks end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launch import start_ranks
+
+PROGRAM = Path(__file__).parent / "programs" / "lost_ranks.py"
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("mistake", 2, "rank 2 has failed (exit code 2): data.root: one image is damaged;"),
+        ("killed", -signal.SIGKILL, "rank 2 has failed (exit code 1): it was killed, or ended "),
+    ],
+)
+def test_peers_in_a_collective_that_never_returns_end(
+    how: str, code: int, told: str, tmp_path: Path
+) -> None:
+    started = start_ranks(PROGRAM, how, ranks=3, env={"FD_LARGE_EXITS": str(tmp_path)})
+    waiting, stopped, lost = started.processes
+    try:
+        assert lost.wait(60) == code
+        begin = time.monotonic()
+        assert waiting.wait(60) == 1
+        seconds = time.monotonic() - begin
+        assert stopped.poll() is None
+    finally:
+        outputs = started.kill()
+    # Not by the limits of the collective or of the watchdog.
+    assert seconds < 30, outputs
+    assert f"rank 0 ends, since {told}" in outputs[0]
+    codes = {path.name: json.loads(path.read_text())["code"] for path in tmp_path.iterdir()}
+    assert codes == {"rank_0.json": 1} | ({"rank_2.json": 2} if code == 2 else {})

@@ -1,0 +1,196 @@
+"""The watch over the other ranks, on a store in memory; `test_lost_ranks.py` has real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fd_large import failures
+from fd_large.failures import LOST, Watch, write_exit_file
+
+
+class Store:
+    """What torch's store does, as far as it is used; `gone` stands for a server that is."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, bytes] = {}
+        self.gone = False
+        self._lock = threading.Lock()
+
+    def _alive(self) -> None:
+        if self.gone:
+            raise RuntimeError("Connection was likely closed.")
+
+    def set(self, key: str, value: str) -> None:
+        self._alive()
+        self.keys[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._alive()
+        return self.keys[key]
+
+    def check(self, keys: list[str]) -> bool:
+        self._alive()
+        return all(key in self.keys for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self._alive()
+        with self._lock:
+            if self.keys.get(key, b"") == expected.encode():
+                self.keys[key] = desired.encode()
+            return self.keys[key]
+
+
+class Ranks:
+    """A watch for each rank, over one store; `left` holds the exit codes that they ended with."""
+
+    def __init__(self, number: int, neighbours: dict[int, list[int]] | None = None) -> None:
+        self.store, self.left = Store(), dict[int, int]()
+        self.watches = [
+            Watch(
+                lambda: self.store,
+                rank,
+                number,
+                neighbours=(neighbours or {}).get(rank, []),
+                leave=lambda code, rank=rank: self.left.__setitem__(rank, code),
+            )
+            for rank in range(number)
+        ]
+
+    def start(self) -> Ranks:
+        for watch in self.watches:
+            watch.start()
+        return self
+
+    def ended(self) -> dict[int, int]:
+        """The exit codes, once every thread has ended."""
+        for watch in self.watches:
+            watch._thread.join(20)
+            assert not watch._thread.is_alive()
+        return self.left
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(failures, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(failures, "SECONDS_FOR_LAST_WORDS", 0.5)
+    monkeypatch.setattr(failures, "kill_workers", lambda: None)
+
+
+def test_the_first_failure_ends_all_others_with_its_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ranks = Ranks(4).start()
+    ranks.watches[2].stop(2, "data.root: damaged.")
+    # A consequence: it is not what the others hear.
+    ranks.watches[1].stop(1, "lost a peer")
+    assert ranks.ended() == {0: LOST, 3: LOST}
+    assert "rank 0 ends, since rank 2 has failed (exit code 2): data.root: damaged." in caplog.text
+    assert "rank 3 ends, since rank 2 has failed" in caplog.text
+
+
+def test_a_rank_that_ends_by_itself_in_the_grace_keeps_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failures, "GRACE_SECONDS", 20.0)
+    ranks = Ranks(3).start()
+    ranks.watches[1].stop(2, "out of memory")
+    until(lambda: ranks.store.check(["left/0", "left/2"]))
+    assert ranks.watches[0].heard() == (1, 2, "out of memory")
+    for rank in (0, 2):
+        ranks.watches[rank].stop(1, "lost a peer")
+    assert ranks.ended() == {}
+
+
+def test_the_loss_of_the_store_is_the_loss_of_rank_0(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(3)
+    ranks.watches[0]._over.set()  # It holds the store.
+    ranks.start()
+    ranks.store.gone = True
+    assert ranks.ended() == {1: LOST, 2: LOST}
+    assert "rank 1 ends, since rank 0 has failed (exit code 1): it, or the node that" in caplog.text
+
+
+def test_rank_0_that_has_done_its_work_ends_nobody() -> None:
+    ranks = Ranks(3).start()
+    ranks.watches[0].stop()
+    # Before it closed the store, the others knew.
+    assert ranks.store.check(["left/1", "left/2"])
+    ranks.store.gone = True
+    assert ranks.ended() == {}
+
+
+def test_a_rank_that_has_finished_early_ends_nobody() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    ranks = Ranks(3, {1: [2], 0: [2]})
+    ranks.store.set("process/2", json.dumps([*failures._this_process()[:-1], child.pid]))
+    ranks.watches[2] = ranks.watches[1]  # The process stands for it.
+    for watch in ranks.watches[:2]:
+        watch.start()
+    until(lambda: all(watch._neighbours.get(2) for watch in ranks.watches))
+    ranks.store.set("left/2", "")
+    child.kill()
+    child.wait()
+    until(lambda: not any(watch._neighbours for watch in ranks.watches))
+    for watch in ranks.watches[:2]:
+        watch.stop()
+    assert ranks.ended() == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
+def test_a_rank_of_this_node_that_was_killed_is_missed(caplog: pytest.LogCaptureFixture) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    ranks = Ranks(2, {0: [7]})
+    ranks.store.set("process/7", json.dumps([*failures._this_process()[:-1], child.pid]))
+    ranks.start()
+    until(lambda: ranks.watches[0]._neighbours[7])
+    child.kill()
+    assert ranks.ended() == {0: LOST, 1: LOST}
+    # Rank 1, of another node, hears it from rank 0.
+    assert "rank 1 ends, since rank 7 has failed (exit code 1): it was killed" in caplog.text
+    child.wait()
+
+
+def test_processes_of_another_container_are_not_looked_at() -> None:
+    ranks = Ranks(2, {0: [1]})
+    ranks.store.set("process/1", json.dumps(["another kernel", "pid:[1]", 1]))
+    ranks.watches[0].start()
+    until(lambda: not ranks.watches[0]._neighbours)
+    ranks.watches[0].stop()
+    assert ranks.left == {}
+
+
+def test_a_store_that_does_not_answer_keeps_no_rank_from_leaving() -> None:
+    ranks = Ranks(2)
+    ranks.store.check = lambda keys: time.sleep(5)  # type: ignore[method-assign]
+    ranks.start()
+    begin = time.monotonic()
+    ranks.watches[0].stop(2, "x")
+    assert time.monotonic() - begin < 4
+    ranks.watches[1]._over.set()
+
+
+def test_the_exit_file_keeps_what_came_first(tmp_path: Path) -> None:
+    write_exit_file(2, "x", {"RANK": "3"})
+    given = {"FD_LARGE_EXITS": str(tmp_path), "RANK": "3"}
+    write_exit_file(2, "data.root: damaged.", given)
+    write_exit_file(1, "a consequence", given)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "rank_3.json"
+    assert json.loads(file.read_text()) == {"code": 2, "reason": "data.root: damaged."}
+    write_exit_file(2, "x", given | {"FD_LARGE_EXITS": "/proc/no/such"})
