@@ -17,11 +17,13 @@ class FDError(Exception):
         exit_code: The exit code of the command.
         rank_local: Whether one rank may have met it alone; then that rank shows it, else rank 0.
         agreed: Whether all ranks raise it together.
+        shown: Whether the user has read it already.
     """
 
     exit_code = 2
     rank_local = False
     agreed = False
+    shown = False
 
 
 class ConfigError(FDError):

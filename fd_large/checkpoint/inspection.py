@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.checkpoint import store
+from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.stored import recipe_file
 
@@ -57,7 +58,7 @@ def without_manifest(folder: Path) -> list[str]:
     ]
 
 
-def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
+def prune_run(folder: Path, keep_last: int | None, lease: Lease) -> list[Path]:
     """Removes what the recipe (or `keep_last`) does not keep; returns the removed folders.
 
     Raises: CheckpointError: if the newest that would stay is damaged.
@@ -76,4 +77,4 @@ def prune_run(folder: Path, keep_last: int | None) -> list[Path]:
             f"checkpoint prune: the newest is damaged; got {newest.path}: {problems[0]}, expected "
             "a sound one. Remove that folder by hand, then prune."
         )
-    return store.prune(folder, keep_last=keep, keep_every=runtime["keep_every"])
+    return store.prune(folder, keep_last=keep, keep_every=runtime["keep_every"], lease=lease)

@@ -1,8 +1,9 @@
 """The folder of a run's checkpoints: which are complete, which are sound, which may be removed.
 
 checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
-that file, written by its rank) for every rank, and manifest.json. It is written as step_*.part and
-renamed when all is flushed: a folder without `.part` is complete. Nothing here needs torch.
+that file, written by its rank) for every rank, and manifest.json. It is written as
+step_NNNNNNNN.START.part, START the id of the run's start, and renamed when all is flushed: a folder
+without `.part` is complete. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fd_large.checkpoint.lease import Lease
 
 PART = ".part"
 OLD = ".old"
@@ -49,6 +53,12 @@ def checkpoints_of(folder: Path) -> Path:
 def name_of(update: int) -> str:
     """Returns the name of the folder after so many finished steps."""
     return f"step_{update:08d}"
+
+
+def part_of(folder: Path, update: int, lease: Lease | None) -> Path:
+    """Returns the folder that a checkpoint is written to; each start of a run has its own."""
+    start = f".{lease.start}" if lease else ""
+    return checkpoints_of(folder) / f"{name_of(update)}{start}{PART}"
 
 
 def file_of(rank: int) -> str:
@@ -134,20 +144,26 @@ def set_aside(folder: Path, names: list[str]) -> None:
             path.rename(aside)
 
 
-def commit(part: Path, manifest: dict[str, Any]) -> Path:
+def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
     """Completes a fully written `.part` folder, in one atomic step; rank 0 calls it.
+
+    A start that has lost the run commits nothing: it asks its lease, and what it asks too early
+    fails at the rename, since the new owner's `sweep` has taken the folder away.
 
     Args:
         part: The folder.
         manifest: What manifest.json will say, but for its own checksum.
+        lease: The right to write the run's folder; None where nobody else can be.
 
     Returns: the folder without `.part`.
-    Raises: OSError: if a rank's file is not there, or the disk is full.
+    Raises: OSError: if a rank's file is not there, the disk is full, or the run has a new owner.
     """
     for rank in range(manifest["world_size"]):
         for name in (file_of(rank), receipt_of(rank)):
             if not (part / name).is_file():
                 raise OSError(f"{part / name} is missing: do all nodes share this folder?")
+    if lease:
+        manifest = {**manifest, "start": lease.start}
     manifest = {**manifest, "crc32": _crc_of(manifest)}
     with (part / "manifest.json").open("w") as file:
         json.dump(manifest, file, indent=1)
@@ -155,7 +171,9 @@ def commit(part: Path, manifest: dict[str, Any]) -> Path:
         file.flush()
         os.fsync(file.fileno())
     flush_folder(part)
-    final = part.with_suffix("")
+    final = part.with_name(name_of(manifest["update"]))
+    if lease and not lease.owned():
+        raise OSError(f"{lease.folder} has a new owner")
     if final.exists():  # A resumed run arrives at the same step again.
         old = final.with_name(final.name + OLD)
         shutil.rmtree(old, ignore_errors=True)
@@ -168,13 +186,16 @@ def commit(part: Path, manifest: dict[str, Any]) -> Path:
     return final
 
 
-def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+def prune(
+    folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
+) -> list[Path]:
     """Removes all but the last `keep_last` and those of every `keep_every`-th step; rank 0 calls.
 
     Args:
         folder: The run's folder.
         keep_last: Newest checkpoints that stay, at least one.
         keep_every: Steps whose multiples stay as well; 0 keeps none of them.
+        lease: As in `commit`; without it nothing is removed any more.
 
     Returns: the folders that were removed.
     """
@@ -183,13 +204,19 @@ def prune(folder: Path, *, keep_last: int, keep_every: int) -> list[Path]:
     for old in stored[: max(0, len(stored) - max(1, keep_last))]:
         if keep_every and old.update % keep_every == 0:
             continue
-        # Out of sight first: a half removed folder must not look complete.
-        aside = old.path.with_name(old.path.name + PART)
-        shutil.rmtree(aside, ignore_errors=True)
-        old.path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        if lease and not lease.owned():
+            break
+        _remove(old.path)
         removed.append(old.path)
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, out of sight first: half removed it must not look complete."""
+    aside = path.with_name(f"removed_{path.name.removesuffix(PART)}{PART}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -201,7 +228,12 @@ def sweep(folder: Path) -> None:
         else:
             old.rename(old.with_suffix(""))
     for path in checkpoints_of(folder).glob(f"*{PART}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith("removed_"):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        # A start before this one, alive after all, may commit it in this moment, or not at all.
+        with suppress(FileNotFoundError):
+            _remove(path)
 
 
 def flush_folder(path: Path) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.atomic_files import replacing
 from fd_large.checkpoint import store
+from fd_large.checkpoint.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,14 @@ class Saver:
         folder: The run's folder.
         keep_last: Newest complete checkpoints that stay.
         keep_every: Steps whose multiples stay as well; 0 keeps none of them.
+        lease: This start's right to write the folder; None where nobody else can be.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
+    ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._lease = lease
         self._thread: threading.Thread | None = None
         self._pruner: threading.Thread | None = None
         self._problem: str | None = None
@@ -92,9 +97,7 @@ class Saver:
         start = time.perf_counter()
         self.close()
         self._manifest, self._problem = manifest, None
-        self._part = store.checkpoints_of(self.folder) / (
-            store.name_of(manifest["update"]) + store.PART
-        )
+        self._part = store.part_of(self.folder, manifest["update"], self._lease)
         copies = {key: self._copied(key, values.detach()) for key, values in pieces}
         self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
         self._thread.start()
@@ -124,7 +127,7 @@ class Saver:
         self._thread = None
         if not failed_anywhere and distributed.is_main():
             try:
-                final = store.commit(self._part, self._manifest)
+                final = store.commit(self._part, self._manifest, self._lease)
                 log.info("checkpoint: %s", final)
             except OSError as error:
                 self._problem = str(error)
@@ -140,8 +143,8 @@ class Saver:
             else:
                 shutil.rmtree(self._part, ignore_errors=True)
                 log.error(
-                    "CHECKPOINT of step %d was thrown away; the ones before it stay, training "
-                    "goes on. Make room in %s.",
+                    "CHECKPOINT of step %d was thrown away; the ones before it stay. Make room in "
+                    "%s.",
                     self._manifest["update"],
                     self.folder,
                 )
@@ -156,7 +159,12 @@ class Saver:
 
     def _prune(self) -> None:
         try:
-            store.prune(self.folder, keep_last=self.keep_last, keep_every=self.keep_every)
+            store.prune(
+                self.folder,
+                keep_last=self.keep_last,
+                keep_every=self.keep_every,
+                lease=self._lease,
+            )
         except OSError as error:
             log.warning("old checkpoints stay: %s", error)
 

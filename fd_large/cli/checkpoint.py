@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from fd_large.checkpoint import inspection
+from fd_large.checkpoint.lease import claimed
 from fd_large.cli.arguments import AllowsCode, call_subcommand
 from fd_large.cli.output import tables
+from fd_large.cli.ownership import owning
+from fd_large.recipes.stored import recipe_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,8 @@ def verify(run: str) -> int:
 def prune(run: str, keep_last: int | None) -> int:
     """Removes all but the newest checkpoints and those that the recipe keeps besides."""
     folder, _ = inspection.stored_of(run)
-    removed = inspection.prune_run(folder, keep_last)
+    with claimed(folder) as lease:
+        removed = inspection.prune_run(folder, keep_last, lease)
     print(f"removed {len(removed)}: {', '.join(path.name for path in removed) or 'nothing'}")
     return 0
 
@@ -115,11 +120,15 @@ def export(run: str, out: str, deepspeed_config: str) -> int:
 
 def import_(source: str, run: str, deepspeed_config: str) -> int:
     """Stores a checkpoint of DeepSpeed's own as the run's newest; a collective."""
-    from fd_large import distributed
-    from fd_large.engine.deepspeed_checkpoints import import_checkpoint
-    from fd_large.tasks.jobs import job_of
+    recipe_file(Path(run), where="checkpoint import")
+    with owning(run) as lease:
+        from fd_large import distributed
+        from fd_large.engine.deepspeed_checkpoints import import_checkpoint
+        from fd_large.tasks.jobs import job_of
 
-    steps = import_checkpoint(source, run, job_of, deepspeed_config=deepspeed_config)
+        steps = import_checkpoint(
+            source, run, job_of, deepspeed_config=deepspeed_config, lease=lease
+        )
     if distributed.is_main():
         print(f"step {steps}: {run}")
     return distributed.leave(0)

@@ -55,10 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
         failures.tell(error.exit_code, str(error))
         # Every rank makes the same mistake and one reports it, unless only one has met it.
         if rank == 0 or error.rank_local:
-            terminal.show_error(str(error))
+            if not error.shown:
+                terminal.show_error(str(error))
         else:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
+    except KeyboardInterrupt:
+        if rank == 0:
+            terminal.show_error("interrupted")
+        return 130
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
+from fd_large.cli.ownership import owning
 from fd_large.errors import LostRankError
-from fd_large.launch import find_rank
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
 from fd_large.recipes.run import Run
@@ -64,26 +64,30 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
     Raises:
         FDError: The user's mistake, or another rank that has ended.
     """
-    terminal.take()
-    # torch and deepspeed: seconds.
-    from fd_large import distributed, failures
-    from fd_large.runtime import logs
+    with owning(run.run_dir()) as lease:
+        # torch and deepspeed: seconds.
+        from fd_large import distributed, failures
+        from fd_large.engine.run import train
+        from fd_large.tasks.jobs import job_of
 
-    logs.start(find_rank())
-    from fd_large.engine.run import train
-    from fd_large.tasks.jobs import job_of
-
-    try:
-        return train(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh, profile=profile)
-    except RuntimeError as error:
-        if not distributed.peer_is_gone(error):
-            raise
-        lost = failures.heard()
-        said = f"rank {lost.rank} says: {lost.reason}" if lost else "its own message says why"
-        raise LostRankError(
-            f"train: another rank has ended; got a closed connection, expected an answer ({said}). "
-            "Start the same command again once that is fixed."
-        ) from error
+        try:
+            return train(
+                run,
+                job_of,
+                deepspeed_config=deepspeed_config,
+                lease=lease,
+                fresh=fresh,
+                profile=profile,
+            )
+        except RuntimeError as error:
+            if not distributed.peer_is_gone(error):
+                raise
+            lost = failures.heard()
+            said = f"rank {lost.rank} says: {lost.reason}" if lost else "its own message says why"
+            raise LostRankError(
+                "train: another rank has ended; got a closed connection, expected an answer "
+                f"({said}). Start the same command again once that is fixed."
+            ) from error
 
 
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:

@@ -12,6 +12,7 @@ from typing import Any
 from fd_large import distributed
 from fd_large.checkpoint import store
 from fd_large.checkpoint.layout import Layout
+from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound
 from fd_large.checkpoint.write import Saver
 from fd_large.engine.zero import state
@@ -36,6 +37,7 @@ class Checkpoints:
         global_batch_size: Images per step, over all ranks.
         facts: JSON-safe entries of every manifest: the recipe, the commit, the task's facts.
         check_stored: Raises CheckpointError for a manifest that belongs to another training.
+        lease: This start's right to write the folder; None where nobody else can be.
 
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
@@ -51,11 +53,14 @@ class Checkpoints:
         global_batch_size: int,
         facts: Mapping[str, Any],
         check_stored: Callable[[Mapping[str, Any]], None],
+        lease: Lease | None = None,
     ) -> None:
         self._folder, self._engine, self._runtime = folder, engine, runtime
         self._global_batch_size, self._facts = global_batch_size, facts
         self._check_stored = check_stored
-        self._saver = Saver(folder, keep_last=runtime.keep_last, keep_every=runtime.keep_every)
+        self._saver = Saver(
+            folder, keep_last=runtime.keep_last, keep_every=runtime.keep_every, lease=lease
+        )
         self._failures = 0
         self._saved: int | None = None
         self._begun = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fd_large.checkpoint.lease import Lease
 from fd_large.engine.job import JobOf
 from fd_large.engine.run import open_stored
 from fd_large.errors import CheckpointError
@@ -43,7 +44,9 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
     return step
 
 
-def import_checkpoint(source: str, run_dir: str, job_of: JobOf, *, deepspeed_config: str) -> int:
+def import_checkpoint(
+    source: str, run_dir: str, job_of: JobOf, *, deepspeed_config: str, lease: Lease
+) -> int:
     """Reads a DeepSpeed checkpoint of the same model and stores it as the run's newest.
 
     Args:
@@ -51,6 +54,7 @@ def import_checkpoint(source: str, run_dir: str, job_of: JobOf, *, deepspeed_con
         run_dir: A folder with the run's recipe.json.
         job_of: Makes the job of that recipe.
         deepspeed_config: Path of the JSON that it was trained with; stage and ranks must agree.
+        lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
     Raises: CheckpointError: if DeepSpeed cannot read it.
@@ -60,7 +64,9 @@ def import_checkpoint(source: str, run_dir: str, job_of: JobOf, *, deepspeed_con
             f"checkpoint import: {source}: no DeepSpeed checkpoint; got a folder without `latest`, "
             "expected what save_checkpoint was given. Name that folder."
         )
-    opened = open_stored(run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint")
+    opened = open_stored(
+        run_dir, job_of, deepspeed_config=deepspeed_config, where="checkpoint", lease=lease
+    )
     engine = opened.engine.deepspeed
     try:
         path, client_state = engine.load_checkpoint(source)

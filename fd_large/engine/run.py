@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed, doors
+from fd_large.checkpoint.lease import Lease
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
@@ -40,7 +41,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
 from fd_large.runtime.guard import Guard
-from fd_large.runtime.hooks import DONE, NOT_SAVED, PREEMPTED, Hook, Setting
+from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, PREEMPTED, Hook, Setting
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.preemption import Preemption
 from fd_large.runtime.profiler import Profiler
@@ -51,7 +52,9 @@ from fd_large.runtime.run_folder import (
     recorded_code,
     source_commit,
     status_of,
+    summary_of,
     write_environment,
+    write_status,
 )
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.trackers import trackers_of
@@ -59,10 +62,10 @@ from fd_large.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {DONE: 0, PREEMPTED: 75, NOT_SAVED: 75}
+EXIT_CODES = {DONE: 0, PREEMPTED: 75}
 """Exit codes by status. 75: the last checkpoint is complete; the same command goes on from it."""
 SOMEBODY_HAS_TO_LOOK = 3
-"""The exit code of a run that a hook ended, under whatever status."""
+"""The exit code of all others: a hook ended the run, or its last state could not be saved."""
 
 
 def train(
@@ -70,6 +73,7 @@ def train(
     job_of: JobOf,
     *,
     deepspeed_config: str,
+    lease: Lease,
     fresh: bool = False,
     profile: int = 0,
     hooks: Sequence[Hook] = (),
@@ -80,6 +84,7 @@ def train(
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
+        lease: This start's right to write the run's folder.
         fresh: Start over instead of resuming; the old run's files are moved aside.
         profile: Steps to trace with torch's profiler, after the first three; 0 turns it off.
         hooks: Hooks besides those that the recipe asks for.
@@ -90,7 +95,39 @@ def train(
     # What the folder alone names stays refused, as the folder may have come from elsewhere.
     recorded, named = recorded_code(Path(run.run_dir())), run.code()
     doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
-    opened = open_run(run, job_of, deepspeed_config=deepspeed_config, fresh=fresh)
+    watching: list[Hook] = []
+    try:
+        opened = open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease, fresh=fresh)
+        return _train(opened, lease, profile, hooks, watching)
+    except BaseException as error:
+        _end_by(error, lease, watching)
+        raise
+
+
+def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None:
+    """Lets an error end the run so that its folder says so; no collective, others may be gone."""
+    status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    for hook in watching:
+        try:
+            hook.on_failure(status, reason)
+        except Exception:
+            log.exception("%s could not end", type(hook).__name__)
+    # Before it is entered the folder may hold another run. And who lost the others knows less.
+    known = summary_of(lease.folder).get("start") == lease.start
+    if lease.entered and not (known and distributed.peer_is_gone(error)):
+        told = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
+        write_status(lease.folder, status, owned=lease.owned, **told)
+
+
+def _train(
+    opened: Opened,
+    lease: Lease,
+    profile: int,
+    more_hooks: Sequence[Hook],
+    watching: list[Hook],
+) -> int:
+    """Trains an opened run; fills `watching` with the hooks once they have begun."""
     run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
     launch = opened.launch
@@ -140,6 +177,8 @@ def train(
         log_every=run.runtime.log_every,
         flops=_step_flops(job, size),
         checkpoint_bytes=checkpoints.bytes,
+        start=lease.start,
+        owned=lease.owned,
         metrics=job.metrics,
         evaluated=job.evaluated,
         name_of=samples.__getitem__,
@@ -150,11 +189,12 @@ def train(
         return job.batches(samples, portion)
 
     evaluations = job.evaluations(engine, samples, size)
+    watching += hooks_of(job, launch.launcher, lease, profile, more_hooks)
     try:
         trainer = Trainer(
             engine,
             plan,
-            hooks_of(job, profile, hooks),
+            watching,
             setting,
             checkpoints=checkpoints,
             evaluations=evaluations,
@@ -193,13 +233,21 @@ class Opened(NamedTuple):
     ema: Ema | None
 
 
-def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = False) -> Opened:
+def open_run(
+    run: Run,
+    job_of: JobOf,
+    *,
+    deepspeed_config: str,
+    lease: Lease | None = None,
+    fresh: bool = False,
+) -> Opened:
     """Checks everything, then builds the task and its engine on all ranks.
 
     Args:
         run: The recipe.
         job_of: Makes the job of the recipe's task.
         deepspeed_config: Path of the DeepSpeed JSON.
+        lease: This start's right to write the run's folder; None: nothing is written to it.
         fresh: Start over instead of resuming; the old run's files are moved aside.
 
     Raises: FDError: for the user's mistakes, before anything heavy where that is possible.
@@ -221,8 +269,11 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
     samples = job.stage(samples)
 
     folder = Path(run.run_dir())
-    open_folder(folder, run.to_dict(), run.changes_since, fresh=fresh)
-    logs.set_up(folder)
+    if lease:
+        start_anew = lease.start_anew if fresh else None
+        open_folder(folder, run.to_dict(), run.changes_since, start_anew=start_anew)
+        lease.entered = True
+        logs.set_up(folder)
     start.start()
     config = ds.fill(json_config, numbers)
     sizes = numbers.parameter_sizes
@@ -235,9 +286,10 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
         )
     if run.batch.micro_batch_size == "auto":
         share = numbers.micro_batch_size * numbers.accumulation
-        numbers = numbers.with_micro_batch(_probed(job, config, folder, share))
+        numbers = numbers.with_micro_batch(_probed(job, config, folder, share, keep=bool(lease)))
         config = ds.fill(json_config, numbers)
-    write_environment(folder, config, launch.launcher, job.metrics)
+    if lease:
+        write_environment(folder, config, launch.launcher, job.metrics)
 
     with micro_batch.building_in_memory(job.memory_remedy):
         engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
@@ -258,6 +310,7 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
         global_batch_size=run.batch.global_batch_size,
         facts=facts,
         check_stored=job.check_stored,
+        lease=lease,
     )
     return Opened(
         run,
@@ -273,17 +326,19 @@ def open_run(run: Run, job_of: JobOf, *, deepspeed_config: str, fresh: bool = Fa
     )
 
 
-def open_stored(folder: str, job_of: JobOf, *, deepspeed_config: str, where: str) -> Opened:
+def open_stored(
+    folder: str, job_of: JobOf, *, deepspeed_config: str, where: str, lease: Lease | None = None
+) -> Opened:
     """Opens the run of a folder again, wherever the folder stands now.
 
     Args:
         folder: Folder of the run.
-        job_of, deepspeed_config: See `open_run`.
+        job_of, deepspeed_config, lease: See `open_run`.
         where: The command, for messages.
     """
     run = read_recipe(folder, where=where)
     run = replace(run, runtime=replace(run.runtime, run_dir=folder))
-    return open_run(run, job_of, deepspeed_config=deepspeed_config)
+    return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
 
 
 def _check(
@@ -339,7 +394,7 @@ def _persistence(config: dict[str, Any], sizes: tuple[int, ...], *, splits_model
     return threshold
 
 
-def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
+def _probed(job: Job, config: dict[str, Any], folder: Path, share: int, *, keep: bool) -> int:
     """Returns the run folder's micro batch, or that of a probe on an engine that is thrown away."""
     run, world_size = job.run, distributed.world_size()
     setting = {
@@ -364,7 +419,8 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int) -> int:
     gc.collect()
     if distributed.device().type == "cuda":
         torch.cuda.empty_cache()
-    micro_batch.remember(folder, setting, size)
+    if keep:
+        micro_batch.remember(folder, setting, size)
     log.info("micro batch %d per rank, accumulation %d", size, share // size)
     return size
 
@@ -390,11 +446,15 @@ def engine_of(
     )
 
 
-def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook]:
+def hooks_of(
+    job: Job, launcher: str, lease: Lease, profile: int = 0, more: Sequence[Hook] = ()
+) -> list[Hook]:
     """Returns what watches a run, in the order in which it is asked.
 
     Args:
         job: The job, after its `build`.
+        launcher: What started the ranks.
+        lease: This start's right to write the run's folder.
         profile: Steps to trace; 0 turns it off.
         more: Hooks besides those of the recipe and the task.
     """
@@ -407,7 +467,10 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
     if run.runtime.save_minutes:
         hooks.append(SaveInterval(run.runtime.save_minutes))
     if run.runtime.preemption:
-        hooks.append(Preemption(run.runtime.notice_seconds))
+        preemption = Preemption(
+            run.runtime.notice_seconds, launcher=launcher, leaving=lease.will_leave
+        )
+        hooks.append(preemption)
     if profile:
         hooks.append(Profiler(profile))
     hooks += [*job.hooks(), *more]

@@ -193,6 +193,7 @@ class Guard(Hook):
         part = folder.with_name(folder.name + ".part")
         if distributed.is_main():
             with written_or_logged(folder):
+                self._setting.must_own()
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
         ranks = distributed.gather_objects(mine)
@@ -201,6 +202,7 @@ class Guard(Hook):
         if distributed.rank() in culprits[:RANKS_WITH_IMAGES]:
             name = images_of(distributed.rank())
             with written_or_logged(folder / name):
+                self._setting.must_own()
                 (part / name).write_bytes(safetensors.torch.save(_stored(evidence)))
                 written = True
         with_images = [
@@ -223,6 +225,7 @@ class Guard(Hook):
         if not distributed.is_main():
             return
         with written_or_logged(folder):
+            self._setting.must_own()
             write_json(part / FILE, self._incident)
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -257,6 +260,7 @@ class Guard(Hook):
         self._incident["restored"] = restored
         if distributed.is_main():
             with written_or_logged(folder / FILE):
+                self._setting.must_own()
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / FILE, self._incident)
             log.warning(

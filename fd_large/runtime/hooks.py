@@ -20,6 +20,7 @@ from fd_large.plan.counts import StepFlops
 
 DONE, PREEMPTED, NOT_SAVED = "done", "preempted", "not saved"
 GUARD = "guard"
+FAILED, INTERRUPTED = "failed", "interrupted"
 """How a run ends: the status in summary.json. A task's own hooks may add more."""
 
 Row = dict[str, Any]
@@ -86,6 +87,8 @@ class Setting:
         log_every: Steps between two looks at the numbers.
         flops: FLOPs of a micro batch on one rank; None if they are not countable.
         checkpoint_bytes: Size of a whole checkpoint, over all ranks.
+        start: Id of this start of the run.
+        owned: Returns whether this start still owns the folder.
         metrics: The words for what evaluations measure (`Job.metrics`).
         evaluated: Numbers of the first evaluation and the newest of every name -> their entries of
             summary.json (`Job.evaluated`).
@@ -103,11 +106,18 @@ class Setting:
     log_every: int
     flops: StepFlops | None = None
     checkpoint_bytes: int = 0
+    start: str = ""
+    owned: Callable[[], bool] = lambda: True
     metrics: Mapping[str, str] = field(default_factory=dict)
     evaluated: Callable[[Mapping[str, float], Mapping[str, float]], Mapping[str, Any]] = (
         lambda first, last: last
     )
     name_of: Callable[[int], str] = str
+
+    def must_own(self) -> None:
+        """Raises OSError, as a write would, once another start has taken the folder over."""
+        if not self.owned():
+            raise OSError(f"{self.folder} has a new owner")
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,14 @@ class Hook:
 
     def on_end(self, status: str) -> None:
         """After the last step: `done`, or why the run ended early."""
+
+    def on_failure(self, status: str, reason: str) -> None:
+        """In place of `on_end` where an error ends the run; no collective: others may be gone.
+
+        Args:
+            status: `failed` or `interrupted`.
+            reason: The error in a sentence.
+        """
 
 
 class Tracker:

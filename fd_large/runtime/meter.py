@@ -19,7 +19,7 @@ from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
-from fd_large.runtime.run_folder import rows_before, written_or_logged
+from fd_large.runtime.run_folder import rows_before, summary_of, written_or_logged
 from fd_large.runtime.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,23 @@ class Meter(Hook):
         if distributed.is_main():
             path = self._setting.folder / "summary.json"
             with written_or_logged(path):
+                self._setting.must_own()
                 write_json(path, self._summary(status, peak))
+        self._trackers.tell("on_end", status)
+
+    def on_failure(self, status: str, reason: str) -> None:
+        """Writes what is known without the other ranks."""
+        self._flush()
+        if distributed.is_main():
+            path = self._setting.folder / "summary.json"
+            with written_or_logged(path):
+                self._setting.must_own()
+                # A rank that failed first knows why.
+                known = summary_of(self._setting.folder)
+                if known.get("start") == self._setting.start:
+                    reason = known["reason"]
+                summary = self._summary(status, peak_memory_bytes())
+                write_json(path, {**summary, "reason": reason})
         self._trackers.tell("on_end", status)
 
     def _summary(self, status: str, peak_memory: int) -> dict[str, Any]:
@@ -116,6 +132,7 @@ class Meter(Hook):
         loss_start, loss_end = self._losses or (None, None)
         return {
             "status": status,
+            "start": setting.start,
             **setting.facts,
             "updates": setting.first_update + self._written,
             "total_updates": self._total,
@@ -178,10 +195,12 @@ class Meter(Hook):
         """Writes whole rows or none: on a full disk they wait for the next interval."""
         size = self._rows_file.stat().st_size
         try:
+            self._setting.must_own()
             with self._rows_file.open("a") as file:
                 file.writelines(self._unwritten)
         except OSError as error:
-            os.truncate(self._rows_file, size)
+            if self._setting.owned():
+                os.truncate(self._rows_file, size)
             log.error("%s: %d rows wait: %s", self._rows_file, len(self._unwritten), error)
             return
         self._unwritten = []
@@ -192,8 +211,10 @@ class Meter(Hook):
             return
         rows = [{"update": index, **row} for index, row in sorted(self._evaluations.items())]
         # All rows each time: what a full disk did not take is written with the next evaluation.
-        with written_or_logged(path), replacing(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with written_or_logged(path):
+            self._setting.must_own()
+            with replacing(path) as aside:
+                aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def peak_memory_bytes() -> int:

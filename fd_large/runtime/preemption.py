@@ -1,8 +1,9 @@
 """Pre-emption: after a signal, for a file or near the job's end, all ranks save and stop.
 
-Schedulers send SIGTERM or SIGUSR1 before they take a machine away; a file named `stop` in the run's
-folder is for people. Any rank that notices wishes to stop; the trainer agrees on it in the
-collective of the next step (or evaluation batch) and saves, and the run exits with 75.
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away, a terminal SIGINT (Ctrl-C) and,
+when it is closed, SIGHUP; a file named `stop` in the run's folder is for people. Any rank that
+notices wishes to stop; the trainer agrees on it in the collective of the next step (or evaluation
+batch) and saves, and the run exits with 75.
 """
 
 from __future__ import annotations
@@ -11,52 +12,97 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fd_large import distributed
-from fd_large.runtime.hooks import NOTHING, Hook, Setting, Update, Wish
+from fd_large.runtime import terminal
+from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
+from fd_large.runtime.run_folder import write_status
+from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "stop"
 SECONDS_BETWEEN_LOOKS = 2.0
 """Seconds between two looks for the file: a shared file system is not asked at every step."""
 PROBE_BYTES = 1 << 25
 MARGIN_SECONDS = 15.0
 """Left after the save for leaving, before the job ends."""
+SAME_PRESS_SECONDS = 1.0
+"""A terminal's SIGINT and the one that a launcher passes on are one Ctrl-C."""
+INTERRUPTED_CODE = 130
+SECONDS_FOR_LAST_WORDS = 2.0
+SECONDS_BETWEEN_QUESTIONS = 60.0
+"""To Slurm, for the end of the job, once it seems near."""
+SECONDS_AFTER_CTRL_C = {"deepspeed": 3.0, "torchrun": 30.0}
+"""How long these launchers wait after a Ctrl-C until they kill their ranks (docs/recovery.md)."""
 
 
 class Preemption(Hook):
     """Wishes to stop after a signal, for a file, or when the job's time is nearly up.
 
     Signals are caught from the construction on, so that one that comes while models are built is
-    not lost.
+    not lost. A second Ctrl-C ends the process at once with 130, whatever it waits for.
 
     Args:
-        notice_seconds: Seconds between such a signal and the end of the process.
+        notice_seconds: Seconds between a scheduler's signal and the end of the process.
+        launcher: What started the ranks: it may give them less time after a Ctrl-C.
+        leaving: Called, by the signal's handler, once there is a reason to stop.
+        leave: Ends the process with an exit code.
     """
 
-    def __init__(self, notice_seconds: float) -> None:
-        self._notice = notice_seconds
+    def __init__(
+        self,
+        notice_seconds: float,
+        *,
+        launcher: str = "python",
+        leaving: Callable[[], None] = lambda: None,
+        leave: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._notice, self._launcher = notice_seconds, launcher
+        self._leaving, self._leave = leaving, leave
         self._reason = ""
         self._warned = False
         self._slowest = self._slowest_update = 0.0
         self._mark: float | None = None
         self._file: Path | None = None
-        self._looked = 0.0
-        # Seconds since the epoch, set by Slurm in every step of a job.
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._looked = self._asked_slurm = 0.0
+        self._write_status: Callable[[str], None] = lambda status: None
+        self._held = ExitStack()
+        # Seconds since the epoch, set by Slurm in every step of a job. One rank's clock is enough.
+        end = os.environ.get("SLURM_JOB_END_TIME", "") if distributed.is_main() else ""
         self._job_end = float(end) if end.isdigit() else None
-        for number in SIGNALS:
+        self._before = {
+            number: signal.getsignal(number)
+            for number in SIGNALS
+            # nohup's, and that of a shell's background job.
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        for number in self._before:
             signal.signal(number, self._caught)
+        # Python's handlers wait while the main thread is in a call, such as a collective whose
+        # peers are gone; a thread that reads this pipe does not.
+        self._pipe = os.pipe()
+        for end_of_it in self._pipe:
+            os.set_inheritable(end_of_it, False)
+        os.set_blocking(self._pipe[1], False)
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def on_start(self, setting: Setting) -> None:
         """Estimates how long a save takes, and logs whether it fits into the notice."""
         self._setting = setting
+        self._write_status = partial(write_status, setting.folder, owned=setting.owned)
         # One look a node is enough.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
         seconds = self._estimated(setting)
@@ -75,6 +121,16 @@ class Preemption(Hook):
             )
         else:
             log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, self._notice)
+        patience = SECONDS_AFTER_CTRL_C.get(self._launcher)
+        if patience is not None and seconds + MARGIN_SECONDS > patience:
+            log.warning(
+                "Ctrl-C: %s kills its ranks %.0f s later, a save takes about %.0f s: it may lose "
+                "the steps since the last checkpoint. Stop the run with touch %s instead.",
+                self._launcher,
+                patience,
+                seconds,
+                setting.folder / STOP_FILE,
+            )
 
     def wish(self) -> Wish:
         """Wishes to stop, once this rank has a reason."""
@@ -85,6 +141,9 @@ class Preemption(Hook):
         if not self._warned:
             self._warned = True
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
+            self._leaving()
+            # A rank whose launcher is gone too may outlive its grace until the save is through.
+            self._held.enter_context(hold())
         return Wish(stop=True)
 
     def after_update(self, update: Update) -> None:
@@ -109,25 +168,80 @@ class Preemption(Hook):
         self._slowest = max(self._slowest, seconds)
 
     def on_end(self, status: str) -> None:
-        """Removes the file, so that the next start trains."""
+        """Removes the file, so that the next start trains, and gives Ctrl-C back."""
+        self._give_back()
         if distributed.is_main():
             with suppress(OSError):
                 (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
 
+    def on_failure(self, status: str, reason: str) -> None:
+        """Gives Ctrl-C back as well."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._held.close()
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._pipe[1])
+        for number, handler in self._before.items():
+            # After a reason to leave, what comes late must not change the exit code.
+            if number == signal.SIGINT or not self._reason:
+                signal.signal(number, handler)
+
     def _caught(self, number: int, frame: FrameType | None) -> None:
-        # Nothing but an assignment: logging from a handler may meet a held lock.
+        # Nothing that locks: a handler may interrupt whoever holds the lock.
         self._reason = self._reason or signal.Signals(number).name
+        self._leaving()
+
+    def _listen(self) -> None:
+        pressed: float | None = None
+        while numbers := os.read(self._pipe[0], 64):
+            for number in numbers:
+                now = time.monotonic()
+                if number != signal.SIGINT:
+                    continue
+                if pressed is None:
+                    pressed = now
+                    if distributed.is_main():
+                        log.warning(
+                            "Ctrl-C: the run saves after this step and leaves; the same command "
+                            "goes on from there. Once more ends it at once."
+                        )
+                elif now - pressed > SAME_PRESS_SECONDS:
+                    self._end_at_once()
+        os.close(self._pipe[0])
+
+    def _end_at_once(self) -> None:
+        # Aside: the disk may be what hangs.
+        words = threading.Thread(target=self._write_status, args=(INTERRUPTED,), daemon=True)
+        words.start()
+        words.join(SECONDS_FOR_LAST_WORDS)
+        if distributed.is_main():
+            terminal.show_error("ended at once; the same command goes on from the last checkpoint")
+        self._leave(INTERRUPTED_CODE)
 
     def _file_or_end(self) -> str:
         now = time.time()
         needed = self._slowest + self._slowest_update + MARGIN_SECONDS
         if self._job_end is not None and now > self._job_end - needed:
-            return f"the job ends in {max(0.0, self._job_end - now):.0f} s"
+            self._ask_slurm(now)
+            if now > self._job_end - needed:
+                return f"the job ends in {max(0.0, self._job_end - now):.0f} s"
         if self._file is not None and time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
             self._looked = time.monotonic()
             if self._file.exists():
                 return f"found {self._file}"
         return ""
+
+    def _ask_slurm(self, now: float) -> None:
+        """Takes the job's end from Slurm: `scontrol update` may have moved it since the start."""
+        if now - self._asked_slurm < SECONDS_BETWEEN_QUESTIONS:
+            return
+        self._asked_slurm = now
+        job = os.environ.get("SLURM_JOB_ID", "")
+        command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
+        with suppress(OSError, subprocess.TimeoutExpired, ValueError):
+            told = subprocess.run(command, capture_output=True, text=True, timeout=10.0).stdout
+            self._job_end = datetime.fromisoformat(told.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:
         """Returns the seconds that a checkpoint will take, from a file that all ranks write."""

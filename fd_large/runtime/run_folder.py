@@ -35,22 +35,31 @@ def written_or_logged(what: object) -> Iterator[None]:
         log.error("%s: NOT WRITTEN: %s", what, error)
 
 
-def open_folder(folder: Path, recipe: dict[str, Any], changes: Changes, *, fresh: bool) -> None:
-    """Makes or enters the run's folder; rank 0 writes, the others follow.
+def open_folder(
+    folder: Path,
+    recipe: dict[str, Any],
+    changes: Changes,
+    *,
+    start_anew: Callable[[], Path | None] | None = None,
+) -> None:
+    """Enters the run's folder; rank 0 writes, the others follow.
 
     Args:
         folder: The run's folder.
         recipe: The resolved recipe, as recipe.json holds it.
         changes: Returns the fields that differ from a stored recipe and that a resume may not
             change (`Run.changes_since`).
-        fresh: Start over: the old run's folder is renamed to FOLDER.old-N, never removed.
+        start_anew: Makes the folder empty and returns where the old run's is now, if there was one;
+            None: the run goes on from what is there.
 
     Raises: ConfigError: if the folder cannot be used or belongs to another recipe.
     """
     problem = None
     if distributed.is_main():
         try:
-            _enter(folder, recipe, changes, fresh)
+            if start_anew and (old := start_anew()):
+                log.info("--fresh: the old run is in %s", old)
+            _enter(folder, recipe, changes)
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
@@ -102,13 +111,8 @@ def write_environment(
     )
 
 
-def _enter(folder: Path, recipe: dict[str, Any], changes: Changes, fresh: bool) -> None:
+def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
     file = folder / "recipe.json"
-    if fresh and folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(old)
     if file.exists():
         remedy = "Set --runtime.run_dir to another folder, or --fresh to start over here."
         try:
@@ -130,10 +134,36 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes, fresh: bool) 
 
 def status_of(folder: Path) -> str | None:
     """Returns the status in summary.json, None where there is none."""
+    return summary_of(folder).get("status")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Returns summary.json; empty where there is none that can be read."""
     with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text())
-        return summary.get("status") if isinstance(summary, dict) else None
-    return None
+        if isinstance(summary, dict):
+            return summary
+    return {}
+
+
+def write_status(
+    folder: Path, status: str, *, owned: Callable[[], bool], **more: Any
+) -> None:
+    """Sets the status in summary.json and keeps the rest; any rank may, for another may be stuck.
+
+    Args:
+        folder: The run's folder.
+        status: How the run ended.
+        owned: Returns whether this start still owns the folder; if not, nothing is written.
+        more: Further entries.
+    """
+    path = folder / "summary.json"
+    with written_or_logged(path):
+        if not owned():
+            raise OSError(f"{folder} has a new owner")
+        aside = path.with_name(f"summary_of_rank_{distributed.rank()}.json")
+        write_json(aside, {**summary_of(folder), "status": status, **more})
+        aside.replace(path)
 
 
 def recorded_code(folder: Path) -> dict[str, str]:

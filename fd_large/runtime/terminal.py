@@ -9,6 +9,7 @@ No torch, so that the command line can show a mistake at once.
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,19 @@ def err() -> TextIO:
     return _err or sys.stderr
 
 
+class _Closable(io.FileIO):
+    """A terminal, or a pipe, that may close while a run goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
 def take() -> None:
     """Keeps private copies of descriptors 1 and 2 and sends uncaught errors there; once.
 
@@ -53,7 +67,12 @@ def take() -> None:
     if _out is not None or not plain:
         return
     _out, _err = (
-        os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace")
+        io.TextIOWrapper(
+            io.BufferedWriter(_Closable(os.dup(number), "w")),
+            encoding="utf-8",
+            errors="replace",
+            line_buffering=True,
+        )
         for number in (1, 2)
     )
     # After a fatal signal Python runs no more: this writes the stack where the user looks.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import json
 import logging
 import multiprocessing
 import os
@@ -26,11 +25,10 @@ from types import FrameType
 from typing import Any
 
 from fd_large import distributed
-from fd_large.atomic_files import write_json
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY
-from fd_large.runtime.run_folder import written_or_logged
+from fd_large.runtime.run_folder import write_status
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ class Watchdog(Hook):
 
     def on_start(self, setting: Setting) -> None:
         """Starts the clock."""
-        self._folder = setting.folder
+        self._setting = setting
         self._where = f"after step {setting.first_update} of {setting.total_updates}"
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
@@ -131,6 +129,10 @@ class Watchdog(Hook):
                 seconds,
                 self._limit,
             )
+
+    def on_failure(self, status: str, reason: str) -> None:
+        """Stops the clock as well."""
+        self.on_end(status)
 
     def on_end(self, status: str) -> None:
         """Stops the clock."""
@@ -195,15 +197,7 @@ class Watchdog(Hook):
 
     def _write_status(self) -> None:
         # Every rank that can: rank 0 may be the one that hangs.
-        path = self._folder / "summary.json"
-        with written_or_logged(path):
-            summary: Any = {}
-            with suppress(OSError, ValueError):
-                summary = json.loads(path.read_text())
-            known = summary if isinstance(summary, dict) else {}
-            aside = path.with_name(f"summary_of_rank_{distributed.rank()}.json")
-            write_json(aside, {**known, "status": HUNG})
-            aside.replace(path)
+        write_status(self._setting.folder, HUNG, owned=self._setting.owned)
 
     def _end_if_fired(self) -> None:
         if self._fired.is_set() and self._thread is not None:

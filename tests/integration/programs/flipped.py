@@ -13,6 +13,7 @@ from launch import write_result
 from twin import words
 
 from fd_large import distributed
+from fd_large.cli.ownership import owning
 from fd_large.cli.train import parse_train
 from fd_large.engine.run import train
 from fd_large.engine.zero import partition, start
@@ -71,13 +72,14 @@ for placement, (every, rank) in RUNS.items():
     given = parse_train(words(pictures, folder / placement, *more.split()))
     # In the node, a tensor that every rank keeps whole beside its piece.
     flip = Flip(rank, kept_whole=placement == "node")
-    code = train(
-        given.run,
-        kept_job,
-        deepspeed_config=given.own.deepspeed_config,
-        fresh=False,
-        hooks=[flip],
-    )
+    with owning(given.run.run_dir()) as lease:
+        code = train(
+            given.run,
+            kept_job,
+            deepspeed_config=given.own.deepspeed_config,
+            lease=lease,
+            hooks=[flip],
+        )
     found[placement] = {"code": code, "done": flip.done, "hash": jobs.pop().teacher.shard_hash()}
     del flip
     start.forget_engines()

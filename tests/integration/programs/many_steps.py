@@ -14,6 +14,7 @@ import torch
 from launch import ROOT, write_result
 from scenarios import storages, tiny_run
 
+from fd_large.cli.ownership import owning
 from fd_large.engine.run import train
 from fd_large.runtime.hooks import Hook, Update
 from fd_large.tasks.jobs import job_of
@@ -58,13 +59,14 @@ def main(steps: int, pictures: str, folder: Path) -> None:
     )
     run = replace(run, optim=replace(run.optim, max_steps=steps))
     memory = Memory(steps // 10)
-    train(
-        run,
-        job_of,
-        deepspeed_config=str(ROOT / "ds_configs/zero3.json"),
-        fresh=False,
-        hooks=[memory],
-    )
+    with owning(run.run_dir()) as lease:
+        train(
+            run,
+            job_of,
+            deepspeed_config=str(ROOT / "ds_configs/zero3.json"),
+            lease=lease,
+            hooks=[memory],
+        )
     write_result(folder, memory.rows)
 
 

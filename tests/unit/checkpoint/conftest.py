@@ -5,6 +5,7 @@ import torch
 from stored_run import store_tensors
 
 from fd_large.checkpoint import store
+from fd_large.checkpoint.lease import claimed
 
 
 @pytest.fixture
@@ -24,6 +25,13 @@ def stored(folder):
         return path
 
     return write
+
+
+@pytest.fixture
+def lease(folder):
+    """The right to write the folder."""
+    with claimed(folder) as held:
+        yield held
 
 
 @pytest.fixture

@@ -6,26 +6,26 @@ from fd_large.checkpoint import inspection, store
 from fd_large.errors import CheckpointError, ConfigError
 
 
-def test_list_verify_and_prune(folder, stored, updates_left):
+def test_list_verify_and_prune(folder, stored, updates_left, lease):
     with pytest.raises(ConfigError, match="nothing is stored"):
         inspection.stored_of(str(folder))
     stored(2, 4, 5, 6)
     _, found = inspection.stored_of(str(folder))
     assert [row["update"] for row in inspection.rows(found)] == [2, 4, 5, 6]
     assert inspection.verify_all(found) == inspection.without_manifest(folder) == []
-    removed = inspection.prune_run(folder, None)
+    removed = inspection.prune_run(folder, None, lease)
     assert [path.name for path in removed] == ["step_00000002"]
-    inspection.prune_run(folder, 1)
+    inspection.prune_run(folder, 1, lease)
     assert updates_left() == [4, 6]
 
 
-def test_what_prune_and_verify_refuse_and_name(folder, stored):
+def test_what_prune_and_verify_refuse_and_name(folder, stored, lease):
     newest = stored(4, 6)
     (newest / store.file_of(0)).unlink()
     with pytest.raises(ConfigError, match="keep_last"):
-        inspection.prune_run(folder, 0)
+        inspection.prune_run(folder, 0, lease)
     with pytest.raises(CheckpointError, match=newest.name):
-        inspection.prune_run(folder, 1)
+        inspection.prune_run(folder, 1, lease)
     _, found = inspection.stored_of(str(folder))
     (problem,) = inspection.verify_all(found)
     assert str(newest) in problem

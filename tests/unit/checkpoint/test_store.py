@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fd_large.checkpoint import store
+from fd_large.checkpoint.lease import OWNER, Lease
 
 
 def test_the_last_and_every_nth_stay(folder, stored, updates_left):
@@ -61,3 +62,50 @@ def test_half_written_folders_are_invisible_and_swept(folder, stored, updates_le
     store.sweep(folder)
     assert updates_left() == [1, 2]
     assert len(list(store.checkpoints_of(folder).iterdir())) == 2
+
+
+def usurp(folder):
+    """Another start takes the folder over."""
+    (folder / OWNER).write_text('{"start": "other", "host": "n7"}')
+
+
+def test_who_lost_the_folder_commits_and_removes_nothing(folder, stored, updates_left, lease):
+    stored(1, 2, 3)
+    part = store.part_of(folder, 4, lease)
+    store.checkpoints_of(folder).joinpath(store.name_of(3)).rename(part)
+    manifest = {**store.complete(folder)[0].manifest, "update": 4}
+    usurp(folder)
+    with pytest.raises(OSError, match="new owner"):
+        store.commit(part, manifest, lease)
+    assert store.prune(folder, keep_last=1, keep_every=0, lease=lease) == []
+    assert updates_left() == [1, 2]
+
+
+def test_a_commit_that_asked_before_it_lost_the_folder_comes_too_late(
+    folder, stored, updates_left, lease, monkeypatch
+):
+    """It asks, sleeps while the new owner sweeps, and renames."""
+    stored(1, 2)
+    part = store.part_of(folder, 2, lease)
+    store.checkpoints_of(folder).joinpath(store.name_of(2)).rename(part)
+    manifest = {**store.complete(folder)[0].manifest, "update": 2}
+
+    def ask():
+        usurp(folder)
+        store.sweep(folder)
+        return True
+
+    monkeypatch.setattr(lease, "owned", ask)
+    with pytest.raises(FileNotFoundError):
+        store.commit(part, manifest, lease)
+    assert updates_left() == [1]
+
+
+def test_two_starts_write_the_same_step_to_folders_of_their_own(folder, stored, lease):
+    other = Lease(folder, "other")
+    assert store.part_of(folder, 4, lease) != store.part_of(folder, 4, other)
+    path = stored(4)
+    manifest, part = store.manifest_of(path), store.part_of(folder, 4, lease)
+    path.rename(part)
+    assert store.commit(part, manifest, lease) == path
+    assert store.manifest_of(path)["start"] == lease.start

@@ -48,16 +48,19 @@ def no_launcher(monkeypatch):
 
 
 @pytest.fixture
-def engine(monkeypatch):
+def engine(monkeypatch, tmp_path):
     """Stands in for the engine: records the call, or raises what `raises` holds."""
     calls = types.SimpleNamespace(run=None, flags=None, raises=None)
 
-    def train(run, job_of, *, deepspeed_config, fresh, profile):
+    def train(run, job_of, *, deepspeed_config, lease, fresh, profile):
+        assert lease.owned()
         calls.run, calls.flags = run, (deepspeed_config, fresh)
         if calls.raises:
             raise calls.raises
         return 0
 
+    monkeypatch.chdir(tmp_path)  # Where the run's folder is made.
+    monkeypatch.setattr("fd_large.distributed.start", lambda launch: None)
     module = types.ModuleType("fd_large.engine.run")
     module.train = train
     monkeypatch.setitem(sys.modules, "fd_large.engine.run", module)

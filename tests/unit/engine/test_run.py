@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from unit.engine.conftest import Brightness, batch_of
 
 from fd_large import doors
+from fd_large.checkpoint.lease import Lease, claimed
 from fd_large.data.sampler import MicroBatches
 from fd_large.engine import run as engine_run
 from fd_large.engine.evaluation import Evaluation
@@ -20,6 +22,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import Hook, Verdict, Wish
+from fd_large.runtime.preemption import Preemption
 
 
 class Watched(Job):
@@ -32,7 +35,11 @@ class TaskHook(Hook):
 
 
 def names(run, profile=0, more=()):
-    return [type(hook).__name__ for hook in hooks_of(Watched(run), profile, more)]
+    found = hooks_of(Watched(run), "python", Lease(Path("run"), "start"), profile, more)
+    for hook in found:
+        if isinstance(hook, Preemption):
+            hook.on_failure("failed", "gives the signals back")
+    return [type(hook).__name__ for hook in found]
 
 
 def test_the_meter_is_asked_first_and_the_watchdog_last():
@@ -116,7 +123,9 @@ def recipe(one_rank, tmp_path):
 
 
 def start(recipe, **more):
-    return train(recipe, BrightnessJob, deepspeed_config="ds_configs/zero3.json", **more)
+    config = "ds_configs/zero3.json"
+    with claimed(Path(recipe.run_dir())) as lease:
+        return train(recipe, BrightnessJob, deepspeed_config=config, lease=lease, **more)
 
 
 def lines(folder, name):
@@ -158,6 +167,42 @@ def test_a_hook_that_ends_a_run_decides_the_exit_code(recipe):
     assert start(recipe, hooks=[Ending(wish=False)]) == 3
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("no such card\nmore"), "failed"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_a_run_that_an_error_ends_says_so_in_its_folder(
+    error, status, recipe, tmp_path, monkeypatch
+):
+    class Failing(Hook):
+        def after_update(self, update):
+            if update.index == 1:
+                raise error
+
+    with pytest.raises(type(error)):
+        start(recipe, hooks=[Failing()])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["rank"], summary["updates"]) == (status, 0, 2)
+    assert summary["reason"] == ("no such card" if status == "failed" else "KeyboardInterrupt")
+    assert len(lines(tmp_path / "run", "metrics.jsonl")) == 2, "what was pending"
+
+    # While it is built: no hook has begun.
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_run, "engine_of", fail)
+        with pytest.raises(type(error)):
+            start(recipe)
+    again = json.loads((tmp_path / "run/summary.json").read_text())
+    assert again["status"] == status
+    assert again["start"] != summary["start"]
+    # Of a run of another recipe it says nothing.
+    with pytest.raises(ConfigError, match="another recipe"):
+        start(replace(recipe, optim=replace(recipe.optim, max_steps=4)))
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == again
+
+
 def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
     auto = replace(recipe, batch=replace(recipe.batch, micro_batch_size="auto"))
     assert start(auto, hooks=[Ending(wish=True)]) == 75
@@ -192,5 +237,5 @@ def test_a_folder_allows_no_code_that_it_alone_names(tmp_path, monkeypatch):
         runtime=replace(run.runtime, run_dir=str(tmp_path)),
     )
     with pytest.raises(ConfigError, match="enough"):
-        train(run, Job, deepspeed_config="")
+        train(run, Job, deepspeed_config="", lease=Lease(tmp_path, "start"))
     assert [doors.is_allowed(name) for name in names] == [True, False]

@@ -54,10 +54,10 @@ def test_a_file_that_is_as_it_was_recorded_may_be_imported(tmp_path, monkeypatch
             doors.load(names[name], kind="losses", where="")
 
 
-def enter(folder, fresh=False, **fields):
+def enter(folder, start_anew=None, **fields):
     named = {name.replace("__", "."): value for name, value in fields.items()}
     run = override(registry.get("quickstart"), named)
-    open_folder(folder, run.to_dict(), run.changes_since, fresh=fresh)
+    open_folder(folder, run.to_dict(), run.changes_since, start_anew=start_anew)
     return json.loads((folder / "recipe.json").read_text())
 
 
@@ -72,13 +72,16 @@ def test_a_run_goes_on_in_its_own_folder_alone(tmp_path):
     assert json.loads((folder / "recipe.json").read_text()) == found
 
 
-def test_a_fresh_start_keeps_the_old_runs(tmp_path):
+def test_a_fresh_start_takes_any_recipe(tmp_path, caplog):
     folder = tmp_path / "a"
-    for number in range(3):
-        enter(folder, fresh=True, runtime__seed=number)
-        (folder / "metrics.jsonl").write_text(str(number))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.old-1", "a.old-2"]
-    assert (tmp_path / "a.old-2" / "metrics.jsonl").read_text() == "1"
+    enter(folder, runtime__seed=1)
+
+    def move():
+        return folder.rename(tmp_path / "a.old-1")
+
+    with caplog.at_level("INFO"):
+        assert enter(folder, start_anew=move, runtime__seed=2)["runtime"]["seed"] == 2
+    assert "the old run is in" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"colour": 1}'])

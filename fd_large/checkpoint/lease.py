@@ -1,0 +1,527 @@
+"""The one start that owns a run's folder: claimed before torch is imported, kept by a heartbeat.
+
+RUN/owner.json names the owner; its modification time is the heartbeat, judged by the clock of the
+file system that keeps it. Nothing here needs torch, or locks that a network file system may lack:
+a claim is a hard link, which exactly one process can make. Whoever replaces or removes the
+owner.json of a start S must first have made owner.S.next, so that two who both find S dead cannot
+undo each other's claim.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import queue
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from uuid import uuid4
+
+from fd_large.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+OWNER = "owner.json"
+BEAT_SECONDS = 10.0
+"""Seconds between two signs of life of an owner."""
+STALE_SECONDS = 120.0
+"""Seconds without one after which an owner counts as dead, if nothing better is known of it."""
+WATCH_SECONDS = 2 * BEAT_SECONDS
+"""How long such an owner is watched first: after a file system stood still, all beats are old."""
+LEAVING_SECONDS = 900.0
+"""How long a new start waits for an owner that saves and leaves."""
+SLURM_SECONDS = 30.0
+LOST = 3
+"""Exit code of a start that has lost its folder to another."""
+# What Slurm calls a job that runs or may still have processes.
+_ALIVE_IN_SLURM = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING"}
+
+
+class OwnedError(ConfigError):
+    """Another start owns the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """A start of a run, as owner.json holds it.
+
+    Attributes:
+        start: Id of the start.
+        host: Name of rank 0's machine.
+        boot: Id of that machine's boot; empty where the system has none.
+        pid_namespace: Namespace in which `pid` counts; containers may have their own.
+        pid: Rank 0's process.
+        pid_started: When that process started, in ticks since the boot.
+        cluster: Name of the Slurm cluster, empty outside.
+        job: Number of the Slurm job, empty outside.
+        restarts: How often Slurm has restarted that job.
+        since: When the start began, by rank 0's clock.
+    """
+
+    start: str
+    host: str = ""
+    boot: str = ""
+    pid_namespace: str = ""
+    pid: int = 0
+    pid_started: int = 0
+    cluster: str = ""
+    job: str = ""
+    restarts: int = 0
+    since: str = ""
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"host {self.host}, process {self.pid}{job}, since {self.since}"
+
+
+class Lease:
+    """A start's right to write the folder of a run.
+
+    Rank 0 gets it from `claim`, which keeps it alive; the other ranks make one with rank 0's id,
+    which only answers.
+
+    Args:
+        folder: The run's folder.
+        start: Id of the start.
+
+    Attributes:
+        taken_over: Why the owner before counted as dead; empty if there was none.
+        entered: Whether the run's files there are this start's to write; the engine sets it.
+    """
+
+    def __init__(self, folder: Path, start: str) -> None:
+        self.folder, self.start, self.taken_over, self.entered = folder, start, "", False
+        self._made: list[Path] = []
+        self._on_lost: Callable[[str], None] = _leave
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def owned(self) -> bool:
+        """Returns whether no other start has taken the folder, as far as its file can be read."""
+        try:
+            return _read(self.folder / OWNER)[0].start == self.start
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+    def will_leave(self) -> None:
+        """Tells a next start to wait a little: this one saves and leaves. Safe in a signal handler.
+
+        Only rank 0's lease does something.
+        """
+        if self._thread is not None:
+            self._messages.put("leaving")
+
+    def start_anew(self) -> Path | None:
+        """Puts an empty folder of this owner's in place of a folder with files; rank 0 calls it.
+
+        Returns: where the old folder is now; None where there was nothing to keep.
+        Raises: OwnedError: if another start made the folder in that moment.
+        """
+        if not any(not path.name.startswith("owner.") for path in self.folder.iterdir()):
+            return None
+        number = 1
+        while (old := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+            number += 1
+        empty = self.folder.with_name(f".{self.folder.name}.{self.start}")
+        empty.mkdir()
+        record = (self.folder / OWNER).read_text()
+        _write(empty / OWNER, record)
+        self.folder.rename(old)
+        try:
+            empty.rename(self.folder)
+        except OSError:
+            (empty / OWNER).unlink()
+            empty.rmdir()
+            raise OwnedError(
+                f"--fresh: {self.folder}: another start made it at the same moment; got its "
+                f"files, expected none. The old ones are in {old}. Start again."
+            ) from None
+        (old / OWNER).unlink(missing_ok=True)
+        return old
+
+    def release(self) -> None:
+        """Gives the folder back; removes it where it was made for this start and is empty."""
+        if self._thread is None:
+            return
+        self._messages.put("released")
+        self._thread.join()
+        self._thread = None
+        with suppress(OSError):
+            _remove(self.folder, self.start)
+        for path in self._made:
+            with suppress(OSError):  # Not empty: the run is in it.
+                path.rmdir()
+
+    def _keep(self, on_lost: Callable[[str], None]) -> None:
+        self._on_lost = on_lost
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        missing = 0
+        while True:
+            try:
+                message = self._messages.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                message = ""
+            if message == "released":
+                return
+            path = self.folder / OWNER
+            try:
+                if message == "leaving":
+                    _leaving(self.folder, self.start).touch()
+                with path.open() as file:
+                    found = _parse(file.read())
+                    if found.start == self.start:
+                        os.utime(file.fileno())
+                        missing = 0
+                        continue
+                why = f"{found} has taken it over"
+            except FileNotFoundError:
+                missing += 1
+                if missing < 2:
+                    continue
+                why = f"{path} is gone"
+            except OSError:
+                # The file system will answer again, or the heartbeat ends and the lease with it.
+                continue
+            self._on_lost(
+                f"{self.folder}: this start no longer owns it; {why}. It ends without writing "
+                "anything more."
+            )
+            return
+
+
+def claim(
+    folder: Path,
+    *,
+    say: Callable[[str], None] = log.warning,
+    on_lost: Callable[[str], None] | None = None,
+) -> Lease:
+    """Makes this process the owner of a run's folder; only rank 0 calls it.
+
+    An owner that is dead is replaced. One that saves and leaves is waited for.
+
+    Args:
+        folder: The run's folder; made if need be.
+        say: Called with a line for the user when there is something to wait for.
+        on_lost: Called in another thread, with the reason, if another start takes the folder over;
+            by default the process ends with code 3.
+
+    Raises:
+        OwnedError: Another start is alive, or may be.
+        ConfigError: The folder cannot be made or written.
+    """
+    own = _this_process()
+    lease = Lease(folder, own.start)
+    try:
+        lease._made = _make(folder)
+        aside = folder / f"owner.{own.start}.json"
+        _write(aside, json.dumps(asdict(own), indent=1) + "\n")
+        try:
+            lease.taken_over = _claim(folder, own, aside, say)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sweep(folder, own.start)
+    except OSError as error:
+        raise ConfigError(
+            f"--runtime.run_dir: cannot be used; got {error}, expected a folder that can be "
+            "written. Choose another."
+        ) from error
+    lease._keep(on_lost or lease._on_lost)
+    return lease
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[Lease]:
+    """Owns a folder for the length of a `with`."""
+    lease = claim(folder)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def living_owner(folder: Path) -> Owner | None:
+    """Returns the owner that is alive or may be, None where there is none; writes nothing."""
+    try:
+        owner, beat = _read(folder / OWNER)
+    except OSError:
+        return None
+    dead = _why_dead(owner, _this_process()) or time.time() - beat > STALE_SECONDS
+    return None if dead else owner
+
+
+def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
+    """Makes `aside` the owner.json; returns why the owner before counted as dead."""
+    begin = time.monotonic()
+    waits = False
+    while True:
+        chain = _chain(folder)
+        if not chain:
+            if _link(aside, folder / OWNER):
+                return ""
+            continue
+        owner, beat = chain[-1]
+        why = _why_dead(owner, own)
+        if not why:
+            silent = _silence(aside, beat)
+            # Who replaces or removes an owner.json is done in a moment.
+            patience = 5.0 if len(chain) > 1 else 0.0
+            if _leaving(folder, owner.start).exists():
+                patience = LEAVING_SECONDS
+                if not waits:
+                    say(f"{folder}: waits until its owner has saved and left ({owner})")
+                waits = True
+            if silent < STALE_SECONDS and time.monotonic() - begin < patience:
+                time.sleep(0.1)
+                continue
+            if silent < STALE_SECONDS or _same_processes(owner):
+                raise _refusal(folder, owner, silent)
+            say(
+                f"{folder}: its owner ({owner}) has been silent for {silent:.0f} s; watched for "
+                f"{WATCH_SECONDS:.0f} s more"
+            )
+            time.sleep(WATCH_SECONDS)
+            if _chain(folder) != chain:
+                continue
+            why = f"no sign of life for {silent + WATCH_SECONDS:.0f} s"
+        if _succeed(folder, [each.start for each, _ in chain], own.start, aside):
+            return f"{folder}: taken over from a start that is dead: {owner}; {why}"
+
+
+def _silence(aside: Path, beat: float) -> float:
+    """Returns the seconds since a heartbeat, by the clock of the files."""
+    os.utime(aside)
+    return max(0.0, aside.stat().st_mtime - beat)
+
+
+def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
+    remedy = (
+        f"kill {owner.pid}"
+        if _same_processes(owner)
+        else f"remove {folder / OWNER}, or wait: it is taken over {STALE_SECONDS:.0f} s after its "
+        "last sign of life"
+    )
+    return OwnedError(
+        f"{folder}: another start owns this folder; got {owner}, last sign of life {silent:.0f} s "
+        f"ago, expected nobody. Let it end, stop it (touch {folder / 'stop'}), or name another "
+        f"--runtime.run_dir. If it is dead for certain: {remedy}."
+    )
+
+
+def _why_dead(owner: Owner, own: Owner) -> str:
+    """Returns why an owner cannot be alive; empty where it may be."""
+    same_job = owner.job and (owner.cluster, owner.job) == (own.cluster, own.job)
+    if same_job and owner.restarts < own.restarts:
+        return f"Slurm has restarted job {owner.job} since"
+    if _same_processes(owner):
+        if owner.pid == own.pid:
+            return "it was this process"
+        if _started(owner.pid) != owner.pid_started:
+            return f"process {owner.pid} has ended"
+        return ""
+    if owner.job and not same_job and owner.cluster == _cluster():
+        return _why_dead_in_slurm(owner.job)
+    return ""
+
+
+def _why_dead_in_slurm(job: str) -> str:
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if "Invalid job id" in shown.stderr:
+        return f"Slurm no longer knows job {job}"
+    state = re.search(r"\bJobState=(\w+)", shown.stdout)
+    if state and state[1] not in _ALIVE_IN_SLURM:
+        return f"Slurm calls job {job} {state[1]}"
+    return ""
+
+
+def _cluster() -> str:
+    return os.environ.get("SLURM_CLUSTER_NAME", "")
+
+
+def _this_process() -> Owner:
+    return Owner(
+        start=uuid4().hex,
+        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        boot=_boot(),
+        pid_namespace=_pid_namespace(),
+        pid=os.getpid(),
+        pid_started=_started(os.getpid()) or 0,
+        cluster=_cluster(),
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _same_processes(owner: Owner) -> bool:
+    """Whether an owner's process number means the same here: same boot, same namespace."""
+    return bool(owner.boot) and (owner.boot, owner.pid_namespace) == (_boot(), _pid_namespace())
+
+
+def _started(pid: int) -> int | None:
+    """Returns when a process started, in ticks since the boot; None for one that has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # From proc(5); the name before them may hold blanks and parentheses.
+    state, *more = text[text.rindex(")") + 1 :].split()
+    return None if state in "ZX" else int(more[18])
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _leaving(folder: Path, start: str) -> Path:
+    return folder / f"owner.{start}.leaving"
+
+
+def _next(folder: Path, start: str) -> Path:
+    return folder / f"owner.{start}.next"
+
+
+def _parse(text: str) -> Owner:
+    """An owner from its file; one without a start where the file is not whole."""
+    try:
+        found = json.loads(text)
+        kinds = {field.name: type(field.default) for field in fields(Owner)}
+        kinds["start"] = str
+        return Owner(**{name: kind(found[name]) for name, kind in kinds.items() if name in found})
+    except (ValueError, TypeError, KeyError):
+        return Owner(start="unknown", since="an unknown time")
+
+
+def _read(path: Path) -> tuple[Owner, float]:
+    """Returns an owner and its last sign of life; opening makes NFS ask its server."""
+    with path.open() as file:
+        return _parse(file.read()), os.fstat(file.fileno()).st_mtime
+
+
+def _chain(folder: Path) -> list[tuple[Owner, float]]:
+    """Returns the owner, then who is about to follow it, and so on; seldom more than one."""
+    found: list[tuple[Owner, float]] = []
+    path = folder / OWNER
+    with suppress(FileNotFoundError):
+        while True:
+            found.append(_read(path))
+            path = _next(folder, found[-1][0].start)
+    return found
+
+
+def _succeed(folder: Path, before: list[str], start: str, aside: Path) -> bool:
+    """Replaces an owner that is dead; returns False where another was quicker."""
+    key = _next(folder, before[-1])
+    if not _link(aside, key):
+        return False
+    # The chain as it was when the last of it was judged, and this start at its end?
+    if [each.start for each, _ in _chain(folder)] != [*before, start]:
+        key.unlink(missing_ok=True)
+        return False
+    # A file of its own: a rename onto another link of the same file does nothing.
+    aside.replace(folder / OWNER)
+    for name in before:
+        _next(folder, name).unlink(missing_ok=True)
+        _leaving(folder, name).unlink(missing_ok=True)
+    return True
+
+
+def _remove(folder: Path, start: str) -> None:
+    """Removes the owner.json of a start that ends, unless another takes it over."""
+    key = _next(folder, start)
+    aside = folder / f"owner.{start}.json"
+    _write(aside, json.dumps(asdict(replace(_this_process(), start=f"{start}-end"))))
+    try:
+        if _link(aside, key):
+            try:
+                if _read(folder / OWNER)[0].start == start:
+                    (folder / OWNER).unlink()
+            finally:
+                key.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
+        _leaving(folder, start).unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Gives a file a second name, unless that exists; returns whether it did."""
+    try:
+        os.link(source, target)
+        return True
+    except FileExistsError:
+        # The answer of a network file system may have been lost, and the link been made.
+        with suppress(FileNotFoundError):
+            return os.path.samefile(source, target)
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    # No hard links here. Until the file is written, it is one of an unknown owner.
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(source.read_text())
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder; returns it and its parents that were not there, innermost first."""
+    made = []
+    for path in (folder, *folder.parents):
+        if path.exists():
+            break
+        made.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _sweep(folder: Path, start: str) -> None:
+    """Removes what starts left that were killed while they claimed; a rival's is younger."""
+    now = time.time()
+    for path in folder.glob("owner.*.*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < now - 2 * LEAVING_SECONDS:
+                path.unlink()
+
+
+def _leave(why: str) -> None:
+    log.error("%s", why)
+    os._exit(LOST)

@@ -1,0 +1,67 @@
+"""Owning a run's folder on all ranks: what every command does that writes one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fd_large.checkpoint.lease import LOST, Lease, OwnedError, claim
+from fd_large.errors import FDError
+from fd_large.launch import find_launch, find_rank
+from fd_large.runtime import terminal
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def owning(run_dir: str) -> Iterator[Lease]:
+    """Owns a run's folder for the length of a `with`; a collective, which starts the ranks.
+
+    Rank 0 claims it before torch is imported, so that a mistake is said at once. Of several ranks
+    the others are told where they meet, and all end together, whoever started them.
+
+    Args:
+        run_dir: The run's folder.
+
+    Raises: OwnedError: on all ranks, if another start owns it.
+    """
+    terminal.take()
+    folder = Path(run_dir)
+    lease, refusal, launch = None, None, None
+    try:
+        if find_rank() == 0:
+            try:
+                lease = claim(folder, say=terminal.show_error, on_lost=_end)
+            except FDError as error:
+                launch = find_launch()
+                if launch.world_size == 1:
+                    raise
+                terminal.show_error(str(error))
+                refusal = str(error)
+        # torch: seconds.
+        from fd_large import distributed
+        from fd_large.runtime import logs
+
+        logs.start(find_rank())
+        distributed.start(launch)
+        start, refusal = distributed.broadcast_object((lease.start if lease else "", refusal))
+        if refusal:
+            error = OwnedError(refusal)
+            error.shown = True
+            raise error
+        if lease is None:
+            lease = Lease(folder, start)
+        elif lease.taken_over:
+            log.warning("%s", lease.taken_over)
+        yield lease
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _end(why: str) -> None:
+    terminal.show_error(why)
+    os._exit(LOST)

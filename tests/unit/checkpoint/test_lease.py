@@ -1,0 +1,374 @@
+"""One owner of a folder: refused, taken over, lost; races between real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from fd_large.checkpoint import lease as leases
+from fd_large.checkpoint.lease import OWNER, Lease, OwnedError, claim, living_owner
+
+ELSEWHERE = {"boot": "another machine", "host": "n7", "pid": 4242}
+# Claims, says what came of it, and owns until its input ends.
+CLAIM = """
+import sys
+from pathlib import Path
+from fd_large.checkpoint import lease
+try:
+    held = lease.claim(Path(sys.argv[1]), say=lambda text: print(text, flush=True))
+except lease.OwnedError as error:
+    print("refused", error, flush=True)
+    sys.exit(2)
+print("owns", held.start, held.taken_over, flush=True)
+assert "torch" not in sys.modules
+sys.stdin.read()
+held.release()
+"""
+# Six processes find the same dead owner, or none, sixty times.
+RACE = """
+import json, multiprocessing, sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from fd_large.checkpoint import lease
+
+def racer(folder, barrier, wins):
+    for number in range(60):
+        here = folder / str(number)
+        barrier.wait()
+        try:
+            held = lease.claim(here, say=str)
+            wins.put(held.start)
+        except lease.OwnedError:
+            held = None
+        barrier.wait()
+        barrier.wait()
+        if held:
+            held.release()
+
+context = multiprocessing.get_context("fork")
+folder, barrier, wins = Path(sys.argv[1]), context.Barrier(7), context.SimpleQueue()
+racers = [context.Process(target=racer, args=(folder, barrier, wins)) for _ in range(6)]
+for one in racers:
+    one.start()
+for number in range(60):
+    here = folder / str(number)
+    here.mkdir(parents=True)
+    if number % 3:
+        dead = replace(lease._this_process(), start="dead", pid=2**22)
+        (here / lease.OWNER).write_text(json.dumps(asdict(dead)))
+    if number % 3 == 2:
+        dead = replace(dead, start="died while it took over")
+        (here / "owner.dead.next").write_text(json.dumps(asdict(dead)))
+    barrier.wait()
+    barrier.wait()
+    owners = []
+    while not wins.empty():
+        owners.append(wins.get())
+    left = sorted(path.name for path in here.iterdir())
+    found = json.loads((here / lease.OWNER).read_text())["start"]
+    print(json.dumps({"owners": len(owners), "in the file": [found] == owners, "left": left}))
+    barrier.wait()
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name in (*(n for n in os.environ if n.startswith("SLURM")), "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "WATCH_SECONDS", 0.2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "a"
+
+
+@pytest.fixture
+def process(folder):
+    """Starts processes that claim the folder."""
+    started = []
+
+    def start(**environ):
+        one = subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(folder)],
+            env={**os.environ, **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def leave_owner(folder, *, silent=0.0, **facts):
+    """An owner.json of a start that this process is not; returns the start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = replace(leases._this_process(), start="before", **facts)
+    (folder / OWNER).write_text(json.dumps(asdict(owner)))
+    beat = time.time() - silent
+    os.utime(folder / OWNER, (beat, beat))
+    return owner
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_second_start_is_refused_and_told_who_owns_it(folder, process):
+    first = process()
+    _, start, *_ = first.stdout.readline().split()
+    with pytest.raises(OwnedError) as refused:
+        claim(folder)
+    said = str(refused.value)
+    for part in (f"process {first.pid}", leases._this_process().host, f"kill {first.pid}", "stop"):
+        assert part in said
+    assert files(folder) == [OWNER]
+    assert living_owner(folder).start == start
+    first.communicate()
+    assert living_owner(folder) is None
+    held = claim(folder)
+    assert held.owned()
+    assert held.taken_over == ""
+    held.release()
+
+
+def test_what_was_made_for_a_start_that_wrote_nothing_goes_again(folder):
+    held = claim(folder)
+    assert files(folder) == [OWNER]
+    held.release()
+    assert not folder.parent.exists()
+    held = claim(folder)
+    (folder / "recipe.json").touch()
+    held.release()
+    assert files(folder) == ["recipe.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_folder_of_a_dead_process_is_taken_over_at_once(number, folder, process):
+    first = process()
+    first.stdout.readline()
+    # Not waited for: a zombie is dead.
+    first.send_signal(number)
+    while leases._started(first.pid) is not None:
+        time.sleep(0.01)
+    held = claim(folder)
+    assert f"process {first.pid} has ended" in held.taken_over
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+def test_another_process_of_the_same_number_is_not_the_owner(folder):
+    pid = os.getppid()
+    leave_owner(folder, pid=pid, pid_started=leases._started(pid))
+    with pytest.raises(OwnedError):
+        claim(folder)
+    leave_owner(folder, pid=pid, pid_started=leases._started(pid) - 1)
+    claim(folder).release()
+
+
+def test_an_owner_elsewhere_is_judged_by_its_heartbeat(folder, monkeypatch):
+    leave_owner(folder, **ELSEWHERE, silent=leases.STALE_SECONDS - 60)
+    with pytest.raises(OwnedError, match=r"host n7, process 4242, .*or wait: it is taken over"):
+        claim(folder)
+    leave_owner(folder, **ELSEWHERE, silent=leases.STALE_SECONDS + 60)
+    said = []
+    held = claim(folder, say=said.append)
+    assert "no sign of life for 180 s" in held.taken_over
+    assert "watched" in said[0]
+    held.release()
+    # After a file system stood still every heartbeat is old: it is seen to beat again.
+    leave_owner(folder, **ELSEWHERE, silent=leases.STALE_SECONDS + 60)
+    monkeypatch.setattr(leases.time, "sleep", lambda seconds: os.utime(folder / OWNER))
+    with pytest.raises(OwnedError):
+        claim(folder, say=said.append)
+
+
+def test_a_stopped_process_on_this_machine_is_alive(folder, process):
+    first = process()
+    first.stdout.readline()
+    first.send_signal(signal.SIGSTOP)
+    os.utime(folder / OWNER, (1, 1))
+    with pytest.raises(OwnedError, match=f"kill {first.pid}"):
+        claim(folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "own", "answer", "taken"),
+    [
+        (("7", 0), ("7", "1"), "", "restarted job 7"),
+        # The very same start of the job: as anybody else.
+        (("7", 1), ("7", "1"), "", ""),
+        (("7", 0), ("8", "0"), "JobId=7 JobState=RUNNING Reason=None", ""),
+        (("7", 0), ("8", "0"), "JobId=7 JobState=COMPLETING Reason=None", ""),
+        (("7", 0), ("8", "0"), "JobId=7 JobState=TIMEOUT Reason=None", "job 7 TIMEOUT"),
+        (("7", 0), ("8", "0"), "slurm_load_jobs error: Invalid job id specified", "no longer"),
+        # The controller does not answer.
+        (("7", 0), ("8", "0"), "slurm_load_jobs error: Unable to contact", ""),
+        (("7", 0), ("", ""), "JobId=7 JobState=FAILED Reason=None", "job 7 FAILED"),
+    ],
+)
+def test_what_slurm_knows_of_the_owner(owner, own, answer, taken, folder, tmp_path, monkeypatch):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    failed = "error" in answer
+    scontrol.write_text(f"#!/bin/sh\necho '{answer}' >&{2 if failed else 1}\nexit {failed:d}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", own[0])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", own[1])
+    job, restarts = owner
+    leave_owner(folder, **ELSEWHERE, job=job, restarts=restarts)
+    if taken:
+        held = claim(folder)
+        assert taken in held.taken_over
+        held.release()
+    else:
+        with pytest.raises(OwnedError, match="Slurm job 7"):
+            claim(folder)
+
+
+def test_of_many_that_find_it_dead_exactly_one_wins(folder):
+    """Each round all begin at once; the winner owns it until all have tried."""
+    told = subprocess.run(
+        [sys.executable, "-c", RACE, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    rounds = [json.loads(line) for line in told.stdout.splitlines()]
+    assert rounds == [{"owners": 1, "in the file": True, "left": [OWNER]}] * 60
+
+
+def test_a_taker_that_finds_out_late_undoes_nothing(folder, tmp_path):
+    """It judged the owner dead, slept, and another has followed meanwhile."""
+    leave_owner(folder, pid=2**22)
+    held = claim(folder)
+    late = tmp_path / "late"
+    late.write_text(json.dumps(asdict(leases._this_process())))
+    assert not leases._succeed(folder, ["before"], "late", late)
+    assert held.owned()
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+def test_who_dies_while_it_takes_over_is_followed(folder):
+    leave_owner(folder, pid=2**22)
+    owner = replace(leases._this_process(), start="half way", pid=2**22 + 1)
+    (folder / "owner.before.next").write_text(json.dumps(asdict(owner)))
+    held = claim(folder)
+    assert "process 4194305 has ended" in held.taken_over
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+def test_without_hard_links(folder, monkeypatch):
+    def none(*arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    claim(folder).release()
+    leave_owner(folder, pid=2**22)
+    held = claim(folder)
+    assert held.owned()
+    assert files(folder) == [OWNER]
+    held.release()
+
+
+def test_an_owner_that_leaves_is_waited_for(folder, process):
+    first = process()
+    first.stdout.readline()
+    (folder / f"owner.{leases._read(folder / OWNER)[0].start}.leaving").touch()
+    second = process()
+    assert "waits until its owner has saved" in second.stdout.readline()
+    first.communicate()
+    assert second.stdout.readline().startswith("owns")
+    assert files(folder) == [OWNER]
+
+
+def test_leaving_is_said_by_the_heartbeat(folder):
+    held = claim(folder)
+    Lease(folder, held.start).will_leave()  # Another rank's: it only answers.
+    held.will_leave()
+    marker = folder / f"owner.{held.start}.leaving"
+    deadline = time.monotonic() + 30
+    while not marker.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    held.release()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("how", ["taken", "removed"])
+def test_who_lost_the_folder_is_told_and_does_not_touch_the_new_owner(how, folder):
+    told = []
+    held = claim(folder, on_lost=told.append)
+    (folder / "recipe.json").touch()
+    other = Lease(folder, held.start)
+    assert other.owned()
+    if how == "taken":
+        leave_owner(folder, silent=50, **ELSEWHERE)
+    else:
+        (folder / OWNER).unlink()
+    deadline = time.monotonic() + 30
+    while not told:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not held.owned()
+    assert not other.owned()
+    assert ("host n7" if how == "taken" else "is gone") in told[0]
+    held.release()
+    if how == "taken":
+        assert leases._read(folder / OWNER)[0].start == "before"
+        assert time.time() - (folder / OWNER).stat().st_mtime > 40, "no beat for another"
+
+
+def test_the_heartbeat_is_the_time_of_the_file(folder):
+    held = claim(folder)
+    os.utime(folder / OWNER, (1, 1))
+    deadline = time.monotonic() + 30
+    while (folder / OWNER).stat().st_mtime < time.time() - 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    held.release()
+
+
+def test_a_fresh_start_moves_the_old_files_and_stays_the_owner(folder):
+    held = claim(folder)
+    assert held.start_anew() is None
+    for number in (1, 2):
+        (folder / "metrics.jsonl").write_text(str(number))
+        old = held.start_anew()
+        assert old == folder.with_name(f"a.old-{number}")
+        assert files(old) == ["metrics.jsonl"]
+        assert files(folder) == [OWNER]
+        assert held.owned()
+    assert files(folder.parent) == ["a", "a.old-1", "a.old-2"]
+    held.release()
+
+
+def test_a_damaged_owner_counts_by_its_age(folder):
+    folder.mkdir(parents=True)
+    (folder / OWNER).write_text('{"start": ')
+    with pytest.raises(OwnedError, match="unknown"):
+        claim(folder)
+    os.utime(folder / OWNER, (1, 1))
+    claim(folder, say=str).release()
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(leases.ConfigError, match=r"--runtime\.run_dir: "):
+        claim(tmp_path / "file" / "run")
+    assert isinstance(tmp_path, Path)
