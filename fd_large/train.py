@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -12,9 +11,10 @@ if __name__ == "__main__":
 
     try:
         code = main(["train", *sys.argv[1:]])
-    except (Exception, KeyboardInterrupt) as error:
-        traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    except Exception as error:
+        # The terminal's, and the log's: runtime/terminal.py.
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # DeepSpeed's threads now and then abort an interpreter that shuts down, whatever its code was;

@@ -214,8 +214,8 @@ finish() {
         say "srun returned $code, the run's status is $status"
         case $status in
             done) code=0 ;;
-            preempted | 'not saved') code=75 ;;
-            guard | 'teacher changed') code=3 ;;
+            preempted) code=75 ;;
+            'not saved' | guard | 'teacher changed') code=3 ;;
         esac
     fi
     case $code in

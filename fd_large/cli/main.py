@@ -61,13 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
     except KeyboardInterrupt:
+        failures.tell(130, "interrupted")
         if rank == 0:
             terminal.show_error("interrupted")
         return 130
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        failures.tell(code, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        failures.tell(1, f"{type(error).__name__}: {error}")
         raise
