@@ -88,9 +88,11 @@ def diagnose(
     from fd_large.diagnose.findings import write_findings
     from fd_large.diagnose.models import load_model
     from fd_large.diagnose.sample import Sample
+    from fd_large.kernels.precision import full_float32
     from fd_large.report.diagnosis import draw_diagnosis
     from fd_large.report.diagnosis_page import write_page
 
+    full_float32(distributed.device())
     sample = Sample(root, images)
     loaded = [load_model(model) for model in models]
     folder, extent = out_folder(out), Extent()

@@ -155,11 +155,13 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     # torch: seconds.
     from fd_large import distributed
     from fd_large.checkpoint import stream
+    from fd_large.kernels.precision import full_float32
     from fd_large.runtime import logs
     from fd_large.tasks.jobs import job_of
 
     launch = distributed.start()
     logs.start(launch.rank)
+    full_float32(distributed.device())
     reader = distributed.together(lambda: stream.newest(path, where="evaluate"))
     share = 0.0
     with bar(1) if distributed.is_main() else nullcontext(lambda text, done: None) as advance:

@@ -112,11 +112,13 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     """
     from fd_large import distributed
     from fd_large.data.labelled import open_split
+    from fd_large.kernels.precision import full_float32
     from fd_large.probes.measure import measure
     from fd_large.runtime import logs
 
     launch = distributed.start()
     logs.start(launch.rank)
+    full_float32(distributed.device())
     train = distributed.together(lambda: open_split(run.data.root, "train"))
     test = distributed.together(lambda: open_split(run.data.root, "val", train.classes))
     seeds = _seeds(run.runtime.seed, own.seeds)

@@ -32,8 +32,10 @@ def main(arguments: list[str]) -> int:
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.engine.replay import find_weights, read_incident, run_again
+    from fd_large.kernels.precision import full_float32
     from fd_large.tasks.jobs import job_of
 
+    full_float32(distributed.device())
     incident = read_incident(Path(given.file), job_of)
     weights = find_weights(incident)
     console = tables()

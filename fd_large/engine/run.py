@@ -34,6 +34,7 @@ from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
 from fd_large.errors import FDError, check_all
+from fd_large.kernels.precision import full_float32
 from fd_large.launch import Launch
 from fd_large.plan.counts import StepFlops
 from fd_large.plan.memory import persistence_threshold
@@ -275,7 +276,13 @@ def open_run(
         lease.entered = True
         logs.set_up(folder)
     start.start()
+    full_float32(distributed.device())
     config = ds.fill(json_config, numbers)
+    log.info(
+        "gradients: summed over %d ranks in %s",
+        launch.world_size,
+        config["communication_data_type"],
+    )
     sizes = numbers.parameter_sizes
     threshold = _persistence(config, sizes, splits_models=job.splits_models())
     with micro_batch.building_in_memory(job.memory_remedy):

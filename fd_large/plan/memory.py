@@ -25,7 +25,8 @@ steps, with the two moments of AdamW (4P each; another optimiser may keep more o
   own float32 gradient (4P/W) stays too; stages 1 and 2 add a copy of the partition for the transfer
   back (bP/W) and a buffer of the largest tensor on either side. Offloading parameters moves the
   shards; K stays on the device.
-- A stage 3 engine owns one bucket of `reduce_bucket_size` elements of b bytes.
+- A stage 3 engine owns one bucket of `reduce_bucket_size` elements, in the data type in which
+  gradients are summed over ranks.
 - The teacher takes BT whole; split over S ranks BT/S, tensor by tensor, and B times its tensors
   under the threshold. It has no gradients, masters or moments.
 
@@ -49,6 +50,9 @@ DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_BUCKET_SIZE = 500_000_000
 # Tensors so small that together they hold a hundredth of all elements stay whole on every rank.
 PERSISTENCE_SHARE = 0.01
+# The largest number of ranks over which gradients are summed in bfloat16. The partial sum of a ring
+# is rounded at every hop: over more ranks the mean gradient is more than 1% off (docs/numerics.md).
+MOST_BFLOAT16_SUMMANDS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Placement:
     offload_optimizer: bool = False
     offload_param: bool = False
     reduce_bucket_size: int = DEFAULT_BUCKET_SIZE
+    float32_sums: bool = False
 
     @classmethod
     def of(
@@ -78,6 +83,7 @@ class Placement:
         node_size: int,
         bfloat16: bool,
         teacher_persistence_threshold: int,
+        float32_sums: bool,
     ) -> Placement:
         """Returns the placement of a run.
 
@@ -89,6 +95,7 @@ class Placement:
             bfloat16: Whether the run computes in bfloat16.
             teacher_persistence_threshold: Largest tensor, in elements, of a split teacher that
                 stays whole; the JSON's own threshold is the student's.
+            float32_sums: Whether gradients are summed over ranks in float32.
         """
         for key, value in zero.items():
             if value == "auto":
@@ -111,6 +118,7 @@ class Placement:
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
             reduce_bucket_size=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)),
+            float32_sums=float32_sums,
         )
 
 
@@ -175,7 +183,7 @@ def held(
         shards["parameters"] = shards.get("parameters", 0) + compute * part
         optimizer["masters"] = 4 * part
         optimizer["gradients"] = 4 * part
-        device["buckets"] = compute * place.reduce_bucket_size
+        device["buckets"] = (4 if place.float32_sums else compute) * place.reduce_bucket_size
     else:
         device["parameters"] = compute * total
         optimizer["masters"] = 4 * part
@@ -190,6 +198,16 @@ def held(
         host["gradients"] += 4 * part
     copy = compute * _shard(student, place.hpz_size) if place.hpz_size > 1 else 0
     return Memory(device=Held(**device), host=Held(**host), hpz_copy=copy)
+
+
+def sums_in_float32(ranks: int, *, bfloat16: bool) -> bool:
+    """Returns whether gradients are summed over ranks in float32, unless a JSON says otherwise.
+
+    Args:
+        ranks: Number of ranks.
+        bfloat16: Whether the run computes in bfloat16.
+    """
+    return not bfloat16 or ranks > MOST_BFLOAT16_SUMMANDS
 
 
 def persistence_threshold(sizes: Iterable[int], *, share: float = PERSISTENCE_SHARE) -> int:

@@ -50,7 +50,7 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     """Returns the peak memory of a rank."""
     cluster, rates = machine.cluster, machine.rates
     size = load.compute_bytes(machine)
-    bucket = bucket_elements(candidate.stage, load.parameters)
+    bucket = load.sum_bytes(machine) * bucket_elements(candidate.stage, load.parameters)
     memory = held(
         load.student_sizes,
         load.teacher_sizes,
@@ -63,13 +63,14 @@ def peak_memory(load: Workload, candidate: Candidate, machine: Machine) -> PeakM
     if candidate.stage == 3:
         states += memory.hpz_copy
         buffers += size * min(load.parameters, LIVE_ELEMENTS)
-        buffers += size * 2 * bucket  # Gradients being reduced, and the next ones.
+        buffers += 2 * bucket  # Gradients being reduced, and the next ones.
     elif candidate.stage == 2:
         # Buckets as above; the shard's gradients, which are freed after the step.
-        buffers += size * 3 * bucket + 4 * load.parameters / cluster.gpus
+        buffers += 3 * bucket + 4 * load.parameters / cluster.gpus
     elif candidate.stage == 1 and rates.bfloat16:
-        # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket.
-        buffers += size * (max(load.student_sizes) + bucket)
+        # Each gradient is added to its float32 sum at once; sums are sent bucket by bucket, in
+        # bfloat16 as a copy.
+        buffers += size * max(load.student_sizes) + (bucket if load.sum_bytes(machine) == 2 else 0)
     else:
         buffers += size * load.parameters  # Every gradient.
     if candidate.teacher != "replicated" and cluster.gpus > 1:
@@ -96,4 +97,5 @@ def placement_of(load: Workload, candidate: Candidate, machine: Machine) -> Plac
         teacher_persistence_threshold=load.threshold,
         hpz_size=cluster.node_size if candidate.hpz else 1,
         reduce_bucket_size=bucket_elements(candidate.stage, load.parameters),
+        float32_sums=load.sum_bytes(machine) == 4,
     )

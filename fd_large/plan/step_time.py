@@ -18,8 +18,9 @@ Communication of a micro-batch, where S and T are one gather or scatter of stude
 | 2    | gradients 2 S                        | parameters S                 |
 | 3    | S forward, R backward, gradients S   | none                         |
 
-All travels in the data type of the parameters. DeepSpeed 0.19.8 all-reduces the gradients at stages
-1 and 2 (a scatter and a gather), where stage 3 scatters them. R is S without what is still whole
+Parameters travel in their data type, and gradients in that of their sums, which is float32 over
+more than `MOST_BFLOAT16_SUMMANDS` ranks. DeepSpeed 0.19.8 all-reduces the gradients at stages 1 and
+2 (a scatter and a gather), where stage 3 scatters them. R is S without what is still whole
 when the backward pass begins: layers that are used again within `stage3_max_reuse_distance`
 elements, forward and back, stay whole.
 
@@ -46,7 +47,7 @@ from fd_large.plan.workload import Workload
 # parameter; that writes its own bytes besides. Each moment is read and written.
 OPTIMIZER_BYTES, MOMENT_BYTES = 28, 8
 # A parameter's gradient is written, copied into a bucket (read, written), and added to the
-# accumulated one (read), in the data type of the parameters.
+# accumulated one (read), half in the data type of the parameters, half in that of the sums.
 GRADIENT_PASSES = 4
 # DeepSpeed's hooks at stage 3 run before and after each module, and take as long as HOOK_CALLS
 # calls (measured with 0.19.8 on an idle CPU rank: 0.24 ms per module and pass, 9 us per call).
@@ -153,7 +154,7 @@ def _computation(load: Workload, candidate: Candidate, machine: Machine) -> tupl
     matrix, other = seconds_of(counts, candidate.micro_batch_size, rates)
     size = load.compute_bytes(machine)
     passes = GRADIENT_PASSES if candidate.stage or machine.cluster.gpus > 1 else 1
-    other += passes * size * load.parameters / rates.bandwidth
+    other += passes * (size + load.sum_bytes(machine)) / 2 * load.parameters / rates.bandwidth
     if candidate.stage == 3:  # What is gathered, forward and backward, is copied in place.
         other += 2 * (1 + _gathered_again(load)) * size * load.parameters / rates.bandwidth
     if candidate.teacher != "replicated":
@@ -197,15 +198,15 @@ def _communication(load: Workload, candidate: Candidate, machine: Machine) -> fl
     cluster, rates = machine.cluster, machine.rates
     whole = load.compute_bytes(machine) * load.parameters
     calls = sum(1 for n in load.student_sizes if n > load.threshold)
-    buckets = _buckets(load, candidate)
+    gradients, buckets = load.sum_bytes(machine) * load.parameters, _buckets(load, candidate)
     total = 0.0
     if candidate.stage == 3:
         again, span = _gathered_again(load), "node" if candidate.hpz else "all"
         total += cluster.seconds(whole, rates, calls=calls)
         total += again * cluster.seconds(whole, rates, span=span, calls=calls)
-        total += cluster.seconds(whole, rates, calls=buckets)
+        total += cluster.seconds(gradients, rates, calls=buckets)
     elif candidate.stage == 2:  # An all-reduce is a scatter and a gather.
-        total += 2 * cluster.seconds(whole, rates, calls=buckets)
+        total += 2 * cluster.seconds(gradients, rates, calls=buckets)
     if candidate.teacher != "replicated":
         size = 2 if load.teacher_bfloat16(machine) else 4
         calls = sum(1 for n in load.teacher_sizes if n > load.threshold)
@@ -234,5 +235,6 @@ def _finish(load: Workload, candidate: Candidate, machine: Machine) -> float:
     if candidate.stage in (1, 2):
         total += cluster.seconds(whole, rates)
     if candidate.stage <= 1:
-        total += 2 * cluster.seconds(whole, rates, calls=_buckets(load, candidate))
+        gradients = load.sum_bytes(machine) * load.parameters
+        total += 2 * cluster.seconds(gradients, rates, calls=_buckets(load, candidate))
     return total

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fd_large.plan.cluster import Machine
 from fd_large.plan.counts import Counts, sizes
-from fd_large.plan.memory import persistence_threshold
+from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,11 @@ class Workload:
     def compute_bytes(self, machine: Machine) -> int:
         """Bytes of a trained parameter in the data type of matrix products."""
         return 2 if machine.rates.bfloat16 else 4
+
+    def sum_bytes(self, machine: Machine) -> int:
+        """Bytes of a gradient on its way between ranks."""
+        summed = sums_in_float32(machine.cluster.gpus, bfloat16=machine.rates.bfloat16)
+        return 4 if summed else self.compute_bytes(machine)
 
     def teacher_bfloat16(self, machine: Machine) -> bool:
         """Whether the teacher is bfloat16."""

@@ -23,6 +23,7 @@ from scenarios import ZERO1, ZERO2, ZERO3  # noqa: E402
 
 ON_HOST = {"device": "cpu", "pin_memory": False}
 BF16 = {"engine": {"precision": "bfloat16"}}
+MANY = {"most_bfloat16_summands": 1, "updates": 3}
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 1e-2
 
 
@@ -59,6 +60,10 @@ SETTINGS: dict[int, dict[str, Any]] = {
         },
         "zero2": {"zero": ZERO2},
         "zero2 bf16": {"run": BF16, "zero": ZERO2},
+        # As on so many ranks that bfloat16 sums would show.
+        "zero1 bf16, float32 sums": {"run": BF16, "zero": ZERO1, **MANY},
+        "zero2 bf16, float32 sums": {"run": BF16, "zero": ZERO2, **MANY},
+        "zero3 bf16, float32 sums": {"run": BF16, "zero": ZERO3, **MANY},
         "zero1, teacher replicated": {
             "run": {"teacher": {"placement": "replicated"}},
             "zero": ZERO1,
@@ -114,6 +119,18 @@ def test_losses_masters_and_bytes(
         assert len({h for r in by_rank for h in r[name]["teacher_hash"]}) == 1, name
         for held in result["held_bytes"]:
             assert held == pytest.approx(result["planned_bytes"], rel=0.05), name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_gradient_of_many_ranks_is_summed_in_bfloat16(
+    stage: int, results_on: Callable[[int], Results]
+) -> None:
+    for results in results_on(2):
+        narrow = results[f"zero{stage} bf16"]["summed"]
+        wide = results[f"zero{stage} bf16, float32 sums"]["summed"]
+        assert narrow["bfloat16"] > 1e5
+        assert "bfloat16" not in wide
+        assert wide["float32"] > 1e5
 
 
 def test_any_number_of_ranks_sees_the_same_teacher(results_on: Callable[[int], Results]) -> None:

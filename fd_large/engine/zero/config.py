@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fd_large import distributed
 from fd_large.errors import ConfigError, nearest
-from fd_large.plan.memory import persistence_threshold
+from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
 AUTO = "auto"
 
@@ -257,6 +257,7 @@ def fill(config: dict[str, Any], numbers: RunNumbers) -> dict[str, Any]:
             "--student.activation_checkpointing every (or offload)."
         )
     _fill_zero(filled, stage, numbers)
+    _fill_sums(filled, numbers)
     if numbers.world_size == 1 and not numbers.bfloat16 and stage in (1, 2):
         if not offloads(filled, "offload_optimizer"):
             # On one rank there is nothing to split, and float32 parameters are their own masters.
@@ -296,6 +297,16 @@ def _fill_zero(filled: dict[str, Any], stage: int, numbers: RunNumbers) -> None:
             f"zero_optimization.zero_hpz_partition_size: does not divide the ranks; got {hpz} for "
             f'{numbers.world_size} ranks, expected a divisor. Set it to "auto".'
         )
+
+
+def _fill_sums(filled: dict[str, Any], numbers: RunNumbers) -> None:
+    if filled.get("communication_data_type", AUTO) != AUTO:
+        return
+    wide = sums_in_float32(numbers.world_size, bfloat16=numbers.bfloat16)
+    if filled["zero_optimization"].get("zero_quantized_gradients"):
+        # DeepSpeed's kernels quantise gradients in the data type of the parameters.
+        wide = not numbers.bfloat16
+    filled["communication_data_type"] = "fp32" if wide else "bf16"
 
 
 def _mapping(value: Any, where: str, name: str) -> None:

@@ -1,8 +1,8 @@
 """Rank program: trains tiny runs under DeepSpeed in many settings and writes what came out.
 
 scenarios.py FOLDER, with scenarios.json in it: {name: {"run": overrides by section, "zero":
-zero_optimization of the JSON, "updates": 7}}. `plain_losses` is the same run in plain torch: one
-process, whole batches, torch's AdamW.
+zero_optimization of the JSON, "updates": 7, "most_bfloat16_summands": 64}}. `plain_losses` is the
+same run in plain torch: one process, whole batches, torch's AdamW.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import gc
 import json
 import logging
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from launch import write_result
 
@@ -144,6 +149,23 @@ def plain_losses(run: Run, updates: int = UPDATES) -> list[float]:
     return losses
 
 
+@contextmanager
+def watching_sums(most_bfloat16_summands: int) -> Iterator[Counter[str]]:
+    """Counts the elements that the ranks sum, by data type; with another limit for bfloat16."""
+    summed: Counter[str] = Counter()
+
+    def counting(plain: Callable[..., Any], tensor: torch.Tensor, *more: Any, **named: Any) -> Any:
+        summed[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        return plain(tensor, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "MOST_BFLOAT16_SUMMANDS", most_bfloat16_summands)
+        for name in ("all_reduce", "reduce"):
+            plain = getattr(torch.distributed, name)
+            patch.setattr(torch.distributed, name, partial(counting, plain))
+        yield summed
+
+
 def start_engine(run: Run, zero: dict[str, Any]) -> tuple[Engine, DistillationJob]:
     """The run's engine, and its job with the teacher, on all ranks."""
     world = distributed.world_size()
@@ -229,6 +251,7 @@ def planned_bytes(run: Run, config: dict[str, Any]) -> int:
         node_size=ds.ranks_of_a_node(run.engine.node_size, distributed.world_size()),
         bfloat16=config["bf16"]["enabled"],
         teacher_persistence_threshold=0,
+        float32_sums=config["communication_data_type"] == "fp32",
     )
     load = workload(run)
     held = memory.held(load.student_sizes, load.teacher_sizes, place)
@@ -291,7 +314,10 @@ def main(folder: Path) -> None:
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
         run = tiny_run(**scenario.get("run", {}))
-        results[name] = engine_result(run, scenario["zero"], scenario.get("updates", UPDATES))
+        most = scenario.get("most_bfloat16_summands", memory.MOST_BFLOAT16_SUMMANDS)
+        with watching_sums(most) as summed:
+            result = engine_result(run, scenario["zero"], scenario.get("updates", UPDATES))
+        results[name] = {**result, "summed": summed}
     write_result(folder, results)
     distributed.barrier()
 

@@ -89,6 +89,12 @@ def test_hpz_costs_its_copy_during_the_step_only():
     assert (without.hpz_copy, with_hpz.hpz_copy) == (0, 2 * SPLIT)
 
 
+def test_a_bucket_has_the_data_type_of_the_sums():
+    narrow, wide = (held(STUDENT, TEACHER, place(3, True, float32_sums=s)) for s in (False, True))
+    assert (narrow.device.buckets, wide.device.buckets) == (200, 400)
+    assert narrow.device.total + 200 == wide.device.total
+
+
 def test_giant_on_64_gpus_holds_what_its_recipe_says():
     run = registry.get("fd_swinv2g")
     zero = {"stage": 3, "zero_hpz_partition_size": 8, "reduce_bucket_size": 100_000_000}
@@ -99,6 +105,7 @@ def test_giant_on_64_gpus_holds_what_its_recipe_says():
         node_size=8,
         bfloat16=True,
         teacher_persistence_threshold=100_000,
+        float32_sums=False,
     )
     load = workload(run)
     memory = held(load.student_sizes, load.teacher_sizes, spot)
@@ -117,4 +124,5 @@ def test_an_unfilled_auto_is_refused():
             node_size=8,
             bfloat16=True,
             teacher_persistence_threshold=0,
+            float32_sums=False,
         )

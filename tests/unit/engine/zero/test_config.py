@@ -4,6 +4,7 @@ import pytest
 
 from fd_large.engine.zero import config as ds
 from fd_large.errors import ConfigError
+from fd_large.plan.memory import MOST_BFLOAT16_SUMMANDS
 
 NUMBERS = ds.RunNumbers(
     micro_batch_size=4,
@@ -114,6 +115,31 @@ def test_hpz_is_off_on_a_single_node():
 def test_fill_refuses_clashes_and_silent_settings(config, said):
     with pytest.raises(ConfigError, match=said):
         ds.fill(config, NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "config", "expected"),
+    [
+        (MOST_BFLOAT16_SUMMANDS, {}, "bf16"),
+        (MOST_BFLOAT16_SUMMANDS + 1, {}, "fp32"),
+        (MOST_BFLOAT16_SUMMANDS + 1, {"communication_data_type": "auto"}, "fp32"),
+        (MOST_BFLOAT16_SUMMANDS + 1, {"communication_data_type": "bf16"}, "bf16"),
+        (2, {"communication_data_type": "fp32"}, "fp32"),
+    ],
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_many_ranks_are_summed_in_float32(stage, ranks, config, expected):
+    numbers = NUMBERS._replace(world_size=ranks, node_size=ranks)
+    filled = ds.fill({**_zero(stage), **config}, numbers)
+    assert filled["communication_data_type"] == expected
+
+
+def test_gradients_that_deepspeed_quantises_keep_their_data_type():
+    numbers = NUMBERS._replace(world_size=512, node_size=8)
+    filled = ds.fill(_zero(3, zero_quantized_gradients=True), numbers)
+    assert filled["communication_data_type"] == "bf16"
+    filled = ds.fill(_zero(3), numbers._replace(bfloat16=False))
+    assert filled["communication_data_type"] == "fp32"
 
 
 def test_an_activation_checkpointing_block_that_asks_for_nothing_is_obeyed():

@@ -1,0 +1,29 @@
+"""What float32 means on a GPU: products and convolutions of float32 numbers, without TF32."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def full_float32(device: torch.device) -> None:
+    """Turns TF32 off, which keeps 10 of float32's 23 bits, and says so where it matters.
+
+    By default torch uses it in cuDNN's convolutions (patch embedding, heads of detectors), and not
+    in matrix products. A program that ran before in this process may have changed either.
+
+    Args:
+        device: The device that will compute.
+    """
+    with warnings.catch_warnings():
+        # torch 2.9 to 2.12 recommend `fp32_precision`. Once that is set, though, these two raise
+        # where somebody reads them, as `torch.backends.cudnn.flags` does; and 2.8 lacks it.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        log.info("float32 on the GPU: products and convolutions in full (TF32 is off)")
