@@ -25,6 +25,12 @@ def extra_names() -> set[str]:
     return names | {IMPORT_NAMES[name] for name in names & IMPORT_NAMES.keys()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Lists of images and annotations that ranks keep are kept here, not in the user's cache."""
+    os.environ["FD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     """Gives the environment back: what a launch in this process sets would reach later ones."""

@@ -110,7 +110,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         own: How.
         run: A recipe with the images and the first seed.
     """
-    from fd_large import distributed
+    from fd_large import distributed, meeting
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
     from fd_large.probes.measure import measure
@@ -119,8 +119,8 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     launch = distributed.start()
     logs.start(launch.rank)
     full_float32(distributed.device())
-    train = distributed.together(lambda: open_split(run.data.root, "train"))
-    test = distributed.together(lambda: open_split(run.data.root, "val", train.classes))
+    train = meeting.meet(lambda: open_split(run.data.root, "train"))
+    test = meeting.meet(lambda: open_split(run.data.root, "val", train.classes))
     seeds = _seeds(run.runtime.seed, own.seeds)
     rows, folder = [], Path(own.out)
     for model in models:

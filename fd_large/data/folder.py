@@ -7,13 +7,14 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large.data.listing import Add, listed, settled
+from fd_large.data.listing import Add, filled, listed, settled
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,8 @@ class ImageFolder:
         Raises: DataError: if it holds no image, or a folder in it cannot be listed.
         """
         self.root, self._where = os.fspath(root), where
-        # A folder of the same path on another disk is another.
-        status = os.stat(self.root)
         self._listing = listed(
-            f"folder {os.path.realpath(self.root)} {status.st_dev} {status.st_ino}",
-            fill=self._fill,
-            is_current=self._is_current,
+            "folder", self.root, make=partial(filled, (), self._fill), is_current=self._is_current
         )
         if not len(self._listing):
             raise DataError(

@@ -1,12 +1,12 @@
 """The names of a dataset's samples, and numbers of each, in one file that is mapped into memory.
 
 A worker holds no list: names and numbers stay in the file, of which the system keeps in memory
-what is used, once for all processes. Making the file means walking over the whole dataset, so a
-large one is kept in a cache folder and used again while what was looked at (modification times of
-folders, sizes and times of shards) is as it was.
+what is used, once for all processes. Making the file means walking over the whole dataset, so one
+rank does it for all (`meeting.py`), and a large one is kept in a cache folder and used again while
+what was looked at (modification times of folders, sizes and times of shards) is as it was.
 
 The file is one of safetensors: `names` (bytes, one after the other), `ends` (int64, where each name
-ends), a column of int64 for each further number, and what the maker noted as JSON.
+ends), further arrays, and what the maker noted as JSON.
 """
 
 from __future__ import annotations
@@ -20,48 +20,54 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fd_large import meeting
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Fewer samples are listed faster than anyone notices, and need no file.
+# Less is listed faster than anyone notices, and needs no file.
 CACHED_FROM = 20_000
 # A folder changed less than this before it was listed may have changed again within the same tick
 # of its clock: not to be trusted next time.
 SETTLED_SECONDS = 2.0
 # In the name of each file: another layout is another file.
-_LAYOUT = "fd-list2"
+_LAYOUT = "fd-list3"
 _STALE_SECONDS = 24 * 3600
+_REPORT_SECONDS = 30.0
 
+Made = tuple[Mapping[str, NDArray], dict[str, Any]]
+"""`names`, `ends` and further arrays; facts in JSON's types, of which `stamps` are not kept in
+memory and `fingerprint` is a hash of the samples."""
 Add = Callable[..., None]
 """Takes the name of a sample, bytes, and its numbers in the order of the columns."""
 Fill = Callable[[Add], dict[str, Any]]
-"""Adds all samples; returns facts in JSON's types, of which `stamps` are not kept in memory."""
+"""Adds all samples; returns the facts but for the fingerprint."""
 
 
 class Listing:
-    """Names by number, and columns of int64 of the same length; read only.
+    """Names by number, and further arrays; read only.
 
     Attributes:
-        arrays: `names`, `ends` and the columns.
+        arrays: `names`, `ends` and the others.
         facts: What the maker noted.
-        fingerprint: A hash of all names in order.
+        path: The file that holds them; None: they are in memory.
+        fingerprint: A hash of the samples.
     """
 
     def __init__(
-        self, arrays: dict[str, NDArray], facts: dict[str, Any], path: Path | None
+        self, arrays: Mapping[str, NDArray], facts: dict[str, Any], path: Path | None
     ) -> None:
-        self.arrays, self.facts, self._path = arrays, facts, path
+        self.arrays, self.facts, self.path = arrays, facts, path
         self.fingerprint: str = facts["fingerprint"]
 
     def __len__(self) -> int:
@@ -80,38 +86,94 @@ class Listing:
         return int(self.arrays[column][index])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is None:
+        if self.path is None:
             return Listing, (self.arrays, self.facts, None)
-        return _reopen, (self._path, self.fingerprint)  # The file, not the names.
+        return _reopen, (self.path, self.fingerprint)  # The file, not the names.
 
 
 def listed(
-    key: str,
+    what: str,
+    anchor: str,
     *,
-    columns: tuple[str, ...] = (),
-    fill: Fill,
+    make: Callable[[], Made],
     is_current: Callable[[dict[str, Any]], bool],
 ) -> Listing:
-    """The listing of that key: from the cache where it is current, else made anew.
+    """The listing of a dataset: from the cache where it is current, else made anew.
 
-    Any number of processes may ask at once: one makes it, the others wait and take it; where the
-    file system has no locks each makes its own and the last one stays. A cache folder that cannot
-    be written costs the walk at every start and nothing else.
+    In a meeting of all ranks rank 0 does this for all that see the same disk, and the first rank
+    of a node for its own where that has another. The others map the file; where they cannot, they
+    are sent its content. They look at nothing else. Of several runs that ask at once one makes it
+    and the others wait; where the file system has no locks each makes its own and the last one
+    stays. A cache folder that cannot be written costs the walk at every start and nothing else.
 
     Args:
-        key: What is listed.
+        what: What is listed.
+        anchor: The file or folder that it is found by, the same on all ranks.
+        make: Lists it.
+        is_current: Says, given the facts, whether the dataset is still as it was.
+    """
+    name = f"{what} {anchor}"
+    held: list[Listing] = []
+
+    def here() -> Listing:
+        if not os.path.exists(anchor):
+            return _timed(make)  # Which says what is missing.
+        path = _path(what, anchor)
+        listing = _load(path, is_current)
+        if listing is None:
+            with _only_one(path):
+                listing = _load(path, is_current) or _keep(_timed(make), path)
+        return listing
+
+    def hold(listing: Listing) -> _Note:
+        meeting.offer(name, (listing.arrays, dict(listing.facts)))
+        held.append(listing)
+        return _Note(listing.path, listing.fingerprint, _identity(anchor))
+
+    def sent() -> Listing:
+        arrays, facts = meeting.fetch(name)
+        return Listing(arrays, facts, None)
+
+    def hold_for_node(first: _Note) -> _Note:
+        if first.identity != _identity(anchor):
+            return hold(here())
+        return hold(_opened(first) or _keep(sent(), _path(what, anchor)))
+
+    first = meeting.once(name, lambda: hold(here()))
+    note = meeting.once(name, lambda: first if held else hold_for_node(first), of_node=True)
+    if not held:
+        listing = _opened(note)
+        if listing is None:
+            listing = sent() if note.fingerprint == first.fingerprint else here()
+        held.append(listing)
+    held[0].facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
+    return held[0]
+
+
+def filled(columns: tuple[str, ...], fill: Fill) -> Made:
+    """Collects names, and columns of int64.
+
+    Args:
         columns: Names of the numbers that each sample carries.
         fill: Adds all samples and returns the facts.
-        is_current: Says, given these facts, whether the dataset is still as it was.
     """
-    folder = cache_folder() / "listings"
-    path = folder / f"{hashlib.sha256(f'{_LAYOUT} {key}'.encode()).hexdigest()[:32]}.listing"
-    listing = _load(path, is_current)
-    if listing is None:
-        with _only_one(folder):
-            listing = _load(path, is_current) or _keep(_make(columns, fill), path)
-    listing.facts.pop("stamps", None)  # As long as the dataset may be; no worker needs them.
-    return listing
+    names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
+    digest, reported = hashlib.sha256(), time.monotonic()
+
+    def add(name: bytes, *values: int) -> None:
+        nonlocal reported
+        names.extend(name)
+        digest.update(name + b"\0")
+        for column, value in zip(numbers.values(), (len(names), *values), strict=True):
+            column.append(value)
+        count = len(numbers["ends"])
+        if count % 10_000 == 0 and time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            log.info("listing: %s images so far", f"{count:,}")
+
+    facts = {**fill(add), "fingerprint": digest.hexdigest()}
+    arrays = {name: np.array(column, np.int64) for name, column in numbers.items()}
+    return {"names": np.frombuffer(names, np.uint8), **arrays}, facts
 
 
 def cache_folder() -> Path:
@@ -132,38 +194,66 @@ def settled(modified_ns: int, listed_at: float) -> bool:
     return modified_ns / 1e9 < listed_at - SETTLED_SECONDS
 
 
-def _make(columns: tuple[str, ...], fill: Fill) -> Listing:
-    names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
-    digest, start = hashlib.sha256(), time.time()
+class _Note(NamedTuple):
+    """What a rank says of a listing that it holds.
 
-    def add(name: bytes, *values: int) -> None:
-        names.extend(name)
-        digest.update(name + b"\0")
-        for column, value in zip(numbers.values(), (len(names), *values), strict=True):
-            column.append(value)
+    Attributes:
+        path: The file of it; None: there is none.
+        fingerprint: The listing's.
+        identity: The anchor's.
+    """
 
-    facts = {**fill(add), "listed_at": start, "fingerprint": digest.hexdigest()}
+    path: Path | None
+    fingerprint: str
+    identity: tuple[int, ...]
+
+
+def _identity(anchor: str) -> tuple[int, ...]:
+    """What all clients of one file system see alike, and of a copy nobody."""
+    try:
+        status = os.stat(anchor)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _path(what: str, anchor: str) -> Path:
+    # The inode tells disks of the same path apart, and is the same for all clients of a file
+    # system, which the number of the device is not.
+    key = f"{_LAYOUT} {what} {os.path.realpath(anchor)} {os.stat(anchor).st_ino}"
+    folder = cache_folder() / "listings"
+    return folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.listing"
+
+
+def _timed(make: Callable[[], Made]) -> Listing:
+    start = time.time()
+    arrays, facts = make()
+    listing = Listing(arrays, {**facts, "listed_at": start}, None)
     if (took := time.time() - start) > 1:
-        log.info("listed %d images in %.0f s", len(numbers["ends"]), took)
-    arrays = {name: np.array(column, np.int64) for name, column in numbers.items()}
-    return Listing({"names": np.frombuffer(names, np.uint8), **arrays}, facts, None)
+        log.info("listed %s images in %.0f s", f"{len(listing):,}", took)
+    return listing
 
 
 def _keep(listing: Listing, path: Path) -> Listing:
     """Writes a large listing to a file, where that is possible, and maps the file."""
-    if len(listing) < CACHED_FROM:
+    if max(len(a) for name, a in listing.arrays.items() if name != "names") < CACHED_FROM:
         return listing
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as aside:
             partial = Path(aside, path.name)
-            save_file(listing.arrays, partial, {"facts": json.dumps(listing.facts)})
+            save_file(dict(listing.arrays), partial, {"facts": json.dumps(listing.facts)})
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
         _remove_stale(path.parent)
         return _open(path)
     except (OSError, SafetensorError) as error:
-        log.info("the list of images is not kept: cannot write to %s (%s)", path.parent, error)
+        log.info(
+            "the list of images is not kept, and made anew at every start: cannot write to %s (%s)",
+            path.parent,
+            error,
+        )
         return listing
 
 
@@ -181,6 +271,17 @@ def _load(path: Path, is_current: Callable[[dict[str, Any]], bool]) -> Listing |
         return None
 
 
+def _opened(note: _Note) -> Listing | None:
+    """The listing that another rank holds, if this one can map its file."""
+    if note.path is None:
+        return None
+    with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
+        listing = _open(note.path)
+        if listing.fingerprint == note.fingerprint:
+            return listing
+    return None
+
+
 def _reopen(path: Path, fingerprint: str) -> Listing:
     found = _open(path)
     if found.fingerprint != fingerprint:
@@ -193,12 +294,12 @@ def _reopen(path: Path, fingerprint: str) -> Listing:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system frees when its holder dies."""
+def _only_one(path: Path) -> Iterator[None]:
+    """Holds the lock of a file to be, which the system frees when its holder dies."""
     with ExitStack() as stack:
         with suppress(OSError):  # Not to be written to, or a file system without locks.
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "ab"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "ab"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -8,20 +8,26 @@ first dot after the last slash, and KEY.cls holds a label as a decimal number.
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
+import math
 import os
 import re
+import resource
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from itertools import product
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large import meeting
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
-from fd_large.data.listing import Add, listed, settled
+from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.data.tar_index import Torn, members
 from fd_large.errors import DataError
 
@@ -29,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+# Shards that a process keeps open, and how long one is taken for the one that was indexed.
+MOST_OPEN = 2048
+CHECK_SECONDS = 60.0
 # A label is a decimal number; what is longer is none.
 _MAX_LABEL_BYTES = 32
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -45,27 +54,35 @@ class TarShards:
     A shard that is cut or damaged is read as far as it is sound: `torn` says so for each, and the
     log. An index is kept in the cache (`listing.py`) and made again when the size or modification
     time of any shard changed, or their list.
+
+    Attributes:
+        paths: The tar files.
+        sizes_and_times: Size and modification time of each.
+        torn: What is wrong with those that are not whole.
+        fingerprint: A hash of the names of the images in order.
     """
 
-    def __init__(self, paths: Sequence[str], *, where: str = "data.root") -> None:
+    def __init__(self, root: str | Sequence[str], *, where: str = "data.root") -> None:
         """Indexes the shards.
 
         Args:
-            paths: The tar files, at least one.
+            root: A tar file, a pattern of them, a folder that holds them, or their paths.
             where: The field that names them, for messages.
 
-        Raises: DataError: if one cannot be read or is compressed, or none holds an image.
+        Raises: DataError: if one is missing, cannot be read or is compressed, or none holds an
+            image.
         """
-        self.paths, self._where = list(paths), where
-        self._listing = listed(
-            f"shards {self._key()}",
-            columns=("offset", "size", "shard"),
-            fill=self._fill,
-            is_current=self._is_current,
-        )
+        self._root, self._where = root, where
+        self._anchor, self._rest = _anchor(root)
+        # Where the run starts from does not matter to what is kept.
+        is_folder = os.path.isdir(self._anchor)
+        self._folder = self._anchor if is_folder else os.path.dirname(self._anchor)
+        self._listing = self._listed("shards")
         facts = self._listing.facts
+        self.paths = [os.path.join(self._folder, path) for path in facts["paths"]]
         self.fingerprint = self._listing.fingerprint
         self.sizes_and_times: list[list[int]] = facts["shards"]
+        self._files = _Files()
         self.torn: tuple[str, ...] = tuple(facts["torn"])
         for message in self.torn:
             log.warning("%s", message)
@@ -95,14 +112,16 @@ class TarShards:
         try:
             if size > MAX_FILE_BYTES:
                 raise OSError(f"a member of {size} bytes")
-            with open(self.paths[number], "rb", buffering=0) as file:
-                if _size_and_time(file) != self.sizes_and_times[number]:
-                    raise OSError("a shard that changed since it was indexed")
-                encoded = bytearray(size)
-                done = os.preadv(file.fileno(), [encoded], self._listing.number("offset", index))
-                if done < size:
-                    raise OSError(f"{done} of {size} bytes")
-                return encoded
+            encoded = bytearray(size)
+            done = self._files.read(
+                self.paths[number],
+                self.sizes_and_times[number],
+                encoded,
+                self._listing.number("offset", index),
+            )
+            if done < size:
+                raise OSError(f"{done} of {size} bytes")
+            return encoded
         except OSError as error:
             raise DataError(
                 f"{self[index]}: cannot be read; got {error.strerror or error}, expected an "
@@ -114,17 +133,12 @@ class TarShards:
 
         Raises: DataError: if an image has none.
         """
-        listing = listed(
-            f"labels {self._key()}",
-            columns=("offset", "size", "shard", "label"),
-            fill=partial(self._fill, with_labels=True),
-            is_current=self._is_current,
-        )
+        listing = self._listed("labels", with_labels=True)
         if listing.fingerprint != self.fingerprint:
             raise DataError(
                 f"{self._where}: shards changed while they were indexed; got another list of "
-                f"images in {self.paths[0]} and the others, expected the same. Start again once "
-                "they no longer change."
+                f"images in {self._root}, expected the same. Start again once they no longer "
+                "change."
             )
         return listing.arrays["label"], None
 
@@ -136,24 +150,29 @@ class TarShards:
         """
         assert len(paths) == len(self.paths)
         moved = copy(self)
-        moved.paths, moved.sizes_and_times = list(paths), []
+        moved.paths, moved.sizes_and_times, moved._files = list(paths), [], _Files()
         for path in paths:
-            with open(path, "rb") as file:
-                moved.sizes_and_times.append(_size_and_time(file))
+            moved.sizes_and_times.append(_size_and_time(os.stat(path)))
         return moved
 
-    def _key(self) -> str:
-        return "\n".join(os.path.realpath(path) for path in self.paths)
+    def _listed(self, what: str, *, with_labels: bool = False) -> Listing:
+        columns = ("offset", "size", "shard", *(["label"] if with_labels else []))
+        return listed(
+            f"{what} {self._rest}".rstrip(),
+            self._anchor,
+            make=partial(filled, columns, partial(self._fill, with_labels=with_labels)),
+            is_current=self._is_current,
+        )
 
-    def _fill(self, add: Add, *, with_labels: bool = False) -> dict[str, Any]:
+    def _fill(self, add: Add, *, with_labels: bool) -> dict[str, Any]:
         found: list[tuple[Any, ...]] = []
-        torn, shards = [], []
-        for number, path in enumerate(self.paths):
+        paths, torn, shards = _shards_of(self._root, self._where), [], []
+        for number, path in enumerate(paths):
             images: list[tuple[bytes, int, int]] = []
             labels: dict[bytes, int] = {}
             try:
                 with open(path, "rb", buffering=0) as file:
-                    shards.append(_size_and_time(file))
+                    shards.append(_size_and_time(os.fstat(file.fileno())))
                     self._refuse_compressed(path, os.pread(file.fileno(), 2, 0))
                     for name, offset, size in members(file):
                         if name.startswith(b".") or b"/." in name:
@@ -178,16 +197,17 @@ class TarShards:
                 found.append((name, number, offset, size, *label))
         for name, number, offset, size, *label in sorted(found):
             add(name, offset, size, number, *label)
-        return {"torn": torn, "shards": shards}
+        return {"torn": torn, "paths": self._below(paths), "shards": shards}
 
     def _is_current(self, facts: dict[str, Any]) -> bool:
-        for path, (size, modified) in zip(self.paths, facts["shards"], strict=True):
-            status = os.stat(path)
-            if (status.st_size, status.st_mtime_ns) != (size, modified):
-                return False
-            if not settled(modified, facts["listed_at"]):
-                return False
-        return True
+        paths = _shards_of(self._root, self._where)
+        return self._below(paths) == facts["paths"] and all(
+            _size_and_time(os.stat(path)) == known and settled(known[1], facts["listed_at"])
+            for path, known in zip(paths, facts["shards"], strict=True)
+        )
+
+    def _below(self, paths: Sequence[str]) -> list[str]:
+        return [os.path.relpath(path, self._folder or os.curdir) for path in paths]
 
     def _refuse_compressed(self, path: str, start: bytes) -> None:
         if kind := _COMPRESSED.get(start):
@@ -218,18 +238,109 @@ class TarShards:
         return label
 
 
+class _Files:
+    """The open shards of one process, of which the one used longest ago is closed first.
+
+    Opening a shard for each image would cost a parallel file system as much as loose images do. A
+    descriptor says nothing of a shard that has taken another's place, so that path and descriptor
+    are looked at again now and then. Nothing is read by a descriptor's own offset, which forked
+    processes share.
+    """
+
+    def __init__(self) -> None:
+        # path -> descriptor, and when its shard was last found to be the one that was indexed.
+        self._open: OrderedDict[str, tuple[_Descriptor, float]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Files, ()
+
+    def read(self, path: str, indexed: list[int], into: bytearray, offset: int) -> int:
+        """Reads bytes of a shard; returns how many there were.
+
+        Raises: OSError: if it cannot be read, or is no longer the one that was indexed.
+        """
+        try:
+            return self._file(path, indexed).read(into, offset)
+        except OSError:
+            if self._open.pop(path, None) is None:
+                raise  # It could not be opened, or is another.
+            return self._file(path, indexed).read(into, offset)
+
+    def _file(self, path: str, indexed: list[int]) -> _Descriptor:
+        now = time.monotonic()
+        file, checked = self._open.pop(path, (None, -math.inf))
+        if file is None:
+            file = _Descriptor(path)
+            self._check(os.fstat(file.number), indexed)
+            checked = now
+        elif now - checked > CHECK_SECONDS:
+            self._check(os.stat(path), indexed)
+            checked = now
+        self._open[path] = file, checked
+        while len(self._open) > _most_open():
+            self._open.popitem(last=False)
+        return file
+
+    def _check(self, status: os.stat_result, indexed: list[int]) -> None:
+        if _size_and_time(status) != indexed:
+            raise OSError("a shard that changed since it was indexed")
+
+
+class _Descriptor:
+    """An open file, closed with the last reference to it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, into: bytearray, offset: int) -> int:
+        return os.preadv(self.number, [into], offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _most_open() -> int:
+    """Shards that a process keeps open: half of what it may open, and no more than do good."""
+    return min(MOST_OPEN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+
 def open_shards(root: str, *, where: str) -> TarShards | None:
     """Opens a tar file, a pattern of them, or a folder that holds them and no loose image.
 
     Raises: DataError: if a file of the pattern is missing, or they cannot be used.
     """
     if os.path.isdir(root):
-        paths = _only_shards(root, where)
+        found = meeting.once(f"shards in {root}", lambda: bool(_shards_of(root, where)))
     elif os.path.isfile(root):
-        paths = [root] if root.lower().endswith(".tar") else []
+        found = root.lower().endswith(".tar")
     else:
-        paths = _matching(root, where) if _BRACES.search(root) or _GLOB.search(root) else []
-    return TarShards(paths, where=where) if paths else None
+        found = _is_pattern(root)
+    return TarShards(root, where=where) if found else None
+
+
+def _shards_of(root: str | Sequence[str], where: str) -> list[str]:
+    """The tar files that a root means; none if it is a folder with loose images."""
+    if not isinstance(root, str):
+        return list(root)
+    if os.path.isdir(root):
+        return _only_shards(root, where)
+    return _matching(root, where) if _is_pattern(root) else [root]
+
+
+def _is_pattern(root: str) -> bool:
+    return not os.path.isfile(root) and bool(_BRACES.search(root) or _GLOB.search(root))
+
+
+def _anchor(root: str | Sequence[str]) -> tuple[str, str]:
+    """The file or folder that a root is found by, and what there is besides, in a word."""
+    if not isinstance(root, str):
+        return root[0], hashlib.sha256("\0".join(root).encode()).hexdigest()
+    if not _is_pattern(root):
+        return root, ""
+    start = min(match.start() for find in (_BRACES, _GLOB) if (match := find.search(root)))
+    folder = os.path.dirname(root[:start])
+    return folder or os.curdir, root[len(folder) :].lstrip("/")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -272,8 +383,7 @@ def _only_shards(root: str, where: str) -> list[str]:
     return shards
 
 
-def _size_and_time(file: BinaryIO) -> list[int]:
-    status = os.fstat(file.fileno())
+def _size_and_time(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fd_large import distributed
+from fd_large import distributed, meeting
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
@@ -84,7 +84,7 @@ def stage(source: ImageSource, folder: str) -> ImageSource:
     paths = [os.path.join(folder, file.name) for file in files]
     if isinstance(source, TarShards):
         return source.at(paths)
-    found = TarShards(paths)
+    found = meeting.meet(lambda: TarShards(paths))
     assert found.fingerprint == source.fingerprint, "the copy has other names than the folder"
     return found
 

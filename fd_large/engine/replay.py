@@ -202,9 +202,7 @@ def run_again(incident: Incident, weights: Weights) -> Replayed:
     gradient: dict[str, Tensor] = {}
     with layer_maxima(task, gradient) as forward:
         for own in incident.images:
-            for images, positions in zip(
-                own.images, own.positions.split(size), strict=True
-            ):
+            for images, positions in zip(own.images, own.positions.split(size), strict=True):
                 batch = Batch(images, said["epoch"], positions, positions)
                 loss, _ = task(**prepared(task, batch, job.run.runtime.seed))
                 (loss / count).backward()

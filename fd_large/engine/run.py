@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed, doors
+from fd_large import distributed, doors, meeting
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
@@ -257,14 +257,12 @@ def open_run(
     _share_cores(launch.local_world_size)
     weights = sources_of(job_of)
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    settled = distributed.together(lambda: job_of(run).settle(weights))
+    settled = meeting.meet(lambda: job_of(run).settle(weights))
     # If a source is still being trained, ranks may have found different checkpoints.
     run = distributed.broadcast_object(settled)
     job = job_of(run)
     job.weights = weights
-    json_config, numbers, samples = distributed.together(
-        lambda: _check(job, deepspeed_config, launch)
-    )
+    json_config, numbers, samples = meeting.meet(lambda: _check(job, deepspeed_config, launch))
     code = run.code()
     node_consistency.check(samples, job.sources(), weights, code)
     samples = job.stage(samples)

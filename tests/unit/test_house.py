@@ -24,6 +24,7 @@ FLOORS = {
     "watch": 0,
     "failures": 0,
     "distributed": 0,
+    "meeting": 0,
     "kernels": 0,
     "recipes": 0,
     "backbones": 1,
@@ -53,7 +54,7 @@ SEE_A_RUN = (
     "tasks/jobs.py",
     "tasks/*/job.py",
 )
-FOR_ALL = {"errors", "distributed", "atomic_files", "doors", "failures"}
+FOR_ALL = {"errors", "distributed", "meeting", "atomic_files", "doors", "failures"}
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
     "apex": ("kernels", "engine/zero"),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import distributed, meeting
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
@@ -190,7 +190,7 @@ class DetectionJob(Job):
         """COCO's numbers on the val split of `eval.root` or `data.root`."""
         run, micro = self.run, self.run.batch.micro_batch_size
         classes = tuple(reader.manifest["categories"].values())
-        images = distributed.together(lambda: self.test_images(classes))
+        images = meeting.meet(lambda: self.test_images(classes))
         detect = distributed.together(
             lambda: detector(self.make_task, reader, precision=run.engine.precision)
         )

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,8 +106,8 @@ class DistillationJob(Job):
             self._check_loss,
             self._check_normaliser,
             self._check_head,
-            lambda: self.run.eval.root and self._held_out_images(),
-            lambda: self.run.eval.knn_root and self._labelled_images(),
+            lambda: self.run.eval.root and self._held_out_images,
+            lambda: self.run.eval.knn_root and self._labelled_images,
             lambda: frozen_weights(self.run.teacher, self.weights, where=SOURCE),
             super().check,
         )
@@ -251,7 +252,7 @@ class DistillationJob(Job):
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Evaluation:
         run = self.run
-        images = {"held_out": self._held_out_images(), "unseen_crops": samples}
+        images = {"held_out": self._held_out_images, "unseen_crops": samples}
         sets = distributed.together(
             lambda: [
                 HeldOutViews(
@@ -282,7 +283,7 @@ class DistillationJob(Job):
 
     def _knn(self, engine: Engine, micro_batch_size: int) -> Evaluation:
         run = self.run
-        train_set, test_set = self._labelled_images()
+        train_set, test_set = self._labelled_images
 
         def measure(
             step: int, last: bool, between: Callable[[], None]
@@ -396,9 +397,11 @@ class DistillationJob(Job):
         """Returns the recipe with the teacher whole on its rank."""
         return replace(self.run, teacher=replace(self.run.teacher, placement="replicated"))
 
+    @cached_property
     def _held_out_images(self) -> ImageSource:
         return open_images(self.run.eval.root, where="eval.root")
 
+    @cached_property
     def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
         root = self.run.eval.knn_root
         train_set = open_split(root, "train", where="eval.knn_root")

@@ -221,11 +221,15 @@ class FineTuningJob(Job):
 
     def test_images(self) -> LabelledImages:
         """Returns the test images of `eval.root`, or if that is not set of `data.root`."""
-        root = self.run.eval.root
-        if not root:
-            return open_split(self.run.data.root, "val", self.classes())
-        return open_labelled(root, self.classes(), where="eval.root")
+        if self._test is None:
+            root, classes = self.run.eval.root, self.classes()
+            if root:
+                self._test = open_labelled(root, classes, where="eval.root")
+            else:
+                self._test = open_split(self.run.data.root, "val", classes)
+        return self._test
 
+    _test: LabelledImages | None = None
     _training: LabelledImages | None = None
 
     def _training_images(self) -> LabelledImages:

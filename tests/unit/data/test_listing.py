@@ -4,13 +4,17 @@ import multiprocessing
 import os
 import pickle
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from pretended_ranks import World
 
+from fd_large import distributed, meeting
 from fd_large.data import listing
 from fd_large.data.folder import ImageFolder
-from fd_large.data.listing import Listing, listed
+from fd_large.data.listing import Listing, filled, listed
 
 OLD = time.time_ns() - 60 * 10**9
 
@@ -152,7 +156,7 @@ def test_where_to_look(monkeypatch, tmp_path):
     assert listing.cache_folder() == Path("/home/one/.cache/fd_large")
 
 
-def _list_slowly(key: str, marks: Path, start) -> None:
+def _list_slowly(anchor: str, marks: Path, start) -> None:
     listing.CACHED_FROM = 1
     start.wait()
 
@@ -163,30 +167,33 @@ def _list_slowly(key: str, marks: Path, start) -> None:
             add(f"{number}.jpg".encode())
         return {}
 
-    found = listed(key, fill=fill, is_current=lambda facts: True)
-    assert len(found) == 100
+    make = partial(filled, (), fill)
+    assert len(listed("k", anchor, make=make, is_current=lambda facts: True)) == 100
 
 
-def test_of_several_ranks_one_walks_and_the_others_wait(tmp_path):
+def test_of_several_runs_one_walks_and_the_others_wait(tmp_path):
+    (marks := tmp_path / "marks").mkdir()
     context = multiprocessing.get_context("fork")
     start = context.Barrier(4)
-    ranks = [context.Process(target=_list_slowly, args=("k", tmp_path, start)) for _ in range(4)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
-    assert len(list(tmp_path.iterdir())) == 1
+    arguments = (str(tmp_path), marks, start)
+    runs = [context.Process(target=_list_slowly, args=arguments) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+        assert run.exitcode == 0
+    assert len(list(marks.iterdir())) == 1
 
 
-def test_columns_and_facts_come_back(cache):
+def test_columns_and_facts_come_back(tmp_path, cache):
     def fill(add):
         for number in range(5):
             add(b"n" * number, number, -number)
         return {"stamps": [1], "what": "kept"}
 
+    make = partial(filled, ("one", "two"), fill)
     for _ in range(2):  # made, then read
-        found = listed("k", columns=("one", "two"), fill=fill, is_current=lambda facts: True)
+        found = listed("k", str(tmp_path), make=make, is_current=lambda facts: True)
         assert isinstance(found, Listing)
         assert [found.name(i) for i in range(5)] == [b"n" * i for i in range(5)]
         assert [found.number("one", i) for i in range(5)] == list(range(5))
@@ -194,3 +201,107 @@ def test_columns_and_facts_come_back(cache):
         assert found.facts["what"] == "kept"
         assert "stamps" not in found.facts
     assert len(files(cache)) == 1
+
+
+@pytest.fixture
+def forest(tmp_path):
+    """Returns a folder of so many folders of three images."""
+
+    def grow(folders: int) -> Path:
+        root = tmp_path / f"{folders} folders"
+        for number in range(3 * folders):
+            (root / f"{number % folders:03}").mkdir(parents=True, exist_ok=True)
+            (root / f"{number % folders:03}" / f"{number}.jpg").touch()
+        age(root)
+        return root
+
+    return grow
+
+
+def open_on_ranks(world: World, root: Path, count: int) -> list[ImageFolder]:
+    opened = world.run(lambda: meeting.meet(lambda: ImageFolder(root)))
+    wanted = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
+    assert [names(folder) for folder in opened] == [wanted] * world.ranks
+    assert len(wanted) == count
+    return opened
+
+
+@pytest.mark.parametrize("kept", ["kept", "not kept"])
+def test_only_rank_0_looks_at_the_files(forest, tmp_path, monkeypatch, cache, kept):
+    """What the others do does not grow with the dataset; where nothing is kept, nor does that."""
+    if kept == "not kept":
+        monkeypatch.setenv("FD_CACHE", "/proc/nowhere")
+    others = {}
+    for folders in (2, 40):
+        root = forest(folders)
+        world = World(monkeypatch, 8, ranks_a_node=4, below=(root, cache))
+        for start in ("first", "second"):
+            open_on_ranks(world, root, 3 * folders)
+            assert [done["scandir"] for done in world.done[1:]] == [0] * 7
+            others.setdefault(start, []).append(world.done[1:])
+            walked = start == "first" or kept == "not kept"
+            assert (world.done[0]["scandir"] > folders) == walked
+            assert world.done[0]["stat"] > folders
+        assert max(done.total() for done in world.done[1:]) < 20
+    for small, large in others.values():
+        assert small == large
+
+
+def test_a_node_without_the_others_cache_is_sent_the_list_once(forest, tmp_path, monkeypatch):
+    root = forest(5)
+    world = World(monkeypatch, 4, below=(root,))
+    monkeypatch.setattr(
+        listing, "cache_folder", lambda: tmp_path / f"cache of {distributed.node_name()}"
+    )
+    open_ = listing._open
+
+    def on_a_disk_of_the_node(path):
+        if f"cache of {distributed.node_name()}" not in str(path):
+            raise FileNotFoundError(path)
+        return open_(path)
+
+    monkeypatch.setattr(listing, "_open", on_a_disk_of_the_node)
+    for opened in open_on_ranks(world, root, 15):
+        assert opened._listing.path.exists()
+    assert {done["scandir"] for done in world.done[1:]} == {0}
+    for node in ("n0", "n1"):
+        assert len(files(tmp_path / f"cache of {node}")) == 1
+    monkeypatch.setattr(ImageFolder, "_fill", None)
+    open_on_ranks(world, root, 15)  # Each node's file serves the next start.
+
+
+def test_a_node_with_a_disk_of_its_own_lists_that_once(forest, monkeypatch, walks):
+    root = forest(5)
+    identity = listing._identity
+    monkeypatch.setattr(
+        listing, "_identity", lambda anchor: (distributed.node_name(), *identity(anchor))
+    )
+    monkeypatch.setattr(
+        listing, "_path", lambda what, anchor: root.parent / distributed.node_name() / "x.listing"
+    )
+    open_on_ranks(World(monkeypatch, 6), root, 15)
+    assert len(walks) == 3
+
+
+def test_clients_that_number_the_device_otherwise_share_the_list(tree, walks, monkeypatch):
+    ImageFolder(tree)
+    stat = os.stat
+
+    def on_another_client(path, *args, **options):
+        status = stat(path, *args, **options)
+        return SimpleNamespace(
+            **{name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+            | {"st_dev": status.st_dev + 7}
+        )
+
+    monkeypatch.setattr(os, "stat", on_another_client)
+    assert os.stat(tree).st_dev == stat(tree).st_dev + 7
+    ImageFolder(tree)
+    assert len(walks) == 1
+
+
+def test_a_mistake_of_rank_0_is_everybodys(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    world = World(monkeypatch, 4)
+    for error in world.run(lambda: meeting.meet(lambda: ImageFolder(tmp_path / "empty"))):
+        assert str(error).startswith("data.root: no image in the folder")

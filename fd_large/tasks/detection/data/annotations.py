@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.folder import read_image
+from fd_large.data.listing import Made, listed, settled
 from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import whole_view
 from fd_large.tasks.detection.data.masks import coco_masks
@@ -47,10 +49,11 @@ class CocoSet:
         category_names: The name of each label.
     """
 
-    def __init__(self, root: str, annotations: str, objects: Objects, findings: Findings) -> None:
-        self.root, self.annotations, self.findings = root, annotations, findings
-        self._objects = objects
-        self.fingerprint = objects.fingerprint()
+    def __init__(self, root: str, annotations: str, objects: Objects) -> None:
+        self.root, self.annotations, self._objects = root, annotations, objects
+        facts = objects.listing.facts
+        self.findings = Findings(facts["counts"], facts["examples"])
+        self.fingerprint = objects.fingerprint
         self.has_masks = objects.has_masks
         self.category_ids = objects.category_ids
         self.category_names = objects.category_names
@@ -59,7 +62,7 @@ class CocoSet:
         return len(self._objects.image_ids)
 
     def __getitem__(self, index: int) -> str:
-        return os.path.join(self.root, self._objects.file_names[index])
+        return os.path.join(self.root, self._objects.file_name(index))
 
     def read(self, index: int) -> bytearray:
         """Reads the bytes of image `index`.
@@ -117,14 +120,25 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
     """
     coco_masks()  # A missing package is reported before minutes of reading.
     annotations, folder = _find(root, split, where)
-    findings, training = Findings(), split == "train"
-    objects = read_objects(
-        os.path.join(root, annotations),
-        findings,
-        find_file=_Files(root, folder).find,
-        keep_empty=not training,
-        where=where,
-    )
+    path, training = os.path.join(root, annotations), split == "train"
+
+    def make() -> Made:
+        stamps, files = {annotations: _stamp(path)}, _Files(root, folder)
+        arrays, facts = read_objects(
+            path, Findings(), find_file=files.find, keep_empty=not training, where=where
+        )
+        return arrays, {**facts, "stamps": stamps | files.stamps}
+
+    def is_current(facts: dict[str, Any]) -> bool:
+        return all(
+            _stamp(os.path.join(root, inside)) == stamp and settled(stamp[1], facts["listed_at"])
+            for inside, stamp in facts["stamps"].items()
+        )
+
+    what = "annotations with images" if training else "annotations"
+    objects = Objects(listed(what, path, make=make, is_current=is_current))
+    opened = CocoSet(root, path, objects)
+    findings = opened.findings
     missing, found = findings.counts.get(NO_FILE, 0), len(objects.image_ids)
     if missing and not (training and found):
         names = ", ".join(findings.names[NO_FILE])
@@ -138,7 +152,6 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
             f"{where}: nothing to learn in {annotations}; got no image with an object, "
             f"expected some. Set --{where} to another dataset."
         )
-    opened = CocoSet(root, os.path.join(root, annotations), objects, findings)
     if findings.counts:
         log.warning("%s", opened.summary())
     else:
@@ -158,11 +171,25 @@ def _find(root: str, split: str, where: str) -> tuple[str, str]:
     )
 
 
+def _stamp(path: str) -> list[int]:
+    """Size, and modification time in ns: what changes with a file, or the names in a folder."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [0, 0]
+    return [status.st_size, status.st_mtime_ns]
+
+
 class _Files:
-    """Finds images below a folder by one listing of each folder, not a request for each file."""
+    """Finds images below a folder by one listing of each folder, not a request for each file.
+
+    Attributes:
+        stamps: What each folder was before it was listed, by its path below the root.
+    """
 
     def __init__(self, root: str, folder: str) -> None:
         self._root, self._folder = root, folder
+        self.stamps: dict[str, list[int]] = {}
         self._names: dict[str, frozenset[str]] = {}
 
     def find(self, name: str) -> str | None:
@@ -177,8 +204,10 @@ class _Files:
 
     def _listing(self, inside: str) -> frozenset[str]:
         if inside not in self._names:
+            path = os.path.join(self._root, inside)
+            self.stamps[inside] = _stamp(path)
             try:
-                self._names[inside] = frozenset(os.listdir(os.path.join(self._root, inside)))
+                self._names[inside] = frozenset(os.listdir(path))
             except OSError:
                 self._names[inside] = frozenset()
         return self._names[inside]

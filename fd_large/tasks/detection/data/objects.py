@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.data.listing import Listing, Made
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 
@@ -81,30 +83,50 @@ class ImageObjects(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
 class Objects:
     """All images of a file, by rising id, and their objects in the file's order.
 
     Object j of image i lies at `first[i] <= j < first[i + 1]`; its polygons are
     `polygon_first[j]` to `polygon_first[j + 1]`, the points of a polygon likewise, and its run
     lengths bytes `rle_first[j]` to `rle_first[j + 1]`: one of the two is empty.
+
+    Attributes:
+        listing: The names of the images below the dataset's folder, and all arrays.
+        image_ids: (images,) int64.
+        sizes: (images, 2) int32, height and width.
+        first: (images + 1,) int64.
+        boxes: (objects, 4) float32.
+        labels: (objects,) int64.
+        crowd: (objects,) bool.
+        category_ids: The file's number of each label.
+        category_names: The name of each label.
+        has_masks: Whether objects have segmentations.
+        fingerprint: A hash of names, categories and objects.
     """
 
-    file_names: tuple[str, ...]
-    image_ids: NDArray[np.int64]
-    sizes: NDArray[np.int32]  # (images, 2), height and width
-    first: NDArray[np.int64]
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    crowd: NDArray[np.bool_]
-    polygon_first: NDArray[np.int64]
-    point_first: NDArray[np.int64]
-    points: NDArray[np.float64]
-    rle_first: NDArray[np.int64]
-    rle: NDArray[np.uint8]
-    category_ids: tuple[int, ...]
-    category_names: tuple[str, ...]
-    has_masks: bool
+    def __init__(self, listing: Listing) -> None:
+        self.listing, arrays, facts = listing, listing.arrays, listing.facts
+        self.image_ids, self.sizes, self.first = (
+            arrays[name] for name in ("image_ids", "sizes", "first")
+        )
+        self.boxes, self.labels, self.crowd = (
+            arrays[name] for name in ("boxes", "labels", "crowd")
+        )
+        self._polygon_first, self._point_first, self._points = (
+            arrays[name] for name in ("polygon_first", "point_first", "points")
+        )
+        self._rle_first, self._rle = arrays["rle_first"], arrays["rle"]
+        self.category_ids = tuple(facts["category_ids"])
+        self.category_names = tuple(facts["category_names"])
+        self.has_masks: bool = facts["has_masks"]
+        self.fingerprint = listing.fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Objects, (self.listing,)
+
+    def file_name(self, image: int) -> str:
+        """Returns the path of an image below the dataset's folder, by its place in the file."""
+        return os.fsdecode(self.listing.name(image))
 
     def of(self, image: int) -> ImageObjects:
         """Returns the objects of an image, by its place in the file."""
@@ -122,21 +144,11 @@ class Objects:
             width,
         )
 
-    def fingerprint(self) -> str:
-        """Returns a hash of names, categories and objects."""
-        digest = hashlib.sha256()
-        digest.update("\0".join(self.file_names).encode())
-        digest.update(repr((self.category_ids, self.category_names)).encode())
-        for column in fields(self):
-            if isinstance(values := getattr(self, column.name), np.ndarray):
-                digest.update(values.tobytes())
-        return digest.hexdigest()
-
     def _segmentation(self, number: int) -> list[NDArray[np.float64]] | bytes:
-        if self.rle_first[number] < self.rle_first[number + 1]:
-            return self.rle[self.rle_first[number] : self.rle_first[number + 1]].tobytes()
-        polygons = range(int(self.polygon_first[number]), int(self.polygon_first[number + 1]))
-        return [self.points[self.point_first[p] : self.point_first[p + 1]] for p in polygons]
+        if self._rle_first[number] < self._rle_first[number + 1]:
+            return self._rle[self._rle_first[number] : self._rle_first[number + 1]].tobytes()
+        polygons = range(int(self._polygon_first[number]), int(self._polygon_first[number + 1]))
+        return [self._points[self._point_first[p] : self._point_first[p + 1]] for p in polygons]
 
 
 def read_json(
@@ -178,8 +190,8 @@ def read_objects(
     find_file: Callable[[str], str | None],
     keep_empty: bool,
     where: str = "data.root",
-) -> Objects:
-    """Reads a file of COCO's or Objects365's kind.
+) -> Made:
+    """Reads a file of COCO's or Objects365's kind; returns what `Objects` is made of.
 
     Args:
         path: The JSON file.
@@ -227,14 +239,31 @@ def read_objects(
             kept.append((found, number))
         else:
             findings.add(NO_OBJECT, name)
-    return Objects(
-        file_names=tuple(name for name, _ in kept),
-        image_ids=np.array([number for _, number in kept], dtype=np.int64),
-        sizes=np.array([facts[n][1:] for _, n in kept], dtype=np.int32).reshape(-1, 2),
-        category_ids=tuple(category for category, _ in categories),
-        category_names=tuple(name for _, name in categories),
-        has_masks=has_masks,
+    names = [os.fsencode(name) for name, _ in kept]
+    arrays = {
+        "image_ids": np.array([number for _, number in kept], dtype=np.int64),
+        "sizes": np.array([facts[n][1:] for _, n in kept], dtype=np.int32).reshape(-1, 2),
         **arrays.finish(),
+    }
+    category_ids, category_names = zip(*categories, strict=True) if categories else ((), ())
+    digest = hashlib.sha256(b"\0".join(names))
+    digest.update(repr((category_ids, category_names)).encode())
+    for values in arrays.values():
+        digest.update(values.tobytes())
+    return (
+        {
+            "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+            "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+            **arrays,
+        },
+        {
+            "fingerprint": digest.hexdigest(),
+            "category_ids": category_ids,
+            "category_names": category_names,
+            "has_masks": has_masks,
+            "counts": findings.counts,
+            "examples": findings.names,
+        },
     )
 
 

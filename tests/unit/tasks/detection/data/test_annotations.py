@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import sys
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 from coco import annotation, square, write_set
+from pretended_ranks import World
 from pycocotools.coco import COCO
 
+from fd_large import meeting
+from fd_large.data import listing
 from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.detection.data import annotations as annotations_module
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.data.annotations import open_coco
 
@@ -244,3 +250,73 @@ def test_reading_takes_a_fraction_of_the_memory_of_plain_json(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 0.7 * peaks[0]
+
+
+def write_objects(root, images):
+    sizes = {number: (40, 60) for number in range(1, images + 1)}
+    entries = [annotation(number, number, [1, 1, 9, 9]) for number in sizes]
+    write_set(root, entries, sizes=sizes)
+    for path in (root / "annotations/instances_train2017.json", root / "train2017"):
+        os.utime(path, (1e9, 1e9))
+    return root
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A line for each time that annotations are parsed."""
+    done = []
+    read = annotations_module.read_objects
+    monkeypatch.setattr(
+        annotations_module, "read_objects", lambda *a, **k: done.append(1) or read(*a, **k)
+    )
+    return done
+
+
+def test_annotations_are_parsed_again_only_if_they_or_the_images_changed(
+    tmp_path, monkeypatch, reads
+):
+    monkeypatch.setattr(listing, "CACHED_FROM", 1)
+    root = write_objects(tmp_path, 3)
+    first, second = open_coco(str(root), "train"), open_coco(str(root), "train")
+    assert len(reads) == 1
+    assert second.fingerprint == first.fingerprint
+    assert second.summary() == first.summary()
+    for index in range(3):
+        for one, other in zip(first.objects(index), second.objects(index), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len(pickle.dumps(second)) < 1000
+    (root / "train2017/000000000002.png").unlink()
+    assert len(open_coco(str(root), "train")) == 2
+    shutil.rmtree(root / "train2017")
+    with pytest.raises(DataError, match="got 3 without a file"):
+        open_coco(str(root), "train")
+    write_set(tmp_path / "again", [], sizes={1: (40, 60)})
+    (tmp_path / "again/train2017").rename(root / "train2017")
+    assert len(open_coco(str(root), "train")) == 1
+    path = root / "annotations/instances_train2017.json"
+    path.write_text(path.read_text().replace('"dog"', '"cow"'))
+    assert open_coco(str(root), "train").category_names[1] == "cow"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_one_rank_parses_and_only_it_looks_at_the_files(tmp_path, monkeypatch, reads, kept):
+    monkeypatch.setattr(listing, "CACHED_FROM", 1 if kept else 10**9)
+    others = []
+    for images in (2, 20):
+        root = write_objects(tmp_path / str(images), images)
+        world = World(monkeypatch, 4, below=(root,))
+        reads.clear()
+        found = world.run(partial(meeting.meet, partial(open_coco, str(root), "train")))
+        assert len(reads) == 1
+        assert len({opened.fingerprint for opened in found}) == 1
+        assert [len(opened) for opened in found] == [images] * 4
+        np.testing.assert_array_equal(found[3].objects(1).boxes, found[0].objects(1).boxes)
+        assert world.done[0]["listdir"] == 1
+        assert {done["listdir"] + done["open"] for done in world.done[1:]} == {0}
+        others.append(world.done[1:])
+    assert others[0] == others[1]
+
+
+def test_the_fingerprint_is_that_of_the_first_release(coco_tiny):
+    """A run that goes on compares it with its checkpoint's."""
+    assert open_coco(str(coco_tiny), "val").fingerprint.startswith("ccb86f270203403d")

@@ -1,0 +1,268 @@
+"""A check that may take hours, run by all ranks at once, of which one rank does the work for all.
+
+Each rank runs the check in a thread while all go on meeting, since a single wait of hours would
+time out. Inside it `once` makes a value on one rank, and the others take what that rank says: a
+dataset is listed, and a model downloaded, by one rank and not by a thousand.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from fd_large import distributed
+from fd_large.errors import FDError, LostRankError
+
+T = TypeVar("T")
+
+_MOST_SECONDS = 1.0
+# Ranks that meet the same mistake as the first have so long to say so.
+_GRACE_SECONDS = 10.0
+
+
+def meet(check: Callable[[], T]) -> T:
+    """Runs a check on every rank; where it fails on any, all fail, as in `distributed.together`.
+
+    Args:
+        check: Raises an FDError, or returns a value, without collectives. It may ask `once`.
+
+    Returns: this rank's value.
+    """
+    if distributed.world_size() == 1:
+        return check()
+    meeting = _Meeting()
+    token = _present.set(meeting)
+    try:
+        context = contextvars.copy_context()
+        threading.Thread(
+            target=context.run, args=(meeting.run, check), name="meeting", daemon=True
+        ).start()
+        meeting.preside()
+    finally:
+        _present.reset(token)
+    return distributed.together(meeting.outcome)
+
+
+def once(what: str, make: Callable[[], T], *, of_node: bool = False) -> T:
+    """Returns what one rank made; the others wait for it. Outside a meeting each makes its own.
+
+    All ranks ask alike. A rank whose maker ended without having been asked makes its own.
+
+    Args:
+        what: A name for it, the same on all ranks.
+        make: Makes it; it is pickled, and small if it is made once a node.
+        of_node: Whether the first rank of each node makes it for its node, and not rank 0 for all.
+
+    Raises: FDError: on all of these ranks, if `make` raises it.
+    """
+    meeting = _present.get()
+    return make() if meeting is None else meeting.once((what, of_node), make)
+
+
+def offer(what: str, value: Any) -> None:
+    """Keeps a large value on rank 0 until the end of the meeting, for those who `fetch` it."""
+    meeting = _present.get()
+    if meeting is not None and meeting.leads[False]:
+        meeting.offered[what] = value
+
+
+def fetch(what: str) -> Any:
+    """Returns what rank 0 has offered by then, in a meeting."""
+    meeting = _present.get()
+    assert meeting is not None
+    return meeting.fetch(what)
+
+
+_present: contextvars.ContextVar[_Meeting | None] = contextvars.ContextVar("meeting", default=None)
+
+_Name = tuple[str, bool]
+"""What is made, and whether it is made once a node."""
+
+
+class _Made(NamedTuple):
+    """A value, or why there is none."""
+
+    value: Any
+    error: FDError | None
+
+    def get(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class _State(NamedTuple):
+    """What a rank says when all meet.
+
+    Attributes:
+        node: Its node.
+        leads: Whether it is the first rank of its node.
+        ended: Whether its check has ended.
+        error: What the check failed with, if that is no FDError; "": it did not.
+        failed: Whether it failed with anything.
+        over: Whether the others are no longer waited for; rank 0 decides.
+        num_made: Values that it made for all and will now say.
+        made: Values that it made for its node.
+        wanted: What it wants to fetch; "": nothing.
+    """
+
+    node: str
+    leads: bool
+    ended: bool
+    error: str
+    failed: bool
+    over: bool
+    num_made: int
+    made: dict[_Name, _Made]
+    wanted: str
+
+
+class _Meeting:
+    """One rank's part in a meeting.
+
+    Attributes:
+        leads: Whether this rank makes what is made once a node (True), and once for all (False).
+        offered: What others may fetch from this rank.
+    """
+
+    def __init__(self) -> None:
+        self.leads = {True: distributed.local_rank() == 0, False: distributed.is_main()}
+        self.offered: dict[str, Any] = {}
+        self._node = distributed.node_name()
+        self._device = distributed.device()
+        self._changed = threading.Condition()
+        self._woken = threading.Event()
+        self._made: dict[_Name, _Made] = {}
+        self._unsaid: dict[_Name, _Made] = {}
+        self._fetched: dict[str, Any] = {}
+        self._wanted = ""
+        self._makers_ended = {True: False, False: False}
+        self._outcome: _Made | None = None
+        self._crash: BaseException | None = None
+
+    # --- in the thread of the check ---
+
+    def run(self, check: Callable[[], Any]) -> None:
+        """Runs the check, and keeps how it ended."""
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # Each thread has its own.
+            self._outcome = _made_by(check)
+        except BaseException as error:  # Raised again where the ranks meet.
+            self._crash = error
+        self._woken.set()
+
+    def once(self, name: _Name, make: Callable[[], Any]) -> Any:
+        """See the function `once`."""
+        _, of_node = name
+        if self.leads[of_node]:
+            if name not in self._made:
+                made = _made_by(make)
+                with self._changed:
+                    self._made[name] = self._unsaid[name] = made
+                self._woken.set()
+            return self._made[name].get()
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._made or self._makers_ended[of_node])
+            made = self._made.get(name)
+        return make() if made is None else made.get()
+
+    def fetch(self, what: str) -> Any:
+        """See the function `fetch`."""
+        if what in self.offered:
+            return self.offered[what]
+        with self._changed:
+            self._wanted = what
+            self._woken.set()
+            self._changed.wait_for(lambda: what in self._fetched)
+            return self._fetched.pop(what)
+
+    # --- where the ranks meet ---
+
+    def preside(self) -> None:
+        """Meets the other ranks until all have ended, or one has failed and the rest are late.
+
+        Raises: whatever ended this rank's check, if that is no FDError; LostRankError if that is
+            what ended another's.
+        """
+        pause, deadline = 0.02, float("inf")
+        while True:
+            self._woken.wait(pause)
+            self._woken.clear()
+            own, said = self._state(time.monotonic() > deadline)
+            states = distributed.gather_objects(own)
+            something = any(state.num_made or state.made or state.wanted for state in states)
+            pause = 0.02 if something else min(_MOST_SECONDS, 2 * pause)
+            if states[0].num_made:
+                self._hear(distributed.broadcast_object(said))
+            for state in states:
+                if state.node == self._node:
+                    self._hear(state.made)
+            for what in sorted({state.wanted for state in states} - {""}):
+                value = distributed.broadcast_object(self.offered.get(what))
+                if what == own.wanted:
+                    self._take(what, value)
+            for of_node in (True, False):
+                makers = [s for s in states if s.leads and s.node == self._node]
+                self._end(of_node, all(s.ended for s in (makers if of_node else states[:1])))
+            if self._crash is not None:
+                raise self._crash
+            if any(state.failed for state in states):
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            for number, state in enumerate(states):
+                if state.error:
+                    raise LostRankError(f"{state.node}: rank {number} has failed: {state.error}")
+            if states[0].over or all(state.ended for state in states):
+                return
+
+    def outcome(self) -> Any:
+        """Returns what the check returned, or raises what it raised; None if it has not ended."""
+        return None if self._outcome is None else self._outcome.get()
+
+    def _state(self, is_late: bool) -> tuple[_State, dict[_Name, _Made]]:
+        """What this rank says, and what it has made for all."""
+        # Before what was made is looked at, which is then complete.
+        ended = self._outcome is not None or self._crash is not None
+        with self._changed:
+            unsaid, self._unsaid = self._unsaid, {}
+            wanted = self._wanted
+        for_all = {name: made for name, made in unsaid.items() if not name[1]}
+        state = _State(
+            self._node,
+            self.leads[True],
+            ended,
+            "" if self._crash is None else f"{type(self._crash).__name__}: {self._crash}",
+            ended and (self._outcome is None or self._outcome.error is not None),
+            is_late,
+            len(for_all),
+            {name: made for name, made in unsaid.items() if name[1]},
+            wanted,
+        )
+        return state, for_all
+
+    def _hear(self, made: dict[_Name, _Made]) -> None:
+        with self._changed:
+            self._made = made | self._made
+            self._changed.notify_all()
+
+    def _take(self, what: str, value: Any) -> None:
+        with self._changed:
+            self._fetched[what], self._wanted = value, ""
+            self._changed.notify_all()
+
+    def _end(self, of_node: bool, ended: bool) -> None:
+        with self._changed:
+            self._makers_ended[of_node] |= ended
+            self._changed.notify_all()
+
+
+def _made_by(make: Callable[[], Any]) -> _Made:
+    try:
+        return _Made(make(), None)
+    except FDError as error:
+        return _Made(None, error)
