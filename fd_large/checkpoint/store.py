@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fd_large.atomic_files import write_json
 from fd_large.checkpoint.lease import Lease
 
 PART = ".part"
@@ -184,6 +185,25 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
         part.rename(final)
     flush_folder(final.parent)
     return final
+
+
+def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> None:
+    """Changes entries of a complete checkpoint's manifest, whole or not at all; rank 0 calls it.
+
+    Args:
+        path: The checkpoint.
+        entries: What changes.
+        lease: The right to write the run's folder; None where nobody else can be.
+
+    Raises: OSError: if the manifest cannot be read or written, or the run has a new owner.
+    """
+    if lease and not lease.owned():
+        raise OSError(f"{lease.folder} has a new owner")
+    manifest = manifest_of(path)
+    if manifest is None:
+        raise OSError(f"{path / 'manifest.json'} is missing or damaged")
+    manifest |= entries
+    write_json(path / "manifest.json", {**manifest, "crc32": _crc_of(manifest)})
 
 
 def prune(

@@ -61,8 +61,10 @@ class Checkpoints:
         self._saver = Saver(
             folder, keep_last=runtime.keep_last, keep_every=runtime.keep_every, lease=lease
         )
+        self._lease = lease
         self._failures = 0
         self._saved: int | None = None
+        self._manifest: dict[str, Any] = {}
         self._begun = 0.0
         self.optimizer_steps = 0
         self.evaluated = True
@@ -120,7 +122,7 @@ class Checkpoints:
             return None
         waited = self._wait()
         self._begun = time.monotonic()
-        manifest = {
+        self._manifest = manifest = {
             **self._facts,
             "update": step,
             "optimizer_steps": self.optimizer_steps,
@@ -136,6 +138,17 @@ class Checkpoints:
         self._saver.begin(manifest, state.shards(self._engine))
         log.info("checkpoint of step %d: training waited %.2f s", step, self._saver.stall_seconds)
         return waited
+
+    def mark_evaluated(self) -> None:
+        """Notes in the checkpoint of the present step that its evaluation was made."""
+        # One that is still being written takes its manifest at the end.
+        self._manifest["evaluated"] = True
+        if distributed.is_main() and not self._saver.begun and self._saved is not None:
+            path = store.checkpoints_of(self._folder) / store.name_of(self._saved)
+            try:
+                store.amend(path, {"evaluated": True}, self._lease)
+            except OSError as error:
+                log.warning("%s: a resume from it evaluates again: %s", path, error)
 
     def settle(self) -> bool:
         """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""

@@ -132,9 +132,9 @@ class Trainer:
             self._status = PREEMPTED
         elif self._finished == 0:
             self._evaluate(last=False)
-        elif not self._checkpoints.evaluated:
-            # The evaluation that a pre-emption cut short.
-            self._evaluate(last=self._finished == self._total)
+        elif not self._checkpoints.evaluated and self._evaluate(last=self._finished == self._total):
+            # The evaluation that the last start did not come to, or did not finish.
+            self._checkpoints.mark_evaluated()
         while self._finished < self._total and not self._status:
             self._train_epoch(batches)
         saved = self._checkpoints.settle()
@@ -185,7 +185,7 @@ class Trainer:
         rolled_back = verdict.roll_back is not None and self._roll_back(update, verdict.roll_back)
         if self._status:
             return
-        self._evaluate_and_save(agreed, rolled_back)
+        self._save_and_evaluate(agreed, rolled_back)
 
     def _forward_backward_step(
         self, micro_batches: Prefetch, epoch: int
@@ -278,15 +278,12 @@ class Trainer:
             hook.on_roll_back(update, restored)
         return True
 
-    def _evaluate_and_save(self, agreed: _Agreed, rolled_back: bool) -> None:
+    def _save_and_evaluate(self, agreed: _Agreed, rolled_back: bool) -> None:
         plan, finished = self._plan, self._finished
         last = finished == self._total
         if agreed.stop:
             self._status = PREEMPTED
-        evaluated = True
-        # Before the checkpoint: a resumed run does not evaluate again.
-        if last or (self._evaluate_every and finished % self._evaluate_every == 0):
-            evaluated = not agreed.stop and self._evaluate(last=last)
+        evaluates = any(one.due(finished, last) for one in self._evaluations)
         too_bad = None
         if last or finished % plan.count_bad_every == 0:
             tried = distributed.sum_tensor(torch.tensor(self._bad_images.count))
@@ -296,11 +293,23 @@ class Trainer:
         self._save_owed |= agreed.save or self._checkpoints.due(finished, plan.steps_per_epoch)
         # Not in a row of refused steps: a good checkpoint is what they may be rolled back to.
         due = self._save_owed and not agreed.update.skipped
-        if self._status or last or due or too_bad or rolled_back:
-            self._save(evaluated=evaluated)
+        saves = bool(self._status or last or due or too_bad or rolled_back)
+        # Before the evaluation: what fails in it, on whatever rank, costs no step, and the next
+        # start makes up for it.
+        if saves:
+            self._save(evaluated=not evaluates)
         if too_bad:
             self._checkpoints.settle()
             raise too_bad
+        if not evaluates or self._status:
+            return
+        if last:
+            self._checkpoints.settle()
+        if self._evaluate(last=last):
+            if saves:
+                self._checkpoints.mark_evaluated()
+        elif not saves:
+            self._save(evaluated=False)
 
     def _save(self, *, evaluated: bool) -> None:
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)

@@ -51,6 +51,16 @@ def test_a_manifest_with_a_flipped_digit_or_an_end_missing_is_none(digits, store
     assert updates_left() == [1]
 
 
+def test_an_entry_of_a_manifest_changes_and_the_rest_stays(folder, stored):
+    path = stored(1, 2)
+    before = store.manifest_of(path)
+    store.amend(path, {"evaluated": True})
+    assert store.manifest_of(path) == before | {"evaluated": True}
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(OSError, match="missing or damaged"):
+        store.amend(path, {"evaluated": True})
+
+
 def test_half_written_folders_are_invisible_and_swept(folder, stored, updates_left):
     whole = stored(1, 2)
     torn = whole.with_name(store.name_of(3) + store.PART)

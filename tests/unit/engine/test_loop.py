@@ -9,6 +9,7 @@ import pytest
 import torch
 from unit.engine.conftest import batch_of
 
+from fd_large.checkpoint import store
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation
@@ -219,6 +220,41 @@ def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(start, tmp_path):
     again = start(total=4, evaluate_every=2)
     assert again.train() == "done"
     assert again.measured == [(2, False), (4, True)]
+
+
+def evaluated(folder):
+    """Whether each checkpoint's manifest says that its evaluation was made."""
+    stored = store.complete(folder)
+    return {one.update: one.manifest["evaluated"] for one in stored}
+
+
+def test_what_fails_in_an_evaluation_loses_no_step_and_the_next_start_makes_up_for_it(
+    start, tmp_path
+):
+    undisturbed = start(evaluate_every=4)
+    assert undisturbed.train() == "done"
+    assert evaluated(tmp_path) == {4: True, 8: True, 10: True}
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+
+    run = start(evaluate_every=4)
+
+    def measure(step, last, between):
+        if last:
+            raise OSError("the disk with the results is full")
+        return {"loss": 0.5}, None
+
+    run.measure = measure
+    run.trainer._evaluations = [Evaluation(measure, 4)]
+    with pytest.raises(OSError, match="results is full"):
+        run.train()
+    assert evaluated(tmp_path) == {4: True, 8: True, 10: False}
+    again = start(evaluate_every=4)
+    assert again.train() == "done"
+    assert again.measured == [(10, True)]
+    assert indices(again) == []
+    assert evaluated(tmp_path) == {4: True, 8: True, 10: True}
+    assert all(torch.equal(again.state[key], value) for key, value in undisturbed.state.items())
 
 
 def test_too_many_images_that_cannot_be_used_end_the_run_after_a_save(start):
