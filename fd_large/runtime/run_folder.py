@@ -146,9 +146,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write_status(
-    folder: Path, status: str, *, owned: Callable[[], bool], **more: Any
-) -> None:
+def write_status(folder: Path, status: str, *, owned: Callable[[], bool], **more: Any) -> None:
     """Sets the status in summary.json and keeps the rest; any rank may, for another may be stuck.
 
     Args:
