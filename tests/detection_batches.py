@@ -88,7 +88,9 @@ def batch_of(
         images[i] += 100 * masks.amax(dim=0) if count else 0
         targets.append(target._replace(masks=masks, image_id=i))
     positions = torch.arange(len(objects)) + seed * len(objects)
-    return Batch(images, 0, positions, positions, targets=Targets(targets, sizes, positions, 0))
+    return Batch(
+        images, 0, positions, positions, targets=Targets(targets, sizes, positions.numpy(), 0)
+    )
 
 
 def part_of(batch: Batch, start: int, stop: int) -> Batch:

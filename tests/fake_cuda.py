@@ -54,6 +54,15 @@ class CardTensor(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = is_meta = property(lambda self: False)
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: CardTensor) -> None:
+        torch._C.TensorBase.data.__set__(self, new)
+        self.values = new.values
+
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> CardTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
@@ -77,6 +86,9 @@ class CardTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def new_tensor(self, data: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, device=CARD)
 
     def get_device(self) -> int:
         return 0
@@ -109,7 +121,9 @@ def run(func: Any, args: Any, kwargs: Any, note: Callable[[str], None]) -> Any:
     there = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
     name, asked = name_of(func), kwargs.get("device")
     if asked is not None:
-        goes_there = torch.device(asked).type in ("cuda", "meta")
+        kind = torch.device(asked).type
+        # C++ asks for what it knows these tensors by, unless somebody counts on the meta device.
+        goes_there = kind == "cuda" or (kind == "meta" and choose.stood_for() is None)
     elif name == "copy_":
         goes_there = isinstance(args[0], CardTensor)
     else:
@@ -126,9 +140,6 @@ def run(func: Any, args: Any, kwargs: Any, note: Callable[[str], None]) -> Any:
         # A fused kernel: its shapes and types, which are what can be known without a card.
         out = _empty(func, plain_args, plain_kwargs)
     else:
-        if name == "_to_copy":
-            # A copy to another device is a copy, whatever it is on here.
-            plain_kwargs.pop("pin_memory", None)
         out = func(*plain_args, **plain_kwargs)
     if not goes_there:
         return args[0] if name == "copy_" else out
@@ -251,9 +262,11 @@ class Card(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fd_large":
             self.fused.add(name_of(func))
-        out = run(func, args, kwargs or {}, self._note)
-        if (kwargs or {}).get("pin_memory"):
-            out.page_locked = True
+        kwargs = kwargs or {}
+        if not kwargs.get("pin_memory"):
+            return run(func, args, kwargs, self._note)
+        out = run(func, args, {**kwargs, "pin_memory": False}, self._note)
+        out.page_locked = True
         return out
 
     def _note(self, what: str) -> None:
@@ -274,6 +287,19 @@ class Card(TorchDispatchMode):
             self.waits = before + seen
 
 
+def _to(to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`Tensor.to` with "cuda" as cuda:0: C++ would ask a driver for the index."""
+
+    def indexed(value: Any) -> Any:
+        is_device = isinstance(value, (str, torch.device))
+        return CARD if is_device and torch.device(value).type == "cuda" else value
+
+    def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return to(tensor, *map(indexed, args), **{k: indexed(v) for k, v in kwargs.items()})
+
+    return moved
+
+
 _cards: list[Card] = []
 
 
@@ -290,6 +316,7 @@ def fake_cuda() -> Iterator[Card]:
     for name, stand_in in stand_ins(card).items():
         patch.setattr(torch.cuda, name, stand_in)
     patch.setattr(torch.Tensor, "pin_memory", pinned)
+    patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
     patch.setattr(torch.Tensor, "is_pinned", is_pinned)
     # DeepSpeed's own switch, which start.py sets on a machine without a card.
     patch.setenv("DS_ACCELERATOR", "cuda")
@@ -326,7 +353,14 @@ def stand_ins(card: Card) -> dict[str, Any]:
     properties = SimpleNamespace(
         name=card.name, major=9, minor=0, total_memory=card.total, multi_processor_count=132
     )
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        card.notes.append(f"device {chosen}")
+        yield
+
     return {
+        "device": device,
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "device_count": lambda: 1,

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import detection_batches
+import numpy as np
 import pytest
 import tiny_runs
 import torch
+import torch.nn.functional as F
 from fake_cuda import Card, fake_cuda, on_card
+from PIL import Image
 
 from fd_large import distributed
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.data.centre_crops import NO_LABEL
+from fd_large.data.labelled import open_labelled
 from fd_large.data.loader import Batch
-from fd_large.engine import forward_backward
+from fd_large.data.photographs import Photographs
+from fd_large.data.views import ViewSettings
+from fd_large.diagnose.examine import Extent, examine
+from fd_large.diagnose.models import load_model
+from fd_large.diagnose.sample import Sample
+from fd_large.engine import ema, forward_backward
+from fd_large.engine.incident_evidence import evidence_of
+from fd_large.engine.loop import Trainer, TrainingPlan
+from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.student import make_student
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
+from fd_large.engine.zero.engine import Engine
+from fd_large.probes import knn, linear
+from fd_large.probes.features import Features, extract
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.sections import Student
+from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.distillation.canary import seconds_of_product
+from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.distillation.losses import LOSSES
+from fd_large.tasks.distillation.normalisers import NORMALISERS
+from fd_large.tasks.finetuning.task import FineTuning
 
 SIDE = 32
 VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=SIDE)
@@ -31,6 +60,12 @@ STUDENTS = {
 }
 KERNELS = {"reference": (7, 5), "triton": (9, 0)}
 """What runs the fused operations, and the compute capability that makes it do so."""
+COUNTING = {
+    *("matching.match", "matching.sample", "pooling.<listcomp>", "mask_head.cut_masks"),
+    # torchvision's coder moves its constants, too.
+    *("rpn.propose", "rpn.rpn_terms", "box_head.box_losses"),
+}
+"""Functions of a detector that must know how many boxes there are."""
 
 
 @pytest.fixture
@@ -87,21 +122,21 @@ def gradients_are_there(task: Task) -> None:
         assert parameter.grad.dtype == parameter.dtype == torch.bfloat16, name
 
 
-def distillation(name: str):
-    """A tiny distillation of a student of each family, as a run on this machine builds it."""
+def distilling(name: str, **changes: str) -> Task:
+    """A tiny distillation of a student, as a run on this machine builds it."""
     run = tiny_runs.tiny_run()
     student = replace(run.student, model=name, architecture=STUDENTS[name], drop_path_rate=0.3)
-    objective = replace(run.objective, interpolation="bilinear")
+    objective = replace(run.objective, interpolation="bilinear", **changes)
     job = DistillationJob(replace(run, student=student, objective=objective))
     job.build(bfloat16=True, node_size=1, persistence_threshold=0)
     return engine_ready(job.make_task)
 
 
 def test_the_card_computes_what_the_cpu_computes() -> None:
-    expected = step(distillation("swinv2_tiny"), batch_of())
+    expected = step(distilling("swinv2_tiny"), batch_of())
     with fake_cuda() as card:
         card.capability = KERNELS["reference"]
-        found = step(distillation("swinv2_tiny"), batch_of())
+        found = step(distilling("swinv2_tiny"), batch_of())
         assert found.device == torch.device("cuda:0")
         assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
@@ -110,7 +145,7 @@ def test_the_card_computes_what_the_cpu_computes() -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_distillation(card: Card, name: str, kernels: str) -> None:
     card.capability = KERNELS[kernels]
-    task = distillation(name)
+    task = distilling(name)
     step(task, batch_of())  # What is made once, the host may wait for.
     with card.waiting() as waits:
         loss = step(task, batch_of())
@@ -118,3 +153,173 @@ def test_distillation(card: Card, name: str, kernels: str) -> None:
     assert loss.isfinite()
     gradients_are_there(task)
     assert bool(card.fused) == (kernels == "triton")
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_fine_tuning(card: Card, name: str) -> None:
+    student = Student(model=name, architecture=STUDENTS[name], drop_path_rate=0.3)
+    # Running statistics come with weights, which no test loads here.
+    task = engine_ready(
+        lambda: FineTuning(make_student(student, image_size=SIDE), 4, statistics=IMAGENET)
+    )
+    batch = batch_of(targets=torch.full((2, 4), 0.25))
+    step(task, batch)
+    with card.waiting() as waits:
+        loss = step(task, batch)
+    assert waits == []
+    assert loss.isfinite()
+    gradients_are_there(task)
+    task.eval()
+    with card.waiting() as waits, torch.no_grad():
+        labels = torch.tensor([1, NO_LABEL], device="cuda:0")
+        task(**task.prepare(batch.images.to("cuda"), labels, None))
+    assert waits == ["test: copy from the CPU"] * 2
+
+
+@pytest.mark.parametrize("recipe", ["coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"])
+def test_detection(card: Card, recipe: str) -> None:
+    task = engine_ready(DetectionJob(detection_batches.narrow_run(recipe)).make_task)
+    batch = detection_batches.batch_of(0, (83, 67), [3, 0])
+    step(task, batch)
+    with card.waiting() as waits:
+        on_device = forward_backward.prepared(task.train(), batch, seed=0)
+    assert waits == []
+    with card.waiting() as waits:
+        loss, _ = task(**on_device)
+        loss.backward()
+    assert loss.isfinite()
+    gradients_are_there(task)
+    # How many boxes there are depends on the images, so that the host must know them; nothing
+    # else may wait.
+    asking = {wait.partition(":")[0] for wait in waits}
+    assert asking <= COUNTING, waits
+    task.eval()
+    seen = task.detect(batch.images.to("cuda"), batch.targets.sizes.to("cuda"))
+    assert {tensor.device.type for found in seen for tensor in found} == {"cuda"}
+
+
+def test_held_out_views(card: Card) -> None:
+    task = distilling("swinv2_tiny")
+    engine = Engine(task, task, 0, {}, None)
+    views = HeldOutViews(
+        "held_out",
+        Photographs(held_out=True),
+        views=3,
+        settings=ViewSettings(SIDE, 0.5),
+        micro_batch_size=2,
+        seed=0,
+    )
+    with card.waiting() as waits:
+        found = views.measure(engine, lambda: None)
+    assert found.keys() == {"held_out_loss", "held_out_cosine"}
+    # The images of each batch go there, and all numbers come back at once.
+    assert sum("copy to the CPU" in wait for wait in waits) == 1, waits
+    assert views.best_constant(engine, lambda: None) > 0
+    panel = views.panel(engine)
+    assert {value.dtype.name for value in panel.values()} == {"uint8", "float32"}
+
+
+def test_a_step_reads_the_device_once(card: Card) -> None:
+    optimizer = SimpleNamespace(_global_grad_norm=on_card(torch.tensor(2.0)))
+    trainer = Trainer(
+        Engine(SimpleNamespace(optimizer=optimizer), torch.nn.Identity(), 0, {}, None),
+        TrainingPlan(CosineSchedule(1e-3, 0.0, 0.0, 10, 0), 10, 2, 0),
+        [],
+        SimpleNamespace(first_update=0),
+        checkpoints=SimpleNamespace(flags=(False, False)),
+    )
+    losses = [on_card(torch.tensor(1.0)), on_card(torch.tensor(3.0))]
+    with card.waiting() as waits:
+        agreed = trainer._agree(losses, 0, 1e-3)
+    assert waits == ["loop._agree: copy to the CPU"]
+    assert (agreed.update.loss, agreed.update.grad_norm) == (2.0, 2.0)
+
+
+def test_nearest_neighbours_and_a_linear_probe(card: Card, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60)
+    rows = (rng.normal(size=(60, 8)) + 4 * np.eye(8)[labels]).astype(np.float32)
+    features = Features(rows, labels)
+    assert knn.accuracy(features, features, num_classes=3, k=3) > 90
+    probe = linear.Probe(rates=(0.1, 1.0), epochs=2, batch_size=16)
+    assert linear.evaluate(features, features, num_classes=3, probe=probe).test > 90
+
+
+def test_features_of_labelled_images(card: Card, tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 60 * number, dtype=np.uint8)).save(path)
+    net = build("vit_base_patch16", VIT).eval().bfloat16().to("cuda")
+    found = extract(
+        lambda pixels: net(pixels.bfloat16()),
+        IMAGENET,
+        open_labelled(str(tmp_path / "images")),
+        tmp_path / "features",
+        image_size=SIDE,
+        batch_size=2,
+    )
+    assert np.isfinite(found.rows).all()
+    assert found.rows.shape == (3, 16)
+
+
+def test_the_evidence_of_a_refused_step(card: Card) -> None:
+    task = distilling("swinv2_tiny").train()
+    found = evidence_of(Engine(task, task, 0, {}, None), [batch_of(), batch_of()], [1.0, 2.0], 0)
+    assert all(np.isfinite(value) for value in found.maxima.values())
+    # What a thread writes to a file lies in host memory.
+    on_host = [*found.images, found.positions, found.indices]
+    assert {tensor.device.type for tensor in on_host} == {"cpu"}
+
+
+def test_the_average_of_the_weights(card: Card, monkeypatch) -> None:
+    owner, kept = on_card(torch.ones(4)), {}
+    monkeypatch.setattr(ema.state, "owned", lambda engine: [("w", owner, 0, 4)])
+    monkeypatch.setattr(ema.state, "optimizer_state", lambda optimizer, owner: kept)
+    monkeypatch.setattr(ema.state, "redistribute", lambda engine: None)
+    average = ema.Ema(SimpleNamespace(gate=SimpleNamespace(inner=None)), 0.75)
+    owner.add_(4)
+    with card.waiting() as waits:
+        average.update()
+        with average.in_place_of_weights():
+            pass
+    assert waits == []
+    assert kept[ema.state.EMA].tolist() == [2.0] * 4
+    assert owner.tolist() == [5.0] * 4
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("loss", [*LOSSES, "cosine"])
+def test_losses_and_normalisers(card: Card, monkeypatch, normaliser: str, loss: str) -> None:
+    own = lambda projected, target: 1 - F.cosine_similarity(projected, target, dim=-1).mean()  # noqa: E731
+    monkeypatch.setitem(LOSSES, "cosine", own)
+    task = distilling("vit_base_patch16", loss=loss, normaliser=normaliser)
+    step(task, batch_of())
+    with card.waiting() as waits:
+        found = step(task, batch_of())
+    assert waits == []
+    assert found.isfinite()
+    gradients_are_there(task)
+
+
+def test_the_canary(card: Card, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "mm", lambda a, b: None)  # 4096^3 is nothing for a CPU.
+    assert seconds_of_product() > 0
+    assert card.notes == ["synchronize"] * 14
+    teacher = distilling("vit_base_patch16")._teacher[0]
+    assert teacher.map_of_fixed_images(SIDE).device.type == "cuda"
+    assert teacher.hash_now() == teacher.fingerprint
+    assert teacher.shard_hash() == teacher.shard_hash()
+
+
+def test_a_diagnosis(card: Card, distillation, tmp_path: Path) -> None:
+    folder, *_ = distillation
+    models = [load_model(str(folder)), load_model("timm:test_vit=random")]
+    found = examine(
+        models,
+        Sample("builtin:photographs", 8),
+        batch_size=8,
+        extent=Extent(points=3, seeds=1, side=3),
+        progress=lambda what: None,
+    )
+    assert len(found.models) == 2

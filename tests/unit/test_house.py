@@ -78,6 +78,7 @@ OF_NO_FILE = {
     "kernels/test_roofline.py": "benchmarks/roofline.py",
     "kernels/test_triton.py": "starts triton_*.py in Triton's interpreter",
     "plan/test_scaling_page.py": "docs/scaling.md",
+    "test_cuda_calls.py": "what only a GPU's rank calls",
     "test_devices.py": "the package on a card that is not here",
     "test_house.py": "the package as a whole",
     "test_oracles.py": "tests/oracles.py",

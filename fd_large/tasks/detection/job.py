@@ -131,7 +131,9 @@ class DetectionJob(Job):
             0,
             positions,
             positions,
-            targets=Targets([target] * size, torch.tensor([[height, width]] * size), positions, 0),
+            targets=Targets(
+                [target] * size, torch.tensor([[height, width]] * size), positions.numpy(), 0
+            ),
         )
 
     def evaluations(

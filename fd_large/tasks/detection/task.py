@@ -90,7 +90,6 @@ class Detection(Task):
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the targets, and draws for the samples of each image."""
-        positions = targets.positions.cpu().numpy()
         counts = {"anchors": 2 * self.anchors_per_image, "proposals": self.heads.draws_per_image}
         return {
             "pixels": self.pixels(images, targets.sizes),
@@ -98,7 +97,7 @@ class Detection(Task):
             "keep": keep,
             "targets": targets.targets,
             "draws": {
-                stream: uniforms(self.seed, targets.epoch, positions, stream, count)
+                stream: uniforms(self.seed, targets.epoch, targets.positions, stream, count)
                 for stream, count in counts.items()
             },
         }
@@ -201,7 +200,8 @@ def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     Returns: the loss and the detached terms, whose means over the ranks are those of the batch.
     """
     sums = [total for total, _ in terms.values()]
-    counts = torch.tensor([float(count) for _, count in terms.values()], device=sums[0].device)
+    counts = torch.tensor([float(count) for _, count in terms.values()])
+    counts = counts.to(sums[0].device, non_blocking=True)
     # A batch in which nothing was looked at has sums of 0.
     means = distributed.sum_tensor(counts).clamp(min=1) / distributed.world_size()
     means_of = torch.stack(sums) / means

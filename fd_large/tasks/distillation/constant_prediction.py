@@ -29,7 +29,7 @@ def constant_prediction_loss(
         summed: Sums a tensor over the ranks.
     """
     mean: Tensor | None = None
-    constant = torch.zeros(())
+    constant: Tensor | None = None
     loss = float("nan")
     # Pass 0 gives the mean; passes 1 and 2 one Newton step each; the last pass the loss.
     for step in range(4):
@@ -37,6 +37,8 @@ def constant_prediction_loss(
         moves = True
         for prepared, weight in batches():
             tokens = task.reference(**prepared).flatten(0, 1)  # (B * N, C) float32
+            if constant is None:
+                constant = torch.zeros_like(tokens[0])
             rows = [tokens.sum(0), torch.zeros_like(tokens[0])]
             if mean is not None and (slopes := task.loss.newton(constant, tokens)):
                 rows = list(slopes)
@@ -48,6 +50,7 @@ def constant_prediction_loss(
             part = torch.cat([sums, counts]) * weight
             totals = part if totals is None else totals + part
         assert totals is not None
+        assert constant is not None
         first, second, lost_sum, count, terms_sum = summed(totals)
         loss = (lost_sum[0] / terms_sum[0]).item()
         if mean is None:

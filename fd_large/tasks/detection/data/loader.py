@@ -143,7 +143,7 @@ class _Samples(Dataset):
             Targets(
                 [target._replace(masks=_on_canvas(target.masks, canvas)) for target in targets],
                 sizes,
-                torch.from_numpy(positions),
+                positions,
                 self.epoch,
             ),
         )

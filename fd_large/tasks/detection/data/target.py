@@ -44,13 +44,14 @@ class Targets(NamedTuple):
     Attributes:
         targets: One per image, in the order of the images.
         sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on.
+        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
+            tensor, so that it stays on the host, where they are drawn.
         epoch: Counted from 0.
     """
 
     targets: list[Target]
     sizes: Tensor
-    positions: Tensor
+    positions: NDArray[np.int64]
     epoch: int
 
 

@@ -110,4 +110,4 @@ def choose(total: int, count: int, draws: NDArray) -> NDArray[np.int64]:
 def _chosen(total: int, count: int, draws: NDArray, device: torch.device) -> Tensor:
     if count == total:  # All, in their order: nothing is left to chance.
         return torch.arange(total, device=device)
-    return torch.from_numpy(choose(total, count, draws)).to(device)
+    return torch.from_numpy(choose(total, count, draws)).to(device, non_blocking=True)

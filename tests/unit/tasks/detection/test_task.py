@@ -157,7 +157,7 @@ def test_the_loss_is_a_function_of_seed_epoch_and_position():
     first = loss()
     assert loss() == first
     assert loss(epoch=1) != first
-    assert loss(positions=batch.positions + 1) != first
+    assert loss(positions=batch.targets.positions + 1) != first
     task.seed = 1
     assert loss() != first
 

@@ -1,0 +1,288 @@
+"""What only a GPU's rank calls, against stand-ins of torch.cuda (tests/fake_cuda.py)."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny_runs
+import torch
+from fake_cuda import GB, Card, fake_cuda, is_pinned, on_card
+from torch import nn
+
+from fd_large import distributed
+from fd_large.checkpoint.write import Piece, Saver
+from fd_large.cli import diagnose, doctor_checks, evaluate_models, plan_probe
+from fd_large.data.loader import Batch, load_batches
+from fd_large.engine import block_wrappers, count, micro_batch, probe, run
+from fd_large.engine.prefetch import Prefetch
+from fd_large.engine.zero import config, optimizer, start
+from fd_large.errors import LaunchError
+from fd_large.kernels.residual_norm_triton import on_device
+from fd_large.launch import Launch
+from fd_large.recipes.sections import Optim
+from fd_large.runtime.meter import Meter, peak_memory_bytes
+from fd_large.runtime.profiler import Profiler
+from fd_large.tasks.distillation.job import DistillationJob
+
+
+@pytest.fixture
+def card():
+    with fake_cuda() as card:
+        yield card
+
+
+def rank_of(local_rank: int) -> Launch:
+    return Launch(
+        launcher="python",
+        rank=local_rank,
+        world_size=2,
+        local_rank=local_rank,
+        local_world_size=2,
+        master_addr="127.0.0.1",
+        master_port=1,
+    )
+
+
+# --- ranks ---
+
+
+def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr(distributed, "_launch", None)
+    monkeypatch.setattr(distributed, "watch_launcher", lambda: None)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **_: called.append(backend)
+    )
+    with pytest.raises(LaunchError, match="local rank 1 sees; got 1, expected 2"):
+        distributed.start(rank_of(1))
+    assert distributed.start(rank_of(0)) == rank_of(0)
+    assert called == ["cpu:gloo,cuda:nccl"]
+    assert card.notes == ["set_device"]
+    assert distributed.device() == torch.device("cuda:0")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda **given: called.append(given))
+    distributed.barrier()
+    assert called[1:] == [{"device_ids": [0]}]
+
+
+def test_deepspeed_is_given_nccl(card: Card, monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr(
+        start.deepspeed, "init_distributed", lambda backend, **_: called.append(backend)
+    )
+    start.start()
+    assert called == ["nccl"]
+    assert config.computes_in_bfloat16("auto")
+
+
+# --- the optimiser and the blocks ---
+
+
+def groups() -> list[dict]:
+    return [{"params": [nn.Parameter(torch.ones(2, 2))], "weight_decay": 0.0}]
+
+
+def test_deepspeed_s_kernel_is_first_and_torch_s_last(card: Card, monkeypatch) -> None:
+    ops = optimizer.deepspeed.ops
+    fused = type("FusedAdam", (torch.optim.SGD,), {})
+    monkeypatch.setattr(
+        ops.adam, "FusedAdam", lambda groups, adam_w_mode, lr, betas, eps: fused(groups, lr=lr)
+    )
+    builder = SimpleNamespace(load=lambda verbose: None)
+    monkeypatch.setattr(ops.op_builder, "FusedAdamBuilder", lambda: builder)
+    made = optimizer.make_optimizer(groups(), Optim(), on_gpu=True)
+    assert isinstance(made, fused)
+    assert optimizer.kept_by(made).moments == {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    def fails(verbose: bool) -> None:
+        raise RuntimeError("no nvcc")
+
+    builder.load = fails
+    made = optimizer.make_optimizer(groups(), Optim(), on_gpu=True)
+    assert isinstance(made, torch.optim.AdamW)
+    owner = on_card(torch.ones(2))
+    assert optimizer.kept_by(made).count(owner, 3).device.type == "cuda"
+
+
+def test_blocks_are_compiled_by_inductor(card: Card, monkeypatch) -> None:
+    backends = []
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, backend, **_: backends.append(backend) or forward
+    )
+    block_wrappers.compile_blocks([nn.Identity()])
+    assert backends == ["inductor"]
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(card: Card) -> None:
+    with on_device(on_card(torch.ones(1))):
+        assert card.notes == ["device cuda:0"]
+
+
+# --- memory ---
+
+
+def test_the_memory_of_a_gpu(card: Card) -> None:
+    memory = micro_batch.GpuMemory()
+    memory.reset()
+    assert card.notes == ["empty_cache", "reset_peak_memory_stats"]
+    assert memory.peak() == card.peak
+    assert card.notes[2:] == ["synchronize"]
+    assert memory.capacity() == card.free + card.reserved
+    assert peak_memory_bytes() == card.peak
+
+
+def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(micro_batch, "forward_backward", lambda engine, batch, seed: None)
+    engine = SimpleNamespace(
+        deepspeed=SimpleNamespace(step=lambda: None, destroy=lambda: None), task=nn.Identity()
+    )
+    monkeypatch.setattr(run, "engine_of", lambda *_, **__: engine)
+    job = DistillationJob(tiny_runs.tiny_run())
+    zero = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
+    assert run._probed(job, zero, tmp_path, 4) == 4
+    assert card.notes[-1] == "empty_cache"
+    card.notes.clear()
+    assert run._probed(job, zero, tmp_path, 4) == 4
+    assert card.notes == [], "remembered"
+
+
+def test_out_of_memory_on_a_gpu(card: Card) -> None:
+    with (
+        pytest.raises(micro_batch.OutOfMemory, match="while the models are built"),
+        micro_batch.building_in_memory(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+# --- copies ---
+
+
+def test_batches_are_pinned_and_copied_beside(card: Card) -> None:
+    class Batches(torch.utils.data.Dataset):
+        def __getitem__(self, positions):
+            images = torch.full((1, 3, 200, 200), positions[0], dtype=torch.uint8)
+            return Batch(images, 0, torch.tensor(positions), torch.tensor(positions))
+
+    loader = load_batches(Batches(), [[0], [1], [2]], workers=0)
+    assert loader.pin_memory
+    # Whether DataLoader pins depends on the accelerator that this build of torch has.
+    batches = Prefetch((batch.pin_memory() for batch in loader), distributed.device())
+    with card.waiting() as waits:
+        for number, (batch, copy) in enumerate(batches):
+            assert is_pinned(batch.images)
+            assert copy.images.device.type == "cuda"
+            assert copy.positions.device.type == "cpu"
+            assert copy.images[0, 0, 0, 0] == number
+            batches.stage()
+    assert [wait for wait in waits if not wait.startswith("test")] == []
+    assert card.notes[:2] == ["main waits for side", "record_stream main"]
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory(card: Card, tmp_path) -> None:
+    state = {"master.w": on_card(torch.arange(4.0)), "ema.w": torch.ones(1)}
+    writer = Saver(tmp_path, keep_last=1, keep_every=0)
+    writer.begin({"update": 1}, [Piece(*of) for of in state.items()])
+    writer.wait()
+    assert not writer.failed
+    assert is_pinned(writer._buffers["master.w"])
+    assert not is_pinned(writer._buffers["ema.w"])
+    writer.finish(failed_anywhere=True)
+
+
+# --- what is measured and said of a card ---
+
+
+def test_utilisation_is_of_this_card(card: Card, make_setting, tmp_path) -> None:
+    meter = Meter()
+    meter.on_start(make_setting())
+    assert meter._peak == 989e12
+    meter.on_end("done")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["device"], summary["peak_memory_bytes"]) == ("cuda", card.peak)
+
+
+def test_the_profiler_traces_the_gpu(card: Card, monkeypatch, make_setting) -> None:
+    asked = {}
+    stand_in = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(
+        "fd_large.runtime.profiler.profile", lambda **given: asked.update(given) or stand_in
+    )
+    profiler = Profiler(1)
+    profiler.on_start(make_setting())
+    assert [activity.name for activity in asked["activities"]] == ["CPU", "CUDA"]
+
+
+def test_flops_are_counted_as_this_card_runs_them(card: Card, monkeypatch) -> None:
+    stood_for = []
+    on_shapes = count.on_shapes
+    monkeypatch.setattr(
+        count, "on_shapes", lambda device: stood_for.append(device) or on_shapes(device)
+    )
+    card.capability = (7, 5)
+    assert count.step_flops(DistillationJob(tiny_runs.tiny_run()), 2, checkpointing=False)
+    assert [device.capability for device in stood_for] == [(7, 5)]
+
+
+def test_rates_are_measured_on_the_gpu(card: Card, monkeypatch) -> None:
+    monkeypatch.setattr(probe.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        probe.dist, "all_gather_object", lambda everyone, found: everyone.__setitem__(0, found)
+    )
+    for name in ("COPY_ELEMENTS", "SIDE_ON_GPU", "PASSES"):
+        monkeypatch.setattr(probe, name, 1)
+    found = probe.measure(DistillationJob(tiny_runs.tiny_run()), micro_batch_size=2)
+    assert found["name"] == "NVIDIA H100 80GB HBM3, measured"
+    assert found["capability"] == "9.0"
+    assert found["memory_bytes"] == 80 * GB
+    assert found["peak"] == 989e12
+    assert "synchronize" in card.notes
+
+
+def test_the_probe_s_ranks_meet_over_nccl(card: Card, monkeypatch, tmp_path) -> None:
+    called = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", called.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("left"))
+    monkeypatch.setattr(probe, "measure", lambda job, micro_batch_size: {"matmul": 1.0})
+    out = tmp_path / "rates.json"
+    asked = {"run": tiny_runs.tiny_run().to_dict(), "out": str(out), "code": {}}
+    plan_probe.main(json.dumps(asked))
+    assert called == ["nccl", "left"]
+    assert card.notes == ["set_device"]
+    assert json.loads(out.read_text()) == {"matmul": 1.0}
+
+
+def test_the_doctor_looks_at_the_card(card: Card, monkeypatch) -> None:
+    found = doctor_checks.devices()
+    assert (found.verdict, found.found[:36]) == ("ok", "1 x NVIDIA H100 80GB HBM3 (80 GiB)"[:36])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    assert "CUDA 12.8, NCCL 2.27.3" in doctor_checks.torch_build().found
+    monkeypatch.setattr(torch.Tensor, "sum", lambda tensor: 1 / 0)
+    assert doctor_checks._has_gpu()
+
+
+def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
+    def fails(*_, **__):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+
+    monkeypatch.setattr(torch, "ones", fails)
+    found = doctor_checks.devices()
+    assert found.verdict == "STOPS"
+    assert found.found.endswith(
+        "GPU 0 does not compute: CUDA error: uncorrectable ECC error encountered"
+    )
+
+
+def test_tables_name_the_card(card: Card, tmp_path) -> None:
+    assert diagnose._device(distributed.device()) == card.name
+    rows = [{"name": "a", "accuracy": [50.0]}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fd_large.report.comparison.draw_comparison", lambda *_: None)
+        patch.setattr("fd_large.report.comparison.table", lambda *_: "")
+        evaluate_models._finish(tmp_path, rows, "title", task="knn")
+    assert json.loads((tmp_path / "summary.json").read_text())["device"] == f"1 x {card.name}"
