@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from fd_large.checkpoint.lease import living_owner
 from fd_large.cli.arguments import parse
 
 
@@ -23,5 +25,5 @@ def main(arguments: list[str]) -> int:
     given = parse(Report, arguments, command="report")
     from fd_large.report.make import make_report
 
-    print(make_report(given.run))
+    print(make_report(given.run, running=living_owner(Path(given.run)) is not None))
     return 0

@@ -11,6 +11,8 @@ from typing import Any
 
 from fd_large.report.run_files import RunFiles
 
+RUNNING = "running"
+
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
     """Returns the lines that a run ends with.
@@ -41,7 +43,10 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
         memory = f"{summary['peak_memory_bytes'] / 1e9:.2f} GB on the fullest rank"
         rows.append(("peak memory", memory))
     rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
-    rows.append(("numbers, logs", f"{files.folder}/summary.json, metrics.jsonl, logs/"))
+    kept = [name for name in ("summary.json", "metrics.jsonl", "logs") if files.has(name)]
+    rows.append(("numbers, logs", f"{files.folder}: {', '.join(kept) or 'nothing yet'}"))
+    if reason := summary.get("reason"):
+        rows.append(("why it ended", reason))
     width = max(len(what) for what, _ in rows)
     status = summary.get("status") or "not finished"
     lines = [f"{files.recipe['name']}: {status}, {_progress(files)}; {files.folder}"]
@@ -54,17 +59,19 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
     """Returns what is worth running after this run, as {"why", "command"}."""
+    more: tuple[str, ...] = ()
     if files.summary.get("status") == "done":
         first = "the same on your own images"
         more = ("--data.root", "FOLDER", "--runtime.run_dir", f"{files.folder}-2")
+    elif files.saved is not None:
+        first = f"go on from the last checkpoint ({files.saved} steps)"
     else:
-        first, more = f"go on from the last checkpoint ({_progress(files)})", ()
+        first = "start again from the beginning: no checkpoint is stored yet"
+    events = shlex.join([_program("tensorboard"), "--logdir", f"{files.folder}/events"])
+    again = [{"why": first, "command": _again(files, more)}]
     return [
-        {"why": first, "command": _again(files, more)},
-        {
-            "why": "all curves in a browser",
-            "command": f"{_program('tensorboard')} --logdir {files.folder}/events",
-        },
+        *(again if files.summary.get("status") != RUNNING else ()),
+        {"why": "all curves in a browser", "command": events},
         {
             "why": "the runs of record: what they need, how long they take, what to expect",
             "command": f"{_program('python')} -m fd_large recipes",

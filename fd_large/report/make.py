@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fd_large.atomic_files import write_json
-from fd_large.report.closing import closing_text, next_steps
+from fd_large.report.closing import RUNNING, closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
 from fd_large.report.run_files import read_run
 
 
-def make_report(folder: str | Path) -> str:
+def make_report(folder: str | Path, *, running: bool = False) -> str:
     """Draws pictures/loss_curve.png and features.png, completes summary.json; returns the text.
 
     A run that is not finished has no summary yet, and its report writes none.
 
+    Args:
+        folder: The run's folder.
+        running: Whether somebody trains in it now: a summary is an earlier start's then.
+
     Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
     """
     files = read_run(folder)
+    if running:
+        files = replace(files, summary={"status": RUNNING})
     pictures = files.folder / "pictures"
     pictures.mkdir(exist_ok=True)
     drawn = [
@@ -29,7 +36,7 @@ def make_report(folder: str | Path) -> str:
         )
         if is_drawn
     ]
-    if files.summary:
+    if files.summary and not running:
         files.summary["next"] = next_steps(files)
         write_json(files.folder / "summary.json", files.summary)
     return closing_text(files, drawn)

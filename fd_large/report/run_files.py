@@ -38,6 +38,18 @@ class RunFiles:
     evaluations: list[dict[str, float]]
 
     @property
+    def saved(self) -> int | None:
+        """Finished steps of the newest complete checkpoint, None where there is none."""
+        # What is still written, and what was set aside, has other names.
+        names = [path.name for path in self.folder.glob("checkpoints/step_*")]
+        steps = [name.removeprefix("step_") for name in names]
+        return max((int(step) for step in steps if step.isdigit()), default=None)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds a file or folder of that name."""
+        return (self.folder / name).exists()
+
+    @property
     def frozen_models(self) -> dict[str, dict[str, Any]]:
         """Model and source of each model that the run uses and does not train, by section."""
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}

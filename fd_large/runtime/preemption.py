@@ -44,7 +44,7 @@ INTERRUPTED_CODE = 130
 SECONDS_FOR_LAST_WORDS = 2.0
 SECONDS_BETWEEN_QUESTIONS = 60.0
 """To Slurm, for the end of the job, once it seems near."""
-SECONDS_AFTER_CTRL_C = {"deepspeed": 3.0, "torchrun": 30.0}
+SECONDS_AFTER_CTRL_C = {"deepspeed": 30.0, "torchrun": 30.0}
 """How long these launchers wait after a Ctrl-C until they kill their ranks (docs/recovery.md)."""
 
 
@@ -72,7 +72,7 @@ class Preemption(Hook):
         self._notice, self._launcher = notice_seconds, launcher
         self._leaving, self._leave = leaving, leave
         self._reason = ""
-        self._warned = False
+        self._warned = self._said = False
         self._slowest = self._slowest_update = 0.0
         self._mark: float | None = None
         self._file: Path | None = None
@@ -141,9 +141,7 @@ class Preemption(Hook):
         if not self._warned:
             self._warned = True
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
-            self._leaving()
-            # A rank whose launcher is gone too may outlive its grace until the save is through.
-            self._held.enter_context(hold())
+            self._leave_soon()
         return Wish(stop=True)
 
     def after_update(self, update: Update) -> None:
@@ -190,7 +188,14 @@ class Preemption(Hook):
     def _caught(self, number: int, frame: FrameType | None) -> None:
         # Nothing that locks: a handler may interrupt whoever holds the lock.
         self._reason = self._reason or signal.Signals(number).name
-        self._leaving()
+        self._leave_soon()
+
+    def _leave_soon(self) -> None:
+        if not self._said:
+            self._said = True
+            self._leaving()
+            # A rank whose launcher is gone too may outlive its grace until the save is through.
+            self._held.enter_context(hold())
 
     def _listen(self) -> None:
         pressed: float | None = None

@@ -76,12 +76,12 @@ def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
 
 
 def test_signals_to_the_group_are_the_parents_affair(picture_folder):
-    """Batches still come after Ctrl-C or SIGTERM reached all workers."""
+    """Batches still come after Ctrl-C, SIGTERM and the like reached all workers."""
     batches = load(ImageFolder(picture_folder), 2)
     next(batches)
     workers = [worker.pid for worker in batches._workers]
     # from another process, as a launcher or a scheduler would
-    kill = f"import os\nfor pid in {workers}:\n os.kill(pid, 2)\n os.kill(pid, 15)"
+    kill = f"import os\nfor pid in {workers}:\n for number in (1, 2, 10, 15): os.kill(pid, number)"
     subprocess.run([sys.executable, "-c", kill], check=True)
     time.sleep(0.3)
     assert len(list(batches)) == 12

@@ -62,19 +62,44 @@ def test_a_run_that_is_not_of_this_version_is_told_by_the_names_on_disk(make_run
     assert told["unseen crops loss"] == "0.2000"
 
 
+@pytest.mark.parametrize("saved", [(), (8, 16)])
 @pytest.mark.parametrize("status", ["stopped", None])
-def test_a_run_that_is_not_finished_can_go_on(status, make_run):
+def test_a_run_that_is_not_finished_can_go_on(status, saved, make_run):
     folder = make_run(
         status=status, updates=20, held_out=False, words=["--fresh", "--eval.every=5"]
     )
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"update": 20, "lo')
+    for step in saved:
+        (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    for other in ("step_00000020.a1.part", "damaged_step_00000018"):
+        (folder / "checkpoints" / other).mkdir(parents=True)
     text = make_report(folder)
     assert "20 of 60 steps" in text or "not finished, 20 steps" in text
-    assert "go on from the last checkpoint" in text
+    assert ("go on from the last checkpoint (16 steps):" in text) == bool(saved)
+    assert ("no checkpoint is stored yet" in text) == (not saved)
+    assert ("summary.json" in figures(text)["numbers, logs"]) == (status is not None)
     assert "--deepspeed_config z.json --eval.every=5\n" in text
     assert "held-out" not in text
     assert (folder / "summary.json").exists() == (status is not None)
+
+
+def test_a_run_that_somebody_trains_is_not_started_twice(make_run):
+    folder = make_run(status="preempted", updates=20)
+    before = (folder / "summary.json").read_bytes()
+    text = make_report(folder, running=True)
+    assert "running, 20 steps" in text
+    assert "train.py" not in text
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_why_a_run_ended_and_a_path_with_a_blank(make_run):
+    folder = make_run(name="a run", status="failed")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "reason": "no such card"}))
+    text = make_report(folder)
+    assert figures(text)["why it ended"] == "no such card"
+    assert f"--logdir '{folder}/events'" in text
 
 
 def test_no_run_and_a_damaged_file_are_one_sentence(make_run, tmp_path):

@@ -9,6 +9,7 @@ from fd_large.plan.counts import StepFlops
 from fd_large.runtime import meter as meter_module
 from fd_large.runtime.hooks import Tracker, Update
 from fd_large.runtime.meter import Meter
+from fd_large.runtime.run_folder import write_status
 
 
 @pytest.fixture
@@ -148,3 +149,38 @@ def test_losses_of_the_summary_are_of_updates_that_moved_the_weights(make_settin
     assert (summary()["loss_start"], summary()["loss_end"]) == (0.5, 0.4)
     skipped = [row.get("skipped", False) for row in rows("metrics.jsonl")]
     assert skipped == [True, False, False, True]
+
+
+def test_an_error_ends_a_run_with_a_summary_too(make_setting, run_updates, rows, summary):
+    meter = Meter()
+    run_updates([meter], make_setting(start="this"), 6, end=None)
+    meter.on_failure("failed", "no such card")
+    assert len(rows("metrics.jsonl")) == 6
+    found = summary()
+    assert (found["status"], found["reason"]) == ("failed", "no such card")
+    assert (found["updates"], found["start"]) == (6, "this")
+
+
+def test_the_rank_that_failed_first_knows_why(make_setting, run_updates, tmp_path, summary):
+    meter = Meter()
+    run_updates([meter], make_setting(start="this"), 2, end=None)
+    write_status(tmp_path, "failed", owned=lambda: True, start="this", reason="out of memory")
+    meter.on_failure("failed", "another rank has ended")
+    assert summary()["reason"] == "out of memory"
+
+
+def test_who_lost_the_folder_writes_nothing(make_setting, run_updates, rows, tmp_path, caplog):
+    lost = []
+    setting = make_setting(owned=lambda: not lost)
+    meter = Meter()
+    run_updates([meter], setting, 4, end=None)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    lost.append(True)
+    for index in range(4, 8):
+        meter.after_update(Update(index, 10, 0, 0.5, 1.0, 1e-3))
+    meter.on_evaluation(8, {"loss": 1.0})
+    meter.on_end("done")
+    meter.on_failure("failed", "x")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+    assert "has a new owner" in caplog.text

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
 
 import pytest
 
+from fd_large import watch
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Wish
 from fd_large.runtime.preemption import Preemption
@@ -20,14 +26,16 @@ def handlers():
     """The test process gets its own back."""
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     yield
+    signal.set_wakeup_fd(-1)
+    watch._holds.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
 def started(make_setting):
-    def start(checkpoint_bytes=1000, notice_seconds=120.0):
-        hook = Preemption(notice_seconds)
+    def start(checkpoint_bytes=1000, notice_seconds=120.0, **more):
+        hook = Preemption(notice_seconds, **more)
         hook.on_start(make_setting(checkpoint_bytes=checkpoint_bytes))
         return hook
 
@@ -76,3 +84,95 @@ def test_it_says_at_the_start_whether_a_save_fits(started, caplog):
     started(checkpoint_bytes=10**15, notice_seconds=60.0)
     assert "A SAVE DOES NOT FIT" in caplog.text
     assert "--signal=B:USR1@" in caplog.text
+    # A launcher that kills its ranks soon after a Ctrl-C.
+    caplog.clear()
+    started(checkpoint_bytes=10**15, launcher="torchrun")
+    assert "torchrun kills its ranks 30 s later" in caplog.text
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_next_start_and_the_watch_over_the_launcher_know_at_once(number, started):
+    left = []
+    hook = started(leaving=lambda: left.append(number))
+    assert (left, watch._holds) == ([], [])
+    for _ in range(2):
+        os.kill(os.getpid(), number)
+    assert (left, len(watch._holds)) == ([number], 1)
+    hook.on_end("preempted")
+    assert watch._holds == []
+
+
+def test_nohup_is_obeyed_and_ctrl_c_given_back(started):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGINT)
+    hook = started()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) != before
+    hook.on_failure("failed", "an error")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+# The main thread waits in a call that no signal ends, as in a collective without its peers.
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+from fd_large.runtime import preemption
+from fd_large.runtime.hooks import Setting
+
+preemption.SAME_PRESS_SECONDS = 0.3
+hook = preemption.Preemption(120.0)
+hook.on_start(Setting(
+    folder=Path(sys.argv[1]), facts={}, first_update=0, total_updates=1, global_batch_size=1,
+    micro_batch_size=1, accumulation=1, world_size=1, log_every=1, start="this",
+))
+mutex = ctypes.create_string_buffer(64)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+print("stuck", flush=True)
+lock(mutex)
+"""
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_is_stuck(tmp_path):
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert rank.stdout.readline() == "stuck\n"
+        # As a terminal and then a launcher send it: one Ctrl-C.
+        rank.send_signal(signal.SIGINT)
+        rank.send_signal(signal.SIGINT)
+        time.sleep(0.6)
+        assert rank.poll() is None
+        rank.send_signal(signal.SIGINT)
+        said = rank.communicate(timeout=60)[1]
+    finally:
+        rank.kill()
+    assert rank.returncode == 130
+    assert "the run saves after this step" in said
+    assert "ended at once" in said
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_the_end_of_the_job_is_asked_for_again_when_it_is_near(started, tmp_path, monkeypatch):
+    now = 1_000_000.0
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    moved = datetime.fromtimestamp(now + 5000).isoformat()
+    squeue.write_text(f"#!/bin/sh\n[ $3 = 7 ] && echo {moved}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 10))
+    monkeypatch.setattr(preemption.time, "time", lambda: now)
+    hook = started()
+    assert hook.wish() == Wish(), "the time limit was raised"
+    now += 4990
+    assert hook.wish() == STOP
+    # Slurm does not answer: what it said at the start holds.
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    now = 1_000_000.0
+    assert started().wish() == STOP
