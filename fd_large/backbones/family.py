@@ -66,11 +66,14 @@ class Scheme:
         load: Returns the whole module with its weights, and its image statistics if known.
         weightless: Returns the module's weights by its own names, on the meta device; None where a
             teacher is the module itself and nothing is to be filled.
+        fetch: Brings the weights to this machine, so that no `load` asks the network; None where
+            they are here.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
     load: Callable[[str, str], Loaded]
     weightless: Callable[[str, str], Mapping[str, Tensor]] | None = None
+    fetch: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

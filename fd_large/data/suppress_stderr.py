@@ -3,6 +3,9 @@
 libjpeg, libpng and libtiff write straight to file descriptor 2. Within `suppress_stderr()` that
 descriptor leads to memory; afterwards the decoders' lines are dropped and whatever else was written
 meanwhile (another thread, the interpreter) goes where it was meant to go.
+
+What NCCL or CUDA say before they end the process would stay in that memory: where they may speak,
+which is in no loading process, the decoders' lines are let through.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch.utils.data import get_worker_info
+
+from fd_large import distributed
 
 # The texts of libjpeg's and libpng's warnings, and the shape of libtiff's.
 _CODEC_LINE = re.compile(
@@ -42,6 +50,9 @@ os.register_at_fork(after_in_child=_forget)
 def suppress_stderr() -> Iterator[None]:
     """Drops the decoders' lines on stderr; other lines appear when the block ends."""
     global _memory, _done
+    if _others_speak():
+        yield
+        return
     lock = _lock
     if not lock.acquire(blocking=False):  # an outer block, or another thread's, is at it
         yield
@@ -69,6 +80,13 @@ def suppress_stderr() -> Iterator[None]:
     finally:
         os.close(stderr)
         lock.release()
+
+
+def _others_speak() -> bool:
+    """Whether the last words of a library that knows of other ranks, or of a GPU, may come here."""
+    if get_worker_info() is not None:
+        return False
+    return distributed.world_size() > 1 or torch.cuda.is_initialized()
 
 
 def _open_memory() -> int:

@@ -381,6 +381,8 @@ def _check(
         parameter_sizes=job.parameter_sizes(),
     )
     ds.fill(json_config, numbers)
+    for where, source in job.sources().items():
+        job.weights.fetch(source, where=f"--{where}")
     return json_config, numbers, samples
 
 

@@ -7,10 +7,12 @@ brings its tensors itself.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fd_large.backbones.download import downloaded
 from fd_large.backbones.registry import family_of_source
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError, nearest
@@ -47,9 +49,10 @@ def locate(source: str, *, where: str = "weights") -> Located:
     if source.startswith(PACKAGE):
         return Located(_in_package(source.removeprefix(PACKAGE), where))
     if source.startswith(HUB):
-        return Located(_from_hub(source.removeprefix(HUB), where))
+        return Located(downloaded(source, partial(_from_hub, source.removeprefix(HUB), where)))
     if source.startswith(OPEN_CLIP):
-        return _from_open_clip(source.removeprefix(OPEN_CLIP), where)
+        name = source.removeprefix(OPEN_CLIP)
+        return downloaded(source, partial(_from_open_clip, name, where))
     if brought := family_of_source(source):
         family, rest = brought
         assert family.scheme is not None

@@ -297,6 +297,16 @@ class Sources:
             self._files[source] = _foreign(source, where)
         return self._files[source].path
 
+    def fetch(self, source: str, *, where: str = "weights") -> None:
+        """Downloads what a library would download once tensors are read; in a meeting of all ranks.
+
+        Raises: WeightsError: if it cannot be had.
+        """
+        brought = family_of_source(source)
+        # What was opened has its tensors.
+        if brought and brought[0].scheme.fetch and source not in self._opened:
+            brought[0].scheme.fetch(brought[1], where)
+
     def forget(self) -> None:
         """Lets go of all files; some are in memory whole. What is asked for is opened again."""
         self._opened.clear()

@@ -41,6 +41,7 @@ TIMM = Family(
     scheme=Scheme(
         settle=_later("published", "settle"),
         load=_later("published", "load"),
+        fetch=_later("published", "fetch"),
         weightless=_later("published", "weightless"),
     ),
 )

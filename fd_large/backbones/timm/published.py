@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.download import download, downloaded
 from fd_large.backbones.family import Loaded, Options
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
@@ -177,6 +179,23 @@ def load(name: str, where: str) -> Loaded:
         if there is no such model.
     """
     _refuse_untrained(name, where)
+    return downloaded(_source(name), partial(_load, name, where))
+
+
+def fetch(name: str, where: str) -> None:
+    """Brings the weights that timm has for a model into its cache, on one rank for all.
+
+    Raises: WeightsError, ConfigError: as `load`.
+    """
+    _refuse_untrained(name, where)
+    download(_source(name), partial(_load, name, where))
+
+
+def _source(name: str) -> str:
+    return f"{TimmArchitecture.prefix}{name}"
+
+
+def _load(name: str, where: str) -> Loaded:
     try:
         return Loaded(timm.create_model(name, pretrained=True), _statistics(name))
     except (OSError, RuntimeError, ValueError) as error:

@@ -5,8 +5,10 @@ import os
 import threading
 
 import pytest
+import torch
 from PIL import Image
 
+from fd_large import distributed
 from fd_large.data.decode import decode
 from fd_large.data.suppress_stderr import suppress_stderr
 
@@ -62,6 +64,24 @@ def test_a_forked_child_has_its_own(capfd):
     with suppress_stderr():
         os.write(2, b"parent\n")
     assert capfd.readouterr().err == "child\nparent\n"
+
+
+@pytest.mark.parametrize("where", ["several ranks", "a GPU", "a loading process of several"])
+def test_last_words_of_a_process_that_trains_are_not_kept_in_memory(capfd, monkeypatch, where):
+    if where != "a GPU":
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    if where == "a loading process of several":
+        monkeypatch.setattr("fd_large.data.suppress_stderr.get_worker_info", lambda: "worker 0")
+    child = os.fork()
+    if child == 0:
+        with suppress_stderr():
+            os.write(2, NOISE + b"NCCL WARN\n")
+            os._exit(134)
+    os.waitpid(child, 0)
+    in_training = where != "a loading process of several"
+    assert ("NCCL WARN" in capfd.readouterr().err) == in_training
 
 
 def test_threads_lose_nothing(capfd):
