@@ -1,15 +1,80 @@
-"""Files that a reader sees whole or not at all: written aside, flushed, renamed. No torch."""
+"""Files that a reader sees whole or not at all: written aside, flushed, renamed. No torch.
+
+And what passes on a file system of many machines: errors that are tried again, not believed.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAUSES = (1.0, 3.0, 9.0)
+"""Seconds between the tries: a server that is busy or fails over answers within some of them."""
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENOLCK,
+    errno.EPROTO,
+    errno.EREMOTEIO,
+    # Lustre's words for a client that its server has thrown out, and that connects again.
+    errno.ESHUTDOWN,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+}
+
+
+def retried(action: Callable[[], T], what: object) -> T:
+    """Does something with files, again after a pause where the error is one that passes.
+
+    Args:
+        action: What can be done again from its beginning.
+        what: The file or folder, for messages.
+
+    Raises:
+        OSError: At once, if it is of another kind: no such file, no permission, a full disk.
+        StorageError: If the error does not pass.
+    """
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            log.warning("%s: %s; tried again in %g s", what, error.strerror, pause)
+            time.sleep(pause)
+    try:
+        return action()
+    except OSError as error:
+        if error.errno not in PASSING:
+            raise
+        raise StorageError(
+            f"{what}: the file system does not answer; got {error.strerror} {len(PAUSES) + 1} "
+            "times, expected an answer. What is stored there stays: start the same command again "
+            "once the file system is well."
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -223,6 +223,15 @@ def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     return total
 
 
+def all_gather(shard: torch.Tensor) -> torch.Tensor:
+    """Returns the flat tensors of all ranks, of one length, end to end in rank order."""
+    if not dist.is_initialized():
+        return shard
+    parts = [torch.empty_like(shard) for _ in range(world_size())]
+    dist.all_gather(parts, shard)
+    return torch.cat(parts)
+
+
 def broadcast_object(value: T, source: int = 0) -> T:
     """Returns the picklable object of rank `source` on all ranks."""
     if not dist.is_initialized():
@@ -230,6 +239,45 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=source, device=device())
     return box[0]
+
+
+def tensors_of_main(
+    items: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the (name, tensor) of rank 0 on all ranks, one by one; a collective.
+
+    Only rank 0 iterates, and so reads what the tensors are made of. They arrive on the ranks'
+    devices.
+
+    Args:
+        items: Of rank 0; those of the other ranks stay untouched.
+
+    Raises: FDError: on all ranks, if rank 0's items do.
+    """
+    if world_size() == 1:
+        yield from items
+        return
+    iterator = iter(items) if is_main() else iter(())
+    while True:
+        head, tensor = None, torch.empty(0)
+        try:
+            if (item := next(iterator, None)) is not None:
+                name, tensor = item
+                head = (name, tensor.shape, tensor.dtype)
+        except FDError as error:
+            head = error
+        head = broadcast_object(head)
+        if isinstance(head, FDError):
+            raise head
+        if head is None:
+            return
+        name, shape, dtype = head
+        if is_main():
+            tensor = tensor.detach().to(device()).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=device())
+        dist.broadcast(tensor, src=0)
+        yield name, tensor
 
 
 def gather_objects(value: T) -> list[T]:

@@ -46,6 +46,15 @@ class CheckpointError(FDError):
     """Checkpoints that cannot be read back or written."""
 
 
+class StorageError(FDError):
+    """A file system that does not answer; nobody's mistake, and nothing is lost.
+
+    Its exit code is that of a run that was stopped: the same command goes on.
+    """
+
+    exit_code = 75
+
+
 class LaunchError(FDError):
     """An environment in which ranks cannot find each other."""
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from fd_large.checkpoint import store
+from fd_large.checkpoint import store, tensor_file
 from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout
 
 
@@ -23,8 +22,12 @@ def store_tensors(
     recipe: dict[str, Any] | None = None,
     ema: dict[str, torch.Tensor] | None = None,
     facts: dict[str, Any] | None = None,
+    receipts_of_kinds: bool = True,
 ) -> Path:
-    """Writes a checkpoint of float32 masters, and averages, as so many ranks at that stage do."""
+    """Writes a checkpoint of float32 masters, and averages, as so many ranks at that stage do.
+
+    The first release's receipts had checksums of whole files alone.
+    """
     layout = layout_of({name: t.numel() for name, t in tensors.items()}, ranks, stage)
     part = store.checkpoints_of(folder) / (store.name_of(update) + store.PART)
     part.mkdir(parents=True)
@@ -36,8 +39,10 @@ def store_tensors(
                 if span.start < span.stop:
                     held[f"{kind}.{name}"] = tensor.reshape(-1)[span.start : span.stop].clone()
         path = part / store.file_of(rank)
-        save_file(held, path)
-        receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
+        sums = tensor_file.write(path, held)
+        receipt = {"bytes": path.stat().st_size, "crc32": sums.file}
+        if receipts_of_kinds:
+            receipt |= {"header": sums.header, "kinds": sums.kinds}
         (part / store.receipt_of(rank)).write_text(json.dumps(receipt))
     manifest = {
         "update": update,

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.atomic_files import retried
 from fd_large.checkpoint import layout as layouts
 from fd_large.checkpoint import store
 from fd_large.checkpoint.layout import Span
+from fd_large.checkpoint.tensor_file import Place, TensorFile
+from fd_large.errors import CheckpointError, FDError, StorageError
 
 TRIES = 4
 SECONDS_BETWEEN_TRIES = 1.0
+DESCRIPTORS_LEFT = 256
+"""Descriptors that a process has for all else beside the files of a checkpoint."""
+
+T = TypeVar("T")
 
 
 class Reader:
-    """Slices of a complete checkpoint.
+    """Slices of a complete checkpoint. Each of its files is opened once and stays open.
 
     Args:
         stored: The checkpoint.
-        sound: Stored ranks whose files were checked against their receipts.
+        kinds: Kinds of tensors that were checked against the receipts; None: all.
 
     Attributes:
         path: The checkpoint's folder.
@@ -35,12 +41,13 @@ class Reader:
         layout: How the state lies in the files.
     """
 
-    def __init__(self, stored: store.Stored, sound: set[int]) -> None:
+    def __init__(self, stored: store.Stored, kinds: Collection[str] | None = None) -> None:
         self.path, self.manifest = stored.path, stored.manifest
         self.layout = layouts.from_dict(self.manifest["layout"])
-        self._sound = sound
-        # Files stay mapped while slices are taken; a handful covers neighbouring shards.
-        self._open = lru_cache(maxsize=8)(self._map)
+        self._kinds = kinds
+        self._files: dict[int, TensorFile] = {}
+        self._headers: dict[bytes, dict[str, Place]] = {}
+        self._most = _descriptors(self.layout.ranks)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Returns elements [start, stop) of a flattened tensor, (stop - start,) float32.
@@ -50,40 +57,91 @@ class Reader:
             name: The stored tensor.
             start: First element.
             stop: Element after the last.
+
+        Raises:
+            FileNotFoundError: If a file is there no more.
+            StorageError, CheckpointError: If a file cannot be read.
         """
-        parts = []
+        assert self._kinds is None or kind in self._kinds, f"{self.path}: {kind} was not checked"
+        found = torch.empty(max(0, stop - start))
         for rank in self.layout.holders(name, Span(start, stop)):
             held = self.layout.span(rank, name)
             first, last = max(start, held.start), min(stop, held.stop)
             if first < last:
-                stored = self._open(rank).get_slice(f"{kind}.{name}")
-                parts.append(stored[first - held.start : last - held.start])
-        return torch.cat(parts) if parts else torch.empty(0)
+                part = found[first - start : last - start]
+                self._read(rank, part, f"{kind}.{name}", first - held.start)
+        return found
 
-    def _map(self, rank: int) -> Any:
-        assert rank in self._sound, f"{self.path}: rank {rank}'s file was not checked"
-        return safe_open(self.path / store.file_of(rank), framework="pt")
+    def _read(self, rank: int, part: Tensor, name: str, first: int) -> None:
+        path = self.path / store.file_of(rank)
+
+        def read() -> None:
+            file = self._files.pop(rank, None) or TensorFile(path, self._headers)
+            try:
+                file.read_into(part, name, first)
+            except OSError:
+                # The next try asks the server anew: a file that was replaced is stale for ever.
+                file.close()
+                raise
+            if len(self._files) < self._most:
+                self._files[rank] = file
+            else:
+                file.close()
+
+        try:
+            retried(read, path)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read; got {error}, expected the file that was checked. Start "
+                "the same command again: it checks all files."
+            ) from error
 
 
-def newest_sound(
-    folder: Path,
-    needs: Callable[[layouts.Layout], set[int]],
-    *,
-    at_most: int | None = None,
-) -> tuple[Reader | None, list[str]]:
-    """Returns the newest checkpoint that is sound for every rank, and what newer ones lacked.
+def _descriptors(files: int) -> int:
+    """Returns how many files may stay open, after raising this process's limit if need be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < files + DESCRIPTORS_LEFT and hard > soft:
+        soft = min(hard, files + DESCRIPTORS_LEFT)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, soft - DESCRIPTORS_LEFT)
 
-    All ranks call it and get the same answer; each checks the files that it is going to read.
+
+def on_main(action: Callable[[], T]) -> T:
+    """Returns on all ranks what an action of rank 0 returns; a collective.
+
+    Raises: FDError: on all ranks, if the action does; any OSError has become one.
+    """
+
+    def alone() -> T | None:
+        try:
+            return action() if distributed.is_main() else None
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename}: not possible; got {error.strerror}, expected a folder of "
+                "checkpoints that this user may change. Mend its permissions."
+            ) from error
+
+    return distributed.broadcast_object(distributed.together(alone))
+
+
+def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
+    """Returns the newest checkpoint that is sound, and what newer ones lacked; a collective.
+
+    Each file is checked by one rank. A checkpoint is passed over only if rank 0 finds the same
+    damage, and is then set aside: an error on the way of one rank is no damage.
 
     Args:
         folder: The run's folder.
-        needs: Layout -> the stored ranks whose files this rank reads.
         at_most: Steps of the newest checkpoint that may be taken; None takes any.
+
+    Raises: StorageError, CheckpointError: on all ranks, if the newest cannot be read for now.
     """
     complaints: list[str] = []
     # Rank 0 lists and reads manifests for all: another node's view of a shared disk may be old.
-    names = distributed.broadcast_object(
-        [
+    names = on_main(
+        lambda: [
             path.name
             for path in store.renamed(folder)
             if at_most is None or path.name <= store.name_of(at_most)
@@ -91,31 +149,57 @@ def newest_sound(
     )
     for name in reversed(names):
         path = store.checkpoints_of(folder) / name
-        manifest = distributed.broadcast_object(
-            store.manifest_of(path) if distributed.is_main() else None
-        )
-        wanted: set[int] = set()
+        manifest = on_main(lambda path=path: store.manifest_of(path))
         problem = f"{path}: manifest.json is missing or damaged"
         if manifest is not None:
-            wanted = needs(layouts.from_dict(manifest["layout"]))
-            found = (_damage(path, rank) for rank in sorted(wanted))
-            problem = next((f"{path}: {p}" for p in found if p), "")
-        problems = [p for p in distributed.gather_objects(problem) if p]
-        if not problems:
-            item = store.Stored(path, manifest)
-            if distributed.is_main():
-                # Or else they would count among the newest that stay.
-                store.set_aside(folder, names[names.index(name) + 1 :])
-            return Reader(item, wanted), complaints
-        complaints.append(problems[0])
+            problem = _problem(path, manifest["world_size"])
+        if not problem:
+            newer = names[names.index(name) + 1 :]
+            # Or else they would count among the newest that stay.
+            on_main(lambda newer=newer: store.set_aside(folder, newer))
+            return Reader(store.Stored(path, manifest)), complaints
+        complaints.append(problem)
     return None, complaints
 
 
-def _damage(path: Path, rank: int) -> str | None:
-    """As `store.damage`, but an error may pass, and files of another node take time to appear."""
+def _problem(path: Path, files: int) -> str:
+    """What is wrong with a checkpoint in the eyes of rank 0 too; "" if it is sound.
+
+    Raises: StorageError: if a rank reads other bytes than rank 0.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+
+    def first_damaged() -> tuple[int, str] | None:
+        # The files of a rank that are nearest to what it will read, for the sake of its cache.
+        own = (file for file in range(files) if file * world // files == rank)
+        return next(((file, p) for file in own if (p := damage(path, file))), None)
+
+    found = distributed.gather_objects(distributed.together(first_damaged))
+    suspects = [(rank, *item) for rank, item in enumerate(found) if item]
+    for _, file, _ in suspects:
+        if again := on_main(lambda file=file: damage(path, file)):
+            return f"{path}: {again}"
+    for rank, _, problem in suspects:
+        error: FDError = StorageError(
+            f"{path}: not the same file for all ranks; got for rank {rank}: {problem}, expected "
+            "what rank 0 reads, which is sound. Start the same command again; if it comes back, "
+            "look at the file system of that rank's node."
+        )
+        error.agreed = True
+        raise error
+    return ""
+
+
+def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
+    """As `store.damage`, but told again and again: files of another node take time to appear."""
     for _ in range(TRIES - 1):
-        if store.damage(path, rank) is None:
+        if store.damage(path, rank, kinds) is None:
             return None
         time.sleep(SECONDS_BETWEEN_TRIES)
-        os.listdir(path.parent)  # Makes a network file system ask its server again.
-    return store.damage(path, rank)
+        try:
+            os.listdir(path)  # Makes a network file system ask its server again.
+        except FileNotFoundError:
+            break  # Of a run that trains, and has removed it meanwhile.
+        except OSError:
+            continue
+    return store.damage(path, rank, kinds)

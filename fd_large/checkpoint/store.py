@@ -12,13 +12,15 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fd_large.atomic_files import write_json
+from fd_large.atomic_files import retried, write_json
 from fd_large.checkpoint.lease import Lease
+from fd_large.errors import CheckpointError, FDError
 
 PART = ".part"
 OLD = ".old"
@@ -26,6 +28,8 @@ OLD = ".old"
 CHUNK = 1 << 24
 MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage"}
 DAMAGED = "damaged_"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,27 @@ def complete(folder: Path) -> list[Stored]:
 
 def renamed(folder: Path) -> list[Path]:
     """Returns the complete folders, oldest first, whatever became of their files since."""
-    return sorted(p for p in checkpoints_of(folder).glob("step_*") if p.suffix not in (PART, OLD))
+    paths = map(checkpoints_of(folder).joinpath, _listed(checkpoints_of(folder)))
+    return sorted(p for p in paths if p.match("step_*") and p.suffix not in (PART, OLD))
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """Returns a checkpoint's manifest, or None where it is missing or damaged."""
+    """Returns a checkpoint's manifest, or None where it is missing or damaged.
+
+    A folder whose name goes on after a dot (`.part`) is asked for the manifest that it will have.
+
+    Raises: StorageError, CheckpointError: if it is there and cannot be read.
+    """
+    text = _read(path / "manifest.json", lambda file: file.read_bytes())
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = json.loads(text or b"")
+    except ValueError:
         return None
     if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
         return None
     own = manifest.pop("crc32", None)
-    sound = own == _crc_of(manifest) and path.name == name_of(manifest["update"])
-    return manifest if sound else None
+    named = path.name.partition(".")[0] == name_of(manifest["update"])
+    return manifest if named and own == _crc_of(manifest) else None
 
 
 def _crc_of(manifest: dict[str, Any]) -> str:
@@ -109,29 +120,84 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def damage(path: Path, rank: int) -> str | None:
-    """Returns what is wrong with a rank's part of a checkpoint, or None."""
+def damage(path: Path, rank: int, kinds: Collection[str] | None = None) -> str | None:
+    """Returns what is wrong with a rank's part of a checkpoint, or None.
+
+    Args:
+        path: The checkpoint.
+        rank: The rank that wrote the part.
+        kinds: Kinds of tensors whose bytes are checked; None checks the whole file, as what
+            receipts without checksums of kinds need.
+
+    Raises: StorageError, CheckpointError: if a file is there and cannot be read: that is no damage.
+    """
     tensors, receipt = path / file_of(rank), path / receipt_of(rank)
     try:
-        expected = json.loads(receipt.read_text())
-        size, wanted = expected["bytes"], expected["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
+        expected = json.loads(_read(receipt, lambda file: file.read_bytes()) or b"")
+        size, wanted = expected["bytes"], {"file": expected["crc32"]}
+        if kinds is not None and "kinds" in expected:
+            wanted = {kind: crc for kind, crc in expected["kinds"].items() if kind in kinds}
+            wanted["header"] = expected["header"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{receipt.name} is missing or damaged"
-    if not tensors.is_file():
+    found = _read(tensors, lambda file: _state(file, size, wanted))
+    if found is None:
         return f"{tensors.name} is missing"
-    try:
-        if tensors.stat().st_size != size:
-            return f"{tensors.name} has {tensors.stat().st_size} bytes, expected {size}"
-        if (found := checksum(tensors)) != wanted:
-            return f"{tensors.name} has checksum {found}, expected {wanted}"
-    except OSError as error:
-        return f"{tensors.name} cannot be read: {error.strerror}"
+    held, sums = found
+    if held != size:
+        return f"{tensors.name} has {held} bytes, expected {size}"
+    for part, crc in wanted.items():
+        if sums.get(part) != crc:
+            of = "" if part == "file" else f" of its {part}"
+            return f"{tensors.name} has checksum {sums.get(part)}{of}, expected {crc}"
     return None
 
 
-def verify(stored: Stored) -> list[str]:
-    """Checks every rank's part; returns what is wrong."""
-    found = (damage(stored.path, rank) for rank in range(stored.manifest["world_size"]))
+def _state(file: Path, size: int, wanted: Collection[str]) -> tuple[int, dict[str, str]]:
+    """The size of a file, and the checksums that are wanted if it has the size that it should."""
+    held = file.stat().st_size
+    if held != size:
+        return held, {}
+    if "file" in wanted:
+        return held, {"file": checksum(file)}
+    # torch: seconds.
+    from fd_large.checkpoint.tensor_file import TensorFile
+
+    try:
+        opened = TensorFile(file)
+    except ValueError:
+        return held, {}
+    try:
+        sums = opened.checksum([part for part in wanted if part != "header"])
+        return held, {**sums.kinds, "header": sums.header}
+    finally:
+        opened.close()
+
+
+def _listed(folder: Path) -> list[str]:
+    """The names in a folder; none where it is missing."""
+    return _read(folder, os.listdir) or []
+
+
+def _read(file: Path, action: Callable[[Path], T]) -> T | None:
+    """What an action finds in a file; None where it is missing.
+
+    Raises: StorageError, CheckpointError: if it is there and cannot be read.
+    """
+    try:
+        return retried(lambda: action(file), file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read; got {error.strerror}, expected a file that its reader may "
+            "open. Mend its permissions, or those of its folder."
+        ) from error
+
+
+def verify(stored: Stored, kinds: Collection[str] | None = None) -> list[str]:
+    """Checks every rank's part, or some kinds of tensors in it; returns what is wrong."""
+    found = (damage(stored.path, rank, kinds) for rank in range(stored.manifest["world_size"]))
     return [problem for problem in found if problem]
 
 
@@ -140,9 +206,8 @@ def set_aside(folder: Path, names: list[str]) -> None:
     for name in names:
         path = checkpoints_of(folder) / name
         aside = path.with_name(DAMAGED + name)
-        shutil.rmtree(aside, ignore_errors=True)
-        if path.exists():
-            path.rename(aside)
+        remove(aside)
+        retried(lambda path=path, aside=aside: path.exists() and path.rename(aside), path)
 
 
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
@@ -157,34 +222,52 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
         lease: The right to write the run's folder; None where nobody else can be.
 
     Returns: the folder without `.part`.
-    Raises: OSError: if a rank's file is not there, the disk is full, or the run has a new owner.
+    Raises: OSError, StorageError: if a rank's file is not there, the disk is full or does not
+        answer, or the run has a new owner.
     """
-    for rank in range(manifest["world_size"]):
+    if lease:
+        manifest = {**manifest, "start": lease.start}
+    retried(lambda: _check_all_there(part, manifest["world_size"]), part)
+    retried(lambda: _write_manifest(part, {**manifest, "crc32": _crc_of(manifest)}), part)
+    final = part.with_name(name_of(manifest["update"]))
+    old = final.with_name(final.name + OLD)
+    if lease and not lease.owned():
+        raise OSError(f"{lease.folder} has a new owner")
+
+    def rename() -> None:
+        if not part.exists() and _crc_of(manifest_of(final) or {}) == _crc_of(manifest):
+            return  # Done by a try whose answer was lost.
+        if part.exists() and final.exists():  # A run that went back is at the same step again.
+            remove(old)
+            final.rename(old)
+        part.rename(final)
+
+    try:
+        retried(rename, final)
+    except (OSError, FDError):
+        with suppress(OSError):
+            if not final.exists():
+                old.rename(final)
+        raise
+    remove(old)
+    retried(lambda: flush_folder(final.parent), final.parent)
+    return final
+
+
+def _check_all_there(part: Path, ranks: int) -> None:
+    for rank in range(ranks):
         for name in (file_of(rank), receipt_of(rank)):
             if not (part / name).is_file():
                 raise OSError(f"{part / name} is missing: do all nodes share this folder?")
-    if lease:
-        manifest = {**manifest, "start": lease.start}
-    manifest = {**manifest, "crc32": _crc_of(manifest)}
+
+
+def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
     with (part / "manifest.json").open("w") as file:
         json.dump(manifest, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     flush_folder(part)
-    final = part.with_name(name_of(manifest["update"]))
-    if lease and not lease.owned():
-        raise OSError(f"{lease.folder} has a new owner")
-    if final.exists():  # A resumed run arrives at the same step again.
-        old = final.with_name(final.name + OLD)
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        part.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        part.rename(final)
-    flush_folder(final.parent)
-    return final
 
 
 def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> None:
@@ -195,7 +278,8 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
         entries: What changes.
         lease: The right to write the run's folder; None where nobody else can be.
 
-    Raises: OSError: if the manifest cannot be read or written, or the run has a new owner.
+    Raises: OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or
+        the run has a new owner.
     """
     if lease and not lease.owned():
         raise OSError(f"{lease.folder} has a new owner")
@@ -203,7 +287,8 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
     if manifest is None:
         raise OSError(f"{path / 'manifest.json'} is missing or damaged")
     manifest |= entries
-    write_json(path / "manifest.json", {**manifest, "crc32": _crc_of(manifest)})
+    whole = {**manifest, "crc32": _crc_of(manifest)}
+    retried(lambda: write_json(path / "manifest.json", whole), path)
 
 
 def prune(
@@ -234,26 +319,51 @@ def prune(
 def _remove(path: Path) -> None:
     """Removes a folder, out of sight first: half removed it must not look complete."""
     aside = path.with_name(f"removed_{path.name.removesuffix(PART)}{PART}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
 
 
 def sweep(folder: Path) -> None:
     """Removes what a killed run left half written; before any rank writes."""
-    for old in checkpoints_of(folder).glob(f"*{OLD}"):
-        # Killed between the two renames of `commit`: the one that was to be replaced counts.
-        if old.with_suffix("").exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(old.with_suffix(""))
-    for path in checkpoints_of(folder).glob(f"*{PART}"):
+    names = [checkpoints_of(folder) / name for name in _listed(checkpoints_of(folder))]
+    for path in names:
+        if path.suffix == OLD:
+            retried(lambda old=path: _finish_replacing(old), path)
+    for path in names:
+        if path.suffix != PART:
+            continue
         if path.name.startswith("removed_"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
             continue
         # A start before this one, alive after all, may commit it in this moment, or not at all.
         with suppress(FileNotFoundError):
-            _remove(path)
+            retried(lambda part=path: _remove(part), path)
+
+
+def _finish_replacing(old: Path) -> None:
+    """Ends what a run was killed in between the two renames of `commit`.
+
+    The new one counts if it is whole, or else the old one, which is put back.
+    """
+    final = old.with_suffix("")
+    if not final.exists():
+        names = [name for name in _listed(old.parent) if name.startswith(f"{final.name}.")]
+        parts = [old.with_name(name) for name in names if name.endswith(PART)]
+        next((part for part in parts if _is_whole(part)), old).rename(final)
+    remove(old)
+
+
+def _is_whole(part: Path) -> bool:
+    manifest, names = manifest_of(part), set(_listed(part))
+    ranks = range(manifest["world_size"]) if manifest else ()
+    return bool(manifest) and all({file_of(r), receipt_of(r)} <= names for r in ranks)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, as far as that is possible; the next start's `sweep` tries again."""
+    with suppress(OSError):  # Even `ignore_errors` lets some through.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_folder(path: Path) -> None:

@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from fd_large import distributed
+from fd_large.atomic_files import retried
 from fd_large.checkpoint import store
-from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.read import Reader, damage, on_main
 from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -22,24 +25,31 @@ Shape = tuple[int, ...]
 
 
 def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens a run's newest sound checkpoint; each file is checked, once in a process.
+    """Opens the weights of a run's newest sound checkpoint; their bytes are checked.
 
-    Only reads: the run may be another user's, or still train. No collective.
+    Only what `outcome` names is checked and can be read. Where there are several ranks, rank 0
+    checks for all; the others may be shown another checkpoint if the run still trains, and are to
+    open the one that rank 0 found, by its own path. Only reads: the run may be another user's. No
+    collective.
 
     Args:
         folder: The run's folder, or one of its checkpoints.
         where: The field or argument that named it, for messages.
 
-    Raises: CheckpointError: if there is none.
+    Raises:
+        CheckpointError: If there is none.
+        StorageError: If it cannot be read for now.
     """
     manifest = store.manifest_of(folder)
-    candidates = store.complete(folder) if manifest is None else [store.Stored(folder, manifest)]
     complaint = "no complete checkpoint"
-    for stored in reversed(candidates):
-        problems = _problems(stored)
-        if not problems:
-            return Reader(stored, set(range(stored.manifest["world_size"])))
-        complaint = f"{stored.path.name}: {problems[0]}"
+    for path in reversed(store.renamed(folder)) if manifest is None else [folder]:
+        problem: str | None = "manifest.json is missing or damaged"
+        if (manifest := store.manifest_of(path)) is not None:
+            stored, kind = store.Stored(path, manifest), _outcome(manifest)
+            problem = _problem(stored, kind) if distributed.is_main() else None
+            if problem is None:
+                return Reader(stored, {kind})
+        complaint = f"{path.name}: {problem}"
         log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
     raise CheckpointError(
         f"{where}: {folder}: no sound checkpoint; got {complaint}, expected one that was written "
@@ -47,19 +57,28 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
     )
 
 
-def _problems(stored: store.Stored) -> tuple[str, ...]:
+def newest_of_main(folder: Path, *, where: str = "checkpoint") -> Reader:
+    """As `newest`, of what rank 0 finds, on all ranks; a collective."""
+    path = on_main(lambda: newest(folder, where=where).path)
+    return newest(path, where=where)
+
+
+def _problem(stored: store.Stored, kind: str) -> str | None:
     try:
-        states = [(path.name, path.stat()) for path in sorted(stored.path.iterdir())]
+        states = retried(
+            lambda: [(path.name, path.stat()) for path in sorted(stored.path.iterdir())],
+            stored.path,
+        )
         seen = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
-        return _problems_of(stored.path, stored.manifest["world_size"], seen)
+        return _problem_of(stored.path, stored.manifest["world_size"], kind, seen)
     except FileNotFoundError as error:
-        return (f"gone meanwhile ({error})",)
+        return f"gone meanwhile ({error})"
 
 
 @lru_cache
-def _problems_of(path: Path, ranks: int, seen: tuple) -> tuple[str, ...]:
+def _problem_of(path: Path, ranks: int, kind: str, seen: tuple) -> str | None:
     # Files of the same size and time were checked before.
-    return tuple(p for rank in range(ranks) if (p := store.damage(path, rank)))
+    return next((p for rank in range(ranks) if (p := damage(path, rank, {kind}))), None)
 
 
 def stream(
@@ -80,7 +99,11 @@ def stream(
 
 def outcome(reader: Reader) -> str:
     """Returns the kind of weights that a run is trained for: `ema` where it keeps an average."""
-    return "ema" if reader.manifest.get("ema") else "master"
+    return _outcome(reader.manifest)
+
+
+def _outcome(manifest: Mapping[str, Any]) -> str:
+    return "ema" if manifest.get("ema") else "master"
 
 
 def read(reader: Reader, name: str, shape: Shape, *, kind: str = "master") -> Tensor:

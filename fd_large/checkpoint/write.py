@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fd_large import distributed
-from fd_large.atomic_files import replacing
-from fd_large.checkpoint import store
+from fd_large.atomic_files import replacing, retried
+from fd_large.checkpoint import store, tensor_file
 from fd_large.checkpoint.lease import Lease
+from fd_large.errors import FDError
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,8 @@ class Piece(NamedTuple):
     values: Tensor
 
 
-def _mask() -> int:
-    mask = os.umask(0o22)
-    os.umask(mask)
-    return mask
+ALIGNMENT = 64
+"""Bytes of whose multiples each copy begins at one, so that it can be of any type."""
 
 
 class Saver:
@@ -70,7 +68,7 @@ class Saver:
         self._problem: str | None = None
         self._manifest: dict[str, Any] = {}
         self._part = Path()
-        self._buffers: dict[str, Tensor] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.ended = 0.0
         """When this rank had written its file, by time.monotonic."""
         self.stall_seconds = 0.0
@@ -98,20 +96,25 @@ class Saver:
         self.close()
         self._manifest, self._problem = manifest, None
         self._part = store.part_of(self.folder, manifest["update"], self._lease)
-        copies = {key: self._copied(key, values.detach()) for key, values in pieces}
+        copies = self._copied([Piece(key, values.detach()) for key, values in pieces])
         self._thread = threading.Thread(target=self._write, args=(copies,), name="checkpoint")
         self._thread.start()
         self.stall_seconds = time.perf_counter() - start
 
-    def _copied(self, key: str, values: Tensor) -> Tensor:
-        # Host memory that stays for the next save: fresh pages cost as much as the copy.
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != values.shape:
-            buffer = torch.empty(
-                values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda"
-            )
-            self._buffers[key] = buffer
-        return buffer.copy_(values)
+    def _copied(self, pieces: list[Piece]) -> dict[str, Tensor]:
+        # One piece of host memory that stays for the next save: fresh pages cost as much as the
+        # copy, and each pinned allocation is a call of the driver and rounded up by far.
+        widths = (-(-values.nbytes // ALIGNMENT) * ALIGNMENT for _, values in pieces)
+        *begins, size = accumulate(widths, initial=0)
+        if self._buffer.numel() != size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # Never both at once.
+            pinned = any(values.device.type == "cuda" for _, values in pieces)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        copies = {}
+        for (key, values), begin in zip(pieces, begins, strict=True):
+            held = self._buffer[begin : begin + values.nbytes].view(values.dtype)
+            copies[key] = held.copy_(values)
+        return copies
 
     def wait(self) -> None:
         """Blocks until this rank has written."""
@@ -129,7 +132,7 @@ class Saver:
             try:
                 final = store.commit(self._part, self._manifest, self._lease)
                 log.info("checkpoint: %s", final)
-            except OSError as error:
+            except (OSError, FDError) as error:
                 self._problem = str(error)
         if self._problem:
             log.error("CHECKPOINT NOT WRITTEN on rank %d: %s", distributed.rank(), self._problem)
@@ -141,7 +144,7 @@ class Saver:
                 self._pruner = threading.Thread(target=self._prune, name="prune")
                 self._pruner.start()
             else:
-                shutil.rmtree(self._part, ignore_errors=True)
+                store.remove(self._part)
                 log.error(
                     "CHECKPOINT of step %d was thrown away; the ones before it stay. Make room in "
                     "%s.",
@@ -165,26 +168,33 @@ class Saver:
                 keep_every=self.keep_every,
                 lease=self._lease,
             )
-        except OSError as error:
+        except (OSError, FDError) as error:
             log.warning("old checkpoints stay: %s", error)
 
     def _write(self, copies: dict[str, Tensor]) -> None:
         rank = distributed.rank()
         path = self._part / store.file_of(rank)
-        try:
+
+        def write() -> None:
             self._part.mkdir(parents=True, exist_ok=True)
-            # A rank without a shard writes a file too: safetensors can hold no tensors at all.
-            save_file(copies, path)
-            # safetensors makes it readable to its owner alone, whatever the user's umask is.
-            path.chmod(0o666 & ~_mask())
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            receipt = {"bytes": path.stat().st_size, "crc32": store.checksum(path)}
+            # A rank without a shard writes a file too, of no tensors.
+            sums = tensor_file.write(path, copies)
+            receipt = {
+                "bytes": path.stat().st_size,
+                "crc32": sums.file,
+                "header": sums.header,
+                "kinds": sums.kinds,
+            }
             with replacing(self._part / store.receipt_of(rank)) as aside:
                 aside.write_text(json.dumps(receipt))
+
+        try:
+            # All of it anew: what an error has left in the file or the system's cache is unknown.
+            retried(write, path)
         except Exception as error:  # Whatever it was, this rank's file is not there.
             self._problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             # Frees the disk for the other ranks, and for what training itself writes.
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         finally:
             self.ended = time.monotonic()

@@ -162,7 +162,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     launch = distributed.start()
     logs.start(launch.rank)
     full_float32(distributed.device())
-    reader = distributed.together(lambda: stream.newest(path, where="evaluate"))
+    reader = stream.newest_of_main(path, where="evaluate")
     share = 0.0
     with bar(1) if distributed.is_main() else nullcontext(lambda text, done: None) as advance:
 

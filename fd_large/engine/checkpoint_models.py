@@ -58,8 +58,8 @@ def sources_of(job_of: JobOf) -> Sources:
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     """Opens the student of a run's newest sound checkpoint, or of a checkpoint by its own path.
 
-    Checks every file against its receipt, once per process. Not a collective: if that run is still
-    training, ranks may find different checkpoints, so the result names the one that was opened.
+    Checks its bytes, on rank 0 alone. Not a collective: if that run is still training, ranks may
+    find different checkpoints, so the result names the one that was opened; that of rank 0 counts.
 
     Args:
         path: The folder of a run, or step_NNNNNNNN in its checkpoints.

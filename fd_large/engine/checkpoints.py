@@ -11,15 +11,14 @@ from typing import Any
 
 from fd_large import distributed
 from fd_large.checkpoint import store
-from fd_large.checkpoint.layout import Layout
 from fd_large.checkpoint.lease import Lease
-from fd_large.checkpoint.read import Reader, newest_sound
+from fd_large.checkpoint.read import Reader, newest_sound, on_main
 from fd_large.checkpoint.write import Saver
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
 from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS
-from fd_large.errors import CheckpointError
+from fd_large.errors import CheckpointError, FDError
 from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold
 
@@ -78,9 +77,7 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Removes what a killed run left half written; never while the run trains."""
-        if distributed.is_main():
-            store.sweep(self._folder)
-        distributed.barrier()
+        on_main(lambda: store.sweep(self._folder))
 
     def log_disk_use(self, total_steps: int) -> None:
         """Logs the size of a checkpoint and of all that will be kept, and the free disk space."""
@@ -147,7 +144,7 @@ class Checkpoints:
             path = store.checkpoints_of(self._folder) / store.name_of(self._saved)
             try:
                 store.amend(path, {"evaluated": True}, self._lease)
-            except OSError as error:
+            except (OSError, FDError) as error:
                 log.warning("%s: a resume from it evaluates again: %s", path, error)
 
     def settle(self) -> bool:
@@ -195,12 +192,7 @@ class Checkpoints:
         return reader.manifest["update"]
 
     def _newest(self, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
-        def wanted(layout: Layout) -> set[int]:
-            # Another model's layout has other names; `_check_fits` refuses it.
-            own = state.layout_of(self._engine).sizes
-            return state.needs(self._engine, layout) if layout.sizes == own else {0}
-
-        reader, complaints = newest_sound(self._folder, wanted, at_most=at_most)
+        reader, complaints = newest_sound(self._folder, at_most=at_most)
         for complaint in complaints:
             log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
         return reader, complaints
@@ -210,13 +202,16 @@ class Checkpoints:
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
-        state.restore(
-            self._engine,
-            reader.read,
-            finished=manifest["update"],
-            steps=self.optimizer_steps,
-            ema=manifest.get("ema", False),
+        distributed.together(
+            lambda: state.restore(
+                self._engine,
+                reader.read,
+                finished=manifest["update"],
+                steps=self.optimizer_steps,
+                ema=manifest.get("ema", False),
+            )
         )
+        state.complete(self._engine)
         self._saved = manifest["update"]
 
     def _check_fits(self, reader: Reader) -> None:

@@ -167,11 +167,11 @@ def find_weights(incident: Incident) -> Weights:
     before = [item for item in stored if item.update <= step]
     complaint = "none"
     for item in (*reversed(before), *stored[len(before) :]):
-        if problems := store.verify(item):
+        if problems := store.verify(item, {"master"}):
             complaint = f"{item.path.name}: {problems[0]}"
             log.error("DAMAGED CHECKPOINT, skipped: %s", complaint)
             continue
-        reader = Reader(item, set(range(item.manifest["world_size"])))
+        reader = Reader(item, {"master"})
         if item.update > step:
             return Weights(reader, item.update, None)
         rows = rows_before(incident.folder / "metrics.jsonl", step)

@@ -19,7 +19,12 @@ from fd_large import distributed
 from fd_large.atomic_files import replacing, write_json
 from fd_large.plan.utilisation import peak_flops, shares
 from fd_large.runtime.hooks import Hook, Row, Setting, Tracker, Update
-from fd_large.runtime.run_folder import rows_before, summary_of, written_or_logged
+from fd_large.runtime.run_folder import (
+    cut_before,
+    rows_before,
+    summary_of,
+    written_or_logged,
+)
 from fd_large.runtime.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -50,11 +55,7 @@ class Meter(Hook):
         if not distributed.is_main():
             self._trackers = Trackers(())
         else:
-            kept = rows_before(self._rows_file, setting.first_update)
-            self._rows_file.touch()
-            # The rows that stay are the file's beginning: cutting needs no room and no copy.
-            os.truncate(self._rows_file, sum(len(json.dumps(row)) + 1 for row in kept))
-            self._note_losses(kept)
+            self._note_losses(cut_before(self._rows_file, setting.first_update))
             # An evaluation after `first_update` steps belongs to what is kept.
             for row in rows_before(self._evaluations_file, setting.first_update + 1):
                 self._evaluations[row.pop("update")] = row

@@ -249,18 +249,19 @@ class Preemption(Hook):
             self._job_end = datetime.fromisoformat(told.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:
-        """Returns the seconds that a checkpoint will take, from a file that all ranks write."""
-        share = setting.checkpoint_bytes / setting.world_size
+        """Returns the seconds that a checkpoint will take, from a file that each node writes."""
+        share = setting.checkpoint_bytes / setting.world_size * distributed.local_world_size()
         size = int(min(PROBE_BYTES, share))
         probe = setting.folder / f".write_probe_{distributed.rank()}"
         distributed.barrier()
-        begin = time.perf_counter()
+        begin, seconds = time.perf_counter(), 0.0
         try:
-            with probe.open("wb") as file:
-                file.write(bytes(size))
-                file.flush()
-                os.fsync(file.fileno())
-            seconds = (time.perf_counter() - begin) * share / max(size, 1)
+            if distributed.local_rank() == 0:
+                with probe.open("wb") as file:
+                    file.write(bytes(size))
+                    file.flush()
+                    os.fsync(file.fileno())
+                seconds = (time.perf_counter() - begin) * share / max(size, 1)
         except OSError:
             # A full disk: the first save will say so.
             seconds = math.inf

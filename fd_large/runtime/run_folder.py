@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -208,16 +209,30 @@ def rows_before(path: Path, update: int) -> list[dict[str, Any]]:
 
     A torn last line and all that follows are left out; an absent file has no rows.
     """
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    return [row for _, row in _lines_before(path, update)]
+
+
+def cut_before(path: Path, update: int) -> list[dict[str, Any]]:
+    """Returns the same rows, and cuts off what follows them in the file.
+
+    They are the file's beginning, so that this needs no room on the disk and no copy.
+    """
+    kept = list(_lines_before(path, update))
+    path.touch()
+    os.truncate(path, sum(size for size, _ in kept))
+    return [row for _, row in kept]
+
+
+def _lines_before(path: Path, update: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (bytes on the disk, row)."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not line.endswith("\n") or row["update"] >= update:
-            break
-        kept.append(row)
-    return kept
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or row["update"] >= update:
+            return
+        yield len(line), row
 
 
 def source_commit() -> str | None:

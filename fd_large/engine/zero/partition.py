@@ -84,14 +84,17 @@ def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
 
 
 def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, where: str) -> None:
-    """Copies full tensors into a module; each rank takes its own elements, without communication.
+    """Copies full tensors into a module; a collective.
+
+    Rank 0 alone reads them, and passes each on to the others, which take their own elements: a
+    thousand ranks that read the same files would ask the file system a thousand times.
 
     Floating-point buffers that belong to the state (running statistics of batch normalisation) are
     weights too; every rank holds them whole.
 
     Args:
         module: A module with whole or partitioned parameters.
-        items: (name, full tensor), by the module's own names, the same on every rank. Tensors that
+        items: (name, full tensor), by the module's own names; those of rank 0 count. Tensors that
             the user allowed a file to miss stay as they are.
         where: The field that the user set, for messages.
 
@@ -104,7 +107,8 @@ def load_weights(module: nn.Module, items: Iterable[tuple[str, Tensor]], *, wher
     }
     gaps = items.may_be_missing if isinstance(items, Fitted) else frozenset()
     with torch.no_grad():
-        for name, tensor in covered(expected, items, where=where, may_be_missing=gaps):
+        found = covered(expected, items, where=where, may_be_missing=gaps)
+        for name, tensor in distributed.tensors_of_main(found):
             target, offset = shard(held[name])
             target.copy_(tensor.reshape(-1)[offset : offset + target.numel()])
 

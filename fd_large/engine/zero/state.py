@@ -1,7 +1,8 @@
 """This rank's shards of a live run's masters, moments and average, at any ZeRO stage.
 
 The only file that knows where DeepSpeed (0.19.8) keeps them, offloaded or not. Shards are views:
-reading copies nothing, and writing restores. Nothing here communicates but `redistribute`.
+reading copies nothing, and writing restores. Nothing here communicates but `redistribute` and
+`complete`.
 """
 
 from __future__ import annotations
@@ -104,56 +105,36 @@ def has_average(engine: Engine) -> bool:
     return any(EMA in engine.gate.inner.state[owner] for _, owner, _, _ in owned(engine))
 
 
-def needs(engine: Engine, layout: Layout) -> set[int]:
-    """Returns the stored ranks whose files this rank reads to restore its shards.
-
-    At stage 3 that is one file if the stored state is sharded in the same way; at stages 0 to 2 it
-    is all of them, since every rank holds the whole working copy.
-    """
-    if engine.stage < 3:
-        return set(range(layout.ranks))
-    wanted: set[int] = set()
-    for name, parameter in engine.task.named_parameters():
-        held, start = partition.shard(parameter)
-        wanted |= set(layout.holders(name, Span(start, start + held.numel())))
-        secondary = getattr(parameter, "ds_secondary_tensor", None)
-        if secondary is not None:
-            wanted |= set(layout.holders(name, _secondary_span(parameter)))
-    for name, buffer in _statistics(engine).items():
-        wanted |= set(layout.holders(name, Span(0, buffer.numel())))
-    return wanted
-
-
 def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool = False) -> None:
-    """Writes a stored state into an engine; all ranks call it.
+    """Writes this rank's shard of a stored state into an engine; `complete` does the rest.
 
     An average that the engine keeps and the stored state lacks begins as the weights.
 
     Args:
         engine: The engine, between two steps or before the first.
-        read: Reads elements of a stored tensor.
+        read: Reads elements of a stored tensor; no rank asks for more than its own shard.
         finished: Number of finished steps.
         steps: Number of finished steps that were not skipped: the optimiser's own count.
         ema: Whether the stored state has an average.
     """
     inner = engine.gate.inner
     owners: dict[int, Tensor] = {}
-    _forget_whole_copies(engine)
     with torch.no_grad():
         for name, parameter in engine.task.named_parameters():
-            home = _home(engine, parameter, whole=True)
-            if home is not None and home.master.numel():
+            home = _home(engine, parameter)
+            if home is None:
+                continue
+            owners[id(home.owner)] = home.owner
+            if home.master.numel():
                 home.master.copy_(read("master", name, *home.span))
                 state = optimizer_state(inner, home.owner)
                 for kind in kept_by(inner).moments:
                     _part(state[kind], home).copy_(read(kind, name, *home.span))
                 if EMA in state:
                     _part(state[EMA], home).copy_(read(EMA if ema else "master", name, *home.span))
-            if home is not None:
-                owners[id(home.owner)] = home.owner
-            _restore_working_copy(engine, name, parameter, read)
         for name, buffer in _statistics(engine).items():
-            buffer.copy_(read("master", name, 0, buffer.numel()).view_as(buffer))
+            span = _own_span(buffer)
+            buffer.view(-1)[slice(*span)].copy_(read("master", name, *span))
     for owner in owners.values():
         _set_steps(inner, owner, steps)
     for group in inner.param_groups:
@@ -161,6 +142,36 @@ def restore(engine: Engine, read: Read, *, finished: int, steps: int, ema: bool 
         if "step" in group:
             group["step"] = steps
     replace(engine.deepspeed, "global_steps", finished)
+
+
+def complete(engine: Engine) -> None:
+    """Gathers what every rank holds whole from the shards that `restore` wrote; a collective.
+
+    From each other the ranks have it sooner than from the files, which all would read otherwise.
+    """
+    with torch.no_grad():
+        for whole in _wholes(engine):
+            start, stop = _own_span(whole)
+            mine = whole.new_zeros(-(-whole.numel() // distributed.world_size()))
+            mine[: stop - start] = whole.view(-1)[start:stop]
+            whole.view(-1).copy_(distributed.all_gather(mine)[: whole.numel()])
+        redistribute(engine)
+
+
+def _wholes(engine: Engine) -> Iterator[Tensor]:
+    """What every rank holds whole: the statistics, and at stage 0 the state of the optimiser."""
+    yield from _statistics(engine).values()
+    if engine.stage == 0:
+        inner = engine.gate.inner
+        for parameter in engine.task.parameters():
+            state = inner.state[parameter]
+            kinds = [kind for kind in (*kept_by(inner).moments, EMA) if kind in state]
+            yield from (parameter.data, *(state[kind] for kind in kinds))
+
+
+def _own_span(whole: Tensor) -> Span:
+    """The elements that this rank stores and reads of what all ranks hold."""
+    return EachTensor({"": whole.numel()}, distributed.world_size()).span(distributed.rank(), "")
 
 
 def redistribute(engine: Engine) -> None:
@@ -181,36 +192,11 @@ def _forget_whole_copies(engine: Engine) -> None:
         engine.deepspeed.optimizer._partition_all_parameters()
 
 
-def _restore_working_copy(engine: Engine, name: str, parameter: nn.Parameter, read: Read) -> None:
-    """Writes the stored master into the parameter that forward uses."""
-    if not partition.is_partitioned(parameter):
-        if engine.stage != 0:
-            parameter.data.view(-1).copy_(read("master", name, 0, parameter.numel()))
-        return
-    held, offset = partition.shard(parameter)
-    held.copy_(read("master", name, offset, offset + held.numel()))
-    secondary = getattr(parameter, "ds_secondary_tensor", None)
-    if secondary is not None:
-        start, stop = _secondary_span(parameter)
-        secondary.data.view(-1)[: stop - start].copy_(read("master", name, start, stop))
-
-
-def _secondary_span(parameter: nn.Parameter) -> Span:
-    """Returns the elements of hpZ's copy: sharded in the same way, over the ranks of the node."""
-    each = parameter.ds_secondary_tensor.numel()
-    start = torch.distributed.get_rank(parameter.ds_zero_param_process_group) * each
-    return Span(min(start, parameter.ds_numel), min(start + each, parameter.ds_numel))
-
-
 def _home(engine: Engine, parameter: nn.Parameter, *, whole: bool = False) -> _Home | None:
     optimizer = engine.deepspeed.optimizer
     if engine.stage == 0:
         # Every rank has all of it and stores its shard.
-        size = parameter.numel()
-        span = Span(0, size)
-        if not whole:
-            cut = EachTensor({"": size}, distributed.world_size())
-            span = cut.span(distributed.rank(), "")
+        span = Span(0, parameter.numel()) if whole else _own_span(parameter)
         master = parameter.data.view(-1)[span.start : span.stop]
         return _Home(span, master, parameter, span.start)
     if engine.stage == 3:

@@ -19,7 +19,7 @@ from typing import Any
 from launch import write_result
 
 from fd_large import distributed
-from fd_large.checkpoint import write
+from fd_large.checkpoint import tensor_file
 from fd_large.cli import main as cli
 from fd_large.engine import run
 from fd_large.engine.zero import start
@@ -78,13 +78,13 @@ class Stop(Hook):
             # Once more, as schedulers do: the run is saving already.
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def saving(self, copies: dict[str, Any], path: Path) -> None:
-        """In place of safetensors' `save_file`."""
+    def saving(self, path: Path, copies: dict[str, Any]) -> tensor_file.Checksums:
+        """In place of `tensor_file.write`."""
         if self.moment == "save" and self.done == self.update and not self.asked.is_set():
             path.write_bytes(b"half of it")
             self.ask()
             assert self.agreed.wait(SECONDS)
-        save_file(copies, path)
+        return write(path, copies)
 
 
 def one_start(words: list[str], stop: Stop) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def one_start(words: list[str], stop: Stop) -> dict[str, Any]:
     def watched(*arguments: Any, **named: Any) -> int:
         return train(*arguments, hooks=[stop], **named)
 
-    run.train, write.save_file = watched, stop.saving
+    run.train, tensor_file.write = watched, stop.saving
     code = cli.main(["train", *words])
     distributed.barrier()
     newest = max(stop.folder.glob("checkpoints/step_????????"), default=None)
@@ -110,7 +110,7 @@ def one_start(words: list[str], stop: Stop) -> dict[str, Any]:
 if __name__ == "__main__":
     # deepspeed puts its own word first.
     folder, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    train, save_file, leave = run.train, write.save_file, distributed.leave
+    train, write, leave = run.train, tensor_file.write, distributed.leave
     distributed.leave = lambda code: code
     preemption.SECONDS_BETWEEN_LOOKS = 0.0
     ends = []

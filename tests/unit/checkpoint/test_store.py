@@ -1,11 +1,22 @@
 """The folder of checkpoints: complete, damaged, pruned, half written."""
 
+import errno
 import json
 
 import pytest
+import torch
+from faults import watching
+from stored_run import store_tensors
 
+from fd_large import atomic_files
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import OWNER, Lease
+from fd_large.errors import CheckpointError, StorageError
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0))
 
 
 def test_the_last_and_every_nth_stay(folder, stored, updates_left):
@@ -42,6 +53,94 @@ def test_damage_is_found_and_named(harm, file, said, folder, stored):
     assert said in store.damage(path, 1)
     (item,) = store.complete(folder)
     assert store.verify(item) == [store.damage(path, 1)]
+
+
+@pytest.mark.parametrize("kinds", [None, {"master"}, {"ema"}])
+@pytest.mark.parametrize("of_kinds", [True, False])
+def test_what_is_not_asked_for_is_not_read(tmp_path, kinds, of_kinds):
+    tensors = {"w": torch.zeros(50_000)}
+    path = store_tensors(tmp_path, tensors, ema=tensors, receipts_of_kinds=of_kinds)
+    whole = (path / store.file_of(0)).stat().st_size
+    with watching(path) as watched:
+        assert store.damage(path, 0, kinds) is None
+    parts = kinds is not None and of_kinds
+    assert (watched.bytes_read < 0.6 * whole) == parts
+    # The average comes first in the file.
+    with (path / store.file_of(0)).open("r+b") as file:
+        file.seek(whole // 4)
+        file.write(b"flipped")
+    assert (store.damage(path, 0, kinds) is None) == (parts and kinds == {"master"})
+    content = bytearray((path / store.file_of(0)).read_bytes())
+    content[20] ^= 1
+    (path / store.file_of(0)).write_bytes(content)
+    assert store.damage(path, 0, kinds)
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [(errno.EIO, StorageError), (errno.ESTALE, StorageError), (errno.EACCES, CheckpointError)],
+)
+def test_what_cannot_be_read_is_not_damaged(folder, stored, error, refusal):
+    path = stored(2)
+    with watching(path, lambda operation: error), pytest.raises(refusal):
+        store.damage(path, 0)
+    with watching(path, lambda operation: error), pytest.raises(refusal):
+        store.complete(folder)
+
+
+class Killed(BaseException):
+    """The process is no more."""
+
+
+def test_a_kill_at_any_operation_of_a_save_loses_nothing(tmp_path, monkeypatch):
+    """The first save of a step, and one that replaces the same step of a run that went back."""
+
+    def save(folder, value):
+        store_tensors(folder, {"w": torch.full((5,), value)}, update=2, ranks=2)
+
+    def values(folder):
+        (item,) = [item for item in store.complete(folder) if item.update == 2] or [None]
+        if item is None:
+            return None
+        assert store.verify(item) == []
+        content = (item.path / store.file_of(0)).read_bytes()
+        return torch.frombuffer(bytearray(content[-12:]), dtype=torch.float32).tolist()
+
+    number, found = 0, set()
+    while True:
+        dead = False
+        for replaced in (False, True):
+            for after in (False, True):
+                folder = tmp_path / f"{number}_{replaced}_{after}"
+                with watching(folder):
+                    store_tensors(folder, {"w": torch.ones(5)}, update=1)
+                    if replaced:
+                        save(folder, 2.0)
+
+                def fails(operation, number=number, after=after):
+                    if operation.number > number or (operation.number, after) == (
+                        number,
+                        operation.done,
+                    ):
+                        raise Killed
+
+                try:
+                    with watching(folder, fails):
+                        save(folder, 3.0)
+                except Killed:
+                    dead = True
+                store.sweep(folder)
+                assert store.complete(folder)[0].update == 1
+                left = values(folder)
+                assert left in ([[2.0] * 3, [3.0] * 3] if replaced else [None, [3.0] * 3])
+                found.add((replaced, str(left)))
+                names = {p.suffix for p in store.checkpoints_of(folder).iterdir()}
+                assert names == {""}, "nothing half done is left"
+        if not dead:
+            break
+        number += 1
+    assert len(found) == 4
+    assert number > 15
 
 
 @pytest.mark.parametrize("digits", [('"update": 2', '"update": 3'), ("}", "")])

@@ -1,12 +1,22 @@
 """The saver: what was is written while training goes on, all of it or nothing."""
 
+import errno
+
 import pytest
 import torch
+from faults import watching
 
-from fd_large.checkpoint import store
+from fd_large import atomic_files
+from fd_large.checkpoint import read, store
 from fd_large.checkpoint.layout import EachTensor
 from fd_large.checkpoint.read import newest_sound
 from fd_large.checkpoint.write import Piece, Saver
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(read, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(atomic_files, "PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -30,7 +40,7 @@ def save(folder):
 def test_what_was_is_read_back_and_old_ones_go(save, folder, updates_left):
     assert all(save(update) for update in (1, 2, 3))
     assert updates_left() == [2, 3]
-    reader, complaints = newest_sound(folder, lambda layout: {0})
+    reader, complaints = newest_sound(folder)
     assert complaints == []
     assert reader.manifest["update"] == 3
     assert reader.read("master", "w", 1, 4).tolist() == [7.0, 7.0, 7.0]
@@ -46,7 +56,7 @@ def test_a_write_that_fails_leaves_the_old_ones(save, folder, updates_left, monk
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fd_large.checkpoint.write.save_file", full)
+    monkeypatch.setattr("fd_large.checkpoint.tensor_file.write", full)
     assert not save(2)
     assert updates_left() == [1]
     assert not list(folder.rglob("*.part"))
@@ -55,3 +65,44 @@ def test_a_write_that_fails_leaves_the_old_ones(save, folder, updates_left, monk
 def test_nothing_is_complete_without_every_ranks_files(save, folder):
     assert not save(2, world_size=2), "rank 1 wrote elsewhere"
     assert store.complete(folder) == []
+
+
+def test_an_error_at_any_operation_of_a_save_loses_nothing(save, folder, updates_left):
+    """Errors that pass are got over; of others the save is lost and the ones before it stay."""
+    save(1)
+
+    def sound():
+        store.sweep(folder)
+        reader, complaints = newest_sound(folder)
+        assert complaints == []
+        assert reader.read("master", "w", 0, 5).tolist() == [7.0] * 5
+        assert updates_left()[0] == 1
+        left = {path.name for path in store.checkpoints_of(folder).iterdir()}
+        assert left == {store.name_of(update) for update in updates_left()}
+        return reader.manifest["update"]
+
+    def again():
+        """A run that went back arrives at the same step once more."""
+        return save(2) and save(2)
+
+    with watching(folder) as calm:
+        assert again()
+    assert len(calm.operations) > 30
+    for number in range(len(calm.operations)):
+        for error, after, lasts in (
+            (errno.EIO, False, False),
+            (errno.ESTALE, True, False),
+            (errno.EIO, False, True),
+            (errno.ENOSPC, False, False),
+        ):
+
+            def fails(operation, number=number, error=error, after=after, lasts=lasts):
+                at = operation.number == number and operation.done == after
+                return error if at or (lasts and operation.number > number) else None
+
+            with watching(folder, fails):
+                written = again()
+            where = (calm.operations[number], error, after, lasts)
+            if error != errno.ENOSPC and not lasts:
+                assert written, where
+            assert sound() == 2 or not written, where

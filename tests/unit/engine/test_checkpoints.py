@@ -183,7 +183,7 @@ def test_failed_saves_in_a_row_end_the_run(make, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("fd_large.checkpoint.write.save_file", full)
+    monkeypatch.setattr("fd_large.checkpoint.tensor_file.write", full)
     checkpoints = make(max_failed_saves=2)
     checkpoints.save(1)
     assert not checkpoints.settle()

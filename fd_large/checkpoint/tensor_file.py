@@ -1,0 +1,206 @@
+"""Files of tensors in the safetensors format, written and read by the system's own calls.
+
+Not by the safetensors library, because a checkpoint needs the number of an error (a library of
+another language gives a text, and a mapped file a signal that ends the process), reads of a few
+bytes of many files, and checksums of parts that are taken while the bytes are written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 24
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: Its type.
+        start: Offset of its first byte in the file.
+        stop: Offset after its last byte.
+    """
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+class Checksums(NamedTuple):
+    """CRC-32 of a file and of its parts, as a receipt holds them: eight hexadecimal digits each.
+
+    Attributes:
+        file: Of the whole file.
+        header: Of the bytes before the first tensor.
+        kinds: Of the tensors of each kind, one after the other; the kind is what stands before the
+            first dot of a name.
+    """
+
+    file: str
+    header: str
+    kinds: dict[str, str]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
+    """Writes and flushes a file with the mode that the user's umask gives.
+
+    Args:
+        path: The file.
+        tensors: Flat, contiguous, in host memory, by name.
+
+    Raises: OSError: if it cannot be written; what is there then is not whole.
+    """
+    # As the library does: the widest first, so that each lies on a multiple of its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    table, end = {}, 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        table[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    whole, kinds = zlib.crc32(header), dict.fromkeys(map(_kind, order), 0)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        _write_all(descriptor, memoryview(header))
+        for name in order:
+            view = memoryview(tensors[name].view(torch.uint8).numpy())
+            for first in range(0, len(view), CHUNK):
+                chunk = view[first : first + CHUNK]
+                _write_all(descriptor, chunk)
+                whole = zlib.crc32(chunk, whole)
+                kinds[_kind(name)] = zlib.crc32(chunk, kinds[_kind(name)])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return Checksums(_hex(whole), _hex(zlib.crc32(header)), {k: _hex(v) for k, v in kinds.items()})
+
+
+class TensorFile:
+    """An open file. Its descriptor stays open until `close`.
+
+    Args:
+        path: The file.
+        headers: Tables of other files by the bytes of their headers, added to here: the files of a
+            run's ranks have much the same header, and thousands of parsed ones would fill memory.
+
+    Raises: OSError: if it cannot be read; ValueError: if it is no such file.
+    """
+
+    def __init__(self, path: Path, headers: dict[bytes, dict[str, Place]] | None = None) -> None:
+        headers = {} if headers is None else headers
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = int.from_bytes(self._bytes(0, 8), "little")
+            if size > os.fstat(self._descriptor).st_size:
+                raise ValueError("no length of a header")
+            self.header = self._bytes(0, 8 + size)
+            if self.header not in headers:
+                headers[self.header] = _places(json.loads(self.header[8:]), 8 + size)
+            self.places = headers[self.header]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the descriptor; a second time does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def read_into(self, out: Tensor, name: str, start: int) -> None:
+        """Fills a flat float32 tensor with elements of a stored one, from `start` on."""
+        dtype, begin, _ = self.places[name]
+        held = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
+        view = memoryview(held.view(torch.uint8).numpy())
+        self._fill(view, begin + start * dtype.itemsize)
+        if held is not out:
+            out.copy_(held)
+
+    def checksum(self, kinds: Collection[str]) -> Checksums:
+        """Returns the checksums of the header and of some kinds; none of the whole file."""
+        found = {}
+        for kind in kinds:
+            held = [place for name, place in self.places.items() if _kind(name) == kind]
+            value = 0
+            for place in sorted(held, key=lambda place: place.start):
+                value = self._crc(value, place.start, place.stop)
+            if held:
+                found[kind] = _hex(value)
+        return Checksums("", _hex(zlib.crc32(self.header)), found)
+
+    def _crc(self, value: int, start: int, stop: int) -> int:
+        buffer = memoryview(bytearray(min(CHUNK, stop - start)))
+        for first in range(start, stop, CHUNK):
+            chunk = buffer[: min(CHUNK, stop - first)]
+            self._fill(chunk, first)
+            value = zlib.crc32(chunk, value)
+        return value
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        buffer = bytearray(stop - start)
+        self._fill(memoryview(buffer), start)
+        return bytes(buffer)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        while len(view):
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise OSError(errno.EIO, "ends early", str(self.path))
+            view, offset = view[count:], offset + count
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def _places(table: Any, begin: int) -> dict[str, Place]:
+    try:
+        return {
+            name: Place(_TYPES[item["dtype"]], *(begin + end for end in item["data_offsets"]))
+            for name, item in table.items()
+            if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no table of tensors ({error})") from error
+
+
+def _kind(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _hex(value: int) -> str:
+    return f"{value:08x}"
