@@ -73,7 +73,7 @@ class LayerLearningRates:
             for scale, views in by_scale.items():
                 cut_groups.append({**group, "params": views, "lr": self.at_scale(scale)})
             if by_scale:
-                stepped.append((group, cut_groups[-1], cut_groups[-1]["params"][0]))
+                stepped.append((group, cut_groups[-1], cut_groups[-1]["params"][-1]))
         inner.param_groups, inner.state = cut_groups, cut_state
         try:
             self._plain_step(*arguments, **named)
@@ -85,7 +85,8 @@ class LayerLearningRates:
                 part = states[owner][name].view(-1)[start:stop]
                 if part.data_ptr() != cut_state[view][name].data_ptr():
                     part.copy_(cut_state[view][name])
-        # Step counts: torch and DeepSpeed keep them with the tensor, apex with the group.
+        # Step counts: torch keeps one with each tensor, DeepSpeed's FusedAdam counts with the last
+        # tensor of a group, apex with the group.
         for group, cut, view in stepped:
             if "step" in cut:
                 group["step"] = cut["step"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fused_adam
 import pytest
 import torch
+from torch import nn
 from unit.engine.conftest import CONFIGS, Brightness, batch_of
 
 from fd_large.engine.forward_backward import forward_backward, prepared
 from fd_large.engine.zero import partition, state
-from fd_large.engine.zero.layer_decay import LayerSlice, _joined, by_layer
-from fd_large.engine.zero.optimizer import parameter_groups
+from fd_large.engine.zero.layer_decay import LayerLearningRates, LayerSlice, _joined, by_layer
+from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
 from fd_large.recipes.sections import Optim
 
 DECAY, PEAK = 0.5, 1e-2
@@ -60,3 +62,37 @@ def test_neighbours_of_one_scale_are_one_slice_with_the_padding_between_them():
         LayerSlice(9, 9, 2.0),
     ]
     assert _joined(cuts) == [LayerSlice(0, 8, 1.0), LayerSlice(8, 9, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [(0, 4, 0.5), (4, 8, 1.0)],
+        [(0, 2, 1.0), (2, 6, 0.5), (6, 8, 1.0)],
+        # The scale that is met last has two slices, of which DeepSpeed counts on the last.
+        [(0, 2, 0.5), (2, 4, 1.0), (4, 6, 0.5), (6, 8, 1.0)],
+    ],
+)
+def test_steps_are_read_where_deepspeeds_fused_kernel_counts_them(cuts, monkeypatch):
+    launched = fused_adam.install(monkeypatch)
+    optim = Optim(fused="deepspeed")
+    flat = nn.Parameter(torch.linspace(-1, 1, 8))
+    plain = [nn.Parameter(flat.detach()[start:stop].clone()) for start, stop, _ in cuts]
+    inner = make_optimizer([{"params": [flat], "weight_decay": 0.1}], optim, on_gpu=True)
+    rates = LayerLearningRates(inner, inner.step, {id(flat): [LayerSlice(*cut) for cut in cuts]})
+    rates.at_scale = lambda scale: PEAK * scale
+    reference = torch.optim.AdamW(
+        [{"params": [p], "lr": PEAK * cut[2]} for p, cut in zip(plain, cuts, strict=True)],
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=0.1,
+    )
+    for step in range(1, 6):
+        flat.grad = torch.linspace(1, 2, 8) / step
+        for p, (start, stop, _) in zip(plain, cuts, strict=True):
+            p.grad = flat.grad[start:stop].clone()
+        rates.step()
+        reference.step()
+        assert set(launched[-2:]) == {step}
+        assert inner.state[flat]["step"] == step
+    torch.testing.assert_close(flat.detach(), torch.cat([p.detach() for p in plain]))
