@@ -19,6 +19,7 @@ def install(patch: pytest.MonkeyPatch, *, wrong: float = 1.0) -> list[int]:
     Returns: the step count of each launch, as they come.
     """
     # Here, because deepspeed's import takes seconds.
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import FusedAdamBuilder
 
     launched: list[int] = []
@@ -49,4 +50,6 @@ def install(patch: pytest.MonkeyPatch, *, wrong: float = 1.0) -> list[int]:
         return SimpleNamespace(multi_tensor_adam=multi_tensor_adam)
 
     patch.setattr(FusedAdamBuilder, "load", load)
+    # As in an image that was built with it.
+    patch.setitem(installed_ops, "fused_adam", True)
     return launched

@@ -1,15 +1,47 @@
-"""Which of DeepSpeed's compiled operations this machine can build, and which are built."""
+"""DeepSpeed's compiled operations: what this machine can build, and one build on each node.
+
+torch compiles an operation where it is first used, under a file `lock` in the operation's folder,
+and waits for that file without a limit. A job that is killed while it compiles leaves it behind,
+and every later start would wait for ever. Here one rank of a node compiles, in a process that a
+time limit ends, and whoever compiles or loads holds a lock of the operating system, which goes with
+its process: a `lock` of torch that is there nevertheless is stale.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import logging
 import os
+import platform
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from fd_large import distributed
 from fd_large.engine.zero.private_names import get
 
-# FusedAdam steps the masters on GPUs; a DeepSpeed JSON may turn on the others.
+log = logging.getLogger(__name__)
+
+# FusedAdam steps the masters on GPUs. CPUAdam and AsyncIO are built in the image, for programs that
+# use them; a run of this package does not.
 NAMES = ("FusedAdam", "CPUAdam", "AsyncIO")
+# FusedAdam takes a minute or two on an idle node.
+BUILD_SECONDS = 600.0
+BUILD = (
+    "import sys; from deepspeed.ops import op_builder; "
+    "getattr(op_builder, sys.argv[1] + 'Builder')().load(verbose=False)"
+)
 
 
 class Op(NamedTuple):
@@ -28,16 +60,169 @@ class Op(NamedTuple):
 
 def ops() -> list[Op]:
     """Asks the builder of each operation; compiles nothing."""
-    installed_ops = get("deepspeed.git_version_info:installed_ops")
-    default = get("torch.utils.cpp_extension:get_default_build_root")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default())
     found = []
     for name in NAMES:
-        builder = get(f"deepspeed.ops.op_builder:{name}Builder")()
+        builder = _builder(name)
         try:
             buildable = bool(builder.is_compatible(verbose=False))
         except Exception:  # DeepSpeed raises many kinds, all of which mean that it cannot.
             buildable = False
-        built = bool(installed_ops.get(builder.name)) or any(root.glob(f"**/{builder.name}.so"))
-        found.append(Op(name, buildable, built))
+        found.append(Op(name, buildable, _is_built(builder.name)))
     return found
+
+
+def load(name: str) -> str | None:
+    """Builds an operation on each node where it is not built yet, then loads it on every rank.
+
+    A collective: either all ranks have it or none uses it.
+
+    Args:
+        name: DeepSpeed's name of it.
+
+    Returns: why it cannot be used, alike on all ranks; None if it can.
+    """
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
+    built = agreed(lambda: _build(name) if distributed.local_rank() == 0 else None)
+    return built or agreed(lambda: _load(name))
+
+
+def agreed(why_not: Callable[[], str | None]) -> str | None:
+    """Returns the first rank's reason against something, with its node, on all ranks; or None."""
+    ranks = distributed.gather_objects((why_not(), distributed.node_name()))
+    return next((f"{reason} (on {node})" for reason, node in ranks if reason), None)
+
+
+def folder() -> Path:
+    """Returns where operations are built: TORCH_EXTENSIONS_DIR, or a folder on the node's disk."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _own_folder())
+
+
+def _own_folder() -> Path:
+    # torch's own default is in the home directory, which nodes share. With TORCH_EXTENSIONS_DIR it
+    # does not tell versions apart.
+    versions = platform.python_version(), torch.__version__, version("deepspeed")
+    return _private() / "_".join(("python{}", "torch{}", "deepspeed{}")).format(*versions)
+
+
+def _private() -> Path:
+    return Path(tempfile.gettempdir()) / f"fd_large_{os.getuid()}"
+
+
+def _builder(name: str) -> Any:
+    return get(f"deepspeed.ops.op_builder:{name}Builder")()
+
+
+def _is_built(name: str) -> bool:
+    installed = get("deepspeed.git_version_info:installed_ops")
+    return bool(installed.get(name)) or (folder() / name / f"{name}.so").exists()
+
+
+def _build(name: str) -> str | None:
+    """Compiles an operation in a process of its own; returns what went wrong."""
+    try:
+        builder = _builder(name)
+        if _is_built(builder.name):
+            return None
+        if not builder.is_compatible(verbose=False):
+            return "it does not build: its compiler or libraries are missing"
+        with _turn(builder.name) as turn:
+            if _is_built(builder.name):
+                return None
+            log.info("compiling DeepSpeed's %s in %s", name, folder())
+            return _compile(name, folder() / f"{builder.name}.log", turn)
+    except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
+        return f"it does not build: {_line(error)}"
+
+
+def _compile(name: str, said: Path, turn: int) -> str | None:
+    with open(said, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", BUILD, name],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # The turn lasts as long as the compiler does, also where this rank is killed.
+            pass_fds=(turn,),
+        )
+        try:
+            code = process.wait(BUILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"it does not build within {BUILD_SECONDS:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if not code:
+        return None
+    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    wrong = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no output"]
+    return f"it does not build: {wrong[0].strip()[:200]} ({said})"
+
+
+def _load(name: str) -> str | None:
+    try:
+        builder = _builder(name)
+        with _turn(builder.name):
+            builder.load(verbose=False)
+    except Exception as error:  # As above.
+        return f"it does not load: {_line(error)}"
+    return None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+@contextmanager
+def _turn(name: str) -> Iterator[int]:
+    """Holds this node's turn to compile or load in the folder, where no stale lock is left.
+
+    Raises: TimeoutError: if others hold it for too long.
+    """
+    private = _private()
+    private.mkdir(mode=0o700, exist_ok=True)
+    found = private.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        # Whoever else writes there could have another library loaded.
+        raise PermissionError(f"{private} is not a folder of this user alone")
+    root = folder()
+    root.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + BUILD_SECONDS
+    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    with open(private / f"{key}.turn", "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                _wait(until, f"another start compiles in {root}")
+        lock = root / name / "lock"
+        while lock.exists():
+            # Other nodes, and programs that take no turns, write to a folder of the user's.
+            if root == _own_folder() or _unchanged_seconds(lock.parent) > BUILD_SECONDS:
+                log.warning("%s: left by a start that ended while it compiled; removed", lock)
+                lock.unlink(missing_ok=True)
+            else:
+                _wait(until, f"{lock} is held by another program")
+        yield file.fileno()
+        # Of a compiler that was ended; whoever ends by itself has removed it.
+        if root == _own_folder():
+            lock.unlink(missing_ok=True)
+
+
+def _wait(until: float, why: str) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(why)
+    time.sleep(0.2)
+
+
+def _unchanged_seconds(path: Path) -> float:
+    """Returns for how long nothing was written to a folder, by its file server's clock."""
+    with tempfile.NamedTemporaryFile(dir=path) as now:
+        times = []
+        for file in path.iterdir():
+            with suppress(FileNotFoundError):  # A compiler's own, on its way out.
+                if file != Path(now.name):
+                    times.append(file.lstat().st_mtime)
+        return os.stat(now.name).st_mtime - max(times, default=0.0)

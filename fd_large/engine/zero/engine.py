@@ -11,13 +11,14 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.engine import block_wrappers
 from fd_large.engine.task import Task
+from fd_large.engine.zero import compiled_ops, partition
 from fd_large.engine.zero import config as ds
-from fd_large.engine.zero import partition
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
 from fd_large.engine.zero.private_names import check_engine
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
+from fd_large.errors import ConfigError
 from fd_large.plan.memory import DEFAULT_BUCKET_SIZE
 from fd_large.recipes.sections import Optim
 
@@ -70,6 +71,14 @@ def build_engine(
         initial: (name, full tensor) of `task.student` alone.
     """
     stage = ds.stage_of(config)
+    zero = config["zero_optimization"]
+    if (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")) and (
+        reason := compiled_ops.load("Quantizer")
+    ):
+        raise ConfigError(
+            f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
+            "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
+        )
     task = partition.build(make, config, partitioned=stage == 3, seed=seed, whole_first=whole_first)
     if weights is not None:
         partition.load_weights(task, weights, where="--student.init")
@@ -92,6 +101,6 @@ def build_engine(
     check_engine(engine, optimizer, ds.optimizer_class(config))
     if exact is not None:
         partition.set_masters(task, exact)
-    bucket = config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE)
     spare_passes(engine, bucket=bucket)
     return Engine(engine, task, stage, config, StepGate(optimizer))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,14 +14,17 @@ from torch import Tensor, nn
 
 from fd_large import distributed
 from fd_large.engine.task import Task
+from fd_large.engine.zero import compiled_ops
 from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS, Kept, maker_of, tried
-from fd_large.engine.zero.private_names import get
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
 from fd_large.recipes.sections import Optim
 
 log = logging.getLogger(__name__)
+
+# Numbers of the tensors that a fused optimiser steps on trial; kernels cut them at powers of two.
+_TRIED = (1, 1000, 2**18 + 3)
 
 _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 
@@ -91,19 +96,18 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
     passed_over = []
     for kind in (optim.fused,) if optim.fused != "auto" else ("deepspeed", "apex", "torch"):
-        reason = _why_not(kind, on_gpu)
+        reason = "the masters are in host memory" if not on_gpu and kind != "torch" else None
+        reason = reason or _why_not(kind, settings)
         if reason is None:
             log.info("optimiser: AdamW of %s%s", kind, "".join(passed_over))
-            if kind == "torch":
-                return torch.optim.AdamW(groups, fused=True, **settings)
-            apex = kind == "apex"
-            module = importlib.import_module("apex.optimizers") if apex else deepspeed.ops.adam
-            return module.FusedAdam(groups, adam_w_mode=True, **settings)
+            return _made(kind, groups, settings)
         if optim.fused != "auto":
             raise ConfigError(
                 f"optim.fused: {kind}'s AdamW does not work here; got {reason}, expected a working "
                 "one. Set --optim.fused auto."
             )
+        if on_gpu and kind == "deepspeed":
+            log.warning("optimiser: DeepSpeed's FusedAdam is left out on all ranks: %s", reason)
         passed_over.append(f"; not {kind}'s: {reason}")
     raise AssertionError("torch's AdamW always works")
 
@@ -114,19 +118,59 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def _why_not(kind: str, on_gpu: bool) -> str | None:
+def _made(
+    kind: str, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    if kind == "torch":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    apex = kind == "apex"
+    module = importlib.import_module("apex.optimizers") if apex else deepspeed.ops.adam
+    return module.FusedAdam(groups, adam_w_mode=True, **settings)
+
+
+def _why_not(kind: str, settings: dict[str, Any]) -> str | None:
+    """Returns why an implementation cannot be used, alike on all ranks; None if it can."""
     if kind == "torch":
         return None
-    if not on_gpu:
-        return "the masters are in host memory"
-    if kind == "apex":
-        return None if has_nvidia_apex() else "NVIDIA apex is not installed"
-    builder = get("deepspeed.ops.op_builder:FusedAdamBuilder")()
+    if kind == "deepspeed":
+        reason = compiled_ops.load("FusedAdam")
+    else:
+        missing = None if has_nvidia_apex() else "NVIDIA apex is not installed"
+        reason = compiled_ops.agreed(lambda: missing)
+    return reason or compiled_ops.agreed(lambda: _off(kind, settings))
+
+
+def _off(kind: str, settings: dict[str, Any]) -> str | None:
+    """Steps random numbers beside torch's plain AdamW; returns by how much it is off, if it is."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(4, size, generator=generator) for size in _TRIED]
+    settings = {**settings, "lr": 1e-2, "weight_decay": 0.05}
+
+    def moved(make: Callable[..., Any], dtype: torch.dtype) -> Tensor:
+        rows = [draw.to(distributed.device(), dtype) for draw in draws]
+        parameters = [nn.Parameter(row[0].clone()) for row in rows]
+        optimizer = make([{"params": parameters}])
+        for step in range(1, 4):
+            for parameter, row in zip(parameters, rows, strict=True):
+                parameter.grad = row[step].clone()
+            optimizer.step()
+        return torch.cat([p.detach() - row[0] for p, row in zip(parameters, rows, strict=True)])
+
+    def plain(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, foreach=False, **settings)
+
+    exact = moved(plain, torch.float64)
+    limit = 4 * (moved(plain, torch.float32) - exact).abs().max() + 1e-6 * exact.abs().max()
     try:
-        builder.load(verbose=False)
-    except Exception as error:  # DeepSpeed raises many kinds, whatever a compiler says.
-        return f"its kernel does not build ({type(error).__name__})"
-    return None
+        error = (moved(partial(_made, kind, settings=settings), torch.float32) - exact).abs().max()
+    except Exception as failed:  # Whatever a kernel's launch raises.
+        return f"its step fails ({type(failed).__name__}: {failed})"
+    if error <= limit:
+        return None
+    return (
+        f"its steps are {error:.1e} off those of plain AdamW, which are at most "
+        f"{exact.abs().max():.1e}"
+    )
 
 
 def _number(owner: Tensor, steps: int) -> int:

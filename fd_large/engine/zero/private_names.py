@@ -89,7 +89,7 @@ NAMES = {
     "deepspeed.ops.op_builder:FusedAdamBuilder": PRESENT,
     "deepspeed.ops.op_builder:CPUAdamBuilder": PRESENT,
     "deepspeed.ops.op_builder:AsyncIOBuilder": PRESENT,
-    "torch.utils.cpp_extension:get_default_build_root": "()",
+    "deepspeed.ops.op_builder:QuantizerBuilder": PRESENT,
     # The inner optimiser's own step, which the gate replaces.
     "torch.optim.optimizer:Optimizer.step": "(self, closure)",
     # Detection.

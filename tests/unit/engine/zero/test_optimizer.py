@@ -2,8 +2,10 @@ import sys
 import types
 from dataclasses import replace
 
+import fused_adam
 import pytest
 import torch
+from deepspeed.ops.adam import FusedAdam
 
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.engine.zero import optimizer as module
@@ -50,9 +52,11 @@ def test_apex_is_called_as_its_interface_says_with_a_stand_in(monkeypatch):
     """A stand-in, since NVIDIA's apex is on no index; the other project of that name is refused."""
     made = {}
 
-    class FusedAdam:
-        def __init__(self, groups, **settings):
-            made.update(settings, groups=len(groups))
+    class FusedAdam(torch.optim.AdamW):
+        def __init__(self, groups, adam_w_mode, **settings):
+            made.clear()
+            made.update(settings, adam_w_mode=adam_w_mode, groups=len(groups))
+            super().__init__(groups, **settings)
 
     apex = types.ModuleType("apex")
     apex.__spec__ = types.SimpleNamespace(name="apex", loader=None)
@@ -70,3 +74,15 @@ def test_apex_is_called_as_its_interface_says_with_a_stand_in(monkeypatch):
     assert made == {
         "lr": 0.0, "betas": OPTIM.betas, "eps": OPTIM.eps, "adam_w_mode": True, "groups": 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [1.0, 1.0001, float("nan")])
+def test_a_fused_kernel_is_tried_beside_plain_adamw(wrong, monkeypatch, caplog):
+    fused_adam.install(monkeypatch, wrong=wrong)
+    groups = module.parameter_groups(_task(), 0.05)
+    chosen = module.make_optimizer(groups, OPTIM, on_gpu=True)
+    assert isinstance(chosen, FusedAdam if wrong == 1.0 else torch.optim.AdamW)
+    assert ("left out on all ranks" in caplog.text) == (wrong != 1.0)
+    if wrong != 1.0:
+        with pytest.raises(ConfigError, match="off those of plain AdamW"):
+            module.make_optimizer(groups, replace(OPTIM, fused="deepspeed"), on_gpu=True)
