@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fd_large import failures
 from fd_large.checkpoint.lease import LOST, Lease, OwnedError, claim
 from fd_large.errors import FDError
 from fd_large.launch import find_launch, find_rank
@@ -64,4 +65,5 @@ def owning(run_dir: str) -> Iterator[Lease]:
 
 def _end(why: str) -> None:
     terminal.show_error(why)
+    failures.tell(LOST, why)
     os._exit(LOST)
