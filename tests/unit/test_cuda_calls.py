@@ -141,10 +141,10 @@ def test_the_probe_of_a_gpu_frees_what_it_took(card: Card, monkeypatch, tmp_path
     monkeypatch.setattr(run, "engine_of", lambda *_, **__: engine)
     job = DistillationJob(tiny_runs.tiny_run())
     zero = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
-    assert run._probed(job, zero, tmp_path, 4) == 4
+    assert run._probed(job, zero, tmp_path, 4, keep=True) == 4
     assert card.notes[-1] == "empty_cache"
     card.notes.clear()
-    assert run._probed(job, zero, tmp_path, 4) == 4
+    assert run._probed(job, zero, tmp_path, 4, keep=True) == 4
     assert card.notes == [], "remembered"
 
 

@@ -317,8 +317,8 @@ def test_a_diagnosis(card: Card, distillation, tmp_path: Path) -> None:
     models = [load_model(str(folder)), load_model("timm:test_vit=random")]
     found = examine(
         models,
-        Sample("builtin:photographs", 8),
-        batch_size=8,
+        Sample("builtin:photographs", 4),
+        batch_size=4,
         extent=Extent(points=3, seeds=1, side=3),
         progress=lambda what: None,
     )
