@@ -19,8 +19,9 @@ from PIL import Image
 from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.data.bad_images import BadImages
 from fd_large.data.centre_crops import NO_LABEL
-from fd_large.data.labelled import open_labelled
+from fd_large.data.labelled import LabelledImages, open_labelled
 from fd_large.data.loader import Batch
 from fd_large.data.photographs import Photographs
 from fd_large.data.views import ViewSettings
@@ -30,6 +31,7 @@ from fd_large.diagnose.sample import Sample
 from fd_large.engine import ema, forward_backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.loop import Trainer, TrainingPlan
+from fd_large.engine.replay import find_weights, read_incident, run_again
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.student import make_student
 from fd_large.engine.task import Task
@@ -37,15 +39,20 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
 from fd_large.probes import knn, linear
 from fd_large.probes.features import Features, extract
+from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Student
 from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.detection.scores.collect import to_results
+from fd_large.tasks.detection.stored import predict_images
 from fd_large.tasks.distillation.canary import seconds_of_product
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.job import DistillationJob
 from fd_large.tasks.distillation.losses import LOSSES
 from fd_large.tasks.distillation.normalisers import NORMALISERS
+from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning
+from fd_large.tasks.jobs import job_of
 
 SIDE = 32
 VIT = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=SIDE)
@@ -58,6 +65,7 @@ STUDENTS = {
     "swinv2_tiny": SWIN,
     "timm:convnextv2_atto": Architecture(image_size=SIDE),
 }
+DETECTORS = ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base")
 KERNELS = {"reference": (7, 5), "triton": (9, 0)}
 """What runs the fused operations, and the compute capability that makes it do so."""
 COUNTING = {
@@ -176,7 +184,7 @@ def test_fine_tuning(card: Card, name: str) -> None:
     assert waits == ["test: copy from the CPU"] * 2
 
 
-@pytest.mark.parametrize("recipe", ["coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"])
+@pytest.mark.parametrize("recipe", DETECTORS)
 def test_detection(card: Card, recipe: str) -> None:
     task = engine_ready(DetectionJob(detection_batches.narrow_run(recipe)).make_task)
     batch = detection_batches.batch_of(0, (83, 67), [3, 0])
@@ -196,6 +204,24 @@ def test_detection(card: Card, recipe: str) -> None:
     task.eval()
     seen = task.detect(batch.images.to("cuda"), batch.targets.sizes.to("cuda"))
     assert {tensor.device.type for found in seen for tensor in found} == {"cuda"}
+    sizes = {"size": batch.targets.sizes[0], "original_size": (80, 60)}
+    results = to_results(seen[0], image_id=0, category_ids=range(9), **sizes)
+    assert len(results) == len(seen[0].boxes)
+
+
+def test_a_detector_s_pictures(card: Card, tmp_path: Path) -> None:
+    task = engine_ready(DetectionJob(detection_batches.narrow_run(DETECTORS[1])).make_task)
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    (found,) = predict_images(
+        task.eval().detect,
+        [str(tmp_path / "a.png")],
+        tmp_path / "out",
+        class_names="abcde",
+        test_size=(64, 96),
+        max_pixels=2**20,
+        least_score=0.5,
+    )
+    assert not found.problem
 
 
 def test_held_out_views(card: Card) -> None:
@@ -235,6 +261,27 @@ def test_a_step_reads_the_device_once(card: Card) -> None:
     assert (agreed.update.loss, agreed.update.grad_norm) == (2.0, 2.0)
 
 
+def labelled(folder: Path) -> LabelledImages:
+    """Three images of two classes."""
+    for number in range(3):
+        path = folder / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 60 * number, dtype=np.uint8)).save(path)
+    return open_labelled(str(folder / "images"))
+
+
+def test_accuracy_on_test_images(card: Card, monkeypatch, tmp_path: Path) -> None:
+    images = labelled(tmp_path)
+    run = registry.get("finetune_clip_vit_base")
+    data = replace(run.data, image_size=SIDE, workers=0)
+    job = FineTuningJob(replace(run, data=data))
+    student = Student(model="swinv2_tiny", architecture=SWIN)
+    task = engine_ready(lambda: FineTuning(make_student(student), 2, statistics=IMAGENET))
+    found = job._measure(Engine(task, task, 0, {}, None), images, BadImages(), 2, lambda: None)
+    assert found.keys() == {"loss", "top1", "top5"}
+    assert found["top5"] == 100
+
+
 def test_nearest_neighbours_and_a_linear_probe(card: Card, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 60)
@@ -246,15 +293,11 @@ def test_nearest_neighbours_and_a_linear_probe(card: Card, tmp_path: Path) -> No
 
 
 def test_features_of_labelled_images(card: Card, tmp_path: Path) -> None:
-    for number in range(3):
-        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((40, 40, 3), 60 * number, dtype=np.uint8)).save(path)
     net = build("vit_base_patch16", VIT).eval().bfloat16().to("cuda")
     found = extract(
         lambda pixels: net(pixels.bfloat16()),
         IMAGENET,
-        open_labelled(str(tmp_path / "images")),
+        labelled(tmp_path),
         tmp_path / "features",
         image_size=SIDE,
         batch_size=2,
@@ -323,3 +366,17 @@ def test_a_diagnosis(card: Card, distillation, tmp_path: Path) -> None:
         progress=lambda what: None,
     )
     assert len(found.models) == 2
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "every"])
+def test_a_refused_step_is_run_again(card: Card, tmp_path: Path, checkpointing: str) -> None:
+    run = tiny_runs.tiny_run()
+    student = replace(run.student, drop_path_rate=0.5, activation_checkpointing=checkpointing)
+    run = replace(run, student=student)
+    tiny_runs.store_task(tmp_path, run, tiny_runs.tiny_task(run), update=3)
+    (tmp_path / "deepspeed.json").write_text('{"bf16": {"enabled": true}}')
+    images = list(batch_of(4).images.split(2))
+    file = tiny_runs.store_incident(tmp_path, 4, images, [0.5, 0.25])
+    incident = read_incident(file, job_of)
+    replayed = run_again(incident, find_weights(incident))
+    assert all(np.isfinite([*replayed.losses[0], replayed.grad_norm]))
