@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data import color, views
+from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import MicroBatches, Portion, check_batch_sizes, epoch_order
 from fd_large.data.source import ImageSource
@@ -121,7 +122,7 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         batches,
         sampler=places,
         batch_size=None,  # an item is a whole batch
-        collate_fn=_unchanged,
+        collate_fn=parcel,
         num_workers=workers,
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
@@ -230,7 +231,3 @@ class ViewBatches(Dataset):
             torch.tensor([sample.index for sample in loaded]),
             sum((sample.bad for sample in loaded), ()),
         )
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

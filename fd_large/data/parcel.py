@@ -1,0 +1,88 @@
+"""A batch travels from a loading process as one tensor, whatever it is made of.
+
+Each tensor that goes through shared memory takes a file descriptor on either side for as long as
+it is held. A batch of images with their objects has hundreds of them, several batches are on their
+way at once, and a process may often have no more than a thousand descriptors.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+_ALIGNMENT = 64
+
+_Layout = list[tuple[torch.dtype, tuple[int, ...], int]]
+"""Data type, shape and first byte of each tensor."""
+
+
+def parcel(batch: Any) -> Any:
+    """Packs a batch that is about to leave a loading process; it arrives as it was.
+
+    Args:
+        batch: Anything that can be pickled. Its tensors arrive contiguous.
+    """
+    return batch if get_worker_info() is None else _Parcel(batch)
+
+
+class _Parcel:
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        without, tensors = io.BytesIO(), []
+        _Pickler(without, tensors).dump(self._batch)
+        return _unpacked, (without.getvalue(), *_joined(tensors))
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, and collects them."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._tensors = tensors
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self._tensors.append(value)
+        return len(self._tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]
+
+
+def _joined(tensors: Sequence[Tensor]) -> tuple[Tensor, _Layout]:
+    layout: _Layout = []
+    size = 0
+    for tensor in tensors:
+        layout.append((tensor.dtype, tuple(tensor.shape), size))
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    joined = torch.empty(size, dtype=torch.uint8).share_memory_()
+    for tensor, place in zip(tensors, _split(joined, layout), strict=True):
+        place.copy_(tensor)
+    return joined, layout
+
+
+def _split(joined: Tensor, layout: _Layout) -> list[Tensor]:
+    return [
+        joined[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for dtype, shape, start in layout
+    ]
+
+
+def _unpacked(without: bytes, joined: Tensor, layout: _Layout) -> Any:
+    return _Unpickler(io.BytesIO(without), _split(joined, layout)).load()
