@@ -5,8 +5,9 @@
 Each pipeline reads the 256 images of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
 from the page cache and makes random resized crops of 224 pixels with flips, in one thread of one
 process. They take turns; time is processor time (other programs share the machine), and a ratio is
-taken within a round. Then 100,000 empty files are listed, first anew and then from our cache.
-Writes benchmarks/results/data_pipeline.json and .png.
+taken within a round. Then the files that are opened are counted, with the same images in 16 tar
+files; and 100,000 empty files are listed, first anew and then from our cache. Writes
+benchmarks/results/data_pipeline.json and .png.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import open_images
 from fd_large.data.views import ViewSettings
 
-SIZE, MIN_SCALE, BATCH = 224, 0.08, 32
+SIZE, MIN_SCALE, BATCH, NUM_SHARDS = 224, 0.08, 32, 16
 PIL = "PIL, folder"
 
 
@@ -83,7 +84,7 @@ def pil(root: str) -> Callable[[int], int]:
     return run
 
 
-def webdataset(tar: str) -> Callable[[int], int] | None:
+def webdataset(pattern: str) -> Callable[[int], int] | None:
     """The package webdataset, which reads a tar in its own order; None if it is not installed."""
     try:
         import webdataset as wds
@@ -92,7 +93,7 @@ def webdataset(tar: str) -> Callable[[int], int] | None:
     transform = pil_transform()
 
     def run(_: int) -> int:
-        data = wds.WebDataset(tar, shardshuffle=False).select(lambda sample: "jpeg" in sample)
+        data = wds.WebDataset(pattern, shardshuffle=False).select(lambda sample: "jpeg" in sample)
         data = data.decode("pil").to_tuple("jpeg")
         return sum(len(x) for (x,) in data.map_tuple(transform).batched(BATCH))
 
@@ -113,6 +114,38 @@ def measure(
                 rates[name]["processor"].append(num / processor)
                 rates[name]["wall"].append(num / wall)
     return rates
+
+
+def measure_opens(pipelines: dict[str, Callable[[int], int]]) -> dict[str, list[float]]:
+    """Returns the opened image and tar files an image, in the first epoch and in the next."""
+    opened, last = 0, ("", "")
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal opened, last
+        if event == "open" and str(arguments[0]).endswith((".JPEG", ".tar")):
+            path, mode = str(arguments[0]), str(arguments[1])
+            # An `opener` that calls os.open, which has no mode, announces itself a second time.
+            opened += not (mode == "None" and last[0] == path and last[1] != "None")
+            last = path, mode
+
+    sys.addaudithook(audit)
+    found: dict[str, list[float]] = {}
+    for name, run in pipelines.items():
+        found[name] = []
+        for epoch in range(2):
+            before, num = opened, run(epoch)
+            found[name].append(round((opened - before) / num, 4))
+    return found
+
+
+def in_shards(folder: Path, shards: Path) -> str:
+    """Packs the images into `NUM_SHARDS` tar files; returns their pattern."""
+    for number in range(NUM_SHARDS):
+        with tarfile.open(shards / f"{number:02}.tar", "w") as archive:
+            for path in sorted(folder.rglob("*.JPEG"))[number::NUM_SHARDS]:
+                # webdataset takes what comes before the first dot for the sample.
+                archive.add(path, path.stem.replace(".", "_") + ".jpeg")
+    return f"{shards}/{{00..{NUM_SHARDS - 1:02}}}.tar"
 
 
 def measure_listing(num: int) -> dict[str, float]:
@@ -204,6 +237,16 @@ def main() -> None:
         if run := webdataset(str(tar)):
             pipelines["webdataset, tar (PIL)"] = run
         rates = measure(pipelines, 3 if options.quick else 15)
+        with tempfile.TemporaryDirectory() as place:
+            pattern = in_shards(Path(folder), Path(place))
+            counted = {
+                "fd_large, folder": ours(folder),
+                f"fd_large, {NUM_SHARDS} tar files": ours(pattern),
+                PIL: pil(folder),
+            }
+            if run := webdataset(pattern):
+                counted[f"webdataset, {NUM_SHARDS} tar files"] = run
+            opens = measure_opens(counted)
     result = summary(rates)
     listing = measure_listing(100_000)
     record = {
@@ -213,6 +256,7 @@ def main() -> None:
         "data": "imagenet_sample256.tar, 256 images",
         "unit": "images per second of processor time, one thread",
         "pipelines": result,
+        "opens_per_image": {"epochs": "the first, the second", **opens},
         "listing": listing,
     }
     harness.write(record, RESULTS / "data_pipeline.json")
@@ -222,6 +266,8 @@ def main() -> None:
             f"{name:24} {facts['images_per_second_per_core']:7.1f} images/s "
             f"{facts['quartiles']}  {facts['ratio_to_pil']:.2f} x PIL {facts['ratio_quartiles']}"
         )
+    for name, (first, second) in opens.items():
+        print(f"{name:24} {first:.4f} files opened an image, {second:.4f} in the next epoch")
     print(
         f"listing of {listing['files']} files: {listing['first_seconds']} s, then "
         f"{listing['cached_seconds']} s from the cache"
