@@ -308,11 +308,13 @@ def together(check: Callable[[], T]) -> T:
     for number, (found, _) in enumerate(ranks):
         if found is not None:
             nodes = [node for other, node in ranks if str(other) == str(found)]
+            found.agreed = True
             if len(nodes) == len(ranks):
                 raise found
             one_node = len({node for _, node in ranks}) == 1
             where = f"rank {number}" if one_node else ", ".join(dict.fromkeys(nodes))
-            raise type(found)(f"{where}: {found}")
+            found.args = (f"{where}: {found}",)
+            raise found
     return value  # type: ignore[return-value]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -31,6 +32,8 @@ from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_o
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.stored import detector, predict_images, score_stored
 from fd_large.tasks.detection.task import Detection
+
+log = logging.getLogger(__name__)
 
 # Only a few of COCO's images have more objects.
 OBJECTS_OF_PROBE = 64
@@ -155,9 +158,6 @@ class DetectionJob(Job):
             if step == 0:
                 return {}, None
             folder = self.folder / f"update_{step:08d}"
-            if distributed.is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-            distributed.barrier()
             with evaluating(engine):
                 outcome = evaluate(
                     detect,
@@ -170,7 +170,11 @@ class DetectionJob(Job):
                     between=lambda done, total: between(),
                 )
             if outcome is not None:
-                keep(outcome, images, folder, draw=last, max_pixels=run.data.max_pixels)
+                try:
+                    keep(outcome, images, folder, draw=last, max_pixels=run.data.max_pixels)
+                except Exception:
+                    # A full disk, a font: on rank 0 alone, and the scores stand without it.
+                    log.exception("%s: NOT WRITTEN: results or pictures of the evaluation", folder)
             return metrics_of(outcome.scores if outcome else None), None
 
         return [Evaluation(measure, run.eval.every)]

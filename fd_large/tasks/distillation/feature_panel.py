@@ -33,7 +33,6 @@ class FeaturePanel(Hook):
         """
         if not distributed.is_main():
             return
-        self._folder.mkdir(exist_ok=True)
         write_panel(self._folder / f"features_{'after' if index else 'before'}.npz", index, panel)
 
 
@@ -44,6 +43,8 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
     assert images.shape[-1] == 3
     assert teacher.shape == student.shape
     assert len(teacher) == len(images)
+    with written_or_logged(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with written_or_logged(path), replacing(path) as aside, aside.open("wb") as file:
         numpy.savez_compressed(
             file,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
@@ -106,14 +107,30 @@ def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
         folder: A folder that all ranks see; the files are removed again.
 
     Returns: the merged list on rank 0, None on the others.
+    Raises: DataError: on every rank, if a rank cannot write its file or rank 0 cannot read it.
     """
-    own = _shard(folder, distributed.rank())
-    write_results(own, results)
-    distributed.barrier()
-    if not distributed.is_main():
+
+    def write() -> None:
+        own = _shard(folder, distributed.rank())
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            write_results(own, results)
+        except OSError as error:
+            raise DataError(
+                f"{own}: cannot be written; got {error}, expected room for the detections of the "
+                "evaluation. Make room, and start the same command again: it evaluates first."
+            ) from error
+
+    def read() -> list[Result] | None:
+        if not distributed.is_main():
+            return None
+        shards = [_shard(folder, rank) for rank in range(distributed.world_size())]
+        return merge(read_results(shard) for shard in shards)
+
+    distributed.together(write)
+    merged = distributed.together(read)
+    if merged is None:
         return None
-    shards = [_shard(folder, rank) for rank in range(distributed.world_size())]
-    merged = merge(read_results(shard) for shard in shards)
     # Also those that an evaluation on more ranks left here when it was killed.
     for shard in folder.glob(_shard(folder, "*").name + "*"):
         shard.unlink()

@@ -6,6 +6,7 @@ import torch
 from detection_batches import boxes
 
 from fd_large import distributed
+from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.collect import gather, paste, to_results
@@ -96,3 +97,14 @@ def test_ranks_become_one_list_and_their_files_go(tmp_path, monkeypatch):
         assert (merged is None) == (rank > 0)
     assert merged == [entry(0), entry(1), entry(2)]
     assert not list(tmp_path.iterdir())
+
+
+def test_results_that_cannot_be_written_or_read_end_all_ranks_alike(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be written; got .* start the same command again"):
+        gather([], tmp_path / "file")
+    # Another node's file that is not there.
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(DataError, match="results_of_rank_1") as caught:
+        gather([], tmp_path)
+    assert caught.value.agreed
