@@ -7,10 +7,12 @@ The only wrapper of torch.distributed; it knows nothing of DeepSpeed's engine, w
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +36,7 @@ _PEER_IS_GONE = (
 )
 
 _launch: Launch | None = None
+_moves = 0
 _node_groups: dict[int, dist.ProcessGroup] = {}
 
 
@@ -188,10 +191,38 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if _has_cuda() else torch.device("cpu")
 
 
+def moved() -> None:
+    """This rank moves: every collective here says so, and what takes long without any."""
+    global _moves
+    _moves += 1
+
+
+def moves() -> int:
+    """Returns how often this rank has moved, which the watchdog compares."""
+    return _moves
+
+
+def collectives_under_way() -> list[str]:
+    """Returns the collectives that have not ended, from torch's flight recorder, oldest first."""
+    found = []
+    # NCCL's, in torch for GPUs, and gloo's.
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        with suppress(AttributeError, RuntimeError, ValueError, KeyError):
+            trace = json.loads(getattr(torch._C._distributed_c10d, name)())
+            found += [
+                f"{entry['profiling_name']} {entry['collective_seq_id']} of "
+                f"{entry['process_group'][1] or 'a group'}, sizes {entry['input_sizes']}"
+                for entry in trace.get("entries", [])
+                if not entry["retired"]
+            ]
+    return found
+
+
 def barrier() -> None:
     """Waits until all ranks are here."""
     if dist.is_initialized():
         dist.barrier(device_ids=[local_rank()] if _has_cuda() else None)
+        moved()
 
 
 def max_rank(value: float) -> float:
@@ -212,6 +243,7 @@ def max_tensor(value: torch.Tensor) -> torch.Tensor:
     largest = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        moved()
     return largest
 
 
@@ -220,6 +252,7 @@ def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> t
     total = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total, group=group)
+        moved()
     return total
 
 
@@ -238,6 +271,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=source, device=device())
+    moved()
     return box[0]
 
 
@@ -286,6 +320,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
+    moved()
     return gathered
 
 

@@ -30,8 +30,9 @@ from fd_large.launch import find_rank
 
 log = logging.getLogger(__name__)
 
-LOST = 1
-"""The exit code of a rank that ends because another one did. Launchers return the largest."""
+LOST, AGAIN = 1, 75
+"""The exit code of a rank that ends because another one did (launchers return the largest), and of
+one that was hung: then all end with it, and the same command goes on."""
 EXITS_FOLDER = "FD_LARGE_EXITS"
 """The variable with the folder for exit files; slurm/launch.sh sets it."""
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -208,23 +209,35 @@ class Watch:
         for _ in range(int(GRACE_SECONDS / 0.1)):
             if self._over.wait(0.1):
                 return
-        reason = f"rank {ending.rank} has failed (exit code {ending.code}): {ending.reason}"
         try:
-            words = threading.Thread(target=self._last_words, args=(reason,), daemon=True)
+            words = threading.Thread(target=self._last_words, args=(ending,), daemon=True)
             words.start()
             words.join(SECONDS_FOR_LAST_WORDS)
             kill_workers()
         finally:
-            self._leave(LOST)
+            self._leave(code_after(ending))
 
-    def _last_words(self, reason: str) -> None:
-        write_exit_file(LOST, reason)
+    def _last_words(self, ending: Ending) -> None:
+        reason = f"rank {ending.rank} has failed (exit code {ending.code}): {ending.reason}"
+        write_exit_file(code_after(ending), reason)
         # Of all ranks, the terminal shows what rank 0 says.
         extra = {"file_only": self._rank != 0}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
 
 
+def code_after(ending: Ending | None) -> int:
+    """Returns the exit code of a rank that ends because of another's."""
+    return AGAIN if ending is not None and ending.code == AGAIN else LOST
+
+
 _watch: Watch | None = None
+_leaver: threading.Thread | None = None
+
+
+def leave_to(thread: threading.Thread) -> None:
+    """Leaves the end of this process to a thread: whoever fails from now on waits for it."""
+    global _leaver
+    _leaver = thread
 
 
 def watch(connect: Callable[[], Store], rank: int, world_size: int, **more: Any) -> None:
@@ -250,6 +263,8 @@ def tell(code: int, reason: str) -> None:
         code: The exit code.
         reason: One sentence.
     """
+    if _leaver is not None and threading.current_thread() is not _leaver:
+        _leaver.join()
     write_exit_file(code, reason)
     if _watch is not None:
         _watch.stop(code, reason)

@@ -84,10 +84,12 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
                 raise
             lost = failures.heard()
             said = f"rank {lost.rank} says: {lost.reason}" if lost else "its own message says why"
-            raise LostRankError(
+            lost_rank = LostRankError(
                 "train: another rank has ended; got a closed connection, expected an answer "
                 f"({said}). Start the same command again once that is fixed."
-            ) from error
+            )
+            lost_rank.exit_code = failures.code_after(lost)
+            raise lost_rank from error
 
 
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:

@@ -56,9 +56,19 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     backend = "inductor" if distributed.device().type == "cuda" else "aot_eager"
     for block in blocks:
         # A recompilation limit per block: they share code, but not shifts and widths.
-        block.forward = torch.compile(
-            block.forward, backend=backend, dynamic=False, isolate_recompiles=True
+        block.forward = _moving(
+            torch.compile(block.forward, backend=backend, dynamic=False, isolate_recompiles=True)
         )
+
+
+def _moving(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The first call compiles, for up to a minute; dozens of blocks are no standstill."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        distributed.moved()
+        return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,12 +97,22 @@ def train(
     recorded, named = recorded_code(Path(run.run_dir())), run.code()
     doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
     watching: list[Hook] = []
+    distributed.start()
+    # From the moment on that the ranks have met.
+    watchdog = watchdog_of(run, lease)
+    if watchdog:
+        watchdog.start()
     try:
         opened = open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease, fresh=fresh)
-        return _train(opened, lease, profile, hooks, watching)
+        # The last of the hooks, so that it watches what the others do at the end as well.
+        more = [*hooks, *([watchdog] if watchdog else ())]
+        return _train(opened, lease, profile, more, watching)
     except BaseException as error:
         _end_by(error, lease, watching)
         raise
+    finally:
+        if watchdog:
+            watchdog.stop()
 
 
 def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None:
@@ -480,11 +490,16 @@ def hooks_of(
         hooks.append(preemption)
     if profile:
         hooks.append(Profiler(profile))
-    hooks += [*job.hooks(), *more]
-    if run.runtime.watchdog_seconds:
-        # The last, so that it watches what the others do at the end as well.
-        hooks.append(Watchdog(run.runtime.watchdog_seconds))
-    return hooks
+    return [*hooks, *job.hooks(), *more]
+
+
+def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
+    """Returns the recipe's watchdog; None where it is turned off."""
+    if not run.runtime.watchdog_seconds:
+        return None
+    return Watchdog(
+        run.runtime.watchdog_seconds, lease.folder, lambda: lease.entered and lease.owned()
+    )
 
 
 def _share_cores(local_world_size: int) -> None:

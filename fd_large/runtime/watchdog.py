@@ -8,7 +8,6 @@ the lock stops this thread as well, and the other ranks' watchdogs end the run t
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import logging
 import multiprocessing
@@ -24,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fd_large import distributed
+from fd_large import distributed, failures
+from fd_large.failures import kill_workers
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Hook, Setting, Update
 from fd_large.runtime.logs import FILE_ONLY
@@ -32,13 +32,18 @@ from fd_large.runtime.run_folder import write_status
 
 log = logging.getLogger(__name__)
 
-HUNG, EXIT_CODE = "hung", 75
+HUNG, EXIT_CODE = "hung", failures.AGAIN
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank, or a process that loads for it, write its stacks and go on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
+START_FACTOR, LEAST_START_SECONDS, MOST_START_SECONDS = 3.0, 60.0, 1750.0
+"""Until its first step is through a rank may stand still for a multiple of the limit: it builds
+models, reads a checkpoint, compiles kernels. Collectives give up after 1,800 s."""
 MOST_SECONDS_OF_LINGERING = 30.0
 """Between a rank's stacks and its end: the others, at most a micro batch later, write theirs before
 they see a closed connection."""
+MOST_COLLECTIVES = 5
+"""Of those that are under way, in the log."""
 SECONDS_FOR_LAST_WORDS = 20.0
 """The disk of the log may be what hangs."""
 
@@ -47,38 +52,41 @@ class Silence:
     """Measures how long nothing has moved, by looks at a counter.
 
     Args:
-        limit: Seconds that are too long.
         interval: Seconds between two looks, as intended.
         now: The time, in seconds.
     """
 
-    def __init__(self, limit: float, interval: float, now: float) -> None:
-        self._limit, self._interval, self._looked = limit, interval, now
+    def __init__(self, interval: float, now: float) -> None:
+        self._interval, self._looked = interval, now
         self._seen = -1
         self.seconds = 0.0
 
-    def lasts(self, now: float, beats: int) -> bool:
+    def lasts(self, now: float, beats: int, limit: float) -> bool:
         """Looks once; returns whether it is too long.
 
         Args:
             now: The time, in seconds.
             beats: The counter.
+            limit: Seconds that are too long.
         """
         # A pause longer than intended stopped this thread too: the process did not run.
         passed, self._looked = min(now - self._looked, 2 * self._interval), now
         self.seconds = self.seconds + passed if beats == self._seen else 0.0
         self._seen = beats
-        return self.seconds >= self._limit
+        return self.seconds >= limit
 
 
 class Watchdog(Hook):
     """Ends this rank once it has not moved for so many seconds.
 
     Seconds count only while this process runs, not while it is stopped (Ctrl-Z, a machine that
-    sleeps).
+    sleeps). The clock runs from `start` on, which may be long before the first step.
 
     Args:
         seconds: How long it may stand still.
+        folder: The run's folder.
+        owned: Returns whether this start may write there.
+        start_seconds: How long it may stand still until its first step is through; None: longer.
         clock: Returns seconds.
         leave: Ends the process with an exit code.
     """
@@ -86,27 +94,36 @@ class Watchdog(Hook):
     def __init__(
         self,
         seconds: float,
+        folder: Path,
+        owned: Callable[[], bool],
         *,
+        start_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self._limit, self._clock, self._leave = seconds, clock, leave
+        self._folder, self._owned = folder, owned
+        longer = min(max(START_FACTOR * seconds, LEAST_START_SECONDS), MOST_START_SECONDS)
+        self._start_limit = max(seconds, longer) if start_seconds is None else start_seconds
+        self._stepped = False
+        self._where = "before its first step"
         self._beats = 0
         self._over, self._fired = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def on_start(self, setting: Setting) -> None:
-        """Starts the clock."""
-        self._setting = setting
-        self._where = f"after step {setting.first_update} of {setting.total_updates}"
+    def start(self) -> None:
+        """Starts the clock, in the thread that will train."""
         self._interval = min(MOST_SECONDS_BETWEEN_LOOKS, self._limit / 20)
         self._training = threading.get_ident()
         # Loading processes inherit it, so that they can be asked as well; descriptor 2 is the log.
         faulthandler.register(STACKS_SIGNAL, file=2, all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        # A rank whose peers end first fails in its collective; it leaves with the same exit code.
-        atexit.register(self._end_if_fired)
+
+    def on_start(self, setting: Setting) -> None:
+        """Moves, and knows from where."""
+        self.beat()
+        self._where = f"after step {setting.first_update} of {setting.total_updates}"
 
     def beat(self, *_: object, **__: object) -> None:
         """The run moves."""
@@ -117,6 +134,7 @@ class Watchdog(Hook):
     def after_update(self, update: Update) -> None:
         """Moves, and knows from where."""
         self.beat()
+        self._stepped = True
         self._where = f"after step {update.index + 1} of {update.total}"
 
     def on_saved(self, seconds: float) -> None:
@@ -132,23 +150,30 @@ class Watchdog(Hook):
 
     def on_failure(self, status: str, reason: str) -> None:
         """Stops the clock as well."""
-        self.on_end(status)
+        self.stop()
 
     def on_end(self, status: str) -> None:
         """Stops the clock."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stops the clock; harmless when it stands."""
         self._over.set()
         if self._thread is not None and not self._fired.is_set():
             self._thread.join()
-        atexit.unregister(self._end_if_fired)
 
     def _watch(self) -> None:
-        silence = Silence(self._limit, self._interval, self._clock())
+        silence = Silence(self._interval, self._clock())
         while not self._over.wait(self._interval):
-            if silence.lasts(self._clock(), self._beats):
+            limit = self._limit if self._stepped else self._start_limit
+            if silence.lasts(self._clock(), self._beats + distributed.moves(), limit):
                 self._fired.set()
+                # If its peers end first, the training thread fails in its collective.
+                failures.leave_to(threading.current_thread())
                 try:
                     self._last_words(silence.seconds)
                     kill_workers()
+                    failures.tell(EXIT_CODE, f"it has not moved for {silence.seconds:.0f} s")
                 finally:
                     self._leave(EXIT_CODE)
                 return
@@ -159,7 +184,10 @@ class Watchdog(Hook):
         # Each on its own: any of them may meet the disk, the lock or the pipe that hangs.
         words = [
             threading.Thread(target=call, name=f"watchdog {call.__name__}", daemon=True)
-            for call in (self._dump, self._say, self._write_status, self._ask_workers)
+            for call in (
+                *(self._dump, self._say, self._say_collectives),
+                *(self._write_status, self._ask_workers),
+            )
         ]
         for thread in words:
             thread.start()
@@ -189,6 +217,14 @@ class Watchdog(Hook):
         )
         log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
 
+    def _say_collectives(self) -> None:
+        under_way = distributed.collectives_under_way()
+        log.error(
+            "watchdog: rank %d waits for %s",
+            distributed.rank(),
+            "; ".join(under_way[:MOST_COLLECTIVES]) or "no collective",
+        )
+
     def _ask_workers(self) -> None:
         for child in multiprocessing.active_children():
             if child.pid is not None:
@@ -197,17 +233,8 @@ class Watchdog(Hook):
 
     def _write_status(self) -> None:
         # Every rank that can: rank 0 may be the one that hangs.
-        write_status(self._setting.folder, HUNG, owned=self._setting.owned)
-
-    def _end_if_fired(self) -> None:
-        if self._fired.is_set() and self._thread is not None:
-            self._thread.join()
-
-
-def kill_workers() -> None:
-    """Kills the loader processes: one that hangs would not notice that its parent is gone."""
-    for child in multiprocessing.active_children():
-        child.kill()
+        if self._owned():
+            write_status(self._folder, HUNG, owned=self._owned)
 
 
 def standpoint(frame: FrameType) -> str:

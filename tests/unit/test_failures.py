@@ -104,6 +104,29 @@ def test_the_first_failure_ends_all_others_with_its_reason(
     assert "rank 3 ends, since rank 2 has failed" in caplog.text
 
 
+def test_ranks_that_wait_for_a_hung_one_can_be_started_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FD_LARGE_EXITS", str(tmp_path))
+    ranks = Ranks(2).start()
+    ranks.watches[1].stop(75, "it has not moved for 600 s")
+    assert ranks.ended() == {0: 75}
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["code"] == 75
+
+
+def test_who_fails_while_a_thread_ends_the_process_waits_for_it(monkeypatch) -> None:
+    going = threading.Event()
+    leaver = threading.Thread(target=going.wait)
+    leaver.start()
+    failures.leave_to(leaver)
+    fails = threading.Thread(target=failures.tell, args=(1, "a closed connection"))
+    fails.start()
+    fails.join(0.2)
+    assert fails.is_alive()
+    going.set()
+    fails.join(20)
+    assert not fails.is_alive()
+
+
 def test_a_rank_that_ends_by_itself_in_the_grace_keeps_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

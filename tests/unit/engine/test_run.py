@@ -17,7 +17,7 @@ from fd_large.data.sampler import MicroBatches
 from fd_large.engine import run as engine_run
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
-from fd_large.engine.run import hooks_of, train
+from fd_large.engine.run import hooks_of, train, watchdog_of
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -42,11 +42,18 @@ def names(run, profile=0, more=()):
     return [type(hook).__name__ for hook in found]
 
 
-def test_the_meter_is_asked_first_and_the_watchdog_last():
+def test_the_meter_is_asked_first_and_what_is_handed_over_last():
     found = names(registry.get("fd_swinv2g"), more=[Hook()])
     assert found[0] == "Meter"
-    assert found[-3:] == ["TaskHook", "Hook", "Watchdog"]
+    assert found[-2:] == ["TaskHook", "Hook"]
     assert {"Meter", "Preemption", "Guard"} <= set(found)
+
+
+def test_the_watchdog_can_be_turned_off():
+    run, lease = registry.get("quickstart"), Lease(Path("run"), "start")
+    assert watchdog_of(run, lease) is not None
+    off = replace(run.runtime, watchdog_seconds=0.0)
+    assert watchdog_of(replace(run, runtime=off), lease) is None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,6 @@ def test_the_meter_is_asked_first_and_the_watchdog_last():
     [
         ("guard", "enabled", False, "Guard"),
         ("runtime", "preemption", False, "Preemption"),
-        ("runtime", "watchdog_seconds", 0.0, "Watchdog"),
     ],
 )
 def test_each_can_be_turned_off(section, field, off, hook):

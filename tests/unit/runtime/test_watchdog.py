@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from fd_large import distributed
 from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Runtime
 from fd_large.runtime import watchdog as module
@@ -17,16 +18,24 @@ from fd_large.runtime.watchdog import EXIT_CODE, Silence, Watchdog
 
 
 @pytest.fixture
-def make_dog(make_setting, monkeypatch):
+def make_dog(make_setting, monkeypatch, tmp_path):
     """A started watchdog of 0.2 s and the event that its end sets."""
     monkeypatch.setattr(module, "MOST_SECONDS_OF_LINGERING", 0.0)
     dogs = []
 
-    def make(seconds=0.2, first=0):
+    def make(seconds=0.2, first=0, start_seconds=0.2, owned=True, begins=True):
         left = []
         ended = threading.Event()
-        dog = Watchdog(seconds, leave=lambda code: (left.append(code), ended.set()))
-        dog.on_start(make_setting(first=first))
+        dog = Watchdog(
+            seconds,
+            tmp_path,
+            lambda: owned,
+            start_seconds=max(seconds, start_seconds),
+            leave=lambda code: (left.append(code), ended.set()),
+        )
+        dog.start()
+        if begins:
+            dog.on_start(make_setting(first=first))
         dogs.append(dog)
         return dog, left, ended
 
@@ -36,18 +45,19 @@ def make_dog(make_setting, monkeypatch):
 
 
 def test_silence_lasts_from_the_last_beat_on() -> None:
-    silence = Silence(limit=10.0, interval=1.0, now=100.0)
-    assert [silence.lasts(100.0 + t, beats=0) for t in range(1, 11)] == [False] * 10
-    assert not silence.lasts(111.0, beats=1)
-    assert [silence.lasts(111.0 + t, beats=1) for t in range(1, 11)] == [False] * 9 + [True]
+    silence = Silence(interval=1.0, now=100.0)
+    assert [silence.lasts(100.0 + t, 0, limit=10.0) for t in range(1, 11)] == [False] * 10
+    assert not silence.lasts(111.0, 1, limit=10.0)
+    found = [silence.lasts(111.0 + t, 1, limit=10.0) for t in range(1, 11)]
+    assert found == [False] * 9 + [True]
     assert silence.seconds == 10.0
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
     """A process that was stopped for an hour was no more silent than its looks were late."""
-    silence = Silence(limit=10.0, interval=1.0, now=0.0)
-    assert not silence.lasts(1.0, beats=5)
-    assert not silence.lasts(3601.0, beats=5)
+    silence = Silence(interval=1.0, now=0.0)
+    assert not silence.lasts(1.0, 5, limit=10.0)
+    assert not silence.lasts(3601.0, 5, limit=10.0)
     assert silence.seconds == 2.0
 
 
@@ -59,13 +69,40 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     assert ended.wait(60)
     assert left == [EXIT_CODE]
     assert json.loads((tmp_path / "summary.json").read_text()) == {"updates": 3, "status": "hung"}
-    line, stacks = (r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    said = sorted(r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    stacks, line, waits = said
+    assert waits == "watchdog: rank 0 waits for no collective"
     assert "rank 0" in line
     assert "has not moved for 0 s, after step 4 of 10" in line
     assert "its training thread stands in" in line
     assert "thread MainThread" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in stacks
     assert "test_a_standstill_leaves_stacks_a_status_and_75" in capfd.readouterr().err
+
+
+def test_a_start_may_take_longer_than_a_step_and_is_watched_too(make_dog, tmp_path, caplog) -> None:
+    dog, left, ended = make_dog(seconds=0.1, start_seconds=600.0, begins=False)
+    assert not ended.wait(0.5)
+    # Collectives count as moving, and so does a block that is compiled.
+    before = distributed.moves()
+    distributed.moved()
+    assert distributed.moves() == before + 1
+    dog.after_update(Update(0, 10, 0, 1.0, 1.0, 1e-3))
+    assert ended.wait(60)
+    caplog.clear()
+    # Hung while models are built; the folder may still be another's.
+    _, left, ended = make_dog(seconds=0.1, start_seconds=0.3, begins=False, owned=False)
+    assert ended.wait(60)
+    assert left == [EXIT_CODE]
+    assert "before its first step" in caplog.text
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "hung"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "start"), [(8.0, 60.0), (100.0, 300.0), (600.0, 1750.0), (1799.0, 1799.0)]
+)
+def test_the_limit_of_a_start_stays_below_that_of_collectives(seconds, start, tmp_path) -> None:
+    assert Watchdog(seconds, tmp_path, bool)._start_limit == start
 
 
 def loads_for_ever() -> None:
@@ -128,7 +165,7 @@ def test_every_kind_of_progress_counts_and_the_end_stops_the_clock(make_dog) -> 
     ):
         move()
         counts.append(dog._beats)
-    assert counts == list(range(8))
+    assert counts == list(range(1, 9))
     dog.on_end("done")
     assert not dog._thread.is_alive()
     assert not left
