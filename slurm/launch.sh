@@ -71,6 +71,7 @@ launch() {
     # Of this start alone: a rank of an earlier one may still be alive on a node that was lost.
     export FD_LARGE_EXITS="$logs-exits/start_$((${SLURM_RESTART_COUNT:-0} + 1))"
     [[ $FD_LARGE_EXITS == /* ]] || FD_LARGE_EXITS=$PWD/$FD_LARGE_EXITS
+    export TORCH_FR_DUMP_TEMP_FILE="$logs-collectives_of_rank_"
     mkdir -p "$FD_LARGE_EXITS" && rm -f "$FD_LARGE_EXITS"/*
 
     # srun in the background: a trap runs at once while bash waits, but only after a command ends.

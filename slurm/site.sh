@@ -58,5 +58,22 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}
 # The address of the job's first node, where its name leads to another network than the ranks'.
 # export MASTER_ADDR=10.0.0.1
 
-# Data workers are processes; threads beside them would compete for the same cores.
+# Which collective a run hung in. torch keeps the last ones in memory: the watchdog writes those that
+# have not ended into the rank's log, and where torch gives up first it writes all of them beside
+# that log (slurm/launch.sh). Both are torch 2.13's defaults; older ones keep none.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Leave TORCH_NCCL_ASYNC_ERROR_HANDLING alone. Its default, 3, ends the process after an error; 1,
+# which older guides set, first aborts NCCL's communicators, which may itself hang. Likewise
+# CUDA_DEVICE_MAX_CONNECTIONS: 1 puts the collectives of several groups in one queue.
+unset TORCH_NCCL_ASYNC_ERROR_HANDLING NCCL_ASYNC_ERROR_HANDLING
+
+# ---- memory and cores ---------------------------------------------------------------------------
+# GPU memory in segments that grow. Images of many sizes and ZeRO-3's gathering leave gaps in fixed
+# ones: out of memory with gigabytes free. Where a driver refuses it: PYTORCH_CUDA_ALLOC_CONF=
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+
+# Data workers are processes; threads beside them would compete for the same cores. With optimiser
+# states on the host (offload_optimizer) the step itself runs on the CPU: give it the cores that the
+# workers leave, for example OMP_NUM_THREADS=6 of 12 --cpus-per-task.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

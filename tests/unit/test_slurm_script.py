@@ -255,6 +255,23 @@ def test_the_rank_that_failed_decides_and_not_what_srun_returns(
     assert got == 1, said
 
 
+def test_ranks_get_what_the_site_sets_for_nccl_and_memory(script: Script) -> None:
+    shows = 'env >"$SCRATCH/environ"'
+    code, said = script.run(RANKS=shows, TORCH_NCCL_ASYNC_ERROR_HANDLING="1")
+    assert code == 0, said
+    lines = (script.scratch / "environ").read_text().splitlines()
+    environ = dict(line.partition("=")[::2] for line in lines)
+    assert environ["TORCH_FR_BUFFER_SIZE"] == "2000"
+    assert environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert environ["TORCH_FR_DUMP_TEMP_FILE"].endswith("logs/slurm-x-7-collectives_of_rank_")
+    assert environ["FD_LARGE_EXITS"].endswith("logs/slurm-x-7-exits/start_1")
+    assert environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert not {"TORCH_NCCL_ASYNC_ERROR_HANDLING", "CUDA_DEVICE_MAX_CONNECTIONS"} & environ.keys()
+    # What is set already wins, nothing at all too.
+    script.run(RANKS=shows, PYTORCH_CUDA_ALLOC_CONF="")
+    assert "PYTORCH_CUDA_ALLOC_CONF=\n" in (script.scratch / "environ").read_text()
+
+
 def test_no_array_that_may_be_empty_is_expanded() -> None:
     """bash before 4.4 (RHEL 7) takes an empty array for an unset one, and has no mapfile -d."""
     # Each of these has a first element where it is made.
