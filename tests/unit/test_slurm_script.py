@@ -207,6 +207,7 @@ PREEMPTED = "JobState=RUNNING Reason=None Requeue=1 PreemptTime=2030-01-01T00:00
         # The run knows what srun does not.
         ("exit 134", "done", {}, 0, 0),
         ("exit 134", "preempted", {}, 75, 1),
+        ("exit 134", "not saved", {}, 3, 0),
         ("exit 134", "guard", {}, 3, 0),
         ("exit 134", "teacher changed", {}, 3, 0),
         # No second requeue beside Slurm's own.

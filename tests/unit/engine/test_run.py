@@ -209,6 +209,20 @@ def test_a_run_that_an_error_ends_says_so_in_its_folder(
     assert json.loads((tmp_path / "run/summary.json").read_text()) == again
 
 
+def test_a_run_whose_last_state_cannot_be_written_is_not_to_be_started_again_blindly(
+    recipe, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fd_large.checkpoint.store.commit", full)
+        assert start(recipe) == 3
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "not saved"
+    assert start(recipe) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
+
+
 def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
     auto = replace(recipe, batch=replace(recipe.batch, micro_batch_size="auto"))
     assert start(auto, hooks=[Ending(wish=True)]) == 75
