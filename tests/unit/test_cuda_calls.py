@@ -156,21 +156,17 @@ def groups() -> list[dict]:
 
 
 def test_deepspeed_s_kernel_is_first_and_torch_s_last(card: Card, monkeypatch) -> None:
-    ops = optimizer.deepspeed.ops
-    fused = type("FusedAdam", (torch.optim.SGD,), {})
-    monkeypatch.setattr(
-        ops.adam, "FusedAdam", lambda groups, adam_w_mode, lr, betas, eps: fused(groups, lr=lr)
-    )
-    builder = SimpleNamespace(load=lambda verbose: None)
-    monkeypatch.setattr(ops.op_builder, "FusedAdamBuilder", lambda: builder)
+    class FusedAdam(torch.optim.Adam):
+        def __init__(self, groups, *, adam_w_mode, **settings):
+            assert adam_w_mode
+            super().__init__(groups, decoupled_weight_decay=True, **settings)
+
+    problems: list[str | None] = [None, "no nvcc"]
+    monkeypatch.setattr(optimizer.deepspeed.ops.adam, "FusedAdam", FusedAdam)
+    monkeypatch.setattr(optimizer.compiled_ops, "load", lambda name: problems.pop(0))
     made = optimizer.make_optimizer(groups(), Optim(), on_gpu=True)
-    assert isinstance(made, fused)
+    assert isinstance(made, FusedAdam)
     assert optimizer.kept_by(made).moments == {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-
-    def fails(verbose: bool) -> None:
-        raise RuntimeError("no nvcc")
-
-    builder.load = fails
     made = optimizer.make_optimizer(groups(), Optim(), on_gpu=True)
     assert isinstance(made, torch.optim.AdamW)
     owner = on_card(torch.ones(2))
