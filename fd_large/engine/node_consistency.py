@@ -147,16 +147,15 @@ def weights_digest(source: str, weights: Sources) -> str:
 
 
 def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -> dict[str, Fact]:
-    facts = software()
+    is_first = distributed.local_rank() == 0  # Ranks of a node see the same files.
+    facts = software() if is_first else {}
     facts["images"] = Fact(
         f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",
         "data.root: the nodes see different images",
         "Copy the dataset to every node, and let nothing write to it",
         DataError,
     )
-    if distributed.local_rank() != 0:
-        return facts  # Ranks of a node see the same files.
-    for where, source in sources.items():
+    for where, source in sources.items() if is_first else ():
         if digest := weights_digest(source, weights):
             facts[where] = Fact(
                 digest,

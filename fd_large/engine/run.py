@@ -314,7 +314,7 @@ def open_run(
     facts = {
         **job.facts(),
         "pictures": samples.fingerprint,
-        "commit": distributed.broadcast_object(source_commit()),
+        "commit": distributed.broadcast_object(source_commit() if distributed.is_main() else None),
         "recipe": run.to_dict(),
         **({"code": code} if code else {}),
     }

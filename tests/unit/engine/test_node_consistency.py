@@ -88,3 +88,16 @@ def test_files_of_the_users_own_are_the_same_on_all_nodes(tmp_path, monkeypatch)
     monkeypatch.setattr(distributed, "gather_objects", lambda own: nodes(own, **{source: changed}))
     with pytest.raises(LaunchError, match=r"cosine\.py.* on b"):
         check(Images(), {}, Sources(), {source: "abc"})
+
+
+def test_only_the_first_rank_of_a_node_reads_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "local_rank", lambda: 1)
+    for name in ("software", "weights_digest"):
+        monkeypatch.setattr(f"fd_large.engine.node_consistency.{name}", None)
+    check(Images(), {"teacher.source": str(tmp_path / "gone.pt")}, Sources())
+
+
+class Images(list):
+    """Images that the nodes compare."""
+
+    fingerprint = "0123456789abcdef"
