@@ -11,8 +11,9 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from fd_large.watch import watch_launcher
 
 T = TypeVar("T")
 
+SECONDS_BETWEEN_MOVES = 1.0
 _PEER_IS_GONE = (
     # gloo
     *("Connection closed by peer", "Connection reset by peer"),
@@ -195,6 +197,22 @@ def moved() -> None:
     """This rank moves: every collective here says so, and what takes long without any."""
     global _moves
     _moves += 1
+
+
+@contextmanager
+def moving() -> Iterator[None]:
+    """Says that this rank moves, for the length of a `with` that may take long and has an end."""
+    over = threading.Event()
+
+    def move() -> None:
+        while not over.wait(SECONDS_BETWEEN_MOVES):
+            moved()
+
+    threading.Thread(target=move, name="moving", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def moves() -> int:

@@ -1,8 +1,9 @@
 """A check that may take hours, run by all ranks at once, of which one rank does the work for all.
 
 Each rank runs the check in a thread while all go on meeting, since a single wait of hours would
-time out. Inside it `once` makes a value on one rank, and the others take what that rank says: a
-dataset is listed, and a model downloaded, by one rank and not by a thousand.
+time out. A meeting counts as moving, however long it takes: the watchdog does not end it. Inside it
+`once` makes a value on one rank, and the others take what that rank says: a dataset is listed, and
+a model downloaded, by one rank and not by a thousand.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def meet(check: Callable[[], T]) -> T:
     Returns: this rank's value.
     """
     if distributed.world_size() == 1:
-        return check()
+        # As several ranks do by meeting.
+        with distributed.moving():
+            return check()
     meeting = _Meeting()
     token = _present.set(meeting)
     try:
@@ -210,7 +213,9 @@ class _Meeting:
             for of_node in (True, False):
                 makers = [s for s in states if s.leads and s.node == self._node]
                 self._end(of_node, all(s.ended for s in (makers if of_node else states[:1])))
-            if self._crash is not None:
+            # Not one that came after this rank's state was asked for: the others do not know it.
+            if own.error:
+                assert self._crash is not None
                 raise self._crash
             if any(state.failed for state in states):
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)

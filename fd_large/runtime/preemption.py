@@ -72,7 +72,7 @@ class Preemption(Hook):
         self._notice, self._launcher = notice_seconds, launcher
         self._leaving, self._leave = leaving, leave
         self._reason = ""
-        self._warned = self._said = False
+        self._warned = self._said = self._closed = False
         self._slowest = self._slowest_update = 0.0
         self._mark: float | None = None
         self._file: Path | None = None
@@ -167,16 +167,20 @@ class Preemption(Hook):
 
     def on_end(self, status: str) -> None:
         """Removes the file, so that the next start trains, and gives Ctrl-C back."""
-        self._give_back()
+        self.close()
         if distributed.is_main():
             with suppress(OSError):
                 (self._setting.folder / STOP_FILE).unlink(missing_ok=True)
 
     def on_failure(self, status: str, reason: str) -> None:
         """Gives Ctrl-C back as well."""
-        self._give_back()
+        self.close()
 
-    def _give_back(self) -> None:
+    def close(self) -> None:
+        """Gives the signals back; harmless when it has."""
+        if self._closed:
+            return
+        self._closed = True
         self._held.close()
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._pipe[1])

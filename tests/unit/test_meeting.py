@@ -113,3 +113,39 @@ def test_a_crash_is_shown_where_it_is_and_named_elsewhere(world):
     for error in others:
         assert isinstance(error, LostRankError)
         assert "n1: rank 3 has failed: ZeroDivisionError" in str(error)
+
+
+def test_a_crash_is_said_before_it_is_raised(world, monkeypatch):
+    asked, ended = threading.Event(), threading.Event()
+    gather, run = distributed.gather_objects, meeting._Meeting.run
+
+    def crash_after_the_first(value):
+        states = gather(value)
+        if distributed.rank() == 1 and not asked.is_set():
+            asked.set()
+            assert ended.wait(30)
+        return states
+
+    def noticed(self, check):
+        run(self, check)
+        if distributed.rank() == 1:
+            ended.set()
+
+    def check():
+        if distributed.rank() == 1:
+            asked.wait(30)
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(distributed, "gather_objects", crash_after_the_first)
+    monkeypatch.setattr(meeting._Meeting, "run", noticed)
+    first, own, *others = world.run(lambda: meeting.meet(check))
+    assert isinstance(own, ZeroDivisionError)
+    assert all(isinstance(error, LostRankError) for error in (first, *others))
+
+
+def test_one_rank_moves_while_its_check_takes_long(monkeypatch):
+    world = World(monkeypatch, 1)
+    monkeypatch.setattr(distributed, "SECONDS_BETWEEN_MOVES", 0.01)
+    moved = threading.Event()
+    monkeypatch.setattr(distributed, "moved", moved.set)
+    assert world.run(lambda: meeting.meet(lambda: moved.wait(30))) == [True]

@@ -82,8 +82,10 @@ def load(name: str) -> str | None:
     Returns: why it cannot be used, alike on all ranks; None if it can.
     """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder())
-    built = agreed(lambda: _build(name) if distributed.local_rank() == 0 else None)
-    return built or agreed(lambda: _load(name))
+    # All waits here have limits of their own, which may add up to more than the watchdog's.
+    with distributed.moving():
+        built = agreed(lambda: _build(name) if distributed.local_rank() == 0 else None)
+        return built or agreed(lambda: _load(name))
 
 
 def agreed(why_not: Callable[[], str | None]) -> str | None:

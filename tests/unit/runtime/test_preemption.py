@@ -112,6 +112,15 @@ def test_nohup_is_obeyed_and_ctrl_c_given_back(started):
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_what_is_given_back_twice_closes_no_file_of_another(started):
+    hook = started()
+    hook.on_end("done")
+    another = os.pipe()
+    hook.on_failure("failed", "the end of a later hook")
+    for end in another:
+        os.close(end)
+
+
 # The main thread waits in a call that no signal ends, as in a collective without its peers.
 STUCK = """
 import ctypes, sys

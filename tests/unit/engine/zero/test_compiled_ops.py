@@ -9,6 +9,7 @@ import fcntl
 import os
 import tempfile
 import textwrap
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,15 @@ def test_a_start_beside_another_that_compiles_waits_its_turn(loaded, monkeypatch
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another start compiles" in compiled_ops.load("SomeOp")
     assert compiled_ops.load("SomeOp") is None
+
+
+def test_ranks_move_while_they_wait_for_the_one_that_compiles(loaded, monkeypatch):
+    monkeypatch.setattr(distributed, "SECONDS_BETWEEN_MOVES", 0.01)
+    moved = threading.Event()
+    monkeypatch.setattr(distributed, "moved", moved.set)
+    monkeypatch.setattr(distributed, "gather_objects", lambda said: [said] * moved.wait(30))
+    assert compiled_ops.load("SomeOp") is None
+    assert moved.is_set()
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(loaded, tmp_path):
