@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 _FOLDERS = ("listdir", "scandir", "mkdir", "rmdir", "unlink", "remove", "rename", "replace")
 _STATES = ("stat", "lstat", "fstat", "access", "readlink", "utime", "chmod", "truncate")
-_BYTES = ("open", "read", "pread", "preadv", "write", "ftruncate", "fsync", "close")
+_BYTES = ("open", "read", "pread", "preadv", "write", "writev", "ftruncate", "fsync", "close")
 _CALLS = (*_FOLDERS, *_STATES, *_BYTES)
 _OF_FILES = ("read", "readline", "readlines", "write", "writelines", "flush")
 Fails = Callable[["Operation"], int | None]

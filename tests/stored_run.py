@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ def store_tensors(
     recipe: dict[str, Any] | None = None,
     ema: dict[str, torch.Tensor] | None = None,
     facts: dict[str, Any] | None = None,
+    moments: Sequence[str] = (),
     receipts_of_kinds: bool = True,
 ) -> Path:
     """Writes a checkpoint of float32 masters, and averages, as so many ranks at that stage do.
 
-    The first release's receipts had checksums of whole files alone.
+    The moments hold the same as the masters. Receipts of the first release had checksums of whole
+    files alone.
     """
     layout = layout_of({name: t.numel() for name, t in tensors.items()}, ranks, stage)
     part = store.checkpoints_of(folder) / (store.name_of(update) + store.PART)
     part.mkdir(parents=True)
     for rank in range(ranks):
         held = {}
-        for kind, kept in (("master", tensors), ("ema", ema or {})):
+        kinds = {"master": tensors, "ema": ema or {}, **dict.fromkeys(moments, tensors)}
+        for kind, kept in kinds.items():
             for name, tensor in kept.items():
                 span = layout.span(rank, name)
                 if span.start < span.stop:

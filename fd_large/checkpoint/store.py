@@ -263,8 +263,7 @@ def _check_all_there(part: Path, ranks: int) -> None:
 
 def _write_manifest(part: Path, manifest: dict[str, Any]) -> None:
     with (part / "manifest.json").open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     flush_folder(part)

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 24
+TENSORS_A_CALL = 512
+"""At most 1024, says the system."""
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -89,14 +91,16 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
     whole, kinds = zlib.crc32(header), dict.fromkeys(map(_kind, order), 0)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(descriptor, memoryview(header))
+        waiting = [memoryview(header)]
         for name in order:
             view = memoryview(tensors[name].view(torch.uint8).numpy())
-            for first in range(0, len(view), CHUNK):
-                chunk = view[first : first + CHUNK]
-                _write_all(descriptor, chunk)
-                whole = zlib.crc32(chunk, whole)
-                kinds[_kind(name)] = zlib.crc32(chunk, kinds[_kind(name)])
+            whole = zlib.crc32(view, whole)
+            kinds[_kind(name)] = zlib.crc32(view, kinds[_kind(name)])
+            waiting.append(view)
+            # Many tensors are small, and a call for each is slow on a shared file system.
+            if len(waiting) == TENSORS_A_CALL or sum(map(len, waiting)) >= CHUNK:
+                _write_all(descriptor, waiting)
+        _write_all(descriptor, waiting)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -153,10 +157,10 @@ class TensorFile:
         """Returns the checksums of the header and of some kinds; none of the whole file."""
         found = {}
         for kind in kinds:
-            held = [place for name, place in self.places.items() if _kind(name) == kind]
+            held = [place[1:] for name, place in self.places.items() if _kind(name) == kind]
             value = 0
-            for place in sorted(held, key=lambda place: place.start):
-                value = self._crc(value, place.start, place.stop)
+            for start, stop in _joined(held):
+                value = self._crc(value, start, stop)
             if held:
                 found[kind] = _hex(value)
         return Checksums("", _hex(zlib.crc32(self.header)), found)
@@ -182,9 +186,24 @@ class TensorFile:
             view, offset = view[count:], offset + count
 
 
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while len(view):
-        view = view[os.write(descriptor, view) :]
+def _write_all(descriptor: int, views: list[memoryview]) -> None:
+    """Writes all, and empties the list."""
+    while views:
+        written = os.writev(descriptor, views)
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of a file in order, neighbours as one: a kind's tensors lie side by side."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and joined[-1][1] == start:
+            start, _ = joined.pop()
+        joined.append((start, stop))
+    return joined
 
 
 def _places(table: Any, begin: int) -> dict[str, Place]:

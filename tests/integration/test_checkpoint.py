@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from kills import kill_and_resume, state
-from launch import ROOT, run_ranks
+from launch import ROOT, read_results, run_ranks
 from pictures import write_pictures
+from stored_run import store_tensors
 from twin import losses, train
+from unit.engine.conftest import Brightness
 
 # The first of the kills waits for a save under way; tests/soak/kills.py has more of them.
 KILLS = 3
@@ -136,6 +139,35 @@ def _flip_a_byte(checkpoint: Path) -> str:
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     return victim.name
+
+
+def test_no_rank_does_more_with_files_because_there_are_more_ranks(tmp_path: Path) -> None:
+    """Rank 0 and rank 37 of 64 that are pretended; the checkpoints were written by 8, 64, 256."""
+    torch.manual_seed(0)
+    tensors = {name: p.detach() for name, p in Brightness().named_parameters()}
+    written, ranks = (8, 64, 256), 64
+    for files in written:
+        moments = ("exp_avg", "exp_avg_sq")
+        store_tensors(tmp_path / str(files), tensors, ranks=files, moments=moments)
+    cases = [[files, stage, 37, ranks] for files in written for stage in (0, 1, 2, 3)]
+    cases += [[files, 0, 0, ranks] for files in written]
+    run_ranks(
+        *(PROGRAMS / "file_operations.py", tmp_path, json.dumps(cases)),
+        ranks=1,
+        results=tmp_path,
+    )
+    for (files, stage, rank, _), found in zip(cases, read_results(tmp_path, 1)[0], strict=True):
+        share, resume = -(-files // ranks), found["resume"]
+        # Its share of the files is checked, and read with its neighbours where shards are cut
+        # otherwise. From ZeRO 3 to 1 and 2 the cuts have nothing in common: at most all are read.
+        most = 6 * share if stage in (0, 3) else 2 * share + files
+        assert resume["opens"] <= most + 2 * (rank == 0), (files, stage, rank)
+        assert resume["states"] <= most
+        assert resume["listings"] <= 2 * (rank == 0)
+        if init := found.get("init"):
+            # Receipt, check and reading; the others open the manifest and are sent the tensors.
+            assert init["opens"] <= (3 * files + 2 if rank == 0 else 2)
+            assert init["listings"] <= 2
 
 
 def test_another_model_is_refused(pictures: Path, reference: Path, tmp_path: Path) -> None:
