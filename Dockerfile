@@ -7,8 +7,8 @@
 # On a cluster the image runs under enroot or apptainer: docs/clusters.md. Build it on a machine
 # with the same processors as the cluster's nodes: CPUAdam is compiled for the builder's own.
 
-# torch >= 2.6 on Python >= 3.11, and the compiler of the same CUDA ("devel").
-ARG BASE=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-devel
+# The torch that is tested (setup.py), and the compiler of the same CUDA ("devel").
+ARG BASE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-devel
 FROM ${BASE}
 
 # libaio: DeepSpeed's AsyncIO, for offload to NVMe. git: the commit in environment.json.

@@ -1,4 +1,4 @@
-"""Packaging of fd_large: bounds are the oldest releases that the code was written against."""
+"""Packaging of fd_large: the lower bounds are installed and tested (docs/development.md)."""
 
 from setuptools import find_packages, setup
 
@@ -16,8 +16,10 @@ setup(
     package_data={"fd_large.plan": ["kept_counts.json"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
+        # The first with torch.compile's isolate_recompiles, without which blocks share one limit of
+        # recompilations. The Dockerfile carries it.
+        "torch>=2.13",
+        "torchvision>=0.28",
         # Its private names are read and replaced: fd_large/engine/zero/private_names.py.
         "deepspeed==0.19.8",
         # Older ones were not seen to leave code in a configuration alone.

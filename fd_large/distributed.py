@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import sys
 import threading
@@ -39,7 +40,16 @@ _PEER_IS_GONE = (
 
 _launch: Launch | None = None
 _moves = 0
-_node_groups: dict[int, dist.ProcessGroup] = {}
+_block_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def open_files_needed(num_ranks: int) -> int:
+    """Returns how many descriptors rank 0, which has the most, may come to hold.
+
+    Each rank has two connections to the store of rank 0. Files, some tens of connections of
+    collectives, and the tensors that loading processes hand over make up the rest.
+    """
+    return 2 * num_ranks + 4096
 
 
 def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> Launch:
@@ -62,6 +72,10 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
     launch = launch or find_launch()
     # As early as possible: a launcher that ends before this is not noticed.
     watch_launcher()
+    raise_open_files()
+    # gloo connects two ranks when one first sends to the other. Otherwise every rank would hold a
+    # connection to every other, once for each group of all ranks.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     os.environ |= {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
@@ -100,7 +114,9 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except dist.DistError as error:
+        # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
         raise LaunchError(
             f"launch: rank {launch.rank} of {launch.world_size} did not meet the others at "
             f"{launch.master_addr}:{launch.master_port}; got {str(error).splitlines()[0]} "
@@ -111,11 +127,18 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
     return launch
 
 
+def raise_open_files() -> tuple[int, int]:
+    """Raises this process's limit of open files to the hard limit; returns both as they were."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
+
+
 def stop() -> None:
     """Destroys the process group without waiting for other ranks; harmless when there is none."""
     global _launch
     failures.stop_watching()
-    _node_groups.clear()
+    _block_groups.clear()
     _launch = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -379,7 +402,7 @@ def peer_is_gone(error: BaseException) -> bool:
 def node_group(node_size: int) -> dist.ProcessGroup:
     """Returns the process group of this rank's node, where node = rank // node_size.
 
-    All ranks must call it alike: each makes the groups of all nodes, in the same order, once.
+    All ranks must call it alike.
 
     Raises:
         ConfigError: If nodes of this size do not fill the ranks.
@@ -390,7 +413,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
             f"engine.node_size: ranks of a node; got {node_size}, expected a divisor of the "
             f"{world_size()} ranks. Set engine.node_size to the number of ranks on each node."
         )
-    if node_size not in _node_groups:
+    if node_size not in _block_groups:
         assert dist.is_initialized(), "node_group comes after start"
         hosts = gather_objects(socket.gethostname())
         first = rank() // node_size * node_size
@@ -401,9 +424,20 @@ def node_group(node_size: int) -> dist.ProcessGroup:
                 "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."
             )
-        groups = [
-            dist.new_group(list(range(first, first + node_size)))
-            for first in range(0, world_size(), node_size)
-        ]
-        _node_groups[node_size] = groups[rank() // node_size]
-    return _node_groups[node_size]
+    return block_group(node_size)
+
+
+def block_group(size: int) -> dist.ProcessGroup:
+    """Returns the process group of ranks [k * size, (k + 1) * size) to which this rank belongs.
+
+    All ranks must call it alike. It is made once, by its own ranks alone.
+
+    Args:
+        size: A divisor of the number of ranks.
+    """
+    if size not in _block_groups:
+        first = rank() // size * size
+        _block_groups[size] = dist.new_group(
+            list(range(first, first + size)), use_local_synchronization=True
+        )
+    return _block_groups[size]

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     found = {"launcher": first}
     if speaks or (launch is not None and launch.local_rank == 0):
         # Before the meeting, which sets variables of its own.
-        found |= check_node(given.run_dir, local_disk)
+        found |= check_node(given.run_dir, local_disk, launch.world_size if launch else 1)
     found["ranks meet"] = _meet(launch) if launch is not None else Finding("not tried", "-")
     meets = launch is not None and launch.world_size > 1 and found["ranks meet"].verdict != "STOPS"
     if not (meets or speaks):

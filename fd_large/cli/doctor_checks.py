@@ -61,12 +61,13 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def check_node(run_dir: str, local_disk: str) -> dict[str, Finding]:
+def check_node(run_dir: str, local_disk: str, world_size: int = 1) -> dict[str, Finding]:
     """Makes all checks of this node.
 
     Args:
         run_dir: Folder that runs are written to.
         local_disk: Folder that `data.stage_to` would copy to.
+        world_size: Number of ranks that are to meet.
     """
     checks: dict[str, Callable[[], Finding]] = {
         "packages": packages,
@@ -74,7 +75,7 @@ def check_node(run_dir: str, local_disk: str) -> dict[str, Finding]:
         "torch": torch_build,
         "devices": devices,
         "CPU/memory": cpu_and_memory,
-        "limits": limits,
+        "limits": lambda: limits(world_size),
         "interfaces": interfaces,
         "InfiniBand": infiniband,
         "NCCL/gloo": collective_variables,
@@ -241,14 +242,24 @@ def cpu_and_memory() -> Finding:
     return Finding(said)
 
 
-def limits() -> Finding:
-    """Limits of open files and locked memory."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+def limits(world_size: int) -> Finding:
+    """Limits of open files, to which a run raises its own, and of locked memory.
+
+    Args:
+        world_size: Number of ranks that are to meet.
+    """
+    from fd_large.distributed import open_files_needed
+
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
     said = f"{files} open files, locked memory {'unlimited' if unlimited else f'{locked >> 20} MB'}"
-    if files < 1024:
-        return Finding(said, "low", "ulimit -n 65536 before the start.")
+    if files < (needed := open_files_needed(world_size)):
+        remedy = (
+            f"Rank 0 of {world_size} may need {needed}: have the hard limit raised (ulimit -Hn; "
+            "slurmd's LimitNOFILE; docker run --ulimit nofile)."
+        )
+        return Finding(said, "low", remedy)
     if not unlimited and _active_ports():
         return Finding(said, "low", "InfiniBand needs ulimit -l unlimited.")
     return Finding(said)

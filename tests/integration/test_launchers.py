@@ -49,6 +49,10 @@ def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> 
             "gather": ["", "r"],
             "group": [rank],
             "group_again": True,
+            "groups_made": [[rank]],
+            # Where it listens. Every pair of ranks would have a connection besides.
+            "sockets_of_an_unused_group": 1,
+            "open_files": True,
             "stopped": [0, 1],
         }
 

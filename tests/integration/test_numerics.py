@@ -147,5 +147,8 @@ def test_any_number_of_ranks_sees_the_same_teacher(results_on: Callable[[int], R
 
 def test_a_node_holds_one_teacher(results_on: Callable[[int], Results]) -> None:
     whole = results_on(2)[0]["zero1, teacher replicated"]["teacher_bytes"][0]
-    for held in results_on(4)[0]["hpz, node"]["teacher_bytes"]:
+    result = results_on(4)[0]["hpz, node"]
+    for held in result["teacher_bytes"]:
         assert held == pytest.approx(whole / 2, rel=0.01)
+    # All ranks, DeepSpeed's clone of that group, and the node, by whose group hpZ splits too.
+    assert result["groups"] == 3

@@ -90,6 +90,8 @@ NAMES = {
     "deepspeed.ops.op_builder:CPUAdamBuilder": PRESENT,
     "deepspeed.ops.op_builder:AsyncIOBuilder": PRESENT,
     "deepspeed.ops.op_builder:QuantizerBuilder": PRESENT,
+    # Of torch 2.13 and later.
+    "torch:compile": "(isolate_recompiles)",
     # The inner optimiser's own step, which the gate replaces.
     "torch.optim.optimizer:Optimizer.step": "(self, closure)",
     # Detection.
@@ -102,7 +104,11 @@ NAMES = {
     f"{_ANCHORS}.grid_anchors": "(self, grid_sizes, strides)",
     "torchvision.ops.poolers:LevelMapper": "(k_min, k_max, canonical_scale, canonical_level, eps)",
 }
-"""Module:name -> what is known of it: a hash of its source, its parameters, or that it is there."""
+"""Module:name -> what is known of it: a hash of its source, parameters, or only that it is there.
+
+DeepSpeed is pinned to one release, so that the source of what decides numbers can be held. torch
+and torchvision may be newer, and have to have the parameters that are used.
+"""
 
 ATTRIBUTES = {
     "DeepSpeedEngine": ("communication_data_type", "global_steps", "skipped_steps"),
@@ -135,7 +141,6 @@ ATTRIBUTES = {
         "ds_secondary_tensor",
         "ds_shape",
         "ds_tensor",
-        "ds_zero_param_process_group",
     ),
     "tensor_fragment": ("hp_fragment_address", "lp_fragment_address", "param_group_index"),
 }
@@ -232,25 +237,23 @@ def _checked(path: str) -> Any:
     except (ImportError, AttributeError):
         raise _refused(path, "no such name") from None
     known = NAMES[path]
-    if known.startswith("(") and (names := _parameters(found)) != known:
-        raise _refused(path, f"parameters {names} instead of {known}")
-    if known and not known.startswith("(") and (now := _source_hash(found, path)) != known:
+    if known.startswith("("):
+        lacks = set(known[1:-1].split(", ")) - {*inspect.signature(found).parameters, ""}
+        if lacks:
+            raise _refused(path, f"parameters with no {', '.join(sorted(lacks))}")
+    elif known and (now := _source_hash(found, path)) != known:
         raise _refused(path, f"another source (hash {now} instead of {known})")
     return found
 
 
 def _refused(path: str, found: str, package: str = "") -> VersionError:
-    package = package or path.partition(".")[0]
+    package = package or path.partition(":")[0].partition(".")[0]
     tested = TESTED[package]
     return VersionError(
         f"{package} {version(package)}: {path.rpartition(':')[2]} is not what this package works "
         f"with; got {found}, expected that of {package} {tested}. "
         f"pip install '{package}=={tested}'."
     )
-
-
-def _parameters(found: Any) -> str:
-    return f"({', '.join(inspect.signature(found).parameters)})"
 
 
 def _source_hash(found: Any, path: str) -> str:

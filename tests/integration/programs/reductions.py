@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import resource
 import sys
+from pathlib import Path
 
 import torch
 from launch import write_result
@@ -10,11 +12,24 @@ from launch import write_result
 from fd_large import distributed
 from fd_large.launch import find_launch
 
+
+def sockets() -> int:
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sum(link.startswith("socket:") for link in links)
+
+
 folder = sys.argv[-1]  # the deepspeed launcher puts --local_rank first
+_, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard_limit))
 launch = distributed.start()
 rank, world_size = distributed.rank(), distributed.world_size()
 ones = torch.full((3,), float(rank), dtype=torch.bfloat16)
+made = []
+new_group = torch.distributed.new_group
+torch.distributed.new_group = lambda ranks, **how: made.append(ranks) or new_group(ranks, **how)
 group = distributed.node_group(1)
+before = sockets()
+unused = [new_group(range(world_size)) for _ in range(10)]
 result = {
     "launch": dataclasses.asdict(launch),
     "again": distributed.start() is launch,
@@ -33,6 +48,9 @@ result = {
     "gather": distributed.gather_objects("r" * rank),
     "group": torch.distributed.get_process_group_ranks(group),
     "group_again": distributed.node_group(1) is group,
+    "groups_made": made,
+    "sockets_of_an_unused_group": (sockets() - before) // len(unused),
+    "open_files": resource.getrlimit(resource.RLIMIT_NOFILE) == (hard_limit, hard_limit),
 }
 distributed.barrier()
 distributed.stop()

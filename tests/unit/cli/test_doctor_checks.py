@@ -63,6 +63,21 @@ def test_infiniband(tmp_path, monkeypatch):
     assert doctor_checks.infiniband().found == "no port is active"
 
 
+def test_the_limit_of_open_files_is_judged_by_the_ranks(monkeypatch):
+    unlimited = doctor_checks.resource.RLIM_INFINITY
+    limits = {
+        doctor_checks.resource.RLIMIT_NOFILE: (1024, 5000),
+        doctor_checks.resource.RLIMIT_MEMLOCK: (unlimited, unlimited),
+    }
+    monkeypatch.setattr(doctor_checks.resource, "getrlimit", limits.__getitem__)
+    # The soft limit is raised to the hard one at start.
+    assert doctor_checks.limits(8).verdict == "ok"
+    found = doctor_checks.limits(1024)
+    assert found.verdict == "low"
+    assert "5000 open files" in found.found
+    assert "Rank 0 of 1024 may need 6144" in found.remedy
+
+
 def test_packages_that_are_missing_or_too_old_stop(monkeypatch):
     real = importlib.metadata.version
 

@@ -173,14 +173,26 @@ def test_what_is_listed_is_used_or_decides_what_is_used():
         assert known.isalnum() or name.removesuffix("Builder") in used, path
 
 
-def test_setup_allows_the_tested_versions_and_no_other_deepspeed():
+def bounds_of_setup() -> dict[str, SpecifierSet]:
     bounds = {}
     for node in ast.walk(ast.parse((PACKAGE.parent / "setup.py").read_text())):
         if isinstance(node, ast.Constant) and re.match(r"\S+[>=]=\d", str(node.value)):
             bounds[Requirement(node.value).name] = Requirement(node.value).specifier
-    for package, tested in private_names.TESTED.items():
-        assert bounds[package].contains(tested), package
-    assert bounds["deepspeed"] == SpecifierSet(f"=={private_names.TESTED['deepspeed']}")
+    return bounds
+
+
+def test_setup_allows_the_tested_versions_and_no_other_deepspeed():
+    bounds, tested = bounds_of_setup(), private_names.TESTED
+    assert bounds["deepspeed"] == SpecifierSet(f"=={tested['deepspeed']}")
+    for package in ("torch", "torchvision"):
+        assert bounds[package] == SpecifierSet(f">={tested[package].removesuffix('.0')}")
+
+
+def test_the_image_carries_the_tested_torch():
+    text = (PACKAGE.parent / "Dockerfile").read_text()
+    (carried,) = re.findall(r"^ARG BASE=pytorch/pytorch:([\d.]+)-cuda\S+-devel$", text, re.M)
+    assert carried == private_names.TESTED["torch"]
+    assert text.count("torch:") == 1
 
 
 # --- what is refused ---
@@ -189,22 +201,24 @@ def test_setup_allows_the_tested_versions_and_no_other_deepspeed():
 @pytest.mark.parametrize(
     ("owner", "name", "new", "found"),
     [
-        ("runtime.engine:DeepSpeedEngine", "clip_fp32_gradients", None, "no such name"),
-        ("runtime.bf16_optimizer:BF16_Optimizer", "clear_hp_grads", None, "no such name"),
-        ("runtime.bf16_optimizer:BF16_Optimizer", "step", lambda self: None, "another source"),
-        ("runtime.zero.partition_parameters:Init", "_aligned_size", len, "another source"),
+        (private_names._ENGINE, "clip_fp32_gradients", None, "no such name"),
+        (private_names._BF16, "clear_hp_grads", None, "no such name"),
+        (private_names._BF16, "step", lambda self: None, "another source"),
+        (private_names._INIT, "_aligned_size", len, "another source"),
+        ("torch", "compile", lambda model, dynamic: model, "no isolate_recompiles"),
     ],
 )
 def test_the_start_is_refused(one_rank, monkeypatch, owner, name, new, found):
-    owner = resolve_name(f"deepspeed.{owner}")
+    package = owner.partition(".")[0]
+    owner = resolve_name(owner)
     if new is None:
         monkeypatch.delattr(owner, name)
     else:
         monkeypatch.setattr(owner, name, new)
-    with pytest.raises(VersionError, match=rf"deepspeed 0\.\S+: \S+{name} .*{found}") as refused:
+    with pytest.raises(VersionError, match=rf"{package} \d\.\S+: \S*{name} .*{found}") as refused:
         start.start()
     assert refused.value.exit_code == 2
-    assert f"pip install 'deepspeed=={private_names.TESTED['deepspeed']}'" in str(refused.value)
+    assert f"pip install '{package}=={private_names.TESTED[package]}'" in str(refused.value)
 
 
 def test_the_build_is_refused_where_an_object_lacks_what_a_checkpoint_reads(
