@@ -57,6 +57,9 @@ class Ending(NamedTuple):
     code: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} has failed (exit code {self.code}): {self.reason}"
+
 
 class Store(Protocol):
     """What is used of torch's stores; every method raises RuntimeError once the server is gone."""
@@ -218,17 +221,22 @@ class Watch:
             self._leave(code_after(ending))
 
     def _last_words(self, ending: Ending) -> None:
-        reason = f"rank {ending.rank} has failed (exit code {ending.code}): {ending.reason}"
+        reason = str(ending)
         write_exit_file(code_after(ending), reason)
         # Of all ranks, the terminal shows what rank 0 says.
         extra = {"file_only": self._rank != 0}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
+        for write in last_words:
+            write(reason)
 
 
 def code_after(ending: Ending | None) -> int:
     """Returns the exit code of a rank that ends because of another's."""
     return AGAIN if ending is not None and ending.code == AGAIN else LOST
 
+
+last_words: list[Callable[[str], None]] = []
+"""Called with the reason before a rank ends because another one did; not for long."""
 
 _watch: Watch | None = None
 _leaver: threading.Thread | None = None

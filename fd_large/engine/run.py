@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed, doors, meeting
+from fd_large import distributed, doors, failures, meeting
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
@@ -97,6 +97,11 @@ def train(
     recorded, named = recorded_code(Path(run.run_dir())), run.code()
     doors.allow_unchanged({name: recorded[name] for name in named.keys() & recorded.keys()})
     watching: list[Hook] = []
+
+    def lost(reason: str) -> None:
+        _write_end(lease, FAILED, reason, first=False)
+
+    failures.last_words.append(lost)
     distributed.start()
     # From the moment on that the ranks have met.
     watchdog = watchdog_of(run, lease)
@@ -111,6 +116,7 @@ def train(
         _end_by(error, lease, watching)
         raise
     finally:
+        failures.last_words.remove(lost)
         if watchdog:
             watchdog.stop()
 
@@ -119,14 +125,22 @@ def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> Non
     """Lets an error end the run so that its folder says so; no collective, others may be gone."""
     status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    first = not distributed.peer_is_gone(error)
+    if not first and (heard := failures.heard()):
+        reason = str(heard)
     for hook in watching:
         try:
             hook.on_failure(status, reason)
         except Exception:
             log.exception("%s could not end", type(hook).__name__)
-    # Before it is entered the folder may hold another run. And who lost the others knows less.
+    _write_end(lease, status, reason, first=first)
+
+
+def _write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
+    """Writes how a run ended; not `first`, if no rank that knows more has done so."""
     known = summary_of(lease.folder).get("start") == lease.start
-    if lease.entered and not (known and distributed.peer_is_gone(error)):
+    # Before it is entered the folder may hold another run.
+    if lease.entered and (first or not known):
         told = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
         write_status(lease.folder, status, owned=lease.owned, **told)
 
@@ -498,7 +512,10 @@ def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
     if not run.runtime.watchdog_seconds:
         return None
     return Watchdog(
-        run.runtime.watchdog_seconds, lease.folder, lambda: lease.entered and lease.owned()
+        run.runtime.watchdog_seconds,
+        lease.folder,
+        lambda: lease.entered and lease.owned(),
+        start=lease.start,
     )
 
 

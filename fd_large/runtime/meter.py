@@ -114,12 +114,12 @@ class Meter(Hook):
             path = self._setting.folder / "summary.json"
             with written_or_logged(path):
                 self._setting.must_own()
-                # A rank that failed first knows why.
+                ending = {**self._summary(status, peak_memory_bytes()), "reason": reason}
                 known = summary_of(self._setting.folder)
                 if known.get("start") == self._setting.start:
-                    reason = known["reason"]
-                summary = self._summary(status, peak_memory_bytes())
-                write_json(path, {**summary, "reason": reason})
+                    # A rank that ended first knows why.
+                    ending |= {name: known[name] for name in ("status", "reason") if name in known}
+                write_json(path, ending)
         self._trackers.tell("on_end", status)
 
     def _summary(self, status: str, peak_memory: int) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class Watchdog(Hook):
         seconds: How long it may stand still.
         folder: The run's folder.
         owned: Returns whether this start may write there.
+        start: Id of this start.
         start_seconds: How long it may stand still until its first step is through; None: longer.
         clock: Returns seconds.
         leave: Ends the process with an exit code.
@@ -97,12 +98,13 @@ class Watchdog(Hook):
         folder: Path,
         owned: Callable[[], bool],
         *,
+        start: str = "",
         start_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self._limit, self._clock, self._leave = seconds, clock, leave
-        self._folder, self._owned = folder, owned
+        self._folder, self._owned, self._start = folder, owned, start
         longer = min(max(START_FACTOR * seconds, LEAST_START_SECONDS), MOST_START_SECONDS)
         self._start_limit = max(seconds, longer) if start_seconds is None else start_seconds
         self._stepped = False
@@ -234,7 +236,7 @@ class Watchdog(Hook):
     def _write_status(self) -> None:
         # Every rank that can: rank 0 may be the one that hangs.
         if self._owned():
-            write_status(self._folder, HUNG, owned=self._owned)
+            write_status(self._folder, HUNG, owned=self._owned, start=self._start)
 
 
 def standpoint(frame: FrameType) -> str:

@@ -217,3 +217,13 @@ def test_the_exit_file_keeps_what_came_first(tmp_path: Path) -> None:
     assert file.name == "rank_3.json"
     assert json.loads(file.read_text()) == {"code": 2, "reason": "data.root: damaged."}
     write_exit_file(2, "x", given | {"FD_LARGE_EXITS": "/proc/no/such"})
+
+
+def test_the_reason_is_told_before_a_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "GRACE_SECONDS", 0.1)
+    told: list[str] = []
+    monkeypatch.setattr(failures, "last_words", [told.append])
+    ranks = Ranks(2).start()
+    ranks.watches[1].stop(2, "out of memory")
+    assert ranks.ended() == {0: LOST}
+    assert told == ["rank 1 has failed (exit code 2): out of memory"]

@@ -167,6 +167,9 @@ def test_the_rank_that_failed_first_knows_why(make_setting, run_updates, tmp_pat
     write_status(tmp_path, "failed", owned=lambda: True, start="this", reason="out of memory")
     meter.on_failure("failed", "another rank has ended")
     assert summary()["reason"] == "out of memory"
+    write_status(tmp_path, "hung", owned=lambda: True, start="this")
+    meter.on_failure("failed", "another rank has ended")
+    assert summary()["status"] == "hung"
 
 
 def test_who_lost_the_folder_writes_nothing(make_setting, run_updates, rows, tmp_path, caplog):

@@ -30,6 +30,7 @@ def make_dog(make_setting, monkeypatch, tmp_path):
             seconds,
             tmp_path,
             lambda: owned,
+            start="this",
             start_seconds=max(seconds, start_seconds),
             leave=lambda code: (left.append(code), ended.set()),
         )
@@ -68,7 +69,11 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     dog.after_update(Update(3, 10, 0, 1.0, 1.0, 1e-3))
     assert ended.wait(60)
     assert left == [EXIT_CODE]
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"updates": 3, "status": "hung"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "updates": 3,
+        "status": "hung",
+        "start": "this",
+    }
     said = sorted(r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
     stacks, line, waits = said
     assert waits == "watchdog: rank 0 waits for no collective"
@@ -95,7 +100,10 @@ def test_a_start_may_take_longer_than_a_step_and_is_watched_too(make_dog, tmp_pa
     assert ended.wait(60)
     assert left == [EXIT_CODE]
     assert "before its first step" in caplog.text
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "hung"}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "status": "hung",
+        "start": "this",
+    }
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,10 @@ def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypat
         _, left, ended = make_dog()
         assert ended.wait(60)
         assert left == [EXIT_CODE]
-        assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "hung"}
+        assert json.loads((tmp_path / "summary.json").read_text()) == {
+            "status": "hung",
+            "start": "this",
+        }
     finally:
         going.set()
         logging.getLogger().removeHandler(stuck)
