@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import distributed, meeting
+from fd_large import meeting
 from fd_large.data.folder import EXTENSIONS, MAX_FILE_BYTES, walk
 from fd_large.data.listing import Add, Listing, filled, listed, settled
 from fd_large.data.tar_index import Torn, members
@@ -168,7 +168,6 @@ class TarShards:
         found: list[tuple[Any, ...]] = []
         paths, torn, shards = _shards_of(self._root, self._where), [], []
         for number, path in enumerate(paths):
-            distributed.moved()
             images: list[tuple[bytes, int, int]] = []
             labels: dict[bytes, int] = {}
             try:
