@@ -256,20 +256,21 @@ class Preemption(Hook):
         """Returns the seconds that a checkpoint will take, from a file that each node writes."""
         share = setting.checkpoint_bytes / setting.world_size * distributed.local_world_size()
         size = int(min(PROBE_BYTES, share))
-        probe = setting.folder / f".write_probe_{distributed.rank()}"
         distributed.barrier()
-        begin, seconds = time.perf_counter(), 0.0
-        try:
-            if distributed.local_rank() == 0:
+        seconds = 0.0
+        if distributed.local_rank() == 0:
+            probe = setting.folder / f".write_probe_{distributed.rank()}"
+            begin = time.perf_counter()
+            try:
                 with probe.open("wb") as file:
                     file.write(bytes(size))
                     file.flush()
                     os.fsync(file.fileno())
                 seconds = (time.perf_counter() - begin) * share / max(size, 1)
-        except OSError:
-            # A full disk: the first save will say so.
-            seconds = math.inf
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+            except OSError:
+                # A full disk: the first save will say so.
+                seconds = math.inf
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
         slowest = distributed.max_rank(seconds)
         return slowest if math.isfinite(slowest) else None

@@ -27,7 +27,7 @@ from pictures import write_pictures  # noqa: E402
 from twin import losses, train  # noqa: E402
 
 PROGRAM = ROOT / "tests/integration/programs/faulty_files.py"
-SHARE = 0.02
+SHARE = 0.03
 STARTS = 60
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--errors", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=48)
     arguments = parser.parse_args()
     words = ("--optim.max_steps", str(arguments.steps), "--runtime.save_every", "1")
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,7 +48,7 @@ def main() -> int:
             setting = {
                 "seed": f"{arguments.seed} {len(codes)}",
                 "share": SHARE,
-                "stop_after": max(2, arguments.errors // 16),
+                "stop_after": 5,
                 "log": str(log),
             }
             ended = train(

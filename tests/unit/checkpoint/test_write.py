@@ -50,6 +50,25 @@ def test_what_was_is_read_back_and_old_ones_go(save, folder, updates_left):
     assert not list(folder.rglob("*.part"))
 
 
+def test_copies_stand_in_one_piece_of_memory_that_stays(folder):
+    saver = Saver(folder, keep_last=2, keep_every=0)
+    pieces = [
+        Piece("master.a", torch.randn(3)),
+        Piece("count.a", torch.arange(5)),
+        Piece("exp_avg.a", torch.randn(7).bfloat16()),
+        Piece("master.b", torch.randn(1)),
+    ]
+    copies = saver._copied(pieces)
+    place = saver._buffer.data_ptr()
+    assert all(torch.equal(copies[key], values) for key, values in pieces)
+    assert {copies[key].untyped_storage().data_ptr() for key, _ in pieces} == {place}
+    changed = [Piece(key, values + 1) for key, values in pieces]
+    again = saver._copied(changed)
+    assert saver._buffer.data_ptr() == place
+    assert all(torch.equal(again[key], values) for key, values in changed)
+    assert saver._copied([]) == {}
+
+
 def test_a_write_that_fails_leaves_the_old_ones(save, folder, updates_left, monkeypatch):
     save(1)
 

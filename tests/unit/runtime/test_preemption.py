@@ -12,8 +12,9 @@ import time
 from datetime import datetime
 
 import pytest
+from faults import watching
 
-from fd_large import watch
+from fd_large import distributed, watch
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Wish
 from fd_large.runtime.preemption import Preemption
@@ -60,6 +61,18 @@ def test_the_file_is_found_obeyed_and_removed(started, tmp_path, monkeypatch):
     hook.on_end("preempted")
     assert not (tmp_path / preemption.STOP_FILE).exists()
     assert not list(tmp_path.glob(".write_probe*"))
+
+
+@pytest.mark.parametrize(("local_rank", "written"), [(0, True), (3, False)])
+def test_one_rank_of_a_node_measures_for_all_of_them(
+    local_rank, written, started, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distributed, "local_rank", lambda: local_rank)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 8)
+    with watching(tmp_path) as watched:
+        started()
+    probes = [each.name for each in watched.operations if ".write_probe" in each.path.name]
+    assert ("open" in probes) == bool(probes) == written
 
 
 def test_it_leaves_room_for_the_slowest_save_before_the_job_ends(started, monkeypatch):

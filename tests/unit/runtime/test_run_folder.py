@@ -12,6 +12,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.runtime.run_folder import (
+    cut_before,
     open_folder,
     record_code,
     recorded_code,
@@ -118,6 +119,15 @@ def test_rows_end_at_a_torn_line_and_at_the_step(tmp_path):
     assert [row["update"] for row in rows_before(file, 3)] == [0, 1, 2]
     file.write_text('{"update": 0}\n{"update": 1}')  # Whole by chance: its end is missing.
     assert [row["update"] for row in rows_before(file, 9)] == [0]
+
+
+def test_rows_are_cut_off_by_their_bytes_however_they_were_written(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert cut_before(file, 9) == []
+    whole = '{"update":0, "loss":1.50}\n{"update": 1, "note": "é"}\n{ "update": 2 }\n'
+    file.write_text(whole + '{"update": 3}\n{"upd', encoding="utf-8")
+    assert [row["update"] for row in cut_before(file, 3)] == [0, 1, 2]
+    assert file.read_text(encoding="utf-8") == whole
 
 
 def test_a_full_disk_is_logged_and_other_errors_are_not_hidden(caplog):
