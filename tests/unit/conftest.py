@@ -46,6 +46,15 @@ def run_updates():
     return run
 
 
+@pytest.fixture
+def card():
+    """A GPU that is not here; the test runs what a rank on it would run."""
+    from fake_cuda import fake_cuda
+
+    with fake_cuda() as card:
+        yield card
+
+
 @pytest.fixture(scope="session")
 def transformers():
     return pytest.importorskip("transformers")

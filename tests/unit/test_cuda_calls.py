@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_runs
 import torch
-from fake_cuda import GB, Card, fake_cuda, is_pinned, on_card
+from fake_cuda import GB, Card, is_pinned, on_card
 from pretended_ranks import World
 from torch import nn
 
@@ -26,12 +26,6 @@ from fd_large.recipes.sections import Optim
 from fd_large.runtime.meter import Meter, peak_memory_bytes
 from fd_large.runtime.profiler import Profiler
 from fd_large.tasks.distillation.job import DistillationJob
-
-
-@pytest.fixture
-def card():
-    with fake_cuda() as card:
-        yield card
 
 
 def rank_of(local_rank: int) -> Launch:

@@ -76,12 +76,6 @@ COUNTING = {
 """Functions of a detector that must know how many boxes there are."""
 
 
-@pytest.fixture
-def card():
-    with fake_cuda() as card:
-        yield card
-
-
 def batch_of(size: int = 2, side: int = 32, targets=None) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
