@@ -29,6 +29,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.errors import ConfigError, FDError
 from fd_large.kernels import choose
+from fd_large.kernels.check import IMAGES, Call, recording
 from fd_large.plan.counts import (
     NOTHING,
     Counts,
@@ -231,6 +232,30 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
     except FDError as error:
         log.info("FLOPs and utilisation are not reported: %s", error)
         return None
+
+
+def kernel_calls(
+    job: Job, capability: tuple[int, int], *, bfloat16: bool, frozen_bfloat16: bool
+) -> list[Call]:
+    """Returns the calls of fused operations in a step of two images; see `kernels/check.py`.
+
+    Args:
+        job: Its weights and its images are not touched.
+        capability: Of the card that will run them.
+        bfloat16: Whether the task computes in bfloat16.
+        frozen_bfloat16: Whether frozen models do.
+
+    Raises: FDError: if a step cannot run without values.
+    """
+    with on_shapes(choose.Device(capability, wish=choose.wished())), recording() as calls:
+        task, frozen = job.models_on_shapes()
+        if bfloat16:
+            to_bfloat16(task)
+        for model in frozen:
+            if frozen_bfloat16:
+                to_bfloat16(model)
+        task.shapes_only(job.probe_batch(IMAGES))
+    return list(calls)
 
 
 @contextmanager

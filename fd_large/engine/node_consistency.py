@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 import fd_large
 from fd_large import distributed
@@ -19,8 +23,10 @@ from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.runtime.run_folder import source_commit
 from fd_large.weights.source import Sources
 
+log = logging.getLogger(__name__)
+
 # Another version of these may compute, or decode, something else.
-PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy")
+PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy", "triton")
 
 _BLOCK = 64 << 10
 _BLOCKS = 64
@@ -34,13 +40,13 @@ class Fact(NamedTuple):
         value: What this node has, in words.
         what: The field or subject, and what is wrong where it differs; begins the message.
         remedy: What makes it the same; ends the message.
-        error: The kind of error.
+        error: The kind of error; None: a difference is only said.
     """
 
     value: str
     what: str
     remedy: str
-    error: type[FDError]
+    error: type[FDError] | None
 
 
 _NodeFacts = tuple[str, Mapping[str, Fact]]
@@ -87,27 +93,56 @@ def software() -> dict[str, Fact]:
     return facts
 
 
+def hardware(device: torch.device) -> dict[str, Fact]:
+    """Returns the card of this rank and what drives it: other ones may choose other kernels."""
+    same_cards = "Take nodes of one kind (sbatch --constraint), or leave the others out (--exclude)"
+    if device.type != "cuda":
+        return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}
+    memory = round(torch.cuda.get_device_properties(device).total_memory / 1e9)
+    card = f"{torch.cuda.get_device_name(device)}, {memory} GB"
+    same_build = "Use one environment on a shared disk, or one image, on every node"
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    facts = {
+        "card": Fact(card, "ranks: other cards", same_cards, LaunchError),
+        "CUDA": Fact(
+            str(torch.version.cuda or torch.version.hip),
+            "nodes: torch for other versions of CUDA",
+            same_build,
+            LaunchError,
+        ),
+        "NCCL": Fact(nccl, "nodes: other versions of NCCL", same_build, LaunchError),
+    }
+    if driver := _driver():
+        remedy = "Where losses differ from those of one kind of node, this may be why"
+        facts["driver"] = Fact(driver, "nodes: other drivers", remedy, None)
+    return facts
+
+
 def compare(ranks: Sequence[_NodeFacts]) -> None:
     """Compares the facts of nodes; what most of them have is taken as right.
 
     Args:
         ranks: The facts of every rank, in order. A fact that a rank lacks is not compared for it.
 
-    Raises: FDError: for the first fact that differs, naming the others too.
+    Raises: FDError: for the first fact that differs and may not, naming the others too.
     """
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     odd = {name: found for name in names if (found := _odd(ranks, name))}
     if not odd:
         return
-    first = next(iter(odd))
-    nodes, got, most = odd[first]
-    fact = next(facts[first] for _, facts in ranks if first in facts)
-    expected = next(facts[first].value for node, facts in ranks if node == most and first in facts)
-    also = f" (and other {', '.join(list(odd)[1:])})" if len(odd) > 1 else ""
-    raise fact.error(
-        f"{fact.what}; got {got} on {_some(nodes)}{also}, expected {expected} as on {most}. "
-        f"{fact.remedy}."
-    )
+    facts_of = {name: next(facts[name] for _, facts in ranks if name in facts) for name in odd}
+    stops = [name for name in odd if facts_of[name].error is not None]
+    for name, (nodes, got, most, expected) in odd.items():
+        fact = facts_of[name]
+        also = f" (and other {', '.join(stops[1:])})" if stops[1:] and name == stops[0] else ""
+        said = (
+            f"{fact.what}; got {got} on {_some(nodes)}{also}, expected {expected} as on {most}. "
+            f"{fact.remedy}."
+        )
+        if fact.error is None:
+            log.warning("%s", said)
+        elif name == stops[0]:
+            raise fact.error(said)
 
 
 def code_hash() -> str:
@@ -148,7 +183,8 @@ def weights_digest(source: str, weights: Sources) -> str:
 
 def _facts(samples: ImageSource, sources: Mapping[str, str], weights: Sources) -> dict[str, Fact]:
     is_first = distributed.local_rank() == 0  # Ranks of a node see the same files.
-    facts = software() if is_first else {}
+    # The code first, which explains most other differences.
+    facts = (software() if is_first else {}) | hardware(distributed.device())
     facts["images"] = Fact(
         f"{len(samples)} images, their names' hash {samples.fingerprint[:8]}",
         "data.root: the nodes see different images",
@@ -193,8 +229,17 @@ def _version(name: str) -> str:
         return "none"
 
 
-def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str] | None:
-    """Returns the nodes that differ from most, what the first of them has, and a node of most."""
+def _driver() -> str | None:
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3}\.\d+[.\d]*", said)
+    return found.group() if found else None
+
+
+def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str, str] | None:
+    """Returns the nodes that differ, what the first of them has, a node of most, what most have."""
     values = [(node, facts[name].value) for node, facts in ranks if name in facts]
     # Of equally frequent values, that of the lowest rank.
     right, _ = Counter(value for _, value in values).most_common(1)[0]
@@ -202,7 +247,7 @@ def _odd(ranks: Sequence[_NodeFacts], name: str) -> tuple[list[str], str, str] |
     if not others:
         return None
     most = next(node for node, value in values if value == right)
-    return list(dict.fromkeys(node for node, _ in others)), others[0][1], most
+    return list(dict.fromkeys(node for node, _ in others)), others[0][1], most, right
 
 
 def _some(nodes: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
-from fd_large.engine.count import step_flops
+from fd_large.engine.count import kernel_calls, step_flops
 from fd_large.engine.ema import Ema
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
@@ -34,10 +34,12 @@ from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
 from fd_large.errors import FDError, check_all
+from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
 from fd_large.launch import Launch
 from fd_large.plan.counts import StepFlops
 from fd_large.plan.memory import persistence_threshold
+from fd_large.plan.workload import frozen_in_bfloat16
 from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
@@ -305,6 +307,7 @@ def open_run(
         launch.world_size,
         config["communication_data_type"],
     )
+    _check_kernels(job, bfloat16=numbers.bfloat16)
     sizes = numbers.parameter_sizes
     threshold = _persistence(config, sizes, splits_models=job.splits_models())
     with micro_batch.building_in_memory(job.memory_remedy):
@@ -408,6 +411,30 @@ def _check(
     for where, source in job.sources().items():
         job.weights.fetch(source, where=f"--{where}")
     return json_config, numbers, samples
+
+
+def _check_kernels(job: Job, *, bfloat16: bool) -> None:
+    """Holds the kernels that will run against their references, and gives up what is off."""
+    device = distributed.device()
+    if not choose.may_run_kernels(device.type):
+        return
+    calls: list[check.Call] = []
+    if distributed.is_main():
+        teacher = job.run.teacher.dtype if job.run.frozen_models else "auto"
+        # Interpreted on a CPU, they are those of the newest card.
+        capability = choose.CAPABILITIES[-1]
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability()
+        try:
+            calls = kernel_calls(
+                job,
+                capability,
+                bfloat16=bfloat16,
+                frozen_bfloat16=frozen_in_bfloat16(teacher, bfloat16),
+            )
+        except FDError as error:
+            log.warning("kernels are not held against their references: %s", error)
+    check.check(distributed.broadcast_object(calls), device)
 
 
 def _persistence(config: dict[str, Any], sizes: tuple[int, ...], *, splits_models: bool) -> int:

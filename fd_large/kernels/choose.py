@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -46,6 +46,9 @@ class _Operation(NamedTuple):
 
 
 _operations: dict[str, _Operation] = {}
+_refused: dict[str, str] = {}
+_heard: list[tuple[str, Implementation]] | None = None
+_references = False
 
 
 class Device(NamedTuple):
@@ -95,6 +98,53 @@ def register(
     _operations[op] = _Operation(untested, apex_untested)
 
 
+def refuse(op: str, why: str) -> None:
+    """Lets an operation run on its reference from now on.
+
+    Args:
+        op: A registered operation.
+        why: In a few words, for the log.
+    """
+    _refused[op] = why
+    _implementation.cache_clear()
+
+
+def refused() -> Mapping[str, str]:
+    """Returns the refused operations, and why."""
+    return _refused
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Within it every operation runs on its reference."""
+    global _references
+    _references = True
+    try:
+        yield
+    finally:
+        _references = False
+
+
+@contextmanager
+def hearing() -> Iterator[list[tuple[str, Implementation]]]:
+    """Writes down what is chosen within it: operation and implementation."""
+    global _heard
+    before, _heard = _heard, []
+    try:
+        yield _heard
+    finally:
+        if before is not None:
+            before += _heard
+        _heard = before
+
+
+def may_run_kernels(device_type: str) -> bool:
+    """Returns whether some operation may run on a Triton kernel there."""
+    wish, interpreted = wished(), os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = wish == "triton" or (wish != "reference" and device_type == "cuda")
+    return wanted and not _triton_problem(device_type, interpreted)
+
+
 def wished() -> str:
     """Returns the value of FD_KERNELS, or `auto` if it is not set.
 
@@ -120,10 +170,17 @@ def implementation(op: str, device_type: str, **case: Any) -> Implementation:
 
     Raises: ConfigError: if the requested implementation cannot run on this device.
     """
+    if _references:
+        return "reference"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device = _stood_for if device_type == "meta" else None
     wish = device.wish if device else wished()
-    return _implementation(op, device_type, wish, interpreted, device, tuple(sorted(case.items())))
+    choice = _implementation(
+        op, device_type, wish, interpreted, device, tuple(sorted(case.items()))
+    )
+    if _heard is not None:
+        _heard.append((op, choice))
+    return choice
 
 
 @lru_cache(maxsize=4096)
@@ -137,6 +194,7 @@ def _implementation(
 ) -> Implementation:
     if device is not None:
         runs = wish in ("auto", "triton") and device.capability in CAPABILITIES
+        runs = runs and op not in _refused
         return "triton" if runs and not _operations[op].untested(**dict(case)) else "reference"
     choice, why = _choose(op, device_type, wish, interpreted, dict(case))
     if device_type != "meta":
@@ -156,6 +214,8 @@ def _choose(
     operation = _operations[op]
     if wish == "reference":
         return "reference", "FD_KERNELS=reference"
+    if op in _refused:
+        return "reference", _refused[op]
     if wish == "apex" and operation.apex_untested is not None:
         if device_type not in (*APEX_DEVICES, "meta"):
             raise ConfigError(

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.kernels import choose
+from fd_large.kernels.check import checked
 from fd_large.kernels.operation import operation
 
 Activation = Literal["gelu", "quick_gelu"]
 
 
+@checked
 def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, *, activation: Activation = "gelu"
 ) -> Tensor:

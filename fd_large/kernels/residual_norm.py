@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
+from fd_large.kernels.check import checked
 from fd_large.kernels.operation import contiguous, operation
 
 
+@checked
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -56,6 +58,7 @@ def layer_norm(
     return layer_norm_reference(x, weight, bias, eps, dtype)
 
 
+@checked
 def stream_norm(
     x: Tensor,
     weight: Tensor,
@@ -86,6 +89,7 @@ def stream_norm(
     return y, y.to(copy)
 
 
+@checked
 def residual_norm(
     x: Tensor,
     branch: Tensor,
@@ -180,6 +184,7 @@ def _launch(
     return y, y if narrow is None else copied
 
 
+@checked
 def add_norm(
     x: Tensor,
     branch: Tensor,
@@ -225,6 +230,7 @@ def add_norm(
     return y, layer_norm(y, weight, bias, eps, dtype=dtype)
 
 
+@checked
 def add_branch(
     x: Tensor, branch: Tensor, scale: Tensor | None = None, gamma: Tensor | None = None
 ) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fd_large.errors import ShapeError
 from fd_large.kernels import choose
+from fd_large.kernels.check import checked
 from fd_large.kernels.operation import operation
 from fd_large.kernels.residual_norm import untested
 
@@ -33,6 +34,7 @@ def whiten(feature_map: Tensor, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(feature_map.to(wide), feature_map.shape[-1:], eps=eps)
 
 
+@checked
 def whitened_loss(
     student_map: Tensor, teacher_map: Tensor, *, beta: float = 2.0, eps: float = 1e-5
 ) -> Tensor:

@@ -23,10 +23,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels import choose
+from fd_large.kernels.check import checked
 from fd_large.kernels.operation import contiguous, operation
 from fd_large.kernels.window_attention_reference import Memory, reference
 
 
+@checked
 def window_attention(
     qkv: Tensor,
     *,
@@ -75,6 +77,7 @@ def window_attention(
     return out.unflatten(1, (height, width))
 
 
+@checked
 def image_attention(
     qkv: Tensor,
     *,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,7 @@ def _lines_before(path: Path, update: int) -> Iterator[tuple[int, dict[str, Any]
         yield len(line), row
 
 
+@cache
 def source_commit() -> str | None:
     """Returns the commit of the source tree, or None where it is not a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

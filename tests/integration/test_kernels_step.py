@@ -56,3 +56,26 @@ def test_triton_kernels(plain: list[float], tmp_path: Path) -> None:
 
 def test_compiled_blocks(plain: list[float], tmp_path: Path) -> None:
     check({**RUN, "engine": {"compile": "blocks"}}, {}, plain, tmp_path)
+
+
+def test_a_wrong_kernel_on_one_rank_is_replaced_on_all(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    run = RUN | {"student": net(depths=[1, 1]), "teacher": net(depths=[1, 1])}
+    plain = scenarios.plain_losses(scenarios.tiny_run(**run), 1)
+    scenario = {"run": run, "zero": scenarios.ZERO3}
+    (tmp_path / "scenarios.json").write_text(json.dumps(scenario))
+    done = run_ranks(
+        PROGRAM.with_name("checked_kernels.py"),
+        tmp_path,
+        ranks=2,
+        timeout=170,
+        results=tmp_path,
+        env={"FD_KERNELS": "triton", "TRITON_INTERPRET": "1"},
+        forked=False,
+    )
+    for result in read_results(tmp_path, 2):
+        assert result["refused"].keys() == {"whitened_loss"}
+        assert result["loss"] == pytest.approx(plain[0], rel=1e-5)
+    for said in done.outputs:
+        assert "whitened_loss: its kernel is off its reference on rank 1" in said
+        assert "agree with their references: layer_norm, linear_gelu, residual_norm" in said

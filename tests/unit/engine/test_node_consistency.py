@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from fd_large import distributed
+from fd_large.engine import node_consistency
 from fd_large.engine.node_consistency import (
     Fact,
     check,
     code_hash,
     compare,
+    hardware,
     software,
     weights_digest,
 )
 from fd_large.errors import DataError, LaunchError, WeightsError
+from fd_large.runtime import run_folder
 from fd_large.weights.source import Sources
 
 
@@ -101,3 +106,46 @@ class Images(list):
     """Images that the nodes compare."""
 
     fingerprint = "0123456789abcdef"
+
+
+def test_a_card_is_compared_with_what_drives_it(monkeypatch):
+    card = SimpleNamespace(total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(node_consistency, "_driver", lambda: "570.86.15")
+    facts = hardware(torch.device("cuda", 0))
+    assert {name: fact.value for name, fact in facts.items()} == {
+        "card": "NVIDIA H100 80GB HBM3, 85 GB",
+        "CUDA": "12.8",
+        "NCCL": "2.27.5",
+        "driver": "570.86.15",
+    }
+    with pytest.raises(LaunchError, match=r"got no GPU on b, expected NVIDIA H100"):
+        compare([("a", facts), ("a", facts), ("b", hardware(torch.device("cpu")))])
+
+
+def test_another_driver_is_said_and_another_triton_stops(monkeypatch, caplog):
+    driver = {"driver": Fact("570.86.15", "nodes: other drivers", "Look there", None)}
+    other = {"driver": driver["driver"]._replace(value="550.54.14")}
+    compare([("a", driver), ("b", other), ("c", driver)])
+    assert "got 550.54.14 on b, expected 570.86.15 as on a" in caplog.text
+    assert "triton" in software()
+
+
+def test_git_is_asked_once_a_process(monkeypatch):
+    run_folder.source_commit.cache_clear()
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="0123456789\n")
+
+    monkeypatch.setattr(run_folder.subprocess, "run", run)
+    try:
+        assert "012345678" in software()["code"].value
+        software()
+        assert len(asked) == 1
+    finally:
+        run_folder.source_commit.cache_clear()

@@ -1,0 +1,215 @@
+"""Every fused operation of a run once beside its reference, on the device that will run it.
+
+Kernels are compiled for cards on which they may never have run, and a wrong one would train on
+silently. So a start writes down what the models call on the meta device (`recording`), and each
+distinct call runs forward and backward on random numbers, with two images: fused, as plain torch in
+the same data types, and as plain torch in wider ones. An operation that is further from the last
+than the second explains is replaced by its reference on all ranks (`check`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fd_large import distributed
+from fd_large.kernels import choose
+
+log = logging.getLogger(__name__)
+
+IMAGES = 2
+
+
+class Shape(NamedTuple):
+    """A tensor without its values.
+
+    Attributes:
+        size: Its shape.
+        dtype: Its data type.
+        learns: Whether it takes a gradient.
+    """
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    learns: bool
+
+
+class Call(NamedTuple):
+    """A call of an operation that ran on a kernel.
+
+    Attributes:
+        function: Module:name of the function.
+        arguments: Its arguments; a `Shape` for a tensor.
+        named: Its named arguments.
+        kernels: The operations in it for which kernels were chosen, as `choose` knows them.
+    """
+
+    function: str
+    arguments: tuple[Any, ...]
+    named: tuple[tuple[str, Any], ...]
+    kernels: tuple[str, ...]
+
+
+_calls: dict[Call, None] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[dict[Call, None]]:
+    """Writes down the distinct calls of `checked` functions within it, in order."""
+    global _calls
+    _calls = {}
+    try:
+        yield _calls
+    finally:
+        _calls = None
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `recording` see the calls of an operation's public function."""
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if _calls is None:
+            return function(*arguments, **named)
+        with choose.hearing() as heard:
+            result = function(*arguments, **named)
+        kernels = tuple(dict.fromkeys(op for op, choice in heard if choice == "triton"))
+        if kernels:
+            learns = torch.is_grad_enabled()
+            shapes = tree_map(lambda leaf: _shape(leaf, learns), (arguments, named))
+            where = f"{function.__module__}:{function.__qualname__}"
+            _calls[Call(where, shapes[0], tuple(shapes[1].items()), kernels)] = None
+        return result
+
+    return call
+
+
+def check(calls: Sequence[Call], device: torch.device) -> None:
+    """Runs each call beside its reference, and gives up an operation that is off on any rank.
+
+    A collective.
+
+    Args:
+        calls: What `recording` wrote down, alike on all ranks.
+        device: Where they will run.
+    """
+    found = beside_references(calls, device)
+    for number, off in enumerate(distributed.gather_objects(found)):
+        for op, why in off.items():
+            if op not in choose.refused():
+                log.warning(
+                    "%s: its kernel is off its reference on rank %d, and all ranks run the "
+                    "reference instead: %s",
+                    op,
+                    number,
+                    why,
+                )
+                choose.refuse(op, f"its kernel was off on rank {number}")
+    if calls:
+        names = sorted({op for one in calls for op in one.kernels} - choose.refused().keys())
+        log.info("kernels agree with their references: %s", ", ".join(names) or "none")
+
+
+def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
+    """Returns what is off on this rank: operation -> where and by how much."""
+    off: dict[str, str] = {}
+    for one in calls:
+        if why := _off(one, device):
+            off |= {op: why for op in one.kernels if op not in off}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return off
+
+
+def _off(one: Call, device: torch.device) -> str | None:
+    shapes = [leaf for leaf in _leaves(one) if isinstance(leaf, Shape)]
+    generator = torch.Generator(device).manual_seed(0)
+    values = [
+        torch.randn(s.size, generator=generator, device=device, dtype=torch.float32).to(s.dtype)
+        for s in shapes
+    ]
+    what = f"{one.function.partition(':')[2]} of {', '.join(str(s.size) for s in shapes)}"
+    narrow = any(s.dtype == torch.bfloat16 for s in shapes)
+    try:
+        # Before the kernel: one that writes where it should not would spoil these too.
+        exact = _run(one, values, wide=torch.float32 if narrow else torch.float64)
+        eager = _run(one, values)
+    except torch.OutOfMemoryError:
+        log.info("%s: not checked, the reference takes more memory than there is", what)
+        return None
+    try:
+        fused = _run(one, values, fused=True)
+    except Exception as error:  # Whatever a compiler or a launch raises.
+        return f"{what} fails: {type(error).__name__}: {error}"
+    for number, (got, plain, right) in enumerate(zip(fused, eager, exact, strict=True)):
+        right = right.double()
+        error, magnitude = (got.double() - right).abs(), right.abs()
+        bound = 4 * (plain.double() - right).abs().max() + 1e-5 * magnitude.max()
+        # A result in bfloat16 may be rounded to either side.
+        bound = bound + magnitude * (2**-7 if got.dtype == torch.bfloat16 else 0)
+        # Not `any above`, which is false of what is no number.
+        if not bool((error <= bound).all()):
+            worst = (error - bound).nan_to_num(torch.inf).argmax()
+            return (
+                f"{what}: result {number + 1} of {len(fused)} has an error of "
+                f"{error.flatten()[worst]:.2g}, expected at most {bound.flatten()[worst]:.2g}"
+            )
+    return None
+
+
+def _run(
+    one: Call, values: list[Tensor], *, fused: bool = False, wide: torch.dtype | None = None
+) -> list[Tensor]:
+    """Returns the results of a call, and the gradients of its arguments."""
+    given = iter(values)
+    leaves: list[Tensor] = []
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return wide or leaf
+        if not isinstance(leaf, Shape):
+            return leaf
+        value = next(given)
+        value = value.to(wide or value.dtype, copy=True).requires_grad_(leaf.learns)
+        leaves.append(value)
+        return value
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, Shape)
+
+    arguments, named = tree_map(fill, (one.arguments, dict(one.named)), is_leaf=is_leaf)
+    learning = [leaf for leaf in leaves if leaf.requires_grad]
+    with nullcontext() if fused else choose.references(), torch.set_grad_enabled(bool(learning)):
+        results = tree_leaves(resolve_name(one.function)(*arguments, **named))
+        differentiable = [r for r in results if r.requires_grad]
+        if not differentiable:
+            return results
+        generator = torch.Generator(values[0].device).manual_seed(1)
+        weights = [
+            torch.randn(r.shape, generator=generator, device=r.device).to(r.dtype)
+            for r in differentiable
+        ]
+        gradients = torch.autograd.grad(
+            differentiable, learning, weights, allow_unused=True, materialize_grads=True
+        )
+    return [r.detach() for r in results] + list(gradients)
+
+
+def _shape(leaf: Any, learns: bool) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return Shape(tuple(leaf.shape), leaf.dtype, learns and leaf.requires_grad)
+
+
+def _leaves(one: Call) -> list[Any]:
+    return tree_leaves(
+        (one.arguments, dict(one.named)), is_leaf=lambda node: isinstance(node, Shape)
+    )

@@ -1,0 +1,50 @@
+"""Rank program: a start whose loss kernel is wrong on the last rank, in Triton's interpreter.
+
+checked_kernels.py FOLDER. What is chosen afterwards, the loss of the first step and what was said
+are written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from launch import write_result
+from scenarios import start_engine, take_step, tiny_run
+
+from fd_large import distributed
+from fd_large.engine.run import _check_kernels
+from fd_large.engine.zero import start
+from fd_large.kernels import choose, whitened_loss_triton
+from fd_large.tasks.distillation.job import DistillationJob
+
+
+def main(folder: Path) -> None:
+    """Makes the kernel wrong, checks all, and takes a step."""
+    torch.set_num_threads(1)
+    distributed.start()
+    start.start()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    given = json.loads((folder / "scenarios.json").read_text())
+    run = tiny_run(**given["run"])
+    right = whitened_loss_triton.forward
+    if distributed.rank() == distributed.world_size() - 1:
+
+        def wrong(*arguments):
+            loss, *rest = right(*arguments)
+            return loss * 1.01, *rest
+
+        whitened_loss_triton.forward = wrong
+    _check_kernels(DistillationJob(run), bfloat16=False)
+    engine, _ = start_engine(run, given["zero"])
+    engine.task.train()
+    result = {"refused": dict(choose.refused()), "loss": take_step(engine, run, 0)}
+    write_result(folder, result)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))
