@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from packaging.version import Version
 from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
 from torch import nn
 
-from fd_large.errors import ConfigError, nearest
+from fd_large.errors import ConfigError, VersionError, nearest
+
+OLDEST = "1.0.31"
+"""The only release that was seen not to run code that a model's configuration names."""
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
@@ -21,8 +25,15 @@ def create(name: str, **arguments: Any) -> nn.Module:
         name: timm's name of the model.
         arguments: What differs from timm's own arguments of that model.
 
-    Raises: ConfigError: if timm has no such model, or does not return its inner maps.
+    Raises:
+        ConfigError: If timm has no such model, or does not return its inner maps.
+        VersionError: If timm is too old.
     """
+    if Version(timm.__version__) < Version(OLDEST):
+        raise VersionError(
+            f"timm: too old a release, which may run code from a model's configuration; got "
+            f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
+        )
     if not timm.is_model(name):
         raise ConfigError(
             f"student.model or teacher.model: no such model in timm {timm.__version__}; got "

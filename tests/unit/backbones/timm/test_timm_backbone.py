@@ -7,10 +7,17 @@ import timm
 import torch
 
 from fd_large.backbones.registry import build
+from fd_large.backbones.timm import models
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.engine.zero.partition import to_bfloat16
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ConfigError, ShapeError, VersionError
 from fd_large.recipes.architectures import Architecture, resolve
+
+
+def test_an_old_timm_is_refused(monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.30")
+    with pytest.raises(VersionError, match=r"got 1\.0\.30, expected 1\.0\.31 or later"):
+        models.create("resnet18")
 
 
 def with_running_statistics(net):

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fd_large
+from fd_large.backbones.timm.models import OLDEST
 from fd_large.engine.zero import private_names, start
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import VersionError
@@ -186,6 +187,10 @@ def test_setup_allows_the_tested_versions_and_no_other_deepspeed():
     assert bounds["deepspeed"] == SpecifierSet(f"=={tested['deepspeed']}")
     for package in ("torch", "torchvision"):
         assert bounds[package] == SpecifierSet(f">={tested[package].removesuffix('.0')}")
+
+
+def test_setup_and_the_backbones_refuse_the_same_timm():
+    assert bounds_of_setup()["timm"] == SpecifierSet(f">={OLDEST}")
 
 
 def test_the_image_carries_the_tested_torch():
