@@ -4,7 +4,7 @@
 
 One run goes through all of them. A second start is made under plain python, with --fresh, under
 deepspeed, at the same moment as the first, or as Slurm makes it after a requeue while the old ranks
-still live. Writes benchmarks/results/owners.json and exits 1 if a loss or the final state differs
+still live. Writes benchmarks/results/owners.json (--out) and exits 1 if a loss or the final state differs
 in one bit from the undisturbed run's, a start that should have been refused was not, or a step that
 was done before a stop was lost.
 """
@@ -191,6 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, count in (("doubles", 20), ("interrupts", 20), ("hangups", 10), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/owners.json"))
     arguments = parser.parse_args()
     begin = time.monotonic()
     updates = 12 * (arguments.doubles + arguments.interrupts + arguments.hangups)
@@ -232,7 +233,7 @@ def main() -> int:
         }
         assert finished.returncodes == [0] * RANKS
     text = json.dumps(results, indent=1)
-    (ROOT / "benchmarks/results/owners.json").write_text(text + "\n")
+    Path(arguments.out).write_text(text + "\n")
     print(text)
     return 0 if same and results["losses equal to the bit"] and not soak.wrong else 1
 
