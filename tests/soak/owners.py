@@ -4,9 +4,9 @@
 
 One run goes through all of them. A second start is made under plain python, with --fresh, under
 deepspeed, at the same moment as the first, or as Slurm makes it after a requeue while the old ranks
-still live. Writes benchmarks/results/owners.json (--out) and exits 1 if a loss or the final state differs
-in one bit from the undisturbed run's, a start that should have been refused was not, or a step that
-was done before a stop was lost.
+still live. Writes benchmarks/results/owners.json (--out) and exits 1 if a loss or the final state
+differs in one bit from the undisturbed run's, a start that should have been refused was not, or a
+step that was done before a stop was lost.
 """
 
 from __future__ import annotations
