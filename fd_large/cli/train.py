@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
@@ -44,15 +45,21 @@ def main(arguments: list[str]) -> int:
         deepspeed_config=given.own.deepspeed_config,
         fresh=given.own.fresh,
         profile=given.own.profile,
+        then=show_report,
     )
     from fd_large import distributed
 
-    if code == 0 and distributed.is_main():
-        show_report(given.run.run_dir())
     return distributed.leave(code)
 
 
-def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: int = 0) -> int:
+def train_run(
+    run: Run,
+    *,
+    deepspeed_config: str,
+    fresh: bool = False,
+    profile: int = 0,
+    then: Callable[[str], None] | None = None,
+) -> int:
     """Trains with everything that watches a run; returns the exit code.
 
     Args:
@@ -60,6 +67,7 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
         deepspeed_config: Path of DeepSpeed's JSON.
         fresh: Whether it starts anew although its folder holds checkpoints.
         profile: Steps to trace; 0 turns it off.
+        then: What rank 0 does with the folder of a finished run, while the run still owns it.
 
     Raises:
         FDError: The user's mistake, or another rank that has ended.
@@ -71,7 +79,7 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
         from fd_large.tasks.jobs import job_of
 
         try:
-            return train(
+            code = train(
                 run,
                 job_of,
                 deepspeed_config=deepspeed_config,
@@ -90,6 +98,9 @@ def train_run(run: Run, *, deepspeed_config: str, fresh: bool = False, profile: 
             )
             lost_rank.exit_code = failures.code_after(lost)
             raise lost_rank from error
+        if then and code == 0 and distributed.is_main():
+            then(run.run_dir())
+        return code
 
 
 def parse_train(arguments: list[str]) -> WithRecipe[Train]:

@@ -95,6 +95,9 @@ class Trainer:
         time_box: Decides the length after the first steps; None: the plan's length stays.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
         ema: The average of the weights; None: there is none.
+
+    Attributes:
+        begun: The hooks that know of the start, and so are to hear of the end.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Trainer:
         self._layer_rates, self._ema = layer_rates, ema
         self._evaluate_every = steps_between(evaluations)
         self._finished = setting.first_update
+        self.begun: list[Hook] = []
         self._status = ""
         self._save_owed = False
         self._bad_images = BadImages()
@@ -127,9 +131,10 @@ class Trainer:
         """
         for hook in self._hooks:
             hook.on_start(self._setting)
+            self.begun.append(hook)
         self._engine.task.train()
         if self._stop_wished():
-            self._status = PREEMPTED
+            self._stop()
         elif self._finished == 0:
             self._evaluate(last=False)
         elif not self._checkpoints.evaluated and self._evaluate(last=self._finished == self._total):
@@ -282,7 +287,7 @@ class Trainer:
         plan, finished = self._plan, self._finished
         last = finished == self._total
         if agreed.stop:
-            self._status = PREEMPTED
+            self._stop()
         evaluates = any(one.due(finished, last) for one in self._evaluations)
         too_bad = None
         if last or finished % plan.count_bad_every == 0:
@@ -335,7 +340,7 @@ class Trainer:
                     metrics |= found
                     panel = panel or shown
         except Interrupted:
-            self._status = PREEMPTED
+            self._stop()
             return False
         if self._time_box is not None:
             self._time_box.after_evaluation(time.monotonic() - begin)
@@ -349,6 +354,11 @@ class Trainer:
         self._beat()
         if self._stop_wished():
             raise Interrupted
+
+    def _stop(self) -> None:
+        self._status = PREEMPTED
+        for hook in self._hooks:
+            hook.on_stop()
 
     def _stop_wished(self) -> bool:
         return distributed.any_rank(any(hook.wish().stop for hook in self._hooks))

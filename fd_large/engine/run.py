@@ -104,15 +104,16 @@ def train(
         _write_end(lease, FAILED, reason, first=False)
 
     failures.last_words.append(lost)
-    distributed.start()
+    launch = distributed.start()
     # From the moment on that the ranks have met.
+    preemption = preemption_of(run, lease, launch.launcher)
     watchdog = watchdog_of(run, lease)
     if watchdog:
         watchdog.start()
     try:
         opened = open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease, fresh=fresh)
-        # The last of the hooks, so that it watches what the others do at the end as well.
-        more = [*hooks, *([watchdog] if watchdog else ())]
+        # The watchdog is the last, so that it watches what the others do at the end as well.
+        more = [*hooks, *(hook for hook in (preemption, watchdog) if hook)]
         return _train(opened, lease, profile, more, watching)
     except BaseException as error:
         _end_by(error, lease, watching)
@@ -121,6 +122,8 @@ def train(
         failures.last_words.remove(lost)
         if watchdog:
             watchdog.stop()
+        if preemption:
+            preemption.close()
 
 
 def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None:
@@ -154,7 +157,7 @@ def _train(
     more_hooks: Sequence[Hook],
     watching: list[Hook],
 ) -> int:
-    """Trains an opened run; fills `watching` with the hooks once they have begun."""
+    """Trains an opened run; fills `watching` with the hooks that have begun."""
     run, job, folder, engine = opened.run, opened.job, opened.folder, opened.engine
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
     launch = opened.launch
@@ -216,12 +219,11 @@ def _train(
         return job.batches(samples, portion)
 
     evaluations = job.evaluations(engine, samples, size)
-    watching += hooks_of(job, launch.launcher, lease, profile, more_hooks)
     try:
         trainer = Trainer(
             engine,
             plan,
-            watching,
+            hooks_of(job, profile, more_hooks),
             setting,
             checkpoints=checkpoints,
             evaluations=evaluations,
@@ -229,6 +231,7 @@ def _train(
             layer_rates=by_layer(engine, run.optim.layer_decay),
             ema=opened.ema,
         )
+        trainer.begun = watching
         status = trainer.train(batches)
     except FDError as error:
         error.rank_local = not error.agreed
@@ -504,15 +507,11 @@ def engine_of(
     )
 
 
-def hooks_of(
-    job: Job, launcher: str, lease: Lease, profile: int = 0, more: Sequence[Hook] = ()
-) -> list[Hook]:
+def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook]:
     """Returns what watches a run, in the order in which it is asked.
 
     Args:
         job: The job, after its `build`.
-        launcher: What started the ranks.
-        lease: This start's right to write the run's folder.
         profile: Steps to trace; 0 turns it off.
         more: Hooks besides those of the recipe and the task.
     """
@@ -524,14 +523,21 @@ def hooks_of(
         hooks.append(Guard(run.guard))
     if run.runtime.save_minutes:
         hooks.append(SaveInterval(run.runtime.save_minutes))
-    if run.runtime.preemption:
-        preemption = Preemption(
-            run.runtime.notice_seconds, launcher=launcher, leaving=lease.will_leave
-        )
-        hooks.append(preemption)
     if profile:
         hooks.append(Profiler(profile))
     return [*hooks, *job.hooks(), *more]
+
+
+def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
+    """Returns what catches signals from now on; None where the recipe turns it off."""
+    if not run.runtime.preemption:
+        return None
+    return Preemption(
+        run.runtime.notice_seconds,
+        launcher=launcher,
+        leaving=lease.will_leave,
+        write_status=lambda status: _write_end(lease, status, "a second Ctrl-C", first=True),
+    )
 
 
 def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:

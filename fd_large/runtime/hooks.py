@@ -182,6 +182,9 @@ class Hook:
         """Says what this rank would like; asked before each optimiser step, and in evaluations."""
         return NOTHING
 
+    def on_stop(self) -> None:
+        """All ranks know that the run saves and stops, since one of them wished so."""
+
     def judge(self, update: Update) -> Verdict | None:
         """Before the weights move: loss and gradient norm of the step are known."""
 

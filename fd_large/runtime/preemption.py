@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 from fd_large import distributed
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
-from fd_large.runtime.run_folder import write_status
 from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
@@ -58,6 +56,7 @@ class Preemption(Hook):
         notice_seconds: Seconds between a scheduler's signal and the end of the process.
         launcher: What started the ranks: it may give them less time after a Ctrl-C.
         leaving: Called, by the signal's handler, once there is a reason to stop.
+        write_status: Says in the run's folder how the run ended.
         leave: Ends the process with an exit code.
     """
 
@@ -67,6 +66,7 @@ class Preemption(Hook):
         *,
         launcher: str = "python",
         leaving: Callable[[], None] = lambda: None,
+        write_status: Callable[[str], Any] = lambda status: None,
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self._notice, self._launcher = notice_seconds, launcher
@@ -77,7 +77,7 @@ class Preemption(Hook):
         self._mark: float | None = None
         self._file: Path | None = None
         self._looked = self._asked_slurm = 0.0
-        self._write_status: Callable[[str], None] = lambda status: None
+        self._write_status = write_status
         self._held = ExitStack()
         # Seconds since the epoch, set by Slurm in every step of a job. One rank's clock is enough.
         end = os.environ.get("SLURM_JOB_END_TIME", "") if distributed.is_main() else ""
@@ -102,7 +102,6 @@ class Preemption(Hook):
     def on_start(self, setting: Setting) -> None:
         """Estimates how long a save takes, and logs whether it fits into the notice."""
         self._setting = setting
-        self._write_status = partial(write_status, setting.folder, owned=setting.owned)
         # One look a node is enough.
         self._file = setting.folder / STOP_FILE if distributed.local_rank() == 0 else None
         seconds = self._estimated(setting)
@@ -143,6 +142,10 @@ class Preemption(Hook):
             log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
             self._leave_soon()
         return Wish(stop=True)
+
+    def on_stop(self) -> None:
+        """Lets a next start wait, whichever rank has the reason."""
+        self._leave_soon()
 
     def after_update(self, update: Update) -> None:
         """Measures how long a step takes: one more is finished before the run saves."""
@@ -212,8 +215,9 @@ class Preemption(Hook):
                     pressed = now
                     if distributed.is_main():
                         log.warning(
-                            "Ctrl-C: the run saves after this step and leaves; the same command "
-                            "goes on from there. Once more ends it at once."
+                            "Ctrl-C: the run saves after this step and leaves (after its start, if "
+                            "there is no step yet); the same command goes on from there. Once "
+                            "more ends it at once."
                         )
                 elif now - pressed > SAME_PRESS_SECONDS:
                     self._end_at_once()

@@ -58,6 +58,9 @@ class Recorder(Hook):
     def on_evaluation(self, index, metrics):
         self.notes.append(f"evaluated {index}: {metrics}")
 
+    def on_stop(self):
+        self.notes.append("all know")
+
     def on_end(self, status):
         self.notes.append(status)
 
@@ -215,6 +218,7 @@ def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(start, tmp_path):
     run.hook.wish = lambda: Wish(stop=run.hook.finished == 2)
     assert run.train() == "preempted"
     assert run.measured == [(0, False)]
+    assert run.hook.notes.count("all know") == 1
     manifest = json.loads((tmp_path / "checkpoints/step_00000002/manifest.json").read_text())
     assert manifest["evaluated"] is False
     again = start(total=4, evaluate_every=2)

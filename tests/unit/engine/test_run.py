@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +24,6 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import Hook, Verdict, Wish
-from fd_large.runtime.preemption import Preemption
 
 
 class Watched(Job):
@@ -35,18 +36,14 @@ class TaskHook(Hook):
 
 
 def names(run, profile=0, more=()):
-    found = hooks_of(Watched(run), "python", Lease(Path("run"), "start"), profile, more)
-    for hook in found:
-        if isinstance(hook, Preemption):
-            hook.on_failure("failed", "gives the signals back")
-    return [type(hook).__name__ for hook in found]
+    return [type(hook).__name__ for hook in hooks_of(Watched(run), profile, more)]
 
 
 def test_the_meter_is_asked_first_and_what_is_handed_over_last():
     found = names(registry.get("fd_swinv2g"), more=[Hook()])
     assert found[0] == "Meter"
     assert found[-2:] == ["TaskHook", "Hook"]
-    assert {"Meter", "Preemption", "Guard"} <= set(found)
+    assert {"Meter", "Guard"} <= set(found)
 
 
 def test_the_watchdog_can_be_turned_off():
@@ -56,18 +53,54 @@ def test_the_watchdog_can_be_turned_off():
     assert watchdog_of(replace(run, runtime=off), lease) is None
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "off", "hook"),
-    [
-        ("guard", "enabled", False, "Guard"),
-        ("runtime", "preemption", False, "Preemption"),
-    ],
-)
-def test_each_can_be_turned_off(section, field, off, hook):
+def test_the_guard_can_be_turned_off():
     run = registry.get("quickstart")
-    changed = replace(getattr(run, section), **{field: off})
-    assert hook in names(run)
-    assert hook not in names(replace(run, **{section: changed}))
+    assert "Guard" in names(run)
+    assert "Guard" not in names(replace(run, guard=replace(run.guard, enabled=False)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_built_is_kept_and_the_run_can_go_on(
+    number, recipe, tmp_path, monkeypatch
+):
+    before, engine_of = signal.getsignal(number), engine_run.engine_of
+
+    def signalled(*given, **named):
+        os.kill(os.getpid(), number)
+        return engine_of(*given, **named)
+
+    caught = replace(recipe, runtime=replace(recipe.runtime, preemption=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_run, "engine_of", signalled)
+        assert start(caught) == 75
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["updates"]) == ("preempted", 0)
+    if number == signal.SIGINT:
+        assert signal.getsignal(number) == before, "Ctrl-C is given back"
+    signal.signal(number, before)
+    assert start(recipe) == 0
+
+
+def test_a_hook_that_does_not_know_of_the_start_hears_of_no_failure(recipe):
+    told = []
+
+    class Noting(Hook):
+        def __init__(self, *, fails=False):
+            self.fails = fails
+
+        def on_start(self, setting):
+            told.append(self)
+            if self.fails:
+                raise ValueError("no card")
+
+        def on_failure(self, status, reason):
+            told.append(self)
+
+    first, failing, last = hooks = [Noting(), Noting(fails=True), Noting()]
+    with pytest.raises(ValueError, match="no card"):
+        start(recipe, hooks=hooks)
+    assert told == [first, failing, first]
+    assert last not in told
 
 
 def test_a_trace_only_where_it_is_asked_for():

@@ -115,6 +115,14 @@ def test_a_next_start_and_the_watch_over_the_launcher_know_at_once(number, start
     assert watch._holds == []
 
 
+def test_a_next_start_knows_of_a_reason_that_another_rank_has(started):
+    left = []
+    hook = started(leaving=lambda: left.append("leaving"))
+    hook.on_stop()
+    assert (left, len(watch._holds)) == (["leaving"], 1)
+    hook.on_end("preempted")
+
+
 def test_nohup_is_obeyed_and_ctrl_c_given_back(started):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = signal.getsignal(signal.SIGINT)
@@ -140,9 +148,12 @@ import ctypes, sys
 from pathlib import Path
 from fd_large.runtime import preemption
 from fd_large.runtime.hooks import Setting
+from fd_large.runtime.run_folder import write_status
 
 preemption.SAME_PRESS_SECONDS = 0.3
-hook = preemption.Preemption(120.0)
+hook = preemption.Preemption(
+    120.0, write_status=lambda status: write_status(Path(sys.argv[1]), status, owned=lambda: True)
+)
 hook.on_start(Setting(
     folder=Path(sys.argv[1]), facts={}, first_update=0, total_updates=1, global_batch_size=1,
     micro_batch_size=1, accumulation=1, world_size=1, log_every=1, start="this",
