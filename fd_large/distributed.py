@@ -88,9 +88,10 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
         first = launch.rank - launch.local_rank
         node = range(first, first + launch.local_world_size)
         failures.watch(
-            lambda: _store_of(launch, timeout_seconds),
+            lambda seconds: _store_of(launch, seconds),
             launch.rank,
             launch.world_size,
+            meeting_seconds=timeout_seconds,
             neighbours=[rank for rank in node if rank != launch.rank],
         )
     if _has_cuda():

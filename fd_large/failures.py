@@ -30,7 +30,7 @@ from fd_large.launch import find_rank
 
 log = logging.getLogger(__name__)
 
-LOST, AGAIN = 1, 75
+LOST, AGAIN, INTERRUPTED_CODE = 1, 75, 130
 """The exit code of a rank that ends because another one did (launchers return the largest), and of
 one that was hung: then all end with it, and the same command goes on."""
 EXITS_FOLDER = "FD_LARGE_EXITS"
@@ -38,6 +38,7 @@ EXITS_FOLDER = "FD_LARGE_EXITS"
 SECONDS_BETWEEN_LOOKS = 1.0
 GRACE_SECONDS = 5.0
 """In which the main thread may end by itself, with a message and an exit code of its own."""
+SECONDS_TO_CONNECT_AGAIN = 5.0
 SECONDS_FOR_LAST_WORDS = 2.5
 """The store may not answer, as rank 0 may be stopped; the disk of the log may hang."""
 
@@ -82,24 +83,26 @@ class Watch:
 
     Args:
         connect: Returns a client of the store that belongs to this watch alone, since a call that
-            waits would keep others waiting; may take long.
+            waits would keep others waiting; tries for the given seconds.
         rank: This rank.
         world_size: Number of ranks.
+        meeting_seconds: How long the ranks may take to meet.
         neighbours: The other ranks of this node, which are looked at as processes.
         leave: Ends the process with an exit code.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Store],
+        connect: Callable[[float], Store],
         rank: int,
         world_size: int,
         *,
+        meeting_seconds: float,
         neighbours: Iterable[int] = (),
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self._connect, self._rank, self._world_size = connect, rank, world_size
-        self._leave = leave
+        self._meeting_seconds, self._leave = meeting_seconds, leave
         # Each with the descriptor that its end makes readable, once it is known.
         self._neighbours: dict[int, int | None] = dict.fromkeys(neighbours)
         self._store: Store | None = None
@@ -123,10 +126,7 @@ class Watch:
         if self._over.is_set():
             return
         self._over.set()
-        ending = Ending(self._rank, code, reason)
-        teller = threading.Thread(target=self._tell, args=(ending,), daemon=True)
-        teller.start()
-        teller.join(SECONDS_FOR_LAST_WORDS)
+        _briefly(self._tell, Ending(self._rank, code, reason))
         # A thread inside the store's code while the interpreter ends would abort the process.
         if threading.current_thread() is not self._thread:
             self._thread.join(SECONDS_FOR_LAST_WORDS)
@@ -146,7 +146,7 @@ class Watch:
 
     def _watch(self) -> None:
         try:
-            self._store = self._connect()
+            self._store = self._connect(self._meeting_seconds)
         except RuntimeError as error:
             # The ranks do not meet, which the main thread reports.
             log.debug("no watch over the other ranks: %s", error)
@@ -155,7 +155,7 @@ class Watch:
         with suppress(RuntimeError):
             self._store.set(f"{_PROCESS}/{self._rank}", json.dumps(_this_process()))
         while not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            ending = self._look(self._store)
+            ending = self._look()
             if ending is not None:
                 # Rank 0 may close the store from here on.
                 with suppress(RuntimeError):
@@ -171,18 +171,26 @@ class Watch:
                 return Ending(*json.loads(self._store.get(_END)))
         return None
 
-    def _look(self, store: Store) -> Ending | None:
+    def _look(self) -> Ending | None:
         """Returns why this rank has to end, or to watch no longer; None: go on."""
-        try:
-            if not store.check([_END]):
-                lost = self._lost_neighbour(store)
-                if lost is None:
-                    return None
-                ending = Ending(lost, LOST, "it was killed, or ended without a word")
-                store.compare_set(_END, "", json.dumps(ending))
-            return Ending(*json.loads(store.get(_END)))
-        except RuntimeError:
-            return Ending(0, LOST, "it, or the node that it ran on, is gone")
+        with suppress(RuntimeError):
+            return self._ending()
+        # One connection may break while the store and all ranks are well.
+        with suppress(RuntimeError):
+            self._store = self._connect(SECONDS_TO_CONNECT_AGAIN)
+            return self._ending()
+        return Ending(0, LOST, "it, or the node that it ran on, is gone")
+
+    def _ending(self) -> Ending | None:
+        store = self._store
+        assert store is not None
+        if not store.check([_END]):
+            lost = self._lost_neighbour(store)
+            if lost is None:
+                return None
+            ending = Ending(lost, LOST, "it was killed, or ended without a word")
+            store.compare_set(_END, "", json.dumps(ending))
+        return Ending(*json.loads(store.get(_END)))
 
     def _lost_neighbour(self, store: Store) -> int | None:
         for rank, descriptor in list(self._neighbours.items()):
@@ -213,9 +221,7 @@ class Watch:
             if self._over.wait(0.1):
                 return
         try:
-            words = threading.Thread(target=self._last_words, args=(ending,), daemon=True)
-            words.start()
-            words.join(SECONDS_FOR_LAST_WORDS)
+            _briefly(self._last_words, ending)
             kill_workers()
         finally:
             self._leave(code_after(ending))
@@ -273,9 +279,10 @@ def tell(code: int, reason: str) -> None:
     """
     if _leaver is not None and threading.current_thread() is not _leaver:
         _leaver.join()
-    write_exit_file(code, reason)
+    # The others first: the disk of the exit file may be what hangs.
     if _watch is not None:
         _watch.stop(code, reason)
+    _briefly(write_exit_file, code, reason)
 
 
 def heard() -> Ending | None:
@@ -306,6 +313,13 @@ def kill_workers() -> None:
     """Kills the loader processes: one that hangs would not notice that its parent is gone."""
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def _briefly(call: Callable[..., object], *arguments: object) -> None:
+    """Calls what may hang, and waits for it for a little while."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(SECONDS_FOR_LAST_WORDS)
 
 
 def _readable(descriptor: int) -> bool:

@@ -39,8 +39,13 @@ WATCH_SECONDS = 2 * BEAT_SECONDS
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
 SLURM_SECONDS = 30.0
-LOST = 3
+"""How long Slurm may take to answer, and how long its answer is believed."""
+HIDDEN = -1
+"""When a process started that this user may not look at."""
+TAKEN_OVER = 3
 """Exit code of a start that has lost its folder to another."""
+# What Slurm calls a job that it has stopped for now: it is silent, and goes on later.
+_ASLEEP_IN_SLURM = {"SUSPENDED", "STOPPED"}
 # What Slurm calls a job that runs or may still have processes.
 _ALIVE_IN_SLURM = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING"}
 
@@ -154,8 +159,11 @@ class Lease:
         if self._thread is None:
             return
         self._messages.put("released")
-        self._thread.join()
-        self._thread = None
+        # Not for ever: its file system may hang.
+        self._thread.join(BEAT_SECONDS)
+        hangs, self._thread = self._thread.is_alive(), None
+        if hangs:
+            return
         with suppress(OSError):
             _remove(self.folder, self.start)
         for path in self._made:
@@ -168,7 +176,7 @@ class Lease:
         self._thread.start()
 
     def _beat(self) -> None:
-        missing = 0
+        missing, leaves = 0, False
         while True:
             try:
                 message = self._messages.get(timeout=BEAT_SECONDS)
@@ -176,10 +184,12 @@ class Lease:
                 message = ""
             if message == "released":
                 return
+            leaves |= message == "leaving"
             path = self.folder / OWNER
             try:
-                if message == "leaving":
+                if leaves:
                     _leaving(self.folder, self.start).touch()
+                    leaves = False
                 with path.open() as file:
                     found = _parse(file.read())
                     if found.start == self.start:
@@ -189,7 +199,8 @@ class Lease:
                 why = f"{found} has taken it over"
             except FileNotFoundError:
                 missing += 1
-                if missing < 2:
+                # Without the folder it is the file system that is not there, for a while.
+                if missing < (2 if self.folder.exists() else STALE_SECONDS / BEAT_SECONDS):
                     continue
                 why = f"{path} is gone"
             except OSError:
@@ -258,14 +269,17 @@ def living_owner(folder: Path) -> Owner | None:
         owner, beat = _read(folder / OWNER)
     except OSError:
         return None
-    dead = _why_dead(owner, _this_process()) or time.time() - beat > STALE_SECONDS
+    own = _this_process()
+    if _why_dead(owner, own) or time.time() - beat > STALE_SECONDS:
+        return None
+    dead = _knows_in_slurm(owner, own) and _why_dead_in_slurm(owner.job, _state_in_slurm(owner.job))
     return None if dead else owner
 
 
 def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
     """Makes `aside` the owner.json; returns why the owner before counted as dead."""
     begin = time.monotonic()
-    waits = False
+    waits, state, asked = False, "", (-SLURM_SECONDS, "")
     while True:
         chain = _chain(folder)
         if not chain:
@@ -274,6 +288,11 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
             continue
         owner, beat = chain[-1]
         why = _why_dead(owner, own)
+        if not why and _knows_in_slurm(owner, own):
+            # Seldom: a start that waits must not keep the controller busy.
+            if time.monotonic() - asked[0] >= SLURM_SECONDS or asked[1] != owner.job:
+                state, asked = _state_in_slurm(owner.job), (time.monotonic(), owner.job)
+            why = _why_dead_in_slurm(owner.job, state)
         if not why:
             silent = _silence(aside, beat)
             # Who replaces or removes an owner.json is done in a moment.
@@ -284,9 +303,9 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
                     say(f"{folder}: waits until its owner has saved and left ({owner})")
                 waits = True
             if silent < STALE_SECONDS and time.monotonic() - begin < patience:
-                time.sleep(0.1)
+                time.sleep(1.0 if waits else 0.1)
                 continue
-            if silent < STALE_SECONDS or _same_processes(owner):
+            if silent < STALE_SECONDS or _is_seen(owner) or state in _ASLEEP_IN_SLURM:
                 raise _refusal(folder, owner, silent)
             say(
                 f"{folder}: its owner ({owner}) has been silent for {silent:.0f} s; watched for "
@@ -309,7 +328,7 @@ def _silence(aside: Path, beat: float) -> float:
 def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
     remedy = (
         f"kill {owner.pid}"
-        if _same_processes(owner)
+        if _is_seen(owner)
         else f"remove {folder / OWNER}, or wait: it is taken over {STALE_SECONDS:.0f} s after its "
         "last sign of life"
     )
@@ -328,26 +347,34 @@ def _why_dead(owner: Owner, own: Owner) -> str:
     if _same_processes(owner):
         if owner.pid == own.pid:
             return "it was this process"
-        if _started(owner.pid) != owner.pid_started:
+        if _started(owner.pid) not in (HIDDEN, owner.pid_started):
             return f"process {owner.pid} has ended"
-        return ""
-    if owner.job and not same_job and owner.cluster == _cluster():
-        return _why_dead_in_slurm(owner.job)
     return ""
 
 
-def _why_dead_in_slurm(job: str) -> str:
+def _knows_in_slurm(owner: Owner, own: Owner) -> bool:
+    """Whether Slurm can say more of an owner than this host can."""
+    elsewhere = not _same_processes(owner) and owner.job != own.job
+    return bool(owner.job) and owner.cluster == own.cluster and elsewhere
+
+
+def _state_in_slurm(job: str) -> str:
+    """Returns what Slurm calls a job; "unknown" for one that it does not know, "" if it is mute."""
     command = ["scontrol", "show", "job", "--oneliner", job]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     if "Invalid job id" in shown.stderr:
-        return f"Slurm no longer knows job {job}"
+        return "unknown"
     state = re.search(r"\bJobState=(\w+)", shown.stdout)
-    if state and state[1] not in _ALIVE_IN_SLURM:
-        return f"Slurm calls job {job} {state[1]}"
-    return ""
+    return state[1] if state else ""
+
+
+def _why_dead_in_slurm(job: str, state: str) -> str:
+    if state == "unknown":
+        return f"Slurm no longer knows job {job}"
+    return f"Slurm calls job {job} {state}" if state and state not in _ALIVE_IN_SLURM else ""
 
 
 def _cluster() -> str:
@@ -388,15 +415,31 @@ def _same_processes(owner: Owner) -> bool:
     return bool(owner.boot) and (owner.boot, owner.pid_namespace) == (_boot(), _pid_namespace())
 
 
+def _is_seen(owner: Owner) -> bool:
+    """Whether this process can see whether an owner's process has ended."""
+    return _same_processes(owner) and _started(owner.pid) != HIDDEN
+
+
 def _started(pid: int) -> int | None:
     """Returns when a process started, in ticks since the boot; None for one that has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
-        return None
+        # /proc may be mounted so that it shows nothing of other users' processes.
+        return HIDDEN if _is_another_users(pid) else None
     # From proc(5); the name before them may hold blanks and parentheses.
     state, *more = text[text.rindex(")") + 1 :].split()
     return None if state in "ZX" else int(more[18])
+
+
+def _is_another_users(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -524,4 +567,4 @@ def _sweep(folder: Path, start: str) -> None:
 
 def _leave(why: str) -> None:
     log.error("%s", why)
-    os._exit(LOST)
+    os._exit(TAKEN_OVER)

@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
     except KeyboardInterrupt:
-        failures.tell(130, "interrupted")
+        failures.tell(failures.INTERRUPTED_CODE, "interrupted")
         if rank == 0:
             terminal.show_error("interrupted")
-        return 130
+        return failures.INTERRUPTED_CODE
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -131,7 +131,11 @@ def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> Non
     status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     first = not distributed.peer_is_gone(error)
-    if not first and (heard := failures.heard()):
+    if first:
+        # The other ranks at once, which wait: a hook, a file may be slow.
+        code = getattr(error, "exit_code", failures.LOST)
+        failures.tell(failures.INTERRUPTED_CODE if status == INTERRUPTED else code, reason)
+    elif heard := failures.heard():
         reason = str(heard)
     for hook in watching:
         try:

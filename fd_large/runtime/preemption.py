@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fd_large import distributed
+from fd_large import distributed, failures
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
 from fd_large.watch import hold
@@ -38,7 +38,6 @@ MARGIN_SECONDS = 15.0
 """Left after the save for leaving, before the job ends."""
 SAME_PRESS_SECONDS = 1.0
 """A terminal's SIGINT and the one that a launcher passes on are one Ctrl-C."""
-INTERRUPTED_CODE = 130
 SECONDS_FOR_LAST_WORDS = 2.0
 SECONDS_BETWEEN_QUESTIONS = 60.0
 """To Slurm, for the end of the job, once it seems near."""
@@ -230,7 +229,7 @@ class Preemption(Hook):
         words.join(SECONDS_FOR_LAST_WORDS)
         if distributed.is_main():
             terminal.show_error("ended at once; the same command goes on from the last checkpoint")
-        self._leave(INTERRUPTED_CODE)
+        self._leave(failures.INTERRUPTED_CODE)
 
     def _file_or_end(self) -> str:
         now = time.time()

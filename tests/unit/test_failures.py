@@ -55,9 +55,10 @@ class Ranks:
         self.store, self.left = Store(), dict[int, int]()
         self.watches = [
             Watch(
-                lambda: self.store,
+                lambda seconds: self.store,
                 rank,
                 number,
+                meeting_seconds=20.0,
                 neighbours=(neighbours or {}).get(rank, []),
                 leave=lambda code, rank=rank: self.left.__setitem__(rank, code),
             )
@@ -149,6 +150,25 @@ def test_the_loss_of_the_store_is_the_loss_of_rank_0(caplog: pytest.LogCaptureFi
     assert "rank 1 ends, since rank 0 has failed (exit code 1): it, or the node that" in caplog.text
 
 
+def test_a_connection_that_breaks_ends_nobody() -> None:
+    ranks = Ranks(2).start()
+    until(lambda: ranks.store.check(["process/0", "process/1"]))
+    broken, calls = threading.Event(), []
+
+    def once(keys: list[str]) -> bool:
+        calls.append(keys)
+        if not broken.is_set():
+            broken.set()
+            raise RuntimeError("Connection reset by peer")
+        return Store.check(ranks.store, keys)
+
+    ranks.store.check = once  # type: ignore[method-assign]
+    until(lambda: len(calls) > 4)
+    for watch in reversed(ranks.watches):
+        watch.stop()
+    assert ranks.ended() == {}
+
+
 def test_rank_0_that_has_done_its_work_ends_nobody() -> None:
     ranks = Ranks(3).start()
     ranks.watches[0].stop()
@@ -199,13 +219,25 @@ def test_processes_of_another_container_are_not_looked_at() -> None:
 
 
 def test_a_store_that_does_not_answer_keeps_no_rank_from_leaving() -> None:
-    ranks = Ranks(2)
-    ranks.store.check = lambda keys: time.sleep(5)  # type: ignore[method-assign]
+    ranks, answers = Ranks(2), threading.Event()
+    ranks.store.check = lambda keys: answers.wait(60)  # type: ignore[method-assign]
     ranks.start()
-    begin = time.monotonic()
     ranks.watches[0].stop(2, "x")
-    assert time.monotonic() - begin < 4
+    assert not answers.is_set()
     ranks.watches[1]._over.set()
+    answers.set()
+
+
+def test_a_disk_that_hangs_keeps_no_rank_from_telling_the_others(monkeypatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(failures, "write_exit_file", lambda *given: answers.wait(60))
+    ranks = Ranks(2).start()
+    monkeypatch.setattr(failures, "_watch", ranks.watches[1])
+    monkeypatch.setattr(failures, "_leaver", None)
+    failures.tell(2, "x")
+    assert not answers.is_set()
+    until(lambda: ranks.left == {0: LOST})
+    answers.set()
 
 
 def test_the_exit_file_keeps_what_came_first(tmp_path: Path) -> None:

@@ -206,6 +206,21 @@ def test_a_stopped_process_on_this_machine_is_alive(folder, process):
         claim(folder)
 
 
+def test_a_process_that_proc_hides_is_judged_by_its_heartbeat(folder, monkeypatch):
+    """As where /proc shows a user nothing of other users."""
+
+    def hide(pid, number):
+        raise PermissionError(1, "Operation not permitted")
+
+    leave_owner(folder, pid=2**22)
+    monkeypatch.setattr(os, "kill", hide)
+    with pytest.raises(OwnedError, match="wait: it is taken over"):
+        claim(folder)
+    assert living_owner(folder)
+    os.utime(folder / OWNER, (1, 1))
+    claim(folder, say=str).release()
+
+
 @pytest.mark.parametrize(
     ("owner", "own", "answer", "taken"),
     [
@@ -239,6 +254,31 @@ def test_what_slurm_knows_of_the_owner(owner, own, answer, taken, folder, tmp_pa
     else:
         with pytest.raises(OwnedError, match="Slurm job 7"):
             claim(folder)
+
+
+def test_a_job_that_slurm_has_suspended_is_alive(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setattr(leases, "_state_in_slurm", lambda job: "SUSPENDED")
+    leave_owner(folder, **ELSEWHERE, job="7", silent=1e6)
+    with pytest.raises(OwnedError, match="Slurm job 7"):
+        claim(folder)
+
+
+def test_slurm_is_asked_seldom_while_an_owner_leaves(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    asked, slept = [], []
+    monkeypatch.setattr(leases, "_state_in_slurm", lambda job: asked.append(job) or "RUNNING")
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 20:
+            (folder / OWNER).unlink()
+
+    monkeypatch.setattr(leases.time, "sleep", sleep)
+    leave_owner(folder, **ELSEWHERE, job="7")
+    (folder / "owner.before.leaving").touch()
+    claim(folder, say=str).release()
+    assert asked == ["7"]
 
 
 def test_of_many_that_find_it_dead_exactly_one_wins(folder):
