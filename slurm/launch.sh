@@ -7,7 +7,8 @@
 # (fd_large/launch.py). How the ranks end decides what follows:
 #
 #   0         done: a job that starts once more finds the run finished and does nothing
-#   2, 3      a mistake of the user's, stopped by the guard: never requeued
+#   2         a mistake of the user's: never requeued
+#   3         somebody has to look (guard, teacher changed, not saved, folder lost): never requeued
 #   75        saved before the time limit, or hung: requeued, by this script or by Slurm, once
 #   others    a crash, a lost rank, a node that srun cannot reach: requeued as well
 #
@@ -199,7 +200,7 @@ hand_on() {
 
 finish() {
     local status='' again='' number file failed='' code_left=
-    # Of several the smallest: a mistake of the user's, rather than what followed from it.
+    # 2 last, so that it wins: a mistake of the user's, rather than what followed from it.
     for number in 3 2; do
         file=$(grep -ls "\"code\": $number," "$FD_LARGE_EXITS"/*.json | head -n 1)
         if [[ $file ]]; then failed=$file code_left=$number; fi
@@ -232,7 +233,7 @@ finish() {
 }
 
 newest_checkpoint() {
-    find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.part' -printf '%f\n' \
+    find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' ! -name 'step_*.*' -printf '%f\n' \
         2>/dev/null | sort | tail -n 1
 }
 

@@ -1,10 +1,10 @@
 """The one start that owns a run's folder: claimed before torch is imported, kept by a heartbeat.
 
-RUN/owner.json names the owner; its modification time is the heartbeat, judged by the clock of the
-file system that keeps it. Nothing here needs torch, or locks that a network file system may lack:
-a claim is a hard link, which exactly one process can make. Whoever replaces or removes the
-owner.json of a start S must first have made owner.S.next, so that two who both find S dead cannot
-undo each other's claim.
+RUN/owner.json names the owner; its modification time is the heartbeat, judged against that of a
+file written beside it. Nothing here needs torch, or locks that a network file system may lack: a
+claim is a hard link, which exactly one process can make. Whoever replaces or removes the owner.json
+of a start S must first have made owner.S.next, so that two who both find S dead cannot undo each
+other's claim.
 """
 
 from __future__ import annotations

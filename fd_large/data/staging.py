@@ -11,7 +11,6 @@ listing of images.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed, meeting
+from fd_large.atomic_files import PASSING
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
@@ -46,8 +46,6 @@ SPARE_BYTES = 64 << 20
 _CHUNK = 8 << 20
 _REPORT_SECONDS = 10.0
 _PARTIAL = ".partial-"
-# A file system that fails for now says nothing of the image.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN}
 
 
 def stage(source: ImageSource, folder: str) -> ImageSource:
@@ -380,7 +378,8 @@ def _packed(folder: ImageFolder, indices: range) -> _File:
                 encoded = bytes(folder.read(index))
             except DataError as error:
                 cause = error.__cause__
-                if isinstance(cause, OSError) and cause.errno in _PASSING:
+                # A file system that fails for now says nothing of the image.
+                if isinstance(cause, OSError) and cause.errno in PASSING:
                     raise _unreadable(folder[index], cause.strerror or str(cause)) from error
                 # As bad in the copy as where it came from: an empty file is no image either.
                 log.warning("data.stage_to: %s", error)
