@@ -47,9 +47,12 @@ def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
     called = []
     monkeypatch.setattr(distributed, "_launch", None)
     monkeypatch.setattr(distributed, "watch_launcher", lambda: None)
+    # Its thread would miss the other rank.
+    monkeypatch.setattr(distributed.failures, "watch", lambda *_, **__: None)
     monkeypatch.setattr(
         distributed.dist, "init_process_group", lambda backend, **_: called.append(backend)
     )
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: None)
     with pytest.raises(LaunchError, match="local rank 1 sees; got 1, expected 2"):
         distributed.start(rank_of(1))
     assert distributed.start(rank_of(0)) == rank_of(0)
