@@ -1,7 +1,8 @@
 """The largest micro batch whose step fits into memory, found without running out of memory.
 
-Under ZeRO-3 a rank that runs out of memory leaves the others waiting in a collective, so the probe
-climbs: it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
+A rank that runs out of memory leaves the others waiting in a collective, and the run ends
+(`fd_large.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
+moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
 next size only if straight lines through the last two peaks predict that every phase fits on every
 rank. Each phase has its own line, because their maximum bends where one overtakes the other.
 """
@@ -98,6 +99,10 @@ def largest_that_fits(
     """
     best = 0
     measured: list[tuple[int, list[int]]] = []
+    # The first step makes the moments; measured, it would make each image seem to need them.
+    with out_of_memory_named(1):
+        for phase in phases:
+            phase(1)
     for size in candidates(share):
         if len(measured) >= 2:
             (s0, before), (s1, last) = measured[-2:]
@@ -196,6 +201,17 @@ def out_of_memory_named(size: int) -> Iterator[None]:
         ) from error
 
 
+def memory_setting() -> dict[str, Any]:
+    """Returns the device of rank 0, and the least memory of any rank's, in bytes; a collective."""
+    device = distributed.device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, total = properties.name, properties.total_memory
+    else:
+        name, total = "cpu", _kib(Path("/proc/meminfo"), "MemTotal") * 1024
+    return {"device": name, "memory_bytes": -distributed.max_rank(-total)}
+
+
 def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     """Returns the size that an earlier probe found in the same setting, else None.
 
@@ -208,7 +224,9 @@ def remembered(folder: Path, setting: dict[str, Any], share: int) -> int | None:
     if distributed.is_main():
         with suppress(OSError, ValueError, KeyError, TypeError):  # Absent or damaged: measure.
             stored = json.loads((folder / "micro_batch.json").read_text())
-            if stored["setting"] == setting and share % stored["micro_batch_size"] == 0:
+            # Older files have fewer entries.
+            same = stored["setting"] and stored["setting"].items() <= setting.items()
+            if same and share % stored["micro_batch_size"] == 0:
                 found = stored["micro_batch_size"]
     return distributed.broadcast_object(found)
 

@@ -469,6 +469,10 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int, *, keep:
         "activation_checkpointing": run.student.activation_checkpointing,
         "checkpoint_every": run.student.checkpoint_every,
         "attention_memory": run.student.attention_memory,
+        "compile": run.engine.compile,
+        "ema": bool(run.optim.ema_decay),
+        "kernels": choose.wished(),
+        **micro_batch.memory_setting(),
         **job.memory_facts(),
     }
     size = micro_batch.remembered(folder, setting, share)
@@ -477,9 +481,10 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int, *, keep:
     # Every step of the probe is a whole step, moments included.
     whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     engine = engine_of(run, job.make_task, {**whole, "train_batch_size": world_size})
+    average = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
     size = micro_batch.probe(engine, job.probe_batch, share=share, seed=run.runtime.seed)
     engine.deepspeed.destroy()
-    del engine
+    del engine, average
     start.forget_engines()
     gc.collect()
     if distributed.device().type == "cuda":

@@ -46,7 +46,7 @@ def forget_engines() -> None:
 
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
     parameter coordinator. The hpZ group is global to the process, and the next engine would use it
-    whatever its own configuration.
+    whatever its own configuration; its communicator holds memory of the GPU until it is destroyed.
     """
     get = private_names.get
     get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()
@@ -57,4 +57,6 @@ def forget_engines() -> None:
             if hasattr(candidate, "cache_clear"):
                 candidate.cache_clear()
     groups = get("deepspeed.utils:groups")
+    if (hpz := get("deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP")) is not None:
+        deepspeed.comm.destroy_process_group(hpz)
     private_names.replace(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)

@@ -1,10 +1,12 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fd_large import distributed
 from fd_large.engine import micro_batch
 
 
@@ -54,6 +56,20 @@ def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
 def test_a_phase_that_overtakes_another_is_foreseen():
     # The step's flat 200 hides the activations at 1, 2 and 4 images; at 16 they need 260 of 250.
     assert _climb(64, 250, (100, 10), (200, 0)) == (8, [1, 2, 4, 8])
+
+
+def test_moments_that_the_first_step_makes_count_as_held_and_not_as_images():
+    memory, held = FakeMemory(300), [0]
+
+    def step(size):
+        held[0] = 100  # From the end of the first step on, every phase holds them.
+        memory.now = held[0] + 10 * size
+
+    def through(size):
+        memory.now = held[0] + 10 * size
+
+    # 16 images need 260, 32 would need 420.
+    assert micro_batch.largest_that_fits(64, [through, step], memory) == 16
 
 
 def test_not_even_one_image():
@@ -111,5 +127,19 @@ def test_a_found_size_is_remembered_for_the_same_setting_only(tmp_path):
     assert micro_batch.remembered(tmp_path, two, 16) == 8
     assert micro_batch.remembered(tmp_path, {**two, "world_size": 3}, 16) is None
     assert micro_batch.remembered(tmp_path, two, 12) is None, "8 does not divide 12"
+    assert micro_batch.remembered(tmp_path, {**two, "later": 1}, 16) == 8, "an older file"
     (tmp_path / "micro_batch.json").write_text("{")
     assert micro_batch.remembered(tmp_path, two, 16) is None
+
+
+def test_a_resume_on_smaller_cards_probes_again(tmp_path, monkeypatch):
+    properties = SimpleNamespace(name="A100", total_memory=80 << 30)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    micro_batch.remember(tmp_path, {"world_size": 2, **micro_batch.memory_setting()}, 8)
+    same = {"world_size": 2, **micro_batch.memory_setting()}
+    assert same == {"world_size": 2, "device": "A100", "memory_bytes": 80 << 30}
+    assert micro_batch.remembered(tmp_path, same, 16) == 8
+    properties.total_memory = 40 << 30
+    smaller = {"world_size": 2, **micro_batch.memory_setting()}
+    assert micro_batch.remembered(tmp_path, smaller, 16) is None

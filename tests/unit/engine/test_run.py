@@ -20,6 +20,7 @@ from fd_large.engine import run as engine_run
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
 from fd_large.engine.run import hooks_of, train, watchdog_of
+from fd_large.engine.zero import state
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -262,6 +263,26 @@ def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/micro_batch.json").read_text())["micro_batch_size"] == 4
     monkeypatch.setattr("fd_large.engine.micro_batch.probe", None)
     assert start(auto) == 0
+
+
+def test_a_probe_holds_the_average_too(recipe, tmp_path, monkeypatch):
+    averages = []
+
+    def probe(engine, *_, **__):
+        averages.append(state.has_average(engine))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("fd_large.engine.micro_batch.probe", probe)
+    for decay in (0.9, 0.0):
+        run = replace(
+            recipe,
+            batch=replace(recipe.batch, micro_batch_size="auto"),
+            optim=replace(recipe.optim, ema_decay=decay),
+            runtime=replace(recipe.runtime, run_dir=str(tmp_path / str(decay))),
+        )
+        with pytest.raises(ConfigError, match="enough"):
+            start(run)
+    assert averages == [True, False]
 
 
 def test_an_ignored_field_and_a_bad_batch_are_refused_before_anything_is_built(recipe, tmp_path):

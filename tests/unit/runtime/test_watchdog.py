@@ -139,7 +139,7 @@ def test_loading_processes_write_their_stacks_too_and_end(make_dog, monkeypatch,
 
 
 def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SECONDS_FOR_LAST_WORDS", 0.5)
+    monkeypatch.setattr(module, "SECONDS_FOR_LAST_WORDS", 2.0)
     going = threading.Event()
 
     class Stuck(logging.Handler):
