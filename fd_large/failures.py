@@ -232,7 +232,8 @@ class Watch:
         # Of all ranks, the terminal shows what rank 0 says.
         extra = {"file_only": self._rank != 0}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
-        for write in last_words:
+        # A hung rank's watchdog writes its own.
+        for write in last_words if ending.code != AGAIN else ():
             write(reason)
 
 
