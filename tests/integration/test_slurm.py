@@ -175,6 +175,10 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
         "trap 'exit 75' USR1; while sleep 0.1; do :; done",
         "crash": "exit 1",
         "mistake": "exit 2",
+        # srun returns 137: a rank is killed, as the peers of one that fails may be.
+        "killed": "[[ $SLURM_PROCID == 0 ]] && kill -9 $$\n"
+        """printf '{\\n "code": 2,\\n "reason": "damaged."\\n}\\n' """
+        ">$FD_LARGE_EXITS/rank_1.json; exit 2",
         "guard": "exit 3",
         "site": "exit 0",
     }
@@ -186,7 +190,7 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
             folder,
             name,
             updates=1,
-            sbatch=("--nodes=1", "--time=1"),
+            sbatch=("--nodes=1", "--time=1", f"--ntasks-per-node={1 + (name == 'killed')}"),
             environ={"PYTHON": str(program), "MAX_RESTARTS": "2"}
             | ({"DATA_ROOT": ""} if name == "site" else {}),
         )
@@ -199,10 +203,12 @@ def test_crash_mistake_and_time_limit(cluster: Cluster, folder: Path) -> None:
         "limit": ("COMPLETED", "0:0", "1", 2),
         "crash": ("FAILED", "1:0", "2", 3),
         "mistake": ("FAILED", "2:0", "0", 1),
+        "killed": ("FAILED", "2:0", "0", 2),
         "guard": ("FAILED", "3:0", "0", 1),
         "site": ("FAILED", "2:0", "0", 0),
     }, "\n".join(job.said() for job in jobs.values())
     assert "got SIGUSR1" in jobs["limit"].said()
+    assert "srun returned 137, rank_1 left 2: damaged." in jobs["killed"].said()
     assert "given up: no newer checkpoint than none after 2 restarts" in jobs["crash"].said()
     assert "slurm/site.sh: DATA_ROOT is empty" in jobs["site"].said()
 
