@@ -56,6 +56,7 @@ class Profiler(Hook):
             path = setting.folder / "profile" / name
             shares = communication_shares(finished.events())
             try:
+                setting.must_own()
                 path.parent.mkdir(exist_ok=True)
                 finished.export_chrome_trace(str(path))
                 write_json(path.with_name("communication.json"), shares)

@@ -20,8 +20,8 @@ class FeaturePanel(Hook):
     """Writes on rank 0 what the engine computes for the panel."""
 
     def on_start(self, setting: Setting) -> None:
-        """Notes the folder."""
-        self._folder = setting.folder / "pictures"
+        """Notes the run."""
+        self._setting = setting
 
     def on_features(self, index: int, panel: dict[str, numpy.ndarray]) -> None:
         """Writes the panel as it is after `index` steps; 0: before training.
@@ -33,7 +33,10 @@ class FeaturePanel(Hook):
         """
         if not distributed.is_main():
             return
-        write_panel(self._folder / f"features_{'after' if index else 'before'}.npz", index, panel)
+        folder = self._setting.folder / "pictures"
+        with written_or_logged(folder):
+            self._setting.must_own()
+            write_panel(folder / f"features_{'after' if index else 'before'}.npz", index, panel)
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:

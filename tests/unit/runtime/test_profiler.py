@@ -103,3 +103,8 @@ def test_a_trace_that_cannot_be_written_ends_no_run(make_setting, run_updates, t
     (tmp_path / "profile").write_text("in the way")
     run_updates([Profiler(2)], make_setting(), 8)
     assert "was not written" in caplog.text
+
+
+def test_a_start_that_has_lost_the_folder_writes_no_trace(make_setting, run_updates, tmp_path):
+    run_updates([Profiler(2)], make_setting(owned=lambda: False), 8)
+    assert not (tmp_path / "profile").exists()

@@ -37,3 +37,10 @@ def test_maps_that_do_not_fit_are_our_mistake(make_setting):
     hook.on_start(make_setting())
     with pytest.raises(AssertionError):
         hook.on_features(0, panel() | {"student": panel(width=4)["student"]})
+
+
+def test_a_start_that_has_lost_the_folder_writes_none(make_setting, tmp_path):
+    hook = FeaturePanel()
+    hook.on_start(make_setting(owned=lambda: False))
+    hook.on_features(0, panel())
+    assert not (tmp_path / "pictures").exists()
