@@ -15,7 +15,7 @@ from fd_large.engine.zero import compiled_ops, partition
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero.gradient_reduction import spare_passes
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups
-from fd_large.engine.zero.private_names import check_engine, get, replace
+from fd_large.engine.zero.private_names import check_engine
 from fd_large.engine.zero.start import deepspeed
 from fd_large.engine.zero.step_gate import StepGate
 from fd_large.errors import ConfigError
@@ -79,10 +79,6 @@ def build_engine(
             f"zero_optimization: DeepSpeed's quantiser cannot be used; got {reason}, expected a "
             "working one. Remove zero_quantized_* from the JSON, or see docs/clusters.md."
         )
-    if (block := zero.get("zero_hpz_partition_size", 1)) > 1:
-        # DeepSpeed has every rank make the groups of all nodes, one after the other.
-        groups = get("deepspeed.utils:groups")
-        replace(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", distributed.block_group(block))
     task = partition.build(make, config, partitioned=stage == 3, seed=seed, whole_first=whole_first)
     if weights is not None:
         partition.load_weights(task, weights, where="--student.init")

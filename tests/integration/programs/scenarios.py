@@ -219,7 +219,6 @@ def engine_result(run: Run, zero: dict[str, Any], updates: int = UPDATES) -> dic
         "held_bytes": distributed.gather_objects(_new_bytes(before)),
         "planned_bytes": planned_bytes(run, engine.config),
         "teacher_bytes": distributed.gather_objects(teacher.held_bytes()),
-        "groups": len(torch.distributed.distributed_c10d._world.pg_map),
     }
     engine.deepspeed.destroy()
     del engine, teacher, job
