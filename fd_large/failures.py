@@ -194,26 +194,28 @@ class Watch:
 
     def _lost_neighbour(self, store: Store) -> int | None:
         for rank, descriptor in list(self._neighbours.items()):
-            if descriptor is None:
-                self._find(rank, store)
-            elif _readable(descriptor):
+            if self._find(rank, store) if descriptor is None else _readable(descriptor):
                 if not store.check([f"{_LEFT}/{rank}"]):
                     return rank
                 del self._neighbours[rank]
         return None
 
-    def _find(self, rank: int, store: Store) -> None:
+    def _find(self, rank: int, store: Store) -> bool:
+        """Looks for the process of a rank, once that has named it; returns whether it has ended."""
         if not store.check([f"{_PROCESS}/{rank}"]):
-            return
+            return False
         *space, pid = json.loads(store.get(f"{_PROCESS}/{rank}"))
         try:
             # Ranks in containers of their own do not see each other's processes.
             if space == _this_process()[:-1]:
                 self._neighbours[rank] = os.pidfd_open(pid)
-                return
+                return False
+        except ProcessLookupError:
+            return True
         except (OSError, AttributeError):
-            pass  # Gone within its first second; kernels before 5.3; other systems.
+            pass  # Kernels before 5.3; other systems.
         del self._neighbours[rank]
+        return False
 
     def _end(self, ending: Ending) -> None:
         # Many short waits: none of them counts while the whole process is stopped.

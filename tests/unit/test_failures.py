@@ -209,6 +209,16 @@ def test_a_rank_of_this_node_that_was_killed_is_missed(caplog: pytest.LogCapture
     child.wait()
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
+def test_a_rank_that_was_killed_before_it_was_looked_at_is_missed() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    child.kill()
+    child.wait()
+    ranks = Ranks(2, {0: [7]})
+    ranks.store.set("process/7", json.dumps([*failures._this_process()[:-1], child.pid]))
+    assert ranks.start().ended() == {0: LOST, 1: LOST}
+
+
 def test_processes_of_another_container_are_not_looked_at() -> None:
     ranks = Ranks(2, {0: [1]})
     ranks.store.set("process/1", json.dumps(["another kernel", "pid:[1]", 1]))
