@@ -210,7 +210,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     block.write_bytes(bytes(int(1.9 * checkpoint_bytes)))
     words = (*TWELVE, "--runtime.save_every", "2")
     finished = train(pictures, run_dir, *words, check=False)
-    assert finished.returncodes == [75, 75], "the last checkpoint is not there: run me again"
+    assert finished.returncodes == [3, 3], "the last checkpoint is not there: somebody has to look"
     output = finished.outputs[0]
     assert "CHECKPOINT of step 4 was thrown away" in output
     assert "Make room" in output
