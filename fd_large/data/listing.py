@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fd_large import meeting
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -112,6 +111,9 @@ def listed(
         make: Lists it.
         is_current: Says, given the facts, whether the dataset is still as it was.
     """
+    # torch: seconds, of which scoring files of results has no need.
+    from fd_large import meeting
+
     name = f"{what} {anchor}"
     held: list[Listing] = []
 

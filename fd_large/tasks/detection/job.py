@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +136,7 @@ class DetectionJob(Job):
             positions,
             positions,
             targets=Targets(
-                [target] * size, torch.tensor([[height, width]] * size), positions.numpy(), 0
+                [target] * size, torch.tensor([[height, width]] * size), np.arange(size), 0
             ),
         )
 

@@ -118,6 +118,12 @@ def test_sources_of_hugging_face_and_timm_are_downloaded_so(
     assert hub.asked == [0, 0]
 
 
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    """Ranks that are threads here share the library's switch, and may leave it turned."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
 def test_offline_is_what_the_library_calls_so():
     with download_module._offline():
         assert huggingface_hub.is_offline_mode()

@@ -90,7 +90,7 @@ def test_packages_that_are_missing_or_too_old_stop(monkeypatch):
     found = doctor_checks.packages()
     assert found.verdict == "STOPS"
     assert "no timm" in found.found
-    assert "deepspeed 0.1.0, not >=" in found.found
+    assert "deepspeed 0.1.0, not " in found.found
 
 
 def test_a_gpu_machine_with_a_torch_for_cpus(monkeypatch):

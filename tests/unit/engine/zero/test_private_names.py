@@ -32,7 +32,8 @@ LISTED = private_names._LISTED
 # DeepSpeed's documented interface, as far as it is used.
 PUBLIC = {
     *("deepspeed.initialize", "deepspeed.init_distributed", "deepspeed.zero.Init"),
-    *("deepspeed.comm.all_reduce", "deepspeed.ops.adam", "deepspeed.ops.adam.FusedAdam"),
+    *("deepspeed.comm.all_reduce", "deepspeed.comm.destroy_process_group"),
+    *("deepspeed.ops.adam", "deepspeed.ops.adam.FusedAdam"),
     *("backward", "destroy", "gradient_clipping", "load_checkpoint", "optimizer"),
     *("save_checkpoint", "zero_optimization_stage"),
 }
