@@ -40,7 +40,7 @@ _PEER_IS_GONE = (
 
 _launch: Launch | None = None
 _moves = 0
-_block_groups: dict[int, dist.ProcessGroup] = {}
+_node_groups: dict[int, dist.ProcessGroup] = {}
 
 
 def open_files_needed(num_ranks: int) -> int:
@@ -139,7 +139,7 @@ def stop() -> None:
     """Destroys the process group without waiting for other ranks; harmless when there is none."""
     global _launch
     failures.stop_watching()
-    _block_groups.clear()
+    _node_groups.clear()
     _launch = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -326,7 +326,7 @@ def tensors_of_main(
     devices.
 
     Args:
-        items: Of rank 0; those of the other ranks stay untouched.
+        items: Tensors by name, of rank 0; those of the other ranks stay untouched.
 
     Raises: FDError: on all ranks, if rank 0's items do.
     """
@@ -403,7 +403,7 @@ def peer_is_gone(error: BaseException) -> bool:
 def node_group(node_size: int) -> dist.ProcessGroup:
     """Returns the process group of this rank's node, where node = rank // node_size.
 
-    All ranks must call it alike.
+    All ranks must call it alike; it is made once.
 
     Raises:
         ConfigError: If nodes of this size do not fill the ranks.
@@ -414,7 +414,7 @@ def node_group(node_size: int) -> dist.ProcessGroup:
             f"engine.node_size: ranks of a node; got {node_size}, expected a divisor of the "
             f"{world_size()} ranks. Set engine.node_size to the number of ranks on each node."
         )
-    if node_size not in _block_groups:
+    if node_size not in _node_groups:
         assert dist.is_initialized(), "node_group comes after start"
         hosts = gather_objects(socket.gethostname())
         first = rank() // node_size * node_size
@@ -425,20 +425,8 @@ def node_group(node_size: int) -> dist.ProcessGroup:
                 "Place ranks block by block (mpirun --map-by, srun --distribution=block), or mend "
                 "--engine.node_size."
             )
-    return block_group(node_size)
-
-
-def block_group(size: int) -> dist.ProcessGroup:
-    """Returns the process group of ranks [k * size, (k + 1) * size) to which this rank belongs.
-
-    All ranks must call it alike. It is made once, by its own ranks alone.
-
-    Args:
-        size: A divisor of the number of ranks.
-    """
-    if size not in _block_groups:
-        first = rank() // size * size
-        _block_groups[size] = dist.new_group(
-            list(range(first, first + size)), use_local_synchronization=True
+        # By its own ranks alone: with thousands of nodes, all groups on all ranks take long.
+        _node_groups[node_size] = dist.new_group(
+            list(range(first, first + node_size)), use_local_synchronization=True
         )
-    return _block_groups[size]
+    return _node_groups[node_size]

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from enum import IntEnum
 from typing import Any
+
+
+class Exit(IntEnum):
+    """Exit codes of a command, and so of a rank; launchers return the largest of the ranks'."""
+
+    DONE = 0
+    LOST = 1  # A crash, or the loss of another rank.
+    MISTAKE = 2
+    LOOK = 3  # Somebody has to look before the run is started again.
+    AGAIN = 75  # The last checkpoint is complete; the same command goes on from it.
+    INTERRUPTED = 130  # A second Ctrl-C.
 
 
 class FDError(Exception):
@@ -20,7 +32,7 @@ class FDError(Exception):
         shown: Whether the user has read it already.
     """
 
-    exit_code = 2
+    exit_code = Exit.MISTAKE
     rank_local = False
     agreed = False
     shown = False
@@ -52,7 +64,7 @@ class StorageError(FDError):
     Its exit code is that of a run that was stopped: the same command goes on.
     """
 
-    exit_code = 75
+    exit_code = Exit.AGAIN
 
 
 class LaunchError(FDError):
@@ -70,7 +82,7 @@ class LostRankError(FDError):
     that lost a rank with its node has to start again.
     """
 
-    exit_code = 1
+    exit_code = Exit.LOST
 
 
 def check_all(*checks: Callable[[], Any]) -> list[Any]:

@@ -25,14 +25,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from fd_large import processes
 from fd_large.atomic_files import write_json
+from fd_large.errors import Exit
 from fd_large.launch import find_rank
+from fd_large.processes import briefly
 
 log = logging.getLogger(__name__)
 
-LOST, AGAIN, INTERRUPTED_CODE = 1, 75, 130
-"""The exit code of a rank that ends because another one did (launchers return the largest), and of
-one that was hung: then all end with it, and the same command goes on."""
 EXITS_FOLDER = "FD_LARGE_EXITS"
 """The variable with the folder for exit files; slurm/launch.sh sets it."""
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -126,7 +126,7 @@ class Watch:
         if self._over.is_set():
             return
         self._over.set()
-        _briefly(self._tell, Ending(self._rank, code, reason))
+        briefly(self._tell, Ending(self._rank, code, reason), seconds=SECONDS_FOR_LAST_WORDS)
         # A thread inside the store's code while the interpreter ends would abort the process.
         if threading.current_thread() is not self._thread:
             self._thread.join(SECONDS_FOR_LAST_WORDS)
@@ -179,7 +179,7 @@ class Watch:
         with suppress(RuntimeError):
             self._store = self._connect(SECONDS_TO_CONNECT_AGAIN)
             return self._ending()
-        return Ending(0, LOST, "it, or the node that it ran on, is gone")
+        return Ending(0, Exit.LOST, "it, or the node that it ran on, is gone")
 
     def _ending(self) -> Ending | None:
         store = self._store
@@ -188,7 +188,7 @@ class Watch:
             lost = self._lost_neighbour(store)
             if lost is None:
                 return None
-            ending = Ending(lost, LOST, "it was killed, or ended without a word")
+            ending = Ending(lost, Exit.LOST, "it was killed, or ended without a word")
             store.compare_set(_END, "", json.dumps(ending))
         return Ending(*json.loads(store.get(_END)))
 
@@ -223,7 +223,7 @@ class Watch:
             if self._over.wait(0.1):
                 return
         try:
-            _briefly(self._last_words, ending)
+            briefly(self._last_words, ending, seconds=SECONDS_FOR_LAST_WORDS)
             kill_workers()
         finally:
             self._leave(code_after(ending))
@@ -235,13 +235,13 @@ class Watch:
         extra = {"file_only": self._rank != 0}
         log.error("rank %d ends, since %s", self._rank, reason, extra=extra)
         # A hung rank's watchdog writes its own.
-        for write in last_words if ending.code != AGAIN else ():
+        for write in last_words if ending.code != Exit.AGAIN else ():
             write(reason)
 
 
 def code_after(ending: Ending | None) -> int:
     """Returns the exit code of a rank that ends because of another's."""
-    return AGAIN if ending is not None and ending.code == AGAIN else LOST
+    return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 
 
 last_words: list[Callable[[str], None]] = []
@@ -285,7 +285,7 @@ def tell(code: int, reason: str) -> None:
     # The others first: the disk of the exit file may be what hangs.
     if _watch is not None:
         _watch.stop(code, reason)
-    _briefly(write_exit_file, code, reason)
+    briefly(write_exit_file, code, reason, seconds=SECONDS_FOR_LAST_WORDS)
 
 
 def heard() -> Ending | None:
@@ -318,13 +318,6 @@ def kill_workers() -> None:
         child.kill()
 
 
-def _briefly(call: Callable[..., object], *arguments: object) -> None:
-    """Calls what may hang, and waits for it for a little while."""
-    thread = threading.Thread(target=call, args=arguments, daemon=True)
-    thread.start()
-    thread.join(SECONDS_FOR_LAST_WORDS)
-
-
 def _readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -332,9 +325,6 @@ def _readable(descriptor: int) -> bool:
 
 
 def _this_process() -> list[str | int]:
-    """Returns the kernel, the space of process numbers, and this process's number in it."""
-    try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return [kernel, os.readlink("/proc/self/ns/pid"), os.getpid()]
-    except OSError:
-        return [f"unknown of rank {find_rank()}", "", os.getpid()]
+    """Returns this process's number, after what tells where it means the same."""
+    where = [processes.kernel(), processes.namespace()]
+    return [*(where if all(where) else [f"unknown of rank {find_rank()}", ""]), os.getpid()]

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from fd_large import failures
+from fd_large.processes import status
 
 log = logging.getLogger(__name__)
 
@@ -91,21 +92,10 @@ def _watch(line: list[int], launchers: dict[int, str]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def _status(pid: int) -> tuple[str, int, int] | None:
-    """A process's state, parent and group, from proc(5); None where it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # The name before them may hold blanks and parentheses.
-    state, parent, group = text[text.rindex(")") + 1 :].split()[:3]
-    return state, int(parent), int(group)
-
-
 def _ancestors() -> Iterator[int]:
     """Yields the processes above this one, nearest first."""
     pid = os.getpid()
-    while (status := _status(pid)) is not None and (pid := status[1]) > 0:
+    while (found := status(pid)) is not None and (pid := found.parent) > 0:
         yield pid
 
 
@@ -143,6 +133,6 @@ def _lost_its_runner(launchers: dict[int, str]) -> bool:
     launch = next((pid for pid, name in launchers.items() if name == _DEEPSPEED_LAUNCH), 0)
     if not launch or not _DEEPSPEED_RUNNERS.isdisjoint(launchers.values()):
         return False
-    status = _status(launch)
-    leader = status and _status(status[2])
-    return leader is None or leader[0] in "ZX"
+    found = status(launch)
+    leader = found and status(found.group)
+    return leader is None or leader.has_ended

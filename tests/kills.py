@@ -44,7 +44,7 @@ def kill_and_resume(
         pictures: A folder of images.
         run_dir: The run's folder.
         kills: How often.
-        seed: Of the moments.
+        seed: Seed of the random moments.
         more: Further arguments of the command.
         longest_rest: Seconds of training after a start's third step, at most.
 

@@ -14,18 +14,15 @@ import json
 import logging
 import os
 import queue
-import re
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from uuid import uuid4
 
-from fd_large.errors import ConfigError
+from fd_large.checkpoint.owner import ASLEEP, Owner, Slurm
+from fd_large.errors import ConfigError, Exit
 
 log = logging.getLogger(__name__)
 
@@ -38,53 +35,10 @@ WATCH_SECONDS = 2 * BEAT_SECONDS
 """How long such an owner is watched first: after a file system stood still, all beats are old."""
 LEAVING_SECONDS = 900.0
 """How long a new start waits for an owner that saves and leaves."""
-SLURM_SECONDS = 30.0
-"""How long Slurm may take to answer, and how long its answer is believed."""
-HIDDEN = -1
-"""When a process started that this user may not look at."""
-TAKEN_OVER = 3
-"""Exit code of a start that has lost its folder to another."""
-# What Slurm calls a job that it has stopped for now: it is silent, and goes on later.
-_ASLEEP_IN_SLURM = {"SUSPENDED", "STOPPED"}
-# What Slurm calls a job that runs or may still have processes.
-_ALIVE_IN_SLURM = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING"}
 
 
 class OwnedError(ConfigError):
     """Another start owns the folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Owner:
-    """A start of a run, as owner.json holds it.
-
-    Attributes:
-        start: Id of the start.
-        host: Name of rank 0's machine.
-        boot: Id of that machine's boot; empty where the system has none.
-        pid_namespace: Namespace in which `pid` counts; containers may have their own.
-        pid: Rank 0's process.
-        pid_started: When that process started, in ticks since the boot.
-        cluster: Name of the Slurm cluster, empty outside.
-        job: Number of the Slurm job, empty outside.
-        restarts: How often Slurm has restarted that job.
-        since: When the start began, by rank 0's clock.
-    """
-
-    start: str
-    host: str = ""
-    boot: str = ""
-    pid_namespace: str = ""
-    pid: int = 0
-    pid_started: int = 0
-    cluster: str = ""
-    job: str = ""
-    restarts: int = 0
-    since: str = ""
-
-    def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
-        return f"host {self.host}, process {self.pid}{job}, since {self.since}"
 
 
 class Lease:
@@ -117,6 +71,11 @@ class Lease:
             return False
         except OSError:
             return True
+
+    def must_own(self) -> None:
+        """Raises OSError, as a write would, once another start has taken the folder."""
+        if not self.owned():
+            raise OSError(f"{self.folder} has a new owner")
 
     def will_leave(self) -> None:
         """Tells a next start to wait a little: this one saves and leaves. Safe in a signal handler.
@@ -191,7 +150,7 @@ class Lease:
                     _leaving(self.folder, self.start).touch()
                     leaves = False
                 with path.open() as file:
-                    found = _parse(file.read())
+                    found = Owner.parse(file.read())
                     if found.start == self.start:
                         os.utime(file.fileno())
                         missing = 0
@@ -233,7 +192,7 @@ def claim(
         OwnedError: Another start is alive, or may be.
         ConfigError: The folder cannot be made or written.
     """
-    own = _this_process()
+    own = Owner.here()
     lease = Lease(folder, own.start)
     try:
         lease._made = _make(folder)
@@ -269,17 +228,16 @@ def living_owner(folder: Path) -> Owner | None:
         owner, beat = _read(folder / OWNER)
     except OSError:
         return None
-    own = _this_process()
-    if _why_dead(owner, own) or time.time() - beat > STALE_SECONDS:
+    own = Owner.here()
+    if owner.why_dead(own) or time.time() - beat > STALE_SECONDS or Slurm().why_dead(owner, own):
         return None
-    dead = _knows_in_slurm(owner, own) and _why_dead_in_slurm(owner.job, _state_in_slurm(owner.job))
-    return None if dead else owner
+    return owner
 
 
 def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) -> str:
     """Makes `aside` the owner.json; returns why the owner before counted as dead."""
     begin = time.monotonic()
-    waits, state, asked = False, "", (-SLURM_SECONDS, "")
+    waits, slurm = False, Slurm()
     while True:
         chain = _chain(folder)
         if not chain:
@@ -287,12 +245,7 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
                 return ""
             continue
         owner, beat = chain[-1]
-        why = _why_dead(owner, own)
-        if not why and _knows_in_slurm(owner, own):
-            # Seldom: a start that waits must not keep the controller busy.
-            if time.monotonic() - asked[0] >= SLURM_SECONDS or asked[1] != owner.job:
-                state, asked = _state_in_slurm(owner.job), (time.monotonic(), owner.job)
-            why = _why_dead_in_slurm(owner.job, state)
+        why = owner.why_dead(own) or slurm.why_dead(owner, own)
         if not why:
             silent = _silence(aside, beat)
             # Who replaces or removes an owner.json is done in a moment.
@@ -305,7 +258,8 @@ def _claim(folder: Path, own: Owner, aside: Path, say: Callable[[str], None]) ->
             if silent < STALE_SECONDS and time.monotonic() - begin < patience:
                 time.sleep(1.0 if waits else 0.1)
                 continue
-            if silent < STALE_SECONDS or _is_seen(owner) or state in _ASLEEP_IN_SLURM:
+            asleep = slurm.state(owner, own) in ASLEEP
+            if silent < STALE_SECONDS or owner.is_seen or asleep:
                 raise _refusal(folder, owner, silent)
             say(
                 f"{folder}: its owner ({owner}) has been silent for {silent:.0f} s; watched for "
@@ -328,7 +282,7 @@ def _silence(aside: Path, beat: float) -> float:
 def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
     remedy = (
         f"kill {owner.pid}"
-        if _is_seen(owner)
+        if owner.is_seen
         else f"remove {folder / OWNER}, or wait: it is taken over {STALE_SECONDS:.0f} s after its "
         "last sign of life"
     )
@@ -337,109 +291,6 @@ def _refusal(folder: Path, owner: Owner, silent: float) -> OwnedError:
         f"ago, expected nobody. Let it end, stop it (touch {folder / 'stop'}), or name another "
         f"--runtime.run_dir. If it is dead for certain: {remedy}."
     )
-
-
-def _why_dead(owner: Owner, own: Owner) -> str:
-    """Returns why an owner cannot be alive; empty where it may be."""
-    same_job = owner.job and (owner.cluster, owner.job) == (own.cluster, own.job)
-    if same_job and owner.restarts < own.restarts:
-        return f"Slurm has restarted job {owner.job} since"
-    if _same_processes(owner):
-        if owner.pid == own.pid:
-            return "it was this process"
-        if _started(owner.pid) not in (HIDDEN, owner.pid_started):
-            return f"process {owner.pid} has ended"
-    return ""
-
-
-def _knows_in_slurm(owner: Owner, own: Owner) -> bool:
-    """Whether Slurm can say more of an owner than this host can."""
-    elsewhere = not _same_processes(owner) and owner.job != own.job
-    return bool(owner.job) and owner.cluster == own.cluster and elsewhere
-
-
-def _state_in_slurm(job: str) -> str:
-    """Returns what Slurm calls a job; "unknown" for one that it does not know, "" if it is mute."""
-    command = ["scontrol", "show", "job", "--oneliner", job]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if "Invalid job id" in shown.stderr:
-        return "unknown"
-    state = re.search(r"\bJobState=(\w+)", shown.stdout)
-    return state[1] if state else ""
-
-
-def _why_dead_in_slurm(job: str, state: str) -> str:
-    if state == "unknown":
-        return f"Slurm no longer knows job {job}"
-    return f"Slurm calls job {job} {state}" if state and state not in _ALIVE_IN_SLURM else ""
-
-
-def _cluster() -> str:
-    return os.environ.get("SLURM_CLUSTER_NAME", "")
-
-
-def _this_process() -> Owner:
-    return Owner(
-        start=uuid4().hex,
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        boot=_boot(),
-        pid_namespace=_pid_namespace(),
-        pid=os.getpid(),
-        pid_started=_started(os.getpid()) or 0,
-        cluster=_cluster(),
-        job=os.environ.get("SLURM_JOB_ID", ""),
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        since=time.strftime("%Y-%m-%d %H:%M:%S"),
-    )
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _same_processes(owner: Owner) -> bool:
-    """Whether an owner's process number means the same here: same boot, same namespace."""
-    return bool(owner.boot) and (owner.boot, owner.pid_namespace) == (_boot(), _pid_namespace())
-
-
-def _is_seen(owner: Owner) -> bool:
-    """Whether this process can see whether an owner's process has ended."""
-    return _same_processes(owner) and _started(owner.pid) != HIDDEN
-
-
-def _started(pid: int) -> int | None:
-    """Returns when a process started, in ticks since the boot; None for one that has ended."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        # /proc may be mounted so that it shows nothing of other users' processes.
-        return HIDDEN if _is_another_users(pid) else None
-    # From proc(5); the name before them may hold blanks and parentheses.
-    state, *more = text[text.rindex(")") + 1 :].split()
-    return None if state in "ZX" else int(more[18])
-
-
-def _is_another_users(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -453,21 +304,10 @@ def _next(folder: Path, start: str) -> Path:
     return folder / f"owner.{start}.next"
 
 
-def _parse(text: str) -> Owner:
-    """An owner from its file; one without a start where the file is not whole."""
-    try:
-        found = json.loads(text)
-        kinds = {field.name: type(field.default) for field in fields(Owner)}
-        kinds["start"] = str
-        return Owner(**{name: kind(found[name]) for name, kind in kinds.items() if name in found})
-    except (ValueError, TypeError, KeyError):
-        return Owner(start="unknown", since="an unknown time")
-
-
 def _read(path: Path) -> tuple[Owner, float]:
     """Returns an owner and its last sign of life; opening makes NFS ask its server."""
     with path.open() as file:
-        return _parse(file.read()), os.fstat(file.fileno()).st_mtime
+        return Owner.parse(file.read()), os.fstat(file.fileno()).st_mtime
 
 
 def _chain(folder: Path) -> list[tuple[Owner, float]]:
@@ -502,7 +342,7 @@ def _remove(folder: Path, start: str) -> None:
     """Removes the owner.json of a start that ends, unless another takes it over."""
     key = _next(folder, start)
     aside = folder / f"owner.{start}.json"
-    _write(aside, json.dumps(asdict(replace(_this_process(), start=f"{start}-end"))))
+    _write(aside, json.dumps(asdict(replace(Owner.here(), start=f"{start}-end"))))
     try:
         if _link(aside, key):
             try:
@@ -567,4 +407,4 @@ def _sweep(folder: Path, start: str) -> None:
 
 def _leave(why: str) -> None:
     log.error("%s", why)
-    os._exit(TAKEN_OVER)
+    os._exit(Exit.LOOK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -47,7 +46,9 @@ class Reader:
         self._kinds = kinds
         self._files: dict[int, TensorFile] = {}
         self._headers: dict[bytes, dict[str, Place]] = {}
-        self._most = _descriptors(self.layout.ranks)
+        # A command that starts no ranks has not raised its limit yet.
+        _, most = distributed.raise_open_files()
+        self._most = max(1, most - DESCRIPTORS_LEFT)
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Returns elements [start, stop) of a flattened tensor, (stop - start,) float32.
@@ -97,15 +98,6 @@ class Reader:
                 f"{path}: cannot be read; got {error}, expected the file that was checked. Start "
                 "the same command again: it checks all files."
             ) from error
-
-
-def _descriptors(files: int) -> int:
-    """Returns how many files may stay open, after raising this process's limit if need be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < files + DESCRIPTORS_LEFT and hard > soft:
-        soft = min(hard, files + DESCRIPTORS_LEFT)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, soft - DESCRIPTORS_LEFT)
 
 
 def on_main(action: Callable[[], T]) -> T:

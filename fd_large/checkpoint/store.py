@@ -231,8 +231,8 @@ def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> 
     retried(lambda: _write_manifest(part, {**manifest, "crc32": _crc_of(manifest)}), part)
     final = part.with_name(name_of(manifest["update"]))
     old = final.with_name(final.name + OLD)
-    if lease and not lease.owned():
-        raise OSError(f"{lease.folder} has a new owner")
+    if lease:
+        lease.must_own()
 
     def rename() -> None:
         if not part.exists() and _crc_of(manifest_of(final) or {}) == _crc_of(manifest):
@@ -280,8 +280,8 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
     Raises: OSError, StorageError, CheckpointError: if the manifest cannot be read or written, or
         the run has a new owner.
     """
-    if lease and not lease.owned():
-        raise OSError(f"{lease.folder} has a new owner")
+    if lease:
+        lease.must_own()
     manifest = manifest_of(path)
     if manifest is None:
         raise OSError(f"{path / 'manifest.json'} is missing or damaged")

@@ -18,22 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fd_large.weights.read import DTYPES
+
 CHUNK = 1 << 24
 TENSORS_A_CALL = 512
 """At most 1024, says the system."""
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
@@ -54,10 +44,10 @@ class Checksums(NamedTuple):
     """CRC-32 of a file and of its parts, as a receipt holds them: eight hexadecimal digits each.
 
     Attributes:
-        file: Of the whole file.
-        header: Of the bytes before the first tensor.
-        kinds: Of the tensors of each kind, one after the other; the kind is what stands before the
-            first dot of a name.
+        file: Checksum of the whole file.
+        header: Checksum of the bytes before the first tensor.
+        kinds: Checksum of the tensors of each kind, one after the other; the kind is what stands
+            before the first dot of a name.
     """
 
     file: str
@@ -209,7 +199,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _places(table: Any, begin: int) -> dict[str, Place]:
     try:
         return {
-            name: Place(_TYPES[item["dtype"]], *(begin + end for end in item["data_offsets"]))
+            name: Place(DTYPES[item["dtype"]], *(begin + end for end in item["data_offsets"]))
             for name, item in table.items()
             if name != "__metadata__"
         }

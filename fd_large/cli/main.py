@@ -13,7 +13,7 @@ from importlib import import_module
 
 from fd_large import doors, failures
 from fd_large.cli.arguments import HELP, HelpShown, choose
-from fd_large.errors import FDError
+from fd_large.errors import Exit, FDError
 from fd_large.launch import find_rank
 from fd_large.runtime import terminal
 
@@ -61,13 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         return error.exit_code
     except KeyboardInterrupt:
-        failures.tell(failures.INTERRUPTED_CODE, "interrupted")
+        failures.tell(Exit.INTERRUPTED, "interrupted")
         if rank == 0:
             terminal.show_error("interrupted")
-        return failures.INTERRUPTED_CODE
+        return Exit.INTERRUPTED
     except BrokenPipeError:  # `... --help | head` closes the pipe early: no mistake of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        failures.tell(1, f"{type(error).__name__}: {error}")
+        failures.tell(Exit.LOST, f"{type(error).__name__}: {error}")
         raise

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fd_large import failures
-from fd_large.checkpoint.lease import TAKEN_OVER, Lease, OwnedError, claim
-from fd_large.errors import FDError
+from fd_large.checkpoint.lease import Lease, OwnedError, claim
+from fd_large.errors import Exit, FDError
 from fd_large.launch import find_launch, find_rank
 from fd_large.runtime import terminal
 
@@ -65,5 +65,5 @@ def owning(run_dir: str) -> Iterator[Lease]:
 
 def _end(why: str) -> None:
     terminal.show_error(why)
-    failures.tell(TAKEN_OVER, why)
-    os._exit(TAKEN_OVER)
+    failures.tell(Exit.LOOK, why)
+    os._exit(Exit.LOOK)

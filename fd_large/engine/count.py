@@ -172,12 +172,7 @@ def count(
     """
     result: dict[bool, Counts] = {}
     with on_shapes(device):
-        task, frozen = job.models_on_shapes()
-        if bfloat16:
-            to_bfloat16(task)
-        for model in frozen:
-            if frozen_bfloat16:
-                to_bfloat16(model)
+        task, frozen = _models(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
 
         def at(size: int, like: _One | None = None) -> _One:
             recorder = Recorder((task, *frozen), like=like.recorder.names if like else None)
@@ -220,9 +215,7 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
         device = choose.Device(capability, wish=choose.wished())
     try:
         with on_shapes(device):
-            task, frozen = job.models_on_shapes()
-            for model in (task, *frozen):
-                to_bfloat16(model)
+            task, frozen = _models(job, bfloat16=True, frozen_bfloat16=True)
             if checkpointing:
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
@@ -241,21 +234,28 @@ def kernel_calls(
 
     Args:
         job: Its weights and its images are not touched.
-        capability: Of the card that will run them.
+        capability: Compute capability of the card that will run them.
         bfloat16: Whether the task computes in bfloat16.
         frozen_bfloat16: Whether frozen models do.
 
     Raises: FDError: if a step cannot run without values.
     """
     with on_shapes(choose.Device(capability, wish=choose.wished())), recording() as calls:
-        task, frozen = job.models_on_shapes()
-        if bfloat16:
-            to_bfloat16(task)
-        for model in frozen:
-            if frozen_bfloat16:
-                to_bfloat16(model)
+        task, _ = _models(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
         task.shapes_only(job.probe_batch(IMAGES))
     return list(calls)
+
+
+def _models(
+    job: Job, *, bfloat16: bool, frozen_bfloat16: bool
+) -> tuple[Task, tuple[nn.Module, ...]]:
+    """The task and the frozen models that it uses, within `on_shapes`."""
+    task, frozen = job.models_on_shapes()
+    if bfloat16:
+        to_bfloat16(task)
+    for model in frozen if frozen_bfloat16 else ():
+        to_bfloat16(model)
+    return task, frozen
 
 
 @contextmanager

@@ -95,9 +95,7 @@ class Trainer:
         time_box: Decides the length after the first steps; None: the plan's length stays.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
         ema: The average of the weights; None: there is none.
-
-    Attributes:
-        begun: The hooks that know of the start, and so are to hear of the end.
+        begun: Takes the hooks that know of the start, and so are to hear of the end.
     """
 
     def __init__(
@@ -112,13 +110,14 @@ class Trainer:
         time_box: TimeBox | None = None,
         layer_rates: LayerLearningRates | None = None,
         ema: Ema | None = None,
+        begun: list[Hook] | None = None,
     ) -> None:
         self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
         self._layer_rates, self._ema = layer_rates, ema
         self._evaluate_every = steps_between(evaluations)
         self._finished = setting.first_update
-        self.begun: list[Hook] = []
+        self._begun = [] if begun is None else begun
         self._status = ""
         self._save_owed = False
         self._bad_images = BadImages()
@@ -131,7 +130,7 @@ class Trainer:
         """
         for hook in self._hooks:
             hook.on_start(self._setting)
-            self.begun.append(hook)
+            self._begun.append(hook)
         self._engine.task.train()
         if self._stop_wished():
             self._stop()

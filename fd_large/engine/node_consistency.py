@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # Another version of these may compute, or decode, something else.
 PACKAGES = ("torch", "deepspeed", "torchvision", "timm", "numpy", "triton")
 
+_SAME_ENVIRONMENT = "Use one environment on a shared disk, or one image, on every node"
 _BLOCK = 64 << 10
 _BLOCKS = 64
 _NODES_NAMED = 8
@@ -87,9 +88,9 @@ def software() -> dict[str, Fact]:
     same_code = "Use one checkout on a shared disk, or one image, on every node"
     facts = {"code": Fact(code, "nodes: other code of fd_large", same_code, LaunchError)}
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    same_packages = "Use one environment on a shared disk, or one image, on every node"
     for name, number in versions.items():
-        facts[name] = Fact(number, f"nodes: other versions of {name}", same_packages, LaunchError)
+        what = f"nodes: other versions of {name}"
+        facts[name] = Fact(number, what, _SAME_ENVIRONMENT, LaunchError)
     return facts
 
 
@@ -100,17 +101,16 @@ def hardware(device: torch.device) -> dict[str, Fact]:
         return {"card": Fact("no GPU", "ranks: other cards", same_cards, LaunchError)}
     memory = round(torch.cuda.get_device_properties(device).total_memory / 1e9)
     card = f"{torch.cuda.get_device_name(device)}, {memory} GB"
-    same_build = "Use one environment on a shared disk, or one image, on every node"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     facts = {
         "card": Fact(card, "ranks: other cards", same_cards, LaunchError),
         "CUDA": Fact(
             str(torch.version.cuda or torch.version.hip),
             "nodes: torch for other versions of CUDA",
-            same_build,
+            _SAME_ENVIRONMENT,
             LaunchError,
         ),
-        "NCCL": Fact(nccl, "nodes: other versions of NCCL", same_build, LaunchError),
+        "NCCL": Fact(nccl, "nodes: other versions of NCCL", _SAME_ENVIRONMENT, LaunchError),
     }
     if driver := _driver():
         remedy = "Where losses differ from those of one kind of node, this may be why"

@@ -1,8 +1,9 @@
 """Writes down what a computation dispatches: FLOPs, bytes, calls and what lives in memory.
 
-Of each operation, the FLOPs of its matrix products (torch's own formulas; a fused operation brings
-its own), its bytes (each distinct input is read once, each new output written once, views are free)
-and a call. Storages are followed from birth to death, which gives what lives at each moment.
+Each operation counts with the FLOPs of its matrix products (torch's own formulas; a fused operation
+brings its own), its bytes (each distinct input is read once, each new output written once, views
+are free) and a call. Storages are followed from birth to death, which gives what lives at each
+moment.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Operation(NamedTuple):
         phase: Where it runs.
         again: Whether it computes again what forward has computed.
         name: Its name.
-        flops: Of matrix products.
+        flops: FLOPs of its matrix products.
         read: Bytes.
         written: Bytes.
     """

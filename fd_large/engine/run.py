@@ -23,6 +23,7 @@ from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.count import kernel_calls, step_flops
 from fd_large.engine.ema import Ema
+from fd_large.engine.ending import end_by, write_end
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.schedule import CosineSchedule
@@ -33,7 +34,7 @@ from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
-from fd_large.errors import FDError, check_all
+from fd_large.errors import Exit, FDError, check_all
 from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
 from fd_large.launch import Launch
@@ -44,7 +45,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
 from fd_large.runtime.guard import Guard
-from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, PREEMPTED, Hook, Setting
+from fd_large.runtime.hooks import DONE, FAILED, PREEMPTED, Hook, Setting
 from fd_large.runtime.meter import Meter
 from fd_large.runtime.preemption import Preemption
 from fd_large.runtime.profiler import Profiler
@@ -55,9 +56,7 @@ from fd_large.runtime.run_folder import (
     recorded_code,
     source_commit,
     status_of,
-    summary_of,
     write_environment,
-    write_status,
 )
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.trackers import trackers_of
@@ -65,10 +64,9 @@ from fd_large.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {DONE: 0, PREEMPTED: 75}
-"""Exit codes by status. 75: the last checkpoint is complete; the same command goes on from it."""
-SOMEBODY_HAS_TO_LOOK = 3
-"""The exit code of all others: a hook ended the run, or its last state could not be saved."""
+EXIT_CODES = {DONE: Exit.DONE, PREEMPTED: Exit.AGAIN}
+"""Exit codes by status. After all others somebody has to look: a hook ended the run, or its last
+state could not be saved."""
 
 
 def train(
@@ -101,7 +99,7 @@ def train(
     watching: list[Hook] = []
 
     def lost(reason: str) -> None:
-        _write_end(lease, FAILED, reason, first=False)
+        write_end(lease, FAILED, reason, first=False)
 
     failures.last_words.append(lost)
     launch = distributed.start()
@@ -116,7 +114,7 @@ def train(
         more = [*hooks, *(hook for hook in (preemption, watchdog) if hook)]
         return _train(opened, lease, profile, more, watching)
     except BaseException as error:
-        _end_by(error, lease, watching)
+        end_by(error, lease, watching)
         raise
     finally:
         failures.last_words.remove(lost)
@@ -124,34 +122,6 @@ def train(
             watchdog.stop()
         if preemption:
             preemption.close()
-
-
-def _end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None:
-    """Lets an error end the run so that its folder says so; no collective, others may be gone."""
-    status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-    first = not distributed.peer_is_gone(error)
-    if first:
-        # The other ranks at once, which wait: a hook, a file may be slow.
-        code = getattr(error, "exit_code", failures.LOST)
-        failures.tell(failures.INTERRUPTED_CODE if status == INTERRUPTED else code, reason)
-    elif heard := failures.heard():
-        reason = str(heard)
-    for hook in watching:
-        try:
-            hook.on_failure(status, reason)
-        except Exception:
-            log.exception("%s could not end", type(hook).__name__)
-    _write_end(lease, status, reason, first=first)
-
-
-def _write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
-    """Writes how a run ended; not `first`, if no rank that knows more has done so."""
-    known = summary_of(lease.folder).get("start") == lease.start
-    # Before it is entered the folder may hold another run.
-    if lease.entered and (first or not known):
-        told = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
-        write_status(lease.folder, status, owned=lease.owned, **told)
 
 
 def _train(
@@ -234,14 +204,14 @@ def _train(
             time_box=time_box,
             layer_rates=by_layer(engine, run.optim.layer_decay),
             ema=opened.ema,
+            begun=watching,
         )
-        trainer.begun = watching
         status = trainer.train(batches)
     except FDError as error:
         error.rank_local = not error.agreed
         raise
     log.info("%s: %s", status, folder)
-    return EXIT_CODES.get(status, SOMEBODY_HAS_TO_LOOK)
+    return EXIT_CODES.get(status, Exit.LOOK)
 
 
 def _step_flops(job: Job, micro_batch_size: int) -> StepFlops | None:
@@ -545,7 +515,7 @@ def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
         run.runtime.notice_seconds,
         launcher=launcher,
         leaving=lease.will_leave,
-        write_status=lambda status: _write_end(lease, status, "a second Ctrl-C", first=True),
+        write_status=lambda status: write_end(lease, status, "a second Ctrl-C", first=True),
     )
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fd_large import distributed, failures
+from fd_large import distributed
+from fd_large.errors import Exit
+from fd_large.processes import briefly
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
 from fd_large.watch import hold
@@ -224,12 +226,10 @@ class Preemption(Hook):
 
     def _end_at_once(self) -> None:
         # Aside: the disk may be what hangs.
-        words = threading.Thread(target=self._write_status, args=(INTERRUPTED,), daemon=True)
-        words.start()
-        words.join(SECONDS_FOR_LAST_WORDS)
+        briefly(self._write_status, INTERRUPTED, seconds=SECONDS_FOR_LAST_WORDS)
         if distributed.is_main():
             terminal.show_error("ended at once; the same command goes on from the last checkpoint")
-        self._leave(failures.INTERRUPTED_CODE)
+        self._leave(Exit.INTERRUPTED)
 
     def _file_or_end(self) -> str:
         now = time.time()

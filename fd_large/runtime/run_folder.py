@@ -148,19 +148,16 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write_status(folder: Path, status: str, *, owned: Callable[[], bool], **more: Any) -> None:
+def write_status(folder: Path, status: str, **more: Any) -> None:
     """Sets the status in summary.json and keeps the rest; any rank may, for another may be stuck.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder, which this start owns.
         status: How the run ended.
-        owned: Returns whether this start still owns the folder; if not, nothing is written.
         more: Further entries.
     """
     path = folder / "summary.json"
     with written_or_logged(path):
-        if not owned():
-            raise OSError(f"{folder} has a new owner")
         aside = path.with_name(f"summary_of_rank_{distributed.rank()}.json")
         write_json(aside, {**summary_of(folder), "status": status, **more})
         aside.replace(path)

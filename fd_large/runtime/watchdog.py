@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from fd_large import distributed, failures
+from fd_large.errors import Exit
 from fd_large.failures import kill_workers
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Hook, Setting, Update
@@ -32,7 +33,7 @@ from fd_large.runtime.run_folder import write_status
 
 log = logging.getLogger(__name__)
 
-HUNG, EXIT_CODE = "hung", failures.AGAIN
+HUNG = "hung"
 STACKS_SIGNAL = signal.SIGUSR2
 """Makes a rank, or a process that loads for it, write its stacks and go on."""
 MOST_SECONDS_BETWEEN_LOOKS = 1.0
@@ -43,7 +44,7 @@ MOST_SECONDS_OF_LINGERING = 30.0
 """Between a rank's stacks and its end: the others, at most a micro batch later, write theirs before
 they see a closed connection."""
 MOST_COLLECTIVES = 5
-"""Of those that are under way, in the log."""
+"""Number of unfinished collectives that the log names."""
 SECONDS_FOR_LAST_WORDS = 20.0
 """The disk of the log may be what hangs."""
 
@@ -175,9 +176,9 @@ class Watchdog(Hook):
                 try:
                     self._last_words(silence.seconds)
                     kill_workers()
-                    failures.tell(EXIT_CODE, f"it has not moved for {silence.seconds:.0f} s")
+                    failures.tell(Exit.AGAIN, f"it has not moved for {silence.seconds:.0f} s")
                 finally:
-                    self._leave(EXIT_CODE)
+                    self._leave(Exit.AGAIN)
                 return
 
     def _last_words(self, seconds: float) -> None:
@@ -215,7 +216,7 @@ class Watchdog(Hook):
             self._quiet,
             self._where,
             standpoint(frames[self._training]) if self._training in frames else "it has ended",
-            EXIT_CODE,
+            Exit.AGAIN,
         )
         log.error("stacks of all threads:\n%s", stacks(frames), extra=FILE_ONLY)
 
@@ -236,7 +237,7 @@ class Watchdog(Hook):
     def _write_status(self) -> None:
         # Every rank that can: rank 0 may be the one that hangs.
         if self._owned():
-            write_status(self._folder, HUNG, owned=self._owned, start=self._start)
+            write_status(self._folder, HUNG, start=self._start)
 
 
 def standpoint(frame: FrameType) -> str:

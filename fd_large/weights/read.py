@@ -36,7 +36,8 @@ _FOLDER_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _INDEX = ".index.json"
-_DTYPES = {
+# By their names in safetensors.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -98,7 +99,7 @@ class Tensors(Mapping[str, Tensor]):
         """Returns a tensor's type without reading it; a type that torch lacks by its name."""
         entry = self._entries[name]
         if isinstance(entry, _Slice):
-            return _DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
+            return DTYPES.get(entry.header().get_dtype(), entry.header().get_dtype())
         return entry.dtype
 
     def under(self, names: Mapping[str, str]) -> Tensors:

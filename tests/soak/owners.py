@@ -45,7 +45,7 @@ class Soak:
     Args:
         folder: For pictures and runs.
         updates: Steps of the run.
-        seed: Of the moments.
+        seed: Seed of the random moments.
     """
 
     def __init__(self, folder: Path, updates: int, seed: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fd_large import failures
-from fd_large.failures import LOST, Watch, write_exit_file
+from fd_large.errors import Exit
+from fd_large.failures import Watch, write_exit_file
 
 
 class Store:
@@ -100,7 +101,7 @@ def test_the_first_failure_ends_all_others_with_its_reason(
     ranks.watches[2].stop(2, "data.root: damaged.")
     # A consequence: it is not what the others hear.
     ranks.watches[1].stop(1, "lost a peer")
-    assert ranks.ended() == {0: LOST, 3: LOST}
+    assert ranks.ended() == {0: Exit.LOST, 3: Exit.LOST}
     assert "rank 0 ends, since rank 2 has failed (exit code 2): data.root: damaged." in caplog.text
     assert "rank 3 ends, since rank 2 has failed" in caplog.text
 
@@ -146,7 +147,7 @@ def test_the_loss_of_the_store_is_the_loss_of_rank_0(caplog: pytest.LogCaptureFi
     ranks.watches[0]._over.set()  # It holds the store.
     ranks.start()
     ranks.store.gone = True
-    assert ranks.ended() == {1: LOST, 2: LOST}
+    assert ranks.ended() == {1: Exit.LOST, 2: Exit.LOST}
     assert "rank 1 ends, since rank 0 has failed (exit code 1): it, or the node that" in caplog.text
 
 
@@ -203,7 +204,7 @@ def test_a_rank_of_this_node_that_was_killed_is_missed(caplog: pytest.LogCapture
     ranks.start()
     until(lambda: ranks.watches[0]._neighbours[7])
     child.kill()
-    assert ranks.ended() == {0: LOST, 1: LOST}
+    assert ranks.ended() == {0: Exit.LOST, 1: Exit.LOST}
     # Rank 1, of another node, hears it from rank 0.
     assert "rank 1 ends, since rank 7 has failed (exit code 1): it was killed" in caplog.text
     child.wait()
@@ -216,7 +217,7 @@ def test_a_rank_that_was_killed_before_it_was_looked_at_is_missed() -> None:
     child.wait()
     ranks = Ranks(2, {0: [7]})
     ranks.store.set("process/7", json.dumps([*failures._this_process()[:-1], child.pid]))
-    assert ranks.start().ended() == {0: LOST, 1: LOST}
+    assert ranks.start().ended() == {0: Exit.LOST, 1: Exit.LOST}
 
 
 def test_processes_of_another_container_are_not_looked_at() -> None:
@@ -246,7 +247,7 @@ def test_a_disk_that_hangs_keeps_no_rank_from_telling_the_others(monkeypatch) ->
     monkeypatch.setattr(failures, "_leaver", None)
     failures.tell(2, "x")
     assert not answers.is_set()
-    until(lambda: ranks.left == {0: LOST})
+    until(lambda: ranks.left == {0: Exit.LOST})
     answers.set()
 
 
@@ -267,5 +268,5 @@ def test_the_reason_is_told_before_a_rank_ends(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(failures, "last_words", [told.append])
     ranks = Ranks(2).start()
     ranks.watches[1].stop(2, "out of memory")
-    assert ranks.ended() == {0: LOST}
+    assert ranks.ended() == {0: Exit.LOST}
     assert told == ["rank 1 has failed (exit code 2): out of memory"]

@@ -23,6 +23,7 @@ FLOORS = {
     "launch": 0,
     "watch": 0,
     "failures": 0,
+    "processes": 0,
     "distributed": 0,
     "meeting": 0,
     "kernels": 0,
@@ -54,7 +55,7 @@ SEE_A_RUN = (
     "tasks/jobs.py",
     "tasks/*/job.py",
 )
-FOR_ALL = {"errors", "distributed", "meeting", "atomic_files", "doors", "failures"}
+FOR_ALL = {"errors", "distributed", "meeting", "atomic_files", "doors", "failures", "processes"}
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
     "apex": ("kernels", "engine/zero"),
@@ -69,6 +70,7 @@ WITHOUT_TORCH = {
     "launch",
     "watch",
     "failures",
+    "processes",
     "report",
     "cli",
 }

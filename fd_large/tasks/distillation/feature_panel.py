@@ -31,12 +31,9 @@ class FeaturePanel(Hook):
             panel: images (n, S, S, 3) uint8; teacher (n, h, w, C) float32, whitened; student of the
                 same shape and type, projected. Only rank 0's is used.
         """
-        if not distributed.is_main():
-            return
-        folder = self._setting.folder / "pictures"
-        with written_or_logged(folder):
-            self._setting.must_own()
-            write_panel(folder / f"features_{'after' if index else 'before'}.npz", index, panel)
+        if distributed.is_main() and self._setting.owned():
+            name = f"features_{'after' if index else 'before'}.npz"
+            write_panel(self._setting.folder / "pictures" / name, index, panel)
 
 
 def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None:
@@ -48,11 +45,11 @@ def write_panel(path: Path, index: int, panel: dict[str, numpy.ndarray]) -> None
     assert len(teacher) == len(images)
     with written_or_logged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with written_or_logged(path), replacing(path) as aside, aside.open("wb") as file:
-        numpy.savez_compressed(
-            file,
-            images=images,
-            teacher=teacher.astype(numpy.float32),
-            student=student.astype(numpy.float32),
-            update=numpy.int64(index),
-        )
+        with replacing(path) as aside, aside.open("wb") as file:
+            numpy.savez_compressed(
+                file,
+                images=images,
+                teacher=teacher.astype(numpy.float32),
+                student=student.astype(numpy.float32),
+                update=numpy.int64(index),
+            )

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from fd_large import processes
 from fd_large.checkpoint import lease as leases
+from fd_large.checkpoint import owner as owners
 from fd_large.checkpoint.lease import OWNER, Lease, OwnedError, claim, living_owner
+from fd_large.checkpoint.owner import Owner
 
 ELSEWHERE = {"boot": "another machine", "host": "n7", "pid": 4242}
 # Claims, says what came of it, and owns until its input ends.
@@ -62,7 +65,7 @@ for number in range(60):
     here = folder / str(number)
     here.mkdir(parents=True)
     if number % 3:
-        dead = replace(lease._this_process(), start="dead", pid=2**22)
+        dead = replace(lease.Owner.here(), start="dead", pid=2**22)
         (here / lease.OWNER).write_text(json.dumps(asdict(dead)))
     if number % 3 == 2:
         dead = replace(dead, start="died while it took over")
@@ -117,7 +120,7 @@ def process(folder):
 def leave_owner(folder, *, silent=0.0, **facts):
     """An owner.json of a start that this process is not; returns the start."""
     folder.mkdir(parents=True, exist_ok=True)
-    owner = replace(leases._this_process(), start="before", **facts)
+    owner = replace(Owner.here(), start="before", **facts)
     (folder / OWNER).write_text(json.dumps(asdict(owner)))
     beat = time.time() - silent
     os.utime(folder / OWNER, (beat, beat))
@@ -134,7 +137,7 @@ def test_a_second_start_is_refused_and_told_who_owns_it(folder, process):
     with pytest.raises(OwnedError) as refused:
         claim(folder)
     said = str(refused.value)
-    for part in (f"process {first.pid}", leases._this_process().host, f"kill {first.pid}", "stop"):
+    for part in (f"process {first.pid}", Owner.here().host, f"kill {first.pid}", "stop"):
         assert part in said
     assert files(folder) == [OWNER]
     assert living_owner(folder).start == start
@@ -163,7 +166,7 @@ def test_the_folder_of_a_dead_process_is_taken_over_at_once(number, folder, proc
     first.stdout.readline()
     # Not waited for: a zombie is dead.
     first.send_signal(number)
-    while leases._started(first.pid) is not None:
+    while processes.started(first.pid) is not None:
         time.sleep(0.01)
     held = claim(folder)
     assert f"process {first.pid} has ended" in held.taken_over
@@ -173,10 +176,10 @@ def test_the_folder_of_a_dead_process_is_taken_over_at_once(number, folder, proc
 
 def test_another_process_of_the_same_number_is_not_the_owner(folder):
     pid = os.getppid()
-    leave_owner(folder, pid=pid, pid_started=leases._started(pid))
+    leave_owner(folder, pid=pid, pid_started=processes.started(pid))
     with pytest.raises(OwnedError):
         claim(folder)
-    leave_owner(folder, pid=pid, pid_started=leases._started(pid) - 1)
+    leave_owner(folder, pid=pid, pid_started=processes.started(pid) - 1)
     claim(folder).release()
 
 
@@ -258,7 +261,7 @@ def test_what_slurm_knows_of_the_owner(owner, own, answer, taken, folder, tmp_pa
 
 def test_a_job_that_slurm_has_suspended_is_alive(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    monkeypatch.setattr(leases, "_state_in_slurm", lambda job: "SUSPENDED")
+    monkeypatch.setattr(owners, "_state", lambda job: "SUSPENDED")
     leave_owner(folder, **ELSEWHERE, job="7", silent=1e6)
     with pytest.raises(OwnedError, match="Slurm job 7"):
         claim(folder)
@@ -267,7 +270,7 @@ def test_a_job_that_slurm_has_suspended_is_alive(folder, monkeypatch):
 def test_slurm_is_asked_seldom_while_an_owner_leaves(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     asked, slept = [], []
-    monkeypatch.setattr(leases, "_state_in_slurm", lambda job: asked.append(job) or "RUNNING")
+    monkeypatch.setattr(owners, "_state", lambda job: asked.append(job) or "RUNNING")
 
     def sleep(seconds):
         slept.append(seconds)
@@ -296,7 +299,7 @@ def test_a_taker_that_finds_out_late_undoes_nothing(folder, tmp_path):
     leave_owner(folder, pid=2**22)
     held = claim(folder)
     late = tmp_path / "late"
-    late.write_text(json.dumps(asdict(leases._this_process())))
+    late.write_text(json.dumps(asdict(Owner.here())))
     assert not leases._succeed(folder, ["before"], "late", late)
     assert held.owned()
     assert files(folder) == [OWNER]
@@ -305,7 +308,7 @@ def test_a_taker_that_finds_out_late_undoes_nothing(folder, tmp_path):
 
 def test_who_dies_while_it_takes_over_is_followed(folder):
     leave_owner(folder, pid=2**22)
-    owner = replace(leases._this_process(), start="half way", pid=2**22 + 1)
+    owner = replace(Owner.here(), start="half way", pid=2**22 + 1)
     (folder / "owner.before.next").write_text(json.dumps(asdict(owner)))
     held = claim(folder)
     assert "process 4194305 has ended" in held.taken_over

@@ -52,15 +52,22 @@ def test_blocks_may_be_nested_and_left_by_an_error(capfd):
     assert capfd.readouterr().err == "kept\noutside\n"
 
 
-def test_a_forked_child_has_its_own(capfd):
-    with suppress_stderr():
-        os.write(2, NOISE)
+def in_a_child(said: bytes, *, ends_inside: bool = False) -> None:
+    """Lets a forked child say something, and end within the block or after it."""
     child = os.fork()
     if child == 0:
         with suppress_stderr():
-            os.write(2, NOISE + b"child\n")
+            os.write(2, NOISE + said)
+            if ends_inside:
+                os._exit(134)
         os._exit(0)
     os.waitpid(child, 0)
+
+
+def test_a_forked_child_has_its_own(capfd):
+    with suppress_stderr():
+        os.write(2, NOISE)
+    in_a_child(b"child\n")
     with suppress_stderr():
         os.write(2, b"parent\n")
     assert capfd.readouterr().err == "child\nparent\n"
@@ -74,12 +81,7 @@ def test_last_words_of_a_process_that_trains_are_not_kept_in_memory(capfd, monke
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     if where == "a loading process of several":
         monkeypatch.setattr("fd_large.data.suppress_stderr.get_worker_info", lambda: "worker 0")
-    child = os.fork()
-    if child == 0:
-        with suppress_stderr():
-            os.write(2, NOISE + b"NCCL WARN\n")
-            os._exit(134)
-    os.waitpid(child, 0)
+    in_a_child(b"NCCL WARN\n", ends_inside=True)
     in_training = where != "a loading process of several"
     assert ("NCCL WARN" in capfd.readouterr().err) == in_training
 

@@ -164,10 +164,10 @@ def test_an_error_ends_a_run_with_a_summary_too(make_setting, run_updates, rows,
 def test_the_rank_that_failed_first_knows_why(make_setting, run_updates, tmp_path, summary):
     meter = Meter()
     run_updates([meter], make_setting(start="this"), 2, end=None)
-    write_status(tmp_path, "failed", owned=lambda: True, start="this", reason="out of memory")
+    write_status(tmp_path, "failed", start="this", reason="out of memory")
     meter.on_failure("failed", "another rank has ended")
     assert summary()["reason"] == "out of memory"
-    write_status(tmp_path, "hung", owned=lambda: True, start="this")
+    write_status(tmp_path, "hung", start="this")
     meter.on_failure("failed", "another rank has ended")
     assert summary()["status"] == "hung"
 

@@ -152,7 +152,7 @@ from fd_large.runtime.run_folder import write_status
 
 preemption.SAME_PRESS_SECONDS = 0.3
 hook = preemption.Preemption(
-    120.0, write_status=lambda status: write_status(Path(sys.argv[1]), status, owned=lambda: True)
+    120.0, write_status=lambda status: write_status(Path(sys.argv[1]), status)
 )
 hook.on_start(Setting(
     folder=Path(sys.argv[1]), facts={}, first_update=0, total_updates=1, global_batch_size=1,

@@ -14,7 +14,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Runtime
 from fd_large.runtime import watchdog as module
 from fd_large.runtime.hooks import Update
-from fd_large.runtime.watchdog import EXIT_CODE, Silence, Watchdog
+from fd_large.runtime.watchdog import Silence, Watchdog
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_standstill_leaves_stacks_a_status_and_75(make_dog, tmp_path, caplog, 
     dog.beat()
     dog.after_update(Update(3, 10, 0, 1.0, 1.0, 1e-3))
     assert ended.wait(60)
-    assert left == [EXIT_CODE]
+    assert left == [75]
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "updates": 3,
         "status": "hung",
@@ -98,7 +98,7 @@ def test_a_start_may_take_longer_than_a_step_and_is_watched_too(make_dog, tmp_pa
     # Hung while models are built; the folder may still be another's.
     _, left, ended = make_dog(seconds=0.1, start_seconds=0.3, begins=False, owned=False)
     assert ended.wait(60)
-    assert left == [EXIT_CODE]
+    assert left == [75]
     assert "before its first step" in caplog.text
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "status": "hung",
@@ -151,7 +151,7 @@ def test_a_log_that_hangs_does_not_hold_the_end_up(make_dog, tmp_path, monkeypat
     try:
         _, left, ended = make_dog()
         assert ended.wait(60)
-        assert left == [EXIT_CODE]
+        assert left == [75]
         assert json.loads((tmp_path / "summary.json").read_text()) == {
             "status": "hung",
             "start": "this",

@@ -1,0 +1,150 @@
+"""Who owns a run's folder, and whether it can still be alive. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, fields
+from uuid import uuid4
+
+from fd_large import processes
+
+SLURM_SECONDS = 30.0
+"""How long Slurm may take to answer, and how long its answer is believed."""
+# What Slurm calls a job that it has stopped for now: it is silent, and goes on later.
+ASLEEP = {"SUSPENDED", "STOPPED"}
+# What Slurm calls a job that runs or may still have processes.
+_ALIVE = {"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING"} | ASLEEP
+_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """A start of a run, as owner.json holds it.
+
+    Attributes:
+        start: Id of the start.
+        host: Name of rank 0's machine.
+        boot: Id of that machine's boot; empty where the system has none.
+        pid_namespace: Namespace in which `pid` counts; containers may have their own.
+        pid: Rank 0's process.
+        pid_started: When that process started, in ticks since the boot.
+        cluster: Name of the Slurm cluster, empty outside.
+        job: Number of the Slurm job, empty outside.
+        restarts: How often Slurm has restarted that job.
+        since: When the start began, by rank 0's clock.
+    """
+
+    start: str
+    host: str = ""
+    boot: str = ""
+    pid_namespace: str = ""
+    pid: int = 0
+    pid_started: int = 0
+    cluster: str = ""
+    job: str = ""
+    restarts: int = 0
+    since: str = ""
+
+    @classmethod
+    def here(cls) -> Owner:
+        """Returns this process as the owner of a new start."""
+        return cls(
+            start=uuid4().hex,
+            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            boot=processes.kernel(),
+            pid_namespace=processes.namespace(),
+            pid=os.getpid(),
+            pid_started=processes.started(os.getpid()) or 0,
+            cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Owner:
+        """Returns an owner from its file; one of no known start where the file is not whole."""
+        try:
+            found = json.loads(text)
+            kinds = {field.name: type(field.default) for field in fields(cls)} | {"start": str}
+            return cls(**{name: kind(found[name]) for name, kind in kinds.items() if name in found})
+        except (ValueError, TypeError, KeyError):
+            return cls(start="unknown", since="an unknown time")
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"host {self.host}, process {self.pid}{job}, since {self.since}"
+
+    @property
+    def is_near(self) -> bool:
+        """Whether its process number means the same here: same boot, same namespace."""
+        here = processes.kernel(), processes.namespace()
+        return bool(self.boot) and (self.boot, self.pid_namespace) == here
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether this process can see whether its process has ended."""
+        return self.is_near and processes.started(self.pid) != processes.HIDDEN
+
+    def why_dead(self, own: Owner) -> str:
+        """Returns why it cannot be alive, as far as this process knows; empty where it may be."""
+        same_job = self.job and (self.cluster, self.job) == (own.cluster, own.job)
+        if same_job and self.restarts < own.restarts:
+            return f"Slurm has restarted job {self.job} since"
+        if self.is_near:
+            if self.pid == own.pid:
+                return "it was this process"
+            if processes.started(self.pid) not in (processes.HIDDEN, self.pid_started):
+                return f"process {self.pid} has ended"
+        return ""
+
+
+class Slurm:
+    """What Slurm says of other owners' jobs.
+
+    It is asked seldom: a start that waits must not keep the controller busy.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, str]] = {}
+
+    def state(self, owner: Owner, own: Owner) -> str:
+        """Returns its word for an owner's job; empty where it says nothing, or no more than we see.
+
+        Args:
+            owner: The owner.
+            own: This process.
+        """
+        known = owner.job and owner.cluster == own.cluster
+        if not known or owner.is_near or owner.job == own.job:
+            return ""
+        asked, said = self._said.get(owner.job, (-math.inf, ""))
+        if time.monotonic() - asked >= SLURM_SECONDS:
+            said = _state(owner.job)
+            self._said[owner.job] = time.monotonic(), said
+        return said
+
+    def why_dead(self, owner: Owner, own: Owner) -> str:
+        """Returns why an owner cannot be alive, as far as Slurm knows; empty where it may be."""
+        state = self.state(owner, own)
+        if state == _UNKNOWN:
+            return f"Slurm no longer knows job {owner.job}"
+        return f"Slurm calls job {owner.job} {state}" if state and state not in _ALIVE else ""
+
+
+def _state(job: str) -> str:
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if "Invalid job id" in shown.stderr:
+        return _UNKNOWN
+    state = re.search(r"\bJobState=(\w+)", shown.stdout)
+    return state[1] if state else ""

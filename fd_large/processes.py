@@ -1,0 +1,86 @@
+"""Processes of this machine as the kernel shows them, and calls that may hang. No torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+HIDDEN = -1
+"""When a process started that this user may not look at."""
+
+
+class Status(NamedTuple):
+    """A process, from proc(5).
+
+    Attributes:
+        state: One letter.
+        parent: Its parent process.
+        group: Its process group.
+        started: When it started, in ticks since the boot.
+    """
+
+    state: str
+    parent: int
+    group: int
+    started: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, and only its parent does not know yet."""
+        return self.state in "ZX"
+
+
+def status(pid: int) -> Status | None:
+    """Returns a process; None where it is gone, or hidden."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name before them may hold blanks and parentheses.
+    state, *more = text[text.rindex(")") + 1 :].split()
+    return Status(state, int(more[0]), int(more[1]), int(more[18]))
+
+
+def started(pid: int) -> int | None:
+    """Returns when a process started, in ticks since the boot; None for one that has ended."""
+    found = status(pid)
+    if found is None:
+        # /proc may be mounted so that it shows nothing of other users' processes.
+        return HIDDEN if _is_another_users(pid) else None
+    return None if found.has_ended else found.started
+
+
+def kernel() -> str:
+    """Returns the id of this machine's boot; empty where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def namespace() -> str:
+    """Returns the namespace in which process numbers count; containers may have their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def briefly(call: Callable[..., object], *arguments: object, seconds: float) -> None:
+    """Calls what may hang, such as a disk, and waits for it no longer than so many seconds."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _is_another_users(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -1,0 +1,65 @@
+"""What the kernel shows of processes, and calls that hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+from fd_large import processes
+from fd_large.processes import HIDDEN, briefly, started, status
+
+
+def test_a_process_and_its_parent() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        found = status(child.pid)
+        assert found is not None
+        assert (found.parent, found.group) == (os.getpid(), os.getpgid(child.pid))
+        assert not found.has_ended
+        assert started(child.pid) == found.started >= (started(os.getpid()) or 0)
+    finally:
+        child.communicate()
+    assert status(child.pid) is None
+    assert started(child.pid) is None
+
+
+def test_a_process_that_its_parent_has_not_asked_about_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    found = status(child.pid)
+    assert found is not None
+    assert found.has_ended
+    assert started(child.pid) is None
+    child.wait()
+
+
+def test_a_name_with_blanks_and_parentheses(tmp_path) -> None:
+    odd = tmp_path / "a ) b"
+    odd.symlink_to(sys.executable)
+    child = subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        found = status(child.pid)
+        assert found is not None
+        assert found.parent == os.getpid()
+    finally:
+        child.communicate()
+
+
+def test_a_process_of_another_user_may_be_hidden(monkeypatch) -> None:
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(processes, "status", lambda pid: None)
+    monkeypatch.setattr(os, "kill", refused)
+    assert started(1) == HIDDEN
+
+
+def test_a_call_that_hangs_is_left_behind() -> None:
+    goes_on, done = threading.Event(), []
+    briefly(goes_on.wait, 60, seconds=0.05)
+    assert not goes_on.is_set()
+    goes_on.set()
+    briefly(done.append, 1, seconds=60)
+    assert done == [1]
