@@ -7,6 +7,7 @@ so that the ranks of a host share one copy in its page cache.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import warnings
@@ -36,6 +37,8 @@ _FOLDER_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _INDEX = ".index.json"
+# Bounds of the JSON that comes with weights. The largest published indices have 10 MB.
+_JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
 # By their names in safetensors.
 DTYPES = {
     "F64": torch.float64,
@@ -106,6 +109,44 @@ class Tensors(Mapping[str, Tensor]):
         """Returns some of the tensors under other names: {new name: old name}."""
         entries = {new: self._entries[old] for new, old in names.items()}
         return Tensors(entries, self.path, self.wrapping)
+
+
+def read_json(path: Path, *, where: str = "weights") -> Any:
+    """Reads JSON that comes from elsewhere, within bounds of time and memory.
+
+    Args:
+        path: A configuration of at most 4 MB, or an index (`*.index.json`) of at most 64 MB.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if it is larger, no JSON, nested too deeply, or holds NaN or infinity.
+    """
+    most = _INDEX_BYTES if path.name.endswith(_INDEX) else _JSON_BYTES
+    try:
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"more than {most >> 20} MB")
+        if sum(map(text.count, (b",", b"[", b"{"))) > _JSON_VALUES:
+            raise ValueError(f"more than {_JSON_VALUES:,} values")
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError as error:
+        raise _not_json(path, "nested too deeply", where) from error
+    except (ValueError, OSError) as error:
+        raise _not_json(path, str(error), where) from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} for a number")
+    return number
+
+
+def _not_json(path: Path, got: str, where: str) -> WeightsError:
+    return WeightsError(
+        f"{where}: {path}: damaged or not JSON; got {got}, expected a configuration or an index "
+        "of weights with finite numbers. Fetch the file again, or move it away."
+    )
 
 
 def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]:
@@ -230,7 +271,7 @@ def _safetensors(path: Path) -> dict[str, _Slice]:
 def _sharded(path: Path, where: str) -> dict[str, Any]:
     """All tensors of the files that an index names."""
     try:
-        index = json.loads(path.read_text())["weight_map"]
+        index = read_json(path, where=where)["weight_map"]
         files = sorted(set(map(str, index.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error, where) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.read import read_json
 
 # Our own exports write their architecture under this key.
 OWN = "fd_large"
@@ -145,13 +145,7 @@ def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
 def _json(path: Path, where: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(
-            f"{where}: {path}: not JSON; got {error}, expected a configuration of the weights. "
-            "Mend the file, or move it away."
-        ) from error
+    found = read_json(path, where=where)
     return found if isinstance(found, dict) else {}
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fd_large.errors import WeightsError
-from fd_large.weights.read import _Passive, read, split_part, unwrap
+from fd_large.weights.read import _Passive, read, read_json, split_part, unwrap
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
@@ -280,3 +280,31 @@ def test_index_whose_file_names_are_numbers(tmp_path):
     path.write_text(json.dumps({"weight_map": {"a": 1, "b": "x.safetensors"}}))
     with pytest.raises(WeightsError, match="one of its files is missing"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": NaN}', "NaN for a number"),
+        ('{"a": -Infinity}', "-Infinity for a number"),
+        ('{"a": 1e999}', "1e999 for a number"),
+        ('{"a": ' + "9" * 5000 + "}", "digits"),
+        ("[" + "0," * 1_000_001 + "0]", "more than 1,000,000 values"),
+        ('"' + "a" * (4 << 20) + '"', "more than 4 MB"),
+        ("\xff", "decode"),
+        ("{", "Expecting"),
+    ],
+    ids=["deep", "nan", "infinity", "overflow", "digits", "values", "large", "bytes", "cut"],
+)
+def test_json_from_elsewhere_is_read_within_bounds(tmp_path, text, got):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(WeightsError, match=rf"config\.json: damaged or not JSON; got .*{got}"):
+        read_json(path)
+
+
+def test_an_index_may_be_larger_than_a_configuration(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps("a" * (4 << 20)))
+    assert len(read_json(path)) == 4 << 20

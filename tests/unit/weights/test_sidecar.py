@@ -55,7 +55,7 @@ def test_a_damaged_config_is_named(tmp_path):
     )
     write(net.state_dict().items(), architecture, "fd", tmp_path / "net")
     (tmp_path / "net" / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config\.json: not JSON"):
+    with pytest.raises(WeightsError, match=r"config\.json: damaged or not JSON"):
         Sources().open(tmp_path / "net")
     bad = {"fd_large": {"architecture": {"colour": 1}}}
     (tmp_path / "net" / "config.json").write_text(json.dumps(bad))
