@@ -193,6 +193,9 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/owners.json"))
     arguments = parser.parse_args()
+    # What a shell's `&` or nohup ignores, the ranks would ignore as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     begin = time.monotonic()
     updates = 12 * (arguments.doubles + arguments.interrupts + arguments.hangups)
     with tempfile.TemporaryDirectory() as scratch:

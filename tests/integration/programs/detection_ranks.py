@@ -153,9 +153,9 @@ def main(folder: Path, batches: int) -> None:
     alone = {name: losses_of_one_process(run) for name, run in beside.items()}
     distributed.start()
     start.start()
-    result: dict[str, Any] = {
-        name: {"alone": alone[name], "together": losses_of_ranks(run)} for name, run in beside.items()
-    }
+    result: dict[str, Any] = {}
+    for name, run in beside.items():
+        result[name] = {"alone": alone[name], "together": losses_of_ranks(run)}
     result["random"] = random_batches(runs[SWIN], batches)
     write_result(folder, result)
     distributed.barrier()
