@@ -89,6 +89,8 @@ class Family:
             whose files have no common names.
         facts_of: Returns what is known of the published weights of a model that has no name.
         scheme: Weights that come with the name of one of its models; None if there are none.
+        of_config: Returns the model that a library's `config.json` names, which is None for another
+            family's; given what was read and what the user set. None: no such file names one.
     """
 
     architecture: type[FamilyArchitecture]
@@ -98,3 +100,4 @@ class Family:
     matched: Callable[[Any, Shapes, str], Matched] | None = None
     facts_of: Callable[[Any], WeightFacts | None] = lambda architecture: None
     scheme: Scheme | None = None
+    of_config: Callable[[Mapping[str, Any], str], Architecture | None] | None = None

@@ -20,12 +20,14 @@ from fd_large.recipes.architectures import (
     by_name,
     field_names,
     filled,
+    name_of,
     overrides,
     resolve,
     whole,
 )
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.sections import AUTO, FrozenModel, Student
+from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights, other_model
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         return section
     if own := sources.own(section.source, where=where):
         return _of_own(section, own)
+    if told := sources.described(section.source, where=where):
+        return _of_library(section, told, where)
     if _tells_nothing(section):
         return section
     # A family alone names no model: its fields are all the user's, or a settled run's.
@@ -93,6 +97,40 @@ def _of_own(section: FrozenModel, own: Stored) -> FrozenModel:
         source=str(own.path),
         architecture=filled(section.architecture, overrides(own.architecture)),
         statistics=section.statistics or _numbers(own.statistics),
+    )
+
+
+def _of_library(section: FrozenModel, told: Described, where: str) -> FrozenModel:
+    """The section of a library's model, which its folder describes.
+
+    Raises: WeightsError: if the user named another model.
+    """
+    described = resolve(told.family.architecture.family, told.architecture)
+    architecture = filled(section.architecture, told.architecture)
+    if section.model != AUTO:
+        wanted = resolve(section.model, section.architecture)
+        if (type(wanted), wanted.own_name) != (type(described), described.own_name):
+            raise WeightsError(
+                f"{where}: {section.source}: not the model of the run; its config.json says "
+                f"{name_of(described)}, expected {name_of(wanted)} (model {section.model}). Set "
+                f"{where.removesuffix('.source')}.model auto to take the model of the folder."
+            )
+    statistics = told.statistics
+    if statistics is None and not section.statistics:
+        facts = told.family.facts_of(described)
+        statistics = facts.statistics if facts else None
+        log.warning(
+            "%s: the folder of %s does not state its image statistics: those of the published "
+            "model are used (%s.statistics)",
+            where,
+            name_of(described),
+            where.removesuffix(".source"),
+        )
+    return replace(
+        section,
+        model=described.family,
+        architecture=architecture,
+        statistics=section.statistics or _numbers(statistics),
     )
 
 

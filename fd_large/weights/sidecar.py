@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fd_large.backbones.family import Family
 from fd_large.backbones.published import Published
+from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
@@ -17,6 +23,7 @@ from fd_large.weights.read import read_json
 
 # Our own exports write their architecture under this key.
 OWN = "fd_large"
+_FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
 
 
 class Sidecar(NamedTuple):
@@ -46,31 +53,124 @@ def read_sidecar(path: Path, published: Published, library: str, where: str) -> 
 
     Raises: WeightsError: if it is damaged, or describes something that no model here has.
     """
-    try:
+    with _plain_errors(path.parent, where):
         return _read(path.parent, published, library, where)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(
-            f"{where}: the configuration beside {path}: not what its format has; got "
-            f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
-            "again, or move it away and set --teacher.architecture.*."
-        ) from error
 
 
 def _read(folder: Path, published: Published, library: str, where: str) -> Sidecar:
     if own := read_own(folder, where):
         return own
     config = _json(folder / "config.json", where)
-    if library == "hf" and (stated := published.configs["hf"](config, where)) is not None:
-        preprocessing = _json(folder / "preprocessor_config.json", where)
-        return Sidecar(stated, _statistics(preprocessing, "image_mean", "image_std"))
-    if "architecture" in config and "pretrained_cfg" in config:
-        stated = described(published, "timm", config, where)
-        return Sidecar(stated, _statistics(config["pretrained_cfg"]))
+    said = _library_of(config)
+    if said == "timm" or (said and said == library):
+        reader = _family_that_reads(config, where)
+        if reader is None or reader.published is not published:
+            raise WeightsError(
+                f"{where}: {folder / 'config.json'}: another model than one with these names of "
+                f"tensors; got {_called(config)}, expected the model of the file. --teacher.model "
+                "auto takes the model of the folder as a teacher; --student.model timm:NAME is a "
+                "student of timm. If the file does not belong there, move it away."
+            )
+        stated = _stated(published, said, config, where) or Architecture()
+        return Sidecar(stated, _statistics_of(folder, config, where))
     config = _json(folder / "open_clip_config.json", where)
     if library == "open_clip" and "model_cfg" in config:
         stated = described(published, "open_clip", config["model_cfg"], where)
         return Sidecar(stated, _statistics(config.get("preprocess_cfg", {})))
     return Sidecar(Architecture(), None)
+
+
+class Described(NamedTuple):
+    """A model of a library's that a configuration names, and that no family here reads by names.
+
+    Attributes:
+        architecture: What the configuration says of it.
+        statistics: None where it does not state them.
+        family: The family that builds it.
+    """
+
+    architecture: Architecture
+    statistics: Statistics | None
+    family: Family
+
+
+def read_library(path: Path, where: str) -> Described | None:
+    """Reads which library's model a folder is by its config.json; None for models read by names.
+
+    Args:
+        path: The folder, or a weights file in it as libraries write them.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: if the configuration is damaged, or names a model that nothing here reads.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.suffix not in _FILES_OF_LIBRARIES:
+        return None
+    config = _json(folder / "config.json", where)
+    if OWN in config or not _library_of(config):
+        return None
+    with _plain_errors(folder, where):
+        if _family_that_reads(config, where):
+            return None
+        for family in FAMILIES.values():
+            if family.of_config and (found := family.of_config(config, where)) is not None:
+                return Described(found, _statistics_of(folder, config, where), family)
+    raise WeightsError(
+        f"{where}: {folder / 'config.json'}: a model that nothing here reads; got "
+        f"{_called(config)}, expected one that docs/weights.md lists. If timm has this model, set "
+        "--teacher.source timm:NAME."
+    )
+
+
+@contextmanager
+def _plain_errors(folder: Path, where: str) -> Iterator[None]:
+    """Says in one sentence what is wrong in a configuration."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{where}: the configuration in {folder}: not what its format has; got "
+            f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
+            "again, or move it away and set --teacher.architecture.*."
+        ) from error
+
+
+def _library_of(config: dict[str, Any]) -> str:
+    """The library whose configuration this is; "" if it is no library's."""
+    if isinstance(config.get("architecture"), str):
+        return "timm"
+    return "hf" if isinstance(config.get("model_type"), str) else ""
+
+
+def _called(config: dict[str, Any]) -> str:
+    if _library_of(config) == "timm":
+        return f"timm's {config['architecture'][:100]!r}"
+    return f"transformers' {config['model_type'][:100]!r}"
+
+
+def _family_that_reads(config: dict[str, Any], where: str) -> Family | None:
+    """The family whose published names the model of a configuration has."""
+    library = _library_of(config)
+    for family in FAMILIES.values():
+        if family.published and _stated(family.published, library, config, where) is not None:
+            return family
+    return None
+
+
+def _stated(published: Published, library: str, config: Any, where: str) -> Architecture | None:
+    """What a configuration says of a model; None where it describes another family's."""
+    reader = published.configs.get(library)
+    if library == "timm" and isinstance(config, dict):
+        config = _timm_module(config, where)
+    return None if reader is None or config is None else reader(config, where)
+
+
+def _statistics_of(folder: Path, config: dict[str, Any], where: str) -> Statistics | None:
+    if _library_of(config) == "timm":
+        # Folders of old releases have these fields at the top.
+        return _statistics(config.get("pretrained_cfg", config))
+    preprocessing = _json(folder / "preprocessor_config.json", where)
+    return _statistics(preprocessing, "image_mean", "image_std")
 
 
 def read_own(folder: Path, where: str) -> Sidecar | None:
@@ -112,21 +212,76 @@ def described(published: Published, library: str, config: Any, where: str) -> Ar
         vision = config["vision_cfg"]
         stated = described(published, "timm", {"architecture": vision["timm_model_name"]}, where)
         return replace(stated, image_size=vision.get("image_size") or stated.image_size)
-    if library == "timm" and isinstance(config, dict):
-        config = _timm_module(config)
-    reader = published.configs.get(library)
-    stated = None if reader is None or config is None else reader(config, where)
-    return stated or Architecture()
+    return _stated(published, library, config, where) or Architecture()
 
 
-def _timm_module(config: dict[str, Any]) -> Any:
-    """The module of a timm configuration, without memory; None if timm has none of that name."""
+# What published folders set beside a model's name; nothing among them names a file or a download.
+_TIMM_ARGUMENTS = frozenset(
+    [
+        "act_layer",
+        "class_token",
+        "depth",
+        "depths",
+        "drop_path_rate",
+        "drop_rate",
+        "dynamic_img_size",
+        "embed_dim",
+        "fc_norm",
+        "global_pool",
+        "img_size",
+        "in_chans",
+        "init_values",
+        "mlp_ratio",
+        "no_embed_class",
+        "num_classes",
+        "num_heads",
+        "patch_size",
+        "pre_norm",
+        "pretrained_window_sizes",
+        "qkv_bias",
+        "reg_tokens",
+        "strict_img_size",
+        "use_abs_pos_emb",
+        "use_fc_norm",
+        "use_rel_pos_bias",
+        "use_shared_rel_pos_bias",
+        "window_size",
+    ]
+)
+
+
+def _timm_module(config: dict[str, Any], where: str) -> Any:
+    """The module of a timm configuration, without memory; None if timm has none of that name.
+
+    Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
+    """
+    arguments = config.get("model_args") or {}
+    if unknown := sorted(set(arguments) - _TIMM_ARGUMENTS):
+        raise WeightsError(
+            f"{where}: config.json: an argument of timm's models that is not passed on; got "
+            f"model_args {', '.join(unknown)[:200]}, expected some of "
+            f"{', '.join(sorted(_TIMM_ARGUMENTS))}. Remove it, or set --teacher.source timm:NAME."
+        )
+    text = json.dumps(arguments, sort_keys=True)
+    try:
+        return _made_by_timm(config["architecture"], text)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{where}: config.json: timm cannot make this model; got {first_line} for "
+            f"{_called(config)} with {text[:200]}, expected a folder as timm writes it. Fetch it "
+            "again."
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _made_by_timm(name: str, arguments: str) -> Any:
     import timm  # A second that other files are spared.
 
-    if not timm.is_model(config["architecture"]):
+    if not timm.is_model(name):
         return None
-    with torch.device("meta"):
-        return timm.create_model(config["architecture"], **config.get("model_args", {}))
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return timm.create_model(name, **json.loads(arguments))
 
 
 def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:

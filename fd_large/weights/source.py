@@ -28,6 +28,7 @@ from fd_large.backbones.translation import Piece, Pieces, Shape, Shapes, transla
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import (
     Architecture,
+    brings_model,
     filled,
     name_of,
     overrides,
@@ -37,9 +38,16 @@ from fd_large.recipes.architectures import (
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.formats import FORMATS, detect
-from fd_large.weights.locate import locate
+from fd_large.weights.locate import OPEN_CLIP, locate
 from fd_large.weights.read import Tensors, read, split_part
-from fd_large.weights.sidecar import Sidecar, described, read_own, read_sidecar
+from fd_large.weights.sidecar import (
+    Described,
+    Sidecar,
+    described,
+    read_library,
+    read_own,
+    read_sidecar,
+)
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +200,7 @@ class Sources:
         self._files: dict[str, Tensors] = {}
         self._own: dict[str, Stored | None] = {}
         self._read: dict[Path, Stored | None] = {}
+        self._described: dict[str, Described | None] = {}
 
     def open(self, source: str | Path, *, where: str = "weights") -> Weights:
         """Opens a source that ends in a file, finds its format, and what is known of its model.
@@ -276,6 +285,22 @@ class Sources:
                 self._own[str(found.path)] = found
         return self._own[source]
 
+    def described(self, source: str, *, where: str = "weights") -> Described | None:
+        """Returns a library's model that a folder says it is; None if names of tensors tell it.
+
+        Args:
+            source: A folder or a file in it, `hf:REPO`, or another source, which is none.
+            where: What the user set, for messages.
+
+        Raises: WeightsError: if its configuration names a model that nothing here reads.
+        """
+        if source not in self._described:
+            found = None
+            if not brings_model(source) and not source.startswith(OPEN_CLIP):
+                found = read_library(locate(source, where=where).path, where)
+            self._described[source] = found
+        return self._described[source]
+
     def statistics(
         self, source: str, architecture: FamilyArchitecture, *, where: str = "weights"
     ) -> Statistics | None:
@@ -313,6 +338,7 @@ class Sources:
         self._files.clear()
         self._own.clear()
         self._read.clear()
+        self._described.clear()
 
     def _stored(self, path: Path, where: str) -> Stored | None:
         # Once: a run that trains on must not show a start two checkpoints.

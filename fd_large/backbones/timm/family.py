@@ -24,6 +24,7 @@ TIMM = Family(
     build=_later("timm_backbone", "build"),
     matched=_later("published", "matched"),
     facts_of=_later("published", "facts_of"),
+    of_config=_later("published", "of_config"),
     exports={
         "timm": Export(
             names=lambda a: f"those of timm's {a.timm_name}",

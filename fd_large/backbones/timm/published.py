@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +22,7 @@ from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.backbones.timm.models import can_resize, create, size_arguments
 from fd_large.backbones.timm.timm_backbone import build
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
-from fd_large.errors import WeightsError
+from fd_large.errors import WeightsError, nearest
 from fd_large.recipes.architectures import Architecture
 
 _NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
@@ -143,6 +144,42 @@ def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, li
         stride = max(strides(name))
         notes.append(f"timm:{name}: the map at stride {stride}, its last")
     return Architecture(timm_name=name, feature_stride=stride), notes
+
+
+# Arguments of a model that change neither its map nor the names of its tensors.
+_HARMLESS = ("drop_path_rate", "drop_rate", "global_pool", "num_classes", "strict_img_size")
+
+
+def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
+    """Returns the model that the config.json of a folder of timm's names; None if it is no such.
+
+    Raises: WeightsError: if this release of timm does not have it, or it was made with other
+        arguments than timm's own.
+    """
+    name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
+    if not isinstance(name, str):
+        return None
+    if not timm.is_model(name):
+        raise WeightsError(
+            f"{where}: config.json: no such model in timm {timm.__version__}; got {name[:100]!r}, "
+            f"{nearest(name, timm.list_models())}. Install the release of timm that has it."
+        )
+    size = arguments.pop("img_size", 0)
+    sides = set(size if isinstance(size, list) else [size])
+    if arguments.get("in_chans") == 3:
+        arguments.pop("in_chans")
+    if other := sorted(set(arguments) - {*_HARMLESS}):
+        raise WeightsError(
+            f"{where}: config.json: a model that timm has no name for; got {name} with model_args "
+            f"{', '.join(other)[:200]}, expected timm's own arguments of {name}. Write the model "
+            "as a function of your own, and name it: module:PATH/TO/FILE.py:NAME."
+        )
+    if len(sides) != 1:
+        raise WeightsError(
+            f"{where}: config.json: images that are no squares; got img_size {size}, expected one "
+            "side. Use another model."
+        )
+    return Architecture(timm_name=name, feature_stride=0, image_size=sides.pop())
 
 
 def strides(name: str) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
 from fd_large.backbones.published import (
     Format,
     Published,
@@ -367,16 +369,40 @@ def _open_clip(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _timm(net: Any, where: str) -> Architecture | None:
-    """Reads a ViT or BEiT of timm, a module."""
-    from timm.models.beit import Beit
-    from timm.models.vision_transformer import VisionTransformer
+    """Reads a ViT or BEiT of timm, a module; None for one that computes anything else than ours."""
+    from timm.layers import Attention, Mlp, PatchEmbed
+    from timm.models import beit, vision_transformer
+    from timm.models.deit import VisionTransformerDistilled
 
-    if not isinstance(net, VisionTransformer | Beit):
+    plain = (vision_transformer.VisionTransformer, VisionTransformerDistilled)
+    if type(net) not in (*plain, beit.Beit) or type(net.patch_embed) is not PatchEmbed:
+        return None
+    if type(net) in plain and (
+        net.reg_token is not None
+        or net.attn_pool is not None
+        or (net.no_embed_class and net.has_class_token)
+        or net.pos_embed is None
+    ):
+        return None
+    blocks = (vision_transformer.Block, beit.Block)
+    attentions = (vision_transformer.Attention, Attention, beit.Attention)
+    for block in net.blocks:
+        parts = (getattr(block.attn, name, None) for name in ("q_norm", "k_norm", "norm"))
+        if (
+            type(block) not in blocks
+            or type(block.attn) not in attentions
+            or type(block.mlp) is not Mlp
+            or not all(part is None or isinstance(part, nn.Identity) for part in parts)
+            or not isinstance(block.mlp.norm, nn.Identity)
+            or not isinstance(block.norm1, nn.LayerNorm)
+            or block.norm1.bias is None
+        ):
+            return None
+    activation = net.blocks[0].mlp.act
+    kind = type(activation).__name__
+    if kind not in ("GELU", "QuickGELU") or getattr(activation, "approximate", "none") != "none":
         return None
     block = net.blocks[0]
-    kind = type(block.mlp.act).__name__
-    if getattr(block.mlp.act, "approximate", "none") != "none":
-        kind = f"{kind} ({block.mlp.act.approximate})"
     return Architecture(
         num_heads=(block.attn.num_heads,),
         activation=activation_named(kind, where, of="timm's"),

@@ -16,11 +16,16 @@ from loading import (
     close,
     loaded,
     made,
+    saved,
     scattered,
+    student_run,
+    teacher_run,
     tokens,
 )
+from safetensors.torch import save_file
 from torch import nn
 
+from fd_large.engine.frozen import frozen_weights
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.convert import write
@@ -46,6 +51,73 @@ def test_a_folder_of_timm_on_the_hub_tells_everything(tmp_path, name, arguments)
     if hasattr(theirs, "fc_norm") and not isinstance(theirs.fc_norm, nn.Identity):
         expected = nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-6)
     close(net(IMAGES).tokens, expected)
+
+
+def of_timm(name, path, **arguments):
+    """A folder of a model of timm as timm writes it."""
+    theirs = scattered(timm.create_model(name, num_classes=0, **arguments))
+    timm.models.save_for_hf(theirs, path, safe_serialization=True)
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "efficientvit_b0"])
+def test_a_folder_of_timm_that_no_family_reads_is_that_model(tmp_path, name):
+    theirs = of_timm(name, tmp_path)
+    net, teacher = loaded(tmp_path)
+    assert (teacher.model, teacher.architecture.timm_name) == ("timm", name)
+    config = theirs.pretrained_cfg
+    assert teacher.statistics == (*config["mean"], *config["std"])
+    images = IMAGES.repeat(1, 1, 2, 2)
+    with torch.no_grad():
+        close(net(images).tokens, theirs.forward_features(images).flatten(2).mT)
+
+
+@pytest.fixture
+def rotary(tmp_path):
+    """The folder of a ViT with rotary positions, whose tensors have a plain ViT's names."""
+    name = "vit_small_patch16_rope_224"
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0)
+    state = {n: torch.zeros(p.shape, dtype=torch.bfloat16) for n, p in net.named_parameters()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": name, "pretrained_cfg": net.pretrained_cfg})
+    )
+    return tmp_path
+
+
+def test_rotary_positions_are_not_left_out(rotary):
+    run = teacher_run(rotary, image_size=224)
+    assert run.teacher.architecture.timm_name == "vit_small_patch16_rope_224"
+    assert frozen_weights(run.teacher, Sources(), where="--teacher.source").match.complaints == []
+    named = {"embed_dim": 384, "depths": (12,), "num_heads": (6,), "absolute_position": False}
+    with pytest.raises(WeightsError, match="vit_small_patch16_rope_224"):
+        teacher_run(rotary, "vit_base_patch16", **named)
+    with pytest.raises(WeightsError, match="vit_small_patch16_rope_224"):
+        student_run(rotary, "vit_base_patch16", **named)
+
+
+def test_a_file_that_another_models_configuration_stands_beside(rotary):
+    saved(made("vit_base_patch16"), rotary / "model.safetensors")
+    with pytest.raises(WeightsError, match="vit_small_patch16_rope_224"):
+        frozen_weights(teacher_run(rotary).teacher, Sources(), where="--teacher.source")
+
+
+def test_models_that_nothing_reads_are_named(transformers, tmp_path):
+    transformers.ViTModel(transformers.ViTConfig(**HF_VIT)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for said, told in (
+        ({**config, "model_type": "blip_vision_model"}, "blip_vision_model"),
+        ({**config, "model_type": "swin", "window_size": 4}, "swin"),
+        ({"architecture": "vit_of_tomorrow"}, "vit_of_tomorrow"),
+        ({"architecture": "resnet10t", "model_args": {"layers": [1, 1, 1, 1]}}, "layers"),
+        ({"architecture": "resnet10t", "model_args": {"checkpoint_path": "x.pth"}}, "checkpoint"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 0}}, "num_heads"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": [3]}, "config"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(WeightsError, match=told):
+            loaded(tmp_path)
 
 
 def test_a_damaged_config_is_named(tmp_path):
