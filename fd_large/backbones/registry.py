@@ -14,13 +14,14 @@ from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.backbones.swin.family import SWIN
 from fd_large.backbones.swinv2.family import SWINV2
 from fd_large.backbones.timm.family import TIMM
+from fd_large.backbones.transformers.family import TRANSFORMERS
 from fd_large.backbones.vit.family import VIT
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.family import FamilyArchitecture
 
 FAMILIES: dict[str, Family] = {
-    family.architecture.family: family for family in (VIT, SWINV2, SWIN, TIMM, CUSTOM)
+    family.architecture.family: family for family in (VIT, SWINV2, SWIN, TIMM, TRANSFORMERS, CUSTOM)
 }
 
 

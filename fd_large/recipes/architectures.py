@@ -21,6 +21,7 @@ from fd_large.backbones.swinv2.architecture import MODELS as SWINV2
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture
 from fd_large.backbones.timm.architecture import MODELS as TIMM
 from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.transformers.architecture import TransformersArchitecture
 from fd_large.backbones.vit.architecture import MODELS as VIT
 from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, nearest
@@ -33,6 +34,7 @@ FAMILIES: dict[str, type[FamilyArchitecture]] = {
         SwinArchitecture,
         ViTArchitecture,
         TimmArchitecture,
+        TransformersArchitecture,
         CustomArchitecture,
     )
 }

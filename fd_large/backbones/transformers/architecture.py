@@ -1,0 +1,44 @@
+"""Vision models of transformers: what a folder's configuration says, as plain text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from fd_large.recipes.family import FamilyArchitecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersArchitecture(FamilyArchitecture):
+    """A vision model of transformers, as the config.json of its folder describes it.
+
+    Attributes:
+        transformers_type: The `model_type` of its configuration.
+        transformers_config: The fields of its configuration, as JSON; those that are missing have
+            transformers' own values.
+        image_size: Side in pixels of the images that position tables are made for; models without
+            such tables take any size.
+    """
+
+    transformers_type: str
+    transformers_config: str = "{}"
+    image_size: int = 0
+
+    family: ClassVar[str] = "transformers"
+    prefix: ClassVar[str] = "transformers:"
+    example: ClassVar[str] = "transformers:dinov2"
+    whole_first: ClassVar[bool] = True
+
+    @classmethod
+    def named(cls, rest: str) -> Self:
+        """Returns the model that transformers' own configuration of a type describes."""
+        return cls(transformers_type=rest)
+
+    @property
+    def own_name(self) -> str:
+        """transformers:TYPE."""
+        return f"{self.prefix}{self.transformers_type}"
+
+    def _check(self) -> None:
+        self._require(bool(self.transformers_type), "transformers_type", "a model_type")
+        self._require(self.image_size >= 0, "image_size", "a positive whole number, or 0")

@@ -1,0 +1,155 @@
+"""The vision models of transformers that can teach: a fixed table, and their configurations.
+
+A model is built by transformers' own class of its type and nothing else: code that a repository
+brings is never run. Of a configuration only the fields of that type are taken, and only plain
+values: nothing in them names a file, a download or a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.errors import WeightsError, nearest
+
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A type of model.
+
+    Attributes:
+        config: transformers' class of its configuration.
+        model: transformers' class of the model.
+        nested: Key of the vision model's configuration, where the type is of image and text.
+        without: Fields of the configuration that leave out what follows the map.
+        arguments: Arguments of the model that do.
+        norm_of_mean: Attribute of the norm that follows the mean of the map; "" if there is none.
+        asks_to_resize: Whether positions are resized where the call says so.
+        class_tokens: Tokens of the map before registers and patches.
+        statistics: Those of the images of most published models.
+    """
+
+    config: str
+    model: str
+    nested: str = ""
+    without: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    norm_of_mean: str = ""
+    asks_to_resize: bool = False
+    class_tokens: int = 0
+    statistics: Statistics = IMAGENET
+
+
+def _of_name(name: str, **more: Any) -> Kind:
+    return Kind(config=f"{name}Config", model=f"{name}Model", **more)
+
+
+_SIGLIP = {"without": {"vision_use_head": False}, "statistics": HALF}
+KINDS = {
+    "dinov2": _of_name("Dinov2", class_tokens=1),
+    "dinov2_with_registers": _of_name("Dinov2WithRegisters", class_tokens=1),
+    "dinov3_vit": _of_name("DINOv3ViT", class_tokens=1),
+    # The mean of its patches stands before them, as a class token does.
+    "dinov3_convnext": _of_name("DINOv3ConvNext", class_tokens=1),
+    "siglip": _of_name("SiglipVision", nested="vision_config", asks_to_resize=True, **_SIGLIP),
+    "siglip_vision_model": _of_name("SiglipVision", asks_to_resize=True, **_SIGLIP),
+    "siglip2": _of_name("Siglip2Vision", nested="vision_config", **_SIGLIP),
+    "siglip2_vision_model": _of_name("Siglip2Vision", **_SIGLIP),
+    "convnext": _of_name("ConvNext", norm_of_mean="layernorm"),
+    "convnextv2": _of_name("ConvNextV2", norm_of_mean="layernorm"),
+    "ijepa": _of_name("IJepa", asks_to_resize=True),
+    "hiera": _of_name("Hiera", asks_to_resize=True, arguments={"add_pooling_layer": False}),
+}
+_MOST_LAYERS, _LARGEST, _LONGEST, _MOST_VALUES = 256, 2**17, 64, 32
+
+
+def kind_of(name: str, where: str) -> Kind:
+    """Returns the kind of a `model_type`.
+
+    Raises: WeightsError: if it cannot teach.
+    """
+    if name not in KINDS:
+        raise WeightsError(
+            f"{where}: a model of transformers that cannot teach here; got model_type "
+            f"{name[:100]!r}, {nearest(name, KINDS)}. Use one of these, or timm:NAME if timm has "
+            "the model."
+        )
+    return KINDS[name]
+
+
+def library(where: str) -> Any:
+    """Returns transformers.
+
+    Raises: WeightsError: if it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise WeightsError(
+            f"{where}: transformers is not installed; got the folder of a model of it, expected "
+            "the package that builds it. pip install 'fd_large[transformers]'."
+        ) from error
+    return transformers
+
+
+def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+    """Returns a configuration's fields of the model as JSON, and the names that it has besides.
+
+    Args:
+        model_type: That of the configuration.
+        config: What was read of config.json.
+        where: What the user set, for messages.
+
+    Raises: WeightsError: for values that no published model has.
+    """
+    from inspect import signature
+
+    kind, package = kind_of(model_type, where), library(where)
+    vision = config.get(kind.nested, {}) if kind.nested else config
+    if not isinstance(vision, Mapping):
+        vision = {}
+    of_all = signature(package.PretrainedConfig).parameters
+    own = {
+        name
+        for name in signature(getattr(package, kind.config)).parameters
+        if name not in of_all and not name.startswith("_")
+    }
+    values = {name: value for name, value in vision.items() if name in own}
+    for name, value in values.items():
+        if not _is_plain(value) or (name in _COUNTS and not _is_count(value)):
+            raise WeightsError(
+                f"{where}: config.json: {name}: not a value of a published model; got "
+                f"{str(value)[:100]}, expected one plain value or a short list, of at most "
+                f"{_LARGEST}, and at most {_MOST_LAYERS} layers. Fetch the folder again."
+            )
+    others = [name for name in vision if name not in own | _NO_MATTER]
+    return json.dumps(values, sort_keys=True), sorted(others)
+
+
+_COUNTS = ("depths", "num_hidden_layers", "num_register_tokens", "num_stages")
+# Which files, which output, and where it was trained; no part of what is computed.
+_NO_MATTER = {"architectures", "auto_map", "initializer_factor", "model_type", "num_labels"}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= _MOST_VALUES and all(
+            _is_plain(one) and not isinstance(one, list) for one in value
+        )
+    if isinstance(value, str):
+        return len(value) <= _LONGEST
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) <= _LARGEST
+    return value is None
+
+
+def _is_count(value: Any) -> bool:
+    counts = value if isinstance(value, list) else [value]
+    whole = all(isinstance(count, int) and count >= 0 for count in counts)
+    return whole and sum(counts) <= _MOST_LAYERS

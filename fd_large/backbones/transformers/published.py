@@ -1,0 +1,158 @@
+"""Folders of transformers: their configuration, and their tensors among those of the model.
+
+transformers itself renames tensors between releases: those of a file and of the module are compared
+in one form of their names.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fd_large.backbones.family import Options
+from fd_large.backbones.published import Matched, WeightFacts
+from fd_large.backbones.transformers.architecture import TransformersArchitecture
+from fd_large.backbones.transformers.kinds import KINDS, fields_of, kind_of
+from fd_large.backbones.transformers.transformers_backbone import build
+from fd_large.backbones.translation import Piece, Shape, Shapes, replaced
+from fd_large.recipes.architectures import Architecture
+
+log = logging.getLogger(__name__)
+
+# Models around the vision model, whose names stand before its own.
+_AROUND = re.compile(
+    r"^(vision_model|dinov2|dinov2_with_registers|convnext|convnextv2|ijepa|hiera)\."
+)
+_LAYERS = re.compile(r"^(encoder\.|model\.)?layers?\.(?=\d)")
+_PARTS = (
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    (".mlp.weights_out.", ".mlp.down_proj."),
+)
+# One tensor of DINOv2's files is two of the module's, in this order.
+_JOINED, _HALVES = ".mlp.weights_in.", (".mlp.gate_proj.", ".mlp.up_proj.")
+# What follows the map or only pre-training has, and the text model.
+_DROPPED = (
+    "text_model.",
+    "logit_",
+    "head.",
+    "classifier.",
+    "pooler.",
+    "decoder.",
+    "encoder_norm.",
+    "multiscale_fusion.",
+    "embeddings.mask_token",
+    "embeddings.position_ids",
+    "rope_embeddings.",
+)
+
+
+def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
+    """Returns the model that a config.json of transformers describes; None for another's.
+
+    Raises: WeightsError: for a configuration that no published model has, or if transformers is not
+        installed.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in KINDS:
+        return None
+    text, others = fields_of(name, config, where)
+    architecture = TransformersArchitecture(transformers_type=name, transformers_config=text)
+    settings = _weightless(architecture).net.config
+    if others := [other for other in others if not hasattr(settings, other)]:
+        log.warning(
+            "%s: config.json has fields that this release of transformers does not know, which may "
+            "change the model: %s",
+            where,
+            ", ".join(others)[:200],
+        )
+    size = getattr(settings, "image_size", 0)
+    side = (size if isinstance(size, int) else max(size)) if size else 0
+    return Architecture(transformers_type=name, transformers_config=text, image_size=side)
+
+
+def matched(architecture: TransformersArchitecture, file: Shapes, where: str) -> Matched:
+    """Finds the tensors of a model among those of a file, by their names."""
+    expected = _shapes(architecture)
+    ours = {_common(name.removeprefix("net.")): name for name in expected}
+    dropped = (*_DROPPED, *_norm_of_mean(architecture, where))
+    pieces: dict[str, Piece] = {}
+    left_out = 0
+    for name in file:
+        common = _common(name)
+        halves = [common.replace(_JOINED, half) for half in _HALVES]
+        if _JOINED in common and all(half in ours for half in halves):
+            pieces |= {ours[half]: _Half((name,), number=i) for i, half in enumerate(halves)}
+        elif common in ours:
+            pieces[ours[common]] = Piece((name,))
+        elif common.startswith(dropped):
+            left_out += 1
+        else:
+            pieces[f"net.{name}"] = Piece((name,))
+    return Matched(
+        pieces,
+        expected,
+        [f"left out on purpose: {left_out} tensors of no part of the map"] if left_out else [],
+        f"transformers' {architecture.transformers_type}",
+        "The folder's config.json and its weights do not belong together: fetch both again.",
+    )
+
+
+@dataclass(frozen=True)
+class _Half(Piece):
+    """The first or the second half of a tensor's rows.
+
+    Attributes:
+        number: 0 or 1.
+    """
+
+    number: int = 0
+
+    def shape(self, shape_of: Callable[[str], Shape]) -> Shape:
+        """Returns the shape of the half; of the whole, which fits nowhere, if it has no halves."""
+        rows, *rest = super().shape(shape_of) or (1,)
+        return (rows if rows % 2 else rows // 2, *rest)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the half."""
+        return tensors[self.sources[0]].chunk(2)[self.number]
+
+
+def facts_of(architecture: TransformersArchitecture) -> WeightFacts:
+    """Returns what most published models of a type have in common."""
+    statistics = kind_of(architecture.transformers_type, "teacher.model").statistics
+    return WeightFacts(statistics, architecture.image_size or 224, "", "transformers")
+
+
+def _common(name: str) -> str:
+    """A name in the form in which those of all releases agree."""
+    name = _AROUND.sub("", name)
+    name = _LAYERS.sub("layers.", name)
+    return replaced(re.sub(r"^model\.(?=stages\.)", "", name), _PARTS)
+
+
+def _norm_of_mean(architecture: TransformersArchitecture, where: str) -> tuple[str, ...]:
+    norm = kind_of(architecture.transformers_type, where).norm_of_mean
+    return (f"{norm}.",) if norm else ()
+
+
+@lru_cache(maxsize=4)
+def _weightless(architecture: TransformersArchitecture) -> Any:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build(architecture, Options())
+
+
+def _shapes(architecture: TransformersArchitecture) -> dict[str, Shape]:
+    state = _weightless(architecture).state_dict()
+    return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}

@@ -1,0 +1,176 @@
+"""A vision model of transformers as a frozen teacher: its last hidden state, in the common form.
+
+The map is `last_hidden_state` as transformers gives it: after the final norm of those that have
+one, the raw map of ConvNeXt and Hiera, whose norm follows the mean. Class and register tokens are
+prefix tokens. Positions are resized by transformers' own rule to the images that come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fd_large.backbones.family import Options
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.token_positions import TokenPositions, image_positions
+from fd_large.backbones.transformers.architecture import TransformersArchitecture
+from fd_large.backbones.transformers.kinds import kind_of, library
+from fd_large.errors import ConfigError, ShapeError, WeightsError
+
+# DINOv3's ConvNeXt does not state it.
+_CONVNEXT_PATCH = 4
+_WHERE = "teacher.architecture.transformers_config"
+
+
+class TransformersBackbone(nn.Module):
+    """A vision model of transformers up to its last hidden state; parameters after `net.`.
+
+    Args:
+        model_type: The `model_type` of its configuration.
+        config: The fields of its configuration, as JSON.
+
+    Attributes:
+        width: Channels of the map.
+        stride: Pixels per token.
+        num_prefix_tokens: Class and register tokens of the map.
+        drop_path_rates: None: a teacher drops nothing.
+
+    Raises: WeightsError: if transformers cannot build a model of that configuration.
+    """
+
+    drop_path_rates: tuple[float, ...] = ()
+
+    def __init__(self, model_type: str, config: str) -> None:
+        super().__init__()
+        self.name = f"transformers:{model_type}"
+        kind, package = kind_of(model_type, _WHERE), library(_WHERE)
+        try:
+            settings = getattr(package, kind.config)(**json.loads(config) | dict(kind.without))
+            net = getattr(package, kind.model)(settings, **kind.arguments)
+            self.width, self.stride = _width(settings), _stride(settings)
+        except Exception as error:  # transformers' checks raise errors of many kinds.
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WeightsError(
+                f"{_WHERE}: transformers {package.__version__} cannot build this model; got "
+                f"{type(error).__name__} {first_line[:200]} for {self.name}, expected the "
+                "configuration of a published one. Fetch the folder's config.json again."
+            ) from error
+        self.num_prefix_tokens = kind.class_tokens + getattr(settings, "num_register_tokens", 0)
+        self._takes_patches = hasattr(settings, "num_patches")
+        self._arguments = {"interpolate_pos_encoding": True} if kind.asks_to_resize else {}
+        # The norm after the map's mean, and what stands in for hidden patches, have no effect.
+        if kind.norm_of_mean:
+            setattr(net, kind.norm_of_mean, nn.Identity())
+        embeddings = getattr(net, "embeddings", None)
+        if getattr(embeddings, "mask_token", None) is not None:
+            embeddings.mask_token = None
+        self.net = net
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of the map of an image of (height, width) pixels.
+
+        Raises: ShapeError: if the size is no multiple of the stride.
+        """
+        if height % self.stride or width % self.stride:
+            raise ShapeError(
+                f"{self.name}: the image does not divide into tokens; got {height}x{width} pixels, "
+                f"expected multiples of the stride {self.stride}. Set "
+                "--objective.teacher_image_size."
+            )
+        return height // self.stride, width // self.stride
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
+        """Maps normalised images to tokens.
+
+        Args:
+            images: (B, 3, H, W), any float dtype.
+            keep: Not used.
+
+        Returns: tokens (B, N, C) in the dtype of the weights, prefix tokens first.
+        Raises: ShapeError: if the image size does not fit.
+        """
+        grid = self.grid(*images.shape[-2:])
+        if self._takes_patches:
+            patches = rearrange(
+                images, "b c (h i) (w j) -> b (h w) (i j c)", i=self.stride, j=self.stride
+            )
+            # On the host: the model looks at these numbers. One row serves all images.
+            tokens = self.net(patches, None, torch.tensor([grid])).last_hidden_state
+        else:
+            tokens = self.net(images, **self._arguments).last_hidden_state
+        if tokens.ndim == 4:
+            tokens = rearrange(tokens, "b c h w -> b (h w) c")
+        assert tokens.shape[1] == self.num_prefix_tokens + grid[0] * grid[1], tokens.shape
+        return FeatureMap(tokens, grid, self.num_prefix_tokens)
+
+    def token_positions(self, grid: tuple[int, int]) -> Callable[[str, int], TokenPositions | None]:
+        """Returns what finds where the tokens of an attention module are, for diagnosis.
+
+        Args:
+            grid: Rows and columns of the map.
+
+        Returns: (name of the module, its number of tokens) -> their positions; None: not known.
+        """
+        own = self.num_prefix_tokens + grid[0] * grid[1]
+        known = image_positions(grid, self.num_prefix_tokens)
+        return lambda name, num_tokens: known if num_tokens == own else None
+
+    def blocks(self) -> list[nn.Module]:
+        """Returns none: nothing of a teacher is computed again."""
+        return []
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Returns none: nothing of a teacher decays."""
+        return frozenset()
+
+    def no_weight_decay_keywords(self) -> tuple[str, ...]:
+        """Returns none."""
+        return ()
+
+
+def _width(settings: Any) -> int:
+    if hasattr(settings, "hidden_sizes"):
+        return settings.hidden_sizes[-1]
+    if hasattr(settings, "embed_dim_multiplier"):
+        return int(settings.embed_dim * settings.embed_dim_multiplier ** (len(settings.depths) - 1))
+    return settings.hidden_size
+
+
+def _stride(settings: Any) -> int:
+    """Pixels per token, each way.
+
+    Raises: ValueError: for maps of other pixels than squares, or images of other than 3 channels.
+    """
+    if settings.num_channels != 3:
+        raise ValueError(f"num_channels {settings.num_channels}")
+    halvings = 0
+    if hasattr(settings, "hidden_sizes"):
+        halvings = len(settings.hidden_sizes) - 1
+    sides = getattr(settings, "patch_size", _CONVNEXT_PATCH)
+    if hasattr(settings, "patch_stride"):
+        sides, halvings = settings.patch_stride, settings.num_query_pool
+        if halvings != len(settings.depths) - 1 or set(settings.query_stride) != {2}:
+            # The tokens would be left in the order of its windows.
+            raise ValueError(f"num_query_pool {halvings} of {len(settings.depths)} stages")
+    sides = {sides} if isinstance(sides, int) else set(sides)
+    if len(sides) != 1 or not min(sides) > 0:
+        raise ValueError(f"patches of {sides}")
+    return sides.pop() * 2**halvings
+
+
+def build(architecture: TransformersArchitecture, options: Options) -> TransformersBackbone:
+    """Builds a model with fresh weights, transformers' own draws.
+
+    Raises: ConfigError: if it is to be trained.
+    """
+    if options.is_trained:
+        raise ConfigError(
+            f"student.model: models of transformers teach only; got {architecture.own_name}, "
+            "expected a model of this project or of timm. Set --student.model timm:NAME."
+        )
+    return TransformersBackbone(architecture.transformers_type, architecture.transformers_config)
