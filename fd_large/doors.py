@@ -24,6 +24,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from fd_large.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import EntryPoint, EntryPoints
 
 Kind = Literal[
     "losses", "heads", "normalisers", "backbones", "sources", "tasks", "optimisers", "trackers"
@@ -206,9 +207,16 @@ def cause(error: Exception) -> str:
 
 def installed(kind: Kind) -> dict[str, EntryPoint]:
     """Returns what installed packages bring of a kind, by name; imports nothing of theirs."""
+    found = _entry_points(tuple(sys.path)).select(group=f"fd_large.{kind}")
+    return {point.name: point for point in found}
+
+
+@lru_cache(maxsize=1)
+def _entry_points(path: tuple[str, ...]) -> EntryPoints:
+    """What packages on the path bring, of any kind; all of them are read for it."""
     from importlib.metadata import entry_points  # Slow to import, and rarely needed.
 
-    return {point.name: point for point in entry_points(group=f"fd_large.{kind}")}
+    return entry_points()
 
 
 def file_of(source: str) -> Path | None:
