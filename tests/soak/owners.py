@@ -150,6 +150,8 @@ class Soak:
         deadline = time.monotonic() + LONGEST
         while started.pids() and time.monotonic() < deadline:
             time.sleep(0.05)  # deepspeed's command ends before its ranks.
+        if number == signal.SIGHUP and launcher == "mpirun":
+            return  # It dies, and its ranks are killed: the next start makes their steps again.
         status = json.loads((self.run_dir / "summary.json").read_text())["status"]
         rows = len(losses(self.run_dir))
         saved = max((p.name for p in self.run_dir.glob("checkpoints/step_????????")), default="")
