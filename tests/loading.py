@@ -15,7 +15,7 @@ from fd_large.engine.student import student_weights
 from fd_large.engine.zero.partition import load_weights
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.distillation.section import Teacher
+from fd_large.tasks.distillation.section import Objective, Teacher
 from fd_large.tasks.jobs import job_of
 
 # No test may ask a server.
@@ -33,7 +33,8 @@ def teacher_run(source, model="auto", *, allow=(), **fields):
     teacher = Teacher(
         model=model, source=str(source), allow=allow, architecture=Architecture(**fields)
     )
-    return settled(replace(run, teacher=teacher))
+    # The teacher keeps the image size of its weights.
+    return settled(replace(run, teacher=teacher, objective=Objective()))
 
 
 def loaded(source, model="auto", *, allow=(), **fields):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fd_large.backbones.custom.family import CUSTOM
 from fd_large.backbones.family import Family, Options
+from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.backbones.swin.family import SWIN
 from fd_large.backbones.swinv2.family import SWINV2
@@ -60,10 +61,26 @@ def statistics_of(name: str, architecture: FamilyArchitecture) -> Statistics:
         name: Name of the model in `recipes.architectures`.
         architecture: The model.
     """
+    facts = _facts_of(name, architecture)
+    return facts.statistics if facts else IMAGENET
+
+
+def own_image_size(name: str, architecture: FamilyArchitecture) -> int:
+    """Returns the side in pixels of the images that a model was trained with; 0: not known.
+
+    Args: As `statistics_of`.
+    """
+    stated = getattr(architecture, "image_size", 0)
+    if stated:
+        return stated
+    facts = _facts_of(name, architecture)
+    return facts.image_size if facts else 0
+
+
+def _facts_of(name: str, architecture: FamilyArchitecture) -> WeightFacts | None:
     family = family_of(architecture)
     named = family.published.facts.get(name) if family.published else None
-    facts = named or family.facts_of(architecture)
-    return facts.statistics if facts else IMAGENET
+    return named or family.facts_of(architecture)
 
 
 def build(

@@ -27,7 +27,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import brings_model
 from fd_large.recipes.fields import at_least, flat, plain, positive, require
 from fd_large.recipes.run import Run
-from fd_large.recipes.sections import ADAMW, AUTO, Student
+from fd_large.recipes.sections import ADAMW, AUTO, RANDOM, Student
 
 IMAGENET = 1_281_167
 NARROW = 96
@@ -174,21 +174,18 @@ def _as_trained(run: Run) -> Run:
     # They import torch, which a recipe of record does without.
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
-    from fd_large.weights.settle import settle_model
 
-    settled = {
-        name: settle_model(section, sources_of(job_of), where=f"--{name}.source")
-        for name, section in from_source.items()
-    }
-    for name, section in settled.items():
+    for name, section in from_source.items():
         require(
-            section.model != AUTO,
+            section.model != AUTO or section.source not in ("", RANDOM),
             f"{name}.model: auto takes the model that the weights show",
             f"{name}.source {section.source!r}",
             "weights",
             f"Set --{name}.source, or name a model",
         )
-    return replace(run, **settled)
+    # The student's weights decide no shape.
+    untrained = replace(run, student=replace(run.student, init=""))
+    return replace(job_of(untrained).settle(sources_of(job_of)), student=run.student)
 
 
 def _write(flag: str, name: str, content: dict[str, Any]) -> None:
@@ -256,14 +253,17 @@ def count_anew(run: Run, rates: Rates, kernels: Kernels) -> dict[bool, Counts]:
 
 
 def shape_fields(run: Run) -> dict[str, Any]:
-    """Returns the fields that may decide what a step computes, where they differ from defaults."""
+    """Returns the fields that may decide what a step computes, where they differ from defaults.
+
+    What is automatic follows from the others.
+    """
     default = flat(Run(name=run.name, student=Student(model=run.student.model)))
     default.pop("student.model")
     fields = {name: plain(value) for name, value in flat(run).items() if name.startswith(SHAPES)}
     return {
         name: value
         for name, value in fields.items()
-        if name not in NO_SHAPES and value != plain(default.get(name, ""))
+        if name not in NO_SHAPES and value not in (AUTO, plain(default.get(name, "")))
     }
 
 

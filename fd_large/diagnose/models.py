@@ -15,10 +15,10 @@ from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
 from fd_large.checkpoint import stream
 from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
-from fd_large.engine.frozen import RANDOM
 from fd_large.engine.job import Job
 from fd_large.errors import WeightsError
 from fd_large.kernels.whitened_loss import whiten
+from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of
 
 OBJECTIVE = "the run's own objective"

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from fd_large import distributed
-from fd_large.backbones.registry import family_of, family_of_source
+from fd_large.backbones.registry import family_of_source, own_image_size
 from fd_large.backbones.statistics import Statistics
 from fd_large.checkpoint import store, stream
 from fd_large.engine.checkpoint_models import sources_of
-from fd_large.engine.frozen import RANDOM, frozen_maker, frozen_weights
+from fd_large.engine.frozen import frozen_maker, frozen_weights
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.partition import load_weights
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.architectures import Architecture, by_name, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.sections import Data, FrozenModel
+from fd_large.recipes.sections import RANDOM, Data, FrozenModel
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
 
@@ -183,7 +183,7 @@ def _of_weights(source: str, image_size: int, weights: Sources) -> NamedModel:
         section = replace(section, model=named)
     settled = settle_model(section, weights, where=_WHERE)
     architecture = resolve(settled.model, settled.architecture)
-    size = image_size or _own_size(architecture)
+    size = image_size or own_image_size(settled.model, architecture) or Data().image_size
     if image_size and architecture.resizes_positions:
         wanted = replace(section.architecture, image_size=image_size)
         settled = settle_model(replace(section, architecture=wanted), weights, where=_WHERE)
@@ -203,13 +203,6 @@ def _label(named: str, weights: str) -> str:
         return f"{named.rpartition(':')[2]}{', random' if weights == RANDOM else ''}"
     kind, sign, rest = weights.partition(":")
     return rest if sign else Path(kind).name
-
-
-def _own_size(architecture: FamilyArchitecture) -> int:
-    """Returns the side that a model was made for; the recipes' default if it is not known."""
-    facts = family_of(architecture).facts_of(architecture)
-    stated = getattr(architecture, "image_size", 0)
-    return stated or (facts.image_size if facts else Data().image_size)
 
 
 def _seen_size(section: FrozenModel, image_size: int, own_image_size: int = 0) -> int:

@@ -14,11 +14,9 @@ from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.student import attention_memory
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
-from fd_large.recipes.sections import FrozenModel
+from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.weights.settle import stated_statistics
 from fd_large.weights.source import Sources
-
-RANDOM = "random"
 
 
 class Frozen(nn.Module):

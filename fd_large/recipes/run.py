@@ -27,6 +27,7 @@ from fd_large.recipes.fields import (
 )
 from fd_large.recipes.sections import (
     AUTO,
+    RANDOM,
     Batch,
     Data,
     Engine,
@@ -229,7 +230,8 @@ class Run:
         """Returns the run with other values of some fields, {"optim.base_lr": 1e-4, ...}.
 
         A model of another family keeps none of the fields of the run's own, and another task
-        nothing that the run says to its own task alone.
+        nothing that the run says to its own task alone. Where the run names a teacher's weights,
+        other weights bring their own model.
 
         Raises: ConfigError: as `override`; or if the task cannot be imported.
         """
@@ -239,8 +241,14 @@ class Run:
             base = replace(
                 base, task=Task.class_for({"name": task})(name=task), **_unread(kind_of(task))
             )
+        source = values.get("teacher.source", base.teacher.source)
+        if base.teacher.source not in ("", source) and source not in ("", RANDOM):
+            others = replace(
+                base.teacher, model=AUTO, architecture=Architecture(), statistics=(), allow=()
+            )
+            base = replace(base, teacher=others)
         for where in ("student", "teacher"):
-            section = getattr(self, where)
+            section = getattr(base, where)
             before, after = section.model, values.get(f"{where}.model")
             old, new = (by_name(name) for name in (before, after or before))
             if old and new and old.family != new.family:

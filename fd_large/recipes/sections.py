@@ -16,7 +16,7 @@ from fd_large.recipes.fields import at_least, check_types, not_negative, positiv
 # configurations.
 RATE_BATCH_SIZE = 512
 
-AUTO, ADAMW = "auto", "adamw"
+AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from fd_large.recipes.architectures import (
     whole,
 )
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.sections import AUTO, FrozenModel, Student
+from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel, Student
 from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights, other_model
 
@@ -56,7 +56,7 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         facts = family.facts_of(resolve(model, architecture))
         statistics = section.statistics or _numbers(facts.statistics if facts else None)
         return replace(section, model=model, architecture=architecture, statistics=statistics)
-    if section.source in ("", "random"):
+    if section.source in ("", RANDOM):
         return section
     if own := sources.own(section.source, where=where):
         return _of_own(section, own)

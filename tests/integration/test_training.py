@@ -130,7 +130,10 @@ def _empty_folder(tmp_path: Path) -> Path:
         (("--teacher.source", "/no/such/file.pt"), "no such file"),
         (("--data.root", "/no/such/folder"), "no such folder"),
         (("--data.image_size", "72"), "window"),
-        (("--teacher.architecture.patch_size", "8"), "--objective.interpolation"),
+        (
+            ("--teacher.architecture.patch_size", "8", "--objective.interpolation", "none"),
+            "--objective.interpolation bilinear",
+        ),
         (("--optim.base_rl", "1"), "nearest: optim.base_lr"),
     ],
 )

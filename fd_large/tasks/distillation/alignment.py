@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,10 +14,10 @@ from fd_large.errors import ConfigError, ShapeError
 
 INTERPOLATIONS = ("none", "bilinear")
 
+Grid = tuple[int, int]
 
-def check_grids(
-    student: tuple[int, int], teacher: tuple[int, int], *, interpolation: str = "none"
-) -> None:
+
+def check_grids(student: Grid, teacher: Grid, *, interpolation: str = "none") -> None:
     """Refuses maps that cannot be aligned.
 
     Args:
@@ -38,6 +40,41 @@ def check_grids(
             "--data.image_size or --objective.teacher_image_size so that both agree, or "
             "--objective.interpolation bilinear to resize the teacher's map."
         )
+
+
+def teacher_side(
+    student: Grid, grid_at: Callable[[int], Grid | None], *, image_size: int, own_size: int
+) -> int:
+    """Returns the side of the teacher's images, in pixels, which are resized from the student's.
+
+    It is the first of these that the teacher takes:
+
+    1. The student's images, if the grids agree at their size.
+    2. The size at which the grids agree, if it is more than half the student's, and at most twice
+       the one that the teacher was trained at: a teacher sees no more in blurred pixels.
+    3. The size that the teacher was trained at, if its map is the coarser one and that size is
+       larger; its map is then resized.
+    4. The student's images; the map is then resized.
+    5. The size that the teacher was trained at, as in 3.
+
+    Args:
+        student: Rows and columns of the student's map.
+        grid_at: Returns those of the teacher's for images of a side; None: it takes no such images.
+        image_size: Side of the student's images.
+        own_size: Side that the teacher was trained at; 0: not known.
+    """
+    here, own = grid_at(image_size), grid_at(own_size) if own_size else None
+    if here == student:
+        return image_size
+    side, grid = (own_size, own) if here is None else (image_size, here)
+    if grid is None:
+        return image_size
+    agreed = side // grid[0] * student[0]
+    is_fine = image_size < 2 * agreed and agreed <= 2 * (own_size or image_size)
+    if is_fine and grid_at(agreed) == student:
+        return agreed
+    is_coarser = own is not None and grid[0] < student[0] and image_size < own_size
+    return own_size if here is None or is_coarser else image_size
 
 
 def align(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from fd_large import distributed, doors
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.registry import own_image_size
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
@@ -24,18 +26,19 @@ from fd_large.checkpoint.stream import Shape
 from fd_large.data.labelled import LabelledImages, open_split
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
-from fd_large.engine.frozen import RANDOM, Frozen, frozen_maker, frozen_weights
+from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import ExportedStudent, FrozenPart, Job
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
-from fd_large.errors import CheckpointError, ShapeError, check_all
+from fd_large.errors import CheckpointError, FDError, ShapeError, check_all
 from fd_large.probes import knn
 from fd_large.probes.features import extract
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 from fd_large.runtime.hooks import Hook
 from fd_large.tasks.distillation import heads
-from fd_large.tasks.distillation.alignment import check_grids
+from fd_large.tasks.distillation.alignment import Grid, check_grids, teacher_side
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.held_out import HeldOutViews
@@ -94,8 +97,12 @@ class DistillationJob(Job):
 
     def settle(self, sources: Sources) -> Run:
         """Returns the recipe completed from the weights of teacher and student."""
-        teacher = settle_model(self.run.teacher, sources, where=SOURCE)
-        return replace(super().settle(sources), teacher=teacher)
+        settle = super().settle
+        settled, teacher = check_all(
+            lambda: settle(sources),
+            lambda: settle_model(self.run.teacher, sources, where=SOURCE),
+        )
+        return self._met(replace(settled, teacher=teacher))
 
     def check(self) -> None:
         """Opens held-out and labelled images, and checks the headers of all weights.
@@ -137,28 +144,79 @@ class DistillationJob(Job):
         with torch.device("meta"):
             teacher = self.make_teacher()
             task = self.task_around(teacher)
-        size = self.run.data.image_size
-        if self.run.teacher_architecture().code:
-            side = teacher.image_size or size
+        run = self._settled
+        size, objective = run.data.image_size, run.objective
+        side = teacher.image_size or size
+        if run.teacher_architecture().code:
             check_map(teacher.net, side, is_trained=False, where="teacher.source")
         check_head(
             task.projection,
-            self.run.objective.head,
+            objective.head,
             (2, 3, task.student.width),
             teacher.width,
             where=heads.WHERE,
         )
-        grids = []
-        for whose, grid_of in (
-            ("student", lambda: task.student.grid(size, size)),
-            ("teacher", lambda: teacher.grid(size)),
-        ):
-            try:
-                grids.append(grid_of())
-            except ShapeError as error:
-                raise ShapeError(f"{whose}: {error}") from None
-        check_grids(*grids, interpolation=self.run.objective.interpolation)
+        grid = _grid("student", task.student.grid, size)
+        theirs = _grid("teacher", teacher.net.grid, side)
+        check_grids(grid, theirs, interpolation=objective.interpolation)
+        log.info(
+            "grids: teacher %dx%d (images of %d px), student %dx%d (images of %d px): %s",
+            *(*theirs, side, *grid, size),
+            "equal" if grid == theirs else "the teacher's map is resized (bilinear)",
+        )
         return tuple(p.numel() for model in (task, teacher) for p in model.parameters())
+
+    @cached_property
+    def _settled(self) -> Run:
+        """The recipe with what `settle` makes of its grids; itself once it is settled."""
+        return self._met(self.run)
+
+    def _met(self, run: Run) -> Run:
+        """Returns the recipe with numbers where it says auto: the teacher's images, the two grids.
+
+        Positions follow the teacher's images, unless this job's recipe says their size.
+
+        Args:
+            run: The recipe, its models settled.
+        """
+        objective, size = run.objective, run.data.image_size
+        is_automatic = AUTO in (objective.interpolation, objective.teacher_image_size)
+        if not is_automatic or run.teacher.model == AUTO:
+            return run
+        architecture, section = run.teacher_architecture(), run.teacher
+        follows = (
+            architecture.resizes_positions and self.run.teacher.architecture.image_size is None
+        )
+        with torch.device("meta"):
+            student = make_student(run.student, image_size=size)
+        wanted = _grid("student", student.grid, size)
+
+        def at(side: int) -> tuple[Grid | None, FrozenModel]:
+            """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its section."""
+            resized = replace(section, architecture=replace(section.architecture, image_size=side))
+            for model in (section, resized) if follows and side else (section,):
+                with torch.device("meta"), suppress(FDError):
+                    make = frozen_maker(model, image_size=size, own_image_size=side)
+                    return make().grid(size), model
+            return None, section
+
+        side = objective.teacher_image_size
+        if side == AUTO:
+            side, as_it_is = 0, at(0)[0]
+            given = as_it_is and objective.interpolation == "bilinear"
+            if as_it_is != wanted and not given:
+                side = teacher_side(
+                    wanted,
+                    lambda side: at(side)[0],
+                    image_size=size,
+                    own_size=own_image_size(section.model, architecture),
+                )
+        grid, teacher = at(side)
+        interpolation = objective.interpolation
+        if interpolation == AUTO:
+            interpolation = "none" if grid in (wanted, None) else "bilinear"
+        objective = replace(objective, teacher_image_size=side, interpolation=interpolation)
+        return replace(run, teacher=teacher, objective=objective)
 
     def splits_models(self) -> bool:
         """Returns whether the teacher is sharded."""
@@ -172,10 +230,11 @@ class DistillationJob(Job):
 
     def make_teacher(self) -> Frozen:
         """Constructs the teacher with random weights."""
+        run = self._settled
         return frozen_maker(
-            self.run.teacher,
-            image_size=self.run.data.image_size,
-            own_image_size=self.run.objective.teacher_image_size,
+            run.teacher,
+            image_size=run.data.image_size,
+            own_image_size=run.objective.teacher_image_size,
         )()
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
@@ -216,7 +275,7 @@ class DistillationJob(Job):
 
     def task_around(self, teacher: Frozen | PlacedTeacher) -> Distillation:
         """Constructs student, projection and loss around a teacher."""
-        objective = self.run.objective
+        objective = self._settled.objective
         doors.require_allowed(
             {
                 f"objective.{name}": getattr(objective, name)
@@ -391,7 +450,8 @@ class DistillationJob(Job):
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the teacher."""
-        return {"teacher": FrozenPart(self.run.teacher, self.run.objective.teacher_image_size)}
+        run = self._settled
+        return {"teacher": FrozenPart(run.teacher, run.objective.teacher_image_size)}
 
     def in_one_process(self) -> Run:
         """Returns the recipe with the teacher whole on its rank."""
@@ -406,6 +466,17 @@ class DistillationJob(Job):
         root = self.run.eval.knn_root
         train_set = open_split(root, "train", where="eval.knn_root")
         return train_set, open_split(root, "val", train_set.classes, where="eval.knn_root")
+
+
+def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:
+    """The grid of a model's map.
+
+    Raises: ShapeError: naming the model, if it takes no images of that side.
+    """
+    try:
+        return grid_of(side, side)
+    except ShapeError as error:
+        raise ShapeError(f"{whose}: {error}") from None
 
 
 def _student_of(engine: Engine) -> Callable[[Tensor], FeatureMap]:

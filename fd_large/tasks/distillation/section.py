@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, positive
-from fd_large.recipes.sections import FrozenModel
+from fd_large.recipes.sections import AUTO, FrozenModel
 from fd_large.recipes.task_kind import TaskKind
 
 
@@ -41,18 +41,24 @@ class Objective:
     # Constant added to a teacher token's variance before its square root divides the token.
     whitening_eps: float = 1e-5
     # What to do if student and teacher have different grids of tokens. none: stop with an error.
-    # bilinear: resize the teacher's map to the student's grid.
-    interpolation: Literal["none", "bilinear"] = "none"
+    # bilinear: resize the teacher's map to the student's grid. auto: bilinear if they differ at the
+    # teacher's image size.
+    interpolation: Literal["none", "bilinear", "auto"] = "none"
     # Side of the teacher's image, in pixels, resized from the same crop. 0 uses the student's
-    # image.
-    teacher_image_size: int = 0
+    # image. auto: the size at which both grids agree, where the teacher takes it (docs/weights.md
+    # has the rule).
+    teacher_image_size: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         check_types(self, "objective")
         positive("objective.beta", self.beta)
         positive("objective.whitening_eps", self.whitening_eps)
-        at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels")
+        if self.teacher_image_size != AUTO:
+            at_least("objective.teacher_image_size", self.teacher_image_size, 0, "pixels, or auto")
 
+
+# The teacher decides its image size and how the two grids meet: what recipes of distillation say.
+AUTOMATIC = Objective(interpolation=AUTO, teacher_image_size=AUTO)
 
 KIND = TaskKind(
     name="distillation",

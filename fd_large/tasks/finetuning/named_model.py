@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from fd_large.engine.frozen import RANDOM
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import by_name, overrides, resolve
 from fd_large.recipes.family import FamilyArchitecture
-from fd_large.recipes.sections import FrozenModel, Student
+from fd_large.recipes.sections import RANDOM, FrozenModel, Student
 
 # Fields of the section student that a user sets for named models; the others come with them.
 OWN_FIELDS = (

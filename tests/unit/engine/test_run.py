@@ -21,7 +21,7 @@ from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.job import Job
 from fd_large.engine.run import hooks_of, train, watchdog_of
 from fd_large.engine.zero import state
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, DataError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.runtime.hooks import Hook, Verdict, Wish
@@ -291,6 +291,18 @@ def test_an_ignored_field_and_a_bad_batch_are_refused_before_anything_is_built(r
     with pytest.raises(ConfigError, match=r"batch\."):
         start(replace(recipe, batch=replace(recipe.batch, micro_batch_size=3)))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_refused_hide_no_other_mistake(recipe, tmp_path):
+    class NoSamples(BrightnessJob):
+        def open_samples(self):
+            raise DataError("data.root: no images")
+
+    wrong = replace(recipe, student=replace(recipe.student, init="/no/such"))
+    with claimed(tmp_path / "run") as lease, pytest.raises(WeightsError) as caught:
+        train(wrong, NoSamples, deepspeed_config="gone.json", lease=lease)
+    for told in ("--student.init: ", "gone.json", "data.root: "):
+        assert told in str(caught.value)
 
 
 def test_a_folder_allows_no_code_that_it_alone_names(tmp_path, monkeypatch):

@@ -92,6 +92,29 @@ def test_a_model_of_another_family_keeps_none_of_the_recipes_shape():
     assert other.student.architecture == Architecture(feature_stride=8)
 
 
+def test_other_weights_of_a_teacher_bring_their_own_model():
+    run = a_run(
+        teacher=Teacher(
+            model="efficientnet_lite0",
+            architecture=Architecture(feature_stride=16),
+            source="package:some",
+            statistics=(0.0, 0.0, 0.0, 1.0, 1.0, 1.0),
+        )
+    )
+    other = run.with_fields({"teacher.source": "clip.pt", "teacher.architecture.image_size": 96})
+    brought = Teacher(source="clip.pt", architecture=Architecture(image_size=96))
+    assert other.teacher == brought
+    named = run.with_fields({"teacher.source": "clip.pt", "teacher.model": "swinv2_1b"})
+    assert named.teacher == replace(brought, model="swinv2_1b", architecture=Architecture())
+    # The same weights, none, or random ones are those of the model that the run names.
+    for source in ("package:some", "", "random"):
+        assert run.with_fields({"teacher.source": source}).teacher == replace(
+            run.teacher, source=source
+        )
+    # A run that names a model and no weights wants that model.
+    assert a_run().with_fields({"teacher.source": "x.pth"}).teacher.model == "swinv2_1b"
+
+
 def test_difference_lists_fields_by_name_with_both_values():
     run = a_run()
     other = replace(

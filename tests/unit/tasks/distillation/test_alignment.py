@@ -3,7 +3,7 @@ import torch
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError, ShapeError
-from fd_large.tasks.distillation.alignment import align
+from fd_large.tasks.distillation.alignment import align, teacher_side
 
 
 def _map(grid, prefix=0, width=4, seed=0):
@@ -47,3 +47,36 @@ def test_interpolation_gives_the_teachers_map_the_students_grid():
     image = teacher.tokens.view(2, 4, 4, 4)
     by_hand = torch.einsum("ih,jw,bhwc->bijc", weights, weights, image).reshape(2, 4, 4)
     assert torch.allclose(t, by_hand, atol=1e-6)
+
+
+def grids(stride, *sizes):
+    """The grid of a model of a stride; it takes the sizes alone, or all multiples of the stride."""
+
+    def grid_at(side):
+        takes = side in sizes if sizes else side % stride == 0
+        return (side // stride, side // stride) if takes else None
+
+    return grid_at
+
+
+@pytest.mark.parametrize(
+    ("student", "image_size", "grid_at", "own_size", "side"),
+    [
+        (14, 224, grids(16), 224, 224),  # Equal as they are.
+        (14, 224, grids(14), 518, 196),  # Positions are resized.
+        (16, 128, grids(14), 518, 224),
+        (14, 224, grids(14, 518), 518, 518),  # It takes its own size alone.
+        (16, 128, grids(16, 256, 224), 224, 256),
+        (16, 128, grids(16, 128, 224), 224, 224),  # The coarser map gets the size of its training.
+        (16, 128, grids(32), 224, 224),  # 512 pixels would be more than twice that.
+        (14, 224, grids(32), 224, 448),
+        (7, 224, grids(16), 224, 224),  # 112 pixels would be half the student's image.
+        (7, 224, grids(14), 518, 224),
+        (16, 128, grids(16), 0, 256),  # Nothing is known of its training.
+        (16, 128, grids(32), 0, 128),
+        (16, 128, grids(14, 7), 0, 128),  # It takes nothing that is known here.
+    ],
+)
+def test_the_teachers_image_follows_from_both_grids(student, image_size, grid_at, own_size, side):
+    wanted = (student, student)
+    assert teacher_side(wanted, grid_at, image_size=image_size, own_size=own_size) == side

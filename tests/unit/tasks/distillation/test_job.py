@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from fd_large.errors import CheckpointError, FDError, ShapeError
 from fd_large.recipes.fields import override
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.weights.source import Sources
 
 
 @pytest.fixture
@@ -104,6 +106,58 @@ def test_sizes_of_all_that_may_be_split(built):
 def test_maps_that_do_not_fit_are_refused(run, field, value, named):
     with pytest.raises(ShapeError, match=named):
         DistillationJob(override(run, {field: value})).parameter_sizes()
+
+
+AUTO = {"teacher_image_size": "auto", "interpolation": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "side", "positions", "interpolation"),
+    [
+        # The student's grid is 6x6; the file's positions are for 4x4 patches of 8 pixels.
+        ({}, 48, 48, "none"),
+        ({"teacher.architecture.image_size": 32}, 32, 32, "bilinear"),
+        ({"objective.teacher_image_size": 64}, 64, 64, "bilinear"),
+        ({"objective.teacher_image_size": 0}, 0, 32, "bilinear"),
+        ({"objective.interpolation": "bilinear"}, 0, 32, "bilinear"),
+        ({"objective.interpolation": "none"}, 48, 48, "none"),
+        ({"objective.interpolation": "none", "objective.teacher_image_size": 0}, 0, 32, "none"),
+        # An equal grid of 4x4: as the file is.
+        ({"data.image_size": 32}, 0, 32, "none"),
+    ],
+)
+def test_the_teachers_image_and_positions_follow(
+    run, tmp_path, fields, side, positions, interpolation
+):
+    source = str(tiny_runs.vit_file(tmp_path))
+    automatic = {f"objective.{name}": value for name, value in AUTO.items()}
+    run = run.with_fields({"teacher.source": source, "data.image_size": 48, **automatic, **fields})
+    settled = settle(run)
+    assert settled.objective.teacher_image_size == side
+    assert settled.objective.interpolation == interpolation
+    assert settled.teacher_architecture().image_size == positions
+    assert settle(settled) == settled
+    fits = interpolation == "bilinear" or side or run.data.image_size == 32
+    with nullcontext() if fits else pytest.raises(ShapeError, match="6x6"):
+        DistillationJob(settled).parameter_sizes()
+
+
+def settle(run):
+    return DistillationJob(run).settle(Sources())
+
+
+def test_a_line_says_how_the_grids_meet(run, caplog):
+    with caplog.at_level("INFO"):
+        DistillationJob(override(run, {"data.image_size": 48})).parameter_sizes()
+    assert "teacher 4x4 (images of 32 px), student 6x6 (images of 48 px)" in caplog.text
+
+
+def test_a_settled_run_says_what_is_automatic_whatever_it_was(run):
+    """A job that is not settled, as `plan` counts it, sees the same teacher."""
+    automatic = override(run, {f"objective.{name}": value for name, value in AUTO.items()})
+    assert DistillationJob(automatic).parameter_sizes() == DistillationJob(run).parameter_sizes()
+    (part,) = DistillationJob(automatic).frozen_models().values()
+    assert part.image_size == 0
 
 
 def test_batches_go_on_where_an_epoch_was_left(run):
