@@ -195,7 +195,8 @@ class DistillationJob(Job):
             """The teacher's grid for images of a side, 0 as in `frozen_maker`; and its section."""
             resized = replace(section, architecture=replace(section.architecture, image_size=side))
             for model in (section, resized) if follows and side else (section,):
-                with torch.device("meta"), suppress(FDError):
+                # What is wrong at any size is told by the first call.
+                with torch.device("meta"), suppress(FDError if side else ShapeError):
                     make = frozen_maker(model, image_size=size, own_image_size=side)
                     return make().grid(size), model
             return None, section
