@@ -8,12 +8,19 @@ import re
 from fd_large.backbones.translation import Shapes
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import MOST_BLOCKS
 
 
 def count_of(shapes: Shapes, pattern: str) -> int:
-    """Returns one more than the largest number that a pattern finds in names."""
+    """Returns one more than the largest number that a pattern finds in names.
+
+    Raises: ValueError: if no model has so many layers.
+    """
     found = (re.match(pattern, name) for name in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    count = max((int(match[1]) + 1 for match in found if match), default=0)
+    if count > MOST_BLOCKS:
+        raise ValueError(f"a name with the number {count - 1:,} of a layer")
+    return count
 
 
 def mlp_ratio(shapes: Shapes, name: str, width: int) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -21,6 +20,7 @@ from fd_large import distributed
 from fd_large.data.source import ImageSource
 from fd_large.errors import DataError, FDError, LaunchError, WeightsError
 from fd_large.runtime.run_folder import source_commit
+from fd_large.weights.read import read_json
 from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def _files(path: Path) -> list[Path]:
         return [path / "manifest.json"]
     if path.suffix != ".json":
         return [path]
-    names = json.loads(path.read_text())["weight_map"].values()
+    names = read_json(path)["weight_map"].values()
     return [path, *(path.parent / Path(name).name for name in sorted(set(names)))]
 
 

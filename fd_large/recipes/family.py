@@ -13,6 +13,10 @@ from typing import Any, ClassVar, Literal, Self
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import check_types
 
+MOST_BLOCKS = 1000
+"""More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
+_MOST_STAGES = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyArchitecture:
@@ -158,7 +162,11 @@ class Transformer(FamilyArchitecture):
     def _check(self) -> None:
         stages = len(self.depths)
         self._require(
-            stages >= 1 and min(self.depths) >= 1, "depths", "one or more blocks in each stage"
+            1 <= stages <= _MOST_STAGES
+            and min(self.depths) >= 1
+            and sum(self.depths) <= MOST_BLOCKS,
+            "depths",
+            f"1 to {_MOST_STAGES} stages of one or more blocks, at most {MOST_BLOCKS} in all",
         )
         self._require(len(self.num_heads) == stages, "num_heads", f"{stages} numbers")
         for field in ("embed_dim", "patch_size", "image_size"):

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import struct
-import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fd_large.errors import WeightsError
+from fd_large.weights import torch_files
 
 # A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
@@ -39,6 +36,8 @@ _FOLDER_FILES = (
 _INDEX = ".index.json"
 # Bounds of the JSON that comes with weights. The largest published indices have 10 MB.
 _JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
+# Bounds of weights files. The largest models of images have a few thousand tensors.
+_HEADER_BYTES, _NAMES, _NAME_LENGTH, _WRAPPINGS = 16 << 20, 50_000, 500, 8
 # By their names in safetensors.
 DTYPES = {
     "F64": torch.float64,
@@ -187,7 +186,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
         else:
             tensors, wrapping = unwrap(_torch_file(path, where), where, part)
             return Tensors(tensors, path, wrapping)
-        return Tensors(_without_prefixes(entries), path)
+        return Tensors(_without_prefixes(entries, where), path)
     except SafetensorError as error:
         raise _damaged(path, error, where) from error
 
@@ -224,9 +223,16 @@ def unwrap(
 
     Raises: WeightsError: if no tensors are found, or something else stands among them.
     """
+    tensors, wrapping = _unwrapped(contents, where, part)
+    return _without_prefixes(tensors, where), wrapping
+
+
+def _unwrapped(
+    contents: Any, where: str, part: str = ""
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     wrapping: list[str] = []
     keys = (part, "model", "state_dict", "student") if part else ("model", "state_dict", "student")
-    while isinstance(contents, Mapping):
+    while isinstance(contents, Mapping) and len(wrapping) < _WRAPPINGS:
         key = next((k for k in keys if isinstance(contents.get(k), Mapping)), None)
         if key is None:
             break
@@ -248,14 +254,21 @@ def unwrap(
             "mapping of names to tensors, alone or under model, state_dict, student or teacher. "
             "Save the model's state_dict()."
         )
-    return _without_prefixes(contents), tuple(wrapping)
+    return contents, tuple(wrapping)
 
 
 def _has_values(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta
 
 
-def _without_prefixes(contents: Mapping[str, Any]) -> dict[str, Any]:
+def _without_prefixes(contents: Mapping[str, Any], where: str) -> dict[str, Any]:
+    longest = max(map(len, contents), default=0)
+    if len(contents) > _NAMES or longest > _NAME_LENGTH:
+        raise WeightsError(
+            f"{where}: names of no model; got {len(contents):,} tensors, the longest name of "
+            f"{longest:,} characters, expected at most {_NAMES:,} and {_NAME_LENGTH}. Use the "
+            "weights of another model."
+        )
     for prefix in ("module.", "backbone."):
         named = [name for name in contents if not name.startswith(("head.", "head_dense."))]
         if named and all(name.startswith(prefix) for name in named):
@@ -264,6 +277,10 @@ def _without_prefixes(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _safetensors(path: Path) -> dict[str, _Slice]:
+    with path.open("rb") as begin:
+        header = int.from_bytes(begin.read(8), "little")
+    if _HEADER_BYTES < header < path.stat().st_size:
+        raise SafetensorError(f"a header of {header:,} bytes, more than {_HEADER_BYTES:,}")
     file = safe_open(path, framework="pt")
     return {name: _Slice(file, name) for name in file.keys()}  # noqa: SIM118
 
@@ -283,7 +300,10 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
                 f"{where}: {path}: one of its files is missing; got {len(files)} names without "
                 f"{name}, expected them all beside the index. Fetch the files again."
             )
-        entries |= _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file, where)
+        if file.suffix == ".safetensors":
+            entries |= _safetensors(file)
+        else:
+            entries |= _unwrapped(_torch_file(file, where), where)[0]
     absent = sorted(index.keys() - entries.keys())
     if absent:
         raise WeightsError(
@@ -296,98 +316,35 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
 
 def _torch_file(path: Path, where: str) -> Any:
     try:
-        is_zip = zipfile.is_zipfile(path)  # Raises for some that are none.
-        if is_zip and _is_torchscript(path):
-            with warnings.catch_warnings():
-                # Deprecated, but the only reader of the files that OpenAI publishes.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                return torch.jit.load(str(path), map_location="cpu").state_dict()
-        with _stand_ins():
-            # Files of before torch 1.6 are no zip archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if any(words in str(error) for words in _REFUSALS):
-            raise WeightsError(
-                f"{where}: {path}: holds objects that only running code of the file could restore; "
-                f"got {_culprit(str(error))}, expected tensors. If you trust the file, load it "
-                "where its code is installed, and save the state dict alone: "
-                "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)."
-            ) from error
-        raise _damaged(path, error, where) from error
+        return torch_files.load(path)
+    except torch_files.RefusedError as error:
+        raise WeightsError(
+            f"{where}: {path}: holds objects that only running code of the file could restore; "
+            f"got {error}, expected tensors. If you trust the file, load it where its code is "
+            "installed, and save the state dict alone: "
+            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)."
+        ) from error
     except _DAMAGES as error:
         raise _damaged(path, error, where) from error
 
 
-# Dictionaries with methods: their items are settings. torch fills no other kind of dictionary.
-_DICTIONARIES = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict")
-_PATHS = ("Path", "PosixPath", "PurePosixPath")  # In `_local` as Python 3.13 writes them.
-_OTHERS = (
-    "argparse.Namespace",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
-)
-
-
-class _Passive:
-    """Takes any arguments and state of a pickled object and keeps none of them.
-
-    Checkpoints carry the settings they were trained with (yacs nodes, argparse namespaces) and
-    numpy scalars beside their tensors. torch's restricted unpickler is shown plain containers and
-    this class under those names, so that no code of the file, or of the packages it names, runs.
-    """
-
-    def __new__(cls, *arguments: Any, **options: Any) -> _Passive:
-        """Takes any arguments."""
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: Any, **options: Any):
-        """Forgets them."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Forgets the state."""
-
-
-def _stand_ins() -> AbstractContextManager[None]:
-    """Shows `torch.load(weights_only=True)` the stand-ins while it reads."""
-    pairs = [(OrderedDict, name) for name in _DICTIONARIES] + [(_Passive, name) for name in _OTHERS]
-    return torch.serialization.safe_globals(pairs)
-
-
-# What torch and zipfile meet in files that are cut short or altered.
+# What files that are cut short or altered lead to.
 _DAMAGES = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    KeyError,
-    ValueError,
-    IndexError,
-    TypeError,
+    ArithmeticError,
     AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
     struct.error,
     zipfile.BadZipFile,
 )
-# How torch words that it would have to run something; anything else is damage.
-_REFUSALS = ("nsupported global", "nsupported GLOBAL", "Trying to call", "Can only ")
-
-
-def _culprit(message: str) -> str:
-    """The name of what was refused, from torch's message."""
-    if "GLOBAL " in message:
-        return message.split("GLOBAL ")[-1].split()[0]
-    return next(line for line in message.splitlines() if any(w in line for w in _REFUSALS))
-
-
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _damaged(path: Path, error: Exception, where: str) -> WeightsError:
-    # torch puts advice around its reason, which does not help here.
-    reason = str(error).split("WeightsUnpickler error:")[-1].strip()
-    reason = (reason.splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return WeightsError(
         f"{where}: {path}: damaged, cut short, or not a weights file; got {path.stat().st_size} "
         f"bytes ({reason}), expected safetensors or a torch file. Fetch the file again."

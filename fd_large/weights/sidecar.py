@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,14 +17,16 @@ from fd_large.backbones.family import Family
 from fd_large.backbones.published import Published
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
-from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.family import FamilyArchitecture
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.recipes.architectures import Architecture, field_names, set_fields, whole
+from fd_large.recipes.family import MOST_BLOCKS, FamilyArchitecture
 from fd_large.weights.read import read_json
 
 # Our own exports write their architecture under this key.
 OWN = "fd_large"
 _FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
+# More than any argument of a published model.
+_LARGEST_ARGUMENT = 100_000
 
 
 class Sidecar(NamedTuple):
@@ -127,7 +130,14 @@ def _plain_errors(folder: Path, where: str) -> Iterator[None]:
     """Says in one sentence what is wrong in a configuration."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise WeightsError(
             f"{where}: the configuration in {folder}: not what its format has; got "
             f"{type(error).__name__} {error}, expected the file as it was published. Fetch it "
@@ -181,8 +191,9 @@ def read_own(folder: Path, where: str) -> Sidecar | None:
     own = _json(folder / "config.json", where).get(OWN)
     if not own:
         return None
-    code_hash = own.get("code_sha256", "")
-    return Sidecar(_own(folder, own, where), _statistics(own), own=True, code_hash=code_hash)
+    with _plain_errors(folder, where):
+        code_hash = own.get("code_sha256", "")
+        return Sidecar(_own(folder, own, where), _statistics(own), own=True, code_hash=code_hash)
 
 
 def own_config(
@@ -256,11 +267,17 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
     arguments = config.get("model_args") or {}
-    if unknown := sorted(set(arguments) - _TIMM_ARGUMENTS):
+    unknown = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _TIMM_ARGUMENTS or not _is_plain(name, value)
+    )
+    if unknown:
         raise WeightsError(
             f"{where}: config.json: an argument of timm's models that is not passed on; got "
-            f"model_args {', '.join(unknown)[:200]}, expected some of "
-            f"{', '.join(sorted(_TIMM_ARGUMENTS))}. Remove it, or set --teacher.source timm:NAME."
+            f"model_args {', '.join(unknown)[:200]}, expected plain values, no larger than models "
+            f"have, of {', '.join(sorted(_TIMM_ARGUMENTS))}. Remove it, or set --teacher.source "
+            "timm:NAME."
         )
     text = json.dumps(arguments, sort_keys=True)
     try:
@@ -272,6 +289,15 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
             f"{_called(config)} with {text[:200]}, expected a folder as timm writes it. Fetch it "
             "again."
         ) from error
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    several = value if isinstance(value, list) else [value]
+    numbers = [abs(v) for v in several if isinstance(v, int | float)]
+    most = MOST_BLOCKS if name in ("depth", "depths") else _LARGEST_ARGUMENT
+    return sum(numbers) <= most and all(
+        v is None or isinstance(v, bool | int | float | str) for v in several
+    )
 
 
 @lru_cache(maxsize=4)
@@ -287,10 +313,14 @@ def _made_by_timm(name: str, arguments: str) -> Any:
 def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
     values = found.get("architecture", {})
     try:
-        return Architecture(
+        stated = Architecture(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         )
-    except TypeError as error:
+        # An older release may have written fewer fields.
+        if stated.family and set_fields(stated).keys() >= set(field_names(stated.family)):
+            whole(set_fields(stated))
+        return stated
+    except (TypeError, ConfigError) as error:
         raise WeightsError(
             f"{where}: {folder / 'config.json'}: fields of no architecture; got {error}, "
             "expected what fd_large wrote. Use the release that wrote it."
@@ -307,4 +337,8 @@ def _json(path: Path, where: str) -> dict[str, Any]:
 def _statistics(config: dict[str, Any], mean: str = "mean", std: str = "std") -> Statistics | None:
     if mean not in config or std not in config:
         return None
-    return Statistics(tuple(config[mean]), tuple(config[std]))
+    means, deviations = tuple(config[mean]), tuple(config[std])
+    numbers = len(means) == len(deviations) == 3 and math.isfinite(sum(means + deviations))
+    if not numbers or min(deviations) <= 0:
+        raise ValueError(f"statistics {str((means, deviations))[:100]}")
+    return Statistics(means, deviations)

@@ -431,11 +431,11 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
     assert family.published is not None
     try:
         return family.published.recognise(shapes, file)
-    except (ValueError, IndexError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{where}: shapes of no {name} model; got patch_embed.proj.weight "
-            f"{shapes['patch_embed.proj.weight']} and others, expected (width, 3, patch, patch) "
-            "and tables of its kind. Use the weights of another model."
+            f"{shapes['patch_embed.proj.weight']} and others ({error}), expected (width, 3, patch, "
+            "patch) and tables of its kind. Use the weights of another model."
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fd_large.errors import WeightsError
-from fd_large.weights.read import _Passive, read, read_json, split_part, unwrap
+from fd_large.weights.read import read, read_json, split_part, unwrap
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
@@ -202,12 +202,6 @@ def test_harmless_settings_are_read_without_their_code(tmp_path):
             _use_new_zipfile_serialization=new_format,
         )
         same(read(tmp_path / "a.pth"))
-
-
-def test_stand_ins_keep_nothing():
-    inert = _Passive(1, a=2)
-    inert.__setstate__({"y": 2})
-    assert not vars(inert)
 
 
 class Bomb:

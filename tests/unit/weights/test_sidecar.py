@@ -25,6 +25,7 @@ from loading import (
 from safetensors.torch import save_file
 from torch import nn
 
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.frozen import frozen_weights
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import resolve
@@ -148,6 +149,55 @@ def test_a_malformed_configuration_is_one_sentence(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=r"not what its format has|config"):
         Sources().open(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("checkpoint_path", "evil.pth"),
+        ("pretrained", True),
+        ("pretrained_cfg", {"file": "evil.pth"}),
+        ("cache_dir", "elsewhere"),
+        ("depth", 10**8),
+        ("depths", [600, 600]),
+        ("img_size", 10**9),
+        ("embed_dim", {"a": 1}),
+        ("num_heads", 0),
+        ("patch_size", 0),
+    ],
+)
+def test_timms_configuration_sets_plain_values_alone(tmp_path, name, value):
+    torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {name: value}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
+    with pytest.raises(WeightsError, match=r"not passed on|cannot make this model"):
+        teacher_run(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"std": [0.5, 0.5, 0.0]},
+        {"std": [0.5, 0.5]},
+        {"mean": "abc"},
+        {"architecture": {"num_heads": [0]}},
+        {"architecture": {"norm_eps": -1.0}},
+        {"architecture": {"depths": [10**8]}},
+        {"architecture": {"embed_dim": "wide"}},
+        {"architecture": {"family": "unheard of"}},
+    ],
+)
+def test_a_configuration_of_ours_that_no_model_has_is_refused(tmp_path, changes):
+    name = "vit_base_patch16"
+    net, architecture = made(name), resolve(name, TINY[name])
+    write(net.state_dict().items(), architecture, "fd", tmp_path / "net", statistics=IMAGENET)
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    own = config["fd_large"]
+    Sources().open(tmp_path / "net")
+    changed = {k: own[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    (tmp_path / "net" / "config.json").write_text(json.dumps({"fd_large": own | changed}))
+    with pytest.raises(WeightsError, match=r"config\.json|configuration"):
+        Sources().open(tmp_path / "net")
 
 
 def test_statistics_come_from_the_preprocessor(transformers, tmp_path):
