@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -68,12 +69,16 @@ class Scheme:
             teacher is the module itself and nothing is to be filled.
         fetch: Brings the weights to this machine, so that no `load` asks the network; None where
             they are here.
+        save: Writes the whole module with its weights as a folder that the library describes, given
+            what the user set and the folder; returns the licence of the weights. None where there
+            is nothing to download.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
     load: Callable[[str, str], Loaded]
     weightless: Callable[[str, str], Mapping[str, Tensor]] | None = None
     fetch: Callable[[str, str], None] | None = None
+    save: Callable[[str, str, Path], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ COMMANDS = {
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
     "report": "Draw a run's curves and say what came out.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",
-    "weights": "Inspect a file of weights, or convert it to another format.",
+    "weights": "Inspect a file of weights, convert it to another format, or download it.",
     "export": "Write a run's student for timm or Hugging Face.",
     "doctor": "Say what a run finds on this machine, and what to fix.",
     "replay": "Run a step again that the guard refused.",

@@ -1,4 +1,4 @@
-"""`python -m fd_large weights inspect|convert`."""
+"""`python -m fd_large weights inspect|convert|fetch`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 from fd_large import doors
 from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
-from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import Architecture, resolve
+from fd_large.errors import ConfigError, FDError
+from fd_large.recipes.architectures import Architecture, name_of, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,16 @@ class Convert(_OfSource):
     model: str = "auto"
     # Fields that the file does not determine, such as window_size.
     architecture: Architecture = field(default_factory=Architecture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Download weights into a folder that is a source afterwards, without a network."""
+
+    # hf:REPO, timm:NAME or open_clip:ARCH/TAG.
+    source: Annotated[str, Positional, arg(metavar="SOURCE")]
+    # The folder; nothing may stand there.
+    out: Annotated[str, Positional, arg(metavar="DIR")]
 
 
 def inspect(source: str, model: str) -> int:
@@ -82,7 +92,33 @@ def convert(source: str, out: str, to: str, model: str, architecture: Architectu
     return 0
 
 
+def fetch(source: str, out: str) -> int:
+    """Downloads weights and prints what is there, and what a run would make of it."""
+    from fd_large.engine.checkpoint_models import sources_of
+    from fd_large.recipes.sections import FrozenModel
+    from fd_large.tasks.jobs import job_of
+    from fd_large.weights import fetch as weights_fetch
+    from fd_large.weights.settle import settle_model
+
+    files, licence = weights_fetch.fetch(source, out)
+    print(f"{out}: {', '.join(files)}; licence of the weights: {licence}")
+    try:
+        settled = settle_model(
+            FrozenModel(source=out), sources_of(job_of), where="--teacher.source"
+        )
+    except FDError as error:
+        print(f"It is not a teacher by itself: {error}")
+        return 0
+    model = name_of(resolve(settled.model, settled.architecture))
+    print(f"It holds a {model}: --teacher.source {out}")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Runs one of the commands."""
-    commands = {"inspect": (Inspect, inspect), "convert": (Convert, convert)}
+    commands = {
+        "inspect": (Inspect, inspect),
+        "convert": (Convert, convert),
+        "fetch": (Fetch, fetch),
+    }
     return call_subcommand(arguments, commands, command="weights")

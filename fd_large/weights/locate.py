@@ -98,7 +98,7 @@ def _from_hub(repository: str, where: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"{where}: cannot be fetched from Hugging Face; got {_first_line(error)} for "
+            f"{where}: cannot be fetched from Hugging Face; got {first_line(error)} for "
             f"{repository}, expected OWNER/NAME of a repository in the cache or within reach. "
             "Fetch its files elsewhere, and give the path of their folder."
         ) from error
@@ -131,7 +131,7 @@ def _from_open_clip(name: str, where: str) -> Located:
         path = package.download_pretrained(pretrained)
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
-            f"{where}: cannot be fetched from open_clip; got {_first_line(error)} for {name}, "
+            f"{where}: cannot be fetched from open_clip; got {first_line(error)} for {name}, "
             "expected weights in the cache or within reach. Fetch the file elsewhere, and give its "
             "path and --teacher.architecture.activation."
         ) from error
@@ -144,5 +144,6 @@ def _from_open_clip(name: str, where: str) -> Located:
     return Located(Path(path), None, "open_clip", described_by, statistics)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of a library's error, or its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -43,6 +43,7 @@ TIMM = Family(
         settle=_later("published", "settle"),
         load=_later("published", "load"),
         fetch=_later("published", "fetch"),
+        save=_later("published", "save"),
         weightless=_later("published", "weightless"),
     ),
 )

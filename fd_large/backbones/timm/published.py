@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from fd_large.backbones.download import download, downloaded
@@ -226,6 +228,16 @@ def fetch(name: str, where: str) -> None:
     """
     _refuse_untrained(name, where)
     download(_source(name), partial(_load, name, where))
+
+
+def save(name: str, where: str, folder: Path) -> str:
+    """Writes a model with the weights that timm has for it, as timm does; returns their licence.
+
+    Raises: WeightsError, ConfigError: as `load`.
+    """
+    net = load(name, where).net
+    save_for_hf(net, str(folder), safe_serialization=True)
+    return net.pretrained_cfg.get("license") or ""
 
 
 def _source(name: str) -> str:

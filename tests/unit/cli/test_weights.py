@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from fd_large.backbones.registry import build
 from fd_large.cli import main as cli
+from fd_large.recipes.architectures import resolve
+from fd_large.weights import fetch
+from fd_large.weights.convert import write
 
 
 def test_convert_and_back(tmp_path, capsys):
@@ -96,3 +99,19 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     words = ["weights", "convert", str(tmp_path / "fd.pth"), "--to", "official", str(below_a_file)]
     assert cli.main(words) == 2
     assert "cannot be written; got" in capsys.readouterr().err
+
+
+def test_fetch_says_what_there_is_and_whether_it_teaches(tmp_path, capsys, monkeypatch):
+    def fetched(source, out):
+        write(made("dino_vit_base_patch16").named_parameters(), architecture, "fd", out)
+        return ["config.json", "model.safetensors"], "mit"
+
+    architecture = resolve("dino_vit_base_patch16", TINY["dino_vit_base_patch16"])
+    monkeypatch.setattr(fetch, "fetch", fetched)
+    assert cli.main(["weights", "fetch", "hf:some/one", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "config.json, model.safetensors; licence of the weights: mit" in said
+    assert f"--teacher.source {tmp_path / 'out'}" in said
+    monkeypatch.setattr(fetch, "fetch", lambda source, out: ([], "mit"))
+    assert cli.main(["weights", "fetch", "hf:some/one", str(tmp_path / "none")]) == 0
+    assert "not a teacher by itself: " in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Weights from a stand-in for the hub, as folders that are sources without it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from hub import hub
+from loading import IMAGES, close, loaded, scattered
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from fd_large.errors import WeightsError
+from fd_large.weights.fetch import fetch
+
+CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
+
+
+def test_a_repository_of_the_hub(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    model, folder = scattered(transformers.ViTModel(config)), tmp_path / "theirs"
+    model.save_pretrained(folder)
+    statistics = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE").write_text("Apache")
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    (folder / "run_me.py").write_text("raise AssertionError")
+    with hub({"someone/vit": folder}, tmp_path / "cache") as asked:
+        files, licence = fetch("hf:someone/vit", tmp_path / "fetched")
+    assert asked
+    assert files == [
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    assert licence == "apache-2.0"
+    net, teacher = loaded(tmp_path / "fetched")
+    assert teacher.statistics == (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
+    with torch.no_grad():
+        close(net(IMAGES).tokens, model(pixel_values=IMAGES).last_hidden_state)
+
+
+def test_weights_of_timm(tmp_path):
+    """With the licence and the statistics that timm states."""
+    theirs, folder = scattered(timm.create_model("test_convnext")), tmp_path / "theirs"
+    save_for_hf(theirs, str(folder), safe_serialization=True)
+    with hub({"timm/test_convnext.r160_in1k": folder}, tmp_path / "cache"):
+        files, licence = fetch("timm:test_convnext", tmp_path / "fetched")
+    assert files == ["config.json", "model.safetensors"]
+    assert licence == "apache-2.0"
+    net, teacher = loaded(tmp_path / "fetched")
+    assert teacher.statistics[:3] == timm.get_pretrained_cfg("test_convnext").mean
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+        close(net(images).tokens, expected.flatten(2).transpose(1, 2))
+
+
+def test_weights_of_open_clip(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    tiny = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 128, "patch_size": 8},
+        "text_cfg": {"context_length": 4, "vocab_size": 20, "width": 8, "heads": 2, "layers": 1},
+    }
+    model, file = scattered(open_clip.CLIP(**tiny)), tmp_path / "theirs.safetensors"
+    save_file(model.state_dict(), file)
+    line = {"quick_gelu": True, "mean": (0.4,) * 3, "std": (0.3,) * 3}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: dict(tiny))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: line)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(file))
+    files, licence = fetch("open_clip:ViT-none/made_here", tmp_path / "fetched")
+    assert files == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert licence == "unknown"
+    _, teacher = loaded(tmp_path / "fetched")
+    assert teacher.architecture.activation == "quick_gelu"
+    assert teacher.statistics == (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
+
+
+def test_what_is_not_there_leaves_no_folder(tmp_path):
+    with (
+        hub({}, tmp_path / "cache"),
+        pytest.raises(WeightsError, match=r"Hugging Face; got .*someone/gone"),
+    ):
+        fetch("hf:someone/gone", tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+@pytest.mark.parametrize("source", ["clip.pt", "random", "package:x", "module:a.py:B"])
+def test_what_is_no_download_is_refused(source, tmp_path):
+    with pytest.raises(WeightsError, match="not a source that is downloaded"):
+        fetch(source, tmp_path / "fetched")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    with pytest.raises(WeightsError, match="something is there"):
+        fetch("hf:someone/vit", tmp_path)
