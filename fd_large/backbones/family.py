@@ -72,6 +72,8 @@ class Scheme:
         save: Writes the whole module with its weights as a folder that the library describes, given
             what the user set and the folder; returns the licence of the weights. None where there
             is nothing to download.
+        untrained: Returns the rest of the source without the word that asks for random weights, as
+            in `timm:NAME=random`; None where trained ones are meant.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]
@@ -79,6 +81,7 @@ class Scheme:
     weightless: Callable[[str, str], Mapping[str, Tensor]] | None = None
     fetch: Callable[[str, str], None] | None = None
     save: Callable[[str, str, Path], str] | None = None
+    untrained: Callable[[str], str | None] = lambda rest: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,7 @@ class Family:
         scheme: Weights that come with the name of one of its models; None if there are none.
         of_config: Returns the model that a library's `config.json` names, which is None for another
             family's; given what was read and what the user set. None: no such file names one.
+        resizes: Whether weights of a model are carried over to another image size.
     """
 
     architecture: type[FamilyArchitecture]
@@ -106,3 +110,4 @@ class Family:
     facts_of: Callable[[Any], WeightFacts | None] = lambda architecture: None
     scheme: Scheme | None = None
     of_config: Callable[[Mapping[str, Any], str], Architecture | None] | None = None
+    resizes: Callable[[Any], bool] = lambda architecture: architecture.resizes_positions

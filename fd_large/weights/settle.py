@@ -49,13 +49,18 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     if brought := family_of_source(section.source):
         family, rest = brought
         assert family.scheme is not None
+        untrained = family.scheme.untrained(rest)
+        source = section.source if untrained is None else RANDOM
+        rest = rest if untrained is None else untrained
         architecture, notes = family.scheme.settle(rest, section.architecture, where)
         for note in notes:
             log.info("%s: %s", where, note)
         model = family.architecture.family
         facts = family.facts_of(resolve(model, architecture))
         statistics = section.statistics or _numbers(facts.statistics if facts else None)
-        return replace(section, model=model, architecture=architecture, statistics=statistics)
+        return replace(
+            section, model=model, source=source, architecture=architecture, statistics=statistics
+        )
     if section.source in ("", RANDOM):
         return section
     if own := sources.own(section.source, where=where):

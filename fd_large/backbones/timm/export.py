@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.models import create, size_arguments
+from fd_large.backbones.timm.models import create, size_arguments, strides
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 
 OURS = "net."
@@ -19,8 +19,7 @@ OURS = "net."
 def lacks(architecture: TimmArchitecture, pads: bool) -> str:
     """Says what timm does not have: models that end before their last map."""
     del pads
-    with torch.device("meta"):
-        last = TimmBackbone(architecture.timm_name).stride
+    last = strides(architecture.timm_name)[-1]
     if architecture.feature_stride in (0, last):
         return ""
     return f"the map at stride {architecture.feature_stride}, where timm's ends at {last}"

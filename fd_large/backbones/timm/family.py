@@ -10,6 +10,12 @@ from fd_large.backbones.exports import Export, feature_distillation, same
 from fd_large.backbones.family import Family, Scheme
 from fd_large.backbones.timm.architecture import TimmArchitecture
 
+_RANDOM = "=random"
+
+
+def _untrained(rest: str) -> str | None:
+    return rest.removesuffix(_RANDOM) if rest.endswith(_RANDOM) else None
+
 
 def _later(file: str, function: str) -> Callable[..., Any]:
     # timm takes a second to import, which other models are spared.
@@ -45,5 +51,7 @@ TIMM = Family(
         fetch=_later("published", "fetch"),
         save=_later("published", "save"),
         weightless=_later("published", "weightless"),
+        untrained=_untrained,
     ),
+    resizes=_later("published", "resizes"),
 )

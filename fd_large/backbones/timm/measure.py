@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fd_large.backbones.random_draws import Draws
-from fd_large.backbones.timm.models import create, cut, size_arguments
+from fd_large.backbones.timm.models import create, cut, map_of, sized
 from fd_large.errors import ConfigError
 
 _BATCH_SIZE = 2
@@ -58,7 +58,7 @@ def measure(name: str, stride: int, image_size: int, drop_path_rate: float) -> M
 
     Raises: ConfigError: if it cannot be trained so that ranks and recomputation change nothing.
     """
-    arguments = dict(size_arguments(name, image_size))
+    arguments = dict(sized(name, image_size).arguments)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             whole: Any = create(name, **arguments, drop_path_rate=drop_path_rate or _ANY_RATE)
@@ -100,12 +100,14 @@ class _DropPaths(NamedTuple):
 
 def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     """Cuts a model on the meta device and runs it."""
-    stage = cut(net, name, stride)
+    stage = cut(net, name, stride, image_size)
     still(net)
-    native = net.pretrained_cfg["input_size"][-1]
-    # A few models' own size does not divide into tokens.
-    side = image_size or -(-native // stage.stride) * stage.stride
-    if side % stage.stride:
+    side = image_size or sized(name, 0).side
+    if stage.last is None and not image_size:
+        # A few models' own size does not divide into tokens.
+        side = -(-side // stage.stride) * stage.stride
+    grid = stage.grid(side, side)
+    if grid is None:
         raise ConfigError(
             f"student.model: images do not divide into the tokens of {name}; got {side}x{side} "
             f"pixels, expected a multiple of {stage.stride}. Set --data.image_size."
@@ -137,14 +139,8 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     images = torch.empty(_BATCH_SIZE, 3, side, side, device="meta")
     try:
         with Draws() as draws:
-            (features,) = net.train().forward_intermediates(
-                images,
-                indices=[stage.index],
-                norm=stage.is_last,
-                output_fmt="NCHW",
-                intermediates_only=True,
-            )
-            features.sum().backward()
+            tokens = map_of(net.train(), stage, images)
+            tokens.sum().backward()
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"student.model: {name} does not take images of this size; got {side}x{side} pixels "
@@ -160,12 +156,11 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
             f"{len(idle)} that it does not need, {idle[0]} the first, expected none. Choose "
             "another model."
         )
-    grid = (side // stage.stride, side // stage.stride)
-    if tuple(features.shape[-2:]) != grid:
+    if tokens.shape[1] != grid[0] * grid[1]:
         raise ConfigError(
             f"student.model: the map of {name} has another stride than timm states; got "
-            f"{features.shape[-2]}x{features.shape[-1]} tokens of {side}x{side} pixels, expected "
-            f"{grid[0]}x{grid[1]}. Use another model."
+            f"{tokens.shape[1]} tokens of {side}x{side} pixels, expected {grid[0]}x{grid[1]}. Use "
+            "another model."
         )
     owner = {}
     for path in dict.fromkeys(order):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache, lru_cache
+from math import isqrt
 from typing import Any, NamedTuple
 
 import timm
 import torch
+from einops import rearrange
 from packaging.version import Version
-from timm.models.hiera import Hiera
-from timm.models.hieradet_sam2 import HieraDet
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from fd_large.errors import ConfigError, VersionError, nearest
+from fd_large.errors import ConfigError, ShapeError, VersionError
 
 OLDEST = "1.0.31"
 """The only release that was seen not to run code that a model's configuration names."""
+
+_WHERE = "student.model or teacher.model"
 
 
 def create(name: str, **arguments: Any) -> nn.Module:
@@ -29,16 +35,7 @@ def create(name: str, **arguments: Any) -> nn.Module:
         ConfigError: If timm has no such model, or does not return its inner maps.
         VersionError: If timm is too old.
     """
-    if Version(timm.__version__) < Version(OLDEST):
-        raise VersionError(
-            f"timm: too old a release, which may run code from a model's configuration; got "
-            f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
-        )
-    if not timm.is_model(name):
-        raise ConfigError(
-            f"student.model or teacher.model: no such model in timm {timm.__version__}; got "
-            f"{name!r}, {nearest(name, timm.list_models())}. Use a name of timm.list_models()."
-        )
+    check_name(name)
     net = timm.create_model(name, pretrained=False, **arguments)
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
@@ -48,28 +45,71 @@ def create(name: str, **arguments: Any) -> nn.Module:
     return net
 
 
-@lru_cache(maxsize=64)
-def size_arguments(name: str, image_size: int) -> dict[str, Any]:
-    """Returns the arguments that make a model for images of that side in pixels.
+def check_name(name: str) -> None:
+    """Refuses names that timm does not know, and releases of timm that are too old.
 
-    Models that take any size need none; 0 is the size that timm has the model for.
+    Raises: ConfigError, VersionError: as `create`.
     """
-    if not image_size:
-        return {}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        net = create(name)
-        config = net.pretrained_cfg
-        if config["input_size"][-1] == image_size:
-            return {}
-        if hasattr(net, "set_input_size"):
-            return {"img_size": image_size}
-        if config.get("fixed_input_size"):
-            try:
+    if Version(timm.__version__) < Version(OLDEST):
+        raise VersionError(
+            f"timm: too old a release, which may run code from a model's configuration; got "
+            f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
+        )
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"{_WHERE}: no such model in timm {timm.__version__}; got {name!r}, "
+            f"{near_names(name)}. Use a name of timm.list_models()."
+        )
+
+
+def near_names(name: str) -> str:
+    """Returns in words which of timm's more than a thousand names are near to another one."""
+    near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
+    return f"nearest: {', '.join(near)}" if near else "expected one of its names"
+
+
+class Size(NamedTuple):
+    """The images that a model is made for.
+
+    Attributes:
+        side: Side in pixels.
+        arguments: What `create` is given for it.
+        is_only: Whether it takes no others.
+    """
+
+    side: int
+    arguments: Mapping[str, Any]
+    is_only: bool
+
+
+@lru_cache(maxsize=256)
+def sized(name: str, image_size: int) -> Size:
+    """Returns how a model is made for images of that side in pixels; 0 is its own size.
+
+    A model that cannot be made for another size stays at its own.
+    """
+    check_name(name)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:  # A model of the user's own, registered with timm.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            config = timm.models.PretrainedCfg(**create(name).pretrained_cfg)
+    own, is_fixed = config.input_size[-1], bool(config.fixed_input_size)
+    if image_size in (0, own):
+        return Size(own, {}, is_fixed)
+    if not is_fixed and not can_resize(name):
+        return Size(image_size, {}, False)
+    if not can_resize(name):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 create(name, img_size=image_size)
-            except TypeError:
-                return {}  # Of one size only, which `TimmBackbone.grid` says.
-            return {"img_size": image_size}
-    return {}
+        except TypeError:
+            return Size(own, {}, True)
+    return Size(image_size, {"img_size": image_size}, is_fixed)
+
+
+def size_arguments(name: str, image_size: int) -> Mapping[str, Any]:
+    """Returns the arguments that make a model for images of that side; none if it needs none."""
+    return sized(name, image_size).arguments
 
 
 @cache
@@ -79,6 +119,145 @@ def can_resize(name: str) -> bool:
         return hasattr(create(name), "set_input_size")
 
 
+@cache
+def strides(name: str) -> list[int]:
+    """Returns the strides at which a model of timm has maps, rising.
+
+    Raises: ConfigError: if timm has no such model.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return sorted({stage["reduction"] for stage in create(name).feature_info})
+
+
+class LastMap(NamedTuple):
+    """What `forward_features` of a model returns, seen in one run on the meta device.
+
+    Attributes:
+        side: Side of the image in pixels.
+        grid: Rows and columns of the map.
+        width: Channels.
+        stride: Pixels per token, each way.
+        is_regular: Whether the stride is that of the last stage, so that it tells the grid at other
+            sizes too.
+        num_prefix_tokens: Tokens before those of the map.
+        is_channels_last: Whether a map that is no sequence has its channels last.
+        unused: Paths of the modules that it does not need.
+    """
+
+    side: int
+    grid: tuple[int, int]
+    width: int
+    stride: int
+    is_regular: bool
+    num_prefix_tokens: int
+    is_channels_last: bool
+    unused: tuple[str, ...]
+
+
+@lru_cache(maxsize=256)
+def last_map(name: str, image_size: int) -> LastMap:
+    """Runs `forward_features` of a model on the meta device.
+
+    Args:
+        name: timm's name of the model.
+        image_size: Side of the images in pixels; 0 is the size that timm has the model for.
+
+    Raises: ShapeError: if the model does not take the size; ConfigError: if it returns no map.
+    """
+    side, arguments, _ = sized(name, image_size)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        net: Any = create(name, **arguments).eval()
+        images = torch.empty(2, 3, side, side)
+        found, unused = _watched(net, lambda: net.forward_features(images), name, side)
+    if not isinstance(found, Tensor) or found.dim() not in (3, 4):
+        raise _no_map(name, _shape_text(found))
+    stated = net.feature_info[-1]["reduction"]
+    prefix, is_channels_last = 0, False
+    if found.dim() == 3:
+        length, width = found.shape[1:]
+        prefix = getattr(net, "num_prefix_tokens", None)
+        if prefix is None:  # Not every model says how many tokens come before those of its map.
+            prefix = 0 if isqrt(length) ** 2 == length else length - (side // stated) ** 2
+        rows = cols = isqrt(max(length - max(prefix, 0), 0))
+        if rows * cols != length - prefix or rows <= min(1, side // stated - 1):
+            raise _no_map(name, f"{length} tokens of {side}x{side} pixels")
+    else:
+        # Channels are told from rows and columns by timm's own number of them.
+        is_channels_last = found.shape[1] != net.num_features
+        shape = found.permute(0, 3, 1, 2).shape if is_channels_last else found.shape
+        _, width, rows, cols = shape
+    # Some convolutions round up; some models pool or resize their last map.
+    is_regular = rows in (side // stated, -(-side // stated))
+    stride = stated if is_regular else side // rows
+    if rows != cols or stride * rows not in range(side, side + stride):
+        raise _no_map(name, f"{rows}x{cols} tokens of {side}x{side} pixels")
+    return LastMap(side, (rows, cols), width, stride, is_regular, prefix, is_channels_last, unused)
+
+
+def _watched(
+    net: nn.Module, run: Callable[[], Any], name: str, side: int
+) -> tuple[Any, tuple[str, ...]]:
+    """What a run returns, and the paths of the modules of which it uses no parameter.
+
+    Raises: ShapeError: if the model does not take the images.
+    """
+    try:
+        with torch.no_grad(), _Used() as used:
+            found = run()
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise ShapeError(
+            f"{_WHERE}: {name} does not take images of this size; got {side}x{side} pixels "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}), expected a size that it "
+            "takes. Set --data.image_size, or of a teacher --teacher.architecture.image_size."
+        ) from error
+    unused: list[str] = []
+    for path, module in net.named_modules(remove_duplicate=False):
+        if not path or any(path.startswith(f"{gone}.") for gone in unused):
+            continue
+        held = [*module.parameters()]
+        if held and not any(id(t) in used.seen for t in (*held, *module.buffers())):
+            unused.append(path)
+    return found, tuple(unused)
+
+
+class _Used(TorchFunctionMode):
+    """Notes which tensors torch's functions are given while it is on.
+
+    Attributes:
+        seen: Their ids.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        # What asks for a dtype or a device uses no values.
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            leaves = tree_leaves((args, kwargs))
+            self.seen.update(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return found
+
+
+def _no_map(name: str, got: str) -> ConfigError:
+    return ConfigError(
+        f"{_WHERE}: forward_features of timm's {name} returns no map of tokens; got {got}, "
+        "expected one token for each place of a grid. Choose another model, or one of its earlier "
+        "maps by architecture.feature_stride."
+    )
+
+
+def _shape_text(found: Any) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor {tuple(found.shape)}"
+    if isinstance(found, list | tuple):
+        return f"{len(found)} tensors"
+    return type(found).__name__
+
+
 class Stage(NamedTuple):
     """The map of a model that is taken.
 
@@ -86,19 +265,27 @@ class Stage(NamedTuple):
         index: Number of the map among those that the model has.
         width: Channels.
         stride: Pixels per token, each way.
-        is_last: Whether it is the model's last map, after its final norm.
+        last: What `forward_features` returns, if the map is the model's last; None: an earlier one.
     """
 
     index: int
     width: int
     stride: int
-    is_last: bool
+    last: LastMap | None
+
+    def grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """Returns rows and columns of the map; None: the image does not divide into tokens."""
+        if self.last and height == width == self.last.side:
+            return self.last.grid  # Which some models round up.
+        if height % self.stride or width % self.stride:
+            return None
+        return height // self.stride, width // self.stride
 
 
-def cut(net: Any, name: str, stride: int) -> Stage:
+def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
     """Removes what a model computes after its deepest map of a stride; 0 is its last map.
 
-    Raises: ConfigError: if it has no map of that stride.
+    Raises: ConfigError: if it has no map of that stride; ShapeError: if it does not take the size.
     """
     stages = [(stage["reduction"], stage["num_chs"]) for stage in net.feature_info]
     known = sorted({reduction for reduction, _ in stages})
@@ -110,7 +297,41 @@ def cut(net: Any, name: str, stride: int) -> Stage:
             f"expected one of {', '.join(map(str, known))}. Choose one of these."
         )
     index = fitting[-1]
-    # Hiera's norms are its heads': its map is raw, and timm refuses to be asked.
-    is_last = index == len(stages) - 1 and not isinstance(net, Hiera | HieraDet)
-    net.prune_intermediate_layers([index], prune_norm=not is_last, prune_head=True)
-    return Stage(index, stages[index][1], stride, is_last)
+    if index < len(stages) - 1:
+        net.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+        return Stage(index, stages[index][1], stride, None)
+    last = last_map(name, image_size)
+    for path in last.unused:
+        net.set_submodule(path, nn.Identity())
+    return Stage(index, last.width, last.stride, last)
+
+
+def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
+    """Returns the map (B, h * w, C) of normalised images (B, 3, H, W)."""
+    if stage.last is None:
+        (found,) = inner_maps(net, [stage.index], images)
+    else:
+        found = net.forward_features(images)
+        if found.dim() == 3:
+            return found[:, stage.last.num_prefix_tokens :]
+        if stage.last.is_channels_last:
+            return rearrange(found, "b h w c -> b (h w) c")
+    return rearrange(found, "b c h w -> b (h w) c")
+
+
+def inner_maps(net: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
+    """Returns the maps (B, C, h, w) of some stages as they are, before any final norm."""
+    return net.forward_intermediates(
+        images, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
+    )
+
+
+@lru_cache(maxsize=64)
+def unused_by_stages(name: str, stride: int, indices: tuple[int, ...]) -> tuple[str, ...]:
+    """Returns the paths of modules that the last map needs and the maps of some stages do not."""
+    side = sized(name, 0).side
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        net: Any = create(name).eval()
+        cut(net, name, stride, 0)
+        images = torch.empty(2, 3, side, side)
+        return _watched(net, lambda: inner_maps(net, indices, images), name, side)[1]

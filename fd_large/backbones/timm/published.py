@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,18 @@ from fd_large.backbones.family import Loaded, Options
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.models import can_resize, create, size_arguments
+from fd_large.backbones.timm.models import (
+    can_resize,
+    create,
+    last_map,
+    near_names,
+    size_arguments,
+    sized,
+    strides,
+)
 from fd_large.backbones.timm.timm_backbone import build
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
-from fd_large.errors import WeightsError, nearest
+from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 
 _NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
@@ -45,6 +53,7 @@ def matched(architecture: TimmArchitecture, file: Shapes, where: str) -> Matched
         kept = _state(build(architecture, Options()))
     expected = _shapes(kept)
     own = _without_prefix([key for key in file if not key.endswith(_NOT_WEIGHTS)])
+    own = {key: held for key, held in own.items() if key not in _second_names(name)}
     theirs = in_timm_names(
         {key: file[held] for key, held in own.items()}, whole, where=f"{where}: {name}"
     )
@@ -139,13 +148,16 @@ def weightless(name: str, where: str) -> dict[str, Tensor]:
 def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, list[str]]:
     """Returns the model that `timm:NAME` names, at the last stride unless one is given.
 
-    Raises: ConfigError: if timm has no such model.
+    Raises: ConfigError: if timm has no such model, or it has no map, or not for the image size.
     """
     stride, notes = given.feature_stride, []
+    known = strides(name)
     if stride is None:
-        stride = max(strides(name))
-        notes.append(f"timm:{name}: the map at stride {stride}, its last")
-    return Architecture(timm_name=name, feature_stride=stride), notes
+        stride = known[-1]
+        notes.append(f"timm:{name}: its last map, as forward_features returns it")
+    if stride in (0, known[-1]):
+        last_map(name, given.image_size or 0)
+    return Architecture(timm_name=name, feature_stride=stride, image_size=given.image_size), notes
 
 
 # Arguments of a model that change neither its map nor the names of its tensors.
@@ -164,7 +176,7 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     if not timm.is_model(name):
         raise WeightsError(
             f"{where}: config.json: no such model in timm {timm.__version__}; got {name[:100]!r}, "
-            f"{nearest(name, timm.list_models())}. Install the release of timm that has it."
+            f"{near_names(name)}. Install the release of timm that has it."
         )
     size = arguments.pop("img_size", 0)
     sides = set(size if isinstance(size, list) else [size])
@@ -184,13 +196,10 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     return Architecture(timm_name=name, feature_stride=0, image_size=sides.pop())
 
 
-def strides(name: str) -> list[int]:
-    """Returns the strides at which a model of timm has maps, rising.
-
-    Raises: ConfigError: if timm has no such model.
-    """
-    with torch.device("meta"):
-        return sorted({stage["reduction"] for stage in create(name).feature_info})
+def resizes(architecture: TimmArchitecture) -> bool:
+    """Whether timm carries a model's weights over to another image size, or they need not be."""
+    name = architecture.timm_name
+    return can_resize(name) or not sized(name, 0).is_only
 
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
@@ -303,14 +312,28 @@ def _weightless(name: str) -> dict[str, Tensor]:
         return _state(create(name))
 
 
+@lru_cache(maxsize=64)
+def _second_names(name: str) -> frozenset[str]:
+    """The names, after the first, of tensors of a model that a state dict lists several times."""
+    with torch.device("meta"):
+        net = create(name)
+    own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+    return frozenset(name for name in net.state_dict() if name not in own)
+
+
 def _statistics(name: str) -> Statistics:
     config = timm.get_pretrained_cfg(name)
     return Statistics(tuple(config.mean), tuple(config.std))
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics; integer buffers are no weights."""
-    return {name: t for name, t in net.state_dict().items() if t.is_floating_point()}
+    """Parameters and running statistics, each once; integer buffers are no weights.
+
+    Modules that several blocks share have as many names in a state dict, and one in the model.
+    """
+    own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+    state = net.state_dict().items()
+    return {name: t for name, t in state if name in own and t.is_floating_point()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

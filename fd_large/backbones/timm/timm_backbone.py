@@ -1,8 +1,7 @@
 """Any backbone of timm, as a student or a frozen teacher: the map at a stride, in the common form.
 
-The map is what the last stage of that stride returns. If that is the model's last stage, the final
-norm has been applied to every token, as timm's `forward_features` does; the maps of earlier stages
-are raw activations. What the model computes after the map is not built.
+The model's last map is what timm's `forward_features` returns, without class tokens; the maps of
+earlier stages are raw activations. What the model computes after the map is not built.
 
 Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
 """
@@ -10,9 +9,10 @@ Source: Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,15 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.timm.architecture import TimmArchitecture
 from fd_large.backbones.timm.drop_path import Kept, Scales, give_scales
 from fd_large.backbones.timm.measure import Measured, measure, still
-from fd_large.backbones.timm.models import create, cut, size_arguments
+from fd_large.backbones.timm.models import (
+    Stage,
+    create,
+    cut,
+    inner_maps,
+    map_of,
+    sized,
+    unused_by_stages,
+)
 from fd_large.backbones.token_positions import TokenPositions, image_positions, window_positions
 from fd_large.errors import ConfigError, ShapeError
 
@@ -77,32 +85,26 @@ class TimmBackbone(nn.Module):
         is_trained: bool = False,
     ):
         super().__init__()
-        self.name = name
+        self.name, self._given_stride = name, stride
         self._measured: Measured | None = None
-        arguments = size_arguments(name, image_size)
+        size = sized(name, image_size)
+        arguments = size.arguments
         if is_trained:
             self._measured = measure(name, stride, image_size, drop_path_rate)
             arguments = self._measured.arguments
         net = create(name, **arguments)
         self._exempt = tuple(getattr(net, "no_weight_decay", tuple)())
-        stage = cut(net, name, stride)
+        self._stage = stage = cut(net, name, stride, image_size)
         self.width, self.stride = stage.width, stage.stride
-        config = net.pretrained_cfg
-        fixed = image_size if "img_size" in arguments else config["input_size"][-1]
-        self.fixed_size = fixed if config.get("fixed_input_size") else 0
+        is_only = size.is_only or (stage.last is not None and not stage.last.is_regular)
+        self.fixed_size = size.side if is_only else 0
         still(net)
         for module in net.modules():
             if isinstance(module, _BatchNorm):
                 module.forward = partial(_batch_norm, module)
         # timm reaches inner maps by a method; the hooks of ZeRO-3 want the model itself called, or
         # parameters that it owns directly (class token, positions) would not be gathered.
-        net.forward = partial(
-            net.forward_intermediates,
-            indices=[stage.index],
-            norm=stage.is_last,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        net.forward = partial(_maps, net, stage)
         self.net = net
         # The deepest map of each stride, as far as the model is built.
         deepest = {info["reduction"]: i for i, info in enumerate(net.feature_info)}
@@ -209,12 +211,6 @@ class TimmBackbone(nn.Module):
         Raises: ShapeError: if the size is no multiple of the stride (models of timm round in
             different ways), or not the one size that the model takes.
         """
-        if height % self.stride or width % self.stride:
-            raise ShapeError(
-                f"{self.name}: the image does not divide into tokens; got {height}x{width} pixels, "
-                f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
-                "teacher --objective.teacher_image_size."
-            )
         if self.fixed_size and (height, width) != (self.fixed_size, self.fixed_size):
             side = self.fixed_size
             raise ShapeError(
@@ -222,7 +218,14 @@ class TimmBackbone(nn.Module):
                 f"{side}x{side}. Set --data.image_size {side}, or of a teacher "
                 f"--objective.teacher_image_size {side}."
             )
-        return height // self.stride, width // self.stride
+        grid = self._stage.grid(height, width)
+        if grid is None:
+            raise ShapeError(
+                f"{self.name}: the image does not divide into tokens; got {height}x{width} pixels, "
+                f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
+                "teacher --objective.teacher_image_size."
+            )
+        return grid
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
         """Maps normalised images to tokens.
@@ -236,24 +239,28 @@ class TimmBackbone(nn.Module):
         """
         grid = self.grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
-        (features,) = self.net(images)  # (B, C, h, w)
+        tokens = self.net(images)
         self._scales.now = None
-        assert features.shape[-2:] == grid, f"{self.name}: grid {tuple(features.shape[-2:])}"
-        return FeatureMap(rearrange(features, "b c h w -> b (h w) c"), grid, 0)
+        if tokens.shape[1] != grid[0] * grid[1]:
+            raise ShapeError(
+                f"{self.name}: another map than its stride tells; got {tokens.shape[1]} tokens of "
+                f"{images.shape[-2]}x{images.shape[-1]} pixels, expected {grid[0]}x{grid[1]}. "
+                "Choose another image size."
+            )
+        return FeatureMap(tokens, grid, 0)
 
     def check_stages(self) -> None:
         """Refuses a model whose stages do not see images of any size, without a norm after them.
 
         Raises: ConfigError: naming what is in the way.
         """
-        norm = getattr(self.net, "norm", None)
         finest, *coarser = self.stage_strides
         if coarser != [finest * 2 ** (i + 1) for i in range(len(coarser))]:
             got = f"strides {' '.join(map(str, self.stage_strides))}"
         elif self.fixed_size:
             got = f"a model for images of {self.fixed_size} pixels"
-        elif norm is not None and any(True for _ in norm.parameters()):
-            got = "a final norm, which would not be trained"
+        elif idle := unused_by_stages(self.name, self._given_stride, tuple(self._stages)):
+            got = f"a part after them, which would not be trained ({idle[0]})"
         else:
             return
         raise ConfigError(
@@ -273,9 +280,13 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
-        maps = self.net(images, indices=self._stages, norm=False)
+        maps = self.net(images, stages=self._stages)
         self._scales.now = None
         return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)
+
+
+def _maps(net: nn.Module, stage: Stage, images: Tensor, stages: Sequence[int] = ()) -> Any:
+    return inner_maps(net, stages, images) if stages else map_of(net, stage, images)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from loading import close, initial, scattered, student_run, teacher_run
+from loading import close, initial, loaded, scattered, settled, student_run, teacher_run
 
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.timm import published as timm_published
+from fd_large.backbones.timm.family import TIMM
 from fd_large.backbones.timm.models import create, size_arguments
 from fd_large.backbones.timm.published import in_timm_names
 from fd_large.engine.frozen import Frozen, frozen_weights
@@ -179,6 +180,8 @@ def _no_downloads(monkeypatch):
     create = timm.create_model
 
     def local(name, pretrained=False, **options):
+        if "pretrained_cfg_overlay" in options:  # A file that is here.
+            return create(name, pretrained=pretrained, **options)
         net = create(name, pretrained=False, **options)
         return scattered(net, seed=3) if pretrained else net
 
@@ -237,9 +240,50 @@ def test_another_stride_of_a_backbone_of_timm():
     assert DistillationJob(run).make_teacher().grid(64) == (8, 8)
 
 
+@pytest.mark.usefixtures("_no_downloads")
+def test_a_teacher_at_another_image_size_has_timms_positions_for_it():
+    name, size = "vit_tiny_patch16_224", 64
+    net, section = loaded(f"timm:{name}", image_size=size)
+    assert section.architecture.image_size == size
+    whole = timm_published.timm.create_model(name, pretrained=True)
+    whole.set_input_size(img_size=size)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        close(net(images).tokens, whole.eval().forward_features(images)[:, 1:])
+
+
+def test_a_model_of_one_image_size_says_so():
+    assert not TIMM.resizes(resolve("timm:mixer_s32_224"))
+    assert TIMM.resizes(resolve("timm:vit_tiny_patch16_224"))
+    assert TIMM.resizes(resolve("timm:resnet10t"))
+
+
+@pytest.mark.usefixtures("_no_downloads")
+def test_modules_that_blocks_share_are_filled_once():
+    net, _ = loaded("timm:coat_lite_tiny")
+    whole = timm_published.timm.create_model("coat_lite_tiny", pretrained=True)
+    held, state = net.net.state_dict(), whole.state_dict()
+    assert len(held) > len(dict(net.named_parameters()))  # Some have several names.
+    assert all(torch.equal(tensor, state[name]) for name, tensor in held.items())
+
+
+def test_random_weights_of_a_model_of_timm():
+    run = teacher_run("timm:resnet10t=random")
+    assert (run.teacher.source, run.teacher.model) == ("random", "timm")
+    assert run.teacher.architecture.timm_name == "resnet10t"
+    assert run.teacher.statistics[0] == pytest.approx(0.485)
+    assert frozen_weights(run.teacher, Sources(), where="--teacher.source") is None
+    assert settled(run) == run
+    assert DistillationJob(run).make_teacher().grid(64) == (2, 2)
+
+
 def test_backbones_that_timm_lacks():
-    with pytest.raises(ConfigError, match=r"no such model.*; got 'resnet10', nearest: "):
+    with pytest.raises(ConfigError, match=r"no such model.*; got 'resnet10', nearest: ") as refused:
         teacher_run("timm:resnet10")
+    assert len(str(refused.value)) < 300
+    with pytest.raises(ConfigError, match=r"no such model.*; got 'nosuch'") as refused:
+        teacher_run("timm:nosuch")
+    assert len(str(refused.value)) < 300
     untrained = next(
         name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights
     )

@@ -33,9 +33,9 @@ def with_running_statistics(net):
 
 @pytest.mark.parametrize(
     ("name", "stride", "width"),
-    [("tf_efficientnet_lite0", 8, 40), ("tf_efficientnet_lite0", 32, 320), ("resnet18", 16, 256)],
+    [("tf_efficientnet_lite0", 8, 40), ("tf_efficientnet_lite0", 16, 112), ("resnet18", 16, 256)],
 )
-def test_the_map_is_the_one_that_timm_gives_out(name, stride, width):
+def test_an_earlier_map_is_the_one_that_timm_gives_out(name, stride, width):
     net = with_running_statistics(TimmBackbone(name, stride=stride)).eval()
     index = next(
         i
@@ -57,6 +57,59 @@ def test_the_map_is_the_one_that_timm_gives_out(name, stride, width):
     assert not set(missing) & set(state)
     count = sum(p.numel() for p in net.parameters())
     assert count <= sum(p.numel() for p in theirs.parameters())
+
+
+def with_random_norms(net):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return with_running_statistics(net)
+
+
+# Convolutions or activations after the last stage; class attention; no round stride; a class token
+# that the model does not count; channels last.
+@pytest.mark.parametrize(
+    ("name", "size", "grid", "width"),
+    [
+        ("tf_efficientnet_lite0", 64, 2, 1280),
+        ("fastvit_t8", 64, 2, 768),
+        ("nfnet_l0", 64, 2, 2304),
+        ("xcit_nano_12_p16_224", 224, 14, 128),
+        ("efficientvit_m0", 224, 4, 192),
+        ("coat_lite_tiny", 224, 7, 320),
+        ("mambaout_femto", 64, 2, 288),
+        ("efficientnet_b1", 240, 8, 1280),
+    ],
+)
+def test_the_last_map_is_what_forward_features_returns(name, size, grid, width):
+    whole = with_random_norms(timm.create_model(name)).eval()
+    net = TimmBackbone(name).eval()
+    state = whole.state_dict()
+    net.net.load_state_dict({key: state[key] for key in net.net.state_dict()})
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        found, theirs = net(images), whole.forward_features(images)
+    if theirs.dim() == 4:
+        theirs = theirs.flatten(1, 2) if theirs.shape[-1] == width else theirs.flatten(2).mT
+    assert (found.grid, net.width) == ((grid, grid), width)
+    torch.testing.assert_close(found.tokens, theirs[:, -(grid**2) :], rtol=1e-5, atol=1e-5)
+    assert not any(key.startswith(("head", "classifier")) for key in net.net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crossvit_9_240", "got 2 tensors"),
+        ("efficientvim_m1", "got 4 tensors"),
+        ("pit_ti_224", "got 1 tokens of 224x224"),
+        ("inception_v3", "got 8x8 tokens of 299x299"),
+    ],
+)
+def test_a_model_without_a_map_is_refused_by_name(name, reason):
+    with pytest.raises(ConfigError, match=f"{name} returns no map of tokens; {reason}"):
+        TimmBackbone(name)
 
 
 def test_efficientnet_lite0_up_to_stride_8():

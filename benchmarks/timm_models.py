@@ -1,0 +1,322 @@
+"""Which models of timm teach, and is their map the one that `forward_features` returns?
+
+    python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
+
+Every name of `timm.list_models()` is built as a teacher on the meta device, and the shape of its
+map compared with that of timm's whole model at its own size. Then the smallest model of each class
+is given random weights, in float32, and its map compared with timm's, also at another image size if
+it takes one; so is every other model, up to 400 M parameters, of a class whose `forward_features`
+is not the last of `forward_intermediates`.
+
+Children with a limit on memory take the names in turn, so that a crash ends one of them. What is
+known is kept in FILE, a line a name, and not asked again. The table is written to
+benchmarks/results/timm_models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "timm_models.json"
+NAMES_A_CHILD, CHILD_BYTES, CHILD_SECONDS = 120, 12 * 2**30, 1800
+LARGEST, TOLERANCE = 400_000_000, 1e-5
+SMALL_SIDE = 96
+"""Images for models that take any size, in the comparison of numbers."""
+
+
+def shapes_of(name: str) -> dict[str, Any]:
+    """Builds one model on the meta device, and compares the shape of its map with timm's."""
+    import timm
+    import torch
+
+    from fd_large.backbones.timm import models
+    from fd_large.backbones.timm.timm_backbone import TimmBackbone
+    from fd_large.errors import FDError
+
+    found: dict[str, Any] = {"name": name, "family": family_of(name)}
+    returned: list[Any] = []
+    create = models.create
+
+    def watched(name: str, **arguments: Any) -> Any:
+        # The first to run is timm's whole model.
+        net = create(name, **arguments)
+        found["class"], found["parameters"] = (
+            type(net).__name__,
+            sum(p.numel() for p in net.parameters()),
+        )
+        forward = net.forward_features
+
+        def noted(*images: Any) -> Any:
+            returned.append(forward(*images))
+            return returned[-1]
+
+        net.forward_features = noted
+        return net
+
+    models.create = watched
+    try:
+        with torch.device("meta"), torch.no_grad():
+            ours = TimmBackbone(name).eval()
+            side = timm.get_pretrained_cfg(name).input_size[-1]
+            tokens = ours(torch.empty(1, 3, side, side)).tokens
+    except FDError as error:
+        return found | {"refused": str(error)}
+    except Exception as error:
+        return found | {"difference": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        models.create = create
+    theirs = returned[0]
+    shape = tuple(theirs.shape)
+    prefix = getattr(ours.net, "num_prefix_tokens", 0)
+    count = shape[1] if len(shape) == 3 else theirs[0].numel() // tokens.shape[-1]
+    found |= {"side": side, "map": [*ours.grid(side, side), ours.width], "stride": ours.stride}
+    if len(shape) == 3 and not hasattr(ours.net, "num_prefix_tokens"):
+        prefix = count - tokens.shape[1]
+        found["prefix_told_by_shape"] = prefix
+    if tokens.shape[-1] not in shape or count - tokens.shape[1] != prefix:
+        found["difference"] = f"{list(tokens.shape)} for {list(shape)}"
+    return found
+
+
+def numbers_of(name: str) -> dict[str, Any]:
+    """Compares the map of one model with timm's, with random weights, at one or two sizes."""
+    import timm
+    import torch
+
+    from fd_large.backbones.timm.models import can_resize, sized
+    from fd_large.backbones.timm.timm_backbone import TimmBackbone
+    from fd_large.errors import FDError
+
+    own, fresh = sized(name, 0), TimmBackbone(name)
+    sides, stride = [own.side], fresh.stride
+    if not fresh.fixed_size:
+        sides = [-(-SMALL_SIDE // stride) * stride]
+    elif can_resize(name):
+        other = 224 // stride * stride
+        sides.append(other if other != own.side else other * 2 // 3 // stride * stride)
+    found: dict[str, Any] = {"name": name}
+    for side in sides:
+        try:
+            size = sized(name, side)
+            torch.manual_seed(0)
+            whole: Any = scattered(timm.create_model(name, **size.arguments)).eval()
+            ours = TimmBackbone(name, image_size=side).eval()
+        except FDError as error:
+            found[f"at {side}"] = str(error)
+            continue
+        state = whole.state_dict()
+        ours.net.load_state_dict({key: state[key] for key in ours.net.state_dict()})
+        images = torch.randn(1, 3, side, side)
+        with torch.no_grad():
+            tokens = ours(images).tokens
+            theirs = in_tokens(whole.forward_features(images), ours.width)[:, -tokens.shape[1] :]
+            last = len(whole.feature_info) - 1
+            error = (tokens - theirs).abs().max() / theirs.abs().max()
+            found[f"at {side}"] = float(f"{error:.1e}")
+            if "is_last_intermediate" not in found:
+                found["is_last_intermediate"] = is_last(whole, last, images, theirs)
+    return found
+
+
+def is_last(whole: Any, last: int, images: Any, theirs: Any) -> bool:
+    """Whether a map is the last of `forward_intermediates`, after the final norm."""
+    import torch
+
+    arguments = {"indices": [last], "output_fmt": "NCHW", "intermediates_only": True}
+    for norm in (True, False):
+        try:
+            (inner,) = whole.forward_intermediates(images, norm=norm, **arguments)
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            continue
+        inner = inner.flatten(2).transpose(1, 2)
+        if inner.shape == theirs.shape and torch.allclose(inner, theirs, rtol=1e-4, atol=1e-5):
+            return True
+    return False
+
+
+def in_tokens(features: Any, width: int) -> Any:
+    """(B, N, C) from what timm's families return: NLC, NHWC or NCHW."""
+    if features.dim() == 3:
+        return features
+    is_last = features.shape[-1] == width and features.shape[1] != width
+    return features.flatten(1, 2) if is_last else features.flatten(2).transpose(1, 2)
+
+
+def scattered(net: Any) -> Any:
+    """Gives norms, biases and running statistics values away from their defaults."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2, generator=generator)
+            elif name.endswith("running_mean") or (tensor.dim() == 1 and tensor.requires_grad):
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return net
+
+
+def family_of(name: str) -> str:
+    """The module of timm that a model is made in."""
+    import timm
+
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def child(task: str, work: Path) -> None:
+    """Answers for the names on standard input, a line each."""
+    import gc
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    answer = {"shapes": shapes_of, "numbers": numbers_of}[task]
+    for name in sys.stdin.read().split():
+        began = time.process_time()
+        try:
+            found = answer(name)
+        except Exception as error:
+            found = {"name": name, "difference": f"{type(error).__name__}: {error}"[:300]}
+        found |= {"task": task, "cpu_seconds": round(time.process_time() - began, 1)}
+        with work.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        gc.collect()
+
+
+def known(work: Path, task: str) -> dict[str, dict[str, Any]]:
+    """The answers there are, the newest of each name."""
+    lines = work.read_text().splitlines() if work.exists() else []
+    answers = [json.loads(line) for line in lines]
+    return {answer["name"]: answer for answer in answers if answer["task"] == task}
+
+
+def ask(task: str, names: list[str], work: Path) -> None:
+    """Has children answer for names, until each has an answer."""
+    left = list(names)
+    while left:
+        batch = left[:NAMES_A_CHILD]
+        before = len(work.read_text().splitlines()) if work.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--child", task, "--work", str(work)],
+            stdin=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES,) * 2),
+        )
+        try:
+            process.communicate("\n".join(batch), timeout=CHILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        answered = len(work.read_text().splitlines()) - before if work.exists() else 0
+        if answered < len(batch):
+            lost = {"name": batch[answered], "task": task, "crashed": process.returncode}
+            with work.open("a") as file:
+                file.write(json.dumps(lost) + "\n")
+            answered += 1
+        left = left[answered:]
+        print(f"{task}: {len(names) - len(left)} of {len(names)}", flush=True)
+
+
+def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
+    """The smallest model that teaches of each class in each family."""
+    kinds: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+    for name, answer in answers.items():
+        if "map" in answer and answer["parameters"] <= LARGEST:
+            kinds[answer["family"], answer["class"]].append((answer["parameters"], name))
+    return [min(models)[1] for models in kinds.values()]
+
+
+def main() -> None:
+    """Asks for what is not known, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("timm_models.jsonl"))
+    parser.add_argument("--only", default="*", help="pattern of names")
+    parser.add_argument("--again", default="", choices=("", "refused", "crashed", "difference"))
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.work)
+        return
+    import timm
+
+    names = [name for name in timm.list_models() if fnmatch(name, given.only)]
+    have = known(given.work, "shapes")
+    ask("shapes", [n for n in names if n not in have or given.again in have[n]], given.work)
+    shapes = known(given.work, "shapes")
+    have = known(given.work, "numbers")
+    smallest = smallest_of(shapes)
+    ask("numbers", [n for n in smallest if n not in have or given.again in have[n]], given.work)
+    have = known(given.work, "numbers")
+    differs = {
+        (shapes[n]["family"], shapes[n]["class"])
+        for n in smallest
+        if have[n].get("is_last_intermediate") is False
+    }
+    others = [
+        n
+        for n in names
+        if "map" in shapes[n]
+        and (shapes[n]["family"], shapes[n]["class"]) in differs
+        and shapes[n]["parameters"] <= LARGEST
+        and n not in have
+    ]
+    ask("numbers", sorted(others, key=lambda n: shapes[n]["parameters"]), given.work)
+    write(names, known(given.work, "shapes"), known(given.work, "numbers"), timm.__version__)
+
+
+def write(
+    names: list[str],
+    shapes: dict[str, dict[str, Any]],
+    numbers: dict[str, dict[str, Any]],
+    version: str,
+) -> None:
+    """Writes the table, by family, and prints a summary."""
+    families: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        answer = shapes[name]
+        family = families.setdefault(answer.get("family", "?"), {"works": 0, "names": 0})
+        family["names"] += 1
+        if "map" in answer and "difference" not in answer:
+            family["works"] += 1
+            continue
+        text = answer.get("refused") or answer.get("difference") or f"crash {answer['crashed']}"
+        family.setdefault("others", []).append(name)
+        reasons[text.replace(name, "NAME")].append(name)
+    for name, answer in numbers.items():
+        if name in shapes:
+            kept = {k: v for k, v in answer.items() if k.startswith(("at ", "is_", "diff", "cra"))}
+            families[shapes[name]["family"]].setdefault("numbers", {})[name] = kept
+    errors = [v for n in numbers.values() for k, v in n.items() if k.startswith("at ")]
+    measured = [e for e in errors if isinstance(e, float)]
+    table = {
+        "timm": version,
+        "date": time.strftime("%Y-%m-%d"),
+        "names": len(names),
+        "work": sum(family["works"] for family in families.values()),
+        "compared_with_numbers": len(numbers),
+        "largest_relative_error": max(measured, default=None),
+        "above_tolerance": sum(not e <= TOLERANCE for e in measured),
+        "refused": reasons,
+        "families": families,
+    }
+    RESULT.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in table.items() if k != "families"}, indent=1))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
