@@ -2,11 +2,11 @@
 
     python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
 
-Every name of `timm.list_models()` is built as a teacher on the meta device, and the shape of its
-map compared with that of timm's whole model at its own size. Then the smallest model of each class
-is given random weights, in float32, and its map compared with timm's, also at another image size if
-it takes one; so is every other model, up to 400 M parameters, of a class whose `forward_features`
-is not the last of `forward_intermediates`.
+The whole model of every name of `timm.list_models()` is run on the meta device at its own size,
+and what `forward_features` returns is read as the adapter reads it: a map, or a refusal. The smallest
+model of each class is then built as a teacher with random weights, in float32, and its map compared
+with timm's, also at another image size if it takes one; so is every other model, up to 400 M
+parameters, of a class whose `forward_features` is not the last of `forward_intermediates`.
 
 Children with a limit on memory take the names in turn, so that a crash ends one of them. What is
 known is kept in FILE, a line a name, and not asked again. The table is written to
@@ -36,57 +36,26 @@ SMALL_SIDE = 96
 
 
 def shapes_of(name: str) -> dict[str, Any]:
-    """Builds one model on the meta device, and compares the shape of its map with timm's."""
+    """Runs one whole model on the meta device, and finds the map in what it returns."""
     import timm
     import torch
 
-    from fd_large.backbones.timm import models
-    from fd_large.backbones.timm.timm_backbone import TimmBackbone
+    from fd_large.backbones.timm.models import create, layout_of
     from fd_large.errors import FDError
 
-    found: dict[str, Any] = {"name": name, "family": family_of(name)}
-    returned: list[Any] = []
-    create = models.create
-
-    def watched(name: str, **arguments: Any) -> Any:
-        # The first to run is timm's whole model.
-        net = create(name, **arguments)
-        found["class"], found["parameters"] = (
-            type(net).__name__,
-            sum(p.numel() for p in net.parameters()),
-        )
-        forward = net.forward_features
-
-        def noted(*images: Any) -> Any:
-            returned.append(forward(*images))
-            return returned[-1]
-
-        net.forward_features = noted
-        return net
-
-    models.create = watched
+    found: dict[str, Any] = {"name": name}
     try:
-        with torch.device("meta"), torch.no_grad():
-            ours = TimmBackbone(name).eval()
-            side = timm.get_pretrained_cfg(name).input_size[-1]
-            tokens = ours(torch.empty(1, 3, side, side)).tokens
+        with torch.device("meta"):
+            whole: Any = create(name).eval()
+        found["class"] = type(whole).__name__
+        found["parameters"] = sum(p.numel() for p in whole.parameters())
+        side = timm.get_pretrained_cfg(name).input_size[-1]
+        with torch.no_grad():
+            returned = whole.forward_features(torch.empty(2, 3, side, side, device="meta"))
+        layout = layout_of(whole, name, side, returned)
     except FDError as error:
         return found | {"refused": str(error)}
-    except Exception as error:
-        return found | {"difference": f"{type(error).__name__}: {error}"[:300]}
-    finally:
-        models.create = create
-    theirs = returned[0]
-    shape = tuple(theirs.shape)
-    prefix = getattr(ours.net, "num_prefix_tokens", 0)
-    count = shape[1] if len(shape) == 3 else theirs[0].numel() // tokens.shape[-1]
-    found |= {"side": side, "map": [*ours.grid(side, side), ours.width], "stride": ours.stride}
-    if len(shape) == 3 and not hasattr(ours.net, "num_prefix_tokens"):
-        prefix = count - tokens.shape[1]
-        found["prefix_told_by_shape"] = prefix
-    if tokens.shape[-1] not in shape or count - tokens.shape[1] != prefix:
-        found["difference"] = f"{list(tokens.shape)} for {list(shape)}"
-    return found
+    return found | {"side": side, "map": [*layout.grid, layout.width], "stride": layout.stride}
 
 
 def numbers_of(name: str) -> dict[str, Any]:
@@ -229,12 +198,27 @@ def ask(task: str, names: list[str], work: Path) -> None:
         print(f"{task}: {len(names) - len(left)} of {len(names)}", flush=True)
 
 
+def in_turn(names: list[str]) -> list[str]:
+    """One name of each family after the other, so that what is known early is of all."""
+    places: dict[str, int] = defaultdict(int)
+    keys = []
+    for name in names:
+        places[family_of(name)] += 1
+        keys.append((places[family_of(name)], name))
+    return [name for _, name in sorted(keys)]
+
+
+def kind_of(name: str, answer: dict[str, Any]) -> str:
+    """The family and class of a model."""
+    return f"{family_of(name)}.{answer['class']}"
+
+
 def smallest_of(answers: dict[str, dict[str, Any]]) -> list[str]:
     """The smallest model that teaches of each class in each family."""
-    kinds: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+    kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for name, answer in answers.items():
         if "map" in answer and answer["parameters"] <= LARGEST:
-            kinds[answer["family"], answer["class"]].append((answer["parameters"], name))
+            kinds[kind_of(name, answer)].append((answer["parameters"], name))
     return [min(models)[1] for models in kinds.values()]
 
 
@@ -253,22 +237,22 @@ def main() -> None:
 
     names = [name for name in timm.list_models() if fnmatch(name, given.only)]
     have = known(given.work, "shapes")
-    ask("shapes", [n for n in names if n not in have or given.again in have[n]], given.work)
+    todo = [n for n in names if n not in have or (given.again and given.again in have[n])]
+    ask("shapes", in_turn(todo), given.work)
     shapes = known(given.work, "shapes")
     have = known(given.work, "numbers")
     smallest = smallest_of(shapes)
-    ask("numbers", [n for n in smallest if n not in have or given.again in have[n]], given.work)
+    todo = [n for n in smallest if n not in have or (given.again and given.again in have[n])]
+    ask("numbers", todo, given.work)
     have = known(given.work, "numbers")
     differs = {
-        (shapes[n]["family"], shapes[n]["class"])
-        for n in smallest
-        if have[n].get("is_last_intermediate") is False
+        kind_of(n, shapes[n]) for n in smallest if have[n].get("is_last_intermediate") is False
     }
     others = [
         n
         for n in names
         if "map" in shapes[n]
-        and (shapes[n]["family"], shapes[n]["class"]) in differs
+        and kind_of(n, shapes[n]) in differs
         and shapes[n]["parameters"] <= LARGEST
         and n not in have
     ]
@@ -287,7 +271,7 @@ def write(
     reasons: dict[str, list[str]] = defaultdict(list)
     for name in names:
         answer = shapes[name]
-        family = families.setdefault(answer.get("family", "?"), {"works": 0, "names": 0})
+        family = families.setdefault(family_of(name), {"works": 0, "names": 0})
         family["names"] += 1
         if "map" in answer and "difference" not in answer:
             family["works"] += 1
@@ -298,7 +282,7 @@ def write(
     for name, answer in numbers.items():
         if name in shapes:
             kept = {k: v for k, v in answer.items() if k.startswith(("at ", "is_", "diff", "cra"))}
-            families[shapes[name]["family"]].setdefault("numbers", {})[name] = kept
+            families[family_of(name)].setdefault("numbers", {})[name] = kept
     errors = [v for n in numbers.values() for k, v in n.items() if k.startswith("at ")]
     measured = [e for e in errors if isinstance(e, float)]
     table = {

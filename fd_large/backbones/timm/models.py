@@ -129,11 +129,10 @@ def strides(name: str) -> list[int]:
         return sorted({stage["reduction"] for stage in create(name).feature_info})
 
 
-class LastMap(NamedTuple):
-    """What `forward_features` of a model returns, seen in one run on the meta device.
+class Layout(NamedTuple):
+    """Where the map is in what `forward_features` of a model returns.
 
     Attributes:
-        side: Side of the image in pixels.
         grid: Rows and columns of the map.
         width: Channels.
         stride: Pixels per token, each way.
@@ -141,16 +140,27 @@ class LastMap(NamedTuple):
             sizes too.
         num_prefix_tokens: Tokens before those of the map.
         is_channels_last: Whether a map that is no sequence has its channels last.
-        unused: Paths of the modules that it does not need.
     """
 
-    side: int
     grid: tuple[int, int]
     width: int
     stride: int
     is_regular: bool
     num_prefix_tokens: int
     is_channels_last: bool
+
+
+class LastMap(NamedTuple):
+    """What one run of `forward_features` on the meta device shows.
+
+    Attributes:
+        side: Side of the image in pixels.
+        layout: Where the map is in what it returns.
+        unused: Paths of the modules that it does not need.
+    """
+
+    side: int
+    layout: Layout
     unused: tuple[str, ...]
 
 
@@ -169,6 +179,20 @@ def last_map(name: str, image_size: int) -> LastMap:
         net: Any = create(name, **arguments).eval()
         images = torch.empty(2, 3, side, side)
         found, unused = _watched(net, lambda: net.forward_features(images), name, side)
+    return LastMap(side, layout_of(net, name, side, found), unused)
+
+
+def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
+    """Finds the map in what `forward_features` returned.
+
+    Args:
+        net: A whole model of timm.
+        name: timm's name of it.
+        side: Side of the images in pixels.
+        found: What it returned.
+
+    Raises: ConfigError: if that is no map.
+    """
     if not isinstance(found, Tensor) or found.dim() not in (3, 4):
         raise _no_map(name, _shape_text(found))
     stated = net.feature_info[-1]["reduction"]
@@ -191,7 +215,7 @@ def last_map(name: str, image_size: int) -> LastMap:
     stride = stated if is_regular else side // rows
     if rows != cols or stride * rows not in range(side, side + stride):
         raise _no_map(name, f"{rows}x{cols} tokens of {side}x{side} pixels")
-    return LastMap(side, (rows, cols), width, stride, is_regular, prefix, is_channels_last, unused)
+    return Layout((rows, cols), width, stride, is_regular, prefix, is_channels_last)
 
 
 def _watched(
@@ -276,7 +300,7 @@ class Stage(NamedTuple):
     def grid(self, height: int, width: int) -> tuple[int, int] | None:
         """Returns rows and columns of the map; None: the image does not divide into tokens."""
         if self.last and height == width == self.last.side:
-            return self.last.grid  # Which some models round up.
+            return self.last.layout.grid  # Which some models round up.
         if height % self.stride or width % self.stride:
             return None
         return height // self.stride, width // self.stride
@@ -303,7 +327,7 @@ def cut(net: Any, name: str, stride: int, image_size: int) -> Stage:
     last = last_map(name, image_size)
     for path in last.unused:
         net.set_submodule(path, nn.Identity())
-    return Stage(index, last.width, last.stride, last)
+    return Stage(index, last.layout.width, last.layout.stride, last)
 
 
 def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
@@ -313,8 +337,8 @@ def map_of(net: Any, stage: Stage, images: Tensor) -> Tensor:
     else:
         found = net.forward_features(images)
         if found.dim() == 3:
-            return found[:, stage.last.num_prefix_tokens :]
-        if stage.last.is_channels_last:
+            return found[:, stage.last.layout.num_prefix_tokens :]
+        if stage.last.layout.is_channels_last:
             return rearrange(found, "b h w c -> b (h w) c")
     return rearrange(found, "b c h w -> b (h w) c")
 

@@ -96,7 +96,7 @@ class TimmBackbone(nn.Module):
         self._exempt = tuple(getattr(net, "no_weight_decay", tuple)())
         self._stage = stage = cut(net, name, stride, image_size)
         self.width, self.stride = stage.width, stage.stride
-        is_only = size.is_only or (stage.last is not None and not stage.last.is_regular)
+        is_only = size.is_only or (stage.last is not None and not stage.last.layout.is_regular)
         self.fixed_size = size.side if is_only else 0
         still(net)
         for module in net.modules():
