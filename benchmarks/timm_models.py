@@ -3,10 +3,10 @@
     python benchmarks/timm_models.py [--work FILE] [--only PATTERN] [--again refused|crashed]
 
 The whole model of every name of `timm.list_models()` is run on the meta device at its own size,
-and what `forward_features` returns is read as the adapter reads it: a map, or a refusal. The smallest
-model of each class is then built as a teacher with random weights, in float32, and its map compared
-with timm's, also at another image size if it takes one; so is every other model, up to 400 M
-parameters, of a class whose `forward_features` is not the last of `forward_intermediates`.
+and what `forward_features` returns is read as the adapter reads it: a map, or a refusal. The
+smallest model of each class is then built as a teacher with random weights, in float32, and its map
+compared with timm's, also at another image size if it takes one; so is every other model, up to 400
+M parameters, of a class whose `forward_features` is not the last of `forward_intermediates`.
 
 Children with a limit on memory take the names in turn, so that a crash ends one of them. What is
 known is kept in FILE, a line a name, and not asked again. The table is written to
