@@ -18,7 +18,7 @@ from fd_large import distributed, doors
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.registry import own_image_size
+from fd_large.backbones.registry import family_of, own_image_size
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
@@ -184,9 +184,8 @@ class DistillationJob(Job):
         if not is_automatic or run.teacher.model == AUTO:
             return run
         architecture, section = run.teacher_architecture(), run.teacher
-        follows = (
-            architecture.resizes_positions and self.run.teacher.architecture.image_size is None
-        )
+        asked = self.run.teacher.architecture.image_size
+        follows = asked is None and family_of(architecture).resizes(architecture)
         with torch.device("meta"):
             student = make_student(run.student, image_size=size)
         wanted = _grid("student", student.grid, size)
