@@ -48,6 +48,14 @@ def official(name: str) -> Target | None:
     return Target(name)
 
 
+def simmim(name: str) -> Target | None:
+    """SimMIM: the encoder is official; mask token and decoder are dropped."""
+    name = name.removeprefix("encoder.")
+    if name == "mask_token" or name.startswith("decoder."):
+        return None
+    return official(name)
+
+
 def timm(name: str) -> Target | None:
     """Merging opens a stage there and closes the one before here; otherwise the official names."""
     number = re.match(r"layers\.(\d+)\.downsample\.", name)

@@ -38,6 +38,8 @@ class Format:
         ask: Fields in which its files differ and that no name shows: a configuration beside the
             file or the user has to.
         statistics: Image statistics that all its files were trained with; None if they differ.
+        trained_with: Who publishes such files with which statistics, where they differ and the user
+            has to say; empty where a guess does.
         library: "hf" or "open_clip", whose configuration files may stand beside it.
         models: Start of the names of the models that are published in it; empty if there is none.
         resize_margin: Number added to the side of the grid in the scale by which its positions are
@@ -51,6 +53,7 @@ class Format:
     facts: Architecture = field(default_factory=Architecture)
     ask: tuple[str, ...] = ()
     statistics: Statistics | None = None
+    trained_with: str = ""
     library: str = ""
     models: str = ""
     resize_margin: float = 0.0
@@ -142,6 +145,8 @@ class Published:
 
     Attributes:
         formats: {name: format}, the particular before the general.
+        beyond: Returns in words what the tensors of a file hold that no model of the family has,
+            given their shapes in our names; empty if there is nothing.
         recognise: Returns what tensors show of the architecture, from shapes in our names and the
             file as it is; None in other fields. Raises ValueError or IndexError for shapes that no
             model of the family has.
@@ -166,6 +171,7 @@ class Published:
     recognise: Callable[[Shapes, TensorFile], Architecture]
     configs: Mapping[str, ConfigReader]
     adapt: Callable[[Pieces, Wanted], tuple[Pieces, list[str]]]
+    beyond: Callable[[Shapes], str] = lambda shapes: ""
     guess: Callable[[Architecture], Architecture] = lambda found: Architecture()
     free: frozenset[str] = frozenset({"image_size"})
     ours: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from fd_large.backbones.resize import resize_images
 from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.engine.student import attention_memory
 from fd_large.errors import ConfigError
-from fd_large.recipes.architectures import resolve
+from fd_large.recipes.architectures import by_name, resolve
 from fd_large.recipes.sections import RANDOM, FrozenModel
 from fd_large.weights.settle import stated_statistics
 from fd_large.weights.source import Sources
@@ -114,11 +114,19 @@ def frozen_weights(
     if source == RANDOM or is_module(source):
         return None
     flags = where.removesuffix(".source")
+    remedy = (
+        f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to do "
+        "without."
+    )
+    if by_name(section.model) is None:  # It is the model of the file.
+        remedy = (
+            "The model is another than the names of the file say. If timm has it, set "
+            f"{flags}.model timm:NAME."
+        )
     return sources.fitted(
         source,
         resolve(section.model, section.architecture),
         allow=section.allow,
         where=where,
-        remedy=f"Set {flags}.model auto to take the model of the file, or {flags}.allow NAMES to "
-        "do without.",
+        remedy=remedy,
     )

@@ -74,14 +74,21 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     weights = sources.open(section.source, where=where)
     named = None if by_itself else resolve(section.model)
     flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else ""
-    architecture = reconcile(
-        weights, section.architecture, named, name=section.model, where=where, section=flags
-    )
     statistics = section.statistics or _numbers(weights.statistics)
-    if not statistics and section.model == AUTO:
+    is_guess = not statistics and section.model not in weights.published.facts
+    architecture = reconcile(
+        weights,
+        section.architecture,
+        named,
+        name=section.model,
+        where=where,
+        section=flags,
+        trained_with=weights.trained_with if is_guess else "",
+    )
+    if is_guess:
         log.warning(
-            "%s: the image statistics of the weights are unknown: ImageNet's are used "
-            "(%s.statistics)",
+            "%s: THE IMAGE STATISTICS OF THE WEIGHTS ARE A GUESS, which neither the file nor a "
+            "configuration beside it confirms: ImageNet's are used (%s.statistics)",
             where,
             where.removesuffix(".source"),
         )
@@ -171,6 +178,7 @@ def reconcile(
     name: str,
     where: str,
     section: str,
+    trained_with: str = "",
 ) -> FamilyArchitecture:
     """Returns the architecture of a model that takes the weights.
 
@@ -181,6 +189,8 @@ def reconcile(
         name: Name of the named model, for messages.
         where: What the user set, for messages.
         section: The section that the flags of the model begin with; "" where they have none.
+        trained_with: Image statistics among which the user has to choose; "" if nothing is to be
+            chosen.
 
     Raises: WeightsError: if file and model differ, or a field is known to nobody.
     """
@@ -217,12 +227,17 @@ def reconcile(
             f"{_name_another(section, family)}"
         )
     unset = {field for field, value in values.items() if value is None}
-    if asked := sorted(unset.union(weights.unknown(given))):
-        prefix = f"--{section}.architecture." if section else "--architecture."
+    asked = sorted(unset.union(weights.unknown(given)))
+    if asked or trained_with:
+        start = f"--{section}." if section else "--"
+        flags = [f"{start}architecture.{field}" for field in asked]
+        if trained_with:
+            flags.append(f"{start}statistics ({trained_with})")
+            asked.append("image statistics")
         raise WeightsError(
             f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
             f"everything; got no {', '.join(asked)}, expected every field of a {family} model. Set "
-            f"{', '.join(prefix + field for field in asked)}."
+            f"{', '.join(flags)}."
         )
     return whole(values)
 

@@ -105,6 +105,12 @@ class Weights:
         """Returns the shapes in our names."""
         return {name: piece.shape(self.file.shape) for name, piece in self.pieces.items()}
 
+    @property
+    def trained_with(self) -> str:
+        """Which statistics its publishers use, where they are unknown and a guess would not do."""
+        guess_does = self.own or self.statistics is not None
+        return "" if guess_does else FORMATS[self.form].format.trained_with
+
     def unknown(self, wanted: Architecture) -> tuple[str, ...]:
         """Returns fields of the format that neither file, configuration nor user determines."""
         return tuple(
@@ -384,6 +390,13 @@ class Sources:
             stated, statistics = filled(stated, line.facts), statistics or line.statistics
         shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
         found = _recognised(family, shapes, file, f"{where}: {source}")
+        if not beside.own and part != "projector" and (beyond := published.beyond(shapes)):
+            raise WeightsError(
+                f"{where}: {source} ({line.what}): a model of another kind than its names say; "
+                f"got {beyond}, expected what a {family.architecture.family} model has. A folder "
+                "with its config.json is read as it is. If timm has the model, set "
+                f"{_model_flag(where)} timm:NAME with this file."
+            )
         return Weights(
             source=source,
             form=form,
@@ -397,6 +410,12 @@ class Sources:
             own=beside.own,
             path=stored.path if stored else file.path,
         )
+
+
+def _model_flag(where: str) -> str:
+    """The flag of the model, beside that of the source."""
+    section = where.rpartition(".")[0]
+    return f"{section}.model" if section.startswith("--") else "--teacher.model"
 
 
 def other_model(

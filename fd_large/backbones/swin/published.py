@@ -14,7 +14,7 @@ from fd_large.backbones.published import (
     any_has,
     any_starts,
 )
-from fd_large.backbones.recognition import grid_of, size_to_compare
+from fd_large.backbones.recognition import count_of, grid_of, size_to_compare
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.translation import Shapes
 from fd_large.recipes.architectures import Architecture
@@ -28,6 +28,13 @@ def _has_tables(names: frozenset[str]) -> bool:
 
 
 FORMATS = {
+    "simmim_swin": Format(
+        "SimMIM's Swin",
+        lambda n, w: any_starts(n, "encoder.layers.") and _has_tables(n),
+        names.simmim,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
     "hf_swin": Format(
         "Hugging Face Swin",
         lambda n, w: any_has(n, "attention.self" + _TABLE),
@@ -40,6 +47,7 @@ FORMATS = {
         lambda n, w: _has_tables(n) and names.is_timm(n),
         names.timm,
         _EPS_5,
+        statistics=IMAGENET,
     ),
     "esvit": Format(
         "EsViT's Swin",
@@ -65,13 +73,22 @@ FORMATS = {
 }
 
 
+def _tables(shapes: Shapes, stages: int) -> list[tuple[int, ...]]:
+    """Rows and heads of the table of each stage; zeros where there is none."""
+    return [shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0)) for s in range(stages)]
+
+
+def _beyond(shapes: Shapes) -> str:
+    """Says what a file of others holds that no Swin here has; "" if there is nothing."""
+    stages = count_of(shapes, r"layers\.(\d+)\.")
+    windows = [grid_of(rows) for rows, _ in _tables(shapes, stages)]
+    return "" if windows == sorted(windows, reverse=True) else "a larger window in a later stage"
+
+
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
     """Returns what tensors show: all but eps."""
     fields = names.recognised(shapes)
-    tables = [
-        shapes.get(f"layers.{s}.blocks.0.attn{_TABLE}", (0, 0))
-        for s in range(len(fields["depths"]))
-    ]
+    tables = _tables(shapes, len(fields["depths"]))
     heads = tuple(heads for _, heads in tables)
     windows = [grid_of(rows) for rows, _ in tables]
     return Architecture(
@@ -91,7 +108,12 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 def _timm(net: Any, where: str) -> Architecture | None:
     from timm.models.swin_transformer import SwinTransformer
 
-    return Architecture(**names.timm_fields(net)) if isinstance(net, SwinTransformer) else None
+    if type(net) is not SwinTransformer:
+        return None
+    windows = [block.window_size[0] for stage in net.layers for block in stage.blocks]
+    if windows != sorted(windows, reverse=True):  # Ours has one, which smaller maps cut.
+        return None
+    return Architecture(**names.timm_fields(net))
 
 
 _ESVIT = WeightFacts(IMAGENET, 224, "MIT", "github.com/microsoft/esvit")
@@ -101,6 +123,7 @@ PUBLISHED = Published(
     recognise=recognise,
     configs={"hf": _hugging_face, "timm": _timm},
     adapt=names.first_stages,
+    beyond=_beyond,
     free=names.FREE,
     agree=names.AGREE,
     without_shape=lambda known: {"norm_eps": 1e-6, **size_to_compare(known)},

@@ -47,11 +47,9 @@ def feature_distillation(name: str) -> Target | None:
 
 
 def simmim(name: str) -> Target | None:
-    """SimMIM in the Swin-Transformer repository: mask token and decoder are dropped."""
-    name = name.removeprefix("encoder.")
-    if name == "mask_token" or name.startswith("decoder."):
-        return None
-    return feature_distillation(name)
+    """SimMIM in the Swin-Transformer repository, with Feature-Distillation's position bias."""
+    target = names.simmim(name)
+    return target and Target(replaced(target.name, _FD))
 
 
 _EPS_5 = Architecture(norm_eps=1e-5)
@@ -93,6 +91,7 @@ FORMATS = {
         lambda n, w: any_has(n, ".cpb_mlp.") and names.is_timm(n),
         names.timm,
         _EPS_5,
+        statistics=IMAGENET,
     ),
     "swinv2": Format(
         "Swin-Transformer's SwinV2",

@@ -142,7 +142,7 @@ def hugging_face_vit(name: str) -> Target | None:
 
 def hugging_face_beit(name: str) -> Target | None:
     """Hugging Face's BEiT; a norm for the mean of the tokens is its pooler's, and dropped."""
-    name = name.removeprefix("beit.")
+    name = name.removeprefix("beit.").removeprefix("data2vec_vision.")
     if name.startswith("lm_head.") or name.endswith(RECOMPUTED):
         return None
     target = hugging_face_vit(replaced(name, _HF_BEIT_PARTS))
@@ -182,8 +182,22 @@ def _is_plain(names: frozenset[str]) -> bool:
     return "blocks.0.attn.qkv.weight" in names and "patch_embed.proj.weight" in names
 
 
+_PUBLISHERS = (
+    "0.485 0.456 0.406 0.229 0.224 0.225 for DINO, DeiT and MAE, 0.5 0.5 0.5 0.5 0.5 0.5 for "
+    "timm's augreg and SigLIP; the page of the weights says which"
+)
+_CLIPS = (
+    "0.48145466 0.4578275 0.40821073 0.26862954 0.26130258 0.27577711 for most CLIPs, 0.5 0.5 0.5 "
+    "0.5 0.5 0.5 for some of LAION's; the page of the weights says which"
+)
+_BEITS = (
+    "0.5 0.5 0.5 0.5 0.5 0.5 for BEiT, 0.485 0.456 0.406 0.229 0.224 0.225 for BEiT v2 and "
+    "Feature-Distillation"
+)
 _GELU_6 = Architecture(norm_eps=1e-6, activation="gelu")
 _EPS_5 = Architecture(norm_eps=1e-5)
+# DINO asks for a grid that much larger, against rounding down; it changes the values a little.
+_DINO_MARGIN = 0.1
 _ASK = ("norm_eps", "activation")
 
 FORMATS = {
@@ -208,7 +222,7 @@ FORMATS = {
         clip,
         _EPS_5,
         ask=("activation",),
-        statistics=OPENAI_CLIP,
+        trained_with=_CLIPS,
         library="open_clip",
     ),
     "hf_clip": Format(
@@ -257,6 +271,7 @@ FORMATS = {
         lambda n, w: "blocks.0.attn.q_bias" in n,
         feature_distillation,
         _GELU_6,
+        trained_with=_BEITS,
     ),
     "deit": Format(
         "DeiT",
@@ -272,7 +287,7 @@ FORMATS = {
         plain,
         _EPS_5,
         ask=("activation",),
-        statistics=OPENAI_CLIP,
+        trained_with=_CLIPS,
     ),
     "timm_vit": Format(
         "timm's ViT",
@@ -281,17 +296,25 @@ FORMATS = {
         ),
         plain,
         _GELU_6,
+        trained_with=_PUBLISHERS,
+    ),
+    "dino_training": Format(
+        "DINO's training, student or teacher",
+        lambda n, w: _is_plain(n) and w[-1:] in (("student",), ("teacher",)),
+        plain,
+        _GELU_6,
+        statistics=IMAGENET,
+        models="dino_",
+        resize_margin=_DINO_MARGIN,
     ),
     "dino": Format(
         "DINO, for which any ViT of these names without a head is taken",
         lambda n, w: _is_plain(n),
         plain,
         _GELU_6,
-        statistics=IMAGENET,
+        trained_with=_PUBLISHERS,
         models="dino_",
-        # DINO asks for a grid that much larger, against rounding down; it changes the values a
-        # little.
-        resize_margin=0.1,
+        resize_margin=_DINO_MARGIN,
     ),
 }
 
@@ -303,7 +326,16 @@ KNOWN_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 16
 # Relations of CLS in a table: CLS to any token, any token to CLS, CLS to itself.
 _CLASS_TOKEN_ROWS = 3
 _CLIP_HEAD_WIDTH = 64
-_HF_TYPES = ("clip", "clip_vision_model", "vit", "deit", "beit")
+_HF_TYPES = (
+    "clip",
+    "clip_vision_model",
+    "vit",
+    "vit_mae",
+    "vit_msn",
+    "deit",
+    "beit",
+    "data2vec-vision",
+)
 
 
 def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
@@ -335,6 +367,38 @@ def recognise(shapes: Shapes, file: TensorFile) -> Architecture:
         layer_scale=0.0 if "blocks.0.gamma_1" not in shapes else 0.1,
         pre_norm_layer="norm_pre.weight" in shapes,
     )
+
+
+_BEYOND = (
+    (r"(^|\.)(reg_token|register_tokens|storage_tokens)$", "register tokens"),
+    (r"layer_scale1\.lambda1$", "DINOv2's or DINOv3's names, which a config.json has to explain"),
+    (r"\.(q_norm|k_norm|attn\.norm|mlp\.norm)\.", "norms inside attention or MLP"),
+    (r"\.mlp\.(w12|fc1_g|w1|gate_proj)\.", "a gated MLP"),
+    (r"\.attn\.rel_pos\.|\.rope\.|(^|\.)freqs$", "positions of another kind"),
+    (r"^attn_pool\.", "attention pooling, as SigLIP has it, with an activation of its own"),
+    (r"^patch_embed\.backbone\.", "a convolutional stem"),
+    (r"^blocks\.\d+\.\d+\.", "parallel blocks"),
+)
+
+
+def _beyond(shapes: Shapes) -> str:
+    """Says what a file of others holds that no ViT here has; "" if there is nothing."""
+    for pattern, what in _BEYOND:
+        if any(re.search(pattern, name) for name in shapes):
+            return what
+    if "norm.weight" in shapes and "norm.bias" not in shapes:
+        return "norms without bias"
+    if "pos_embed" not in shapes:
+        tables = any(name.endswith("relative_position_bias_table") for name in shapes)
+        return "" if tables else "no positions at all: rotary ones leave no tensor"
+    prefix = sum(name in shapes for name in ("cls_token", "dist_token"))
+    count = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
+    if prefix and side_of(count) and not side_of(count - prefix):
+        return (
+            "positions without one for the class token, as in DeiT III, FlexiViT and some models "
+            "with rotary positions, which no name tells apart"
+        )
+    return ""
 
 
 def _guess(found: Architecture) -> Architecture:
@@ -449,6 +513,7 @@ PUBLISHED = Published(
     recognise=recognise,
     configs={"hf": _hugging_face, "open_clip": _open_clip, "timm": _timm},
     adapt=_adapt,
+    beyond=_beyond,
     guess=_guess,
     ours={"keep_distillation_token": False},
     agree={
