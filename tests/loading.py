@@ -27,19 +27,23 @@ def settled(run):
     return job_of(run).settle(sources_of(job_of))
 
 
-def teacher_run(source, model="auto", *, allow=(), **fields):
+def teacher_run(source, model="auto", *, allow=(), statistics=(), **fields):
     """A settled run with that teacher."""
     run = registry.get("fd_clip_vit_base")
     teacher = Teacher(
-        model=model, source=str(source), allow=allow, architecture=Architecture(**fields)
+        model=model,
+        source=str(source),
+        allow=allow,
+        statistics=statistics,
+        architecture=Architecture(**fields),
     )
     # The teacher keeps the image size of its weights.
     return settled(replace(run, teacher=teacher, objective=Objective()))
 
 
-def loaded(source, model="auto", *, allow=(), **fields):
+def loaded(source, model="auto", *, allow=(), statistics=(), **fields):
     """The teacher's model with the weights of a source, frozen, and its settled section."""
-    run = teacher_run(source, model, allow=allow, **fields)
+    run = teacher_run(source, model, allow=allow, statistics=statistics, **fields)
     net = build(run.teacher.model, run.teacher.architecture, initialization="none")
     load_weights(
         net,

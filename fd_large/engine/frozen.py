@@ -120,8 +120,8 @@ def frozen_weights(
     )
     if by_name(section.model) is None:  # It is the model of the file.
         remedy = (
-            "The model is another than the names of the file say. If timm has it, set "
-            f"{flags}.model timm:NAME."
+            f"If it is a model of timm, set {flags}.model timm:NAME. {flags}.allow NAMES does "
+            "without tensors that the map does not need."
         )
     return sources.fitted(
         source,

@@ -102,6 +102,12 @@ class Fitted:
                 "%s: %d x %s resized from %s to %s, %s", self._where, count, name, old, new, how
             )
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The types of the file's tensors that the model takes."""
+        sources = (name for piece in self._pieces.values() for name in piece.sources)
+        return tuple(sorted({str(self._file.dtype(n)).removeprefix("torch.") for n in sources}))
+
     def _refuse_other_types(self) -> None:
         for name in (name for piece in self._pieces.values() for name in piece.sources):
             dtype = self._file.dtype(name)

@@ -27,6 +27,7 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.formats import FORMATS
+from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights
 
 
@@ -88,6 +89,8 @@ def inspect(
                 f"names of their own; got {model}, expected auto. Leave it out."
             )
         return _of_own(source, own)
+    if model == "auto" and (told := sources.described(str(source))):
+        return _of_library(str(source), told, sources)
     weights = sources.open(source)
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
@@ -117,6 +120,28 @@ def inspect(
         dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in held})),
         match=compared,
         dropped=tuple(weights.dropped),
+    )
+
+
+def _of_library(source: str, told: Described, sources: Sources) -> Inspection:
+    """Inspects the folder of a library's model, whose configuration names it."""
+    family = told.family.architecture.family
+    architecture = resolve(family, told.architecture)
+    fitted = sources.fitted(source, architecture)
+    return Inspection(
+        source=source,
+        form=family,
+        what=f"folder of {architecture.own_name}",
+        own=False,
+        architecture=told.architecture,
+        unknown=(),
+        statistics=told.statistics,
+        named=architecture.own_name,
+        facts=None,
+        parameters=fitted.match.total,
+        dtypes=fitted.dtypes,
+        match=fitted.match,
+        dropped=(),
     )
 
 

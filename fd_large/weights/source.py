@@ -385,12 +385,14 @@ class Sources:
         stated = filled(
             described(published, located.library, located.config, where), beside.architecture
         )
+        explained = beside.own or bool(set_fields(stated))
         statistics = located.statistics or beside.statistics
         if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
             stated, statistics = filled(stated, line.facts), statistics or line.statistics
         shapes = {ours: piece.shape(file.shape) for ours, piece in pieces.items()}
         found = _recognised(family, shapes, file, f"{where}: {source}")
-        if not beside.own and part != "projector" and (beyond := published.beyond(shapes)):
+        doubtful = not explained and part != "projector"
+        if doubtful and (beyond := published.beyond(shapes)):
             raise WeightsError(
                 f"{where}: {source} ({line.what}): a model of another kind than its names say; "
                 f"got {beyond}, expected what a {family.architecture.family} model has. A folder "

@@ -28,19 +28,19 @@ def _has_tables(names: frozenset[str]) -> bool:
 
 
 FORMATS = {
-    "simmim_swin": Format(
-        "SimMIM's Swin",
-        lambda n, w: any_starts(n, "encoder.layers.") and _has_tables(n),
-        names.simmim,
-        _EPS_5,
-        statistics=IMAGENET,
-    ),
     "hf_swin": Format(
         "Hugging Face Swin",
         lambda n, w: any_has(n, "attention.self" + _TABLE),
         partial(names.hugging_face, fused_bias=True),
         ask=("norm_eps",),
         library="hf",
+    ),
+    "simmim_swin": Format(
+        "SimMIM's Swin",
+        lambda n, w: any_starts(n, "encoder.layers.") and _has_tables(n),
+        names.simmim,
+        _EPS_5,
+        statistics=IMAGENET,
     ),
     "timm_swin": Format(
         "timm's Swin",

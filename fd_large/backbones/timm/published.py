@@ -5,6 +5,7 @@ Running statistics of batch normalisation come along: buffers, but weights like 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -279,7 +280,7 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
     Raises: WeightsError: if the names differ and the tensors do not correspond one by one.
     """
     if not given.keys().isdisjoint(expected):
-        return {name: name for name in given}
+        return {_layer_scale(name, expected): name for name in given}
     pairs = list(zip(expected.items(), given.items(), strict=False))
     misfit = next(
         (
@@ -296,6 +297,12 @@ def in_timm_names(given: Shapes, expected: Shapes, *, where: str = "weights") ->
             "file holds: timm:NAME."
         )
     return {ours: theirs for (ours, _), (theirs, _) in pairs}
+
+
+def _layer_scale(name: str, expected: Shapes) -> str:
+    """timm's name of a layer scale that has DeiT III's own name."""
+    theirs = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+    return theirs if name not in expected and theirs in expected else name
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:

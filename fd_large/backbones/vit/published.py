@@ -142,7 +142,7 @@ def hugging_face_vit(name: str) -> Target | None:
 
 def hugging_face_beit(name: str) -> Target | None:
     """Hugging Face's BEiT; a norm for the mean of the tokens is its pooler's, and dropped."""
-    name = name.removeprefix("beit.").removeprefix("data2vec_vision.")
+    name = name.removeprefix("beit.")
     if name.startswith("lm_head.") or name.endswith(RECOMPUTED):
         return None
     target = hugging_face_vit(replaced(name, _HF_BEIT_PARTS))
@@ -334,7 +334,6 @@ _HF_TYPES = (
     "vit_msn",
     "deit",
     "beit",
-    "data2vec-vision",
 )
 
 
@@ -388,10 +387,17 @@ def _beyond(shapes: Shapes) -> str:
             return what
     if "norm.weight" in shapes and "norm.bias" not in shapes:
         return "norms without bias"
+    has_tables = any(name.endswith("relative_position_bias_table") for name in shapes)
+    if has_tables or "patch_embed.proj.weight" not in shapes:
+        return ""
     if "pos_embed" not in shapes:
-        tables = any(name.endswith("relative_position_bias_table") for name in shapes)
-        return "" if tables else "no positions at all: rotary ones leave no tensor"
+        return "no positions at all: rotary ones leave no tensor"
     prefix = sum(name in shapes for name in ("cls_token", "dist_token"))
+    if not prefix:
+        return (
+            "no class token: SigLIP's with another GELU and timm's with norms after the branches "
+            "have the same names"
+        )
     count = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
     if prefix and side_of(count) and not side_of(count - prefix):
         return (

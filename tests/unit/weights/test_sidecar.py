@@ -40,6 +40,8 @@ from fd_large.weights.source import Sources
         ("swin_tiny_patch4_window7_224", TIMM_SWIN),
         ("vit_base_patch16_clip_quickgelu_224", {**TIMM_VIT, "act_layer": "quick_gelu"}),
         ("beit_base_patch16_224", TIMM_VIT),
+        # A bare file of these names is refused: others without a class token have the same.
+        ("vit_base_patch16_siglip_gap_224", {**TIMM_VIT, "class_token": False, "fc_norm": False}),
     ],
 )
 def test_a_folder_of_timm_on_the_hub_tells_everything(tmp_path, name, arguments):

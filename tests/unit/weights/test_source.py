@@ -55,7 +55,9 @@ def reads(monkeypatch):
 
 def test_a_file_is_read_once_from_the_recipe_to_the_tensors(vit, reads):
     sources = Sources()
-    section = FrozenModel(source=str(vit), architecture=Architecture(num_heads=(2,)))
+    section = FrozenModel(
+        source=str(vit), statistics=(0.5,) * 6, architecture=Architecture(num_heads=(2,))
+    )
     settled = settle_model(section, sources, where="--teacher.source")
     weights = dict(frozen_weights(settled, sources, where="--teacher.source"))
     assert weights.keys() == torch.load(vit, weights_only=True).keys()

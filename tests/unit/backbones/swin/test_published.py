@@ -17,6 +17,7 @@ from oracle_files import assert_matches, oracle, weights_of
 from timm.models.swin_transformer import SwinTransformer
 
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.errors import WeightsError
 from fd_large.weights.source import Sources
 
 
@@ -53,3 +54,27 @@ def test_esvit_under_student_and_module(name, tmp_path):
     net, teacher = loaded(tmp_path / "esvit.pth")
     assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
     assert_matches(net, spec, tensors, "out.whitened")
+
+
+def test_swin_of_simmim(tmp_path):
+    theirs = scattered(SwinTransformer(**TIMM_SWIN, num_classes=0))
+    net, _ = loaded(saved(theirs, tmp_path / "swin.pth"))
+    state = {f"encoder.{name}": tensor for name, tensor in net.state_dict().items()}
+    state["encoder.mask_token"] = torch.ones(1, 1, 16)
+    state["decoder.0.weight"] = torch.ones(2, 2, 1, 1)
+    torch.save({"model": state}, tmp_path / "simmim.pth")
+    assert Sources().open(tmp_path / "simmim.pth").form == "simmim_swin"
+    same, teacher = loaded(tmp_path / "simmim.pth")
+    assert teacher.statistics == (*IMAGENET.mean, *IMAGENET.std)
+    close(same(IMAGES).tokens, tokens(theirs))
+
+
+def test_windows_that_grow_are_another_model(tmp_path):
+    theirs = scattered(SwinTransformer(**TIMM_SWIN, num_classes=0))
+    path = saved(theirs, tmp_path / "swin.pth")
+    state = torch.load(path)
+    for name in [n for n in state if n.startswith("layers.0") and n.endswith("bias_table")]:
+        state[name] = state[name][:9]
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="larger window"):
+        loaded(path)

@@ -343,3 +343,13 @@ def test_weights_of_another_size_that_timm_cannot_resize(tmp_path):
     torch.save(timm.create_model("mixer_s32_224").state_dict(), tmp_path / "mixer.pth")
     with pytest.raises(WeightsError, match=r"mlp_tokens\.fc1\.weight"):
         initial(tmp_path / "mixer.pth", "timm:mixer_s32_224", 64)
+
+
+def test_layer_scales_by_the_name_of_deit_iii():
+    given = {"blocks.0.gamma_1": (3,), "cls_token": (1, 1, 3), "blocks.0.gamma_2": (3,)}
+    expected = {"cls_token": (1, 1, 3), "blocks.0.ls1.gamma": (3,), "blocks.0.gamma_2": (3,)}
+    assert in_timm_names(given, expected) == {
+        "blocks.0.ls1.gamma": "blocks.0.gamma_1",
+        "cls_token": "cls_token",
+        "blocks.0.gamma_2": "blocks.0.gamma_2",
+    }

@@ -28,7 +28,7 @@ from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.errors import WeightsError
 from fd_large.weights.source import Sources
 
-HEADS = {"num_heads": (2,)}
+HEADS = {"num_heads": (2,), "statistics": (0.5,) * 6}
 
 
 def normalised(x):
@@ -80,7 +80,7 @@ def test_beit_of_timm(tmp_path, shared, pool):
             init_values=0.1,
         )
     )
-    net, teacher = loaded(saved(theirs, tmp_path / "beit.pth"))
+    net, teacher = loaded(saved(theirs, tmp_path / "beit.pth"), statistics=(0.5,) * 6)
     assert teacher.architecture.relative_position == ("shared" if shared else "block")
     expected = tokens(theirs)
     close(net(IMAGES).tokens, expected if pool == "token" else normalised(expected))
@@ -210,9 +210,10 @@ def test_open_clip(open_clip, tmp_path, quick, wrapping):
     torch.save(state, tmp_path / "open_clip.pt")
     assert Sources().open(tmp_path / "open_clip.pt").form == "open_clip"
     with pytest.raises(WeightsError, match="activation"):
-        loaded(tmp_path / "open_clip.pt", num_heads=(4,))
+        loaded(tmp_path / "open_clip.pt", num_heads=(4,), statistics=(0.5,) * 6)
     activation = "quick_gelu" if quick else "gelu"
-    net, _ = loaded(tmp_path / "open_clip.pt", num_heads=(4,), activation=activation)
+    known = {"num_heads": (4,), "activation": activation, "statistics": (0.5,) * 6}
+    net, _ = loaded(tmp_path / "open_clip.pt", **known)
     close(net(IMAGES).tokens, clip_tokens(model.visual))
 
 
@@ -276,7 +277,9 @@ def test_dino(wrapping, tmp_path):
     torch.save(state, tmp_path / "dino.pth")
     part = "" if wrapping == "bare" else f"#{wrapping}"
     net, teacher = loaded(
-        f"{tmp_path / 'dino.pth'}{part}", num_heads=(spec["config"]["num_heads"],)
+        f"{tmp_path / 'dino.pth'}{part}",
+        num_heads=(spec["config"]["num_heads"],),
+        statistics=(0.5,) * 6 if wrapping == "bare" else (),
     )
     assert teacher.architecture.norm_eps == 1e-6
     assert_matches(net, spec, tensors, "out.whitened")
@@ -336,3 +339,68 @@ def test_open_clip_folder_with_a_tower_of_timm(tmp_path):
     assert teacher.architecture.norm_eps == 1e-6
     assert teacher.architecture.num_heads == (3,)
     close(net(IMAGES).tokens, tokens(theirs))
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_bare_vit_of_unknown_training_asks_for_its_statistics(tmp_path, classes):
+    theirs = scattered(VisionTransformer(**TIMM_VIT, num_classes=classes))
+    path = saved(theirs, tmp_path / "vit.pth")
+    with pytest.raises(WeightsError, match=r"got no num_heads, image statistics") as caught:
+        loaded(path)
+    assert "--teacher.statistics" in str(caught.value)
+    _, teacher = loaded(path, **HEADS)
+    assert teacher.statistics == (0.5,) * 6
+
+
+def test_a_file_of_dinos_training_is_dinos(tmp_path):
+    state = scattered(VisionTransformer(**TIMM_VIT, num_classes=0)).state_dict()
+    whole = {f"module.backbone.{name}": tensor for name, tensor in state.items()}
+    torch.save({"student": whole, "teacher": whole, "epoch": 3}, tmp_path / "dino.pth")
+    _, teacher = loaded(f"{tmp_path / 'dino.pth'}#teacher", num_heads=(2,))
+    assert teacher.statistics[:3] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"reg_tokens": 2}, "register tokens"),
+        ({"no_embed_class": True, "init_values": 0.1}, "DeiT III"),
+        ({"global_pool": "map", "class_token": False}, "attention pooling"),
+        ({"qk_norm": True}, "inside attention"),
+        ({"pos_embed": "none"}, "no positions"),
+        ({"class_token": False, "global_pool": "avg"}, "no class token"),
+    ],
+)
+def test_models_of_other_kinds_are_sent_to_timm(tmp_path, arguments, told):
+    theirs = scattered(VisionTransformer(**TIMM_VIT, num_classes=0, **arguments))
+    path = saved(theirs, tmp_path / "vit.pth")
+    with pytest.raises(WeightsError, match=told) as caught:
+        loaded(path, image_size=32, **HEADS)
+    message = str(caught.value)
+    assert "--teacher.model timm:NAME" in message
+    assert "allow" not in message
+    assert "model auto" not in message
+
+
+def test_tensors_left_over_by_the_model_of_the_file_itself(tmp_path):
+    state = scattered(VisionTransformer(**TIMM_VIT, num_classes=0)).state_dict()
+    torch.save(state | {"blocks.0.extra.weight": torch.ones(2)}, tmp_path / "vit.pth")
+    with pytest.raises(WeightsError, match=r"left over: blocks\.0\.extra") as caught:
+        loaded(tmp_path / "vit.pth", **HEADS)
+    assert "--teacher.model timm:NAME" in str(caught.value)
+    assert "model auto" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ViTMAE", "ViTMSN"])
+def test_relatives_of_vit_in_transformers(transformers, name, tmp_path):
+    fields = {**HF_VIT, "mask_ratio": 0.0} if name == "ViTMAE" else HF_VIT
+    config = getattr(transformers, f"{name}Config")(**fields)
+    theirs = scattered(getattr(transformers, f"{name}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(half))
+    net, teacher = loaded(tmp_path)
+    assert teacher.statistics == (0.5, 0.5, 0.5, 0.25, 0.25, 0.25)
+    if name != "ViTMAE":  # Which shuffles its patches.
+        with torch.no_grad():
+            close(net(IMAGES).tokens, theirs(IMAGES).last_hidden_state)
