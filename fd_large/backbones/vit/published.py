@@ -385,7 +385,7 @@ def _beyond(shapes: Shapes) -> str:
     for pattern, what in _BEYOND:
         if any(re.search(pattern, name) for name in shapes):
             return what
-    if "norm.weight" in shapes and "norm.bias" not in shapes:
+    if "blocks.0.norm1.weight" in shapes and "blocks.0.norm1.bias" not in shapes:
         return "norms without bias"
     has_tables = any(name.endswith("relative_position_bias_table") for name in shapes)
     if has_tables or "patch_embed.proj.weight" not in shapes:
