@@ -207,7 +207,7 @@ def facts_of(architecture: TimmArchitecture) -> WeightFacts:
     """Returns what timm knows of the weights that it has for a model."""
     config = timm.get_pretrained_cfg(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
-    licence, origin = config.license or "", config.url or config.hf_hub_id or "timm"
+    licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"
     return WeightFacts(statistics, config.input_size[-1], licence, origin)
 
 

@@ -238,7 +238,7 @@ class TimmBackbone(nn.Module):
         Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
         grid = self.grid(*images.shape[-2:])
-        self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
+        self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
         tokens = self.net(images)
         self._scales.now = None
         if tokens.shape[1] != grid[0] * grid[1]:
@@ -279,7 +279,7 @@ class TimmBackbone(nn.Module):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
-        self._scales.now = branch_scales(keep, self.drop_path_rates, len(images), images.device)
+        self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
         maps = self.net(images, stages=self._stages)
         self._scales.now = None
         return tuple(rearrange(x, "b c h w -> b h w c") for x in maps)
