@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+# What writes and runs an exported ONNX graph.
+ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
 QUICKSTART = [
     "scikit-image>=0.24",
     "scikit-learn>=1.5",
@@ -37,6 +39,7 @@ setup(
     extras_require={
         # Photographs, and a teacher trained on ImageNet, without a download at run time.
         "quickstart": QUICKSTART,
+        "onnx": ONNX,
         "open_clip": ["open_clip_torch>=2.24"],
         # Its vision models as teachers; their modules were held to this release.
         "transformers": ["transformers>=5.24"],
@@ -64,6 +67,7 @@ setup(
             "faster-coco-eval>=1.8",
             # The evaluation that faster-coco-eval's is held against.
             "pycocotools>=2.0.8",
+            *ONNX,
             *QUICKSTART,
         ],
     },

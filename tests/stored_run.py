@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from loading import scattered
 
+from fd_large.backbones.registry import build
 from fd_large.checkpoint import store, tensor_file
 from fd_large.checkpoint.layout import EachTensor, FlatGroups, Layout
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import Architecture
 
 
 def store_tensors(
@@ -70,3 +75,48 @@ def layout_of(sizes: dict[str, int], ranks: int, stage: int) -> Layout:
     if stage == 3:
         return EachTensor(sizes, ranks)
     return FlatGroups((tuple(sizes.items()),), (-(-sum(sizes.values()) // ranks),), ranks)
+
+
+# Students of distillation runs: what each is, as (model, fields of its architecture).
+SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
+FOUR = {**SWIN, "num_heads": (1, 2, 2, 4), "depths": (1, 2, 2, 1)}
+VIT = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8}
+STUDENTS = {
+    "swinv2 of two stages": ("swinv2_base", {**SWIN, "pretrained_window_sizes": (3, 2)}),
+    "swinv2 of four stages": ("swinv2_tiny", FOUR),
+    "vit with a shared table": ("vit_base_patch16", VIT),
+    "vit with tables": (
+        "vit_base_patch16",
+        {**VIT, "relative_position": "block", "absolute_position": True, "layer_scale": 0.0},
+    ),
+    "plain vit": ("dino_vit_base_patch16", VIT),
+    "swin": ("swin_base_esvit", {**SWIN, "image_size": 32}),
+}
+SUMMARY = {
+    "updates": 3,
+    "loss_start": 0.5,
+    "loss_end": 0.25,
+    "held_out_loss": 0.3125,
+    "held_out_cosine": 0.75,
+}
+
+
+def store_student(folder, name, fields, *, source="random", **options):
+    """Writes a distillation run's folder; returns the student that its newest checkpoint holds."""
+    run = registry.get("fd_clip_vit_base")
+    architecture = Architecture(**fields)
+    run = replace(
+        run,
+        student=replace(run.student, model=name, architecture=architecture, **options),
+        teacher=replace(run.teacher, source=source),
+        data=replace(run.data, root="/somewhere/images", image_size=32),
+    )
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(run.to_dict()))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    net = scattered(build(name, replace(architecture, image_size=32), **options))
+    tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
+    tensors["projection.weight"] = torch.randn(6, net.width)
+    tensors["projection.bias"] = torch.randn(6)
+    store_tensors(folder, tensors, ranks=3, recipe=run.to_dict())
+    return net.requires_grad_(False)

@@ -1,12 +1,14 @@
-"""`python -m fd_large export RUN --to timm|hf|fd OUT`."""
+"""`python -m fd_large export RUN --to timm|hf|fd|onnx|program OUT`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,99 +16,185 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
+from fd_large.recipes.fields import require
 from fd_large.recipes.stored import read_recipe
-from fd_large.weights.libraries import To
+from fd_large.weights.libraries import LIBRARIES, To
 
 log = logging.getLogger(__name__)
+
+SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export(AllowsCode):
-    """Write the student of a run's newest checkpoint where timm or Hugging Face load it.
+    """Write the student of a run's newest checkpoint where others load it.
 
-    OUT is a new folder: safetensors, config.json, and README.md, the model card.
+    OUT is a new folder: the weights, config.json, and README.md, the model card.
     """
 
     # Folder of the run, for example runs/quickstart.
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Folder to write; nothing may stand there.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names.
+    # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names; onnx: an ONNX
+    # graph; program: a torch.export program. The last two run without any model code.
     to: To
-    # Size of a file at most; what is larger goes into several files with an index.
-    shard_size: str = "5GB"
+    # Side in pixels of the images that the model is written for. 0: that of the training. Others
+    # fit models without a table of positions.
+    image_size: int = 0
+    # Size of a file of tensors at most; what is larger goes into several files with an index.
+    shard_size: str = SHARD_SIZE
+    # OWNER/NAME of a new, private repository on the Hugging Face Hub to which OUT is uploaded.
+    push: str = ""
+    # Licence of the student, as the Hub names it (mit, apache-2.0, ...). Empty: the card says that
+    # it is unknown.
+    license: str = ""
+    # OWNER/NAME of the model on the Hub that the student learned from, where the recipe does not
+    # name it: for a teacher that is a file on a disk.
+    base_model: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (LIBRARIES[self.to].graph and self.shard_size != SHARD_SIZE),
+            f"--shard_size: --to {self.to} has one graph and no shards",
+            self.shard_size,
+            "no such flag",
+        )
+        require(
+            bool(re.fullmatch(r"[a-z0-9.-]*", self.license)),
+            "--license: not as the Hub names licences",
+            self.license,
+            "small letters, digits, dots and dashes, such as apache-2.0",
+        )
+        require(
+            not self.base_model or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model)),
+            "--base_model: no model on the Hub",
+            self.base_model,
+            "OWNER/NAME",
+        )
 
 
 def main(arguments: list[str]) -> int:
     """Exports and prints what was written."""
     given = parse(Export, arguments, command="export")
-    step, parameters, files = export(given.run, given.out, given.to, given.shard_size)
+    step, parameters, files = export(
+        given.run,
+        given.out,
+        given.to,
+        given.shard_size,
+        image_size=given.image_size,
+        repository=given.push,
+        licence=given.license,
+        base_model=given.base_model,
+    )
     print(
         f"step {step}: {parameters:,} parameters in {len(files)} "
         f"file{'s' if len(files) > 1 else ''}: {given.out}"
     )
+    if given.push:
+        from fd_large.weights.push import push
+
+        print(f"uploaded, private: {push(Path(given.out), given.push)}")
     return 0
 
 
-def export(run: str, out: str, to: To, shard_size: str = "5GB") -> tuple[int, int, list[Path]]:
+def export(
+    run: str,
+    out: str,
+    to: To,
+    shard_size: str = SHARD_SIZE,
+    *,
+    image_size: int = 0,
+    repository: str = "",
+    licence: str = "",
+    base_model: str = "",
+) -> tuple[int, int, list[Path]]:
     """Writes the student of a run's newest checkpoint to a new folder.
 
     Args:
         run: Folder of the run.
         out: Folder to write.
-        to: timm, hf or fd.
-        shard_size: Size of a file at most, such as 5GB.
+        to: One of LIBRARIES.
+        shard_size: Size of a file at most, such as 5GB; a graph is not cut.
+        image_size: Side in pixels of the images that it is written for; 0: that of the training.
+        repository: OWNER/NAME where it will be uploaded, which is checked; empty: nowhere.
+        licence: Of the student, for the card.
+        base_model: OWNER/NAME of what it learned from, for the card.
 
     Returns: The step of the checkpoint, the number of parameters, and the files.
-    Raises: FDError: if the run's task exports no student, or the format cannot hold it.
+    Raises: FDError: if the format cannot hold the student, or it could not be uploaded.
     """
     # torch: seconds.
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
-    from fd_large.engine.job import ExportedStudent
+    from fd_large.engine.checkpoint_models import student_tensors
+    from fd_large.engine.model_card import ExportedStudent
     from fd_large.tasks.jobs import job_of
     from fd_large.weights import export as exports
+    from fd_large.weights.graph_export import check_packages, export_graph
+    from fd_large.weights.push import check_push
 
     folder, size = Path(run), exports.parse_size(shard_size)
     recipe = read_recipe(folder, where="export")
     job = job_of(recipe)
-    job.check_export(to)
     student = job.stored_student()
-    architecture = student.architecture
-    into = exports.export_of(architecture, to, pads=recipe.student.size_rule == "pad")
-    table = parameter_shapes(architecture)
-    parameters = sum(map(math.prod, table.values()))
+    size_rule = recipe.student.size_rule
+    architecture = exports.resized(student.architecture, image_size)
+    into = exports.export_of(architecture, to, pads=size_rule == "pad")
+    check_packages(to)
+    exports.check_new(Path(out))
+    if repository:
+        check_push(repository)
+    shapes = parameter_shapes(architecture)
+    parameters = sum(map(math.prod, shapes.values()))
 
     def write() -> tuple[int, list[Path]]:
         reader = stream.newest(folder, where="export")
-        stored = {f"{stream.STUDENT}{name}": shape for name, shape in table.items()}
-        stored |= job.exported_beside(reader, table, to)
-        items = (
-            (
-                name.removeprefix(stream.STUDENT),
-                stream.read(reader, name, shape, kind=stream.outcome(reader)),
+        tensors = student_tensors(reader, student)
+        beside = job.exported_beside(reader, shapes, to)
+        card = job.model_card(
+            ExportedStudent(
+                architecture=architecture,
+                statistics=student.statistics,
+                into=into,
+                to=to,
+                parameters=parameters,
+                manifest=reader.manifest,
+                summary=_json(folder / "summary.json"),
+                sharded=4 * parameters > size,
+                repository=repository,
+                licence=licence,
+                base_model=base_model,
             )
-            for name, shape in stored.items()
         )
-        exported = ExportedStudent(
-            student,
-            into,
-            to,
-            parameters=parameters,
-            manifest=reader.manifest,
-            summary=_json(folder / "summary.json"),
-            sharded=4 * parameters > size,
-        )
-        files = exports.export(
-            items,
-            {name.removeprefix(stream.STUDENT): shape for name, shape in stored.items()},
-            architecture,
-            into,
-            Path(out),
-            statistics=student.statistics,
-            shard_size=size,
-            card=job.model_card(exported),
-        )
+        own = ((name, tensors[name]) for name in shapes)
+        if into is None:
+            files = export_graph(
+                own,
+                architecture,
+                to,
+                Path(out),
+                size_rule=size_rule,
+                statistics=student.statistics,
+                card=card,
+            )
+        else:
+            kind = stream.outcome(reader)
+            others = (
+                (name, stream.read(reader, name, shape, kind=kind))
+                for name, shape in beside.items()
+            )
+            files = exports.export(
+                chain(own, others),
+                {**shapes, **beside},
+                architecture,
+                into,
+                Path(out),
+                statistics=student.statistics,
+                shard_size=size,
+                card=card,
+            )
         return reader.manifest["update"], files
 
     step, files = _while_pruned(folder, write)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
-from fd_large.engine.job import JobOf
+from fd_large.engine.job import JobOf, StoredStudent
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.errors import CheckpointError, ConfigError
@@ -83,7 +83,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     sizes = reader.layout.sizes
     return Stored(
         reader.path,
-        _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent),
+        student_tensors(reader, student),
         student.architecture,
         student.statistics,
         {
@@ -92,6 +92,14 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
             if n.startswith(stream.STUDENT)
         },
     )
+
+
+def student_tensors(reader: Reader, student: StoredStudent) -> Tensors:
+    """Returns the tensors of a stored student by its own names, each read when it is asked for.
+
+    Names and sizes are compared with the checkpoint's once the first is asked for.
+    """
+    return _Tensors(reader, lambda: parameter_shapes(student.architecture), student.absent)
 
 
 class _Tensors(Tensors):

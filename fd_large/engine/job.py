@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.custom.custom import check_map
-from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
@@ -25,6 +24,7 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
+from fd_large.engine.model_card import LOSSES, ExportedStudent, Learned, card
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
@@ -53,28 +53,6 @@ class StoredStudent(NamedTuple):
     architecture: FamilyArchitecture
     absent: Mapping[str, float]
     statistics: Statistics
-
-
-class ExportedStudent(NamedTuple):
-    """What a model card says about an exported student, besides its recipe.
-
-    Attributes:
-        student: The student.
-        into: What it becomes in the library's files.
-        to: The library.
-        parameters: Number of its elements.
-        manifest: The checkpoint's manifest: steps, samples, facts of the job.
-        summary: Content of the run's summary.json; empty where the run has not ended.
-        sharded: Whether the tensors are in several files.
-    """
-
-    student: StoredStudent
-    into: Export
-    to: To
-    parameters: int
-    manifest: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    sharded: bool
 
 
 class FrozenPart(NamedTuple):
@@ -321,16 +299,6 @@ class Job:
         """Returns what describes the student in this run's checkpoints; builds nothing."""
         return StoredStudent(trained_at(self.run), {}, IMAGENET)
 
-    def check_export(self, to: To) -> None:
-        """Refuses to export the student of this run for a library, if that cannot be done.
-
-        Raises: ConfigError: if the task exports no student, or not for this library.
-        """
-        raise ConfigError(
-            f"export: the task {self.run.task.name} exports no student; got {self.run.name}, "
-            "expected one of a task that does. Other runs take its model: --student.init RUN."
-        )
-
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
@@ -341,13 +309,30 @@ class Job:
             student: Shapes of the student's tensors by their own names.
             to: The library.
 
+        Returns: their shapes, by their names in the checkpoint.
         Raises: CheckpointError: if the checkpoint is not of this recipe's models.
         """
-        raise NotImplementedError
+        return {}
+
+    def learned(self, manifest: Mapping[str, Any]) -> Learned:
+        """Returns what the model card of an exported student says of the task.
+
+        Args:
+            manifest: The checkpoint's manifest.
+        """
+        metrics = {
+            name.replace("/", "_"): what for name, what in self.metrics.items() if "/" in name
+        }
+        return Learned(
+            title=f"the backbone of a {self.run.task.name} run",
+            intro="An image backbone; the task's own heads are left out.",
+            tag="image-feature-extraction",
+            metrics=LOSSES | metrics,
+        )
 
     def model_card(self, exported: ExportedStudent) -> str:
         """Returns the model card of an exported student, in Markdown."""
-        raise NotImplementedError
+        return card(self.run.to_dict(), exported, self.learned(exported.manifest))
 
     def frozen_models(self) -> Mapping[str, FrozenPart]:
         """Returns the models that the run uses and does not train, by name (as in RUN#name)."""

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ from torch import Tensor
 from fd_large import doors
 from fd_large.atomic_files import replacing, write_json
 from fd_large.backbones.exports import Export
-from fd_large.backbones.registry import family_of
+from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shape, Shapes
 from fd_large.errors import ConfigError
@@ -37,16 +38,18 @@ _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export:
-    """Returns what a model becomes in a library's files.
+def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export | None:
+    """Returns what a model becomes in a library's files; None for a graph, which takes any model.
 
     Args:
-        architecture: The student, with the image size of the run.
+        architecture: The student, with the image size of the export.
         to: One of LIBRARIES.
         pads: Whether the run pads images that do not fit.
 
     Raises: ConfigError: if the library has no such model, naming those that have it.
     """
+    if LIBRARIES[to].graph:
+        return None
     exports = family_of(architecture).exports
 
     def lacks(form: str) -> str:
@@ -55,12 +58,69 @@ def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export
         return exports[form].lacks(architecture, pads)
 
     if reason := lacks(to):
-        able = [f"--to {form}" for form in LIBRARIES if not lacks(form)]
-        remedy = f"Use {' or '.join(able)}" if able else "Nothing has it: keep the checkpoint"
+        able = [f"--to {form}" for form, it in LIBRARIES.items() if it.graph or not lacks(form)]
         raise ConfigError(
-            f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. {remedy}."
+            f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. Use "
+            f"{', '.join(able[:-1])} or {able[-1]}."
         )
     return exports[to]
+
+
+def resized(architecture: FamilyArchitecture, image_size: int) -> FamilyArchitecture:
+    """Returns a trained model for images of another size, where its tensors do not change.
+
+    Args:
+        architecture: The student, with the image size that it was trained at.
+        image_size: Side in pixels; 0: the size that it was trained at.
+
+    Raises: ConfigError: if it has positions that are made for one size.
+    """
+    if image_size in (0, architecture.image_size):
+        return architecture
+    other = architecture.at(image_size)
+    if other.image_size != image_size or parameter_shapes(other) != parameter_shapes(architecture):
+        side = architecture.image_size
+        raise ConfigError(
+            f"--image_size: the positions of this {architecture.family} model are made for its "
+            f"images; got {image_size}, expected {side}. Export it at {side}; for another size "
+            "train it there, with --student.init RUN, which resizes them."
+        )
+    return other
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which appears at `out` once the block has ended well.
+
+    Raises: ConfigError: if something stands at `out`, or it cannot be written.
+    """
+    check_new(out)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(out)
+    except OSError as error:
+        raise ConfigError(
+            f"export: {out}: cannot be written; got {error}, expected a folder with room for the "
+            "student. Choose another."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """Refuses a name at which something stands.
+
+    Raises: ConfigError: if it does.
+    """
+    if out.exists():
+        raise ConfigError(
+            f"export: {out}: something is there already; got a "
+            f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
+            "another."
+        )
 
 
 def export(
@@ -81,7 +141,7 @@ def export(
     Args:
         items: (name, tensor) in our names and in the order of `shapes`.
         shapes: Shapes of all of them.
-        architecture: The student, with the image size that it was trained at.
+        architecture: The student, with the image size of the export.
         into: What `export_of` returns for it.
         out: Does not exist.
         statistics: Mean and deviation by which the student's images are normalised.
@@ -91,12 +151,6 @@ def export(
     Raises: ConfigError: if something stands at `out`, or it cannot be written; WeightsError: for a
         tensor that holds NaN or infinity.
     """
-    if out.exists():
-        raise ConfigError(
-            f"export: {out}: something is there already; got a "
-            f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
-            "another."
-        )
     theirs = [
         (output.name, output.shape)
         for name, shape in shapes.items()
@@ -104,10 +158,7 @@ def export(
     ]
     added = into.added(architecture)
     theirs += [(name, tuple(tensor.shape)) for name, tensor in added.items()]
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with new_folder(out) as part:
         tensors = chain(_renamed(items, architecture, into), added.items())
         files = write_shards(part, theirs, tensors, shard_size)
         write_json(part / "config.json", configuration(architecture, into, statistics))
@@ -115,14 +166,6 @@ def export(
             config = into.preprocessor(architecture, statistics)
             write_json(part / "preprocessor_config.json", config)
         (part / CARD).write_text(card)
-        part.rename(out)
-    except OSError as error:
-        raise ConfigError(
-            f"export: {out}: cannot be written; got {error}, expected a folder with room for the "
-            "student. Choose another."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return [out / file.name for file in files]
 
 

@@ -1,26 +1,31 @@
-"""The libraries that `export` writes for, by the name that `--to` takes; no torch."""
+"""The formats that `export` writes, by the name that `--to` takes; no torch."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-To = Literal["timm", "hf", "fd"]
+To = Literal["timm", "hf", "fd", "onnx", "program"]
 
 
 class Library(NamedTuple):
     """A library.
 
     Attributes:
-        package: The package that loads its files.
+        package: The library that loads the files, as Hugging Face names it on model cards.
         holds: What its files hold, for messages.
+        graph: Name of the file that holds the traced model, weights and all; empty where the files
+            hold tensors for a model of the library's own.
     """
 
     package: str
     holds: str
+    graph: str = ""
 
 
 LIBRARIES: dict[To, Library] = {
     "timm": Library("timm", "a model of timm"),
     "hf": Library("transformers", "a model of transformers"),
     "fd": Library("fd_large", "the names of the Feature-Distillation repository"),
+    "onnx": Library("onnx", "an ONNX graph", graph="model.onnx"),
+    "program": Library("pytorch", "a torch.export program", graph="model.pt2"),
 }

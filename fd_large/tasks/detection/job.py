@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,6 +20,7 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, trained_at
+from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
@@ -33,6 +35,7 @@ from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_o
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.stored import detector, predict_images, score_stored
 from fd_large.tasks.detection.task import Detection
+from fd_large.weights.origin import without_folders
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +189,18 @@ class DetectionJob(Job):
         if not architecture.resizes_positions:
             architecture = trained_at(self.run)
         return StoredStudent(architecture, LEFT_OUT, IMAGENET)
+
+    def learned(self, manifest: Mapping[str, Any]) -> Learned:
+        """Returns what the model card says of the objects."""
+        name = without_folders(self.run.data.root)
+        return replace(
+            super().learned(manifest),
+            title=f"trained to detect objects of {name}",
+            intro="An image backbone that was trained as a part of a detector; pyramid and heads "
+            "are left out. The detector had neither its final norm, which only normalises here, "
+            "nor class tokens, which are zeros here.",
+            tag="object-detection-backbone",
+        )
 
     def facts(self) -> Mapping[str, Any]:
         """Returns the name of each class by its number in the annotations."""

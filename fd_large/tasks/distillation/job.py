@@ -28,12 +28,14 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
-from fd_large.engine.job import ExportedStudent, FrozenPart, Job
+from fd_large.engine.job import FrozenPart, Job
+from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError, FDError, ShapeError, check_all
 from fd_large.probes import knn
 from fd_large.probes.features import extract
+from fd_large.recipes.architectures import resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 from fd_large.runtime.hooks import Hook
@@ -43,11 +45,12 @@ from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import FunctionLoss, check_loss, make_loss
-from fd_large.tasks.distillation.model_card import card
+from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser, make_normaliser
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
+from fd_large.weights.origin import origin_of
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources
 
@@ -416,9 +419,6 @@ class DistillationJob(Job):
                 f"({manifest.get('teacher_source')}). Give that file, or --fresh."
             )
 
-    def check_export(self, to: To) -> None:
-        """Lets the student go out to every library."""
-
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
@@ -440,9 +440,15 @@ class DistillationJob(Job):
         stream.check(reader, whole | projection)
         return projection if to == "fd" else {}
 
-    def model_card(self, exported: ExportedStudent) -> str:
-        """Returns the model card: teacher, recipe, data, metrics, and how it is loaded."""
-        return card(self.run.to_dict(), exported)
+    def learned(self, manifest: Mapping[str, Any]) -> Learned:
+        """Returns what the model card says of teacher, loss and crops."""
+        teacher = self.run.teacher
+        architecture = resolve(teacher.model, teacher.architecture)
+        return learned(
+            self.run.to_dict(),
+            origin_of(teacher.source, teacher.model, architecture),
+            teacher_hash=manifest.get("teacher_hash", "not recorded"),
+        )
 
     @property
     def _projects(self) -> bool:

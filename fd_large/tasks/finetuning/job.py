@@ -23,6 +23,7 @@ from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
+from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run
@@ -30,6 +31,7 @@ from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.finetuning.named_model import named_student, recipe_name
 from fd_large.tasks.finetuning.task import DISCARDED, HEAD, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
+from fd_large.weights.origin import without_folders
 from fd_large.weights.source import Sources
 
 log = logging.getLogger(__name__)
@@ -170,6 +172,18 @@ class FineTuningJob(Job):
         checkpoints lack the ViT's final norm.
         """
         return StoredStudent(trained_at(self.run), self._discarded(), self.statistics())
+
+    def learned(self, manifest: Mapping[str, Any]) -> Learned:
+        """Returns what the model card says of the labels."""
+        name = without_folders(self.run.data.root)
+        norm = " Its final norm only normalises: the classifier had one of its own."
+        return replace(
+            super().learned(manifest),
+            title=f"fine-tuned on {name}",
+            intro="An image backbone, trained as a whole to name the class of an image; the "
+            f"classifier is left out.{norm if self._discarded() else ''}",
+            tag="image-classification-backbone",
+        )
 
     def _discarded(self) -> Mapping[str, float]:
         return DISCARDED if self.run.student_architecture().mean_norm == "instead" else {}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from loading import close, initial, loaded, scattered
+from loading import IMAGES, close, initial, loaded
 from safetensors.torch import load_file
-from stored_run import store_tensors
+from stored_run import STUDENTS, SWIN, VIT, store_student, store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
@@ -25,58 +24,14 @@ from fd_large.weights.export import export as export_items
 from fd_large.weights.export import export_of, parse_size, planned
 from fd_large.weights.read import read
 
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-SWIN = {"embed_dim": 16, "num_heads": (2, 4), "depths": (2, 3), "window_size": 4, "patch_size": 2}
-FOUR = {**SWIN, "num_heads": (1, 2, 2, 4), "depths": (1, 2, 2, 1)}
-VIT = {"embed_dim": 32, "depths": (2,), "num_heads": (2,), "patch_size": 8}
-NETS = {
-    "swinv2 of two stages": ("swinv2_base", {**SWIN, "pretrained_window_sizes": (3, 2)}),
-    "swinv2 of four stages": ("swinv2_tiny", FOUR),
-    "vit with a shared table": ("vit_base_patch16", VIT),
-    "vit with tables": (
-        "vit_base_patch16",
-        {**VIT, "relative_position": "block", "absolute_position": True, "layer_scale": 0.0},
-    ),
-    "plain vit": ("dino_vit_base_patch16", VIT),
-    "swin": ("swin_base_esvit", {**SWIN, "image_size": 32}),
-}
-SUMMARY = {
-    "updates": 3,
-    "loss_start": 0.5,
-    "loss_end": 0.25,
-    "held_out_loss": 0.3125,
-    "held_out_cosine": 0.75,
-}
-
-
-def stored(folder, name, fields, *, source="random", **options):
-    """A run's folder and the student whose weights its newest checkpoint holds."""
-    run = registry.get("fd_clip_vit_base")
-    architecture = Architecture(**fields)
-    run = replace(
-        run,
-        student=replace(run.student, model=name, architecture=architecture, **options),
-        teacher=replace(run.teacher, source=source),
-        data=replace(run.data, root="/somewhere/images", image_size=32),
-    )
-    folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(run.to_dict()))
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    net = scattered(build(name, replace(architecture, image_size=32), **options))
-    tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
-    tensors["projection.weight"] = torch.randn(6, net.width)
-    tensors["projection.bias"] = torch.randn(6)
-    store_tensors(folder, tensors, ranks=3, recipe=run.to_dict())
-    return net.requires_grad_(False)
-
 
 @pytest.fixture
 def exported(tmp_path):
     """Stores a run of a named model and exports it; returns the model and the folder."""
 
     def make(what, to, *words, **options):
-        name, fields = NETS.get(what, what)
-        net = stored(tmp_path / "run", name, fields, **options)
+        name, fields = STUDENTS.get(what, what)
+        net = store_student(tmp_path / "run", name, fields, **options)
         export(tmp_path, to, *words)
         return net, tmp_path / "out"
 
@@ -94,7 +49,7 @@ def features(net):
     return found.flatten(1, 2) if found.dim() == 4 else found
 
 
-@pytest.mark.parametrize("what", NETS)
+@pytest.mark.parametrize("what", STUDENTS)
 def test_timm_loads_it(exported, what):
     net, out = exported(what, "timm")
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -106,7 +61,7 @@ def test_timm_loads_it(exported, what):
 def test_timms_beit_by_name_loads_it(tmp_path):
     fields = {"depths": (1,)}
     run = registry.get("fd_clip_vit_base")
-    net = stored(tmp_path / "run", run.student.model, {**fields, "patch_size": 16})
+    net = store_student(tmp_path / "run", run.student.model, {**fields, "patch_size": 16})
     export(tmp_path, "timm")
     theirs = timm.create_model(
         "beit_base_patch16_224", img_size=32, depth=1, num_classes=0, global_pool="token"
@@ -115,7 +70,7 @@ def test_timms_beit_by_name_loads_it(tmp_path):
     close(features(theirs), net(IMAGES).tokens)
 
 
-@pytest.mark.parametrize("what", [what for what in NETS if what != "swin"])
+@pytest.mark.parametrize("what", [what for what in STUDENTS if what != "swin"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_transformers_load_it(exported, what, sharded):
     transformers = pytest.importorskip("transformers")
@@ -133,11 +88,13 @@ def test_transformers_load_it(exported, what, sharded):
 
 
 @pytest.mark.parametrize("to", ["timm", "hf", "fd"])
-@pytest.mark.parametrize("what", NETS)
+@pytest.mark.parametrize("what", STUDENTS)
 @pytest.mark.parametrize("size", ["5GB", "30KB"])
 def test_we_load_it(exported, what, to, size):
     if to == "hf" and what == "swin":
-        with pytest.raises(ConfigError, match=r"got a swin model.*Use --to timm or --to fd"):
+        with pytest.raises(
+            ConfigError, match=r"got a swin model.*Use --to timm, --to fd, --to onnx or"
+        ):
             exported(what, to)
         return
     net, out = exported(what, to, "--shard_size", size)
@@ -174,9 +131,9 @@ def test_names_of_feature_distillation(exported):
     ],
 )
 def test_what_the_others_have_not(tmp_path, fields, options, words):
-    net = stored(tmp_path / "run", "swinv2_base", {**SWIN, **fields}, **options)
+    net = store_student(tmp_path / "run", "swinv2_base", {**SWIN, **fields}, **options)
     for to in ("timm", "hf"):
-        with pytest.raises(ConfigError, match=rf"{words}.*Use --to fd\.$"):
+        with pytest.raises(ConfigError, match=rf"{words}.*Use --to fd, --to onnx or "):
             export(tmp_path, to)
     export(tmp_path, "fd")
     if not options:
@@ -199,55 +156,9 @@ def test_what_the_others_have_not(tmp_path, fields, options, words):
     ],
 )
 def test_vits_that_transformers_has_not(tmp_path, name, fields):
-    stored(tmp_path / "run", name, {**VIT, **fields})
+    store_student(tmp_path / "run", name, {**VIT, **fields})
     with pytest.raises(ConfigError, match="a vit model of another make"):
         export(tmp_path, "hf")
-
-
-def test_the_model_card(exported):
-    _, out = exported("swinv2 of two stages", "timm", source="/somewhere/else/clip.pt")
-    card = (out / "README.md").read_text()
-    assert "somewhere" not in card
-    for words in (
-        "clip.pt",
-        "0123456789abcdef",
-        "fd_clip_vit_base",
-        "| images | images |",
-        "fingerprint-of-the-pictures",
-        "| samples seen | 192 |",
-        "| training loss, last step | 0.2500 |",
-        "| held-out loss | 0.3125 |",
-        "0.485, 0.456, 0.406",
-        "local-dir:FOLDER",
-        "SwinTransformerV2",
-    ):
-        assert words in card, words
-
-
-@pytest.mark.parametrize("size", ["5GB", "30KB"])
-@pytest.mark.parametrize(
-    ("what", "to"),
-    [
-        ("swinv2 of four stages", "timm"),
-        ("vit with a shared table", "timm"),
-        ("swinv2 of two stages", "hf"),
-        ("vit with a shared table", "hf"),
-        ("plain vit", "hf"),
-    ],
-)
-def test_the_code_of_the_card_runs(exported, what, to, size):
-    if to == "hf":
-        pytest.importorskip("transformers")
-    net, out = exported(what, to, "--shard_size", size)
-    card = (out / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
-    found = {"images": IMAGES}
-    exec(code, found)
-    with torch.no_grad():
-        found["model"].eval()
-        exec(code.splitlines()[-1], found)
-    tokens = found["tokens"]
-    close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(IMAGES).tokens)
 
 
 def test_one_tensor_at_a_time(tmp_path):
@@ -280,20 +191,34 @@ def test_one_tensor_at_a_time(tmp_path):
     assert len(files) == 1
 
 
-def test_the_card_says_that_a_teacher_was_random(exported):
-    _, out = exported("plain vit", "fd")
-    assert "random weights" in (out / "README.md").read_text()
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_a_model_without_positions_for_images_of_another_size(exported, to):
+    net, out = exported("swinv2 of two stages", to, "--image_size", "48")
+    images = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        if to == "timm":
+            tokens = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+            tokens = tokens.forward_features(images).flatten(1, 2)
+        else:
+            transformers = pytest.importorskip("transformers")
+            tokens = transformers.AutoModel.from_pretrained(out)(images).last_hidden_state
+    close(tokens, net(images).tokens)
+
+
+def test_positions_are_made_for_one_size(exported):
+    with pytest.raises(ConfigError, match=r"--image_size: .*got 64, expected 32\. Export it at 32"):
+        exported("plain vit", "timm", "--image_size", "64")
 
 
 def test_what_stands_there_stays(tmp_path):
-    stored(tmp_path / "run", "vit_base_patch16", VIT)
+    store_student(tmp_path / "run", "vit_base_patch16", VIT)
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="something is there already"):
         export(tmp_path, "timm")
 
 
 def test_a_nan_is_not_exported(tmp_path):
-    net = stored(tmp_path / "run", "vit_base_patch16", VIT)
+    net = store_student(tmp_path / "run", "vit_base_patch16", VIT)
     tensors = {f"student.{n}": t.detach().clone() for n, t in net.named_parameters()}
     tensors["student.norm.bias"][0] = torch.nan
     tensors |= {"projection.weight": torch.zeros(6, 32), "projection.bias": torch.zeros(6)}
@@ -305,7 +230,7 @@ def test_a_nan_is_not_exported(tmp_path):
 
 def test_a_run_that_trains_on_prunes_what_is_exported(tmp_path, monkeypatch, caplog):
     """The newest checkpoint goes while it is read: the one that took its place goes out."""
-    net = stored(tmp_path / "run", "vit_base_patch16", VIT)
+    net = store_student(tmp_path / "run", "vit_base_patch16", VIT)
     tensors = {f"student.{n}": t.detach() for n, t in net.named_parameters()}
     tensors |= {"projection.weight": torch.zeros(6, 32), "projection.bias": torch.zeros(6)}
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
@@ -325,7 +250,7 @@ def test_a_run_that_trains_on_prunes_what_is_exported(tmp_path, monkeypatch, cap
 
 
 def test_a_checkpoint_that_goes_and_leaves_none(tmp_path, monkeypatch):
-    stored(tmp_path / "run", "vit_base_patch16", VIT)
+    store_student(tmp_path / "run", "vit_base_patch16", VIT)
     read = stream.read
 
     def gone(reader, *arguments, **named):

@@ -24,6 +24,7 @@ from fd_large.tasks.dense.stages import LEFT_OUT
 from fd_large.tasks.detection import job as detection_job
 from fd_large.tasks.detection.job import DetectionJob
 from fd_large.tasks.jobs import job_of
+from fd_large.weights.load import load_model
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
 
@@ -157,11 +158,25 @@ def test_a_detector_goes_on_from_a_detector(name, tmp_path):
         assert (weights.file[key] == LEFT_OUT[key]).all()
 
 
-def test_a_detector_is_not_exported_as_a_distilled_student(tmp_path):
-    recipe = narrow_run(VIT).to_dict()
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(ConfigError, match="task detection"):
-        export(str(tmp_path), str(tmp_path / "out"), "timm")
+@pytest.mark.parametrize(("name", "to"), [(SWIN, "fd"), (VIT, "timm")])
+def test_the_backbone_of_a_detector_is_exported(name, to, tmp_path):
+    """What a student would start from: the norm only normalises, and class tokens are zero."""
+    run = narrow_run(name)
+    run = replace(run, data=replace(run.data, image_size=64, root="/somewhere/coco"))
+    tensors = {n: p.detach() for n, p in DetectionJob(run).make_task().named_parameters()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
+    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
+    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
+    sources, (net, _) = sources_of(job_of), load_model(tmp_path / "out")
+    stored = sources.open(tmp_path / "run").file
+    for key, parameter in net.named_parameters():
+        shared = key.endswith("attn.relative_position_bias_table") and key not in stored
+        if not shared:
+            assert torch.equal(parameter, stored[key]), key
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained to detect objects of coco" in card
+    assert "somewhere" not in card
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), ValueError("no such font")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from loading import close
 from PIL import Image
+from stored_run import store_tensors
 
 from fd_large.backbones.statistics import OPENAI_CLIP
+from fd_large.cli.export import export
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.section import FineTune
+from fd_large.weights.load import load_model
 from fd_large.weights.source import Sources
 
 TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
@@ -97,3 +102,24 @@ def test_images_are_normalised_as_those_of_the_weights(run, vit_weights):
     said = replace(started, task=replace(run.task, finetune=FineTune(statistics=own)))
     assert FineTuningJob(said).settle(Sources()).task.finetune.statistics == own
     assert FineTuningJob(run).settle(Sources()).task.finetune.statistics == ()
+
+
+def test_the_backbone_of_a_fine_tuned_model_is_exported(run, tmp_path):
+    """It gives the tokens whose mean the classifier takes, normalised; its own statistics too."""
+    run = replace(run, task=replace(run.task, finetune=FineTune(statistics=(0.5,) * 6)))
+    torch.manual_seed(0)
+    task = FineTuningJob(run).make_task().eval()
+    tensors = {name: parameter.detach() for name, parameter in task.named_parameters()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
+    store_tensors(tmp_path / "run", tensors, recipe=run.to_dict())
+    export(str(tmp_path / "run"), str(tmp_path / "out"), "timm")
+    net, statistics = load_model(tmp_path / "out")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        raw = task.student(images).tokens
+        close(net(images).tokens, torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=1e-6))
+    assert statistics.mean == (0.5,) * 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the classifier is left out. Its final norm only normalises" in card
+    assert str(tmp_path) not in card

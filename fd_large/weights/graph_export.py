@@ -1,0 +1,203 @@
+"""A student as a graph that needs no code of its own: ONNX, or a `torch.export` program.
+
+The graph maps normalised images of one size, any number of them, to tokens. It is made of torch's
+own operations (the references of `kernels/`), and no drop path is in it. The whole model is in
+memory, unlike the tensors of `export.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fd_large import doors
+from fd_large.atomic_files import write_json
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.backbones.hierarchical import SizeRule
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import Statistics
+from fd_large.errors import ConfigError
+from fd_large.kernels import choose
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.coverage import check_finite
+from fd_large.weights.export import CARD, new_folder
+from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.weights.load import fill
+from fd_large.weights.sidecar import own_config
+
+INPUT, OUTPUT = "images", "tokens"
+_PACKAGES: dict[To, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+# Of the largest value: far above rounding, far below what a wrong graph is off by.
+_TOLERANCE = 1e-3
+
+
+def check_packages(to: To) -> None:
+    """Refuses a format whose packages are not installed.
+
+    Raises: ConfigError: naming them.
+    """
+    if missing := [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]:
+        raise ConfigError(
+            f"export: --to {to}: packages are not installed; got no {', '.join(missing)}, expected "
+            f"{', '.join(_PACKAGES[to])}. pip install 'fd_large[{to}]', or use --to program, which "
+            "needs torch alone."
+        )
+
+
+def export_graph(
+    items: Iterable[tuple[str, Tensor]],
+    architecture: FamilyArchitecture,
+    to: To,
+    out: Path,
+    *,
+    size_rule: SizeRule,
+    statistics: Statistics,
+    card: str,
+) -> list[Path]:
+    """Writes a new folder: the graph, config.json and the model card; returns the graph's files.
+
+    The graph is run beside the model before the folder appears.
+
+    Args:
+        items: (name, tensor) of the student in our names.
+        architecture: The student, with the image size of the export.
+        to: "onnx" or "program".
+        out: Does not exist.
+        size_rule: What the student does with images that do not fit.
+        statistics: Mean and deviation by which the student's images are normalised.
+        card: Text of the model card.
+
+    Raises: ConfigError: if the model cannot be traced, or something stands at `out`; WeightsError:
+        for a tensor that holds NaN or infinity; ShapeError: if the image size does not fit.
+    """
+    with new_folder(out) as part, choose.references(), torch.no_grad(), _quiet():
+        net = build(architecture, initialization="none", size_rule=size_rule)
+        fill(net, _finite(items))
+        net.requires_grad_(False).eval()
+        side = architecture.image_size
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        # Also fills what modules keep between calls, which a graph then holds as constants.
+        found = net(images)
+        file = part / LIBRARIES[to].graph
+        try:
+            program = torch.export.export(
+                _Tokens(net),
+                (images,),
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+            )
+            run = _WRITERS[to](program, images, file, _metadata(side, found, statistics))
+        except Exception as error:  # Whatever a tracer or a translator raises.
+            logging.getLogger(__name__).debug("export", exc_info=True)
+            raise _untraced(architecture, to, error) from error
+        _compare(run, images[:1], found.tokens[:1], architecture, to)
+        code_hash = doors.hashes(architecture.code).get(architecture.code, "")
+        write_json(part / "config.json", own_config(architecture, statistics, code_hash=code_hash))
+        (part / CARD).write_text(card)
+        names = sorted(path.name for path in part.glob(f"{LIBRARIES[to].graph}*"))
+    return [out / name for name in names]
+
+
+class _Tokens(nn.Module):
+    """A backbone that gives the tokens of its map alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps (B, 3, H, W) to (B, N, C), prefix tokens included."""
+        return self.net(images).tokens
+
+
+def _write_program(
+    program: torch.export.ExportedProgram, images: Tensor, file: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    del images
+    torch.export.save(program, file, extra_files=metadata)
+    return torch.export.load(file).module()
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, images: Tensor, file: Path, metadata: dict[str, str]
+) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    graph = torch.onnx.export(
+        program,
+        (images,),
+        dynamo=True,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        verbose=False,
+    )
+    assert graph is not None
+    graph.model.metadata_props.update(metadata)
+    # Above two gigabytes the weights are in a second file.
+    graph.save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda given: torch.from_numpy(session.run([OUTPUT], {INPUT: given.numpy()})[0])
+
+
+_WRITERS = {"onnx": _write_onnx, "program": _write_program}
+
+
+def _metadata(side: int, found: FeatureMap, statistics: Statistics) -> dict[str, str]:
+    """What the graph's own file says of its input and output, in text."""
+    return {
+        "image_size": str(side),
+        "image_mean": " ".join(map(str, statistics.mean)),
+        "image_std": " ".join(map(str, statistics.std)),
+        "grid": " ".join(map(str, found.grid)),
+        "prefix_tokens": str(found.num_prefix_tokens),
+    }
+
+
+def _compare(
+    run: Callable[[Tensor], Tensor],
+    images: Tensor,
+    expected: Tensor,
+    architecture: FamilyArchitecture,
+    to: To,
+) -> None:
+    got = run(images)
+    error = (got - expected).abs().max() / expected.abs().max()
+    # Not `error > bound`, which is false of what is no number.
+    if got.shape != expected.shape or not bool(error <= _TOLERANCE):
+        raise ConfigError(
+            f"export: --to {to}: the graph of this {architecture.family} model is off the model; "
+            f"got {error:.2g} of the largest value for one image, expected at most {_TOLERANCE:g}. "
+            "Its forward depends on more than its images: mend it, or use --to fd."
+        )
+
+
+def _untraced(architecture: FamilyArchitecture, to: To, error: Exception) -> ConfigError:
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    # The first line of a specialised batch is a heading.
+    said = next((line for line in lines if "specialized" in line), (lines or [""])[0])
+    return ConfigError(
+        f"export: --to {to}: this {architecture.family} model cannot be traced; got "
+        f"{type(error).__name__} {said[:200].rstrip('.')}, expected a forward whose steps depend "
+        "neither on values nor on the number of images. Use --to fd, or --to timm or hf where the "
+        "model is theirs."
+    )
+
+
+def _finite(items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in items:
+        check_finite(name, tensor, "the checkpoint", "export")
+        yield name, tensor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what torch's exporters warn their own callers of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

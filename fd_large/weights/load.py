@@ -1,0 +1,50 @@
+"""A model of this project from the folder of an export, whole, in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import Statistics
+from fd_large.errors import WeightsError
+from fd_large.weights.source import Sources
+
+
+def load_model(folder: str | Path) -> tuple[nn.Module, Statistics]:
+    """Builds the model of an export and fills it, ready for inference.
+
+    Args:
+        folder: What `export --to fd`, `timm` or `hf` wrote, or `weights convert --to fd`.
+
+    Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
+        statistics by which images are normalised.
+    Raises: WeightsError: if the folder holds no such model.
+    """
+    sources, where = Sources(), "load_model"
+    stored = sources.ours(str(folder), where=where)
+    if stored is None:
+        raise WeightsError(
+            f"{where}: {folder}: not an export of this project; got no config.json that describes "
+            "one, expected a folder of export or of weights convert --to fd. Name another."
+        )
+    net = build(stored.architecture, initialization="none")
+    fill(net, sources.fitted(str(folder), stored.architecture, where=where))
+    return net.requires_grad_(False).eval(), stored.statistics
+
+
+def fill(net: nn.Module, items: Iterable[tuple[str, Tensor]]) -> None:
+    """Copies tensors into the parameters and buffers of the same names.
+
+    Args:
+        net: Whole, in host memory.
+        items: (name, tensor); other names are ignored.
+    """
+    held = dict(net.named_parameters()) | dict(net.named_buffers())
+    with torch.no_grad():
+        for name, tensor in items:
+            if name in held:
+                held[name].copy_(tensor)

@@ -1,0 +1,119 @@
+"""Whose weights a model learned from: their licence and repository, as far as anything says it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from fd_large import doors
+from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
+
+CARD = "README.md"
+UNKNOWN = "unknown"
+_SCHEMES = (
+    *(PACKAGE, HUB, OPEN_CLIP, "random", "builtin:"),
+    *(family.architecture.prefix for family in FAMILIES.values() if family.architecture.prefix),
+)
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+# A card's metadata stands on its top; some cards are books.
+_HEAD_BYTES = 1 << 16
+
+
+class Origin(NamedTuple):
+    """Where weights come from.
+
+    Attributes:
+        licence: Their licence, in words; UNKNOWN if nothing says it.
+        repository: OWNER/NAME on the Hugging Face Hub; empty if they are not known to be there.
+    """
+
+    licence: str
+    repository: str = ""
+
+
+def is_random(source: str) -> bool:
+    """Whether a source stands for random weights."""
+    return source in ("", "random") or source.endswith("=random")
+
+
+def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) -> Origin:
+    """Returns what is known of a source of weights; asks no server.
+
+    Args:
+        source: As a recipe has it.
+        model: Name of its model.
+        architecture: Its model; None if that cannot be told.
+    """
+    if is_random(source):
+        return Origin("random weights, which have none")
+    if source.startswith(HUB):
+        repository = source.removeprefix(HUB)
+        return Origin(_licence(_cached_card(repository)) or UNKNOWN, repository)
+    if source.startswith(OPEN_CLIP):
+        return Origin(UNKNOWN, _open_clip_repository(source.removeprefix(OPEN_CLIP)))
+    if doors.is_own(source) or source.startswith(PACKAGE):
+        return Origin(UNKNOWN)
+    if brought := family_of_source(source):
+        family, rest = brought
+        facts = family.facts_of(family.architecture.named(rest))
+        repository = facts.origin if facts and _REPOSITORY.fullmatch(facts.origin) else ""
+        return Origin((facts.licence if facts else "") or UNKNOWN, repository)
+    path = Path(source.partition("#")[0])
+    if stated := _licence((path if path.is_dir() else path.parent) / CARD):
+        return Origin(f"{stated}, as the {CARD} beside them says")
+    published = family_of(architecture).published if architecture else None
+    facts = published.facts.get(model) if published else None
+    if facts and facts.licence:
+        return Origin(f"{facts.licence} if they are those of {facts.origin}, else {UNKNOWN}")
+    return Origin(UNKNOWN)
+
+
+def without_folders(source: str) -> str:
+    """Returns a source as others may see it: of a path the last name alone."""
+    if doors.is_own(source):
+        return doors.PREFIX + Path(source.removeprefix(doors.PREFIX)).name
+    return source if source.startswith(_SCHEMES) else Path(source).name
+
+
+def _licence(card: Path | None) -> str:
+    """The licence in the metadata of a model card; empty if there is none."""
+    if card is None:
+        return ""
+    try:
+        with card.open("rb") as file:
+            head = file.read(_HEAD_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    if not head.startswith("---\n"):
+        return ""
+    metadata = head[4:].partition("\n---")[0]
+    found = {
+        name: re.search(rf"^{name}:[ \t]*[\"']?([\w.+-]+)", metadata, re.MULTILINE)
+        for name in ("license", "license_name")
+    }
+    stated = {name: match[1] for name, match in found.items() if match}
+    licence = stated.get("license", "")
+    return stated.get("license_name", licence) if licence == "other" else licence
+
+
+def _cached_card(repository: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, CARD)
+    except ValueError:  # No name of a repository.
+        return None
+    return Path(found) if isinstance(found, str | os.PathLike) else None
+
+
+def _open_clip_repository(name: str) -> str:
+    try:
+        import open_clip
+    except ImportError:
+        return ""
+    config = open_clip.get_pretrained_cfg(*name.split("/", 1)) if "/" in name else None
+    return (config or {}).get("hf_hub", "").strip("/")

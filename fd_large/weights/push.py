@@ -1,0 +1,99 @@
+"""An exported folder to a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fd_large.errors import ConfigError, WeightsError
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+
+def check_push(repository: str) -> None:
+    """Refuses what could not be uploaded, before anything is written.
+
+    Args:
+        repository: OWNER/NAME; nothing may stand there.
+
+    Raises: ConfigError: if it is no such name, or a repository is there; WeightsError: without a
+        token that is known there, or without a network.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(
+            f"--push: no name of a repository; got {repository!r}, expected OWNER/NAME, such as "
+            "my-group/swinv2-giant. Name one that is not there yet."
+        )
+    api = _api()
+    with _explained(repository, "Nothing was exported."):
+        api.whoami()
+        exists = api.repo_exists(repository)
+    if exists:
+        raise _there(repository, "Nothing was exported: name another, or export without --push.")
+
+
+def push(folder: Path, repository: str) -> str:
+    """Makes a private repository and uploads a folder to it; returns the repository's address.
+
+    Raises: ConfigError, WeightsError: as `check_push`; what was exported stays.
+    """
+    api = _api()
+    later = f"{folder} is written: upload it later, hf upload {repository} {folder}"
+    with _explained(repository, f"{later}."):
+        # Private: whether the student may be public is for its owner to say.
+        address = api.create_repo(repository, private=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export of fd_large"
+        )
+    return str(address)
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    # Read now: huggingface_hub itself reads it once, when it is imported.
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
+def _there(repository: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"--push: a repository of that name is there already; got {repository}, expected a new "
+        f"name. {remedy}"
+    )
+
+
+@contextmanager
+def _explained(repository: str, remedy: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into one sentence."""
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise WeightsError(
+            "--push: no token of Hugging Face on this machine; got none, expected one that may "
+            f"write to {repository}. Run hf auth login, or set HF_TOKEN. {remedy}"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise WeightsError(
+            "--push: Hugging Face is switched off here; got HF_HUB_OFFLINE=1, expected a network. "
+            f"Unset it. {remedy}"
+        ) from error
+    except Exception as error:  # Its errors of the network depend on its version.
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if status == 409:
+            raise _there(repository, remedy) from error
+        if status in (401, 403):
+            raise WeightsError(
+                f"--push: the token may not write to {repository}; got {said}, expected a token "
+                f"with write access there (huggingface.co/settings/tokens). {remedy}"
+            ) from error
+        raise WeightsError(
+            f"--push: cannot be uploaded to {repository}; got {said}, expected a server within "
+            f"reach. {remedy}"
+        ) from error

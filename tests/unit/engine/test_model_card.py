@@ -1,0 +1,103 @@
+"""The card of an exported student: what it says, and code that runs as it stands."""
+
+from __future__ import annotations
+
+import pytest
+from card_code import run_code
+from loading import close
+from stored_run import STUDENTS, store_student
+
+from fd_large.cli import export as command
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Stores a run of a named model and exports it; returns the model and the card."""
+
+    def make(what, to, *words, **options):
+        name, fields = STUDENTS[what]
+        net = store_student(tmp_path / "run", name, fields, **options)
+        out = tmp_path / "out"
+        assert command.main([str(tmp_path / "run"), "--to", to, str(out), *words]) == 0
+        return net, (out / "README.md").read_text()
+
+    return make
+
+
+def test_where_it_comes_from_and_how_good_it_is(exported):
+    _, card = exported("swinv2 of two stages", "timm", source="/somewhere/else/clip.pt")
+    assert "somewhere" not in card
+    for words in (
+        "| weights | clip.pt |",
+        "0123456789abcdef",
+        "fd_clip_vit_base",
+        "| images | images |",
+        "fingerprint-of-the-pictures",
+        "| samples seen | 192 |",
+        "| training loss, last step | 0.2500 |",
+        "| held-out loss | 0.3125 |",
+        "| loss | smooth L1 (beta 2) to the whitened map |",
+        "(ImageNet's)",
+        "| map | 8 x 8 tokens of 32 channels at 32 px |",
+        "a `timm.models.swin_transformer_v2.SwinTransformerV2`",
+    ):
+        assert words in card, words
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("swinv2 of two stages", "Swinv2Model"),
+        ("vit with a shared table", "BeitModel"),
+        ("plain vit", "ViTModel"),
+    ],
+)
+def test_the_names_are_those_of_one_class(exported, what, names):
+    _, card = exported(what, "hf")
+    assert f"| names | Hugging Face's {names} |" in card
+
+
+def test_a_teacher_was_random(exported):
+    _, card = exported("plain vit", "fd")
+    assert "random weights" in card
+    assert "| the teacher's weights | random weights, which have none |" in card
+
+
+def test_licences_and_the_base_model(exported):
+    """What is known is said with who says it; what is not known is said to be unknown."""
+    _, card = exported("plain vit", "fd", source="/somewhere/clip.pt")
+    assert "\nlicense: unknown\n" in card
+    assert "base_model" not in card
+    assert "| this model | unknown: whoever exported it did not say" in card
+    told = "MIT if they are those of github.com/openai/CLIP, else unknown"
+    assert f"| the teacher's weights | {told} |" in card
+
+
+def test_licence_and_base_model_as_the_user_says(exported):
+    words = ("--license", "apache-2.0", "--base_model", "openai/clip-vit-base-patch16")
+    _, card = exported("plain vit", "fd", *words, source="timm:convnextv2_atto")
+    assert "\nlicense: apache-2.0\n" in card
+    bases = "- openai/clip-vit-base-patch16\n- timm/convnextv2_atto.fcmae_ft_in1k\n"
+    assert f"\nbase_model:\n{bases}" in card
+    assert "| this model | apache-2.0 |" in card
+    teacher = "cc-by-nc-4.0 (timm/convnextv2_atto.fcmae_ft_in1k)"
+    assert f"| the teacher's weights | {teacher} |" in card
+
+
+@pytest.mark.parametrize(
+    ("what", "to", "size"),
+    [
+        ("swinv2 of two stages", "timm", "5GB"),
+        ("vit with a shared table", "timm", "30KB"),
+        ("swinv2 of two stages", "hf", "30KB"),
+        ("plain vit", "hf", "5GB"),
+        ("vit with a shared table", "fd", "30KB"),
+    ],
+)
+def test_its_code_runs(exported, tmp_path, what, to, size):
+    if to == "hf":
+        pytest.importorskip("transformers")
+    net, card = exported(what, to, "--shard_size", size)
+    found, image = run_code(card, tmp_path / "out", tmp_path)
+    tokens = found["tokens"]
+    close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(image).tokens)

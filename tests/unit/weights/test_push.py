@@ -1,0 +1,187 @@
+"""An export to the Hub: a stand-in on this machine answers as its HTTP endpoint does."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import constants
+from stored_run import STUDENTS, store_student
+
+from fd_large.cli import export as command
+from fd_large.errors import ConfigError, WeightsError
+
+TOKEN, REPOSITORY = "hf_standin", "group/student"
+
+
+class Hub(ThreadingHTTPServer):
+    """What it was sent: {repository: {file: bytes}}."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories, self.objects, self.created = {}, {}, []
+        self.may_write = True
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def answer(self, content, status=200, **headers):
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(text), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path == "/api/whoami-v2":
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            self.answer({"name": "me", "type": "user"}, 200 if known else 401)
+        elif path.removeprefix("/api/models/") in self.server.repositories:
+            self.answer({"id": path.removeprefix("/api/models/"), "siblings": []})
+        else:
+            self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_PUT(self):
+        self.server.objects[self.path.rpartition("/")[2]] = self.body()
+        self.answer({})
+
+    def do_POST(self):
+        path, body = self.path.partition("?")[0], self.body()
+        hub = self.server
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            if not hub.may_write:
+                self.answer({"error": "no write access"}, 403)
+                return
+            name = f"{asked['organization']}/{asked['name']}"
+            hub.created.append(asked)
+            hub.repositories[name] = {}
+            self.answer({"url": f"{hub.url}/{name}"})
+        elif path.endswith("/preupload/main"):
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif path.endswith("/objects/batch"):
+            objects = [
+                {**it, "actions": {"upload": {"href": f"{hub.url}/objects/{it['oid']}"}}}
+                for it in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": objects})
+        elif path.endswith("/commit/main"):
+            files = hub.repositories[path.split("/api/models/")[1].removesuffix("/commit/main")]
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    files[entry["value"]["path"]] = content
+                elif entry["key"] == "lfsFile":
+                    files[entry["value"]["path"]] = hub.objects[entry["value"]["oid"]]
+            self.answer({"commitUrl": f"{hub.url}/commit/1", "commitOid": "1" * 40})
+        else:  # What it asks about the card's metadata.
+            self.answer({})
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Its own protocol of uploads goes to another server.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Exports a run of a tiny student to the repository."""
+    name, fields = STUDENTS["vit with a shared table"]
+    store_student(tmp_path / "run", name, fields)
+
+    def run(*words):
+        arguments = [str(tmp_path / "run"), str(tmp_path / "out"), "--to", "timm"]
+        return command.main([*arguments, "--push", REPOSITORY, *words])
+
+    return run
+
+
+def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, capsys):
+    assert export("--license", "mit") == 0
+    (created,) = hub.created
+    assert created["visibility"] == "private"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.repositories[REPOSITORY] == written
+    digest = hashlib.sha256(written["model.safetensors"]).hexdigest()
+    assert list(hub.objects) == [digest]
+    card = written["README.md"].decode()
+    assert f'folder = snapshot_download("{REPOSITORY}")' in card
+    assert "license: mit" in card
+    assert f"uploaded, private: {hub.url}/{REPOSITORY}" in capsys.readouterr().out
+
+
+def test_what_is_there_already_stays_and_nothing_is_exported(hub, export, tmp_path):
+    hub.repositories[REPOSITORY] = {"README.md": b"another"}
+    with pytest.raises(ConfigError, match=rf"--push: .*there already; got {REPOSITORY}.*another"):
+        export()
+    assert not (tmp_path / "out").exists()
+    assert hub.repositories[REPOSITORY] == {"README.md": b"another"}
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("", "no token.*hf auth login"), ("hf_other", "token may not write")]
+)
+def test_tokens(hub, export, tmp_path, monkeypatch, token, words):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(WeightsError, match=rf"--push: .*{words}.*Nothing was exported"):
+        export()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_that_only_reads_is_met_at_the_upload(hub, export, tmp_path):
+    hub.may_write = False
+    with pytest.raises(WeightsError, match=r"may not write to group/student.*upload it later"):
+        export()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_no_network(hub, export, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match=r"--push: cannot be uploaded.*within reach. Nothing"):
+        export()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match=r"HF_HUB_OFFLINE=1.*Unset it"):
+        export()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["student", "a/b/c", "group/", "../x", "group/a b"])
+def test_names_that_are_none(export, name):
+    with pytest.raises(ConfigError, match="--push: no name of a repository"):
+        export("--push", name)
