@@ -108,7 +108,8 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
     values = {**recipe, **_facts(recipe, manifest)}
     name, init = without_folders(recipe["student"]["model"]), recipe["student"]["init"]
     with torch.device("meta"):
-        net = build(architecture, initialization="none")
+        rule = recipe["student"]["size_rule"]
+        net = build(architecture, initialization="none", size_rule=rule)
     side = architecture.image_size
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
@@ -139,7 +140,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         _metrics(manifest["update"], exported.summary, learned.metrics),
         _table("Licence", {"this model": _own_licence(exported)} | _licences(origins)),
         _images(side, exported.statistics),
-        f"## Use\n\n{_use(exported, architecture, (rows, columns), prefix)}",
+        f"## Use\n\n{_use(exported, architecture, rule, rows * columns, prefix)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -274,7 +275,7 @@ from fd_large.weights.load import load_model
 
 {{folder}}
 {_PIXELS}
-model, statistics = load_model(folder)
+model, statistics = load_model(folder{{rule}})
 with torch.inference_mode():
     tokens = model(torch.from_numpy(pixels)).tokens
 """
@@ -302,7 +303,11 @@ with torch.inference_mode():
 
 
 def _use(
-    exported: ExportedStudent, architecture: FamilyArchitecture, grid: tuple[int, int], prefix: int
+    exported: ExportedStudent,
+    architecture: FamilyArchitecture,
+    size_rule: str,
+    places: int,
+    prefix: int,
 ) -> str:
     to, into = exported.to, exported.into
     name = into.class_name(architecture) if into else ""
@@ -325,10 +330,11 @@ def _use(
         name=name,
         # Its pooler is a head that no student has.
         options=", add_pooling_layer=False" if name == "ViTModel" else "",
+        rule=', size_rule="pad"' if size_rule == "pad" else "",
     )
     first = f"the first {prefix} stand{'s' if prefix == 1 else ''} for no place, " if prefix else ""
     then = f"{first}{'then' if prefix else 'they are'} the map, row by row."
-    shape = f"`tokens` is (1, {prefix + grid[0] * grid[1]}, channels): {then}"
+    shape = f"`tokens` is (1, {prefix + places}, channels): {then}"
     ours = "With fd_large: `--teacher.source FOLDER` or `--student.init FOLDER`."
     after = {
         "timm": f"It is a `{name}` with config.json's `model_args`; `tokens` is what timm's "

@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fd_large.backbones.hierarchical import SizeRule
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import WeightsError
 from fd_large.weights.source import Sources
 
 
-def load_model(folder: str | Path) -> tuple[nn.Module, Statistics]:
+def load_model(folder: str | Path, *, size_rule: SizeRule = "drop") -> tuple[nn.Module, Statistics]:
     """Builds the model of an export and fills it, ready for inference.
 
     Args:
         folder: What `export --to fd`, `timm` or `hf` wrote, or `weights convert --to fd`.
+        size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
@@ -31,7 +33,7 @@ def load_model(folder: str | Path) -> tuple[nn.Module, Statistics]:
             f"{where}: {folder}: not an export of this project; got no config.json that describes "
             "one, expected a folder of export or of weights convert --to fd. Name another."
         )
-    net = build(stored.architecture, initialization="none")
+    net = build(stored.architecture, initialization="none", size_rule=size_rule)
     fill(net, sources.fitted(str(folder), stored.architecture, where=where))
     return net.requires_grad_(False).eval(), stored.statistics
 

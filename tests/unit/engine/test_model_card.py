@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from card_code import run_code
 from loading import close
-from stored_run import STUDENTS, store_student
+from stored_run import STUDENTS, SWIN, store_student
 
 from fd_large.cli import export as command
 
@@ -101,3 +101,13 @@ def test_its_code_runs(exported, tmp_path, what, to, size):
     found, image = run_code(card, tmp_path / "out", tmp_path)
     tokens = found["tokens"]
     close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(image).tokens)
+
+
+def test_code_for_a_model_that_pads_its_images(tmp_path):
+    net = store_student(
+        tmp_path / "run", "swinv2_base", {**SWIN, "window_size": 3}, size_rule="pad"
+    )
+    out = tmp_path / "out"
+    assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0
+    found, image = run_code((out / "README.md").read_text(), out, tmp_path)
+    close(found["tokens"], net(image).tokens)

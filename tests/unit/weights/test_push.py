@@ -89,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self.answer({"transfer": "basic", "objects": objects})
         elif path.endswith("/commit/main"):
-            files = hub.repositories[path.split("/api/models/")[1].removesuffix("/commit/main")]
+            name = path.split("/api/models/")[1].removesuffix("/commit/main")
+            files, oid = hub.repositories[name], "1" * 40
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
                     files[entry["value"]["path"]] = content
                 elif entry["key"] == "lfsFile":
                     files[entry["value"]["path"]] = hub.objects[entry["value"]["oid"]]
-            self.answer({"commitUrl": f"{hub.url}/commit/1", "commitOid": "1" * 40})
+            self.answer({"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid})
         else:  # What it asks about the card's metadata.
             self.answer({})
 
