@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from fd_large.backbones.published import Settling
 from fd_large.backbones.registry import family_of, family_of_source
@@ -26,6 +26,7 @@ from fd_large.recipes.architectures import (
     whole,
 )
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.fields import hints_of
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel, Student
 from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights, other_model
@@ -230,16 +231,29 @@ def reconcile(
     asked = sorted(unset.union(weights.unknown(given)))
     if asked or trained_with:
         start = f"--{section}." if section else "--"
-        flags = [f"{start}architecture.{field}" for field in asked]
+        flags = [f"{start}architecture.{field} {_placeholder(field)}" for field in asked]
         if trained_with:
-            flags.append(f"{start}statistics ({trained_with})")
+            flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
             asked.append("image statistics")
         raise WeightsError(
             f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
             f"everything; got no {', '.join(asked)}, expected every field of a {family} model. Set "
-            f"{', '.join(flags)}."
+            f"{' '.join(flags)}"
         )
     return whole(values)
+
+
+def _placeholder(field: str) -> str:
+    """What stands for the value of a field in a flag: "gelu|quick_gelu", "NUMBER"."""
+    hint = hints_of(Architecture)[field]
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            return "|".join(map(str, get_args(part)))
+        if part is bool:
+            return "True|False"
+        if get_origin(part) is tuple:
+            return "NUMBERS"
+    return "NUMBER"
 
 
 def _tells_nothing(section: FrozenModel) -> bool:

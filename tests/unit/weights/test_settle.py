@@ -101,6 +101,22 @@ def test_widths_that_nobody_published_ask_for_their_heads(tmp_path):
         loaded(path)
 
 
+def test_all_that_is_missing_is_told_at_once_as_flags(tmp_path):
+    path = saved(made("clip_vit_base_patch16", **SMALL), tmp_path)
+    with pytest.raises(WeightsError) as caught:
+        teacher_run(path)
+    flags = str(caught.value).partition(" Set --")[2].split(" --")
+    asked = {flag.split()[0]: flag.split()[1:7] for flag in flags}
+    assert asked == {
+        "teacher.architecture.activation": ["gelu|quick_gelu"],
+        "teacher.architecture.num_heads": ["NUMBERS"],
+        "teacher.statistics": ["MEAN"] * 3 + ["STD"] * 3,
+    }
+    statistics = (0.5,) * 6
+    run = teacher_run(path, activation="gelu", num_heads=(2,), statistics=statistics)
+    assert run.teacher.statistics == statistics
+
+
 def test_settling_again_changes_nothing(tmp_path):
     path = saved(made("swin_base_esvit", **SWIN), tmp_path)
     run = teacher_run(path)
