@@ -96,7 +96,7 @@ def matched(architecture: TransformersArchitecture, file: Shapes, where: str) ->
             pieces |= {ours[half]: _Half((name,), number=i) for i, half in enumerate(halves)}
         elif common in ours:
             pieces[ours[common]] = Piece((name,))
-        elif common.startswith(dropped):
+        elif common.startswith(dropped) or 0 in file[name]:
             left_out += 1
         else:
             pieces[f"net.{name}"] = Piece((name,))

@@ -69,7 +69,20 @@ class TransformersBackbone(nn.Module):
         embeddings = getattr(net, "embeddings", None)
         if getattr(embeddings, "mask_token", None) is not None:
             embeddings.mask_token = None
+        # Registers of a model without any: ZeRO-3 cannot split a tensor without elements.
+        for module in net.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.numel():
+                    delattr(module, name)
+                    module.register_buffer(name, parameter.detach(), persistent=False)
         self.net = net
+
+    def cast_buffers(self, dtype: torch.dtype) -> None:
+        """Casts the tensors without elements, which meet the weights; positions stay float32."""
+        for module in self.net.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.numel():
+                    setattr(module, name, buffer.to(dtype))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.

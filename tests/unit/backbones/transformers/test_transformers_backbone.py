@@ -92,6 +92,16 @@ def test_the_vision_model_of_a_larger_one(transformers, tmp_path):
         close(net(images).tokens, theirs.vision_model(images).last_hidden_state)
 
 
+def test_dinov3_without_registers(transformers, tmp_path):
+    """Its tensor of registers has no element."""
+    theirs = folder(transformers, "DINOv3ViT", {**HF_VIT, "num_register_tokens": 0}, tmp_path)
+    net, _ = loaded(tmp_path)
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        close(net(images).tokens, theirs(images).last_hidden_state)
+    assert net(images).num_prefix_tokens == 1
+
+
 def test_in_bfloat16(transformers, tmp_path):
     for name in ("DINOv3ViT", "SiglipVision", "ConvNextV2", "Hiera"):
         folder(transformers, name, MODELS[name][0], tmp_path)
