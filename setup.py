@@ -1,6 +1,12 @@
 """Packaging of fd_large: the lower bounds are installed and tested (docs/development.md)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+# They stand at the top level, and travel inside the package (fd_large/shipped.py).
+SHIPPED = {"fd_large.ds_configs": "ds_configs", "fd_large.slurm": "slurm"}
 
 # What writes and runs an exported ONNX graph.
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
@@ -14,8 +20,29 @@ setup(
     name="fd_large",
     version="0.1.0",
     description="Feature distillation of vision backbones at up to three billion parameters",
-    packages=find_packages(include=["fd_large", "fd_large.*"]),
-    package_data={"fd_large.plan": ["kept_counts.json"]},
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="fd_large contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    packages=[*find_packages(include=["fd_large", "fd_large.*"]), *SHIPPED],
+    package_dir={"fd_large": "fd_large", **SHIPPED},
+    package_data={
+        "fd_large": ["py.typed"],
+        "fd_large.plan": ["kept_counts.json"],
+        "fd_large.ds_configs": ["*.json"],
+        "fd_large.slurm": ["*.sh"],
+    },
+    entry_points={"console_scripts": ["fd-large = fd_large.cli.main:main"]},
     python_requires=">=3.11",
     install_requires=[
         # The first with torch.compile's isolate_recompiles, without which blocks share one limit of

@@ -1,12 +1,13 @@
-"""Entry for launchers, which take a file: `deepspeed fd_large/train.py --deepspeed_config JSON`."""
+"""Entry for launchers: `deepspeed fd_large/train.py`, or `--module fd_large.train` if installed."""
 
 import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python puts the script's folder first on the path; the package is found from its parent.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    if not __package__:
+        # Python puts a script's folder first on the path; the package is found from its parent.
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
     from fd_large.cli.main import main
 
     try:

@@ -5,9 +5,9 @@
 #   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2_base \
 #       sbatch --nodes=2 slurm/coco_swinv2g.sh --recipe coco_mask_rcnn_swinv2_base
 #
-# Submit from the repository's root; data, weights and the rest of the site: slurm/site.sh. The
-# options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
-# docs/clusters.md.
+# Submit from the repository's root, or from a folder that `fd-large init` wrote; data, weights and
+# the rest of the site: site.sh. The options below are explained in slurm/fd_swinv2g.sh, what
+# happens at an interruption in docs/clusters.md.
 
 #SBATCH --job-name=coco_swinv2g
 #SBATCH --nodes=12
@@ -23,13 +23,15 @@
 #SBATCH --requeue
 
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
-if [[ ! -f slurm/launch.sh ]]; then
-    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+scripts=slurm
+[[ -f slurm/launch.sh ]] || scripts=.
+if [[ ! -f $scripts/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the folder of launch.sh, or the repository. Submit from there." >&2
     exit 2
 fi
-source slurm/launch.sh
+source "$scripts/launch.sh"
 
 # shellcheck disable=SC2034 # launch reads it
 learns_from=(data.root COCO_ROOT student.init STUDENT_INIT)
-launch --recipe coco_mask_rcnn_swinv2_giant --deepspeed_config ds_configs/zero3_hpz.json \
+launch --recipe coco_mask_rcnn_swinv2_giant --deepspeed_config zero3_hpz \
     --runtime.notice_seconds 300 "$@"

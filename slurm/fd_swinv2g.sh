@@ -4,9 +4,10 @@
 #   sbatch slurm/fd_swinv2g.sh
 #   sbatch --nodes=32 slurm/fd_swinv2g.sh --optim.base_lr 2e-4 [--section.field VALUE ...]
 #
-# Submit from the repository's root; data, teacher and the rest of the site: slurm/site.sh.
-# Arguments after the script go to train.py and win over the recipe; options of sbatch before it win
-# over the lines below. What happens at a time limit, a pre-emption, a crash: docs/clusters.md.
+# Submit from the repository's root, or from a folder that `fd-large init` wrote; data, teacher and
+# the rest of the site: site.sh. Arguments after the script go to train.py and win over the recipe;
+# options of sbatch before it win over the lines below. What happens at a time limit, a pre-
+# emption, a crash: docs/clusters.md.
 
 #SBATCH --job-name=fd_swinv2g
 #SBATCH --nodes=8
@@ -30,11 +31,13 @@
 
 # slurmd runs a copy of this script: its own path says nothing about where the repository is.
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
-if [[ ! -f slurm/launch.sh ]]; then
-    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+scripts=slurm
+[[ -f slurm/launch.sh ]] || scripts=.
+if [[ ! -f $scripts/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the folder of launch.sh, or the repository. Submit from there." >&2
     exit 2
 fi
-source slurm/launch.sh
+source "$scripts/launch.sh"
 
-launch --recipe fd_swinv2g --deepspeed_config ds_configs/zero3_hpz.json \
+launch --recipe fd_swinv2g --deepspeed_config zero3_hpz \
     --runtime.notice_seconds 300 "$@"

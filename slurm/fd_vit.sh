@@ -5,9 +5,9 @@
 #   TEACHER_SOURCE=/weights/dino_vitbase16_pretrain.pth \
 #       sbatch slurm/fd_vit.sh --recipe fd_dino_vit_base
 #
-# Submit from the repository's root; data, teacher and the rest of the site: slurm/site.sh. The
-# options below are explained in slurm/fd_swinv2g.sh, what happens at an interruption in
-# docs/clusters.md.
+# Submit from the repository's root, or from a folder that `fd-large init` wrote; data, teacher and
+# the rest of the site: site.sh. The options below are explained in slurm/fd_swinv2g.sh, what
+# happens at an interruption in docs/clusters.md.
 
 #SBATCH --job-name=fd_vit
 #SBATCH --nodes=2
@@ -23,11 +23,13 @@
 #SBATCH --requeue
 
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
-if [[ ! -f slurm/launch.sh ]]; then
-    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+scripts=slurm
+[[ -f slurm/launch.sh ]] || scripts=.
+if [[ ! -f $scripts/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the folder of launch.sh, or the repository. Submit from there." >&2
     exit 2
 fi
-source slurm/launch.sh
+source "$scripts/launch.sh"
 
-launch --recipe fd_clip_vit_base --deepspeed_config ds_configs/zero1.json \
+launch --recipe fd_clip_vit_base --deepspeed_config zero1 \
     --runtime.notice_seconds 300 "$@"

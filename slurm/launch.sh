@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts, in the repository root.
+# Sourced by the batch scripts from the folder $scripts: slurm/ in the repository's root, or the
+# folder that `python -m fd_large init` wrote.
 #
 #   launch ARGUMENTS...    trains with these arguments of train.py, then ends the batch script
 #
@@ -17,12 +18,17 @@
 #
 # A job is given up after MAX_RESTARTS restarts that brought no newer checkpoint.
 
-source slurm/site.sh
+# shellcheck source=slurm/site.sh
+source "$scripts/site.sh"
 # After it: what sites load is rarely written for -u.
 set -u -o pipefail
 
 # Fields of the recipe without which no run starts, each with the setting of site.sh that fills it.
 learns_from=(data.root DATA_ROOT teacher.source TEACHER_SOURCE)
+
+# A checkout's sources, or the installed package.
+program=(fd_large/train.py)
+[[ -f fd_large/train.py ]] || program=(-m fd_large.train)
 
 ranks=   # srun's process, while it runs
 asked=   # the last signal that asked this job to end
@@ -66,7 +72,7 @@ launch() {
     logs="$LOG_DIR/slurm-${SLURM_JOB_NAME:-job}-${SLURM_JOB_ID:-none}"
     ledger="$logs.restarts"
     mkdir -p "$LOG_DIR" || refuse "LOG_DIR: cannot be made; got $LOG_DIR, expected a folder that" \
-        "can be written. Set it in slurm/site.sh."
+        "can be written. Set it in $scripts/site.sh."
     # A job keeps its number over restarts. The file's time is that of this start.
     if ((${SLURM_RESTART_COUNT:-0})); then touch "$ledger"; else : >"$ledger"; fi
     # Of this start alone: a rank of an earlier one may still be alive on a node that was lost.
@@ -96,7 +102,7 @@ check_settings() {
             TEACHER_SOURCE) what="the teacher's weights or \"random\"" ;;
             STUDENT_INIT) what="the folder of a run, or a file of weights" ;;
         esac
-        refuse "slurm/site.sh: $setting is empty; got nothing, expected $what. Set it there, or" \
+        refuse "$scripts/site.sh: $setting is empty; got nothing, expected $what. Set it there, or" \
             "$setting=PATH sbatch ..."
     done
     arguments=("${site[@]}" "${arguments[@]}")
@@ -116,7 +122,7 @@ load_software() {
     if [[ $MODULES ]]; then
         set +u
         # shellcheck disable=SC2086 # several names
-        module load $MODULES || refuse "slurm/site.sh: MODULES; got \"$MODULES\", expected" \
+        module load $MODULES || refuse "$scripts/site.sh: MODULES; got \"$MODULES\", expected" \
             "what module load takes. See module avail."
         set -u
     fi
@@ -136,9 +142,12 @@ load_software() {
 # which shows changes that are not committed too and needs no git in a container.
 # shellcheck disable=SC2016 # expanded on the nodes
 on_a_node='
-absent=
+absent= sources="fd_large ds_configs"
+[ -d fd_large ] || sources=$("$1" -c "import importlib.util as util
+print(*util.find_spec(\"fd_large\").submodule_search_locations)") || absent=" fd_large of $1"
+shift
 for path; do [ -e "$path" ] || absent="$absent $path"; done
-sum=$(find fd_large ds_configs -name "*.py" -o -name "*.json" | LC_ALL=C sort | xargs cat | cksum)
+sum=$(find ${sources:-/dev/null} -name "*.py" -o -name "*.json" | LC_ALL=C sort | xargs cat | cksum)
 printf "%s\t%s\t%s\n" "${SLURMD_NODENAME:-$(hostname)}" "${sum%% *}" "$absent"'
 
 check_nodes() {
@@ -149,7 +158,7 @@ check_nodes() {
         [[ -z $path || $path == random || $path == *[:*?\{]* ]] || paths+=("${path%%#*}")
     done
     report=$("${on_nodes[@]}" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
-        "${inside[@]}" bash -c "$on_a_node" check "${paths[@]}")
+        "${inside[@]}" bash -c "$on_a_node" check "$PYTHON" "${paths[@]}")
     code=$?
     # srun itself failed: a node is lost, or the container; its message stands above.
     if ((code != 0)); then
@@ -159,7 +168,7 @@ check_nodes() {
     fi
     path=$(awk -F '\t' '$3 != "" { print $1 ":" $3; exit }' <<<"$report")
     [[ -z $path ]] || refuse "node $path: does not exist there, expected what every node of the" \
-        "job sees. Mend ${learns_from[1]}${learns_from[3]:+ or ${learns_from[3]}} in slurm/site.sh," \
+        "job sees. Mend ${learns_from[1]}${learns_from[3]:+ or ${learns_from[3]}} in $scripts/site.sh," \
         "or put the files there."
     if (($(cut -f 2 <<<"$report" | sort -u | wc -l) != 1)); then
         refuse "fd_large: the nodes see different sources; got" \
@@ -178,7 +187,7 @@ run_ranks() {
         --export=ALL --distribution=block --kill-on-bad-exit=0 --wait=60 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --open-mode=append --output="$logs-rank_%t.log" \
-        "${inside[@]}" "$PYTHON" fd_large/train.py "${arguments[@]}" &
+        "${inside[@]}" "$PYTHON" "${program[@]}" "${arguments[@]}" &
     ranks=$!
     # A trap ends wait early; then it has to be called again for srun's own code.
     while :; do

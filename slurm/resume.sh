@@ -21,21 +21,23 @@
 #SBATCH --requeue
 
 cd "${SLURM_SUBMIT_DIR:-$PWD}" || exit 2
-if [[ ! -f slurm/launch.sh ]]; then
-    echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
+scripts=slurm
+[[ -f slurm/launch.sh ]] || scripts=.
+if [[ ! -f $scripts/launch.sh ]]; then
+    echo "slurm: got $PWD, expected the folder of launch.sh, or the repository. Submit from there." >&2
     exit 2
 fi
-source slurm/launch.sh
+source "$scripts/launch.sh"
 
 run=${1:-}
 [[ -f $run/environment.json ]] ||
-    refuse "slurm/resume.sh: not a run; got \"$run\", expected a folder with an environment.json." \
-        "Name it first: sbatch slurm/resume.sh runs/NAME."
+    refuse "$scripts/resume.sh: not a run; got \"$run\", expected a folder with an environment.json." \
+        "Name it first: sbatch $scripts/resume.sh runs/NAME."
 shift
 # Outside of a container, whose Python may not be this node's.
 reader=$(command -v "$PYTHON" || command -v python3) ||
-    refuse "slurm/resume.sh: no Python; got PYTHON=$PYTHON, expected one that runs here. Set it" \
-        "in slurm/site.sh."
+    refuse "$scripts/resume.sh: no Python; got PYTHON=$PYTHON, expected one that runs here. Set it" \
+        "in $scripts/site.sh."
 before=()
 while IFS= read -r -d '' word; do before+=("$word"); done < <("$reader" - "$run" <<'PYTHON'
 import json, sys

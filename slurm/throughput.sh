@@ -26,6 +26,7 @@ if [[ ! -f slurm/launch.sh ]]; then
     echo "slurm: got $PWD, expected the repository's root. Submit from there." >&2
     exit 2
 fi
+scripts=slurm
 source slurm/launch.sh
 load_software
 

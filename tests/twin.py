@@ -10,7 +10,7 @@ from launch import ROOT, Finished, Launcher, Started, run_ranks, start_ranks
 TRAIN = ROOT / "fd_large" / "train.py"
 FLAGS = """
 --recipe fd_swinv2g
---student.architecture.embed_dim 32 --student.architecture.depths 2 1 2 1
+--student.architecture.embed_dim 32 --student.architecture.depths 1 1 2 1
 --student.architecture.num_heads 1 2 4 8 --student.architecture.window_size 4
 --student.architecture.extra_norm_every 2
 --teacher.architecture.embed_dim 16 --teacher.architecture.depths 1 1 1 1
@@ -18,11 +18,13 @@ FLAGS = """
 --teacher.source random --data.image_size 64 --data.workers 1 --runtime.log_every 1
 --optim.base_lr 1e-2 --optim.warmup_epochs 0
 """
-BATCH = ("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2")
+GLOBAL_BATCH = 8
 
 
-def words(pictures: Path, run_dir: Path, *more: str, config: str = "zero3") -> list[str]:
-    """The command's arguments."""
+def words(
+    pictures: Path, run_dir: Path, *more: str, config: str = "zero3", ranks: int = 2
+) -> list[str]:
+    """The command's arguments; a rank's share of a step is one micro batch, which is quickest."""
     return [
         "--deepspeed_config",
         str(ROOT / f"ds_configs/{config}.json"),
@@ -31,7 +33,8 @@ def words(pictures: Path, run_dir: Path, *more: str, config: str = "zero3") -> l
         str(pictures),
         "--runtime.run_dir",
         str(run_dir),
-        *BATCH,
+        *("--batch.global_batch_size", str(GLOBAL_BATCH)),
+        *("--batch.micro_batch_size", str(GLOBAL_BATCH // ranks)),
         *more,
     ]
 
@@ -52,7 +55,7 @@ def train(
     """Trains to the end."""
     return run_ranks(
         program,
-        *words(pictures, run_dir, *more, config=config),
+        *words(pictures, run_dir, *more, config=config, ranks=ranks),
         ranks=ranks,
         launcher=launcher,
         check=check,
@@ -69,7 +72,7 @@ def start(
     ranks: int = 2,
 ) -> Started:
     """Starts to train; the caller must `kill`."""
-    return start_ranks(TRAIN, *words(pictures, run_dir, *more), ranks=ranks)
+    return start_ranks(TRAIN, *words(pictures, run_dir, *more, ranks=ranks), ranks=ranks)
 
 
 def losses(run_dir: Path) -> list[float]:

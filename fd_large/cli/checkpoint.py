@@ -44,7 +44,7 @@ class Export(_OfRun, AllowsCode):
 
     # Folder to write to.
     out: Annotated[str, Positional, arg(metavar="OUT")]
-    # Path of the DeepSpeed JSON whose ZeRO stage the files are for.
+    # DeepSpeed's JSON, a path or a name, whose ZeRO stage the files are for.
     deepspeed_config: str
 
 
@@ -56,7 +56,7 @@ class Import(AllowsCode):
     source: Annotated[str, Positional, arg(metavar="SOURCE")]
     # Folder of the run, with its recipe.json.
     run: Annotated[str, Positional, arg(metavar="RUN")]
-    # Path of the DeepSpeed JSON that it was trained with.
+    # The JSON that it was trained with, a path or a name.
     deepspeed_config: str
 
 

@@ -83,7 +83,7 @@ class ModelFlags(AllowsCode):
     probe_epochs: int = 30
     # Recipe of fine-tuning; empty: the published one that fits the model.
     recipe: str = ""
-    # Path of DeepSpeed's JSON for fine-tuning; empty: ds_configs/zero1.json.
+    # DeepSpeed's JSON for fine-tuning, a path or a name; empty: zero1.
     deepspeed_config: str = ""
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ def train_models(
             "--runtime.run_dir: one folder for several runs; got several models or seeds, expected "
             "one. Set --out, in which each has a folder."
         )
-    config = own.deepspeed_config or _default_config()
+    config = own.deepspeed_config or "zero1"
     job = job_class(kind.name)
     recipes = [
         _recipe_of(
@@ -250,13 +250,6 @@ def _recipe_of(model: NamedModel, base: Run, kind: TaskKind, changes: Mapping[st
         trained_as=model.trained_by.run.student if model.trained_by else None,
         fields=names,
     )
-
-
-def _default_config() -> str:
-    """The repository's JSON for one GPU or several, wherever the command was started."""
-    name = Path("ds_configs") / "zero1.json"
-    beside = Path(__file__).resolve().parents[2] / name
-    return str(name if name.is_file() or not beside.is_file() else beside)
 
 
 def _seeds(first: int, count: int) -> list[int]:

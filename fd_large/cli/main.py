@@ -11,6 +11,7 @@ import sys
 import time
 from importlib import import_module
 
+import fd_large
 from fd_large import doors, failures
 from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import Exit, FDError
@@ -19,6 +20,7 @@ from fd_large.runtime import terminal
 
 COMMANDS = {
     "train": "Train a recipe.",
+    "init": "Write the Slurm scripts to a folder of yours.",
     "recipes": "List the recipes: what each needs, takes and should give.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
     "report": "Draw a run's curves and say what came out.",
@@ -45,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     rank = find_rank()
     if rank and not HELP.isdisjoint(arguments):
         return 0  # Rank 0 prints the help.
+    if arguments == ["--version"]:
+        print(f"fd_large {fd_large.__version__}")
+        return 0
     doors.allow_named(arguments)
     try:
         command, rest = choose(arguments, COMMANDS, note="docs/quickstart.md is where to begin.")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fd_large import shipped
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.errors import LostRankError
@@ -24,7 +25,7 @@ class Train(AllowsCode):
 
     # Run of record whose values are the defaults below; without it quickstart.
     recipe: str = registry.DEFAULT_RECIPE
-    # Path of DeepSpeed's JSON, for example ds_configs/zero3.json.
+    # DeepSpeed's JSON: a name (zero0, zero1, zero2, zero3, zero3_hpz, ...) or a path.
     deepspeed_config: str
     # Start anew although the folder of the run holds checkpoints.
     fresh: bool = False
@@ -34,6 +35,7 @@ class Train(AllowsCode):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        shipped.deepspeed_config(self.deepspeed_config)
         at_least("--profile", self.profile, 0, "steps")
 
 

@@ -24,6 +24,7 @@ FLOORS = {
     "watch": 0,
     "failures": 0,
     "processes": 0,
+    "shipped": 0,
     "distributed": 0,
     "meeting": 0,
     "kernels": 0,
@@ -71,6 +72,7 @@ WITHOUT_TORCH = {
     "watch",
     "failures",
     "processes",
+    "shipped",
     "report",
     "cli",
 }

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fd_large.cli import init
+
 ROOT = Path(__file__).resolve().parents[2]
 # The check of the nodes runs here; of the ranks' start only the arguments are kept.
 SRUN = """#!/bin/bash
@@ -126,7 +128,7 @@ def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Pat
     assert words[command:] == [
         *("/env/python", "fd_large/train.py"),
         *("--data.root", str(tmp_path), "--teacher.source", "random"),
-        *("--recipe", "fd_swinv2g", "--deepspeed_config", "ds_configs/zero3_hpz.json"),
+        *("--recipe", "fd_swinv2g", "--deepspeed_config", "zero3_hpz"),
         *("--runtime.notice_seconds", "300"),
         *("--optim.epochs", "3", "--x=a b", "--runtime.run_dir", str(script.run_dir)),
     ]
@@ -137,11 +139,29 @@ def test_recipe_site_and_overrides_reach_the_ranks(script: Script, tmp_path: Pat
     ]
 
 
+def test_from_a_folder_of_their_own_the_scripts_start_the_installed_package(
+    script: Script,
+) -> None:
+    init.write(script.scratch / "cluster")
+    where = {"SLURM_SUBMIT_DIR": str(script.scratch / "cluster"), "PYTHON": sys.executable}
+    code, said = script.run(**where, PYTHONPATH=str(ROOT))
+    assert code == 0, said
+    words = script.words()
+    command = words.index(sys.executable)
+    assert words[command + 1 : command + 3] == ["-m", "fd_large.train"]
+    code, said = script.run(**where, DATA_ROOT="")
+    assert code == 2
+    assert "./site.sh: DATA_ROOT is empty" in said
+    # Without the package there, no checksum of nothing is compared.
+    code, said = script.run(**where | {"PYTHON": "/no/python"})
+    assert (code, "does not exist there" in said) == (2, True), said
+
+
 def test_other_scripts_and_arguments_that_win(script: Script) -> None:
     code, said = script.run("--recipe", "fd_dino_vit_base", name="fd_vit")
     assert code == 0, said
     words = script.words()
-    assert "ds_configs/zero1.json" in words
+    assert "zero1" in words
     recipes = [words[i + 1] for i, word in enumerate(words) if word == "--recipe"]
     assert recipes == ["fd_clip_vit_base", "fd_dino_vit_base"], "train.py takes the last"
     code, said = script.run(name="coco_swinv2g")
@@ -277,6 +297,7 @@ def test_no_array_that_may_be_empty_is_expanded() -> None:
     """bash before 4.4 (RHEL 7) takes an empty array for an unset one, and has no mapfile -d."""
     # Each of these has a first element where it is made.
     filled = {"learns_from", "site", "arguments", "on_nodes", "inside", "files", "paths", "before"}
+    filled.add("program")
     for path in (ROOT / "slurm").glob("*.sh"):
         text = path.read_text()
         assert "mapfile -d" not in text

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fd_large import distributed
+from fd_large import distributed, shipped
 from fd_large.errors import ConfigError, nearest
 from fd_large.plan.memory import persistence_threshold, sums_in_float32
 
@@ -136,16 +136,11 @@ class RunNumbers(NamedTuple):
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads and checks a DeepSpeed JSON; "auto" values stay.
+    """Reads and checks a DeepSpeed JSON, by path or name; "auto" values stay.
 
     Raises: ConfigError: if the file is missing, is not JSON, repeats a key or has an unknown one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"--deepspeed_config: no such file; got {path}, expected a JSON. "
-            "Take one of ds_configs/*.json."
-        )
+    path = shipped.deepspeed_config(str(path))
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]

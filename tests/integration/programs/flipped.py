@@ -69,7 +69,7 @@ for placement, (every, rank) in RUNS.items():
     more = f"--optim.max_steps 20 --runtime.save_every 2 --engine.node_size 2 --data.workers 0 \
         --runtime.canary_every {every} --student.architecture.depths 1 1 1 1 \
         --teacher.placement {placement}"
-    given = parse_train(words(pictures, folder / placement, *more.split()))
+    given = parse_train(words(pictures, folder / placement, *more.split(), ranks=4))
     # In the node, a tensor that every rank keeps whole beside its piece.
     flip = Flip(rank, kept_whole=placement == "node")
     with owning(given.run.run_dir()) as lease:

@@ -1,0 +1,37 @@
+"""Files that travel with the package: DeepSpeed configurations and Slurm scripts.
+
+In a checkout they stand at the top level, in an installed package inside of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fd_large.errors import ConfigError, nearest
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def folder(name: Literal["ds_configs", "slurm"]) -> Path:
+    """Returns the folder of such files."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def deepspeed_config(given: str) -> Path:
+    """Returns the file that `--deepspeed_config` means: a path, or a name such as zero3.
+
+    Raises: ConfigError: if there is neither.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    shipped = {path.stem: path for path in sorted(folder("ds_configs").glob("*.json"))}
+    # A path of the repository's, given where there is only the package.
+    name = given.removeprefix("ds_configs/").removesuffix(".json")
+    if name not in shipped:
+        raise ConfigError(
+            f"--deepspeed_config: no such file; got {given or 'nothing'}, expected the path of a "
+            f"JSON or a name: {nearest(name, shipped)}. Name one, for example zero3."
+        )
+    return shipped[name]

@@ -1,0 +1,36 @@
+"""The Slurm scripts in a folder of the user's: complete, and theirs to edit."""
+
+import subprocess
+
+import pytest
+
+from fd_large import shipped
+from fd_large.cli import init
+from fd_large.errors import ConfigError
+
+
+def test_the_scripts_are_written_once(tmp_path, capsys):
+    folder = tmp_path / "cluster"
+    assert init.main([str(folder)]) == 0
+    said = capsys.readouterr().out
+    written = {path.name: path for path in folder.iterdir()}
+    assert {"fd_vit.sh", "fd_swinv2g.sh", "resume.sh", "launch.sh", "site.sh"} <= written.keys()
+    assert "throughput.sh" not in written
+    for name, path in written.items():
+        assert path.read_text() == (shipped.folder("slurm") / name).read_text()
+        assert name in said
+    with pytest.raises(ConfigError, match=r"there already; got .*site\.sh"):
+        init.main([str(folder)])
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        init.main([str(tmp_path / "file" / "folder")])
+
+
+def test_elsewhere_the_scripts_say_where_they_belong(tmp_path):
+    script = shipped.folder("slurm") / "fd_vit.sh"
+    ended = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "expected the folder of launch.sh" in ended.stderr
