@@ -21,9 +21,10 @@ ARG ARCHITECTURES="8.0;9.0"
 ENV TORCH_CUDA_ARCH_LIST=${ARCHITECTURES}
 
 WORKDIR /opt/fd_large
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY fd_large fd_large
 COPY ds_configs ds_configs
+COPY slurm slurm
 
 # DeepSpeed builds against the torch that is here, hence without an environment of its own for the
 # build, and without a GPU to be seen it would build for CPUs. The rest comes as wheels.

@@ -16,7 +16,7 @@ THREE_STEPS = """
 --data.image_size 64 --student.architecture.image_size 64 --student.architecture.embed_dim 12
 --student.architecture.depths 1 1 --student.architecture.num_heads 1 2
 --batch.global_batch_size 4 --batch.micro_batch_size 4
-""".split()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_command_and_the_files_that_travel(installed: Path, tmp_path: Path) 
 
 def test_three_steps_of_the_quick_start(installed: Path, tmp_path: Path) -> None:
     """As a launcher starts it: `deepspeed --module fd_large.train` runs this on every rank."""
-    words = ("-m", "fd_large.train", "--deepspeed_config", "zero3", *THREE_STEPS)
+    words = ("-m", "fd_large.train", "--deepspeed_config", "zero3", *THREE_STEPS.split())
     said = run(installed, tmp_path, installed / "bin/python", *words)
     assert "done, 3 of 3 steps" in said
     found = run(
