@@ -157,8 +157,8 @@ def fd_swinv2g() -> Run:
         --teacher.model swinv2_1b --teacher.source PATH
 
     Its width, 8 x 448 = 3584, is reached by the projection (4096 -> 3584); both grids are 6 x 6 at
-    192 px, and where an override makes them differ, `--objective.interpolation bilinear` resizes
-    the teacher's map.
+    192 px, and where an override makes them differ, the teacher's image or its map is resized
+    (docs/weights.md).
     It costs 3 x 741 + 276 + 741 = 3.2 instead of 3.7 TFLOP per image, 1,730 GPU-hours.
 
     Duration: 5 x 741 GFLOP x 3.84e8 images = 1.42e21 FLOP (one forward pass of the teacher, four

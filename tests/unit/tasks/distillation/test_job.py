@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 
 from fd_large.data.sampler import Portion
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.errors import CheckpointError, FDError, ShapeError
+from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.job import DistillationJob
+from fd_large.tasks.jobs import job_of
 from fd_large.weights.source import Sources
 
 
@@ -144,6 +147,16 @@ def test_the_teachers_image_and_positions_follow(
 
 def settle(run):
     return DistillationJob(run).settle(Sources())
+
+
+def test_the_folder_of_a_run_teaches_the_quick_start(run, tmp_path):
+    tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run))
+    learner = registry.get("quickstart").with_fields({"teacher.source": str(tmp_path / "run")})
+    settled = DistillationJob(learner).settle(sources_of(job_of))
+    assert settled.teacher.model == "swinv2"
+    assert settled.teacher.source.startswith(str(tmp_path / "run" / "checkpoints"))
+    assert settled.teacher_architecture() == run.student_architecture()
+    assert DistillationJob(settled).make_teacher().grid(128) == (16, 16)
 
 
 def test_a_line_says_how_the_grids_meet(run, caplog):
