@@ -136,11 +136,11 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         _metadata(exported, learned, origins),
         f"# {name}, {learned.title}",
         f"{learned.intro} Made by fd_large.",
+        f"## Use\n\n{_use(exported, architecture, rule, rows * columns, prefix, net.width)}",
+        _images(side, exported.statistics),
         *(_table(title, rows) for title, rows in tables.items()),
         _metrics(manifest["update"], exported.summary, learned.metrics),
         _table("Licence", {"this model": _own_licence(exported)} | _licences(origins)),
-        _images(side, exported.statistics),
-        f"## Use\n\n{_use(exported, architecture, rule, rows * columns, prefix)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -308,6 +308,7 @@ def _use(
     size_rule: str,
     places: int,
     prefix: int,
+    width: int,
 ) -> str:
     to, into = exported.to, exported.into
     name = into.class_name(architecture) if into else ""
@@ -332,9 +333,8 @@ def _use(
         options=", add_pooling_layer=False" if name == "ViTModel" else "",
         rule=', size_rule="pad"' if size_rule == "pad" else "",
     )
-    first = f"the first {prefix} stand{'s' if prefix == 1 else ''} for no place, " if prefix else ""
-    then = f"{first}{'then' if prefix else 'they are'} the map, row by row."
-    shape = f"`tokens` is (1, {prefix + places}, channels): {then}"
+    tokens = ("", "the class token, then ", f"{prefix} class tokens, then ")[min(prefix, 2)]
+    shape = f"`tokens` is (1, {prefix + places}, {width}): {tokens}the map, row by row."
     ours = "With fd_large: `--teacher.source FOLDER` or `--student.init FOLDER`."
     after = {
         "timm": f"It is a `{name}` with config.json's `model_args`; `tokens` is what timm's "
@@ -342,5 +342,8 @@ def _use(
         "hf": f"{shape} {ours}",
         "fd": f"{shape} {ours} `python -m fd_large weights inspect FOLDER` says what it holds.",
     }
-    graph = f"{shape} Any number of images, of this one size."
-    return f"```python\n{code.strip()}\n```\n\n{after.get(to, graph)}"
+    graph = f"{shape} It takes any number of images, of this one size."
+    names = "`IMAGE.jpg` is an image of yours"
+    if not exported.repository:
+        names = f"`FOLDER` is the folder of this card, {names}"
+    return f"{names}.\n\n```python\n{code.strip()}\n```\n\n{after.get(to, graph)}"

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from fd_large import doors
 from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
+from fd_large.errors import WeightsError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
+from fd_large.weights.read import read_json
 
 CARD = "README.md"
 UNKNOWN = "unknown"
@@ -63,8 +65,9 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
         repository = facts.origin if facts and _REPOSITORY.fullmatch(facts.origin) else ""
         return Origin((facts.licence if facts else "") or UNKNOWN, repository)
     path = Path(source.partition("#")[0])
-    if stated := _licence((path if path.is_dir() else path.parent) / CARD):
-        return Origin(f"{stated}, as the {CARD} beside them says")
+    folder = path if path.is_dir() else path.parent
+    if stated := _licence(folder / CARD) or _timm_licence(folder / "config.json"):
+        return Origin(f"{stated}, as the files beside them say")
     published = family_of(architecture).published if architecture else None
     facts = published.facts.get(model) if published else None
     if facts and facts.licence:
@@ -98,6 +101,19 @@ def _licence(card: Path | None) -> str:
     stated = {name: match[1] for name, match in found.items() if match}
     licence = stated.get("license", "")
     return stated.get("license_name", licence) if licence == "other" else licence
+
+
+def _timm_licence(config: Path) -> str:
+    """The licence in a configuration of timm's; empty if there is none."""
+    if not config.is_file():
+        return ""
+    try:
+        found = read_json(config, where="export")
+    except WeightsError:  # Its weights are another command's affair.
+        return ""
+    stated = found.get("pretrained_cfg") if isinstance(found, dict) else None
+    licence = stated.get("license") if isinstance(stated, dict) else None
+    return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]+", licence) else ""
 
 
 def _cached_card(repository: str) -> Path | None:

@@ -60,7 +60,7 @@ def test_a_vit_with_class_token_and_a_shared_table(tmp_path, to):
     card = (tmp_path / "out" / "README.md").read_text()
     found, image = run_code(card, tmp_path / "out", tmp_path)
     close(torch.as_tensor(found["tokens"]), net(image).tokens)
-    assert "`tokens` is (1, 17, channels): the first 1 stands for no place, then the map" in card
+    assert "`tokens` is (1, 17, 32): the class token, then the map, row by row." in card
     found = operations(tmp_path / "out", to)
     assert found == ({""} if to == "onnx" else found)
     assert not [name for name in found if "fd_large" in name or "dropout" in name]

@@ -35,9 +35,24 @@ def card(folder, text):
 )
 def test_the_card_beside_the_weights(tmp_path, metadata, licence):
     folder = card(tmp_path / "model", f"---\n{metadata}\n---\n\nlicense: gpl")
-    said = Origin(f"{licence}, as the README.md beside them says")
+    said = Origin(f"{licence}, as the files beside them say")
     assert origin(str(folder)) == said
     assert origin(f"{folder / 'model.pth'}#teacher") == said
+
+
+@pytest.mark.parametrize(
+    ("config", "licence"),
+    [
+        ('{"pretrained_cfg": {"license": "cc-by-nc-4.0"}}', "cc-by-nc-4.0"),
+        ('{"pretrained_cfg": {"license": ["mit"]}}', ""),
+        ('{"pretrained_cfg": []}', ""),
+        ("[", ""),
+    ],
+)
+def test_timms_configuration_beside_the_weights(tmp_path, config, licence):
+    (tmp_path / "config.json").write_text(config)
+    said = f"{licence}, as the files beside them say" if licence else UNKNOWN
+    assert origin(str(tmp_path), "vit_base_patch16") == Origin(said)
 
 
 @pytest.mark.parametrize("text", ["license: mit", "---\ntags: []\n---\nlicense: mit", "", "---\n"])

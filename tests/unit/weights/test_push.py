@@ -8,7 +8,9 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
+from card_code import run_code
 from huggingface_hub import constants
 from stored_run import STUDENTS, store_student
 
@@ -133,7 +135,7 @@ def export(tmp_path):
     return run
 
 
-def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, capsys):
+def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, monkeypatch, capsys):
     assert export("--license", "mit") == 0
     (created,) = hub.created
     assert created["visibility"] == "private"
@@ -142,8 +144,12 @@ def test_all_files_arrive_in_a_private_repository(hub, export, tmp_path, capsys)
     digest = hashlib.sha256(written["model.safetensors"]).hexdigest()
     assert list(hub.objects) == [digest]
     card = written["README.md"].decode()
-    assert f'folder = snapshot_download("{REPOSITORY}")' in card
     assert "license: mit" in card
+    # The card's code downloads the repository, which stands here already.
+    downloads = {REPOSITORY: str(tmp_path / "out")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloads.__getitem__)
+    found, _ = run_code(card, tmp_path, tmp_path)
+    assert found["tokens"].shape == (1, 17, 32)
     assert f"uploaded, private: {hub.url}/{REPOSITORY}" in capsys.readouterr().out
 
 
