@@ -35,13 +35,13 @@ class Train(AllowsCode):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shipped.deepspeed_config(self.deepspeed_config)
         at_least("--profile", self.profile, 0, "steps")
 
 
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
     given = parse_train(arguments)
+    shipped.deepspeed_config(given.own.deepspeed_config)  # torch is not imported yet.
     code = train_run(
         given.run,
         deepspeed_config=given.own.deepspeed_config,

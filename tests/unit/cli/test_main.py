@@ -77,12 +77,12 @@ def one_sentence(capsys) -> str:
 
 def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     words = (
-        "--local_rank=3 --deepspeed_config some.json --recipe fd_swinv2g --fresh"
+        "--local_rank=3 --deepspeed_config zero3 --recipe fd_swinv2g --fresh"
         " --data.root images --optim.base_lr=1e-4 --batch.micro_batch_size auto"
     )
     assert cli.main(["train", *words.split()]) == 0
     recipe = registry.get("fd_swinv2g")
-    assert engine.flags == ("some.json", True)
+    assert engine.flags == ("zero3", True)
     assert engine.run.student == recipe.student
     assert engine.run.teacher == recipe.teacher
     assert engine.run.name == "fd_swinv2g"
@@ -92,9 +92,9 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
 
 
 def test_without_a_recipe_the_default_one_runs(engine):
-    assert cli.main(["train", "--deepspeed_config", "some.json"]) == 0
+    assert cli.main(["train", "--deepspeed_config", "zero3"]) == 0
     assert engine.run == registry.get("quickstart")
-    assert engine.flags == ("some.json", False)
+    assert engine.flags == ("zero3", False)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_without_a_recipe_the_default_one_runs(engine):
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(words, found, engine, capsys):
-    assert cli.main(["train", "--deepspeed_config", "some.json", *words.split()]) == 2
+    assert cli.main(["train", "--deepspeed_config", "zero3", *words.split()]) == 2
     said = one_sentence(capsys)
     for part in found:
         assert part in said
@@ -138,14 +138,14 @@ def test_several_mistakes_are_a_line_each(engine, capsys):
 
 def test_a_run_ends_with_its_report(engine, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fd_large.report.make.make_report", lambda folder: f"report of {folder}")
-    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    words = ["train", "--deepspeed_config", "zero3", "--runtime.run_dir", str(tmp_path)]
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"\nreport of {tmp_path}\n"
 
 
 def test_a_report_that_fails_does_not_fail_the_run(engine, tmp_path, monkeypatch, capsys):
     # No recipe.json in it: no run.
-    words = ["train", "--deepspeed_config", "some.json", "--runtime.run_dir", str(tmp_path)]
+    words = ["train", "--deepspeed_config", "zero3", "--runtime.run_dir", str(tmp_path)]
     assert cli.main(words) == 0
     assert f"the run stands: python -m fd_large report {tmp_path}" in capsys.readouterr().out
 
@@ -165,7 +165,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 
 def test_a_users_mistake_in_the_engine_is_a_sentence_and_ours_a_traceback(engine, capsys):
-    arguments = ["train", "--deepspeed_config", "some.json"]
+    arguments = ["train", "--deepspeed_config", "zero3"]
     engine.raises = DataError("data.root: no images; got images, expected some. Mend it.")
     assert cli.main(arguments) == 2
     assert one_sentence(capsys) == str(engine.raises)
@@ -179,7 +179,7 @@ def test_the_exit_code_is_the_errors_own(engine, capsys):
         exit_code = 3
 
     engine.raises = Stopped("guard: stopped")
-    assert cli.main(["train", "--deepspeed_config", "some.json"]) == 3
+    assert cli.main(["train", "--deepspeed_config", "zero3"]) == 3
 
 
 @pytest.mark.parametrize("variable", RANK_VARIABLES)
@@ -280,3 +280,19 @@ def test_a_closed_pipe_is_no_traceback():
         timeout=120,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_json_is_told_before_torch():
+    code = (
+        "import sys; from fd_large.cli.main import main; "
+        "code = main(['train', '--deepspeed_config', 'zero4']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    ended = run_python("-c", code)
+    assert ended.returncode == 2
+    assert "--deepspeed_config: no such file; got zero4" in ended.stderr
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fd_large 0.")
