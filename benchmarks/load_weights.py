@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 LOADERS = ("fd_large", "naive")
 FILES = ("weights.pth", "weights.safetensors")
 RANKS = 2
-ALLOWANCE = 300e6
+ALLOWANCE = 200e6
 
 
 class PeakMemory(threading.Thread):

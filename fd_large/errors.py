@@ -22,6 +22,11 @@ class Exit(IntEnum):
     INTERRUPTED = 130  # A second Ctrl-C.
 
 
+def printable(text: str) -> str:
+    """Returns text from elsewhere without what commands a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 class FDError(Exception):
     """A mistake that the user can mend; the command line prints it and exits with `exit_code`.
 
@@ -36,6 +41,9 @@ class FDError(Exception):
     rank_local = False
     agreed = False
     shown = False
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(FDError):

@@ -7,14 +7,23 @@ number of ranks, unlike the run's own.
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
 
 from fd_large.checkpoint.lease import Lease
 from fd_large.engine.job import JobOf
 from fd_large.engine.run import open_stored
+from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 """Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
@@ -44,6 +53,27 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
     return step
 
 
+@contextmanager
+def _without_code() -> Iterator[None]:
+    """Makes every torch.load a restricted one; DeepSpeed asks for the one that runs code."""
+    scalers, runtime = deepspeed.runtime.fp16.loss_scaler, deepspeed.runtime
+    own = [scalers.LossScaler, scalers.DynamicLossScaler, runtime.zero.config.ZeroStageEnum]
+    before = os.environ.get(_FORCED)
+    os.environ[_FORCED] = "1"
+    try:
+        with torch.serialization.safe_globals(own):
+            yield
+    finally:
+        os.environ.pop(_FORCED)
+        if before is not None:
+            os.environ[_FORCED] = before
+
+
+def _culprit(error: UnpicklingError) -> str:
+    """Returns the name of what was refused, from torch's message."""
+    return str(error).partition("GLOBAL ")[2].partition(" ")[0] or "something of another kind"
+
+
 def import_checkpoint(
     source: str, run_dir: str, job_of: JobOf, *, deepspeed_config: str, lease: Lease
 ) -> int:
@@ -57,7 +87,7 @@ def import_checkpoint(
         lease: The right to write the run's folder.
 
     Returns: the checkpoint's step.
-    Raises: CheckpointError: if DeepSpeed cannot read it.
+    Raises: CheckpointError: if DeepSpeed cannot read it, or only by running code of its files.
     """
     if not (Path(source) / "latest").is_file():
         raise CheckpointError(
@@ -69,7 +99,14 @@ def import_checkpoint(
     )
     engine = opened.engine.deepspeed
     try:
-        path, client_state = engine.load_checkpoint(source)
+        with _without_code():
+            path, client_state = engine.load_checkpoint(source)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint import: {source}: holds what only running code of the files could "
+            f"restore; got {_culprit(error)}, expected tensors, settings and DeepSpeed's own "
+            "records. Import what save_checkpoint wrote with a client_state of plain values."
+        ) from error
     except Exception as error:  # DeepSpeed raises many kinds; all mean the same to the user.
         raise CheckpointError(
             f"checkpoint import: {source}: DeepSpeed cannot read it; got "

@@ -11,7 +11,7 @@ from fd_large.backbones.exports import DECODER
 from fd_large.backbones.published import WeightFacts
 from fd_large.backbones.registry import parameter_shapes
 from fd_large.backbones.statistics import Statistics
-from fd_large.errors import ConfigError, ShapeError
+from fd_large.errors import ConfigError, ShapeError, printable
 from fd_large.recipes.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -210,38 +210,42 @@ def _named(known: Architecture, prefix: str, free: frozenset[str]) -> str:
 def table(found: Inspection) -> Any:
     """Returns the rich table of an inspection."""
     from rich.table import Table
+    from rich.text import Text
 
-    rows = Table(title=found.source, title_justify="left", show_header=False)
+    rows = Table(title=Text(found.source), title_justify="left", show_header=False)
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
+
+    def row(what: str, value: str) -> None:
+        # As it is: names of a file may look like markup, or hold commands to a terminal.
+        rows.add_row(what, Text(printable(value)))
+
     own = " (written by fd_large)" if found.own else ""
-    rows.add_row("format", f"{found.form}: {found.what}{own}")
+    row("format", f"{found.form}: {found.what}{own}")
     published = found.match is not None or not found.own
-    rows.add_row(
-        "published model" if published else "model", found.named or "none of the named models"
-    )
+    row("published model" if published else "model", found.named or "none of the named models")
     if found.facts is not None:
-        rows.add_row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
-        rows.add_row("trained at", f"{found.facts.image_size} px")
+        row("licence, origin", f"{found.facts.licence}, {found.facts.origin}")
+        row("trained at", f"{found.facts.image_size} px")
     values = set_fields(found.architecture)
-    rows.add_row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
+    row("architecture", "\n".join(f"{k} {_plain(v)}" for k, v in values.items()))
     if found.unknown:
-        rows.add_row("unknown", f"{', '.join(found.unknown)} (--teacher.architecture.*)")
+        row("unknown", f"{', '.join(found.unknown)} (--teacher.architecture.*)")
     if found.statistics is None:
-        rows.add_row("statistics", "unknown (--teacher.statistics)")
+        row("statistics", "unknown (--teacher.statistics)")
     else:
         mean, std = found.statistics
-        rows.add_row("statistics", f"mean {_plain(mean)}, std {_plain(std)}")
-    rows.add_row("parameters", f"{found.parameters:,} in {', '.join(found.dtypes) or 'no tensor'}")
+        row("statistics", f"mean {_plain(mean)}, std {_plain(std)}")
+    row("parameters", f"{found.parameters:,} in {', '.join(found.dtypes) or 'no tensor'}")
     if found.match is not None:
-        rows.add_row("matches", found.match.summary())
+        row("matches", found.match.summary())
         for complaint in found.match.complaints:
             what, _, names = complaint.partition(": ")
-            rows.add_row(what, names)
+            row(what, names)
         if found.match.to_resize:
-            rows.add_row("resized on loading", listed(found.match.to_resize))
+            row("resized on loading", listed(found.match.to_resize))
     if found.dropped:
-        rows.add_row("left out on purpose", listed(list(found.dropped)))
+        row("left out on purpose", listed(list(found.dropped)))
     return rows
 
 

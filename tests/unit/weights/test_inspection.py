@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from loading import TINY_VIT
+from rich.console import Console
 from safetensors.torch import save_file
 
 from fd_large.backbones.registry import build
@@ -11,7 +13,7 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.sections import Student
-from fd_large.weights.inspection import inspect
+from fd_large.weights.inspection import inspect, table
 from fd_large.weights.settle import settle_student
 from fd_large.weights.sidecar import own_config
 from fd_large.weights.source import Sources
@@ -63,3 +65,15 @@ def test_init_from_another_model_names_it(tmp_path, student):
     section = Student(model=student, init=str(tmp_path))
     with pytest.raises(WeightsError, match=f"--student.model {HELD}"):
         settle_student(section, Sources())
+
+
+def test_names_are_no_markup_and_no_commands_to_a_terminal(tmp_path, capsys):
+    net = build("vit_base_patch16", TINY_VIT, initialization="none")
+    state = {n: torch.zeros(t.shape) for n, t in net.state_dict().items()}
+    save_file(state | {"[/red]\x1b[2J": torch.zeros(1)}, tmp_path / "[bold].safetensors")
+    Console().print(table(inspect(tmp_path / "[bold].safetensors")))
+    shown = capsys.readouterr().out
+    assert "[/red]?[2J" in shown
+    assert "[bold]" in shown
+    assert "\x1b[2J" not in shown
+    assert str(WeightsError("a\x1b[2Jb\nc")) == "a?[2Jb\nc"
