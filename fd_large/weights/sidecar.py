@@ -317,6 +317,8 @@ def _own(folder: Path, found: dict[str, Any], where: str) -> Architecture:
             **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         )
         # An older release may have written fewer fields.
+        if not isinstance(stated.family, str | None):
+            raise TypeError(f"{stated.family!r} for a family")
         if stated.family and set_fields(stated).keys() >= set(field_names(stated.family)):
             whole(set_fields(stated))
         return stated

@@ -463,7 +463,7 @@ def _recognised(family: Family, shapes: Shapes, file: Tensors, where: str) -> Ar
 def _exported(path: Path, where: str) -> Stored | None:
     """A folder that `export` wrote, of a model whose file does not show it; None if it is none."""
     found = read_own(path, where)
-    if found is None or not set_fields(found.architecture):
+    if found is None or not found.architecture.family:
         return None
     architecture = whole(set_fields(found.architecture))
     code_hash = doors.hashes(architecture.code).get(architecture.code, "")
