@@ -288,6 +288,9 @@ def show(results: dict[str, Any]) -> int:
     worst = max(results["loads"]["fd_large"][file]["peak_bytes"] for file in files)
     kept = worst < results["bound_bytes"]
     print(f"  bound {results['bound_bytes'] / 1e6:.0f} MB: {'kept' if kept else 'BROKEN'}")
+    least = min(results["loads"]["naive"][file]["peak_bytes"] for file in files)
+    if results["bound_bytes"] >= least:
+        print(f"  the bound separates nothing: the naive loader takes {least / 1e6:.0f} MB")
     print(f"  masters of all loads {'equal' if results['same_masters'] else 'DIFFER'}")
     return 0 if kept and results["same_masters"] else 1
 

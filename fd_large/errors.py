@@ -116,8 +116,14 @@ def check_all(*checks: Callable[[], Any]) -> list[Any]:
     return values
 
 
+_LISTED = 40
+
+
 def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
     """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close."""
     known = sorted(names)
     close = get_close_matches(name, known, n=most, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"nearest: {', '.join(close)}"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"known: {', '.join(known[:_LISTED])}{more}"

@@ -243,26 +243,27 @@ def changed(draw, path: Path) -> None:
 
 def read_all(folder: Path) -> str:
     """Does what a user does with a file; returns how it ended, in one line."""
-    from loading import teacher_run
     from rich.console import Console
 
     from fd_large.engine.frozen import frozen_weights
     from fd_large.errors import FDError
+    from fd_large.recipes.sections import FrozenModel
     from fd_large.weights.inspection import inspect, table
+    from fd_large.weights.settle import settle_model
     from fd_large.weights.source import Sources
 
     files = [path for path in folder.iterdir() if path.suffix in (".pth", ".pt")]
     source = files[0] if files else folder
     if (folder / "net.safetensors").is_file():
         source = folder / "net.safetensors"
-    refusals = 0
+    sources, where, refusals = Sources(), "--teacher.source", 0
     for act in ("inspect", "teach"):
         try:
             if act == "inspect":
-                Console(file=io.StringIO()).print(table(inspect(source)))
+                Console(file=io.StringIO()).print(table(inspect(source, sources=sources)))
             else:
-                teacher = teacher_run(source).teacher
-                for _, tensor in frozen_weights(teacher, Sources(), where="--teacher.source"):
+                teacher = settle_model(FrozenModel(source=str(source)), sources, where=where)
+                for _, tensor in frozen_weights(teacher, sources, where=where):
                     tensor.sum()
         except FDError as error:
             refusals += 1

@@ -333,7 +333,24 @@ def _json(path: Path, where: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = read_json(path, where=where)
+    if too_deep := _deeper(found):
+        raise WeightsError(
+            f"{where}: {path}: more blocks than a model has; got {too_deep}, expected at most "
+            f"{MOST_BLOCKS}. Fetch the file again."
+        )
     return found if isinstance(found, dict) else {}
+
+
+def _deeper(config: Any) -> str:
+    """A number of layers, under whatever name, that no model has; "" if there is none."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        several = value if isinstance(value, list) else [value]
+        number = sum(abs(v) for v in several if isinstance(v, int))
+        if number > MOST_BLOCKS and any(word in name for word in ("layer", "depth", "block")):
+            return f"{name} {number:,}"[:100]
+        if inside := _deeper(value):
+            return inside
+    return ""
 
 
 def _statistics(config: dict[str, Any], mean: str = "mean", std: str = "std") -> Statistics | None:

@@ -52,6 +52,7 @@ from fd_large.weights.sidecar import (
 log = logging.getLogger(__name__)
 
 _TEACHER = "feature_model."
+_LONGEST_NAME = 255  # What file systems take.
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,11 @@ class Sources:
         """
         if source not in self._own:
             path, found = Path(source), None
+            if any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+                raise WeightsError(
+                    f"{where}: {source[:200]}: no such file; got a name of more than "
+                    f"{_LONGEST_NAME} bytes, expected the path of a file. Check it."
+                )
             if not family_of_source(source):
                 found = self._stored(path, where) or _exported(path, where)
             self._own[source] = found

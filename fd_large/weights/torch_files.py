@@ -42,6 +42,9 @@ class Passive:
 
     __slots__ = ()
 
+    def __str__(self) -> str:
+        return "an object of another kind"
+
 
 # No tuples, which a pickle can make itself.
 @dataclass(frozen=True, slots=True)

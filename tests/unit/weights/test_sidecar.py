@@ -172,7 +172,7 @@ def test_timms_configuration_sets_plain_values_alone(tmp_path, name, value):
     torch.save(made("vit_base_patch16").state_dict(), tmp_path / "net.pth")
     config = {"architecture": "vit_tiny_patch16_224", "model_args": {name: value}}
     (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
-    with pytest.raises(WeightsError, match=r"not passed on|cannot make this model"):
+    with pytest.raises(WeightsError, match=r"not passed on|cannot make this model|more blocks"):
         teacher_run(tmp_path / "net.pth")
 
 
@@ -200,6 +200,21 @@ def test_a_configuration_of_ours_that_no_model_has_is_refused(tmp_path, changes)
     (tmp_path / "net" / "config.json").write_text(json.dumps({"fd_large": own | changed}))
     with pytest.raises(WeightsError, match=r"config\.json|configuration"):
         Sources().open(tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "dinov2", "num_hidden_layers": 10**8},
+        {"model_type": "siglip", "vision_config": {"num_hidden_layers": 10**8}},
+        {"model_type": "hiera", "depths": [600, 600]},
+    ],
+)
+def test_a_depth_that_no_model_has_is_refused_before_anything_is_built(tmp_path, config):
+    torch.save(made("vit_base_patch16").state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="more blocks than a model has"):
+        teacher_run(tmp_path)
 
 
 def test_statistics_come_from_the_preprocessor(transformers, tmp_path):

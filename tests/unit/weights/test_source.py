@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.engine.frozen import frozen_weights
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.sections import FrozenModel
 from fd_large.weights import source as module
 from fd_large.weights.coverage import Fitted
+from fd_large.weights.inspection import inspect
 from fd_large.weights.read import Tensors
 from fd_large.weights.settle import settle_model
 from fd_large.weights.sidecar import own_config
@@ -220,3 +221,10 @@ def test_a_rectangular_net_is_filled_by_its_shapes(tmp_path):
     pieces, _ = weights.adapted(weights.found, expected)
     net.load_state_dict(dict(Fitted(pieces, weights.file, expected, what="oracle")))
     assert_matches(net, spec, tensors, "out.final")
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    for source in ("x" * 300, f"{tmp_path}/{'x' * 300}#teacher"):
+        for act in (inspect, teacher_run):
+            with pytest.raises(WeightsError, match="more than 255 bytes"):
+                act(source)
