@@ -306,8 +306,11 @@ def _layer_scale(name: str, expected: Shapes) -> str:
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
-    """{timm's: the file's} of our own files: `net.` in checkpoints, `encoder.` in exports to fd."""
-    for prefix, beside in (("net.", ()), ("encoder.", ("decoder.",))):
+    """{timm's: the file's} of our own files: `net.` in checkpoints, `encoder.` in exports to fd.
+
+    transformers writes `timm_model.` before timm's names.
+    """
+    for prefix, beside in (("net.", ()), ("encoder.", ("decoder.",)), ("timm_model.", ())):
         ours = [name for name in names if name.startswith(prefix)]
         if ours and all(name.startswith((prefix, *beside)) for name in names):
             return {name.removeprefix(prefix): name for name in ours}

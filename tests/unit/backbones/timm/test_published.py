@@ -353,3 +353,12 @@ def test_layer_scales_by_the_name_of_deit_iii():
         "cls_token": "cls_token",
         "blocks.0.gamma_2": "blocks.0.gamma_2",
     }
+
+
+def test_names_of_timms_models_in_transformers():
+    architecture = resolve("timm:resnet10t", Architecture(feature_stride=8))
+    with torch.device("meta"):
+        state = timm.create_model("resnet10t").state_dict()
+    file = {f"timm_model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+    found = timm_published.matched(architecture, file, "test")
+    assert found.pieces.keys() == found.shapes.keys()
