@@ -63,13 +63,13 @@ def numbers_of(name: str) -> dict[str, Any]:
     import timm
     import torch
 
-    from fd_large.backbones.timm.models import can_resize, sized
+    from fd_large.backbones.timm.models import can_resize, last_map, sized
     from fd_large.backbones.timm.timm_backbone import TimmBackbone
     from fd_large.errors import FDError
 
-    own, fresh = sized(name, 0), TimmBackbone(name)
-    sides, stride = [own.side], fresh.stride
-    if not fresh.fixed_size:
+    own, layout = sized(name, 0), last_map(name, 0).layout
+    sides, stride = [own.side], layout.stride
+    if not own.is_only and layout.is_regular:
         sides = [-(-SMALL_SIDE // stride) * stride]
     elif can_resize(name):
         other = 224 // stride * stride
@@ -77,35 +77,37 @@ def numbers_of(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name}
     for side in sides:
         try:
-            size = sized(name, side)
-            torch.manual_seed(0)
-            whole: Any = scattered(timm.create_model(name, **size.arguments)).eval()
-            ours = TimmBackbone(name, image_size=side).eval()
+            ours = TimmBackbone(name, image_size=0 if side == own.side else side).eval()
         except FDError as error:
             found[f"at {side}"] = str(error)
+            if side != own.side and len(sides) == 1:
+                sides.append(own.side)
             continue
+        arguments = sized(name, side).arguments
+        whole: Any = scattered(timm.create_model(name, **arguments)).eval()
         state = whole.state_dict()
         ours.net.load_state_dict({key: state[key] for key in ours.net.state_dict()})
         images = torch.randn(1, 3, side, side)
         with torch.no_grad():
             tokens = ours(images).tokens
             theirs = in_tokens(whole.forward_features(images), ours.width)[:, -tokens.shape[1] :]
-            last = len(whole.feature_info) - 1
             error = (tokens - theirs).abs().max() / theirs.abs().max()
             found[f"at {side}"] = float(f"{error:.1e}")
             if "is_last_intermediate" not in found:
-                found["is_last_intermediate"] = is_last(whole, last, images, theirs)
+                found["is_last_intermediate"] = is_last(whole, images, theirs)
     return found
 
 
-def is_last(whole: Any, last: int, images: Any, theirs: Any) -> bool:
-    """Whether a map is the last of `forward_intermediates`, after the final norm."""
+def is_last(whole: Any, images: Any, theirs: Any) -> bool:
+    """Whether a map is the last of `forward_intermediates`, with or without a final norm."""
     import torch
 
-    arguments = {"indices": [last], "output_fmt": "NCHW", "intermediates_only": True}
+    last = [len(whole.feature_info) - 1]
     for norm in (True, False):
         try:
-            (inner,) = whole.forward_intermediates(images, norm=norm, **arguments)
+            (inner,) = whole.forward_intermediates(
+                images, indices=last, norm=norm, output_fmt="NCHW", intermediates_only=True
+            )
         except (AssertionError, RuntimeError, TypeError, ValueError):
             continue
         inner = inner.flatten(2).transpose(1, 2)

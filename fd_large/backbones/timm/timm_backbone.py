@@ -34,6 +34,7 @@ from fd_large.backbones.timm.models import (
     create,
     cut,
     inner_maps,
+    last_map,
     map_of,
     sized,
     unused_by_stages,
@@ -199,6 +200,8 @@ class TimmBackbone(nn.Module):
         Running statistics and rotary positions stay float32, as they are used in float32.
         """
         for module in self.net.modules():
+            if hasattr(module, "attention_bias_cache"):
+                module.attention_bias_cache = {}  # LeViT's kind keep what they made of the weights.
             if isinstance(module, _BatchNorm) or "Rotary" in type(module).__name__:
                 continue
             for name, buffer in module.named_buffers(recurse=False):
@@ -209,7 +212,7 @@ class TimmBackbone(nn.Module):
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 
         Raises: ShapeError: if the size is no multiple of the stride (models of timm round in
-            different ways), or not the one size that the model takes.
+            different ways), or not one that the model takes.
         """
         if self.fixed_size and (height, width) != (self.fixed_size, self.fixed_size):
             side = self.fixed_size
@@ -225,6 +228,9 @@ class TimmBackbone(nn.Module):
                 f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
                 "teacher --objective.teacher_image_size."
             )
+        if self._stage.last and height == width:
+            # A few models of any size take some sizes only.
+            return last_map(self.name, height).layout.grid
         return grid
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:

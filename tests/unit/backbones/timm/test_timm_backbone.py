@@ -7,8 +7,10 @@ import timm
 import torch
 
 from fd_large.backbones.registry import build
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.timm import models
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
+from fd_large.engine.frozen import Frozen
 from fd_large.engine.zero.partition import to_bfloat16
 from fd_large.errors import ConfigError, ShapeError, VersionError
 from fd_large.recipes.architectures import Architecture, resolve
@@ -177,25 +179,65 @@ def test_sizes_that_are_no_multiple_of_the_stride_are_refused():
         build("efficientnet_lite0").grid(100, 128)
 
 
+# One model of each of timm's families that teaches. In every suite: those with buffers that meet
+# the weights, with rotary or other tables of positions, and with norms of their own.
+TABLES = """
+beit_base_patch16_224 convit_tiny efficientvit_m0 eva02_tiny_patch14_224 levit_128s
+swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_byobnet test_coatnet
+test_efficientnet_evos test_nfnet test_resnet test_vit2 test_vit_relpos tiny_vit_5m_224
+xcit_nano_12_p16_224
+"""
+OTHERS = """
+caformer_s18 cait_xxs24_224 coat_lite_tiny convmixer_768_32 cpubone_nano cs3darknet_focus_s
+cspnext_tiny csatv2 davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b
+edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 ese_vovnet19b_slim_dw
+fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 gmlp_ti16_224
+hardcorenas_b hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto
+lambda_resnet26t lcnetv2_small legacy_seresnet18 legacy_xception lowformer_b0 mobilenetv3_small_050
+mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_gap nasnetalarge nest_tiny
+nextvit_small pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050
+repvit_m0_9 res2net50_14w_8s resnest14d resnetv2_18 rexnet_100 sam2_hiera_tiny
+samvit_base_patch16_224 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
+test_convnext test_mambaout tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
+vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41
+"""
+
+
+def small_size(name):
+    """The side of small images that a model takes; 0 is its own."""
+    size, layout = models.sized(name, 0), models.last_map(name, 0).layout
+    if not layout.is_regular or (size.is_only and not models.can_resize(name)):
+        return 0
+    return layout.stride * (4 if layout.stride <= 16 else 2)
+
+
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("swin_tiny_patch4_window7_224", 224),
-        ("swinv2_cr_tiny_224", 224),
-        ("swinv2_tiny_window8_256", 256),
-        ("beit_base_patch16_224", 224),
-        ("eva02_tiny_patch14_224", 224),
-    ],
+    "name",
+    [*TABLES.split(), *(pytest.param(name, marks=pytest.mark.sweep) for name in OTHERS.split())],
 )
-def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
-    net = TimmBackbone(name).eval()
-    images = torch.randn(1, 3, size, size)
-    with torch.no_grad():
-        exact = net(images).tokens
-        to_bfloat16(net)
-        rounded = net(images.bfloat16()).tokens
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+def test_a_model_of_each_family_teaches_in_bfloat16(name):
+    size = small_size(name)
+    torch.manual_seed(0)
+    teacher = Frozen(TimmBackbone(name, image_size=size), IMAGENET)
+    side = size or models.sized(name, 0).side
+    images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
+    exact = teacher(images).tokens
+    to_bfloat16(teacher)
+    rounded = teacher(images).tokens
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert rounded.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(rounded.float(), exact, dim=-1).mean() > 0.98
+
+
+@pytest.mark.sweep
+def test_every_family_that_teaches_is_tried_in_bfloat16():
+    def families(names):
+        return {timm.model_entrypoint(name).__module__ for name in names}
+
+    without = {"crossvit", "efficientvim", "inception_resnet_v2", "inception_v3", "inception_v4"}
+    tried = families([*TABLES.split(), *OTHERS.split()])
+    left = {m.rpartition(".")[2] for m in families(timm.list_models()) - tried}
+    assert left - {"test_measure"} == {*without, "pit"}
 
 
 def test_the_maps_of_its_stages_are_timms():
@@ -211,3 +253,11 @@ def test_the_maps_of_its_stages_are_timms():
     assert net.stage_widths == (64, 128, 256, 512)
     for found, like in zip(maps, expected, strict=True):
         torch.testing.assert_close(found, like.permute(0, 2, 3, 1))
+
+
+def test_a_size_that_a_model_of_any_size_does_not_take_is_refused_in_a_sentence():
+    with torch.device("meta"):
+        net = TimmBackbone("halonet_h1")
+    assert net.grid(256, 256) == (8, 8)
+    with pytest.raises(ShapeError, match="halonet_h1 does not take images of this size"):
+        net.grid(96, 96)
