@@ -214,6 +214,13 @@ class TimmBackbone(nn.Module):
         Raises: ShapeError: if the size is no multiple of the stride (models of timm round in
             different ways), or not one that the model takes.
         """
+        grid, last = self._grid(height, width), self._stage.last
+        if last and height == width != last.side:
+            # A few models of any size take some sizes only, which a run shows.
+            last_map(self.name, height)
+        return grid
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
         if self.fixed_size and (height, width) != (self.fixed_size, self.fixed_size):
             side = self.fixed_size
             raise ShapeError(
@@ -228,9 +235,6 @@ class TimmBackbone(nn.Module):
                 f"expected multiples of the stride {self.stride}. Set --data.image_size, or of a "
                 "teacher --objective.teacher_image_size."
             )
-        if self._stage.last and height == width:
-            # A few models of any size take some sizes only.
-            return last_map(self.name, height).layout.grid
         return grid
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> FeatureMap:
@@ -243,7 +247,7 @@ class TimmBackbone(nn.Module):
         Returns: tokens (B, N, C) in the dtype of the weights, no prefix tokens.
         Raises: ShapeError: if the image size does not fit, or keep has the wrong shape.
         """
-        grid = self.grid(*images.shape[-2:])
+        grid = self._grid(*images.shape[-2:])
         self._scales.now = branch_scales(keep, self.drop_path_rates, images.shape[0], images.device)
         tokens = self.net(images)
         self._scales.now = None
