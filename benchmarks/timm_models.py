@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("timm_models.jsonl"))
     parser.add_argument("--only", default="*", help="pattern of names")
     parser.add_argument("--again", default="", choices=("", "refused", "crashed", "difference"))
+    parser.add_argument("--table", action="store_true", help="write what is known, ask nothing")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -238,6 +239,9 @@ def main() -> None:
     import timm
 
     names = [name for name in timm.list_models() if fnmatch(name, given.only)]
+    if given.table:
+        write(names, known(given.work, "shapes"), known(given.work, "numbers"), timm.__version__)
+        return
     have = known(given.work, "shapes")
     todo = [n for n in names if n not in have or (given.again and given.again in have[n])]
     ask("shapes", in_turn(todo), given.work)
@@ -271,7 +275,7 @@ def write(
     """Writes the table, by family, and prints a summary."""
     families: dict[str, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = defaultdict(list)
-    for name in names:
+    for name in (name for name in names if name in shapes):
         answer = shapes[name]
         family = families.setdefault(family_of(name), {"works": 0, "names": 0})
         family["names"] += 1
@@ -291,6 +295,7 @@ def write(
         "timm": version,
         "date": time.strftime("%Y-%m-%d"),
         "names": len(names),
+        "run": len(shapes),
         "work": sum(family["works"] for family in families.values()),
         "compared_with_numbers": len(numbers),
         "largest_relative_error": max(measured, default=None),
