@@ -77,3 +77,13 @@ def test_names_are_no_markup_and_no_commands_to_a_terminal(tmp_path, capsys):
     assert "[bold]" in shown
     assert "\x1b[2J" not in shown
     assert str(WeightsError("a\x1b[2Jb\nc")) == "a?[2Jb\nc"
+
+
+def test_a_folder_that_says_which_model_of_a_library_it_is(transformers, tmp_path):
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    transformers.Dinov2Model(transformers.Dinov2Config(**fields)).save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert (found.named, found.form) == ("transformers:dinov2", "transformers")
+    assert found.match.complaints == []
+    assert found.dtypes == ("float32",)
+    assert table(found).row_count
