@@ -7,6 +7,7 @@ from card_code import run_code
 from loading import close
 from stored_run import STUDENTS, SWIN, store_student
 
+from fd_large import doors
 from fd_large.cli import export as command
 
 
@@ -110,4 +111,44 @@ def test_code_for_a_model_that_pads_its_images(tmp_path):
     out = tmp_path / "out"
     assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0
     found, image = run_code((out / "README.md").read_text(), out, tmp_path)
+    close(found["tokens"], net(image).tokens)
+
+
+NET = """
+from torch import nn
+
+from fd_large.backbones.feature_map import FeatureMap
+
+
+class Net(nn.Module):
+    width, stride, num_prefix_tokens, drop_path_rates = 8, 8, 0, ()
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, self.width, self.stride, self.stride)
+
+    def blocks(self):
+        return []
+
+    def grid(self, height, width):
+        return height // self.stride, width // self.stride
+
+    def forward(self, images, keep=None):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return FeatureMap(tokens, self.grid(*images.shape[-2:]), 0)
+"""
+
+
+def test_code_for_a_model_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(doors, "_allowed", set())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    doors.allow("net.py")
+    net = store_student(tmp_path / "run", f"module:{tmp_path}/net.py:Net", {})
+    out = tmp_path / "out"
+    assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card
+    doors._allowed.clear()  # The card's code allows the file beside the current folder.
+    found, image = run_code(card, out, tmp_path)
     close(found["tokens"], net(image).tokens)
