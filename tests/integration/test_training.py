@@ -131,8 +131,10 @@ def _empty_folder(tmp_path: Path) -> Path:
         (("--data.root", "/no/such/folder"), "no such folder"),
         (("--data.image_size", "72"), "window"),
         (
-            ("--teacher.architecture.patch_size", "8", "--objective.teacher_image_size", "0")
-            + ("--objective.interpolation", "none"),
+            (
+                *("--teacher.architecture.patch_size", "8", "--objective.teacher_image_size", "0"),
+                *("--objective.interpolation", "none"),
+            ),
             "--objective.interpolation bilinear",
         ),
         (("--optim.base_rl", "1"), "nearest: optim.base_lr"),
