@@ -218,7 +218,8 @@ def small_size(name):
 def test_a_model_of_each_family_teaches_in_bfloat16(name):
     size = small_size(name)
     torch.manual_seed(0)
-    teacher = Frozen(TimmBackbone(name, image_size=size), IMAGENET)
+    # Fresh weights alone let the map of some models fade to what rounding makes of it.
+    teacher = Frozen(with_random_norms(TimmBackbone(name, image_size=size)), IMAGENET)
     side = size or models.sized(name, 0).side
     images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
     exact = teacher(images).tokens
