@@ -183,7 +183,9 @@ class Run:
         found: dict[str, tuple[Any, Any]] = {}
         for name, section in own.items():
             usual, given = flat(type(section)()), flat(section)
-            found |= {f"{name}.{f}": (given[f], usual[f]) for f in given if given[f] != usual[f]}
+            # What is automatic sets nothing.
+            set_ones = [f for f in given if given[f] not in (usual[f], AUTO)]
+            found |= {f"{name}.{f}": (given[f], usual[f]) for f in set_ones}
         if found:
             fields, plural = ", ".join(found), "s" if len(found) > 1 else ""
             raise ConfigError(
