@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.timm.models import Size
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.backbones.token_positions import (
     PREFIX,
@@ -99,12 +100,18 @@ def build(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, tuple[
 
     def create(name: str) -> nn.Module:
         net = SMALL[name]()
-        net.pretrained_cfg = {"input_size": (3, 64, 64)}
+        net.pretrained_cfg = {"input_size": (3, *size)}
         return net
 
     make, size = NETS[name]
     if make.args and make.args[0] in SMALL:
-        monkeypatch.setattr("fd_large.backbones.timm.timm_backbone.create", create)
+        # timm knows no model of these names.
+        for module in ("timm_backbone", "models"):
+            monkeypatch.setattr(f"fd_large.backbones.timm.{module}.create", create)
+            monkeypatch.setattr(
+                f"fd_large.backbones.timm.{module}.sized",
+                lambda name, image_size: Size(size[0], {}, is_only=False),
+            )
     torch.manual_seed(0)
     net = make().eval()
     with torch.no_grad():
