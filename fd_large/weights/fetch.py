@@ -6,19 +6,21 @@ image statistics and licence that belong to the weights.
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError
 from fd_large.weights.locate import HUB, OPEN_CLIP, first_line, locate
+from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 
 WHERE = "weights fetch"
-_FILES = ("*.json", "*.safetensors", "*.bin", "README.md", "LICEN?E*", "NOTICE*")
-_UNKNOWN = "unknown"
+_FILES = ("*.json", "*.safetensors", "*.bin", CARD, "LICEN?E*", "NOTICE*")
 
 
 def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
@@ -39,8 +41,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
             f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
             "another."
         )
-    # What an interrupted call left there is gone on with.
-    aside = out.with_name(f"{out.name}.part")
+    # An interrupted call is taken up again; files of another source must not get into this folder.
+    aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
     try:
         aside.mkdir(parents=True, exist_ok=True)
         licence = write(aside)
@@ -52,7 +54,7 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
             f"{WHERE}: {out}: cannot be written; got {error}, expected a place with room for the "
             "weights. Choose another."
         ) from error
-    return files, licence or _UNKNOWN
+    return files, licence or UNKNOWN
 
 
 def _writer(source: str) -> Callable[[Path], str]:
@@ -71,12 +73,17 @@ def _writer(source: str) -> Callable[[Path], str]:
 
 
 def _of_hub(repository: str, folder: Path) -> str:
-    from huggingface_hub import HfApi, ModelCard, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        files = HfApi().list_repo_files(repository)
-        # Many repositories hold the same weights twice.
-        twice = ["*.bin"] if any(name.endswith(".safetensors") for name in files) else None
+        files = [PurePosixPath(name) for name in HfApi().list_repo_files(repository)]
+        # Many folders hold the same weights twice.
+        safe = {file.parent for file in files if file.suffix == ".safetensors"}
+        twice = [
+            glob.escape(str(file))
+            for file in files
+            if file.suffix == ".bin" and file.parent in safe
+        ]
         snapshot_download(
             repository, allow_patterns=list(_FILES), ignore_patterns=twice, local_dir=folder
         )
@@ -86,9 +93,7 @@ def _of_hub(repository: str, folder: Path) -> str:
             f"{repository}, expected OWNER/NAME of a repository within reach. Run this where there "
             "is a network, and log in by `hf auth login` where the repository asks for it."
         ) from error
-    card = folder / "README.md"
-    stated = ModelCard.load(card).data.license if card.is_file() else ""
-    return str(stated or "")
+    return licence_of_card(folder / CARD)
 
 
 def _of_open_clip(source: str, folder: Path) -> str:

@@ -54,7 +54,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
         return Origin("random weights, which have none")
     if source.startswith(HUB):
         repository = source.removeprefix(HUB)
-        return Origin(_licence(_cached_card(repository)) or UNKNOWN, repository)
+        return Origin(licence_of_card(_cached_card(repository)) or UNKNOWN, repository)
     if source.startswith(OPEN_CLIP):
         return Origin(UNKNOWN, _open_clip_repository(source.removeprefix(OPEN_CLIP)))
     if doors.is_own(source) or source.startswith(PACKAGE):
@@ -66,7 +66,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
         return Origin((facts.licence if facts else "") or UNKNOWN, repository)
     path = Path(source.partition("#")[0])
     folder = path if path.is_dir() else path.parent
-    if stated := _licence(folder / CARD) or _timm_licence(folder / "config.json"):
+    if stated := licence_of_card(folder / CARD) or _timm_licence(folder / "config.json"):
         return Origin(f"{stated}, as the files beside them say")
     published = family_of(architecture).published if architecture else None
     facts = published.facts.get(model) if published else None
@@ -82,8 +82,8 @@ def without_folders(source: str) -> str:
     return source if source.startswith(_SCHEMES) else Path(source).name
 
 
-def _licence(card: Path | None) -> str:
-    """The licence in the metadata of a model card; empty if there is none."""
+def licence_of_card(card: Path | None) -> str:
+    """Returns the licence in the metadata of a model card; empty if there is none."""
     if card is None:
         return ""
     try:

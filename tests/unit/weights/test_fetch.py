@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -51,6 +52,49 @@ def test_a_repository_of_the_hub(tmp_path):
     assert teacher.statistics == (0.4, 0.4, 0.4, 0.3, 0.3, 0.3)
     with torch.no_grad():
         close(net(IMAGES).tokens, model(pixel_values=IMAGES).last_hidden_state)
+
+
+def repository(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_what_another_source_left_stays_out(tmp_path, monkeypatch):
+    """A download of one repository is cut; then another one is fetched to the same place."""
+    one = repository(tmp_path / "one", {"model.safetensors": "A", "preprocessor_config.json": "{}"})
+    two = repository(tmp_path / "two", {"config.json": "{}", "pytorch_model.bin": "B"})
+    whole, out = huggingface_hub.snapshot_download, tmp_path / "fetched"
+
+    def cut(*arguments, **options):
+        whole(*arguments, **options)
+        raise OSError("cut")
+
+    with hub({"a/A": one, "b/B": two}, tmp_path / "cache"):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+        with pytest.raises(WeightsError, match="cut"):
+            fetch("hf:a/A", out)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
+        files, _ = fetch("hf:b/B", out)
+    assert files == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_folder_without_safetensors_keeps_its_other_files(tmp_path):
+    """A part of the repository in another format says nothing about the weights of the root."""
+    names = ("pytorch_model.bin", "part/model.safetensors", "part/pytorch_model.bin")
+    theirs = repository(tmp_path / "theirs", dict.fromkeys(names, "weights"))
+    with hub({"a/A": theirs}, tmp_path / "cache"):
+        files, _ = fetch("hf:a/A", tmp_path / "fetched")
+    assert files == ["part/model.safetensors", "pytorch_model.bin"]
+
+
+def test_a_card_that_no_parser_reads(tmp_path):
+    card = "---\nlicense: mit\ntitle: a: b\n---\n"
+    theirs = repository(tmp_path / "theirs", {"model.safetensors": "A", "README.md": card})
+    with hub({"a/A": theirs}, tmp_path / "cache"):
+        _, licence = fetch("hf:a/A", tmp_path / "fetched")
+    assert licence == "mit"
 
 
 def test_weights_of_timm(tmp_path):
