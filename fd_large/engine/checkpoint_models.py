@@ -46,13 +46,21 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     return task
 
 
-def sources_of(job_of: JobOf) -> Sources:
+def sources_of(
+    job_of: JobOf,
+    *,
+    guesses: bool = False,
+    settled: Mapping[str, tuple[float, ...]] | None = None,
+) -> Sources:
     """Returns sources of weights that include the folders of runs.
 
     Args:
         job_of: Makes the job of a stored recipe, which describes the stored student.
+        guesses, settled: See `Sources`.
     """
-    return Sources(lambda path, where: student_of(path, where, job_of))
+    return Sources(
+        lambda path, where: student_of(path, where, job_of), guesses=guesses, settled=settled
+    )
 
 
 def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:

@@ -92,7 +92,8 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
 
     Raises: FDError: if there is no such model.
     """
-    weights = sources_of(job_of)
+    # Nothing here has a flag for image statistics, and those of a run were settled before.
+    weights = sources_of(job_of, guesses=True)
     folder, sign, part = source.rpartition("#")
     job = _job_of(Path(folder), job_of) if sign else None
     if job is None:

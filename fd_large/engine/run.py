@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -260,7 +261,8 @@ def open_run(
     """
     launch = distributed.start()
     _share_cores(launch.local_world_size)
-    weights = sources_of(job_of)
+    settled_before = None if fresh else _settled_statistics(run.run_dir())
+    weights = sources_of(job_of, settled=distributed.broadcast_object(settled_before))
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
     settled = meeting.meet(lambda: _settle(job_of(run), weights, deepspeed_config))
     # If a source is still being trained, ranks may have found different checkpoints.
@@ -350,6 +352,17 @@ def open_stored(
     run = read_recipe(folder, where=where)
     run = replace(run, runtime=replace(run.runtime, run_dir=folder))
     return open_run(run, job_of, deepspeed_config=deepspeed_config, lease=lease)
+
+
+def _settled_statistics(folder: str) -> dict[str, tuple[float, ...]]:
+    """Returns {source: image statistics} of the models that the folder's run uses, if it has one.
+
+    Earlier versions settled what is asked for now; their runs go on as they began.
+    """
+    with suppress(FDError, OSError, AttributeError):  # `open_folder` says what is wrong.
+        stored = read_recipe(folder, where="--runtime.run_dir").frozen_models.values()
+        return {section.source: section.statistics for section in stored}
+    return {}
 
 
 def _settle(job: Job, weights: Sources, deepspeed_config: str) -> Run:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from fd_large.backbones.published import Settling
 from fd_large.backbones.registry import family_of, family_of_source
-from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import (
     Architecture,
@@ -32,6 +32,11 @@ from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights, other_model
 
 log = logging.getLogger(__name__)
+
+_STATED_BESIDE = (
+    'name a folder that "weights convert" has written (--to fd), and add "mean" and "std", three '
+    'numbers each, under "fd_large" in its config.json'
+)
 
 
 def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> FrozenModel:
@@ -74,9 +79,14 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
     by_itself = section.model == AUTO or by_name(section.model) is None
     weights = sources.open(section.source, where=where)
     named = None if by_itself else resolve(section.model)
-    flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else ""
-    statistics = section.statistics or _numbers(weights.statistics)
+    flags = where.removeprefix("--").removesuffix(".source") if where.startswith("--") else None
+    statistics = (
+        section.statistics
+        or _numbers(weights.statistics)
+        or sources.settled.get(weights.source, ())
+    )
     is_guess = not statistics and section.model not in weights.published.facts
+    asks = is_guess and not sources.guesses and weights.source not in sources.settled
     architecture = reconcile(
         weights,
         section.architecture,
@@ -84,14 +94,17 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         name=section.model,
         where=where,
         section=flags,
-        trained_with=weights.trained_with if is_guess else "",
+        trained_with=weights.trained_with if asks else "",
     )
     if is_guess:
         log.warning(
-            "%s: THE IMAGE STATISTICS OF THE WEIGHTS ARE A GUESS, which neither the file nor a "
-            "configuration beside it confirms: ImageNet's are used (%s.statistics)",
+            "%s: %s: THE IMAGE STATISTICS OF THE WEIGHTS ARE A GUESS, which neither the file nor a "
+            "configuration beside it confirms: ImageNet's are used, %s%s. To state others, %s",
             where,
-            where.removesuffix(".source"),
+            weights.what,
+            " ".join(f"{number:g}" for number in _numbers(IMAGENET)),
+            f"; published are {weights.trained_with}" if weights.trained_with else "",
+            _STATED_BESIDE if flags is None else f"set --{flags}.statistics",
         )
     return replace(
         section,
@@ -178,7 +191,7 @@ def reconcile(
     *,
     name: str,
     where: str,
-    section: str,
+    section: str | None,
     trained_with: str = "",
 ) -> FamilyArchitecture:
     """Returns the architecture of a model that takes the weights.
@@ -189,7 +202,8 @@ def reconcile(
         named: The named model; None if the model is what the file shows.
         name: Name of the named model, for messages.
         where: What the user set, for messages.
-        section: The section that the flags of the model begin with; "" where they have none.
+        section: The section that the flags of the model begin with; "" where they have none, None
+            where there are no such flags.
         trained_with: Image statistics among which the user has to choose; "" if nothing is to be
             chosen.
 
@@ -230,15 +244,20 @@ def reconcile(
     unset = {field for field, value in values.items() if value is None}
     asked = sorted(unset.union(weights.unknown(given)))
     if asked or trained_with:
-        start = f"--{section}." if section else "--"
+        start, remedy = f"--{section}." if section else "--", "Set"
+        if section is None:
+            remedy = (
+                f"Name the folder that this writes: python -m fd_large weights convert "
+                f"{weights.source} DIR --to fd"
+            )
         flags = [f"{start}architecture.{field} {_placeholder(field)}" for field in asked]
         if trained_with:
             flags.append(f"{start}statistics MEAN MEAN MEAN STD STD STD ({trained_with})")
             asked.append("image statistics")
         raise WeightsError(
             f"{where}: {weights.what}: neither its tensors nor a config.json beside it show "
-            f"everything; got no {', '.join(asked)}, expected every field of a {family} model. Set "
-            f"{' '.join(flags)}"
+            f"everything; got no {', '.join(asked)}, expected every field of a {family} model. "
+            f"{remedy} {' '.join(flags)}"
         )
     return whole(values)
 
@@ -284,7 +303,9 @@ def _equal(fact: Any, wanted: Any, depths: tuple[int, ...]) -> bool:
     return fact == wanted
 
 
-def _name_another(section: str, family: str) -> str:
+def _name_another(section: str | None, family: str) -> str:
+    if section is None:
+        return "Name the weights alone to take the model of the file."
     if section != "student":
         flag = f"--{section}.model" if section else "--model"
         return f"Set {flag} auto to take the model of the file."

@@ -199,10 +199,21 @@ class Sources:
 
     Args:
         readers: Asked of a path before it is taken for a file; without collectives.
+        guesses: Whether image statistics that nothing states are guessed, with a warning, where
+            they would be asked for: there is nobody to set them.
+        settled: {source: image statistics by which it was settled earlier, empty: a guess}, for
+            where nothing states them; of such a source they are not asked for again.
     """
 
-    def __init__(self, *readers: StoredReader) -> None:
+    def __init__(
+        self,
+        *readers: StoredReader,
+        guesses: bool = False,
+        settled: Mapping[str, tuple[float, ...]] | None = None,
+    ) -> None:
         self._readers = readers
+        self.guesses = guesses
+        self.settled = dict(settled or {})
         self._opened: dict[str, Weights] = {}
         self._files: dict[str, Tensors] = {}
         self._own: dict[str, Stored | None] = {}

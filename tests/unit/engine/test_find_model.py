@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import tiny_runs
 import torch
+from loading import TINY_VIT, made, saved
 from stored_run import store_tensors
 
+from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.cli import weights
 from fd_large.engine.find_model import find_model, with_own_labels
 from fd_large.engine.student import make_student
 from fd_large.errors import ConfigError, FDError
+from fd_large.recipes.architectures import overrides, resolve
 from fd_large.tasks.jobs import job_of
 
 TINY = "vit_base_patch16=random"
@@ -104,6 +109,55 @@ def test_weights_and_other_sizes(vit_weights):
         path = vit_weights.rename(vit_weights.parent / name)
         assert find_model(str(path), job_of).label == name
         vit_weights = path
+
+
+def test_what_a_bare_file_does_not_say_is_guessed_or_stated_beside_it(tmp_path, caplog):
+    """No command that names models has a flag for it."""
+    net = made("dino_vit_base_patch16")
+    path = saved(net, tmp_path / "net.pth")
+    with pytest.raises(
+        FDError, match=r"got no num_heads.*weights convert .*net\.pth DIR"
+    ) as caught:
+        find_model(str(path), job_of)
+    assert "--statistics" not in str(caught.value)
+    command = ["convert", str(path), str(tmp_path / "net"), "--to", "fd"]
+    assert weights.main([*command, "--architecture.num_heads", "2"]) == 0
+    assert find_model(str(tmp_path / "net"), job_of).build()[1] == IMAGENET
+    wide = build("dino_vit_base_patch16", replace(TINY_VIT, embed_dim=192, num_heads=(3,)))
+    saved(wide, path)
+    found = find_model(str(path), job_of)
+    assert found.build()[1] == IMAGENET
+    assert "A GUESS" in caplog.text
+    assert "0.485 0.456 0.406 0.229 0.224 0.225" in caplog.text
+    assert "weights convert" in caplog.text
+    assert "--model.statistics" not in caplog.text
+    caplog.clear()
+    config = tmp_path / "net" / "config.json"
+    told = json.loads(config.read_text())
+    told["fd_large"] |= {"mean": OPENAI_CLIP.mean, "std": OPENAI_CLIP.std}
+    config.write_text(json.dumps(told))
+    assert find_model(str(tmp_path / "net"), job_of).build()[1] == OPENAI_CLIP
+    assert "A GUESS" not in caplog.text
+
+
+def test_the_teacher_of_a_stored_run_is_not_asked_for(distillation, tmp_path):
+    folder, run, task = distillation
+    state = made("dino_vit_base_patch16").state_dict()
+    head = {"head.weight": torch.zeros(3, 32), "head.bias": torch.zeros(3)}
+    torch.save(state | head, tmp_path / "vit.pth")
+    teacher = replace(
+        run.teacher,
+        model="vit",
+        source=str(tmp_path / "vit.pth"),
+        architecture=overrides(resolve("dino_vit_base_patch16", TINY_VIT)),
+        statistics=(),
+    )
+    tensors = {name: p.detach() for name, p in task.named_parameters()}
+    recipe = replace(run, teacher=teacher).to_dict()
+    store_tensors(folder, tensors, update=9, recipe=recipe)
+    net, statistics = find_model(f"{folder}#teacher", job_of).build()
+    assert statistics == IMAGENET
+    assert torch.equal(net.norm.weight, state["norm.weight"])
 
 
 @pytest.mark.parametrize(
