@@ -10,6 +10,8 @@ SHIPPED = {"fd_large.ds_configs": "ds_configs", "fd_large.slurm": "slurm"}
 
 # What writes and runs an exported ONNX graph.
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
+# Its vision models as teachers; their modules were held to this release.
+TRANSFORMERS = ["transformers>=5.24"]
 QUICKSTART = [
     "scikit-image>=0.24",
     "scikit-learn>=1.5",
@@ -68,8 +70,7 @@ setup(
         "quickstart": QUICKSTART,
         "onnx": ONNX,
         "open_clip": ["open_clip_torch>=2.24"],
-        # Its vision models as teachers; their modules were held to this release.
-        "transformers": ["transformers>=5.24"],
+        "transformers": TRANSFORMERS,
         # The official COCO evaluation in C++, and its masks.
         "detection": ["faster-coco-eval>=1.8"],
         # fairscale: its checkpoint wrapper moves block inputs to host memory.
@@ -90,11 +91,14 @@ setup(
             "triton>=3.2; platform_system=='Linux'",
             # Whose checkpoints and nets ours are held against.
             "open_clip_torch>=2.24",
-            "transformers>=4.40",
             "faster-coco-eval>=1.8",
             # The evaluation that faster-coco-eval's is held against.
             "pycocotools>=2.0.8",
+            # Builds the wheel without a network: environments of Python 3.12 come without it, and
+            # older releases need the package wheel.
+            "setuptools>=70.1",
             *ONNX,
+            *TRANSFORMERS,
             *QUICKSTART,
         ],
     },

@@ -6,8 +6,8 @@
 #
 # Submit from the repository's root, or from a folder that `fd-large init` wrote; data, teacher and
 # the rest of the site: site.sh. Arguments after the script go to train.py and win over the recipe;
-# options of sbatch before it win over the lines below. What happens at a time limit, a pre-
-# emption, a crash: docs/clusters.md.
+# options of sbatch before it win over the lines below. What happens at a time limit, a crash or a
+# pre-emption: docs/clusters.md.
 
 #SBATCH --job-name=fd_swinv2g
 #SBATCH --nodes=8

@@ -72,8 +72,8 @@ class Scheme:
         save: Writes the whole module with its weights as a folder that the library describes, given
             what the user set and the folder; returns the licence of the weights. None where there
             is nothing to download.
-        untrained: Returns the rest of the source without the word that asks for random weights, as
-            in `timm:NAME=random`; None where trained ones are meant.
+        untrained: Returns the rest of a source that ends in `=random` (`timm:NAME=random`) without
+            that ending; None where trained weights are meant.
     """
 
     settle: Callable[[str, Architecture, str], tuple[Architecture, list[str]]]

@@ -23,7 +23,8 @@ from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# torch.load refuses to work where both are set.
+_FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 """Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
@@ -58,15 +59,14 @@ def _without_code() -> Iterator[None]:
     """Makes every torch.load a restricted one; DeepSpeed asks for the one that runs code."""
     scalers, runtime = deepspeed.runtime.fp16.loss_scaler, deepspeed.runtime
     own = [scalers.LossScaler, scalers.DynamicLossScaler, runtime.zero.config.ZeroStageEnum]
-    before = os.environ.get(_FORCED)
+    before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
     try:
         with torch.serialization.safe_globals(own):
             yield
     finally:
-        os.environ.pop(_FORCED)
-        if before is not None:
-            os.environ[_FORCED] = before
+        del os.environ[_FORCED]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _culprit(error: UnpicklingError) -> str:

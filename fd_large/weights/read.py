@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fd_large.errors import WeightsError
 from fd_large.weights import torch_files
+from fd_large.weights.libraries import LIBRARIES
 
 # A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
@@ -34,6 +35,8 @@ _FOLDER_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _INDEX = ".index.json"
+# What an export without tensors holds, by the ending of its file.
+_GRAPHS = {Path(made.graph).suffix: made for made in LIBRARIES.values() if made.graph}
 # Bounds of the JSON that comes with weights. The largest published indices have 10 MB.
 _JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
 # Bounds of weights files. The largest models of images have a few thousand tensors.
@@ -196,7 +199,7 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
 
     Raises: WeightsError: if there is none.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix not in _GRAPHS:
         return path
     if (path / "checkpoints").is_dir():
         raise WeightsError(
@@ -206,6 +209,13 @@ def file_of(path: Path, *, where: str = "weights") -> Path:
     for name in _FOLDER_FILES:
         if (path / name).is_file():
             return path / name
+    for suffix, library in _GRAPHS.items():
+        if (path / library.graph).is_file() or (path.suffix == suffix and path.is_file()):
+            raise WeightsError(
+                f"{where}: {path}: holds a model that runs without its code, not weights by name; "
+                f"got {library.holds}, expected a file or folder of weights. Export the run again "
+                "with --to fd, and name that folder."
+            )
     got = f"a folder without {', '.join(_FOLDER_FILES)}" if path.is_dir() else "nothing there"
     raise WeightsError(
         f"{where}: {path}: no such file; got {got}, expected a .safetensors, .pt or .pth file, or "

@@ -399,7 +399,7 @@ def _beyond(shapes: Shapes) -> str:
             "have the same names"
         )
     count = shapes["pos_embed"][1] if len(shapes["pos_embed"]) == 3 else 0
-    if prefix and side_of(count) and not side_of(count - prefix):
+    if side_of(count) and not side_of(count - prefix):
         return (
             "positions without one for the class token, as in DeiT III, FlexiViT and some models "
             "with rotary positions, which no name tells apart"

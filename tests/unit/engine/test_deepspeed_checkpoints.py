@@ -11,6 +11,9 @@ import torch
 from fd_large.engine.deepspeed_checkpoints import _culprit, _without_code
 from fd_large.engine.zero.start import deepspeed
 
+NAMES = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+"""What a user may have set of torch's own, for the restricted load and for the other."""
+
 
 class Bomb:
     def __init__(self, path):
@@ -20,8 +23,17 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-def test_what_deepspeed_reads_runs_no_code(tmp_path):
+@pytest.mark.parametrize(
+    "users",
+    [{}, {NAMES[0]: "1"}, {NAMES[1]: "1"}],
+    ids=["nothing", "restricted", "unrestricted"],
+)
+def test_what_deepspeed_reads_runs_no_code(users, tmp_path, monkeypatch):
     """DeepSpeed's reader asks torch for the load that runs code, and gets the other."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
     scaler = deepspeed.runtime.fp16.loss_scaler.LossScaler(scale=2.0)
     records = {"loss_scaler": scaler, "tensors": torch.ones(2), "shapes": [torch.Size([2])]}
     torch.save(records, tmp_path / "sound.pt")
@@ -35,4 +47,4 @@ def test_what_deepspeed_reads_runs_no_code(tmp_path):
     assert found["loss_scaler"].cur_scale == 2.0
     assert _culprit(caught.value).endswith("open")
     assert not (tmp_path / "ran").exists()
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert {name: os.environ[name] for name in NAMES if name in os.environ} == users

@@ -111,6 +111,17 @@ def test_missing_files_and_folders(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
+def test_an_exported_graph_is_named(name, tmp_path):
+    """As a folder and as a file; beside weights it is no matter."""
+    (tmp_path / name).write_bytes(b"a graph")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(WeightsError, match=r"got (an ONNX|a torch\.export).*--to fd"):
+            read(path, where="--teacher.source")
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    same(read(tmp_path))
+
+
 def test_folders(tmp_path):
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     same(read(tmp_path))
