@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from fd_large import doors
 from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
-from fd_large.errors import ConfigError, FDError
+from fd_large.errors import ConfigError, FDError, printable
 from fd_large.recipes.architectures import Architecture, name_of, resolve
 
 
@@ -101,7 +101,7 @@ def fetch(source: str, out: str) -> int:
     from fd_large.weights.settle import settle_model
 
     files, licence = weights_fetch.fetch(source, out)
-    print(f"{out}: {', '.join(files)}; licence of the weights: {licence}")
+    print(printable(f"{out}: {', '.join(files)}; licence of the weights: {licence}"))
     try:
         settled = settle_model(
             FrozenModel(source=out), sources_of(job_of), where="--teacher.source"

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from fd_large import distributed
+from fd_large.errors import printable
 from fd_large.runtime import terminal
 
 FILE_ONLY = {"file_only": True}
@@ -33,7 +34,8 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            terminal.console().print(self._prefix + self.format(record), soft_wrap=True)
+            text = printable(self._prefix + self.format(record))
+            terminal.console().print(text, soft_wrap=True)
         except Exception:
             self.handleError(record)
 

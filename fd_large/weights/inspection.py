@@ -212,7 +212,7 @@ def table(found: Inspection) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    rows = Table(title=Text(found.source), title_justify="left", show_header=False)
+    rows = Table(title=Text(printable(found.source)), title_justify="left", show_header=False)
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
 

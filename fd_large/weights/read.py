@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,9 @@ _GRAPHS = {Path(made.graph).suffix: made for made in LIBRARIES.values() if made.
 # Bounds of the JSON that comes with weights. The largest published indices have 10 MB.
 _JSON_BYTES, _INDEX_BYTES, _JSON_VALUES = 4 << 20, 64 << 20, 1_000_000
 # Bounds of weights files. The largest models of images have a few thousand tensors.
-_HEADER_BYTES, _NAMES, _NAME_LENGTH, _WRAPPINGS = 16 << 20, 50_000, 500, 8
+_HEADER_BYTES, _NAMES, _WRAPPINGS = 16 << 20, 50_000, 8
+# Characters of a file's name, or of what a library says of it, in a message.
+_NAME_SHOWN, _REASON_SHOWN = 100, 200
 # By their names in safetensors.
 DTYPES = {
     "F64": torch.float64,
@@ -134,7 +137,7 @@ def read_json(path: Path, *, where: str = "weights") -> Any:
     except RecursionError as error:
         raise _not_json(path, "nested too deeply", where) from error
     except (ValueError, OSError) as error:
-        raise _not_json(path, str(error), where) from error
+        raise _not_json(path, str(error)[:_REASON_SHOWN], where) from error
 
 
 def _finite(text: str) -> float:
@@ -157,7 +160,7 @@ def split_part(source: str | Path, *, where: str = "weights") -> tuple[str, str]
     Raises: WeightsError: if no file can have such a part.
     """
     name, mark, part = str(source).rpartition("#")
-    if not mark or Path(str(source)).exists():
+    if not mark or os.path.exists(source):
         return str(source), ""
     if part not in PARTS:
         raise WeightsError(
@@ -254,7 +257,7 @@ def _unwrapped(
             "mapping of names to tensors. Save the model's state_dict()."
         )
     strange = sorted(
-        str(name)
+        str(name)[:_NAME_SHOWN]
         for name, value in contents.items()
         if not (isinstance(name, str) and torch.is_tensor(value) and _has_values(value))
     )
@@ -273,11 +276,11 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _without_prefixes(contents: Mapping[str, Any], where: str) -> dict[str, Any]:
     longest = max(map(len, contents), default=0)
-    if len(contents) > _NAMES or longest > _NAME_LENGTH:
+    if len(contents) > _NAMES or longest > torch_files.NAME_LENGTH:
         raise WeightsError(
             f"{where}: names of no model; got {len(contents):,} tensors, the longest name of "
-            f"{longest:,} characters, expected at most {_NAMES:,} and {_NAME_LENGTH}. Use the "
-            "weights of another model."
+            f"{longest:,} characters, expected at most {_NAMES:,} and "
+            f"{torch_files.NAME_LENGTH}. Use the weights of another model."
         )
     for prefix in ("module.", "backbone."):
         named = [name for name in contents if not name.startswith(("head.", "head_dense."))]
@@ -305,10 +308,11 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name in files:
         file = path.parent / Path(name).name
-        if not file.is_file():
+        # Path.is_file raises an error for a name that no file system takes.
+        if not os.path.isfile(file):
             raise WeightsError(
                 f"{where}: {path}: one of its files is missing; got {len(files)} names without "
-                f"{name}, expected them all beside the index. Fetch the files again."
+                f"{name[:_NAME_SHOWN]}, expected them all beside the index. Fetch the files again."
             )
         if file.suffix == ".safetensors":
             entries |= _safetensors(file)
@@ -317,7 +321,8 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
     absent = sorted(index.keys() - entries.keys())
     if absent:
         raise WeightsError(
-            f"{where}: {path}: tensors of the index are in none of its files; got no {absent[0]}"
+            f"{where}: {path}: tensors of the index are in none of its files; got no "
+            f"{str(absent[0])[:_NAME_SHOWN]}"
             f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}, expected "
             f"{len(index)} tensors. Fetch the files again."
         )
@@ -354,7 +359,7 @@ _DAMAGES = (
 
 
 def _damaged(path: Path, error: Exception, where: str) -> WeightsError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON_SHOWN]
     return WeightsError(
         f"{where}: {path}: damaged, cut short, or not a weights file; got {path.stat().st_size} "
         f"bytes ({reason}), expected safetensors or a torch file. Fetch the file again."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,7 +297,7 @@ class Sources:
         """
         if source not in self._own:
             path, found = Path(source), None
-            if any(len(part.encode()) > _LONGEST_NAME for part in path.parts):
+            if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
                 raise WeightsError(
                     f"{where}: {source[:200]}: no such file; got a name of more than "
                     f"{_LONGEST_NAME} bytes, expected the path of a file. Check it."

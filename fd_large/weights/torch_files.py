@@ -26,10 +26,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+NAME_LENGTH = 500
+"""Characters of the longest name of a tensor, and of any other key."""
 # 10,000 tensors are 350,000 operations.
 _PICKLE_BYTES, _OPERATIONS = 32 << 20, 500_000
-_DIRECTORY_BYTES, _MODULES, _NAME_LENGTH = 8 << 20, 100_000, 1000
-_LARGEST = 2**63 - 1
+_DIRECTORY_BYTES, _ENTRIES = 8 << 20, 100_000
+# torch's kernels take no more dimensions.
+_LARGEST, _DIMENSIONS = 2**63 - 1, 64
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -71,6 +74,19 @@ class _Held:
     bytes: Any
     dtype: torch.dtype
     numel: int
+
+
+class _Budget:
+    """Work that few bytes of a file may ask for: entries that are copied, or met again."""
+
+    def __init__(self) -> None:
+        self._left = _ENTRIES
+
+    def take(self, entries: int) -> None:
+        """Counts entries of a dictionary or of a module, before they are gone through."""
+        self._left -= entries
+        if self._left < 0:
+            raise ValueError(f"more than {_ENTRIES:,} entries: copies or modules without end")
 
 
 # (key, type, number of elements) -> the storage.
@@ -193,14 +209,18 @@ def load(path: Path) -> Any:
         return _legacy(path)
     with _Archive(path) as archive:
         if archive.is_script:
-            return _state_dict(_unpickled(archive.pickle(), archive.storage, script=True), archive)
-        return _unpickled(archive.pickle(), archive.storage)
+            budget = _Budget()
+            root = _unpickled(archive.pickle(), archive.storage, budget, script=True)
+            return _state_dict(root, archive, budget)
+        return _unpickled(archive.pickle(), archive.storage, _Budget())
 
 
 # --- the machine ---
 
 
-def _unpickled(pickle: BinaryIO, storages: _Storages, *, script: bool = False) -> Any:
+def _unpickled(
+    pickle: BinaryIO, storages: _Storages, budget: _Budget, *, script: bool = False
+) -> Any:
     """Carries out the next pickle of a file."""
     stack: list[Any] = []
     marked: list[list[Any]] = []
@@ -233,13 +253,16 @@ def _unpickled(pickle: BinaryIO, storages: _Storages, *, script: bool = False) -
         elif name == "GLOBAL":
             stack.append(_known(argument.replace(" ", ".", 1), script))
         elif name == "STACK_GLOBAL":
-            last = stack.pop()
-            stack.append(_known(f"{stack.pop()}.{last}", script))
+            last, module = stack.pop(), stack.pop()
+            # Written out, a tuple that holds another twice doubles with every level.
+            if not isinstance(module, str) or not isinstance(last, str):
+                raise ValueError("a name that is no text")
+            stack.append(_known(f"{module}.{last}", script))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop(), storages))
         elif name == "REDUCE":
             arguments = stack.pop()
-            stack.append(_called(stack.pop(), arguments))
+            stack.append(_called(stack.pop(), arguments, budget))
         elif name in ("NEWOBJ", "NEWOBJ_EX"):
             del stack[-1 if name == "NEWOBJ" else -2 :]
             stack.append(_made(stack.pop()))
@@ -288,7 +311,8 @@ def _unpickled(pickle: BinaryIO, storages: _Storages, *, script: bool = False) -
 
 
 def _known(name: str, script: bool) -> _Global:
-    if name in _KNOWN or (script and name.startswith("__torch__.")):
+    own = script and name.startswith("__torch__.") and len(name) <= NAME_LENGTH
+    if own or name in _KNOWN:
         return _Global(name)
     raise RefusedError(name[:200])
 
@@ -301,7 +325,7 @@ def _made(of: Any) -> Any:
     return {} if of.name in _DICTIONARIES else Passive()
 
 
-def _called(function: Any, arguments: Any) -> Any:
+def _called(function: Any, arguments: Any, budget: _Budget) -> Any:
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise RefusedError("a call of what has no name")
     if function.name in _TENSORS:
@@ -314,12 +338,14 @@ def _called(function: Any, arguments: Any) -> Any:
         inner, of, given = arguments[:3]
         plain = of in (_Global("torch.Tensor"), _Global("torch.nn.parameter.Parameter"))
         # What it calls is no call of this kind again, which could go on without end.
-        return _called(inner, given) if plain and inner != function else Passive()
+        return _called(inner, given, budget) if plain and inner != function else Passive()
     if function.name in _FIRST:
         return arguments[0]
     if function.name in _DICTIONARIES:
         found: dict[Any, Any] = {}
         items = arguments[0] if arguments else ()
+        if isinstance(items, dict | list | tuple):
+            budget.take(len(items))
         if isinstance(items, dict):
             found.update(items)
         elif isinstance(items, list | tuple):
@@ -337,16 +363,23 @@ def _set_items(into: Any, items: list[Any]) -> None:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether a key is hashed in no time; tuples in tuples, and chosen large numbers, are not."""
+    """Whether a key is hashed and compared in no time.
+
+    Tuples in tuples, chosen large numbers and long texts are not.
+    """
     if type(key) is int:
-        return abs(key) < 2**31
-    return key is None or type(key) in (str, bytes, float, bool)
+        return -(2**31) < key < 2**31
+    if type(key) in (str, bytes):
+        return len(key) <= NAME_LENGTH
+    return key is None or type(key) in (float, bool)
 
 
 # --- tensors ---
 
 
 def _storage(identity: Any, storages: _Storages) -> _Held:
+    if not isinstance(identity, tuple) or len(identity) > 6:
+        raise ValueError("a storage of an unknown kind")
     kind, of, key, _, number, *view = identity
     if kind != "storage" or any(view) or not isinstance(of, _Global) or of.name not in _STORAGES:
         raise ValueError("a storage of an unknown kind")
@@ -359,8 +392,9 @@ def _tensor(
     held: Any, offset: Any, size: Any, stride: Any, *, dtype: torch.dtype | None = None
 ) -> Tensor | Passive:
     """A view of a storage that lies in it, and has no more elements than it."""
-    sizes = (offset, *size, *stride)
-    if not isinstance(held, _Held) or len(size) != len(stride) or not all(map(_is_size, sizes)):
+    if not isinstance(held, _Held) or len(size) != len(stride) or len(size) > _DIMENSIONS:
+        raise ValueError("a tensor without a storage, size or stride")
+    if not all(map(_is_size, (offset, *size, *stride))):
         raise ValueError("a tensor without a storage, size or stride")
     dtype = dtype or held.dtype
     numel = held.numel * held.dtype.itemsize // dtype.itemsize
@@ -382,14 +416,26 @@ class _Mapped:
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
         self._bytes = torch.UntypedStorage.from_file(str(path), False, self.size)
+        self._held: dict[tuple[int, torch.dtype, int], _Held] = {}
+        self._copied = 0
 
     def held(self, begin: int, dtype: torch.dtype, numel: int) -> _Held:
-        """Returns a storage."""
+        """Returns a storage, the same one whenever it is asked for."""
+        if (begin, dtype, numel) not in self._held:
+            self._held[begin, dtype, numel] = self._new(begin, dtype, numel)
+        return self._held[begin, dtype, numel]
+
+    def _new(self, begin: int, dtype: torch.dtype, numel: int) -> _Held:
         if begin + numel * dtype.itemsize > self.size:
             raise ValueError("a storage beyond the end of the file")
         piece = self._bytes[begin : begin + numel * dtype.itemsize]
         # Kernels may rely on it that numbers do not straddle.
-        return _Held(piece.clone() if begin % dtype.itemsize else piece, dtype, numel)
+        if begin % dtype.itemsize:
+            self._copied += len(piece)
+            if self._copied > self.size:
+                raise ValueError("storages that lie in each other")
+            piece = piece.clone()
+        return _Held(piece, dtype, numel)
 
 
 # --- kinds of file ---
@@ -463,11 +509,12 @@ def _legacy(path: Path) -> Any:
     """Five pickles, then the storages; a storage's place shows when its type is known."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_PICKLE_BYTES))
-    if _unpickled(head, _nowhere) != _MAGIC:
+    budget = _Budget()
+    if _unpickled(head, _nowhere, budget) != _MAGIC:
         raise ValueError("no torch file")
     mapped, places = _Mapped(path), {}
-    _unpickled(head, _nowhere)  # The version of the protocol.
-    if not _unpickled(head, _nowhere).get("little_endian", True):
+    _unpickled(head, _nowhere, budget)  # The version of the protocol.
+    if not _unpickled(head, _nowhere, budget).get("little_endian", True):
         raise ValueError("numbers of another byte order")
     begin, found = head.tell(), {}
 
@@ -475,36 +522,42 @@ def _legacy(path: Path) -> Any:
         found[key] = _Held(None, dtype, numel)
         return found[key]
 
-    _unpickled(head, noted)
-    keys = _unpickled(head, _nowhere)
+    _unpickled(head, noted, budget)
+    keys = _unpickled(head, _nowhere, budget)
     at = head.tell()
     for key in keys:
+        if not isinstance(key, str):
+            raise ValueError("a storage without a name")
         at += 8  # Its number of elements again.
         places[key] = at
         at += found[key].numel * found[key].dtype.itemsize
     head.seek(begin)
-    return _unpickled(head, lambda key, dtype, numel: mapped.held(places[key], dtype, numel))
+
+    def placed(key: str, dtype: torch.dtype, numel: int) -> _Held:
+        return mapped.held(places[key], dtype, numel)
+
+    return _unpickled(head, placed, budget)
 
 
 def _nowhere(key: str, dtype: torch.dtype, numel: int) -> _Held:
     raise ValueError("a storage before the contents")
 
 
-def _state_dict(root: Any, archive: _Archive) -> dict[str, Tensor]:
+def _state_dict(root: Any, archive: _Archive, budget: _Budget) -> dict[str, Tensor]:
     """The parameters and buffers of a TorchScript module, by name."""
     state: dict[str, Tensor] = {}
     listed: dict[str, Mapping[str, frozenset[str]]] = {}
-    pending, visited = [("", root)], 0
+    pending = [("", root)]
     while pending:
         prefix, module = pending.pop()
-        visited += 1
-        if visited > _MODULES or len(prefix) > _NAME_LENGTH or not isinstance(module, _Module):
+        if len(prefix) > NAME_LENGTH or not isinstance(module, _Module):
             raise ValueError("an archive of no module, or of modules without end")
         file, _, name = module.name.rpartition(".")
         if file not in listed:
             listed[file] = _named_tensors(archive.read(f"code/{file.replace('.', '/')}.py"))
         named = listed[file].get(name, frozenset())
         inside = []
+        budget.take(1 + len(module.attributes))
         for key, value in module.attributes.items():
             if torch.is_tensor(value) and key in named:
                 state[f"{prefix}{key}"] = value

@@ -15,6 +15,7 @@ from typing import Any
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import WeightsError, nearest
+from fd_large.recipes.family import MOST_BLOCKS
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -66,7 +67,7 @@ KINDS = {
     "ijepa": _of_name("IJepa", asks_to_resize=True),
     "hiera": _of_name("Hiera", asks_to_resize=True, arguments={"add_pooling_layer": False}),
 }
-_MOST_LAYERS, _LARGEST, _LONGEST, _MOST_VALUES = 256, 2**17, 64, 32
+_LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
 
 def kind_of(name: str, where: str) -> Kind:
@@ -126,7 +127,7 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
             raise WeightsError(
                 f"{where}: config.json: {name}: not a value of a published model; got "
                 f"{str(value)[:100]}, expected one plain value or a short list, of at most "
-                f"{_LARGEST}, and at most {_MOST_LAYERS} layers. Fetch the folder again."
+                f"{_LARGEST}, and at most {MOST_BLOCKS} layers. Fetch the folder again."
             )
     others = [name for name in vision if name not in own | _NO_MATTER]
     return json.dumps(values, sort_keys=True), sorted(others)
@@ -152,4 +153,4 @@ def _is_plain(value: Any) -> bool:
 def _is_count(value: Any) -> bool:
     counts = value if isinstance(value, list) else [value]
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
-    return whole and sum(counts) <= _MOST_LAYERS
+    return whole and sum(counts) <= MOST_BLOCKS

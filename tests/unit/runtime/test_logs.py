@@ -50,3 +50,10 @@ def test_rank_0_speaks_and_every_file_keeps_all(rank, tmp_path, capsys, monkeypa
     assert ("rank 3: " in shown) == (rank == 3)
     order = [kept.index(text) for text in ("before the folder", "one of ours", "an error")]
     assert order == sorted(order)
+
+
+def test_records_do_not_command_the_terminal(capsys):
+    logs.start(0)
+    logging.getLogger("fd_large.x").warning("%s", "a\x1b]0;title\x07\x1b[31mred\x9b1m\nb\tc")
+    shown = capsys.readouterr().out
+    assert "a?]0;title??[31mred?1m\nb" in shown

@@ -313,3 +313,23 @@ def test_an_index_may_be_larger_than_a_configuration(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps("a" * (4 << 20)))
     assert len(read_json(path)) == 4 << 20
+
+
+@pytest.mark.parametrize("name", ["x" * 600, "x" * 600 + ".safetensors", "\ud800", "a\0b"])
+def test_an_index_may_name_no_file(tmp_path, name):
+    """No file system takes these names."""
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match="one of its files is missing") as error:
+        read(path)
+    assert len(str(error.value)) < 400 + len(str(path))
+
+
+def test_messages_have_an_end(tmp_path):
+    """However long the names in a file are."""
+    torch.save({f"{i}" + "x" * 400: 1 for i in range(9)}, tmp_path / "a.pth")
+    torch.save({"x" * 1_000_000: 1}, tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(WeightsError, match="not only dense tensors") as error:
+            read(tmp_path / name)
+        assert len(str(error.value)) < 1000

@@ -334,6 +334,81 @@ def test_pickles_that_ask_for_time_memory_or_code_are_refused(tmp_path, data, me
         read(tmp_path / "a.pth")
 
 
+def text(name):
+    return b"X" + struct.pack("<I", len(name)) + name.encode()
+
+
+# A tuple that holds two tuples that hold two tuples, on 26 levels.
+NESTED = b")" + b"2\x86" * 26
+
+
+@pytest.mark.parametrize("parts", [(NESTED, text("a")), (text("a"), NESTED)], ids=["first", "last"])
+def test_a_name_is_a_text(tmp_path, parts):
+    """Written out, this one would have hundreds of megabytes."""
+    archive(tmp_path / "a.pth", b"\x80\x04" + b"".join(parts) + b"\x93.")
+    with pytest.raises(WeightsError, match="a name that is no text"):
+        read(tmp_path / "a.pth")
+
+
+def test_the_name_of_a_storage_is_a_text(tmp_path):
+    header = (torch_files._MAGIC, 1001, {"little_endian": True}, {})
+    keys = b"\x80\x02]" + NESTED + b"a."
+    content = b"".join(pickle.dumps(part, 2) for part in header) + keys
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match="a storage without a name"):
+        read(tmp_path / "a.pth")
+
+
+def test_entries_that_are_copied_are_counted(tmp_path):
+    """A dictionary of a few entries, copied once for each few bytes."""
+    entries = b"\x80\x02}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(2000))
+    calls = b"uq\x010ccollections\nOrderedDict\nq\x020(" + b"h\x02h\x01\x85R" * 60 + b"l."
+    archive(tmp_path / "a.pth", entries + calls)
+    with pytest.raises(WeightsError, match="100,000 entries: copies"):
+        read(tmp_path / "a.pth")
+    archive(tmp_path / "a.pth", entries + calls.replace(b"h\x02h\x01\x85R" * 20, b""))
+    assert torch_files.load(tmp_path / "a.pth") == []
+
+
+def test_a_tensor_has_few_dimensions(tmp_path):
+    archive(tmp_path / "a.pth", tensor_pickle(0, (1,) * 64, (1,) * 64), more=DATA)
+    assert read(tmp_path / "a.pth").shape("a") == (1,) * 64
+    for size in ((1,) * 65, (1 << 62,) * 2000):
+        archive(tmp_path / "a.pth", tensor_pickle(0, size, (0,) * len(size)), more=DATA)
+        with pytest.raises(WeightsError, match="damaged, cut short") as error:
+            read(tmp_path / "a.pth")
+        assert len(str(error.value)) < 1000
+
+
+def test_a_module_that_is_held_often_is_counted_each_time(tmp_path):
+    """A child of 400 tensors under 400 names."""
+    module = b"c__torch__\nM\n)\x81%b}("
+    tensor = tensor_pickle(0, (4,), (1,)).removeprefix(b"\x80\x02")
+    # What is saved is {"a": tensor}; the tensor is what its call, the last one, gave.
+    call = tensor[tensor.index(b"ctorch") : tensor.rindex(b"R") + 1]
+    data = b"\x80\x02" + call + b"r\xe8\x03\x00\x000" + module % b"r\xe9\x03\x00\x00"
+    data += b"".join(text(f"a{i}") + b"j\xe8\x03\x00\x00" for i in range(400)) + b"ub0"
+    data += module % b"" + b"".join(text(f"c{i}") + b"j\xe9\x03\x00\x00" for i in range(400))
+    names = "".join(f'"a{i}", ' for i in range(400))
+    code = f"class M(Module):\n  __parameters__ = [{names}]\n  __buffers__ = []\n"
+    more = (("constants.pkl", b"\x80\x02)."), ("code/__torch__.py", code.encode()), *DATA)
+    archive(tmp_path / "a.pt", data + b"ub.", more=more)
+    with pytest.raises(WeightsError, match="modules without end"):
+        read(tmp_path / "a.pt")
+
+
+def test_views_of_a_file_of_before_share_their_storage(tmp_path):
+    """Wherever the storage begins: behind texts of these lengths, it is not always aligned."""
+    flat = torch.arange(60.0)
+    for length in range(4):
+        saved = {"model": {f"p{i}": flat[i : i + 2] for i in range(58)}, "z": "q" * length}
+        torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        found = torch_files.load(tmp_path / "a.pth")["model"]
+        same(found, saved["model"])
+        assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+        assert found["p0"].data_ptr() % 4 == 0
+
+
 def test_members_are_inflated_within_bounds_and_storages_are_not_inflated(tmp_path):
     path = tmp_path / "a.pth"
     archive(path, b"\x80\x02" + b"N0" * (20 << 20), compress=zipfile.ZIP_DEFLATED)
