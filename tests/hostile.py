@@ -272,8 +272,16 @@ def read_all(folder: Path) -> str:
     return "refused" if refusals else "read"
 
 
+def in_children(folders: list[Path]) -> list[str]:
+    """Reads in a child with limits, and in another what is left when it dies; how each ended."""
+    ends: list[str] = []
+    while len(ends) < len(folders):
+        ends += in_child(folders[len(ends) :])
+    return ends
+
+
 def in_child(folders: list[Path]) -> list[str]:
-    """Reads in a child with limits; returns how each ended."""
+    """Reads until all are read or the child is dead; returns how each ended, at least one."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -297,7 +305,7 @@ def in_child(folders: list[Path]) -> list[str]:
     status = os.waitstatus_to_exitcode(os.wait4(child, 0)[1])
     if len(ends) < len(folders):
         ends.append(f"ended by code {status} of the process")
-    return ends + ["read"] * (len(folders) - len(ends))
+    return ends
 
 
 @dataclass
@@ -323,12 +331,23 @@ def run(cases: int, scratch: Path, *, start: int = 0, keep: Path | None = None) 
     sound.mkdir()
     warnings.simplefilter("ignore")
     logging.disable()
-    write_sound(sound)
-    kinds = sorted(path.name for path in sound.iterdir())
-    ready = dict(zip(kinds, in_child([sound / kind for kind in kinds]), strict=True))
-    # Of these, the files alone do not tell the windows, and the archive is of no format.
-    expected = {kind: "refused" if kind in ("bare", "script") else "read" for kind in kinds}
-    assert ready == expected, ready
+    try:
+        write_sound(sound)
+        kinds = sorted(path.name for path in sound.iterdir())
+        ready = dict(zip(kinds, in_children([sound / kind for kind in kinds]), strict=True))
+        # Of these, the files alone do not tell the windows, and the archive is of no format.
+        expected = {kind: "refused" if kind in ("bare", "script") else "read" for kind in kinds}
+        assert ready == expected, ready
+        changed_and_read(outcome, kinds, cases, scratch, start, keep)
+    finally:
+        logging.disable(logging.NOTSET)
+    return outcome
+
+
+def changed_and_read(
+    outcome: Outcome, kinds: list[str], cases: int, scratch: Path, start: int, keep: Path | None
+) -> None:
+    """Notes in the outcome how files of these kinds end, changed."""
 
     @seed(start)
     @settings(
@@ -344,11 +363,11 @@ def run(cases: int, scratch: Path, *, start: int = 0, keep: Path | None = None) 
         folders = [scratch / f"case-{n}" for n in range(TOGETHER)]
         for kind, folder in zip(chosen, folders, strict=True):
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(sound / kind, folder)
+            shutil.copytree(scratch / "sound" / kind, folder)
             files = sorted(path for path in folder.iterdir() if path.name != "README.md")
             for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2)):
                 changed_safely(data.draw, path)
-        for kind, folder, end in zip(chosen, folders, in_child(folders), strict=True):
+        for kind, folder, end in zip(chosen, folders, in_children(folders), strict=True):
             if end not in ("read", "refused"):
                 outcome.findings.append(f"{kind}: {end}")
                 assert keep, outcome.findings[-1]
@@ -357,11 +376,7 @@ def run(cases: int, scratch: Path, *, start: int = 0, keep: Path | None = None) 
             outcome.ends[end] += 1
             outcome.by_kind.setdefault(kind, Counter())[end] += 1
 
-    try:
-        some()
-    finally:
-        logging.disable(logging.NOTSET)
-    return outcome
+    some()
 
 
 def changed_safely(draw, path: Path) -> None:

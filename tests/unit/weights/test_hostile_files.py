@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
+import hostile
 import pytest
 from hostile import run
 
@@ -11,3 +15,23 @@ def test_changed_files_are_read_or_refused(tmp_path):
     outcome = run(300, tmp_path)
     assert outcome.ends.keys() == {"read", "refused"}
     assert outcome.ends.total() == 300
+
+
+def test_files_behind_a_dead_child_are_read_by_another(tmp_path, monkeypatch):
+    def read_all(folder):
+        if folder.name in ("1", "2"):
+            os._exit(7)
+        return "refused"
+
+    monkeypatch.setattr(hostile, "read_all", read_all)
+    died = "ended by code 7 of the process"
+    ends = hostile.in_children([tmp_path / str(n) for n in range(4)])
+    assert ends == ["refused", died, died, "refused"]
+
+
+def test_logging_goes_on_after_sound_files_were_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, "write_sound", lambda folder: (folder / "own").mkdir())
+    monkeypatch.setattr(hostile, "read_all", lambda folder: "refused")
+    with pytest.raises(AssertionError, match="refused"):
+        run(10, tmp_path)
+    assert logging.root.manager.disable == logging.NOTSET
