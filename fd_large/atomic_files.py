@@ -77,6 +77,19 @@ def retried(action: Callable[[], T], what: object) -> T:
         ) from error
 
 
+def check_new(path: Path, *, where: str) -> None:
+    """Refuses a name at which something stands.
+
+    Raises: ConfigError: if it does.
+    """
+    if path.exists():
+        raise ConfigError(
+            f"{where}: {path}: something is there already; got a "
+            f"{'folder' if path.is_dir() else 'file'}, expected a new name. Move it, or name "
+            "another."
+        )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; at the end flushes that file and renames it."""

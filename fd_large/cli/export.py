@@ -14,11 +14,13 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from fd_large.atomic_files import check_new
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
 from fd_large.recipes.fields import require
 from fd_large.recipes.stored import read_recipe
 from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.weights.push import REPOSITORY
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class Export(AllowsCode):
             "small letters, digits, dots and dashes, such as apache-2.0",
         )
         require(
-            not self.base_model or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model)),
+            not self.base_model or bool(REPOSITORY.fullmatch(self.base_model)),
             "--base_model: no model on the Hub",
             self.base_model,
             "OWNER/NAME",
@@ -143,7 +145,7 @@ def export(
     architecture = exports.resized(student.architecture, image_size)
     into = exports.export_of(architecture, to, pads=size_rule == "pad")
     check_packages(to)
-    exports.check_new(Path(out))
+    check_new(Path(out), where="export")
     if repository:
         check_push(repository)
     shapes = parameter_shapes(architecture)

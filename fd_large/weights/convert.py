@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fd_large.atomic_files import check_new
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of
 from fd_large.backbones.statistics import Statistics
@@ -43,8 +44,8 @@ def write(
         out: A new folder for "fd"; a new .safetensors or .pth file for the others.
         statistics: Image statistics that the weights were trained with; None if unknown.
 
-    Raises: WeightsError: if there is no such format, the format lacks a part of the model, or
-        something stands at `out`.
+    Raises: WeightsError: if there is no such format, or it lacks a part of the model; ConfigError:
+        if something stands at `out`.
     """
     out = Path(out)
     if to not in FORMATS:
@@ -52,12 +53,7 @@ def write(
             f"weights convert: no such format; got {to!r}, {nearest(to, FORMATS)}. Use one of "
             "these."
         )
-    if out.exists():
-        raise WeightsError(
-            f"weights convert: {out}: something is there already; got a "
-            f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
-            "another."
-        )
+    check_new(out, where="weights convert")
     if to != "fd" and out.suffix not in (".safetensors", ".pth"):
         raise WeightsError(
             f"weights convert: {out}: unknown kind of file; got {out.suffix!r}, expected a name "

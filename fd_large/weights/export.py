@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fd_large import doors
-from fd_large.atomic_files import replacing, write_json
+from fd_large.atomic_files import check_new, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
@@ -29,9 +29,9 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
 from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.weights.origin import CARD
 from fd_large.weights.sidecar import own_config
 
-CARD = "README.md"
 NAME = "model.safetensors"
 INDEX = f"{NAME}.index.json"
 _BYTES = 4  # float32.
@@ -94,7 +94,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises: ConfigError: if something stands at `out`, or it cannot be written.
     """
-    check_new(out)
+    check_new(out, where="export")
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -108,19 +108,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def check_new(out: Path) -> None:
-    """Refuses a name at which something stands.
-
-    Raises: ConfigError: if it does.
-    """
-    if out.exists():
-        raise ConfigError(
-            f"export: {out}: something is there already; got a "
-            f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
-            "another."
-        )
 
 
 def export(

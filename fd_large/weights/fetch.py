@@ -14,6 +14,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from fd_large.atomic_files import check_new
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError
 from fd_large.weights.locate import HUB, OPEN_CLIP, first_line, locate
@@ -31,16 +32,11 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
         out: The folder.
 
     Returns: the names of its files, and the licence of the weights as their publisher states it.
-    Raises: WeightsError: if the source is none that is downloaded, or cannot be had, or something
-        stands at `out`.
+    Raises: WeightsError: if the source is none that is downloaded, or cannot be had; ConfigError:
+        if something stands at `out`.
     """
     write, out = _writer(source), Path(out)
-    if out.exists():
-        raise WeightsError(
-            f"{WHERE}: {out}: something is there already; got a "
-            f"{'folder' if out.is_dir() else 'file'}, expected a new name. Move it, or name "
-            "another."
-        )
+    check_new(out, where=WHERE)
     # An interrupted call is taken up again; files of another source must not get into this folder.
     aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
     try:

@@ -27,9 +27,10 @@ from fd_large.errors import ConfigError
 from fd_large.kernels import choose
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
-from fd_large.weights.export import CARD, new_folder
+from fd_large.weights.export import new_folder
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.load import fill
+from fd_large.weights.origin import CARD
 from fd_large.weights.sidecar import own_config
 
 INPUT, OUTPUT = "images", "tokens"

@@ -12,6 +12,7 @@ from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
 from fd_large.errors import WeightsError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
+from fd_large.weights.push import REPOSITORY
 from fd_large.weights.read import read_json
 
 CARD = "README.md"
@@ -20,7 +21,6 @@ _SCHEMES = (
     *(PACKAGE, HUB, OPEN_CLIP, "random", "builtin:"),
     *(family.architecture.prefix for family in FAMILIES.values() if family.architecture.prefix),
 )
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # A card's metadata stands on its top; some cards are books.
 _HEAD_BYTES = 1 << 16
 
@@ -62,7 +62,7 @@ def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) 
     if brought := family_of_source(source):
         family, rest = brought
         facts = family.facts_of(family.architecture.named(rest))
-        repository = facts.origin if facts and _REPOSITORY.fullmatch(facts.origin) else ""
+        repository = facts.origin if facts and REPOSITORY.fullmatch(facts.origin) else ""
         return Origin((facts.licence if facts else "") or UNKNOWN, repository)
     path = Path(source.partition("#")[0])
     folder = path if path.is_dir() else path.parent

@@ -11,7 +11,8 @@ from typing import Any
 
 from fd_large.errors import ConfigError, WeightsError
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+"""OWNER/NAME, as the Hugging Face Hub names repositories."""
 
 
 def check_push(repository: str) -> None:
@@ -23,7 +24,7 @@ def check_push(repository: str) -> None:
     Raises: ConfigError: if it is no such name, or a repository is there; WeightsError: without a
         token that is known there, or without a network.
     """
-    if not _REPOSITORY.fullmatch(repository):
+    if not REPOSITORY.fullmatch(repository):
         raise ConfigError(
             f"--push: no name of a repository; got {repository!r}, expected OWNER/NAME, such as "
             "my-group/swinv2-giant. Name one that is not there yet."

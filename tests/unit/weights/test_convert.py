@@ -10,7 +10,7 @@ from loading import (
 )
 
 from fd_large.backbones.statistics import OPENAI_CLIP
-from fd_large.errors import WeightsError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.architectures import resolve
 from fd_large.weights.convert import write
 from fd_large.weights.inspection import inspect
@@ -41,11 +41,12 @@ def test_nothing_is_overwritten_or_guessed(tmp_path):
     net, architecture = made("swinv2_huge"), resolve("swinv2_huge", TINY["swinv2_huge"])
     (tmp_path / "there.pth").touch()
     for to, out, words in (
-        ("fd", "there.pth", "something is there already; got a file"),
         ("official", "net", "unknown kind of file"),
         ("timm", "net.pth", "no norms on the main path"),
         ("onnx", "net.pth", "no such format"),
     ):
         with pytest.raises(WeightsError, match=words):
             write(net.state_dict().items(), architecture, to, tmp_path / out)
+    with pytest.raises(ConfigError, match="something is there already; got a file"):
+        write(net.state_dict().items(), architecture, "fd", tmp_path / "there.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.pth"]

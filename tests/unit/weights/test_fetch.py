@@ -13,7 +13,7 @@ from loading import IMAGES, close, loaded, scattered
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from fd_large.errors import WeightsError
+from fd_large.errors import ConfigError, WeightsError
 from fd_large.weights.fetch import fetch
 
 CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
@@ -150,5 +150,5 @@ def test_what_is_no_download_is_refused(source, tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    with pytest.raises(WeightsError, match="something is there"):
+    with pytest.raises(ConfigError, match="something is there"):
         fetch("hf:someone/vit", tmp_path)
