@@ -179,6 +179,27 @@ def test_sizes_that_are_no_multiple_of_the_stride_are_refused():
         build("efficientnet_lite0").grid(100, 128)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("swin_tiny_patch4_window7_224", 224),
+        ("swinv2_cr_tiny_224", 224),
+        ("swinv2_tiny_window8_256", 256),
+        ("beit_base_patch16_224", 224),
+        ("eva02_tiny_patch14_224", 224),
+    ],
+)
+def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
+    net = TimmBackbone(name).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        exact = net(images).tokens
+        to_bfloat16(net)
+        rounded = net(images.bfloat16()).tokens
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+
+
 # One model of each of timm's families that teaches. In every suite: those with buffers that meet
 # the weights, with rotary or other tables of positions, and with norms of their own.
 TABLES = """
