@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from importlib.metadata import requires
 
 import pytest
@@ -23,6 +24,12 @@ def extra_names() -> set[str]:
     listed = [r for r in requires("fd_large") or [] if re.search(r"extra == .test.", r)]
     names = {re.split(r"[^A-Za-z0-9_.-]", requirement)[0] for requirement in listed}
     return names | {IMPORT_NAMES[name] for name in names & IMPORT_NAMES.keys()}
+
+
+def pytest_configure() -> None:
+    """Lets signals through that a shell's `&` or nohup ignores: ranks would ignore them as well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -124,11 +124,13 @@ def gradients_are_there(task: Task) -> None:
         assert parameter.grad.dtype == parameter.dtype == torch.bfloat16, name
 
 
-def distilling(name: str, **changes: str) -> Task:
+def distilling(name: str, **changes: object) -> Task:
     """A tiny distillation of a student, as a run on this machine builds it."""
     run = tiny_runs.tiny_run()
     student = replace(run.student, model=name, architecture=STUDENTS[name], drop_path_rate=0.3)
-    objective = replace(run.objective, interpolation="bilinear", **changes)
+    # Numbers, as in a recipe that is settled: what is automatic is found before models are built.
+    how = {"interpolation": "bilinear", "teacher_image_size": 0, **changes}
+    objective = replace(run.objective, **how)
     job = DistillationJob(replace(run, student=student, objective=objective))
     job.build(bfloat16=True, node_size=1, persistence_threshold=0)
     return engine_ready(job.make_task)
