@@ -18,13 +18,20 @@ import torch
 from fd_large.checkpoint.lease import Lease
 from fd_large.engine.job import JobOf
 from fd_large.engine.run import open_stored
-from fd_large.engine.zero.start import deepspeed
+from fd_large.engine.zero import private_names
 from fd_large.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 # torch.load refuses to work where both are set.
 _FORCED, _FORBIDDEN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+# What DeepSpeed's files hold beside tensors and plain values.
+_IN_CHECKPOINTS = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+)
 
 UPDATES, STEPS = "fd_updates", "fd_optimizer_steps"
 """Keys of DeepSpeed's client state: finished steps, and those of them that were not skipped."""
@@ -57,8 +64,7 @@ def export_checkpoint(run_dir: str, out: str, job_of: JobOf, *, deepspeed_config
 @contextmanager
 def _without_code() -> Iterator[None]:
     """Makes every torch.load a restricted one; DeepSpeed asks for the one that runs code."""
-    scalers, runtime = deepspeed.runtime.fp16.loss_scaler, deepspeed.runtime
-    own = [scalers.LossScaler, scalers.DynamicLossScaler, runtime.zero.config.ZeroStageEnum]
+    own = [private_names.get(path) for path in _IN_CHECKPOINTS]
     before = {name: os.environ.pop(name, None) for name in (_FORCED, _FORBIDDEN)}
     os.environ[_FORCED] = "1"
     try:

@@ -90,6 +90,10 @@ NAMES = {
     "deepspeed.ops.op_builder:CPUAdamBuilder": PRESENT,
     "deepspeed.ops.op_builder:AsyncIOBuilder": PRESENT,
     "deepspeed.ops.op_builder:QuantizerBuilder": PRESENT,
+    # Classes that its checkpoints hold.
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler": PRESENT,
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler": PRESENT,
+    "deepspeed.runtime.zero.config:ZeroStageEnum": PRESENT,
     # Of torch 2.13 and later.
     "torch:compile": "(isolate_recompiles)",
     # The inner optimiser's own step, which the gate replaces.
