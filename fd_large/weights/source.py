@@ -403,7 +403,8 @@ class Sources:
         stated = filled(
             described(published, located.library, located.config, where), beside.architecture
         )
-        explained = beside.own or bool(set_fields(stated))
+        # The size of its images says nothing of how a model computes.
+        explained = beside.own or bool(set_fields(stated).keys() - {"image_size"})
         statistics = located.statistics or beside.statistics
         if not beside.own:  # Names that are ours alone say nothing of who trained the weights.
             stated, statistics = filled(stated, line.facts), statistics or line.statistics

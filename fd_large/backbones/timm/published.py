@@ -36,6 +36,11 @@ from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
 from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 
+# What open_clip's files hold beside an image tower that is timm's.
+_BESIDE_TRUNK = (
+    *("visual.head.", "text.", "text_projection", "transformer.", "token_embedding."),
+    *("positional_embedding", "ln_final.", "logit_scale", "logit_bias"),
+)
 _NOT_WEIGHTS = ("num_batches_tracked", *RECOMPUTED)
 
 
@@ -308,9 +313,15 @@ def _layer_scale(name: str, expected: Shapes) -> str:
 def _without_prefix(names: list[str]) -> dict[str, str]:
     """{timm's: the file's} of our own files: `net.` in checkpoints, `encoder.` in exports to fd.
 
-    transformers writes `timm_model.` before timm's names.
+    transformers writes `timm_model.` before timm's names, open_clip `visual.trunk.` in files that
+    hold a text tower too.
     """
-    for prefix, beside in (("net.", ()), ("encoder.", ("decoder.",)), ("timm_model.", ())):
+    for prefix, beside in (
+        ("net.", ()),
+        ("encoder.", ("decoder.",)),
+        ("timm_model.", ()),
+        ("visual.trunk.", _BESIDE_TRUNK),
+    ):
         ours = [name for name in names if name.startswith(prefix)]
         if ours and all(name.startswith((prefix, *beside)) for name in names):
             return {name.removeprefix(prefix): name for name in ours}

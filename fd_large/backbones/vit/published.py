@@ -36,6 +36,7 @@ from fd_large.backbones.translation import (
     projection,
     replaced,
 )
+from fd_large.errors import WeightsError
 from fd_large.recipes.architectures import Architecture
 
 _CLIP_PARTS = (
@@ -429,6 +430,13 @@ def _hugging_face(config: dict[str, Any], where: str) -> Architecture | None:
 def _open_clip(config: dict[str, Any], where: str) -> Architecture:
     """Reads a model configuration of open_clip."""
     vision = config.get("vision_cfg", {})
+    options = [name for name in ("act_kwargs", "norm_kwargs") if vision.get(name)]
+    if options:
+        raise WeightsError(
+            f"{where}: options of layers that no model here has; got {', '.join(options)} of "
+            "vision_cfg in its configuration, expected none. Give it as a function of your own, "
+            "--teacher.source module:FILE.py:NAME, that builds it with open_clip."
+        )
     width = vision.get("width")
     return Architecture(
         num_heads=(width // vision.get("head_width", _CLIP_HEAD_WIDTH),) if width else None,

@@ -355,6 +355,16 @@ def test_layer_scales_by_the_name_of_deit_iii():
     }
 
 
+def test_names_of_timms_models_in_open_clip():
+    architecture = resolve("timm:resnet10t", Architecture(feature_stride=8))
+    with torch.device("meta"):
+        state = timm.create_model("resnet10t").state_dict()
+    file = {f"visual.trunk.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+    beside = {"logit_scale": (), "text.ln_final.weight": (8,), "visual.head.proj.weight": (8, 8)}
+    found = timm_published.matched(architecture, file | beside, "test")
+    assert found.pieces.keys() == found.shapes.keys()
+
+
 def test_names_of_timms_models_in_transformers():
     architecture = resolve("timm:resnet10t", Architecture(feature_stride=8))
     with torch.device("meta"):

@@ -326,6 +326,29 @@ def test_open_clip_folder_of_the_hub(open_clip, tmp_path):
     close(net(IMAGES).tokens, clip_tokens(model.visual))
 
 
+@pytest.mark.parametrize("options", [{"norm_kwargs": {"eps": 1e-3}}, {"act_kwargs": {"a": 1}}])
+def test_options_of_open_clips_layers_are_not_passed_over(options, open_clip, tmp_path):
+    save_file(tiny_clip(open_clip).state_dict(), tmp_path / "open_clip_model.safetensors")
+    vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, **options}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=f"no model here has; got {next(iter(options))}"):
+        loaded(tmp_path)
+
+
+def test_an_open_clip_tower_that_is_another_model_of_timms_is_sent_there(tmp_path):
+    theirs = timm.create_model(
+        "vit_base_patch16_siglip_224", img_size=32, depth=1, embed_dim=24, num_heads=2
+    )
+    state = {f"visual.trunk.{n}": t for n, t in theirs.state_dict().items()}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    vision = {"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 32}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"of another kind.*attention pool.*timm:NAME"):
+        loaded(tmp_path)
+
+
 def test_open_clip_folder_with_a_tower_of_timm(tmp_path):
     """What timm knows of the tower, not what open_clip's own towers have."""
     name = "vit_tiny_patch16_224"
