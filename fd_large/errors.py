@@ -93,6 +93,11 @@ class LostRankError(FDError):
     exit_code = Exit.LOST
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text; the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_all(*checks: Callable[[], Any]) -> list[Any]:
     """Makes every check, and raises one error that tells all the mistakes that they found.
 

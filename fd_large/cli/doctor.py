@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fd_large.cli.arguments import parse
-from fd_large.cli.doctor_checks import SEVERITY, Finding, check_node, look, reason
+from fd_large.cli.doctor_checks import SEVERITY, Finding, check_node, look
 from fd_large.cli.output import tables
-from fd_large.errors import LaunchError
+from fd_large.errors import LaunchError, first_line
 from fd_large.launch import Launch, find_launch, find_rank
 from fd_large.runtime import terminal
 
@@ -150,7 +150,7 @@ def _meet(launch: Launch) -> Finding:
         text, _, remedy = str(error).removeprefix("launch: ").partition(" Choose ")
         return Finding(text, "STOPS", f"Choose {remedy}")
     except Exception as error:
-        return Finding(reason(error), "STOPS", "Look at interfaces and variables below.")
+        return Finding(first_line(error), "STOPS", "Look at interfaces and variables below.")
     return look(lambda: _sum(seconds))
 
 

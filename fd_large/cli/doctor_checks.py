@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fd_large.errors import first_line
+
 Verdict = Literal["ok", "-", "slow", "low", "missing", "check", "STOPS"]
 
 # 2: training cannot start. "-" means that there is nothing to judge.
@@ -53,12 +55,7 @@ def look(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except Exception as error:
-        return Finding(f"cannot look: {reason(error)}", "-")
-
-
-def reason(error: Exception) -> str:
-    """Returns the first line of an error's text."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+        return Finding(f"cannot look: {first_line(error)}", "-")
 
 
 def check_node(run_dir: str, local_disk: str, world_size: int = 1) -> dict[str, Finding]:
@@ -152,7 +149,7 @@ def deepspeed_ops() -> Finding:
     try:
         from fd_large.engine.zero.compiled_ops import ops
     except Exception as error:
-        return Finding(f"cannot be imported: {reason(error)}", "STOPS", "Install it again.")
+        return Finding(f"cannot be imported: {first_line(error)}", "STOPS", "Install it again.")
     found = ops()
     states: dict[str, list[str]] = {}
     for op in found:
@@ -220,7 +217,7 @@ def devices() -> Finding:
         try:
             float(torch.ones(8, device=f"cuda:{index}").sum())
         except RuntimeError as error:
-            said = f"GPU {index} does not compute: {reason(error)}"
+            said = f"GPU {index} does not compute: {first_line(error)}"
             return Finding(said, "STOPS", "Have the node looked at, or leave it out.")
         facts = torch.cuda.get_device_properties(index)
         names.append(f"{facts.name} ({facts.total_memory / 2**30:.0f} GiB)")

@@ -131,10 +131,10 @@ def export(
     from fd_large.backbones.registry import parameter_shapes
     from fd_large.checkpoint import stream
     from fd_large.engine.checkpoint_models import student_tensors
-    from fd_large.engine.model_card import ExportedStudent
     from fd_large.tasks.jobs import job_of
     from fd_large.weights import export as exports
     from fd_large.weights.graph_export import check_packages, export_graph
+    from fd_large.weights.model_card import ExportedStudent
     from fd_large.weights.push import check_push
 
     folder, size = Path(run), exports.parse_size(shard_size)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fd_large import distributed, failures
 from fd_large.checkpoint.lease import Lease
-from fd_large.errors import Exit
+from fd_large.errors import Exit, first_line
 from fd_large.runtime.hooks import FAILED, INTERRUPTED, Hook
 from fd_large.runtime.run_folder import summary_of, write_status
 
@@ -25,7 +25,7 @@ def end_by(error: BaseException, lease: Lease, watching: Sequence[Hook]) -> None
     status, code = FAILED, getattr(error, "exit_code", Exit.LOST)
     if isinstance(error, KeyboardInterrupt):
         status, code = INTERRUPTED, Exit.INTERRUPTED
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    reason = first_line(error)
     first = not distributed.peer_is_gone(error)
     if first:
         # The other ranks at once, which wait: a hook, a file may be slow.

@@ -24,7 +24,6 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
-from fd_large.engine.model_card import LOSSES, ExportedStudent, Learned, card
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
@@ -34,6 +33,7 @@ from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
 from fd_large.weights.libraries import To
+from fd_large.weights.model_card import LOSSES, ExportedStudent, Learned, card
 from fd_large.weights.settle import settle_student
 from fd_large.weights.source import Sources
 

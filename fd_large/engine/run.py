@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -370,17 +369,12 @@ def _settle(job: Job, weights: Sources, deepspeed_config: str) -> Run:
 
     Raises: FDError: telling the mistakes in what does not depend on weights, too.
     """
-    refused: list[FDError] = []
     try:
         return job.settle(weights)
-    except FDError as error:
-        refused.append(error)
-    check_all(partial(_again, *refused), lambda: ds.load(deepspeed_config), job.open_samples)
-    raise AssertionError
-
-
-def _again(error: FDError) -> NoReturn:
-    raise error
+    except FDError:
+        # Once more, beside what it hides.
+        check_all(lambda: job.settle(weights), lambda: ds.load(deepspeed_config), job.open_samples)
+        raise
 
 
 def _check(

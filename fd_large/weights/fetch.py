@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from fd_large.atomic_files import check_new
 from fd_large.backbones.registry import family_of_source
-from fd_large.errors import WeightsError
-from fd_large.weights.locate import HUB, OPEN_CLIP, first_line, locate
+from fd_large.errors import WeightsError, first_line
+from fd_large.weights.locate import HUB, OPEN_CLIP, locate
 from fd_large.weights.origin import CARD, UNKNOWN, licence_of_card
 
 WHERE = "weights fetch"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fd_large.backbones.download import downloaded
 from fd_large.backbones.registry import family_of_source
 from fd_large.backbones.statistics import Statistics
-from fd_large.errors import WeightsError, nearest
+from fd_large.errors import WeightsError, first_line, nearest
 from fd_large.weights.read import Tensors
 
 HUB, OPEN_CLIP, PACKAGE = "hf:", "open_clip:", "package:"
@@ -142,8 +142,3 @@ def _from_open_clip(name: str, where: str) -> Located:
         statistics = Statistics(tuple(pretrained["mean"]), tuple(pretrained["std"]))
     described_by = {**config, "quick_gelu": quick}
     return Located(Path(path), None, "open_clip", described_by, statistics)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of a library's error, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

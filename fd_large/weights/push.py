@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fd_large.errors import ConfigError, WeightsError
+from fd_large.errors import ConfigError, WeightsError, first_line
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 """OWNER/NAME, as the Hugging Face Hub names repositories."""
@@ -86,7 +86,7 @@ def _explained(repository: str, remedy: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # Its errors of the network depend on its version.
         status = getattr(getattr(error, "response", None), "status_code", None)
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        said = first_line(error).rstrip(".")
         if status == 409:
             raise _there(repository, remedy) from error
         if status in (401, 403):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fd_large.errors import WeightsError
+from fd_large.errors import WeightsError, first_line
 from fd_large.weights import torch_files
 from fd_large.weights.libraries import LIBRARIES
 
@@ -359,7 +359,7 @@ _DAMAGES = (
 
 
 def _damaged(path: Path, error: Exception, where: str) -> WeightsError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON_SHOWN]
+    reason = first_line(error)[:_REASON_SHOWN]
     return WeightsError(
         f"{where}: {path}: damaged, cut short, or not a weights file; got {path.stat().st_size} "
         f"bytes ({reason}), expected safetensors or a torch file. Fetch the file again."

@@ -17,7 +17,7 @@ from fd_large.backbones.family import Family
 from fd_large.backbones.published import Published
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
-from fd_large.errors import ConfigError, WeightsError
+from fd_large.errors import ConfigError, WeightsError, first_line
 from fd_large.recipes.architectures import Architecture, field_names, set_fields, whole
 from fd_large.recipes.family import MOST_BLOCKS, FamilyArchitecture
 from fd_large.weights.read import read_json
@@ -283,9 +283,8 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
     try:
         return _made_by_timm(config["architecture"], text)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{where}: config.json: timm cannot make this model; got {first_line} for "
+            f"{where}: config.json: timm cannot make this model; got {first_line(error)} for "
             f"{_called(config)} with {text[:200]}, expected a folder as timm writes it. Fetch it "
             "again."
         ) from error

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fd_large.backbones.random_draws import Draws
 from fd_large.backbones.timm.models import create, cut, map_of, sized
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, first_line
 
 _BATCH_SIZE = 2
 # Finds the blocks of a model that is trained without drop path.
@@ -144,7 +144,7 @@ def _run(net: Any, name: str, stride: int, image_size: int) -> _DropPaths:
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"student.model: {name} does not take images of this size; got {side}x{side} pixels "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}), expected a size that it "
+            f"({first_line(error)}), expected a size that it "
             "takes. Set --data.image_size."
         ) from error
     if draws.seen:

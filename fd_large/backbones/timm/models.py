@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fd_large.errors import ConfigError, ShapeError, VersionError
+from fd_large.errors import ConfigError, ShapeError, VersionError, first_line
 
 OLDEST = "1.0.31"
 """The only release that was seen not to run code that a model's configuration names."""
@@ -231,7 +231,7 @@ def _watched(
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ShapeError(
             f"{_WHERE}: {name} does not take images of this size; got {side}x{side} pixels "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}), expected a size that it "
+            f"({first_line(error)}), expected a size that it "
             "takes. Set --data.image_size, or of a teacher --teacher.architecture.image_size."
         ) from error
     unused: list[str] = []

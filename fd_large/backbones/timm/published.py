@@ -33,7 +33,7 @@ from fd_large.backbones.timm.models import (
 )
 from fd_large.backbones.timm.timm_backbone import build
 from fd_large.backbones.translation import RECOMPUTED, Piece, Shape, Shapes
-from fd_large.errors import WeightsError
+from fd_large.errors import WeightsError, first_line
 from fd_large.recipes.architectures import Architecture
 
 # What open_clip's files hold beside an image tower that is timm's.
@@ -263,11 +263,10 @@ def _load(name: str, where: str) -> Loaded:
     try:
         return Loaded(timm.create_model(name, pretrained=True), _statistics(name))
     except (OSError, RuntimeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{where}: timm cannot get the weights; got {first_line} for timm:{name}, expected "
-            "them in its cache or within reach. Fetch the file elsewhere, and give its path, and "
-            f"--teacher.model timm:{name}."
+            f"{where}: timm cannot get the weights; got {first_line(error)} for timm:{name}, "
+            "expected them in its cache or within reach. Fetch the file elsewhere, and give its "
+            f"path, and --teacher.model timm:{name}."
         ) from error
 
 

@@ -20,7 +20,7 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.token_positions import TokenPositions, image_positions
 from fd_large.backbones.transformers.architecture import TransformersArchitecture
 from fd_large.backbones.transformers.kinds import kind_of, library
-from fd_large.errors import ConfigError, ShapeError, WeightsError
+from fd_large.errors import ConfigError, ShapeError, WeightsError, first_line
 
 # DINOv3's ConvNeXt does not state it.
 _CONVNEXT_PATCH = 4
@@ -54,10 +54,9 @@ class TransformersBackbone(nn.Module):
             net = getattr(package, kind.model)(settings, **kind.arguments)
             self.width, self.stride = _width(settings), _stride(settings)
         except Exception as error:  # transformers' checks raise errors of many kinds.
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise WeightsError(
                 f"{_WHERE}: transformers {package.__version__} cannot build this model; got "
-                f"{type(error).__name__} {first_line[:200]} for {self.name}, expected the "
+                f"{type(error).__name__} {first_line(error)[:200]} for {self.name}, expected the "
                 "configuration of a published one. Fetch the folder's config.json again."
             ) from error
         self.num_prefix_tokens = kind.class_tokens + getattr(settings, "num_register_tokens", 0)

@@ -22,6 +22,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
 
+_LINEAR = torch.nn.functional.linear
+
 
 def start() -> None:
     """Gives DeepSpeed the process group that `distributed.start()` made.
@@ -47,6 +49,8 @@ def forget_engines() -> None:
     DeepSpeed holds every engine through a module stack and an lru_cache in a closure of its
     parameter coordinator. The hpZ group is global to the process, and the next engine would use it
     whatever its own configuration; its communicator holds memory of the GPU until it is destroyed.
+    torch's linear function is replaced for good by a slower one that keeps other tensors, and what
+    is counted later in this process would be counted with it; `zero.Init` replaces it when needed.
     """
     get = private_names.get
     get("deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK").clear()
@@ -60,3 +64,4 @@ def forget_engines() -> None:
     if (hpz := get("deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP")) is not None:
         deepspeed.comm.destroy_process_group(hpz)
     private_names.replace(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)
+    torch.nn.functional.linear = _LINEAR

@@ -20,7 +20,6 @@ from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, trained_at
-from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
@@ -35,6 +34,7 @@ from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_o
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.stored import detector, predict_images, score_stored
 from fd_large.tasks.detection.task import Detection
+from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,6 @@ from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import FrozenPart, Job
-from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import CheckpointError, FDError, ShapeError, check_all
@@ -50,6 +49,7 @@ from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser,
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
+from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import origin_of
 from fd_large.weights.settle import settle_model
 from fd_large.weights.source import Sources

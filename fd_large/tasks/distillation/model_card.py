@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fd_large.engine.model_card import LOSSES, Learned
+from fd_large.weights.model_card import LOSSES, Learned
 from fd_large.weights.origin import Origin, is_random, without_folders
 
 _RANDOM = "**random weights**: a test or a throughput run, nothing was learned from it"

@@ -23,7 +23,6 @@ from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
-from fd_large.engine.model_card import Learned
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run
@@ -31,6 +30,7 @@ from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.tasks.finetuning.named_model import named_student, recipe_name
 from fd_large.tasks.finetuning.task import DISCARDED, HEAD, FineTuning, counted
 from fd_large.tasks.finetuning.views import TrainingBatches
+from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 from fd_large.weights.source import Sources
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import deepspeed
 import pytest
+import torch
 
 from fd_large.engine.zero import private_names, start
 
@@ -18,3 +19,13 @@ def test_the_group_of_a_node_is_destroyed_with_its_engine(monkeypatch: pytest.Mo
     assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None
     start.forget_engines()
     assert destroyed == [node]
+
+
+def test_torchs_linear_function_comes_back(one_rank: None) -> None:
+    own = torch.nn.functional.linear
+    for _ in range(2):
+        with deepspeed.zero.Init(dtype=torch.float32):
+            torch.nn.Linear(2, 2)
+        assert torch.nn.functional.linear is not own
+        start.forget_engines()
+        assert torch.nn.functional.linear is own

@@ -219,20 +219,22 @@ def _images(side: int, statistics: Statistics) -> str:
 
 # --- how it is used: code that runs as it stands, but for the names in capitals ---
 
-_TIMM = """
+_TIMM_FORWARD = """\
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open("IMAGE.jpg").convert("RGB")
+with torch.inference_mode():
+    tokens = model.forward_features(transform(image)[None])"""
+_TIMM = f"""
 import timm
 import torch
 from PIL import Image
 
-{folder}
-model = timm.create_model(f"local-dir:{{folder}}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open("IMAGE.jpg").convert("RGB")
-with torch.inference_mode():
-    tokens = model.forward_features(transform(image)[None])
+{{folder}}
+model = timm.create_model(f"local-dir:{{{{folder}}}}", pretrained=True).eval()
+{_TIMM_FORWARD}
 """
 # timm itself reads single files only.
-_TIMM_SHARDED = """
+_TIMM_SHARDED = f"""
 from pathlib import Path
 
 import timm
@@ -240,14 +242,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-{folder}
-model = timm.create_model(f"local-dir:{{folder}}").eval()
+{{folder}}
+model = timm.create_model(f"local-dir:{{{{folder}}}}").eval()
 files = Path(folder).glob("*.safetensors")
-model.load_state_dict({{name: t for file in files for name, t in load_file(file).items()}})
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open("IMAGE.jpg").convert("RGB")
-with torch.inference_mode():
-    tokens = model.forward_features(transform(image)[None])
+model.load_state_dict({{{{name: t for file in files for name, t in load_file(file).items()}}}})
+{_TIMM_FORWARD}
 """
 _HUGGING_FACE = """
 import torch

@@ -25,6 +25,12 @@ def exported(tmp_path):
     return make
 
 
+def rows(card):
+    """The rows of the card's tables, {what: text}."""
+    lines = (line.strip("| ").split(" | ", 1) for line in card.splitlines() if "| " in line)
+    return {cells[0]: cells[1] for cells in lines if len(cells) == 2}
+
+
 def test_where_it_comes_from_and_how_good_it_is(exported):
     _, card = exported("swinv2 of two stages", "timm", source="/somewhere/else/clip.pt")
     assert "somewhere" not in card
@@ -60,8 +66,7 @@ def test_the_names_are_those_of_one_class(exported, what, names):
 
 def test_a_teacher_was_random(exported):
     _, card = exported("plain vit", "fd")
-    assert "random weights" in card
-    assert "| the teacher's weights | random weights, which have none |" in card
+    assert rows(card)["the teacher's weights"].startswith("random weights")
 
 
 def test_licences_and_the_base_model(exported):
@@ -69,9 +74,10 @@ def test_licences_and_the_base_model(exported):
     _, card = exported("plain vit", "fd", source="/somewhere/clip.pt")
     assert "\nlicense: unknown\n" in card
     assert "base_model" not in card
-    assert "| this model | unknown: whoever exported it did not say" in card
-    told = "MIT if they are those of github.com/openai/CLIP, else unknown"
-    assert f"| the teacher's weights | {told} |" in card
+    assert rows(card)["this model"].startswith("unknown")
+    teacher = rows(card)["the teacher's weights"]
+    # Known of the published file, and this may be another.
+    assert all(word in teacher for word in ("MIT", "openai/CLIP", "unknown"))
 
 
 def test_licence_and_base_model_as_the_user_says(exported):
