@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from fd_large.data.custom import is_custom, open_custom
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # Where a dataset's parts lie under its root.
 SPLITS = {"train": ("train",), "val": ("val", "test")}
@@ -49,6 +52,21 @@ class LabelledImages:
     def label(self, index: int) -> int:
         """The class of image `index`."""
         return int(self.labels[index])
+
+
+def training_part(root: str, *, where: str = "data.root") -> str:
+    """Returns the folder to learn from: `train/` where a root has that beside what is tested.
+
+    Args:
+        root: As `open_images` takes it.
+        where: The field that names it, for the log.
+    """
+    train = os.path.join(root, *SPLITS["train"])
+    tested = [f"{name}/" for name in SPLITS["val"] if os.path.isdir(os.path.join(root, name))]
+    if not (tested and os.path.isdir(train)):
+        return root
+    log.info("%s: %s; %s beside it stays out of training", where, train, " and ".join(tested))
+    return train
 
 
 def open_labelled(

@@ -6,10 +6,10 @@ Common to all six: 224 px; AdamW with betas .9/.999 and weight decay .05; gradie
 norm of 5.0; the learning rates that warm-up starts and the cosine ends at are equal; 100 epochs
 with a warm-up of 20 (50 with 5 for the large model); RandAugment m9-mstd0.5-inc1, erasing .25,
 mixup .8, CutMix 1.0 (switched at .5), smoothing .1; tests on the middle crop of 256/224 of the
-size, bicubic. 128 images per GPU; the number of GPUs is not published: 16, as in pre-training, are
-assumed. One position table per block, copied from the one that distillation shared. The official
-code normalises CLIP's students by ImageNet's statistics in training and by CLIP's in tests; here
-both are those that the weights were trained with.
+size, bicubic. 128 images on each of 16 GPUs (README, and finetune/*esvit*.yaml). One position table
+per block, copied from the one that distillation shared. The official code normalises CLIP's
+students by ImageNet's statistics in training and by CLIP's in tests; here both are those that the
+weights were trained with.
 
 `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from random
 weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.

@@ -23,7 +23,7 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
-from fd_large.data.labelled import LabelledImages, open_split
+from fd_large.data.labelled import LabelledImages, open_split, training_part
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
@@ -138,6 +138,13 @@ class DistillationJob(Job):
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of teacher and student."""
         return {"teacher.source": self.run.teacher.source, **super().sources()}
+
+    def open_samples(self) -> ImageSource:
+        """Opens the images of `data.root`, or of its train/ where it has val/ or test/ beside it.
+
+        A dataset's folder is often named whole, and what is tested must not be learnt from.
+        """
+        return open_images(training_part(self.run.data.root))
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the sizes of the tensors of student, projection and teacher; checks the grids.

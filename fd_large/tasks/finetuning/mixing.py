@@ -1,9 +1,10 @@
-"""Mixup and CutMix of a global batch, from numbers drawn by the caller.
+"""Mixup and CutMix of the groups of a global batch, from numbers drawn by the caller.
 
-timm's `batch` mode: one choice between the two, one share and one box for all images of a batch.
-The batch here is the global one, and neighbours in it are partners: timm takes the batch of a GPU
-backwards, so that the number of GPUs decides who meets whom. The order of an epoch is random, so
-either pairing is a random one; of this one a rank seldom has to load more than its own images.
+timm's `batch` mode: one choice between the two, one share and one box for all images of a group. In
+the official training a group is the batch of a GPU, 128 images; here it is 128 positions of the
+epoch's order, whatever the number of GPUs. Neighbours in it are partners: timm takes the batch of a
+GPU backwards. The order of an epoch is random, so either pairing is a random one; of this one a
+rank seldom has to load more than its own images.
 
 Sources: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899; timm/data/mixup.py
 (Apache-2.0).
@@ -24,10 +25,12 @@ from fd_large.data.random_numbers import uniforms
 # that recipes may have, one in six is accepted: all 128 fail once in 1e10 batches.
 SHARE_TRIES = 128
 MAX_ALPHA = 2.0
+GROUP = 128
+"""Images that are mixed alike: the batch of a GPU in finetune/*.yaml of Feature-Distillation."""
 
 
 class Mix(NamedTuple):
-    """What becomes of every image of a batch.
+    """What becomes of every image of a group.
 
     Attributes:
         share: The part of pixels and labels that stays the image's own; the partner has the rest.
@@ -40,6 +43,16 @@ class Mix(NamedTuple):
 
 
 UNMIXED = Mix(1.0, None)
+
+
+def group_starts(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
+    """The position at which the group of each position begins.
+
+    Args:
+        positions: (B,), in the epoch's order.
+        global_batch_size: G; a global batch is positions k*G to (k+1)*G - 1.
+    """
+    return positions - positions % global_batch_size % GROUP
 
 
 def partners(positions: NDArray[np.int64], global_batch_size: int) -> NDArray[np.int64]:
@@ -64,12 +77,12 @@ def draw_mix(
     cutmix: float,
     switch_probability: float,
 ) -> Mix:
-    """Draws how a global batch is mixed.
+    """Draws how a group is mixed.
 
     Args:
         seed: The run's seed.
         epoch: Epoch, counted from 0.
-        first_position: Where the global batch begins in the epoch's order.
+        first_position: Where the group begins in the epoch's order.
         image_size: Side of the images, in pixels.
         mixup: Alpha of mixup's beta distribution; 0 turns mixup off.
         cutmix: Alpha of CutMix's beta distribution; 0 turns CutMix off.
@@ -115,7 +128,7 @@ def mix_images(images: Tensor, others: Tensor, mix: Mix) -> Tensor:
     Args:
         images: (B, 3, H, W) float32, normalised.
         others: (B, 3, H, W) float32, their partners.
-        mix: How their global batch is mixed.
+        mix: How their group is mixed.
     """
     if mix.box is not None:
         top, bottom, left, right = mix.box
@@ -133,7 +146,7 @@ def mix_labels(
     Args:
         labels: (B,) int64.
         others: (B,) int64, of the partners.
-        mix: How their global batch is mixed.
+        mix: How their group is mixed.
         num_classes: K.
         smoothing: Probability that is spread over all classes.
 

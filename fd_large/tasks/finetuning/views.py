@@ -51,38 +51,43 @@ class TrainingBatches(Dataset):
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads, augments and mixes."""
-        recipe = self.recipe
-        first = int(positions[0]) // self.global_batch_size * self.global_batch_size
-        mix = mixing.draw_mix(
-            self.seed,
-            self.epoch,
-            first,
-            image_size=self.settings.image_size,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            switch_probability=recipe.switch_probability,
-        )
-        own = len(positions)
-        other = positions
-        if mix != mixing.UNMIXED:
+        recipe, own, other = self.recipe, len(positions), positions
+        if recipe.mixup or recipe.cutmix:
             other = mixing.partners(positions, self.global_batch_size)
         every = np.concatenate([positions, np.setdiff1d(other, positions)])
         images, indices, labels, bad = self._views(every, own)
         at = {position: place for place, position in enumerate(every.tolist())}
         others = torch.tensor([at[position] for position in other.tolist()])
+        starts = mixing.group_starts(positions, self.global_batch_size)
+        mixed, targets = [], []
+        for first in np.unique(starts).tolist():
+            mix = mixing.draw_mix(
+                self.seed,
+                self.epoch,
+                first,
+                image_size=self.settings.image_size,
+                mixup=recipe.mixup,
+                cutmix=recipe.cutmix,
+                switch_probability=recipe.switch_probability,
+            )
+            group = torch.from_numpy(np.flatnonzero(starts == first))
+            mixed.append(mixing.mix_images(images[group], images[others[group]], mix))
+            targets.append(
+                mixing.mix_labels(
+                    labels[group],
+                    labels[others[group]],
+                    mix,
+                    num_classes=len(self.source.classes),
+                    smoothing=recipe.smoothing,
+                )
+            )
         return Batch(
-            mixing.mix_images(images[:own], images[others], mix),
+            torch.cat(mixed),
             self.epoch,
             torch.from_numpy(positions),
             indices[:own],
             bad,
-            mixing.mix_labels(
-                labels[:own],
-                labels[others],
-                mix,
-                num_classes=len(self.source.classes),
-                smoothing=recipe.smoothing,
-            ),
+            torch.cat(targets),
         )
 
     def _views(

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from fd_large.data import listing
-from fd_large.data.labelled import open_labelled, open_split
+from fd_large.data.labelled import open_labelled, open_split, training_part
 from fd_large.errors import DataError
 
 # "a-b/" sorts before "a/", though "a" comes before "a-b"; a folder inside a class is no class.
@@ -120,3 +120,21 @@ def test_labels_come_with_pictures_whatever_the_order_of_members(tmp_path):
 def test_bad_labels_are_refused(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
         open_labelled(str(write_shard(tmp_path / "a.tar", members)))
+
+
+@pytest.mark.parametrize(
+    ("folders", "learnt"),
+    [
+        (("train", "val"), "train"),
+        (("train", "test"), "train"),
+        (("train", "val", "test"), "train"),
+        # Classes may be called so, and a part alone is a folder like another.
+        (("train", "cat"), "."),
+        (("val", "test"), "."),
+    ],
+)
+def test_what_is_tested_is_not_learnt_from(tmp_path, folders, learnt, caplog):
+    caplog.set_level("INFO")
+    write(tmp_path, [f"{folder}/a/1.png" for folder in folders])
+    assert training_part(str(tmp_path)) == str(tmp_path / learnt)
+    assert ("stays out of training" in caplog.text) == (learnt == "train")

@@ -76,6 +76,29 @@ def test_workers_change_nothing(pictures):
     assert torch.equal(whole.images, loaded.images)
 
 
+def test_every_group_of_a_batch_has_a_draw_of_its_own(pictures, monkeypatch):
+    monkeypatch.setattr(mixing, "GROUP", 4)
+    whole = update(pictures, 0, 1, GLOBAL)
+    alone = update(pictures, 0, 1, GLOBAL, mixup=0.0, cutmix=0.0)
+    other = alone.images[[place ^ 1 for place in range(GLOBAL)]]
+    mixes = [
+        mixing.draw_mix(
+            5, EPOCH, first, image_size=SIZE, mixup=0.8, cutmix=1.0, switch_probability=0.5
+        )
+        for first in range(0, GLOBAL, 4)
+    ]
+    assert len(set(mixes)) == 3
+    for first, mix in zip(range(0, GLOBAL, 4), mixes, strict=True):
+        group = slice(first, first + 4)
+        expected = mixing.mix_images(alone.images[group], other[group], mix)
+        assert torch.equal(whole.images[group], expected)
+    # A micro batch may end within a group, or hold parts of two.
+    for ranks, micro in ((2, 6), (2, 3), (4, 1)):
+        split = update(pictures, 0, ranks, micro)
+        assert torch.equal(whole.images, split.images)
+        assert torch.equal(whole.targets, split.targets)
+
+
 def test_updates_are_mixed_both_ways_and_erased(pictures):
     kinds = set()
     for number in range(3):
