@@ -19,6 +19,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import RANDOM
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS
 
@@ -195,14 +196,19 @@ def train_models(
     recipes = [
         _recipe_of(
             model,
-            registry.get(own.recipe or job.recipe_for(model.architecture)),
+            registry.get(
+                own.recipe or job.recipe_for(model.architecture, run_recipe=_run_recipe(model))
+            ),
             kind,
             changes,
         )
         for model in models
     ]
     folder, seeds = out_folder(own.out), _seeds(recipes[0].runtime.seed, own.seeds)
-    rows = [_row(model, [], []) for model in models]
+    rows = [
+        _row(model, [], []) | {"recipe": recipe.name}
+        for model, recipe in zip(models, recipes, strict=True)
+    ]
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
             where = folder / f"{slug(row['label'])}_seed_{seed}"
@@ -226,12 +232,18 @@ def train_models(
         task=kind.name,
         root=recipes[0].data.root,
         seeds=seeds,
-        settings={"recipe": [recipe.name for recipe in recipes]},
     )
     return distributed.leave(0)
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def _run_recipe(model: NamedModel) -> str | None:
+    """As `Job.recipe_for` takes it."""
+    if model.trained_by:
+        return model.trained_by.run.name
+    return "" if model.section.source == RANDOM else None
 
 
 def _recipe_of(model: NamedModel, base: Run, kind: TaskKind, changes: Mapping[str, Any]) -> Run:

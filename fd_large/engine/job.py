@@ -357,8 +357,14 @@ class Job:
         )
 
     @staticmethod
-    def recipe_for(architecture: FamilyArchitecture) -> str:
-        """Returns the name of the recipe by which a model is trained where the user names none."""
+    def recipe_for(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
+        """Returns the name of the recipe by which a model is trained where the user names none.
+
+        Args:
+            architecture: The model's.
+            run_recipe: Name of the recipe of the run whose student it is; "": it has random
+                weights, without a run; None: it has weights of its own.
+        """
         raise NotImplementedError
 
     def starting_from(

@@ -32,6 +32,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
         finetuning.finetune_dino_vit_base,
         finetuning.finetune_deit_vit_base,
         finetuning.finetune_esvit_swin_base,
+        finetuning.finetune_clip_vit_base_plain,
+        finetuning.finetune_clip_vit_large_plain,
         detection.coco_mask_rcnn_vit_base,
         detection.coco_mask_rcnn_swinv2_tiny,
         detection.coco_mask_rcnn_swinv2_base,

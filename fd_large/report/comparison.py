@@ -36,13 +36,17 @@ def table(summary: dict[str, Any], title: str) -> Table:
         title_justify="left",
     )
     found.add_column("model", overflow="fold")
+    trained = "recipe" in summary["nets"][0]
+    if trained:
+        found.add_column("recipe", overflow="fold")
     found.add_column("pixels", justify="right")
     found.add_column("mean" if several else "accuracy", justify="right")
     if several:
         found.add_column("+-", justify="right")
         found.add_column("seeds", justify="right", overflow="fold")
     for model in summary["nets"]:
-        cells = [Text(model["label"]), str(model["image_size"]), f"{model['mean']:.2f}"]
+        cells = [Text(model["label"]), *([Text(model["recipe"])] if trained else [])]
+        cells += [str(model["image_size"]), f"{model['mean']:.2f}"]
         if several:
             cells.append(f"{model['standard_deviation']:.2f}")
             cells.append(" ".join(f"{value:.2f}" for value in model["accuracy"]))

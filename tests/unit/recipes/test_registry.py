@@ -36,6 +36,11 @@ FINE_TUNING = {
     "finetune_deit_vit_base": (100, 20, 1.25e-3, 2.5e-7, 0.65, 0.3),
     "finetune_esvit_swin_base": (100, 20, 1.25e-3, 2.5e-7, 0.80, 0.4),
 }
+# Of CLIP itself: epochs, warm-up, learning rate of 2048 images, layer decay.
+PLAIN = {
+    "finetune_clip_vit_base_plain": (50, 10, 6e-4, 0.60),
+    "finetune_clip_vit_large_plain": (30, 5, 4e-4, 0.65),
+}
 # Peak learning rate at the batch of the source: ViTDet, Swin, Swin, SwinV2-G.
 DETECTION = {
     "coco_mask_rcnn_vit_base": (1e-4, 64),
@@ -48,7 +53,7 @@ OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
-    assert {*PAPER, *FINE_TUNING, *DETECTION, *OURS, "quickstart"} == set(registry.RECIPES)
+    assert {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *OURS, "quickstart"} == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
 
 
@@ -96,6 +101,21 @@ def test_a_published_fine_tuning_has_the_published_settings(name):
     assert run.student.model == registry.get(name.replace("finetune", "fd")).student.model
     architecture = run.student_architecture()
     assert architecture == architecture.with_own_position_biases()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_clip_itself_is_fine_tuned_as_published(name):
+    run = registry.get(name)
+    optim, augmentation = run.optim, run.task.finetune
+    peak, first, last = optim.rates(run.batch.global_batch_size)
+    assert (optim.epochs, optim.warmup_epochs, peak, optim.layer_decay) == pytest.approx(
+        PLAIN[name]
+    )
+    assert (first, last) == pytest.approx((1e-6, 1e-6))
+    assert (optim.clip_norm, optim.ema_decay, optim.weight_decay) == (0, 0.9998, 0.05)
+    assert (augmentation.mixup, augmentation.cutmix, run.student.drop_path_rate) == (0, 0, 0)
+    teacher = registry.get(name.replace("finetune", "fd").removesuffix("_plain")).teacher
+    assert run.student.model == teacher.model
 
 
 @pytest.mark.parametrize("name", DETECTION)

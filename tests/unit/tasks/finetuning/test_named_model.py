@@ -23,15 +23,26 @@ def started(source, base=BASE, fields=()):
 
 
 @pytest.mark.parametrize(
-    ("source", "recipe"),
+    ("source", "run_recipe", "recipe"),
     [
-        (TINY, "finetune_clip_vit_base"),
-        ("vit_large_patch14=random", "finetune_clip_vit_large"),
-        ("swinv2_tiny=random", "finetune_esvit_swin_base"),
+        # Without a run, random weights and weights of their own.
+        (TINY, "", "finetune_clip_vit_base"),
+        ("vit_large_patch14=random", "", "finetune_clip_vit_large"),
+        (TINY, None, "finetune_clip_vit_base_plain"),
+        ("vit_large_patch14=random", None, "finetune_clip_vit_large_plain"),
+        ("swinv2_tiny=random", None, "finetune_esvit_swin_base"),
+        # Students: the recipe of what distilled them, where one is published.
+        (TINY, "fd_dino_vit_base", "finetune_dino_vit_base"),
+        (TINY, "fd_clip_vit_base_100ep", "finetune_clip_vit_base_100ep"),
+        (TINY, "finetune_deit_vit_base", "finetune_deit_vit_base"),
+        (TINY, "my_own", "finetune_clip_vit_base"),
+        ("swinv2_tiny=random", "quickstart", "finetune_esvit_swin_base"),
+        ("swinv2_tiny=random", "coco_mask_rcnn_swinv2_tiny", "finetune_esvit_swin_base"),
     ],
 )
-def test_each_model_has_a_recipe(source, recipe):
-    assert recipe_name(find_model(source, job_of).architecture) == recipe
+def test_each_model_has_a_recipe(source, run_recipe, recipe):
+    architecture = find_model(source, job_of).architecture
+    assert recipe_name(architecture, run_recipe=run_recipe) == recipe
 
 
 def test_the_recipe_stays_and_the_model_is_the_named_one():
