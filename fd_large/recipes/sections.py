@@ -363,9 +363,13 @@ class Runtime:
     # Number of steps between two lines of the log.
     log_every: int = 20
     # What shows the numbers of the run besides the progress bar and the files in its folder.
-    # tensorboard: curves in RUN/events. A Tracker of your own: module:FILE.py:NAME
-    # (docs/extending.md). An empty list turns them off.
+    # tensorboard: curves in RUN/events. wandb: Weights & Biases. mlflow: MLflow. A Tracker of your
+    # own: module:FILE.py:NAME (docs/extending.md). An empty list turns them off.
     trackers: tuple[str, ...] = ("tensorboard",)
+    # Name of the run in wandb and mlflow. Empty: the name of its folder.
+    name: str = ""
+    # Tags of the run in wandb and mlflow.
+    tags: tuple[str, ...] = ()
     # Seed of initial weights, order of images, crops and drop path. The number of ranks does not
     # change what it gives.
     seed: int = 0

@@ -7,13 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fd_large import doors
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, FDError, first_line
 from fd_large.runtime.hooks import Tracker
+from fd_large.runtime.logs import FILE_ONLY
+from fd_large.runtime.mlflow import MLflow
 from fd_large.runtime.tensorboard import TensorBoard
+from fd_large.runtime.wandb import WandB
 
 WHERE = "runtime.trackers"
 
-TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard}
+TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "mlflow": MLflow,
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+}
 """The built-in trackers. Another one is a class in a file here and a line in this table, or a class
 in a file of the user's own."""
 
@@ -30,6 +37,8 @@ def trackers_of(names: Sequence[str]) -> list[Tracker]:
         make = doors.load(name, kind="trackers", where=WHERE, built_in=TRACKERS)
         try:
             tracker = make()
+        except FDError:
+            raise
         except Exception as error:  # The user's code may raise anything.
             raise ConfigError(
                 f"{WHERE}: {name} cannot be made; got {doors.cause(error)}, expected a Tracker "
@@ -59,7 +68,12 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception:  # Numbers that are not shown are no reason to stop training.
-                name = type(tracker).__name__
-                log.exception("tracker %s FAILED in %s and is left out from here", name, method)
+            except Exception as error:  # Numbers that are not shown are no reason to stop training.
+                log.warning(
+                    "tracker %s FAILED in %s and is left out from here: %s",
+                    type(tracker).__name__,
+                    method,
+                    first_line(error),
+                )
+                log.info("its error:", exc_info=True, extra=FILE_ONLY)
                 self._trackers.remove(tracker)

@@ -4,8 +4,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fd_large.plan.counts import StepFlops
+from fd_large.runtime.curves import TAGS
 from fd_large.runtime.meter import Meter
-from fd_large.runtime.tensorboard import TAGS, TensorBoard
+from fd_large.runtime.tensorboard import TensorBoard
 
 
 def curves(folder):

@@ -1,0 +1,171 @@
+"""What trackers with curves share: the names of the curves, and calls that may wait on a network.
+
+A step is the number of finished steps: training rows stand at step + 1, evaluations at the steps
+that they followed, as on the progress bar.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+
+from fd_large.atomic_files import write_json
+from fd_large.errors import ConfigError, first_line
+from fd_large.runtime.hooks import Row, Setting, Tracker
+from fd_large.runtime.logs import FILE_ONLY
+from fd_large.runtime.run_folder import rows_before
+
+log = logging.getLogger(__name__)
+
+TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "images_per_second": "speed/images_per_second",
+    "tflops_per_gpu": "speed/tflops_per_gpu",
+    "mfu": "speed/mfu",
+    "hardware_utilisation": "speed/hardware_utilisation",
+    "data_wait": "speed/data_wait",
+    "memory_bytes": "memory/rank_0_peak_bytes",
+}
+SECONDS_TO_FINISH = 30.0
+"""How long the end of a run waits for what is not sent yet."""
+
+
+class Curves(Tracker):
+    """Gives every number of a run a curve; a child says where they go."""
+
+    def on_start(self, setting: Setting) -> None:
+        """Learns what the run measures, and what the seam of a resume has already."""
+        self._sets = [key.split("/")[0] for key in setting.metrics if "/" in key]
+        # An evaluation at the seam may come again.
+        self._seam = first = setting.first_update
+        self._at_seam: set[str] = set()
+        for row in rows_before(setting.folder / "evaluations.jsonl", first + 1):
+            if first and row["update"] == first:
+                self._at_seam |= row.keys()
+
+    def on_rows(self, rows: list[Row]) -> None:
+        """Adds a point a row."""
+        for row in rows:
+            self.add({tag: row[k] for k, tag in TAGS.items() if k in row}, row["update"] + 1)
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Adds a point for each number, under SET/METRIC."""
+        values = {}
+        for name, value in metrics.items():
+            if not (index == self._seam and name in self._at_seam):
+                group = next((s for s in self._sets if name.startswith(f"{s}_")), "evaluation")
+                values[f"{group}/{name.removeprefix(f'{group}_')}"] = value
+        if values:
+            self.add(values, index)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Adds a point to each of some curves."""
+        raise NotImplementedError
+
+
+class RemoteCurves(Curves):
+    """Curves in a service that may be slow or gone.
+
+    A thread of its own makes the calls, in order, so that training never waits for one. After the
+    first that fails, one warning says so and the rest is left out. The id of the service's run is
+    kept in RUN/trackers.json, so that the run goes on in it after a restart.
+
+    Attributes:
+        name: As the recipe names it; also the extra of this package, and the library.
+        package: What `pip install` calls the library.
+    """
+
+    name: str
+    package: str
+
+    def __init__(self) -> None:
+        found = find_spec(self.name)
+        # A folder of that name, where the library keeps its files, is no library.
+        if found is None or found.origin is None:
+            raise ConfigError(
+                f"runtime.trackers: {self.name} needs its library; got no package {self.package}, "
+                f"expected it to be installed. Run: pip install {self.package}"
+            )
+
+    def on_start(self, setting: Setting) -> None:
+        """Begins, or goes on in the same run of the service."""
+        super().on_start(setting)
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._failed = False
+        # A daemon: a service that does not answer must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+        self._thread.start()
+        self._calls.put(("begin", (setting, _recipe(setting), _ids(setting).get(self.name))))
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Adds a point to each of some curves."""
+        self._calls.put(("send", (values, step)))
+
+    def on_end(self, status: str) -> None:
+        """Sends what is left, for a while."""
+        self._calls.put(("finish", (status,)))
+        self._calls.put(None)
+        self._thread.join(SECONDS_TO_FINISH)
+        if self._thread.is_alive():
+            log.warning(
+                "%s does not answer: its last numbers are missing there; RUN/metrics.jsonl has all",
+                self.name,
+            )
+
+    def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
+        """Opens the service's run; keeps its id by `keep`. In the thread, as the next two.
+
+        Args:
+            setting: The run.
+            recipe: Content of recipe.json.
+            known: Id of the service's run that this one goes on in; None: a new one.
+        """
+        raise NotImplementedError
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        """Sends a point for each of some curves."""
+        raise NotImplementedError
+
+    def finish(self, status: str) -> None:
+        """Closes the service's run with the status of this one."""
+        raise NotImplementedError
+
+    def keep(self, setting: Setting, id: str) -> None:
+        """Notes the id of the service's run in the run's folder."""
+        setting.must_own()
+        write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if self._failed:
+                continue
+            method, arguments = call
+            try:
+                getattr(self, method)(*arguments)
+            except Exception as error:  # A service may fail in any way.
+                self._failed = True
+                log.warning("%s is left out from here: %s", self.name, first_line(error))
+                log.info("its error:", exc_info=True, extra=FILE_ONLY)
+
+
+def run_name(setting: Setting, recipe: Mapping[str, Any]) -> str:
+    """Returns what a service calls the run: `runtime.name`, else the folder's name."""
+    return recipe["runtime"].get("name") or setting.folder.resolve().name
+
+
+def _recipe(setting: Setting) -> dict[str, Any]:
+    return json.loads((setting.folder / "recipe.json").read_text())
+
+
+def _ids(setting: Setting) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads((setting.folder / "trackers.json").read_text()))
+    return {}

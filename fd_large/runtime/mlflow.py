@@ -1,0 +1,70 @@
+"""Curves in MLflow: on the server that MLFLOW_TRACKING_URI names, or in files beside the run."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from fd_large.recipes.fields import flat_plain
+from fd_large.runtime.curves import RemoteCurves, run_name
+from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
+
+STATUS = {DONE: "FINISHED", PREEMPTED: "KILLED"}
+"""MLflow's words for how a run ended; all others have failed."""
+
+
+class MLflow(RemoteCurves):
+    """A run of the experiment MLFLOW_EXPERIMENT_NAME, or `fd_large`."""
+
+    name, package = "mlflow", "mlflow-skinny"
+
+    def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
+        """Opens the run."""
+        # A server that is gone is given up within the minute, not after many.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        beside = (setting.folder.resolve().parent / "mlruns").as_uri()
+        self._client = client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or beside)
+        # By curve, the last step that a resumed run has already.
+        self._known: dict[str, int] = {}
+        self._resumed = known is not None
+        if known is not None:
+            client.update_run(known, status="RUNNING")
+            self._run = known
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "fd_large"
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name)
+        tags = dict.fromkeys(recipe["runtime"].get("tags", ()), "")
+        run = client.create_run(experiment, run_name=run_name(setting, recipe), tags=tags)
+        self._run = run.info.run_id
+        self.keep(setting, self._run)
+        settings = [Param(key, str(value)) for key, value in flat_plain(recipe).items()]
+        for start in range(0, len(settings), 100):  # The most that a call takes.
+            client.log_batch(self._run, params=settings[start : start + 100])
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        """Sends a point for each of some curves, but not twice."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        new = [Metric(k, float(v), now, step) for k, v in values.items() if step > self._last(k)]
+        if new:
+            self._client.log_batch(self._run, metrics=new)
+
+    def finish(self, status: str) -> None:
+        """Closes the run."""
+        self._client.set_terminated(self._run, STATUS.get(status, "FAILED"))
+
+    def _last(self, curve: str) -> int:
+        if not self._resumed:
+            return -1
+        if curve not in self._known:
+            points = self._client.get_metric_history(self._run, curve)
+            self._known[curve] = max((point.step for point in points), default=-1)
+        return self._known[curve]

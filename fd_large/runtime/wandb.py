@@ -1,0 +1,53 @@
+"""Curves in Weights & Biases: a run of the project WANDB_PROJECT, or `fd_large`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import Any
+
+from fd_large.runtime.curves import RemoteCurves, run_name
+from fd_large.runtime.hooks import DONE, PREEMPTED, Setting
+
+
+class WandB(RemoteCurves):
+    """A run of the project; with WANDB_MODE=offline in RUN/wandb, for `wandb sync` later."""
+
+    name, package = "wandb", "wandb"
+
+    def begin(self, setting: Setting, recipe: dict[str, Any], known: str | None) -> None:
+        """Opens the run."""
+        import wandb
+
+        # Evaluations whose step the training rows have not reached: wandb takes steps in order.
+        self._early: dict[int, dict[str, float]] = {}
+        self._step = setting.first_update
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+            raise PermissionError(
+                "no key; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+            )
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "fd_large",
+            id=known or secrets.token_hex(4),
+            resume="allow",
+            name=run_name(setting, recipe),
+            tags=list(recipe["runtime"].get("tags", ())),
+            config=recipe,
+            dir=str(setting.folder),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        self.keep(setting, self._run.id)
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        """Sends a point for each of some curves; steps that the run has already are dropped."""
+        if "train/loss" not in values and step > self._step:
+            self._early.setdefault(step, {}).update(values)
+            return
+        self._run.log({**values, **self._early.pop(step, {})}, step=step)
+        self._step = max(self._step, step)
+
+    def finish(self, status: str) -> None:
+        """Closes the run."""
+        for step, values in sorted(self._early.items()):
+            self._run.log(values, step=step)
+        self._run.finish(exit_code=0 if status in (DONE, PREEMPTED) else 1)
