@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fd_large import activity
 from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.errors import CheckpointError, ConfigError
@@ -46,7 +47,8 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
 
 def verify_all(found: list[store.Stored]) -> list[str]:
     """Returns every damage of the checkpoints, each naming its file."""
-    return [f"{item.path}: {problem}" for item in found for problem in store.verify(item)]
+    items = activity.counted(found, "reading every byte", "checkpoints")
+    return [f"{item.path}: {problem}" for item in items for problem in store.verify(item)]
 
 
 def without_manifest(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.atomic_files import retried
 from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader, damage, on_main
@@ -78,7 +78,8 @@ def _problem(stored: store.Stored, kind: str) -> str | None:
 @lru_cache
 def _problem_of(path: Path, ranks: int, kind: str, seen: tuple) -> str | None:
     # Files of the same size and time were checked before.
-    return next((p for rank in range(ranks) if (p := damage(path, rank, {kind}))), None)
+    files = activity.counted(range(ranks), f"checking {path.name}", "files")
+    return next((p for rank in files if (p := damage(path, rank, {kind}))), None)
 
 
 def stream(

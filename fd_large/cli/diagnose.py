@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from fd_large import activity
 from fd_large.atomic_files import out_folder
 from fd_large.cli.arguments import AllowsCode, parse
-from fd_large.cli.output import bar
 from fd_large.recipes.fields import at_least
 from fd_large.runtime import terminal
 
@@ -97,13 +97,13 @@ def diagnose(
     loaded = [load_model(model) for model in models]
     folder, extent = out_folder(out), Extent()
     steps = num_steps(len(loaded), len(sample), batch_size, extent)
-    with bar(steps) as advance:
+    with activity.work("examining", steps) as examining:
         findings = examine(
             loaded,
             sample,
             batch_size=batch_size,
             extent=extent,
-            progress=lambda text: advance(text, 1),
+            progress=lambda text: examining.advance(what=text),
         )
     facts = {
         "root": root,

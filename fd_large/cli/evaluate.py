@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,7 @@ from fd_large.cli.evaluate_models import (
     measure_frozen,
     train_models,
 )
-from fd_large.cli.output import bar, tables
+from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.stored import FILE, read_recipe
@@ -163,15 +162,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     logs.start(launch.rank)
     full_float32(distributed.device())
     reader = stream.newest_of_main(path, where="evaluate")
-    share = 0.0
-    with bar(1) if distributed.is_main() else nullcontext(lambda text, done: None) as advance:
-
-        def progress(done: int, total: int) -> None:
-            nonlocal share
-            advance(run.task.name, done / max(1, total) - share)
-            share = done / max(1, total)
-
-        scores = job_of(run).score_stored(reader, Path(own.out), progress)
+    scores = job_of(run).score_stored(reader, Path(own.out))
     console = tables()
     for table in scores.tables:
         console.print(table)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -14,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli.arguments import AllowsCode
-from fd_large.cli.output import bar, tables
+from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
@@ -135,7 +134,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
             out_folder(own.out) / "features",
             method=task,
             seeds=seeds,
-            bar=lambda text, total, label=model.label: _bar(f"{label}: {text}", total),
+            label=model.label,
             image_size=model.image_size,
             batch_size=own.batch_size,
             pool=own.pool,
@@ -302,17 +301,3 @@ def _finish(folder: Path, rows: Sequence[dict[str, Any]], title: str, **facts: A
     console = tables()
     console.print(table(summary, title))
     console.print(f"{folder}/summary.json, {plot}", soft_wrap=True)
-
-
-@contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what finished images are reported to; rank 0 shows them."""
-    from fd_large import distributed
-
-    if not distributed.is_main():
-        yield lambda count: None
-        return
-    # This rank's images stand for all ranks'.
-    with bar(-(-total // distributed.world_size())) as progress:
-        progress(text, 0)
-        yield lambda count: progress(text, count)

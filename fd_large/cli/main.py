@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from importlib import import_module
 
 import fd_large
@@ -17,6 +18,7 @@ from fd_large.cli.arguments import HELP, HelpShown, choose
 from fd_large.errors import Exit, FDError
 from fd_large.launch import find_rank
 from fd_large.runtime import terminal
+from fd_large.runtime.display import shown
 
 COMMANDS = {
     "train": "Train a recipe.",
@@ -53,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     doors.allow_named(arguments)
     try:
         command, rest = choose(arguments, COMMANDS, note="docs/quickstart.md is where to begin.")
-        return import_module(f"fd_large.cli.{command}").main(rest)
+        with shown(command) if rank == 0 else nullcontext():
+            return import_module(f"fd_large.cli.{command}").main(rest)
     except HelpShown:
         return 0
     except FDError as error:

@@ -1,10 +1,8 @@
-"""What commands show: a progress bar and tables."""
+"""What commands show: tables."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fd_large.runtime import terminal
@@ -14,42 +12,6 @@ if TYPE_CHECKING:
 
 # A pipe has no width of its own; names in tables are long.
 PIPE_WIDTH = 120
-
-Advance = Callable[[str, float], None]
-"""(what is being done, how much of the whole is newly done)."""
-
-
-@contextmanager
-def bar(total: int) -> Iterator[Advance]:
-    """Shows progress: a bar on a terminal, a line for each text elsewhere.
-
-    Args:
-        total: The whole work.
-
-    Yields: a function to which finished work is reported.
-    """
-    console = terminal.console()
-    if not console.is_terminal or console.is_dumb_terminal:
-        said: set[str] = set()
-
-        def line(text: str, done: float) -> None:
-            if text not in said:
-                said.add(text)
-                console.print(text, soft_wrap=True)
-
-        yield line
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, expand=True, refresh_per_second=2) as shown:
-        task = shown.add_task("", total=total)
-        yield lambda text, done: shown.update(task, description=text, advance=done)
 
 
 def tables(*, most: int = 1000) -> Console:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fd_large import activity
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ SETTLED_SECONDS = 2.0
 # In the name of each file: another layout is another file.
 _LAYOUT = "fd-list3"
 _STALE_SECONDS = 24 * 3600
-_REPORT_SECONDS = 30.0
 
 Made = tuple[Mapping[str, NDArray], dict[str, Any]]
 """`names`, `ends` and further arrays; facts in JSON's types, of which `stamps` are not kept in
@@ -160,20 +160,19 @@ def filled(columns: tuple[str, ...], fill: Fill) -> Made:
         fill: Adds all samples and returns the facts.
     """
     names, numbers = bytearray(), {name: array("q") for name in ("ends", *columns)}
-    digest, reported = hashlib.sha256(), time.monotonic()
+    digest = hashlib.sha256()
 
     def add(name: bytes, *values: int) -> None:
-        nonlocal reported
         names.extend(name)
         digest.update(name + b"\0")
         for column, value in zip(numbers.values(), (len(names), *values), strict=True):
             column.append(value)
         count = len(numbers["ends"])
-        if count % 1000 == 0 and time.monotonic() - reported > _REPORT_SECONDS:
-            reported = time.monotonic()
-            log.info("listing: %s images so far", f"{count:,}")
+        if count % 1000 == 0:
+            work.reach(count)
 
-    facts = {**fill(add), "fingerprint": digest.hexdigest()}
+    with activity.work("listing", unit="images") as work:
+        facts = {**fill(add), "fingerprint": digest.hexdigest()}
     arrays = {name: np.array(column, np.int64) for name, column in numbers.items()}
     return {"names": np.frombuffer(names, np.uint8), **arrays}, facts
 

@@ -88,7 +88,7 @@ class Checkpoints:
             most += total_steps // runtime.keep_every
         free = shutil.disk_usage(self._folder).free
         text = "checkpoints: %.2f GB each, up to %d at a time: %.2f GB; %.1f GB free"
-        level = logging.WARNING if most * each > free else logging.INFO
+        level = logging.WARNING if most * each > free else logging.DEBUG
         log.log(level, text, each / 1e9, most, most * each / 1e9, free / 1e9)
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
@@ -133,7 +133,7 @@ class Checkpoints:
         }
         self._saved = step
         self._saver.begin(manifest, state.shards(self._engine))
-        log.info("checkpoint of step %d: training waited %.2f s", step, self._saver.stall_seconds)
+        log.debug("checkpoint of step %d: training waited %.2f s", step, self._saver.stall_seconds)
         return waited
 
     def mark_evaluated(self) -> None:

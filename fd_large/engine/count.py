@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fd_large import activity
 from fd_large.data.loader import Batch
 from fd_large.engine.block_wrappers import checkpoint_blocks
 from fd_large.engine.job import Job
@@ -171,7 +172,7 @@ def count(
     Raises: FDError: if the models cannot be built, or cannot run without values.
     """
     result: dict[bool, Counts] = {}
-    with on_shapes(device):
+    with activity.work("counting the operations of a step"), on_shapes(device):
         task, frozen = _models(job, bfloat16=bfloat16, frozen_bfloat16=frozen_bfloat16)
 
         def at(size: int, like: _One | None = None) -> _One:
@@ -223,7 +224,7 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
             one = run_on_shapes(task, frozen, batch, recorder)
             return _counts(one, one, micro_batch_size, task, frozen).step_flops(micro_batch_size)
     except FDError as error:
-        log.info("FLOPs and utilisation are not reported: %s", error)
+        log.debug("FLOPs and utilisation are not reported: %s", error)
         return None
 
 

@@ -338,15 +338,12 @@ class Job:
         """Returns the models that the run uses and does not train, by name (as in RUN#name)."""
         return {}
 
-    def score_stored(
-        self, reader: Reader, folder: Path, progress: Callable[[int, int], None]
-    ) -> StoredScores:
+    def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
         """Scores the model of a stored run on its test images; a collective.
 
         Args:
             reader: A checkpoint of the run.
             folder: Folder of the results, made if it is missing (`out_folder`); all ranks see it.
-            progress: Called with (batches done, batches in all).
 
         Returns: tables and files, on rank 0.
         Raises: ConfigError: if the task does not score stored runs.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.loader import Batch
 from fd_large.engine.checkpoints import Checkpoints
@@ -141,7 +141,8 @@ class Trainer:
             self._checkpoints.mark_evaluated()
         while self._finished < self._total and not self._status:
             self._train_epoch(batches)
-        saved = self._checkpoints.settle()
+        with activity.work("writing the checkpoint"):
+            saved = self._checkpoints.settle()
         status = self._status or DONE
         if not saved and status in (DONE, PREEMPTED):
             status = NOT_SAVED
@@ -333,7 +334,8 @@ class Trainer:
         panel: Panel | None = None
         try:
             # With the average of the weights where there is one.
-            with self._ema.in_place_of_weights() if self._ema else nullcontext():
+            average = self._ema.in_place_of_weights() if self._ema else nullcontext()
+            with activity.work("evaluation"), average:
                 for evaluation in due:
                     found, shown = evaluation.measure(self._finished, last, self._between_batches)
                     metrics |= found

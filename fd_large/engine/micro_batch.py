@@ -119,7 +119,7 @@ def largest_that_fits(
             with out_of_memory_named(size):
                 phase(size)
             peaks.append(memory.peak())
-        log.info("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
+        log.debug("micro batch %d: peak %.2f GB on this rank", size, max(peaks) / 1e9)
         if distributed.max_rank(float(max(peaks) / memory.capacity())) > 1:
             break
         best = size

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fd_large import distributed, doors, failures, meeting
+from fd_large import activity, distributed, doors, failures, meeting
 from fd_large.checkpoint.lease import Lease
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
@@ -138,7 +138,8 @@ def _train(
     samples, checkpoints, size = opened.samples, opened.checkpoints, opened.micro_batch_size
     launch = opened.launch
     checkpoints.sweep()
-    first = checkpoints.resume()
+    with activity.work("reading the last checkpoint"):
+        first = checkpoints.resume()
     record_code(folder, run.code(), first)
     per_epoch = updates_per_epoch(len(samples), run.batch.global_batch_size)
     total = run.optim.max_steps or run.optim.epochs * per_epoch
@@ -263,15 +264,18 @@ def open_run(
     settled_before = None if fresh else _settled_statistics(run.run_dir())
     weights = sources_of(job_of, settled=distributed.broadcast_object(settled_before))
     # What a weights file decides (model, window, statistics) is part of the recipe from here on.
-    settled = meeting.meet(lambda: _settle(job_of(run), weights, deepspeed_config))
+    with activity.work("reading images and weights"):
+        settled = meeting.meet(lambda: _settle(job_of(run), weights, deepspeed_config))
     # If a source is still being trained, ranks may have found different checkpoints.
     run = distributed.broadcast_object(settled)
     job = job_of(run)
     job.weights = weights
-    json_config, numbers, samples = meeting.meet(lambda: _check(job, deepspeed_config, launch))
+    with activity.work("checking the recipe"):
+        json_config, numbers, samples = meeting.meet(lambda: _check(job, deepspeed_config, launch))
     code = run.code()
     node_consistency.check(samples, job.sources(), weights, code)
-    samples = job.stage(samples)
+    with activity.work("copying images"):
+        samples = job.stage(samples)
 
     folder = Path(run.run_dir())
     if lease:
@@ -282,7 +286,7 @@ def open_run(
     start.start()
     full_float32(distributed.device())
     config = ds.fill(json_config, numbers)
-    log.info(
+    log.debug(
         "gradients: summed over %d ranks in %s",
         launch.world_size,
         config["communication_data_type"],
@@ -290,7 +294,7 @@ def open_run(
     _check_kernels(job, bfloat16=numbers.bfloat16)
     sizes = numbers.parameter_sizes
     threshold = _persistence(config, sizes, splits_models=job.splits_models())
-    with micro_batch.building_in_memory(job.memory_remedy):
+    with activity.work("building the models"), micro_batch.building_in_memory(job.memory_remedy):
         job.build(
             bfloat16=numbers.bfloat16,
             node_size=numbers.node_size,
@@ -303,7 +307,7 @@ def open_run(
     if lease:
         write_environment(folder, config, launch.launcher, job.metrics)
 
-    with micro_batch.building_in_memory(job.memory_remedy):
+    with activity.work("building the engine"), micro_batch.building_in_memory(job.memory_remedy):
         engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
     weights.forget()
     # Before any resume, which restores the average too.
@@ -447,7 +451,7 @@ def _persistence(config: dict[str, Any], sizes: tuple[int, ...], *, splits_model
     threshold = zero.get("stage3_param_persistence_threshold", persistence_threshold(sizes))
     if zero["stage"] == 3 or splits_models:
         kept = sum(size for size in sizes if size <= threshold)
-        log.info(
+        log.debug(
             "whole on every rank where models are split: tensors of at most %d elements, %.2f%% of "
             "all",
             threshold,
@@ -479,7 +483,8 @@ def _probed(job: Job, config: dict[str, Any], folder: Path, share: int, *, keep:
     whole = {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     engine = engine_of(run, job.make_task, {**whole, "train_batch_size": world_size})
     average = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
-    size = micro_batch.probe(engine, job.probe_batch, share=share, seed=run.runtime.seed)
+    with activity.work("trying micro batches"):
+        size = micro_batch.probe(engine, job.probe_batch, share=share, seed=run.runtime.seed)
     engine.deepspeed.destroy()
     del engine, average
     start.forget_engines()

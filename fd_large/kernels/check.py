@@ -115,7 +115,7 @@ def check(calls: Sequence[Call], device: torch.device) -> None:
                 choose.refuse(op, f"its kernel was off on rank {number}")
     if calls:
         names = sorted({op for one in calls for op in one.kernels} - choose.refused().keys())
-        log.info("kernels agree with their references: %s", ", ".join(names) or "none")
+        log.debug("kernels agree with their references: %s", ", ".join(names) or "none")
 
 
 def beside_references(calls: Sequence[Call], device: torch.device) -> dict[str, str]:
@@ -143,7 +143,7 @@ def _off(one: Call, device: torch.device) -> str | None:
         exact = _run(one, values, wide=torch.float32 if narrow else torch.float64)
         eager = _run(one, values)
     except torch.OutOfMemoryError:
-        log.info("%s: not checked, the reference takes more memory than there is", what)
+        log.debug("%s: not checked, the reference takes more memory than there is", what)
         return None
     try:
         fused = _run(one, values, fused=True)

@@ -205,7 +205,7 @@ def _implementation(
 @lru_cache(maxsize=256)
 def _say(op: str, device_type: str, choice: str, why: str) -> None:
     # Cached: one line per operation and reason, not per shape.
-    log.info("%s on %s: %s (%s)", op, device_type, choice, why)
+    log.debug("%s on %s: %s (%s)", op, device_type, choice, why)
 
 
 def _choose(

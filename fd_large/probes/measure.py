@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.statistics import Statistics
 from fd_large.data.labelled import LabelledImages
@@ -18,8 +18,6 @@ from fd_large.probes import knn, linear
 from fd_large.probes.features import Pool, extract
 
 Method = Literal["knn", "linear"]
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(what is done, how many images it takes) -> what finished images are reported to."""
 
 
 class Accuracy(NamedTuple):
@@ -43,7 +41,7 @@ def measure(
     *,
     method: Method,
     seeds: Sequence[int],
-    bar: Bar,
+    label: str,
     image_size: int,
     batch_size: int,
     pool: Pool,
@@ -65,7 +63,7 @@ def measure(
             ranks see it.
         method: The test. k-NN has no randomness and is made once.
         seeds: Seeds of the probe.
-        bar: Shows progress.
+        label: What the model is called.
         image_size, batch_size, pool, workers, max_pixels: See `extract`.
         k, temperature: See `knn.accuracy`.
         rates, epochs: See `linear.Probe`.
@@ -74,7 +72,7 @@ def measure(
     """
     features = []
     for name, images in (("training", train), ("test", test)):
-        with bar(f"{name} features", len(images)) as progress:
+        with _work(f"{label}: {name} features", len(images)) as progress:
             features.append(
                 extract(
                     model,
@@ -91,7 +89,7 @@ def measure(
             )
     result, num_classes = Accuracy([], []), len(train.classes)
     if method == "knn":
-        with bar("k-NN", len(test)) as progress:
+        with _work(f"{label}: k-NN", len(test)) as progress:
             value = knn.accuracy(
                 *features,
                 num_classes=num_classes,
@@ -106,7 +104,7 @@ def measure(
             probe = linear.Probe(rates=rates, epochs=epochs, seed=seed)
             # Every rank does all of it.
             num_images = linear.work(len(train), probe) * distributed.world_size()
-            with bar(f"probe, seed {seed}", num_images) as progress:
+            with _work(f"{label}: probe, seed {seed}", num_images) as progress:
                 outcome = linear.evaluate(
                     *features, num_classes=num_classes, probe=probe, progress=progress
                 )
@@ -116,3 +114,10 @@ def measure(
     if distributed.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+@contextmanager
+def _work(what: str, images: int) -> Iterator[Callable[[float], None]]:
+    """Yields what this rank's finished images are reported to; they stand for all ranks'."""
+    with activity.work(what, -(-images // distributed.world_size()), "images") as work:
+        yield work.advance

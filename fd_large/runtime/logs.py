@@ -1,4 +1,4 @@
-"""Where log records go: rank 0's to the terminal, every rank's to its own file.
+"""Where log records go: rank 0's to the terminal (but for details), every rank's to its own file.
 
 Records of libraries go to the files only; of other ranks than 0 the terminal shows errors only.
 """
@@ -36,6 +36,7 @@ class _Terminal(logging.Handler):
         try:
             text = printable(self._prefix + self.format(record))
             terminal.console().print(text, soft_wrap=True)
+            terminal.note_said()
         except Exception:
             self.handleError(record)
 
@@ -51,6 +52,8 @@ def start(rank: int) -> None:
     """Shows rank 0's records on the terminal and keeps all for the file that `set_up` opens."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    # Details, which the terminal leaves out.
+    logging.getLogger("fd_large").setLevel(logging.DEBUG)
     for handler in list(root.handlers):
         root.removeHandler(handler)
     _early.clear()

@@ -120,7 +120,7 @@ class Preemption(Hook):
                 *[round(seconds + 2 * MARGIN_SECONDS)] * 2,
             )
         else:
-            log.info("a save takes about %.0f s here, the notice is %.0f s", seconds, self._notice)
+            log.debug("a save takes about %.0f s here, the notice is %.0f s", seconds, self._notice)
         patience = SECONDS_AFTER_CTRL_C.get(self._launcher)
         if patience is not None and seconds + MARGIN_SECONDS > patience:
             log.warning(

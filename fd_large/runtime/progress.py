@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 
+from fd_large import activity
+from fd_large.activity import clock
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import Row, Setting, Tracker, Update
 from fd_large.runtime.logs import FILE_ONLY
@@ -31,6 +33,9 @@ class Progress(Tracker):
         self._total = setting.total_updates
         self._seconds_per_update: float | None = None
         self._drawn = 0.0
+        self._numbers = ""
+        first = setting.first_update
+        self._work = activity.Work("training", self._total, "steps", done=first)
         self._bar: Bar | None = None
         console = terminal.console()
         if console.is_terminal and not console.is_dumb_terminal:
@@ -54,21 +59,25 @@ class Progress(Tracker):
                 numbers="",
                 left="",
             )
+            terminal.claim(True)
             self._bar.start()
             terminal.before_errors.append(self._bar.stop)
+            activity.on_change.append(self._show_part)
 
     def on_step(self, update: Update) -> None:
         """Moves the bar."""
         self._total = update.total
+        done = update.index + 1
         if self._bar is not None:
-            done = update.index + 1
             self._bar.update(
-                self._task, completed=done, total=update.total, left=self._time_left(done)
+                self._task,
+                completed=done,
+                total=update.total,
+                left=self._time_left(done),
+                numbers=self._numbers,
             )
-            now = time.monotonic()
-            if now - self._drawn >= SECONDS_BETWEEN_DRAWINGS or done == update.total:
-                self._drawn = now
-                self._bar.refresh()
+            self._draw(at_once=done == update.total)
+        self._work.reach(done, update.total)
 
     def on_rows(self, rows: list[Row]) -> None:
         """Shows the last of the rows."""
@@ -77,12 +86,11 @@ class Progress(Tracker):
         per_second = last["images_per_second"]
         self._seconds_per_update = self._images / per_second
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                numbers=f"loss {last['loss']:.4f}  lr {last['learning_rate']:.2g}"
-                f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s",
-                left=self._time_left(done),
+            self._numbers = (
+                f"loss {last['loss']:.4f}  lr {last['learning_rate']:.2g}"
+                f"  {per_second:.{0 if per_second >= 100 else 1}f} images/s"
             )
+            self._bar.update(self._task, numbers=self._numbers, left=self._time_left(done))
         log.info(
             "step %d/%d  epoch %d  loss %.5f  grad norm %.3f  lr %.3g  %.1f images/s%s  %s",
             done,
@@ -107,25 +115,30 @@ class Progress(Tracker):
     def on_end(self, status: str) -> None:
         """Leaves the bar as it stands and frees the terminal."""
         if self._bar is not None:
-            self._bar.update(self._task, left=status)
+            activity.on_change.remove(self._show_part)
+            self._bar.update(self._task, left=status, numbers=self._numbers)
             self._bar.stop()
             self._bar = None
+            terminal.claim(False)
+        self._work.end()
+
+    def _show_part(self) -> None:
+        """Shows what is done between two steps, such as an evaluation, in the place of numbers."""
+        *_, part = (self._work, *activity.current())
+        if self._bar is not None and part is not self._work:
+            self._bar.update(self._task, numbers=str(part))
+            self._draw()
+
+    def _draw(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self._bar is not None and (at_once or now - self._drawn >= SECONDS_BETWEEN_DRAWINGS):
+            self._drawn = now
+            self._bar.refresh()
 
     def _time_left(self, done: int) -> str:
         if self._seconds_per_update is None:
             return ""
         return f"{clock((self._total - done) * self._seconds_per_update)} left"
-
-
-def clock(seconds: float) -> str:
-    """Returns a duration as 0:07, 12:34, 1:02:03 or 3d 04h."""
-    whole = round(seconds)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02d}h"
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
 
 
 def _beside_speed(row: Row) -> str:

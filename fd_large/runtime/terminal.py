@@ -12,6 +12,7 @@ import faulthandler
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -29,6 +30,12 @@ _handed_over = False
 
 before_errors: list[Callable[[], None]] = []
 """Called before an error is shown: a live progress bar ends its line."""
+
+COLUMNS_FOR_CONTROL = 5
+"""Columns that stay free on the right: what Ctrl-C echoes there would break a live bar's line."""
+
+_said = float("-inf")
+_claimed = False
 
 
 def out() -> TextIO:
@@ -66,6 +73,8 @@ def take() -> None:
         plain = False
     if _out is not None or not plain:
         return
+    _clear_the_line()
+    console.cache_clear()
     _out, _err = (
         io.TextIOWrapper(
             io.BufferedWriter(_Closable(os.dup(number), "w")),
@@ -122,18 +131,50 @@ def show_error(text: str) -> None:
     if _handed_over:
         print(text, file=sys.stderr)
     print(text, file=err())
+    note_said()
+
+
+def note_said() -> None:
+    """Something was said to the user now."""
+    global _said
+    _said = time.monotonic()
+
+
+def last_said() -> float:
+    """Returns when something was said to the user last, by the monotonic clock."""
+    return _said
+
+
+def claim(whether: bool) -> None:
+    """Takes the terminal for one live bar, that of training, or frees it."""
+    global _claimed
+    _claimed = whether
+
+
+def is_claimed() -> bool:
+    """Whether the one live bar is that of training."""
+    return _claimed
 
 
 @cache
 def console() -> Console:
     """Returns the one rich console on `out`, so that a line never tears a live progress bar."""
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
 
     class Plain(Console):
         """A console that leaves the cursor alone: a run that is killed could not show it again."""
 
         def show_cursor(self, show: bool = True) -> bool:
             return False
+
+        @property
+        def size(self) -> ConsoleDimensions:
+            width, height = super().size
+            return ConsoleDimensions(max(20, width - COLUMNS_FOR_CONTROL), height)
+
+        @size.setter
+        def size(self, new: tuple[int, int]) -> None:
+            self._width, self._height = new
 
     # Without a private copy, whatever sys.stdout is when a line is printed.
     return Plain(file=_out, highlight=False, markup=False, emoji=False)

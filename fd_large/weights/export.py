@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fd_large import doors
+from fd_large import activity, doors
 from fd_large.atomic_files import check_new, replacing, write_json
 from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
@@ -223,7 +223,7 @@ def write_shards(
     for path, tensors in zip(paths, files, strict=True):
         with replacing(path) as aside, aside.open("wb") as file:
             _write_header(file, tensors)
-            for expected, shape in tensors.items():
+            for expected, shape in activity.counted(tensors.items(), path.name, "tensors"):
                 name, tensor = next(stream)
                 assert (name, tuple(tensor.shape)) == (expected, shape)
                 _write_values(file, tensor)

@@ -14,6 +14,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from fd_large import activity
 from fd_large.atomic_files import check_new
 from fd_large.backbones.registry import family_of_source
 from fd_large.errors import WeightsError, first_line
@@ -41,7 +42,8 @@ def fetch(source: str, out: str | Path) -> tuple[list[str], str]:
     aside = out.with_name(f"{out.name}.{sha256(source.encode()).hexdigest()[:12]}.part")
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        licence = write(aside)
+        with activity.work(f"downloading {source}"):
+            licence = write(aside)
         shutil.rmtree(aside / ".cache", ignore_errors=True)  # The hub's notes on its downloads.
         files = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
         aside.rename(out)

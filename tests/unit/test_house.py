@@ -18,6 +18,7 @@ from fd_large.tasks.registry import TASKS
 PACKAGE = Path(__file__).resolve().parents[2] / "fd_large"
 FLOORS = {
     "errors": 0,
+    "activity": 0,
     "doors": 0,
     "atomic_files": 0,
     "launch": 0,
@@ -56,7 +57,16 @@ SEE_A_RUN = (
     "tasks/jobs.py",
     "tasks/*/job.py",
 )
-FOR_ALL = {"errors", "distributed", "meeting", "atomic_files", "doors", "failures", "processes"}
+FOR_ALL = {
+    "errors",
+    "activity",
+    "distributed",
+    "meeting",
+    "atomic_files",
+    "doors",
+    "failures",
+    "processes",
+}
 ONLY_IN = {
     "deepspeed": ("engine/zero", "checkpoint"),
     "apex": ("kernels", "engine/zero"),
@@ -66,6 +76,7 @@ WITHOUT_TORCH = {
     "recipes",
     "plan",
     "errors",
+    "activity",
     "doors",
     "atomic_files",
     "launch",

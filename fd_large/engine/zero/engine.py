@@ -94,7 +94,7 @@ def build_engine(
         blocks, mode=activation_checkpointing, every=checkpoint_every
     )
     if wrapped:
-        log.info("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
+        log.debug("activation checkpointing: %d of %d blocks", wrapped, len(blocks))
     on_gpu = distributed.device().type == "cuda" and not ds.offloads(config, "offload_optimizer")
     optimizer = make_optimizer(parameter_groups(task, optim.weight_decay), optim, on_gpu=on_gpu)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)

@@ -81,7 +81,7 @@ def make_optimizer(
         device = distributed.device() if on_gpu else torch.device("cpu")
         kept = tried(make, optim, device)
         optimizer = make(groups, lr=optim.base_lr)
-        log.info("optimiser: %s, keeps %s", optim.name, ", ".join(kept.moments) or "nothing")
+        log.debug("optimiser: %s, keeps %s", optim.name, ", ".join(kept.moments) or "nothing")
     else:
         optimizer = _adamw(groups, optim, on_gpu=on_gpu)
         kept = Kept(
@@ -99,7 +99,7 @@ def _adamw(groups: list[dict[str, Any]], optim: Optim, *, on_gpu: bool) -> torch
         reason = "the masters are in host memory" if not on_gpu and kind != "torch" else None
         reason = reason or _why_not(kind, settings)
         if reason is None:
-            log.info("optimiser: AdamW of %s%s", kind, "".join(passed_over))
+            log.debug("optimiser: AdamW of %s%s", kind, "".join(passed_over))
             return _made(kind, groups, settings)
         if optim.fused != "auto":
             raise ConfigError(

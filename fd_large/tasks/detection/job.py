@@ -206,9 +206,7 @@ class DetectionJob(Job):
         """Returns the name of each class by its number in the annotations."""
         return {"categories": {str(number): name for number, name in self._categories.items()}}
 
-    def score_stored(
-        self, reader: Reader, folder: Path, progress: Callable[[int, int], None]
-    ) -> StoredScores:
+    def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
         """COCO's numbers on the val split of `eval.root` or `data.root`."""
         run, micro = self.run, self.run.batch.micro_batch_size
         classes = tuple(reader.manifest["categories"].values())
@@ -224,7 +222,6 @@ class DetectionJob(Job):
             batch_size=1 if micro == "auto" else micro,
             workers=run.data.workers,
             max_pixels=run.data.max_pixels,
-            progress=progress,
         )
 
     def predict(

@@ -50,11 +50,10 @@ def score_stored(
     batch_size: int,
     workers: int,
     max_pixels: int,
-    progress: Callable[[int, int], None],
 ) -> StoredScores:
     """Scores a detector and writes results.json, scores.json and pictures; a collective.
 
-    Args: See `evaluate`; progress is its `between`.
+    Args: See `evaluate`.
     Returns: tables and files on rank 0, nothing elsewhere.
     """
     out_folder(folder)
@@ -66,7 +65,6 @@ def score_stored(
         batch_size=batch_size,
         workers=workers,
         max_pixels=max_pixels,
-        between=progress,
     )
     if outcome is None:
         return StoredScores((), ())

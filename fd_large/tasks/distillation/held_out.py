@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
 from fd_large.data.source import ImageSource
@@ -128,7 +128,8 @@ class HeldOutViews:
         return {name: value.numpy() for name, value in maps.items()}
 
     def _batches(self, engine: Engine) -> Iterator[tuple[dict[str, Any], int, int]]:
-        for number in range(self._rounds):
+        words = f"{self.name.replace('_', ' ')} views"
+        for number in activity.counted(range(self._rounds), words, "batches"):
             start = number * self._micro
             images = self._images[start : min(start + self._micro, len(self._mine))]
             weight = 1

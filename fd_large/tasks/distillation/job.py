@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed, doors
+from fd_large import activity, distributed, doors
 from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.exports import PROJECTION
 from fd_large.backbones.feature_map import FeatureMap
@@ -266,7 +266,7 @@ class DistillationJob(Job):
             weights=weights,
             whole_first=self.run.teacher_architecture().whole_first,
         )
-        log.info(
+        log.debug(
             "teacher: %s, %s, %.1f MB on this rank, hash %s",
             section.model,
             section.placement,
@@ -359,8 +359,9 @@ class DistillationJob(Job):
         ) -> tuple[dict[str, float], Panel | None]:
             folder = Path(run.run_dir()) / "features"
             found = {}
-            with evaluating(engine):
-                for name, images in (("train", train_set), ("test", test_set)):
+            splits = (("train", train_set), ("test", test_set))
+            with evaluating(engine), activity.work("k-NN"):
+                for name, images in activity.counted(splits, "features of train and test", "parts"):
                     found[name] = extract(
                         _student_of(engine),
                         IMAGENET,

@@ -134,5 +134,5 @@ def place(
         return PlacedTeacher(module, None, None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
-    log.info("teacher: sharded over %d ranks", shards)
+    log.debug("teacher: sharded over %d ranks", shards)
     return PlacedTeacher(module, engine, group)

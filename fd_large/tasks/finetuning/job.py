@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.backbones.registry import statistics_of
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
@@ -275,7 +275,8 @@ class FineTuningJob(Job):
         totals: dict[str, Tensor] = {}
         num_bad = 0
         # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
-        for _ in range(-(-len(images) // (batch_size * world))):
+        rounds = -(-len(images) // (batch_size * world))
+        for _ in activity.counted(range(rounds), "test images", "batches"):
             between()
             batch = next(mine, idle)
             bad.add(0, batch.bad)

@@ -193,10 +193,10 @@ def test_failed_saves_in_a_row_end_the_run(make, monkeypatch):
     assert caught.value.agreed
 
 
-@pytest.mark.parametrize(("free", "level"), [(1e12, logging.INFO), (10, logging.WARNING)])
+@pytest.mark.parametrize(("free", "level"), [(1e12, logging.DEBUG), (10, logging.WARNING)])
 def test_a_disk_that_is_too_small_is_a_warning(make, monkeypatch, caplog, free, level):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     make(keep_last=2, keep_every=5).log_disk_use(20)
     (record,) = (r for r in caplog.records if r.getMessage().startswith("checkpoints:"))
     assert record.levelno == level

@@ -108,7 +108,7 @@ def test_a_wrong_value_or_gradient_is_found(dtype, place, wrong, monkeypatch):
 
 
 def test_what_is_off_on_one_rank_is_given_up_on_all(monkeypatch, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG")
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, {"scaled": "off by 1"}])
     x = torch.randn(3, 64)
     monkeypatch.setattr(Kernel, "value", staticmethod(nan))

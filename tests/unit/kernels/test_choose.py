@@ -60,7 +60,7 @@ def test_what_runs_where(wish, device, choice, gpu, monkeypatch):
 
 
 def test_cases_that_were_not_tested_run_on_the_reference(gpu, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, logger="fd_large")
+    caplog.set_level(logging.DEBUG, logger="fd_large")
     for wish in ("auto", "triton"):
         monkeypatch.setenv("FD_KERNELS", wish)
         for change in ({"width": 16}, {"width": 8193}, {"empty": True}, {"copy": torch.float16}):
@@ -70,7 +70,7 @@ def test_cases_that_were_not_tested_run_on_the_reference(gpu, monkeypatch, caplo
 
 
 def test_the_log_says_once_what_runs_and_why(gpu, caplog):
-    caplog.set_level(logging.INFO, logger="fd_large")
+    caplog.set_level(logging.DEBUG, logger="fd_large")
     for width in (32, 64, 128):
         choose.implementation("residual_norm", "cuda", **CASE | {"width": width})
     assert caplog.messages == ["residual_norm on cuda: triton (FD_KERNELS=auto)"]

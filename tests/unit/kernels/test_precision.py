@@ -17,7 +17,7 @@ def allowed():
 
 
 def test_tf32_is_off_and_said_on_a_gpu(allowed, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     full_float32(torch.device("cpu"))
     assert not caplog.records
     full_float32(torch.device("cuda", 0))

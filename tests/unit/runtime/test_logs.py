@@ -34,7 +34,8 @@ def test_rank_0_speaks_and_every_file_keeps_all(rank, tmp_path, capsys, monkeypa
     logs.set_up(tmp_path)
     ours.info("one of ours")
     ours.info("not for the terminal", extra=logs.FILE_ONLY)
-    ours.debug("not at all")
+    ours.debug("a detail")
+    theirs.debug("not at all")
     theirs.warning("one of theirs")
     theirs.error("an error of theirs")
     logging.getLogger("DeepSpeed").info("of DeepSpeed")
@@ -42,7 +43,7 @@ def test_rank_0_speaks_and_every_file_keeps_all(rank, tmp_path, capsys, monkeypa
     kept = (tmp_path / "logs" / f"rank_{rank:05d}.log").read_text()
     everywhere = {"an error of theirs"}
     ours_alone = {"before the folder is known", "one of ours"}
-    in_files = {"not for the terminal", "one of theirs", "of DeepSpeed"}
+    in_files = {"not for the terminal", "a detail", "one of theirs", "of DeepSpeed"}
     for text in everywhere | ours_alone | in_files:
         assert kept.count(text) == 1, text
         assert (text in shown) == (text in everywhere | (ours_alone if rank == 0 else set())), text

@@ -89,7 +89,7 @@ def test_it_leaves_room_for_the_slowest_save_before_the_job_ends(started, monkey
 
 
 def test_it_says_at_the_start_whether_a_save_fits(started, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     started(notice_seconds=60.0)
     assert "the notice is 60 s" in caplog.text
     assert "DOES NOT FIT" not in caplog.text

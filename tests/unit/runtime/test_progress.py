@@ -7,9 +7,10 @@ import re
 import pytest
 from rich.console import Console
 
-from fd_large.runtime import logs, terminal
+from fd_large import activity
+from fd_large.runtime import logs, progress, terminal
 from fd_large.runtime.meter import Meter
-from fd_large.runtime.progress import Progress, clock
+from fd_large.runtime.progress import Progress
 
 
 @pytest.fixture
@@ -91,15 +92,18 @@ def test_the_bar_follows_a_time_box(shown, make_setting, run_updates):
     assert "6/6" in shown.text().splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "told"),
-    [
-        (0.4, "0:00"),
-        (7, "0:07"),
-        (754, "12:34"),
-        (3723, "1:02:03"),
-        (3 * 86400 + 4 * 3600, "3d 04h"),
-    ],
-)
-def test_durations(seconds, told):
-    assert clock(seconds) == told
+def test_what_is_done_between_two_steps_takes_the_place_of_the_numbers(
+    shown, make_setting, run_updates, monkeypatch
+):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWINGS", 0.0)
+    shown.open(is_terminal=True)
+    used = hooks()
+    run_updates(used, make_setting(), 8, end=None)
+    assert terminal.is_claimed(), "no other bar beside it"
+    with activity.work("evaluation"):
+        for _ in activity.counted("ab", "test images", "batches"):
+            pass
+    assert "test images, 1 of 2 batches" in shown.text()
+    used[0].on_end("done")
+    assert "loss 0.0700" in shown.text().rstrip().splitlines()[-1]
+    assert not terminal.is_claimed()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import distributed
+from fd_large import activity, distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
@@ -95,7 +95,7 @@ def evaluate(
     results: list[Result] = []
     unread = 0
     device = distributed.device()
-    for done, batch in enumerate(loader):
+    for done, batch in enumerate(activity.counted(loader, "test images", "batches")):
         between(done, len(loader))
         unread += len(batch.bad)
         for problem in batch.bad:
@@ -127,7 +127,8 @@ def evaluate(
         truth = read_ground_truth(images.annotations)
         return Outcome(score(truth, merged), merged, truth, unread)
 
-    return _beside(scored, lambda: between(len(loader), len(loader)))
+    with activity.work("scoring the detections"):
+        return _beside(scored, lambda: between(len(loader), len(loader)))
 
 
 def _beside(work: Callable[[], T], meanwhile: Callable[[], None]) -> T:

@@ -51,7 +51,7 @@ def test_given_weights_are_exact_masters(make_engine, config):
 
 @pytest.mark.parametrize(("every", "wrapped"), [(1, 2), (2, 1)])
 def test_checkpointed_blocks_give_the_same_step(make_engine, every, wrapped, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG")
     losses = []
     for options in ({}, {"activation_checkpointing": "every", "checkpoint_every": every}):
         engine = make_engine("whole", **options)

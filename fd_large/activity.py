@@ -1,0 +1,119 @@
+"""What this process is busy with, for whoever shows it: see `runtime/display.py`.
+
+Whatever may take longer than a few seconds is a piece of work; one that is begun while another
+lasts is a part of it. Noting it costs nothing, and nothing is shown by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_works: list[Work] = []
+
+on_change: list[Callable[[], None]] = []
+"""Called, in the thread that works, after something was done."""
+
+
+class Work:
+    """A piece of work; it lasts until `end`.
+
+    Args:
+        what: What is being done.
+        total: How much there is to do; None: that is not known.
+        unit: What is counted.
+        done: How much was done before.
+    """
+
+    def __init__(
+        self, what: str, total: float | None = None, unit: str = "", *, done: float = 0
+    ) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = self._first = done
+        self.began = time.monotonic()
+        _works.append(self)
+        _changed()
+
+    def advance(self, amount: float = 1, what: str | None = None) -> None:
+        """So much more is done."""
+        self.reach(self.done + amount)
+        self.what = what or self.what
+
+    def reach(self, done: float, total: float | None = None) -> None:
+        """So much is done in all."""
+        self.done = done
+        self.total = total or self.total
+        _changed()
+
+    def end(self) -> None:
+        """The work is over."""
+        if self in _works:
+            _works.remove(self)
+            _changed()
+
+    def seconds_left(self, now: float) -> float | None:
+        """Returns how long the rest takes at the speed so far; None where that is not known."""
+        fresh = self.done - self._first
+        if not self.total or fresh <= 0:
+            return None
+        return max(0.0, (now - self.began) * (self.total - self.done) / fresh)
+
+    def __str__(self) -> str:
+        if self.total and self.unit:
+            return f"{self.what}, {self.done:,.0f} of {self.total:,.0f} {self.unit}"
+        if self.total:
+            return f"{self.what}, {100 * self.done / self.total:.0f}%"
+        if self.done and self.unit:
+            return f"{self.what}, {self.done:,.0f} {self.unit}"
+        return self.what
+
+
+@contextmanager
+def work(what: str, total: float | None = None, unit: str = "") -> Iterator[Work]:
+    """Does a piece of work: see `Work`."""
+    begun = Work(what, total, unit)
+    try:
+        yield begun
+    finally:
+        begun.end()
+
+
+def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
+    """Yields items and counts those that are done."""
+    with work(what, len(items), unit) as begun:
+        for item in items:
+            yield item
+            begun.advance()
+
+
+def current() -> tuple[Work, ...]:
+    """Returns what is being done now, the whole first and its parts after it."""
+    return tuple(_works)
+
+
+def describe(works: tuple[Work, ...], now: float) -> str:
+    """Returns it in words, with the time that it has taken and will take."""
+    text = ": ".join(str(one) for one in works)
+    left = next((s for one in works[::-1] if (s := one.seconds_left(now)) is not None), None)
+    text += f"; {clock(now - works[-1].began)} so far"
+    return text if left is None else f"{text}, {clock(left)} left"
+
+
+def clock(seconds: float) -> str:
+    """Returns a duration as 0:07, 12:34, 1:02:03 or 3d 04h."""
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}h"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def _changed() -> None:
+    for call in tuple(on_change):
+        call()

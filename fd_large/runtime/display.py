@@ -1,0 +1,145 @@
+"""Shows what a command is busy with: a bar on a terminal, else a line at least every 30 s.
+
+A thread looks at `activity` a few times a second and is all that draws, but for the bar of training
+(`progress.py`), which takes the terminal over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fd_large import activity
+from fd_large.activity import Work, clock, describe
+from fd_large.runtime import terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 25.0
+"""With what a look, a write and a busy machine take, less than 30 s."""
+SECONDS_UNTIL_BAR = 2.0
+SECONDS_BETWEEN_LOOKS = 0.5
+
+_drawing = threading.Lock()
+# A process that is forked in the middle of a line would inherit the locks of the console.
+os.register_at_fork(
+    before=_drawing.acquire, after_in_parent=_drawing.release, after_in_child=_drawing.release
+)
+
+
+@contextmanager
+def shown(what: str) -> Iterator[None]:
+    """Shows what happens inside, as long as it lasts; `what` is the whole."""
+    # rich is not imported for what ends at once.
+    live = terminal.out().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    look: Bar | Lines = Bar() if live else Lines(say)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            with _drawing:
+                look(activity.current(), time.monotonic())
+
+    thread = threading.Thread(target=watch, name="display", daemon=True)
+    with activity.work(what):
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            look.close()
+
+
+def say(text: str) -> None:
+    """Writes a line to the log of a run, or beside what a command prints."""
+    if log.isEnabledFor(logging.INFO):  # `logs.start` was called.
+        log.info("%s", text)
+    else:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", file=terminal.err())
+
+
+class Lines:
+    """Says what is being done once nothing was said for a while.
+
+    Args:
+        say: Writes a line to the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said = float("-inf")
+
+    def __call__(self, works: tuple[Work, ...], now: float) -> None:
+        """Looks once."""
+        if not works:
+            return
+        since = max(self._said, terminal.last_said(), works[0].began)
+        if now - since >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            self._say(describe(works[1:] or works, now))
+
+    def close(self) -> None:
+        """Nothing remains."""
+
+
+class Bar:
+    """Draws a bar for what has lasted a moment, and removes it when that is over."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __call__(self, works: tuple[Work, ...], now: float) -> None:
+        """Looks once."""
+        if not works or terminal.is_claimed():
+            self.close()
+            return
+        if now - works[0].began < SECONDS_UNTIL_BAR:
+            return
+        bar = self._bar = self._bar or self._begin()
+        inner = works[-1]
+        sized = next((one for one in works[::-1] if one.total), None)
+        left = sized.seconds_left(now) if sized else None
+        bar.update(
+            bar.task_ids[0],
+            description=": ".join(map(str, works[1:] or works)),
+            total=sized.total if sized else None,
+            completed=sized.done if sized else 0,
+            time=f"{clock(now - inner.began)}" if left is None else f"{clock(left)} left",
+            refresh=True,
+        )
+
+    def close(self) -> None:
+        """Removes the bar."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+
+    def _make_room(self) -> None:
+        with _drawing:
+            self.close()
+
+    def _begin(self) -> Progress:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[time]}", style="cyan"),
+            console=terminal.console(),
+            transient=True,
+            auto_refresh=False,
+            redirect_stderr=False,
+        )
+        bar.add_task("", time="")
+        bar.start()
+        terminal.before_errors.append(self._make_room)
+        return bar
