@@ -35,7 +35,9 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = printable(self._prefix + self.format(record))
-            terminal.console().print(text, soft_wrap=True)
+            console = terminal.console()
+            # A terminal breaks lines within words, rich between them; a file has long lines.
+            console.print(text, soft_wrap=not console.is_terminal)
             terminal.note_said()
         except Exception:
             self.handleError(record)
