@@ -23,6 +23,9 @@ from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from fd_large.engine.find_model import NamedModel
 
 
@@ -42,6 +45,8 @@ class Test(NamedTuple):
 
 # What the features of a frozen model depend on.
 _FLAGS = ("pool", "batch_size")
+# Words for them in tables.
+POOLS = {"mean": "mean of patches", "cls": "class token"}
 _FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
 PROBES = {
     "knn": Test("k-NN", ("k", "temperature", *_FLAGS), _FIELDS),
@@ -72,8 +77,9 @@ class ModelFlags(AllowsCode):
     k: int = 20
     # A neighbour's vote is exp(cosine similarity / temperature).
     temperature: float = 0.07
-    # Feature of an image of a frozen model: the mean of its patch tokens, or its class token.
-    pool: Literal["mean", "cls"] = "mean"
+    # Feature of an image of a frozen model: the mean of its patch tokens, or its class token. auto:
+    # k-NN of each that the model has, a probe of the mean.
+    pool: Literal["auto", "mean", "cls"] = "auto"
     # Images at a time while the model is frozen.
     batch_size: int = 256
     # Learning rates of the linear probe per 256 images; all are tried, and a held-out tenth of the
@@ -113,6 +119,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     from fd_large import distributed, meeting
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
+    from fd_large.probes.features import Pool
     from fd_large.probes.measure import measure
     from fd_large.runtime import logs
 
@@ -126,7 +133,9 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     for model in models:
         module, statistics = model.build()
         module.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
-        accuracy = measure(
+        both = task == "knn" and module.num_prefix_tokens
+        automatic: list[Pool] = ["mean", "cls"] if both else ["mean"]
+        found = measure(
             module,
             statistics,
             train,
@@ -137,7 +146,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
             label=model.label,
             image_size=model.image_size,
             batch_size=own.batch_size,
-            pool=own.pool,
+            pools=automatic if own.pool == "auto" else [own.pool],
             workers=run.data.workers,
             max_pixels=run.data.max_pixels,
             k=own.k,
@@ -145,7 +154,17 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
             rates=own.probe_rates,
             epochs=own.probe_epochs,
         )
-        rows.append(_row(model, accuracy.values, accuracy.details))
+        rows += [
+            _Row(
+                model,
+                one.values,
+                one.details,
+                one.predicted,
+                one.labels,
+                feature=POOLS[one.pool] if len(found) > 1 else "",
+            )
+            for one in found
+        ]
     settings = (
         {"k": own.k, "temperature": own.temperature}
         if task == "knn"
@@ -158,7 +177,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         task=task,
         root=run.data.root,
         seeds=seeds,
-        settings=settings | {"pool": own.pool, "batch_size": own.batch_size},
+        settings=settings | {"batch_size": own.batch_size},
         classes=len(train.classes),
         training_images=len(train),
         pictures=len(test),
@@ -205,12 +224,12 @@ def train_models(
     ]
     folder, seeds = out_folder(own.out), _seeds(recipes[0].runtime.seed, own.seeds)
     rows = [
-        _row(model, [], []) | {"recipe": recipe.name}
+        _Row(model, [], [], [], recipe=recipe.name)
         for model, recipe in zip(models, recipes, strict=True)
     ]
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
-            where = folder / f"{slug(row['label'])}_seed_{seed}"
+            where = folder / f"{slug(row.model.label)}_seed_{seed}"
             if recipe.runtime.run_dir:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
@@ -222,8 +241,11 @@ def train_models(
             # Rank 0 wrote it; the others may be here before it is written.
             text = (where / "summary.json").read_text() if distributed.is_main() else "{}"
             accuracy, details = job.compared(distributed.broadcast_object(json.loads(text)))
-            row["accuracy"].append(accuracy)
-            row["details"].append({"run": str(where), **details})
+            row.values.append(accuracy)
+            row.details.append({"run": str(where), **details})
+            if distributed.is_main() and (found := job.predictions(where)):
+                row.predicted.append(found.predicted)
+                row.labels = found.labels
     _finish(
         folder,
         rows,
@@ -267,19 +289,40 @@ def _seeds(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def _row(model: NamedModel, values: list[float], details: list[dict[str, Any]]) -> dict[str, Any]:
-    """A model's part of summary.json."""
-    return {
-        "label": model.label,
-        "source": model.source,
-        "image_size": model.image_size,
-        "accuracy": values,
-        "details": details,
-    }
+@dataclass
+class _Row:
+    """A row of the table.
+
+    Attributes:
+        model: What was measured.
+        values: The accuracy of each seed, in per cent.
+        details: More about each seed.
+        predicted: The class that each seed gave to each test image, (N,), on rank 0; fewer than
+            seeds where a run was made before they were kept.
+        labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
+        recipe: Name of the recipe that the model was trained by, if any.
+        feature: Words for its feature where a model has several rows.
+    """
+
+    model: NamedModel
+    values: list[float]
+    details: list[dict[str, Any]]
+    predicted: list[NDArray[np.int64]]
+    labels: NDArray[np.int64] | None = None
+    recipe: str = ""
+    feature: str = ""
+
+    def right(self) -> NDArray[np.bool_] | None:
+        """Returns (seeds, images with a label), whether each was classified correctly."""
+        import numpy as np
+
+        if self.labels is None or len(self.predicted) < len(self.values):
+            return None
+        return (np.stack(self.predicted) == self.labels)[:, self.labels >= 0]
 
 
-def _finish(folder: Path, rows: Sequence[dict[str, Any]], title: str, **facts: Any) -> None:
-    """Prints the table, draws the plot and writes summary.json, on rank 0."""
+def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> None:
+    """Prints the table, draws the plot, writes summary.json and predictions.npz, on rank 0."""
     from fd_large import distributed
 
     if not distributed.is_main():
@@ -293,11 +336,51 @@ def _finish(folder: Path, rows: Sequence[dict[str, Any]], title: str, **facts: A
     summary = {
         **facts,
         "device": f"{distributed.world_size()} x {name}",
-        "nets": [row | spread(row["accuracy"]) for row in rows],
+        "nets": [_as_json(row, rows[0]) | spread(row.values) for row in rows],
     }
     write_json(folder / "summary.json", summary)
+    _write_predictions(folder / "predictions.npz", rows)
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
     console = tables()
     console.print(table(summary, title))
     console.print(f"{folder}/summary.json, {plot}", soft_wrap=True)
+
+
+def _as_json(row: _Row, first: _Row) -> dict[str, Any]:
+    """A row of summary.json."""
+    from fd_large.probes.paired import difference
+
+    found: dict[str, Any] = {
+        "label": _label(row),
+        "source": row.model.source,
+        "image_size": row.model.image_size,
+        "accuracy": row.values,
+        "details": row.details,
+    }
+    if row.recipe:
+        found["recipe"] = row.recipe
+    right, other = row.right(), first.right()
+    if row is not first and right is not None and other is not None:
+        paired = difference(right, other)
+        found["difference"] = {
+            "to": _label(first),
+            "mean": paired.mean,
+            "interval": [paired.low, paired.high],
+            "is_shown": paired.is_shown,
+        }
+    return found
+
+
+def _label(row: _Row) -> str:
+    return f"{row.model.label}, {row.feature}" if row.feature else row.model.label
+
+
+def _write_predictions(path: Path, rows: Sequence[_Row]) -> None:
+    """Writes the test images' labels, (N,), and what was predicted of each row, (seeds, N)."""
+    import numpy as np
+
+    kept = {_label(row): np.stack(row.predicted) for row in rows if row.right() is not None}
+    labels = next((row.labels for row in rows if row.labels is not None), None)
+    if labels is not None:
+        np.savez_compressed(path, labels=labels, **kept)

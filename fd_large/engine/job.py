@@ -24,6 +24,7 @@ from fd_large.data.source import ImageSource, open_images
 from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
+from fd_large.engine.predictions import Predictions
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
@@ -393,6 +394,15 @@ class Job:
             summary: Content of its summary.json.
 
         Returns: the accuracy in per cent, and more about it.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def predictions(run_dir: Path) -> Predictions | None:
+        """Returns what a finished run predicted of its test images; None if it did not keep that.
+
+        Args:
+            run_dir: The run's folder.
         """
         raise NotImplementedError
 

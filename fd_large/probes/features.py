@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,7 @@ MAX_BAD_FRACTION = 0.01
 
 
 class Features(NamedTuple):
-    """Rows by image; both arrays are mapped from files.
+    """Rows by image, of one pool; both arrays are mapped from files.
 
     Attributes:
         rows: (N, C) float32.
@@ -47,6 +47,16 @@ class Features(NamedTuple):
     def usable(self) -> NDArray[np.int64]:
         """Returns the numbers of the images that have a label."""
         return np.flatnonzero(self.labels != NO_LABEL)
+
+    def percent(self, predicted: NDArray[np.int64]) -> float:
+        """Returns the percentage of the images with a label whose class is predicted.
+
+        Args:
+            predicted: (N,), the class that each image is given.
+        """
+        usable = self.usable()
+        right = int((predicted[usable] == self.labels[usable]).sum())
+        return 100 * right / max(1, len(usable))
 
 
 def pooled(features: FeatureMap, pool: Pool) -> Tensor:
@@ -71,12 +81,12 @@ def extract(
     *,
     image_size: int,
     batch_size: int,
-    pool: Pool = "mean",
+    pools: Sequence[Pool] = ("mean",),
     workers: int = 0,
     max_pixels: int = 2**26,
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
-) -> Features:
+) -> list[Features]:
     """Extracts the features of the centre crops of all images; a collective.
 
     Args:
@@ -86,12 +96,13 @@ def extract(
         folder: Folder for rows.npy and labels.npy, which all ranks see.
         image_size: Side of the crops, in pixels.
         batch_size: Images per forward; the last bits of the result depend on it.
-        pool: The feature of an image: the mean of its patches, or its class token.
+        pools: Features of an image, of one forward: the mean of its patches, its class token.
         workers: Loader processes of each rank.
         max_pixels: Larger images are refused before they are decoded.
         progress: Called with the number of this rank's images that are done.
         between: Called before each batch, on every rank alike; may raise to end it.
 
+    Returns: the features of each pool.
     Raises: DataError: if more than a hundredth of the images cannot be used; ConfigError: if the
         folder has no room.
     """
@@ -99,7 +110,8 @@ def extract(
     device = distributed.device()
 
     def forward(pixels: Tensor) -> Tensor:
-        return pooled(model(normalise(pixels.to(device), statistics)), pool)
+        features = model(normalise(pixels.to(device), statistics))
+        return torch.cat([pooled(features, pool) for pool in pools], 1)
 
     nothing = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     with torch.no_grad():
@@ -141,7 +153,8 @@ def extract(
             f"data.root: too many images cannot be used; got {bad} of {len(images)}, expected "
             "at most one in a hundred. Replace the files that the warnings name."
         )
-    return Features(*(np.load(path, mmap_mode="r") for path in paths))
+    rows, labels = (np.load(path, mmap_mode="r") for path in paths)
+    return [Features(part, labels) for part in np.split(rows, len(pools), axis=1)]
 
 
 def _reserve(paths: tuple[Path, Path], num_images: int, width: int) -> None:

@@ -70,7 +70,7 @@ def predict(rows: Tensor, bank: Bank, *, k: int, temperature: float) -> Tensor:
     return totals.scatter_add_(1, classes, votes).argmax(1)
 
 
-def accuracy(
+def classify(
     train: Features,
     test: Features,
     *,
@@ -79,8 +79,8 @@ def accuracy(
     temperature: float = 0.07,
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
-) -> float:
-    """Returns the percentage of the test images that are classified correctly; a collective.
+) -> NDArray[np.int64]:
+    """Returns the class that each test image is given, on every rank; a collective.
 
     Blocks of queries are distributed over the ranks; a block is the same on any of them.
 
@@ -92,9 +92,11 @@ def accuracy(
         temperature: See `predict`.
         progress: Called with the number of this rank's images that are done.
         between: Called before each block, on every rank alike; may raise to end it.
+
+    Returns: (N,); 0 for an image without a label.
     """
     bank, usable = Bank(train, num_classes), test.usable()
-    right = 0
+    predicted = torch.zeros(len(test.labels), dtype=torch.int64)
     own = QUERY_BLOCK * distributed.rank()
     for first in range(0, len(usable), QUERY_BLOCK * distributed.world_size()):
         between()
@@ -103,10 +105,9 @@ def accuracy(
             continue
         rows = torch.from_numpy(test.rows[numbers])
         found = predict(rows, bank, k=k, temperature=temperature)
-        right += int((found == _labels(test, numbers)).sum())
+        predicted[torch.from_numpy(numbers)] = found.cpu()
         progress(len(numbers))
-    total = int(distributed.sum_tensor(torch.tensor(right)))
-    return 100 * total / max(1, len(usable))
+    return distributed.sum_tensor(predicted).numpy()
 
 
 def _unit(rows: Tensor | NDArray[np.float32]) -> Tensor:

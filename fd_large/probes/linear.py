@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,19 +48,18 @@ class Probe:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came out.
 
     Attributes:
         rate: The best learning rate.
         held_out: Accuracy on the held-out tenth for each learning rate, in per cent.
-        test: Accuracy on the test images, in per cent.
+        predicted: (N,) int64, the class that each test image is given.
     """
 
     rate: float
     held_out: tuple[float, ...]
-    test: float
+    predicted: NDArray[np.int64]
 
 
 def evaluate(
@@ -90,12 +90,15 @@ def evaluate(
             f"least {HELD_OUT}, one of which is held out. Use more."
         )
     layers = _fit(train, order[count:], num_classes, probe, probe.rates, progress)
-    held_out = layers.accuracies(train, order[:count])
+    held_out = [
+        100 * float((found == train.labels[order[:count]]).mean())
+        for found in layers.predict(train, order[:count])
+    ]
     best = max(range(len(held_out)), key=lambda place: held_out[place])
     rate = probe.rates[best]
     layer = _fit(train, order, num_classes, probe, (rate,), progress)
-    (result,) = layer.accuracies(test, test.usable())
-    return distributed.broadcast_object(Outcome(rate, tuple(held_out), result))
+    (predicted,) = layer.predict(test, np.arange(len(test.labels)))
+    return distributed.broadcast_object(Outcome(rate, tuple(held_out), predicted))
 
 
 def work(num_train: int, probe: Probe) -> int:
@@ -118,14 +121,14 @@ class _Layers:
         normed = F.batch_norm(rows, self.mean, self.variance, training=training, eps=NORM_EPS)
         return torch.baddbmm(self.bias, normed.expand(len(self.weight), -1, -1), self.weight.mT)
 
-    def accuracies(self, features: Features, numbers: NDArray[np.int64]) -> list[float]:
-        """Returns the percentage of the images that each layer classifies correctly."""
-        right = torch.zeros(len(self.weight), dtype=torch.int64, device=self.weight.device)
+    def predict(self, features: Features, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns (R, len(numbers)), the class that each layer gives to each image."""
+        found = [torch.zeros(len(self.weight), 0, dtype=torch.int64)]
         for start in range(0, len(numbers), BLOCK):
-            rows, labels = _read(features, numbers[start : start + BLOCK])
+            rows, _ = _read(features, numbers[start : start + BLOCK])
             with torch.no_grad():
-                right += (self.logits(rows, training=False).argmax(-1) == labels).sum(1)
-        return [100 * count / max(1, len(numbers)) for count in right.tolist()]
+                found.append(self.logits(rows, training=False).argmax(-1).cpu())
+        return torch.cat(found, 1).numpy()
 
 
 def _fit(

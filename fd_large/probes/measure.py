@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fd_large import activity, distributed
@@ -21,13 +23,19 @@ Method = Literal["knn", "linear"]
 
 
 class Accuracy(NamedTuple):
-    """What came out.
+    """What came out of one feature of the images.
 
     Attributes:
-        values: Percentage of the test images that were classified correctly, one for each seed.
+        pool: The feature.
+        predicted: For each seed the class that each test image is given, (N,).
+        labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
+        values: For each seed the percentage of the test images that were classified correctly.
         details: More about each seed.
     """
 
+    pool: Pool
+    predicted: list[NDArray[np.int64]]
+    labels: NDArray[np.int64]
     values: list[float]
     details: list[dict[str, Any]]
 
@@ -44,14 +52,14 @@ def measure(
     label: str,
     image_size: int,
     batch_size: int,
-    pool: Pool,
+    pools: Sequence[Pool],
     workers: int,
     max_pixels: int,
     k: int,
     temperature: float,
     rates: tuple[float, ...],
     epochs: int,
-) -> Accuracy:
+) -> list[Accuracy]:
     """Measures a model by its features; a collective.
 
     Args:
@@ -64,11 +72,12 @@ def measure(
         method: The test. k-NN has no randomness and is made once.
         seeds: Seeds of the probe.
         label: What the model is called.
-        image_size, batch_size, pool, workers, max_pixels: See `extract`.
-        k, temperature: See `knn.accuracy`.
+        image_size, batch_size, pools, workers, max_pixels: See `extract`.
+        k, temperature: See `knn.classify`.
         rates, epochs: See `linear.Probe`.
 
-    Raises: As `extract`, `knn.accuracy` and `linear.evaluate`.
+    Returns: what came out of each pool.
+    Raises: As `extract` and `linear.evaluate`.
     """
     features = []
     for name, images in (("training", train), ("test", test)):
@@ -81,39 +90,45 @@ def measure(
                     folder / name,
                     image_size=image_size,
                     batch_size=batch_size,
-                    pool=pool,
+                    pools=pools,
                     workers=workers,
                     max_pixels=max_pixels,
                     progress=progress,
                 )
             )
-    result, num_classes = Accuracy([], []), len(train.classes)
-    if method == "knn":
-        with _work(f"{label}: k-NN", len(test)) as progress:
-            value = knn.accuracy(
-                *features,
-                num_classes=num_classes,
-                k=k,
-                temperature=temperature,
-                progress=progress,
-            )
-        result.values.append(value)
-        result.details.append({})
-    else:
-        for seed in seeds:
-            probe = linear.Probe(rates=rates, epochs=epochs, seed=seed)
-            # Every rank does all of it.
-            num_images = linear.work(len(train), probe) * distributed.world_size()
-            with _work(f"{label}: probe, seed {seed}", num_images) as progress:
-                outcome = linear.evaluate(
-                    *features, num_classes=num_classes, probe=probe, progress=progress
+    num_classes, results = len(train.classes), []
+    for pool, voting, tested in zip(pools, *features, strict=True):
+        # Copied: the files of features are removed.
+        result = Accuracy(pool, [], np.array(tested.labels), [], [])
+        if method == "knn":
+            with _work(f"{label}: k-NN of {pool}", len(test)) as progress:
+                predicted = knn.classify(
+                    voting,
+                    tested,
+                    num_classes=num_classes,
+                    k=k,
+                    temperature=temperature,
+                    progress=progress,
                 )
-            result.values.append(outcome.test)
-            result.details.append({"rate": outcome.rate, "held_out": list(outcome.held_out)})
+            result.predicted.append(predicted)
+            result.details.append({})
+        else:
+            for seed in seeds:
+                probe = linear.Probe(rates=rates, epochs=epochs, seed=seed)
+                # Every rank does all of it.
+                num_images = linear.work(len(train), probe) * distributed.world_size()
+                with _work(f"{label}: probe, seed {seed}", num_images) as progress:
+                    outcome = linear.evaluate(
+                        voting, tested, num_classes=num_classes, probe=probe, progress=progress
+                    )
+                result.predicted.append(outcome.predicted)
+                result.details.append({"rate": outcome.rate, "held_out": list(outcome.held_out)})
+        result.values.extend(tested.percent(predicted) for predicted in result.predicted)
+        results.append(result)
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(folder, ignore_errors=True)
-    return result
+    return results
 
 
 @contextmanager

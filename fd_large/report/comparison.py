@@ -44,14 +44,32 @@ def table(summary: dict[str, Any], title: str) -> Table:
     if several:
         found.add_column("+-", justify="right")
         found.add_column("seeds", justify="right", overflow="fold")
+    if compared := any("difference" in model for model in summary["nets"]):
+        found.add_column("less the first", overflow="fold")
     for model in summary["nets"]:
         cells = [Text(model["label"]), *([Text(model["recipe"])] if trained else [])]
         cells += [str(model["image_size"]), f"{model['mean']:.2f}"]
         if several:
             cells.append(f"{model['standard_deviation']:.2f}")
             cells.append(" ".join(f"{value:.2f}" for value in model["accuracy"]))
+        if compared:
+            cells.append(_difference(model.get("difference")))
         found.add_row(*cells)
+    if compared:
+        found.caption = (
+            "In brackets: where 95% of paired draws of the test images put the difference; "
+            "none is shown where that includes 0."
+        )
+        found.caption_justify = "left"
     return found
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    shown = f"{found['mean']:+.2f}" if found["is_shown"] else "none shown"
+    return f"{shown} ({low:+.2f} to {high:+.2f})"
 
 
 def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:

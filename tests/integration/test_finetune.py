@@ -141,7 +141,7 @@ def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_
     net, statistics = named.build()
     features = {}
     for part in ("train", "val"):
-        features[part] = extract(
+        (features[part],) = extract(
             net,
             statistics,
             open_split(str(pictures), part),
@@ -149,5 +149,6 @@ def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_
             image_size=named.image_size,
             batch_size=2,
         )
-    percent = knn.accuracy(features["train"], features["val"], num_classes=3)
+    predicted = knn.classify(features["train"], features["val"], num_classes=3)
+    percent = features["val"].percent(predicted)
     assert rows[5]["test_knn"] == pytest.approx(percent)

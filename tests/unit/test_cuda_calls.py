@@ -351,7 +351,8 @@ def test_a_card_that_does_not_compute(card: Card, monkeypatch) -> None:
 
 def test_tables_name_the_card(card: Card, tmp_path) -> None:
     assert diagnose._device(distributed.device()) == card.name
-    rows = [{"name": "a", "accuracy": [50.0]}]
+    model = SimpleNamespace(label="a", source="a", image_size=32)
+    rows = [evaluate_models._Row(model, [50.0], [{}], [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fd_large.report.comparison.draw_comparison", lambda *_: None)
         patch.setattr("fd_large.report.comparison.table", lambda *_: "")

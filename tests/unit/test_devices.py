@@ -273,9 +273,13 @@ def test_accuracy_on_test_images(card: Card, monkeypatch, tmp_path: Path) -> Non
     job = FineTuningJob(replace(run, data=data))
     student = Student(model="swinv2_tiny", architecture=SWIN)
     task = engine_ready(lambda: FineTuning(make_student(student), 2, statistics=IMAGENET))
-    found = job._measure(Engine(task, task, 0, {}, None), images, BadImages(), 2, lambda: None)
+    found, predictions = job._measure(
+        Engine(task, task, 0, {}, None), images, BadImages(), 2, lambda: None
+    )
     assert found.keys() == {"loss", "top1", "top5"}
     assert found["top5"] == 100
+    right = predictions.predicted == predictions.labels
+    assert found["top1"] == pytest.approx(100 * right.mean())
 
 
 def test_nearest_neighbours_and_a_linear_probe(card: Card, tmp_path: Path) -> None:
@@ -283,14 +287,15 @@ def test_nearest_neighbours_and_a_linear_probe(card: Card, tmp_path: Path) -> No
     labels = rng.integers(0, 3, 60)
     rows = (rng.normal(size=(60, 8)) + 4 * np.eye(8)[labels]).astype(np.float32)
     features = Features(rows, labels)
-    assert knn.accuracy(features, features, num_classes=3, k=3) > 90
+    assert features.percent(knn.classify(features, features, num_classes=3, k=3)) > 90
     probe = linear.Probe(rates=(0.1, 1.0), epochs=2, batch_size=16)
-    assert linear.evaluate(features, features, num_classes=3, probe=probe).test > 90
+    outcome = linear.evaluate(features, features, num_classes=3, probe=probe)
+    assert features.percent(outcome.predicted) > 90
 
 
 def test_features_of_labelled_images(card: Card, tmp_path: Path) -> None:
     net = build("vit_base_patch16", VIT).eval().bfloat16().to("cuda")
-    found = extract(
+    (found,) = extract(
         lambda pixels: net(pixels.bfloat16()),
         IMAGENET,
         labelled(tmp_path),

@@ -362,7 +362,7 @@ class DistillationJob(Job):
             splits = (("train", train_set), ("test", test_set))
             with evaluating(engine), activity.work("k-NN"):
                 for name, images in activity.counted(splits, "features of train and test", "parts"):
-                    found[name] = extract(
+                    (found[name],) = extract(
                         _student_of(engine),
                         IMAGENET,
                         images,
@@ -373,12 +373,13 @@ class DistillationJob(Job):
                         max_pixels=run.data.max_pixels,
                         between=between,
                     )
-            accuracy = knn.accuracy(
+            predicted = knn.classify(
                 found["train"],
                 found["test"],
                 num_classes=len(train_set.classes),
                 between=between,
             )
+            accuracy = found["test"].percent(predicted)
             distributed.barrier()
             if distributed.is_main():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,6 +24,7 @@ from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
+from fd_large.engine.predictions import Predictions
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run
@@ -160,7 +162,9 @@ class FineTuningJob(Job):
         def measure(
             step: int, last: bool, between: Callable[[], None]
         ) -> tuple[dict[str, float], None]:
-            found = self._measure(engine, images, bad, micro_batch_size, between)
+            found, predictions = self._measure(engine, images, bad, micro_batch_size, between)
+            if last and distributed.is_main():
+                predictions.write(Path(self.run.run_dir()))
             return {f"test_{name}": value for name, value in found.items()}, None
 
         return [Evaluation(measure, self.run.eval.every)]
@@ -217,6 +221,8 @@ class FineTuningJob(Job):
         """Returns the accuracy and the loss on the test images."""
         return summary["test_top1"], {"test_loss": summary["test_loss"]}
 
+    predictions = staticmethod(Predictions.read)
+
     def statistics(self) -> Statistics:
         """Returns the statistics by which images are normalised; ImageNet's for random weights."""
         stated = self.run.task.finetune.statistics
@@ -258,7 +264,7 @@ class FineTuningJob(Job):
         bad: BadImages,
         batch_size: int,
         between: Callable[[], None],
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Predictions]:
         rank, world = distributed.rank(), distributed.world_size()
         run, device = self.run, distributed.device()
         mine = central_batches(
@@ -273,6 +279,8 @@ class FineTuningJob(Job):
         side = run.data.image_size
         idle = CentralBatch(0, torch.zeros(1, 3, side, side).byte(), torch.full((1,), NO_LABEL), ())
         totals: dict[str, Tensor] = {}
+        # One more than the class, and than the label: what no rank fills stays 0.
+        answers = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         num_bad = 0
         # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
         rounds = -(-len(images) // (batch_size * world))
@@ -284,6 +292,10 @@ class FineTuningJob(Job):
             prepared = engine.task.prepare(batch.images.to(device), batch.labels.to(device), None)
             with evaluating(engine):
                 _, sums = engine.deepspeed(**prepared)
+            predicted = sums.pop("predicted")
+            if batch is not idle:
+                here = slice(batch.start, batch.start + len(predicted))
+                answers[:, here] = 1 + torch.stack([predicted, prepared["targets"]])
             totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
         # Sums in float64: counts are exact, and losses do not depend on the number of ranks.
         totals["bad"] = torch.tensor(num_bad, dtype=torch.float64, device=device)
@@ -292,4 +304,5 @@ class FineTuningJob(Job):
         count = BadCount(int(sums.pop("bad")), len(images))
         if error := agreed_error(count, run.data.max_bad_fraction, bad.names):
             raise error
-        return counted(sums)
+        predicted, labels = (distributed.sum_tensor(answers) - 1).cpu().numpy()
+        return counted(sums), Predictions(predicted, labels)

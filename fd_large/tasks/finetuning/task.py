@@ -76,7 +76,7 @@ class FineTuning(Task):
     def forward(
         self, *, pixels: Tensor, targets: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the cross-entropy and, in evaluation, sums over the images.
+        """Returns the cross-entropy and, in evaluation, sums over the images and `predicted`, (B,).
 
         Args:
             pixels: (B, 3, H, W) float32, normalised.
@@ -96,7 +96,9 @@ class FineTuning(Task):
             "top5": best.sum(),
             "pictures": counted.sum(),
         }
-        return losses.sum() / counted.sum().clamp(min=1), {k: v.double() for k, v in sums.items()}
+        found = {name: value.double() for name, value in sums.items()}
+        predicted = logits.argmax(-1)
+        return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": predicted}
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
         """Returns (B, K) float32."""

@@ -157,7 +157,7 @@ def neighbours(run: Run, folder: Path) -> dict[str, Any]:
     same = True
     for name, pictures in parts.items():
         settings = {"image_size": named.image_size, "batch_size": TEST_BATCH}
-        features[name] = extract(net, statistics, pictures, folder / name, **settings)
+        (features[name],) = extract(net, statistics, pictures, folder / name, **settings)
         for batch in central_batches(
             pictures, **settings, rank=0, world_size=1, workers=0, max_pixels=2**20
         ):
@@ -166,7 +166,8 @@ def neighbours(run: Run, folder: Path) -> dict[str, Any]:
             where = slice(batch.start, batch.start + len(rows))
             same &= (features[name].rows[where] == rows).all()
             same &= (features[name].labels[where] == batch.labels.numpy()).all()
-    percent = knn.accuracy(features["train"], features["test"], num_classes=3, k=5)
+    predicted = knn.classify(features["train"], features["test"], num_classes=3, k=5)
+    percent = features["test"].percent(predicted)
     bank, test = knn.Bank(features["train"], 3), features["test"]
     found = knn.predict(torch.from_numpy(test.rows), bank, k=5, temperature=0.07)
     alone = 100 * int((found.numpy() == test.labels).sum()) / len(test.labels)

@@ -92,9 +92,25 @@ def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     assert (summary["classes"], summary["pictures"]) == (3, 12)
     # Red, green and blue images.
     assert summary["nets"][0]["accuracy"] == [100.0]
+    assert "difference" not in summary["nets"][0]
+    difference = summary["nets"][1]["difference"]
+    assert difference["to"] == "efficientnet_lite0"
+    assert difference["mean"] == pytest.approx(summary["nets"][1]["accuracy"][0] - 100)
+    with np.load(out / "predictions.npz") as kept:
+        assert (kept["labels"] == kept["efficientnet_lite0"][0]).all()
+        assert kept["resnet18, random"].shape == (1, 12)
     assert (out / "knn.png").stat().st_size > 5000
     assert not (out / "features").exists()
     assert "efficientnet_lite0" in capsys.readouterr().out
+
+
+def test_nearest_neighbours_of_the_class_token_stand_beside_the_mean(pictures, tmp_path):
+    common = ["--data.root", str(pictures), "--data.workers", "0", "--out", str(tmp_path)]
+    small = ["--data.image_size", "32", "--batch_size", "8"]
+    assert main(["evaluate", TINY, "--task", "knn", *small, *common]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())["nets"]
+    name = "vit_base_patch16, random"
+    assert [net["label"] for net in found] == [f"{name}, mean of patches", f"{name}, class token"]
 
 
 def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch):

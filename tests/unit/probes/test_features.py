@@ -36,9 +36,9 @@ def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
     shape = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8, image_size=SIZE)
     net = build("vit_base_patch16", shape, seed=1).eval()
     told: list[int] = []
-    found = extract(
+    found, class_tokens = extract(
         net, OPENAI_CLIP, pictures, tmp_path / "out", image_size=SIZE, batch_size=4,
-        progress=told.append,
+        pools=("mean", "cls"), progress=told.append,
     )  # fmt: skip
     assert told == [4, 4, 3]
     assert isinstance(found.rows, np.memmap)
@@ -47,6 +47,7 @@ def test_rows_are_the_nets_means_in_the_pictures_order(tmp_path):
         with torch.no_grad():
             tokens = net(normalise(central_view(image, SIZE)[None], OPENAI_CLIP)).tokens
         assert np.allclose(found.rows[index], tokens[0, 1:].mean(0), atol=1e-5)
+        assert np.allclose(class_tokens.rows[index], tokens[0, 0], atol=1e-5)
         assert found.labels[index] == pictures.label(index)
 
 
@@ -69,7 +70,7 @@ def test_a_bad_picture_is_left_out_and_many_are_refused(tmp_path):
     broken.write_bytes(b"no image")
     again = open_labelled(pictures.images.root)
     arguments = {"image_size": SIZE, "batch_size": 50}
-    found = extract(net_of_means, OPENAI_CLIP, again, tmp_path / "out", **arguments)
+    (found,) = extract(net_of_means, OPENAI_CLIP, again, tmp_path / "out", **arguments)
     assert found.labels[7] == NO_LABEL
     assert len(found.usable()) == 119
     Path(pictures[8]).write_bytes(b"nor this")

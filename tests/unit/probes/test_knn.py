@@ -59,6 +59,7 @@ def test() -> Features:
 def test_every_prediction_is_scikit_learns(train, test, k, temperature, monkeypatch):
     # Blocks that do not divide anything.
     monkeypatch.setattr(knn, "BANK_BLOCK", 1337)
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 999)
     classifier = KNeighborsClassifier(
         n_neighbors=k,
         metric="cosine",
@@ -66,15 +67,12 @@ def test_every_prediction_is_scikit_learns(train, test, k, temperature, monkeypa
     )
     classifier.fit(train.rows.astype(np.float64), train.labels)
     expected = classifier.predict(test.rows.astype(np.float64))
-    bank = knn.Bank(train, 10)
-    parts = torch.from_numpy(test.rows).split(999)
-    found = torch.cat([knn.predict(part, bank, k=k, temperature=temperature) for part in parts])
+    found = knn.classify(train, test, num_classes=10, k=k, temperature=temperature)
     assert len(expected) == 10_000
-    assert (found.numpy() != expected).sum() == 0
+    assert (found != expected).sum() == 0
     right = int((expected == test.labels).sum())
     assert right > 3000, "features that say something"
-    percent = knn.accuracy(train, test, num_classes=10, k=k, temperature=temperature)
-    assert percent == right / 100
+    assert test.percent(found) == right / 100
 
 
 def test_votes_worked_out_by_hand():
@@ -95,7 +93,8 @@ def test_pictures_without_a_label_neither_vote_nor_count():
     rows = np.eye(3, dtype=np.float32)
     train = Features(rows, np.array([NO_LABEL, 1, 2]))
     test = Features(rows, np.array([1, 1, NO_LABEL]))
-    assert knn.accuracy(train, test, num_classes=3, k=1) == 100.0 * 2 / 2
+    predicted = knn.classify(train, test, num_classes=3, k=1)
+    assert test.percent(predicted) == 100 * 2 / 2
 
 
 def test_the_bank_is_never_multiplied_whole(monkeypatch):

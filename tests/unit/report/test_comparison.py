@@ -31,6 +31,22 @@ def test_the_table_has_means_and_deviations():
     assert spread([4.0]) == {"mean": 4.0, "standard_deviation": None}
 
 
+def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
+    nets = [dict(net) for net in SUMMARY["nets"]]
+    cells = {}
+    for interval in ([-12.0, -11.0], [-12.0, 0.5]):
+        is_shown = interval[1] < 0
+        nets[1]["difference"] = {"to": "student", "mean": -11.5, "is_shown": is_shown}
+        nets[1]["difference"]["interval"] = interval
+        columns = table({**SUMMARY, "nets": nets}, "k-NN").columns
+        cells[is_shown] = list(columns[-1].cells)
+        assert columns[-1].header == "less the first"
+    assert cells == {
+        True: ["", "-11.50 (-12.00 to -11.00)"],
+        False: ["", "none shown (-12.00 to +0.50)"],
+    }
+
+
 def test_the_picture_is_drawn(tmp_path):
     draw_comparison(SUMMARY, "k-NN", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 900

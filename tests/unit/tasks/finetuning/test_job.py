@@ -18,6 +18,7 @@ from stored_run import store_tensors
 
 from fd_large.backbones.statistics import OPENAI_CLIP
 from fd_large.cli.export import export
+from fd_large.data.centre_crops import NO_LABEL
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
@@ -44,6 +45,7 @@ def run(tmp_path: Path) -> Run:
         run,
         student=replace(run.student, architecture=TINY),
         data=replace(run.data, root=str(tmp_path), image_size=16, workers=0),
+        runtime=replace(run.runtime, run_dir=str(tmp_path)),
     )
 
 
@@ -66,6 +68,11 @@ def test_what_cannot_be_read_is_named_and_not_counted(run, tmp_path, caplog):
         found = measured(run)
     assert "4.png" in caplog.text
     assert found != whole
+    predictions = FineTuningJob.predictions(tmp_path)
+    assert list(predictions.labels).count(NO_LABEL) == 1
+    usable = predictions.labels != NO_LABEL
+    right = (predictions.predicted == predictions.labels)[usable]
+    assert found["test_top1"] == pytest.approx(100 * right.mean())
     broken.unlink()
     assert found == pytest.approx(measured(run))
     broken.write_bytes(b"no image")

@@ -1,0 +1,37 @@
+"""What a run predicted of its test images, in its folder: for comparisons image by image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+FILE = "predictions.npz"
+
+
+class Predictions(NamedTuple):
+    """The classes of test images, in their order.
+
+    Attributes:
+        predicted: (N,) int64, the class that each image is given.
+        labels: (N,) int64, the class that it has; -1 where it could not be used.
+    """
+
+    predicted: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def write(self, folder: Path) -> None:
+        """Writes them into the folder of a run."""
+        np.savez_compressed(folder / FILE, predicted=self.predicted, labels=self.labels)
+
+    @classmethod
+    def read(cls, folder: Path) -> Predictions | None:
+        """Returns those in the folder of a run; None if there are none, as of earlier versions."""
+        try:
+            with np.load(folder / FILE) as found:
+                return cls(found["predicted"], found["labels"])
+        except (OSError, BadZipFile, KeyError, ValueError):
+            return None
