@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,12 @@ class Frozen(nn.Module):
 
 
 def frozen_maker(
-    section: FrozenModel, *, image_size: int, own_image_size: int = 0
+    section: FrozenModel,
+    *,
+    image_size: int,
+    own_image_size: int = 0,
+    residual_dtype: Literal["compute", "float32"] = "compute",
+    before_norm: bool = False,
 ) -> Callable[[], Frozen]:
     """Returns a constructor of a settled section's model, with random weights.
 
@@ -74,8 +80,19 @@ def frozen_maker(
         image_size: Side of the images that the model will be given, in pixels.
         own_image_size: Side to which these are resized for it; 0 leaves them as they are, or
             resizes them to the one side that a table of positions allows.
+        residual_dtype: As `Options` has it.
+        before_norm: Whether the map is the one that the final norm is given.
+
+    Raises: ConfigError: if the model has no final norm that can be left out.
     """
     architecture = resolve(section.model, section.architecture)
+    # Of other families' models it is not known which norm is the last.
+    if before_norm and architecture.mean_norm == "also":
+        raise ConfigError(
+            "objective.layer: a map before the final norm is not to be had of this model; got "
+            f"before_norm for {section.model}, expected last. Leave it out, or choose a ViT or "
+            "Swin model of this package."
+        )
     side = own_image_size or architecture.fixed_image_size
 
     def make() -> Frozen:
@@ -83,7 +100,11 @@ def frozen_maker(
             architecture,
             initialization="official",
             attention_memory=attention_memory("auto"),
+            residual_dtype=residual_dtype,
         )
+        if before_norm:
+            # The norm stays, with its weights, and its result is not used.
+            net.norm.register_forward_hook(lambda _norm, given, _result: given[0])
         own = stated_statistics(section) or getattr(net, "statistics", None)
         statistics = own or statistics_of(section.model, architecture)
         return Frozen(net, statistics, image_size=0 if side == image_size else side)

@@ -206,7 +206,7 @@ class DistillationJob(Job):
             for model in (section, resized) if follows and side else (section,):
                 # What is wrong at any size is told by the first call.
                 with torch.device("meta"), suppress(FDError if side else ShapeError):
-                    make = frozen_maker(model, image_size=size, own_image_size=side)
+                    make = self._teacher_maker(model, image_size=size, own_image_size=side)
                     return make().grid(size), model
             return None, section
 
@@ -241,11 +241,22 @@ class DistillationJob(Job):
     def make_teacher(self) -> Frozen:
         """Constructs the teacher with random weights."""
         run = self._settled
-        return frozen_maker(
+        return self._teacher_maker(
             run.teacher,
             image_size=run.data.image_size,
             own_image_size=run.objective.teacher_image_size,
         )()
+
+    def _teacher_maker(
+        self, section: FrozenModel, *, image_size: int, own_image_size: int
+    ) -> Callable[[], Frozen]:
+        return frozen_maker(
+            section,
+            image_size=image_size,
+            own_image_size=own_image_size,
+            residual_dtype=self.run.teacher.residual_dtype,
+            before_norm=self.run.objective.layer == "before_norm",
+        )
 
     def build(self, *, bfloat16: bool, node_size: int, persistence_threshold: int) -> None:
         """Builds the teacher; must run before the student's engine is built."""

@@ -20,12 +20,19 @@ class Teacher(FrozenModel):
     # Data type of weights and matrix products. auto: the data type of the student's matrix
     # products.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Data type of the residual stream. compute: that of the weights, as in the official code, where
+    # it is float16. float32: no sum of a block's output with its input is rounded. Models of
+    # libraries have no choice.
+    residual_dtype: Literal["compute", "float32"] = "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss between the projected student map and the normalised teacher map."""
 
+    # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the one
+    # that this norm is given, of models of this package's own families.
+    layer: Literal["last", "before_norm"] = "last"
     # The loss. smooth_l1: quadratic up to beta, linear above. A function of your own, from
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"

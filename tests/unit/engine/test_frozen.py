@@ -54,6 +54,40 @@ def test_it_computes_in_the_type_of_its_weights():
     torch.testing.assert_close(low.float(), exact, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("model", ["dino_vit_base_patch16", "swin_base_esvit"])
+def test_the_map_before_the_final_norm_is_what_that_norm_is_given(model):
+    section = FrozenModel(model=model, architecture=TINY[model], source="random")
+    last = frozen_maker(section, image_size=32)()
+    before = frozen_maker(section, image_size=32, before_norm=True)()
+    # The same weights, the norm's included.
+    before.load_state_dict(last.state_dict())
+    torch.nn.init.normal_(last.net.norm.weight)
+    found, normed = before(IMAGES), last(IMAGES)
+    assert (found.grid, found.num_prefix_tokens) == (normed.grid, normed.num_prefix_tokens)
+    assert torch.equal(last.net.norm(found.tokens), normed.tokens)
+
+
+def test_other_models_have_no_map_before_their_norm():
+    section = FrozenModel(model="timm:test_vit", source="timm:test_vit=random")
+    with pytest.raises(ConfigError, match=r"objective\.layer: .* before_norm for timm:test_vit"):
+        frozen_maker(section, image_size=32, before_norm=True)
+
+
+def test_a_stream_in_float32_is_nearer_to_the_exact_map():
+    section = FrozenModel(
+        model="dino_vit_base_patch16", architecture=TINY["dino_vit_base_patch16"], source="random"
+    )
+    exact = frozen_maker(section, image_size=32)()
+    errors = {}
+    for dtype in ("compute", "float32"):
+        low = frozen_maker(section, image_size=32, residual_dtype=dtype)()
+        low.load_state_dict(exact.state_dict())
+        found = low.bfloat16()(IMAGES).tokens
+        assert found.dtype == (torch.bfloat16 if dtype == "compute" else torch.float32)
+        errors[dtype] = (found.float() - exact(IMAGES).tokens).square().mean()
+    assert errors["float32"] < errors["compute"]
+
+
 @pytest.mark.parametrize(
     ("model", "own", "grid", "image_size"),
     [
