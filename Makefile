@@ -1,8 +1,8 @@
 # make train   install into .venv, then the quick start: minutes, on all GPUs or on two CPU ranks
 # make test    install into .venv, then run the tests; some of them: make test ARGS="tests/unit -k norm"
 # make test-all  the same with those that take minutes each (docs/development.md)
-# make check   style
-# make docs    docs/recipes.md from the recipes' docstrings
+# make check   style and types: ruff, mypy
+# make docs    docs/recipes.md from the recipes' docstrings, and the site in site/
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -36,9 +36,10 @@ endif
 test-all:
 	$(MAKE) test MARK="-m ''"
 
-check: .venv/test
-	$(BIN)/python -m pip install --quiet ruff
+check: .venv/check
 	$(BIN)/ruff check fd_large tests benchmarks
+	$(BIN)/mypy
 
-docs: .venv/test
+docs: .venv/docs
 	$(BIN)/python -m fd_large.report.recipe_page
+	$(BIN)/mkdocs build --quiet --strict

@@ -83,6 +83,9 @@ setup(
         "offload": ["fairscale>=0.4.13"],
         # mpi4py: ranks under mpirun; mpich brings an MPI as a wheel.
         "mpi": ["mpi4py>=4", "mpich>=5"],
+        # What `make check` and `make docs` run.
+        "check": ["ruff>=0.15", "mypy>=2.4"],
+        "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8",
             # Tests of one process run on all cores at once.

@@ -335,7 +335,8 @@ def tensors_of_main(
         return
     iterator = iter(items) if is_main() else iter(())
     while True:
-        head, tensor = None, torch.empty(0)
+        head: tuple[str, torch.Size, torch.dtype] | FDError | None = None
+        tensor = torch.empty(0)
         try:
             if (item := next(iterator, None)) is not None:
                 name, tensor = item

@@ -257,7 +257,7 @@ def leave_to(thread: threading.Thread) -> None:
     _leaver = thread
 
 
-def watch(connect: Callable[[], Store], rank: int, world_size: int, **more: Any) -> None:
+def watch(connect: Callable[[float], Store], rank: int, world_size: int, **more: Any) -> None:
     """Starts the watch over the other ranks; see `Watch`."""
     global _watch
     _watch = Watch(connect, rank, world_size, **more)

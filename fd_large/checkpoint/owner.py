@@ -9,7 +9,9 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 from uuid import uuid4
 
 from fd_large import processes
@@ -72,7 +74,10 @@ class Owner:
         """Returns an owner from its file; one of no known start where the file is not whole."""
         try:
             found = json.loads(text)
-            kinds = {field.name: type(field.default) for field in fields(cls)} | {"start": str}
+            kinds: dict[str, Callable[[Any], Any]] = {
+                field.name: type(field.default) for field in fields(cls)
+            }
+            kinds["start"] = str
             return cls(**{name: kind(found[name]) for name, kind in kinds.items() if name in found})
         except (ValueError, TypeError, KeyError):
             return cls(start="unknown", since="an unknown time")

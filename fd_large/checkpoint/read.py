@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def on_main(action: Callable[[], T]) -> T:
                 "checkpoints that this user may change. Mend its permissions."
             ) from error
 
-    return distributed.broadcast_object(distributed.together(alone))
+    return cast(T, distributed.broadcast_object(distributed.together(alone)))
 
 
 def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | None, list[str]]:
@@ -141,14 +142,14 @@ def newest_sound(folder: Path, *, at_most: int | None = None) -> tuple[Reader | 
     )
     for name in reversed(names):
         path = store.checkpoints_of(folder) / name
-        manifest = on_main(lambda path=path: store.manifest_of(path))
+        manifest = on_main(partial(store.manifest_of, path))
         problem = f"{path}: manifest.json is missing or damaged"
         if manifest is not None:
             problem = _problem(path, manifest["world_size"])
-        if not problem:
+        if manifest is not None and not problem:
             newer = names[names.index(name) + 1 :]
             # Or else they would count among the newest that stay.
-            on_main(lambda newer=newer: store.set_aside(folder, newer))
+            on_main(partial(store.set_aside, folder, newer))
             return Reader(store.Stored(path, manifest)), complaints
         complaints.append(problem)
     return None, complaints
@@ -169,7 +170,7 @@ def _problem(path: Path, files: int) -> str:
     found = distributed.gather_objects(distributed.together(first_damaged))
     suspects = [(rank, *item) for rank, item in enumerate(found) if item]
     for _, file, _ in suspects:
-        if again := on_main(lambda file=file: damage(path, file)):
+        if again := on_main(partial(damage, path, file)):
             return f"{path}: {again}"
     for rank, _, problem in suspects:
         error: FDError = StorageError(

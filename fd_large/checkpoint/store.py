@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,7 +208,12 @@ def set_aside(folder: Path, names: list[str]) -> None:
         path = checkpoints_of(folder) / name
         aside = path.with_name(DAMAGED + name)
         remove(aside)
-        retried(lambda path=path, aside=aside: path.exists() and path.rename(aside), path)
+        retried(partial(_rename_if_there, path, aside), path)
+
+
+def _rename_if_there(path: Path, aside: Path) -> None:
+    if path.exists():
+        path.rename(aside)
 
 
 def commit(part: Path, manifest: dict[str, Any], lease: Lease | None = None) -> Path:
@@ -328,7 +334,7 @@ def sweep(folder: Path) -> None:
     names = [checkpoints_of(folder) / name for name in _listed(checkpoints_of(folder))]
     for path in names:
         if path.suffix == OLD:
-            retried(lambda old=path: _finish_replacing(old), path)
+            retried(partial(_finish_replacing, path), path)
     for path in names:
         if path.suffix != PART:
             continue
@@ -337,7 +343,7 @@ def sweep(folder: Path) -> None:
             continue
         # A start before this one, alive after all, may commit it in this moment, or not at all.
         with suppress(FileNotFoundError):
-            retried(lambda part=path: _remove(part), path)
+            retried(partial(_remove, path), path)
 
 
 def _finish_replacing(old: Path) -> None:

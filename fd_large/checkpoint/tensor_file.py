@@ -83,7 +83,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
     try:
         waiting = [memoryview(header)]
         for name in order:
-            view = memoryview(tensors[name].view(torch.uint8).numpy())
+            view = tensors[name].view(torch.uint8).numpy().data
             whole = zlib.crc32(view, whole)
             kinds[_kind(name)] = zlib.crc32(view, kinds[_kind(name)])
             waiting.append(view)
@@ -138,7 +138,7 @@ class TensorFile:
         """Fills a flat float32 tensor with elements of a stored one, from `start` on."""
         dtype, begin, _ = self.places[name]
         held = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
-        view = memoryview(held.view(torch.uint8).numpy())
+        view = held.view(torch.uint8).numpy().data
         self._fill(view, begin + start * dtype.itemsize)
         if held is not out:
             out.copy_(held)

@@ -20,7 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from difflib import get_close_matches
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, cast, get_type_hints
 
 from tyro.conf import Positional
 
@@ -214,7 +214,8 @@ class _Parser(Generic[Own]):
             built = self._accepted(own, lambda values: from_plain(self._kind, nested(values), ""))
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
-        return WithRecipe(built, run, given)
+        # Only a command that takes no recipe has no run, and does not ask for it.
+        return WithRecipe(cast(Own, built), cast(Run, run), given)
 
     def _check_code(self, arguments: Sequence[str]) -> None:
         """Refuses files that are not there and names that they lack, all at once; imports nothing.
@@ -331,7 +332,8 @@ class _Parser(Generic[Own]):
         shown: type = self._kind
         if base is not None and self._in_help:
             missing = dict.fromkeys(_required(self._kind), tyro.MISSING)
-            own = self._kind(recipe=base.name, **missing)
+            kind: Callable[..., Any] = self._kind
+            own = kind(recipe=base.name, **missing)
             # The command's own flags without a prefix, then the sections.
             parts = [("own", Annotated[self._kind, tyro.conf.arg(name="")], field(default=own))]
             parts += [
@@ -360,7 +362,8 @@ def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:
     The name is "" before the first flag; the last of the three says whether the first value is
     joined to the flag by an equals sign.
     """
-    name, texts, joined = "", [], False
+    name, joined = "", False
+    texts: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
             yield name, texts, joined
@@ -385,12 +388,17 @@ def _value(hint: Any, texts: list[str], *, off: bool = False) -> Any:
 
     Raises: ValueError: if the texts are not of its type.
     """
-    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+    )
 
     if hint is bool and not texts:
         return not off
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(hint, set()))
-    if off or spec.nargs not in ("*", len(texts)):
+    assert isinstance(spec, PrimitiveConstructorSpec)  # Fields are of types that tyro knows.
+    if off or not (spec.nargs == "*" or spec.nargs == len(texts)):
         raise ValueError
     if hint is bool and texts[0] not in ("True", "False"):
         raise ValueError  # tyro takes all but "True" for False.
@@ -403,7 +411,7 @@ def _required(kind: type, prefix: str = "") -> Iterator[str]:
         hint = hints_of(kind)[own.name]
         if own.default is not MISSING or own.default_factory is not MISSING:
             continue
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _required(hint, f"{prefix}{own.name}.")
         else:
             yield prefix + own.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -136,7 +137,7 @@ def import_(source: str, run: str, deepspeed_config: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs one of the commands."""
-    commands = {
+    commands: dict[str, tuple[type, Callable[..., int]]] = {
         "list": (List, list_checkpoints),
         "verify": (Verify, verify),
         "prune": (Prune, prune),

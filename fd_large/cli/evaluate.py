@@ -60,11 +60,11 @@ def main(arguments: list[str]) -> int:
     """Runs the command."""
     given = parse_with_recipe(Evaluate, arguments, command="evaluate", recipe=RECIPE)
     own, changes = given.own, given.fields
-    for flags, kind in _SCORED_FILES.items():
+    for flags, scored in _SCORED_FILES.items():
         names = [field.name for field in fields(flags)]
         if any(getattr(own, name) for name in names):
             _refuse(own, f"--{names[0]}", names, changes, ())
-            return _score_files(own, kind)
+            return _score_files(own, scored)
     if not own.models:
         raise ConfigError(
             "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     task = own.task
     if task == "auto":
         first = models[0].trained_by
-        kind = first and kind_of(first.run.task.name)
+        kind = kind_of(first.run.task.name) if first else None
         task = kind.name if kind and kind.name in TRAININGS else "knn"
     test = (PROBES | TRAININGS)[task]
     _refuse(own, task, ("models", *test.flags), changes, test.fields)

@@ -50,9 +50,9 @@ def owning(run_dir: str) -> Iterator[Lease]:
         distributed.start(launch)
         start, refusal = distributed.broadcast_object((lease.start if lease else "", refusal))
         if refusal:
-            error = OwnedError(refusal)
-            error.shown = True
-            raise error
+            refused = OwnedError(refusal)
+            refused.shown = True
+            raise refused
         if lease is None:
             lease = Lease(folder, start)
         elif lease.taken_over:

@@ -14,6 +14,7 @@ from fd_large.cli.output import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from fd_large.engine.replay import Incident, Replayed, Weights
 
@@ -131,7 +132,7 @@ def _print_layers(console: Console, incident: Incident, replayed: Replayed) -> N
         console.print(Text(f"{what}: {text}", style="bold red" if bad else ""))
 
 
-def _number(value: float | None) -> object:
+def _number(value: float | None) -> Text:
     from rich.text import Text
 
     if value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -116,7 +117,7 @@ def fetch(source: str, out: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs one of the commands."""
-    commands = {
+    commands: dict[str, tuple[type, Callable[..., int]]] = {
         "inspect": (Inspect, inspect),
         "convert": (Convert, convert),
         "fetch": (Fetch, fetch),

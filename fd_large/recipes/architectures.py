@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, field, fields, make_dataclass, replace
-from typing import Any, Literal, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fd_large import doors
 from fd_large.backbones.custom.architecture import CustomArchitecture
@@ -89,7 +89,18 @@ def _flat_section(families: Iterable[type[FamilyArchitecture]]) -> type:
     )
 
 
-Architecture = _flat_section(tuple(FAMILIES.values()))
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True)
+    class Architecture:
+        """The section as a type checker sees it: its fields are known when the program runs."""
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Architecture = _flat_section(tuple(FAMILIES.values()))
 
 
 def by_name(name: str) -> FamilyArchitecture | None:
@@ -107,9 +118,13 @@ def name_of(architecture: FamilyArchitecture) -> str:
     """Returns the name of a model, whatever its image size; of its family where it has none."""
     for name, model in ARCHITECTURES.items():
         same = name not in FAMILIES and type(model) is type(architecture)
-        if same and replace(model, image_size=architecture.image_size) == architecture:
+        if same and _values_but_size(model) == _values_but_size(architecture):
             return name
     return architecture.own_name or architecture.family
+
+
+def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:
+    return {**architecture.values(), "image_size": None}
 
 
 def brings_model(source: str) -> bool:

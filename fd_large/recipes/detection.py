@@ -44,7 +44,8 @@ def _mask_rcnn(
         name=name,
         student=student,
         data=Data(image_size=image_size),
-        task=Task(name="detection", detection=detection),
+        # The sections of tasks are fields that are made from the table of tasks.
+        task=Task(name="detection", detection=detection),  # type: ignore[call-arg]
         optim=Optim(
             base_lr=base_lr,
             warmup_lr=base_lr / 1000,

@@ -44,6 +44,8 @@ three times as much with plain torch kernels.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.distillation import SWIN_RATES, Rates, distillation
 from fd_large.recipes.run import Run
@@ -61,8 +63,8 @@ def _into_itself(
     rates: Rates = SWIN_RATES,
     architecture: Architecture = Architecture(),  # noqa: B008 (frozen)
     checkpoint_blocks: bool = False,
-    teacher_placement: str = "replicated",
-    micro_batch_size: int | str = "auto",
+    teacher_placement: Literal["replicated", "sharded", "node"] = "replicated",
+    micro_batch_size: int | Literal["auto"] = "auto",
 ) -> Run:
     return distillation(
         name,

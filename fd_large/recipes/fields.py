@@ -30,7 +30,7 @@ def field_names(cls: type, prefix: str = "", *, like: str = "") -> dict[str, Any
     """
     names: dict[str, Any] = {}
     for name, hint in hints_of(cls).items():
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             names |= field_names(hint, f"{prefix}{name}.", like=like)
         elif section := entry_type(hint):
             parts = like.split(".")[prefix.count(".") + 1 :]
@@ -100,9 +100,13 @@ def describe_type(hint: Any) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-@cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """Returns {field name: evaluated type} of a dataclass; cached, as every construction asks."""
+    """Returns {field name: evaluated type} of a dataclass."""
+    return _hints_of(cls)
+
+
+@cache  # Every construction asks.
+def _hints_of(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
@@ -226,8 +230,8 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
             f"{where}: not a section; got {values!r}, expected names with values. Write the"
             " section as a JSON object."
         )
-    if hasattr(cls, "class_for"):
-        cls = cls.class_for(values)
+    if class_for := getattr(cls, "class_for", None):
+        cls = class_for(values)
     hints = hints_of(cls)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -235,7 +239,7 @@ def from_plain(cls: type[_Section], values: Any, prefix: str) -> _Section:
             close = nearest(prefix + name, [prefix + known for known in hints])
             raise ConfigError(f"{prefix}{name}: no such field; {close}")
         hint = hints[name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             value = from_plain(hint, value, f"{prefix}{name}.")
         elif (entry := entry_type(hint)) and isinstance(value, dict):
             value = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fd_large import doors
 from fd_large.errors import ConfigError
@@ -43,16 +43,23 @@ from fd_large.tasks.distillation.section import Objective, Teacher
 from fd_large.tasks.registry import TASKS, kind_of
 
 # A field for each task that has a section of its own.
-_TaskSections = make_dataclass(
-    "_TaskSections",
-    [
-        (kind.name, kind.section, field(default_factory=kind.section))
-        for kind in TASKS.values()
-        if kind.section
-    ],
-    frozen=True,
-    kw_only=True,
-)
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class _TaskSections:
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _TaskSections = make_dataclass(
+        "_TaskSections",
+        [
+            (kind.name, kind.section, field(default_factory=kind.section))
+            for kind in TASKS.values()
+            if kind.section
+        ],
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +285,7 @@ class Run:
 
     def code(self) -> dict[str, str]:
         """Returns {name: SHA-256} of the files of the user's own that the run names."""
-        sections = (self.student, *self.frozen_models.values())
+        sections: list[Student | FrozenModel] = [self.student, *self.frozen_models.values()]
         models = [resolve(s.model, s.architecture).code for s in sections if s.model != AUTO]
         return doors.hashes([self.to_dict(), models])
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -181,7 +181,7 @@ class Guard(Hook):
 
     def on_skip(self, update: Update, evidence: Evidence) -> None:
         """Writes the incident down and says what was off."""
-        mine = {
+        mine: dict[str, Any] = {
             "rank": distributed.rank(),
             "host": distributed.node_name(),
             "losses": evidence.losses,
@@ -279,11 +279,11 @@ class Guard(Hook):
 
     def _read(self, updates: int) -> _Past:
         """Returns what the first `updates` of the run have left, the same on every rank."""
-        past = None
+        past: _Past | None = None
         if distributed.is_main():
             rows = rows_before(self._setting.folder / "metrics.jsonl", updates)
             past = past_of(rows, roll_backs_of(self._incidents))
-        return distributed.broadcast_object(past)
+        return cast(_Past, distributed.broadcast_object(past))
 
 
 def culprits_of(losses: list[list[float]]) -> list[int]:

@@ -99,7 +99,7 @@ class Meter(Hook):
     def on_end(self, status: str) -> None:
         """Writes what is pending and summary.json."""
         self._flush()
-        peak = distributed.max_rank(peak_memory_bytes())
+        peak = int(distributed.max_rank(peak_memory_bytes()))
         if distributed.is_main():
             path = self._setting.folder / "summary.json"
             with written_or_logged(path):

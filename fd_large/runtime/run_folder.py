@@ -89,7 +89,7 @@ def write_environment(
     if not distributed.is_main():
         return
     write_json(folder / "deepspeed.json", deepspeed_config)
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)

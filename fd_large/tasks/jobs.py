@@ -17,7 +17,7 @@ from fd_large.tasks.registry import TASKS, kind_of
 _BEFORE_A_RUN = ("settle", "open_samples", "check", "parameter_sizes")
 
 
-def job_class(task: str) -> Callable[[Run], Job]:
+def job_class(task: str) -> type[Job]:
     """Returns the class of the jobs of a task; imports that task only.
 
     Raises: ConfigError: if it is code of the user's own that cannot be imported.

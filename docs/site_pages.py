@@ -1,0 +1,36 @@
+"""Pages of the site that stand elsewhere in the repository; a hook of mkdocs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+# Path in the repository: path in the site.
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "benchmarks/README.md": "benchmarks/README.md",
+}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages, and the plots of the benchmarks."""
+    plots = {
+        str(path.relative_to(ROOT)): str(path.relative_to(ROOT))
+        for path in (ROOT / "benchmarks" / "results").glob("*.png")
+    }
+    for stands, shown in (PAGES | plots).items():
+        files.append(File.generated(config, shown, abs_src_path=str(ROOT / stands)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Makes links of the repository links of the site, whose pages all stand in docs/."""
+    shown = page.file.src_uri
+    if shown in PAGES.values():
+        return markdown.replace("](docs/", "](").replace("](../docs/", "](../")
+    return markdown.replace("](../", "](")
