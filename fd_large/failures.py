@@ -239,7 +239,7 @@ class Watch:
             write(reason)
 
 
-def code_after(ending: Ending | None) -> int:
+def code_after(ending: Ending | None) -> Exit:
     """Returns the exit code of a rank that ends because of another's."""
     return Exit.AGAIN if ending is not None and ending.code == Exit.AGAIN else Exit.LOST
 

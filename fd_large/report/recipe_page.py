@@ -22,7 +22,7 @@ def recipe_page() -> str:
         "Made from the recipes' docstrings by `make docs`: change those, not this page.",
         "`python -m fd_large recipes` prints the same table.",
         "",
-        "```",
+        "```bash",
         "deepspeed fd_large/train.py --deepspeed_config ds_configs/zero3.json --recipe NAME",
         "```",
         "",

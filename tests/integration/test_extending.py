@@ -57,7 +57,7 @@ def own(tmp_path_factory) -> Path:
 def flags(folder: Path, *names: str) -> list[str]:
     """The flags that the page has for the examples, but for the tracker's."""
     found: list[str] = []
-    for line in re.findall(r"^    .*?(--\S+ .*module:.*)$", PAGE, re.MULTILINE):
+    for line in re.findall(r"^(?:    |deepspeed ).*?(--\S+ .*module:.*)$", PAGE, re.MULTILINE):
         if any(f"module:{name}" in line for name in names):
             found += line.split()
     found = found[found.index("--objective.loss") :] if "--deepspeed_config" in found else found

@@ -97,6 +97,7 @@ OF_NO_FILE = {
     "test_devices.py": "the package on a card that is not here",
     "test_house.py": "the package as a whole",
     "test_oracles.py": "tests/oracles.py",
+    "test_pages.py": "README.md and docs/",
     "test_slurm_script.py": "slurm/",
     "weights/test_hostile_files.py": "tests/hostile.py",
 }

@@ -1,0 +1,240 @@
+"""The commands of README, CONTRIBUTING and docs/: each is read, and those that need no GPU run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from page_examples import EXAMPLES
+
+from fd_large import doors, shipped
+from fd_large.cli import arguments as cli_arguments
+from fd_large.cli.arguments import WithRecipe
+from fd_large.cli.main import main
+from fd_large.launch import RANK_VARIABLES
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.sections import AUTO
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# What a reader replaces by words of their own; all else is a file in the current folder.
+PLACEHOLDERS = {"NAME": "quickstart", "SOURCE": "FILE", "OUT": "out"}
+# Programs of others, whose arguments are theirs.
+FOREIGN = {"apptainer", "docker", "enroot", "vi", "while", "grep", "run=runs/fd_swinv2g"}
+
+
+class Command(NamedTuple):
+    """A command of a page.
+
+    Attributes:
+        where: Page and line.
+        words: Program and arguments, with what the page abbreviates filled in.
+        needs: What the page says that it needs: "a GPU", "a cluster" ...; empty if nothing.
+    """
+
+    where: str
+    words: list[str]
+    needs: str
+
+
+def commands_of(path: Path) -> Iterator[Command]:
+    """Yields the commands of a page's blocks that are marked as bash."""
+    blocks = re.finditer(r"^( *)```bash\n(.*?)^\1```", path.read_text(), re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        first = path.read_text()[: block.start(2)].count("\n") + 1
+        lines = block[2].splitlines()
+        needed, before, continued, started = "", [], "", 0
+        for number, line in enumerate(lines, first):
+            text, _, comment = f" {line}".partition(" #")
+            if (needs := re.search(r"needs (.*)", comment)) and not text.strip():
+                needed = needs[1]
+            started = number if not continued else started
+            continued += text.rstrip("\\")
+            if text.endswith("\\") or not continued.strip():
+                continued = continued if text.endswith("\\") else ""
+                continue
+            words, continued = shlex.split(continued), ""
+            if words[0] == "...":  # The command above, with more.
+                words = [*before, *words[1:]]
+            else:
+                before = words
+            where = f"{path.relative_to(ROOT)}:{started}"
+            yield Command(where, [w for w in words if w != "..."], needs[1] if needs else needed)
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+by_place = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.where)
+
+
+def arguments_of(words: list[str]) -> list[str] | None:
+    """Returns what a command passes to fd_large, whatever starts it; None if it is another's."""
+    words = [PLACEHOLDERS.get(word, word) for word in words]
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    if words[0] == "fd-large":
+        return words[1:]
+    if words[0] == "sbatch":
+        script = next(word for word in words if word.endswith(".sh"))
+        given = words[words.index(script) + 1 :]
+        text = (ROOT / script).read_text()
+        if "resume" in script:
+            given = ["--deepspeed_config", "zero3", *given[1:]]
+        else:
+            started = re.search(
+                r"^launch (--recipe \w+ --deepspeed_config \w+)", text, re.MULTILINE
+            )
+            given = [*started[1].split(), *given]
+        return ["train", *given]
+    for number, word in enumerate(words):
+        if word == "fd_large/train.py":
+            return ["train", *words[number + 1 :]]
+        if word == "fd_large.train" and words[number - 1] in ("-m", "--module"):
+            return ["train", *words[number + 1 :]]
+        if word == "fd_large" and words[number - 1] in ("-m", "--module"):
+            return words[number + 1 :]
+    return None
+
+
+def check_foreign(words: list[str]) -> None:
+    """Checks what can be checked of a command of another program."""
+    program, *rest = words
+    if program == "make":
+        goals = [word for word in rest if "=" not in word]
+        assert all(re.search(rf"^{goal}:", (ROOT / "Makefile").read_text(), re.M) for goal in goals)
+    elif program == "pip":
+        extras = re.findall(r"\[(\w+)\]", " ".join(rest))
+        assert all(f'"{extra}": ' in (ROOT / "setup.py").read_text() for extra in extras)
+    elif program == "python" and rest[0].endswith(".py"):
+        text = (ROOT / rest[0]).read_text()
+        assert all(f'"{word}"' in text for word in rest if word.startswith("--"))
+    elif program == "python" and rest[0] == "-c":
+        compile(rest[1], "page", "exec")
+    else:
+        assert program in FOREIGN or rest[:2] == ["-m", "build"], f"{program} is not known here"
+
+
+class Parsed(Exception):
+    """Ends a command once its arguments are read."""
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """Lets commands read their arguments and do nothing; what they read is in the list."""
+    found: list[Any] = []
+    parse = cli_arguments._Parser.parse
+
+    def parse_alone(parser, arguments):
+        found.append(parse(parser, arguments))
+        raise Parsed
+
+    monkeypatch.setattr(cli_arguments._Parser, "parse", parse_alone)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doors, "_allowed", set())
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, text in EXAMPLES.items():
+        Path(name).write_text(text)
+    return found
+
+
+@by_place
+def test_commands_of_the_pages_are_read(command, parsed, capsys):
+    given = arguments_of(command.words)
+    if given is None:
+        check_foreign(command.words)
+        return
+    if given == ["--version"]:
+        assert main(given) == 0
+        return
+    with pytest.raises(Parsed):
+        pytest.fail(f"exit code {main(given)}: {capsys.readouterr().err}")
+    (read,) = parsed
+    assert isinstance(read, WithRecipe)
+    if hasattr(read.own, "deepspeed_config") and read.own.deepspeed_config:
+        shipped.deepspeed_config(read.own.deepspeed_config)
+    if read.run is not None:
+        for section in (read.run.student, *read.run.frozen_models.values()):
+            assert section.model == AUTO or resolve(section.model, section.architecture)
+
+
+# ------------------------------------------------------------------------------------------------
+
+SHORT = """
+    --optim.max_steps 1 --optim.max_seconds 0 --optim.epochs 1 --optim.warmup_epochs 0
+    --batch.global_batch_size 2 --batch.micro_batch_size 1 --data.workers 0
+"""
+# Flags that make the models of a recipe small; later flags win.
+TINY_VIT = """
+    --student.architecture.embed_dim 32 --student.architecture.depths 2
+    --student.architecture.num_heads 2 --data.image_size 64
+"""
+TINY_RECIPES = {
+    "fd_clip_vit_base": TINY_VIT,
+    "finetune_clip_vit_base": TINY_VIT,
+    "coco_mask_rcnn_swinv2_base": """
+        --student.architecture.embed_dim 16 --student.architecture.depths 1 2 2 1
+        --student.architecture.num_heads 1 2 2 4 --student.architecture.window_size 4
+        --student.architecture.patch_size 2 --data.image_size 64
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which the files that the pages name exist."""
+    from coco import unpack_coco_tiny
+    from PIL import Image
+    from stored_run import FOUR, VIT, store_student
+    from tiny_runs import vit_file
+
+    folder = tmp_path_factory.mktemp("reader")
+    for number in range(12):
+        split = "val" if number % 3 == 2 else "train"
+        for root in ("FOLDER", "HELD_OUT_FOLDER"):
+            path = folder / root / split / f"class_{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (80, 72), (20 * number, 255 - 20 * number, 99)).save(path)
+    Image.new("RGB", (80, 72), (200, 120, 40)).save(folder / "image.jpg")
+    (folder / "runs").mkdir()
+    for run in ("RUN", "runs/mine", "runs/quickstart"):
+        store_student(folder / run, "vit_base_patch16", VIT)
+    store_student(folder / "PYRAMID_RUN", "swinv2_base", FOUR)
+    for name in ("FILE", "clip.pt", "ViT-B-16.pt", "vit.safetensors"):
+        vit_file(folder / f"weights_{name}").rename(folder / name)
+    for name, text in EXAMPLES.items():
+        (folder / name).write_text(text)
+    unpack_coco_tiny(folder / "COCO")
+    return folder
+
+
+@pytest.mark.sweep
+@by_place
+def test_commands_of_the_pages_run(command, folder, tmp_path):
+    given = arguments_of(command.words)
+    if given is None:
+        pytest.skip("of another program")
+    if command.needs:
+        pytest.skip(f"needs {command.needs}")
+    if given[0] == "train":
+        recipe = given[given.index("--recipe") + 1] if "--recipe" in given else "quickstart"
+        given += [*SHORT.split(), *TINY_RECIPES.get(recipe, "").split()]
+        given += ["--runtime.run_dir", str(tmp_path / "run")]
+    finished = subprocess.run(
+        [sys.executable, "-m", "fd_large", *given],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
