@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 from tyro.conf import Positional, arg
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fd_large.engine.find_model import NamedModel
+    from fd_large.probes.measure import Method
 
 
 class Test(NamedTuple):
@@ -130,6 +131,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     test = meeting.meet(lambda: open_split(run.data.root, "val", train.classes))
     seeds = _seeds(run.runtime.seed, own.seeds)
     rows, folder = [], Path(own.out)
+    module: Any  # A type checker does not know the methods of a backbone.
     for model in models:
         module, statistics = model.build()
         module.grid(model.image_size, model.image_size)  # Refuses a size that does not fit.
@@ -141,7 +143,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
             train,
             test,
             out_folder(own.out) / "features",
-            method=task,
+            method=cast("Method", task),
             seeds=seeds,
             label=model.label,
             image_size=model.image_size,
@@ -380,7 +382,9 @@ def _write_predictions(path: Path, rows: Sequence[_Row]) -> None:
     """Writes the test images' labels, (N,), and what was predicted of each row, (seeds, N)."""
     import numpy as np
 
-    kept = {_label(row): np.stack(row.predicted) for row in rows if row.right() is not None}
+    kept: dict[str, Any] = {
+        _label(row): np.stack(row.predicted) for row in rows if row.right() is not None
+    }
     labels = next((row.labels for row in rows if row.labels is not None), None)
     if labels is not None:
         np.savez_compressed(path, labels=labels, **kept)

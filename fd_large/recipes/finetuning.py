@@ -220,5 +220,7 @@ def _plain(
         epochs=epochs,
         warmup_epochs=warmup_epochs,
     )
-    unmixed = Task(name="finetune", finetune=FineTune(mixup=0.0, cutmix=0.0))
+    mixing = FineTune(mixup=0.0, cutmix=0.0)
+    # The sections of tasks are fields that are made from the table of tasks.
+    unmixed = Task(name="finetune", finetune=mixing)  # type: ignore[call-arg]
     return replace(run, task=unmixed, optim=replace(run.optim, clip_norm=0.0, ema_decay=0.9998))
