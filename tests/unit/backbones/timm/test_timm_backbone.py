@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
 
 from fd_large.backbones.registry import build
-from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.statistics import IMAGENET, normalise
 from fd_large.backbones.timm import models
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.engine.frozen import Frozen
@@ -232,6 +234,14 @@ def small_size(name):
     return layout.stride * (4 if layout.stride <= 16 else 2)
 
 
+def as_timm_is(net):
+    """A copy of a backbone's model in which timm's own code computes."""
+    plain = copy.deepcopy(net.net).eval()
+    for module in plain.modules():
+        module.__dict__.pop("forward", None)
+    return plain
+
+
 @pytest.mark.parametrize(
     "name",
     [*TABLES.split(), *(pytest.param(name, marks=pytest.mark.sweep) for name in OTHERS.split())],
@@ -240,15 +250,24 @@ def test_a_model_of_each_family_teaches_in_bfloat16(name):
     size = small_size(name)
     torch.manual_seed(0)
     # Fresh weights alone let the map of some models fade to what rounding makes of it.
-    teacher = Frozen(with_random_norms(TimmBackbone(name, image_size=size)), IMAGENET)
+    net = with_random_norms(TimmBackbone(name, image_size=size))
+    plain = as_timm_is(net).bfloat16()
+    teacher = Frozen(net, IMAGENET)
     side = size or models.sized(name, 0).side
     images = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
     exact = teacher(images).tokens
     to_bfloat16(teacher)
     rounded = teacher(images).tokens
+    with torch.no_grad():
+        theirs = models.map_of(plain, net._stage, normalise(images, IMAGENET).bfloat16())
     assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
     assert rounded.isfinite().all()
-    assert torch.nn.functional.cosine_similarity(rounded.float(), exact, dim=-1).mean() > 0.98
+
+    def distance(tokens):
+        return (tokens.float() - exact).norm() / exact.norm()
+
+    # Rounding takes the map of some models far (Gemma's by a third), whoever computes it.
+    assert distance(rounded) < 1.5 * distance(theirs) + 0.02
 
 
 @pytest.mark.sweep
