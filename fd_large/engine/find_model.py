@@ -123,7 +123,9 @@ def find_model(source: str, job_of: JobOf, *, image_size: int = 0) -> NamedModel
                 f"{source}: this run has no {part}; got one of the task {run.task.name}, "
                 f"{nearest(part, [*models, _SCRATCH])}. Name the run alone."
             )
-        section = settle_model(models[part].section, weights, where=_WHERE)
+        stored = models[part].section
+        weights.settled[stored.source] = stored.statistics
+        section = settle_model(stored, weights, where=_WHERE)
         if not image_size:
             size = _seen_size(section, size, models[part].image_size)
         return NamedModel(f"{label}: {part}", source, section, size, seed=seed, weights=weights)

@@ -360,11 +360,13 @@ def open_stored(
 def _settled_statistics(folder: str) -> dict[str, tuple[float, ...]]:
     """Returns {source: image statistics} of the models that the folder's run uses, if it has one.
 
-    Earlier versions settled what is asked for now; their runs go on as they began.
+    The source of the student's initial weights is among them. Earlier versions settled what is
+    asked for now; their runs go on as they began.
     """
     with suppress(FDError, OSError, AttributeError):  # `open_folder` says what is wrong.
-        stored = read_recipe(folder, where="--runtime.run_dir").frozen_models.values()
-        return {section.source: section.statistics for section in stored}
+        stored = read_recipe(folder, where="--runtime.run_dir")
+        models = stored.frozen_models.values()
+        return {stored.student.init: (), **{one.source: one.statistics for one in models}}
     return {}
 
 

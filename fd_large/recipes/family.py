@@ -7,6 +7,7 @@ from the class attributes and methods here, never from the family's name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,6 +17,31 @@ from fd_large.recipes.fields import check_types
 MOST_BLOCKS = 1000
 """More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
 _MOST_STAGES = 8
+# More than any value of a published configuration has.
+_LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
+
+
+def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
+    """Returns whether a model can have a value that a configuration from elsewhere sets.
+
+    Args:
+        value: None, a bool, a number, a short text, or a short list of these; nothing else is
+            plain.
+        counts_blocks: Whether it is a number of blocks or several, which have a bound together.
+    """
+    several = value if isinstance(value, list) else [value]
+    if counts_blocks:
+        whole = all(isinstance(count, int) and count >= 0 for count in several)
+        return whole and sum(several) <= MOST_BLOCKS
+    return len(several) <= _MOST_VALUES and all(map(_is_plain, several))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST
+    if isinstance(value, int | float):
+        return math.isfinite(value) and abs(value) <= _LARGEST
+    return value is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,8 @@ class Inspection:
         dtypes: Types of its tensors.
         match: How it fits the model it shows, or the one asked for; None if too little is known.
         dropped: Names that are left out on purpose.
+        other_part: What a file of a training holds beside the model: "student" or "teacher"; empty
+            if nothing.
     """
 
     source: str
@@ -64,6 +66,7 @@ class Inspection:
     dtypes: tuple[str, ...]
     match: Match | None
     dropped: tuple[str, ...]
+    other_part: str = ""
 
 
 def inspect(
@@ -120,6 +123,7 @@ def inspect(
         dtypes=tuple(sorted({str(weights.file.dtype(n)).removeprefix("torch.") for n in held})),
         match=compared,
         dropped=tuple(weights.dropped),
+        other_part=weights.file.other_part,
     )
 
 
@@ -222,6 +226,9 @@ def table(found: Inspection) -> Any:
 
     own = " (written by fd_large)" if found.own else ""
     row("format", f"{found.form}: {found.what}{own}")
+    if found.other_part:
+        taken = "teacher" if found.other_part == "student" else "student"
+        row("part", f"{taken}; the {found.other_part} too is in the file: #{found.other_part}")
     published = found.match is not None or not found.own
     row("published model" if published else "model", found.named or "none of the named models")
     if found.facts is not None:

@@ -78,6 +78,8 @@ class Tensors(Mapping[str, Tensor]):
     Attributes:
         path: The file, or the index of several.
         wrapping: Keys under which the tensors were found, outermost first.
+        other_part: The part of the file that holds another model of the same kind: "student" or
+            "teacher"; empty if there is none.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Tensors(Mapping[str, Tensor]):
         entries: Mapping[str, Tensor | _Slice],
         path: Path | None = None,
         wrapping: tuple[str, ...] = (),
+        other_part: str = "",
     ):
         self._entries, self.path, self.wrapping = dict(entries), path, wrapping
+        self.other_part = other_part
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -113,7 +117,7 @@ class Tensors(Mapping[str, Tensor]):
     def under(self, names: Mapping[str, str]) -> Tensors:
         """Returns some of the tensors under other names: {new name: old name}."""
         entries = {new: self._entries[old] for new, old in names.items()}
-        return Tensors(entries, self.path, self.wrapping)
+        return Tensors(entries, self.path, self.wrapping, self.other_part)
 
 
 def read_json(path: Path, *, where: str = "weights") -> Any:
@@ -178,7 +182,8 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
     Args:
         path: A file, an index of several, or a folder that holds one or the other.
         where: What the user set, for messages.
-        part: "student" or "teacher" where the file holds both by name; "" is the first found.
+        part: "student" or "teacher" where the file holds both by name; "" is the teacher, which
+            DINO, EsViT and iBOT evaluate (`--checkpoint_key`).
 
     Raises: WeightsError: if the file is missing, damaged, of another kind, or holds objects that
         only arbitrary code could restore.
@@ -190,8 +195,12 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
         elif path.suffix == ".safetensors":
             entries = _safetensors(path)
         else:
-            tensors, wrapping = unwrap(_torch_file(path, where), where, part)
-            return Tensors(tensors, path, wrapping)
+            contents = _torch_file(path, where)
+            has_both = _has_both(contents)
+            part = part or ("teacher" if has_both else "")
+            tensors, wrapping = unwrap(contents, where, part)
+            other = "student" if part == "teacher" else "teacher"
+            return Tensors(tensors, path, wrapping, other if has_both else "")
         return Tensors(_without_prefixes(entries, where), path)
     except SafetensorError as error:
         raise _damaged(path, error, where) from error
@@ -268,6 +277,13 @@ def _unwrapped(
             "Save the model's state_dict()."
         )
     return contents, tuple(wrapping)
+
+
+def _has_both(contents: Any) -> bool:
+    """Whether a file is of a training that averages its student into a teacher, as DINO's are."""
+    if not isinstance(contents, Mapping) or "model" in contents or "state_dict" in contents:
+        return False
+    return all(isinstance(contents.get(part), Mapping) for part in ("student", "teacher"))
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
+from fd_large.backbones.family import Family
 from fd_large.backbones.published import Settling
 from fd_large.backbones.registry import family_of, family_of_source
 from fd_large.backbones.statistics import IMAGENET, Statistics
@@ -71,8 +72,11 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         return section
     if own := sources.own(section.source, where=where):
         return _of_own(section, own)
-    if told := sources.described(section.source, where=where):
-        return _of_library(section, told, where)
+    described = sources.described(section.source, where=where)
+    # Runs of earlier versions name a model of ours where the library's is taken now.
+    is_ours = described and described.has_like and not _is_of(section, described.family)
+    if described and not is_ours:
+        return _of_library(section, described, where)
     if _tells_nothing(section):
         return section
     # A family alone names no model: its fields are all the user's, or a settled run's.
@@ -124,6 +128,14 @@ def _of_own(section: FrozenModel, own: Stored) -> FrozenModel:
         architecture=filled(section.architecture, overrides(own.architecture)),
         statistics=section.statistics or _numbers(own.statistics),
     )
+
+
+def _is_of(section: FrozenModel, family: Family) -> bool:
+    """Whether a section names a model of a family, or leaves it open."""
+    if section.model in (AUTO, family.architecture.family):
+        return True
+    named = by_name(section.model)
+    return named is not None and named.family == family.architecture.family
 
 
 def _of_library(section: FrozenModel, told: Described, where: str) -> FrozenModel:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fd_large.backbones.family import Family
 from fd_large.backbones.published import Published
 from fd_large.backbones.registry import FAMILIES
 from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.timm.architecture import ARGUMENTS, strange_arguments
 from fd_large.errors import ConfigError, WeightsError, first_line
 from fd_large.recipes.architectures import Architecture, field_names, set_fields, whole
 from fd_large.recipes.family import MOST_BLOCKS, FamilyArchitecture
@@ -25,8 +27,6 @@ from fd_large.weights.read import read_json
 # Our own exports write their architecture under this key.
 OWN = "fd_large"
 _FILES_OF_LIBRARIES = (".safetensors", ".bin", ".json")
-# More than any argument of a published model.
-_LARGEST_ARGUMENT = 100_000
 
 
 class Sidecar(NamedTuple):
@@ -84,17 +84,20 @@ def _read(folder: Path, published: Published, library: str, where: str) -> Sidec
 
 
 class Described(NamedTuple):
-    """A model of a library's that a configuration names, and that no family here reads by names.
+    """A model that a library's configuration names, and that the library's own module is.
 
     Attributes:
-        architecture: What the configuration says of it.
+        architecture: The fields that the configuration sets.
         statistics: None where it does not state them.
         family: The family that builds it.
+        has_like: Whether a family here reads its tensors by their names as well, and adds a norm
+            of the tokens, which the library's module does not have.
     """
 
     architecture: Architecture
     statistics: Statistics | None
     family: Family
+    has_like: bool = False
 
 
 def read_library(path: Path, where: str) -> Described | None:
@@ -113,11 +116,12 @@ def read_library(path: Path, where: str) -> Described | None:
     if OWN in config or not _library_of(config):
         return None
     with _plain_errors(folder, where):
-        if _family_that_reads(config, where):
+        has_like = _family_that_reads(config, where) is not None
+        if has_like and not _lacks_norm(config, where):
             return None
         for family in FAMILIES.values():
             if family.of_config and (found := family.of_config(config, where)) is not None:
-                return Described(found, _statistics_of(folder, config, where), family)
+                return Described(found, _statistics_of(folder, config, where), family, has_like)
     raise WeightsError(
         f"{where}: {folder / 'config.json'}: a model that nothing here reads; got "
         f"{_called(config)}, expected one that docs/weights.md lists. If timm has this model, set "
@@ -150,6 +154,16 @@ def _library_of(config: dict[str, Any]) -> str:
     if isinstance(config.get("architecture"), str):
         return "timm"
     return "hf" if isinstance(config.get("model_type"), str) else ""
+
+
+def _lacks_norm(config: dict[str, Any], where: str) -> bool:
+    """Whether a configuration is of a model of timm without a norm of its tokens.
+
+    Most of these have one of the mean of the tokens, for the head (`fc_norm`).
+    """
+    if _library_of(config) != "timm":
+        return False
+    return isinstance(getattr(_timm_module(config, where), "norm", None), nn.Identity)
 
 
 def _called(config: dict[str, Any]) -> str:
@@ -226,57 +240,17 @@ def described(published: Published, library: str, config: Any, where: str) -> Ar
     return _stated(published, library, config, where) or Architecture()
 
 
-# What published folders set beside a model's name; nothing among them names a file or a download.
-_TIMM_ARGUMENTS = frozenset(
-    [
-        "act_layer",
-        "class_token",
-        "depth",
-        "depths",
-        "drop_path_rate",
-        "drop_rate",
-        "dynamic_img_size",
-        "embed_dim",
-        "fc_norm",
-        "global_pool",
-        "img_size",
-        "in_chans",
-        "init_values",
-        "mlp_ratio",
-        "no_embed_class",
-        "num_classes",
-        "num_heads",
-        "patch_size",
-        "pre_norm",
-        "pretrained_window_sizes",
-        "qkv_bias",
-        "reg_tokens",
-        "strict_img_size",
-        "use_abs_pos_emb",
-        "use_fc_norm",
-        "use_rel_pos_bias",
-        "use_shared_rel_pos_bias",
-        "window_size",
-    ]
-)
-
-
 def _timm_module(config: dict[str, Any], where: str) -> Any:
     """The module of a timm configuration, without memory; None if timm has none of that name.
 
     Raises: WeightsError: for arguments that no published folder has, or that timm refuses.
     """
     arguments = config.get("model_args") or {}
-    unknown = sorted(
-        name
-        for name, value in arguments.items()
-        if name not in _TIMM_ARGUMENTS or not _is_plain(name, value)
-    )
-    if unknown:
+    if unknown := strange_arguments(arguments):
         raise WeightsError(
             f"{where}: config.json: an argument of timm's models that is not passed on; got "
             f"model_args {', '.join(unknown)[:200]}, expected plain values, no larger than models "
-            f"have, of {', '.join(sorted(_TIMM_ARGUMENTS))}. Remove it, or set --teacher.source "
+            f"have, of {', '.join(sorted(ARGUMENTS))}. Remove it, or set --teacher.source "
             "timm:NAME."
         )
     text = json.dumps(arguments, sort_keys=True)
@@ -288,15 +262,6 @@ def _timm_module(config: dict[str, Any], where: str) -> Any:
             f"{_called(config)} with {text[:200]}, expected a folder as timm writes it. Fetch it "
             "again."
         ) from error
-
-
-def _is_plain(name: str, value: Any) -> bool:
-    several = value if isinstance(value, list) else [value]
-    numbers = [abs(v) for v in several if isinstance(v, int | float)]
-    most = MOST_BLOCKS if name in ("depth", "depths") else _LARGEST_ARGUMENT
-    return sum(numbers) <= most and all(
-        v is None or isinstance(v, bool | int | float | str) for v in several
-    )
 
 
 @lru_cache(maxsize=4)

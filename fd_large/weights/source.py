@@ -203,7 +203,8 @@ class Sources:
         guesses: Whether image statistics that nothing states are guessed, with a warning, where
             they would be asked for: there is nobody to set them.
         settled: {source: image statistics by which it was settled earlier, empty: a guess}, for
-            where nothing states them; of such a source they are not asked for again.
+            where nothing states them; of such a source they are not asked for again. If its file
+            holds a student and a teacher and it names neither, it is the student.
     """
 
     def __init__(
@@ -380,7 +381,14 @@ class Sources:
         if stored is not None:
             file, source = stored.file, str(stored.path)
         if file is None:
-            file, ignored = _part(read(name, where=where, part=part), part, name, where)
+            # Recipes name the part; those of earlier versions do not, and mean the student.
+            is_open = source == name and source not in self.settled
+            file = read(name, where=where, part=part or ("" if is_open else "student"))
+            if file.other_part and not part:
+                taken = "teacher" if file.other_part == "student" else "student"
+                source = f"{source}#{taken}" if is_open else source
+                _tell_part(file, name, taken, where)
+            file, ignored = _part(file, part, name, where)
         form = detect(file, where=where, wrapping=file.wrapping)
         if form == "open_clip" and part == "teacher":
             form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
@@ -504,7 +512,10 @@ def _foreign(source: str, where: str) -> Tensors:
     brought = family_of_source(source)
     if brought is None:
         name, part = split_part(locate(source, where=where).path, where=where)
-        return read(name, where=where, part=part)
+        file = read(name, where=where, part=part or "student")
+        if file.other_part and not part:
+            _tell_part(file, name, "student", where)
+        return file
     family, rest = brought
     assert family.scheme is not None
     return _Brought(family.scheme, rest, where)
@@ -524,6 +535,17 @@ class _Brought(Tensors):
             loaded = self._scheme.load(self._rest, self._where)
             self._entries, self._is_there = dict(loaded.net.state_dict()), True
         return super().__getitem__(name)
+
+
+def _tell_part(file: Tensors, name: str, taken: str, where: str) -> None:
+    log.info(
+        "%s: %s holds a student and a teacher: the %s is taken; %s#%s is the other",
+        where,
+        name,
+        taken,
+        name,
+        file.other_part,
+    )
 
 
 def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, list[str]]:

@@ -2,10 +2,69 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.family import FamilyArchitecture, is_plain
+
+# What published folders set beside a model's name; nothing among them names a file or a download.
+ARGUMENTS = frozenset(
+    [
+        "act_layer",
+        "class_token",
+        "depth",
+        "depths",
+        "drop_path_rate",
+        "drop_rate",
+        "dynamic_img_size",
+        "embed_dim",
+        "fc_norm",
+        "global_pool",
+        "img_size",
+        "in_chans",
+        "init_values",
+        "mlp_ratio",
+        "no_embed_class",
+        "num_classes",
+        "num_heads",
+        "patch_size",
+        "pre_norm",
+        "pretrained_window_sizes",
+        "qkv_bias",
+        "reg_tokens",
+        "strict_img_size",
+        "use_abs_pos_emb",
+        "use_fc_norm",
+        "use_rel_pos_bias",
+        "use_shared_rel_pos_bias",
+        "window_size",
+    ]
+)
+
+
+def strange_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Returns the names of arguments that are not passed on to timm, whatever sets them."""
+    return sorted(
+        name
+        for name, value in arguments.items()
+        if name not in ARGUMENTS or not is_plain(value, counts_blocks=name in ("depth", "depths"))
+    )
+
+
+def with_arguments(name: str, arguments: Mapping[str, Any]) -> str:
+    """Returns the name of a model of timm that is made with other arguments than timm's own."""
+    return name + json.dumps(arguments, sort_keys=True) if arguments else name
+
+
+def split_arguments(timm_name: str) -> tuple[str, dict[str, Any]]:
+    """Returns timm's name of a model, and the arguments that follow it.
+
+    Raises: ValueError: if these are no JSON.
+    """
+    name, mark, rest = timm_name.partition("{")
+    return name, json.loads(mark + rest) if mark else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +72,8 @@ class TimmArchitecture(FamilyArchitecture):
     """A model of timm up to the map at a stride; what timm has is known where timm is imported.
 
     Attributes:
-        timm_name: Name of the model in timm.
+        timm_name: Name of the model in timm; arguments that differ from timm's own follow it as
+            JSON, `vit_base_patch16_224{"global_pool": "avg"}`.
         feature_stride: Pixels per token of the map that is taken, each way; 0 takes the last map.
         image_size: Side in pixels of the images that position tables are made for; models without
             such tables take any size.
@@ -44,7 +104,16 @@ class TimmArchitecture(FamilyArchitecture):
         return replace(self, image_size=image_size)
 
     def _check(self) -> None:
-        self._require(bool(self.timm_name), "timm_name", "a name of timm.list_models()")
+        try:
+            name, arguments = split_arguments(self.timm_name)
+        except ValueError:
+            name, arguments = "", {}
+        self._require(bool(name), "timm_name", "a name of timm.list_models(), and JSON or nothing")
+        self._require(
+            not strange_arguments(arguments),
+            "timm_name",
+            f"plain values of {', '.join(sorted(ARGUMENTS))} after the name",
+        )
         self._require(self.feature_stride >= 0, "feature_stride", "a positive whole number, or 0")
         self._require(self.image_size >= 0, "image_size", "a positive whole number, or 0")
 

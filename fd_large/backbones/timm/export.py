@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.timm.architecture import TimmArchitecture
-from fd_large.backbones.timm.models import create, size_arguments, strides
+from fd_large.backbones.timm.architecture import TimmArchitecture, split_arguments
+from fd_large.backbones.timm.models import config_of, create, size_arguments, strides
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 
 OURS = "net."
@@ -43,11 +42,12 @@ def added(architecture: TimmArchitecture) -> dict[str, Tensor]:
 def config(architecture: TimmArchitecture, statistics: Statistics) -> dict[str, Any]:
     """Returns timm's configuration of the model."""
     name = architecture.timm_name
-    known = timm.get_pretrained_cfg(name)
-    arguments = size_arguments(name, architecture.image_size)
+    known = config_of(name)
+    timm_name, arguments = split_arguments(name)
+    arguments |= size_arguments(name, architecture.image_size)
     size = architecture.image_size or known.input_size[-1]
     return {
-        "architecture": name,
+        "architecture": timm_name,
         "num_classes": 0,
         "model_args": arguments,
         "pretrained_cfg": {

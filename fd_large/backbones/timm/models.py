@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fd_large.backbones.timm.architecture import split_arguments
 from fd_large.errors import ConfigError, ShapeError, VersionError, first_line
 
 OLDEST = "1.0.31"
@@ -28,15 +29,25 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """Builds a model of timm by name, whole, without asking any server.
 
     Args:
-        name: timm's name of the model.
-        arguments: What differs from timm's own arguments of that model.
+        name: timm's name of the model, with arguments after it (`TimmArchitecture.timm_name`).
+        arguments: Further arguments.
 
     Raises:
-        ConfigError: If timm has no such model, or does not return its inner maps.
+        ConfigError: If timm has no such model, not with the arguments that follow its name, or does
+            not return its inner maps.
         VersionError: If timm is too old.
     """
     check_name(name)
-    net = timm.create_model(name, pretrained=False, **arguments)
+    timm_name, named = split_arguments(name)
+    try:
+        net = timm.create_model(timm_name, pretrained=False, **{**named, **arguments})
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if not named or arguments:
+            raise
+        raise ConfigError(
+            f"{_WHERE}: timm cannot make this model; got {first_line(error)} for {name[:300]}, "
+            f"expected arguments that {timm_name} takes. Leave them out."
+        ) from error
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(
             f"architecture.timm_name: timm {timm.__version__} does not return inner maps of this "
@@ -55,6 +66,7 @@ def check_name(name: str) -> None:
             f"timm: too old a release, which may run code from a model's configuration; got "
             f"{timm.__version__}, expected {OLDEST} or later. pip install 'timm>={OLDEST}'."
         )
+    name = split_arguments(name)[0]
     if not timm.is_model(name):
         raise ConfigError(
             f"{_WHERE}: no such model in timm {timm.__version__}; got {name!r}, "
@@ -66,6 +78,11 @@ def near_names(name: str) -> str:
     """Returns in words which of timm's more than a thousand names are near to another one."""
     near = get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.3)
     return f"nearest: {', '.join(near)}" if near else "expected one of its names"
+
+
+def config_of(name: str) -> Any:
+    """Returns what timm knows of the trained weights of a model; None for a model of the user's."""
+    return timm.get_pretrained_cfg(split_arguments(name)[0])
 
 
 class Size(NamedTuple):
@@ -89,7 +106,7 @@ def sized(name: str, image_size: int) -> Size:
     A model that cannot be made for another size stays at its own.
     """
     check_name(name)
-    config = timm.get_pretrained_cfg(name)
+    config = config_of(name)
     if config is None:  # A model of the user's own, registered with timm.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             config = timm.models.PretrainedCfg(**create(name).pretrained_cfg)

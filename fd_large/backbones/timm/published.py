@@ -21,9 +21,14 @@ from fd_large.backbones.download import download, downloaded
 from fd_large.backbones.family import Loaded, Options
 from fd_large.backbones.published import Matched, WeightFacts
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.backbones.timm.architecture import (
+    TimmArchitecture,
+    split_arguments,
+    with_arguments,
+)
 from fd_large.backbones.timm.models import (
     can_resize,
+    config_of,
     create,
     last_map,
     near_names,
@@ -130,12 +135,14 @@ class _Resize:
             name, size = self._architecture.timm_name, self._architecture.image_size
             state = {ours: file[theirs].float() for ours, theirs in self._names.items()}
             with torch.random.fork_rng(devices=[]):
+                timm_name, arguments = split_arguments(name)
                 net = timm.create_model(
-                    name,
+                    timm_name,
                     pretrained=True,
                     pretrained_cfg_overlay={"state_dict": state},
                     pretrained_strict=False,
                     num_classes=0,
+                    **arguments,
                     **size_arguments(name, size),
                 )
             self._resized = {f"net.{key}": tensor for key, tensor in net.state_dict().items()}
@@ -167,14 +174,13 @@ def settle(name: str, given: Architecture, where: str) -> tuple[Architecture, li
 
 
 # Arguments of a model that change neither its map nor the names of its tensors.
-_HARMLESS = ("drop_path_rate", "drop_rate", "global_pool", "num_classes", "strict_img_size")
+_HARMLESS = ("drop_path_rate", "drop_rate", "num_classes", "strict_img_size")
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     """Returns the model that the config.json of a folder of timm's names; None if it is no such.
 
-    Raises: WeightsError: if this release of timm does not have it, or it was made with other
-        arguments than timm's own.
+    Raises: WeightsError: if this release of timm does not have it, or not with its arguments.
     """
     name, arguments = config.get("architecture"), dict(config.get("model_args") or {})
     if not isinstance(name, str):
@@ -188,12 +194,13 @@ def of_config(config: Mapping[str, Any], where: str) -> Architecture | None:
     sides = set(size if isinstance(size, list) else [size])
     if arguments.get("in_chans") == 3:
         arguments.pop("in_chans")
-    if other := sorted(set(arguments) - {*_HARMLESS}):
-        raise WeightsError(
-            f"{where}: config.json: a model that timm has no name for; got {name} with model_args "
-            f"{', '.join(other)[:200]}, expected timm's own arguments of {name}. Write the model "
-            "as a function of your own, and name it: module:PATH/TO/FILE.py:NAME."
-        )
+    for harmless in _HARMLESS:
+        arguments.pop(harmless, None)
+    pool = arguments.pop("global_pool", None)
+    # A pooling of its own may move the final norm from the tokens to their mean.
+    pooled = arguments if pool is None else {**arguments, "global_pool": pool}
+    shapes = [_shapes(_weightless(with_arguments(name, a))) for a in (arguments, pooled)]
+    name = with_arguments(name, pooled if shapes[0] != shapes[1] else arguments)
     if len(sides) != 1:
         raise WeightsError(
             f"{where}: config.json: images that are no squares; got img_size {size}, expected one "
@@ -210,14 +217,14 @@ def resizes(architecture: TimmArchitecture) -> bool:
 
 def facts_of(architecture: TimmArchitecture) -> WeightFacts:
     """Returns what timm knows of the weights that it has for a model."""
-    config = timm.get_pretrained_cfg(architecture.timm_name)
+    config = config_of(architecture.timm_name)
     statistics = _statistics(architecture.timm_name)
     licence, origin = config.license or "", config.hf_hub_id or config.url or "timm"
     return WeightFacts(statistics, config.input_size[-1], licence, origin)
 
 
 def _refuse_untrained(name: str, where: str) -> None:
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    config = config_of(name) if timm.is_model(split_arguments(name)[0]) else None
     if config is not None and not config.has_weights:
         raise WeightsError(
             f"{where}: timm has no weights for this model; got timm:{name}, expected one of "
@@ -261,7 +268,9 @@ def _source(name: str) -> str:
 
 def _load(name: str, where: str) -> Loaded:
     try:
-        return Loaded(timm.create_model(name, pretrained=True), _statistics(name))
+        timm_name, arguments = split_arguments(name)
+        net = timm.create_model(timm_name, pretrained=True, **arguments)
+        return Loaded(net, _statistics(name))
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"{where}: timm cannot get the weights; got {first_line(error)} for timm:{name}, "
@@ -342,7 +351,7 @@ def _second_names(name: str) -> frozenset[str]:
 
 
 def _statistics(name: str) -> Statistics:
-    config = timm.get_pretrained_cfg(name)
+    config = config_of(name)
     return Statistics(tuple(config.mean), tuple(config.std))
 
 

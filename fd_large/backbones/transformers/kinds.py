@@ -8,14 +8,13 @@ values: nothing in them names a file, a download or a kernel.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.recipes.family import MOST_BLOCKS
+from fd_large.recipes.family import MOST_BLOCKS, is_plain
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -67,7 +66,6 @@ KINDS = {
     "ijepa": _of_name("IJepa", asks_to_resize=True),
     "hiera": _of_name("Hiera", asks_to_resize=True, arguments={"add_pooling_layer": False}),
 }
-_LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
 
 def kind_of(name: str, where: str) -> Kind:
@@ -123,11 +121,11 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
     }
     values = {name: value for name, value in vision.items() if name in own}
     for name, value in values.items():
-        if not _is_plain(value) or (name in _COUNTS and not _is_count(value)):
+        if not is_plain(value, counts_blocks=name in _COUNTS):
             raise WeightsError(
                 f"{where}: config.json: {name}: not a value of a published model; got "
-                f"{str(value)[:100]}, expected one plain value or a short list, of at most "
-                f"{_LARGEST}, and at most {MOST_BLOCKS} layers. Fetch the folder again."
+                f"{str(value)[:100]}, expected one plain value or a short list, and at "
+                f"most {MOST_BLOCKS} layers. Fetch the folder again."
             )
     others = [name for name in vision if name not in own | _NO_MATTER]
     return json.dumps(values, sort_keys=True), sorted(others)
@@ -136,21 +134,3 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
 _COUNTS = ("depths", "num_hidden_layers", "num_register_tokens", "num_stages")
 # Which files, which output, and where it was trained; no part of what is computed.
 _NO_MATTER = {"architectures", "auto_map", "initializer_factor", "model_type", "num_labels"}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return len(value) <= _MOST_VALUES and all(
-            _is_plain(one) and not isinstance(one, list) for one in value
-        )
-    if isinstance(value, str):
-        return len(value) <= _LONGEST
-    if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) <= _LARGEST
-    return value is None
-
-
-def _is_count(value: Any) -> bool:
-    counts = value if isinstance(value, list) else [value]
-    whole = all(isinstance(count, int) and count >= 0 for count in counts)
-    return whole and sum(counts) <= MOST_BLOCKS

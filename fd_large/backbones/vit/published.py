@@ -153,8 +153,11 @@ def hugging_face_beit(name: str) -> Target | None:
 
 
 def plain(name: str) -> Target | None:
-    """DINO, DeiT and timm share our names; their heads are dropped, also a head's own norm."""
-    if name.startswith(("head.", "head_dist.", "fc_norm.")):
+    """DINO, DeiT and timm share our names; their heads are dropped, also a head's own norm.
+
+    So is what iBOT's student puts in the place of masked patches.
+    """
+    if name.startswith(("head.", "head_dist.", "fc_norm.", "masked_embed")):
         return None
     return Target(replaced(name, _LAYER_SCALE))
 

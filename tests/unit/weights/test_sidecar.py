@@ -28,8 +28,9 @@ from torch import nn
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.engine.frozen import frozen_weights
 from fd_large.errors import WeightsError
-from fd_large.recipes.architectures import resolve
+from fd_large.recipes.architectures import Architecture, overrides, resolve, set_fields
 from fd_large.weights.convert import write
+from fd_large.weights.settle import reconcile
 from fd_large.weights.source import Sources
 
 
@@ -39,7 +40,7 @@ from fd_large.weights.source import Sources
         ("swinv2_tiny_window8_256", {**TIMM_SWIN, "pretrained_window_sizes": (3, 2)}),
         ("swin_tiny_patch4_window7_224", TIMM_SWIN),
         ("vit_base_patch16_clip_quickgelu_224", {**TIMM_VIT, "act_layer": "quick_gelu"}),
-        ("beit_base_patch16_224", TIMM_VIT),
+        ("vit_base_patch16_224", TIMM_VIT),
         # A bare file of these names is refused: others without a class token have the same.
         ("vit_base_patch16_siglip_gap_224", {**TIMM_VIT, "class_token": False, "fc_norm": False}),
     ],
@@ -50,10 +51,36 @@ def test_a_folder_of_timm_on_the_hub_tells_everything(tmp_path, name, arguments)
     net, teacher = loaded(tmp_path)
     config = theirs.pretrained_cfg
     assert teacher.statistics == (*config["mean"], *config["std"])
-    expected = tokens(theirs)
-    if hasattr(theirs, "fc_norm") and not isinstance(theirs.fc_norm, nn.Identity):
-        expected = nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-6)
-    close(net(IMAGES).tokens, expected)
+    close(net(IMAGES).tokens, tokens(theirs))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_base_patch16_224"])
+def test_a_model_that_normalises_the_mean_of_its_tokens_is_timms(tmp_path, name):
+    arguments = {**TIMM_VIT, "global_pool": "avg"}
+    theirs = scattered(timm.create_model(name, num_classes=0, **arguments))
+    timm.models.save_for_hf(theirs, tmp_path, model_args=arguments, safe_serialization=True)
+    net, teacher = loaded(tmp_path)
+    assert teacher.model == "timm"
+    with torch.no_grad():
+        assert net(IMAGES).tokens.equal(theirs.forward_features(IMAGES)[:, 1:])
+    # A run that an earlier version began names a model of ours, with a norm added, and keeps it.
+    weights = Sources().open(tmp_path)
+    earlier = reconcile(weights, Architecture(), None, name="auto", where="", section="teacher")
+    net, teacher = loaded(tmp_path, "vit", **set_fields(overrides(earlier)))
+    assert teacher.model == "vit"
+    close(net(IMAGES).tokens, nn.functional.layer_norm(tokens(theirs), (32,), eps=1e-6))
+
+
+def test_a_folder_of_timm_with_other_arguments_is_made_with_them(tmp_path):
+    arguments = {"depths": [1, 1, 2, 1], "global_pool": "avg", "drop_path_rate": 0.1}
+    theirs = scattered(timm.create_model("convnextv2_atto", num_classes=0, **arguments))
+    timm.models.save_for_hf(theirs, tmp_path, model_args=arguments, safe_serialization=True)
+    net, teacher = loaded(tmp_path)
+    # What changes no map is left out, as in runs of earlier versions.
+    assert teacher.architecture.timm_name == 'convnextv2_atto{"depths": [1, 1, 2, 1]}'
+    images = IMAGES.repeat(1, 1, 2, 2)
+    with torch.no_grad():
+        assert net(images).tokens.equal(theirs.forward_features(images).flatten(2).mT)
 
 
 def of_timm(name, path, **arguments):

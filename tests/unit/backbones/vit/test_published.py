@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 
 import pytest
 import timm
@@ -375,12 +376,26 @@ def test_a_bare_vit_of_unknown_training_asks_for_its_statistics(tmp_path, classe
     assert teacher.statistics == (0.5,) * 6
 
 
-def test_a_file_of_dinos_training_is_dinos(tmp_path):
+def test_a_file_of_dinos_training_is_its_teacher(tmp_path, caplog):
     state = scattered(VisionTransformer(**TIMM_VIT, num_classes=0)).state_dict()
     whole = {f"module.backbone.{name}": tensor for name, tensor in state.items()}
-    torch.save({"student": whole, "teacher": whole, "epoch": 3}, tmp_path / "dino.pth")
-    _, teacher = loaded(f"{tmp_path / 'dino.pth'}#teacher", num_heads=(2,))
+    # iBOT's student has one tensor more.
+    student = {n: 2 * t for n, t in whole.items()} | {
+        "module.backbone.masked_embed": torch.zeros(1, 32)
+    }
+    path = tmp_path / "dino.pth"
+    torch.save({"student": student, "teacher": whole, "epoch": 3}, path)
+    with caplog.at_level(logging.INFO):
+        net, teacher = loaded(path, num_heads=(2,))
+    assert f"the teacher is taken; {path}#student is the other" in caplog.text
+    assert teacher.source == f"{path}#teacher"  # The recipe says it from here on.
     assert teacher.statistics[:3] == (0.485, 0.456, 0.406)
+    assert net.norm.weight.equal(state["norm.weight"])
+    net, _ = loaded(f"{path}#student", num_heads=(2,))
+    assert net.norm.weight.equal(2 * state["norm.weight"])
+    # A run that an earlier version began names no part, and learns from the student.
+    earlier = Sources(settled={str(path): teacher.statistics})
+    assert earlier.open(str(path)).file["norm.weight"].equal(2 * state["norm.weight"])
 
 
 @pytest.mark.parametrize(
