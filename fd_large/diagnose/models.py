@@ -17,13 +17,12 @@ from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.job import Job
 from fd_large.errors import WeightsError
-from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of
 
 OBJECTIVE = "the run's own objective"
 DRIFT = "change of its own map"
-_DRIFT_BETA = 2.0
+_DRIFT_BETA, _EPS = 2.0, 1e-5
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,25 @@ def _of_run(named: NamedModel, job: Job) -> LoadedModel:
 
 
 def _alone(named: NamedModel) -> LoadedModel:
-    """A model without an objective; its loss is how far its own map moves."""
+    """A model without an objective; its loss is how far its own map moves.
+
+    Each channel is measured by its own deviation over tokens and images. A norm of each token, as
+    in training, would divide by a channel that is large and hardly varies, of which CLIP has some,
+    and make the same change of all others look small.
+    """
     backbone, statistics = named.build()
     backbone.eval()
 
     def loss_on(images: Tensor) -> Callable[[], Tensor]:
         pixels = normalise(images, statistics)
         with torch.no_grad():
-            start = whiten(backbone(pixels).tokens)
-        return lambda: F.smooth_l1_loss(whiten(backbone(pixels).tokens), start, beta=_DRIFT_BETA)
+            start = backbone(pixels).tokens.float()
+            variance = start.var((0, 1), correction=0)
+            # A channel that never varies counts as little as its share of the map.
+            scale = (variance + _EPS * variance.mean()).rsqrt()
+        return lambda: F.smooth_l1_loss(
+            backbone(pixels).tokens.float() * scale, start * scale, beta=_DRIFT_BETA
+        )
 
     return LoadedModel(
         label=named.label,

@@ -9,11 +9,13 @@ import pytest
 import torch
 from stored_run import store_tensors
 
+from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.diagnose.examine import blocks_of
 from fd_large.diagnose.landscape import curve, random_direction
 from fd_large.diagnose.models import DRIFT, OBJECTIVE, LoadedModel, load_model
+from fd_large.engine.find_model import NamedModel
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.section import Teacher
@@ -60,6 +62,29 @@ def test_a_student_from_scratch(distillation) -> None:
     assert (loaded.label, loaded.loss_name) == ("tiny: from scratch", DRIFT)
     assert not torch.equal(loaded.backbone.norm.weight, task.student.norm.weight)
     assert at_zero(loaded)[0] == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 30.0])
+def test_channels_that_are_large_and_hardly_vary_hide_no_change(offset, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(4, 49, 64, generator=generator)
+    moved = still + 0.5 * torch.randn(still.shape, generator=generator)
+    for tokens in (still, moved):
+        tokens[..., :4] += offset
+
+    class Net(torch.nn.Module):
+        tokens = still
+
+        def forward(self, pixels):
+            return FeatureMap(self.tokens, (7, 7), 0)
+
+    net = Net()
+    monkeypatch.setattr(NamedModel, "build", lambda self: (net, IMAGENET))
+    loss = load_model("vit_base_patch16=random").loss_on(IMAGES)
+    assert loss() == 0
+    net.tokens = moved
+    # The mean of d^2 / 4 where |d| < 2, of normal d with deviation 0.5.
+    assert loss().item() == pytest.approx(0.0625, rel=0.05)
 
 
 def test_a_teacher_of_one_size_sees_that_size(distillation) -> None:
