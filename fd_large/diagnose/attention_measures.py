@@ -58,15 +58,26 @@ def prefix_share(attention: Tensor, positions: TokenPositions) -> Tensor:
     return ((attention * prefix).sum(-1) * queries).sum((1, 3)) / queries.sum()
 
 
-def head_similarity(attention: Tensor, positions: TokenPositions) -> Tensor:
+def head_similarity(
+    attention: Tensor, positions: TokenPositions, *, patches_alone: bool = False
+) -> Tensor:
     """Returns the mean cosine similarity between the maps of two different heads: (B,).
 
-    A head's map of an image, prefix tokens included, is one vector. NaN for a layer of one head.
+    A head's map of an image is one vector. NaN for a layer of one head.
+
+    Args:
+        attention: (B, nW, h, T, T), rows are queries and sum to 1.
+        positions: Positions of its tokens.
+        patches_alone: Whether the map is that among patches. Where all heads attend to a prefix
+            token most, their whole maps are alike whatever they do among patches.
     """
     batch_size, _, heads = attention.shape[:3]
     if heads == 1:
         return attention.new_full((batch_size,), torch.nan)
-    queries = (positions.index != PADDING).to(attention)[None, :, None, :, None]
+    if patches_alone:
+        attention = among_patches(attention, positions)
+    counted = positions.index >= 0 if patches_alone else positions.index != PADDING
+    queries = counted.to(attention)[None, :, None, :, None]
     flat = (attention * queries).transpose(1, 2).flatten(2)  # (B, h, nW * T * T)
     unit = F.normalize(flat, dim=-1)
     cosines = unit @ unit.transpose(1, 2)  # (B, h, h)
@@ -173,6 +184,7 @@ class LayerFigures:
             "distance": head_distances(attention, positions),
             "prefix": prefix_share(attention, positions),
             "similarity": head_similarity(attention, positions),
+            "patch_similarity": head_similarity(attention, positions, patches_alone=True),
             "average": average_map(attention, positions),
         }
         for name, values in figures.items():
@@ -201,6 +213,7 @@ class LayerFigures:
             "distance_pixels": distance.tolist(),
             "prefix_share": (self._sums["prefix"] / self.images).tolist(),
             "head_similarity": _or_none(float(self._sums["similarity"] / self.images)),
+            "patch_similarity": _or_none(float(self._sums["patch_similarity"] / self.images)),
             "translation_score": score,
             "average_variation": spread,
         }

@@ -77,12 +77,16 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 def summary(model: dict[str, Any]) -> dict[str, str]:
     """Returns a model's figures in words: means over its attention layers, and its loss."""
     layers, landscape = model["attention"], model["landscape"]
+    deep = layers[-max(1, len(layers) // 3) :]
     distance = _mean([sum(x["distance_pixels"]) / x["heads"] for x in layers])
     return {
         "parameters": f"{model['parameters'] / 1e6:.2f} M",
         "images": f"{model['image_size']} px",
         "attention distance": "none" if distance is None else f"{distance:.1f} px",
         "similarity of heads": _number(_mean([x["head_similarity"] for x in layers])),
+        "- in its deep third": _number(_mean([x["head_similarity"] for x in deep])),
+        "- among patches": _number(_mean([x.get("patch_similarity") for x in layers])),
+        "- both": _number(_mean([x.get("patch_similarity") for x in deep])),
         "translation score": _number(_mean([x["translation_score"] for x in layers])),
         "loss": f"{landscape['value']:.4f}",
         "loss at 0.1": _number(_near(landscape), 4),

@@ -108,6 +108,19 @@ def test_likeness_of_heads() -> None:
     assert math.isnan(found(identity()))
 
 
+def test_heads_that_share_a_sink_may_differ_among_patches() -> None:
+    """Nine tenths of all attention go to the class token, the rest as without it."""
+    maps = [torch.zeros(N + 1, N + 1) for _ in range(2)]
+    for whole, of_patches in zip(maps, (identity(), one_to_the_right()), strict=True):
+        whole[:, 0] = 0.9
+        whole[1:, 1:] = 0.1 * of_patches
+        whole[0, 1:] = 0.1 / N
+    both, positions = heads(*maps), image_positions(GRID, 1)
+    assert head_similarity(both, positions).item() > 0.98
+    among = head_similarity(both, positions, patches_alone=True).item()
+    assert among == pytest.approx(3 / 12)
+
+
 def test_average_over_heads_and_images() -> None:
     layer = LayerFigures("attn", stride=16.0)
     layer.add(heads(identity(), uniform()), image_positions(GRID, 0))
