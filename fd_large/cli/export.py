@@ -121,7 +121,7 @@ def export(
         shard_size: Size of a file at most, such as 5GB; a graph is not cut.
         image_size: Side in pixels of the images that it is written for; 0: that of the training.
         repository: OWNER/NAME where it will be uploaded, which is checked; empty: nowhere.
-        licence: Of the student, for the card.
+        licence: Licence of the student, for the model card.
         base_model: OWNER/NAME of what it learned from, for the card.
 
     Returns: The step of the checkpoint, the number of parameters, and the files.

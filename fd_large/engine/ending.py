@@ -45,5 +45,5 @@ def write_end(lease: Lease, status: str, reason: str, *, first: bool) -> None:
     known = summary_of(lease.folder).get("start") == lease.start
     # Before it is entered the folder may hold another run.
     if lease.entered and lease.owned() and (first or not known):
-        told = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
-        write_status(lease.folder, status, **told)
+        entry = {"start": lease.start, "rank": distributed.rank(), "reason": reason}
+        write_status(lease.folder, status, **entry)

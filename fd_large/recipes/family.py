@@ -17,7 +17,8 @@ from fd_large.recipes.fields import check_types
 MOST_BLOCKS = 1000
 """More blocks than any model has; a number beyond it is a mistake, or meant to cost time."""
 _MOST_STAGES = 8
-# More than any value of a published configuration has.
+# More than any value of a published configuration has, and more blocks than it makes.
+_MOST_MADE = 200
 _LARGEST, _LONGEST, _MOST_VALUES = 2**17, 64, 32
 
 
@@ -32,7 +33,7 @@ def is_plain(value: Any, *, counts_blocks: bool = False) -> bool:
     several = value if isinstance(value, list) else [value]
     if counts_blocks:
         whole = all(isinstance(count, int) and count >= 0 for count in several)
-        return whole and sum(several) <= MOST_BLOCKS
+        return whole and sum(several) <= _MOST_MADE
     return len(several) <= _MOST_VALUES and all(map(_is_plain, several))
 
 

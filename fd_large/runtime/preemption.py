@@ -252,8 +252,8 @@ class Preemption(Hook):
         job = os.environ.get("SLURM_JOB_ID", "")
         command = ["squeue", "--noheader", "--jobs", job, "--format=%e"]
         with suppress(OSError, subprocess.TimeoutExpired, ValueError):
-            told = subprocess.run(command, capture_output=True, text=True, timeout=10.0).stdout
-            self._job_end = datetime.fromisoformat(told.strip()).timestamp()
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10.0).stdout
+            self._job_end = datetime.fromisoformat(answer.strip()).timestamp()
 
     def _estimated(self, setting: Setting) -> float | None:
         """Returns the seconds that a checkpoint will take, from a file that each node writes."""

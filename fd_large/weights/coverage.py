@@ -128,9 +128,9 @@ class Match:
 
     Attributes:
         total: Elements of the model.
-        parameters: Those of them that fit.
+        parameters: Elements of the tensors that fit.
         matched: Names that fit, resized or not.
-        to_resize: Those of them that have another grid.
+        to_resize: Names of the tensors that have another grid, and are resized.
         missing: Names of the model that the file lacks.
         left_over: Names of the file that the model lacks.
         misfits: Names of both that have other shapes, as "name (file's) for (model's)".

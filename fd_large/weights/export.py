@@ -214,7 +214,7 @@ def write_shards(
     Args:
         folder: Exists; a single file is NAME, several have numbers and an index.
         shapes: Names and shapes of all tensors, in the order in which they come.
-        items: Those tensors.
+        items: The tensors by name.
         size: Most bytes of a file.
     """
     files = planned(shapes, size)

@@ -92,8 +92,8 @@ def inspect(
                 f"names of their own; got {model}, expected auto. Leave it out."
             )
         return _of_own(source, own)
-    if model == "auto" and (told := sources.described(str(source))):
-        return _of_library(str(source), told, sources)
+    if model == "auto" and (described := sources.described(str(source))):
+        return _of_library(str(source), described, sources)
     weights = sources.open(source)
     published, form = weights.published, FORMATS[weights.form].format
     known = _merged(weights)
@@ -127,19 +127,19 @@ def inspect(
     )
 
 
-def _of_library(source: str, told: Described, sources: Sources) -> Inspection:
+def _of_library(source: str, described: Described, sources: Sources) -> Inspection:
     """Inspects the folder of a library's model, whose configuration names it."""
-    family = told.family.architecture.family
-    architecture = resolve(family, told.architecture)
+    family = described.family.architecture.family
+    architecture = resolve(family, described.architecture)
     fitted = sources.fitted(source, architecture)
     return Inspection(
         source=source,
         form=family,
         what=f"folder of {architecture.own_name}",
         own=False,
-        architecture=told.architecture,
+        architecture=described.architecture,
         unknown=(),
-        statistics=told.statistics,
+        statistics=described.statistics,
         named=architecture.own_name,
         facts=None,
         parameters=fitted.match.total,

@@ -30,7 +30,7 @@ class Located(NamedTuple):
         path: A file, or a folder that holds one.
         tensors: What there is in place of a file; None if there is one.
         library: The library that describes the model; "" is none.
-        config: Its description.
+        config: The library's description of the model.
         statistics: Image statistics that the weights were trained with; None if unknown.
     """
 

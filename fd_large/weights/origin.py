@@ -11,6 +11,7 @@ from fd_large import doors
 from fd_large.backbones.registry import FAMILIES, family_of, family_of_source
 from fd_large.errors import WeightsError
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.sections import RANDOM
 from fd_large.weights.locate import HUB, OPEN_CLIP, PACKAGE
 from fd_large.weights.push import REPOSITORY
 from fd_large.weights.read import read_json
@@ -18,7 +19,7 @@ from fd_large.weights.read import read_json
 CARD = "README.md"
 UNKNOWN = "unknown"
 _SCHEMES = (
-    *(PACKAGE, HUB, OPEN_CLIP, "random", "builtin:"),
+    *(PACKAGE, HUB, OPEN_CLIP, RANDOM, "builtin:"),
     *(family.architecture.prefix for family in FAMILIES.values() if family.architecture.prefix),
 )
 # A card's metadata stands on its top; some cards are books.
@@ -39,16 +40,20 @@ class Origin(NamedTuple):
 
 def is_random(source: str) -> bool:
     """Whether a source stands for random weights."""
-    return source in ("", "random") or source.endswith("=random")
+    if source in ("", RANDOM):
+        return True
+    brought = family_of_source(source)
+    scheme = brought[0].scheme if brought else None
+    return scheme is not None and scheme.untrained(brought[1]) is not None
 
 
 def origin_of(source: str, model: str, architecture: FamilyArchitecture | None) -> Origin:
     """Returns what is known of a source of weights; asks no server.
 
     Args:
-        source: As a recipe has it.
+        source: The source, as a recipe states it.
         model: Name of its model.
-        architecture: Its model; None if that cannot be told.
+        architecture: The model that it holds; None if that is not known.
     """
     if is_random(source):
         return Origin("random weights, which have none")

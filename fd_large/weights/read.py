@@ -22,6 +22,7 @@ from torch import Tensor
 from fd_large.errors import WeightsError, first_line
 from fd_large.weights import torch_files
 from fd_large.weights.libraries import LIBRARIES
+from fd_large.weights.unpickle import NAME_LENGTH, RefusedError
 
 # A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
@@ -292,11 +293,11 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _without_prefixes(contents: Mapping[str, Any], where: str) -> dict[str, Any]:
     longest = max(map(len, contents), default=0)
-    if len(contents) > _NAMES or longest > torch_files.NAME_LENGTH:
+    if len(contents) > _NAMES or longest > NAME_LENGTH:
         raise WeightsError(
             f"{where}: names of no model; got {len(contents):,} tensors, the longest name of "
             f"{longest:,} characters, expected at most {_NAMES:,} and "
-            f"{torch_files.NAME_LENGTH}. Use the weights of another model."
+            f"{NAME_LENGTH}. Use the weights of another model."
         )
     for prefix in ("module.", "backbone."):
         named = [name for name in contents if not name.startswith(("head.", "head_dense."))]
@@ -348,7 +349,7 @@ def _sharded(path: Path, where: str) -> dict[str, Any]:
 def _torch_file(path: Path, where: str) -> Any:
     try:
         return torch_files.load(path)
-    except torch_files.RefusedError as error:
+    except RefusedError as error:
         raise WeightsError(
             f"{where}: {path}: holds objects that only running code of the file could restore; "
             f"got {error}, expected tensors. If you trust the file, load it where its code is "

@@ -138,13 +138,13 @@ def _is_of(section: FrozenModel, family: Family) -> bool:
     return named is not None and named.family == family.architecture.family
 
 
-def _of_library(section: FrozenModel, told: Described, where: str) -> FrozenModel:
+def _of_library(section: FrozenModel, found: Described, where: str) -> FrozenModel:
     """The section of a library's model, which its folder describes.
 
     Raises: WeightsError: if the user named another model.
     """
-    described = resolve(told.family.architecture.family, told.architecture)
-    architecture = filled(section.architecture, told.architecture)
+    described = resolve(found.family.architecture.family, found.architecture)
+    architecture = filled(section.architecture, found.architecture)
     if section.model != AUTO:
         wanted = resolve(section.model, section.architecture)
         if (type(wanted), wanted.own_name) != (type(described), described.own_name):
@@ -153,9 +153,9 @@ def _of_library(section: FrozenModel, told: Described, where: str) -> FrozenMode
                 f"{name_of(described)}, expected {name_of(wanted)} (model {section.model}). Set "
                 f"{where.removesuffix('.source')}.model auto to take the model of the folder."
             )
-    statistics = told.statistics
+    statistics = found.statistics
     if statistics is None and not section.statistics:
-        facts = told.family.facts_of(described)
+        facts = found.family.facts_of(described)
         statistics = facts.statistics if facts else None
         log.warning(
             "%s: the folder of %s does not state its image statistics: those of the published "

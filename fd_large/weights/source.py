@@ -279,7 +279,7 @@ class Sources:
         """Opens a model of ours whose family has no published names; None if a source is another.
 
         Args:
-            source: As of `ours`.
+            source: The folder of a run, of one of its checkpoints, or of an export.
             where: What the user set, for messages.
 
         Raises: FDError: if it cannot be read.

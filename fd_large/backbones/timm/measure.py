@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     """What a model needs to be trained.
 
     Attributes:
-        arguments: Those of `timm.create_model`.
+        arguments: Arguments of `timm.create_model`.
         sites: Path and drop rate of each call of a drop path, in order.
         owners: Path of the module that is given the factors of each site, by the site's path.
         blocks: Paths of the modules whose activations can be computed again, in order.

@@ -99,8 +99,8 @@ class _Resized(Piece):
     """A tensor of positions that timm makes for another image size.
 
     Attributes:
-        name: Its name in our model.
-        new_shape: Its shape there.
+        name: Name of the tensor in our model.
+        new_shape: Shape of the tensor in our model.
         resize: Returns all weights of the model at its size, from those of a file.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.errors import WeightsError, nearest
-from fd_large.recipes.family import MOST_BLOCKS, is_plain
+from fd_large.recipes.family import is_plain
 
 HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -32,7 +32,7 @@ class Kind:
         norm_of_mean: Attribute of the norm that follows the mean of the map; "" if there is none.
         asks_to_resize: Whether positions are resized where the call says so.
         class_tokens: Tokens of the map before registers and patches.
-        statistics: Those of the images of most published models.
+        statistics: Image statistics that most published models were trained with.
     """
 
     config: str
@@ -101,7 +101,7 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
     """Returns a configuration's fields of the model as JSON, and the names that it has besides.
 
     Args:
-        model_type: That of the configuration.
+        model_type: The `model_type` of the configuration.
         config: What was read of config.json.
         where: What the user set, for messages.
 
@@ -124,8 +124,8 @@ def fields_of(model_type: str, config: Mapping[str, Any], where: str) -> tuple[s
         if not is_plain(value, counts_blocks=name in _COUNTS):
             raise WeightsError(
                 f"{where}: config.json: {name}: not a value of a published model; got "
-                f"{str(value)[:100]}, expected one plain value or a short list, and at "
-                f"most {MOST_BLOCKS} layers. Fetch the folder again."
+                f"{str(value)[:100]}, expected one plain value or a short list, and no more "
+                "layers than published models have. Fetch the folder again."
             )
     others = [name for name in vision if name not in own | _NO_MATTER]
     return json.dumps(values, sort_keys=True), sorted(others)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict, defaultdict
 
@@ -12,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch_archives import DATA, NESTED, archive, tensor_pickle, text
 
 from fd_large.errors import WeightsError
 from fd_large.weights import torch_files
 from fd_large.weights.read import read
+from fd_large.weights.unpickle import Passive
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
@@ -24,7 +24,7 @@ DTYPES = (
 
 
 def same(ours, theirs):
-    if isinstance(ours, torch_files.Passive):
+    if isinstance(ours, Passive):
         assert isinstance(theirs, set | torch.Size | bytes)
     elif torch.is_tensor(theirs):
         assert (ours.dtype, ours.shape, ours.stride()) == (
@@ -246,110 +246,6 @@ def test_code_of_an_archive_does_not_run(tmp_path):
 # --- bounds ---
 
 
-def archive(path, data, *, compress=zipfile.ZIP_STORED, more=()):
-    with zipfile.ZipFile(path, "w", compress) as file:
-        for name, content in (("data.pkl", data), ("byteorder", b"little"), *more):
-            file.writestr(f"archive/{name}", content)
-
-
-def tensor_pickle(offset, size, stride, numel=4):
-    """The pickle of {"a": a tensor of these numbers}."""
-
-    class Storage:
-        pass
-
-    class Rebuilt:
-        def __reduce__(self):
-            arguments = (Storage(), offset, size, stride, False, OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            if isinstance(value, Storage):
-                return ("storage", torch.FloatStorage, "0", "cpu", numel)
-            return None
-
-    buffer = io.BytesIO()
-    Pickler(buffer, 2).dump({"a": Rebuilt()})
-    return buffer.getvalue()
-
-
-DATA = (("data/0", b"\x00" * 16),)
-
-
-@pytest.mark.parametrize(
-    ("offset", "size", "stride", "numel"),
-    [
-        (1, (4,), (1,), 4),
-        (0, (2, 3), (3, 1), 4),
-        (0, (5,), (1,), 5),
-        (0, (1 << 40,), (0,), 4),
-        (0, (2,), (1 << 62,), 4),
-        (-1, (2,), (1,), 4),
-        (0, (2,), (-1,), 4),
-        (0, (2, 2), (1,), 4),
-        (0, (1 << 70,), (1,), 4),
-    ],
-)
-def test_a_tensor_lies_in_its_data_and_is_no_larger(tmp_path, offset, size, stride, numel):
-    archive(tmp_path / "a.pth", tensor_pickle(0, (4,), (1,)), more=DATA)
-    assert read(tmp_path / "a.pth").shape("a") == (4,)
-    archive(tmp_path / "a.pth", tensor_pickle(offset, size, stride, numel), more=DATA)
-    with pytest.raises(WeightsError, match="damaged, cut short"):
-        read(tmp_path / "a.pth")
-
-
-# {((..., ...), (..., ...)): 1}, forty levels deep: hashing it takes 2^40 steps.
-TUPLES = b"\x80\x02})" + b"2\x86" * 40 + b"K\x01s."
-
-
-def looped():
-    loop = {}
-    loop["state_dict"] = loop
-    return loop
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (TUPLES, "not only dense tensors"),
-        (pickle.dumps(looped(), 2), "not only dense tensors in it; got state_dict"),
-        (b"\x80\x02" + b"}0" * 300_000 + b"}.", "500,000 operations"),
-        (b"\x80\x02(" + b"(" * 100_000 + b".", "damaged"),
-        (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),
-        (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b".", "damaged"),
-        (b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".", "damaged"),
-        (b"\x80\x02(i" + b"os\nsystem\n.", "got os system"),
-        (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", r"got os\.system"),
-        (b"\x80\x02c__torch__.os\nsystem\n)\x81}b.", r"got __torch__\.os\.system"),
-    ],
-    ids=[
-        *("tuples as key", "dict in itself", "operations", "marks", "memo", "bytes", "integer"),
-        *("instance", "global", "class of TorchScript elsewhere"),
-    ],
-)
-def test_pickles_that_ask_for_time_memory_or_code_are_refused(tmp_path, data, message):
-    archive(tmp_path / "a.pth", data)
-    with pytest.raises(WeightsError, match=message):
-        read(tmp_path / "a.pth")
-
-
-def text(name):
-    return b"X" + struct.pack("<I", len(name)) + name.encode()
-
-
-# A tuple that holds two tuples that hold two tuples, on 26 levels.
-NESTED = b")" + b"2\x86" * 26
-
-
-@pytest.mark.parametrize("parts", [(NESTED, text("a")), (text("a"), NESTED)], ids=["first", "last"])
-def test_a_name_is_a_text(tmp_path, parts):
-    """Written out, this one would have hundreds of megabytes."""
-    archive(tmp_path / "a.pth", b"\x80\x04" + b"".join(parts) + b"\x93.")
-    with pytest.raises(WeightsError, match="a name that is no text"):
-        read(tmp_path / "a.pth")
-
-
 def test_the_name_of_a_storage_is_a_text(tmp_path):
     header = (torch_files._MAGIC, 1001, {"little_endian": True}, {})
     keys = b"\x80\x02]" + NESTED + b"a."
@@ -357,27 +253,6 @@ def test_the_name_of_a_storage_is_a_text(tmp_path):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(WeightsError, match="a storage without a name"):
         read(tmp_path / "a.pth")
-
-
-def test_entries_that_are_copied_are_counted(tmp_path):
-    """A dictionary of a few entries, copied once for each few bytes."""
-    entries = b"\x80\x02}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(2000))
-    calls = b"uq\x010ccollections\nOrderedDict\nq\x020(" + b"h\x02h\x01\x85R" * 60 + b"l."
-    archive(tmp_path / "a.pth", entries + calls)
-    with pytest.raises(WeightsError, match="100,000 entries: copies"):
-        read(tmp_path / "a.pth")
-    archive(tmp_path / "a.pth", entries + calls.replace(b"h\x02h\x01\x85R" * 20, b""))
-    assert torch_files.load(tmp_path / "a.pth") == []
-
-
-def test_a_tensor_has_few_dimensions(tmp_path):
-    archive(tmp_path / "a.pth", tensor_pickle(0, (1,) * 64, (1,) * 64), more=DATA)
-    assert read(tmp_path / "a.pth").shape("a") == (1,) * 64
-    for size in ((1,) * 65, (1 << 62,) * 2000):
-        archive(tmp_path / "a.pth", tensor_pickle(0, size, (0,) * len(size)), more=DATA)
-        with pytest.raises(WeightsError, match="damaged, cut short") as error:
-            read(tmp_path / "a.pth")
-        assert len(str(error.value)) < 1000
 
 
 def test_a_module_that_is_held_often_is_counted_each_time(tmp_path):
