@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from tiny_timm import tiny
 from torch import Tensor, nn
 
 from fd_large.backbones.registry import build
@@ -38,7 +39,7 @@ def swin_of(model: str, **shape: object) -> nn.Module:
 def timm_of() -> nn.Module:
     """A stripped ConvNeXt of timm."""
     torch.manual_seed(0)
-    net = build("timm:convnextv2_atto", is_trained=True)
+    net = build(f"timm:{tiny('convnextv2_atto')}", is_trained=True)
     strip(net)
     return lively(net).eval()
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import Card, fake_cuda, on_card
 from PIL import Image
+from tiny_timm import tiny
 
 from fd_large import distributed
 from fd_large.backbones.registry import build
@@ -63,7 +64,7 @@ STUDENTS = {
     "vit_base_patch16": VIT,
     "swin_base_esvit": SWIN,
     "swinv2_tiny": SWIN,
-    "timm:convnextv2_atto": Architecture(image_size=SIDE),
+    f"timm:{tiny('convnextv2_atto')}": Architecture(image_size=SIDE),
 }
 DETECTORS = ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base")
 KERNELS = {"reference": (7, 5), "triton": (9, 0)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -119,10 +120,17 @@ def module(path: Path) -> str:
 ROOMS = {module(path): room(path) for path in FILES}
 
 
+@cache
+def parsed(path: Path) -> tuple[ast.Module, list[ast.AST]]:
+    """A file's tree and all of its nodes."""
+    tree = ast.parse(path.read_text())
+    return tree, list(ast.walk(tree))
+
+
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
     """Modules and names that a file imports, each as a dotted name."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body if top_level else ast.walk(tree):
+    tree, nodes = parsed(path)
+    for node in tree.body if top_level else nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -168,7 +176,7 @@ def test_a_whole_run_is_seen_by_few(path: Path) -> None:
 def test_no_name_of_a_task_or_a_family_is_compared_outside_its_folder(path: Path) -> None:
     names = {**{name: kind.folder for name, kind in TASKS.items()}, **{f: f for f in FAMILIES}}
     del names["timm"]  # The library is called so too.
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in parsed(path)[1]:
         if isinstance(node, ast.Compare):
             if isinstance(node.left, ast.Constant) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
                 continue  # A key that is looked up, as COCO's "segmentation".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from math import isqrt
@@ -39,8 +40,10 @@ def create(name: str, **arguments: Any) -> nn.Module:
     """
     check_name(name)
     timm_name, named = split_arguments(name)
+    on_meta = torch.get_default_device().type == "meta"
     try:
-        net = timm.create_model(timm_name, pretrained=False, **{**named, **arguments})
+        with _ShapesOnly() if on_meta else nullcontext():
+            net = timm.create_model(timm_name, pretrained=False, **{**named, **arguments})
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         if not named or arguments:
             raise
@@ -54,6 +57,23 @@ def create(name: str, **arguments: Any) -> nn.Module:
             f"model; got {name!r}, expected one with forward_intermediates. Choose another model."
         )
     return net
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Leaves out what fills tensors, most of the time that a model on the meta device takes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _FILLING and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLING = {
+    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.fill_, Tensor.zero_),
+    *(Tensor.mul_, Tensor.add_, Tensor.clamp_),
+}
 
 
 def check_name(name: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from plugins import install
-from torch.utils.data import DataLoader, Dataset
 
 from fd_large import doors
 from fd_large.data.decode import decode
@@ -148,25 +149,11 @@ def test_a_source_of_ones_own_is_not_copied(own, tmp_path):
 
 def test_a_spawned_loading_process_opens_it_again(own):
     images = open_images(f"{own}:Arrays")
-    first = next(iter(spawned_loader(images)))
-    assert first == images.read(0)
-
-
-def spawned_loader(images):
-    return DataLoader(
-        ReadBytes(images), batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    read = "import pickle, sys; sys.stdout.buffer.write(pickle.load(sys.stdin.buffer).read(0))"
+    found = subprocess.run(
+        [sys.executable, "-c", read], input=pickle.dumps(images), stdout=subprocess.PIPE, check=True
     )
-
-
-class ReadBytes(Dataset):
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        return self.images.read(index)
+    assert found.stdout == images.read(0)
 
 
 def test_an_installed_package_brings_a_source(own, tmp_path, monkeypatch):

@@ -60,9 +60,9 @@ def test_epochs_and_seeds_differ():
         assert (orders[first] == orders[second]).sum() < 10  # one is expected
 
 
-@pytest.mark.parametrize("num", [2, 3, 7, 20])
+@pytest.mark.parametrize("num", [2, 7, 20])
 def test_every_sample_is_equally_likely_at_every_place(num):
-    epochs = 1000
+    epochs = 400
     counts = np.zeros((num, num))
     for epoch in range(epochs):
         counts[np.arange(num), epoch_order(num, 0, epoch, np.arange(num))] += 1
@@ -72,7 +72,7 @@ def test_every_sample_is_equally_likely_at_every_place(num):
 
 
 def test_every_order_of_four_is_equally_likely():
-    epochs = 2400
+    epochs = 960
     orders = [tuple(epoch_order(4, 0, epoch, np.arange(4))) for epoch in range(epochs)]
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24

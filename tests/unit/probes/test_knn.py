@@ -1,4 +1,4 @@
-"""Nearest neighbours against scikit-learn's, on real features of all CIFAR-10 test images."""
+"""Nearest neighbours against scikit-learn's, on real features of images of CIFAR-10."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def features_of(name: str, count: int) -> Features:
 
 @pytest.fixture(scope="module")
 def train() -> Features:
-    return features_of("cifar10_train20k.tar", 5000)
+    return features_of("cifar10_train20k.tar", 3000)
 
 
 @pytest.fixture(scope="module")
 def test() -> Features:
-    return features_of("cifar10_test10k.tar", 10_000)
+    return features_of("cifar10_test10k.tar", 1000)
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (200, 0.02)])
@@ -68,11 +68,11 @@ def test_every_prediction_is_scikit_learns(train, test, k, temperature, monkeypa
     classifier.fit(train.rows.astype(np.float64), train.labels)
     expected = classifier.predict(test.rows.astype(np.float64))
     found = knn.classify(train, test, num_classes=10, k=k, temperature=temperature)
-    assert len(expected) == 10_000
+    assert len(expected) == 1000
     assert (found != expected).sum() == 0
     right = int((expected == test.labels).sum())
-    assert right > 3000, "features that say something"
-    assert test.percent(found) == right / 100
+    assert right > 300, "features that say something"
+    assert test.percent(found) == pytest.approx(right / 10)
 
 
 def test_votes_worked_out_by_hand():

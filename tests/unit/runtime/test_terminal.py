@@ -8,16 +8,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
+# Of fd_large.distributed the log asks the rank alone; the module itself would import torch.
 START = """
-import os, sys, logging, warnings, subprocess
+import os, sys, logging, types, warnings, subprocess
 from pathlib import Path
+import fd_large
+fd_large.distributed = sys.modules["fd_large.distributed"] = types.ModuleType("distributed")
+fd_large.distributed.rank = lambda: RANK
 from fd_large.runtime import logs, terminal
 terminal.take()
 logs.start(RANK)
 log = logging.getLogger("fd_large.test")
 log.warning("early")
-from fd_large import distributed
-distributed.rank = lambda: RANK
 logs.set_up(Path(sys.argv[1]))
 """
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from hub import hub
-from loading import IMAGES, close, loaded, scattered
+from loading import HF_VIT, IMAGES, close, loaded, scattered
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -21,15 +21,8 @@ CARD = "---\nlicense: apache-2.0\n---\nA model.\n"
 
 def test_a_repository_of_the_hub(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    model, folder = scattered(transformers.ViTModel(config)), tmp_path / "theirs"
+    model = scattered(transformers.ViTModel(transformers.ViTConfig(**HF_VIT)))
+    folder = tmp_path / "theirs"
     model.save_pretrained(folder)
     statistics = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics))

@@ -12,9 +12,9 @@ from hostile import run
 
 def test_changed_files_are_read_or_refused(tmp_path):
     pytest.importorskip("transformers")
-    outcome = run(300, tmp_path)
+    outcome = run(100, tmp_path)
     assert outcome.ends.keys() == {"read", "refused"}
-    assert outcome.ends.total() == 300
+    assert outcome.ends.total() == 100
 
 
 def test_files_behind_a_dead_child_are_read_by_another(tmp_path, monkeypatch):

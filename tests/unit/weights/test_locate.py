@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from loading import close, loaded, scattered
+from loading import HF_VIT, close, loaded, scattered
 from torch import nn
 
 from fd_large.backbones.registry import build
@@ -61,15 +61,7 @@ def test_hugging_face_out_of_reach(tmp_path, monkeypatch):
 
 def test_hugging_face_from_its_cache(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    model = scattered(transformers.ViTModel(config))
+    model = scattered(transformers.ViTModel(transformers.ViTConfig(**HF_VIT)))
     model.save_pretrained(tmp_path)
     import huggingface_hub
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from tiny_timm import tiny
 
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.engine.block_wrappers import checkpoint_blocks, compile_blocks
@@ -12,18 +13,15 @@ from fd_large.errors import ShapeError
 
 RATE, BATCH_SIZE = 0.5, 3
 # Several rows in one drop path: mixer. Stages, windows, a rotary position: the others.
+SWIN = tiny("swin_tiny_patch4_window7_224")
 MODELS = {
-    "convnextv2_atto": 64,
-    "vit_tiny_patch16_224": 32,
-    "swin_tiny_patch4_window7_224": 64,
-    "eva02_tiny_patch14_224": 28,
-    "mixer_s32_224": 224,
+    tiny("convnextv2_atto"): 64,
+    "test_vit": 32,
+    SWIN: 64,
+    tiny("eva02_tiny_patch14_224"): 28,
+    "small_mixer_s32_224": 224,
 }
-RECOMPUTED = [
-    *((name, "every") for name in MODELS),
-    ("vit_tiny_patch16_224", "offload"),
-    ("swin_tiny_patch4_window7_224", "offload"),
-]
+RECOMPUTED = [*((name, "every") for name in MODELS), ("test_vit", "offload"), (SWIN, "offload")]
 
 
 def student(name, *, seed=0):

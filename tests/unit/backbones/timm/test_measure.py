@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.models import register_model
 from timm.optim import param_groups_layer_decay
+from tiny_timm import tiny
 
 from fd_large.backbones.timm.timm_backbone import TimmBackbone
 from fd_large.engine.student import make_student
@@ -35,10 +36,10 @@ def exempt_in(whole):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("convnextv2_atto", 0),
-        ("vit_tiny_patch16_224", 64),
-        ("swin_tiny_patch4_window7_224", 64),
-        ("eva02_tiny_patch14_224", 56),
+        (tiny("convnextv2_atto"), 0),
+        ("test_vit", 64),
+        (tiny("swin_tiny_patch4_window7_224"), 64),
+        (tiny("eva02_tiny_patch14_224"), 56),
         ("hiera_tiny_224", 0),
     ],
 )
@@ -71,7 +72,7 @@ def test_a_model_without_a_head_leaves_a_layer_for_one():
         ("vgg11", 0.1, "student.drop_path_rate"),
         ("vit_that_forgets", 0.1, "student.model: .*does not depend on all .* spare the first"),
         ("vit_that_drops_patches", 0.1, "student.model: .*bernoulli|rand"),
-        ("vit_tiny_patch16_224", 0.1, "does not take .*8x8 pixels"),
+        ("test_vit", 0.1, "does not take .*8x8 pixels"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_sentence(name, rate, field):

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from loading import close, initial, loaded, scattered, settled, student_run, teacher_run
+from tiny_timm import SMALLER, tiny
 
 from fd_large.backbones.registry import build, statistics_of
 from fd_large.backbones.statistics import Statistics
@@ -164,22 +165,25 @@ def test_statistics_are_timms_and_agree_with_the_table():
     assert statistics_of("timm", resolve("timm")).mean[0] == pytest.approx(0.485)
 
 
-# A ConvNet, a ConvNeXt, a ViT, an EVA, a Swin: (name, stride, channels), smallest of their kind.
+# A ConvNet, a ConvNeXt, a ViT, an EVA, a Swin: (name, stride, channels), tiny or made so below.
 BACKBONES = [
-    ("resnet10t.c3_in1k", 32, 512),
-    ("convnext_atto.d2_in1k", 32, 320),
-    ("vit_tiny_patch16_224.augreg_in21k", 16, 192),
-    ("eva02_tiny_patch14_224.mim_in22k", 14, 192),
-    ("swin_tiny_patch4_window7_224.ms_in1k", 32, 768),
+    ("test_resnet.r160_in1k", 32, 96),
+    ("test_convnext.r160_in1k", 32, 64),
+    ("test_vit.r160_in1k", 16, 64),
+    ("eva02_tiny_patch14_224.mim_in22k", 14, 48),
+    ("swin_tiny_patch4_window7_224.ms_in1k", 32, 128),
 ]
 
 
 @pytest.fixture
 def _no_downloads(monkeypatch):
-    """timm's constructor, with random weights where it would fetch trained ones."""
+    """timm's constructor: small, with random weights where it would fetch trained ones."""
     create = timm.create_model
 
     def local(name, pretrained=False, **options):
+        kind, _, tag = name.partition(".")
+        if tag:  # No other test names it with its tag, by which its sizes are kept.
+            options = SMALLER.get(kind, {}) | options
         if "pretrained_cfg_overlay" in options:  # A file that is here.
             return create(name, pretrained=pretrained, **options)
         net = create(name, pretrained=False, **options)
@@ -205,10 +209,11 @@ def test_backbones_of_timm_teach(name, stride, width):
     config = timm.get_pretrained_cfg(name)
     assert run.teacher.statistics == (*config.mean, *config.std)
     assert teacher.statistics.mean == pytest.approx(config.mean)
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    pixels = config.input_size[-1]
+    images = torch.randint(0, 256, (2, 3, pixels, pixels), dtype=torch.uint8)
     got = teacher(images)
-    side = 224 // stride
-    assert got.grid == teacher.grid(224) == (side, side)
+    side = pixels // stride
+    assert got.grid == teacher.grid(pixels) == (side, side)
     assert got.tokens.shape == (2, side * side, width)
     assert got.tokens.isfinite().all()
     assert not got.tokens.requires_grad
@@ -242,7 +247,7 @@ def test_another_stride_of_a_backbone_of_timm():
 
 @pytest.mark.usefixtures("_no_downloads")
 def test_a_teacher_at_another_image_size_has_timms_positions_for_it():
-    name, size = "vit_tiny_patch16_224", 64
+    name, size = "test_vit", 64
     net, section = loaded(f"timm:{name}", image_size=size)
     assert section.architecture.image_size == size
     whole = timm_published.timm.create_model(name, pretrained=True)
@@ -319,30 +324,30 @@ def test_a_student_starts_from_a_net_of_timm():
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("vit_tiny_patch16_224", 64),
-        ("swin_tiny_patch4_window7_224", 64),
-        ("eva02_tiny_patch14_224", 56),
-        ("convnextv2_atto", 64),
-        ("vit_tiny_patch16_224", 224),
+        ("test_vit", 64),
+        (tiny("swin_tiny_patch4_window7_224"), 64),
+        (tiny("eva02_tiny_patch14_224"), 56),
+        (tiny("convnextv2_atto"), 64),
+        ("test_vit", 160),
     ],
 )
 def test_a_student_of_timm_starts_from_a_file_at_any_size(name, size, tmp_path):
     file = tmp_path / f"{name}.pth"
     torch.save(scattered(timm.create_model(name), seed=4).state_dict(), file)
     sized = size_arguments(name, size)
-    assert bool(sized) == (size != 224 and not name.startswith("convnext"))
+    assert bool(sized) == (size != 160 and "convnext" not in name)
     expected = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **sized
-    )
+    ).state_dict()
     net, _ = initial(file, f"timm:{name}", size)
     held = {n.removeprefix("net."): p for n, p in net.state_dict().items()}
-    assert all(torch.equal(p, expected.state_dict()[n]) for n, p in held.items())
+    assert all(torch.equal(p, expected[n]) for n, p in held.items())
 
 
 def test_weights_of_another_size_that_timm_cannot_resize(tmp_path):
-    torch.save(timm.create_model("mixer_s32_224").state_dict(), tmp_path / "mixer.pth")
+    torch.save(timm.create_model("small_mixer_s32_224").state_dict(), tmp_path / "mixer.pth")
     with pytest.raises(WeightsError, match=r"mlp_tokens\.fc1\.weight"):
-        initial(tmp_path / "mixer.pth", "timm:mixer_s32_224", 64)
+        initial(tmp_path / "mixer.pth", "timm:small_mixer_s32_224", 64)
 
 
 def test_layer_scales_by_the_name_of_deit_iii():

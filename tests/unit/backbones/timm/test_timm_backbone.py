@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from tiny_timm import tiny
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fd_large.backbones.registry import build
@@ -185,11 +186,11 @@ def test_sizes_that_are_no_multiple_of_the_stride_are_refused():
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("swin_tiny_patch4_window7_224", 224),
-        ("swinv2_cr_tiny_224", 224),
-        ("swinv2_tiny_window8_256", 256),
-        ("beit_base_patch16_224", 224),
-        ("eva02_tiny_patch14_224", 224),
+        (tiny("swin_tiny_patch4_window7_224"), 224),
+        (tiny("swinv2_cr_tiny_224"), 224),
+        (tiny("swinv2_tiny_window8_256"), 256),
+        (tiny("beit_base_patch16_224"), 224),
+        (tiny("eva02_tiny_patch14_224"), 224),
     ],
 )
 def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
@@ -206,12 +207,12 @@ def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
 # One model of each of timm's families that teaches. In every suite: those with buffers that meet
 # the weights, with rotary or other tables of positions, and with norms of their own.
 TABLES = """
-beit_base_patch16_224 convit_tiny efficientvit_m0 eva02_tiny_patch14_224 levit_128s
-swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_byobnet test_coatnet
-test_efficientnet_evos test_nfnet test_resnet test_vit2 test_vit_relpos tiny_vit_5m_224
-xcit_nano_12_p16_224
+convit_tiny efficientvit_m0 levit_128s test_byobnet test_coatnet test_efficientnet_evos test_nfnet
+test_resnet test_vit2 test_vit_relpos tiny_vit_5m_224 xcit_nano_12_p16_224
 """
 OTHERS = """
+beit_base_patch16_224 eva02_tiny_patch14_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+swinv2_tiny_window8_256
 caformer_s18 cait_xxs24_224 coat_lite_tiny convmixer_768_32 cpubone_nano cs3darknet_focus_s
 cspnext_tiny csatv2 davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b
 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 ese_vovnet19b_slim_dw

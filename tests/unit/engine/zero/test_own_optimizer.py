@@ -99,8 +99,13 @@ def own(tmp_path_factory):
     return lambda name, **fields: Optim(name=f"module:{path}:{name}", **fields)
 
 
-@pytest.mark.parametrize("name", ["Lion", "RMSprop", "sgd"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *((config, "Lion") for config in CONFIGS),
+        *((config, name) for config in ("whole", "sharded") for name in ("RMSprop", "sgd")),
+    ],
+)
 def test_it_goes_on_to_the_bit_from_what_was_stored(make_engine, own, config, name):
     first = make_engine(config, optim=own(name))
     average, rates = Ema(first, 0.5), by_layer(first, 0.5)

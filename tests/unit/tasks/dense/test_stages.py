@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_models import lively, mlp, norm, padded, swin_of
+from tiny_timm import tiny
 from torch import Tensor, nn
 
 from fd_large.backbones.registry import build
@@ -164,7 +165,7 @@ def test_sequential_stages_and_checkpoints_change_nothing():
 
 
 @pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "focalnet_tiny_srf"]
+    "name", [tiny("swin_tiny_patch4_window7_224"), "test_vit", "focalnet_tiny_srf"]
 )
 def test_models_of_timm_whose_stages_carry_no_pyramid(name: str) -> None:
     with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_timm import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from fd_large import doors
@@ -20,7 +21,7 @@ TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, ima
 MODELS = {
     "vit_base_patch16": TINY,
     # Its map is not normalised: the classifier normalises the mean.
-    "timm:convnextv2_atto": Architecture(image_size=32),
+    f"timm:{tiny('convnextv2_atto')}": Architecture(image_size=32),
 }
 
 

@@ -142,9 +142,8 @@ def test_ground_truth_fed_back_is_perfect(coco_tiny, val):
         assert all(of_class.ap == pytest.approx(1) for of_class in occurs)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_perturbed_ground_truth_scores_as_with_pycocotools(coco_tiny, val, seed, capsys):
-    results = perturbed(val, as_detections(coco_tiny), seed)
+def test_perturbed_ground_truth_scores_as_with_pycocotools(coco_tiny, val, capsys):
+    results = perturbed(val, as_detections(coco_tiny), 0)
     scores = score(val, results)
     for kind in ("box", "mask"):
         theirs = official(val, results, kind)
