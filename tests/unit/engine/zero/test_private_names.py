@@ -25,7 +25,6 @@ from fd_large.errors import VersionError
 
 PACKAGE = Path(fd_large.__file__).parent
 DEEPSPEED = Path(deepspeed.__file__).parent
-FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 TABLES = PACKAGE / "engine" / "zero" / "private_names.py"
 LISTED = private_names._LISTED
 
@@ -37,6 +36,12 @@ PUBLIC = {
     *("backward", "destroy", "gradient_clipping", "load_checkpoint", "optimizer"),
     *("save_checkpoint", "zero_optimization_stage"),
 }
+
+
+@lru_cache
+def files() -> dict[Path, ast.Module]:
+    """The trees of the package's files."""
+    return {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def of_deepspeed() -> set[str]:
@@ -66,7 +71,7 @@ def of_others() -> set[str]:
     Those that DeepSpeed shares with them (`step`, `param_groups`) cannot be told apart.
     """
     names = set()
-    for tree in FILES.values():
+    for tree in files().values():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names.add(node.name)
@@ -142,7 +147,7 @@ def written(tree: ast.AST) -> set[str]:
 
 
 def test_no_name_of_deepspeed_is_touched_that_is_not_listed():
-    found = {path: touched(tree) - PUBLIC - LISTED for path, tree in FILES.items()}
+    found = {path: touched(tree) - PUBLIC - LISTED for path, tree in files().items()}
     assert not {path: names for path, names in found.items() if names and path != TABLES}
 
 
@@ -159,7 +164,7 @@ def test_an_unlisted_name_is_seen():
 
 def test_nothing_is_assigned_to_a_listed_name_but_by_replace():
     # The norm that stage 0 keeps as DeepSpeed's optimisers do is new there, and replaces nothing.
-    assert set().union(*map(assigned, FILES.values())) == {"_global_grad_norm"}
+    assert set().union(*map(assigned, files().values())) == {"_global_grad_norm"}
 
 
 def test_an_assignment_is_seen():
@@ -167,7 +172,7 @@ def test_an_assignment_is_seen():
 
 
 def test_what_is_listed_is_used_or_decides_what_is_used():
-    used = set().union(*(written(tree) for path, tree in FILES.items() if path != TABLES))
+    used = set().union(*(written(tree) for path, tree in files().items() if path != TABLES))
     assert set().union(*private_names.ATTRIBUTES.values()) <= used
     # A hash may be of what calls, or is called by, what is used.
     for path, known in private_names.NAMES.items():
