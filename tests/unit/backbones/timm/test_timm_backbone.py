@@ -205,7 +205,7 @@ def test_buffers_that_meet_the_weights_are_bfloat16_too(name, size):
 
 
 # One model of each of timm's families that teaches. In every suite: those with buffers that meet
-# the weights, with rotary or other tables of positions, and with norms of their own.
+# the weights (tiny ones: above), with tables of positions, and with norms of their own.
 TABLES = """
 convit_tiny efficientvit_m0 levit_128s test_byobnet test_coatnet test_efficientnet_evos test_nfnet
 test_resnet test_vit2 test_vit_relpos tiny_vit_5m_224 xcit_nano_12_p16_224
