@@ -118,6 +118,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
         run: A recipe with the images and the first seed.
     """
     from fd_large import distributed, meeting
+    from fd_large.data.blocks import keep_blocks_in
     from fd_large.data.labelled import open_split
     from fd_large.kernels.precision import full_float32
     from fd_large.probes.features import Pool
@@ -127,6 +128,7 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     launch = distributed.start()
     logs.start(launch.rank)
     full_float32(distributed.device())
+    keep_blocks_in(run.data.cache, run.data.cache_gb)
     train = meeting.meet(lambda: open_split(run.data.root, "train"))
     test = meeting.meet(lambda: open_split(run.data.root, "val", train.classes))
     seeds = _seeds(run.runtime.seed, own.seeds)

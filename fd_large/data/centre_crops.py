@@ -70,6 +70,9 @@ class _CentralBatches(Dataset):
     def __getitem__(self, where: tuple[int, int]) -> CentralBatch:
         start, stop = where
         images, labels, bad = [], [], []
+        if self.source.blocks is not None:
+            first = self.source.blocks.block(start)[0]
+            self.source.expect(range(first, min(first + 3, len(self.source.blocks.ends))))
         with suppress_stderr():
             for index in range(start, stop):
                 label = self.source.label(index)

@@ -44,6 +44,8 @@ class ImageFolder:
         modified: The newest modification time of a folder, in ns.
     """
 
+    kind = "a folder"
+
     def __init__(self, root: str | Path, *, where: str = "data.root") -> None:
         """Lists the folder.
 

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.custom import is_custom, open_custom
+from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
 # Where a dataset's parts lie under its root.
-SPLITS = {"train": ("train",), "val": ("val", "test")}
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class LabelledImages:
     def fingerprint(self) -> str:
         """A hash of the samples' names in order."""
         return self.images.fingerprint
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The blocks of images that are read in blocks."""
+        return getattr(self.images, "blocks", None)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Tells such images which blocks are needed next."""
+        self.images.expect(numbers)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from fd_large.data import color, views
 from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import MicroBatches, Portion, check_batch_sizes, epoch_order
+from fd_large.data.sampler import Blocks, MicroBatches, Portion, check_batch_sizes, samples_at
 from fd_large.data.source import ImageSource
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.data.worker import start_worker
-from fd_large.errors import DataError
+from fd_large.errors import DataError, FDError
 
 # Images tried for one place in a batch; where all are bad, so is the dataset.
 MAX_TRIES = 10
@@ -118,8 +118,8 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         places: What belongs into each batch; has a length.
         workers: Number of loading processes; 0 loads in this one.
     """
-    return DataLoader(
-        batches,
+    return _Loader(
+        _Carried(batches),
         sampler=places,
         batch_size=None,  # an item is a whole batch
         collate_fn=parcel,
@@ -128,6 +128,29 @@ def load_batches(batches: Dataset, places: Iterable[Any], *, workers: int) -> Da
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each epoch draws from torch's global one
     )
+
+
+@dataclass(frozen=True)
+class _Carried(Dataset):
+    """Batches, or the error of a loading process, which torch would wrap into a traceback."""
+
+    batches: Dataset
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self.batches[place]
+        except FDError as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """Raises what a loading process met where the batch would be."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, FDError):
+                raise batch
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -153,12 +176,14 @@ def load_samples(
     num_samples: int,
     seed: int,
     epoch: int,
+    blocks: Blocks | None = None,
 ) -> list[Loaded[T]]:
     """Makes something of the sample at each position or, where that is bad, of a stand-in.
 
-    A stand-in is drawn from the whole dataset, from (seed, epoch, position) again, so it is the
-    same on any number of ranks and workers. When none of ten will do, there is nothing: a rank that
-    stopped here would leave the others waiting, and the count of bad ones stops them all together.
+    A stand-in is drawn from the whole dataset, or from the window of its blocks, from (seed, epoch,
+    position) again, so it is the same on any number of ranks and workers. When none of ten will do,
+    there is nothing: a rank that stopped here would leave the others waiting, and the count of bad
+    ones stops them all together.
 
     Args:
         make: Takes a place in `positions` and a sample's number; DataError if it cannot be used.
@@ -167,6 +192,7 @@ def load_samples(
         num_samples: Size of the dataset.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
+        blocks: Those of a source that is read in blocks.
     """
     loaded = []
     with suppress_stderr():
@@ -175,7 +201,12 @@ def load_samples(
             for number in range(MAX_TRIES):
                 if number:
                     draws = uniforms(seed, epoch, [position], "replacement", number + 1)
-                    index = int(draws[0, number] * num_samples)
+                    draw = float(draws[0, number])
+                    index = (
+                        int(draw * num_samples)
+                        if blocks is None
+                        else blocks.stand_in(seed, epoch, position, draw)
+                    )
                 try:
                     value = make(place, index)
                     break
@@ -218,10 +249,11 @@ class ViewBatches(Dataset):
         loaded = load_samples(
             make,
             positions,
-            epoch_order(len(self.source), self.seed, self.epoch, positions),
+            samples_at(self.source, self.seed, self.epoch, positions),
             num_samples=len(self.source),
             seed=self.seed,
             epoch=self.epoch,
+            blocks=getattr(self.source, "blocks", None),
         )
         black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
         return Batch(

@@ -29,6 +29,8 @@ STREAMS = {
     "jitter": 10,
     "anchors": 11,
     "proposals": 12,
+    "blocks": 13,
+    "in_window": 14,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

@@ -1,6 +1,8 @@
 """Which sample goes where: the order of an epoch, and each rank's slice of a global batch.
 
 No list as long as the dataset is ever made: the permutation is evaluated where it is needed.
+Samples that can only be read in blocks (row groups of parquet files, tar files of an object store)
+are mixed within windows of blocks, so that each block is read once an epoch (`Blocks`).
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +20,9 @@ from fd_large.data.random_numbers import random_words
 from fd_large.errors import ConfigError, DataError
 
 _NUM_FEISTEL_ROUNDS = 8
+# A window of an epoch holds at least so many blocks, and so many samples.
+WINDOW_BLOCKS = 8
+WINDOW_SAMPLES = 10_000
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -> NDArray[np.int64]:
@@ -37,24 +43,118 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: ArrayLike) -
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (the
         generalised Feistel network and cycle walking).
     """
+    return _permuted(num_samples, seed, epoch, positions, "order")
+
+
+def _permuted(
+    num_samples: int, seed: int, epoch: int, positions: ArrayLike, stream: str, first: int = 0
+) -> NDArray[np.int64]:
+    """`epoch_order` with draws of a stream of its own, counted from `first`."""
     numbers = np.array(positions, dtype=np.int64, ndmin=1)
     assert num_samples > 0
     assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < num_samples)
     side = math.isqrt(num_samples - 1) + 1  # ceil(sqrt(num_samples))
-    numbers = _feistel(numbers, side, seed, epoch)
+
+    def feistel(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        left, right = np.divmod(numbers, side)
+        for number in range(_NUM_FEISTEL_ROUNDS):
+            words = random_words(seed, epoch, right + first, stream, first_block=number)
+            bits = (words[:, 0, 0] << np.uint64(32)) | words[:, 0, 1]  # words: (B, 1, 4)
+            shift = (bits % np.uint64(side)).astype(np.int64)
+            left, right = right, (left + shift) % side
+        return left * side + right
+
+    numbers = feistel(numbers)
     while (outside := numbers >= num_samples).any():
-        numbers[outside] = _feistel(numbers[outside], side, seed, epoch)
+        numbers[outside] = feistel(numbers[outside])
     return numbers
 
 
-def _feistel(numbers: NDArray[np.int64], side: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    left, right = np.divmod(numbers, side)
-    for number in range(_NUM_FEISTEL_ROUNDS):
-        words = random_words(seed, epoch, right, "order", first_block=number)  # (B, 1, 4)
-        bits = (words[:, 0, 0] << np.uint64(32)) | words[:, 0, 1]
-        shift = (bits % np.uint64(side)).astype(np.int64)
-        left, right = right, (left + shift) % side
-    return left * side + right
+class Blocks:
+    """Blocks of consecutive samples that are read whole, and the order of an epoch over them.
+
+    The blocks are permuted, anew in each epoch. Of that order, `per_window` blocks after one
+    another make a window, whose samples are permuted. All of it is a function of (seed, epoch) and
+    of the sizes of the blocks.
+
+    Attributes:
+        ends: (num_blocks,) int64, the number of samples up to the end of each; no block is empty.
+        per_window: Blocks in a window; the last window may have fewer.
+    """
+
+    def __init__(self, ends: NDArray[np.int64]) -> None:
+        self.ends = ends
+        mean_size = int(ends[-1]) / len(ends)
+        self.per_window = max(WINDOW_BLOCKS, math.ceil(WINDOW_SAMPLES / mean_size))
+
+    def block(self, sample: int) -> tuple[int, int]:
+        """The block of a sample, and the sample's place in it."""
+        number = int(np.searchsorted(self.ends, sample, side="right"))
+        return number, sample - (int(self.ends[number - 1]) if number else 0)
+
+    def order(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at some positions of the epoch's order, (B,)."""
+        blocks, ends, starts = self._layout(seed, epoch)
+        samples = np.empty(len(positions), np.int64)
+        windows = np.searchsorted(starts, positions, side="right") - 1
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            start, stop = self._bounds(window, starts)
+            mixed = start + _permuted(
+                stop - start, seed, epoch, positions[here] - start, "in_window", start
+            )
+            # Places in the row of permuted blocks; now back to where those blocks lie.
+            slots = np.searchsorted(ends, mixed, side="right")
+            samples[here] = self.ends[blocks[slots]] - (ends[slots] - mixed)
+        return samples
+
+    def stand_in(self, seed: int, epoch: int, position: int, draw: float) -> int:
+        """The sample that a draw in [0, 1) chooses from the window of a position."""
+        _, _, starts = self._layout(seed, epoch)
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        start, stop = self._bounds(window, starts)
+        place = start + int(draw * (stop - start))
+        return int(self.order(seed, epoch, np.array([place]))[0])
+
+    def ahead(self, seed: int, epoch: int, position: int) -> list[int]:
+        """The blocks of the window of a position and of the next one, in the order of need."""
+        blocks, _, starts = self._layout(seed, epoch)
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        first = window * self.per_window
+        wanted = blocks[first : first + 2 * self.per_window].tolist()
+        if window == len(starts) - 1:
+            following, _, _ = self._layout(seed, (epoch + 1) % 2**32)
+            wanted += following[: self.per_window].tolist()
+        return list(dict.fromkeys(wanted))
+
+    def _bounds(self, window: int, starts: NDArray[np.int64]) -> tuple[int, int]:
+        stop = starts[window + 1] if window + 1 < len(starts) else self.ends[-1]
+        return int(starts[window]), int(stop)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - as many as there are epochs and datasets in use
+    def _layout(
+        self, seed: int, epoch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The permuted blocks, where each ends in their row, and where each window starts."""
+        count = len(self.ends)
+        blocks = _permuted(count, seed, epoch, np.arange(count), "blocks")
+        ends = np.cumsum(np.diff(self.ends, prepend=0)[blocks])
+        starts = np.concatenate([[0], ends[self.per_window - 1 : -1 : self.per_window]])
+        return blocks, ends, starts
+
+
+def samples_at(
+    source: Any, seed: int, epoch: int, positions: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The samples of a source at some positions of the epoch's order, (B,).
+
+    A source that is read in blocks hears which ones are needed next.
+    """
+    blocks: Blocks | None = getattr(source, "blocks", None)
+    if blocks is None:
+        return epoch_order(len(source), seed, epoch, positions)
+    source.expect(blocks.ahead(seed, epoch, int(positions.min())))
+    return blocks.order(seed, epoch, positions)
 
 
 def updates_per_epoch(num_samples: int, global_batch_size: int) -> int:

@@ -33,8 +33,8 @@ from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 # Shards that a process keeps open, and how long one is taken for the one that was indexed.
 MOST_OPEN = 2048
 CHECK_SECONDS = 60.0
@@ -61,6 +61,8 @@ class TarShards:
         torn: What is wrong with those that are not whole.
         fingerprint: A hash of the names of the images in order.
     """
+
+    kind = "tar shards"
 
     def __init__(self, root: str | Sequence[str], *, where: str = "data.root") -> None:
         """Indexes the shards.
@@ -177,11 +179,11 @@ class TarShards:
                     for name, offset, size in members(file):
                         if name.startswith(b".") or b"/." in name:
                             continue
-                        if name.lower().endswith(_ENDINGS):
+                        if name.lower().endswith(ENDINGS):
                             images.append((name, offset, size))
                         elif with_labels and name.endswith(b".cls"):
                             text = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
-                            labels[_sample(name)] = self._label(text, path, name)
+                            labels[sample_key(name)] = self._label(text, path, name)
             except Torn as error:
                 torn.append(
                     f"{path}: a shard that is not whole: {error}; {len(images)} images before "
@@ -210,20 +212,20 @@ class TarShards:
         return [os.path.relpath(path, self._folder or os.curdir) for path in paths]
 
     def _refuse_compressed(self, path: str, start: bytes) -> None:
-        if kind := _COMPRESSED.get(start):
+        if kind := COMPRESSED.get(start):
             raise DataError(
                 f"{self._where}: a compressed shard; got {kind} for {path!r}, expected a plain tar "
                 "file, whose members can be read in place. Decompress it (images gain nothing)."
             )
 
     def _found(self, labels: dict[bytes, int], path: str, name: bytes) -> int:
-        if _sample(name) not in labels:
+        if sample_key(name) not in labels:
             raise DataError(
                 f"{self._where}: an image without a label; got {os.fsdecode(name)} in {path}, "
                 "expected KEY.cls beside each KEY.jpg. Write the shards with labels, or use class "
                 "folders."
             )
-        return labels[_sample(name)]
+        return labels[sample_key(name)]
 
     def _label(self, text: bytes, path: str, name: bytes) -> int:
         try:
@@ -387,6 +389,7 @@ def _size_and_time(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _sample(name: bytes) -> bytes:
+def sample_key(name: bytes) -> bytes:
+    """The name up to the first dot after the last slash."""
     folder, slash, last = name.rpartition(b"/")
     return folder + slash + last.partition(b".")[0]

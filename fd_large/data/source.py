@@ -7,15 +7,21 @@ outside of it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Protocol
 
 from fd_large.data.custom import open_custom
 from fd_large.data.folder import open_folder
+from fd_large.data.parquet import open_parquet
 from fd_large.data.photographs import open_photographs
+from fd_large.data.remote_shards import open_remote_shards
+from fd_large.data.saved_dataset import open_saved_dataset
 from fd_large.data.shards import open_shards
 from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
@@ -29,6 +35,9 @@ class ImageSource(Protocol):
 
     the class of each image, (num_images,), and the names of the classes in their order, or None if
     the numbers are all there is; `labelled.py` makes them those of the training set.
+
+    A source whose images are read in blocks has `blocks`, a `sampler.Blocks`, which then give the
+    order of an epoch, and `expect(numbers)`, which hears the blocks that are needed next.
 
     Attributes:
         fingerprint: A hash of the samples' names in order. It is compared between nodes, and with
@@ -55,6 +64,9 @@ class ImageSource(Protocol):
 SOURCES: tuple[Callable[..., ImageSource | None], ...] = (
     open_custom,
     open_photographs,
+    open_saved_dataset,
+    open_parquet,
+    open_remote_shards,
     open_shards,
     open_folder,
 )
@@ -66,8 +78,10 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
     Args:
         root: A folder of images, sub folders included; a folder that holds tar files and no
             loose image; one tar file; a pattern of tar files, as "train-{0000..0146}.tar" or
-            "train-*.tar"; a dataset that comes along, "builtin:photographs"; or a source of the
-            user's own, "module:PATH/TO/FILE.py:NAME".
+            "train-*.tar"; the same of parquet files; a URL of tar or parquet files, or of what
+            holds them, as "s3://bucket/data/"; a dataset that Hugging Face's `datasets` saved; a
+            dataset that comes along, "builtin:photographs"; or a source of the user's own,
+            "module:PATH/TO/FILE.py:NAME".
         where: The field that names it, for messages.
 
     Raises: DataError: if there is nothing of the kind, or no image in it; ConfigError: if code of
@@ -75,9 +89,11 @@ def open_images(root: str, *, where: str = "data.root") -> ImageSource:
     """
     for open_source in SOURCES:
         if (source := open_source(root, where=where)) is not None:
+            if kind := getattr(source, "kind", ""):
+                log.info("%s: %s images in %s: %s", where, f"{len(source):,}", kind, root)
             return source
     what = "neither a folder nor a tar file" if os.path.isfile(root) else "no such folder"
     raise DataError(
-        f"{where}: {what}; got {root!r}, expected a folder of images or tar shards, or FILE.tar. "
-        f"Set --{where} FOLDER."
+        f"{where}: {what}; got {root!r}, expected a folder of images, tar shards or parquet files, "
+        f"FILE.tar, FILE.parquet, or a URL of such files. Set --{where} FOLDER."
     )

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from fd_large import distributed, meeting
 from fd_large.atomic_files import PASSING
+from fd_large.data.blocks import BlockImages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.photographs import Photographs
 from fd_large.data.shards import TarShards
@@ -61,6 +62,11 @@ def stage(source: ImageSource, folder: str) -> ImageSource:
     Raises: DataError: if a node cannot make its copy, or nodes have read different bytes, or the
         source is labelled or the user's own.
     """
+    if folder and isinstance(source, BlockImages):
+        raise DataError(
+            f"data.stage_to: {source.kind} are kept in blocks on each node as they are needed; got "
+            f"{folder!r}, expected nothing. Set --data.cache {folder} and --data.cache_gb instead."
+        )
     if folder and not isinstance(source, (TarShards, ImageFolder, Photographs)):
         raise DataError(
             "data.stage_to: only folders and tar files of images without labels are copied; got "

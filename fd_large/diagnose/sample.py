@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large.data.decode import decode
-from fd_large.data.sampler import epoch_order
+from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
@@ -84,8 +85,8 @@ def centre_view(image: Tensor, size: int) -> Tensor:
 def _choose(source: ImageSource, images: int) -> list[int]:
     chosen: dict[str, int] = {}
     for start in range(0, len(source), 4096):
-        block = range(start, min(start + 4096, len(source)))
-        for index in epoch_order(len(source), _SEED, 0, list(block)).tolist():
+        places = np.arange(start, min(start + 4096, len(source)))
+        for index in samples_at(source, _SEED, 0, places).tolist():
             # Built-in photographs are listed many times over.
             chosen.setdefault(source[index], index)
             if len(chosen) == images:

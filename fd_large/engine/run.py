@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fd_large import activity, distributed, doors, failures, meeting
 from fd_large.checkpoint.lease import Lease
+from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
@@ -270,6 +271,7 @@ def open_run(
     run = distributed.broadcast_object(settled)
     job = job_of(run)
     job.weights = weights
+    keep_blocks_in(run.data.cache, run.data.cache_gb)
     with activity.work("checking the recipe"):
         json_config, numbers, samples = meeting.meet(lambda: _check(job, deepspeed_config, launch))
     code = run.code()

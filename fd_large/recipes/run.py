@@ -123,6 +123,8 @@ def _with_sections(sections: tuple[tuple[str, Any], ...]) -> type[Task]:
 # change the result.
 _MAY_CHANGE = {
     "batch.micro_batch_size",
+    "data.cache",
+    "data.cache_gb",
     "data.max_bad_fraction",
     "data.root",
     "data.stage_to",

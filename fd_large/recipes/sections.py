@@ -106,12 +106,19 @@ class Data:
     """Images and the one crop of each that student and teacher see."""
 
     # The training images: a folder, read recursively (labels are ignored); tar shards, given as
-    # their folder, one file or a pattern like "train-{000..146}.tar"; builtin:photographs; or a
-    # source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
+    # their folder, one file or a pattern like "train-{000..146}.tar"; parquet files, likewise; a
+    # saved Hugging Face dataset; s3://, gs:// or https:// of tar or parquet files (docs/data.md);
+    # builtin:photographs; or a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
     root: str = ""
     # Folder on a local disk of each node, to which the dataset is copied once and verified before
     # training. Empty reads the dataset where it is.
     stage_to: str = ""
+    # Folder on a local disk of each node for what is read from an object store and unpacked from
+    # parquet files. Empty: the folder `blocks` of the cache (FD_CACHE, else ~/.cache/fd_large).
+    cache: str = ""
+    # Gigabytes that these blocks may take on each node; above it those used longest ago are
+    # removed.
+    cache_gb: float = 50.0
     # Side of the square crop, in pixels.
     image_size: int = 224
     # Smallest area of a crop, as a fraction of the image's area in (0, 1]. 1 takes the whole image.
@@ -151,6 +158,7 @@ class Data:
         )
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")
+        positive("data.cache_gb", self.cache_gb)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fd_large import activity, distributed
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import epoch_order
+from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource
 from fd_large.data.views import NUM_DRAWS, ViewSettings, random_view
 from fd_large.engine.evaluation import evaluating
@@ -66,7 +66,7 @@ class HeldOutViews:
         draws = uniforms(seed, EVALUATION_EPOCH, cuts, "view", NUM_DRAWS).tolist()
         # Spread over the dataset, which may list its classes one after the other.
         places = np.arange(min(len(cuts), len(source)))
-        order = epoch_order(len(source), seed, EVALUATION_EPOCH, places)
+        order = samples_at(source, seed, EVALUATION_EPOCH, places)
         tries = TRIES if skip_bad else 1
 
         def cut(view: int) -> Tensor:

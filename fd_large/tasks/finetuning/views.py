@@ -19,7 +19,7 @@ from fd_large.data import views
 from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, load_samples
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import epoch_order
+from fd_large.data.sampler import samples_at
 from fd_large.tasks.finetuning import augment, mixing
 from fd_large.tasks.finetuning.section import FineTune
 
@@ -99,10 +99,11 @@ class TrainingBatches(Dataset):
         loaded = load_samples(
             lambda place, index: self._view(index, crops[place], augmentations[place]),
             positions,
-            epoch_order(len(self.source), self.seed, self.epoch, positions),
+            samples_at(self.source, self.seed, self.epoch, positions),
             num_samples=len(self.source),
             seed=self.seed,
             epoch=self.epoch,
+            blocks=getattr(self.source, "blocks", None),
         )
         black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
         images = [black if sample.value is None else sample.value for sample in loaded]

@@ -1,0 +1,418 @@
+"""Images that are read in blocks: a row group of a parquet file, a tar file in an object store.
+
+The first process of a node that needs a block fetches it into a folder on the node's disk, as one
+file from which all processes then read single images; nothing of it stays in their memory. Blocks
+come in the order of the epoch (`sampler.Blocks`), so that those needed next are fetched meanwhile,
+and those used longest ago make room for them.
+
+A file of the folder is the bytes of the images (for a tar file all of it), an index, and a trailer;
+it is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import struct
+import tempfile
+import threading
+import time
+from abc import abstractmethod
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.data.folder import MAX_FILE_BYTES
+from fd_large.data.listing import cache_folder
+from fd_large.data.objects import Stored
+from fd_large.data.sampler import Blocks
+from fd_large.errors import ConfigError, DataError, FDError
+
+log = logging.getLogger(__name__)
+
+# Blocks that a process holds open.
+MOST_OPEN = 256
+NO_LABEL = -1
+_TRAILER = struct.Struct("<qq8s")
+_MAGIC = b"fdblock1"
+_COLUMNS = ("starts", "sizes", "labels", "name_ends")
+_NUM_LOCKS = 256
+_STALE_SECONDS = 24 * 3600
+
+
+class BlockWriter:
+    """Writes a block: bytes, and for each image where they lie.
+
+    Attributes:
+        file: The file; its position is the end of what was written.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self._columns = {name: array("q") for name in _COLUMNS}
+        self._names = bytearray()
+
+    def add(self, name: bytes, encoded: Any, label: int = NO_LABEL) -> None:
+        """Writes an image."""
+        start = self.file.tell()
+        self.file.write(encoded)
+        self.note(name, start, self.file.tell() - start, label)
+
+    def note(self, name: bytes, start: int, size: int, label: int = NO_LABEL) -> None:
+        """Notes an image whose bytes are written."""
+        self._names += name
+        for column, value in zip(
+            self._columns.values(), (start, size, label, len(self._names)), strict=True
+        ):
+            column.append(value)
+
+    def finish(self) -> None:
+        """Writes the index."""
+        self.file.seek(0, os.SEEK_END)
+        for column in self._columns.values():
+            self.file.write(column.tobytes())
+        self.file.write(self._names)
+        num = len(self._columns["starts"])
+        self.file.write(_TRAILER.pack(num, len(self._names), _MAGIC))
+
+
+class BlockFile:
+    """An open block; `len` of it is the number of its images."""
+
+    def __init__(self, path: Path) -> None:
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(self._number).st_size
+        trailer = os.pread(self._number, _TRAILER.size, max(0, size - _TRAILER.size))
+        if len(trailer) < _TRAILER.size or trailer[-len(_MAGIC) :] != _MAGIC:
+            raise ValueError("not a block")
+        num, num_bytes, _ = _TRAILER.unpack(trailer)
+        wanted = num * 8 * len(_COLUMNS) + num_bytes
+        index = os.pread(self._number, wanted, max(0, size - _TRAILER.size - wanted))
+        if len(index) < wanted:
+            raise ValueError("not a block")
+        numbers = np.frombuffer(index, np.int64, num * len(_COLUMNS)).reshape(len(_COLUMNS), num)
+        self.starts, self.sizes, self.labels, self._name_ends = numbers
+        self._names = index[len(index) - num_bytes :]
+        os.utime(self._number)  # Used: others make room first.
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def name(self, place: int) -> str:
+        """The name of an image."""
+        start = int(self._name_ends[place - 1]) if place else 0
+        return os.fsdecode(self._names[start : int(self._name_ends[place])])
+
+    def read(self, place: int) -> bytearray:
+        """The bytes of an image; OSError if they cannot be read."""
+        size = int(self.sizes[place])
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"an image of {size} bytes")
+        encoded = bytearray(size)
+        done = os.preadv(self._number, [encoded], int(self.starts[place])) if size else 0
+        if done < size:
+            raise OSError(f"{done} of {size} bytes")
+        return encoded
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+class BlockCache(NamedTuple):
+    """The folder of a node for blocks, shared by all that run there.
+
+    Attributes:
+        folder: The folder.
+        limit_bytes: Above this the blocks that were used longest ago are removed.
+    """
+
+    folder: Path
+    limit_bytes: int
+
+    def open(
+        self, key: str, make: Callable[[BlockWriter], None], *, wait: bool = True
+    ) -> BlockFile | None:
+        """Opens a block, made first where it is not there.
+
+        Args:
+            key: Its name: another content is another name.
+            make: Writes it.
+            wait: Whether to wait for another process that makes it; else None is returned.
+
+        Raises: ConfigError: if the folder cannot be written; what `make` raises.
+        """
+        path = self.folder / f"{key}.block"
+        if (found := _opened(path)) is not None:
+            return found
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f"{int(key[:8], 16) % _NUM_LOCKS:02x}.lock", wait) as mine:
+                if not mine:
+                    return None
+                if (found := _opened(path)) is None:
+                    self._write(path, make)
+                    found = _opened(path)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache: cannot be written; got {error.strerror or error} for {self.folder}, "
+                "expected a folder on a local disk with room. Make room, set --data.cache FOLDER, "
+                "or lower --data.cache_gb."
+            ) from error
+        return found or self.open(key, make, wait=wait)  # Another process made room meanwhile.
+
+    def holds(self, key: str) -> bool:
+        """Whether a block is there."""
+        return (self.folder / f"{key}.block").exists()
+
+    def _write(self, path: Path, make: Callable[[BlockWriter], None]) -> None:
+        descriptor, aside = tempfile.mkstemp(prefix=".partial-", dir=self.folder)
+        try:
+            with os.fdopen(descriptor, "w+b") as file:
+                writer = BlockWriter(file)
+                make(writer)
+                writer.finish()
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(aside)
+        self._make_room(path)
+
+    def _make_room(self, added: Path) -> None:
+        blocks, total = [], 0
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if entry.name.endswith(".block"):
+                        blocks.append((status.st_mtime_ns, status.st_size, entry.path))
+                        total += status.st_size
+                    elif (
+                        entry.name.startswith(".partial-")
+                        and time.time() - status.st_mtime > _STALE_SECONDS
+                    ):
+                        os.unlink(entry.path)  # Of a process that was killed.
+        for _, size, path in sorted(blocks):
+            if total <= self.limit_bytes:
+                break
+            if path != str(added):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)  # Those who have it open read on.
+                total -= size
+
+
+_cache: list[BlockCache] = []
+
+
+def keep_blocks_in(folder: str, gigabytes: float) -> None:
+    """Sets where this process keeps blocks: `data.cache` and `data.cache_gb`.
+
+    Args:
+        folder: A folder on a disk of the node; "": `blocks` in the user's cache folder.
+        gigabytes: Room that they may take.
+    """
+    place = Path(folder) if folder else cache_folder() / "blocks"
+    _cache[:] = [BlockCache(place, int(gigabytes * 1e9))]
+
+
+def the_cache() -> BlockCache:
+    """Where this process keeps blocks."""
+    return _cache[0] if _cache else BlockCache(cache_folder() / "blocks", 50 * 10**9)
+
+
+class BlockImages:
+    """The images of some blocks, in the order of the blocks: an `ImageSource`.
+
+    Args:
+        files: The files or objects that the blocks lie in.
+        file_of: (num_blocks,) the file of each block.
+        parts: (num_blocks,) the number of each block in its file.
+        sizes: (num_blocks,) the number of images in each, at least one.
+        num_bytes: (num_blocks,) about what each takes on the disk.
+        fingerprint: A hash of the samples.
+        kind: What the dataset is, in words.
+
+    Attributes:
+        blocks: The blocks.
+        fingerprint: See above.
+        kind: See above.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Stored],
+        *,
+        file_of: NDArray[np.int64],
+        parts: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        num_bytes: NDArray[np.int64],
+        fingerprint: str,
+        kind: str,
+    ) -> None:
+        self.files, self.fingerprint, self.kind = files, fingerprint, kind
+        self.blocks = Blocks(np.cumsum(sizes))
+        self._file_of, self._parts, self._num_bytes = file_of, parts, num_bytes
+        self._cache = the_cache()
+        self._process = _Process()
+        window = int(num_bytes.sum() / len(sizes) * min(len(sizes), self.blocks.per_window))
+        if window > self._cache.limit_bytes:
+            log.warning(
+                "data.cache_gb: too small for the %.1f GB of blocks that are mixed at a time, "
+                "which are fetched again and again; got %g, expected %.1f or more",
+                window / 1e9,
+                self._cache.limit_bytes / 1e9,
+                2 * window / 1e9,
+            )
+
+    def __len__(self) -> int:
+        return int(self.blocks.ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        number, place = self.blocks.block(index)
+        name = f"{self._parts[number]}/{place}"
+        with suppress(DataError):
+            name = self._open(number).name(place)
+        return f"{self._place(number)}/{name}"
+
+    def read(self, index: int) -> bytearray:
+        """The bytes of image `index`.
+
+        Raises: DataError: if its block cannot be used; StorageError: if its store does not answer.
+        """
+        number, place = self.blocks.block(index)
+        try:
+            return self._open(number).read(place)
+        except (DataError, OSError) as error:
+            raise DataError(
+                f"{self[index]}: cannot be read; got {getattr(error, 'strerror', None) or error}"
+                + ("" if isinstance(error, DataError) else ", expected an image. Restore the file.")
+            ) from error
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Begins to fetch the blocks that are needed next, beside what this process does."""
+        process = self._here()
+        if process.wanted == (numbers := list(numbers)):
+            return
+        process.wanted = numbers
+        if process.thread is None or not process.thread.is_alive():
+            process.thread = threading.Thread(
+                target=self._fetch, args=(process,), name="fetch blocks", daemon=True
+            )
+            process.thread.start()
+
+    @abstractmethod
+    def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
+        """Writes a block of a file; DataError if it cannot be used."""
+
+    def _place(self, number: int) -> str:
+        return self.files[self._file_of[number]].url
+
+    def _fetched(self, number: int, *, wait: bool) -> BlockFile | None:
+        stored, part = self.files[self._file_of[number]], int(self._parts[number])
+        make = partial(self._make, stored, part)
+        return self._cache.open(block_key(stored, part), make, wait=wait)
+
+    def _open(self, number: int) -> BlockFile:
+        process = self._here()
+        if (failure := process.failed.get(number)) is not None:
+            raise DataError(failure)
+        found = process.open.pop(number, None)
+        if found is None:
+            try:
+                found = self._fetched(number, wait=True)
+                assert found is not None
+                size = self.blocks.ends[number] - (self.blocks.ends[number - 1] if number else 0)
+                if len(found) != size:
+                    raise DataError(
+                        f"a file of {len(found)} images, expected {size}. It changed since it was "
+                        "listed: start again."
+                    )
+            except DataError as error:
+                process.failed[number] = str(error)
+                raise
+        process.open[number] = found
+        while len(process.open) > MOST_OPEN:
+            process.open.popitem(last=False)
+        return found
+
+    def _fetch(self, process: _Process) -> None:
+        wanted: list[int] = []
+        while wanted is not process.wanted:
+            wanted, room = process.wanted, self._cache.limit_bytes / 2
+            for number in wanted:
+                room -= int(self._num_bytes[number])
+                if wanted is not process.wanted or room < 0:
+                    break
+                key = block_key(self.files[self._file_of[number]], int(self._parts[number]))
+                if number in process.failed or self._cache.holds(key):
+                    continue
+                try:
+                    self._fetched(number, wait=False)
+                except FDError as error:  # Whoever reads the block meets it again.
+                    log.debug("not fetched beforehand: %s", error)
+                    return
+
+    def _here(self) -> _Process:
+        if self._process.pid != os.getpid():  # Forked: no thread came along.
+            self._process = _Process()
+        return self._process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": _Process()}
+
+
+class _Process:
+    """What one process holds of a dataset."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.open: OrderedDict[int, BlockFile] = OrderedDict()
+        self.failed: dict[int, str] = {}
+        self.wanted: list[int] = []
+        self.thread: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Process, ()
+
+
+def block_key(stored: Stored, part: int) -> str:
+    """The name of a block in the cache."""
+    what = f"{stored!r} {part}"
+    return hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _opened(path: Path) -> BlockFile | None:
+    try:
+        return BlockFile(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:  # Cut by a crash of the machine.
+        path.unlink(missing_ok=True)
+        return None
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds a lock, which the system frees when its holder dies; False if another holds it."""
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:  # A file system without locks: each makes its own.
+            log.debug("no lock on %s: %s", path, error)
+        yield True

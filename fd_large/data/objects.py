@@ -1,0 +1,328 @@
+"""Files by path or by URL: found, and read in ranges.
+
+fsspec speaks with object stores and web servers. What is asked of them is asked again after growing
+pauses where a store is busy, slow or cut off (`asked`); a store that does not come back ends the
+run with the exit code of one that goes on later. Nothing is held open between two questions, and
+fsspec makes a new client in a forked process.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from fd_large import meeting
+from fd_large.atomic_files import PASSING, retried
+from fd_large.data.shards import expand_braces
+from fd_large.errors import DataError, first_line
+
+T = TypeVar("T")
+
+# A request without an answer for so long is given up and made again.
+ANSWER_SECONDS = 60.0
+# Bytes of one request: large enough to fill a connection, small enough to lose.
+RANGE_BYTES = 16 << 20
+# Requests at a time while a dataset is looked at.
+STREAMS = 16
+READ_REMOTELY = (".tar", ".parquet")
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
+"""What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
+_GLOB = re.compile(r"[*?\[]")
+_BUSY = {408, 425, 429}
+_BROKEN = {
+    "ConnectionError",  # Python's and botocore's.
+    "HTTPClientError",
+    "IncompleteReadError",
+    "ResponseParserError",
+    "ClientConnectionError",  # aiohttp's.
+    "ClientPayloadError",
+}
+
+
+class Stored(NamedTuple):
+    """A file or an object as it was when the dataset was listed.
+
+    Attributes:
+        url: Its path or URL.
+        size: In bytes.
+        stamp: What changes with its content: the ETag of an object, the modification time of a
+            file; "" if the server says nothing.
+    """
+
+    url: str
+    size: int
+    stamp: str
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is no local file."""
+        return is_url(self.url)
+
+    def open(self) -> BinaryIO:
+        """Opens it for reading, once it is found to be as it was.
+
+        Raises: DataError: if it is not, or cannot be read; StorageError: if its store does not
+            answer.
+        """
+        now = _looked_up(self.url)
+        if now != self:
+            raise DataError(
+                f"{self.url}: changed since it was listed; got {now.size} bytes ({now.stamp}), "
+                f"expected {self.size} ({self.stamp}). Restore it, or start again to list it anew."
+            )
+        if self.is_remote:
+            return io.BufferedReader(_Ranges(self), 1 << 20)
+        return open(self.url, "rb")
+
+
+def is_url(root: str) -> bool:
+    """Whether a root is a URL and no path."""
+    return bool(_URL.match(root))
+
+
+def join(root: str, name: str) -> str:
+    """A name below a root."""
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
+
+
+def asked(url: str, action: Callable[[], T]) -> T:
+    """Asks a store for something, again after a pause where it fails in a way that passes.
+
+    Args:
+        url: Of what, for messages.
+        action: What can be done again from its beginning.
+
+    Raises: StorageError: if the store does not come back; DataError: if the answer is final.
+    """
+
+    def once() -> T:
+        try:
+            return action()
+        except Exception as error:
+            if _passes(error):
+                raise OSError(errno.EREMOTEIO, _named(error)) from error
+            raise DataError(
+                f"{url}: cannot be read; got {_named(error)}, expected an object that this user "
+                "may read. Check the name, and the credentials that the store's client uses."
+            ) from error
+
+    return retried(once, url)
+
+
+def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
+    """The files or objects with certain endings that a root means, in the order of their names.
+
+    Args:
+        root: A file, a pattern ("{00..12}" and "*"), or a folder of which all below counts; a path
+            or a URL.
+        endings: Endings of names, in lower case.
+        where: The field that names it, for messages.
+
+    Returns: none if there is none.
+    Raises: DataError: if a file that is named is not there, or a package is missing.
+    """
+    if is_url(root):
+        check_package(root, where)
+    names = list(dict.fromkeys(n for one in expand_braces(root) for n in _names(one, endings)))
+    with ThreadPoolExecutor(STREAMS) as pool:
+        try:
+            return list(pool.map(_looked_up, names))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def find_objects(root: str, where: str) -> list[Stored]:
+    """The tar shards and parquet files that a URL means, as `find` does it, by one rank.
+
+    Raises: DataError: if there are both.
+    """
+    found = meeting.once(f"objects of {root}", lambda: find(root, READ_REMOTELY, where))
+    kinds = {os.path.splitext(stored.url.lower())[1] for stored in found}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{where}: tar shards and parquet files in one place; got both below {root!r}, "
+            f"expected one kind. Set --{where} '{root.rstrip('/')}/*.parquet' or '*.tar'."
+        )
+    return found
+
+
+def check_package(root: str, where: str) -> None:
+    """Refuses a URL whose client is not installed, or whose scheme nobody knows.
+
+    Raises: DataError: with the command that installs it.
+    """
+    scheme = _scheme(root)
+    packages = " ".join(filter(None, ("fsspec", PACKAGES.get(scheme))))
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise DataError(
+            f"{where}: {scheme}:// needs a package that is not installed; got {error}, expected "
+            f"it. Install it: pip install {packages}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: no such kind of URL; got {root!r}, expected s3://, gs://, https:// or "
+            "another that fsspec knows. Correct it, or name a folder."
+        ) from error
+
+
+def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
+    if not is_url(root):
+        if os.path.isdir(root):
+            for folder, folders, files in os.walk(root, followlinks=True):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for name in sorted(files):
+                    if name.lower().endswith(endings) and not name.startswith("."):
+                        yield os.path.join(folder, name)
+        elif _GLOB.search(root) and not os.path.exists(root):
+            yield from (n for n in sorted(glob.glob(root)) if n.lower().endswith(endings))
+        elif root.lower().endswith(endings):
+            yield root
+        return
+    client, path = _client(root)
+    if _GLOB.search(path):
+        found = asked(root, lambda: client.glob(path))
+    elif path.lower().endswith(endings):
+        found = [path]
+    else:
+        found = asked(root, lambda: client.find(path))
+    for name in sorted(found):
+        if name.lower().endswith(endings):
+            yield client.unstrip_protocol(name)
+
+
+def _looked_up(url: str) -> Stored:
+    if not is_url(url):
+        try:
+            status = os.stat(url)
+        except OSError as error:
+            raise DataError(
+                f"no such file; got {url!r} ({error.strerror}), expected a file that can be read. "
+                "Correct the name."
+            ) from error
+        return Stored(url, status.st_size, str(status.st_mtime_ns))
+    client, path = _client(url)
+    facts = asked(url, lambda: client.info(path))
+    if facts.get("size") is None:
+        raise DataError(
+            f"{url}: a server that does not say how long a file is; got no size, expected one. "
+            "Download the file, or use another server."
+        )
+    stamps = (facts.get(name) for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified"))
+    return Stored(url, int(facts["size"]), str(next(filter(None, stamps), "")).strip('"'))
+
+
+class _Ranges(io.RawIOBase):
+    """An object that is read in ranges."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored, self._place = stored, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._stored.size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, into: Any) -> int:
+        url, size, _ = self._stored
+        stop = min(self._place + min(len(into), RANGE_BYTES), size)
+        if stop <= self._place:
+            return 0
+        start = self._place
+
+        def get() -> bytes:
+            client, path = _client(url)
+            found = client.cat_file(path, start=start, end=stop)
+            if len(found) != stop - start:
+                raise ConnectionError(f"{len(found)} of {stop - start} bytes")
+            return found
+
+        found = asked(url, get)
+        into[: len(found)] = found
+        self._place = stop
+        return len(found)
+
+
+def _client(url: str) -> tuple[Any, str]:
+    """fsspec's client, the same one within a process and another in a forked one; and the path."""
+    import fsspec
+
+    scheme, options = _scheme(url), {}
+    # The pauses between tries are ours: clients that try again as well would multiply them.
+    if scheme in ("s3", "s3a"):
+        options["config_kwargs"] = {
+            "connect_timeout": ANSWER_SECONDS,
+            "read_timeout": ANSWER_SECONDS,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+    elif scheme in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(
+                total=None, sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS
+            )
+        }
+    client, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    if scheme in ("s3", "s3a"):
+        client.retries = 1
+    return client, path
+
+
+def _scheme(url: str) -> str:
+    match = _URL.match(url)
+    assert match
+    return match.group(1)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a store may answer another time."""
+    causes: Sequence[BaseException] = [error, *filter(None, [error.__cause__])]
+    for cause in causes:
+        status = getattr(cause, "status", None) or getattr(cause, "code", None)
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore's
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+        if isinstance(status, int) and status >= 400:
+            return status >= 500 or status in _BUSY
+    # Lines that broke, in the words of the libraries that held them.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & _BROKEN:
+        return True
+    if isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in PASSING
+    return isinstance(error, (TimeoutError, EOFError))
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

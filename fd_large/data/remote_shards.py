@@ -1,0 +1,193 @@
+"""Images in tar shards behind a URL, read in blocks of a shard.
+
+The order is that of the shards' names, and in a shard that of its members. A shard that is cut or
+damaged is read as far as it is sound. The first start fetches every shard once, to see how many
+images it holds; that is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large import meeting
+from fd_large.atomic_files import write_json
+from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
+from fd_large.data.listing import cache_folder
+from fd_large.data.objects import RANGE_BYTES, Stored, find_objects, is_url
+from fd_large.data.shards import COMPRESSED, ENDINGS, sample_key
+from fd_large.data.tar_index import Torn, members
+from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Shards fetched at a time while they are counted.
+STREAMS = 8
+_REPORT_SECONDS = 30.0
+_MAX_LABEL_BYTES = 32
+
+
+class RemoteShards(BlockImages):
+    """The images of some tar shards behind a URL; `open_remote_shards` opens them.
+
+    Attributes:
+        torn: What is wrong with those that are not whole.
+    """
+
+    def __init__(self, root: str, shards: Sequence[Stored], *, where: str) -> None:
+        """Counts the images of the shards.
+
+        Args:
+            root: Their name, for messages.
+            shards: The shards.
+            where: The field that names them, for messages.
+
+        Raises: DataError: if one is compressed, or none holds an image; StorageError: if the store
+            does not answer.
+        """
+        counted = meeting.once(f"images of {root}", lambda: _counted(root, shards, where))
+        sizes = np.array([num for num, _ in counted], np.int64)
+        self.torn = tuple(torn for _, torn in counted if torn)
+        for message in self.torn:
+            log.warning("%s", message)
+        if not sizes.any():
+            raise DataError(
+                f"{where}: no image in the tar shards; got {root!r}, expected names ending in "
+                ".jpg, .png and the like. Name other shards."
+            )
+        digest = hashlib.sha256()
+        folder = os.path.commonpath([os.path.dirname(shard.url) for shard in shards])
+        for (url, size, stamp), images in zip(shards, sizes.tolist(), strict=True):
+            digest.update(f"{url[len(folder) :]}\0{size}\0{stamp}\0{images}\0".encode())
+        used = np.flatnonzero(sizes)
+        super().__init__(
+            shards,
+            file_of=used,
+            parts=np.zeros(len(used), np.int64),
+            sizes=sizes[used],
+            num_bytes=np.array([shard.size for shard in shards], np.int64)[used],
+            fingerprint=digest.hexdigest(),
+            kind=f"{len(shards)} tar shards in an object store",
+        )
+        self._where = where
+
+    def labels(self) -> tuple[NDArray[np.int64], None]:
+        """The label that stands beside each image, (len,).
+
+        Raises: DataError: if an image has none.
+        """
+        return meeting.once(f"labels of {self.kind} {self.fingerprint}", self._read_labels), None
+
+    def _read_labels(self) -> NDArray[np.int64]:
+        found = []
+        for number in range(len(self.blocks.ends)):
+            labels = self._open(number).labels
+            if (labels == NO_LABEL).any():
+                raise DataError(
+                    f"{self._where}: an image without a label; got one in {self._place(number)}, "
+                    "expected KEY.cls, a whole number, beside each KEY.jpg. Write the shards with "
+                    "labels."
+                )
+            found.append(labels)
+        return np.concatenate(found)
+
+    def _make(self, stored: Stored, part: int, writer: BlockWriter) -> None:
+        _write(stored, writer)
+
+
+def open_remote_shards(root: str, *, where: str) -> RemoteShards | None:
+    """Opens tar shards behind a URL: one, a pattern, or all below it.
+
+    Raises: DataError: if there is none, or the store does not give them.
+    """
+    if not is_url(root):
+        return None
+    shards = find_objects(root, where)
+    if not shards:
+        raise DataError(
+            f"{where}: neither tar shards nor parquet files; got {root!r}, expected objects ending "
+            "in .tar or .parquet at that URL or below it. Correct it; loose images have to be "
+            "packed, or copied to a folder."
+        )
+    return RemoteShards(root, shards, where=where)
+
+
+def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int, str]]:
+    """The number of images of each shard, and what is wrong with it or ""."""
+    name = hashlib.sha256(root.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    notes, kept = cache_folder() / "listings" / f"{name}.counts.json", {}
+    with suppress(OSError, ValueError):
+        kept = dict(json.loads(notes.read_text()))
+    keys = [block_key(shard, 0) for shard in shards]
+    missing = [i for i, key in enumerate(keys) if key not in kept]
+    cache, reported = the_cache(), time.monotonic()
+
+    def count(place: int) -> tuple[int, str]:
+        torn: list[str] = []
+        found = cache.open(keys[place], lambda w: torn.append(_write(shards[place], w)))
+        assert found is not None
+        return len(found), "".join(torn)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        pending = {pool.submit(count, place): place for place in missing}
+        try:
+            for number, done in enumerate(as_completed(pending), start=1):
+                kept[keys[pending[done]]] = list(done.result())
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    reported = time.monotonic()
+                    log.info("%s: %d of %d shards counted", where, number, len(missing))
+        finally:
+            for waiting in pending:
+                waiting.cancel()
+            if missing:  # What is counted need not be counted again.
+                with suppress(OSError):
+                    notes.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(notes, kept)
+    return [(int(kept[key][0]), str(kept[key][1])) for key in keys]
+
+
+def _write(shard: Stored, writer: BlockWriter) -> str:
+    """Writes a shard and its index; returns what is wrong with it, or "".
+
+    Raises: DataError: if it is compressed or changed; StorageError: if the store does not answer.
+    """
+    with shard.open() as remote:
+        shutil.copyfileobj(remote, writer.file, RANGE_BYTES)
+    writer.file.flush()
+    writer.file.seek(0)
+    if kind := COMPRESSED.get(writer.file.read(2)):
+        raise DataError(
+            f"{shard.url}: a compressed shard; got {kind}, expected a plain tar file, whose "
+            "members can be read in place. Decompress it (images gain nothing)."
+        )
+    writer.file.seek(0)
+    images: list[tuple[bytes, int, int]] = []
+    labels: dict[bytes, int] = {}
+    torn = ""
+    try:
+        for name, offset, size in members(writer.file):
+            if name.startswith(b".") or b"/." in name:
+                continue
+            if name.lower().endswith(ENDINGS):
+                images.append((name, offset, size))
+            elif name.endswith(b".cls"):
+                text = os.pread(writer.file.fileno(), min(size, _MAX_LABEL_BYTES), offset).strip()
+                labels[sample_key(name)] = int(text) if text.isdigit() else NO_LABEL
+    except Torn as error:
+        torn = (
+            f"{shard.url}: a shard that is not whole: {error}; {len(images)} images before that "
+            "are used. Write the shard again."
+        )
+    for name, offset, size in images:
+        writer.note(name, offset, size, labels.get(sample_key(name), NO_LABEL))
+    return torn

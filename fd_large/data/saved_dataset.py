@@ -1,0 +1,137 @@
+"""Images of a Hugging Face dataset that was saved with `save_to_disk`: arrow files, mapped.
+
+Any row can be read at any time, so the order of an epoch is a permutation of all images. Nothing of
+the dataset is in memory but what the system keeps of the mapped files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large import meeting
+from fd_large.data.folder import read_image
+from fd_large.errors import DataError, first_line
+
+_STATE, _INFO, _PARTS = "state.json", "dataset_info.json", "dataset_dict.json"
+
+
+class SavedDataset:
+    """The images of a column of a dataset; `open_saved_dataset` opens it.
+
+    Attributes:
+        fingerprint: A hash of the dataset's own fingerprint and of the number of rows.
+        kind: What the dataset is, in words.
+        labels: The classes; absent where no column holds any.
+    """
+
+    kind = "a saved Hugging Face dataset"
+
+    def __init__(self, root: str, *, where: str) -> None:
+        """Opens the dataset.
+
+        Args:
+            root: The folder that `save_to_disk` wrote.
+            where: The field that names it, for messages.
+
+        Raises: DataError: if it is damaged or empty, or has no column of images.
+        """
+        from fd_large.data.columns import find_columns
+
+        self.root, self._where = root, where
+        self._opened: tuple[int, Any] | None = None
+        try:
+            dataset = self._load()
+        except Exception as error:  # The library's, on damaged files.
+            raise DataError(
+                f"{where}: a saved dataset cannot be opened; got {first_line(error)} for {root!r}, "
+                "expected what datasets' save_to_disk writes. Save it again."
+            ) from error
+        if not len(dataset):
+            raise DataError(
+                f"{where}: no image in the dataset; got {root!r} without rows, expected at least "
+                "one. Name another."
+            )
+        self._columns = find_columns(dataset.features.arrow_schema, where)
+        self._len = len(dataset)
+        own = f"{dataset._fingerprint} {len(dataset)} {self._columns.image}"
+        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+        if self._columns.label is not None:
+            self.labels = self._labels
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < self._len:
+            raise IndexError(f"image {index} of {self._len}")
+        return f"{self.root}/{index}"
+
+    def read(self, index: int) -> bytes | bytearray:
+        """The bytes of image `index`.
+
+        Raises: DataError: if they cannot be read, or the cell is empty.
+        """
+        from fd_large.data.columns import cells
+
+        try:
+            column = self._images()[index].column(0).combine_chunks()
+            ((encoded, path),) = cells(column)
+        except Exception as error:  # The library's, on damaged files.
+            raise DataError(
+                f"{self[index]}: cannot be read; got {first_line(error)}, expected an image. Save "
+                "the dataset again."
+            ) from error
+        if encoded is None and path:
+            return read_image(os.path.join(self.root, path))
+        return b"" if encoded is None else encoded.to_pybytes()
+
+    def _labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
+        return meeting.once(f"labels of {self.root}", self._read_labels)
+
+    def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
+        from fd_large.data.columns import labels_of
+
+        table = self._load().select_columns([self._columns.label]).with_format("arrow")[:]
+        return labels_of(table.column(0), self._columns, self._where)
+
+    def _load(self) -> Any:
+        import datasets
+
+        return datasets.load_from_disk(self.root)
+
+    def _images(self) -> Any:
+        # Each process maps the files itself.
+        if self._opened is None or self._opened[0] != os.getpid():
+            images = self._load().select_columns([self._columns.image]).with_format("arrow")
+            self._opened = os.getpid(), images
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def open_saved_dataset(root: str, *, where: str) -> SavedDataset | None:
+    """Opens a folder that `datasets` wrote with `save_to_disk`.
+
+    Raises: DataError: if it holds several parts, or the package is missing.
+    """
+    if os.path.isfile(os.path.join(root, _PARTS)):
+        parts = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        raise DataError(
+            f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
+            f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
+        )
+    if not all(os.path.isfile(os.path.join(root, name)) for name in (_STATE, _INFO)):
+        return None
+    if find_spec("datasets") is None:
+        raise DataError(
+            f"{where}: a saved dataset needs the package datasets; got nothing, expected it to be "
+            "installed. Install it: pip install datasets"
+        )
+    return SavedDataset(root, where=where)
