@@ -152,9 +152,9 @@ class BlockCache(NamedTuple):
         Raises: ConfigError: if the folder cannot be written; what `make` raises.
         """
         path = self.folder / f"{key}.block"
-        if (found := _opened(path)) is not None:
-            return found
         try:
+            if (found := _opened(path)) is not None:
+                return found
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f"{int(key[:8], 16) % _NUM_LOCKS:02x}.lock", wait) as mine:
                 if not mine:

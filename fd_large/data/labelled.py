@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.custom import is_custom, open_custom
+from fd_large.data.objects import find_objects, is_url, join
+from fd_large.data.parquet import ENDING
 from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_FILES = (ENDING, ".tar")
 # Where a dataset's parts lie under its root.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
@@ -65,18 +68,19 @@ class LabelledImages:
 
 
 def training_part(root: str, *, where: str = "data.root") -> str:
-    """Returns the folder to learn from: `train/` where a root has that beside what is tested.
+    """Returns what to learn from: the part `train` where a root has that beside what is tested.
 
     Args:
         root: As `open_images` takes it.
         where: The field that names it, for the log.
     """
-    train = os.path.join(root, *SPLITS["train"])
-    tested = [f"{name}/" for name in SPLITS["val"] if os.path.isdir(os.path.join(root, name))]
-    if not (tested and os.path.isdir(train)):
+    train, tested = _places(root, "train", where), _places(root, "val", where)
+    if not (tested and train):
         return root
-    log.info("%s: %s; %s beside it stays out of training", where, train, " and ".join(tested))
-    return train
+    names = [place[len(root) :].strip("/") for place in tested]
+    beside = " and ".join(name if name.endswith(_FILES) else f"{name}/" for name in names)
+    log.info("%s: %s; %s beside it stays out of training", where, train[0], beside)
+    return train[0]
 
 
 def open_labelled(
@@ -100,8 +104,8 @@ def open_labelled(
     images = open_custom(root, where=where, part=part) or open_images(root, where=where)
     if not hasattr(images, "labels"):
         raise DataError(
-            f"{where}: images without labels; got {root!r}, expected class folders or tar "
-            "shards with labels. Name such a folder."
+            f"{where}: images without labels; got {root!r}, expected class folders, tar "
+            "shards with labels, or a table with a column of classes. Name such a dataset."
         )
     labels, names = images.labels()
     if names is None:
@@ -133,8 +137,7 @@ def open_split(
 
     Raises: DataError: if the folder lacks the part, or there is only one class.
     """
-    folders = [os.path.join(root, name) for name in SPLITS[split]]
-    for folder in [root] if is_custom(root) else filter(os.path.isdir, folders):
+    for folder in [root] if is_custom(root) else _places(root, split, where):
         found = open_labelled(folder, classes, part=split, where=where)
         if len(found.classes) < 2:
             raise DataError(
@@ -145,5 +148,36 @@ def open_split(
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "
-        f"test/, each with class folders or labelled tar shards. Set --{where} FOLDER."
+        "test/, each with class folders or labelled tar shards, or parquet files called so. Set "
+        f"--{where} FOLDER."
     )
+
+
+def _places(root: str, split: str, where: str) -> list[str]:
+    """Where a part lies, as `open_images` takes it: a folder below the root, or files there that
+    are called by its name, as "train-00000-of-00002.parquet"; none where there is no such part."""
+    if is_url(root):
+        start = root.rstrip("/") + "/"
+        urls = [stored.url for stored in find_objects(root, where)]
+        files = [url[len(start) :] for url in urls if url.startswith(start)]
+        folders = {file.partition("/")[0] for file in files if "/" in file}
+    elif not os.path.isdir(root):
+        return []
+    else:
+        data = os.path.join(root, "data")
+        files = [name for name in sorted(os.listdir(root)) if name.endswith(ENDING)]
+        if os.path.isdir(data):
+            files += [f"data/{n}" for n in sorted(os.listdir(data)) if n.endswith(ENDING)]
+        folders = {name for name in SPLITS[split] if os.path.isdir(os.path.join(root, name))}
+    places = []
+    for name in SPLITS[split]:
+        if name in folders:
+            places.append(join(root, name))
+            continue
+        for file in files:
+            folder, slash, last = file.rpartition("/")
+            if last.startswith(name) and last[len(name) : len(name) + 1] in ("-", "_", "."):
+                pattern = f"{name}{last[len(name)]}*{os.path.splitext(last)[1]}"
+                places.append(join(root, f"{folder}{slash}{pattern.replace('.*.', '.')}"))
+                break
+    return places

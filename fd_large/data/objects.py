@@ -45,6 +45,9 @@ PACKAGES = {
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _GLOB = re.compile(r"[*?\[]")
 _BUSY = {408, 425, 429}
+# A forked process must not drop the clients that it inherits: closing their connections would take
+# these out of the one epoll that it shares with its parent, which would wait for them in vain.
+_clients: dict[int, Any] = {}
 _BROKEN = {
     "ConnectionError",  # Python's and botocore's.
     "HTTPClientError",
@@ -139,12 +142,12 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
     """
     if is_url(root):
         check_package(root, where)
-    names = list(dict.fromkeys(n for one in expand_braces(root) for n in _names(one, endings)))
-    with ThreadPoolExecutor(STREAMS) as pool:
-        try:
-            return list(pool.map(_looked_up, names))
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+    try:
+        names = [name for one in expand_braces(root) for name in _names(one, endings)]
+        with ThreadPoolExecutor(STREAMS) as pool:
+            return list(pool.map(_looked_up, dict.fromkeys(names)))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def find_objects(root: str, where: str) -> list[Stored]:
@@ -188,11 +191,11 @@ def check_package(root: str, where: str) -> None:
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
     if not is_url(root):
         if os.path.isdir(root):
-            for folder, folders, files in os.walk(root, followlinks=True):
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                for name in sorted(files):
-                    if name.lower().endswith(endings) and not name.startswith("."):
-                        yield os.path.join(folder, name)
+            found = []
+            for folder, folders, files in os.walk(root):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                found += [os.path.join(folder, name) for name in files if name[0] != "."]
+            yield from sorted(name for name in found if name.lower().endswith(endings))
         elif _GLOB.search(root) and not os.path.exists(root):
             yield from (n for n in sorted(glob.glob(root)) if n.lower().endswith(endings))
         elif root.lower().endswith(endings):
@@ -205,8 +208,9 @@ def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
         found = [path]
     else:
         found = asked(root, lambda: client.find(path))
+    below = len(path.rstrip("/"))
     for name in sorted(found):
-        if name.lower().endswith(endings):
+        if name.lower().endswith(endings) and "/." not in name[below:]:
             yield client.unstrip_protocol(name)
 
 
@@ -294,6 +298,7 @@ def _client(url: str) -> tuple[Any, str]:
     client, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     if scheme in ("s3", "s3a"):
         client.retries = 1
+    _clients[id(client)] = client
     return client, path
 
 
@@ -305,6 +310,10 @@ def _scheme(url: str) -> str:
 
 def _passes(error: BaseException) -> bool:
     """Whether a store may answer another time."""
+    # Lines that broke, in the words of the libraries that held them.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & _BROKEN:
+        return True
     causes: Sequence[BaseException] = [error, *filter(None, [error.__cause__])]
     for cause in causes:
         status = getattr(cause, "status", None) or getattr(cause, "code", None)
@@ -313,10 +322,6 @@ def _passes(error: BaseException) -> bool:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
         if isinstance(status, int) and status >= 400:
             return status >= 500 or status in _BUSY
-    # Lines that broke, in the words of the libraries that held them.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & _BROKEN:
-        return True
     if isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
         return False
     if isinstance(error, OSError) and error.errno is not None:

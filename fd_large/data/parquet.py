@@ -166,7 +166,7 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
             with stored.open() as file:
                 opened = pq.ParquetFile(file, pre_buffer=False)
                 schema, facts = opened.schema_arrow, opened.metadata
-                columns = find_columns(schema, f"{where}: {stored.url}")
+                columns = find_columns(schema, stored.url)
                 groups = []
                 for number in range(facts.num_row_groups):
                     group = facts.row_group(number)
@@ -181,8 +181,11 @@ def _looked_at(files: Sequence[Stored], where: str) -> _Table:
         except Exception as error:  # Arrow's, on damaged bytes; a store's are FDErrors.
             raise _damaged(stored, error) from error
 
-    with ThreadPoolExecutor(STREAMS) as pool:
-        found = list(pool.map(look, files))
+    try:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            found = list(pool.map(look, files))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     columns, digest, table = found[0][0], hashlib.sha256(), []
     folder = os.path.commonpath([os.path.dirname(stored.url) for stored in files])
     for number, (stored, (own, groups)) in enumerate(zip(files, found, strict=True)):

@@ -107,3 +107,20 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for member in turned + [m for m in members if m not in turned][:: len(members) // 23][:23]:
             archive.extract(member, root, filter="data")
     return root
+
+
+@pytest.fixture
+def tables(tmp_path: Path, picture_folder: Path) -> Path:
+    """The image folder as parquet files as on Hugging Face's hub: two parts, seven row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = sorted(str(path.relative_to(picture_folder)) for path in picture_folder.rglob("*.*"))
+    cells = [{"bytes": (picture_folder / name).read_bytes(), "path": name} for name in names]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(cells, kind), "label": [name[0] for name in names]})
+    folder = tmp_path / "tables" / "data"
+    folder.mkdir(parents=True)
+    for part, rows in (("train", table[:22]), ("validation", table[22:])):
+        pq.write_table(rows, folder / f"{part}-00000-of-00001.parquet", row_group_size=4)
+    return tmp_path / "tables"

@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(tmp_path):
     write(tmp_path / "train", ["1.png", "a/2.png"])
     with pytest.raises(DataError, match=r"data\.root: an image in no class; got .*1\.png"):
         open_split(str(tmp_path), "train")
-    with pytest.raises(DataError, match=r"eval\.root: no part val/ or test/"):
+    with pytest.raises(DataError, match=r"eval\.root: no part val/ or validation/ or test/"):
         open_split(str(tmp_path), "val", where="eval.root")
     with pytest.raises(DataError, match=r"images without labels; got 'builtin:"):
         open_labelled("builtin:photographs")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_large.data.sampler import (
+    Blocks,
     MicroBatches,
     Portion,
     check_batch_sizes,
@@ -168,3 +169,65 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(sizes, error, mess
 
 def test_sizes_that_fit_pass():
     check_batch_sizes(64, global_batch_size=64, micro_batch_size=8, world_size=2)
+
+
+def blocks_of(*sizes):
+    return Blocks(np.cumsum(sizes))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    per_window=st.integers(1, 9),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+)
+def test_an_epoch_over_blocks_is_a_permutation_of_few_blocks_at_a_time(
+    sizes, per_window, seed, epoch
+):
+    blocks = blocks_of(*sizes)
+    blocks.per_window = per_window
+    num = sum(sizes)
+    order = blocks.order(seed, epoch, np.arange(num))
+    np.testing.assert_array_equal(np.sort(order), np.arange(num))
+    # Alone, a position has the sample that it has among all, from a block that is expected.
+    place = num // 3
+    assert blocks.order(seed, epoch, np.array([place])) == order[place]
+    assert blocks.block(int(order[place]))[0] in blocks.ahead(seed, epoch, place)[:per_window]
+    # No block comes back once its window is over.
+    of = [blocks.block(sample)[0] for sample in order.tolist()]
+    first = {block: at for at, block in reversed(list(enumerate(of)))}
+    last = {block: at for at, block in enumerate(of)}
+    for at in range(num):
+        assert sum(first[b] <= at <= last[b] for b in range(len(sizes))) <= per_window
+
+
+def test_blocks_come_in_another_order_each_epoch_and_are_mixed_within_a_window():
+    blocks = blocks_of(*[500] * 60)
+    assert blocks.per_window == 20  # 10,000 samples
+    orders = [blocks.order(s, e, np.arange(30_000)) for s, e in ((0, 0), (0, 1), (1, 0))]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[a] == orders[b]).sum() < 40  # few by chance
+    assert len(set((orders[0][:200] // 500).tolist())) > 15
+    assert (np.diff(orders[0]) == 1).sum() < 40
+
+
+def test_the_order_over_blocks_of_a_seed_stays_what_it_was():
+    order = blocks_of(*[100, 250, 7] * 200).order(3, 1, np.array([0, 1, 40_000, 71_399]))
+    assert order.tolist() == [33083, 67272, 51722, 15037]
+
+
+def test_what_is_expected_goes_on_in_the_next_epoch():
+    blocks = blocks_of(*[1000] * 40)
+    assert blocks.per_window == 10
+    first = blocks.ahead(0, 1, 0)
+    assert len(first) == 20
+    assert set(first[:10]) <= set(blocks.ahead(0, 0, 39_999))
+
+
+def test_a_stand_in_is_of_the_same_window():
+    blocks = blocks_of(*[1000] * 40)
+    window = set(blocks.order(0, 0, np.arange(10_000)).tolist())
+    drawn = {blocks.stand_in(0, 0, 123, draw) for draw in np.linspace(0, 0.9999, 50)}
+    assert len(drawn) == 50
+    assert drawn <= window
