@@ -10,6 +10,9 @@ SHIPPED = {"fd_large.ds_configs": "ds_configs", "fd_large.slurm": "slurm"}
 
 # What writes and runs an exported ONNX graph.
 ONNX = ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
+PARQUET = ["pyarrow>=26"]
+DATASETS = ["datasets>=5.2"]
+S3 = ["s3fs>=2026.9"]
 WANDB = ["wandb>=0.31"]
 # MLflow without its server, which the whole package has.
 MLFLOW = ["mlflow-skinny>=3.17"]
@@ -74,6 +77,12 @@ setup(
         "onnx": ONNX,
         "open_clip": ["open_clip_torch>=2.24"],
         "transformers": TRANSFORMERS,
+        # Images where people have them: parquet files, saved Hugging Face datasets, and object
+        # stores (s3:// and https://; gs://).
+        "parquet": PARQUET,
+        "datasets": DATASETS,
+        "s3": S3,
+        "gs": ["gcsfs>=2026.9"],
         # Trackers beside TensorBoard.
         "wandb": WANDB,
         "mlflow": MLFLOW,
@@ -108,6 +117,11 @@ setup(
             "setuptools>=70.1",
             *ONNX,
             *TRANSFORMERS,
+            *PARQUET,
+            *DATASETS,
+            *S3,
+            # The S3 server that the tests read from.
+            "moto[server]>=5.2",
             *WANDB,
             *MLFLOW,
             *QUICKSTART,

@@ -48,7 +48,15 @@ class Test(NamedTuple):
 _FLAGS = ("pool", "batch_size")
 # Words for them in tables.
 POOLS = {"mean": "mean of patches", "cls": "class token"}
-_FIELDS = ("data.root", "data.image_size", "data.workers", "data.max_pixels", "runtime.seed")
+_FIELDS = (
+    "data.root",
+    "data.cache",
+    "data.cache_gb",
+    "data.image_size",
+    "data.workers",
+    "data.max_pixels",
+    "runtime.seed",
+)
 PROBES = {
     "knn": Test("k-NN", ("k", "temperature", *_FLAGS), _FIELDS),
     "linear": Test("Linear probe", ("seeds", "probe_rates", "probe_epochs", *_FLAGS), _FIELDS),
