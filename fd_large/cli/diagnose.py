@@ -42,7 +42,7 @@ class Diagnose(AllowsCode):
     images: int = 64
     # Images at a time; the loss landscape sees the first batch only.
     batch_size: int = 16
-    # Folder for index.md, the plots, diagnosis.json and averages.npz.
+    # Folder for report.html, index.md, the plots, diagnosis.json and averages.npz.
     out: str = "diagnosis"
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ def diagnose(
     from fd_large.diagnose.sample import Sample
     from fd_large.kernels.precision import full_float32
     from fd_large.report.diagnosis import draw_diagnosis
-    from fd_large.report.diagnosis_page import write_page
+    from fd_large.report.diagnosis_page import write_html, write_page
 
     full_float32(distributed.device())
     sample = Sample(root, images)
@@ -113,7 +113,9 @@ def diagnose(
         "seconds": round(time.monotonic() - began, 1),
     }
     diagnosis = write_findings(folder, findings, facts)
-    page = write_page(folder, diagnosis, draw_diagnosis(folder, diagnosis))
+    pictures = draw_diagnosis(folder, diagnosis)
+    write_page(folder, diagnosis, pictures)
+    page = write_html(folder, diagnosis, pictures)
     console.print(_summary(diagnosis))
     console.print(f"{page}: {len(sample)} images, {facts['seconds']:.0f} s", soft_wrap=True)
     return 0

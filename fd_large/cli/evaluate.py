@@ -155,6 +155,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     from fd_large import distributed
     from fd_large.checkpoint import stream
     from fd_large.kernels.precision import full_float32
+    from fd_large.report.evaluation_page import write_evaluation_page
     from fd_large.runtime import logs
     from fd_large.tasks.jobs import job_of
 
@@ -166,6 +167,12 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
     console = tables()
     for table in scores.tables:
         console.print(table)
-    for file in scores.files:
+    files = [*scores.files]
+    if distributed.is_main():
+        pictures = [file for file in files if file.suffix == ".png"]
+        page = Path(own.out) / "report.html"
+        title = f"{run.name}: {kind_of(run.task.name).title or run.task.name}"
+        files.append(write_evaluation_page(page, title, scores.tables, pictures, below=str(path)))
+    for file in files:
         console.print(str(file), soft_wrap=True)
     return distributed.leave(0)

@@ -342,6 +342,7 @@ def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> Non
     import torch
 
     from fd_large.report.comparison import draw_comparison, spread, table
+    from fd_large.report.evaluation_page import write_evaluation_page
 
     device = distributed.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -354,9 +355,19 @@ def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> Non
     _write_predictions(folder / "predictions.npz", rows)
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
+    shown = table(summary, title)
+    how = {**facts, **facts["settings"]}
+    page = write_evaluation_page(
+        folder / "report.html",
+        title,
+        [shown],
+        [plot],
+        facts=[(k.replace("_", " "), v) for k, v in how.items() if k not in ("task", "settings")],
+        below=f"{', '.join(map(_label, rows))}; {summary['device']}",
+    )
     console = tables()
-    console.print(table(summary, title))
-    console.print(f"{folder}/summary.json, {plot}", soft_wrap=True)
+    console.print(shown)
+    console.print(f"{folder}/summary.json, {plot}, {page}", soft_wrap=True)
 
 
 def _as_json(row: _Row, first: _Row) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fd_large.engine.ema import Ema
 from fd_large.engine.ending import end_by, write_end
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
+from fd_large.engine.run_page import RunPage
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
@@ -532,7 +533,7 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
     """
     run = job.run
     hooks: list[Hook] = [
-        Meter(trackers=[Progress(), *trackers_of(run.runtime.trackers)]),
+        Meter(trackers=[Progress(), *trackers_of(run.runtime.trackers), RunPage()]),
     ]
     if run.guard.enabled:
         hooks.append(Guard(run.guard))

@@ -29,6 +29,8 @@ class TaskKind:
         scored_files: Flags of `evaluate` that name files of results which are scored without a
             model: a dataclass whose flags are empty texts by default. The function `score_files` of
             the folder's `score_files.py` takes it.
+        next_steps: What is worth running after a run of it: why, and the words after the program's
+            name, in which {run} is the run's folder and {data.root} its images.
     """
 
     name: str
@@ -41,3 +43,4 @@ class TaskKind:
     scores_runs: bool = False
     trains_models: bool = False
     scored_files: type | None = None
+    next_steps: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -6,12 +6,15 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fd_large.report.run_files import RunFiles
+from fd_large.tasks.registry import TASKS
 
 RUNNING = "running"
+PAGE = "report.html"
 
 
 def closing_text(files: RunFiles, pictures: list[Path]) -> str:
@@ -21,9 +24,29 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
         files: The run.
         pictures: What was drawn.
     """
+    rows = closing_rows(files)
+    rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
+    if files.has(PAGE):
+        rows.append(("all on a page", f"{files.folder}/{PAGE}"))
+    kept = [name for name in ("summary.json", "metrics.jsonl", "logs") if files.has(name)]
+    rows.append(("numbers, logs", f"{files.folder}: {', '.join(kept) or 'nothing yet'}"))
+    if reason := files.summary.get("reason"):
+        rows.append(("why it ended", reason))
+    width = max(len(what) for what, _ in rows)
+    status = files.summary.get("status") or "not finished"
+    lines = [f"{files.recipe['name']}: {status}, {progress(files)}; {files.folder}"]
+    lines += [f"  {what:<{width}}  {text}" for what, text in rows]
+    steps = next_steps(files)
+    lines += ["next:"] if steps else []
+    for step in steps:
+        lines += [f"  {step['why']}:", f"    {step['command']}"]
+    return "\n".join(lines)
+
+
+def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
+    """Returns what came out, in words."""
     summary = files.summary
-    rows = []
-    rows += [(name, _frozen(name, section)) for name, section in files.frozen_models.items()]
+    rows = [(name, _frozen(name, section)) for name, section in files.frozen_models.items()]
     losses = files.trained_loss
     if len(losses):
         rows.append(("training loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
@@ -36,50 +59,65 @@ def closing_text(files: RunFiles, pictures: list[Path]) -> str:
             text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
         if not name.endswith("_best_constant"):
             rows.append((files.words(name), text))
+    if root := files.recipe.get("eval", {}).get("root"):
+        rows.append(("held-out images", str(root)))
     if summary.get("images_per_second"):
         speed = f"{summary['images_per_second']:.1f} images/s on {_devices(summary)}"
         rows.append(("speed", speed))
     if summary.get("peak_memory_bytes"):
         memory = f"{summary['peak_memory_bytes'] / 1e9:.2f} GB on the fullest rank"
         rows.append(("peak memory", memory))
-    rows += [("" if index else "pictures", str(path)) for index, path in enumerate(pictures)]
-    kept = [name for name in ("summary.json", "metrics.jsonl", "logs") if files.has(name)]
-    rows.append(("numbers, logs", f"{files.folder}: {', '.join(kept) or 'nothing yet'}"))
-    if reason := summary.get("reason"):
-        rows.append(("why it ended", reason))
-    width = max(len(what) for what, _ in rows)
-    status = summary.get("status") or "not finished"
-    lines = [f"{files.recipe['name']}: {status}, {_progress(files)}; {files.folder}"]
-    lines += [f"  {what:<{width}}  {text}" for what, text in rows]
-    lines.append("next:")
-    for step in next_steps(files):
-        lines += [f"  {step['why']}:", f"    {step['command']}"]
-    return "\n".join(lines)
+    return rows
 
 
 def next_steps(files: RunFiles) -> list[dict[str, str]]:
     """Returns what is worth running after this run, as {"why", "command"}."""
-    more: tuple[str, ...] = ()
-    if files.summary.get("status") == "done":
-        first = "the same on your own images"
-        more = ("--data.root", "FOLDER", "--runtime.run_dir", f"{files.folder}-2")
-    elif files.saved is not None:
-        first = f"go on from the last checkpoint ({files.saved} steps)"
-    else:
-        first = "start again from the beginning: no checkpoint is stored yet"
-    events = shlex.join([_program("tensorboard"), "--logdir", f"{files.folder}/events"])
-    again = [{"why": first, "command": _again(files, more)}]
-    return [
-        *(again if files.summary.get("status") != RUNNING else ()),
-        {"why": "all curves in a browser", "command": events},
-        {
-            "why": "the runs of record: what they need, how long they take, what to expect",
-            "command": f"{_program('python')} -m fd_large recipes",
-        },
-    ]
+    status = files.summary.get("status")
+    steps: list[tuple[str, list[str]]] = []
+    if status == "done":
+        if str(files.recipe["data"]["root"]).startswith("builtin:"):
+            own = {"data.root": "FOLDER", "eval.root": "HELD_OUT_FOLDER"}
+            own["runtime.run_dir"] = f"{files.folder}-2"
+            steps.append(("the same on your own images", _again(files, own)))
+        steps += _of_task(files)
+    elif status != RUNNING:
+        again = f"go on from the last checkpoint ({files.saved} steps)"
+        if files.saved is None:
+            again = "start again from the beginning: no checkpoint is stored yet"
+        steps.append((again, _again(files, {})))
+    if files.has("events"):
+        events = [_program("tensorboard"), "--logdir", f"{files.folder}/events"]
+        steps.append(("all curves in a browser", events))
+    if status == "done":
+        why = "the runs of record: what they need, how long they take, what to expect"
+        steps.append((why, [*_commands(files), "recipes"]))
+    return [{"why": why, "command": shlex.join(words)} for why, words in steps]
 
 
-def _progress(files: RunFiles) -> str:
+def _of_task(files: RunFiles) -> list[tuple[str, list[str]]]:
+    """What the run's task says is worth running after it."""
+    name = files.recipe.get("task", {}).get("name", "distillation")
+    if name not in TASKS:
+        return []  # The user's own, whose code a report does not run.
+    values = {"{run}": str(files.folder), "{data.root}": str(files.recipe["data"]["root"])}
+    found = []
+    for why, words in TASKS[name].next_steps:
+        for placeholder, value in values.items():
+            words = tuple(word.replace(placeholder, value) for word in words)
+        found.append((why, [*_commands(files), *words]))
+    return found
+
+
+def _commands(files: RunFiles) -> list[str]:
+    """How the run's start called this program's commands."""
+    started = Path(next(iter(files.environment.get("command", [])), ""))
+    if started.name == "fd-large":
+        return [_program("fd-large")]
+    return [_program("python"), "-m", "fd_large"]
+
+
+def progress(files: RunFiles) -> str:
+    """Returns how many steps are done, of how many."""
     done = int(files.updates[-1]) if len(files.updates) else 0
     total = files.summary.get("total_updates")
     return f"{done} of {total} steps" if total else f"{done} steps"
@@ -100,26 +138,50 @@ def _devices(summary: dict[str, Any]) -> str:
     return f"{count} {what}{'s' if count > 1 else ''}"
 
 
-def _again(files: RunFiles, more: tuple[str, ...]) -> str:
+def _again(files: RunFiles, more: Mapping[str, str]) -> list[str]:
     """The command of the run once more, with other values of some of its flags."""
-    launcher = [_program("deepspeed")]
-    ranks = files.environment.get("world_size", 1)
-    if files.environment.get("device") == "cpu" and ranks > 1:
-        # Without GPUs the launcher cannot count what to start.
-        launcher += ["--num_accelerators", str(ranks)]
+    environment = files.environment
+    ranks = environment.get("world_size", 1)
+    first, *words = environment.get("command") or [""]
+    if words[:1] == ["evaluate"]:
+        return [*_commands(files), *words]  # It trains, and goes on where it stopped.
     flags: dict[str, list[str]] = {}
-    words: list[str] = []
-    for word in files.environment.get("command", [])[1:]:
+    values: list[str] = []
+    for word in words:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
             flags.pop(name, None)  # The last of two counts.
-            words = flags.setdefault(name, [])
-        words.append(word)
+            values = flags.setdefault(name, [])
+        values.append(word)
     # The launcher gives the first; the second would throw away what the run has done.
-    left_out = {"local_rank", "fresh", *(word[2:] for word in more)}
+    left_out = {"local_rank", "fresh", *more}
     kept = [word for name in flags if name not in left_out for word in flags[name]]
-    kept = kept or ["--deepspeed_config", "ds_configs/zero3.json"]
-    return shlex.join([*launcher, "fd_large/train.py", *kept, *more])
+    if "deepspeed_config" not in flags:
+        # Started from Python: what differs from the recipe, as flags.
+        kept = ["--deepspeed_config", "zero3", *_as_flags(files, left_out)]
+    kept += [word for name, value in more.items() for word in (f"--{name}", value)]
+    script = ["--module", "fd_large.train"]
+    if Path(first).name == "train.py" or Path("fd_large/train.py").exists():
+        script = ["fd_large/train.py"]
+    match environment.get("launcher"):
+        case "python":
+            return [*_commands(files), "train", *kept]
+        case "torchrun":
+            return [_program("torchrun"), f"--nproc_per_node={ranks}", *script, *kept]
+    launcher = [_program("deepspeed")]
+    if environment.get("device") == "cpu" and ranks > 1:
+        # Without GPUs the launcher cannot count what to start.
+        launcher += ["--num_accelerators", str(ranks)]
+    return [*launcher, *script, *kept]
+
+
+def _as_flags(files: RunFiles, left_out: Collection[str]) -> list[str]:
+    """The run's settings that differ from those of its recipe, as flags."""
+    words = ["--recipe", files.recipe["name"]]
+    for name, (value, _) in files.changed.items():
+        if name not in left_out:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _program(name: str) -> str:

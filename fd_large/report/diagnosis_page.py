@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fd_large.report import html
+
 SENTENCES = {
     "attention_distance": (
         "Attention distance",
@@ -72,6 +74,30 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
     path = folder / "index.md"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
+    """Writes report.html, with the pictures inside; returns its path."""
+    models = diagnosis["models"]
+    rows = [(model["label"], *summary(model).values()) for model in models]
+    losses = [(m["label"], f"{m['landscape']['loss']}, {m['landscape']['images']} images")
+              for m in models]  # fmt: skip
+    return html.write(
+        folder / "report.html",
+        "Diagnosis",
+        (
+            html.section("Models", html.table(rows, head=("model", *summary(models[0])))),
+            *(
+                html.section(heading, html.picture(picture, heading, words))
+                for picture in pictures
+                for heading, words in (SENTENCES[picture.stem],)
+            ),
+            html.section("The loss of each model", html.table(losses)),
+            html.section("Sources", html.table([(m["label"], m["source"]) for m in models])),
+        ),
+        below=f"{diagnosis['images']} images of {diagnosis['root']}, {diagnosis['seconds']:.0f} s "
+        f"on {diagnosis['device']}",
+    )
 
 
 def summary(model: dict[str, Any]) -> dict[str, str]:

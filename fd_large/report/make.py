@@ -1,4 +1,4 @@
-"""A report: both pictures, the summary's last fields and the closing text."""
+"""A report: both pictures, the page, the summary's last fields and the closing text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from fd_large.report.closing import RUNNING, closing_text, next_steps
 from fd_large.report.features import draw_features
 from fd_large.report.loss_curve import draw_loss_curve
 from fd_large.report.run_files import read_run
+from fd_large.report.run_page import write_run_page
 
 
 def make_report(folder: str | Path, *, running: bool = False) -> str:
-    """Draws pictures/loss_curve.png and features.png, completes summary.json; returns the text.
+    """Draws the pictures, writes report.html and completes summary.json.
 
     A run that is not finished has no summary yet, and its report writes none.
 
@@ -21,6 +22,7 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
         folder: The run's folder.
         running: Whether somebody trains in it now: a summary is an earlier start's then.
 
+    Returns: the closing text.
     Raises: ConfigError: if the folder is not a run's; DataError: if a file in it is damaged.
     """
     files = read_run(folder)
@@ -39,4 +41,5 @@ def make_report(folder: str | Path, *, running: bool = False) -> str:
     if files.summary and not running:
         files.summary["next"] = next_steps(files)
         write_json(files.folder / "summary.json", files.summary)
+    write_run_page(files)
     return closing_text(files, drawn)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from fd_large.errors import DataError
+from fd_large.errors import ConfigError, DataError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import flat_plain
 from fd_large.recipes.stored import recipe_file
 
 
@@ -25,6 +28,7 @@ class RunFiles:
         updates: Finished steps that the training rows stand at, from 1, (n,).
         loss: Training loss of each, (n,); NaN where the step was skipped.
         learning_rate: Learning rate of each, (n,).
+        rows: Rows of metrics.jsonl.
         evaluations: Rows of evaluations.jsonl: update (finished steps) and metrics.
     """
 
@@ -35,6 +39,7 @@ class RunFiles:
     updates: numpy.ndarray
     loss: numpy.ndarray
     learning_rate: numpy.ndarray
+    rows: list[dict[str, Any]]
     evaluations: list[dict[str, float]]
 
     @property
@@ -54,6 +59,17 @@ class RunFiles:
         """Model and source of each model that the run uses and does not train, by section."""
         sections = {k: v for k, v in self.recipe.items() if isinstance(v, dict)}
         return {name: section for name, section in sections.items() if section.get("source")}
+
+    @cached_property
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from the recipe of that name: (the run's, the recipe's)."""
+        try:
+            usual = flat_plain(registry.get(self.recipe["name"]).to_dict())
+        except ConfigError:  # A recipe of the user's own, or of an earlier version.
+            return {}
+        own = flat_plain(self.recipe)
+        names = [name for name in own if own[name] != usual.get(name)]
+        return {name: (own[name], usual.get(name)) for name in names}
 
     @property
     def trained_loss(self) -> numpy.ndarray:
@@ -75,6 +91,10 @@ class RunFiles:
     def _metrics(self) -> dict[str, str]:
         metrics = self.environment.get("metrics", {})
         return {key.replace("/", "_"): words for key, words in metrics.items()}
+
+    def column(self, name: str) -> numpy.ndarray:
+        """Returns a number of each training row, (n,); NaN where it is not known."""
+        return numpy.array([row.get(name, numpy.nan) for row in self.rows], dtype=numpy.float64)
 
     def evaluated(self, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Returns (steps, values) of a number, where it was evaluated."""
@@ -99,6 +119,7 @@ def read_run(folder: str | Path) -> RunFiles:
             [numpy.nan if row.get("skipped") else row["loss"] for row in rows], dtype=numpy.float64
         ),
         learning_rate=numpy.array([row["learning_rate"] for row in rows], dtype=numpy.float64),
+        rows=rows,
         evaluations=_rows(folder / "evaluations.jsonl"),
     )
 

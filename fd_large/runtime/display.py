@@ -28,12 +28,6 @@ SECONDS_BETWEEN_LINES = 25.0
 SECONDS_UNTIL_BAR = 2.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
-_drawing = threading.Lock()
-# A process that is forked in the middle of a line would inherit the locks of the console.
-os.register_at_fork(
-    before=_drawing.acquire, after_in_parent=_drawing.release, after_in_child=_drawing.release
-)
-
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
@@ -45,7 +39,7 @@ def shown(what: str) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(SECONDS_BETWEEN_LOOKS):
-            with _drawing:
+            with terminal.drawing:
                 look(activity.current(), time.monotonic())
 
     thread = threading.Thread(target=watch, name="display", daemon=True)
@@ -124,7 +118,7 @@ class Bar:
             bar.stop()
 
     def _make_room(self) -> None:
-        with _drawing:
+        with terminal.drawing:
             self.close()
 
     def _begin(self) -> Progress:

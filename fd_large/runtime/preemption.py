@@ -27,6 +27,7 @@ from fd_large.errors import Exit
 from fd_large.processes import briefly
 from fd_large.runtime import terminal
 from fd_large.runtime.hooks import INTERRUPTED, NOTHING, Hook, Setting, Update, Wish
+from fd_large.runtime.logs import FILE_ONLY
 from fd_large.watch import hold
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,13 @@ class Preemption(Hook):
             return NOTHING
         if not self._warned:
             self._warned = True
-            log.warning("rank %d: %s; the run saves and stops", distributed.rank(), self._reason)
+            # Whoever pressed Ctrl-C was told at once.
+            log.warning(
+                "rank %d: %s; the run saves and stops",
+                distributed.rank(),
+                self._reason,
+                extra=FILE_ONLY if self._reason == "SIGINT" else None,
+            )
             self._leave_soon()
         return Wish(stop=True)
 

@@ -12,6 +12,7 @@ import faulthandler
 import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,13 @@ before_errors: list[Callable[[], None]] = []
 
 COLUMNS_FOR_CONTROL = 5
 """Columns that stay free on the right: what Ctrl-C echoes there would break a live bar's line."""
+
+drawing = threading.Lock()
+"""Held by the thread that shows what a command is busy with, while it draws."""
+# A process that is forked in the middle of a line would inherit the locks of the console.
+os.register_at_fork(
+    before=drawing.acquire, after_in_parent=drawing.release, after_in_child=drawing.release
+)
 
 _said = float("-inf")
 _claimed = False
@@ -148,7 +156,10 @@ def last_said() -> float:
 def claim(whether: bool) -> None:
     """Takes the terminal for one live bar, that of training, or frees it."""
     global _claimed
-    _claimed = whether
+    with drawing:
+        _claimed = whether
+    if whether:
+        _clear_the_line()
 
 
 def is_claimed() -> bool:

@@ -102,4 +102,11 @@ KIND = TaskKind(
     section=Detection,
     scores_runs=True,
     scored_files=ScoredFiles,
+    next_steps=(
+        ("all of COCO's numbers, and pictures", ("evaluate", "{run}", "--out", "{run}/evaluation")),
+        (
+            "what it sees in an image of yours",
+            ("predict", "{run}", "IMAGE.jpg", "--out", "{run}/predictions"),
+        ),
+    ),
 )

@@ -74,4 +74,21 @@ KIND = TaskKind(
     title="Distillation",
     sections=("teacher", "objective"),
     may_change=("teacher.placement",),
+    next_steps=(
+        (
+            "what student and teacher attend to, and how alike their layers are",
+            (
+                *("diagnose", "{run}", "{run}#teacher", "--data.root", "{data.root}"),
+                *("--out", "{run}/diagnosis"),
+            ),
+        ),
+        (
+            "student and teacher on labelled images (train/ and val/, a folder for each class)",
+            (
+                *("evaluate", "{run}", "{run}#teacher", "--task", "knn"),
+                *("--data.root", "LABELLED_FOLDER", "--out", "{run}/evaluation"),
+            ),
+        ),
+        ("the student for other programs", ("export", "{run}", "{run}/export", "--to", "timm")),
+    ),
 )

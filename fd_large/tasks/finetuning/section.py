@@ -66,4 +66,14 @@ KIND = TaskKind(
     title="Fine-tuning",
     section=FineTune,
     trains_models=True,
+    next_steps=(
+        (
+            "its features by k-NN, without the classifier",
+            (
+                *("evaluate", "{run}", "--task", "knn", "--data.root", "{data.root}"),
+                *("--out", "{run}/evaluation"),
+            ),
+        ),
+        ("the model for other programs", ("export", "{run}", "{run}/export", "--to", "timm")),
+    ),
 )

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from coco import unpack_coco_tiny
+from html_page import check_page
 from PIL import Image
 
 from fd_large import distributed
@@ -100,6 +101,8 @@ def test_two_nets_in_one_table(pictures, tmp_path, capsys):
         assert (kept["labels"] == kept["efficientnet_lite0"][0]).all()
         assert kept["resnet18, random"].shape == (1, 12)
     assert (out / "knn.png").stat().st_size > 5000
+    page = check_page(out / "report.html")
+    assert {"resnet18, random", "100.00", "temperature", str(pictures)} <= set(page.words)
     assert not (out / "features").exists()
     assert "efficientnet_lite0" in capsys.readouterr().out
 

@@ -17,8 +17,10 @@ def make_run(tmp_path):
     ):
         folder = tmp_path / name
         (folder / "pictures").mkdir(parents=True)
+        (folder / "events").mkdir()
         recipe = registry.get("fd_swinv2_base").to_dict()
         recipe["teacher"]["source"] = more.get("source", "teacher.pth")
+        recipe["data"]["root"] = more.get("root", "builtin:photographs")
         write(folder / "recipe.json", recipe)
         command = ["/home/u/fd_large/train.py", "--local_rank=0", "--deepspeed_config", "z.json"]
         environment = {"world_size": 2, "device": "cpu", "command": command + more.get("words", [])}

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy
 import pytest
+from html_page import check_page
 
 from fd_large.report.diagnosis import draw_diagnosis, short
-from fd_large.report.diagnosis_page import SENTENCES, summary, write_page
+from fd_large.report.diagnosis_page import SENTENCES, summary, write_html, write_page
 
 
 def layer(name: str, **more: Any) -> dict[str, Any]:
@@ -77,6 +78,9 @@ def drawn(tmp_path: Path):
         pictures = draw_diagnosis(tmp_path, found)
         page = write_page(tmp_path, found, pictures).read_text()
         assert all(f"({picture.name})" in page and picture.exists() for picture in pictures)
+        of_one_file = check_page(write_html(tmp_path, found, pictures))
+        assert of_one_file.tags.count("img") == len(pictures)
+        assert {SENTENCES[picture.stem][1] for picture in pictures} <= set(of_one_file.words)
         return {picture.stem for picture in pictures}
 
     return draw

@@ -1,0 +1,53 @@
+"""Keeps RUN/report.html up to date while a run goes, where that costs next to nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from fd_large.report.closing import RUNNING
+from fd_large.report.run_files import read_run
+from fd_large.report.run_page import write_run_page
+from fd_large.runtime.hooks import DONE, FAILED, INTERRUPTED, Setting, Tracker
+
+SHARE = 0.01
+"""Most of the run's time that its page may take."""
+FIRST_SECONDS = 5.0
+"""What a page is taken to cost before one was written."""
+
+
+class RunPage(Tracker):
+    """Writes the page after evaluations, and where the run is left before its end.
+
+    A finished run writes its whole report by itself, and one that fails is not held up.
+
+    Args:
+        clock: Returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    def on_start(self, setting: Setting) -> None:
+        """Nothing is written yet."""
+        self._setting = setting
+        self._last, self._cost = self._clock(), FIRST_SECONDS
+
+    def on_evaluation(self, index: int, metrics: dict[str, float]) -> None:
+        """Writes the page if the last one has cost less than its share of the time since."""
+        if self._cost < SHARE * (self._clock() - self._last):
+            begin = self._clock()
+            self._write(running=True)
+            self._last = self._clock()
+            self._cost = self._last - begin
+
+    def on_end(self, status: str) -> None:
+        """Writes the page of a run that was stopped."""
+        if status not in (DONE, FAILED, INTERRUPTED):
+            self._write(running=False)
+
+    def _write(self, *, running: bool) -> None:
+        self._setting.must_own()
+        files = read_run(self._setting.folder)
+        write_run_page(replace(files, summary={"status": RUNNING}) if running else files)

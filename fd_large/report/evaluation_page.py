@@ -1,0 +1,50 @@
+"""OUT/report.html of `evaluate`: tables and pictures of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fd_large.report import html
+
+
+def write_evaluation_page(
+    path: Path,
+    title: str,
+    tables: Iterable[Any],
+    pictures: Sequence[Path],
+    *,
+    facts: Iterable[tuple[str, object]] = (),
+    below: str = "",
+) -> Path:
+    """Writes the page; returns its path.
+
+    Args:
+        path: The file.
+        title: What was measured.
+        tables: The rich tables that the command prints.
+        pictures: What was drawn.
+        facts: How it was measured: (what, value).
+        below: A line below the title.
+    """
+    return html.write(
+        path,
+        title,
+        (
+            *(html.section(str(table.title or ""), as_html(table)) for table in tables),
+            html.section("Pictures", *(html.picture(one, _words(one)) for one in pictures)),
+            html.section("How it was measured", html.table([(k, str(v)) for k, v in facts])),
+        ),
+        below=below,
+    )
+
+
+def as_html(table: Any) -> str:
+    """Returns a rich table as one of a page."""
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    return html.table(list(rows), head=[str(column.header) for column in table.columns])
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ")

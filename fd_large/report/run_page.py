@@ -1,0 +1,229 @@
+"""RUN/report.html: what a run was, how it went and what to do next, on one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from fd_large.report import html, style
+from fd_large.report.closing import PAGE, RUNNING, closing_rows, next_steps, progress
+from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
+from fd_large.report.run_files import RunFiles
+
+MOST_POINTS = 1500
+MOST_INCIDENTS = 20
+MOST_PICTURES = 24
+CAPTIONS = {
+    "features": "Held-out images, the teacher's map, and the student's before and after training. "
+    "The same colour means the same feature: the teacher's first three principal components.",
+}
+
+
+def write_run_page(files: RunFiles) -> Path:
+    """Writes RUN/report.html; returns its path."""
+    words = files.summary.get("status") or "not finished"
+    good = {"done": True, RUNNING: None, "preempted": None, "not finished": None}.get(words, False)
+    steps = next_steps(files)
+    return html.write(
+        files.folder / PAGE,
+        files.recipe["name"],
+        (
+            html.tiles(_tiles(files)),
+            html.section("Curves", html.charts(_charts(files))),
+            html.section("Images", *_pictures(files)),
+            html.section("What came out", html.table(closing_rows(files))),
+            html.section("Next", html.commands((s["why"], s["command"]) for s in steps)),
+            html.section("Incidents", *_incidents(files)),
+            html.section("Models that were not trained", html.table(_frozen(files))),
+            html.section("Settings that differ from the recipe", *_settings(files)),
+            html.section("Environment", html.table(_environment(files))),
+        ),
+        beside=html.status(words, good=good),
+        below=f"{progress(files)}; {files.folder}",
+    )
+
+
+def _tiles(files: RunFiles) -> Iterator[tuple[str, str, str]]:
+    done, _, of = progress(files).partition(" ")
+    yield "steps", done, of.removesuffix(" steps")
+    if len(files.trained_loss):
+        first, last = files.trained_loss[[0, -1]]
+        yield "training loss", f"{last:.4f}", f"{first:.4f} at the start"
+    for name in [n for n in files.measured if not n.endswith("_best_constant")][:4]:
+        _, values = files.evaluated(name)
+        more = f"{values[0]:z.4f} at first" if len(values) > 1 else ""
+        _, baseline = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
+        if name.endswith("_loss") and len(baseline):
+            more = f"{values[-1] / baseline[-1]:.3f} of the baseline"
+        yield files.words(name), f"{values[-1]:z.4f}", more
+
+
+def _charts(files: RunFiles) -> Iterator[str]:
+    counted = numpy.isfinite(files.loss)
+    if not counted.any():
+        return
+    yield _loss(files, counted)
+    for name in files.measured:
+        if not name.endswith(("_loss", "_best_constant")):
+            steps, values = files.evaluated(name)
+            yield _curve(name, files.words(name), steps, values, style.VERMILLION, marker="o")
+    yield _curve("rate", "learning rate", files.updates, files.learning_rate, style.GREY)
+    for name, words in (("grad_norm", "gradient norm"), ("images_per_second", "images per second")):
+        values = files.column(name)
+        known = numpy.isfinite(values)
+        if known.any():
+            steps, values = files.updates[known], values[known]
+            yield _curve(name, words, steps, values, style.BLUE, from_zero=True)
+
+
+def _loss(files: RunFiles, counted: numpy.ndarray) -> str:
+    figure, axes = _small(files.words("loss"))
+    steps, loss = files.updates[counted], files.loss[counted]
+    smooth, thin = smoothed(loss), _thin(len(loss))
+    axes.plot(steps[thin], loss[thin], color=style.BLUE, alpha=0.3, linewidth=0.7)
+    axes.plot(steps[thin], smooth[thin], color=style.BLUE, linewidth=1.6, label="training")
+    high, low = numpy.percentile(loss, 99.5), loss.min()
+    evaluated = (name for name in files.measured if name.endswith("_loss"))
+    for name, (colour, marker) in zip(evaluated, cycle(LOOKS)):
+        at, values = files.evaluated(name)
+        size = 3 if len(at) <= 40 else 0
+        axes.plot(at, values, color=colour, marker=marker, markersize=size, label=files.words(name))
+        _, constants = files.evaluated(f"{name.removesuffix('_loss')}_best_constant")
+        for constant in constants[-1:]:
+            label = f"{files.words(name).removesuffix(' loss')}, constant prediction"
+            axes.axhline(constant, color=colour, linewidth=1, linestyle=DASHES, label=label)
+        high, low = max(high, values.max()), min(low, values.min(), *constants[-1:])
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    figure.legend(fontsize=7, frameon=False, loc="outside lower left", ncols=2)
+    return html.chart(figure, "loss", f"{files.words('loss')} over steps")
+
+
+def _curve(
+    name: str,
+    words: str,
+    steps: numpy.ndarray,
+    values: numpy.ndarray,
+    colour: str,
+    *,
+    marker: str = "",
+    from_zero: bool = False,
+) -> str:
+    figure, axes = _small(words)
+    thin = _thin(len(values))
+    marker = marker if len(values) <= 40 else ""
+    axes.plot(steps[thin], values[thin], color=colour, linewidth=1.5, marker=marker, markersize=3)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return html.chart(figure, name, f"{words} over steps")
+
+
+def _small(words: str) -> tuple[Any, Any]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure = style.new_figure(4.6, 2.75)
+    axes = figure.subplots()
+    style.plain_axes(axes)
+    axes.tick_params(labelsize=8)
+    axes.set_title(words, fontsize=9.5, loc="left")
+    axes.set_xlabel("steps", fontsize=8, color=style.GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    axes.yaxis.get_offset_text().set(size=7, color=style.GREY)
+    return figure, axes
+
+
+def _thin(count: int) -> numpy.ndarray:
+    """Places of at most so many points, the last among them."""
+    return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
+
+
+def _pictures(files: RunFiles) -> Iterator[str]:
+    found = sorted((files.folder / "pictures").glob("**/*.png"))
+    found = [path for path in found if path.stem != "loss_curve"]
+    found.sort(key=lambda path: (path.stem not in CAPTIONS, path))
+    for path in found[:MOST_PICTURES]:
+        caption = CAPTIONS.get(path.stem, path.relative_to(files.folder).as_posix())
+        yield html.picture(path, path.stem.replace("_", " "), caption)
+    if len(found) > MOST_PICTURES:
+        yield html.paragraph(f"{len(found) - MOST_PICTURES} more are in {files.folder}/pictures.")
+
+
+def _incidents(files: RunFiles) -> Iterator[str]:
+    rows = []
+    for path in sorted(files.folder.glob("incidents/update_*/incident.json")):
+        try:
+            found = json.loads(path.read_text())
+            off = ", ".join(f"{one['what']} {float(one['value']):.4g}" for one in found["off"])
+            back = found.get("restored")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        did = "skipped" if back is None else f"skipped, and back to step {back}"
+        rows.append((found["index"] + 1, off or "not finite", did))
+    if not rows:
+        yield html.paragraph("None: no step was skipped.")
+        return
+    yield html.table(rows[-MOST_INCIDENTS:], head=("step", "what was off", "what was done"))
+    replay = (
+        f"Each has a folder in {files.folder}/incidents; the command replay runs its step again."
+    )
+    yield html.paragraph(f"{len(rows)} in all. {replay}")
+
+
+def _frozen(files: RunFiles) -> list[tuple[str, str]]:
+    rows = []
+    for name, section in files.frozen_models.items():
+        rows.append((name, section["model"]))
+        weights = "RANDOM: shows that the machinery works, no more"
+        rows.append(("weights", weights if section["source"] == "random" else section["source"]))
+        for key in ("mean", "std", "statistics", "placement", "dtype"):
+            if section.get(key):
+                rows.append((key.replace("_", " "), _plain(section[key])))
+    return rows
+
+
+def _settings(files: RunFiles) -> Iterator[str]:
+    rows = [
+        (name, _plain(value), _plain(usual))
+        for name, (value, usual) in files.changed.items()
+        if name != "runtime.run_dir"
+    ]
+    if rows:
+        yield html.table(rows, head=("field", "this run", "recipe"))
+        yield html.paragraph(
+            "Some are decided by the weights that the run starts from. All settings: recipe.json."
+        )
+    else:
+        yield html.paragraph("None. All settings: recipe.json.")
+
+
+def _environment(files: RunFiles) -> list[tuple[str, str]]:
+    known = files.environment
+    rows = [
+        (words, _plain(known[key]))
+        for key, words in (
+            ("host", "host"),
+            ("platform", "system"),
+            ("device", "device"),
+            ("world_size", "ranks"),
+            ("launcher", "started by"),
+            ("python", "Python"),
+            ("commit", "commit"),
+        )
+        if known.get(key)
+    ]
+    packages = known.get("packages", {})
+    listed = ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+    return [*rows, *([("packages", listed)] if listed else [])]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)

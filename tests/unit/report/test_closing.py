@@ -1,0 +1,155 @@
+"""What is printed to be run next: each command is parsed as if it were pasted, for each task."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fd_large import shipped
+from fd_large.cli import diagnose, evaluate, export, predict, recipes
+from fd_large.cli.arguments import choose, parse, parse_with_recipe
+from fd_large.cli.main import COMMANDS
+from fd_large.cli.train import parse_train
+from fd_large.recipes import registry
+from fd_large.recipes.fields import override
+from fd_large.report.closing import next_steps
+from fd_large.report.run_files import read_run
+from fd_large.tasks.registry import TASKS
+
+FLAGS = ["--deepspeed_config", "ds_configs/zero3.json"]
+STARTS = {
+    "deepspeed": ["/home/u/fd_large/train.py", "--local_rank=0"],
+    "torchrun": ["/home/u/fd_large/train.py"],
+    "python": ["/home/u/fd_large/__main__.py", "train"],
+    "srun": ["/usr/bin/fd-large", "train"],
+}
+OF_TASK = {
+    "distillation": ("quickstart", {"data.root": "my images"}),
+    "finetune": ("finetune_clip_vit_base", {"data.root": "labelled"}),
+    "detection": ("coco_mask_rcnn_swinv2_tiny", {"data.root": "coco"}),
+}
+OWN = {
+    "diagnose": diagnose.Diagnose,
+    "export": export.Export,
+    "predict": predict.Predict,
+}
+
+
+def pasted(command: str):
+    """Parses a command as the shell and this program would; returns (name, what was parsed)."""
+    program, *words = shlex.split(command)
+    if Path(program).name == "tensorboard":
+        assert words[0] == "--logdir"
+        assert Path(words[1]).is_dir()
+        return "tensorboard", words[1]
+    if words[:2] == ["-m", "fd_large"]:
+        words = words[2:]
+    elif Path(program).name in ("deepspeed", "torchrun"):
+        place = next(i for i, word in enumerate(words) if "fd_large" in word)
+        words = ["train", *words[place + 1 :]]
+    else:
+        assert Path(program).name == "fd-large"
+    name, rest = choose(words, COMMANDS, note="")
+    if name == "train":
+        given = parse_train(rest)
+        assert shipped.deepspeed_config(given.own.deepspeed_config).is_file()
+        return name, given
+    if name == "evaluate":
+        return name, parse_with_recipe(
+            evaluate.Evaluate, rest, command=name, recipe=evaluate.RECIPE
+        )
+    if name == "recipes":
+        assert rest == []
+        return name, recipes
+    return name, parse(OWN[name], rest, command=name)
+
+
+@pytest.fixture
+def run_of(make_run):
+    def make(task, launcher="deepspeed", *, status="done", words=(), command=None):
+        name, changes = OF_TASK[task]
+        folder = make_run("runs/a run", status=status)
+        recipe = override(registry.get(name), changes)
+        recipe = replace(recipe, runtime=replace(recipe.runtime, run_dir=str(folder)))
+        (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+        flags = ["--recipe", name, "--data.root", changes["data.root"], *words]
+        flags += ["--runtime.run_dir", str(folder)]
+        environment = {
+            "world_size": 2,
+            "device": "cpu",
+            "launcher": launcher,
+            "command": command or [*STARTS[launcher], *FLAGS, *flags],
+        }
+        (folder / "environment.json").write_text(json.dumps(environment))
+        return folder, recipe
+
+    return make
+
+
+@pytest.mark.parametrize("launcher", STARTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_after_a_finished_run(task, launcher, run_of):
+    folder, recipe = run_of(task, launcher)
+    steps = next_steps(read_run(folder))
+    found = dict(pasted(step["command"]) for step in steps)
+    expected = {words[0] for _, words in TASKS[task].next_steps}
+    assert found.keys() == {*expected, "tensorboard", "recipes"}, "not on its images once more"
+    if task == "distillation":
+        assert found["diagnose"].models == (str(folder), f"{folder}#teacher")
+        assert found["diagnose"].data.root == recipe.data.root
+    else:
+        assert found["evaluate" if task == "finetune" else "predict"]
+
+
+@pytest.mark.parametrize("launcher", STARTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_that_was_stopped_goes_on_by_the_same_recipe(task, launcher, run_of):
+    folder, recipe = run_of(task, launcher, status="preempted", words=["--fresh"])
+    (folder / "checkpoints/step_00000005").mkdir(parents=True)
+    again, *_ = next_steps(read_run(folder))
+    assert again["why"] == "go on from the last checkpoint (5 steps)"
+    name, given = pasted(again["command"])
+    assert name == "train"
+    assert given.run == recipe
+    assert not given.own.fresh
+
+
+def test_the_quick_start_leads_to_images_of_ones_own(run_of, make_run):
+    folder, _ = run_of("distillation")
+    recipe = registry.get("quickstart")
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    first, *_ = next_steps(read_run(folder))
+    assert first["why"] == "the same on your own images"
+    _, given = pasted(first["command"])
+    assert (given.run.data.root, given.run.eval.root) == ("FOLDER", "HELD_OUT_FOLDER")
+    assert given.run.runtime.run_dir == f"{folder}-2"
+
+
+def test_a_run_that_python_started_goes_on_by_what_differs(run_of):
+    notebook = ["/usr/lib/ipykernel_launcher.py", "-f", "/root/kernel.json"]
+    folder, recipe = run_of("distillation", "python", status="stopped", command=notebook)
+    again, *_ = next_steps(read_run(folder))
+    _, given = pasted(again["command"])
+    assert given.run == recipe
+
+
+def test_a_run_of_evaluate_goes_on_by_that_command(run_of):
+    words = ["evaluate", "a model", "--task", "finetune", "--data.root", "labelled"]
+    start = ["/home/u/fd_large/__main__.py", *words]
+    folder, _ = run_of("finetune", "python", status="preempted", command=start)
+    again, *_ = next_steps(read_run(folder))
+    name, given = pasted(again["command"])
+    assert (name, given.own.models, given.own.task) == ("evaluate", ("a model",), "finetune")
+
+
+def test_a_task_of_the_users_own_has_no_steps_of_its_own(run_of):
+    folder, _ = run_of("distillation")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["task"] = {"name": "module:/home/u/mine.py:KIND"}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    found = [pasted(step["command"])[0] for step in next_steps(read_run(folder))]
+    assert found == ["tensorboard", "recipes"]
