@@ -9,9 +9,18 @@ import pytest
 
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
+from fd_large.report import make
 from fd_large.report.make import make_report
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def pages(monkeypatch):
+    """The runs whose pages were written; test_run_page.py draws them."""
+    written = []
+    monkeypatch.setattr(make, "write_run_page", written.append)
+    return written
 
 
 def figures(text):
@@ -20,7 +29,7 @@ def figures(text):
     return {what.strip(): told.strip() for what, told in (row[2:].split("  ", 1) for row in rows)}
 
 
-def test_the_text_and_the_summary(make_run, monkeypatch, tmp_path):
+def test_the_text_and_the_summary(make_run, monkeypatch, tmp_path, pages):
     make_run()
     monkeypatch.chdir(tmp_path)
     text = make_report("runs/made_up")
@@ -45,6 +54,7 @@ def test_the_text_and_the_summary(make_run, monkeypatch, tmp_path):
     )
     assert any(line.endswith("tensorboard --logdir runs/made_up/events") for line in commands)
     assert make_report("runs/made_up") == text, "once more changes nothing"
+    assert [page.summary["next"] for page in pages] == [summary["next"]] * 2
 
 
 def test_a_random_teacher_is_said_and_the_command_comes_again(make_run):
