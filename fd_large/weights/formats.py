@@ -41,13 +41,15 @@ def detect(names: Iterable[str], *, where: str = "weights", wrapping: tuple[str,
     for name, (_, form) in FORMATS.items():
         if form.is_it(names, wrapping):
             if form.refusal:
+                taken = ", ".join(name for name, (_, form) in FORMATS.items() if not form.refusal)
                 raise WeightsError(
                     f"{where}: weights that no model here can take; got {form.what}, expected one "
-                    f"of {', '.join(FORMATS)}: {form.refusal}"
+                    f"of {taken}: {form.refusal}"
                 )
             return name
     known = "; ".join(form.what for _, form in FORMATS.values() if not form.refusal)
     raise WeightsError(
         f"{where}: names of no known format; got {', '.join(sorted(names)[:5])}, ..., expected one "
-        f"of: {known}. Convert the file, or rename its tensors to the model's own names."
+        f"of: {known}. If timm has the model, name it beside the file: --teacher.model timm:NAME. "
+        "Another model can be a function of your own: --teacher.source module:PATH/TO/FILE.py:NAME."
     )

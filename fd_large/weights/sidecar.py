@@ -117,7 +117,9 @@ def read_library(path: Path, where: str) -> Described | None:
         return None
     with _plain_errors(folder, where):
         has_like = _family_that_reads(config, where) is not None
-        if has_like and not _lacks_norm(config, where):
+        # transformers' wrapper of timm's models writes its own name before timm's.
+        is_wrapped = config.get("model_type") == "timm_wrapper"
+        if has_like and not is_wrapped and not _lacks_norm(config, where):
             return None
         for family in FAMILIES.values():
             if family.of_config and (found := family.of_config(config, where)) is not None:

@@ -205,6 +205,13 @@ _DINO_MARGIN = 0.1
 _ASK = ("norm_eps", "activation")
 
 FORMATS = {
+    "clip_resnet": Format(
+        "a CLIP's ResNet",
+        lambda n, w: any_starts(n, "visual.attnpool."),
+        clip,
+        refusal="timm has these models with their weights: --teacher.source timm:resnet50_clip, "
+        "timm:resnet101_clip, timm:resnet50x4_clip, timm:resnet50x16_clip, timm:resnet50x64_clip.",
+    ),
     "openai_clip": Format(
         "OpenAI CLIP's image tower",
         lambda n, w: "visual.class_embedding" in n and "input_resolution" in n,

@@ -224,3 +224,9 @@ def test_unknown_names_list_the_known_formats():
     assert "a.weight" in str(caught.value)
     with pytest.raises(WeightsError, match="no known format"):
         detect(["visual.conv1.weight", "visual.layer1.0.conv1.weight"])  # A CLIP's ResNet.
+
+
+def test_a_resnet_of_a_clip_is_sent_to_timm():
+    names = ["visual.conv1.weight", "visual.attnpool.positional_embedding", "input_resolution"]
+    with pytest.raises(WeightsError, match=r"--teacher\.source timm:resnet50_clip"):
+        detect(names)

@@ -83,6 +83,18 @@ def test_a_folder_of_timm_with_other_arguments_is_made_with_them(tmp_path):
         assert net(images).tokens.equal(theirs.forward_features(images).flatten(2).mT)
 
 
+def test_transformers_wrapper_of_a_model_of_timm_is_that_model(tmp_path):
+    theirs = scattered(timm.create_model("test_vit", num_classes=0))
+    state = {f"timm_model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    config = {"architecture": "test_vit", "model_type": "timm_wrapper", "model_args": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    net, _ = loaded(tmp_path)
+    images = IMAGES.repeat(1, 1, 5, 5)
+    with torch.no_grad():
+        assert net(images).tokens.equal(theirs.forward_features(images)[:, 1:])
+
+
 def of_timm(name, path, **arguments):
     """A folder of a model of timm as timm writes it."""
     theirs = scattered(timm.create_model(name, num_classes=0, **arguments))
