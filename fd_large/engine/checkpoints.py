@@ -14,6 +14,7 @@ from fd_large.checkpoint import store
 from fd_large.checkpoint.lease import Lease
 from fd_large.checkpoint.read import Reader, newest_sound, on_main
 from fd_large.checkpoint.write import Saver
+from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
@@ -41,6 +42,8 @@ class Checkpoints:
     Attributes:
         optimizer_steps: Number of steps that were not skipped; the trainer adds to it.
         evaluated: Whether the evaluation due at the restored checkpoint was made.
+        stored_time_box: State of the time box in the restored checkpoint; None: it has none.
+        time_box: The time box whose state is stored; None: there is none.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Checkpoints:
         self._begun = 0.0
         self.optimizer_steps = 0
         self.evaluated = True
+        self.stored_time_box: dict[str, Any] | None = None
+        self.time_box: TimeBox | None = None
 
     @property
     def bytes(self) -> int:
@@ -130,6 +135,7 @@ class Checkpoints:
             "world_size": distributed.world_size(),
             "zero_stage": self._engine.stage,
             "layout": state.layout_of(self._engine).to_dict(),
+            **({"time_box": self.time_box.state()} if self.time_box else {}),
         }
         self._saved = step
         self._saver.begin(manifest, state.shards(self._engine))
@@ -202,6 +208,7 @@ class Checkpoints:
         manifest = reader.manifest
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
+        self.stored_time_box = manifest.get("time_box")
         distributed.together(
             lambda: state.restore(
                 self._engine,

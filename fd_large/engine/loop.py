@@ -92,7 +92,7 @@ class Trainer:
         setting: What the hooks are given before the first step.
         checkpoints: The run's checkpoints, with the state restored if there was one.
         evaluations: What is measured before, during and after training.
-        time_box: Decides the length after the first steps; None: the plan's length stays.
+        time_box: Decides the length, and corrects it; None: the plan's length stays.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
         ema: The average of the weights; None: there is none.
         begun: Takes the hooks that know of the start, and so are to hear of the end.
@@ -156,7 +156,7 @@ class Trainer:
 
     def _train_epoch(self, batches: Callable[[int, int], Iterator[Batch]]) -> None:
         epoch, first = divmod(self._finished, self._plan.steps_per_epoch)
-        end = min((epoch + 1) * self._plan.steps_per_epoch, self._total)
+        end = (epoch + 1) * self._plan.steps_per_epoch
         micro_batches = Prefetch(iter(batches(epoch, first)), distributed.device())
         while self._finished < min(end, self._total) and not self._status:
             self._train_step(micro_batches, epoch)
@@ -179,8 +179,8 @@ class Trainer:
             for hook in self._hooks:
                 hook.on_skip(update, evidence)
         if self._time_box is not None:
-            total = self._time_box.after_step(self._evaluate_every)
-            if total is not None:
+            total = self._time_box.after_step(self._finished, self._evaluate_every)
+            if total != self._total:
                 self._plan = self._plan._replace(schedule=replace(self._plan.schedule, total=total))
                 update = replace(update, total=total)
         verdict = Verdict.all_of([verdict, *(h.after_update(update) for h in self._hooks)])

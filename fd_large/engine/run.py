@@ -147,9 +147,10 @@ def _train(
     total = run.optim.max_steps or run.optim.epochs * per_epoch
     time_box = None
     if run.optim.max_seconds:
-        time_box = TimeBox(run.optim.max_seconds, folder, total, first=first)
-        if (decided := time_box.decided()) is not None:
-            total, time_box = decided, None
+        time_box = checkpoints.time_box = TimeBox(
+            run.optim.max_seconds, folder, total, first=first, stored=checkpoints.stored_time_box
+        )
+        total = time_box.total
     if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
         log.info("%s: finished after %d steps; nothing to do", folder, first)
         return 0
