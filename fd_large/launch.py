@@ -30,6 +30,7 @@ _HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 # Every launcher sets one of these.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", _OPEN_MPI[2], _HYDRA[2], "SLURM_LOCALID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,12 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank as its launcher states it, unchecked; 0 if none does."""
     given = (environ.get(name, "") for name in RANK_VARIABLES)
     return next((int(text) for text in given if text.isdigit()), 0)
+
+
+def is_first_of_node(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first rank of its node as the launcher states it, unchecked."""
+    given = (environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
+    return next((int(text) for text in given if text.isdigit()), 0) == 0
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:

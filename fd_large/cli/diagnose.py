@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from fd_large import activity
 from fd_large.atomic_files import out_folder
 from fd_large.cli.arguments import AllowsCode, parse
+from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.recipes.fields import at_least
 from fd_large.runtime import terminal
 
@@ -54,6 +55,7 @@ class Diagnose(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Looks at the models and prints a summary."""
     given = parse(Diagnose, arguments, command="diagnose")
+    require_paths(paths_of_models(given.models) | {"data.root": given.data.root})
     return diagnose(
         given.models,
         root=given.data.root,

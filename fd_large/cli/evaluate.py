@@ -17,6 +17,7 @@ from fd_large.cli.evaluate_models import (
     train_models,
 )
 from fd_large.cli.output import tables
+from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import override, require
 from fd_large.recipes.stored import FILE, read_recipe
@@ -70,6 +71,8 @@ def main(arguments: list[str]) -> int:
             "evaluate: MODEL is missing; got none, expected a run or weights. Name one, for "
             "example runs/quickstart."
         )
+    root = {name: value for name, value in changes.items() if name == "data.root"}
+    require_paths(paths_of_models(own.models) | root)
     kind = TASKS.get(own.task)
     if own.task == "auto" and (Path(own.models[0]) / FILE).is_file():
         kind = kind_of(read_recipe(own.models[0], where="evaluate").task.name)

@@ -18,7 +18,7 @@ from fd_large.atomic_files import check_new
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
 from fd_large.recipes.fields import require
-from fd_large.recipes.stored import read_recipe
+from fd_large.recipes.stored import read_recipe, recipe_file
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.push import REPOSITORY
 
@@ -80,6 +80,7 @@ class Export(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Exports and prints what was written."""
     given = parse(Export, arguments, command="export")
+    recipe_file(given.run, where="export")  # torch is not imported yet.
     step, parameters, files = export(
         given.run,
         given.out,

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.cli.output import tables
+from fd_large.cli.paths import require_paths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,7 @@ class Replay(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Runs the step and prints what differs from what was recorded."""
     given = parse(Replay, arguments, command="replay")
+    require_paths({"replay": given.file})
     # torch and deepspeed: seconds.
     from fd_large import distributed
     from fd_large.engine.replay import find_weights, read_incident, run_again

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fd_large import shipped
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
+from fd_large.cli.paths import paths_of, require_paths
 from fd_large.errors import LostRankError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
@@ -41,7 +42,9 @@ class Train(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
     given = parse_train(arguments)
-    shipped.deepspeed_config(given.own.deepspeed_config)  # torch is not imported yet.
+    # torch is not imported yet.
+    shipped.deepspeed_config(given.own.deepspeed_config)
+    require_paths(paths_of(given.run))
     code = train_run(
         given.run,
         deepspeed_config=given.own.deepspeed_config,

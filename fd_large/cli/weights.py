@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from fd_large import doors
 from fd_large.cli.arguments import call_subcommand
 from fd_large.cli.output import tables
+from fd_large.cli.paths import require_paths
 from fd_large.errors import ConfigError, FDError, printable
 from fd_large.recipes.architectures import Architecture, name_of, resolve
 
@@ -68,6 +69,7 @@ def inspect(source: str, model: str) -> int:
                 f"{where}: code of your own is not imported to be inspected; got {given}, expected "
                 "weights. Name a file, or what else docs/weights.md lists."
             )
+    require_paths({"weights inspect": source})
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.inspection import inspect, table
@@ -78,6 +80,7 @@ def inspect(source: str, model: str) -> int:
 
 def convert(source: str, out: str, to: str, model: str, architecture: Architecture) -> int:
     """Writes a model in another format and prints how much of the file it took."""
+    require_paths({"weights convert": source})
     from fd_large.engine.checkpoint_models import sources_of
     from fd_large.tasks.jobs import job_of
     from fd_large.weights.convert import write

@@ -128,7 +128,7 @@ def _empty_folder(tmp_path: Path) -> Path:
     [
         (("--teacher.source", ""), "--teacher.source random"),
         (("--teacher.source", "/no/such/file.pt"), "no such file"),
-        (("--data.root", "/no/such/folder"), "no such folder"),
+        (("--data.root", "/no/such/folder"), "no such file or folder"),
         (("--data.image_size", "72"), "window"),
         (
             (

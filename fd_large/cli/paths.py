@@ -1,0 +1,63 @@
+"""What a command names on disk, looked for before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fd_large import doors
+from fd_large.errors import ConfigError
+from fd_large.launch import is_first_of_node
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import RANDOM
+
+# hf:REPO, timm:NAME, module:PATH/TO/FILE.py:NAME, builtin:NAME, s3://...
+_SCHEME = re.compile(r"[A-Za-z][\w.+-]*:")
+_PATTERN = re.compile(r"[*?\[{]")
+
+
+def paths_of(run: Run) -> dict[str, str]:
+    """Returns {field: value} of a recipe's fields that may name a file or a folder."""
+    named = {"data.root": run.data.root, "student.init": run.student.init}
+    named |= {"eval.root": run.eval.root, "eval.knn_root": run.eval.knn_root}
+    return named | {f"{name}.source": model.source for name, model in run.frozen_models.items()}
+
+
+def paths_of_models(models: Sequence[str]) -> dict[str, str]:
+    """Returns {what: path} of models as `evaluate` takes them: RUN#NAME and MODEL=SOURCE too."""
+    named = {}
+    for name in models:
+        path = re.sub(r"#[\w.]+$", "", name)
+        named[f"model {name}"] = path if Path(path).exists() else path.rpartition("=")[2]
+    return named
+
+
+def require_paths(named: Mapping[str, str]) -> None:
+    """Refuses all that can only be a path where nothing is.
+
+    What else it may be, and whether what is there will do, is found when it is opened.
+
+    Raises: ConfigError: a line for each.
+    """
+    missing = {what: text for what, text in named.items() if _is_missing(text)}
+    if missing:
+        error = ConfigError(
+            "\n".join(
+                f"{what}: no such file or folder; got {text!r}, expected one that is there. "
+                "Check the path."
+                for what, text in missing.items()
+            )
+        )
+        # Other nodes may have what this one lacks.
+        error.rank_local = is_first_of_node()
+        raise error
+
+
+def _is_missing(text: str) -> bool:
+    if text in ("", RANDOM) or _SCHEME.match(text) or _PATTERN.search(text):
+        return False
+    if Path(text).expanduser().exists():
+        return False
+    # A word may be what an installed package brings.
+    return "/" in text or text not in doors.installed("sources")

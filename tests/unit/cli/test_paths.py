@@ -1,0 +1,87 @@
+"""Paths that are not there are told before torch is imported."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_large import doors
+from fd_large.cli.paths import paths_of, paths_of_models, require_paths
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+
+ROOT = Path(__file__).resolve().parents[3]
+MISTAKES = {
+    "train --deepspeed_config zero4": ["--deepspeed_config"],
+    "train --deepspeed_config zero3 --data.root /no/a --eval.root /no/b --teacher.source no.pt": [
+        *("data.root", "eval.root", "teacher.source"),
+    ],
+    "train --deepspeed_config zero3 --student.init /no/run": ["student.init"],
+    "evaluate no/run#teacher vit=no.pt --data.root /no/a": [
+        *("model no/run#teacher", "model vit=no.pt", "data.root"),
+    ],
+    "diagnose no/run --data.root /no/a": ["model no/run", "data.root"],
+    "weights inspect no.pt": ["weights inspect"],
+    "weights convert no.pt out --to timm": ["weights convert"],
+    "export no/run out --to timm": ["export"],
+    "report no/run": ["report"],
+    "predict no/run no.jpg": ["predict"],
+    "replay no/incident": ["replay"],
+    "checkpoint list no/run": ["checkpoint"],
+}
+
+
+def test_wrong_paths_are_told_at_once_and_before_torch(tmp_path):
+    program = """
+import json, sys
+from fd_large.cli.main import main
+for line in json.loads(sys.argv[1]):
+    print(f"# {main(line.split())} {'torch' in sys.modules}", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(list(MISTAKES))],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    *told, rest = re.split(r"^# (?:2 False)$", done.stderr, flags=re.MULTILINE)
+    assert not rest.strip()
+    for line, text, wanted in zip(MISTAKES, told, MISTAKES.values(), strict=True):
+        assert len(text.strip().splitlines()) == len(wanted), line
+        for what in wanted:
+            assert f"{what}: " in text, line
+
+
+def test_what_is_no_path_or_is_there_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-3").mkdir()
+    (tmp_path / "image.tar").touch()
+    monkeypatch.setattr(doors, "installed", lambda kind: {"ours": None})
+    for text in (
+        *("", "random", "hf:owner/name", "timm:vit_tiny=random", "module:no.py:f", "s3://a/b"),
+        *("builtin:photographs", "train-{0..9}.tar", "train-*.tar", "ours", "image.tar"),
+    ):
+        require_paths({"data.root": text})
+    require_paths(paths_of_models(["lr=1e-3", "lr=1e-3#student", "vit=image.tar", "x=random"]))
+    with pytest.raises(ConfigError, match="theirs"):
+        require_paths({"data.root": "theirs"})
+
+
+def test_every_node_tells_its_own(monkeypatch):
+    for rank, local_rank, tells in (("0", "0", True), ("1", "1", False), ("8", "0", True)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(ConfigError) as caught:
+            require_paths({"data.root": "/no/a"})
+        assert caught.value.rank_local is tells
+
+
+def test_recipes_of_record_name_nothing_that_is_missing():
+    for name in registry.RECIPES:
+        require_paths(paths_of(registry.get(name)))
