@@ -42,4 +42,4 @@ check: .venv/check
 
 docs: .venv/docs
 	$(BIN)/python -m fd_large.report.recipe_page
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -32,5 +32,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Makes links of the repository links of the site, whose pages all stand in docs/."""
     shown = page.file.src_uri
     if shown in PAGES.values():
-        return markdown.replace("](docs/", "](").replace("](../docs/", "](../")
+        markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+        return markdown.replace("](../docs/", "](../")
     return markdown.replace("](../", "](")

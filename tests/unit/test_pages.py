@@ -238,3 +238,9 @@ def test_commands_of_the_pages_run(command, folder, tmp_path):
         timeout=600,
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+
+
+def test_every_page_is_in_the_site():
+    text = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f" {page.name}\n" in text, "a page that the menu lacks ends `make docs`"

@@ -120,7 +120,7 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     told = {"test_top1": 50.0, "test_loss": 1.0}
     monkeypatch.setattr(distributed, "broadcast_object", lambda value: value or told)
-    words = [TINY, "--task", "finetune", "--data.root", "x", "--out", str(tmp_path)]
+    words = [TINY, "--task", "finetune", "--data.root", "builtin:photographs", "--out"]
     trained = []
 
     def train(run, *, deepspeed_config):
@@ -128,7 +128,7 @@ def test_a_rank_does_not_read_what_another_may_be_writing(tmp_path, monkeypatch)
         return 0
 
     monkeypatch.setattr("fd_large.cli.train.train_run", train)
-    assert evaluate.main(words) == 0
+    assert evaluate.main([*words, str(tmp_path)]) == 0
     assert trained == [str(tmp_path / "vit_base_patch16_random_seed_0")]
 
 

@@ -78,7 +78,7 @@ def one_sentence(capsys) -> str:
 def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     words = (
         "--local_rank=3 --deepspeed_config zero3 --recipe fd_swinv2g --fresh"
-        " --data.root images --optim.base_lr=1e-4 --batch.micro_batch_size auto"
+        " --data.root builtin:photographs --optim.base_lr=1e-4 --batch.micro_batch_size auto"
     )
     assert cli.main(["train", *words.split()]) == 0
     recipe = registry.get("fd_swinv2g")
@@ -86,7 +86,7 @@ def test_the_recipe_gives_the_defaults_and_flags_override(engine):
     assert engine.run.student == recipe.student
     assert engine.run.teacher == recipe.teacher
     assert engine.run.name == "fd_swinv2g"
-    assert engine.run.data.root == "images"
+    assert engine.run.data.root == "builtin:photographs"
     assert engine.run.optim.base_lr == 1e-4
     assert engine.run.batch.micro_batch_size == "auto"
 
