@@ -201,7 +201,8 @@ class Optim:
     # Number of optimiser steps of the run and of its schedule, instead of epochs. 0 uses epochs.
     max_steps: int = 0
     # Time limit of training, in seconds. After 20 steps the run shortens itself and its schedule to
-    # the number of steps that fit, at most max_steps. 0 sets no limit.
+    # the number of steps that fit, at most max_steps, and every 20 steps it corrects that number
+    # if the speed has changed. 0 sets no limit.
     max_seconds: float = 0.0
     # Which implementation of AdamW to use. auto: DeepSpeed's where it builds, else NVIDIA apex's
     # where it is installed, else torch's.

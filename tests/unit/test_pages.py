@@ -179,7 +179,8 @@ TINY_VIT = """
     --student.architecture.num_heads 2 --data.image_size 64
 """
 TINY_RECIPES = {
-    "fd_clip_vit_base": TINY_VIT,
+    # The tiny file is of another model than the recipe's teacher.
+    "fd_clip_vit_base": f"{TINY_VIT} --teacher.model auto",
     "finetune_clip_vit_base": TINY_VIT,
     "coco_mask_rcnn_swinv2_base": """
         --student.architecture.embed_dim 16 --student.architecture.depths 1 2 2 1
