@@ -10,12 +10,12 @@ from launch import ROOT, Finished, Launcher, Started, run_ranks, start_ranks
 TRAIN = ROOT / "fd_large" / "train.py"
 FLAGS = """
 --recipe fd_swinv2g
---student.architecture.embed_dim 32 --student.architecture.depths 1 1 2 1
---student.architecture.num_heads 1 2 4 8 --student.architecture.window_size 4
+--student.architecture.embed_dim 32 --student.architecture.depths 2 1
+--student.architecture.num_heads 1 2 --student.architecture.window_size 4
 --student.architecture.extra_norm_every 2
---teacher.architecture.embed_dim 16 --teacher.architecture.depths 1 1 1 1
---teacher.architecture.num_heads 1 1 2 4 --teacher.architecture.window_size 4
---teacher.source random --data.image_size 64 --data.workers 1 --runtime.log_every 1
+--teacher.architecture.embed_dim 16 --teacher.architecture.depths 1 1
+--teacher.architecture.num_heads 1 2 --teacher.architecture.window_size 4
+--teacher.source random --data.image_size 32 --data.workers 1 --runtime.log_every 1
 --optim.base_lr 1e-2 --optim.warmup_epochs 0
 """
 GLOBAL_BATCH = 8

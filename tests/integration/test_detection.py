@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from kills import resumed_from, state, updates_done
 from launch import ROOT, run_ranks, start_ranks
 from twin import TRAIN, losses
 
-UPDATES = 8
+UPDATES = 5
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +61,12 @@ def test_killed_resumed_and_evaluated(coco: Path, tmp_path: Path) -> None:
     assert {path.name for path in out.glob("*.png")} >= {"chosen.png", "curves.png"}
 
     picture = next((coco / "val2017").iterdir())
-    told = subprocess.run(
-        [
-            *(sys.executable, "-m", "fd_large", "predict", str(killed), str(picture)),
-            *("--out", str(tmp_path / "seen"), "--score", "0"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
+    told = run_ranks(
+        *(ROOT / "fd_large/__main__.py", "predict", killed, picture),
+        *("--out", tmp_path / "seen", "--score", "0"),
+        ranks=1,
     )
-    assert "objects" in told.stdout
+    assert "objects" in told.outputs[0]
     seen = json.loads((tmp_path / "seen/predictions.json").read_text())
     assert list(seen) == [str(picture)]
     assert all(len(one["bbox"]) == 4 for one in seen[str(picture)])

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from twin import losses, train
 
 MAIN = ROOT / "fd_large" / "__main__.py"
-STEPS = 12
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def flags(own: Path, stage: int) -> tuple[str, ...]:
     )
 
 
-@pytest.fixture(scope="module", params=[1, 3])
+@pytest.fixture(scope="module", params=[3, pytest.param(1, marks=pytest.mark.sweep)])
 def calm(
     request: pytest.FixtureRequest, pictures: Path, own: Path, tmp_path_factory
 ) -> tuple[int, Path]:

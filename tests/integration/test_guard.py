@@ -33,7 +33,7 @@ CONFIGS = ("zero1", "zero2", "zero3", "zero3_offload")
 FLAGS = f"""
 --batch.global_batch_size 4 --batch.micro_batch_size 1 --optim.max_steps {UPDATES}
 --runtime.save_every {SAVE_EVERY} --runtime.keep_last 9 --runtime.canary_every 0 --guard.skips 2
---student.architecture.depths 1 1 1 1
+--student.architecture.depths 1 1
 """.split()
 
 

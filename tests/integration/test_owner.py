@@ -15,7 +15,7 @@ from launch import Started, start_ranks
 from pictures import write_pictures
 from twin import losses, train
 
-SHORT = ("--student.architecture.depths", "1", "1", "1", "1", "--runtime.save_every", "1")
+SHORT = ("--student.architecture.depths", "1", "1", "--runtime.save_every", "1")
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ class Soak:
         self.run_dir, self.draw = folder / "run", random.Random(seed)
         self.words = (
             *("--optim.max_steps", str(updates), "--runtime.save_every", "7"),
-            *("--student.architecture.depths", "1", "1", "1", "1"),
+            *("--student.architecture.depths", "1", "1"),
         )
         self.restarts = 0
         self.met: Counter[str] = Counter()

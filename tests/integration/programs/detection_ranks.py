@@ -8,7 +8,10 @@ batches, on each rank others, the losses and how many boxes were found in betwee
 from __future__ import annotations
 
 import gc
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,16 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import partition, start
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import make_optimizer, parameter_groups, set_learning_rate
+from fd_large.launch import find_launch
 from fd_large.recipes.run import Run
+from fd_large.tasks.detection import task
+from fd_large.tasks.detection.heads import rpn
 from fd_large.tasks.detection.job import DetectionJob
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
-UPDATES, SIZE = 4, (96, 128)
+UPDATES, SIZE = 4, (48, 64)
+# Above four times the number of an image's anchors: at most a quarter of the boxes is for objects.
+ALL = 4000
 RATE = 1e-3
 RATE_BESIDE_ONE_PROCESS = 1e-2
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
@@ -45,13 +53,12 @@ def global_batch(update: int) -> Batch:
 
 
 def without_choice(run: Run) -> Run:
-    """A run in which rounding decides little: what it would choose between is all taken.
+    """A run in which rounding decides nothing: every anchor is a proposal, and all are taken.
 
-    Of many proposals of nearly one score a few would be chosen, other ones after another rounding.
     And Adam divides by the size of a gradient: where that is all rounding, its step would be as
     large as any. Beside a large eps it stays small.
     """
-    detection = replace(run.task.detection, proposals_per_image=2000, rois_per_image=2000)
+    detection = replace(run.task.detection, proposals_per_image=ALL, rois_per_image=ALL)
     return replace(
         run,
         task=replace(run.task, detection=detection),
@@ -59,20 +66,39 @@ def without_choice(run: Run) -> Run:
     )
 
 
+@contextmanager
+def anchors_as_proposals() -> Iterator[None]:
+    """Proposals that do not hang on the weights, by which one could be for an object or not.
+
+    Whether a box that is learnt overlaps an object by a half, or another box by so much that one of
+    the two goes, may be decided by its last bit. All boxes of images as small as these are pooled
+    from one level.
+    """
+
+    def propose(logits: Any, deltas: Any, *rest: Any, **named: Any) -> Any:
+        return own(logits, [torch.zeros_like(delta) for delta in deltas], *rest, **named)
+
+    own, most, task.propose, rpn.NMS_IOU = task.propose, rpn.NMS_IOU, propose, 1.0
+    try:
+        yield
+    finally:
+        task.propose, rpn.NMS_IOU = own, most
+
+
 def losses_of_one_process(run: Run) -> list[float]:
     """Plain torch, whole batches."""
-    task = partition.build(
+    detector = partition.build(
         DetectionJob(run).make_task, {}, partitioned=False, seed=run.runtime.seed
     )
     optimizer = make_optimizer(
-        parameter_groups(task, run.optim.weight_decay), run.optim, on_gpu=False
+        parameter_groups(detector, run.optim.weight_decay), run.optim, on_gpu=False
     )
     losses = []
     for update in range(UPDATES):
-        loss, _ = task(**prepared(task, global_batch(update), run.runtime.seed))
+        loss, _ = detector(**prepared(detector, global_batch(update), run.runtime.seed))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.parameters(), run.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), run.optim.clip_norm)
         set_learning_rate(optimizer, RATE_BESIDE_ONE_PROCESS)
         optimizer.step()
         losses.append(loss.item())
@@ -149,13 +175,17 @@ def main(folder: Path, batches: int) -> None:
     # CLIP's own model, whose position embedding no module but the whole model owns.
     clip = replace(runs[VIT].student, model="clip_vit_base_patch16")
     runs["clip"] = replace(runs[VIT], student=clip)
-    beside = {name: without_choice(run) for name, run in runs.items()}
-    alone = {name: losses_of_one_process(run) for name, run in beside.items()}
-    distributed.start()
-    start.start()
-    result: dict[str, Any] = {}
-    for name, run in beside.items():
-        result[name] = {"alone": alone[name], "together": losses_of_ranks(run)}
+    # Before the ranks meet: one rank does some runs, and the other one the others.
+    mine = list(runs)[find_launch(os.environ).rank :: 2]
+    with anchors_as_proposals():
+        alone = {name: losses_of_one_process(without_choice(runs[name])) for name in mine}
+        distributed.start()
+        start.start()
+        alone = {k: v for part in distributed.gather_objects(alone) for k, v in part.items()}
+        result: dict[str, Any] = {
+            name: {"alone": alone[name], "together": losses_of_ranks(without_choice(run))}
+            for name, run in runs.items()
+        }
     result["random"] = random_batches(runs[SWIN], batches)
     write_result(folder, result)
     distributed.barrier()

@@ -67,7 +67,7 @@ found = {}
 for placement, (every, rank) in RUNS.items():
     logs.start(distributed.rank())
     more = f"--optim.max_steps 20 --runtime.save_every 2 --engine.node_size 2 --data.workers 0 \
-        --runtime.canary_every {every} --student.architecture.depths 1 1 1 1 \
+        --runtime.canary_every {every} --student.architecture.depths 1 1 \
         --teacher.placement {placement}"
     given = parse_train(words(pictures, folder / placement, *more.split(), ranks=4))
     # In the node, a tensor that every rank keeps whole beside its piece.

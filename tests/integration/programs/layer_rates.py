@@ -26,7 +26,7 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.optimizer import parameter_groups
 from fd_large.recipes.run import Run
 
-UPDATES, DECAY, AVERAGE = 8, 0.6, 0.9
+UPDATES, DECAY, AVERAGE = 5, 0.6, 0.9
 Weights = dict[str, torch.Tensor]
 
 

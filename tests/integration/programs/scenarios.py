@@ -54,15 +54,15 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
     run = registry.get("fd_swinv2g")
     shape = Architecture(
         embed_dim=32,
-        depths=(2, 1, 4, 1),
-        num_heads=(1, 2, 4, 8),
+        depths=(2, 2),
+        num_heads=(1, 2),
         window_size=4,
         extra_norm_every=2,
     )
     small = Architecture(
         embed_dim=16,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 4),
+        depths=(1, 1),
+        num_heads=(1, 2),
         window_size=4,
         extra_norm_every=0,
     )
@@ -74,7 +74,7 @@ def tiny_run(**sections: dict[str, Any]) -> Run:
         teacher=replace(
             run.teacher, architecture=small, source="random", placement="sharded", dtype="auto"
         ),
-        data=replace(run.data, image_size=64),
+        data=replace(run.data, image_size=32),
         optim=replace(
             run.optim, base_lr=1e-1, warmup_lr=1e-2, min_lr=1e-3, warmup_epochs=0.0, clip_norm=0.05
         ),
