@@ -21,14 +21,14 @@ train: .venv/quickstart
 	then ranks=; else ranks="--num_accelerators 2"; export DS_ACCELERATOR=cpu; fi; \
 	$(BIN)/deepspeed --quiet $$ranks fd_large/train.py --deepspeed_config ds_configs/zero3.json $(ARGS)
 
-# Those of one process on two cores at once; then those that start ranks, one after the other.
+# Those of one process on two cores at once; then those that start ranks, two files at a time.
 test: .venv/test
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	status=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(MARK) tests/unit || status=1; \
-	$(BIN)/python -m pytest $(MARK) tests/integration || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(MARK) tests/integration || status=1; \
 	exit $$status
 endif
 

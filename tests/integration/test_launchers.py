@@ -103,8 +103,9 @@ def ends_without_ranks(started: Started, pid: int) -> None:
 @pytest.mark.parametrize(
     ("launcher", "victim"),
     [
-        ("deepspeed", "bin/deepspeed"),
         ("torchrun", "bin/torchrun"),
+        # A training run under deepspeed: test_training.py.
+        pytest.param("deepspeed", "bin/deepspeed", marks=pytest.mark.sweep),
         pytest.param("deepspeed", "deepspeed.launcher.launch", marks=pytest.mark.sweep),
         pytest.param("mpirun", "bin/mpirun", marks=pytest.mark.sweep),
     ],

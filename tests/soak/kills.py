@@ -22,7 +22,7 @@ from kills import kill_and_resume, state  # noqa: E402
 from pictures import write_pictures  # noqa: E402
 from twin import losses, train  # noqa: E402
 
-UPDATES = 160
+UPDATES = 400
 WORDS = ("--optim.max_steps", str(UPDATES), "--runtime.save_every", "1")
 
 

@@ -35,9 +35,9 @@ from fd_large.tasks.detection.heads import rpn
 from fd_large.tasks.detection.job import DetectionJob
 
 SWIN, VIT = "coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base"
-UPDATES, SIZE = 4, (48, 64)
+UPDATES, SIZE = 3, (32, 48)
 # Above four times the number of an image's anchors: at most a quarter of the boxes is for objects.
-ALL = 4000
+ALL = 2000
 RATE = 1e-3
 RATE_BESIDE_ONE_PROCESS = 1e-2
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}

@@ -1,7 +1,7 @@
 """Rank program: trains tiny runs under DeepSpeed in many settings and writes what came out.
 
 scenarios.py FOLDER, with scenarios.json in it: {name: {"run": overrides by section, "zero":
-zero_optimization of the JSON, "updates": 7, "most_bfloat16_summands": 64}}. `plain_losses` is the
+zero_optimization of the JSON, "updates": 5, "most_bfloat16_summands": 64}}. `plain_losses` is the
 same run in plain torch: one process, whole batches, torch's AdamW.
 """
 
@@ -42,7 +42,7 @@ from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.distillation.job import DistillationJob
 
-UPDATES = 7
+UPDATES = 5
 # Bucket sizes of a test: DeepSpeed's default bucket alone would be 2 GB.
 ZERO1 = {"stage": 1, "reduce_bucket_size": 1_000_000}
 ZERO2 = {"stage": 2, "reduce_bucket_size": 1_000_000}
