@@ -50,10 +50,10 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """54 images to train on and 19 for tests, an uneven number of batches of four."""
+    """110 images to train on and 19 for tests, an uneven number of batches of four."""
     root = tmp_path_factory.mktemp("labelled")
     generator = np.random.default_rng(0)
-    for split, count in (("train", 54), ("val", 19)):
+    for split, count in (("train", 110), ("val", 19)):
         for number in range(count):
             folder = root / split / f"class{number % 3}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def fine_tuning(name: str, recipe: str, pictures: Path, folder: Path) -> Run:
     )
 
 
-def test_six_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_path: Path) -> None:
+def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_path: Path) -> None:
     for name, (recipe, *_) in NETS.items():
         run = fine_tuning(name, recipe, pictures, tmp_path)
         assert (run.task.finetune.mixup, run.task.finetune.cutmix) == (0.8, 1.0)

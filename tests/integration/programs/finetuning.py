@@ -1,6 +1,6 @@
 """Rank program: fine-tuning in the engine against plain torch with a group for each layer.
 
-finetuning.py FOLDER RUN..., each RUN a recipe (FOLDER/RUN.json), writes for each the losses of six
+finetuning.py FOLDER RUN..., each RUN a recipe (FOLDER/RUN.json), writes for each the losses of ten
 steps, how far its final weights are from the plain ones and those from the first, and what a
 test says, of all ranks and of one process alone.
 """
@@ -39,7 +39,7 @@ from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning, counted
 from fd_large.tasks.jobs import job_of
 
-UPDATES, TEST_BATCH = 6, 4
+UPDATES, TEST_BATCH = 10, 4
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1_000_000}
 
 

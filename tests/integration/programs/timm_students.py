@@ -48,7 +48,6 @@ def student_run(name: str, folder: Path) -> Run:
         },
         data={"image_size": size},
         objective={"interpolation": "bilinear", "teacher_image_size": 64},
-        batch={"global_batch_size": 4, "micro_batch_size": 1},
         runtime={"run_dir": str(folder / name)},
     )
 
