@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fd_large import shipped
+from fd_large import activity, shipped
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths
@@ -78,10 +78,10 @@ def train_run(
         FDError: The user's mistake, or another rank that has ended.
     """
     with owning(run.run_dir()) as lease:
-        # torch and deepspeed: seconds.
-        from fd_large import distributed, failures
-        from fd_large.engine.run import train
-        from fd_large.tasks.jobs import job_of
+        with activity.work("loading torch and DeepSpeed"):  # Seconds.
+            from fd_large import distributed, failures
+            from fd_large.engine.run import train
+            from fd_large.tasks.jobs import job_of
 
         try:
             code = train(

@@ -106,7 +106,8 @@ def train(
         write_end(lease, FAILED, reason, first=False)
 
     failures.last_words.append(lost)
-    launch = distributed.start()
+    with activity.work("meeting the other ranks"):
+        launch = distributed.start()
     # From the moment on that the ranks have met.
     preemption = preemption_of(run, lease, launch.launcher)
     watchdog = watchdog_of(run, lease)

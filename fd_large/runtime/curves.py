@@ -37,6 +37,8 @@ TAGS = {
 SECONDS_TO_FINISH = 30.0
 """How long the end of a run waits for what is not sent yet."""
 
+_keeping = threading.Lock()
+
 
 class Curves(Tracker):
     """Gives every number of a run a curve; a child says where they go."""
@@ -141,7 +143,8 @@ class RemoteCurves(Curves):
     def keep(self, setting: Setting, id: str) -> None:
         """Notes the id of the service's run in the run's folder."""
         setting.must_own()
-        write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})
+        with _keeping:
+            write_json(setting.folder / "trackers.json", {**_ids(setting), self.name: id})
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
