@@ -96,7 +96,7 @@ def diagnose(
 
     full_float32(distributed.device())
     sample = Sample(root, images)
-    loaded = [load_model(model) for model in models]
+    loaded = [load_model(model) for model in activity.counted(models, "loading", "models")]
     folder, extent = out_folder(out), Extent()
     steps = num_steps(len(loaded), len(sample), batch_size, extent)
     with activity.work("examining", steps) as examining:

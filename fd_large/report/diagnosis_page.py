@@ -79,14 +79,15 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
     """Writes report.html, with the pictures inside; returns its path."""
     models = diagnosis["models"]
-    rows = [(model["label"], *summary(model).values()) for model in models]
+    of_models = [summary(model) for model in models]
+    rows = [(name, *(figures[name] for figures in of_models)) for name in of_models[0]]
     losses = [(m["label"], f"{m['landscape']['loss']}, {m['landscape']['images']} images")
               for m in models]  # fmt: skip
     return html.write(
         folder / "report.html",
         "Diagnosis",
         (
-            html.section("Models", html.table(rows, head=("model", *summary(models[0])))),
+            html.section("Models", html.table(rows, head=("", *(m["label"] for m in models)))),
             *(
                 html.section(heading, html.picture(picture, heading, words))
                 for picture in pictures

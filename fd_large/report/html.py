@@ -37,7 +37,7 @@ _CSS = """
   --mat: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --ground: #131518; --card: #1c1f24; --ink: #e8e9ea;
   --muted: #a2a6ac; --line: #353a42; --blue: #58b4ee; --vermillion: #f08a4b; --green: #3fc79b;
-  --mat: #f4f4f2; } }
+  --mat: #ffffff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -227,4 +227,4 @@ def charts(drawn: Iterable[str]) -> str:
 def _is_number(cell: object) -> bool:
     if isinstance(cell, (int, float)):
         return True
-    return bool(re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?(%|px|M|GB))?|", str(cell)))
+    return bool(re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?(%|px|M|GB))?|none|", str(cell)))

@@ -3,6 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from fd_large.runtime import display
+
+
+@pytest.fixture(autouse=True)
+def never_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command says on stderr while it lasts would stand among its errors here."""
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", float("inf"))
+
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
