@@ -34,7 +34,7 @@ class WandB(RemoteCurves):
             tags=list(recipe["runtime"].get("tags", ())),
             config=recipe,
             dir=str(setting.folder),
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            settings=wandb.Settings(console="off", silent=True),
         )
         self.keep(setting, self._run.id)
 

@@ -21,6 +21,12 @@ def setting(make_setting, tmp_path):
     return make_setting
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A loaded machine may take longer than a run waits."""
+    monkeypatch.setattr(curves, "SECONDS_TO_FINISH", 600.0)
+
+
 @pytest.fixture
 def service(monkeypatch):
     """A class of trackers on a service that fails in the calls that `fails` names."""

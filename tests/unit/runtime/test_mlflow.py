@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fd_large.runtime import curves
 from fd_large.runtime.meter import Meter
 
 pytest.importorskip("mlflow", reason="needs the package mlflow-skinny")
@@ -14,6 +15,7 @@ pytest.importorskip("mlflow", reason="needs the package mlflow-skinny")
 def test_a_run_and_the_same_run_after_a_restart(make_setting, run_updates, tmp_path, monkeypatch):
     from fd_large.runtime.mlflow import MLflow
 
+    monkeypatch.setattr(curves, "SECONDS_TO_FINISH", 600.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "made up")
     folder = tmp_path / "runs" / "one"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fd_large.runtime import curves
 from fd_large.runtime.curves import TAGS
 from fd_large.runtime.meter import Meter
 
@@ -36,6 +37,7 @@ def records(path):
 def folder(tmp_path, monkeypatch):
     recipe = {"name": "r", "runtime": {"name": "mine", "tags": ["a", "b"]}, "optim": {"lr": 0.1}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    monkeypatch.setattr(curves, "SECONDS_TO_FINISH", 600.0)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_API_KEY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
@@ -62,15 +64,15 @@ def test_a_run_and_the_same_run_after_a_restart(folder, make_setting, run_update
     assert list(runs[0].tags) == ["a", "b"]
     settings = {update.key: update.value_json for update in runs[0].config.update}
     assert json.loads(settings["optim"]) == {"lr": 0.1}
-    curves = {}
+    points = {}
     for record in found:
         if record.WhichOneof("record_type") == "history":
             items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
             values = {name: json.loads(value) for name, value in items.items()}
             for name in values.keys() - {"_step", "_runtime", "_timestamp"}:
-                curves.setdefault(name, []).append((values["_step"], values[name]))
-    assert curves[TAGS["loss"]] == [(i + 1, pytest.approx(i / 100)) for i in range(10)]
-    assert curves["held_out/loss"] == [(2, 2.0), (4, 4.0), (9, 9.0)]
+                points.setdefault(name, []).append((values["_step"], values[name]))
+    assert points[TAGS["loss"]] == [(i + 1, pytest.approx(i / 100)) for i in range(10)]
+    assert points["held_out/loss"] == [(2, 2.0), (4, 4.0), (9, 9.0)]
 
 
 def test_without_a_key_training_goes_on(folder, make_setting, run_updates, monkeypatch, caplog):
