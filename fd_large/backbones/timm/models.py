@@ -250,7 +250,9 @@ def layout_of(net: Any, name: str, side: int, found: Any) -> Layout:
     # Some convolutions round up; some models pool or resize their last map.
     is_regular = rows in (side // stated, -(-side // stated))
     stride = stated if is_regular else side // rows
-    if rows != cols or stride * rows not in range(side, side + stride):
+    # Or leave out what is less than a patch, as SigLIP's at 384 pixels does.
+    fits = is_regular or stride * rows in range(side, side + stride)
+    if rows != cols or not fits:
         raise _no_map(name, f"{rows}x{cols} tokens of {side}x{side} pixels")
     return Layout((rows, cols), width, stride, is_regular, prefix, is_channels_last)
 

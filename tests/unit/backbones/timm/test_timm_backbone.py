@@ -284,6 +284,19 @@ def test_every_family_that_teaches_is_tried_in_bfloat16():
     assert left - {"test_measure"} == {*without, "pit"}
 
 
+def test_a_size_that_does_not_divide_into_patches_is_taken_if_it_is_the_models_own():
+    name = 'test_vit{"dynamic_img_size": false, "patch_size": 14}'
+    net = TimmBackbone(name).eval()
+    theirs = timm.create_model("test_vit", patch_size=14, dynamic_img_size=False).eval()
+    state = {key.removeprefix("net."): value for key, value in net.state_dict().items()}
+    theirs.load_state_dict(state, strict=False)
+    images = torch.randn(1, 3, 160, 160)  # 11.4 patches.
+    with torch.no_grad():
+        assert net(images).tokens.equal(theirs.forward_features(images)[:, 1:])
+    assert net.grid(160, 160) == (11, 11)
+    assert TimmBackbone(name, image_size=70).grid(70, 70) == (5, 5)
+
+
 def test_the_maps_of_its_stages_are_timms():
     net = with_running_statistics(TimmBackbone("resnet18")).eval()
     theirs = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4)).eval()
