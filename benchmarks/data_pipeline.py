@@ -4,22 +4,28 @@
 
 Each pipeline reads the 256 images of `imagenet_sample256.tar` (FD_DATA, default ../shared/data)
 from the page cache and makes random resized crops of 224 pixels with flips, in one thread of one
-process. They take turns; time is processor time (other programs share the machine), and a ratio is
-taken within a round. Then the files that are opened are counted, with the same images in 16 tar
-files; and 100,000 empty files are listed, first anew and then from our cache. Writes
-benchmarks/results/data_pipeline.json and .png.
+process: folders, tar shards, parquet files and a saved Hugging Face dataset from a disk; parquet
+files and tar shards from an S3 server on the loopback (moto's, a process of its own), with nothing
+kept on the disk from one round to the next ("cold") or with all. They take turns; time is processor
+time (other programs share the machine), and a ratio is taken within a round. Then the files that
+are opened are counted, with the same images in 16 tar files; and 100,000 empty files are listed,
+first anew and then from our cache. Writes benchmarks/results/data_pipeline.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import harness
@@ -29,6 +35,7 @@ from harness import RESULTS, ROOT
 from PIL import Image
 from torchvision import transforms
 
+from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.listing import SETTLED_SECONDS
 from fd_large.data.loader import ViewBatches, build_loader
 from fd_large.data.sampler import Portion
@@ -54,6 +61,70 @@ def ours(root: str) -> Callable[[int], int]:
         return sum(len(batch.images) for batch in loader)
 
     return run
+
+
+def cold(root: str, blocks: str) -> Callable[[int], int]:
+    """Our loader, of which nothing is kept from one epoch to the next."""
+
+    def run(epoch: int) -> int:
+        shutil.rmtree(blocks, ignore_errors=True)
+        return ours(root)(epoch)
+
+    return run
+
+
+def in_tables(folder: Path, place: Path) -> None:
+    """Writes the images as parquet files, 32 in a row group, and as a saved dataset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    paths = sorted(folder.rglob("*.JPEG"))
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    features = datasets.Features(image=datasets.Image())
+    table = datasets.Dataset.from_dict({"image": cells}, features=features)
+    (place / "tables").mkdir()
+    for number in range(4):
+        part = table.shard(4, number)
+        part.to_parquet(place / "tables" / f"train-{number:05}-of-00004.parquet", batch_size=32)
+    table.save_to_disk(place / "saved")
+
+
+@contextmanager
+def bucket(folder: Path) -> Iterator[str]:
+    """Serves a folder by S3; yields the URL of the bucket."""
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                if server.poll() is not None:
+                    sys.exit("data_pipeline: moto's server does not start")
+                time.sleep(0.1)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="images")
+        for path in filter(Path.is_file, folder.rglob("*")):
+            client.upload_file(str(path), "images", str(path.relative_to(folder)))
+        yield "s3://images"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def pil_transform() -> transforms.Compose:
@@ -226,17 +297,31 @@ def main() -> None:
     tar = tar / "imagenet_sample256.tar"
     if not tar.is_file():
         sys.exit("data_pipeline: no imagenet_sample256.tar. Set FD_DATA to its folder.")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
         with tarfile.open(tar) as archive:
             archive.extractall(folder, filter="data")
-        pipelines = {
-            "fd_large, folder": ours(folder),
-            "fd_large, tar in place": ours(str(tar)),
-            PIL: pil(folder),
-        }
-        if run := webdataset(str(tar)):
-            pipelines["webdataset, tar (PIL)"] = run
-        rates = measure(pipelines, 3 if options.quick else 15)
+        os.environ["FD_CACHE"] = f"{other}/cache"
+        stored, warm, emptied = Path(other, "stored"), f"{other}/warm", f"{other}/emptied"
+        (stored / "shards").mkdir(parents=True)
+        in_tables(Path(folder), stored)
+        in_shards(Path(folder), stored / "shards")
+        with bucket(stored) as url:
+            keep_blocks_in(warm, 10)
+            pipelines = {
+                "fd_large, folder": ours(folder),
+                "fd_large, tar in place": ours(str(tar)),
+                "fd_large, saved dataset": ours(f"{stored}/saved"),
+                "fd_large, parquet": ours(f"{stored}/tables"),
+                "fd_large, S3 tar": ours(f"{url}/shards/"),
+                PIL: pil(folder),
+            }
+            keep_blocks_in(emptied, 10)
+            pipelines["fd_large, parquet, cold"] = cold(f"{stored}/tables", emptied)
+            pipelines["fd_large, S3 parquet, cold"] = cold(f"{url}/tables/", emptied)
+            pipelines["fd_large, S3 tar, cold"] = cold(f"{url}/shards/", emptied)
+            if run := webdataset(str(tar)):
+                pipelines["webdataset, tar (PIL)"] = run
+            rates = measure(pipelines, 3 if options.quick else 15)
         with tempfile.TemporaryDirectory() as place:
             pattern = in_shards(Path(folder), Path(place))
             counted = {
@@ -251,7 +336,18 @@ def main() -> None:
     listing = measure_listing(100_000)
     record = {
         **harness.conditions(
-            __file__, __doc__, ("torch", "torchvision", "pillow", "numpy", "webdataset")
+            __file__,
+            __doc__,
+            (
+                "torch",
+                "torchvision",
+                "pillow",
+                "numpy",
+                "webdataset",
+                "pyarrow",
+                "datasets",
+                "s3fs",
+            ),
         ),
         "data": "imagenet_sample256.tar, 256 images",
         "unit": "images per second of processor time, one thread",
