@@ -10,6 +10,7 @@ from fd_large import activity, shipped
 from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths
+from fd_large.data.packages import check_packages
 from fd_large.errors import LostRankError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least
@@ -45,6 +46,10 @@ def main(arguments: list[str]) -> int:
     # torch is not imported yet.
     shipped.deepspeed_config(given.own.deepspeed_config)
     require_paths(paths_of(given.run))
+    data, evaluation = given.run.data, given.run.eval
+    check_packages(data.root, where="data.root")
+    check_packages(evaluation.root, where="eval.root")
+    check_packages(evaluation.knn_root, where="eval.knn_root")
     code = train_run(
         given.run,
         deepspeed_config=given.own.deepspeed_config,

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.data.custom import is_custom, open_custom
-from fd_large.data.objects import find_objects, is_url, join
-from fd_large.data.parquet import ENDING
+from fd_large.data.objects import find_objects, join
+from fd_large.data.packages import PARQUET, is_url
 from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_FILES = (ENDING, ".tar")
+_FILES = (PARQUET, ".tar")
 # Where a dataset's parts lie under its root.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
 
@@ -165,9 +165,9 @@ def _places(root: str, split: str, where: str) -> list[str]:
         return []
     else:
         data = os.path.join(root, "data")
-        files = [name for name in sorted(os.listdir(root)) if name.endswith(ENDING)]
+        files = [name for name in sorted(os.listdir(root)) if name.endswith(PARQUET)]
         if os.path.isdir(data):
-            files += [f"data/{n}" for n in sorted(os.listdir(data)) if n.endswith(ENDING)]
+            files += [f"data/{n}" for n in sorted(os.listdir(data)) if n.endswith(PARQUET)]
         folders = {name for name in SPLITS[split] if os.path.isdir(os.path.join(root, name))}
     places = []
     for name in SPLITS[split]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from fd_large import meeting
 from fd_large.atomic_files import PASSING, retried
+from fd_large.data.packages import PARQUET, check_packages, is_url, scheme_of
 from fd_large.data.shards import expand_braces
 from fd_large.errors import DataError, first_line
 
@@ -30,19 +31,8 @@ ANSWER_SECONDS = 60.0
 RANGE_BYTES = 16 << 20
 # Requests at a time while a dataset is looked at.
 STREAMS = 16
-READ_REMOTELY = (".tar", ".parquet")
-PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-}
-"""What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+READ_REMOTELY = (".tar", PARQUET)
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _GLOB = re.compile(r"[*?\[]")
 _BUSY = {408, 425, 429}
 # A forked process must not drop the clients that it inherits: closing their connections would take
@@ -94,11 +84,6 @@ class Stored(NamedTuple):
         return open(self.url, "rb")
 
 
-def is_url(root: str) -> bool:
-    """Whether a root is a URL and no path."""
-    return bool(_URL.match(root))
-
-
 def join(root: str, name: str) -> str:
     """A name below a root."""
     return f"{root.rstrip('/')}/{name}" if is_url(root) else os.path.join(root, name)
@@ -140,8 +125,7 @@ def find(root: str, endings: tuple[str, ...], where: str) -> list[Stored]:
     Returns: none if there is none.
     Raises: DataError: if a file that is named is not there, or a package is missing.
     """
-    if is_url(root):
-        check_package(root, where)
+    check_packages(root, where=where)
     try:
         names = [name for one in expand_braces(root) for name in _names(one, endings)]
         with ThreadPoolExecutor(STREAMS) as pool:
@@ -163,29 +147,6 @@ def find_objects(root: str, where: str) -> list[Stored]:
             f"expected one kind. Set --{where} '{root.rstrip('/')}/*.parquet' or '*.tar'."
         )
     return found
-
-
-def check_package(root: str, where: str) -> None:
-    """Refuses a URL whose client is not installed, or whose scheme nobody knows.
-
-    Raises: DataError: with the command that installs it.
-    """
-    scheme = _scheme(root)
-    packages = " ".join(filter(None, ("fsspec", PACKAGES.get(scheme))))
-    try:
-        import fsspec
-
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        raise DataError(
-            f"{where}: {scheme}:// needs a package that is not installed; got {error}, expected "
-            f"it. Install it: pip install {packages}"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"{where}: no such kind of URL; got {root!r}, expected s3://, gs://, https:// or "
-            "another that fsspec knows. Correct it, or name a folder."
-        ) from error
 
 
 def _names(root: str, endings: tuple[str, ...]) -> Iterator[str]:
@@ -279,7 +240,7 @@ def _client(url: str) -> tuple[Any, str]:
     """fsspec's client, the same one within a process and another in a forked one; and the path."""
     import fsspec
 
-    scheme, options = _scheme(url), {}
+    scheme, options = scheme_of(url), {}
     # The pauses between tries are ours: clients that try again as well would multiply them.
     if scheme in ("s3", "s3a"):
         options["config_kwargs"] = {
@@ -300,12 +261,6 @@ def _client(url: str) -> tuple[Any, str]:
         client.retries = 1
     _clients[id(client)] = client
     return client, path
-
-
-def _scheme(url: str) -> str:
-    match = _URL.match(url)
-    assert match
-    return match.group(1)
 
 
 def _passes(error: BaseException) -> bool:

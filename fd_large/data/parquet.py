@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +18,10 @@ from numpy.typing import NDArray
 from fd_large import meeting
 from fd_large.data.blocks import BlockImages, BlockWriter
 from fd_large.data.folder import read_image
-from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects, is_url
+from fd_large.data.objects import RANGE_BYTES, STREAMS, Stored, find, find_objects
+from fd_large.data.packages import PARQUET, is_url, require
 from fd_large.errors import DataError, FDError, first_line
 
-ENDING = ".parquet"
 _ROWS = 64
 
 
@@ -111,11 +110,11 @@ def open_parquet(root: str, *, where: str) -> ParquetImages | None:
 
     Raises: DataError: if a file is missing or damaged, or a package is.
     """
-    named = root.lower().endswith(ENDING)
+    named = root.lower().endswith(PARQUET)
     if is_url(root):
-        files = [f for f in find_objects(root, where) if f.url.lower().endswith(ENDING)]
+        files = [f for f in find_objects(root, where) if f.url.lower().endswith(PARQUET)]
     elif named or _holds_parquet(root):
-        files = meeting.once(f"parquet files of {root}", lambda: find(root, (ENDING,), where))
+        files = meeting.once(f"parquet files of {root}", lambda: find(root, (PARQUET,), where))
     else:
         return None
     if not files:
@@ -124,11 +123,7 @@ def open_parquet(root: str, *, where: str) -> ParquetImages | None:
         raise DataError(
             f"{where}: no such parquet file; got {root!r}, expected at least one. Correct the name."
         )
-    if find_spec("pyarrow") is None:
-        raise DataError(
-            f"{where}: parquet files need the package pyarrow; got nothing, expected it to be "
-            "installed. Install it: pip install pyarrow"
-        )
+    require("pyarrow", "parquet files", where)
     return ParquetImages(root, files, where=where)
 
 
@@ -140,7 +135,7 @@ def _holds_parquet(root: str) -> bool:
     def look() -> bool:
         folders = filter(os.path.isdir, (root, os.path.join(root, "data")))
         names = (name for folder in folders for name in os.listdir(folder))
-        return any(name.lower().endswith(ENDING) for name in names)
+        return any(name.lower().endswith(PARQUET) for name in names)
 
     return bool(meeting.once(f"parquet in {root}", look))
 

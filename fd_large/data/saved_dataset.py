@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from numpy.typing import NDArray
 
 from fd_large import meeting
 from fd_large.data.folder import read_image
+from fd_large.data.packages import SAVED, require
 from fd_large.errors import DataError, first_line
 
-_STATE, _INFO, _PARTS = "state.json", "dataset_info.json", "dataset_dict.json"
+_PARTS = "dataset_dict.json"
 
 
 class SavedDataset:
@@ -127,11 +127,7 @@ def open_saved_dataset(root: str, *, where: str) -> SavedDataset | None:
             f"{where}: a dataset of several parts; got {root!r} with {', '.join(parts)}, expected "
             f"one. Set --{where} {os.path.join(root, parts[0] if parts else 'PART')}."
         )
-    if not all(os.path.isfile(os.path.join(root, name)) for name in (_STATE, _INFO)):
+    if not all(os.path.isfile(os.path.join(root, name)) for name in SAVED):
         return None
-    if find_spec("datasets") is None:
-        raise DataError(
-            f"{where}: a saved dataset needs the package datasets; got nothing, expected it to be "
-            "installed. Install it: pip install datasets"
-        )
+    require("datasets", "a saved dataset", where)
     return SavedDataset(root, where=where)

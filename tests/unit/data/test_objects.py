@@ -6,7 +6,7 @@ import pytest
 
 from fd_large import atomic_files
 from fd_large.data import objects
-from fd_large.data.objects import Stored, asked, check_package, find
+from fd_large.data.objects import Stored, asked, find
 from fd_large.errors import DataError, StorageError
 
 
@@ -109,15 +109,6 @@ def test_what_does_not_pass_is_final(error):
     with pytest.raises(DataError, match="s3://b/x: cannot be read; got "):
         asked("s3://b/x", fail)
     assert len(tries) == 1
-
-
-def test_a_client_that_is_missing_is_named():
-    with pytest.raises(DataError, match=r"data\.root: no such kind of URL; got 'zzz://a'"):
-        check_package("zzz://a", "data.root")
-    fsspec = pytest.importorskip("fsspec")
-    fsspec.register_implementation("missing", "no_such_module.Class", errtxt="none")
-    with pytest.raises(DataError, match=r"missing:// needs a package .* pip install fsspec"):
-        check_package("missing://a", "data.root")
 
 
 def test_a_stamp_is_no_path():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fd_large.data import parquet, sampler
+from fd_large.data import packages, sampler
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_labelled, open_split, training_part
 from fd_large.data.loader import ViewBatches, build_loader
@@ -185,6 +185,6 @@ def test_mistakes_are_one_sentence(tmp_path, tables, monkeypatch):
         assert "\n" not in str(info.value)
     with pytest.raises(DataError, match=r"data\.stage_to: .* Set --data\.cache /x "):
         stage(open_images(str(tables)), "/x")
-    monkeypatch.setattr(parquet, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"data\.root: .*: pip install pyarrow"):
         open_images(str(tables))

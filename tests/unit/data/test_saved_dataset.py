@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from fd_large.data import saved_dataset
+from fd_large.data import packages
 from fd_large.data.folder import ImageFolder
 from fd_large.data.labelled import open_split
 from fd_large.data.loader import ViewBatches, build_loader
@@ -78,6 +78,6 @@ def test_mistakes_are_one_sentence(saved, tmp_path, monkeypatch):
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=r"^data\.root: a saved dataset cannot be opened; got "):
         open_images(str(tmp_path))
-    monkeypatch.setattr(saved_dataset, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install datasets"):
         open_images(f"{saved}/train")

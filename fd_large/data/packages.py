@@ -1,0 +1,84 @@
+"""Optional packages that a dataset needs: missed in one sentence, and without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+
+from fd_large.errors import DataError
+
+PARQUET = ".parquet"
+SAVED = ("state.json", "dataset_info.json")
+"""Files that `datasets` writes beside a saved dataset."""
+CLIENTS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
+"""What fsspec needs besides for a scheme; fsspec knows many more schemes."""
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+def scheme_of(root: str) -> str:
+    """The scheme of a URL; "" for a path."""
+    match = _URL.match(root)
+    return match.group(1) if match else ""
+
+
+def is_url(root: str) -> bool:
+    """Whether a root is a URL and no path."""
+    return bool(scheme_of(root))
+
+
+def check_packages(root: str, *, where: str) -> None:
+    """Refuses what a package is missing for, as far as the name of a dataset tells.
+
+    Args:
+        root: As `data.root` takes it.
+        where: The field that names it, for messages.
+
+    Raises: DataError: with the command that installs it.
+    """
+    if is_url(root):
+        _check_client(root, where)
+    if root.lower().endswith(PARQUET):
+        require("pyarrow", "parquet files", where)
+    elif not is_url(root) and all(os.path.isfile(os.path.join(root, name)) for name in SAVED):
+        require("datasets", "a saved dataset", where)
+
+
+def require(package: str, what: str, where: str) -> None:
+    """Refuses a dataset whose package is missing.
+
+    Raises: DataError: with the command that installs it.
+    """
+    if find_spec(package) is None:
+        raise DataError(
+            f"{where}: {what}: the package {package} is needed; got nothing, expected it to be "
+            f"installed. Install it: pip install {package}"
+        )
+
+
+def _check_client(root: str, where: str) -> None:
+    scheme = scheme_of(root)
+    packages = " ".join(filter(None, ("fsspec", CLIENTS.get(scheme))))
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise DataError(
+            f"{where}: {scheme}:// needs a package that is not installed; got {error}, expected "
+            f"it. Install it: pip install {packages}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{where}: no such kind of URL; got {root!r}, expected s3://, gs://, https:// or "
+            "another that fsspec knows. Correct it, or name a folder."
+        ) from error
