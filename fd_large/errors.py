@@ -125,9 +125,14 @@ _LISTED = 40
 
 
 def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
-    """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close."""
+    """Returns "nearest: a, b" for a mistyped name, or "known: ..." when nothing is close.
+
+    A name that is part of others, as `lr` of `optim.base_lr`, is close to these.
+    """
     known = sorted(names)
     close = get_close_matches(name, known, n=most, cutoff=0.5)
+    if not close and len(name) > 1:
+        close = [one for one in known if name in one][:most]
     if close:
         return f"nearest: {', '.join(close)}"
     more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""

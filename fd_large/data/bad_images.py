@@ -91,6 +91,7 @@ def limit_error(count: BadCount, max_bad_fraction: float, names: Iterable[str]) 
         listed += f" and {len(distinct) - MAX_NAMES} more (see the log)"
     return DataError(
         f"data.max_bad_fraction: too many images cannot be used; got {count.num_bad} of "
-        f"{count.num_tried} samples, expected at most {max_bad_fraction:g} of them: {listed}. "
+        f"{count.num_tried} samples, expected at most {max_bad_fraction:g} of them "
+        f"(of {FEWEST_SAMPLES:,} while fewer were tried): {listed}. "
         "Replace or remove these files, or raise --data.max_bad_fraction."
     )

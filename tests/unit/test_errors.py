@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fd_large.errors import ConfigError, DataError, FDError, check_all
+from fd_large.errors import ConfigError, DataError, FDError, check_all, nearest
 
 
 def refuse(error: FDError) -> None:
@@ -33,3 +33,17 @@ def test_all_mistakes_are_told_at_once_and_each_once() -> None:
 def test_a_mistake_of_ours_stays_a_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         check_all(lambda: refuse(ConfigError("a")), lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bse_lr", "nearest: base_lr"),
+        ("lr", "nearest: base_lr, warmup_lr"),
+        ("q", "known: base_lr, epochs, warmup_lr"),
+        ("zzz", "known: base_lr, epochs, warmup_lr"),
+    ],
+)
+def test_the_nearest_names_are_near_misses_or_contain_the_name(name: str, told: str) -> None:
+    found = nearest(name, ["warmup_lr", "epochs", "base_lr"])
+    assert found.startswith(told) if name == "bse_lr" else found == told

@@ -24,6 +24,7 @@ from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
 from fd_large.data.labelled import LabelledImages, open_split, training_part
+from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
 from fd_large.engine.frozen import Frozen, frozen_maker, frozen_weights
@@ -323,6 +324,12 @@ class DistillationJob(Job):
         """Returns losses on images and crops that training never sees, and k-NN accuracy."""
         evaluations = []
         if self.run.eval.root:
+            own = not self.run.data.root.startswith(BUILTIN)
+            if own and self.run.eval.root.startswith(BUILTIN):
+                log.warning(
+                    "eval.root: held-out figures and pictures are of the quick start's photographs, "
+                    "not of your images; --eval.root FOLDER names yours"
+                )
             evaluations.append(self._held_out_losses(engine, samples, micro_batch_size))
         if self.run.eval.knn_root:
             evaluations.append(self._knn(engine, micro_batch_size))

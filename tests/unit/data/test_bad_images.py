@@ -41,7 +41,8 @@ def test_every_bad_sample_counts_and_each_name_is_logged_once(caplog):
 
 def test_the_end_of_a_run_has_the_list_in_one_sentence():
     text = str(limit_error(BadCount(30, 900), 0.01, ["b.jpg", "a.jpg", "b.jpg"]))
-    assert "got 30 of 900 samples, expected at most 0.01 of them: a.jpg, b.jpg. " in text
+    assert "got 30 of 900 samples, expected at most 0.01 of them (of 1,000 " in text
+    assert ": a.jpg, b.jpg. " in text
     assert "--data.max_bad_fraction" in text
     assert "\n" not in text
     many = str(limit_error(BadCount(30, 900), 0.01, [f"{i:03}.jpg" for i in range(30)]))
