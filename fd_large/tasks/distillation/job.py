@@ -327,8 +327,8 @@ class DistillationJob(Job):
             own = not self.run.data.root.startswith(BUILTIN)
             if own and self.run.eval.root.startswith(BUILTIN):
                 log.warning(
-                    "eval.root: held-out figures and pictures are of the quick start's photographs, "
-                    "not of your images; --eval.root FOLDER names yours"
+                    "eval.root: held-out figures and pictures are of the quick start's "
+                    "photographs, not of your images; --eval.root FOLDER names yours"
                 )
             evaluations.append(self._held_out_losses(engine, samples, micro_batch_size))
         if self.run.eval.knn_root:
