@@ -67,6 +67,8 @@ setup(
         "rich>=13",
         "numpy>=1.26",
         "pillow>=11",
+        # Run files (--config).
+        "pyyaml>=6",
         # Every run writes TensorBoard events and ends with pictures of its curves.
         "tensorboard>=2.16",
         "matplotlib>=3.8",
@@ -115,6 +117,10 @@ setup(
             # Builds the wheel without a network: environments of Python 3.12 come without it, and
             # older releases need the package wheel.
             "setuptools>=70.1",
+            # Run the notebook of docs/.
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
             *ONNX,
             *TRANSFORMERS,
             *PARQUET,

@@ -39,6 +39,7 @@ _PEER_IS_GONE = (
 )
 
 _launch: Launch | None = None
+_is_guest = False
 _moves = 0
 _node_groups: dict[int, dist.ProcessGroup] = {}
 
@@ -52,7 +53,9 @@ def open_files_needed(num_ranks: int) -> int:
     return 2 * num_ranks + 4096
 
 
-def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> Launch:
+def start(
+    launch: Launch | None = None, *, timeout_seconds: float = 1800.0, is_guest: bool = False
+) -> Launch:
     """Makes the process group of all ranks and starts the watch; once, at the start of a run.
 
     Collectives run over NCCL on CUDA tensors and gloo on CPU tensors. The launch is also written
@@ -61,12 +64,13 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
     Args:
         launch: Where this rank stands; None asks `find_launch`.
         timeout_seconds: How long a collective waits for a rank before it fails.
+        is_guest: Whether the process is somebody else's, such as a notebook's, and is never ended.
 
     Returns: the launch that was used, also when the group existed before.
     Raises:
         LaunchError: If the ranks do not meet, or this rank has no GPU of its own.
     """
-    global _launch
+    global _launch, _is_guest
     if _launch is not None and dist.is_initialized():
         return _launch
     launch = launch or find_launch()
@@ -124,8 +128,13 @@ def start(launch: Launch | None = None, *, timeout_seconds: float = 1800.0) -> L
             "Choose a free port (MASTER_PORT, or the launcher's --master_port) on an address "
             "that all ranks reach."
         ) from error
-    _launch = launch
+    _launch, _is_guest = launch, is_guest
     return launch
+
+
+def is_guest() -> bool:
+    """Says whether this process is somebody else's and is never ended."""
+    return _is_guest
 
 
 def raise_open_files() -> tuple[int, int]:
@@ -137,10 +146,10 @@ def raise_open_files() -> tuple[int, int]:
 
 def stop() -> None:
     """Destroys the process group without waiting for other ranks; harmless when there is none."""
-    global _launch
+    global _launch, _is_guest
     failures.stop_watching()
     _node_groups.clear()
-    _launch = None
+    _launch, _is_guest = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -33,6 +33,7 @@ def rows(found: list[store.Stored]) -> list[dict[str, Any]]:
     """Returns what `list` shows of each checkpoint."""
     return [
         {
+            "path": item.path.resolve(),
             "update": item.update,
             "samples": item.manifest["samples"],
             "ranks": item.manifest["world_size"],

@@ -1,5 +1,6 @@
 """The folder of a run's checkpoints: which are complete, which are sound, which may be removed.
 
+checkpoints/best is a link to the checkpoint of the best evaluation, where a run keeps one.
 checkpoints/step_NNNNNNNN/ holds rank_RRRRR.safetensors and rank_RRRRR.json (size and checksum of
 that file, written by its rank) for every rank, and manifest.json. It is written as
 step_NNNNNNNN.START.part, START the id of the run's start, and renamed when all is flushed: a folder
@@ -27,6 +28,8 @@ PART = ".part"
 OLD = ".old"
 """A checkpoint that is being replaced by one of the same step."""
 CHUNK = 1 << 24
+BEST = "best"
+"""A link to the checkpoint of the best evaluation."""
 MANIFEST_KEYS = {"update", "world_size", "layout", "samples", "zero_stage"}
 DAMAGED = "damaged_"
 
@@ -104,7 +107,8 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
         return None
     own = manifest.pop("crc32", None)
-    named = path.name.partition(".")[0] == name_of(manifest["update"])
+    name = (path.resolve() if path.is_symlink() else path).name
+    named = name.partition(".")[0] == name_of(manifest["update"])
     return manifest if named and own == _crc_of(manifest) else None
 
 
@@ -296,10 +300,40 @@ def amend(path: Path, entries: dict[str, Any], lease: Lease | None = None) -> No
     retried(lambda: write_json(path / "manifest.json", whole), path)
 
 
+def best_of(folder: Path) -> Path | None:
+    """Returns the checkpoint of the run's best evaluation; None where it keeps none."""
+    link = checkpoints_of(folder) / BEST
+    return link.resolve() if link.is_symlink() and link.exists() else None
+
+
+def set_best(folder: Path, update: int, lease: Lease | None = None) -> bool:
+    """Lets `best` name the checkpoint of so many steps; rank 0 calls it.
+
+    Returns: whether there is such a checkpoint.
+    Raises: OSError, StorageError: if the link cannot be made, or the run has a new owner.
+    """
+    if lease:
+        lease.must_own()
+    link, name = checkpoints_of(folder) / BEST, name_of(update)
+    if not link.with_name(name).is_dir():
+        return False
+
+    def replace() -> None:
+        aside = link.with_name(f"{BEST}.new")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name)
+        aside.replace(link)
+
+    retried(replace, link)
+    return True
+
+
 def prune(
     folder: Path, *, keep_last: int, keep_every: int, lease: Lease | None = None
 ) -> list[Path]:
-    """Removes all but the last `keep_last` and those of every `keep_every`-th step; rank 0 calls.
+    """Removes all but the last `keep_last`, those of every `keep_every`-th step and the best one.
+
+    Rank 0 calls it.
 
     Args:
         folder: The run's folder.
@@ -310,9 +344,11 @@ def prune(
     Returns: the folders that were removed.
     """
     removed = []
-    stored = complete(folder)
+    stored, best = complete(folder), best_of(folder)
     for old in stored[: max(0, len(stored) - max(1, keep_last))]:
         if keep_every and old.update % keep_every == 0:
+            continue
+        if best and old.path.name == best.name:
             continue
         if lease and not lease.owned():
             break

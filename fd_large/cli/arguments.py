@@ -37,6 +37,7 @@ from fd_large.recipes.fields import (
     require,
 )
 from fd_large.recipes.run import Run, Task
+from fd_large.recipes.run_file import accepted, read_run_file, run_of
 from fd_large.tasks.registry import TASKS, kind_of
 
 HELP = frozenset({"-h", "--help"})
@@ -67,6 +68,15 @@ class AllowsCode:
                 "a Python file",
             )
             doors.allow(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakesRunFile:
+    """An argument of commands that take a recipe from a file as well."""
+
+    # YAML or JSON file with values of the recipe's fields, nested as in the recipe.json of a run,
+    # which is such a file. Flags win over the file (docs/recipes.md).
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,10 @@ class _Parser(Generic[Own]):
 
     def parse(self, arguments: Sequence[str]) -> WithRecipe[Own]:
         self._check_code(arguments)
+        from_file = self._run_file(arguments) if self._recipe is not None else None
         own_task = _own_task(arguments) if self._recipe is not None else ""
+        if from_file is not None:
+            self._task = type(from_file.task)
         if own_task:  # Its section's fields are flags too.
             self._task = Task.class_for({"name": own_task})
         values = self._values([argument for argument in arguments if argument not in HELP])
@@ -199,7 +212,7 @@ class _Parser(Generic[Own]):
         base = run = built = None
         if self._recipe is not None:
             try:
-                base = registry.get(own.get("recipe") or self._recipe)
+                base = from_file or registry.get(own.get("recipe") or self._recipe)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
                 self._mistakes.append(str(error))
@@ -207,11 +220,13 @@ class _Parser(Generic[Own]):
             self._print_help(base)
             raise HelpShown
         if base is not None:
-            run = self._accepted(given, base.with_fields)
+            run = accepted(given, base.with_fields, self._mistakes)
         if missing := [name for name in _required(self._kind) if name not in own]:
             self._mistakes += [self._missing(name) for name in missing if name not in self._invalid]
         else:
-            built = self._accepted(own, lambda values: from_plain(self._kind, nested(values), ""))
+            built = accepted(
+                own, lambda values: from_plain(self._kind, nested(values), ""), self._mistakes
+            )
         if self._mistakes:
             raise ConfigError("\n".join(dict.fromkeys(self._mistakes)))
         # Only a command that takes no recipe has no run, and does not ask for it.
@@ -303,19 +318,29 @@ class _Parser(Generic[Own]):
         close = whole[:3] or get_close_matches(typed, known, n=2, cutoff=0.85)
         return f"nearest: {', '.join(close)}" if close else nearest(typed, known)
 
-    def _accepted(
-        self, values: dict[str, Any], build: Callable[[dict[str, Any]], Any]
-    ) -> Any | None:
-        """What is built of values; each one that is refused is noted and left out."""
-        values = dict(values)
-        while True:
-            try:
-                return build(values)
-            except ConfigError as error:
-                self._mistakes.append(str(error))
-                # Messages begin with the field.
-                if values.pop(str(error).partition(":")[0].lstrip("-"), None) is None:
-                    return None
+    def _run_file(self, arguments: Sequence[str]) -> Run | None:
+        """Returns the recipe that the file of --config describes; None without such a flag.
+
+        Read before the flags: its task decides which of them there are.
+        """
+        texts: dict[str, list[str]] = {
+            name.replace("-", "_"): values for name, values, _ in _groups(arguments)
+        }
+        if not texts.get("config") or "config" not in field_names(self._kind):
+            return None
+        for path in texts.get("allow_code", ()):
+            doors.allow(path)
+        recipe = (texts.get("recipe") or [""])[0]
+        try:
+            return run_of(
+                read_run_file(texts["config"][0]),
+                recipe=recipe or str(self._recipe),
+                named=bool(recipe),
+                mistakes=self._mistakes,
+            )
+        except ConfigError as error:
+            self._mistakes.append(str(error))
+            return None
 
     def _missing(self, name: str) -> str:
         see = f"See {_program(self._command)} --help."

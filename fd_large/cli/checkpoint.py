@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from fd_large.checkpoint import inspection
+from fd_large.checkpoint import inspection, store
 from fd_large.checkpoint.lease import claimed
 from fd_large.cli.arguments import AllowsCode, call_subcommand
 from fd_large.cli.output import tables
@@ -67,14 +67,14 @@ def list_checkpoints(run: str) -> int:
 
     folder, found = inspection.stored_of(run)
     table = Table(title=f"{folder}", title_justify="left")
-    rows = inspection.rows(found)
+    rows, best = inspection.rows(found), store.best_of(folder)
     hashes = list(dict.fromkeys(name for row in rows for name in row["hashes"]))
     titles = [name.replace("_", " ") for name in hashes]
     for column in ("step", "samples", "ranks", "ZeRO", "size", *titles):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            str(row["update"]),
+            f"best  {row['update']}" if best == row["path"] else str(row["update"]),
             f"{row['samples']:,}",
             str(row["ranks"]),
             str(row["zero"]),

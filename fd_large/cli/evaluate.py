@@ -20,7 +20,8 @@ from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import override, require
-from fd_large.recipes.stored import FILE, read_recipe
+from fd_large.recipes.run import Run
+from fd_large.recipes.stored import FILE, read_recipe, run_of_checkpoint
 from fd_large.recipes.task_kind import TaskKind
 from fd_large.tasks.registry import TASKS, kind_of
 
@@ -60,7 +61,19 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     given = parse_with_recipe(Evaluate, arguments, command="evaluate", recipe=RECIPE)
-    own, changes = given.own, given.fields
+    return evaluate(given.own, given.fields, given.run)
+
+
+def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
+    """Measures models; returns the exit code.
+
+    Args:
+        own: The command's own arguments.
+        changes: Fields of a recipe that are given, by name.
+        run: A recipe with these fields.
+
+    Raises: FDError: for the user's mistakes.
+    """
     for flags, scored in _SCORED_FILES.items():
         names = [field.name for field in fields(flags)]
         if any(getattr(own, name) for name in names):
@@ -74,8 +87,9 @@ def main(arguments: list[str]) -> int:
     root = {name: value for name, value in changes.items() if name == "data.root"}
     require_paths(paths_of_models(own.models) | root)
     kind = TASKS.get(own.task)
-    if own.task == "auto" and (Path(own.models[0]) / FILE).is_file():
-        kind = kind_of(read_recipe(own.models[0], where="evaluate").task.name)
+    folder = run_of_checkpoint(own.models[0])
+    if own.task == "auto" and (folder / FILE).is_file():
+        kind = kind_of(read_recipe(folder, where="evaluate").task.name)
     if kind and kind.scores_runs:
         _refuse(own, "a run that is scored by its own task", ("models",), changes, SCORING_FIELDS)
         return _score_run(own, changes)
@@ -92,7 +106,7 @@ def main(arguments: list[str]) -> int:
     _refuse(own, task, ("models", *test.flags), changes, test.fields)
     if task in TRAININGS:
         return train_models(models, TASKS[task], own, changes)
-    return measure_frozen(models, task, own, given.run)
+    return measure_frozen(models, task, own, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def _score_run(own: Evaluate, changes: Mapping[str, Any]) -> int:
             "Name one."
         )
     path = Path(own.models[0])
-    run = override(read_recipe(path, where="evaluate"), changes)
+    run = override(read_recipe(run_of_checkpoint(path), where="evaluate"), changes)
     if "data.root" in changes:  # Its val split, not another dataset that the run was tested on.
         run = override(run, {"eval.root": ""})
     # torch: seconds.

@@ -50,6 +50,7 @@ _FLAGS = ("pool", "batch_size")
 POOLS = {"mean": "mean of patches", "cls": "class token"}
 _FIELDS = (
     "data.root",
+    "data.val_fraction",
     "data.cache",
     "data.cache_gb",
     "data.image_size",
@@ -137,8 +138,11 @@ def measure_frozen(models: Sequence[NamedModel], task: str, own: ModelFlags, run
     logs.start(launch.rank)
     full_float32(distributed.device())
     keep_blocks_in(run.data.cache, run.data.cache_gb)
-    train = meeting.meet(lambda: open_split(run.data.root, "train"))
-    test = meeting.meet(lambda: open_split(run.data.root, "val", train.classes))
+    data = run.data
+    train = meeting.meet(lambda: open_split(data.root, "train", val_fraction=data.val_fraction))
+    test = meeting.meet(
+        lambda: open_split(data.root, "val", train.classes, val_fraction=data.val_fraction)
+    )
     seeds = _seeds(run.runtime.seed, own.seeds)
     rows, folder = [], Path(own.out)
     module: Any  # A type checker does not know the methods of a backbone.

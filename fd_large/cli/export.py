@@ -18,7 +18,7 @@ from fd_large.atomic_files import check_new
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import CheckpointError
 from fd_large.recipes.fields import require
-from fd_large.recipes.stored import read_recipe, recipe_file
+from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.push import REPOSITORY
 
@@ -29,12 +29,13 @@ SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True, kw_only=True)
 class Export(AllowsCode):
-    """Write the student of a run's newest checkpoint where others load it.
+    """Write the student of a run's newest checkpoint, or of a named one, where others load it.
 
     OUT is a new folder: the weights, config.json, and README.md, the model card.
     """
 
-    # Folder of the run, for example runs/quickstart.
+    # Folder of the run, for example runs/quickstart, or of one of its checkpoints, for example
+    # runs/quickstart/checkpoints/best.
     run: Annotated[str, Positional, arg(metavar="RUN")]
     # Folder to write; nothing may stand there.
     out: Annotated[str, Positional, arg(metavar="OUT")]
@@ -80,7 +81,7 @@ class Export(AllowsCode):
 def main(arguments: list[str]) -> int:
     """Exports and prints what was written."""
     given = parse(Export, arguments, command="export")
-    recipe_file(given.run, where="export")  # torch is not imported yet.
+    recipe_file(run_of_checkpoint(given.run), where="export")  # torch is not imported yet.
     step, parameters, files = export(
         given.run,
         given.out,
@@ -116,7 +117,7 @@ def export(
     """Writes the student of a run's newest checkpoint to a new folder.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or of one of its checkpoints.
         out: Folder to write.
         to: One of LIBRARIES.
         shard_size: Size of a file at most, such as 5GB; a graph is not cut.
@@ -139,7 +140,7 @@ def export(
     from fd_large.weights.push import check_push
 
     folder, size = Path(run), exports.parse_size(shard_size)
-    recipe = read_recipe(folder, where="export")
+    recipe = read_recipe(run_of_checkpoint(folder), where="export")
     job = job_of(recipe)
     student = job.stored_student()
     size_rule = recipe.student.size_rule
@@ -164,7 +165,7 @@ def export(
                 to=to,
                 parameters=parameters,
                 manifest=reader.manifest,
-                summary=_json(folder / "summary.json"),
+                summary=_summary(folder, reader.manifest["update"]),
                 sharded=4 * parameters > size,
                 repository=repository,
                 licence=licence,
@@ -216,6 +217,23 @@ def _while_pruned(folder: Path, write: Callable[[], Any]) -> Any:
             if store.renamed(folder) == before:
                 raise
             log.warning("export: %s The newest is taken.", error)
+
+
+def _summary(folder: Path, step: int) -> dict[str, Any]:
+    """The run's summary; for a checkpoint that was named, with the numbers of its own evaluation.
+
+    The numbers of the run's end are not those of its other checkpoints.
+    """
+    from fd_large.runtime.run_folder import rows_before
+
+    run = run_of_checkpoint(folder)
+    summary = _json(run / "summary.json")
+    if run == folder or summary.get("updates") == step:
+        return summary
+    rows = rows_before(run / "evaluations.jsonl", step + 1)
+    own = next((row for row in rows if row["update"] == step), {})
+    measured = {name for row in rows for name in row} - {"update"}
+    return summary | dict.fromkeys([*measured, "loss_end"]) | own | {"updates": step}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 from collections.abc import Iterator
@@ -64,6 +65,11 @@ def owning(run_dir: str) -> Iterator[Lease]:
 
 
 def _end(why: str) -> None:
+    from fd_large import distributed
+
     terminal.show_error(why)
+    if distributed.is_guest():
+        _thread.interrupt_main()
+        return
     failures.tell(Exit.LOOK, why)
     os._exit(Exit.LOOK)

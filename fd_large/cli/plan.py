@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fd_large.cli.arguments import parse_with_recipe
+from fd_large.cli.arguments import TakesRunFile, parse_with_recipe
 from fd_large.cli.output import tables
 from fd_large.errors import ConfigError
 from fd_large.plan import kept_counts
@@ -46,7 +46,7 @@ NO_SHAPES = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(TakesRunFile):
     """Plan a recipe on a cluster: memory, time, network, disk; from shapes, without a GPU.
 
     Fields of the recipe (--batch.global_batch_size 8192 ...) follow as in training;

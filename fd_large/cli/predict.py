@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from fd_large.cli.arguments import AllowsCode, parse
 from fd_large.errors import ConfigError
 from fd_large.recipes.fields import require
-from fd_large.recipes.stored import read_recipe
+from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 
 if TYPE_CHECKING:
     from fd_large.engine.job import Predicted
@@ -69,7 +69,7 @@ def predict(
 
     Raises: FDError: if there is no such run or image, or the run's task draws nothing.
     """
-    recipe = read_recipe(Path(run), where="predict")
+    recipe = read_recipe(run_of_checkpoint(run), where="predict")
     missing = [path for path in images if not Path(path).is_file()]
     if missing:
         raise ConfigError(

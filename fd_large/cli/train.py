@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fd_large import activity, shipped
-from fd_large.cli.arguments import AllowsCode, WithRecipe, parse_with_recipe
+from fd_large.cli.arguments import AllowsCode, TakesRunFile, WithRecipe, parse_with_recipe
 from fd_large.cli.ownership import owning
 from fd_large.cli.paths import paths_of, require_paths
 from fd_large.data.packages import check_packages
@@ -19,7 +19,7 @@ from fd_large.runtime import terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(AllowsCode):
+class Train(TakesRunFile, AllowsCode):
     """Train a recipe. A recipe gives every field its value; flags override field by field.
 
     deepspeed fd_large/train.py --deepspeed_config JSON [--recipe NAME] [--section.field VALUE ...]

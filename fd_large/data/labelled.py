@@ -15,6 +15,7 @@ from fd_large.data.objects import find_objects, join
 from fd_large.data.packages import PARQUET, is_url
 from fd_large.data.sampler import Blocks
 from fd_large.data.source import ImageSource, open_images
+from fd_large.data.val_fraction import FIELD, Part, places_of
 from fd_large.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,37 @@ def training_part(root: str, *, where: str = "data.root") -> str:
     return train[0]
 
 
+def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.root") -> ImageSource:
+    """Opens the images of a dataset, without labels, that training may see.
+
+    Args:
+        root: As `open_images` takes it.
+        val_fraction: See `open_split`.
+        where: The field that names it, for messages.
+
+    Raises: DataError: if they cannot be used.
+    """
+    if not val_fraction:
+        return open_images(training_part(root, where=where), where=where)
+    _check_no_parts(root, where)
+    images = open_images(root, where=where)
+    return Part(images, places_of(images, "train", val_fraction, where=where))
+
+
+def has_parts(root: str, *, where: str = "data.root") -> bool:
+    """Returns whether a dataset has both a part `train` and one that is tested."""
+    return all(_places(root, split, where) for split in SPLITS)
+
+
+def _check_no_parts(root: str, where: str) -> None:
+    if has_parts(root, where=where):
+        raise DataError(
+            f"{FIELD}: the folder has parts of its own; got {root!r} with train/ and val/ or "
+            f"test/, expected class folders alone. Leave out --{FIELD}, or set --{where} to one "
+            "of its parts."
+        )
+
+
 def open_labelled(
     root: str,
     classes: Sequence[str] | None = None,
@@ -125,7 +157,12 @@ def open_labelled(
 
 
 def open_split(
-    root: str, split: str, classes: Sequence[str] | None = None, *, where: str = "data.root"
+    root: str,
+    split: str,
+    classes: Sequence[str] | None = None,
+    *,
+    val_fraction: float = 0.0,
+    where: str = "data.root",
 ) -> LabelledImages:
     """Opens the training or the test part of a dataset: `train/`, and `val/` or `test/`.
 
@@ -133,23 +170,36 @@ def open_split(
         root: The folder that holds the parts, or a source of the user's own that has them.
         split: "train" or "val".
         classes: Names of the training set's classes, for a set that is tested.
+        val_fraction: Of a folder of class folders without parts, the fraction of the images that
+            is tested, chosen by the names of the files; 0: the folder has parts.
         where: The field that names the folder, for messages.
 
     Raises: DataError: if the folder lacks the part, or there is only one class.
     """
+    if val_fraction:
+        _check_no_parts(root, where)
+        found = open_labelled(root, classes, where=where)
+        _check_classes(found, root, where)
+        places = places_of(found.images, split, val_fraction, where=where)
+        labels = found.labels[places]
+        if split == "train" and (missing := set(range(len(found.classes))) - {*labels.tolist()}):
+            names = ", ".join(found.classes[number] for number in sorted(missing)[:5])
+            log.warning(
+                "%s: all images of %d classes are held out (%s): nothing can be learnt of them",
+                FIELD,
+                len(missing),
+                names,
+            )
+        return LabelledImages(Part(found.images, places), labels, found.classes)
     for folder in [root] if is_custom(root) else _places(root, split, where):
         found = open_labelled(folder, classes, part=split, where=where)
-        if len(found.classes) < 2:
-            raise DataError(
-                f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
-                "expected several, a folder for each. Add the others."
-            )
+        _check_classes(found, folder, where)
         return found
     expected = " or ".join(f"{name}/" for name in SPLITS[split])
     raise DataError(
         f"{where}: no part {expected} in the folder; got {root!r}, expected train/ and val/ or "
         "test/, each with class folders or labelled tar shards, or parquet files called so. Set "
-        f"--{where} FOLDER."
+        f"--{where} FOLDER, or for class folders without parts --{FIELD} 0.1."
     )
 
 
@@ -181,3 +231,11 @@ def _places(root: str, split: str, where: str) -> list[str]:
                 places.append(join(root, f"{folder}{slash}{pattern.replace('.*.', '.')}"))
                 break
     return places
+
+
+def _check_classes(found: LabelledImages, folder: str, where: str) -> None:
+    if len(found.classes) < 2:
+        raise DataError(
+            f"{where}: one class; got {', '.join(found.classes)} alone in {folder!r}, "
+            "expected several, a folder for each. Add the others."
+        )

@@ -77,7 +77,7 @@ def student_of(path: Path, where: str, job_of: JobOf) -> Stored | None:
     Returns: None if the path is neither.
     Raises: CheckpointError: if no checkpoint is sound, or it is of another model than its recipe.
     """
-    is_checkpoint = path.name.startswith("step_") and store.manifest_of(path) is not None
+    is_checkpoint = store.manifest_of(path) is not None
     if not is_checkpoint and not store.checkpoints_of(path).is_dir():
         return None
     reader = stream.newest(path, where=where)

@@ -44,6 +44,7 @@ class Checkpoints:
         evaluated: Whether the evaluation due at the restored checkpoint was made.
         stored_time_box: State of the time box in the restored checkpoint; None: it has none.
         time_box: The time box whose state is stored; None: there is none.
+        stored_recipe: The recipe of the restored checkpoint; empty where there is none.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Checkpoints:
         self._saved: int | None = None
         self._manifest: dict[str, Any] = {}
         self._begun = 0.0
+        self._best: int | None = None
         self.optimizer_steps = 0
         self.evaluated = True
         self.stored_time_box: dict[str, Any] | None = None
         self.time_box: TimeBox | None = None
+        self.stored_recipe: dict[str, Any] = {}
 
     @property
     def bytes(self) -> int:
@@ -153,6 +156,21 @@ class Checkpoints:
             except (OSError, FDError) as error:
                 log.warning("%s: a resume from it evaluates again: %s", path, error)
 
+    def mark_best(self, step: int) -> None:
+        """Lets `checkpoints/best` name the checkpoint of a step, once it is complete."""
+        self._best = step
+        if not self._saver.begun:
+            self._link_best()
+
+    def _link_best(self) -> None:
+        if self._best is None or not distributed.is_main():
+            return
+        try:
+            if store.set_best(self._folder, self._best, self._lease):
+                self._best = None
+        except (OSError, FDError) as error:
+            log.warning("%s/%s is not written: %s", self._folder, store.BEST, error)
+
     def settle(self) -> bool:
         """Waits for a save that has begun, on all ranks; returns whether the last one succeeded."""
         self._wait()
@@ -209,6 +227,7 @@ class Checkpoints:
         self.optimizer_steps = manifest.get("optimizer_steps", manifest["update"])
         self.evaluated = manifest.get("evaluated", True)
         self.stored_time_box = manifest.get("time_box")
+        self.stored_recipe = manifest.get("recipe", {})
         distributed.together(
             lambda: state.restore(
                 self._engine,
@@ -248,6 +267,7 @@ class Checkpoints:
     def _finish(self, failed_anywhere: bool) -> float | None:
         if self._saver.finish(failed_anywhere=failed_anywhere):
             self._failures = 0
+            self._link_best()
             # Up to the last byte, not until now: an evaluation may have come in between.
             return self._saver.ended - self._begun
         self._saved = None

@@ -18,6 +18,7 @@ from fd_large.backbones.custom.custom import check_map
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
+from fd_large.data.labelled import open_training
 from fd_large.data.loader import Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource, open_images
@@ -115,6 +116,8 @@ class Job:
     "SET/METRIC" -> words. On disk the name is SET_METRIC. Numbers that are not listed are recorded
     but not shown. SET/best_constant is the constant-prediction baseline of SET/loss; "loss" is the
     training loss."""
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
+    """The METRICs of which less is better; of the others more is."""
     memory_remedy: ClassVar[str] = ""
     """A flag that saves memory if the task's models do not fit; empty: there is none."""
     learns_from_images_alone: ClassVar[bool] = False
@@ -144,7 +147,10 @@ class Job:
 
         Raises: DataError or ConfigError: if they cannot be used.
         """
-        return open_images(self.run.data.root)
+        data = self.run.data
+        if data.val_fraction:
+            return open_training(data.root, val_fraction=data.val_fraction)
+        return open_images(data.root)
 
     def check(self) -> None:
         """Refuses ignored fields; checks what else the task reads, such as headers of weights.

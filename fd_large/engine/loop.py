@@ -16,6 +16,7 @@ from torch import Tensor
 from fd_large import activity, distributed
 from fd_large.data.bad_images import BadCount, BadImages, agreed_error
 from fd_large.data.loader import Batch
+from fd_large.engine.best import Best
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.ema import Ema
 from fd_large.engine.evaluation import Evaluation, Interrupted, Panel, steps_between
@@ -95,7 +96,11 @@ class Trainer:
         time_box: Decides the length, and corrects it; None: the plan's length stays.
         layer_rates: Steps each layer at its own learning rate; None: all have the same.
         ema: The average of the weights; None: there is none.
+        best: Keeps the checkpoint of the best evaluation, and may end the run early; None: neither.
         begun: Takes the hooks that know of the start, and so are to hear of the end.
+
+    Attributes:
+        stopped_early: Whether patience was exhausted before the last step.
     """
 
     def __init__(
@@ -110,17 +115,19 @@ class Trainer:
         time_box: TimeBox | None = None,
         layer_rates: LayerLearningRates | None = None,
         ema: Ema | None = None,
+        best: Best | None = None,
         begun: list[Hook] | None = None,
     ) -> None:
         self._engine, self._plan, self._hooks, self._setting = engine, plan, hooks, setting
         self._checkpoints, self._evaluations, self._time_box = checkpoints, evaluations, time_box
-        self._layer_rates, self._ema = layer_rates, ema
+        self._layer_rates, self._ema, self._best = layer_rates, ema, best
         self._evaluate_every = steps_between(evaluations)
         self._finished = setting.first_update
         self._begun = [] if begun is None else begun
         self._status = ""
         self._save_owed = False
         self._bad_images = BadImages()
+        self._improved = self.stopped_early = False
 
     def train(self, batches: Callable[[int, int], Iterator[Batch]]) -> str:
         """Trains; returns `done`, `preempted`, `not saved`, or the status a hook ended it with.
@@ -139,6 +146,10 @@ class Trainer:
         elif not self._checkpoints.evaluated and self._evaluate(last=self._finished == self._total):
             # The evaluation that the last start did not come to, or did not finish.
             self._checkpoints.mark_evaluated()
+            self._after_evaluation(saved=True)
+        elif self._best is not None and self._best.exhausted:
+            # It was ended between its last evaluation and its end.
+            self._after_evaluation(saved=True)
         while self._finished < self._total and not self._status:
             self._train_epoch(batches)
         with activity.work("writing the checkpoint"):
@@ -313,8 +324,38 @@ class Trainer:
         if self._evaluate(last=last):
             if saves:
                 self._checkpoints.mark_evaluated()
+            # A row of refused steps is never what is kept.
+            if not agreed.update.skipped:
+                self._after_evaluation(saved=saves)
         elif not saves:
             self._save(evaluated=False)
+
+    def _after_evaluation(self, *, saved: bool) -> None:
+        """Keeps the checkpoint of the best evaluation; ends the run once patience is exhausted.
+
+        Args:
+            saved: Whether a checkpoint of this step is stored or being written.
+        """
+        best = self._best
+        if best is None or self._status:
+            return
+        stops = best.exhausted and self._finished < self._total
+        if (self._improved or stops) and not saved:
+            self._save(evaluated=True)
+            if self._status:
+                return
+        if self._improved:
+            self._checkpoints.mark_best(self._finished)
+        if stops:
+            self.stopped_early = True
+            if distributed.is_main():
+                log.info("%s", best.reason())
+            self._plan = self._plan._replace(
+                schedule=replace(self._plan.schedule, total=self._finished)
+            )
+            self._checkpoints.settle()
+            # As after the last step: with the figures and pictures that only the last one has.
+            self._evaluate(last=True)
 
     def _save(self, *, evaluated: bool) -> None:
         verdict = Verdict.all_of(hook.on_save(self._finished) for hook in self._hooks)
@@ -345,6 +386,9 @@ class Trainer:
             return False
         if self._time_box is not None:
             self._time_box.after_evaluation(time.monotonic() - begin)
+        if self._best is not None:
+            made = len(due) == len(self._evaluations)
+            self._improved = self._best.note(self._finished, metrics, all_made=made)
         for hook in self._hooks if metrics else ():
             hook.on_evaluation(self._finished, metrics)
             if panel is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion, check_batch_sizes, updates_per_epoch
 from fd_large.data.source import ImageSource
 from fd_large.engine import micro_batch, node_consistency
+from fd_large.engine.best import Best, check_metric
 from fd_large.engine.checkpoint_models import sources_of
 from fd_large.engine.checkpoints import Checkpoints
 from fd_large.engine.count import kernel_calls, step_flops
@@ -44,7 +46,7 @@ from fd_large.launch import Launch
 from fd_large.plan.counts import StepFlops
 from fd_large.plan.memory import persistence_threshold
 from fd_large.plan.workload import frozen_in_bfloat16
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import LENGTH, Run, difference
 from fd_large.recipes.stored import read_recipe
 from fd_large.runtime import logs
 from fd_large.runtime.guard import Guard
@@ -57,9 +59,11 @@ from fd_large.runtime.run_folder import (
     open_folder,
     record_code,
     recorded_code,
+    rows_before,
     source_commit,
     status_of,
     write_environment,
+    write_status,
 )
 from fd_large.runtime.save_interval import SaveInterval
 from fd_large.runtime.trackers import trackers_of
@@ -152,8 +156,11 @@ def _train(
             run.optim.max_seconds, folder, total, first=first, stored=checkpoints.stored_time_box
         )
         total = time_box.total
-    if first >= total and distributed.broadcast_object(status_of(folder) == DONE):
-        log.info("%s: finished after %d steps; nothing to do", folder, first)
+    best = _best_of(job, folder, first)
+    done = distributed.broadcast_object(status_of(folder) == DONE)
+    if done and (first >= total or (best is not None and best.exhausted)):
+        why = f" ({best.reason()})" if first < total and best else ""
+        log.info("%s: finished after %d steps%s; nothing to do", folder, first, why)
         return 0
     if first:
         log.info("resumed after step %d of %d", first, total)
@@ -168,8 +175,11 @@ def _train(
             total,
             warmup,
         )
+    schedule = CosineSchedule(peak, warmup_start, minimum, total, warmup)
+    if first:
+        _log_other_length(checkpoints.stored_recipe, run, folder, schedule, first)
     plan = TrainingPlan(
-        CosineSchedule(peak, warmup_start, minimum, total, warmup),
+        schedule,
         per_epoch,
         opened.accumulation,
         run.runtime.seed,
@@ -211,14 +221,59 @@ def _train(
             time_box=time_box,
             layer_rates=by_layer(engine, run.optim.layer_decay),
             ema=opened.ema,
+            best=best,
             begun=watching,
         )
         status = trainer.train(batches)
     except FDError as error:
         error.rank_local = not error.agreed
         raise
+    if best is not None and distributed.is_main():
+        why = {"reason": best.reason()} if trainer.stopped_early else {}
+        write_status(folder, status, best=best.to_dict(), **why)
     log.info("%s: %s", status, folder)
     return EXIT_CODES.get(status, Exit.LOOK)
+
+
+def _best_of(job: Job, folder: Path, finished: int) -> Best | None:
+    """Returns what compares the run's evaluations; None where the recipe names no metric."""
+    wanted = job.run.eval
+    if not wanted.best_metric:
+        return None
+    metric = next(n for n in job.metrics if n.replace("/", "_") == wanted.best_metric)
+    return Best.of_folder(
+        folder,
+        finished,
+        metric=wanted.best_metric,
+        lower_is_better=metric.partition("/")[2] in job.lower_is_better,
+        patience=wanted.patience,
+    )
+
+
+def _log_other_length(
+    stored: dict[str, Any], run: Run, folder: Path, schedule: CosineSchedule, finished: int
+) -> None:
+    """Says what changes for a run whose length is not the one that its checkpoint was made for."""
+    with suppress(FDError):
+        changed = {
+            name: values
+            for name, values in difference(Run.from_dict(stored), run).items()
+            if name in LENGTH
+        }
+        if not changed or not distributed.is_main():
+            return
+        rows = rows_before(folder / "metrics.jsonl", finished)
+        last = f" after {rows[-1]['learning_rate']:.3g} at the last one" if rows else ""
+        log.warning(
+            "%s: ANOTHER SCHEDULE from here on: the run goes on after step %d to step %d, and its "
+            "cosine ends there. The learning rate of the next step is %.3g%s. The result is not "
+            "that of a run that had this length from its start.",
+            ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()),
+            finished,
+            schedule.total,
+            schedule.at_step(finished),
+            last,
+        )
 
 
 def _step_flops(job: Job, micro_batch_size: int) -> StepFlops | None:
@@ -401,6 +456,7 @@ def _check(
         lambda: ds.load(deepspeed_config),
         job.open_samples,
         job.check,
+        lambda: run.eval.best_metric and check_metric(run.eval.best_metric, job.metrics),
         lambda: moments_of(run.optim, distributed.device().type),
         lambda: trackers_of(run.runtime.trackers),
     )
@@ -547,20 +603,25 @@ def hooks_of(job: Job, profile: int = 0, more: Sequence[Hook] = ()) -> list[Hook
 
 
 def preemption_of(run: Run, lease: Lease, launcher: str) -> Preemption | None:
-    """Returns what catches signals from now on; None where the recipe turns it off."""
-    if not run.runtime.preemption:
+    """Returns what catches signals from now on; None where the recipe turns it off.
+
+    Only the main thread of a process can, which a guest may not be in.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not run.runtime.preemption or not is_main_thread:
         return None
     return Preemption(
         run.runtime.notice_seconds,
         launcher=launcher,
         leaving=lease.will_leave,
         write_status=lambda status: write_end(lease, status, "a second Ctrl-C", first=True),
+        ends_process=not distributed.is_guest(),
     )
 
 
 def watchdog_of(run: Run, lease: Lease) -> Watchdog | None:
-    """Returns the recipe's watchdog; None where it is turned off."""
-    if not run.runtime.watchdog_seconds:
+    """Returns the recipe's watchdog; None where it is turned off, or must not end the process."""
+    if not run.runtime.watchdog_seconds or distributed.is_guest():
         return None
     return Watchdog(
         run.runtime.watchdog_seconds,

@@ -130,6 +130,8 @@ _MAY_CHANGE = {
     "data.stage_to",
     "data.workers",
     "engine.node_size",
+    "eval.best_metric",
+    "eval.patience",
     "guard.enabled",
     "guard.roll_backs",
     "guard.skips",
@@ -152,6 +154,26 @@ _MAY_CHANGE = {
     "student.attention_memory",
     "student.checkpoint_every",
 }
+
+
+# What decides the length of a run and of its schedule.
+LENGTH = ("optim.epochs", "optim.max_steps", "optim.max_seconds")
+
+
+def _is_longer(before: Optim, now: Optim) -> bool:
+    """Whether a run may go on to another length: to a larger one, as far as a recipe shows.
+
+    Numbers of different units (epochs and steps, or a time limit that is lifted) are compared once
+    the length of an epoch is known.
+    """
+    if now.max_seconds:
+        # The limit has decided a length, or will; a larger maximum alone changes nothing.
+        return False
+    if before.max_seconds or bool(before.max_steps) != bool(now.max_steps):
+        return True
+    if now.max_steps:
+        return now.max_steps > before.max_steps and now.epochs == before.epochs
+    return now.epochs > before.epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +302,11 @@ class Run:
         Returns: {"optim.base_lr": (value there, value here), ...}.
         Raises: ConfigError: as `from_dict`.
         """
-        kind = self.task.kind()
+        kind, before = self.task.kind(), Run.from_dict(stored)
         free = _MAY_CHANGE | set(kind.may_change if kind else ())
-        found = difference(Run.from_dict(stored), self)
+        if _is_longer(before.optim, self.optim):
+            free |= set(LENGTH)
+        found = difference(before, self)
         return {name: values for name, values in found.items() if name not in free}
 
     def code(self) -> dict[str, str]:

@@ -110,6 +110,10 @@ class Data:
     # saved Hugging Face dataset; s3://, gs:// or https:// of tar or parquet files (docs/data.md);
     # builtin:photographs; or a source of your own, module:PATH/TO/FILE.py:NAME (docs/extending.md).
     root: str = ""
+    # Fraction of the images of a folder without train/ and val/ that is held out of all training
+    # and used for tests: k-NN, linear probes, fine-tuning. Which ones follows from the names of the
+    # files, so images that are added move no other. 0 holds none out.
+    val_fraction: float = 0.0
     # Folder on a local disk of each node, to which the dataset is copied once and verified before
     # training. Empty reads the dataset where it is.
     stage_to: str = ""
@@ -150,12 +154,9 @@ class Data:
         for name in ("color_jitter", "grayscale_probability"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}: out of range", value, "a number in [0, 1]")
-        require(
-            0 <= self.max_bad_fraction < 1,
-            "data.max_bad_fraction: invalid fraction",
-            self.max_bad_fraction,
-            "a number in [0, 1)",
-        )
+        for name in ("val_fraction", "max_bad_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"data.{name}: invalid fraction", value, "a number in [0, 1)")
         at_least("data.max_pixels", self.max_pixels, 1, "pixels")
         at_least("data.workers", self.workers, 0, "processes")
         positive("data.cache_gb", self.cache_gb)
@@ -325,9 +326,31 @@ class Eval:
     knn_root: str = ""
     # Number of steps between two k-NN tests. 0 tests only before the first step and after the last.
     knn_every: int = 0
+    # Number of an evaluation by which the best checkpoint is kept beside the newest ones, as
+    # RUN/checkpoints/best: held_out_loss or test_knn of a distillation, test_top1 of a fine-tuning,
+    # box_AP of a detection. Of losses less is better, of others more. Empty keeps the newest only.
+    best_metric: str = ""
+    # Number of evaluations in a row without a better value of best_metric after which the run
+    # ends. 0 trains to the last step.
+    patience: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "eval")
+        at_least("eval.patience", self.patience, 0, "evaluations")
+        require(
+            bool(self.best_metric) or not self.patience,
+            "eval.patience: needs a number to compare evaluations by",
+            self.patience,
+            "0 while eval.best_metric is empty",
+            "Set --eval.best_metric, for example held_out_loss",
+        )
+        require(
+            bool(self.every or self.knn_every) or not self.patience,
+            "eval.patience: needs evaluations during training",
+            self.patience,
+            "0 while eval.every is 0",
+            "Set --eval.every",
+        )
         at_least("eval.knn_every", self.knn_every, 0, "steps")
         require(
             bool(self.knn_root) or not self.knn_every,

@@ -29,6 +29,17 @@ def recipe_file(folder: str | Path, *, where: str) -> Path:
     return path
 
 
+def run_of_checkpoint(path: str | Path) -> Path:
+    """Returns the folder of the run that a checkpoint belongs to; any other path as it is.
+
+    Args:
+        path: The folder of a run, or RUN/checkpoints/NAME.
+    """
+    path = Path(path)
+    above = path.parent.parent
+    return above if path.parent.name == "checkpoints" and (above / FILE).is_file() else path
+
+
 def read_recipe(folder: str | Path, *, where: str) -> Run:
     """Returns the recipe of a run.
 

@@ -60,6 +60,8 @@ class Preemption(Hook):
         leaving: Called, by the signal's handler, once there is a reason to stop.
         write_status: Says in the run's folder how the run ended.
         leave: Ends the process with an exit code.
+        ends_process: Whether a second Ctrl-C does so; else it raises KeyboardInterrupt, as without
+            this hook.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Preemption(Hook):
         leaving: Callable[[], None] = lambda: None,
         write_status: Callable[[str], Any] = lambda status: None,
         leave: Callable[[int], Any] = os._exit,
+        ends_process: bool = True,
     ) -> None:
+        self._ends_process, self._pressed = ends_process, 0.0
         self._notice, self._launcher = notice_seconds, launcher
         self._leaving, self._leave = leaving, leave
         self._reason = ""
@@ -204,6 +208,11 @@ class Preemption(Hook):
         # Nothing that locks: a handler may interrupt whoever holds the lock.
         self._reason = self._reason or signal.Signals(number).name
         self._leave_soon()
+        if number == signal.SIGINT and not self._ends_process:
+            now = time.monotonic()
+            if self._pressed and now - self._pressed > SAME_PRESS_SECONDS:
+                raise KeyboardInterrupt
+            self._pressed = self._pressed or now
 
     def _leave_soon(self) -> None:
         if not self._said:
@@ -227,7 +236,7 @@ class Preemption(Hook):
                             "there is no step yet); the same command goes on from there. Once "
                             "more ends it at once."
                         )
-                elif now - pressed > SAME_PRESS_SECONDS:
+                elif now - pressed > SAME_PRESS_SECONDS and self._ends_process:
                     self._end_at_once()
         os.close(self._pipe[0])
 

@@ -44,6 +44,7 @@ FLOORS = {
     "diagnose": 6,
     "cli": 7,
     "__main__": 8,
+    "api": 8,
     "train": 8,
 }
 # Files that recipes may import: the description of a task or a family, without torch and without

@@ -75,6 +75,7 @@ NAMES = {
     f"{_STAGE_3}._partition_all_parameters": "2c6c615b",
     f"{_STAGE_3}.invalidate_secondary_tensor": "3dff70b1",
     # Collectives over gloo, replaced.
+    "deepspeed.comm:comm": PRESENT,
     "deepspeed.comm.comm:cdb": PRESENT,
     "deepspeed.comm.torch:TorchBackend.all_gather_into_tensor": PRESENT,
     "deepspeed.comm.torch:TorchBackend.reduce_scatter_tensor": PRESENT,
@@ -83,6 +84,7 @@ NAMES = {
     f"{_COORDINATOR}:PartitionedParameterCoordinator": PRESENT,
     "deepspeed.utils:groups": PRESENT,
     "deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP": PRESENT,
+    "deepspeed.utils.groups:_WORLD_GROUP": PRESENT,
     # Compiled operations. The first is made by compilers' answers when it is asked for.
     "deepspeed.ops:__compatible_ops__": PRESENT,
     "deepspeed.git_version_info:installed_ops": PRESENT,

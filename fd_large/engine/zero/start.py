@@ -43,6 +43,17 @@ def start() -> None:
         private_names.replace(collectives, "reduce_scatter_tensor", scatter_in_place)
 
 
+def stop() -> None:
+    """Forgets all that DeepSpeed keeps in the process, as `distributed.stop()` destroys its group.
+
+    Without that a later `start` would find collectives of a group that is gone.
+    """
+    forget_engines()
+    private_names.replace(private_names.get("deepspeed.comm:comm"), "cdb", None)
+    groups = private_names.get("deepspeed.utils:groups")
+    private_names.replace(groups, "_WORLD_GROUP", None)
+
+
 def forget_engines() -> None:
     """Releases what ZeRO-3 keeps alive after `engine.destroy()`.
 

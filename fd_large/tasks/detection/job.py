@@ -55,6 +55,7 @@ class DetectionJob(Job):
         "data.color_jitter",
         "data.grayscale_probability",
         "data.min_crop_scale",
+        "data.val_fraction",
         "eval.views",
         "eval.knn_root",
         "eval.knn_every",

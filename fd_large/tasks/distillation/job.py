@@ -23,7 +23,7 @@ from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
-from fd_large.data.labelled import LabelledImages, open_split, training_part
+from fd_large.data.labelled import LabelledImages, has_parts, open_split, open_training
 from fd_large.data.photographs import PREFIX as BUILTIN
 from fd_large.data.source import ImageSource, open_images
 from fd_large.engine.evaluation import Evaluation, Panel, evaluating
@@ -145,7 +145,8 @@ class DistillationJob(Job):
 
         A dataset's folder is often named whole, and what is tested must not be learnt from.
         """
-        return open_images(training_part(self.run.data.root))
+        data = self.run.data
+        return open_training(data.root, val_fraction=data.val_fraction)
 
     def parameter_sizes(self) -> tuple[int, ...]:
         """Returns the sizes of the tensors of student, projection and teacher; checks the grids.
@@ -496,9 +497,12 @@ class DistillationJob(Job):
 
     @cached_property
     def _labelled_images(self) -> tuple[LabelledImages, LabelledImages]:
-        root = self.run.eval.knn_root
-        train_set = open_split(root, "train", where="eval.knn_root")
-        return train_set, open_split(root, "val", train_set.classes, where="eval.knn_root")
+        root, where = self.run.eval.knn_root, "eval.knn_root"
+        fraction = 0.0 if has_parts(root, where=where) else self.run.data.val_fraction
+        train_set = open_split(root, "train", val_fraction=fraction, where=where)
+        return train_set, open_split(
+            root, "val", train_set.classes, val_fraction=fraction, where=where
+        )
 
 
 def _grid(whose: str, grid_of: Callable[[int, int], Grid], side: int) -> Grid:

@@ -246,7 +246,8 @@ class FineTuningJob(Job):
             if root:
                 self._test = open_labelled(root, classes, where="eval.root")
             else:
-                self._test = open_split(self.run.data.root, "val", classes)
+                data = self.run.data
+                self._test = open_split(data.root, "val", classes, val_fraction=data.val_fraction)
         return self._test
 
     _test: LabelledImages | None = None
@@ -254,7 +255,8 @@ class FineTuningJob(Job):
 
     def _training_images(self) -> LabelledImages:
         if self._training is None:
-            self._training = open_split(self.run.data.root, "train")
+            data = self.run.data
+            self._training = open_split(data.root, "train", val_fraction=data.val_fraction)
         return self._training
 
     def _measure(

@@ -26,6 +26,39 @@ def test_the_last_and_every_nth_stay(folder, stored, updates_left):
     assert updates_left() == [3, 6, 7]
 
 
+def test_the_best_stays_and_is_read_by_its_name(folder, stored, updates_left, lease):
+    stored(*range(1, 6))
+    assert store.best_of(folder) is None
+    assert not store.set_best(folder, 9, lease), "there is no such checkpoint"
+    assert store.set_best(folder, 1, lease)
+    assert store.set_best(folder, 2, lease)
+    store.prune(folder, keep_last=1, keep_every=0)
+    assert updates_left() == [2, 5]
+    best = store.checkpoints_of(folder) / "best"
+    assert store.manifest_of(best) == store.manifest_of(best.with_name(store.name_of(2)))
+    assert store.best_of(folder) == best.resolve()
+    store.sweep(folder)
+    store.set_best(folder, 5)
+    store.prune(folder, keep_last=1, keep_every=0)
+    assert updates_left() == [5]
+
+
+def test_a_best_whose_checkpoint_is_gone_keeps_nothing(folder, stored, updates_left):
+    path = stored(1, 2)
+    store.set_best(folder, 2)
+    store.remove(path)
+    assert store.best_of(folder) is None
+    assert store.prune(folder, keep_last=1, keep_every=0) == []
+    assert updates_left() == [1]
+
+
+def test_who_lost_the_folder_names_no_best(folder, stored, lease):
+    stored(1)
+    usurp(folder)
+    with pytest.raises(OSError, match="new owner"):
+        store.set_best(folder, 1, lease)
+
+
 def _shorten(path):
     path.write_bytes(path.read_bytes()[:-8])
 

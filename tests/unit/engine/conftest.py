@@ -17,7 +17,6 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
-from fd_large.engine.zero.start import deepspeed
 from fd_large.launch import Launch
 from fd_large.recipes.sections import Optim
 
@@ -63,10 +62,9 @@ def one_rank():
     gc.freeze()
     yield
     gc.unfreeze()
-    start.forget_engines()
-    distributed.stop()
     # What DeepSpeed keeps of the group would be found by the next file.
-    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
+    start.stop()
+    distributed.stop()
     patch.undo()
     os.environ.clear()
     os.environ.update(before)

@@ -13,6 +13,7 @@ from stored_run import store_tensors
 
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
+from fd_large.checkpoint import store
 from fd_large.cli import weights
 from fd_large.engine.find_model import find_model, with_own_labels
 from fd_large.engine.student import make_student
@@ -82,6 +83,9 @@ def test_a_checkpoint_by_its_own_path(distillation):
     checkpoint = folder / "checkpoints" / "step_00000003"
     assert find_model(str(checkpoint), job_of).label == "tiny step_00000003"
     assert "step_00000007" in find_model(str(folder), job_of).section.source
+    store.set_best(folder, 3)
+    best = find_model(str(folder / "checkpoints" / "best"), job_of)
+    assert best.label == "tiny step_00000003"
 
 
 @pytest.mark.parametrize(

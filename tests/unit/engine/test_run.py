@@ -166,10 +166,10 @@ def recipe(one_rank, tmp_path):
         handler.close()
 
 
-def start(recipe, **more):
+def start(recipe, *, job=BrightnessJob, **more):
     config = "ds_configs/zero3.json"
     with claimed(Path(recipe.run_dir())) as lease:
-        return train(recipe, BrightnessJob, deepspeed_config=config, lease=lease, **more)
+        return train(recipe, job, deepspeed_config=config, lease=lease, **more)
 
 
 NUMBERS = (0.485, 0.456, 0.406, 0.229, 0.224, 0.225)
@@ -302,7 +302,7 @@ def test_a_run_that_an_error_ends_says_so_in_its_folder(
     assert again["start"] != summary["start"]
     # Of a run of another recipe it says nothing.
     with pytest.raises(ConfigError, match="another recipe"):
-        start(replace(recipe, optim=replace(recipe.optim, max_steps=4)))
+        start(replace(recipe, optim=replace(recipe.optim, weight_decay=0.1)))
     assert json.loads((tmp_path / "run/summary.json").read_text()) == again
 
 
@@ -318,6 +318,86 @@ def test_a_run_whose_last_state_cannot_be_written_is_not_to_be_started_again_bli
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "not saved"
     assert start(recipe) == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
+
+
+def steps(recipe, count):
+    return replace(recipe, optim=replace(recipe.optim, max_steps=count))
+
+
+def said_in(folder):
+    """Lines of the run's log, without what precedes the text of each."""
+    found = (folder / "logs/rank_00000.log").read_text().splitlines()
+    return [line.partition("fd_large.engine.run: ")[2] for line in found]
+
+
+def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_path):
+    assert start(recipe) == 0
+    with pytest.raises(ConfigError, match=r"another recipe; got optim\.max_steps 3 -> 2"):
+        start(steps(recipe, 2))
+    for _ in range(2):  # The second time nothing is left to do, and nothing to say.
+        assert start(steps(recipe, 5)) == 0
+    said = [text for text in said_in(tmp_path / "run") if "ANOTHER SCHEDULE" in text]
+    assert len(said) == 1
+    assert said[0].startswith("optim.max_steps 3 -> 5: ANOTHER SCHEDULE from here on: the run goes")
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
+    assert f"step is {rows[3]['learning_rate']:.3g} after {rows[2]['learning_rate']:.3g}" in said[0]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["updates"], summary["total_updates"]) == ("done", 5, 5)
+
+
+class WorseLater(BrightnessJob):
+    """Evaluates after each step; the loss is least after the second one."""
+
+    losses = (9.0, 3.0, 1.0, 2.0, 2.0, 0.5)
+
+    def evaluations(self, engine, samples, micro_batch_size):
+        def measure(step, last, between):
+            between()
+            return {"test_loss": self.losses[step]}, None
+
+        return [Evaluation(measure, 1)]
+
+
+def best(recipe, **values):
+    wanted = replace(recipe.eval, best_metric="test_loss", **{"every": 1, **values})
+    runtime = replace(recipe.runtime, keep_last=1, save_every=99)
+    return replace(steps(recipe, 5), eval=wanted, runtime=runtime)
+
+
+def stored(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_best_checkpoint_stays_and_a_run_without_progress_ends(interrupted, recipe, tmp_path):
+    run, folder = best(recipe, patience=2), tmp_path / "run"
+    if interrupted:
+        assert start(run, job=WorseLater, hooks=[Ending(wish=True)]) == 75
+    assert start(run, job=WorseLater) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["updates"]) == ("done", 4)
+    assert summary["best"] == {"metric": "test_loss", "value": 1.0, "update": 2}
+    assert summary["reason"].startswith("early stopping: 2 evaluations without a better test_loss")
+    assert stored(folder) == ["best", "step_00000002", "step_00000004"]
+    assert (folder / "checkpoints/best").resolve().name == "step_00000002"
+    assert start(run, job=WorseLater) == 0
+    assert f"{folder}: finished after 4 steps (early stopping" in said_in(folder)[-1]
+    # More patience goes on, to what turns out to be better.
+    assert start(best(recipe, patience=3), job=WorseLater) == 0
+    assert stored(folder) == ["best", "step_00000002", "step_00000005"]
+    assert (folder / "checkpoints/best").resolve().name == "step_00000005"
+
+
+def test_a_metric_that_is_not_measured_is_refused(recipe):
+    with pytest.raises(ConfigError, match=r"eval\.best_metric: no number .* nearest: test_loss"):
+        start(replace(recipe, eval=replace(recipe.eval, best_metric="test_lose")))
+
+    class Promised(BrightnessJob):
+        metrics: ClassVar = {"test/loss": "test loss", "test/top1": "accuracy"}
+
+    with pytest.raises(ConfigError, match="does not measure it; got 'test_top1', expected one of"):
+        start(replace(recipe, eval=replace(recipe.eval, best_metric="test_top1")), job=Promised)
 
 
 def test_a_micro_batch_is_probed_once(recipe, tmp_path, monkeypatch):

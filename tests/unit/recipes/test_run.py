@@ -9,7 +9,7 @@ from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run, Task, difference
-from fd_large.recipes.sections import Data, Runtime, Student
+from fd_large.recipes.sections import Data, Optim, Runtime, Student
 from fd_large.tasks.detection.section import Detection
 from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.finetuning.section import FineTune
@@ -153,3 +153,24 @@ def test_what_only_a_distillation_reads_is_refused_field_by_field(name):
     objective = replace(run.objective, beta=1.0, whitening_eps=1e-3)
     with pytest.raises(ConfigError, match=r"objective\.beta, objective\.whitening_eps: "):
         replace(run, objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ({"max_steps": 10}, {"max_steps": 11}, set()),
+        ({"max_steps": 10}, {"max_steps": 9}, {"optim.max_steps"}),
+        ({"epochs": 20}, {"epochs": 30}, set()),
+        ({"epochs": 30}, {"epochs": 20}, {"optim.epochs"}),
+        # In another unit, of which the recipe does not say which is longer.
+        ({"epochs": 20}, {"epochs": 20, "max_steps": 5}, set()),
+        ({"max_steps": 10}, {"max_steps": 11, "epochs": 400}, {"optim.max_steps", "optim.epochs"}),
+        # What limits the time has decided the length.
+        ({"max_seconds": 9.0}, {"max_seconds": 9.0, "max_steps": 99}, {"optim.max_steps"}),
+        ({"max_seconds": 9.0}, {"max_steps": 99}, set()),
+        ({"max_steps": 10}, {"max_steps": 11, "base_lr": 1.0}, {"optim.base_lr"}),
+    ],
+)
+def test_a_run_goes_on_to_a_larger_length_only(before, now, refused):
+    stored = a_run(optim=Optim(**before)).to_dict()
+    assert set(a_run(optim=Optim(**now)).changes_since(stored)) == refused

@@ -8,13 +8,21 @@ import pytest
 
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
-from fd_large.recipes.stored import read_recipe
+from fd_large.recipes.stored import read_recipe, run_of_checkpoint
 
 
 def test_a_stored_recipe_is_the_same_run(tmp_path):
     run = registry.get("quickstart")
     (tmp_path / "recipe.json").write_text(json.dumps(run.to_dict()))
     assert read_recipe(tmp_path, where="report") == run
+
+
+def test_a_checkpoint_belongs_to_its_run(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "best"
+    assert run_of_checkpoint(checkpoint) == checkpoint
+    (tmp_path / "recipe.json").write_text("{}")
+    assert run_of_checkpoint(checkpoint) == tmp_path
+    assert run_of_checkpoint(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "3", '{"student": {"model": "no"}}', "{}"])

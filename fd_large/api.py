@@ -1,0 +1,470 @@
+"""The package from Python: distil, load and evaluate in a process that goes on afterwards.
+
+`import fd_large` gives these names. They make the same recipes and call the same functions as the
+command line, on one device. A mistake raises an FDError with the sentence that the command line
+prints, and nothing that a run needs stays in the process: no process group, handler of signals or
+logs, thread or setting of torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fd_large import doors, shipped
+from fd_large.errors import ConfigError, LaunchError, nearest
+from fd_large.launch import find_launch
+from fd_large.recipes import registry
+from fd_large.recipes.fields import from_plain, hints_of
+from fd_large.recipes.run import Run
+from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
+from fd_large.runtime import terminal
+
+if TYPE_CHECKING:
+    from fd_large.engine.trained_model import TrainedModel
+    from fd_large.weights.libraries import To
+
+log = logging.getLogger(__name__)
+
+Value = str | os.PathLike[str] | Mapping[str, Any]
+"""The field that a section is mostly about, or several fields of the section by name."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a run; a notebook shows it as a table with its curves.
+
+    Attributes:
+        folder: The run's folder, which all commands take.
+        status: How the run ended: `done`, or `preempted` after a Ctrl-C; the same call goes on.
+        summary: Content of summary.json.
+    """
+
+    folder: Path
+    status: str
+    summary: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the last evaluation, by their names in evaluations.jsonl."""
+        return {name: values[-1] for name, values in self._evaluated.items()}
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """Every evaluation's numbers, by name; `update` is the steps that each followed."""
+        steps = [row["update"] for row in self._files.evaluations]
+        return {"update": steps, **self._evaluated}
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint of the best evaluation (eval.best_metric); None: none is kept."""
+        path = self.folder / "checkpoints" / "best"
+        return path if path.exists() else None
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        """The trained student, as `load_student` gives it."""
+        return load_student(self.folder)
+
+    def export(self, out: str | os.PathLike[str], *, to: To = "timm") -> Path:
+        """Writes the student where others load it, as `fd-large export` does; returns the folder.
+
+        Args:
+            out: Folder to write; nothing may stand there.
+            to: timm, hf, fd, onnx or program.
+        """
+        from fd_large.cli.export import export
+
+        export(str(self.folder), os.fspath(out), to)
+        return Path(out)
+
+    @property
+    def _files(self) -> Any:
+        from fd_large.report.run_files import read_run
+
+        return read_run(self.folder)
+
+    @property
+    def _evaluated(self) -> dict[str, list[float]]:
+        files = self._files
+        return {name: files.evaluated(name)[1].tolist() for name in files.measured}
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        steps = f"{self.summary.get('updates')} of {self.summary.get('total_updates')} steps"
+        return f"Result({self.status}, {steps}, {str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        from fd_large.report.notebook import run_html
+
+        return run_html(self._files)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out of `evaluate`; a notebook shows it as a table with its plot.
+
+    Attributes:
+        folder: The folder of the results.
+        summary: Content of summary.json; empty for a task that writes files of its own.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The mean accuracy of each model over the seeds, per cent, by the model's label."""
+        return {
+            model["label"]: sum(model["accuracy"]) / len(model["accuracy"])
+            for model in self.summary.get("nets", ())
+        }
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.accuracy}, {str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        from fd_large.report.notebook import evaluation_html
+
+        return evaluation_html(self.summary, self.folder)
+
+
+def recipe(name: str, **fields: Any) -> Run:
+    """Returns a run of record, with other values of some fields.
+
+    Args:
+        name: One of `fd_large.RECIPES`.
+        **fields: As `distill` takes them.
+
+    Raises: FDError: with a line for each mistake.
+    """
+    return _run_of(name, _texts(fields))
+
+
+def distill(
+    *,
+    out: str | os.PathLike[str],
+    data: Value = "",
+    teacher: Value = "",
+    student: Value = "",
+    recipe: str | Run = registry.DEFAULT_RECIPE,
+    deepspeed_config: str = "zero1",
+    fresh: bool = False,
+    **fields: Any,
+) -> Result:
+    """Distils a teacher into a student, on this machine's first GPU, or the CPU if it has none.
+
+    The same call goes on where an interrupted one stopped, and does nothing once it is finished.
+
+        fd_large.distill(
+            data="photos/", teacher="timm:vit_small_patch16_224", student="swinv2_tiny",
+            out="runs/first", optim={"max_steps": 500, "max_seconds": 0.0},
+        )
+
+    Args:
+        out: The run's folder (runtime.run_dir).
+        data: Training images (data.root), or several fields of the section: {"root": ...}.
+        teacher: The teacher's weights (teacher.source), or several fields of the section.
+        student: Name of the student's model (student.model), or several fields of the section.
+        recipe: Name of the recipe whose fields have the other values, or such a run.
+        deepspeed_config: DeepSpeed's JSON, a name or a path.
+        fresh: Start anew although the folder holds checkpoints.
+        **fields: Other fields of the recipe: a section with a dict, optim={"max_steps": 20}, or
+            full names, **{"optim.max_steps": 20}.
+
+    Raises: FDError: for a mistake, in a sentence; a line for each if there are several.
+    """
+    values = _texts(fields)
+    for section, main, value in (
+        ("data", "root", data),
+        ("teacher", "source", teacher),
+        ("student", "model", student),
+        ("runtime", "run_dir", out),
+    ):
+        if isinstance(value, Mapping):
+            _add(values, {section: dict(value)})
+        elif value:
+            _add(values, {f"{section}.{main}": os.fspath(value)})
+    run = _run_of(recipe, values)
+    if not run.frozen_models:
+        raise ConfigError(
+            f"recipe: it distils no teacher; got {run.name}, expected a recipe of distillation. "
+            "Train others by the command line (fd-large train), or by fd_large.evaluate(..., "
+            'task="finetune").'
+        )
+    shipped.deepspeed_config(deepspeed_config)
+    from fd_large.cli.train import train_run
+
+    with _guest():
+        train_run(run, deepspeed_config=deepspeed_config, fresh=fresh, then=_draw_report)
+    return result(run.run_dir())
+
+
+def result(folder: str | os.PathLike[str]) -> Result:
+    """Returns the result of a run in a folder, whoever trained it.
+
+    Raises: FDError: if it is not the folder of a run.
+    """
+    from fd_large.report.run_files import read_run
+
+    files = read_run(Path(folder))
+    return Result(files.folder, files.summary.get("status", "not finished"), files.summary)
+
+
+def load_student(
+    run: str | os.PathLike[str], *, allow_code: Iterable[str | os.PathLike[str]] = ()
+) -> TrainedModel:
+    """Loads the student of a run, with the average of its weights where the run keeps one.
+
+        model = fd_large.load_student("runs/first")
+        map = model(model.preprocess("photo.jpg")[None])   # (1, C, H, W)
+
+    Args:
+        run: The run's folder, or that of a checkpoint (RUN/checkpoints/best); or any other model
+            that `fd-large evaluate` takes: RUN#teacher, timm:NAME, a file of weights ...
+        allow_code: Python files of the user's own that the run's recipe may import.
+
+    Returns: the model in evaluation mode, in float32, on the first GPU, or the CPU.
+    Raises: FDError: if there is no such model.
+    """
+    from fd_large.engine.find_model import find_model
+    from fd_large.engine.trained_model import TrainedModel
+    from fd_large.tasks.jobs import job_of
+
+    for path in allow_code:
+        doors.allow(path)
+    import torch
+
+    with torch.random.fork_rng(devices=_cuda_devices()):
+        named = find_model(os.fspath(run), job_of)
+        backbone, statistics = named.build()
+    return TrainedModel(
+        backbone, statistics, image_size=named.image_size, source=named.section.source
+    ).eval()
+
+
+def evaluate(
+    *models: str | os.PathLike[str],
+    data: Value,
+    task: str = "auto",
+    out: str | os.PathLike[str] = "evaluation",
+    **options: Any,
+) -> Evaluation:
+    """Measures models on labelled images, side by side, as `fd-large evaluate` does.
+
+        fd_large.evaluate("runs/first", "runs/first#teacher", data="pets/", task="knn")
+
+    Args:
+        *models: Results, run folders or other models, as `load_student` takes them.
+        data: The labelled images (data.root), or several fields of the section: {"root": ...,
+            "val_fraction": 0.1}.
+        task: knn, linear, finetune, or the task of a run that is scored by itself; auto: as the
+            command line.
+        out: Folder for the results.
+        **options: Other arguments of the command (k=10, seeds=3) and fields of the recipe, as
+            `distill` takes them.
+
+    Raises: FDError: for a mistake, in a sentence; a line for each if there are several.
+    """
+    from fd_large.cli import evaluate as command
+
+    known = hints_of(command.Evaluate)
+    own = {name: value for name, value in options.items() if name in known}
+    values = _texts({name: value for name, value in options.items() if name not in known})
+    root = dict(data) if isinstance(data, Mapping) else {"root": os.fspath(data)}
+    _add(values, {"data": root})
+    for name in values:
+        if name.split(".")[0] not in hints_of(Run):
+            raise ConfigError(
+                f"{name}: no such argument of evaluate; {nearest(name, [*known, *hints_of(Run)])}"
+            )
+    base = registry.get(own.get("recipe") or command.RECIPE)
+    run = _run_of(base, values)
+    given = named_fields(Given(values), [])
+    own |= {"models": [os.fspath(model) for model in models], "task": task, "out": os.fspath(out)}
+    arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
+    summary = Path(out) / "summary.json"
+    before = summary.stat().st_mtime_ns if summary.is_file() else None
+    with _guest():
+        code = command.evaluate(arguments, given, run)
+    if code:
+        raise ConfigError(
+            f"evaluate: a training ended early; got exit code {code}, expected 0. See the logs in "
+            f"{out}."
+        )
+    written = summary.is_file() and summary.stat().st_mtime_ns != before
+    return Evaluation(Path(out), json.loads(summary.read_text()) if written else {})
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
+    """A recipe with other values, nested or by full names; all mistakes at once."""
+    # The caller names code of its own here, as others do on the command line.
+    doors.allow_named(value for _, value in _flat(values) if isinstance(value, str))
+    if isinstance(recipe, str):
+        run = run_of(Given(values), recipe=recipe, named=True)
+    else:
+        found: list[str] = []
+        run = accepted(named_fields(Given(values), found), recipe.with_fields, found)
+        if found:
+            raise ConfigError("\n".join(dict.fromkeys(found)))
+    assert run is not None
+    return run
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values with paths as text."""
+    return {
+        name: _texts(value)
+        if isinstance(value, Mapping)
+        else os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else value
+        for name, value in values.items()
+    }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """Adds values that are not there yet.
+
+    Raises: ConfigError: for a field that is.
+    """
+    for name, value in _flat(_texts(more)):
+        if name in dict(_flat(values)):
+            raise ConfigError(f"{name}: given twice; got two values, expected one. Leave one out.")
+        values[name] = value
+
+
+def _draw_report(folder: str) -> None:
+    """Draws the pictures of a finished run; a failure does not fail the run."""
+    from fd_large.report.make import make_report
+
+    try:
+        make_report(folder)
+    except Exception:
+        log.exception("its report failed, the run stands: fd-large report %s", folder)
+
+
+def _cuda_devices() -> list[int]:
+    import torch
+
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+@contextmanager
+def _guest() -> Iterator[None]:
+    """Lets the block use this process as a rank of its own, and puts everything back after it.
+
+    Raises: LaunchError: if the process is one of several ranks, or has a process group already.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise LaunchError(
+            f"fd_large: one process; got WORLD_SIZE {os.environ['WORLD_SIZE']}, expected 1. Start "
+            "several ranks by the command line: deepspeed --module fd_large.train ..."
+        )
+    environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
+    logging_as_it_was, handlers = _logging(), _signal_handlers()
+    excepthook, captures = sys.excepthook, warnings.showwarning
+    # torch: seconds.
+    import torch
+
+    from fd_large import distributed
+
+    if torch.distributed.is_initialized():
+        raise LaunchError(
+            "fd_large: a process without a process group; got one that torch.distributed has "
+            "already, expected none. Destroy it first, or start another process."
+        )
+    threads = torch.get_num_threads()
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    tf32 = [flag.allow_tf32 for flag in flags]
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices()):
+            distributed.start(find_launch({}), is_guest=True)
+            yield
+    finally:
+        if "fd_large.engine.zero.start" in sys.modules:
+            from fd_large.engine.zero import start
+
+            start.stop()
+        distributed.stop()
+        terminal.give_back()
+        for restore in (*logging_as_it_was, *handlers):
+            restore()
+        logging.captureWarnings(False)
+        warnings.showwarning, sys.excepthook = captures, excepthook
+        os.environ.clear()
+        os.environ.update(environment)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        torch.set_num_threads(threads)
+        for flag, value in zip(flags, tf32, strict=True):
+            flag.allow_tf32 = value
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _logging() -> list[Any]:
+    """What puts Python's loggers back as they are now."""
+
+    def restoring(logger: logging.Logger) -> Any:
+        kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
+
+        def restore() -> None:
+            for handler in list(logger.handlers):
+                if handler not in kept:
+                    logger.removeHandler(handler)
+                    handler.close()
+            for handler in kept:
+                if handler not in logger.handlers:
+                    logger.addHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+        return restore
+
+    return [restoring(logging.getLogger(name)) for name in ("", "DeepSpeed", "deepspeed")]
+
+
+def _signal_handlers() -> list[Any]:
+    """What puts the handlers of signals back; nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    kept = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in kept.items():
+            if handler is not None:  # None: not one of Python's.
+                signal.signal(number, handler)
+
+    return [restore]

@@ -1,0 +1,108 @@
+"""A test part of a folder that has none: which images it holds follows from their names alone.
+
+An image is held out if a hash of its path, relative to the folder, is below the fraction. So the
+parts are the same on every machine and in every command, and an image that is added later moves no
+other one from part to part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fd_large.data.folder import ImageFolder
+from fd_large.data.source import ImageSource
+from fd_large.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FIELD = "data.val_fraction"
+
+
+class Part:
+    """Some images of a source, in their order; itself an `ImageSource`.
+
+    Args:
+        images: The source.
+        places: (len,) int64, the numbers of the images there, rising.
+    """
+
+    def __init__(self, images: ImageSource, places: NDArray[np.int64]) -> None:
+        self._images, self._places = images, places
+        digest = hashlib.sha256(images.fingerprint.encode())
+        digest.update(places.tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> str:
+        return self._images[self._place(index)]
+
+    def read(self, index: int) -> bytes | bytearray:
+        """The bytes of image `index`; DataError if they cannot be read."""
+        return self._images.read(self._place(index))
+
+    def _place(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return int(self._places[index])
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Returns whether an image belongs to the test part.
+
+    Args:
+        name: Its path relative to the folder, "/" between the parts.
+        fraction: The fraction of the images that are held out.
+    """
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def places_of(images: ImageSource, part: str, fraction: float, *, where: str) -> NDArray[np.int64]:
+    """Returns the numbers of the images of a part of a folder, rising.
+
+    Args:
+        images: The folder's images.
+        part: "train" or "val".
+        fraction: The fraction of the images that are held out, in (0, 1).
+        where: The field that names the folder, for messages.
+
+    Raises: DataError: if the images are no folder's, or a part would be empty.
+    """
+    if not isinstance(images, ImageFolder):
+        raise DataError(
+            f"{FIELD}: only a folder of images is divided by the names of its files; got "
+            f"{type(images).__name__} for {where}, expected a folder. Leave it out, and give "
+            "train/ and val/ parts of their own."
+        )
+    held_out = np.fromiter(
+        (
+            is_held_out(os.path.relpath(images[index], images.root), fraction)
+            for index in range(len(images))
+        ),
+        bool,
+        len(images),
+    )
+    count = int(held_out.sum())
+    if not 0 < count < len(images):
+        raise DataError(
+            f"{FIELD}: a part without an image; got {count} of the {len(images)} images of "
+            f"{images.root!r} held out by {fraction}, expected some in both parts. Change "
+            f"--{FIELD}, or add images."
+        )
+    if part == "train":
+        log.info(
+            "%s: %d of %d images of %s are held out for tests, by a hash of their names; training "
+            "never sees them",
+            FIELD,
+            count,
+            len(images),
+            images.root,
+        )
+    return np.flatnonzero(held_out if part == "val" else ~held_out)

@@ -1,0 +1,134 @@
+"""The best evaluation of a run so far, and whether it is time to stop.
+
+All of it follows from the rows of evaluations.jsonl up to the present step, so a run that was
+interrupted decides as one that was not. Rank 0's numbers count on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fd_large import distributed
+from fd_large.errors import ConfigError, nearest
+from fd_large.runtime.run_folder import rows_before
+
+log = logging.getLogger(__name__)
+
+FIELD = "eval.best_metric"
+
+
+class Best:
+    """Compares evaluations by one of their numbers.
+
+    The evaluation before the first step is not counted: there is no checkpoint of it.
+
+    Args:
+        metric: Name of the number, as in evaluations.jsonl.
+        lower_is_better: Its direction.
+        patience: Evaluations in a row without a better value after which the run is to stop; 0:
+            it never is.
+        values: {finished steps: value} of the evaluations so far.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        lower_is_better: bool,
+        patience: int = 0,
+        values: Mapping[int, float] | None = None,
+    ) -> None:
+        self.metric, self._sign, self._patience = metric, 1 if lower_is_better else -1, patience
+        self._values: dict[int, float] = {}
+        for step, value in sorted((values or {}).items()):
+            self._values[step] = value
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, finished: int, *, metric: str, lower_is_better: bool, patience: int
+    ) -> Best:
+        """Returns it with the evaluations of a run that goes on after so many steps; collective."""
+        values: dict[int, float] = {}
+        if distributed.is_main():
+            rows = rows_before(folder / "evaluations.jsonl", finished + 1)
+            values = {row["update"]: row[metric] for row in rows if row.get(metric) is not None}
+            values.pop(0, None)
+        values = distributed.broadcast_object(values)
+        return cls(metric, lower_is_better=lower_is_better, patience=patience, values=values)
+
+    def note(self, step: int, metrics: Mapping[str, float], *, all_made: bool) -> bool:
+        """Takes the numbers of an evaluation; returns whether it is the best so far. A collective.
+
+        Args:
+            step: Number of finished steps.
+            metrics: The numbers.
+            all_made: Whether every evaluation of the run was made, so that the metric is there or
+                never will be.
+
+        Raises: ConfigError: on all ranks, if the run does not measure the metric.
+        """
+        value = distributed.broadcast_object(metrics.get(self.metric))
+        if value is None:
+            if all_made and metrics:
+                error = ConfigError(
+                    f"{FIELD}: this run does not measure it; got {self.metric!r}, expected one of "
+                    f"{', '.join(metrics)}. Change --{FIELD}, or set what it needs (--eval.root, "
+                    "--eval.knn_root)."
+                )
+                error.agreed = True
+                raise error
+            return False
+        if not step:
+            return False
+        self._values[step] = value
+        return self.step == step
+
+    @property
+    def step(self) -> int | None:
+        """Finished steps at the best evaluation, the first of equals; None: there is none yet."""
+        finite = {step: value for step, value in self._values.items() if math.isfinite(value)}
+        return min(finite, key=lambda step: (self._sign * finite[step], step), default=None)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last evaluations, as many as the patience, were no better."""
+        since = sum(step > (self.step or 0) for step in self._values)
+        return bool(self._patience) and since >= self._patience
+
+    def reason(self) -> str:
+        """Returns why the run stops early, in a sentence."""
+        step = self.step
+        value = "not finite" if step is None else f"{self._values[step]:.6g} at step {step}"
+        return (
+            f"early stopping: {self._patience} evaluations without a better {self.metric} than "
+            f"{value}"
+        )
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Returns the best evaluation for summary.json; None: there is none yet."""
+        step = self.step
+        if step is None:
+            return None
+        return {"metric": self.metric, "value": self._values[step], "update": step}
+
+
+def check_metric(metric: str, known: Mapping[str, str]) -> None:
+    """Refuses a metric that the task does not name.
+
+    Args:
+        metric: The name in the recipe.
+        known: As `Job.metrics`.
+
+    Raises: ConfigError: with the nearest names.
+    """
+    names = [name.replace("/", "_") for name in known if "/" in name]
+    names = [name for name in names if not name.endswith("_best_constant")]
+    if metric not in names:
+        raise ConfigError(
+            f"{FIELD}: no number that evaluations of this task measure; got {metric!r}, "
+            f"{nearest(metric, names)}. Change --{FIELD}."
+        )

@@ -1,0 +1,86 @@
+"""A trained model with its preprocessing, for code of the user's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.data.centre_crops import central_view
+from fd_large.data.decode import decode
+from fd_large.errors import ShapeError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class TrainedModel(nn.Module):
+    """A backbone that takes images as they are: normalisation is part of it.
+
+    Args:
+        backbone: Normalised images (B, 3, H, W) -> FeatureMap.
+        statistics: The normalisation of its images.
+        image_size: Side of the images that it was trained with, in pixels.
+        source: Where its weights come from.
+
+    Attributes:
+        backbone: The module.
+        image_size: Side of what `preprocess` returns.
+        source: Where the weights come from.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, statistics: Statistics, *, image_size: int, source: str
+    ) -> None:
+        super().__init__()
+        self.backbone, self.image_size, self.source = backbone, image_size, source
+        self._statistics = statistics
+
+    def preprocess(self, image: str | Path | Image | Tensor | Any) -> Tensor:
+        """Returns the middle of an image as evaluations see it, (3, image_size, image_size) uint8.
+
+        The short side is resized to 256/224 of `image_size`, bicubic.
+
+        Args:
+            image: A file; an image of Pillow; or uint8 pixels, a tensor (3, H, W) or an array
+                (H, W, 3).
+
+        Raises: DataError: if the file is no image; ShapeError: if the pixels are of another form.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            path = Path(image)
+            return central_view(decode(path.read_bytes(), str(path)), self.image_size)
+        if hasattr(image, "convert"):  # Pillow's.
+            image = image.convert("RGB")
+        if not isinstance(image, Tensor):
+            import numpy
+
+            image = torch.from_numpy(numpy.array(image)).movedim(-1, 0)
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise ShapeError(
+                f"preprocess: not an image; got {image.dtype} {tuple(image.shape)}, expected uint8 "
+                "pixels, a tensor (3, H, W) or an array (H, W, 3). Convert it."
+            )
+        return central_view(image, self.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the map of patch tokens, (B, C, H, W).
+
+        Args:
+            images: (B, 3, S, S), uint8 as `preprocess` gives them, or float in 0..1.
+        """
+        tokens, grid, prefix = self.backbone(self._normalised(images))
+        return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the feature of each image, (B, C): the mean over its patch tokens."""
+        return self(images).float().mean((2, 3))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.backbone.parameters()).device)
+        pixels = images if images.dtype == torch.uint8 else images * 255
+        return normalise(pixels, self._statistics)

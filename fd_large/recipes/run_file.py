@@ -1,0 +1,246 @@
+"""Values of a recipe's fields from elsewhere than flags: a YAML or JSON file, or Python.
+
+Both are nested as in `recipe.json`; a name with dots stands for the same ("optim.max_steps: 20").
+Files are data: nothing in them is evaluated, and code of the user's own that they name is imported
+only where the command line allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fd_large.errors import ConfigError, nearest
+from fd_large.recipes import registry
+from fd_large.recipes.fields import field_names
+from fd_large.recipes.run import Run, Task
+
+T = TypeVar("T")
+
+NAME = "name"
+WHERE = "--config"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Values of fields, and where each of them stands.
+
+    Attributes:
+        values: {"optim.max_steps": 20, ...}
+        path: The file; empty: they come from Python.
+        lines: Line of each value in the file, where it is known.
+    """
+
+    values: Mapping[str, Any]
+    path: str = ""
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def where(self, name: str) -> str:
+        """Returns what a message about a field begins with, "run.yaml:12: "."""
+        if not self.path:
+            return ""
+        inside = (line for key, line in self.lines.items() if key.startswith(f"{name}."))
+        line = self.lines.get(name) or next(inside, None)
+        return f"{self.path}:{line}: " if line else f"{self.path}: "
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain scalars as YAML 1.2 and JSON have them: `off` and `no` are text, 1e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _whole = re.compile(f"^(?:{_pattern})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _first)
+
+
+def read_run_file(path: str) -> Given:
+    """Reads a YAML or JSON file of fields, nested or with dots.
+
+    Raises: ConfigError: if there is no such file, or it is not of this form.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{WHERE}: cannot be read; got {path!r} ({error}), expected a YAML or JSON file with "
+            "fields of a recipe, such as the recipe.json of a run. Name one."
+        ) from None
+    lines: dict[str, int] = {}
+    twice: list[str] = []
+    try:
+        with suppress(ValueError):
+            tree: Any = json.loads(text)
+            with suppress(yaml.YAMLError):  # YAML refuses some JSON; its lines are then not known.
+                _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
+            return _given(tree, path, lines, twice)
+        _note_lines(yaml.compose(text, Loader=_Loader), "", lines, twice)
+        tree = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(
+            f"{path}{place}: neither YAML nor JSON; got {problem}, expected names with values, "
+            "for example optim: {max_steps: 20}. Correct the file."
+        ) from None
+    return _given(tree, path, lines, twice)
+
+
+def _given(tree: Any, path: str, lines: dict[str, int], twice: list[str]) -> Given:
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: not fields of a recipe; got {type(tree).__name__}, expected names with "
+            "values, for example optim: {max_steps: 20}. Correct the file."
+        )
+    if twice:
+        raise ConfigError("\n".join(f"{path}:{one}" for one in twice))
+    return Given(tree, path, lines)
+
+
+def _note_lines(node: Any, prefix: str, lines: dict[str, int], twice: list[str]) -> None:
+    """Notes the line of every name below a mapping, and names that stand in it twice."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in seen:
+            twice.append(f"{line}: {name}: given twice; expected once. Remove one.")
+        seen.add(name)
+        lines[name] = line
+        _note_lines(value, f"{name}.", lines, twice)
+
+
+def run_of(
+    given: Given, *, recipe: str, named: bool = False, mistakes: list[str] | None = None
+) -> Run | None:
+    """Returns the recipe that nested values describe.
+
+    Values change the recipe that is named; a name that is no recipe's makes a run of its own,
+    which has to say its student's model.
+
+    Args:
+        given: The values, nested or with dots.
+        recipe: Name of the recipe that is changed where the values name none.
+        named: Whether the user named it, so that it wins over the values' own name.
+        mistakes: Takes the lines of all mistakes; None: they are raised.
+
+    Returns: the recipe; None where a mistake left none.
+    Raises: ConfigError: with a line for each mistake, unless `mistakes` takes them.
+    """
+    found: list[str] = []
+    name = given.values.get(NAME, recipe)
+    base, run = None, None
+    values = named_fields(given, found)
+    values.pop(NAME, None)
+    try:
+        if named or name in registry.RECIPES:
+            base = registry.get(recipe if named else name)
+        elif not isinstance(name, str) or "student.model" not in values:
+            raise ConfigError(
+                f"{NAME}: no such recipe, and no student.model for a run of its own; got {name!r}, "
+                f"{nearest(str(name), registry.RECIPES)}. Name a recipe, or add student.model."
+            )
+        else:
+            base = Run.from_dict(
+                {NAME: name, "student": {"model": values["student.model"]}, **_task_of(values)}
+            )
+        run = accepted(values, base.with_fields, found, where=given.where)
+    except ConfigError as error:
+        found.append(f"{given.where(NAME)}{error}")
+    if mistakes is not None:
+        mistakes += found
+    elif found:
+        raise ConfigError("\n".join(dict.fromkeys(found)))
+    return run
+
+
+def _task_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"task": {NAME: values["task.name"]}} if "task.name" in values else {}
+
+
+def named_fields(given: Given, mistakes: list[str]) -> dict[str, Any]:
+    """Returns {"optim.max_steps": 20, ...} of nested values.
+
+    Args:
+        given: The values.
+        mistakes: Takes a line for each name that is no field's; those are left out.
+    """
+    task = Task
+    own = next((value for name, value in _leaves(given.values, {}) if name == "task.name"), None)
+    with suppress(ConfigError):  # `run_of` says what is wrong with it.
+        task = Task.class_for({NAME: own} if own else {})
+    values: dict[str, Any] = {}
+    fixed = field_names(Run) | field_names(task, "task.")
+    for name, value in _leaves(given.values, fixed):
+        known = fixed if name in fixed else field_names(Run, like=name)
+        if name in known or _is_of_own_task(name, task):
+            values[name] = value
+        else:
+            mistakes.append(f"{given.where(name)}{name}: no such field; {_nearest(name, fixed)}")
+    return values
+
+
+def _is_of_own_task(name: str, task: type[Task]) -> bool:
+    """Whether the section is of a task whose code this process may not import."""
+    section = ".".join(name.split(".")[:2])
+    return task is not Task and field_names(task, "task.").get(section) == dict[str, Any]
+
+
+def _leaves(
+    values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in known and value:
+            yield from _leaves(value, known, f"{name}.")
+        elif not isinstance(value, Mapping) and not (
+            # A section of YAML with nothing in it.
+            value is None and any(one.startswith(f"{name}.") for one in known)
+        ):
+            yield name, value
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    # A field without its section, or in another one.
+    whole = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    return f"nearest: {', '.join(whole[:3])}" if whole else nearest(name, known)
+
+
+def accepted(
+    values: Mapping[str, Any],
+    build: Callable[[dict[str, Any]], T],
+    mistakes: list[str],
+    *,
+    where: Callable[[str], str] = lambda name: "",
+) -> T | None:
+    """Returns what is built of values; each one that is refused is noted and left out.
+
+    Args:
+        values: Values by name.
+        build: Raises a ConfigError that begins with the name of the value it refuses.
+        mistakes: Takes the messages.
+        where: What a message begins with, by the name of the value.
+    """
+    left = dict(values)
+    while True:
+        try:
+            return build(left)
+        except ConfigError as error:
+            name = str(error).partition(":")[0].lstrip("-")
+            mistakes.append(f"{where(name)}{error}")
+            if left.pop(name, None) is None:
+                return None

@@ -1,0 +1,229 @@
+"""The package from Python, in a process that goes on afterwards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributed as dist
+
+import fd_large
+from fd_large.engine import run as engine_run
+from fd_large.recipes import registry
+
+VIT = {"embed_dim": 8, "num_heads": [2], "patch_size": 4}
+TINY = {
+    "student": {"model": "vit_base_patch16", "architecture": {**VIT, "depths": [2]}},
+    "teacher": {
+        "model": "vit_base_patch16",
+        "source": "random",
+        "architecture": {**VIT, "depths": [1], "image_size": 8},
+    },
+    "data": {"image_size": 8, "workers": 0, "val_fraction": 0.3},
+    "batch": {"global_batch_size": 4, "micro_batch_size": 4},
+    "eval": {"root": "", "views": 256},
+    "optim.warmup_epochs": 0,
+    "runtime.log_every": 1,
+}
+
+
+def state():
+    """What a run could leave behind in the process."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    root = logging.getLogger()
+    return {
+        "threads": {thread.name for thread in threading.enumerate()},
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(number) for number in numbers],
+        "handlers": list(root.handlers),
+        "level": root.level,
+        "excepthook": sys.excepthook,
+        "warnings": warnings.showwarning,
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "torch's threads": torch.get_num_threads(),
+        "torch's random state": torch.random.get_rng_state().tolist(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "linear": torch.nn.functional.linear,
+        "group": dist.is_initialized(),
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders without parts: bright and dark images."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(40):
+        folder = root / ("bright" if number % 2 else "dark")
+        folder.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 100, (12, 12, 3)) + 150 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02d}.png")
+    return root
+
+
+def distill(images: Path, out: Path, **more):
+    fields = {**TINY, "data": {**TINY["data"], "root": images}, "optim.max_seconds": 0.0, **more}
+    return fd_large.distill(out=out, **fields)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A run of two steps, and what the process was like before and after it."""
+    before = state()
+    result = distill(images, tmp_path_factory.mktemp("runs") / "run", **{"optim.max_steps": 2})
+    return result, before, state()
+
+
+def test_names_are_imported_when_they_are_used():
+    code = (
+        "import sys, fd_large; names = set(dir(fd_large)); assert names >= set(fd_large.__all__); "
+        "loaded = [getattr(fd_large, name) for name in fd_large.__all__]; "
+        "assert not {'torch', 'deepspeed', 'matplotlib'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = fd_large.distil
+
+
+def test_a_run_leaves_the_process_as_it_was(trained):
+    result, before, after = trained
+    assert (result.status, result.summary["updates"]) == ("done", 2)
+    assert after == before
+
+
+def test_a_second_call_goes_on_in_the_same_process(trained, images):
+    before = state()
+    longer = {"optim.max_steps": 3, "deepspeed_config": "zero3"}
+    result = distill(images, trained[0].folder, **longer)
+    assert result.summary["updates"] == 3
+    assert state() == before
+
+
+def test_what_fails_leaves_the_process_as_it_was(images, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_run, "engine_of", fail)
+    before = state()
+    with pytest.raises(KeyboardInterrupt):
+        distill(images, tmp_path / "run", **{"optim.max_steps": 2})
+    assert state() == before
+
+
+def test_the_student_is_loaded_with_its_preprocessing(trained, images):
+    model = trained[0].model
+    assert not model.training
+    file = images / "dark" / "00.png"
+    pixels = model.preprocess(file)
+    assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (3, 8, 8))
+    with Image.open(file) as picture:
+        assert torch.equal(model.preprocess(picture), pixels)
+        assert torch.equal(model.preprocess(np.array(picture)), pixels)
+    batch = torch.stack([pixels, 255 - pixels])
+    with torch.no_grad():
+        found = model(batch)
+        assert tuple(found.shape) == (2, 8, 2, 2)
+        torch.testing.assert_close(model(batch / 255), found)
+        torch.testing.assert_close(model.features(batch), found.mean((2, 3)))
+    with pytest.raises(fd_large.FDError, match=r"preprocess: not an image; got torch\.float32"):
+        model.preprocess(batch[0] / 255)
+
+
+def test_models_are_evaluated_side_by_side(trained, images, tmp_path):
+    before = state()
+    found = fd_large.evaluate(
+        trained[0],
+        f"{trained[0].folder}#scratch",
+        data={"root": images, "val_fraction": 0.3, "workers": 0},
+        task="knn",
+        out=tmp_path,
+        k=3,
+        pool="mean",
+    )
+    assert len(found.accuracy) == 2
+    assert set(found.accuracy.values()) == {100.0}, "bright and dark are easily told apart"
+    html = found._repr_html_()
+    assert html.count("100.00%") == 2
+    assert "data:image/png;base64," in html
+    assert state() == before
+
+
+def test_a_result_shows_itself(trained):
+    result = trained[0]
+    html = result._repr_html_()
+    assert "quickstart: done" in html
+    assert html.count("data:image/png;base64,") == 1
+    assert str(result.folder) in html
+    assert os.fspath(result) == str(result.folder)
+    assert fd_large.result(result.folder).status == "done"
+
+
+def test_what_is_shown_is_escaped(tmp_path):
+    from fd_large.report.notebook import evaluation_html
+
+    row = {"label": "<script>", "accuracy": [50.0, 51.0]}
+    html = evaluation_html({"nets": [row], "task": "knn", "root": "a&b"}, tmp_path)
+    assert "&lt;script&gt;" in html
+    assert "a&amp;b" in html
+    assert "50.50%" in html
+
+
+def said(call, *given, **named) -> str:
+    with pytest.raises(fd_large.FDError) as caught:
+        call(*given, **named)
+    return str(caught.value)
+
+
+def test_mistakes_are_the_command_lines_sentences_all_at_once(tmp_path):
+    found = said(
+        fd_large.distill, out=tmp_path / "run", optim={"max_stpes": 3, "base_lr": -1.0}
+    ).splitlines()
+    assert found[0].startswith("optim.max_stpes: no such field; nearest: optim.max_steps")
+    assert found[1].startswith("optim.base_lr: must not be negative; got -1.0")
+    assert "data.root: given twice" in said(
+        fd_large.distill, out="x", data="a", **{"data.root": "b"}
+    )
+    assert "no such recipe" in said(fd_large.distill, out="x", recipe="quikstart")
+    assert "distils no teacher" in said(fd_large.distill, out="x", recipe="finetune_clip_vit_base")
+    assert said(fd_large.evaluate, "x", data="y", sead=3).startswith(
+        "sead: no such argument of evaluate; nearest: seeds"
+    )
+    assert said(fd_large.evaluate, "x", data="y", k=0).startswith("--k: too small")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_folder_that_is_not_there_is_an_error_and_no_exit(images, tmp_path):
+    before = state()
+    assert "data.root: no such folder" in said(distill, images / "none", tmp_path / "run")
+    assert state() == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_ranks_is_refused(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process; got WORLD_SIZE 2" in said(distill, images, tmp_path / "run")
+
+
+def test_a_recipe_with_other_values_by_section_or_by_name():
+    wanted = registry.get("fd_clip_vit_base").with_fields(
+        {"optim.max_steps": 5, "optim.betas": (0.9, 0.9)}
+    )
+    assert (
+        fd_large.recipe("fd_clip_vit_base", optim={"max_steps": 5, "betas": (0.9, 0.9)}) == wanted
+    )
+    assert fd_large.recipe("fd_clip_vit_base", **{"optim.max_steps": 5, "optim.betas": [0.9, 0.9]})
+    assert isinstance(wanted, fd_large.Run)
+    assert "fd_clip_vit_base" in fd_large.RECIPES
