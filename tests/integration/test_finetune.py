@@ -125,11 +125,16 @@ def test_ten_mixed_updates_are_those_of_one_plain_process(pictures: Path, tmp_pa
 
 
 def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_path: Path) -> None:
-    """On two ranks that split student and teacher; as `evaluate` then finds it."""
+    """On two ranks that split student and teacher; as `evaluate` then finds it.
+
+    The best checkpoint stays; and the run goes on to more steps until it gets no better.
+    """
     words = ("--eval.knn_root", str(pictures), "--eval.knn_every", "2", "--optim.max_steps", "5")
     held_out = ("--eval.root", str(pictures / "val"), "--eval.every", "3", "--eval.views", "5")
     placed = ("--teacher.placement", "sharded")
-    train(pictures / "train", tmp_path / "run", *words, *held_out, *placed, timeout=240)
+    kept = ("--eval.best_metric", "test_knn", "--runtime.keep_last", "1")
+    words = (*words, *held_out, *placed, *kept, "--runtime.save_every", "99")
+    train(pictures / "train", tmp_path / "run", *words, timeout=240)
     lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
     rows = {row["update"]: row for row in map(json.loads, lines)}
     asked = [update for update, row in rows.items() if "test_knn" in row]
@@ -152,3 +157,32 @@ def test_a_student_is_tested_by_its_neighbours_as_it_trains(pictures: Path, tmp_
     predicted = knn.classify(features["train"], features["val"], num_classes=3)
     percent = features["val"].percent(predicted)
     assert rows[5]["test_knn"] == pytest.approx(percent)
+    assert best_step(rows) == stored_best(tmp_path / "run")
+
+    more = ("--optim.max_steps", "40", "--eval.patience", "3")
+    train(pictures / "train", tmp_path / "run", *words, *more, timeout=240)
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    rows = {row["update"]: row for row in map(json.loads, lines)}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # The first step after which three evaluations in a row were no better than the best.
+    steps = [step for step, row in rows.items() if step and "test_knn" in row]
+    ends = [
+        step
+        for number, step in enumerate(steps)
+        if step > 5 and steps.index(best_step(rows, until=step)) == number - 3
+    ]
+    assert (summary["status"], summary["updates"]) == ("done", (ends or [40])[0])
+    assert best_step(rows) == stored_best(tmp_path / "run") == summary["best"]["update"]
+
+
+def best_step(rows: dict[int, dict[str, float]], until: int = 99) -> int:
+    """The first step of the highest accuracy after training has begun."""
+    found = {s: row["test_knn"] for s, row in rows.items() if 0 < s <= until and "test_knn" in row}
+    return max(found, key=lambda step: (found[step], -step))
+
+
+def stored_best(folder: Path) -> int:
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    best = (folder / "checkpoints" / "best").resolve()
+    assert set(names) == {"best", best.name, names[-1]}, "the best and the newest stay"
+    return int(best.name.removeprefix("step_"))

@@ -53,6 +53,7 @@ DESCRIPTIONS = ("tasks/*/section.py", "tasks/registry.py", "backbones/*/architec
 # All other functions take plain arguments.
 SEE_A_RUN = (
     "cli/*.py",
+    "__init__.py",
     "api.py",
     "engine/run.py",
     "engine/job.py",
