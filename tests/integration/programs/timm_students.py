@@ -1,7 +1,7 @@
 """Rank program: students of timm under ZeRO-3, stopped in the middle and resumed.
 
-timm_students.py FOLDER leaves each student's losses, those after a resume, and whether the two ends
-are the same to the bit; and in FOLDER/NAME the folder of the run. `student_run` is a run of one.
+timm_students.py FOLDER NAME leaves a student's losses, those after a resume, and whether the two
+ends are the same to the bit; and in FOLDER/NAME the folder of the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fd_large.engine.zero import start, state
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run
 
-UPDATES, SAVED_AT = 4, 2
+UPDATES, SAVED_AT = 4, 3
 STUDENTS: dict[str, dict[str, Any]] = {
     "convnextv2_atto": {},
     "vit_tiny_patch16_224": {"activation_checkpointing": "every"},
@@ -48,6 +48,7 @@ def student_run(name: str, folder: Path) -> Run:
         },
         data={"image_size": size},
         objective={"interpolation": "bilinear", "teacher_image_size": 64},
+        batch={"global_batch_size": 4, "micro_batch_size": 2},
         runtime={"run_dir": str(folder / name)},
     )
 
@@ -122,14 +123,13 @@ def result(name: str, folder: Path) -> dict[str, Any]:
     return {"losses": losses, "resumed": again, "same": same, "kinds": len(end)}
 
 
-def main(folder: Path) -> None:
-    """Trains all of them in one group of ranks."""
+def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     distributed.start()
     start.start()
-    write_result(folder, {name: result(name, folder) for name in STUDENTS})
+    write_result(folder, result(name, folder))
     distributed.barrier()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    main(Path(sys.argv[-2]), sys.argv[-1])
