@@ -86,6 +86,8 @@ def fine_tuning(name: str, recipe: str, pictures: Path, folder: Path) -> Run:
     _, shape, shared, own = NETS[name]
     run = registry.get(recipe)
     distilled(folder / "distilled" / name, run, shape, shared)
+    run_dir = folder / "runs" / name
+    run_dir.mkdir(parents=True)
     return replace(
         run,
         student=replace(
@@ -97,6 +99,7 @@ def fine_tuning(name: str, recipe: str, pictures: Path, folder: Path) -> Run:
         data=replace(run.data, root=str(pictures), image_size=SIZE, workers=0),
         optim=replace(run.optim, base_lr=5e-2, warmup_lr=1e-3, min_lr=1e-4, clip_norm=0.5),
         batch=replace(run.batch, global_batch_size=8, micro_batch_size=2),
+        runtime=replace(run.runtime, run_dir=str(run_dir)),
     )
 
 

@@ -25,7 +25,6 @@ def test_ranks_meet_under_every_launcher(launcher: Launcher, tmp_path: Path) -> 
         ranks=2,
         launcher=launcher,
         results=tmp_path,
-        forked=False,
     )
     for rank, result in enumerate(read_results(tmp_path, 2)):
         launch = result.pop("launch")
@@ -104,10 +103,11 @@ def ends_without_ranks(started: Started, pid: int) -> None:
 @pytest.mark.parametrize(
     ("launcher", "victim"),
     [
-        ("deepspeed", "bin/deepspeed"),
-        ("deepspeed", "deepspeed.launcher.launch"),
         ("torchrun", "bin/torchrun"),
-        ("mpirun", "bin/mpirun"),
+        # A training run under deepspeed: test_training.py.
+        pytest.param("deepspeed", "bin/deepspeed", marks=pytest.mark.sweep),
+        pytest.param("deepspeed", "deepspeed.launcher.launch", marks=pytest.mark.sweep),
+        pytest.param("mpirun", "bin/mpirun", marks=pytest.mark.sweep),
     ],
 )
 def test_sigterm_to_the_launcher_leaves_no_rank(

@@ -63,7 +63,9 @@ def test_a_run_leaves_its_folder(reference: Path) -> None:
     assert "whole on every rank" in log
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.sweep)]
+)
 def test_the_same_losses_under_every_launcher(
     launcher: Launcher, pictures: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +130,7 @@ def _empty_folder(tmp_path: Path) -> Path:
     [
         (("--teacher.source", ""), "--teacher.source random"),
         (("--teacher.source", "/no/such/file.pt"), "no such file"),
-        (("--data.root", "/no/such/folder"), "no such file or folder"),
+        (("--data.root", "/no/such/folder"), "no such folder"),
         (("--data.image_size", "72"), "window"),
         (
             (
@@ -152,12 +154,9 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
 
 
 def test_only_one_rank_speaks_of_a_common_mistake(pictures: Path, tmp_path: Path) -> None:
-    finished = train(
-        pictures, tmp_path / "run", "--data.root", os.devnull, ranks=2, launcher="deepspeed",
-        check=False,
-    )  # fmt: skip
-    assert finished.returncodes == [2]
-    assert finished.outputs[0].count("no such folder") == 1
+    finished = train(pictures, tmp_path / "run", "--data.root", os.devnull, check=False)
+    assert finished.returncodes == [2, 2]
+    assert "".join(finished.outputs).count("no such folder") == 1
 
 
 def test_sigterm_to_the_command_ends_a_training_run(pictures: Path, tmp_path: Path) -> None:
