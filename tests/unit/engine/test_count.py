@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from page_examples import EXAMPLES
+from tiny_timm import tiny
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +28,7 @@ from fd_large.recipes.sections import Student
 from fd_large.tasks.jobs import job_of
 
 H100, L40S, CPU = Device((9, 0)), Device((8, 9)), Device(None, on_gpu=False)
+DEVICES = {"fused": H100, "reference": L40S, "cpu": CPU}
 
 
 def counted(run, device, *, bfloat16=True, **options):
@@ -69,7 +71,12 @@ def test_a_convolution_in_groups_counts_its_own_channels():
 
 @pytest.mark.parametrize(
     ("size", "window", "gflop"),
-    [(192, 12, 743.02), (224, 14, 1015.91), (256, 16, 1333.79), (384, 24, 3083.46)],
+    [
+        (192, 12, 743.02),
+        pytest.param(224, 14, 1015.91, marks=pytest.mark.sweep),
+        pytest.param(256, 16, 1333.79, marks=pytest.mark.sweep),
+        (384, 24, 3083.46),
+    ],
 )
 def test_published_flops_of_giant(size, window, gflop):
     model = Architecture(window_size=window, extra_norm_every=0)
@@ -78,7 +85,13 @@ def test_published_flops_of_giant(size, window, gflop):
 
 @pytest.mark.parametrize(
     ("name", "gflop"),
-    [("tiny", 7.04), ("small", 13.63), ("base", 23.71), ("large", 52.20), ("huge", 171.98)],
+    [
+        ("tiny", 7.04),
+        pytest.param("small", 13.63, marks=pytest.mark.sweep),
+        pytest.param("base", 23.71, marks=pytest.mark.sweep),
+        pytest.param("large", 52.20, marks=pytest.mark.sweep),
+        ("huge", 171.98),
+    ],
 )
 def test_published_flops_of_the_family_at_192(name, gflop):
     model = Architecture(window_size=12)
@@ -97,9 +110,11 @@ def forward_flops(name, model, size):
 @pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.family != "timm"])
 def test_fused_kernels_compute_what_torch_counts_on_the_reference(name):
     found = {}
+    # Blocks of a stage are alike but for every second one, which is shifted.
+    depths = tuple(min(depth, 2) for depth in resolve(name).depths)
+    model = resolve(name, Architecture(depths=depths))
     for device in (H100, CPU):
         with standing_in(device), torch.device("meta"):
-            model = resolve(name)
             net = build(model, attention_memory="keep").to(torch.bfloat16)
             images = torch.empty(2, 3, model.image_size, model.image_size, dtype=torch.bfloat16)
             with FlopCounterMode(display=False) as mode:
@@ -125,14 +140,25 @@ SMALL = {
     "quickstart": registry.get("quickstart"),
     "timm": replace(
         registry.get("quickstart"),
-        student=Student(model="timm:convnextv2_atto"),
+        student=Student(model=f"timm:{tiny('convnextv2_atto')}"),
         objective=replace(registry.get("quickstart").objective, interpolation="bilinear"),
     ),
 }
 
 
-@pytest.mark.parametrize("device", [H100, L40S, CPU], ids=["fused", "reference", "cpu"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        # A model of timm runs nothing of ours that a card decides.
+        pytest.param(
+            *(name, DEVICES[device]),
+            id=f"{name}-{device}",
+            marks=pytest.mark.sweep if (name, device) == ("timm", "reference") else (),
+        )
+        for name in SMALL
+        for device in DEVICES
+    ],
+)
 def test_two_counts_give_every_batch(name, device):
     run, bfloat16 = SMALL[name], device.on_gpu
     for wrapped, counts in counted(run, device, bfloat16=bfloat16).items():
@@ -199,8 +225,8 @@ STUDENTS = {
     # So many images that what oneDNN takes for itself, whatever their number, does not show.
     "timm:convnextv2_atto": 24,
     "timm:vit_tiny_patch16_224": 2,
-    "timm:swin_tiny_patch4_window7_224": 2,
-    "timm:eva02_tiny_patch14_224": 2,
+    f"timm:{tiny('swin_tiny_patch4_window7_224')}": 2,
+    f"timm:{tiny('eva02_tiny_patch14_224')}": 2,
     "module:convnet.py:ConvNet": 24,
 }
 PEAKS = {name: 4 for name in SMALL if name != "timm"} | STUDENTS
