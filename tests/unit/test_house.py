@@ -98,6 +98,7 @@ OF_NO_FILE = {
     "plan/test_scaling_page.py": "docs/scaling.md",
     "test_cuda_calls.py": "what only a GPU's rank calls",
     "test_devices.py": "the package on a card that is not here",
+    "test_first_run.py": "docs/first_run.ipynb",
     "test_house.py": "the package as a whole",
     "test_oracles.py": "tests/oracles.py",
     "test_pages.py": "README.md and docs/",
