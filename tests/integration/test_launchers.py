@@ -94,7 +94,7 @@ def ends_without_ranks(started: Started, pid: int) -> None:
     # The killed command is not reaped here: a zombie, as under a careless parent, counts as gone.
     wait_for(
         lambda: not started.pids(),
-        30.0,
+        120.0,
         lambda: f"still there: {started.pids()}\n" + "\n".join(started.outputs()),
     )
 
