@@ -28,6 +28,7 @@ def main(folder: Path) -> None:
     distributed.start()
     start.start()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("fd_large.kernels").setLevel(logging.DEBUG)
     given = json.loads((folder / "scenarios.json").read_text())
     run = tiny_run(**given["run"])
     right = whitened_loss_triton.forward

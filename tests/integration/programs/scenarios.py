@@ -309,7 +309,7 @@ def main(folder: Path) -> None:
     start.start()
     logging.basicConfig(format="%(message)s")
     # Says what runs.
-    logging.getLogger("fd_large.kernels").setLevel(logging.INFO)
+    logging.getLogger("fd_large.kernels").setLevel(logging.DEBUG)
     same_collectives()
     results = {}
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
