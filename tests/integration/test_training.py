@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import twin
+from kills import state
 from launch import Launcher, start_ranks
 from pictures import write_pictures
 from twin import losses, train
@@ -54,10 +55,9 @@ def test_a_run_leaves_its_folder(reference: Path) -> None:
     assert manifest["teacher_source"] == "random"
     assert len(manifest["teacher_hash"]) == 16
     run = Run.from_dict(read(reference / "recipe.json"))
-    states = (reference / "checkpoints/step_00000006").rglob("*.safetensors")
-    # Masters and moments in float32 and a little text; the teacher would add 4 bytes a parameter.
-    beside = sum(path.stat().st_size for path in states) - 12 * sum(workload(run).student_sizes)
-    assert 0 < beside < 0.3 * 4 * sum(workload(run).teacher_sizes)
+    # Masters and moments in float32, and nothing of the teacher.
+    stored = sum(tensor.nbytes for tensor in state(reference, 6).values())
+    assert stored == 12 * sum(workload(run).student_sizes)
     log = (reference / "logs/rank_00000.log").read_text()
     assert "AdamW of torch" in log
     assert "whole on every rank" in log
