@@ -126,8 +126,11 @@ setup(
             *PARQUET,
             *DATASETS,
             *S3,
-            # The S3 server that the tests read from.
+            # The S3 server that the tests read from. It needs the botocore that s3fs needs, which pip
+            # finds by itself only after many minutes.
             "moto[server]>=5.2",
+            "aiobotocore>=3.10,<3.11",
+            "boto3>=1.43.115,<1.43.118",
             *WANDB,
             *MLFLOW,
             *QUICKSTART,

@@ -405,7 +405,7 @@ def _guest() -> Iterator[None]:
             "already, expected none. Destroy it first, or start another process."
         )
     threads = torch.get_num_threads()
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     tf32 = [flag.allow_tf32 for flag in flags]
     try:
         with torch.random.fork_rng(devices=_cuda_devices()):

@@ -70,7 +70,7 @@ def absolute(source: str) -> str:
     return f"{PREFIX}{Path(where).expanduser().resolve()}:{name}"
 
 
-def allow(source: str | Path) -> None:
+def allow(source: str | os.PathLike[str]) -> None:
     """Allows the import of a file in this process.
 
     Args:

@@ -360,7 +360,7 @@ def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> Non
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
     shown = table(summary, title)
-    how = {**facts, **facts["settings"]}
+    how = {**facts, **facts.get("settings", {})}
     page = write_evaluation_page(
         folder / "report.html",
         title,

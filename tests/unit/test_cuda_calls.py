@@ -355,6 +355,5 @@ def test_tables_name_the_card(card: Card, tmp_path) -> None:
     rows = [evaluate_models._Row(model, [50.0], [{}], [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fd_large.report.comparison.draw_comparison", lambda *_: None)
-        patch.setattr("fd_large.report.comparison.table", lambda *_: "")
         evaluate_models._finish(tmp_path, rows, "title", task="knn")
     assert json.loads((tmp_path / "summary.json").read_text())["device"] == f"1 x {card.name}"
