@@ -107,7 +107,8 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not manifest.keys() >= MANIFEST_KEYS:
         return None
     own = manifest.pop("crc32", None)
-    name = (path.resolve() if path.is_symlink() else path).name
+    # `best` is a link to one of them.
+    name = path.resolve().name if path.name == BEST else path.name
     named = name.partition(".")[0] == name_of(manifest["update"])
     return manifest if named and own == _crc_of(manifest) else None
 

@@ -147,10 +147,15 @@ class _Loader(DataLoader):
     """Raises what a loading process met where the batch would be."""
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            if isinstance(batch, FDError):
-                raise batch
-            yield batch
+        # The loading processes start here, not when the first batch is asked for.
+        return _raising(super().__iter__())
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, FDError):
+            raise batch
+        yield batch
 
 
 @dataclass(frozen=True)

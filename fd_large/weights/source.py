@@ -384,6 +384,11 @@ class Sources:
             # Recipes name the part; those of earlier versions do not, and mean the student.
             is_open = source == name and source not in self.settled
             file = read(name, where=where, part=part or ("" if is_open else "student"))
+            # Feature-Distillation learns from EsViT's student; DINO's and iBOT's own code evaluates
+            # the teacher.
+            unnamed = file.other_part == "student" and not part
+            if unnamed and detect(file, where=where, wrapping=file.wrapping) == "esvit":
+                file = read(name, where=where, part="student")
             if file.other_part and not part:
                 taken = "teacher" if file.other_part == "student" else "student"
                 source = f"{source}#{taken}" if is_open else source

@@ -63,9 +63,7 @@ def test_a_run_leaves_its_folder(reference: Path) -> None:
     assert "whole on every rank" in log
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=pytest.mark.sweep)])
 def test_the_same_losses_under_every_launcher(
     launcher: Launcher, pictures: Path, reference: Path, tmp_path: Path
 ) -> None:

