@@ -90,7 +90,9 @@ def test_a_run_goes_on_staged_where_it_began_unstaged(pictures: Path, tmp_path: 
 
 def test_the_doctor_has_ranks_meet_and_names_the_node_that_lacks_something(tmp_path: Path) -> None:
     program = ROOT / "tests/integration/programs/doctor.py"
-    finished = run_ranks(program, tmp_path, ranks=2, check=False, env={"GLOO_SOCKET_IFNAME": "lo"})
+    # So wide that no line is broken.
+    env = {"GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+    finished = run_ranks(program, tmp_path, ranks=2, check=False, env=env)
     assert finished.returncodes == [1, 1]
     said, silent = finished.outputs
     assert silent == ""
