@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fd_large import doors, shipped
+from fd_large.checkpoint import store
 from fd_large.errors import ConfigError, LaunchError, nearest
 from fd_large.launch import find_launch
 from fd_large.recipes import registry
-from fd_large.recipes.fields import from_plain, hints_of
+from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
 from fd_large.runtime import terminal
@@ -71,8 +72,7 @@ class Result:
     @property
     def best(self) -> Path | None:
         """The checkpoint of the best evaluation (eval.best_metric); None: none is kept."""
-        path = self.folder / "checkpoints" / "best"
-        return path if path.exists() else None
+        return store.best_of(self.folder)
 
     @cached_property
     def model(self) -> TrainedModel:
@@ -130,10 +130,7 @@ class Evaluation:
     @property
     def accuracy(self) -> dict[str, float]:
         """The mean accuracy of each model over the seeds, per cent, by the model's label."""
-        return {
-            model["label"]: sum(model["accuracy"]) / len(model["accuracy"])
-            for model in self.summary.get("nets", ())
-        }
+        return {model["label"]: model["mean"] for model in self.summary.get("nets", ())}
 
     def __repr__(self) -> str:
         return f"Evaluation({self.accuracy}, {str(self.folder)!r})"
@@ -317,7 +314,7 @@ def evaluate(
 def _run_of(recipe: str | Run, values: dict[str, Any]) -> Run:
     """A recipe with other values, nested or by full names; all mistakes at once."""
     # The caller names code of its own here, as others do on the command line.
-    doors.allow_named(value for _, value in _flat(values) if isinstance(value, str))
+    doors.allow_named(value for value in flat_plain(values).values() if isinstance(value, str))
     if isinstance(recipe, str):
         run = run_of(Given(values), recipe=recipe, named=True)
     else:
@@ -345,21 +342,13 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _add(values: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds values that are not there yet.
 
     Raises: ConfigError: for a field that is.
     """
-    for name, value in _flat(_texts(more)):
-        if name in dict(_flat(values)):
+    for name, value in flat_plain(_texts(more)).items():
+        if name in flat_plain(values):
             raise ConfigError(f"{name}: given twice; got two values, expected one. Leave one out.")
         values[name] = value
 

@@ -36,6 +36,7 @@ from fd_large.data.listing import cache_folder
 from fd_large.data.objects import Stored
 from fd_large.data.sampler import Blocks
 from fd_large.errors import ConfigError, DataError, FDError
+from fd_large.recipes.sections import Data
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,9 @@ def keep_blocks_in(folder: str, gigabytes: float) -> None:
 
 def the_cache() -> BlockCache:
     """Where this process keeps blocks."""
-    return _cache[0] if _cache else BlockCache(cache_folder() / "blocks", 50 * 10**9)
+    if not _cache:
+        keep_blocks_in("", Data().cache_gb)
+    return _cache[0]
 
 
 class BlockImages:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -20,7 +19,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_large import meeting
+from fd_large import activity, meeting
 from fd_large.atomic_files import write_json
 from fd_large.data.blocks import NO_LABEL, BlockImages, BlockWriter, block_key, the_cache
 from fd_large.data.listing import cache_folder
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 
 # Shards fetched at a time while they are counted.
 STREAMS = 8
-_REPORT_SECONDS = 30.0
 _MAX_LABEL_BYTES = 32
 
 
@@ -131,7 +129,7 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
         kept = dict(json.loads(notes.read_text()))
     keys = [block_key(shard, 0) for shard in shards]
     missing = [i for i, key in enumerate(keys) if key not in kept]
-    cache, reported = the_cache(), time.monotonic()
+    cache = the_cache()
 
     def count(place: int) -> tuple[int, str]:
         torn: list[str] = []
@@ -142,11 +140,10 @@ def _counted(root: str, shards: Sequence[Stored], where: str) -> list[tuple[int,
     with ThreadPoolExecutor(STREAMS) as pool:
         pending = {pool.submit(count, place): place for place in missing}
         try:
-            for number, done in enumerate(as_completed(pending), start=1):
-                kept[keys[pending[done]]] = list(done.result())
-                if time.monotonic() - reported > _REPORT_SECONDS:
-                    reported = time.monotonic()
-                    log.info("%s: %d of %d shards counted", where, number, len(missing))
+            with activity.work(f"counting the images of {where}", len(missing), "shards") as work:
+                for done in as_completed(pending):
+                    kept[keys[pending[done]]] = list(done.result())
+                    work.advance()
         finally:
             for waiting in pending:
                 waiting.cancel()

@@ -59,6 +59,9 @@ def closing_rows(files: RunFiles) -> list[tuple[str, str]]:
             text += f", {ratio:.3f} of the constant-prediction baseline's {baseline[-1]:.4f}"
         if not name.endswith("_best_constant"):
             rows.append((files.words(name), text))
+    if best := summary.get("best"):
+        value = f"step {best['update']}, {files.words(best['metric'])} {best['value']:.4f}"
+        rows.append(("best checkpoint", value))
     if root := files.recipe.get("eval", {}).get("root"):
         rows.append(("held-out images", str(root)))
     if summary.get("images_per_second"):

@@ -38,7 +38,7 @@ def recipe_page() -> str:
         "```",
         "",
         "The file is YAML or JSON, nested as the `recipe.json` of a run, which is such a file.",
-        "Flags win over the file, `--recipe` over its name. A mistake is told with file and line.",
+        "Flags win over the file, `--recipe` over its name. Mistakes name file and line.",
         "Files are data: code of your own that they name runs only with `--allow_code FILE.py`.",
         "`plan` takes run files too.",
         "",

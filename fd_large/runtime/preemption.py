@@ -145,7 +145,7 @@ class Preemption(Hook):
             return NOTHING
         if not self._warned:
             self._warned = True
-            # Whoever pressed Ctrl-C was told at once.
+            # Whoever pressed Ctrl-C has seen it already.
             log.warning(
                 "rank %d: %s; the run saves and stops",
                 distributed.rank(),

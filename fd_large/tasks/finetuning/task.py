@@ -89,7 +89,8 @@ class FineTuning(Task):
             return -(targets * F.log_softmax(logits, -1)).sum(-1).mean(), {}
         counted = targets != NO_LABEL
         losses = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="none")
-        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
+        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+        best = ranked == targets[:, None]
         sums = {
             "loss": losses.sum(),
             "top1": best[:, 0].sum(),
@@ -97,8 +98,7 @@ class FineTuning(Task):
             "pictures": counted.sum(),
         }
         found = {name: value.double() for name, value in sums.items()}
-        predicted = logits.argmax(-1)
-        return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": predicted}
+        return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": ranked[:, 0]}
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
         """Returns (B, K) float32."""
