@@ -27,6 +27,7 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Match, listed, match
 from fd_large.weights.export import INDEX, NAME
 from fd_large.weights.formats import FORMATS
+from fd_large.weights.read import OTHER
 from fd_large.weights.sidecar import Described
 from fd_large.weights.source import Sources, Stored, Weights
 
@@ -227,8 +228,8 @@ def table(found: Inspection) -> Any:
     own = " (written by fd_large)" if found.own else ""
     row("format", f"{found.form}: {found.what}{own}")
     if found.other_part:
-        taken = "teacher" if found.other_part == "student" else "student"
-        row("part", f"{taken}; the {found.other_part} too is in the file: #{found.other_part}")
+        beside = found.other_part
+        row("part", f"{OTHER[beside]}; the {beside} too is in the file: #{beside}")
     published = found.match is not None or not found.own
     row("published model" if published else "model", found.named or "none of the named models")
     if found.facts is not None:

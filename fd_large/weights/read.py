@@ -26,6 +26,8 @@ from fd_large.weights.unpickle import NAME_LENGTH, RefusedError
 
 # A file that holds several models names them by these, after a `#`: FILE#teacher.
 PARTS = ("student", "teacher", "projector")
+OTHER = {"student": "teacher", "teacher": "student"}
+"""The part that stands beside another in the file of a training."""
 
 # In the order in which a folder is searched: Hugging Face's and open_clip's names.
 _FOLDER_FILES = (
@@ -200,8 +202,7 @@ def read(path: str | Path, *, where: str = "weights", part: str = "") -> Tensors
             has_both = _has_both(contents)
             part = part or ("teacher" if has_both else "")
             tensors, wrapping = unwrap(contents, where, part)
-            other = "student" if part == "teacher" else "teacher"
-            return Tensors(tensors, path, wrapping, other if has_both else "")
+            return Tensors(tensors, path, wrapping, OTHER.get(part, "") if has_both else "")
         return Tensors(_without_prefixes(entries, where), path)
     except SafetensorError as error:
         raise _damaged(path, error, where) from error

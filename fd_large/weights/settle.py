@@ -74,7 +74,7 @@ def settle_model(section: FrozenModel, sources: Sources, *, where: str) -> Froze
         return _of_own(section, own)
     described = sources.described(section.source, where=where)
     # Runs of earlier versions name a model of ours where the library's is taken now.
-    is_ours = described and described.has_like and not _is_of(section, described.family)
+    is_ours = described and described.read_here and not _is_of(section, described.family)
     if described and not is_ours:
         return _of_library(section, described, where)
     if _tells_nothing(section):

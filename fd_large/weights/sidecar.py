@@ -90,14 +90,14 @@ class Described(NamedTuple):
         architecture: The fields that the configuration sets.
         statistics: None where it does not state them.
         family: The family that builds it.
-        has_like: Whether a family here reads its tensors by their names as well, and adds a norm
+        read_here: Whether a family here reads its tensors by their names as well, and adds a norm
             of the tokens, which the library's module does not have.
     """
 
     architecture: Architecture
     statistics: Statistics | None
     family: Family
-    has_like: bool = False
+    read_here: bool = False
 
 
 def read_library(path: Path, where: str) -> Described | None:
@@ -116,14 +116,14 @@ def read_library(path: Path, where: str) -> Described | None:
     if OWN in config or not _library_of(config):
         return None
     with _plain_errors(folder, where):
-        has_like = _family_that_reads(config, where) is not None
+        read_here = _family_that_reads(config, where) is not None
         # transformers' wrapper of timm's models writes its own name before timm's.
         is_wrapped = config.get("model_type") == "timm_wrapper"
-        if has_like and not is_wrapped and not _lacks_norm(config, where):
+        if read_here and not is_wrapped and not _lacks_norm(config, where):
             return None
         for family in FAMILIES.values():
             if family.of_config and (found := family.of_config(config, where)) is not None:
-                return Described(found, _statistics_of(folder, config, where), family, has_like)
+                return Described(found, _statistics_of(folder, config, where), family, read_here)
     raise WeightsError(
         f"{where}: {folder / 'config.json'}: a model that nothing here reads; got "
         f"{_called(config)}, expected one that docs/weights.md lists. If timm has this model, set "

@@ -40,7 +40,7 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import Fitted
 from fd_large.weights.formats import FORMATS, detect
 from fd_large.weights.locate import OPEN_CLIP, locate
-from fd_large.weights.read import Tensors, read, split_part
+from fd_large.weights.read import OTHER, Tensors, read, split_part
 from fd_large.weights.sidecar import (
     Described,
     Sidecar,
@@ -390,7 +390,7 @@ class Sources:
             if unnamed and detect(file, where=where, wrapping=file.wrapping) == "esvit":
                 file = read(name, where=where, part="student")
             if file.other_part and not part:
-                taken = "teacher" if file.other_part == "student" else "student"
+                taken = OTHER[file.other_part]
                 source = f"{source}#{taken}" if is_open else source
                 _tell_part(file, name, taken, where)
             file, ignored = _part(file, part, name, where)
