@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
@@ -14,6 +14,18 @@ from tyro.conf import Positional, arg
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli.arguments import AllowsCode
 from fd_large.cli.output import tables
+from fd_large.cli.sweep import (
+    HELD_OUT,
+    Sweep,
+    SweepFlags,
+    Trained,
+    check_fields,
+    divisible_part,
+    finished,
+    run_trials,
+    trials_of,
+    with_point,
+)
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, override, positive, require
@@ -63,14 +75,18 @@ PROBES = {
     "linear": Test("Linear probe", ("seeds", "probe_rates", "probe_epochs", *_FLAGS), _FIELDS),
 }
 TRAININGS = {
-    kind.name: Test(kind.title, ("seeds", "recipe", "deepspeed_config"), None)
+    kind.name: Test(
+        kind.title,
+        ("seeds", "recipe", "deepspeed_config", *(field.name for field in fields(SweepFlags))),
+        None,
+    )
     for kind in TASKS.values()
     if kind.trains_models
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags(AllowsCode):
+class ModelFlags(SweepFlags, AllowsCode):
     """Flags of `evaluate` that measure models."""
 
     # Models to measure.
@@ -103,7 +119,8 @@ class ModelFlags(AllowsCode):
     deepspeed_config: str = ""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SweepFlags.__post_init__(self)
+        AllowsCode.__post_init__(self)
         at_least("--seeds", self.seeds, 1, "repetitions")
         at_least("--k", self.k, 1, "neighbours")
         at_least("--batch_size", self.batch_size, 1, "images")
@@ -225,6 +242,8 @@ def train_models(
             "--runtime.run_dir: one folder for several runs; got several models or seeds, expected "
             "one. Set --out, in which each has a folder."
         )
+    if own.sweep:
+        check_fields(changes)
     config = own.deepspeed_config or "zero1"
     job = job_class(kind.name)
     recipes = [
@@ -238,30 +257,43 @@ def train_models(
         )
         for model in models
     ]
-    folder, seeds = out_folder(own.out), _seeds(recipes[0].runtime.seed, own.seeds)
+    seeds = _seeds(recipes[0].runtime.seed, own.seeds)
     rows = [
         _Row(model, [], [], [], recipe=recipe.name)
         for model, recipe in zip(models, recipes, strict=True)
     ]
+
+    def train(run: Run) -> Trained:
+        code = train_run(run, deepspeed_config=config)
+        start.forget_engines()
+        gc.collect()
+        if code:
+            return Trained(code)
+        # Rank 0 wrote it; the others may be here before it is written.
+        file = Path(run.run_dir()) / "summary.json"
+        text = file.read_text() if distributed.is_main() else "{}"
+        return Trained(0, *job.compared(distributed.broadcast_object(json.loads(text))))
+
+    if own.sweep:
+        code = _sweep(rows, recipes, own, train)
+        if code:
+            return distributed.leave(code)
+    folder = out_folder(own.out)
     for seed in seeds:
         for row, recipe in zip(rows, recipes, strict=True):
             where = folder / f"{slug(row.model.label)}_seed_{seed}"
             if recipe.runtime.run_dir:
                 where = Path(recipe.runtime.run_dir)
             runtime = replace(recipe.runtime, run_dir=str(where), seed=seed)
-            code = train_run(replace(recipe, runtime=runtime), deepspeed_config=config)
-            start.forget_engines()
-            gc.collect()
+            code, accuracy, details = train(replace(recipe, runtime=runtime))
             if code:
                 return distributed.leave(code)
-            # Rank 0 wrote it; the others may be here before it is written.
-            text = (where / "summary.json").read_text() if distributed.is_main() else "{}"
-            accuracy, details = job.compared(distributed.broadcast_object(json.loads(text)))
             row.values.append(accuracy)
             row.details.append({"run": str(where), **details})
             if distributed.is_main() and (found := job.predictions(where)):
                 row.predicted.append(found.predicted)
                 row.labels = found.labels
+    grid = {"sweep_rates": list(own.sweep_rates), "sweep_decays": list(own.sweep_decays)}
     _finish(
         folder,
         rows,
@@ -269,8 +301,42 @@ def train_models(
         task=kind.name,
         root=recipes[0].data.root,
         seeds=seeds,
+        **({"settings": {**grid, "sweep_held_out": HELD_OUT}} if own.sweep else {}),
     )
     return distributed.leave(0)
+
+
+def _sweep(
+    rows: Sequence[_Row], recipes: list[Run], own: ModelFlags, train: Callable[[Run], Trained]
+) -> int:
+    """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
+    from fd_large import distributed, meeting
+    from fd_large.engine.find_model import slug
+    from fd_large.runtime import logs
+
+    logs.start(distributed.start().rank)
+    part = meeting.meet(lambda: divisible_part(recipes[0].data.root))
+    folder = Path(own.out) / "sweep"
+    grids = [
+        trials_of(recipe, own, part=part, folder=folder / slug(row.model.label))
+        for row, recipe in zip(rows, recipes, strict=True)
+    ]
+    done = sum(finished(trial) is not None for grid in grids for trial in grid)
+    num_trials, num_runs = sum(map(len, grids)), len(rows) * own.seeds
+    if distributed.is_main():
+        tables().print(
+            f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
+            f"training images, {len(grids[0])} for each of {len(rows)} models; then {num_runs} "
+            f"runs on all of them: {num_trials - done + num_runs} runs in all",
+            soft_wrap=True,
+        )
+    for place, (row, grid) in enumerate(zip(rows, grids, strict=True)):
+        code, row.sweep = run_trials(grid, train)
+        if code:
+            return code
+        winner = row.sweep.winner
+        recipes[place] = with_point(recipes[place], winner.rate, winner.decay)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,6 +383,7 @@ class _Row:
             seeds where a run was made before they were kept.
         labels: (N,), the class of each test image; `NO_LABEL` where it could not be used.
         recipe: Name of the recipe that the model was trained by, if any.
+        sweep: What was tried before, if anything.
         feature: Words for its feature where a model has several rows.
     """
 
@@ -326,6 +393,7 @@ class _Row:
     predicted: list[NDArray[np.int64]]
     labels: NDArray[np.int64] | None = None
     recipe: str = ""
+    sweep: Sweep | None = None
     feature: str = ""
 
     def right(self) -> NDArray[np.bool_] | None:
@@ -345,7 +413,7 @@ def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> Non
         return
     import torch
 
-    from fd_large.report.comparison import draw_comparison, spread, table
+    from fd_large.report.comparison import draw_comparison, spread, tables_of
     from fd_large.report.evaluation_page import write_evaluation_page
 
     device = distributed.device()
@@ -359,18 +427,19 @@ def _finish(folder: Path, rows: Sequence[_Row], title: str, **facts: Any) -> Non
     _write_predictions(folder / "predictions.npz", rows)
     plot = folder / f"{facts['task']}.png"
     draw_comparison(summary, title, plot)
-    shown = table(summary, title)
+    shown = tables_of(summary, title)
     how = {**facts, **facts.get("settings", {})}
     page = write_evaluation_page(
         folder / "report.html",
         title,
-        [shown],
+        shown,
         [plot],
         facts=[(k.replace("_", " "), v) for k, v in how.items() if k not in ("task", "settings")],
         below=f"{', '.join(map(_label, rows))}; {summary['device']}",
     )
     console = tables()
-    console.print(shown)
+    for one in shown:
+        console.print(one)
     console.print(f"{folder}/summary.json, {plot}, {page}", soft_wrap=True)
 
 
@@ -387,6 +456,8 @@ def _as_json(row: _Row, first: _Row) -> dict[str, Any]:
     }
     if row.recipe:
         found["recipe"] = row.recipe
+    if row.sweep:
+        found["sweep"] = row.sweep.as_json()
     right, other = row.right(), first.right()
     if row is not first and right is not None and other is not None:
         paired = difference(right, other)

@@ -20,25 +20,34 @@ def spread(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "standard_deviation": deviation}
 
 
-def table(summary: dict[str, Any], title: str) -> Table:
-    """Returns the rich table, one row for each model.
+def tables_of(summary: dict[str, Any], title: str) -> list[Table]:
+    """Returns the rich tables: a row for each model, and the grid of a sweep if there was one.
 
     Args:
         summary: Content of summary.json.
         title: Words for how accuracy was measured.
     """
+    swept = [model for model in summary["nets"] if "sweep" in model]
+    return [_accuracies(summary, title), *([_grid(swept)] if swept else [])]
+
+
+def _accuracies(summary: dict[str, Any], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    several = len(summary["nets"][0]["accuracy"]) > 1
+    first = summary["nets"][0]
+    several = len(first["accuracy"]) > 1
     found = Table(
         title=f"{title}: accuracy, per cent of the test images",
         title_justify="left",
     )
     found.add_column("model", overflow="fold")
-    trained = "recipe" in summary["nets"][0]
+    trained, swept = "recipe" in first, "sweep" in first
     if trained:
         found.add_column("recipe", overflow="fold")
+    if swept:
+        found.add_column("rate", justify="right")
+        found.add_column("decay", justify="right")
     found.add_column("pixels", justify="right")
     found.add_column("mean" if several else "accuracy", justify="right")
     if several:
@@ -48,6 +57,8 @@ def table(summary: dict[str, Any], title: str) -> Table:
         found.add_column("less the first", overflow="fold")
     for model in summary["nets"]:
         cells = [Text(model["label"]), *([Text(model["recipe"])] if trained else [])]
+        if swept:
+            cells += [f"{model['sweep'][name]:g}" for name in ("base_lr", "layer_decay")]
         cells += [str(model["image_size"]), f"{model['mean']:.2f}"]
         if several:
             cells.append(f"{model['standard_deviation']:.2f}")
@@ -64,6 +75,46 @@ def table(summary: dict[str, Any], title: str) -> Table:
     return found
 
 
+def _grid(models: list[dict[str, Any]]) -> Table:
+    """What a sweep found: a row for each model and decay, a column for each rate."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(
+        title="Sweep: accuracy on the held-out tenth of the training images, per cent",
+        title_justify="left",
+        caption_justify="left",
+    )
+    found.add_column("model", overflow="fold")
+    found.add_column("decay", justify="right")
+    rates = sorted({trial["rate"] for trial in models[0]["sweep"]["trials"]})
+    for rate in rates:
+        found.add_column(f"rate x {rate:g}", justify="right")
+    found.add_column("best")
+    for model in models:
+        sweep = model["sweep"]
+        accuracy = {
+            (trial["rate"], trial["layer_decay"]): trial["held_out_accuracy"]
+            for trial in sweep["trials"]
+        }
+        for decay in sorted({trial["layer_decay"] for trial in sweep["trials"]}):
+            best = f"rate x {sweep['rate']:g}" if decay == sweep["layer_decay"] else ""
+            cells = [f"{accuracy[rate, decay]:.2f}" for rate in rates]
+            found.add_row(Text(model["label"]), f"{decay:g}", *cells, best)
+    said = [
+        "Rates are multiples of that of each model's recipe. The best of each model was then "
+        "trained on all training images."
+    ]
+    said += [
+        f"{model['label']}: the best is at an edge of the grid "
+        f"({' and '.join(model['sweep']['at_edge'])}); a wider one may hold a better."
+        for model in models
+        if model["sweep"]["at_edge"]
+    ]
+    found.caption = Text("\n".join(said))
+    return found
+
+
 def _difference(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
@@ -76,7 +127,7 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     """Draws a row for each model: a dot for each seed, their mean as a line, with its number.
 
     Args:
-        summary, title: See `table`.
+        summary, title: See `tables_of`.
         path: The plot.
     """
     models = summary["nets"]
@@ -101,7 +152,7 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
             fontsize=style.TEXT_SIZE,
             color=color,
         )
-    axes.set_yticks(range(len(models)), [model["label"] for model in models])
+    axes.set_yticks(range(len(models)), [_named(model) for model in models])
     axes.set_ylim(len(models) - 0.5, -0.5)
     # Room for the numbers to the right.
     axes.set_xlim(max(0.0, low - margin), high + 3 * margin)
@@ -112,6 +163,13 @@ def draw_comparison(summary: dict[str, Any], title: str, path: Path) -> None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
     figure.savefig(path)
+
+
+def _named(model: dict[str, Any]) -> str:
+    sweep = model.get("sweep")
+    if not sweep:
+        return model["label"]
+    return f"{model['label']}\nrate {sweep['base_lr']:g}, decay {sweep['layer_decay']:g}"
 
 
 def _seeds(summary: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from rich.console import Console
 
-from fd_large.report.comparison import draw_comparison, spread, table
+from fd_large.report.comparison import draw_comparison, spread, tables_of
 
 SUMMARY = {
     "task": "finetune",
@@ -23,7 +23,7 @@ SUMMARY = {
 
 def test_the_table_has_means_and_deviations():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(SUMMARY, "k-NN"))
+    console.print(*tables_of(SUMMARY, "k-NN"))
     text = console.export_text()
     assert "72.00" in text
     assert "1.00" in text
@@ -38,7 +38,8 @@ def test_a_difference_is_called_one_only_where_its_interval_excludes_zero():
         is_shown = interval[1] < 0
         nets[1]["difference"] = {"to": "student", "mean": -11.5, "is_shown": is_shown}
         nets[1]["difference"]["interval"] = interval
-        columns = table({**SUMMARY, "nets": nets}, "k-NN").columns
+        (table,) = tables_of({**SUMMARY, "nets": nets}, "k-NN")
+        columns = table.columns
         cells[is_shown] = list(columns[-1].cells)
         assert columns[-1].header == "less the first"
     assert cells == {
