@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -17,15 +16,16 @@ from fd_large.checkpoint import store
 from fd_large.checkpoint.read import Reader, damage, on_main
 from fd_large.errors import CheckpointError
 
-log = logging.getLogger(__name__)
-
 STUDENT = "student."
 
 Shape = tuple[int, ...]
 
 
 def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
-    """Opens the weights of a run's newest sound checkpoint; their bytes are checked.
+    """Opens the weights of a run's newest checkpoint; their bytes are checked.
+
+    An older one does not take the place of a damaged one, whose weights are others: training goes
+    on from it (`read.newest_sound`), whoever takes weights out has to name it.
 
     Only what `outcome` names is checked and can be read. Where there are several ranks, rank 0
     checks for all; the others may be shown another checkpoint if the run still trains, and are to
@@ -37,23 +37,30 @@ def newest(folder: Path, *, where: str = "checkpoint") -> Reader:
         where: The field or argument that named it, for messages.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is none, or it is damaged.
         StorageError: If it cannot be read for now.
     """
     manifest = store.manifest_of(folder)
-    complaint = "no complete checkpoint"
+    damaged: list[str] = []
     for path in reversed(store.renamed(folder)) if manifest is None else [folder]:
         problem: str | None = "manifest.json is missing or damaged"
         if (manifest := store.manifest_of(path)) is not None:
             stored, kind = store.Stored(path, manifest), _outcome(manifest)
             problem = _problem(stored, kind) if distributed.is_main() else None
-            if problem is None:
+            if problem is None and not damaged:
                 return Reader(stored, {kind})
-        complaint = f"{path.name}: {problem}"
-        log.error("DAMAGED CHECKPOINT, passed over: %s", complaint)
+        if problem is None:
+            raise CheckpointError(
+                f"{where}: {folder}: its newest checkpoint is damaged; got {'; '.join(damaged)}, "
+                "expected one that was written whole. Restore its files, or name the one before "
+                f"it: {path}."
+            )
+        if path.exists():  # Otherwise a run that trains has pruned it.
+            damaged.append(f"{path.name}: {problem}")
     raise CheckpointError(
-        f"{where}: {folder}: no sound checkpoint; got {complaint}, expected one that was written "
-        "whole. Train the run first, or restore its files."
+        f"{where}: {folder}: no sound checkpoint; got "
+        f"{'; '.join(damaged) or 'no complete checkpoint'}, expected one that was written whole. "
+        "Train the run first, or restore its files."
     )
 
 

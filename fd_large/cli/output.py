@@ -23,4 +23,6 @@ def tables(*, most: int = 1000) -> Console:
         # rich would ask descriptor 1, which may be a log.
         width = os.get_terminal_size(out.fileno()).columns
     width = min(most, width or PIPE_WIDTH)
-    return Console(file=out, width=width, highlight=False, markup=False, emoji=False)
+    return Console(
+        file=out, width=width, highlight=False, markup=False, emoji=False, force_jupyter=False
+    )

@@ -1,9 +1,13 @@
-"""`python -m fd_large recipes`."""
+"""`python -m fd_large recipes [NAME]`."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from tyro.conf import Positional, arg
 
 from fd_large.cli.arguments import parse
 from fd_large.cli.output import tables
@@ -15,14 +19,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the runs of record: models, what they need, how long they take, what to expect."""
+    """List the runs of record: models, what they need, how long they take, what to expect.
+
+    With a name: that recipe's reasons and every field, as a run file (--config FILE).
+    """
+
+    # Recipe to show; without it all are listed.
+    name: Annotated[str, Positional, arg(metavar="NAME")] = ""
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table."""
-    parse(Recipes, arguments, command="recipes")
-    tables().print(recipes_table())
+    """Prints the table, or one recipe."""
+    given = parse(Recipes, arguments, command="recipes")
+    if given.name:
+        print(run_file(given.name))
+    else:
+        tables().print(recipes_table())
     return 0
+
+
+def run_file(name: str) -> str:
+    """Returns a recipe as a run file: its docstring in comments, then its fields in YAML.
+
+    Raises: ConfigError: if there is no such recipe.
+    """
+    run = registry.get(name)
+    lines = (inspect.getdoc(registry.RECIPES[name]) or "").splitlines()
+    comments = "\n".join(f"# {line}".rstrip() for line in lines)
+    fields = yaml.dump(_set(run.to_dict()), Dumper=_Dumper, sort_keys=False, width=100)
+    return f"{comments}\n{fields}".rstrip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True)
+)
+
+
+def _set(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same without fields that have no value: those are the named model's own."""
+    values = {k: _set(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {name: value for name, value in values.items() if value not in (None, {})}
 
 
 def recipes_table() -> Table:

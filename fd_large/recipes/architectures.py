@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -26,6 +26,7 @@ from fd_large.backbones.vit.architecture import MODELS as VIT
 from fd_large.backbones.vit.architecture import ViTArchitecture
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.fields import from_plain
 
 FAMILIES: dict[str, type[FamilyArchitecture]] = {
     family.family: family
@@ -121,6 +122,22 @@ def name_of(architecture: FamilyArchitecture) -> str:
         if same and _values_but_size(model) == _values_but_size(architecture):
             return name
     return architecture.own_name or architecture.family
+
+
+def full_name(section: Mapping[str, Any]) -> str:
+    """Returns the name of the model that a section of recipe.json describes.
+
+    A model that its weights described stands there as its family with values; its name is that of
+    the table, or with the family's prefix (`timm:NAME`).
+    """
+    model: str = section["model"]
+    if model not in FAMILIES:
+        return model
+    try:
+        given = from_plain(Architecture, section.get("architecture", {}), "architecture.")
+        return name_of(resolve(model, given))
+    except ConfigError:  # Fields of another version.
+        return model
 
 
 def _values_but_size(architecture: FamilyArchitecture) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fd_large.recipes.architectures import full_name
 from fd_large.report.run_files import RunFiles
 from fd_large.tasks.registry import TASKS
 
@@ -127,12 +128,13 @@ def progress(files: RunFiles) -> str:
 
 
 def _frozen(name: str, section: dict[str, Any]) -> str:
+    model = full_name(section)
     if section["source"] == "random":
         return (
-            f"{section['model']} with RANDOM weights: shows the machinery works, no more; "
+            f"{model} with RANDOM weights: shows the machinery works, no more; "
             f"give a real one with --{name}.source FILE"
         )
-    return f"{section['model']} from {section['source']}"
+    return f"{model} from {section['source']}"
 
 
 def _devices(summary: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 
+from fd_large.recipes.architectures import full_name
 from fd_large.report import style
 from fd_large.report.run_files import RunFiles
 
@@ -103,11 +104,11 @@ def _short(model: str) -> str:
 
 def _title(files: RunFiles) -> str:
     student, frozen = files.recipe["student"], files.frozen_models.values()
+    name = _short(full_name(student))
     if not frozen:
-        init = student.get("init") or "random weights"
-        return f"{files.recipe['name']}: {_short(student['model'])}, from {init}"
+        return f"{files.recipe['name']}: {name}, from {student.get('init') or 'random weights'}"
     names = [
-        _short(section["model"]) + " (random weights)" * (section["source"] == "random")
+        _short(full_name(section)) + " (random weights)" * (section["source"] == "random")
         for section in frozen
     ]
-    return f"{files.recipe['name']}: {_short(student['model'])} learns from {', '.join(names)}"
+    return f"{files.recipe['name']}: {name} learns from {', '.join(names)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fd_large.recipes.architectures import full_name
 from fd_large.report import html
 from fd_large.report.closing import closing_rows, progress
 from fd_large.report.comparison import spread
@@ -14,7 +15,7 @@ from fd_large.report.run_files import RunFiles
 
 def run_html(files: RunFiles) -> str:
     """Returns a run's figures and pictures as HTML that needs no other file."""
-    rows = [*closing_rows(files), ("student", files.recipe["student"]["model"])]
+    rows = [*closing_rows(files), ("student", full_name(files.recipe["student"]))]
     if reason := files.summary.get("reason"):
         rows.append(("why it ended", str(reason)))
     rows.append(("folder", str(files.folder)))

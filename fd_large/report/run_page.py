@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 
+from fd_large.recipes.architectures import full_name
 from fd_large.report import html, style
 from fd_large.report.closing import PAGE, RUNNING, closing_rows, next_steps, progress
 from fd_large.report.loss_curve import DASHES, LOOKS, smoothed
@@ -179,7 +180,7 @@ def _incidents(files: RunFiles) -> Iterator[str]:
 def _frozen(files: RunFiles) -> list[tuple[str, str]]:
     rows = []
     for name, section in files.frozen_models.items():
-        rows.append((name, section["model"]))
+        rows.append((name, full_name(section)))
         weights = "RANDOM: shows that the machinery works, no more"
         rows.append(("weights", weights if section["source"] == "random" else section["source"]))
         for key in ("mean", "std", "statistics", "placement", "dtype"):

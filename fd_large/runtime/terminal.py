@@ -187,8 +187,9 @@ def console() -> Console:
         def size(self, new: tuple[int, int]) -> None:
             self._width, self._height = new
 
-    # Without a private copy, whatever sys.stdout is when a line is printed.
-    return Plain(file=_out, highlight=False, markup=False, emoji=False)
+    # Without a private copy, whatever sys.stdout is when a line is printed. A notebook gets text as
+    # well: rich would make an HTML output of each line.
+    return Plain(file=_out, highlight=False, markup=False, emoji=False, force_jupyter=False)
 
 
 def _clear_the_line() -> None:

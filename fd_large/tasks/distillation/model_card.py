@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fd_large.recipes.architectures import full_name
 from fd_large.weights.model_card import LOSSES, Learned
 from fd_large.weights.origin import Origin, is_random, without_folders
 
@@ -25,16 +26,17 @@ def learned(recipe: Mapping[str, Any], teacher: Origin, *, teacher_hash: str) ->
         teacher: Where the teacher's weights come from.
         teacher_hash: Hash of the teacher's weights.
     """
-    model, source = recipe["teacher"]["model"], recipe["teacher"]["source"]
+    model = without_folders(full_name(recipe["teacher"]))
+    source = recipe["teacher"]["source"]
     data = recipe["data"]
     return Learned(
-        title=f"distilled from {without_folders(model)}",
+        title=f"distilled from {model}",
         intro="An image backbone that learned the feature map of a frozen teacher (feature "
         "distillation, arXiv 2205.14141): no labels, no head.",
         tag="feature-distillation",
         tables={
             "Teacher": {
-                "model": without_folders(model),
+                "model": model,
                 "weights": _RANDOM if is_random(source) else without_folders(source),
                 "hash of its weights": teacher_hash,
             }

@@ -39,14 +39,16 @@ def test_full_tensors_in_the_order_asked_for_one_at_a_time(tmp_path, ranks, stag
         assert torch.equal(tensor, TENSORS[f"student.{name}"])
 
 
-def test_the_newest_sound_one(tmp_path, caplog):
-    store_tensors(tmp_path, TENSORS, update=1)
+def test_an_older_one_does_not_take_the_place_of_the_newest(tmp_path):
+    older = store_tensors(tmp_path, TENSORS, update=1)
     newer = store_tensors(tmp_path, TENSORS, update=2)
+    assert stream.newest(tmp_path).manifest["update"] == 2
     (newer / store.file_of(0)).write_bytes(b"torn")
-    assert stream.newest(tmp_path).manifest["update"] == 1
-    assert newer.name in caplog.text
-    (store.checkpoints_of(tmp_path) / store.name_of(1) / store.receipt_of(0)).unlink()
-    with pytest.raises(CheckpointError, match=store.receipt_of(0)):
+    with pytest.raises(CheckpointError, match=f"{newer.name}: .*name the one before it: {older}"):
+        stream.newest(tmp_path)
+    assert stream.newest(older).manifest["update"] == 1
+    (older / store.receipt_of(0)).unlink()
+    with pytest.raises(CheckpointError, match=f"{newer.name}: .*{store.receipt_of(0)}"):
         stream.newest(tmp_path)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from fd_large.cli import main as cli
-from fd_large.cli.train import Train
+from fd_large.cli.train import Train, parse_train
 from fd_large.errors import ConfigError, DataError
 from fd_large.launch import RANK_VARIABLES
 from fd_large.recipes import registry
+from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES
 from fd_large.recipes.fields import field_names
 from fd_large.recipes.run import Run
 
@@ -223,6 +224,31 @@ def test_the_table_of_recipes_fits_its_width(width, capsys, monkeypatch):
         assert any(f" {net} " in line for line in lines)
 
 
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_a_recipe_is_shown_as_the_run_file_that_it_is(name, tmp_path, capsys):
+    assert cli.main(["recipes", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"# {registry.facts(name).summary}\n")
+    file = tmp_path / "run.yaml"
+    file.write_text(shown)
+    given = parse_train(["--deepspeed_config", "zero3", "--config", str(file)])
+    assert given.run == registry.get(name)
+
+
+def test_models_are_listed_and_found_by_a_part_of_their_names(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ARCHITECTURES.keys() - FAMILIES.keys():
+        assert any(f" {name} " in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert cli.main(["models", "Vit_Base_Patch16"]) == 0
+    found = capsys.readouterr().out.split()
+    assert {"clip_vit_base_patch16", "timm:vit_base_patch16_224"} <= set(found)
+    assert cli.main(["models", "no such"]) == 2
+    assert "'no such'" in one_sentence(capsys)
+
+
 IMPORTS = """
 import json, sys
 from fd_large.cli.main import main
@@ -238,7 +264,8 @@ print(json.dumps([code, heavy]))
         ["--help"],
         ["train", "--help"],
         ["recipes"],
-        ["recipes", "--help"],
+        ["recipes", "quickstart"],
+        ["models"],
         ["report", "--help"],
         ["train", "--typo", "1"],
     ],

@@ -13,6 +13,7 @@ from fd_large.recipes.architectures import (
     FAMILIES,
     Architecture,
     field_names,
+    full_name,
     overrides,
     resolve,
     whole,
@@ -34,6 +35,21 @@ def test_a_model_is_told_whole_by_its_own_values(name):
     assert overrides(named, named) == Architecture()
     assert resolve(named.family, overrides(named)) == named
     assert named.example in ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture", "name"),
+    [
+        ("vit_base_patch16", {"depths": [2]}, "vit_base_patch16"),
+        ("timm", {"timm_name": "resnet18", "image_size": 64}, "timm:resnet18"),
+        ("swinv2", overrides(resolve("swinv2_base")).__dict__, "swinv2_base"),
+        ("swinv2", {"a field of": "another version"}, "swinv2"),
+        ("module:a.py:Net", {}, "module:a.py:Net"),
+    ],
+)
+def test_the_full_name_of_a_stored_model(model, architecture, name):
+    section = {"model": model, "architecture": architecture}
+    assert full_name(section) == name
 
 
 def test_a_section_travels_between_ranks():

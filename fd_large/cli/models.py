@@ -1,0 +1,74 @@
+"""`python -m fd_large models [PART]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from fd_large import activity
+from fd_large.backbones.timm.architecture import TimmArchitecture
+from fd_large.cli.arguments import parse
+from fd_large.cli.output import tables
+from fd_large.errors import ConfigError
+from fd_large.recipes.architectures import ARCHITECTURES, FAMILIES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_OTHERS = """\
+timm:NAME            any of timm; `models PART` lists those with PART in it
+module:FILE.py:NAME  code of your own (docs/extending.md)
+auto                 of a teacher: the model of its weights (docs/weights.md)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """List the models that a student or a teacher may be, by the names that recipes take."""
+
+    # Part of a name: lists the models that have it, timm's as well.
+    part: Annotated[str, Positional, arg(metavar="PART")] = ""
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a table of the models here, or the names that match, a line each."""
+    given = parse(Models, arguments, command="models")
+    if given.part:
+        print("\n".join(matching(given.part)))
+    else:
+        tables().print(models_table())
+        print(_OTHERS)
+    return 0
+
+
+def matching(part: str) -> list[str]:
+    """Returns the names of all models, timm's included, with a part in them.
+
+    Raises: ConfigError: if there is none.
+    """
+    with activity.work("loading timm"):  # Seconds: it brings torch.
+        import timm
+    theirs = (f"{TimmArchitecture.prefix}{name}" for name in timm.list_models())
+    names = [*ARCHITECTURES, *theirs]
+    found = [name for name in names if part.lower() in name.lower()]
+    if not found:
+        raise ConfigError(
+            f"models: no name with this part; got {part!r}, expected part of a model's name, such "
+            "as convnext. Leave it out to see the models without timm's."
+        )
+    return found
+
+
+def models_table() -> Table:
+    """Returns the table of the models that have names of their own here."""
+    from rich.table import Table
+
+    table = Table(title="Models (--student.model, --teacher.model)", title_justify="left")
+    table.add_column("Model", no_wrap=True)
+    table.add_column("Family and shape", ratio=1)
+    for name, model in ARCHITECTURES.items():
+        if name not in FAMILIES:  # Which stands for any model of the family.
+            shape = "; ".join(f"{what} {value}" for what, value in model.summary().items())
+            table.add_row(name, f"{model.family}: {shape}" if shape else model.own_name)
+    return table
