@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from engine_steps import forward_at
 from launch import write_result
 from oracles_models import clip_vit, fd_swinv2, fd_vit, swin_v1
 from safetensors.torch import load_file, save_file
@@ -23,13 +24,11 @@ from whole_weights import whole_weights
 from fd_large import distributed
 from fd_large.backbones.statistics import IMAGENET, OPENAI_CLIP
 from fd_large.data.loader import Batch
-from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.frozen import Frozen
 from fd_large.engine.schedule import CosineSchedule
 from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import build_engine
-from fd_large.engine.zero.optimizer import set_learning_rate
 from fd_large.kernels.whitened_loss import whiten
 from fd_large.recipes import registry
 from fd_large.tasks.distillation.task import Distillation
@@ -126,9 +125,9 @@ def main(folder: Path) -> None:
         if step == 0:
             found |= first_maps(engine, images)
         rates.append(schedule.at_step(step))
-        set_learning_rate(engine.deepspeed.optimizer, rates[-1])
         positions = torch.arange(rank * share, (rank + 1) * share)
-        loss = forward_backward(engine, Batch(images[positions], 0, positions, positions), 0)
+        batch = Batch(images[positions], 0, positions, positions)
+        loss = forward_at(engine, schedule, step, batch)
         if step == 0:
             for name, parameter in engine.task.named_parameters():
                 found[f"gradient.{name}"] = deepspeed.utils.safe_get_full_grad(parameter).clone()

@@ -1,9 +1,13 @@
-"""Fine-tuning as a Module: how it is counted."""
+"""Fine-tuning as a Module: how it is counted, and that it learns as the official one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import official
 import pytest
 import torch
+from engine_steps import forward_at
 from tiny_timm import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,9 +15,14 @@ from fd_large import doors
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.data.loader import Batch
+from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
-from fd_large.tasks.finetuning.task import FineTuning
+from fd_large.recipes.sections import Optim
+from fd_large.tasks.finetuning import mixing
+from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
+from fd_large.weights.source import Sources
 
 TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=16)
 
@@ -71,3 +80,51 @@ def test_a_classifier_that_draws_is_refused(tmp_path):
         FineTuning(
             build("vit_base_patch16", TINY), 4, statistics=IMAGENET, head=f"module:{path}:drops"
         )
+
+
+def test_it_learns_as_in_the_official_code(make_engine, tmp_path):
+    """main_finetune.py, without mixing and drop path; its numbers are float64."""
+    settings, student = official.FINETUNING, official.student(tmp_path)
+    decay = settings["layer_decay"]
+
+    def make():
+        task = FineTuning(
+            make_student(student, image_size=32), official.CLASSES, statistics=IMAGENET
+        )
+        for name, parameter in task.head.named_parameters():
+            parameter.data = official.weight(f"head.{name}", tuple(parameter.shape))
+        return task
+
+    engine = make_engine(
+        make_task=make,
+        optim=Optim(weight_decay=settings["weight_decay"], layer_decay=decay),
+        initial=student_weights(student, Sources(), image_size=32, without=DISCARDED),
+    )
+    schedule, rates = official.schedule(settings), by_layer(engine, decay)
+    losses = []
+    for number in range(official.STEPS):
+        batch = official.batch(number)
+        targets = mixing.mix_labels(
+            batch.targets,
+            batch.targets,
+            mixing.UNMIXED,
+            num_classes=official.CLASSES,
+            smoothing=settings["smoothing"],
+        )
+        batch = replace(batch, targets=targets)
+        losses.append(float(forward_at(engine, schedule, number, batch, rates)))
+        engine.deepspeed.step()
+    expected = official.numbers()["finetuning"]
+    assert losses == pytest.approx(expected["losses"], abs=1e-5)
+
+    engine.task.eval()
+    images, labels = (of("test", official.NUM_TEST) for of in (official.images, official.labels))
+    with torch.no_grad():
+        prepared = engine.task.prepare(images, labels, None)
+        _, sums = engine.deepspeed(**prepared)
+        logits = engine.task.logits(prepared["pixels"], None)
+    sums.pop("predicted")
+    found = counted(sums)
+    assert logits.flatten().tolist() == pytest.approx(expected["logits"], abs=1e-5)
+    assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
+    assert found["loss"] == pytest.approx(expected["test_loss"], abs=1e-5)
