@@ -24,7 +24,7 @@ import torch.distributed as dist
 from fd_large import failures
 from fd_large.errors import ConfigError, FDError, LaunchError
 from fd_large.launch import Launch, find_launch
-from fd_large.watch import watch_launcher
+from fd_large.watch import nearest_launcher, watch_launcher
 
 T = TypeVar("T")
 
@@ -117,6 +117,9 @@ def start(
         # AMD GPUs go by the same names: torch's "cuda" is ROCm there, "nccl" is RCCL (docs/amd.md).
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
+            store=_store_of_group(launch, timedelta(seconds=timeout_seconds)),
+            rank=launch.rank,
+            world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
         # Connects each rank to the next one on the ring: from here on, one that ends is noticed.
@@ -181,9 +184,38 @@ def _store_of(launch: Launch, timeout_seconds: float) -> failures.Store:
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    return dist.PrefixStore(_name_of(launch), store)
+
+
+def _store_of_group(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Returns the store for the process group, once rank 0 of this very job holds it.
+
+    Where the port is another job's, this rank waits there until its launcher ends it, as rank 0
+    fails; it leaves nothing that could disturb the other job.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(_name_of(launch), store)
+    if launch.rank == 0:
+        own.set("met", "")
+    own.wait(["met"])
+    return dist.PrefixStore("default_pg", store)
+
+
+def _name_of(launch: Launch) -> str:
+    """Names this job among those that may meet at one port, as far as something tells them apart.
+
+    A second job that is started with the port of a running one finds that one's store, and must
+    not end it by what it says there.
+    """
+    if launch.launcher == "srun":
+        job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+    else:
+        one_node = launch.world_size == launch.local_world_size
+        job = str(nearest_launcher()) if one_node else ""
     # torchrun's own store lives on when it starts the ranks again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"fd_large/{attempt}", store)
+    return f"fd_large/{job}/{attempt}"
 
 
 def _has_cuda() -> bool:

@@ -61,6 +61,11 @@ def watch_launcher() -> None:
         _watcher.start()
 
 
+def nearest_launcher() -> int:
+    """Returns the process number of the launcher that this rank descends from; 0: none is seen."""
+    return next((pid for pid in _ancestors() if _launcher_name(_arguments(pid))), 0)
+
+
 @contextmanager
 def hold() -> Iterator[None]:
     """Keeps an orphaned rank alive past its grace, for as long as a step and a save take."""

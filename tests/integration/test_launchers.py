@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import ROOT, Launcher, Started, read_results, run_ranks, start_ranks
+from launch import ROOT, Launcher, Started, free_port, read_results, run_ranks, start_ranks
 
 PROGRAMS = Path(__file__).parent / "programs"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -97,6 +97,24 @@ def ends_without_ranks(started: Started, pid: int) -> None:
         120.0,
         lambda: f"still there: {started.pids()}\n" + "\n".join(started.outputs()),
     )
+
+
+@needs_proc
+def test_a_second_job_at_the_port_of_a_running_one_ends_alone(tmp_path: Path) -> None:
+    program, first, second = PROGRAMS / "same_port.py", tmp_path / "first", tmp_path / "second"
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = start_ranks(program, first, ranks=2, launcher="mpirun", env=meeting)
+    try:
+        wait_for(ready(first, 2), 60, lambda: "\n".join(running.outputs()))
+        failed = run_ranks(program, second, ranks=2, launcher="mpirun", env=meeting, check=False)
+        assert failed.returncodes != [0]
+        assert "launch: rank 0 of 2 did not meet the others" in failed.outputs[0]
+        assert not second.exists()
+        (first / "go").touch()
+        assert running.processes[0].wait(60) == 0
+    finally:
+        outputs = running.kill()
+    assert read_results(first, 2) == [None, None], outputs
 
 
 @needs_proc
