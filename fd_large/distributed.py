@@ -333,7 +333,8 @@ def max_tensor(value: torch.Tensor) -> torch.Tensor:
 def sum_tensor(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Adds a tensor up over the ranks of a group, all by default; integers wrap around."""
     total = value.detach().clone()
-    if dist.is_initialized():
+    # On the meta device, on which one rank alone counts, there are no values to add.
+    if dist.is_initialized() and not total.is_meta:
         dist.all_reduce(total, group=group)
         moved()
     return total

@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from oracles_dense import CHECKS as DENSE_CHECKS
 from oracles_engine import CHECKS as ENGINE_CHECKS
 from oracles_models import CHECKS as MODEL_CHECKS
 from oracles_models import Row, Skipped, Tensors
 from safetensors.torch import load_file
 
-CHECKS = {**MODEL_CHECKS, **ENGINE_CHECKS}
+CHECKS = {**MODEL_CHECKS, **ENGINE_CHECKS, **DENSE_CHECKS}
 
 # Parts of files whose other parts are checked.
 NOT_YET_PARTS = {
     "simmim": "decoder and losses: masked image modelling is no task of the engine yet",
+    "dense_schedule": "steps down, and the schedule of MIM-Depth",
+}
+# Kinds that no part of the package stands behind yet.
+NOT_YET = {
+    "depth": "no task of depth yet",
+    "det": "cascades, HTC, soft-NMS and averaged tests are not in the detector yet",
 }
 
 _CLASSES = (
@@ -62,6 +69,8 @@ class Verdict:
 
 def kind_of(spec: dict) -> str:
     """Returns the kind that a JSON tells of itself; "unknown" if it tells none."""
+    if "kind" in spec:
+        return spec["kind"]
     config = spec.get("config", {})
     if "class_" in config:
         for start, kind in _CLASSES:
@@ -80,6 +89,8 @@ def check_file(path: Path, dtype: torch.dtype = torch.float32) -> Verdict:
     """Checks one JSON with the safetensors file beside it, where there is one."""
     spec = json.loads(path.read_text())
     kind = kind_of(spec)
+    if kind not in CHECKS and (area := kind.partition("_")[0]) in NOT_YET:
+        return Verdict(path.stem, kind, None, f"not yet: {NOT_YET[area]}")
     if kind not in CHECKS:
         return Verdict(path.stem, kind, None, "FAIL: no check for this kind")
     data = path.with_suffix(".safetensors")

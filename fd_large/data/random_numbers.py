@@ -31,6 +31,7 @@ STREAMS = {
     "proposals": 12,
     "blocks": 13,
     "in_window": 14,
+    "dropout": 15,
 }
 
 _WORD = np.uint64(0xFFFFFFFF)

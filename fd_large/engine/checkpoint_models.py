@@ -36,9 +36,7 @@ def stored_task(make: Callable[[], AnyTask], reader: Reader, *, kind: str) -> An
     Raises: CheckpointError: if the checkpoint is of another task.
     """
     task = partition.build(make, {}, partitioned=False, seed=0)
-    statistics = partition.running_statistics(task.student)
-    held = dict(task.named_parameters())
-    held |= {f"{stream.STUDENT}{name}": buffer for name, buffer in statistics.items()}
+    held = dict(task.named_parameters()) | partition.running_statistics(task)
     stream.check(reader, {name: tuple(tensor.shape) for name, tensor in held.items()})
     with torch.no_grad():
         for name, tensor in held.items():

@@ -24,7 +24,7 @@ from fd_large.engine.forward_backward import forward_backward
 from fd_large.engine.incident_evidence import evidence_of
 from fd_large.engine.micro_batch import out_of_memory_named
 from fd_large.engine.prefetch import Prefetch
-from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.schedule import Schedule
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.layer_decay import LayerLearningRates
@@ -55,7 +55,7 @@ class TrainingPlan(NamedTuple):
         count_bad_every: Steps between two looks at the sum of these over all ranks.
     """
 
-    schedule: CosineSchedule
+    schedule: Schedule
     steps_per_epoch: int
     accumulation: int
     seed: int
@@ -218,6 +218,7 @@ class Trainer:
         batches: list[Batch] = []
         losses: list[Tensor] = []
         waited = 0.0
+        engine.task.before_step()
         for number in range(plan.accumulation):
             self._beat()
             begin = time.perf_counter()
@@ -244,8 +245,10 @@ class Trainer:
         # DeepSpeed refuses a norm that is not finite by itself, and then does not ask.
         agreed = agreements[0] if agreements else self._agree(losses, epoch, learning_rate)
         self._checkpoints.optimizer_steps += moved
-        if moved and self._ema is not None:
-            self._ema.update()
+        if moved:
+            engine.task.after_step()
+            if self._ema is not None:
+                self._ema.update()
         update = replace(agreed.update, skipped=not moved, data_seconds=waited)
         return agreed._replace(update=update), batches, losses
 

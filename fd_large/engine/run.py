@@ -31,7 +31,7 @@ from fd_large.engine.ending import end_by, write_end
 from fd_large.engine.job import Job, JobOf
 from fd_large.engine.loop import Trainer, TrainingPlan
 from fd_large.engine.run_page import RunPage
-from fd_large.engine.schedule import CosineSchedule
+from fd_large.engine.schedule import SCHEDULES, Schedule
 from fd_large.engine.task import Task
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import config as ds
@@ -175,7 +175,7 @@ def _train(
             total,
             warmup,
         )
-    schedule = CosineSchedule(peak, warmup_start, minimum, total, warmup)
+    schedule = SCHEDULES[run.optim.schedule](peak, warmup_start, minimum, total, warmup)
     if first:
         _log_other_length(checkpoints.stored_recipe, run, folder, schedule, first)
     plan = TrainingPlan(
@@ -251,7 +251,7 @@ def _best_of(job: Job, folder: Path, finished: int) -> Best | None:
 
 
 def _log_other_length(
-    stored: dict[str, Any], run: Run, folder: Path, schedule: CosineSchedule, finished: int
+    stored: dict[str, Any], run: Run, folder: Path, schedule: Schedule, finished: int
 ) -> None:
     """Says what changes for a run whose length is not the one that its checkpoint was made for."""
     with suppress(FDError):
@@ -266,7 +266,7 @@ def _log_other_length(
         last = f" after {rows[-1]['learning_rate']:.3g} at the last one" if rows else ""
         log.warning(
             "%s: ANOTHER SCHEDULE from here on: the run goes on after step %d to step %d, and its "
-            "cosine ends there. The learning rate of the next step is %.3g%s. The result is not "
+            "schedule ends there. The learning rate of the next step is %.3g%s. The result is not "
             "that of a run that had this length from its start.",
             ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items()),
             finished,

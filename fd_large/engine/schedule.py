@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then a half cosine, as timm's scheduler.
+"""The learning rate of a step: linear warm-up, then half a cosine or a power of what is left.
 
 Counted in optimiser steps, so that neither ranks nor accumulation change a learning rate.
 """
@@ -6,17 +6,19 @@ Counted in optimiser steps, so that neither ranks nor accumulation change a lear
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 
 @dataclass(frozen=True)
-class CosineSchedule:
-    """L(t) over T steps, the first W of them warm-up.
+class Schedule:
+    """L over T steps, the first W of them warm-up.
 
     Attributes:
         peak: Learning rate after warm-up.
-        warmup_start: Learning rate at t = 0.
-        minimum: Learning rate at t >= T.
+        warmup_start: Learning rate of the first step.
+        minimum: Learning rate at the end.
         total: Number of steps, T.
         warmup: Number of warm-up steps, W.
     """
@@ -26,6 +28,18 @@ class CosineSchedule:
     minimum: float
     total: int
     warmup: int
+
+    def at_step(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0."""
+        raise NotImplementedError
+
+    def scaled_at(self, step: int, scale: float) -> float:
+        """Returns the learning rate of a layer whose peak is scaled."""
+        raise NotImplementedError
+
+
+class CosineSchedule(Schedule):
+    """Linear warm-up, then half a cosine, as timm's scheduler."""
 
     def value(self, t: int) -> float:
         """Returns L(t)."""
@@ -47,3 +61,49 @@ class CosineSchedule:
     def scaled_at(self, step: int, scale: float) -> float:
         """Returns the learning rate of a layer whose peak is scaled; both ends are not."""
         return replace(self, peak=self.peak * scale).at_step(step)
+
+
+@dataclass(frozen=True)
+class PolynomialSchedule(Schedule):
+    """A power of the share of steps that are left, with a linear warm-up.
+
+    Attributes:
+        power: The exponent; 1 is a straight line.
+        after_warmup: Whether the decay begins when the warm-up ends, as in mmengine; else it begins
+            at once and the warm-up is multiplied into it, as in mmcv 1.x.
+    """
+
+    power: float = 1.0
+    after_warmup: bool = False
+
+    def at_step(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0."""
+        if self.after_warmup:
+            # mmengine reaches peak and minimum in the last step of warm-up and run.
+            if step < self.warmup:
+                share = step / max(self.warmup - 1, 1)
+                return self.warmup_start + share * (self.peak - self.warmup_start)
+            return self._decayed(step - self.warmup, self.total - self.warmup - 1)
+        value = self._decayed(step, self.total)
+        if step < self.warmup:
+            start = self.warmup_start / self.peak if self.peak else 1.0
+            missing = (1 - step / self.warmup) * (1 - start)
+            value *= 1 - missing
+        return value
+
+    def _decayed(self, done: int, steps: int) -> float:
+        left = 1 - min(done / max(steps, 1), 1)
+        return self.minimum + (self.peak - self.minimum) * left**self.power
+
+    def scaled_at(self, step: int, scale: float) -> float:
+        """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
+        own = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
+        return own.at_step(step)
+
+
+SCHEDULES: dict[str, Callable[[float, float, float, int, int], Schedule]] = {
+    "cosine": CosineSchedule,
+    "linear": PolynomialSchedule,
+    "linear_after_warmup": partial(PolynomialSchedule, after_warmup=True),
+}
+"""What makes a schedule of (peak, start, minimum, total, warm-up), by its name in a recipe."""

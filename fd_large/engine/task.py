@@ -49,6 +49,16 @@ class Task(nn.Module):
         """Returns the loss, a float32 scalar, and detached scalar metrics by name."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Is called before the first forward of a step, on all ranks."""
+
+    def after_step(self) -> None:
+        """Is called after a step that was taken, not after one that the guard refused.
+
+        A task with running statistics moves them here, so that they are those of the steps that
+        made its weights, and move once a step whatever the number of micro batches.
+        """
+
     def shapes_only(self, batch: Batch) -> Tensor:
         """Runs the part of a step that shapes alone decide, for counting on the meta device.
 

@@ -164,7 +164,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimiser, its learning rate schedule (linear warm-up, then cosine) and clipping.
+    """The optimiser, its learning rate schedule (linear warm-up, then a decay) and clipping.
 
     The three learning rates are per 512 images: a step uses value x global_batch_size / 512.
     """
@@ -176,8 +176,14 @@ class Optim:
     base_lr: float = 3e-4
     # Learning rate per 512 images at which the warm-up starts.
     warmup_lr: float = 5e-7
-    # Learning rate per 512 images at which the cosine ends.
+    # Learning rate per 512 images at which the schedule ends.
     min_lr: float = 5e-6
+    # How the learning rate falls. cosine: half a cosine after the warm-up. linear: in a straight
+    # line over all steps, with the warm-up multiplied into it, as in the published segmentation
+    # runs of Swin, BEiT and MAE. linear_after_warmup: in a straight line from the warm-up's end,
+    # as in mmsegmentation 1.x. In the last two the layers' own learning rates (layer_decay) begin
+    # at their own share of warmup_lr.
+    schedule: Literal["cosine", "linear", "linear_after_warmup"] = "cosine"
     # Decoupled weight decay. Norms, biases and SwinV2's position-bias MLPs are not decayed. 0 turns
     # it off.
     weight_decay: float = 0.05

@@ -28,6 +28,16 @@ def test_oracle(path):
 
 
 @needs_oracles
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("dense/*.json")), ids=lambda path: path.stem)
+def test_dense_oracle_in_float64(path):
+    verdict = oracles.check_file(path, torch.float64)
+    assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"
+    if verdict.text.startswith("not yet"):
+        pytest.skip(verdict.text)
+    assert verdict.worst.error < 1e-6
+
+
+@needs_oracles
 @pytest.mark.parametrize("name", ["fd_swinv2_a", "fd_vit_shared_rpb_a", "fd_teacher_esvit"])
 def test_float64_is_below_a_millionth(name):
     verdict = oracles.check_file(FOLDER / f"{name}.json", torch.float64)

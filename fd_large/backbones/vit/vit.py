@@ -10,6 +10,7 @@ Sources: Dosovitskiy et al., arXiv 2010.11929; Wei et al., arXiv 2205.14141; Bao
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -214,6 +215,19 @@ class ViT(nn.Module):
                 f"vit: not a batch of images; got shape {tuple(images.shape)}, expected "
                 "(B, channels, H, W). Add the batch dimension."
             )
+        for x in self.after_blocks(images, keep):  # noqa: B007 (the last one)
+            pass
+        x = self.norm(x)
+        if self.drop_distillation_token:
+            x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
+        return FeatureMap(x, self.grid(*images.shape[-2:]), self.num_prefix_tokens)
+
+    def after_blocks(self, images: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the residual stream after each block, without a norm.
+
+        Args: See `forward`.
+        Yields: (B, prefix tokens + N, C), the distillation token among them where there is one.
+        """
         batch_size = images.shape[0]
         grid = self.grid(*images.shape[-2:])
         scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
@@ -228,10 +242,7 @@ class ViT(nn.Module):
         table = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
-        x = self.norm(x)
-        if self.drop_distillation_token:
-            x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
-        return FeatureMap(x, grid, self.num_prefix_tokens)
+            yield x
 
 
 class Blocks(nn.ModuleList):

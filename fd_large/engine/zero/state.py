@@ -63,9 +63,8 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def _statistics(engine: Engine) -> dict[str, Tensor]:
-    """The student's running statistics: the same on every rank, frozen, whole; stored in shards."""
-    found = partition.running_statistics(engine.task.student)
-    return {f"student.{name}": buffer for name, buffer in found.items()}
+    """The task's running statistics: the same on every rank, whole; stored in shards."""
+    return partition.running_statistics(engine.task)
 
 
 def shards(engine: Engine) -> Iterator[Piece]:

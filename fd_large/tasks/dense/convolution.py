@@ -8,6 +8,7 @@ parts with parameters are our own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,15 +84,31 @@ class ChannelNorm(LayerNorm):
 
 
 class NormedConvolution(nn.Module):
-    """A convolution without bias, a norm over channels, and a ReLU where one is wanted."""
+    """A convolution without bias, a norm, and a ReLU where one is wanted.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, relu: bool):
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel.
+        relu: Whether a ReLU follows.
+        norm: Makes the norm of so many channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        relu: bool,
+        norm: Callable[[int], nn.Module] = lambda channels: ChannelNorm(channels, NORM_EPS),
+    ):
         super().__init__()
         draw = he_normal(out_channels, kernel_size) if relu else he_uniform()
         self.convolution = Convolution(
             in_channels, out_channels, kernel_size, draw=draw, bias=False
         )
-        self.norm = ChannelNorm(out_channels, NORM_EPS)
+        self.norm = norm(out_channels)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Pyramids: from the maps of a backbone to five maps of one width, each half as large.
+"""Pyramids: from the maps of a backbone to maps of which each is half as large as the one before.
+
+Detectors take five of one width; segmentation takes four, of the backbone's own widths.
 
 torchvision's pyramid does not serve: it draws its children's weights from its own constructor
 (see convolution.py).
@@ -6,12 +8,14 @@ torchvision's pyramid does not serve: it draws its children's weights from its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fd_large.backbones.initialization import FAN_IN_UNIFORM, Draw
 from fd_large.backbones.layers import LayerNorm
+from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import (
     NORM_EPS,
     ChannelNorm,
@@ -23,11 +27,30 @@ from fd_large.tasks.dense.convolution import (
 STAGE_NORM_EPS = 1e-5
 
 
-class FeaturePyramid(nn.Module):
+class NormedStages(nn.Module):
+    """A new norm on each stage's map, as all published dense heads on a Swin backbone have it.
+
+    Args:
+        widths: Channels of the stages.
+    """
+
+    def __init__(self, widths: Sequence[int]):
+        super().__init__()
+        for stage, channels in enumerate(widths):
+            # Under the names that detectors with a Swin backbone give them.
+            self.add_module(f"norm{stage}", LayerNorm(channels, STAGE_NORM_EPS))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, H_s, W_s, C_s) of each stage to (B, C_s, H_s, W_s)."""
+        return [
+            getattr(self, f"norm{stage}")(x).permute(0, 3, 1, 2) for stage, x in enumerate(maps)
+        ]
+
+
+class FeaturePyramid(NormedStages):
     """The feature pyramid over the stages of a hierarchical backbone.
 
-    A new norm on each stage's map, as all published detectors with a Swin backbone have it, then
-    lateral and output convolutions with a norm each (ViTDet's choice for its Swin baselines).
+    Lateral and output convolutions have a norm each (ViTDet's choice for its Swin baselines).
 
     Args:
         widths: Channels of the stages.
@@ -38,18 +61,13 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(self, widths: Sequence[int], width: int):
-        super().__init__()
-        for stage, channels in enumerate(widths):
-            # Under the names that detectors with a Swin backbone give them.
-            self.add_module(f"norm{stage}", LayerNorm(channels, STAGE_NORM_EPS))
+        super().__init__(widths)
         self.laterals, self.outputs = _convolutions(widths, width)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, H_s, W_s, C_s) of each stage to (B, width, H_s, W_s) and a coarser last one."""
-        sides = []
-        for stage, (x, lateral) in enumerate(zip(maps, self.laterals, strict=True)):
-            normed = getattr(self, f"norm{stage}")(x)
-            sides.append(lateral(normed.permute(0, 3, 1, 2)))
+        normed = super().forward(maps)
+        sides = [lateral(x) for x, lateral in zip(normed, self.laterals, strict=True)]
         total, pyramid = sides[-1], []
         for stage in reversed(range(len(sides))):
             if stage + 1 < len(sides):
@@ -72,11 +90,8 @@ class SimplePyramid(nn.Module):
     def __init__(self, in_width: int, width: int):
         super().__init__()
         half, quarter = in_width // 2, in_width // 4
-        self.fourfold = nn.Sequential(
-            Doubling(in_width, half, draw=he_uniform()),
-            ChannelNorm(half, NORM_EPS),
-            nn.GELU(),
-            Doubling(half, quarter, draw=he_uniform()),
+        self.fourfold = _fourfold(
+            (in_width, half, quarter), he_uniform(), lambda width: ChannelNorm(width, NORM_EPS)
         )
         self.twofold = Doubling(in_width, half, draw=he_uniform())
         self.laterals, self.outputs = _convolutions((quarter, half, in_width, in_width), width)
@@ -96,6 +111,56 @@ class SimplePyramid(nn.Module):
             for scale, lateral, output in zip(scales, self.laterals, self.outputs, strict=True)
         ]
         return [*pyramid, _coarser(pyramid[-1])]
+
+
+class RescaledMaps(nn.Module):
+    """Maps of a plain backbone, all of one size, made the four maps of a hierarchical one.
+
+    Each is scaled by transposed convolutions or by max pooling, its width unchanged.
+
+    Args:
+        width: Channels of the maps.
+        scales: Factor of each map's sides: 4, 2, 1, 1/2 or 1/4, each at most once.
+
+    Source: Bao et al., arXiv 2106.08254, and its segmentation code (fpn1 to fpn4).
+    """
+
+    def __init__(self, width: int, scales: Sequence[float] = (4, 2, 1, 0.5)):
+        super().__init__()
+        self.scales = tuple(scales)
+        self.fourfold = self.twofold = None
+        if 4 in scales:
+            self.fourfold = _fourfold((width,) * 3, FAN_IN_UNIFORM, BatchNorm)
+        if 2 in scales:
+            self.twofold = Doubling(width, width, draw=FAN_IN_UNIFORM)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, H, W, C) of some blocks to (B, C, scale x H, scale x W), rounded down."""
+        rescaled = []
+        for x, scale in zip(maps, self.scales, strict=True):
+            x = x.permute(0, 3, 1, 2)
+            if scale == 4:
+                x = self.fourfold(x)
+            elif scale == 2:
+                x = self.twofold(x)
+            elif scale < 1:
+                side = round(1 / scale)
+                x = F.max_pool2d(x, kernel_size=side, stride=side)
+            rescaled.append(x)
+        return rescaled
+
+
+def _fourfold(
+    widths: tuple[int, int, int], draw: Draw, norm: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """Twice doubles the sides of a map, with a norm and a GELU between."""
+    first, middle, last = widths
+    return nn.Sequential(
+        Doubling(first, middle, draw=draw),
+        norm(middle),
+        nn.GELU(),
+        Doubling(middle, last, draw=draw),
+    )
 
 
 def _convolutions(widths: Sequence[int], width: int) -> tuple[nn.ModuleList, nn.ModuleList]:

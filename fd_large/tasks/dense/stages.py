@@ -5,10 +5,18 @@ Parameters and their names stay the student's, so that its weights load and go o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError
-from fd_large.tasks.dense.pyramids import FeaturePyramid, SimplePyramid
+from fd_large.tasks.dense.pyramids import (
+    FeaturePyramid,
+    NormedStages,
+    RescaledMaps,
+    SimplePyramid,
+)
 from fd_large.tasks.dense.windowed_vit import check, windowed_map
 
 NUM_STAGES = 4
@@ -17,7 +25,7 @@ NUM_STAGES = 4
 LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
 
 
-def strip(student: nn.Module) -> None:
+def strip(student: nn.Module, *, windowed: bool = True) -> None:
     """Takes the final norm and the class tokens out of a student.
 
     They would get no gradient, and parameters without one are still decayed under DeepSpeed.
@@ -26,10 +34,12 @@ def strip(student: nn.Module) -> None:
         student: A backbone whose stages give a map each (`stage_widths`, `stage_strides`), of half
             the resolution of the one before, or one with a single map whose blocks can attend
             within windows (`attends_in_windows`).
+        windowed: Whether a student with a single map will see windows, without its class tokens
+            (`features`), or whole images of its own size, with them (`maps_of_blocks`).
 
     Raises: ConfigError: if no pyramid can stand on the student.
     """
-    if _has_stages(student):
+    if has_stages(student):
         stages, size_rule = len(student.stage_widths), getattr(student, "size_rule", "pad")
         if stages != NUM_STAGES or size_rule != "pad":
             raise ConfigError(
@@ -40,8 +50,9 @@ def strip(student: nn.Module) -> None:
         if hasattr(student, "check_stages"):
             student.check_stages()
     elif getattr(student, "attends_in_windows", False):
-        check(student)
-        student.cls_token = student.dist_token = None
+        if windowed:
+            check(student)
+            student.cls_token = student.dist_token = None
     else:
         raise ConfigError(
             f"student.model: no pyramid stands on this model; got {type(student).__name__}, "
@@ -63,23 +74,78 @@ def features(
     Returns: a map (B, H, W, C) of each stage, or the only map.
     """
     pixels = pixels.to(next(student.parameters()).dtype)
-    if _has_stages(student):
+    if has_stages(student):
         return student.stages(pixels, keep)
     return windowed_map(student, pixels, keep)
 
 
+def blocks_taken(depth: int) -> tuple[int, int, int, int]:
+    """Returns the blocks of a plain ViT whose maps are rescaled, counted from 0.
+
+    As published: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, a third, a half, two thirds and all of
+    the model.
+    """
+    return (
+        max(depth // 3 - 1, 0),
+        max(depth // 2 - 1, 0),
+        max(2 * depth // 3 - 1, 0),
+        depth - 1,
+    )
+
+
+def maps_of_blocks(
+    vit: nn.Module, pixels: Tensor, keep: Tensor | None, blocks: Sequence[int]
+) -> list[Tensor]:
+    """Maps normalised images of a ViT's own size to the maps of some blocks.
+
+    Every token sees all others, class tokens included.
+
+    Args:
+        vit: After `strip`.
+        pixels: (B, 3, H, W), any float dtype; padded with zeros right and bottom where it is
+            smaller than the images that the positions are made for.
+        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+        blocks: Their numbers, rising, counted from 0.
+
+    Returns: (B, H / p, W / p, C) for each, without a norm.
+    """
+    rows, columns = vit.image_grid
+    missing = (
+        rows * vit.patch_size - pixels.shape[-2],
+        columns * vit.patch_size - pixels.shape[-1],
+    )
+    pixels = F.pad(pixels, (0, max(missing[1], 0), 0, max(missing[0], 0)))
+    pixels = pixels.to(next(vit.parameters()).dtype)
+    tokens = list(vit.after_blocks(pixels, keep))
+    return [tokens[block][:, -rows * columns :].unflatten(1, (rows, columns)) for block in blocks]
+
+
+def scales_of(patch_size: int) -> tuple[float, ...]:
+    """Returns the factors by which a plain ViT's four maps are rescaled, as published."""
+    return (2, 1, 0.5, 0.25) if patch_size <= 8 else (4, 2, 1, 0.5)
+
+
+def neck_of(student: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
+    """Returns what makes four maps, finest first, of a student's, and their channels."""
+    if has_stages(student):
+        return NormedStages(student.stage_widths), tuple(student.stage_widths)
+    neck = RescaledMaps(student.width, scales_of(student.patch_size))
+    return neck, (student.width,) * NUM_STAGES
+
+
 def pyramid_of(student: nn.Module, width: int) -> nn.Module:
     """Returns the pyramid that fits a student, with `width` channels on every level."""
-    if _has_stages(student):
+    if has_stages(student):
         return FeaturePyramid(list(student.stage_widths), width)
     return SimplePyramid(student.width, width)
 
 
 def strides_of(student: nn.Module) -> tuple[float, ...]:
     """Returns the pixels per place of each level of the pyramid, finest first."""
-    finest = student.stage_strides[0] if _has_stages(student) else student.patch_size / 4
+    finest = student.stage_strides[0] if has_stages(student) else student.patch_size / 4
     return tuple(float(finest * 2**level) for level in range(NUM_STAGES + 1))
 
 
-def _has_stages(student: nn.Module) -> bool:
+def has_stages(student: nn.Module) -> bool:
+    """Returns whether a student gives a map for each of several stages."""
     return hasattr(student, "stage_widths")

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
+from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
@@ -32,10 +33,6 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 """What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
-# Value of the pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after
-# normalisation: a model whose biases are still 0 maps that to 0, where each norm multiplies
-# gradients by 1 / sqrt(eps).
-PADDING = 128
 
 
 class Detection(Task):
@@ -104,11 +101,7 @@ class Detection(Task):
 
     def pixels(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Normalises images (B, 3, H, W) uint8 to float32; beyond their sizes all is grey."""
-        height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device) < sizes[:, :1]  # (B, H)
-        columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-        inside = rows[:, None, :, None] & columns[:, None, None, :]
-        return normalise(images.where(inside, PADDING), self.statistics)
+        return normalised(images, sizes, self.statistics)
 
     def forward(
         self,

@@ -1,0 +1,28 @@
+"""Images of several sizes in one batch, normalised for the student; what pads them is grey."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fd_large.backbones.statistics import Statistics, normalise
+
+# Value of the pixels that pad an image, as in detectron2's large-scale jitter. Not 0 after
+# normalisation: a model whose biases are still 0 maps that to 0, where each norm multiplies
+# gradients by 1 / sqrt(eps).
+PADDING = 128
+
+
+def normalised(images: Tensor, sizes: Tensor, statistics: Statistics) -> Tensor:
+    """Normalises images to float32; beyond their sizes all is grey.
+
+    Args:
+        images: (B, 3, H, W) uint8, padded right and bottom.
+        sizes: (B, 2) int64, height and width of each image without its padding.
+        statistics: The student's normalisation.
+    """
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1]  # (B, H)
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return normalise(images.where(inside, PADDING), statistics)

@@ -1,0 +1,1 @@
+"""Segmentation: a student's features learn to name the class of every pixel."""

@@ -1,0 +1,32 @@
+"""The auxiliary head: one convolution on one map, which gives a second loss to the backbone.
+
+Source: Long et al., arXiv 1411.4038; as in mmsegmentation's FCNHead with one convolution.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.convolution import NormedConvolution
+from fd_large.tasks.segmentation.heads.classifier import Classifier
+
+
+class FcnHead(nn.Module):
+    """A 3x3 convolution with its norm, and a classifier.
+
+    Args:
+        in_width: Channels of the map.
+        width: Channels of the head.
+        num_classes: K.
+    """
+
+    def __init__(self, in_width: int, width: int, num_classes: int):
+        super().__init__()
+        self.width = width
+        self.convolution = NormedConvolution(in_width, width, 3, relu=True, norm=BatchNorm)
+        self.classifier = Classifier(width, num_classes)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Maps (B, C, H, W) to logits (B, K, H, W); keep as in `Classifier`."""
+        return self.classifier(self.convolution(x), keep)

@@ -1,0 +1,32 @@
+"""The linear head: what a map tells of the classes without a further layer.
+
+Source: Oquab et al., arXiv 2304.07193 (DINOv2): batch norm and a 1x1 convolution on the last map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.segmentation.heads.classifier import Classifier
+
+
+class LinearHead(nn.Module):
+    """Batch norm and a classifier on the last map.
+
+    Args:
+        width: Channels of the last map.
+        num_classes: K.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.width = width
+        self.norm = BatchNorm(self.width)
+        self.classifier = Classifier(self.width, num_classes)
+
+    def forward(self, maps: Sequence[Tensor], keep: Tensor | None = None) -> Tensor:
+        """Maps (B, C_s, H_s, W_s) of each stage to logits (B, K, H, W) of the last one's size."""
+        return self.classifier(self.norm(maps[-1]), keep)

@@ -1,0 +1,1 @@
+"""Tests of segmentation: sliding windows, several scales, areas, scores, pictures."""

@@ -1,0 +1,198 @@
+"""Segmentation as a task: a student, its maps, a head that names the class of each pixel, a loss.
+
+A Swin model brings a map for each stage; of a ViT the maps of four blocks are rescaled. A second,
+small head on the third map gives a second loss in training.
+
+Sources: the published segmentation of Swin (arXiv 2103.14030) and BEiT (arXiv 2106.08254).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.data.random_numbers import uniforms
+from fd_large.engine.heads import make_head
+from fd_large.engine.task import Task
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.pixels import normalised
+from fd_large.tasks.dense.stages import (
+    blocks_taken,
+    features,
+    has_stages,
+    maps_of_blocks,
+    neck_of,
+    strip,
+)
+from fd_large.tasks.segmentation.heads.classifier import DROPOUT
+from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
+from fd_large.tasks.segmentation.heads.linear_head import LinearHead
+from fd_large.tasks.segmentation.heads.uper_head import UperHead
+from fd_large.tasks.segmentation.loss import Pixels, pixel_loss
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "uper": UperHead,
+    "linear": lambda widths, width, num_classes: LinearHead(widths[-1], num_classes),
+}
+"""What makes logits of four maps, by the name that a recipe has for it (`task.segmentation.head`):
+made of (channels of the maps, channels of the head, number of classes), its attribute `width` is
+the number of channels of which some are dropped."""
+AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
+LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0}
+"""Parameters of a distilled student that the task takes out, with the values that a whole student
+has in their place: its final norm then only normalises."""
+
+
+class Targets(NamedTuple):
+    """The targets of a batch.
+
+    Attributes:
+        labels: (B, H, W) int16, a class or `IGNORED`.
+        sizes: (B, 2) int64, height and width of each image without its padding.
+        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
+            tensor, so that it stays on the host, where they are drawn.
+        epoch: Counted from 0.
+    """
+
+    labels: Tensor
+    sizes: Tensor
+    positions: NDArray
+    epoch: int
+
+
+class Segmentation(Task):
+    """A head for the class of each pixel on a distilled student.
+
+    Args:
+        student: A backbone; it loses its final norm.
+        num_classes: K.
+        head: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        width: Channels of the head.
+        auxiliary_weight: Weight of the second head's loss; 0: there is no second head.
+        over: What losses are divided by (`pixel_loss`).
+        seed: What dropped channels are drawn with, besides epoch and position.
+        statistics: The student's normalisation.
+
+    Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        num_classes: int,
+        *,
+        head: str = "uper",
+        width: int = 512,
+        auxiliary_weight: float = 0.4,
+        over: Pixels = "all",
+        seed: int = 0,
+        statistics: Statistics = IMAGENET,
+    ) -> None:
+        super().__init__(student)
+        strip(student, windowed=False)
+        self.neck, widths = neck_of(student)
+        self.head = make_head(
+            head,
+            widths,
+            width,
+            num_classes,
+            built_in=HEADS,
+            where="task.segmentation.head",
+        )
+        self.auxiliary: FcnHead | None = None
+        if auxiliary_weight:
+            self.auxiliary = FcnHead(widths[AUXILIARY_MAP], AUXILIARY_WIDTH, num_classes)
+        self.auxiliary_weight, self.over = auxiliary_weight, over
+        self.seed, self.statistics = seed, statistics
+
+    def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the student's pixels, the labels, and the channels that stay in the heads."""
+        count = self.head.width + (self.auxiliary.width if self.auxiliary else 0)
+        draws = uniforms(self.seed, targets.epoch, targets.positions, "dropout", count)
+        return {
+            "pixels": normalised(images, targets.sizes, self.statistics),
+            "keep": keep,
+            "labels": targets.labels,
+            "channels": torch.from_numpy(draws >= DROPOUT).to(images.device),
+        }
+
+    def forward(
+        self,
+        *,
+        pixels: Tensor,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
+        channels: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
+        """Returns the loss and its terms, or without labels the logits of all pixels.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            keep: (num_sites, B) bool, or None.
+            labels: (B, H, W), classes or `IGNORED`.
+            channels: (B, channels of head and second head) bool, those that stay; None: all.
+
+        Returns: without labels (B, K, H, W) float32.
+        """
+        maps = self.neck(self._maps(pixels, keep))
+        if labels is None:
+            return self._to_pixels(self.head(maps, None).float(), pixels)
+        of_head = of_auxiliary = None
+        if channels is not None:
+            of_head, of_auxiliary = channels.tensor_split((self.head.width,), dim=1)
+        terms = {"decode": pixel_loss(self.head(maps, of_head), labels, over=self.over)}
+        if self.auxiliary is not None:
+            logits = self.auxiliary(maps[AUXILIARY_MAP], of_auxiliary)
+            loss = pixel_loss(logits, labels, over=self.over)
+            terms["auxiliary"] = self.auxiliary_weight * loss
+        return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Returns the logits of images (B, 3, H, W) uint8 of one size: (B, K, H, W) float32."""
+        sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
+        return self(pixels=normalised(images, sizes, self.statistics))
+
+    def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
+        if has_stages(self.student):
+            return features(self.student, pixels, keep)
+        taken = blocks_taken(self.student.depths[0])
+        return maps_of_blocks(self.student, pixels, keep, taken)
+
+    def _to_pixels(self, logits: Tensor, pixels: Tensor) -> Tensor:
+        """Resizes logits to the pixels; a ViT's map may show padding beside them."""
+        height, width = pixels.shape[-2:]
+        rows, columns = height, width
+        if not has_stages(self.student):
+            grid, patch = self.student.image_grid, self.student.patch_size
+            rows, columns = grid[0] * patch, grid[1] * patch
+        logits = F.interpolate(logits, size=(rows, columns), mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """Returns what is exempt from weight decay besides vectors.
+
+        Of a ViT nothing: class token and positions are decayed, as in the published runs, whose
+        code compares their names without the prefix that they have.
+        """
+        if has_stages(self.student):
+            return super().no_weight_decay()
+        return frozenset(), ()
+
+    def before_step(self) -> None:
+        """Drops what batch norms noted outside of a step, such as in a trial."""
+        for norm in self._norms():
+            norm.forget()
+
+    def after_step(self) -> None:
+        """Moves the running statistics of the batch norms."""
+        for norm in self._norms():
+            norm.move()
+
+    def _norms(self) -> list[BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]

@@ -1,0 +1,412 @@
+"""Checks of oracle files of segmentation: heads, pyramids, tests, scores, groups and schedules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
+from torch import Tensor, nn
+
+from fd_large.backbones.vit.vit import ViT
+from fd_large.engine.schedule import PolynomialSchedule
+from fd_large.engine.zero.optimizer import decays
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.pyramids import RescaledMaps
+from fd_large.tasks.dense.stages import maps_of_blocks, strip
+from fd_large.tasks.segmentation.data.labels import class_labels
+from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
+from fd_large.tasks.segmentation.heads.uper_head import UperHead
+from fd_large.tasks.segmentation.loss import IGNORED, pixel_loss
+from fd_large.tasks.segmentation.scores.areas import confusion, scores_of
+from fd_large.tasks.segmentation.scores.views import averaged, resized, slide, windows
+from fd_large.tasks.segmentation.task import Segmentation
+
+# Of a name that heads have in mmsegmentation or BEiT, and of ours.
+_NAMES = (
+    (r"decode_head\.psp_modules\.(\d+)\.1\.", r"head.pools.\1."),
+    (r"decode_head\.bottleneck\.", "head.pooled."),
+    (r"decode_head\.lateral_convs\.", "head.laterals."),
+    (r"decode_head\.fpn_convs\.", "head.outputs."),
+    (r"decode_head\.fpn_bottleneck\.", "head.fused."),
+    (r"decode_head\.conv_seg\.", "head.classifier.convolution."),
+    (r"auxiliary_head\.convs\.0\.", "auxiliary.convolution."),
+    (r"auxiliary_head\.conv_seg\.", "auxiliary.classifier.convolution."),
+    (r"upsample_4x\.|fpn1\.", "neck.fourfold."),
+    (r"upsample_2x\.0\.|fpn2\.0\.", "neck.twofold."),
+    (r"backbone\.", "student."),
+)
+
+
+def ours(name: str) -> str:
+    """Our name of a parameter of the published heads."""
+    name = name.removeprefix("backbone.") if "backbone.fpn" in name else name
+    for pattern, own in _NAMES:
+        name, count = re.subn(rf"^(?:{pattern})", own, name)
+        if count:
+            break
+    return re.sub(r"\.bn\.", ".norm.", re.sub(r"\.conv\.", ".convolution.", name))
+
+
+def _load(net: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
+    """Fills a net with the weights and running statistics of a file."""
+    held = {
+        ours(name.partition(".")[2]): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("weights.", "buffers.")) and "relative_position_index" not in name
+    }
+    net.load_state_dict(held, strict=True)
+    # `to` keeps statistics in float32 at least.
+    return net.to(dtype)
+
+
+class _Errors:
+    """Rows of what is compared with a file, by the tolerances in its JSON."""
+
+    def __init__(self, spec: dict, tensors: Tensors):
+        self._tensors = tensors
+        self._outputs = spec["suggested_tolerance_max_rel"]
+        self._gradients = spec.get(
+            "suggested_tolerance_gradients_max_rel", GRADIENT_FACTOR * self._outputs
+        )
+        self._loose = spec.get("ill_conditioned_gradients_not_in_worst_spread", {})
+        self.rows: list[Row] = []
+
+    def out(self, label: str, got: Tensor) -> None:
+        expected = self._tensors[label]
+        self.rows.append(
+            Row(label, max_relative(got.detach().reshape(expected.shape), expected), self._outputs)
+        )
+
+    def gradients(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        held = {n: p.grad for n, p in named}
+        stored = {n: t for n, t in self._tensors.items() if n.startswith("grad.")}
+        for label, expected in stored.items():
+            own = ours(label.removeprefix("grad."))
+            allowed = max(self._gradients, 8 * self._loose.get(label, 0.0))
+            self.rows.append(Row(label, max_relative(held[own], expected), allowed))
+
+    def statistics(self, net: nn.Module, prefix: str) -> None:
+        held = dict(net.named_buffers())
+        for label in self._tensors:
+            if label.startswith(prefix) and "running_" in label:
+                self.out(label, held[ours(label.removeprefix(prefix))])
+
+
+def _move(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, BatchNorm):
+            module.move()
+
+
+class _Heads(nn.Module):
+    def __init__(self, head: nn.Module, auxiliary: nn.Module):
+        super().__init__()
+        self.head, self.auxiliary = head, auxiliary
+
+
+def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Both heads: maps on the way, logits, losses over all and over labelled pixels, gradients."""
+    config, errors = spec["config"], _Errors(spec, tensors)
+    widths, classes = config["in_channels"], config["num_classes"]
+    head = UperHead(widths, config["channels"], classes, pools=config["pool_scales"])
+    auxiliary = FcnHead(widths[2], config["aux_channels"], classes)
+    net = _load(_Heads(head, auxiliary), tensors, dtype)
+    maps = [nn.Parameter(tensors[f"input.{i}"].to(dtype)) for i in range(len(widths))]
+    labels = tensors["label"].long()
+    labels = labels.masked_fill(labels == 255, IGNORED)
+    seen: dict[str, Tensor] = {}
+    watched = {"ppm": head.pooled, "fused": head.fused}
+    for i in range(3):
+        watched |= {f"lateral{i}": head.laterals[i], f"fpn{i}": head.outputs[i]}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, label=label: seen.update({label: out}))
+        for label, module in watched.items()
+    ]
+    for mode in ("eval", "train"):
+        net.train(mode == "train")
+        logits, second = head(maps), auxiliary(maps[2])
+        errors.out(f"out.{mode}.logits", logits)
+        errors.out(f"out.{mode}.aux_logits", second)
+        losses = (pixel_loss(logits, labels), 0.4 * pixel_loss(second, labels))
+        for label, loss in zip(("loss", "aux_loss"), losses, strict=True):
+            errors.out(f"out.{mode}.{label}", loss)
+        if mode == "eval":
+            for label, got in seen.items():
+                errors.out(f"out.eval.{label}", got)
+            whole = resized(logits, labels.shape[-2:])
+            errors.out("out.eval.resized_logits_0", whole[:1])
+            counts = confusion(whole.argmax(1), labels, classes).numpy()
+            errors.out("out.eval.acc_seg", torch.tensor(scores_of(counts).a_acc))
+            for label, own, weight in (("loss", logits, 1.0), ("aux_loss", second, 0.4)):
+                loss = weight * pixel_loss(own, labels, over="labelled")
+                errors.out(f"out.eval.{label}_avg_non_ignore", loss)
+    for x in maps:
+        x.grad = None
+    sum(losses).backward()
+    inputs = {f"input.{i}": x for i, x in enumerate(maps)}
+    errors.gradients([*net.named_parameters(), *inputs.items()])
+    _move(net)
+    errors.statistics(net, "out.train.")
+    for hook in hooks:
+        hook.remove()
+    return errors.rows
+
+
+class _Necked(nn.Module):
+    def __init__(self, neck: nn.Module):
+        super().__init__()
+        self.neck = neck
+
+
+def check_vit_pyramid(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The rescaled maps, their gradients, and those of what they are made of."""
+    config, errors = spec["config"], _Errors(spec, tensors)
+    scales = config["rescales"]
+    net = _load(_Necked(RescaledMaps(config["embed_dim"], scales)), tensors, dtype)
+    inputs = [nn.Parameter(tensors[f"input.{i}"].to(dtype)) for i in range(len(scales))]
+    for mode in ("eval", "train"):
+        net.train(mode == "train")
+        outputs = net.neck([x.permute(0, 2, 3, 1) for x in inputs])
+        for i, out in enumerate(outputs):
+            errors.out(f"out.{mode}.{i}", out)
+    _weighted(outputs, tensors).backward()
+    named = {f"input.{i}": x for i, x in enumerate(inputs)}
+    errors.gradients([*net.named_parameters(), *named.items()])
+    _move(net)
+    errors.statistics(net, "out.train.")
+    return errors.rows
+
+
+def _weighted(outputs: list[Tensor], tensors: Tensors) -> Tensor:
+    return sum((out * tensors[f"cotangent.{i}"].to(out)).sum() for i, out in enumerate(outputs))
+
+
+class _Plain(nn.Module):
+    """A ViT under its own names, and its neck."""
+
+    def __init__(self, student: nn.Module, neck: nn.Module):
+        super().__init__()
+        self.neck = neck
+        for name, module in student.named_children():
+            self.add_module(name, module)
+        for name, parameter in student.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+
+def check_beit_backbone(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """A ViT's blocks into the rescaled maps."""
+    config, errors = spec["config"], _Errors(spec, tensors)
+    if config["use_rel_pos_bias"] and config["use_shared_rel_pos_bias"]:
+        raise ValueError("two kinds of position tables at once are not known to this check")
+    relative = "block" if config["use_rel_pos_bias"] else "none"
+    if config["use_shared_rel_pos_bias"]:
+        relative = "shared"
+    vit = ViT(
+        config["embed_dim"],
+        config["depth"],
+        config["num_heads"],
+        patch_size=config["patch"],
+        image_size=tuple(config["image"]),
+        mlp_ratio=config["mlp_ratio"],
+        absolute_position=config["use_abs_pos_emb"],
+        relative_position=relative,
+        layer_scale=config["init_values"] or 0.0,
+        qkv_bias="qv",
+        initialization="none",
+    )
+    strip(vit, windowed=False)
+    neck = RescaledMaps(config["embed_dim"], config.get("rescales", (4, 2, 1, 0.5)))
+    net = _load(_Plain(vit, neck), tensors, dtype)
+    for name, parameter in net.named_parameters(recurse=False):
+        setattr(vit, name, parameter)
+    pixels = nn.Parameter(tensors["input"].to(dtype))
+    for mode in ("eval", "train"):
+        net.train(mode == "train")
+        outputs = neck(maps_of_blocks(vit, pixels, None, config["out_indices"]))
+        for i, out in enumerate(outputs):
+            errors.out(f"out.{mode}.{i}", out)
+        if mode == "eval":
+            for i, tokens in enumerate(vit.after_blocks(pixels)):
+                if f"out.eval.block{i}" in tensors:
+                    errors.out(f"out.eval.block{i}", tokens)
+    _weighted(outputs, tensors).backward()
+    errors.gradients([*net.named_parameters(), ("input", pixels)])
+    return errors.rows
+
+
+def check_iou(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Labels from files, areas of every image and of all, and the scores."""
+    classes, images = spec["config"]["num_classes"], len(spec["config"]["sizes"])
+    reduces = spec["config"].get("reduce_zero_label", True)
+    rows: list[Row] = []
+
+    def same(label: str, got: np.ndarray, tolerance: float = 0.0) -> None:
+        expected = tensors[label].numpy().astype(np.float64)
+        wrong = np.isnan(got) != np.isnan(expected)
+        error = np.nan_to_num(np.abs(got - expected)).max() if not wrong.any() else math.inf
+        rows.append(Row(label, float(error), tolerance))
+
+    total = np.zeros((classes, classes), np.int64)
+    for i in range(images):
+        labels = class_labels(
+            tensors[f"raw.{i}"].numpy(), ignore_value=255, reduce_zero_label=reduces
+        )
+        same(f"label.{i}", np.where(labels == IGNORED, 255, labels))
+        predicted = tensors[f"pred.{i}"]
+        counts = confusion(predicted, torch.from_numpy(labels), classes).numpy()
+        _areas(same, str(i), "out.area_{}." + str(i), counts)
+        total += counts
+    _areas(same, "total", "out.total_{}", total)
+    scores = scores_of(total)
+    same("out.iou", scores.iou / 100, 1e-7)
+    same("out.acc", scores.acc / 100, 1e-7)
+    numbers = scores.numbers()
+    for name, expected in spec["scores_unrounded_percent"].items():
+        # The official areas are float32.
+        rows.append(Row(name, abs(numbers[name] - expected) / expected, 1e-6))
+    for name, got in numbers.items():
+        rows.append(
+            Row(f"{name} as reported", abs(round(got, 2) - spec["scores_as_reported"][name]), 1e-9)
+        )
+    return rows
+
+
+def _areas(same, name: str, label: str, counts: np.ndarray) -> None:
+    right, of_labels, of_predictions = np.diagonal(counts), counts.sum(1), counts.sum(0)
+    same(label.format("intersect"), right)
+    same(label.format("label"), of_labels)
+    same(label.format("pred"), of_predictions)
+    same(label.format("union"), of_labels + of_predictions - right)
+
+
+def check_slide(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Windows, how many cover a pixel, and averaged logits of a toy network."""
+    toy, rows = spec["toy_network"], []
+    a, b, c = (torch.tensor(toy[key], dtype=dtype)[:, None, None] for key in "abc")
+
+    def logits_of(crops: Tensor) -> Tensor:
+        height, width = crops.shape[-2:]
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        return a * crops.mean(1, keepdim=True) + b * y.to(dtype) + c * x.to(dtype)
+
+    for i, case in enumerate(spec["config"]["cases"]):
+        image, crop, stride = tensors[f"input.{i}"].to(dtype), case["crop"], case["stride"]
+        places = windows(tuple(case["image"]), tuple(crop), tuple(stride))
+        stored = [tuple(window) for window in spec["windows_y1_x1_y2_x2"][str(i)]]
+        rows.append(Row(f"windows {i}", float(places != stored), 0.0))
+        count = torch.zeros(image.shape[-2:])
+        for top, left, bottom, right in places:
+            count[top:bottom, left:right] += 1
+        rows.append(Row(f"count.{i}", max_relative(count, tensors[f"count.{i}"]), 0.0))
+        for at_once in (1, 3):
+            got = slide(image, logits_of, crop=tuple(crop), stride=tuple(stride), at_once=at_once)
+            label = f"out.logits.{i}"
+            error = max_relative(got, tensors[label])
+            rows.append(
+                Row(f"{label}, {at_once} at once", error, spec["suggested_tolerance_max_rel"])
+            )
+    return rows
+
+
+def check_tta(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Logits of several views, resized and averaged as probabilities."""
+    size, rows, views = tuple(spec["config"]["ori_shape"]), [], []
+    for label, logits in tensors.items():
+        if label.startswith("input."):
+            mirrored = label.endswith(".flip")
+            views.append((logits.to(dtype), mirrored))
+            own = resized(logits.to(dtype).flip(-1) if mirrored else logits.to(dtype), size)
+            name = label.replace("input.", "out.logits.")
+            expected = tensors[name]
+            error = max_relative(own.reshape(expected.shape), expected)
+            rows.append(Row(name, error, spec["suggested_tolerance_max_rel"]))
+    predicted = averaged(views, size).argmax(1)
+    wrong = (predicted.reshape(-1) != tensors["out.pred"].reshape(-1)).sum().item()
+    rows.append(Row("out.pred", float(wrong), 0.0))
+    return rows
+
+
+def check_optim_groups(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Layer, decay and factor of the learning rate of every parameter."""
+    config, published = spec["config"], spec["parameters"]
+    names = {ours(name): values for name, values in published.items()}
+    has = {name.partition("backbone.")[2] for name in published if name.startswith("backbone.")}
+    with torch.device("meta"):
+        vit = ViT(
+            32,
+            config["depth"],
+            2,
+            patch_size=16,
+            image_size=32,
+            absolute_position="pos_embed" in has,
+            class_token="cls_token" in has,
+            relative_position=_tables(has),
+            layer_scale=0.1 if "blocks.0.gamma_1" in has else 0.0,
+            qkv_bias="qv" if "blocks.0.attn.q_bias" in has else "fused",
+        )
+        task = Segmentation(vit, 7, width=8)
+    exempt, rates, held = (
+        task.no_weight_decay(),
+        config["layer_decay"],
+        dict(task.named_parameters()),
+    )
+    missing = len(names.keys() ^ held.keys())
+    wrong = 0
+    worst = 0.0
+    for name, (_, decay, scale) in names.items():
+        if name in held:
+            own = config["weight_decay"] if decays(name, held[name].ndim, *exempt) else 0.0
+            wrong += own != decay
+            worst = max(worst, abs(task.layer_scale(name, rates) / scale - 1))
+    return [
+        Row("names", float(missing), 0.0),
+        Row(f"weight decay of {len(names)}", float(wrong), 0.0),
+        Row("factors of the learning rate", worst, 1e-12),
+    ]
+
+
+def _tables(names: set[str]) -> str:
+    if "rel_pos_bias.relative_position_bias_table" in names:
+        return "shared"
+    return "block" if "blocks.0.attn.relative_position_bias_table" in names else "none"
+
+
+def check_dense_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The learning rates of polynomial schedules, old and new, at every stored step."""
+    rows = []
+    for number, case in enumerate(spec["cases"]):
+        if case["kind"] not in ("old_poly", "new_poly"):
+            continue
+        peak = case["lrs"][0]
+        schedule = PolynomialSchedule(
+            peak,
+            peak * case["ratio"],
+            case["min_lr"],
+            case["total"],
+            case["warmup"],
+            power=case["power"],
+            after_warmup=case["kind"] == "new_poly",
+        )
+        worst = 0.0
+        for step, rates in case["lr_used"].items():
+            for of_group, expected in zip(case["lrs"], rates, strict=True):
+                got = schedule.scaled_at(int(step), of_group / peak)
+                worst = max(worst, abs(got - expected) / max(abs(expected), 1e-6 * of_group))
+        rows.append(Row(f"{case['kind']} {number}", worst, spec["tolerance_relative"]))
+    return rows
+
+
+CHECKS = {
+    "seg_upernet": check_upernet,
+    "seg_vit_pyramid": check_vit_pyramid,
+    "seg_beit_backbone": check_beit_backbone,
+    "seg_iou": check_iou,
+    "seg_slide": check_slide,
+    "seg_tta": check_tta,
+    "seg_optim_groups": check_optim_groups,
+    "dense_schedule": check_dense_schedule,
+}
