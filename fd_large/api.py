@@ -8,31 +8,23 @@ logs, thread or setting of torch.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
-import resource
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fd_large import doors, shipped
+from fd_large import doors
 from fd_large.checkpoint import store
-from fd_large.errors import ConfigError, LaunchError, nearest
-from fd_large.launch import find_launch
+from fd_large.engine.guest import cuda_devices, guest
+from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import registry
 from fd_large.recipes.fields import flat_plain, from_plain, hints_of
 from fd_large.recipes.run import Run
 from fd_large.recipes.run_file import Given, accepted, named_fields, run_of
-from fd_large.runtime import terminal
 
 if TYPE_CHECKING:
     from fd_large.engine.trained_model import TrainedModel
@@ -204,10 +196,10 @@ def distill(
             "Train others by the command line (fd-large train), or by fd_large.evaluate(..., "
             'task="finetune").'
         )
-    shipped.deepspeed_config(deepspeed_config)
-    from fd_large.cli.train import train_run
+    from fd_large.cli.train import check_names, train_run
 
-    with _guest():
+    check_names(run, deepspeed_config=deepspeed_config)
+    with guest():
         train_run(run, deepspeed_config=deepspeed_config, fresh=fresh, then=_draw_report)
     return result(run.run_dir())
 
@@ -247,7 +239,7 @@ def load_student(
         doors.allow(path)
     import torch
 
-    with torch.random.fork_rng(devices=_cuda_devices()):
+    with torch.random.fork_rng(devices=cuda_devices()):
         named = find_model(os.fspath(run), job_of)
         backbone, statistics = named.build()
     return TrainedModel(
@@ -297,7 +289,7 @@ def evaluate(
     arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
     summary = Path(out) / "summary.json"
     before = summary.stat().st_mtime_ns if summary.is_file() else None
-    with _guest():
+    with guest():
         code = command.evaluate(arguments, given, run)
     if code:
         raise ConfigError(
@@ -361,99 +353,3 @@ def _draw_report(folder: str) -> None:
         make_report(folder)
     except Exception:
         log.exception("its report failed, the run stands: fd-large report %s", folder)
-
-
-def _cuda_devices() -> list[int]:
-    import torch
-
-    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-
-
-@contextmanager
-def _guest() -> Iterator[None]:
-    """Lets the block use this process as a rank of its own, and puts everything back after it.
-
-    Raises: LaunchError: if the process is one of several ranks, or has a process group already.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise LaunchError(
-            f"fd_large: one process; got WORLD_SIZE {os.environ['WORLD_SIZE']}, expected 1. Start "
-            "several ranks by the command line: deepspeed --module fd_large.train ..."
-        )
-    environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
-    logging_as_it_was, handlers = _logging(), _signal_handlers()
-    excepthook, captures = sys.excepthook, warnings.showwarning
-    # torch: seconds.
-    import torch
-
-    from fd_large import distributed
-
-    if torch.distributed.is_initialized():
-        raise LaunchError(
-            "fd_large: a process without a process group; got one that torch.distributed has "
-            "already, expected none. Destroy it first, or start another process."
-        )
-    threads = torch.get_num_threads()
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    tf32 = [flag.allow_tf32 for flag in flags]
-    try:
-        with torch.random.fork_rng(devices=_cuda_devices()):
-            distributed.start(find_launch({}), is_guest=True)
-            yield
-    finally:
-        if "fd_large.engine.zero.start" in sys.modules:
-            from fd_large.engine.zero import start
-
-            start.stop()
-        distributed.stop()
-        terminal.give_back()
-        for restore in (*logging_as_it_was, *handlers):
-            restore()
-        logging.captureWarnings(False)
-        warnings.showwarning, sys.excepthook = captures, excepthook
-        os.environ.clear()
-        os.environ.update(environment)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        torch.set_num_threads(threads)
-        for flag, value in zip(flags, tf32, strict=True):
-            flag.allow_tf32 = value
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-def _logging() -> list[Any]:
-    """What puts Python's loggers back as they are now."""
-
-    def restoring(logger: logging.Logger) -> Any:
-        kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
-
-        def restore() -> None:
-            for handler in list(logger.handlers):
-                if handler not in kept:
-                    logger.removeHandler(handler)
-                    handler.close()
-            for handler in kept:
-                if handler not in logger.handlers:
-                    logger.addHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
-
-        return restore
-
-    return [restoring(logging.getLogger(name)) for name in ("", "DeepSpeed", "deepspeed")]
-
-
-def _signal_handlers() -> list[Any]:
-    """What puts the handlers of signals back; nothing outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    kept = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in kept.items():
-            if handler is not None:  # None: not one of Python's.
-                signal.signal(number, handler)
-
-    return [restore]

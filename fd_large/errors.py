@@ -45,6 +45,10 @@ class FDError(Exception):
     def __str__(self) -> str:
         return printable(super().__str__())
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook: the sentence, without the frames that lead to it."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(FDError):
     """A recipe, a flag or a DeepSpeed JSON that cannot be carried out as written."""

@@ -43,13 +43,7 @@ class Train(TakesRunFile, AllowsCode):
 def main(arguments: list[str]) -> int:
     """Trains, and ends with the report."""
     given = parse_train(arguments)
-    # torch is not imported yet.
-    shipped.deepspeed_config(given.own.deepspeed_config)
-    require_paths(paths_of(given.run))
-    data, evaluation = given.run.data, given.run.eval
-    check_packages(data.root, where="data.root")
-    check_packages(evaluation.root, where="eval.root")
-    check_packages(evaluation.knn_root, where="eval.knn_root")
+    check_names(given.run, deepspeed_config=given.own.deepspeed_config)
     code = train_run(
         given.run,
         deepspeed_config=given.own.deepspeed_config,
@@ -60,6 +54,24 @@ def main(arguments: list[str]) -> int:
     from fd_large import distributed
 
     return distributed.leave(code)
+
+
+def check_names(run: Run, *, deepspeed_config: str) -> None:
+    """Refuses names of files, folders and datasets that show to be wrong without torch.
+
+    Importing torch takes seconds; whoever mistypes a path knows it at once.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: Name or path of DeepSpeed's JSON.
+
+    Raises: FDError: the user's mistakes.
+    """
+    shipped.deepspeed_config(deepspeed_config)
+    require_paths(paths_of(run))
+    check_packages(run.data.root, where="data.root")
+    check_packages(run.eval.root, where="eval.root")
+    check_packages(run.eval.knn_root, where="eval.knn_root")
 
 
 def train_run(

@@ -54,7 +54,7 @@ def open_folder(
         start_anew: Makes the folder empty and returns where the old run's is now, if there was one;
             None: the run goes on from what is there.
 
-    Raises: ConfigError: if the folder cannot be used or belongs to another recipe.
+    Raises: ConfigError: if the folder cannot be used or holds a run with other settings.
     """
     problem = None
     if distributed.is_main():
@@ -127,7 +127,7 @@ def _enter(folder: Path, recipe: dict[str, Any], changes: Changes) -> None:
         if found:
             changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in found.items())
             raise ConfigError(
-                f"{folder}: holds a run of another recipe; got {changed}, expected the same. "
+                f"{folder}: holds a run with other settings; got {changed}, expected the same. "
                 f"{remedy}"
             )
     folder.mkdir(parents=True, exist_ok=True)

@@ -179,6 +179,11 @@ def console() -> Console:
             return False
 
         @property
+        def is_terminal(self) -> bool:
+            # rich would take FORCE_COLOR's word for it, which a notebook sets.
+            return self.file.isatty()
+
+        @property
         def size(self) -> ConsoleDimensions:
             width, height = super().size
             return ConsoleDimensions(max(20, width - COLUMNS_FOR_CONTROL), height)

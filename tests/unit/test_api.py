@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import resource
-import signal
 import subprocess
 import sys
-import threading
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import distributed as dist
+from process_state import state
 
 import fd_large
 from fd_large.engine import run as engine_run
 from fd_large.recipes import registry
 
+ROOT = Path(fd_large.__file__).resolve().parents[1]
 VIT = {"embed_dim": 8, "num_heads": [2], "patch_size": 4}
 TINY = {
     "student": {"model": "vit_base_patch16", "architecture": {**VIT, "depths": [2]}},
@@ -36,27 +32,6 @@ TINY = {
     "optim.warmup_epochs": 0,
     "runtime.log_every": 1,
 }
-
-
-def state():
-    """What a run could leave behind in the process."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    root = logging.getLogger()
-    return {
-        "threads": {thread.name for thread in threading.enumerate()},
-        "environment": dict(os.environ),
-        "signals": [signal.getsignal(number) for number in numbers],
-        "handlers": list(root.handlers),
-        "level": root.level,
-        "excepthook": sys.excepthook,
-        "warnings": warnings.showwarning,
-        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
-        "torch's threads": torch.get_num_threads(),
-        "torch's random state": torch.random.get_rng_state().tolist(),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-        "linear": torch.nn.functional.linear,
-        "group": dist.is_initialized(),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -205,16 +180,28 @@ def test_mistakes_are_the_command_lines_sentences_all_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_data_folder_that_is_not_there_is_an_error_and_no_exit(images, tmp_path):
+def test_paths_and_names_of_files_are_looked_at_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys, fd_large\n"
+        "for fields in ({'data': 'no/such', 'teacher': 'no.pth'}, {'deepspeed_config': 'zero9'}):\n"
+        "    try: fd_large.distill(out='run', **fields)\n"
+        "    except fd_large.FDError as error: print(error)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    asked = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.check_output(asked, cwd=tmp_path, env=environment, text=True, timeout=60)
+    fields = [line.partition(":")[0] for line in said.splitlines()]
+    assert fields == ["data.root", "teacher.source", "--deepspeed_config"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_without_images_is_an_error_and_leaves_the_process_as_it_was(tmp_path):
+    (tmp_path / "empty").mkdir()
     before = state()
-    assert "data.root: no such folder" in said(distill, images / "none", tmp_path / "run")
+    assert "data.root: " in said(distill, tmp_path / "empty", tmp_path / "run")
     assert state() == before
     assert not (tmp_path / "run").exists()
-
-
-def test_one_of_several_ranks_is_refused(images, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process; got WORLD_SIZE 2" in said(distill, images, tmp_path / "run")
 
 
 def test_a_recipe_with_other_values_by_section_or_by_name():

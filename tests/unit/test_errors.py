@@ -47,3 +47,12 @@ def test_a_mistake_of_ours_stays_a_traceback() -> None:
 def test_the_nearest_names_are_near_misses_or_contain_the_name(name: str, told: str) -> None:
     found = nearest(name, ["warmup_lr", "epochs", "base_lr"])
     assert found.startswith(told) if name == "bse_lr" else found == told
+
+
+def test_a_notebook_shows_the_sentence_without_frames(capsys) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell()
+    shell.user_ns["error"] = DataError("data.root: no images; got none.")
+    shell.run_cell("raise error")
+    assert capsys.readouterr().out.strip() == "DataError: data.root: no images; got none."

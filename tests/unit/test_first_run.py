@@ -53,7 +53,12 @@ def test_it_runs_in_a_kernel_and_shows_tables_and_pictures(tmp_path):
 
     ran = book(tmp_path / "run", None)
     NotebookClient(ran, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [out.get("data", {}) for cell in ran.cells for out in cell.get("outputs", ())]
+    outputs = [out for cell in ran.cells for out in cell.get("outputs", ())]
+    texts = "".join(out["text"] for out in outputs if out["output_type"] == "stream")
+    assert "after 2 steps: held-out loss" in texts
+    assert "\x1b[2K" not in texts, "a notebook cannot move a bar"
+    assert "error" not in texts
+    shown = [out.get("data", {}) for out in outputs]
     html = [data["text/html"] for data in shown if "text/html" in data]
     assert [len(re.findall("data:image/png", page)) for page in html] == [2, 1]
     assert any("image/png" in data for data in shown), "the maps"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -30,7 +32,10 @@ def start() -> None:
 
     Raises: VersionError: if the installed DeepSpeed is not what this package works with.
     """
-    distributed.together(private_names.check)
+    # DeepSpeed asks compilers and linkers what they have, and silences the descriptor of sys.stderr
+    # meanwhile: in a notebook theirs is another.
+    with contextlib.redirect_stderr(sys.__stderr__):
+        distributed.together(private_names.check)
     if not torch.cuda.is_available():
         # Otherwise init_distributed compiles a shared-memory extension and dies without a C++
         # compiler; gloo's collectives serve.

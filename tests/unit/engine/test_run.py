@@ -300,8 +300,8 @@ def test_a_run_that_an_error_ends_says_so_in_its_folder(
     again = json.loads((tmp_path / "run/summary.json").read_text())
     assert again["status"] == status
     assert again["start"] != summary["start"]
-    # Of a run of another recipe it says nothing.
-    with pytest.raises(ConfigError, match="another recipe"):
+    # Of a run with other settings it says nothing.
+    with pytest.raises(ConfigError, match="other settings"):
         start(replace(recipe, optim=replace(recipe.optim, weight_decay=0.1)))
     assert json.loads((tmp_path / "run/summary.json").read_text()) == again
 
@@ -332,7 +332,7 @@ def said_in(folder):
 
 def test_a_finished_run_goes_on_to_more_steps_and_says_what_changes(recipe, tmp_path):
     assert start(recipe) == 0
-    with pytest.raises(ConfigError, match=r"another recipe; got optim\.max_steps 3 -> 2"):
+    with pytest.raises(ConfigError, match=r"other settings; got optim\.max_steps 3 -> 2"):
         start(steps(recipe, 2))
     for _ in range(2):  # The second time nothing is left to do, and nothing to say.
         assert start(steps(recipe, 5)) == 0

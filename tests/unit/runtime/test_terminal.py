@@ -111,9 +111,12 @@ def test_what_was_taken_is_given_back(run):
     assert "later" not in log
 
 
-def test_streams_that_are_not_the_descriptors_are_left_alone(capsys):
+def test_streams_that_are_not_the_descriptors_are_left_alone(capsys, monkeypatch):
     from fd_large.runtime import terminal
 
+    monkeypatch.setenv("FORCE_COLOR", "1")  # As in a notebook.
+    terminal.console.cache_clear()
+    assert not terminal.console().is_terminal
     terminal.take()
     assert terminal.out() is sys.stdout
     terminal.console().print("seen")

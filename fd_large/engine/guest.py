@@ -1,0 +1,120 @@
+"""A run in a process of somebody else's: a notebook, a script, a server.
+
+`guest()` lets a block use the process as a rank of its own, and puts everything back that a run
+takes: process group, signals, logs, environment, limits, settings of torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fd_large.errors import LaunchError
+from fd_large.launch import find_launch
+from fd_large.runtime import terminal
+
+
+def cuda_devices() -> list[int]:
+    """Returns the GPU whose random state a block may change, if one is in use."""
+    import torch
+
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+@contextmanager
+def guest() -> Iterator[None]:
+    """Lets the block use this process as a rank of its own, and puts everything back after it.
+
+    Raises: LaunchError: if the process is one of several ranks, or has a process group already.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise LaunchError(
+            f"fd_large: one process; got WORLD_SIZE {os.environ['WORLD_SIZE']}, expected 1. Start "
+            "several ranks by the command line: deepspeed --module fd_large.train ..."
+        )
+    environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
+    logging_as_it_was, handlers = _logging(), _signal_handlers()
+    excepthook, captures = sys.excepthook, warnings.showwarning
+    # torch: seconds.
+    import torch
+
+    from fd_large import distributed
+
+    if torch.distributed.is_initialized():
+        raise LaunchError(
+            "fd_large: a process without a process group; got one that torch.distributed has "
+            "already, expected none. Destroy it first, or start another process."
+        )
+    threads = torch.get_num_threads()
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    tf32 = [flag.allow_tf32 for flag in flags]
+    try:
+        with torch.random.fork_rng(devices=cuda_devices()):
+            distributed.start(find_launch({}), is_guest=True)
+            yield
+    finally:
+        if "fd_large.engine.zero.start" in sys.modules:
+            from fd_large.engine.zero import start
+
+            start.stop()
+        distributed.stop()
+        terminal.give_back()
+        for restore in (*logging_as_it_was, *handlers):
+            restore()
+        logging.captureWarnings(False)
+        warnings.showwarning, sys.excepthook = captures, excepthook
+        os.environ.clear()
+        os.environ.update(environment)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        torch.set_num_threads(threads)
+        for flag, value in zip(flags, tf32, strict=True):
+            flag.allow_tf32 = value
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _logging() -> list[Any]:
+    """What puts Python's loggers back as they are now."""
+
+    def restoring(logger: logging.Logger) -> Any:
+        kept, level, propagate = list(logger.handlers), logger.level, logger.propagate
+
+        def restore() -> None:
+            for handler in list(logger.handlers):
+                if handler not in kept:
+                    logger.removeHandler(handler)
+                    handler.close()
+            for handler in kept:
+                if handler not in logger.handlers:
+                    logger.addHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+        return restore
+
+    return [restoring(logging.getLogger(name)) for name in ("", "DeepSpeed", "deepspeed")]
+
+
+def _signal_handlers() -> list[Any]:
+    """What puts the handlers of signals back; nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    kept = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in kept.items():
+            if handler is not None:  # None: not one of Python's.
+                signal.signal(number, handler)
+
+    return [restore]
