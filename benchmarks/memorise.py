@@ -1,11 +1,13 @@
-"""Does the detector learn: can it memorise 8 real images, boxes and masks, in 20 minutes?
+"""Do the dense tasks learn: can they memorise 8 real images in 20 minutes?
 
-    python benchmarks/memorise.py [--quick] [--ranks 2] [--updates 400]
+    python benchmarks/memorise.py [TASK] [--quick] [--ranks 2] [--updates 400]
 
-Trains a narrow version of the recipe coco_mask_rcnn_swinv2_tiny (256 px, 64 channels in the heads,
-64 RoIs per image) under ZeRO-3 on the 8 images of FD_DATA's coco_tiny whose smallest object is
-largest, and tests it on the same images. Writes benchmarks/results/memorise.json, the curves, and
-the images with what is detected in them.
+Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_tiny and tests it on
+the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
+largest, coco_mask_rcnn_swinv2_tiny at 256 px), `segmentation_swinv2` or `segmentation_vit` (the
+category of each pixel, smaller objects on top, all else ignored, of images that show at least two;
+UPerNet at 128 px). Writes benchmarks/results/memorise.json or memorise_TASK.json, the curves, and
+the images with what is seen in them.
 """
 
 from __future__ import annotations
@@ -22,32 +24,63 @@ from collections import defaultdict
 from pathlib import Path
 
 import harness
+import numpy as np
 from harness import RESULTS, ROOT
 from PIL import Image
 
 NUM_IMAGES = 8
-FLAGS = """
---recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --data.workers 0
+COMMON = """
+--data.workers 0 --student.drop_path_rate 0
+--batch.global_batch_size 8 --runtime.log_every 10 --runtime.save_every 100000
+"""
+DETECTION = """
+--recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --batch.micro_batch_size 4
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
 --student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 8
---student.drop_path_rate 0
 --task.detection.head_width 64 --task.detection.rois_per_image 64
 --task.detection.anchors_per_image 128 --task.detection.proposals_per_image 200
 --task.detection.scale_range 1 1 --task.detection.test_size 0 0
---batch.global_batch_size 8 --batch.micro_batch_size 4
 --optim.base_lr 0.064 --optim.warmup_lr 1e-4 --optim.min_lr 6.4e-4
---optim.warmup_epochs 20 --runtime.log_every 10 --runtime.save_every 100000
+--optim.warmup_epochs 20
 """
+SEGMENTATION = """
+--data.image_size 128 --batch.micro_batch_size 4
+--task.segmentation.reduce_zero_label False --task.segmentation.num_classes 90
+--task.segmentation.head_width 64 --task.segmentation.scale_range 1 1
+--task.segmentation.cat_max_ratio 1 --task.segmentation.photometric False
+--optim.base_lr 0.128 --optim.warmup_lr 1e-4 --optim.warmup_epochs 20
+"""
+SWINV2 = """
+--recipe ade20k_upernet_swinv2_base --student.architecture.embed_dim 48
+--student.architecture.depths 2 2 2 2 --student.architecture.num_heads 3 6 12 24
+--student.architecture.window_size 8
+"""
+VIT = """
+--recipe ade20k_upernet_vit_base --student.architecture.embed_dim 192
+--student.architecture.depths 6 --student.architecture.num_heads 3 --optim.layer_decay 1
+"""
+# Flags, what is aimed at, and a word for it.
+TASKS = {
+    "detection": (DETECTION, {"box_AP50": 0.9, "mask_AP50": 0.8}, "AP50"),
+    "segmentation_swinv2": (SWINV2 + SEGMENTATION, {"val_mIoU": 90.0}, "mIoU (%)"),
+    "segmentation_vit": (VIT + SEGMENTATION, {"val_mIoU": 90.0}, "mIoU (%)"),
+}
+COLOURS = ("#4477aa", "#cc6677")
+IGNORED = 255
 
 
 def parse() -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", nargs="?", choices=TASKS, default="detection")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
     parser.add_argument("--updates", type=int, default=400, help="steps of training")
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations")
-    parser.add_argument("--out", type=Path, default=RESULTS / "memorise.json")
+    parser.add_argument("--out", type=Path)
+    task = parser.parse_args().task
+    tail = "" if task == "detection" else f"_{task}"
+    parser.set_defaults(out=RESULTS / f"memorise{tail}.json")
     if parser.parse_args().quick:
         parser.set_defaults(updates=4, every=2)
     return parser.parse_args()
@@ -77,27 +110,73 @@ def choose(root: Path) -> None:
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(kept))
 
 
-def draw(rows: list[dict], evaluations: list[dict], path: Path) -> None:
-    """Draws the loss, and AP50 of boxes and masks, over the steps."""
+def paint(root: Path) -> None:
+    """Makes label files of the images that show most of the smallest of two or more categories."""
+    source = json.loads((root / "annotations/instances_val.json").read_text())
+    of_image = defaultdict(list)
+    for annotation in source["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+    labels = {
+        image["file_name"]: painted(image, of_image[image["id"]]) for image in source["images"]
+    }
+
+    def smallest(name: str) -> float:
+        counts = np.unique(labels[name][labels[name] != IGNORED], return_counts=True)[1]
+        return counts.min() / labels[name].size if len(counts) > 1 else 0.0
+
+    for name in sorted(labels, key=smallest, reverse=True)[:NUM_IMAGES]:
+        for split in ("train", "val"):
+            image, label = (root / f"chosen/{kind}/{split}/{name}" for kind in ("images", "labels"))
+            for path in (image, label):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "images/val" / name, image)
+            Image.fromarray(labels[name]).save(label.with_suffix(".png"))
+    names = {category["id"]: category["name"] for category in source["categories"]}
+    listed = [names.get(number, f"unused {number}") for number in range(1, 91)]
+    (root / "chosen/classes.json").write_text(json.dumps(listed))
+
+
+def painted(image: dict, annotations: list[dict]) -> np.ndarray:
+    """The category of each pixel, counted from 0, small objects on top; all else is ignored."""
+    from fd_large.tasks.detection.data import masks
+
+    labels = np.full((image["height"], image["width"]), IGNORED, np.uint8)
+    for annotation in sorted(annotations, key=lambda annotation: -annotation["area"]):
+        if not annotation["iscrowd"]:
+            polygons = [np.array(part).reshape(-1, 2) for part in annotation["segmentation"]]
+            inside = masks.from_polygons(polygons, *labels.shape) > 0
+            labels[inside] = annotation["category_id"] - 1  # COCO's numbers begin at 1.
+    return labels
+
+
+def draw(
+    rows: list[dict], evaluations: list[dict], aims: dict[str, float], what: str, path: Path
+) -> None:
+    """Draws the loss, and what is aimed at, over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, precision = figure.subplots(1, 2)
-    loss.plot([r["update"] for r in rows], [r["loss"] for r in rows], color="#4477aa")
+    loss, score = figure.subplots(1, 2)
+    loss.plot([r["update"] for r in rows], [r["loss"] for r in rows], color=COLOURS[0])
     loss.set(xlabel="step", ylabel="loss", yscale="log", title="training")
-    for kind, colour, aim in (("box", "#4477aa", 0.9), ("mask", "#cc6677", 0.8)):
-        values = [e[f"{kind}_AP50"] for e in evaluations]
+    for colour, (name, aim) in zip(COLOURS, aims.items(), strict=False):
+        values = [e[name] for e in evaluations]
         updates = [e["update"] for e in evaluations]
-        precision.plot(updates, values, marker="o", markersize=3, color=colour, label=kind)
-        precision.axhline(aim, color=colour, linewidth=0.8, linestyle="--")
-    precision.set(xlabel="step", ylabel="AP50", ylim=(0, 1.02), title="the same images; aims")
-    precision.legend(loc="lower right", frameon=False)
+        label = name.partition("_")[0]
+        score.plot(updates, values, marker="o", markersize=3, color=colour, label=label)
+        score.axhline(aim, color=colour, linewidth=0.8, linestyle="--")
+    top = 1.02 if max(aims.values()) <= 1 else 102
+    score.set(xlabel="step", ylabel=what, ylim=(0, top), title="the same images; aims")
+    if len(aims) > 1:
+        score.legend(loc="lower right", frameon=False)
     harness.save(figure, path)
 
 
 def main() -> int:
     """Trains, evaluates on the way, and keeps the results."""
     flags = parse()
+    of_task, aims, what = TASKS[flags.task]
+    given = [*of_task.split(), *COMMON.split()]
     data = Path(os.environ.get("FD_DATA", ROOT / "../shared/data")) / "coco_tiny.tar"
     if not data.is_file():
         sys.exit(f"{data}: not there; set FD_DATA to the folder with coco_tiny.tar")
@@ -105,11 +184,16 @@ def main() -> int:
         root, run_dir = Path(folder) / "coco", Path(folder) / "run"
         with tarfile.open(data) as archive:
             archive.extractall(root, filter="data")
-        choose(root)
+        if flags.task == "detection":
+            choose(root)
+        else:
+            paint(root)
+            root = root / "chosen"
+            given += ["--task.segmentation.classes", str(root / "classes.json")]
         begin = time.monotonic()
         code = harness.start(
             str(ROOT / "fd_large/train.py"),
-            *("--deepspeed_config", ROOT / "ds_configs/zero3.json", *FLAGS.split()),
+            *("--deepspeed_config", ROOT / "ds_configs/zero3.json", *given),
             *("--data.root", root, "--runtime.run_dir", run_dir),
             *("--optim.max_steps", flags.updates, "--eval.every", flags.every),
             ranks=flags.ranks,
@@ -125,15 +209,15 @@ def main() -> int:
         for name in ("worst", "chosen"):
             if (last / f"{name}.png").is_file():
                 drawn = Image.open(last / f"{name}.png").convert("RGB")
-                drawn.save(flags.out.with_name(f"memorise_{name}.jpg"), quality=80)
-        draw(rows, evaluations, flags.out.with_suffix(".png"))
+                drawn.save(flags.out.with_name(f"{flags.out.stem}_{name}.jpg"), quality=80)
+        draw(rows, evaluations, aims, what, flags.out.with_suffix(".png"))
         reached = {
-            kind: next((e["update"] for e in evaluations if e[f"{kind}_AP50"] >= aim), None)
-            for kind, aim in (("box", 0.9), ("mask", 0.8))
+            name: next((e["update"] for e in evaluations if e[name] >= aim), None)
+            for name, aim in aims.items()
         }
         result = {
             **harness.conditions(__file__, __doc__),
-            "flags": FLAGS.split(),
+            "flags": [*of_task.split(), *COMMON.split()],
             "ranks": flags.ranks,
             "updates": flags.updates,
             "seconds": seconds,

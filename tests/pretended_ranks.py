@@ -66,6 +66,7 @@ class World:
             "sum_tensor": lambda value, group=None: torch.stack(
                 self._gather(value.detach().clone())
             ).sum(0),
+            "max_rank": lambda value: max(self._gather(value)),
             "barrier": self._barrier.wait,
         }.items():
             patch.setattr(distributed, name, value)

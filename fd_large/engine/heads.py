@@ -7,6 +7,7 @@ to (..., out_width).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ Make = Callable[..., nn.Module]
 
 
 def make_head(
-    name: str, *arguments: int, built_in: Mapping[str, Make], where: str, **settings: int
+    name: str, *arguments: Any, built_in: Mapping[str, Make], where: str, **settings: int
 ) -> nn.Module:
     """Constructs a head, with weights from torch's global generator.
 

@@ -90,14 +90,14 @@ class Task(nn.Module):
         """Returns the factor of a parameter's learning rate under layer-wise decay.
 
         It falls from the student's last layer to its first; heads, pyramids and projections have
-        the full learning rate.
+        the full learning rate. What has the factor 0 is not trained.
 
         Args:
             name: The parameter's name in this Module.
             decay: Factor from one layer to the one below it.
         """
         inside = name.removeprefix("student.")
-        if inside == name:
+        if inside == name or decay == 1.0:
             return 1.0
         return decay ** (self.student.last_layer - self.student.layer_id(inside))
 

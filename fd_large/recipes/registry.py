@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fd_large.errors import ConfigError, nearest
-from fd_large.recipes import detection, distillation, distillation_swinv2, finetuning
+from fd_large.recipes import (
+    detection,
+    distillation,
+    distillation_swinv2,
+    finetuning,
+    segmentation,
+)
 from fd_large.recipes.quickstart import quickstart
 from fd_large.recipes.run import Run
 
@@ -38,6 +44,11 @@ RECIPES: dict[str, Callable[[], Run]] = {
         detection.coco_mask_rcnn_swinv2_tiny,
         detection.coco_mask_rcnn_swinv2_base,
         detection.coco_mask_rcnn_swinv2_giant,
+        segmentation.ade20k_upernet_vit_base,
+        segmentation.ade20k_upernet_vit_large,
+        segmentation.ade20k_upernet_swinv2_base,
+        segmentation.ade20k_upernet_swinv2_giant,
+        segmentation.ade20k_linear,
     )
 }
 

@@ -334,7 +334,8 @@ class Eval:
     knn_every: int = 0
     # Number of an evaluation by which the best checkpoint is kept beside the newest ones, as
     # RUN/checkpoints/best: held_out_loss or test_knn of a distillation, test_top1 of a fine-tuning,
-    # box_AP of a detection. Of losses less is better, of others more. Empty keeps the newest only.
+    # box_AP of a detection, val_mIoU of a segmentation. Of losses less is better, of others more.
+    # Empty keeps the newest only.
     best_metric: str = ""
     # Number of evaluations in a row without a better value of best_metric after which the run
     # ends. 0 trains to the last step.

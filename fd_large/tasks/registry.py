@@ -15,6 +15,7 @@ FOLDERS = (
     "distillation",
     "finetuning",
     "detection",
+    "segmentation",
 )
 
 

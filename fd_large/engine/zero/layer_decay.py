@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fd_large import distributed
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
 from fd_large.engine.zero.optimizer import kept_by
@@ -34,7 +35,7 @@ class LayerLearningRates:
         inner: The optimiser, which acts element by element.
         plain_step: The optimiser's own `step`.
         slices: id of a tensor that the optimiser steps -> its slices. Elements in none of them
-            (padding at an end) are not stepped.
+            (padding at an end), or in one of scale 0, are not stepped.
 
     Attributes:
         at_scale: Maps a scale to the learning rate of the current step.
@@ -47,7 +48,9 @@ class LayerLearningRates:
         slices: Mapping[int, list[LayerSlice]],
     ) -> None:
         self._inner, self._plain_step = inner, plain_step
-        self._slices = {owner: _joined(cuts) for owner, cuts in slices.items()}
+        self._slices = {
+            owner: [cut for cut in _joined(cuts) if cut.scale] for owner, cuts in slices.items()
+        }
         self.at_scale: Callable[[float], float] = lambda scale: scale
 
     def step(self, *arguments: Any, **named: Any) -> None:
@@ -100,14 +103,17 @@ def by_layer(engine: Engine, decay: float) -> LayerLearningRates | None:
 
     Args:
         engine: The engine, before its first step.
-        decay: Factor of the learning rate from one layer to the one below it; 1 turns it off.
+        decay: Factor of the learning rate from one layer to the one below it; 1: none.
     """
-    if decay == 1.0:
-        return None
     slices: dict[int, list[LayerSlice]] = defaultdict(list)
+    scales: set[float] = set()
     for name, owner, start, stop in state.owned(engine):
         scale = engine.task.layer_scale(name, decay)
         slices[id(owner)].append(LayerSlice(start, stop, scale))
+        scales.add(scale)
+    # Ranks may hold different layers, but all or none of them take this way.
+    if not distributed.any_rank(bool(scales - {1.0})):
+        return None
     rates = LayerLearningRates(engine.gate.inner, engine.gate.inner_step, slices)
     engine.gate.inner_step = rates.step
     return rates

@@ -53,6 +53,14 @@ class View:
             pixels = (covered[0, 0] >= 0.5).to(torch.uint8)
         return self._cut(pixels).numpy()
 
+    def labels(self, labels: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Maps a number for each pixel (H, W) to the view's, each the nearest one's."""
+        top, left, rows, columns = self.crop
+        (height, width), (new_height, new_width) = self.original, self.resized
+        down = (top + np.arange(rows)) * height // new_height
+        across = (left + np.arange(columns)) * width // new_width
+        return labels[down[:, None], across[:: -1 if self.flipped else 1]]
+
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Maps points (n, 2), x and y in pixels, to the view, where they may lie outside."""
         (height, width), (new_height, new_width) = self.original, self.resized
@@ -100,7 +108,7 @@ def sizes_of(images: Sequence[Tensor]) -> Tensor:
     return torch.tensor([image.shape[-2:] for image in images])
 
 
-def padded(image: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Pads (..., H, W) with zeros at the bottom and the right to (..., *canvas)."""
+def padded(image: Tensor, canvas: tuple[int, int], value: int = 0) -> Tensor:
+    """Pads (..., H, W) at the bottom and the right to (..., *canvas)."""
     height, width = image.shape[-2:]
-    return F.pad(image, (0, canvas[1] - width, 0, canvas[0] - height))
+    return F.pad(image, (0, canvas[1] - width, 0, canvas[0] - height), value=value)

@@ -102,22 +102,33 @@ def maps_of_blocks(
 
     Args:
         vit: After `strip`.
-        pixels: (B, 3, H, W), any float dtype; padded with zeros right and bottom where it is
-            smaller than the images that the positions are made for.
+        pixels: (B, 3, H, W), any float dtype (`at_own_size`).
         keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
         blocks: Their numbers, rising, counted from 0.
 
     Returns: (B, H / p, W / p, C) for each, without a norm.
     """
     rows, columns = vit.image_grid
-    missing = (
-        rows * vit.patch_size - pixels.shape[-2],
-        columns * vit.patch_size - pixels.shape[-1],
-    )
-    pixels = F.pad(pixels, (0, max(missing[1], 0), 0, max(missing[0], 0)))
-    pixels = pixels.to(next(vit.parameters()).dtype)
+    pixels = at_own_size(vit, pixels).to(next(vit.parameters()).dtype)
     tokens = list(vit.after_blocks(pixels, keep))
     return [tokens[block][:, -rows * columns :].unflatten(1, (rows, columns)) for block in blocks]
+
+
+def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
+    """Pads pixels (B, 3, H, W) with zeros, right and bottom, to the size a student is made for.
+
+    A student of any size has them as they are.
+    """
+    if not is_of_one_size(student):
+        return pixels
+    rows, columns = (side * student.patch_size for side in student.image_grid)
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, max(columns - width, 0), 0, max(rows - height, 0)))
+
+
+def is_of_one_size(student: nn.Module) -> bool:
+    """Returns whether a student maps whole images of one size alone, as a ViT does."""
+    return not has_stages(student) and hasattr(student, "image_grid")
 
 
 def scales_of(patch_size: int) -> tuple[float, ...]:

@@ -9,11 +9,10 @@ Sources: the published segmentation of Swin (arXiv 2103.14030) and BEiT (arXiv 2
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
@@ -23,6 +22,7 @@ from fd_large.engine.task import Task
 from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import (
+    at_own_size,
     blocks_taken,
     features,
     has_stages,
@@ -30,6 +30,7 @@ from fd_large.tasks.dense.stages import (
     neck_of,
     strip,
 )
+from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.heads.classifier import DROPOUT
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.linear_head import LinearHead
@@ -41,29 +42,14 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": lambda widths, width, num_classes: LinearHead(widths[-1], num_classes),
 }
 """What makes logits of four maps, by the name that a recipe has for it (`task.segmentation.head`):
-made of (channels of the maps, channels of the head, number of classes), its attribute `width` is
+made of (channels of the maps, channels of the head, number of classes). Its attribute `width` is
 the number of channels of which some are dropped."""
+ON_LAST_MAP = {"linear"}
+"""Heads that take the student's last map alone, after its final norm."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0}
 """Parameters of a distilled student that the task takes out, with the values that a whole student
 has in their place: its final norm then only normalises."""
-
-
-class Targets(NamedTuple):
-    """The targets of a batch.
-
-    Attributes:
-        labels: (B, H, W) int16, a class or `IGNORED`.
-        sizes: (B, 2) int64, height and width of each image without its padding.
-        positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
-            tensor, so that it stays on the host, where they are drawn.
-        epoch: Counted from 0.
-    """
-
-    labels: Tensor
-    sizes: Tensor
-    positions: NDArray
-    epoch: int
 
 
 class Segmentation(Task):
@@ -76,6 +62,7 @@ class Segmentation(Task):
         width: Channels of the head.
         auxiliary_weight: Weight of the second head's loss; 0: there is no second head.
         over: What losses are divided by (`pixel_loss`).
+        frozen: Whether the student stays as it is.
         seed: What dropped channels are drawn with, besides epoch and position.
         statistics: The student's normalisation.
 
@@ -91,12 +78,17 @@ class Segmentation(Task):
         width: int = 512,
         auxiliary_weight: float = 0.4,
         over: Pixels = "all",
+        frozen: bool = False,
         seed: int = 0,
         statistics: Statistics = IMAGENET,
     ) -> None:
         super().__init__(student)
-        strip(student, windowed=False)
-        self.neck, widths = neck_of(student)
+        self.neck: nn.Module | None = None
+        widths: tuple[int, ...] = (student.width,)
+        self.on_last_map = head in ON_LAST_MAP
+        if not self.on_last_map:
+            strip(student, windowed=False)
+            self.neck, widths = neck_of(student)
         self.head = make_head(
             head,
             widths,
@@ -108,7 +100,7 @@ class Segmentation(Task):
         self.auxiliary: FcnHead | None = None
         if auxiliary_weight:
             self.auxiliary = FcnHead(widths[AUXILIARY_MAP], AUXILIARY_WIDTH, num_classes)
-        self.auxiliary_weight, self.over = auxiliary_weight, over
+        self.auxiliary_weight, self.over, self.frozen = auxiliary_weight, over, frozen
         self.seed, self.statistics = seed, statistics
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
@@ -140,7 +132,10 @@ class Segmentation(Task):
 
         Returns: without labels (B, K, H, W) float32.
         """
-        maps = self.neck(self._maps(pixels, keep))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self._maps(pixels, keep)
+        if self.neck is not None:
+            maps = self.neck(maps)
         if labels is None:
             return self._to_pixels(self.head(maps, None).float(), pixels)
         of_head = of_auxiliary = None
@@ -159,20 +154,28 @@ class Segmentation(Task):
         return self(pixels=normalised(images, sizes, self.statistics))
 
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
+        """What the neck takes; without one the last map, (B, C, h, w), in a list."""
+        if self.on_last_map:
+            pixels = at_own_size(self.student, pixels).to(next(self.student.parameters()).dtype)
+            last = self.student(pixels, keep)
+            tokens = last.tokens[:, last.num_prefix_tokens :]
+            return [tokens.unflatten(1, last.grid).permute(0, 3, 1, 2)]
         if has_stages(self.student):
             return features(self.student, pixels, keep)
         taken = blocks_taken(self.student.depths[0])
         return maps_of_blocks(self.student, pixels, keep, taken)
 
     def _to_pixels(self, logits: Tensor, pixels: Tensor) -> Tensor:
-        """Resizes logits to the pixels; a ViT's map may show padding beside them."""
-        height, width = pixels.shape[-2:]
-        rows, columns = height, width
-        if not has_stages(self.student):
-            grid, patch = self.student.image_grid, self.student.patch_size
-            rows, columns = grid[0] * patch, grid[1] * patch
-        logits = F.interpolate(logits, size=(rows, columns), mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        """Resizes logits to the pixels; a map may show padding beside them."""
+        size = at_own_size(self.student, pixels).shape[-2:]
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[..., : pixels.shape[-2], : pixels.shape[-1]]
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """Returns the factor of a parameter's learning rate; 0 for those of a frozen student."""
+        if self.frozen and name.startswith("student."):
+            return 0.0
+        return super().layer_scale(name, decay)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns what is exempt from weight decay besides vectors.

@@ -48,12 +48,23 @@ DETECTION = {
     "coco_mask_rcnn_swinv2_base": (1e-4, 16),
     "coco_mask_rcnn_swinv2_giant": (6e-4, 96),
 }
+# Crop, peak learning rate, its batch, layer decay, drop path, weight decay, steps: BEiTv2's twice,
+# Swin's, SwinV2's, DINOv3's.
+SEGMENTATION = {
+    "ade20k_upernet_vit_base": (512, 5e-5, 16, 0.75, 0.15, 0.05, 160_000),
+    "ade20k_upernet_vit_large": (518, 4e-5, 16, 0.9, 0.2, 0.05, 160_000),
+    "ade20k_upernet_swinv2_base": (512, 6e-5, 16, 1.0, 0.3, 0.01, 160_000),
+    "ade20k_upernet_swinv2_giant": (640, 4e-5, 32, 1.0, 0.4, 0.05, 80_000),
+    "ade20k_linear": (512, 1e-3, 16, 1.0, 0.0, 0.001, 40_000),
+}
 OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 
 
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
-    assert {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *OURS, "quickstart"} == set(registry.RECIPES)
+    assert {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *SEGMENTATION, *OURS, "quickstart"} == set(
+        registry.RECIPES
+    )
     assert registry.DEFAULT_RECIPE == "quickstart"
 
 
@@ -163,3 +174,25 @@ def test_the_docstring_gives_hardware_duration_and_result(name):
 def test_an_unknown_recipe_gets_the_nearest_names():
     with pytest.raises(ConfigError, match=r"--recipe: .*got 'fd_swinv2_g', nearest"):
         registry.get("fd_swinv2_g")
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_a_segmentation_has_its_source_s_settings(name):
+    run = registry.get(name)
+    optim, batch = run.optim, run.batch.global_batch_size
+    peak, first, last = optim.rates(batch)
+    assert (
+        run.data.image_size,
+        pytest.approx(peak),
+        batch,
+        optim.layer_decay,
+        run.student.drop_path_rate,
+        optim.weight_decay,
+        optim.max_steps,
+    ) == SEGMENTATION[name]
+    assert (first, last) == (pytest.approx(1e-6 * peak), 0)
+    assert int(optim.warmup_epochs * (20_210 // batch)) == 1500
+    assert (optim.schedule, optim.clip_norm) == ("linear", 0)
+    own = run.task.segmentation
+    assert (own.num_classes, own.reduce_zero_label, own.loss_over) == (150, True, "all")
+    assert own.test_mode == ("slide" if "vit" in run.student.model else "whole")

@@ -6,7 +6,7 @@ this to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ def num_forwards(
     return -(-len(windows(size, crop, stride)) // at_once)
 
 
-def averaged(views: Sequence[tuple[Tensor, bool]], size: tuple[int, int]) -> Tensor:
+def averaged(views: Iterable[tuple[Tensor, bool]], size: tuple[int, int]) -> Tensor:
     """Averages the class probabilities of several views of one image.
 
     Args:
@@ -91,11 +91,14 @@ def averaged(views: Sequence[tuple[Tensor, bool]], size: tuple[int, int]) -> Ten
 
     Returns: (B, K, H, W), probabilities.
     """
-    total = torch.zeros(())
+    total: Tensor | None = None
+    count = 0
     for logits, mirrored in views:
-        logits = logits.flip(-1) if mirrored else logits
-        total = total.to(logits.device) + resized(logits, size).softmax(dim=1)
-    return total / len(views)
+        own = resized(logits.flip(-1) if mirrored else logits, size).softmax(dim=1)
+        total = own if total is None else total.add_(own)
+        count += 1
+    assert total is not None
+    return total / count
 
 
 def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:

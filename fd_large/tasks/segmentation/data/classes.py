@@ -1,0 +1,102 @@
+"""The classes of a dataset: their names, and their colours in pictures. No torch."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from fd_large.errors import ConfigError
+
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
+    *("motorcycle", "bicycle"),
+)
+
+
+GOLDEN_SECTION = 0.6180339887
+
+
+class Classes(NamedTuple):
+    """The classes of a dataset.
+
+    Attributes:
+        names: The name of each.
+        colors: The colour of each in pictures: red, green and blue in 0..255.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+
+def classes_of(root: str, count: int, file: str) -> Classes:
+    """Returns names and colours of a dataset's classes.
+
+    Args:
+        root: Folder of the dataset.
+        count: K.
+        file: A JSON file of names (`task.segmentation.classes`); empty: what the dataset brings.
+
+    Raises: ConfigError: if the file does not name the classes.
+    """
+    if file:
+        return _classes_in(file, count)
+    names = tuple(f"class {number}" for number in range(count))
+    if (Path(root) / "leftImg8bit").is_dir() and count == len(CITYSCAPES_CLASSES):
+        names = CITYSCAPES_CLASSES
+    for folder in ("", "ADEChallengeData2016"):
+        path = Path(root) / folder / "objectInfo150.txt"
+        if path.is_file():
+            found = _ade20k_names(path)
+            names = found if len(found) == count else names
+    return Classes(names, colors_of(count))
+
+
+def _ade20k_names(path: Path) -> tuple[str, ...]:
+    """The first synonym in the last column of each line below the headings."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
+
+
+def _classes_in(file: str, count: int) -> Classes:
+    where = "task.segmentation.classes"
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: cannot be read; got {error} from {file}, expected a JSON list of names. "
+            "Correct the file."
+        ) from error
+    colors = list(colors_of(count))
+    try:
+        names = tuple(entry if isinstance(entry, str) else entry["name"] for entry in entries)
+        for number, entry in enumerate(entries[:count]):
+            if not isinstance(entry, str) and "color" in entry:
+                red, green, blue = (int(value) for value in entry["color"])
+                colors[number] = (red, green, blue)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: no list of names; got {type(error).__name__}: {error} in {file}, expected "
+            '["wall", ...] or [{"name": "wall", "color": [120, 120, 120]}, ...]. Correct the file.'
+        ) from error
+    if len(names) != count:
+        raise ConfigError(
+            f"{where}: not a name for each class; got {len(names)} in {file}, expected {count}. "
+            "Set --task.segmentation.num_classes, or correct the file."
+        )
+    return Classes(names, tuple(colors))
+
+
+def colors_of(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Returns a colour for each class; classes whose numbers are near have unlike ones.
+
+    Hues are a golden section of the circle apart, in three degrees of saturation and brightness.
+    """
+    colors = []
+    for number in range(count):
+        saturation, value = ((0.85, 0.9), (0.55, 0.95), (0.8, 0.6))[number % 3]
+        red, green, blue = colorsys.hsv_to_rgb(number * GOLDEN_SECTION % 1, saturation, value)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return tuple(colors)

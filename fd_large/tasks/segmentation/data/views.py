@@ -1,0 +1,129 @@
+"""What is seen of an image: a random crop in training, whole at some sizes in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.tasks.dense.geometry import View, resized_view
+from fd_large.tasks.segmentation.data import photometric
+from fd_large.tasks.segmentation.loss import IGNORED
+from fd_large.tasks.segmentation.scores.views import num_forwards
+
+# Crops that are drawn where one class fills them; the last one is taken as it is.
+CROPS = 11
+NUM_DRAWS = 2 + 2 * CROPS  # scale, flip, and top and left of each crop
+FLIP_PROBABILITY = 0.5
+# Of the longer side to the crop's: 2048 to 512.
+LONG_SIDE = 4
+
+
+class TrainingViews(NamedTuple):
+    """How training images are resized, cropped, mirrored and distorted.
+
+    Source: the published segmentation runs of Swin, BEiT and MAE on ADE20K.
+
+    Attributes:
+        image_size: Side of the crop, in pixels; views may be smaller.
+        scale_range: Smallest and largest scale; at 1 the shorter side is that of the crop.
+        cat_max_ratio: Largest share of one class in a crop.
+        photometric: Whether colours are changed.
+    """
+
+    image_size: int
+    scale_range: tuple[float, float]
+    cat_max_ratio: float
+    photometric: bool
+
+    def view(
+        self,
+        image: Tensor,
+        labels: NDArray[np.int16],
+        draws: Sequence[float],
+        colors: Sequence[float],
+    ) -> tuple[Tensor, NDArray[np.int16]]:
+        """Returns a random crop of an image and of its labels.
+
+        Args:
+            image: (3, H, W) uint8.
+            labels: (H, W).
+            draws: `NUM_DRAWS` numbers in [0, 1).
+            colors: `photometric.NUM_DRAWS` numbers in [0, 1).
+        """
+        draw_scale, draw_flip, *corners = draws
+        low, high = self.scale_range
+        scale = low + (high - low) * draw_scale
+        short, long = int(self.image_size * scale), int(LONG_SIDE * self.image_size * scale)
+        size = (image.shape[-2], image.shape[-1])
+        whole = resized_view(*size, short_side=max(short, 1), long_side=max(long, 1))
+        rows, columns = (min(side, self.image_size) for side in whole.resized)
+        for number in range(CROPS):
+            top = int(corners[2 * number] * (whole.resized[0] - rows + 1))
+            left = int(corners[2 * number + 1] * (whole.resized[1] - columns + 1))
+            crop = (top, left, rows, columns)
+            view = View(size, whole.resized, crop, draw_flip < FLIP_PROBABILITY)
+            seen = view.labels(labels)
+            if self.cat_max_ratio == 1 or _is_mixed(seen, self.cat_max_ratio):
+                break
+        pixels = view.image(image)
+        if self.photometric:
+            changed = photometric.distort(pixels.permute(1, 2, 0).numpy(), colors)
+            pixels = torch.from_numpy(changed).permute(2, 0, 1).contiguous()
+        return pixels, seen
+
+
+def _is_mixed(labels: NDArray[np.int16], largest: float) -> bool:
+    """Whether there is more than one class, and none has as much as that share."""
+    counts = np.bincount(labels[labels != IGNORED])
+    return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < largest
+
+
+class TestViews(NamedTuple):
+    """At which sizes an image is tested, and whether whole or by windows.
+
+    Attributes:
+        short_side: Length of the shorter side at scale 1, in pixels.
+        long_side: The most that the longer one may be there.
+        scales: The scales.
+        flip: Whether each is also seen mirrored.
+        crop: Side of a window; 0: images are seen whole.
+        stride: Distance from window to window.
+    """
+
+    # No test of pytest's.
+    __test__ = False
+
+    short_side: int
+    long_side: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    crop: int = 0
+    stride: int = 0
+
+    def views(self, height: int, width: int) -> list[View]:
+        """Returns the view of an image for each scale.
+
+        By windows, the shorter side is at least a window's and the longer one as long as it gets.
+        """
+        views = []
+        for scale in self.scales:
+            short, long = int(self.short_side * scale), int(self.long_side * scale)
+            if self.crop:
+                short, long = max(short, self.crop), max(height, width) * max(short, self.crop)
+            views.append(resized_view(height, width, short_side=short, long_side=long))
+        return views
+
+    def num_forwards(self, height: int, width: int, at_once: int) -> int:
+        """Returns how many forwards an image takes, with so many windows in each."""
+        of_scales = (
+            num_forwards(view.size, (self.crop,) * 2, (self.stride,) * 2, at_once)
+            if self.crop
+            else 1
+            for view in self.views(height, width)
+        )
+        return sum(of_scales) * (2 if self.flip else 1)

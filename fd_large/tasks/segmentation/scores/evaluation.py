@@ -1,0 +1,228 @@
+"""The test of a segmentation: every image once over the ranks, all counts in one table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import activity, distributed
+from fd_large.atomic_files import write_json
+from fd_large.tasks.segmentation.data.classes import Classes
+from fd_large.tasks.segmentation.data.dataset import SegmentationSet
+from fd_large.tasks.segmentation.data.loader import TestImages, build_test_loader
+from fd_large.tasks.segmentation.data.views import TestViews
+from fd_large.tasks.segmentation.scores.areas import Scores, confusion, scores_of
+from fd_large.tasks.segmentation.scores.pictures import Row, draw_confusion, draw_rows
+from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized, slide
+
+log = logging.getLogger(__name__)
+
+SCORES = "scores.json"
+NUM_IMAGES = 4
+"""Images of a picture: the worst ones, and others that are always the same."""
+NO_ACCURACY = -1.0
+"""Accuracy of an image without a labelled pixel, or that could not be read."""
+
+
+class Outcome(NamedTuple):
+    """What all ranks have after a test.
+
+    Attributes:
+        scores: Over the whole dataset.
+        accuracies: (N,) float64, the share of each image's labelled pixels that is right, or
+            `NO_ACCURACY`.
+        unread: How many images could not be read; they are left out.
+    """
+
+    scores: Scores
+    accuracies: NDArray[np.float64]
+    unread: int
+
+
+class Model(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        logits: Maps pixels (B, 3, h, w) uint8, on the device, to logits (B, K, h, w); in
+            evaluation, by all ranks alike where it is sharded.
+        views: At which sizes an image is seen.
+        at_once: Number of windows in a forward.
+    """
+
+    logits: Logits
+    views: TestViews
+    at_once: int = 1
+
+    @torch.no_grad()
+    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Names the class of each pixel of an image: (H, W) int64, on the device.
+
+        Args:
+            seen: (3, h, w) uint8, the image at each scale.
+            size: Height and width of the result.
+        """
+        logits = self._logits(seen)
+        if len(seen) == 1 and not self.views.flip:
+            # Of one view, probabilities have the same order as logits.
+            return resized(next(logits)[0], size)[0].argmax(0)
+        return averaged(logits, size)[0].argmax(0)
+
+    def idle(self) -> None:
+        """Makes one forward of nothing, for ranks that others wait for."""
+        side = self.views.crop or self.views.short_side
+        with torch.no_grad():
+            self.logits(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=_device()))
+
+    def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        side, stride = self.views.crop, self.views.stride
+        for image in seen:
+            for mirrored in (False, True) if self.views.flip else (False,):
+                pixels = image[None].to(_device(), non_blocking=True)
+                pixels = pixels.flip(-1) if mirrored else pixels
+                if side:
+                    found = slide(
+                        pixels,
+                        self.logits,
+                        crop=(side, side),
+                        stride=(stride, stride),
+                        at_once=self.at_once,
+                    )
+                else:
+                    found = self.logits(pixels)
+                yield found, mirrored
+
+
+def evaluate(
+    model: Model,
+    images: SegmentationSet,
+    *,
+    workers: int,
+    between: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Tests on all images; a collective.
+
+    Args:
+        model: What is tested.
+        images: The test images and their labels.
+        workers: Processes that load.
+        between: Called before each image, on every rank alike. It may raise to end the test.
+    """
+    device, count = _device(), images.num_classes
+    counts = torch.zeros(count, count, dtype=torch.int64, device=device)
+    # Of each image: labelled pixels, and those that are right. One rank has each.
+    pixels = torch.zeros(2, len(images), dtype=torch.int64, device=device)
+    unread = torch.zeros((), dtype=torch.int64, device=device)
+    loader = build_test_loader(
+        images,
+        model.views,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=workers,
+    )
+    for item in activity.counted(loader, "test images", "images"):
+        between()
+        if item.bad:
+            log.warning("left out of the test: %s", item.bad)
+            unread += 1
+        size = (item.labels.shape[0], item.labels.shape[1])
+        planned = model.views.num_forwards(*size, model.at_once) if item.views else 0
+        # Under ZeRO-3 every rank makes as many forwards as the others.
+        most = int(distributed.max_rank(planned))
+        if item.views:
+            labels = item.labels.to(device)
+            table = confusion(model.predict(item.views, size), labels, count)
+            counts += table
+            pixels[:, item.index] = torch.stack([table.sum(), table.diagonal().sum()])
+        for _ in range(most - planned):
+            model.idle()
+    counts, pixels, unread = (distributed.sum_tensor(t) for t in (counts, pixels, unread))
+    labelled, right = pixels.cpu().numpy().astype(np.float64)
+    accuracies = np.divide(
+        right, labelled, out=np.full(len(labelled), NO_ACCURACY), where=labelled > 0
+    )
+    return Outcome(scores_of(counts.cpu().numpy()), accuracies, int(unread))
+
+
+def keep(
+    outcome: Outcome,
+    model: Model,
+    images: SegmentationSet,
+    classes: Classes,
+    folder: Path,
+    *,
+    draw: bool,
+) -> list[Path]:
+    """Writes scores.json and draws pictures, on rank 0; a collective.
+
+    Args:
+        outcome: What the test found.
+        model: What was tested; it sees the images that are drawn once more.
+        images: The images.
+        classes: Names and colours.
+        folder: A folder, made if it is missing.
+        draw: Whether to draw the worst images, some others, and the confusion.
+
+    Returns: the pictures that were drawn, on rank 0.
+    """
+    known = np.flatnonzero(outcome.accuracies != NO_ACCURACY)
+    worst = known[np.argsort(outcome.accuracies[known], kind="stable")][:NUM_IMAGES]
+    spread = np.linspace(0, len(known) - 1, min(NUM_IMAGES, len(known))).round().astype(int)
+    groups = {"worst": worst, "chosen": known[spread]} if draw and len(known) else {}
+    seen = {}
+    for index in dict.fromkeys(int(i) for group in groups.values() for i in group):
+        item = TestImages(images, model.views)[index]
+        if item.views:
+            size = (item.labels.shape[0], item.labels.shape[1])
+            seen[index] = item.labels.numpy(), model.predict(item.views, size).cpu().numpy()
+    if not distributed.is_main():
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCORES, _plain(outcome, classes))
+    drawn = []
+    for name, group in groups.items():
+        rows = [
+            Row(
+                images.sample(int(i))[0].permute(1, 2, 0).numpy(),
+                *seen[int(i)],
+                f"{Path(images[int(i)]).name}: {100 * outcome.accuracies[i]:.1f}% right",
+            )
+            for i in group
+            if int(i) in seen
+        ]
+        if rows:
+            draw_rows(rows, classes, folder / f"{name}.png")
+            drawn.append(folder / f"{name}.png")
+    if draw:
+        draw_confusion(outcome.scores.counts, classes, folder / "confusion.png")
+        drawn.append(folder / "confusion.png")
+    return drawn
+
+
+def _plain(outcome: Outcome, classes: Classes) -> dict[str, Any]:
+    scores = outcome.scores
+
+    def number(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    return {
+        "unread_images": outcome.unread,
+        **{name: number(value) for name, value in scores.numbers().items()},
+        "classes": [
+            {"name": name, "IoU": number(iou), "Acc": number(acc), "pixels": int(pixels)}
+            for name, iou, acc, pixels in zip(
+                classes.names, scores.iou, scores.acc, scores.counts.sum(1), strict=True
+            )
+        ],
+        "confusion": scores.counts.tolist(),
+    }
+
+
+def _device() -> torch.device:
+    return distributed.device()

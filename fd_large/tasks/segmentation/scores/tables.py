@@ -1,0 +1,48 @@
+"""The scores of segmentation as tables for the terminal; no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fd_large.tasks.segmentation.scores.areas import Scores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEANINGS = {
+    "mIoU": "mean over classes of intersection over union",
+    "mAcc": "mean over classes of the share that is right",
+    "aAcc": "share of all pixels that is right",
+}
+
+
+def numbers_table(scores: Scores, num_images: int) -> Table:
+    """The three means, in per cent."""
+    from rich.table import Table
+
+    table = Table(title=f"{num_images:,} images", title_justify="left")
+    for heading in ("", "%", ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, value in scores.numbers().items():
+        table.add_row(name, _shown(value), MEANINGS[name])
+    return table
+
+
+def classes_table(scores: Scores, names: tuple[str, ...]) -> Table:
+    """IoU and accuracy of the classes that are labelled or predicted, in per cent."""
+    from rich.table import Table
+
+    table = Table(title="The classes that occur", title_justify="left")
+    for heading in ("class", "IoU", "Acc", "pixels"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    labelled = scores.counts.sum(1)
+    for number in np.flatnonzero(~np.isnan(scores.iou)):
+        values = _shown(scores.iou[number]), _shown(scores.acc[number])
+        table.add_row(names[number], *values, f"{labelled[number]:,}")
+    return table
+
+
+def _shown(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,125 @@
+"""What a recipe says of segmentation, and what others may know of it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fd_large.recipes.fields import at_least, check_types, not_negative, require
+from fd_large.recipes.task_kind import TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """The class of each pixel: a head on the student's features; data.image_size is the crop."""
+
+    # Number of classes. ADE20K has 150.
+    num_classes: int = 150
+    # JSON file with the names of the classes in order: a list of names, or of objects with `name`
+    # and `color` (red, green and blue in 0..255). Empty takes what comes with ADE20K and
+    # Cityscapes, else numbers.
+    classes: str = ""
+    # Number, in the label files, of pixels that are neither learnt nor scored.
+    ignore_value: int = 255
+    # Whether 0 in the label files is ignored too and class k has the number k + 1, as in ADE20K.
+    reduce_zero_label: bool = False
+    # What makes classes of the student's maps. uper: UPerNet. linear: one layer on the last map.
+    # Your own, made of (channels of the maps, head_width, number of classes): module:FILE.py:NAME.
+    head: str = "uper"
+    # Number of channels of UPerNet.
+    head_width: int = 512
+    # Weight of the loss of a second, small head on the third map. 0 turns it off.
+    auxiliary_weight: float = 0.4
+    # What the loss is divided by. all: the number of all pixels, ignored ones included, as in the
+    # published runs. labelled: the number of labelled pixels of a pass on all ranks.
+    loss_over: Literal["all", "labelled"] = "all"
+    # Train the head alone; the student stays as it is. Set student.drop_path_rate to 0 with it.
+    frozen: bool = False
+    # Smallest and largest scale of a training image before it is cropped; at 1 its shorter side is
+    # data.image_size, or its longer one four times that if it is very long.
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    # Crops in which one class has more than this fraction of the labelled pixels are drawn again,
+    # up to ten times, in (0, 1]. 1 takes every first crop.
+    cat_max_ratio: float = 0.75
+    # Whether brightness, contrast, saturation and hue of training images are changed at random.
+    photometric: bool = True
+    # How an image is tested. whole: in one forward. slide: by overlapping windows of
+    # data.image_size, whose logits are averaged; needed for a student of one image size, such as a
+    # ViT.
+    test_mode: Literal["whole", "slide"] = "whole"
+    # Distance from window to window, in pixels. 0: two thirds of data.image_size.
+    test_stride: int = 0
+    # Length of the shorter side of tested images, and the largest length of the longer side, in
+    # pixels; windows limit no side. 0 0: data.image_size, and four times that.
+    test_size: tuple[int, int] = (0, 0)
+    # Scales of that size at which an image is seen; the probabilities are averaged.
+    test_scales: tuple[float, ...] = (1.0,)
+    # Whether it is also seen mirrored at each scale.
+    test_flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.segmentation")
+        at_least("task.segmentation.num_classes", self.num_classes, 2, "classes")
+        at_least("task.segmentation.head_width", self.head_width, 1, "channels")
+        at_least("task.segmentation.ignore_value", self.ignore_value, 0, "and a number in labels")
+        at_least("task.segmentation.test_stride", self.test_stride, 0, "pixels")
+        not_negative("task.segmentation.auxiliary_weight", self.auxiliary_weight)
+        smallest, largest = self.scale_range
+        require(
+            0 < smallest <= largest,
+            "task.segmentation.scale_range: invalid range",
+            self.scale_range,
+            "two numbers above 0, the smaller first",
+        )
+        require(
+            0 < self.cat_max_ratio <= 1,
+            "task.segmentation.cat_max_ratio: invalid fraction",
+            self.cat_max_ratio,
+            "a number in (0, 1]",
+        )
+        shorter, longer = self.test_size
+        require(
+            self.test_size == (0, 0) or 0 < shorter <= longer,
+            "task.segmentation.test_size: invalid lengths",
+            self.test_size,
+            "two numbers of pixels, the smaller first, or 0 0",
+        )
+        require(
+            bool(self.test_scales) and all(scale > 0 for scale in self.test_scales),
+            "task.segmentation.test_scales: invalid scales",
+            self.test_scales,
+            "at least one number above 0",
+        )
+        require(
+            self.head != "linear" or not self.auxiliary_weight,
+            "task.segmentation.auxiliary_weight: a linear head has one map and no second head",
+            self.auxiliary_weight,
+            "0 beside task.segmentation.head linear",
+        )
+
+
+KIND = TaskKind(
+    name="segmentation",
+    folder="segmentation",
+    job="SegmentationJob",
+    title="Segmentation",
+    section=Segmentation,
+    may_change=(
+        "task.segmentation.classes",
+        *(
+            f"task.segmentation.test_{name}"
+            for name in ("mode", "stride", "size", "scales", "flip")
+        ),
+    ),
+    scores_runs=True,
+    next_steps=(
+        (
+            "a score for each class, and pictures",
+            ("evaluate", "{run}", "--out", "{run}/evaluation"),
+        ),
+        (
+            "what it sees in an image of yours",
+            ("predict", "{run}", "IMAGE.jpg", "--out", "{run}/predictions"),
+        ),
+    ),
+)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from segmentation_twin import pictures
+
+from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.segmentation.data.classes import CITYSCAPES_CLASSES, classes_of, colors_of
+from fd_large.tasks.segmentation.data.dataset import open_segmentation, read_labels
+from fd_large.tasks.segmentation.loss import IGNORED
+
+LAYOUTS = {
+    "ade20k": ("images/training/{}.jpg", "annotations/training/{}.png"),
+    "unpacked": (
+        "ADEChallengeData2016/images/training/{}.jpg",
+        "ADEChallengeData2016/annotations/training/{}.png",
+    ),
+    "cityscapes": (
+        "leftImg8bit/train/aachen/{}_leftImg8bit.png",
+        "gtFine/train/aachen/{}_gtFine_labelTrainIds.png",
+    ),
+    "coco-stuff": ("train2017/{}.jpg", "stuffthingmaps/train2017/{}.png"),
+    "converted": ("images/train2017/{}.jpg", "annotations/train2017/{}_labelTrainIds.png"),
+    "folders": ("images/train/{}.jpg", "labels/train/{}.png"),
+    "splits": ("train/images/a/{}.jpg", "train/labels/a/{}.png"),
+}
+
+
+def write(root: Path, layout: str, *, labels: np.ndarray | None = None, count: int = 3) -> Path:
+    of_image, of_label = LAYOUTS[layout]
+    values = np.array([[0, 1], [2, 255]], dtype=np.uint8) if labels is None else labels
+    for number in range(count):
+        for name, array in (
+            (of_image, np.full((*values.shape[:2], 3), 10 * number, np.uint8)),
+            (of_label, values),
+        ):
+            path = root / name.format(f"image_{number}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    return root
+
+
+def opened(root: Path, **options: object):
+    given = {"num_classes": 3, "ignore_value": 255, "reduce_zero_label": False} | options
+    return open_segmentation(str(root), "train", **given)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_pairs_images_with_their_labels(layout, tmp_path):
+    images = opened(write(tmp_path, layout))
+    assert len(images) == 3
+    for index in range(3):
+        assert f"image_{index}" in images[index]
+        assert f"image_{index}" in images.label_file(index)
+    image, labels = images.sample(1)
+    assert image.shape == (3, 2, 2)
+    assert labels.tolist() == [[0, 1], [2, IGNORED]]
+
+
+def test_the_zero_label_is_reduced(tmp_path):
+    images = opened(write(tmp_path, "ade20k"), reduce_zero_label=True, num_classes=2)
+    assert images.labels(0).tolist() == [[IGNORED, 0], [1, IGNORED]]
+
+
+def test_labels_of_palettes_and_of_16_bits(tmp_path):
+    of_palette = Image.fromarray(np.array([[0, 3]], dtype=np.uint8), mode="P")
+    of_palette.putpalette([7, 7, 7] * 256)
+    of_palette.save(tmp_path / "palette.png")
+    Image.fromarray(np.array([[0, 700]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_labels(str(tmp_path / "palette.png")).tolist() == [[0, 3]]
+    assert read_labels(str(tmp_path / "deep.png")).tolist() == [[0, 700]]
+
+
+def test_mistakes_of_the_user_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"data\.root: no images with labels of the split 'train'"):
+        opened(tmp_path)
+    root = write(tmp_path / "a", "folders")
+    with pytest.raises(DataError, match="a number of no class; got 2, expected 0 to 1"):
+        opened(root, num_classes=2)
+    (root / "labels/train/image_1.png").unlink()
+    with pytest.raises(DataError, match=r"images without labels.*1 of 3 \(image_1\)"):
+        opened(root)
+    root = write(tmp_path / "b", "folders", labels=np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(DataError, match="no label file; got colours"):
+        opened(root)
+    root = write(tmp_path / "c", "folders")
+    Image.fromarray(np.zeros((5, 4), np.uint8)).save(root / "labels/train/image_0.png")
+    with pytest.raises(DataError, match="not the size of its image; got 4 x 5 pixels, expected 2"):
+        opened(root).sample(0)
+    (root / "labels/train/image_0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        opened(root)
+
+
+def test_classes_come_from_the_dataset_a_file_or_their_numbers(tmp_path):
+    root = pictures(tmp_path / "ade")
+    assert classes_of(str(root), 4, "").names == ("red", "green", "blue", "grey")
+    assert classes_of(str(root), 5, "").names[4] == "class 4"
+    (tmp_path / "city/leftImg8bit").mkdir(parents=True)
+    assert classes_of(str(tmp_path / "city"), 19, "").names == CITYSCAPES_CLASSES
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps(["a", {"name": "b", "color": [1, 2, 3]}]))
+    found = classes_of(str(root), 2, str(file))
+    assert found.names == ("a", "b")
+    assert found.colors == (colors_of(2)[0], (1, 2, 3))
+    for content in ('{"a": 1}', '["a"]', "[1, 2]", "no json"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"task\.segmentation\.classes"):
+            classes_of(str(root), 2, str(file))
+
+
+def test_colors_differ():
+    assert len(set(colors_of(255))) == 255

@@ -1,0 +1,94 @@
+"""Segmentation as a job: mistakes that end before anything heavy, its stored student, classes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from segmentation_batches import narrow_run
+from segmentation_twin import pictures
+from stored_run import store_tensors
+
+from fd_large.cli.export import export
+from fd_large.engine.checkpoint_models import sources_of
+from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.jobs import job_of
+from fd_large.tasks.segmentation.job import SegmentationJob, test_views
+from fd_large.tasks.segmentation.section import Segmentation
+from fd_large.weights.load import load_model
+
+SWIN, VIT, LINEAR = "ade20k_upernet_swinv2_giant", "ade20k_upernet_vit_base", "ade20k_linear"
+test_views.__test__ = False
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("ade"))
+
+
+def run_of(root, name: str = SWIN, **own):
+    run = narrow_run(name, **own)
+    return replace(run, data=replace(run.data, root=str(root)))
+
+
+def check(run) -> SegmentationJob:
+    job = SegmentationJob(run)
+    job.open_samples()
+    job.check()
+    return job
+
+
+def test_a_whole_dataset_is_fine(root):
+    classes = check(run_of(root)).facts()["classes"]
+    assert classes["names"] == ["red", "green", "blue", "grey"]
+    assert json.loads(json.dumps(classes)) == classes
+
+
+def test_mistakes_name_their_field(root):
+    with pytest.raises(ConfigError, match=r"test_mode.*images of one size; got whole"):
+        check(run_of(root, VIT, test_mode="whole"))
+    with pytest.raises(DataError, match="a number of no class; got 4, expected 1 to 3"):
+        check(run_of(root, num_classes=3))
+    run = run_of(root, LINEAR)
+    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
+        check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
+    run = run_of(root)
+    with pytest.raises(ConfigError, match=r"data\.color_jitter: segmentation ignores"):
+        check(replace(run, data=replace(run.data, color_jitter=0.4)))
+    for field, value in (
+        ("scale_range", (2.0, 1.0)),
+        ("cat_max_ratio", 0.0),
+        ("test_scales", ()),
+        ("test_size", (9, 3)),
+        ("num_classes", 1),
+    ):
+        with pytest.raises(ConfigError, match=rf"task\.segmentation\.{field}"):
+            Segmentation(**{field: value})
+
+
+def test_how_a_recipe_s_test_sees_an_image():
+    views = test_views(narrow_run(VIT, image_size=64, test_stride=0))
+    assert (views.short_side, views.long_side, views.crop, views.stride) == (64, 256, 64, 42)
+    views = test_views(narrow_run(SWIN, test_size=(80, 90), test_flip=True))
+    assert (views.short_side, views.long_side, views.crop, views.flip) == (80, 90, 0, True)
+
+
+@pytest.mark.parametrize(("name", "to"), [(SWIN, "fd"), (VIT, "timm"), (LINEAR, "fd")])
+def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path):
+    run = run_of("/somewhere/ade", name)
+    torch.manual_seed(0)
+    tensors = {n: p.detach() for n, p in SegmentationJob(run).make_task().named_parameters()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
+    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
+    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
+    net, _ = load_model(tmp_path / "out")
+    stored = sources_of(job_of).open(tmp_path / "run").file
+    for key, parameter in net.named_parameters():
+        assert torch.equal(parameter, stored[key]), key
+        assert key.startswith("norm.") or torch.equal(parameter, tensors[f"student.{key}"]), key
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained to segment ade" in card
+    assert "somewhere" not in card
