@@ -206,9 +206,10 @@ class _Parser(Generic[Own]):
         if own_task:  # Its section's fields are flags too.
             self._task = Task.class_for({"name": own_task})
         values = self._values([argument for argument in arguments if argument not in HELP])
-        names = {name.split(".")[0] for name in field_names(self._kind)}
-        own = {name: value for name, value in values.items() if name.split(".")[0] in names}
-        given = {name: value for name, value in values.items() if name not in own}
+        # Not by the first part of a name: evaluate has a --task of its own.
+        is_own = {name: name in field_names(self._kind, like=name) for name in values}
+        own = {name: value for name, value in values.items() if is_own[name]}
+        given = {name: value for name, value in values.items() if not is_own[name]}
         base = run = built = None
         if self._recipe is not None:
             try:

@@ -478,8 +478,11 @@ def _write_predictions(path: Path, rows: Sequence[_Row]) -> None:
     """Writes the test images' labels, (N,), and what was predicted of each row, (seeds, N)."""
     import numpy as np
 
+    # Any name may be a model's, "labels" too.
     kept: dict[str, Any] = {
-        _label(row): np.stack(row.predicted) for row in rows if row.right() is not None
+        f"predicted/{_label(row)}": np.stack(row.predicted)
+        for row in rows
+        if row.right() is not None
     }
     labels = next((row.labels for row in rows if row.labels is not None), None)
     if labels is not None:

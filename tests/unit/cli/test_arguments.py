@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from fd_large import doors
 from fd_large.cli.arguments import AllowsCode, HelpShown, choose, parse, parse_with_recipe
+from fd_large.cli.evaluate import Evaluate
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import at_least, field_names, flat, override
@@ -183,6 +184,16 @@ def test_fields_of_a_recipe_mix_with_the_commands_own():
         "optim.epochs": 60,
         "guard.enabled": False,
     }
+
+
+def test_a_commands_own_argument_may_have_a_sections_name():
+    text = "s --task finetune --task.finetune.erasing 0"
+    given = parse_with_recipe(
+        Evaluate, text.split(), command="evaluate", recipe="finetune_clip_vit_base"
+    )
+    assert (given.own.task, given.own.models) == ("finetune", ("s",))
+    assert given.run.task.finetune.erasing == 0
+    assert given.fields == {"task.finetune.erasing": 0}
 
 
 def test_mistakes_in_a_recipe_are_reported_with_the_others():

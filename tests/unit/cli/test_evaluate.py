@@ -98,8 +98,8 @@ def test_two_nets_in_one_table(pictures, tmp_path, capsys):
     assert difference["to"] == "efficientnet_lite0"
     assert difference["mean"] == pytest.approx(summary["nets"][1]["accuracy"][0] - 100)
     with np.load(out / "predictions.npz") as kept:
-        assert (kept["labels"] == kept["efficientnet_lite0"][0]).all()
-        assert kept["resnet18, random"].shape == (1, 12)
+        assert (kept["labels"] == kept["predicted/efficientnet_lite0"][0]).all()
+        assert kept["predicted/resnet18, random"].shape == (1, 12)
     assert (out / "knn.png").stat().st_size > 5000
     page = check_page(out / "report.html")
     assert {"resnet18, random", "100.00", "temperature", str(pictures)} <= set(page.words)
