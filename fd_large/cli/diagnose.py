@@ -12,16 +12,17 @@ from tyro.conf import Positional, arg
 from fd_large import activity
 from fd_large.atomic_files import out_folder
 from fd_large.cli.arguments import AllowsCode, parse
+from fd_large.cli.output import tables
 from fd_large.cli.paths import paths_of_models, require_paths
 from fd_large.recipes.fields import at_least
-from fd_large.runtime import terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The images."""
 
-    # Images as for training: a folder, tar shards, or builtin:photographs.
+    # Images as for training: a folder, tar shards, or builtin:photographs. Of a dataset with parts
+    # that which is tested. A run that learnt labels needs images of its classes for its loss.
     root: str
 
 
@@ -29,10 +30,11 @@ class Data:
 class Diagnose(AllowsCode):
     """Show what models attend to, how flat their loss is and how alike their layers are.
 
-    A model is RUN (its student, with the run's loss), RUN#student (the same model alone),
-    RUN#teacher or RUN#scratch; a file or folder of weights, hf:REPO, open_clip:ARCH/TAG, timm:NAME
-    or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for weights that do not show their model, such
-    as timm:vit_tiny_patch16_224=random. docs/diagnose.md explains the figures.
+    A model is RUN (its student, with the loss of the run's task beside that of the model alone),
+    RUN#student (the same model alone), RUN#teacher or RUN#scratch; a file or folder of weights,
+    hf:REPO, open_clip:ARCH/TAG, timm:NAME or module:PATH/TO/FILE.py:NAME; or NAME=SOURCE for
+    weights that do not show their model, such as timm:vit_tiny_patch16_224=random.
+    docs/diagnose.md explains the figures.
     """
 
     # One model or several, side by side.
@@ -41,7 +43,7 @@ class Diagnose(AllowsCode):
     data: Data
     # Number of images, spread over the dataset; none is taken twice.
     images: int = 64
-    # Images at a time; the loss landscape sees the first batch only.
+    # Images at a time; the loss landscapes see the first four batches.
     batch_size: int = 16
     # Folder for report.html, index.md, the plots, diagnosis.json and averages.npz.
     out: str = "diagnosis"
@@ -82,7 +84,7 @@ def diagnose(
         batch_size: Images at a time.
         out: Folder for the results.
     """
-    console = terminal.console()
+    console = tables()
     began = time.monotonic()
     # torch and deepspeed: seconds.
     from fd_large import distributed
@@ -96,9 +98,9 @@ def diagnose(
 
     full_float32(distributed.device())
     sample = Sample(root, images)
-    loaded = [load_model(model) for model in activity.counted(models, "loading", "models")]
+    loaded = [load_model(model, sample) for model in activity.counted(models, "loading", "models")]
     folder, extent = out_folder(out), Extent()
-    steps = num_steps(len(loaded), len(sample), batch_size, extent)
+    steps = num_steps(loaded, len(sample), batch_size, extent)
     with activity.work("examining", steps) as examining:
         findings = examine(
             loaded,
@@ -108,7 +110,7 @@ def diagnose(
             progress=lambda text: examining.advance(what=text),
         )
     facts = {
-        "root": root,
+        "root": sample.root,
         "images": len(sample),
         "batch_size": batch_size,
         "device": _device(distributed.device()),
@@ -127,16 +129,17 @@ def _summary(diagnosis: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from fd_large.report.diagnosis_page import summary
+    from fd_large.report.diagnosis_page import notes, table
 
-    columns = [summary(model) for model in diagnosis["models"]]
-    table = Table(title="Means over attention layers, and the loss", title_justify="left")
-    table.add_column("")
-    for model in diagnosis["models"]:
-        table.add_column(Text(model["label"]), justify="right", overflow="fold")
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
-    return table
+    models = diagnosis["models"]
+    found = Table(title="Means over attention layers, and losses", title_justify="left")
+    found.add_column("", no_wrap=True)
+    for model in models:
+        found.add_column(Text(model["label"]), justify="right", overflow="fold")
+    for row in table(models):
+        found.add_row(*row)
+    found.caption, found.caption_justify = Text("\n".join(notes(models))), "left"
+    return found
 
 
 def _device(device: Any) -> str:

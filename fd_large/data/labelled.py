@@ -84,6 +84,17 @@ def training_part(root: str, *, where: str = "data.root") -> str:
     return train[0]
 
 
+def evaluation_part(root: str, *, where: str = "data.root") -> str:
+    """Returns what to look at: the part that is tested where a root has that beside `train`.
+
+    Args:
+        root: As `open_images` takes it.
+        where: The field that names it, for messages.
+    """
+    tested = _places(root, "val", where)
+    return tested[0] if tested and _places(root, "train", where) else root
+
+
 def open_training(root: str, *, val_fraction: float = 0.0, where: str = "data.root") -> ImageSource:
     """Opens the images of a dataset, without labels, that training may see.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.statistics import normalise
+from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.backbones.token_positions import TokenPositions
 from fd_large.diagnose.attention_maps import maps_to
 from fd_large.diagnose.attention_measures import LayerFigures
 from fd_large.diagnose.cka import LEAST_IMAGES, Similarity, gram
 from fd_large.diagnose.findings import Findings
 from fd_large.diagnose.landscape import curve, random_direction, surface
-from fd_large.diagnose.models import LoadedModel
-from fd_large.diagnose.sample import Sample
+from fd_large.diagnose.models import LoadedModel, Loss
+from fd_large.diagnose.sample import Sample, Views
 
 MAP = "map"
+MOST_BATCHES = 4
+"""Batches of the landscapes, over which the spread of a loss is taken."""
+Layers = dict[str, LayerFigures]
+"""The attention of a model's layers, by name."""
 Progress = Callable[[str], None]
 """Called after every step with what is being done."""
 
@@ -51,7 +55,7 @@ class Extent:
 
     @property
     def losses(self) -> int:
-        """Losses that are computed for each model."""
+        """Steps at which a loss is computed."""
         return self.seeds * self.points + self.side**2
 
 
@@ -60,9 +64,11 @@ def num_batches(images: int, batch_size: int) -> int:
     return max(1, min(math.ceil(images / batch_size), images // LEAST_IMAGES))
 
 
-def num_steps(models: int, images: int, batch_size: int, extent: Extent) -> int:
+def num_steps(models: Sequence[LoadedModel], images: int, batch_size: int, extent: Extent) -> int:
     """Returns how often `examine` reports a step."""
-    return models * (num_batches(images, batch_size) + extent.losses)
+    batches = num_batches(images, batch_size)
+    looks = sum(1 + (model.scratch is not None) for model in models)
+    return looks * batches + sum(len(model.losses) for model in models) * extent.losses
 
 
 def examine(
@@ -73,35 +79,46 @@ def examine(
     extent: Extent,
     progress: Progress,
 ) -> Findings:
-    """Measures attention, CKA and the loss landscape of models side by side.
+    """Measures attention, CKA and the loss landscapes of models side by side.
 
     Args:
         models: One or more.
         sample: The images.
-        batch_size: Images at a time; the landscape sees the first batch only.
-        extent: Size of the landscape.
+        batch_size: Images at a time; the landscapes see the first `MOST_BATCHES` batches.
+        extent: Size of the landscapes.
         progress: Called after every step.
     """
-    device = distributed.device()
+    device, count = distributed.device(), num_batches(len(sample), batch_size)
     sizes = sorted({model.image_size for model in models})
-    layers: list[dict[str, LayerFigures]] = [{} for _ in models]
-    similarity, names, first = Similarity(), [], None
-    for views in sample.batches(num_batches(len(sample), batch_size), sizes):
-        first = first or views
+    layers: list[Layers] = [{} for _ in models]
+    similarity, names, first = Similarity(), [], []
+    for batch in sample.batches(count, sizes):
+        first += [batch] if len(first) < MOST_BATCHES else []
         grams: dict[tuple[int, str], Tensor] = {}
         for number, model in enumerate(models):
-            images = views[model.image_size].to(device)
-            for name, matrix in _look(model, images, layers[number]).items():
-                grams[number, name] = matrix
+            images = batch.of_size[model.image_size].to(device)
+            seen = _look(model.backbone, model.statistics, images, layers[number])
+            grams |= {(number, name): matrix for name, matrix in seen.items()}
             progress(f"{model.label}: attention and features")
-        if len(next(iter(views.values()))) >= LEAST_IMAGES:
+        if len(batch.numbers) >= LEAST_IMAGES:
             similarity.add(list(grams.values()))
             names = list(grams)
     figures = []
     for model, of_model in zip(models, layers, strict=True):
-        landscape = _landscape(model, first[model.image_size].to(device), extent, progress)
-        attention = [layer.figures() for layer in of_model.values()]
-        figures.append(_facts(model) | {"attention": attention, "landscape": landscape})
+        random = _look_at_scratch(model, sample, count, progress)
+        landscapes = [
+            part
+            for loss in model.losses
+            for part in _landscapes(model, loss, first, extent, progress)
+        ]
+        figures.append(
+            _facts(model)
+            | {
+                "attention": [layer.figures() for layer in of_model.values()],
+                "scratch": [layer.figures() for layer in random.values()],
+                "landscapes": landscapes,
+            }
+        )
     averages = [
         {name: average for name, layer in of.items() if (average := layer.average()) is not None}
         for of in layers
@@ -138,19 +155,35 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _look(model: LoadedModel, images: Tensor, layers: dict[str, LayerFigures]) -> dict[str, Tensor]:
+def _look(
+    backbone: nn.Module, statistics: Statistics, images: Tensor, layers: Layers
+) -> dict[str, Tensor]:
     """One forward: attention is added to the figures of the layers, Gram matrices are returned."""
-    grid = model.backbone.grid(*images.shape[-2:])
+    grid = backbone.grid(*images.shape[-2:])
     grams: dict[str, Tensor] = {}
 
     def note(name: str, attention: Tensor, positions: TokenPositions) -> None:
         stride = images.shape[-1] / positions.grid[1]
         layers.setdefault(name, LayerFigures(name, stride)).add(attention, positions)
 
-    with torch.no_grad(), maps_to(note, model.backbone, grid), _outputs(model.backbone, grams):
-        tokens = model.backbone(normalise(images, model.statistics)).tokens
+    with torch.no_grad(), maps_to(note, backbone, grid), _outputs(backbone, grams):
+        tokens = backbone(normalise(images, statistics)).tokens
         grams[MAP] = gram(tokens).cpu()
     return grams
+
+
+def _look_at_scratch(model: LoadedModel, sample: Sample, count: int, progress: Progress) -> Layers:
+    """The attention of the same model with random weights, which is built for this alone."""
+    layers: Layers = {}
+    if model.scratch is None:
+        return layers
+    backbone, _ = model.scratch.build()
+    backbone.eval()
+    for batch in sample.batches(count, [model.image_size]):
+        images = batch.of_size[model.image_size].to(distributed.device())
+        _look(backbone, model.statistics, images, layers)
+        progress(f"{model.label}: attention of random weights")
+    return layers
 
 
 @contextmanager
@@ -166,33 +199,52 @@ def _outputs(model: nn.Module, grams: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def _landscape(
-    model: LoadedModel, images: Tensor, extent: Extent, progress: Progress
-) -> dict[str, Any]:
-    loss = model.loss_on(images)
+def _landscapes(
+    model: LoadedModel, loss: Loss, batches: Sequence[Views], extent: Extent, progress: Progress
+) -> list[dict[str, Any]]:
+    """The landscape of a loss, and of what belongs to it, such as the accuracy."""
+    device = distributed.device()
+    measures = [
+        loss.on(batch.of_size[model.image_size].to(device), batch.numbers) for batch in batches
+    ]
     with torch.no_grad():
-        own = float(loss())
+        own = [measure() for measure in measures]
+    name = next(iter(own[0]))
 
     def step() -> None:
-        progress(f"{model.label}: loss landscape")
+        progress(f"{model.label}: landscape of {name}")
 
     def direction(seed: int) -> dict[str, Tensor]:
-        return random_direction(model.trained, seed)
+        return random_direction(loss.module, seed)
+
+    def all_batches() -> list[Mapping[str, float]]:
+        return [measure() for measure in measures]
 
     line, side = extent.line(extent.points), extent.line(extent.side)
     curves = [
-        curve(model.trained, loss, direction(seed), line, step) for seed in range(extent.seeds)
+        curve(loss.module, all_batches, direction(seed), line, step) for seed in range(extent.seeds)
     ]
-    plane = surface(model.trained, loss, (direction(0), direction(1)), side, step)
-    return {
-        "loss": model.loss_name,
-        "images": len(images),
-        "value": own,
-        "steps": line,
-        "curves": [[_plain(v) for v in values] for values in curves],
-        "map_steps": side,
-        "map": [[_plain(v) for v in row] for row in plane],
-    }
+    plane = surface(loss.module, measures[0], (direction(0), direction(1)), side, step)
+    return [
+        {
+            "loss": measured,
+            "comparable": loss.comparable,
+            "images": [len(batch.numbers) for batch in batches],
+            "value": [_plain(of_batch[measured]) for of_batch in own],
+            "steps": line,
+            # Of each direction, of each batch, at each step.
+            "curves": [
+                [[_plain(at[n][measured]) for at in along] for n in range(len(batches))]
+                for along in curves
+            ],
+            "map_steps": side,
+            # Of the first batch. Of a few images an accuracy has a few values.
+            "map": [[_plain(at[measured]) for at in row] for row in plane]
+            if measured == name
+            else [],
+        }
+        for measured in own[0]
+    ]
 
 
 def _facts(model: LoadedModel) -> dict[str, Any]:
@@ -204,6 +256,9 @@ def _facts(model: LoadedModel) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "image_size": size,
         "grid": list(model.backbone.grid(size, size)),
+        "positions": model.positions,
+        "is_supervised": model.is_supervised,
+        "left_out": model.left_out,
         "statistics": {"mean": model.statistics.mean, "std": model.statistics.std},
     }
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Direction = dict[str, Tensor]
+Value = TypeVar("Value")
 
 
 def random_direction(module: nn.Module, seed: int) -> Direction:
@@ -64,16 +66,16 @@ def _movable(module: nn.Module) -> Iterator[Callable[[Sequence[tuple[float, Dire
 
 def curve(
     module: nn.Module,
-    loss: Callable[[], Tensor],
+    loss: Callable[[], Value],
     direction: Direction,
     steps: Sequence[float],
     progress: Callable[[], None],
-) -> list[float]:
+) -> list[Value]:
     """Computes the loss at start + step * direction for each step.
 
     Args:
         module: The module whose parameters are moved; they are restored.
-        loss: Returns a scalar for the parameters as they are when it is called.
+        loss: Returns a loss, or several, for the parameters as they are when it is called.
         direction: See `random_direction`.
         steps: Steps along the direction; 0 is the model itself.
         progress: Called after every loss.
@@ -82,28 +84,28 @@ def curve(
     with _movable(module) as move, torch.no_grad():
         for step in steps:
             move([(step, direction)])
-            values.append(float(loss()))
+            values.append(loss())
             progress()
     return values
 
 
 def surface(
     module: nn.Module,
-    loss: Callable[[], Tensor],
+    loss: Callable[[], Value],
     directions: tuple[Direction, Direction],
     steps: Sequence[float],
     progress: Callable[[], None],
-) -> list[list[float]]:
+) -> list[list[Value]]:
     """Computes the loss over the plane of two directions; rows are steps along the second.
 
     Args: As for `curve`.
     """
-    rows = []
+    rows: list[list[Value]] = []
     with _movable(module) as move, torch.no_grad():
         for second in steps:
             rows.append([])
             for first in steps:
                 move([(first, directions[0]), (second, directions[1])])
-                rows[-1].append(float(loss()))
+                rows[-1].append(loss())
                 progress()
     return rows

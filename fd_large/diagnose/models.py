@@ -1,9 +1,12 @@
-"""A model that the user names, with its weights and the loss that its landscape shows."""
+"""A model that the user names, with its weights and the losses that its landscapes show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -11,18 +14,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large import distributed
-from fd_large.backbones.statistics import IMAGENET, Statistics, normalise
+from fd_large.backbones.statistics import Statistics, normalise
 from fd_large.checkpoint import stream
+from fd_large.diagnose.sample import Sample
 from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.job import Job
-from fd_large.errors import WeightsError
+from fd_large.engine.task import Task
+from fd_large.errors import FDError
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of
 
-OBJECTIVE = "the run's own objective"
+log = logging.getLogger(__name__)
+
 DRIFT = "change of its own map"
 _DRIFT_BETA, _EPS = 2.0, 1e-5
+# Names of parameters and modules, of this project's models and of others.
+_RELATIVE = re.compile(r"rel_pos|relative_position|position_bias|cpb_mlp|rope|rotary")
+_ABSOLUTE = re.compile(r"pos_embed|position_embedding")
+
+Measure = Callable[[], Mapping[str, float]]
+"""Returns {words: value} for the weights as they are when it is called, the loss first."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss around a model.
+
+    Attributes:
+        comparable: The same text for losses that can be compared; they share a scale.
+        module: The module whose parameters the landscape moves.
+        on: (B, 3, S, S) uint8 images and their numbers in the dataset -> what measures the loss on
+            them.
+    """
+
+    comparable: str
+    module: nn.Module
+    on: Callable[[Tensor, Sequence[int]], Measure]
 
 
 @dataclass(frozen=True)
@@ -35,10 +63,11 @@ class LoadedModel:
         backbone: Normalised images (B, 3, S, S) -> FeatureMap; in evaluation.
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
-        trained: The module whose parameters the loss landscape moves.
-        loss_name: The loss of the landscape in words.
-        loss_on: uint8 images -> a function without arguments that returns the loss on them, a
-            scalar, with the weights as they are when it is called.
+        positions: How it knows where a token is.
+        is_supervised: Whether it is the student of a run that learnt labels, or boxes.
+        losses: The task's of the run that it is of, if it can be computed; change of its own map.
+        left_out: Why the task's is left out; empty: it is there, or there is none.
+        scratch: The same model with random weights; None: it is that, or cannot be made.
     """
 
     label: str
@@ -46,34 +75,58 @@ class LoadedModel:
     backbone: nn.Module
     statistics: Statistics
     image_size: int
-    trained: nn.Module
-    loss_name: str
-    loss_on: Callable[[Tensor], Callable[[], Tensor]]
+    positions: str
+    is_supervised: bool
+    losses: tuple[Loss, ...]
+    left_out: str
+    scratch: NamedModel | None
 
 
-def load_model(source: str) -> LoadedModel:
+def load_model(source: str, sample: Sample) -> LoadedModel:
     """Builds a model with its weights, in float32, on this process's device.
 
+    The loss of a run's task is computed besides the change of the model's own map where the task
+    says how (`Job.loss_name`), and the images have the classes that it needs.
+
     Args:
-        source: See `find_model`. The loss of a run that distils is its own objective; RUN#student
-            is the student alone.
+        source: See `find_model`.
+        sample: The images.
 
     Raises: FDError: if it cannot be loaded.
     """
     named = find_model(source, job_of)
     job = named.trained_by
-    if job is None or not job.learns_from_images_alone or named.section.source == RANDOM:
-        return _alone(named)
-    try:
-        return _of_run(named, job)
-    except WeightsError as error:
-        raise WeightsError(
-            f"{error} Or name {source}#student, whose landscape does without the teacher."
-        ) from error
+    is_random = named.section.source == RANDOM
+    task, losses, left_out = None, [], ""
+    if job is not None and job.loss_name and not is_random:
+        try:
+            task, loss = _of_task(named, job, sample)
+            losses.append(loss)
+        except FDError as error:
+            left_out = f"{job.loss_name} is left out: {error}"
+            log.warning("%s: %s", named.label, left_out)
+    if task is not None and job is not None and not job.stored_student().absent:
+        backbone, statistics = task.student, job.stored_student().statistics
+    else:
+        backbone, statistics = named.build()
+    backbone.eval()
+    random = replace(named, section=replace(named.section, source=RANDOM, allow=()))
+    return LoadedModel(
+        label=named.label,
+        source=named.source,
+        backbone=backbone,
+        statistics=statistics,
+        image_size=named.image_size,
+        positions=_positions(backbone),
+        is_supervised=job is not None and not is_random and not job.learns_from_images_alone,
+        losses=(*losses, _drift(backbone, statistics)),
+        left_out=left_out,
+        scratch=None if is_random or named.architecture.code else random,
+    )
 
 
-def _of_run(named: NamedModel, job: Job) -> LoadedModel:
-    """A student with the loss that it was trained by."""
+def _of_task(named: NamedModel, job: Job, sample: Sample) -> tuple[Task, Loss]:
+    """The task of the run whose student a model is, and the loss that it was trained by."""
     # Its weights come from the checkpoint; what they started from may be gone.
     run = job.in_one_process()
     run = replace(
@@ -83,55 +136,57 @@ def _of_run(named: NamedModel, job: Job) -> LoadedModel:
     )
     job = job_of(job_of(run).settle(named.weights))
     job.weights = named.weights
+    classes = job.classes()
+    known = None if classes is None else torch.from_numpy(sample.labels(classes))
     job.build(bfloat16=False, node_size=1, persistence_threshold=0)
     reader = stream.newest(Path(named.source), where="diagnose")
     task = stored_task(job.make_task, reader, kind=stream.outcome(reader))
     task.to(distributed.device()).eval()
 
-    def loss_on(images: Tensor) -> Callable[[], Tensor]:
-        prepared = task.prepare(images, None, None)
-        return lambda: task(**prepared)[0]
+    def on(images: Tensor, numbers: Sequence[int]) -> Measure:
+        labels = None if known is None else known[list(numbers)].to(images.device)
+        return job.losses_on(task, images, labels)
 
-    return LoadedModel(
-        label=named.label,
-        source=named.source,
-        backbone=task.student,
-        statistics=IMAGENET,
-        image_size=named.image_size,
-        trained=task,
-        loss_name=OBJECTIVE,
-        loss_on=loss_on,
-    )
+    # A run's own objective has a teacher, whose maps no other run's loss has: only labels are the
+    # same for several runs.
+    comparable = named.source
+    if classes is not None:
+        comparable = f"{job.loss_name} {sha256(repr(classes).encode()).hexdigest()[:16]}"
+    return task, Loss(comparable, task, on)
 
 
-def _alone(named: NamedModel) -> LoadedModel:
-    """A model without an objective; its loss is how far its own map moves.
+def _drift(backbone: nn.Module, statistics: Statistics) -> Loss:
+    """How far a model's own map moves: the loss of weights alone, which any two models have.
 
     Each channel is measured by its own deviation over tokens and images. A norm of each token, as
     in training, would divide by a channel that is large and hardly varies, of which CLIP has some,
     and make the same change of all others look small.
     """
-    backbone, statistics = named.build()
-    backbone.eval()
 
-    def loss_on(images: Tensor) -> Callable[[], Tensor]:
+    def on(images: Tensor, numbers: Sequence[int]) -> Measure:
         pixels = normalise(images, statistics)
         with torch.no_grad():
             start = backbone(pixels).tokens.float()
             variance = start.var((0, 1), correction=0)
             # A channel that never varies counts as little as its share of the map.
             scale = (variance + _EPS * variance.mean()).rsqrt()
-        return lambda: F.smooth_l1_loss(
-            backbone(pixels).tokens.float() * scale, start * scale, beta=_DRIFT_BETA
-        )
 
-    return LoadedModel(
-        label=named.label,
-        source=named.source,
-        backbone=backbone,
-        statistics=statistics,
-        image_size=named.image_size,
-        trained=backbone,
-        loss_name=DRIFT,
-        loss_on=loss_on,
-    )
+        def measure() -> dict[str, float]:
+            moved = backbone(pixels).tokens.float()
+            return {DRIFT: F.smooth_l1_loss(moved * scale, start * scale, beta=_DRIFT_BETA).item()}
+
+        return measure
+
+    return Loss(DRIFT, backbone, on)
+
+
+def _positions(backbone: nn.Module) -> str:
+    """Returns what a model's parts, by their names, say of its positions."""
+    parts = [name for name, _ in backbone.named_parameters()]
+    parts += [name for name, _ in backbone.named_modules()]
+    found = {
+        kind
+        for kind, pattern in (("absolute", _ABSOLUTE), ("relative", _RELATIVE))
+        if any(pattern.search(part) for part in parts)
+    }
+    return " and ".join(sorted(found)) or "none"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fd_large.data.centre_crops import central_view
 from fd_large.data.decode import decode
+from fd_large.data.labelled import evaluation_part, open_labelled
 from fd_large.data.sampler import samples_at
 from fd_large.data.source import ImageSource, open_images
 from fd_large.errors import DataError
@@ -20,25 +23,51 @@ log = logging.getLogger(__name__)
 _SEED = 0
 
 
+class Views(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        numbers: The number of each image in the dataset, (B,).
+        of_size: {S: (B, 3, S, S) uint8}.
+    """
+
+    numbers: list[int]
+    of_size: dict[int, Tensor]
+
+
 class Sample:
-    """Some images of a dataset.
+    """Some images of a dataset, cut as for tests.
 
     Args:
-        root: The dataset as in `data.root`: a folder, tar shards or a built-in one.
+        root: The dataset as in `data.root`; of one that has parts, that which is tested.
         images: Number of images at most; the same ones every time.
+
+    Attributes:
+        root: The dataset, or the part of it.
 
     Raises: DataError: if there are none.
     """
 
     def __init__(self, root: str, images: int) -> None:
-        self._source = open_images(root)
+        self.root = evaluation_part(root)
+        self._source = open_images(self.root)
         self._chosen = _choose(self._source, images)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def batches(self, num_batches: int, sizes: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Yields batches as {side: (n, 3, side, side) uint8}, of sizes as equal as possible.
+    def labels(self, classes: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the class of each image of the dataset.
+
+        Args:
+            classes: Names of the classes in their order.
+
+        Raises: DataError: if the images have no classes, or others.
+        """
+        return open_labelled(self.root, classes).labels
+
+    def batches(self, num_batches: int, sizes: Sequence[int]) -> Iterator[Views]:
+        """Yields batches of sizes as equal as possible.
 
         Images that cannot be used are left out with a warning.
 
@@ -49,6 +78,7 @@ class Sample:
         Raises: DataError: if none of a batch can be used.
         """
         for part in range(num_batches):
+            numbers: list[int] = []
             views: dict[int, list[Tensor]] = {size: [] for size in sizes}
             for index in self._chosen[part::num_batches]:
                 try:
@@ -56,30 +86,15 @@ class Sample:
                 except DataError as error:
                     log.warning("left out: %s", error)
                     continue
+                numbers.append(index)
                 for size in sizes:
-                    views[size].append(centre_view(image, size))
-            if not views[sizes[0]]:
+                    views[size].append(central_view(image, size))
+            if not numbers:
                 raise DataError(
                     "data.root: no image of a batch can be used; got errors only, expected "
                     "images that can be decoded. See the warnings above."
                 )
-            yield {size: torch.stack(cut) for size, cut in views.items()}
-
-
-def centre_view(image: Tensor, size: int) -> Tensor:
-    """Cuts out the largest square in the middle and resizes it (bilinear, antialiased).
-
-    Args:
-        image: (3, H, W) uint8.
-        size: Side of the view, in pixels.
-
-    Returns: (3, size, size) uint8.
-    """
-    height, width = image.shape[1:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[None, :, top : top + side, left : left + side]
-    return F.interpolate(square, (size, size), mode="bilinear", antialias=True)[0]
+            yield Views(numbers, {size: torch.stack(cut) for size, cut in views.items()})
 
 
 def _choose(source: ImageSource, images: int) -> list[int]:

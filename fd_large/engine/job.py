@@ -122,6 +122,9 @@ class Job:
     """A flag that saves memory if the task's models do not fit; empty: there is none."""
     learns_from_images_alone: ClassVar[bool] = False
     """Whether a step can be replayed from its images alone, without targets."""
+    loss_name: ClassVar[str] = ""
+    """What `diagnose` calls the loss of a stored run (`losses_on`); empty: neither images alone nor
+    images with a class each decide it."""
     ignored_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of a recipe, section.field, that this task ignores. Setting one would mislead, and is
     refused."""
@@ -301,6 +304,31 @@ class Job:
 
         Raises: CheckpointError: naming what differs.
         """
+
+    def classes(self) -> tuple[str, ...] | None:
+        """Returns the names of the classes that targets are numbers of; None: they are not classes.
+
+        Raises: FDError: if the images that show them are gone.
+        """
+        return None
+
+    def losses_on(
+        self, task: Task, images: Tensor, labels: Tensor | None
+    ) -> Callable[[], Mapping[str, float]]:
+        """Returns a function that computes the loss on given images, and what else belongs to it.
+
+        It does so with the weights as they are when it is called; of the frozen models' work what
+        can be done once is done here.
+
+        Args:
+            task: This job's, in evaluation mode.
+            images: (B, 3, S, S) uint8, on the device.
+            labels: (B,) int64, numbers of `classes`, on the device; None where there are none.
+
+        Returns: a function that returns {words: value}, `loss_name` first.
+        """
+        prepared = task.prepare(images, labels, None)
+        return lambda: {self.loss_name: task(**prepared)[0].item()}
 
     def stored_student(self) -> StoredStudent:
         """Returns what describes the student in this run's checkpoints; builds nothing."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median_high, median_low
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,10 +19,16 @@ COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, "#CC79A7", "#E69F00", "#56
 HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
+DEEP = 3
+"""A third of the layers, the last, is deep: of them the paper speaks."""
 NEARLY_UNIFORM = 0.1
 """Spread of an average map over its mean, below which there is little for a score to explain."""
 
+MOST_STEEPER = 3
+"""How far a scale that models share reaches, as a multiple of what the middle one needs."""
+
 Model = dict[str, Any]
+Landscape = dict[str, Any]
 
 
 def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
@@ -43,6 +50,23 @@ def draw_diagnosis(folder: Path, diagnosis: dict[str, Any]) -> list[Path]:
     return drawn
 
 
+def deep_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the deepest third of a model's attention layers."""
+    return layers[len(layers) - max(1, len(layers) // DEEP) :]
+
+
+def kinds_of(models: list[Model]) -> list[str]:
+    """Returns the losses of some models, and what belongs to them, in words; tasks' own first."""
+    found = [part["loss"] for model in models for part in model["landscapes"]]
+    shared = [part["loss"] for part in models[0]["landscapes"]][-1:]  # The last, of every model.
+    return [*dict.fromkeys(kind for kind in found if kind not in shared), *shared]
+
+
+def landscape_of(model: Model, kind: str) -> Landscape | None:
+    """Returns a model's landscape of a loss; None if it has none."""
+    return next((part for part in model["landscapes"] if part["loss"] == kind), None)
+
+
 def short(label: str) -> str:
     """Returns a label that fits over a panel."""
     return label if len(label) <= 30 else f"{label[:14]}...{label[-13:]}"
@@ -60,7 +84,7 @@ def _panels(models: list[Model], *, height: float, share: bool) -> tuple[Figure,
 
 
 def _by_layer(
-    models: list[Model], label: str, draw: Callable[[Axes, list[dict[str, Any]], str], None]
+    models: list[Model], label: str, draw: Callable[[Axes, Model, str], None]
 ) -> Figure | None:
     """Draws a panel for each model: something over its attention layers."""
     from matplotlib.ticker import MaxNLocator
@@ -76,7 +100,7 @@ def _by_layer(
             look = {"ha": "center", "va": "center", "color": style.GREY}
             panel.text(0.5, 0.5, NO_ATTENTION, transform=panel.transAxes, **look)
             continue
-        draw(panel, model["attention"], COLOURS[number % len(COLOURS)])
+        draw(panel, model, COLOURS[number % len(COLOURS)])
         panel.margins(y=0.08)
         panel.set_xlim(0.5, len(model["attention"]) + 0.5)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -86,7 +110,8 @@ def _by_layer(
 
 
 def _distance(models: list[Model], averages: Any, cka: Any) -> Figure | None:
-    def draw(panel: Axes, layers: list[dict[str, Any]], colour: str) -> None:
+    def draw(panel: Axes, model: Model, colour: str) -> None:
+        layers = model["attention"]
         for number, layer in enumerate(layers, 1):
             heads = layer["distance_pixels"]
             panel.plot([number] * len(heads), heads, "o", color=colour, markersize=4, alpha=0.45)
@@ -100,23 +125,50 @@ def _distance(models: list[Model], averages: Any, cka: Any) -> Figure | None:
 
 
 def _similarity(models: list[Model], averages: Any, cka: Any) -> Figure | None:
-    def draw(panel: Axes, layers: list[dict[str, Any]], colour: str) -> None:
-        values = [_nan(layer["head_similarity"]) for layer in layers]
-        panel.plot(range(1, len(layers) + 1), values, "o-", color=colour, markersize=4)
+    def draw(panel: Axes, model: Model, colour: str) -> None:
+        layers = model["attention"]
+        numbers = range(1, len(layers) + 1)
+        deep = len(layers) - len(deep_layers(layers))
+        panel.axvspan(
+            deep + 0.5, len(layers) + 0.5, color=style.LIGHT_GREY, alpha=0.4, linewidth=0, zorder=0
+        )
+        for name, words, look in (
+            ("head_similarity", "whole maps", "o-"),
+            ("patch_similarity", "among patches", "o--"),
+        ):
+            values = [_nan(layer[name]) for layer in layers]
+            inside = colour if name == "head_similarity" else "white"
+            panel.plot(numbers, values, look, color=colour, markersize=4, mfc=inside, label=words)
         panel.set_ylim(0, 1.02)
+        panel.legend(fontsize=style.SMALL_SIZE, frameon=False, loc="lower left")
 
     return _by_layer(models, "cosine between heads", draw)
 
 
 def _score(models: list[Model], averages: Any, cka: Any) -> Figure | None:
-    def draw(panel: Axes, layers: list[dict[str, Any]], colour: str) -> None:
-        values = [_nan(layer["translation_score"]) for layer in layers]
-        panel.plot(range(1, len(layers) + 1), values, color=colour)
-        for number, (layer, value) in enumerate(zip(layers, values, strict=True), 1):
-            uniform = _nan(layer["average_variation"]) < NEARLY_UNIFORM
-            inside = "white" if uniform else colour
-            panel.plot([number], [value], "o", color=colour, markerfacecolor=inside, markersize=5)
-        panel.set_ylim(min(0, numpy.nanmin([0, *values])), 1.02)
+    scores = [
+        layer["translation_score"]
+        for model in models
+        for layer in (*model["attention"], *model["scratch"])
+    ]
+    lowest = min([0.0, *(score for score in scores if score is not None)])
+
+    def draw(panel: Axes, model: Model, colour: str) -> None:
+        for name, words, ink, look in (
+            ("scratch", "random weights", style.GREY, "--"),
+            ("attention", "the model", colour, "-"),
+        ):
+            layers = model[name]
+            values = [_nan(layer["translation_score"]) for layer in layers]
+            panel.plot(range(1, len(layers) + 1), values, look, color=ink)
+            for number, (layer, value) in enumerate(zip(layers, values, strict=True), 1):
+                uniform = _nan(layer["average_variation"]) < NEARLY_UNIFORM
+                inside = "white" if uniform else ink
+                panel.plot([number], [value], "o", color=ink, markerfacecolor=inside, markersize=5)
+            if layers:
+                panel.plot([], [], look, marker="o", color=ink, markersize=5, label=words)
+        panel.set_ylim(lowest, 1.02)
+        panel.legend(fontsize=style.SMALL_SIZE, frameon=False, loc="best")
 
     return _by_layer(models, "translation score", draw)
 
@@ -154,51 +206,134 @@ def _average(models: list[Model], averages: dict[str, numpy.ndarray], cka: Any) 
     return figure
 
 
+def _cells(
+    models: list[Model], *, height: float, of: str
+) -> tuple[Figure, Iterator[tuple[Axes, int, dict[str, Any]]]]:
+    """A row of panels for each loss, of the models that have it: (panel, model, landscape).
+
+    Args:
+        models: The models.
+        height: Of a row, in inches.
+        of: What of a landscape is drawn; those without it are left out.
+    """
+    rows = [
+        [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]
+        for kind in kinds_of(models)
+    ]
+    rows = [row for row in rows if any(part[of] for _, part in row)]
+    columns = max(map(len, rows))
+    figure = style.new_figure(max(3.4 * columns, 4.6) + 0.6, height * len(rows))
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+
+    def cells() -> Iterator[tuple[Axes, int, dict[str, Any]]]:
+        for line, row in zip(panels, rows, strict=True):
+            for panel in line[len(row) :]:
+                panel.set_axis_off()
+            for panel, (number, part) in zip(line, row, strict=False):
+                label = short(models[number]["label"])
+                panel.set_title(label, fontsize=style.SMALL_SIZE, loc="left")
+                yield panel, number, part
+
+    return figure, cells()
+
+
 def _curves(models: list[Model], averages: Any, cka: Any) -> Figure:
-    kinds = {model["landscape"]["loss"] for model in models}
-    figure, axes = _panels(models, height=3.4, share=len(kinds) == 1)
-    for number, (panel, model) in enumerate(zip(axes, models, strict=True)):
-        seen, colour = model["landscape"], COLOURS[number % len(COLOURS)]
+    figure, cells = _cells(models, height=3.1, of="curves")
+    for panel, number, seen in cells:
+        colour = COLOURS[number % len(COLOURS)]
         style.plain_axes(panel)
-        for values in seen["curves"]:
-            panel.plot(seen["steps"], [_nan(v) for v in values], color=colour, linewidth=1.3)
-        panel.plot([0], [seen["value"]], "o", color=colour, markersize=5)
-        low, high = _range(models, seen["loss"], lambda of: of["curves"])
+        for low, mean, high in _bands(seen):
+            panel.fill_between(seen["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(seen["steps"], mean, color=colour, linewidth=1.3)
+        panel.plot([0], _own(seen), "o", color=colour, markersize=5)
+        low, high = _range(models, seen, _bands, _own)
         panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
         panel.set_xlabel("step, in lengths of the weights", fontsize=style.TEXT_SIZE)
-        if number == 0 or len(kinds) > 1:
-            panel.set_ylabel(f"loss: {seen['loss']}", fontsize=style.SMALL_SIZE)
+        panel.set_ylabel(seen["loss"], fontsize=style.TEXT_SIZE)
     return figure
 
 
+def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndarray:
+    """Returns how far a loss is from that of the model itself: (batches, steps).
+
+    Args:
+        landscape: What it is part of.
+        along: One of its curves: of each batch, the loss at each step; NaN where it overflowed.
+    """
+    own = numpy.array([[_nan(value)] for value in landscape["value"]])
+    return numpy.array([[_nan(value) for value in row] for row in along]) - own
+
+
+def _bands(landscape: Landscape) -> list[numpy.ndarray]:
+    """Of each direction, (3, steps): the mean over batches, and below and above it the standard
+    deviation of what a step changes. Batches differ more in their loss than in that."""
+    own, bands = _own(landscape), []
+    for along in landscape["curves"]:
+        change = changes(landscape, along)
+        mean = own + change.mean(0)
+        spread = change.std(0, ddof=1) if len(change) > 1 else numpy.zeros_like(mean)
+        bands.append(numpy.stack([mean - spread, mean, mean + spread]))
+    return bands
+
+
+def _own(landscape: Landscape) -> float:
+    """The loss of the model itself; NaN where it overflowed."""
+    return float(numpy.mean([_nan(value) for value in landscape["value"]]))
+
+
+def _first(landscape: Landscape) -> float:
+    """The same of the first batch."""
+    return _nan(landscape["value"][0])
+
+
+def _map(landscape: Landscape) -> list[numpy.ndarray]:
+    return [numpy.array([[_nan(value) for value in row] for row in landscape["map"]])]
+
+
 def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
-    figure, axes = _panels(models, height=3.5, share=True)
-    for panel, model in zip(axes, models, strict=True):
-        seen = model["landscape"]
-        steps = seen["map_steps"]
-        rows = numpy.array([[_nan(v) for v in row] for row in seen["map"]])
-        levels = numpy.linspace(*_range(models, seen["loss"], lambda of: of["map"]), 13)
-        image = panel.contourf(steps, steps, numpy.ma.masked_invalid(rows), levels, cmap=HEAT)
+    figure, cells = _cells(models, height=3.4, of="map")
+    for panel, _, seen in cells:
+        steps, (rows,) = seen["map_steps"], _map(seen)
+        levels = numpy.linspace(*_range(models, seen, _map, _first), 13)
+        found = numpy.ma.masked_invalid(rows)
+        image = panel.contourf(steps, steps, found, levels, cmap=HEAT, extend="both")
         panel.set_aspect("equal")
-        panel.set_title(short(model["label"]), fontsize=style.TEXT_SIZE, loc="left")
         panel.plot([0], [0], "+", color="white", markersize=8)
         panel.set_xlabel("first direction", fontsize=style.TEXT_SIZE)
+        panel.set_ylabel("second direction", fontsize=style.TEXT_SIZE)
         panel.tick_params(colors=style.GREY, labelsize=style.SMALL_SIZE)
         bar = figure.colorbar(image, ax=panel, shrink=0.85, format="%.3g")
         bar.ax.tick_params(labelsize=style.SMALL_SIZE)
-        bar.set_label(f"loss: {seen['loss']}", fontsize=style.SMALL_SIZE)
-    axes[0].set_ylabel("second direction", fontsize=style.TEXT_SIZE)
+        bar.set_label(seen["loss"], fontsize=style.SMALL_SIZE)
     return figure
 
 
 def _range(
-    models: list[Model], loss: str, rows_of: Callable[[dict[str, Any]], list[list[float | None]]]
+    models: list[Model],
+    landscape: Landscape,
+    values_of: Callable[[Landscape], list[numpy.ndarray]],
+    own_of: Callable[[Landscape], float],
 ) -> tuple[float, float]:
-    """Returns the range of the landscapes of one kind of loss, which share a scale."""
-    of_kind = [m["landscape"] for m in models if m["landscape"]["loss"] == loss]
-    known = [v for of in of_kind for row in rows_of(of) for v in row if v is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    return low, high if high > low else low + 1.0
+    """Returns the range in which a landscape is drawn: (lowest, highest).
+
+    Those that can be compared have ranges of one height, each around its model's own loss. A model
+    that is far steeper than the others leaves it, so that theirs can be seen.
+    """
+    alike = [
+        part
+        for model in models
+        for part in model["landscapes"]
+        if all(part[name] == landscape[name] for name in ("loss", "comparable"))
+    ]
+    changed = [numpy.stack(values_of(part)) - own_of(part) for part in alike]
+    known = [of[numpy.isfinite(of)] for of in changed]
+    lows, highs = ([float(end(of)) for of in known if len(of)] for end in (min, max))
+    own = own_of(landscape)
+    if not highs or not numpy.isfinite(own):
+        return 0.0, 1.0
+    low = max(min(lows), MOST_STEEPER * median_high(lows))
+    high = min(max(highs), MOST_STEEPER * median_low(highs))
+    return own + low, own + high if high > low else own + low + 1.0
 
 
 def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure | None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from fd_large.report import html
+from fd_large.report.diagnosis import (
+    Landscape,
+    Model,
+    changes,
+    deep_layers,
+    kinds_of,
+    landscape_of,
+)
 
 SENTENCES = {
     "attention_distance": (
@@ -18,7 +30,10 @@ SENTENCES = {
     "head_similarity": (
         "Similarity of heads",
         "The cosine between the attention maps of two heads of a layer, the mean over pairs and "
-        "images. At 1 all heads do the same; the lower, the more they differ.",
+        "images, of whole maps and (dashed) of those among patches, without CLS and the like: at 1 "
+        "all heads do the same, and where all of them attend to CLS their whole maps are alike. "
+        "Grey is the deep third of the layers, in which the paper's students have more diverse "
+        "heads than a CLIP teacher.",
     ),
     "average_attention": (
         "Average attention",
@@ -30,21 +45,25 @@ SENTENCES = {
     "translation_score": (
         "Translation score",
         "How much of the average attention depends on the offset between two patches alone: the "
-        "share of its variance that the nearest map of that kind explains. 1 is a model whose "
-        "attention, on average, is the same everywhere in the image, noise has about 0; hollow "
-        "points are layers of nearly uniform attention, where there is little to explain.",
+        "share of its variance that the nearest map of that kind explains, with the same model of "
+        "random weights beside it (grey); hollow points are layers of nearly uniform attention, "
+        "where there is little to explain. A table of relative positions adds the same term to the "
+        "attention of every patch and raises the score by itself, so compare models of the same "
+        "kind of positions, and with their random weights.",
     ),
     "landscape": (
-        "Loss landscape, curves",
-        "The loss as the weights move along random directions, each filter as far as it is long; "
-        "a line is a direction, the dot the model itself, and models with the same loss have one "
-        "scale. Flat around the dot means that small changes of the weights do little harm, which "
-        "is thought to ease fine-tuning.",
+        "Loss landscapes, curves",
+        "A loss as the weights move along random directions, each filter as far as it is long: a "
+        "line is the mean over batches along a direction, its band the standard deviation, from "
+        "batch to batch, of what a step changes, the dot the model itself; a model that is far "
+        "steeper than others leaves its panel. Flat around the dot means that small changes of the "
+        "weights do little harm; scales of a row have one height where losses can be compared (the "
+        "list below the table), and those of different rows never can.",
     ),
     "landscape_map": (
-        "Loss landscape, map",
-        "The same over the plane of two such directions, the model in the middle. Wide, round "
-        "contours are an even valley; narrow or ragged ones a hard one.",
+        "Loss landscapes, maps",
+        "The same over the plane of two such directions, on the first batch, the model in the "
+        "middle. Wide, round contours are an even valley; narrow or ragged ones a hard one.",
     ),
     "cka": (
         "Similarity of layers",
@@ -58,15 +77,19 @@ SENTENCES = {
 def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
     """Writes index.md beside the pictures; returns its path."""
     models = diagnosis["models"]
+    rows = table(models)
+    head = ["", *(f"`{model['source']}`" for model in models)]
     lines = [
         "# Diagnosis",
         "",
         f"{diagnosis['images']} images of `{diagnosis['root']}`, {diagnosis['seconds']:.0f} s on "
         f"{diagnosis['device']}. Numbers: `diagnosis.json`, `averages.npz`.",
         "",
-        *_table(models),
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        *_losses(models),
+        *(f"- {words}" for words in notes(models)),
     ]
     for picture in pictures:
         heading, text = SENTENCES[picture.stem]
@@ -79,21 +102,20 @@ def write_page(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) -> Path:
     """Writes report.html, with the pictures inside; returns its path."""
     models = diagnosis["models"]
-    of_models = [summary(model) for model in models]
-    rows = [(name, *(figures[name] for figures in of_models)) for name in of_models[0]]
-    losses = [(m["label"], f"{m['landscape']['loss']}, {m['landscape']['images']} images")
-              for m in models]  # fmt: skip
     return html.write(
         folder / "report.html",
         "Diagnosis",
         (
-            html.section("Models", html.table(rows, head=("", *(m["label"] for m in models)))),
+            html.section(
+                "Models",
+                html.table(table(models), head=("", *(m["label"] for m in models))),
+                *map(html.paragraph, notes(models)),
+            ),
             *(
                 html.section(heading, html.picture(picture, heading, words))
                 for picture in pictures
                 for heading, words in (SENTENCES[picture.stem],)
             ),
-            html.section("The loss of each model", html.table(losses)),
             html.section("Sources", html.table([(m["label"], m["source"]) for m in models])),
         ),
         below=f"{diagnosis['images']} images of {diagnosis['root']}, {diagnosis['seconds']:.0f} s "
@@ -101,50 +123,120 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
     )
 
 
-def summary(model: dict[str, Any]) -> dict[str, str]:
-    """Returns a model's figures in words: means over its attention layers, and its loss."""
-    layers, landscape = model["attention"], model["landscape"]
-    deep = layers[-max(1, len(layers) // 3) :]
-    distance = _mean([sum(x["distance_pixels"]) / x["heads"] for x in layers])
-    return {
-        "parameters": f"{model['parameters'] / 1e6:.2f} M",
-        "images": f"{model['image_size']} px",
-        "attention distance": "none" if distance is None else f"{distance:.1f} px",
-        "similarity of heads": _number(_mean([x["head_similarity"] for x in layers])),
-        "- in its deep third": _number(_mean([x["head_similarity"] for x in deep])),
-        "- among patches": _number(_mean([x.get("patch_similarity") for x in layers])),
-        "- both": _number(_mean([x.get("patch_similarity") for x in deep])),
-        "translation score": _number(_mean([x["translation_score"] for x in layers])),
-        "loss": f"{landscape['value']:.4f}",
-        "loss at 0.1": _number(_near(landscape), 4),
-    }
-
-
-def _table(models: list[dict[str, Any]]) -> list[str]:
-    rows = [{"": f"`{model['source']}`", **summary(model)} for model in models]
-    return [
-        f"| {' | '.join(rows[0])} |",
-        f"|{'---|' * len(rows[0])}",
-        *(f"| {' | '.join(row.values())} |" for row in rows),
+def table(models: list[Model]) -> list[list[str]]:
+    """Returns rows of a name and each model's figure in words: means over layers, and losses."""
+    heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
+    found = [
+        ["parameters", *(f"{model['parameters'] / 1e6:.2f} M" for model in models)],
+        ["images", *(f"{model['image_size']} px" for model in models)],
+        ["positions", *(model["positions"] for model in models)],
+        ["attention distance", *(_distance(model["attention"]) for model in models)],
     ]
+    for name, words in heads.items():
+        for part, take in (("", list), (", deep third", deep_layers)):
+            found.append([words + part, *(_mean(take(m["attention"]), name) for m in models)])
+    for words, where in (("translation score", "attention"), ("- of random weights", "scratch")):
+        found.append([words, *(_mean(model[where], "translation_score") for model in models)])
+    for kind in kinds_of(models):
+        parts = [landscape_of(model, kind) for model in models]
+        if any(value for part in parts if part for value in part["value"]):
+            found.append([kind, *(_of_batches(part, _at_zero) for part in parts)])
+            found.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
+        else:  # A change is nothing where the weights are.
+            found.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
+    return found
 
 
-def _losses(models: list[dict[str, Any]]) -> list[str]:
-    seen = [(model["label"], model["landscape"]) for model in models]
-    said = [f"- {label}: {of['loss']}, on {of['images']} images" for label, of in seen]
-    return ["The loss of each model (docs/diagnose.md says why):", "", *said]
+def notes(models: list[Model]) -> list[str]:
+    """Returns sentences on what of the table can be compared with what."""
+    said = []
+    images = models[0]["landscapes"][0]["images"]
+    if len(images) > 1:
+        said.append(
+            f"Losses are means over {len(images)} batches, {sum(images)} images in all, +- the "
+            "standard deviation from batch to batch; steps are in lengths of the weights, to both "
+            f"sides of {len(models[0]['landscapes'][0]['curves'])} random directions."
+        )
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for model in models:
+        for part in model["landscapes"]:
+            kinds, labels = groups.setdefault(part["comparable"], ([], []))
+            kinds += [] if part["loss"] in kinds else [part["loss"]]
+            labels += [] if model["label"] in labels else [model["label"]]
+    for kinds, labels in groups.values():
+        alike = "can be compared" if len(labels) > 1 else "can be compared with no other here"
+        said.append(f"{_and(kinds)} of {_and(labels)}: {alike}.")
+    said += [f"{model['label']}: {model['left_out']}" for model in models if model["left_out"]]
+    if any(model["attention"] for model in models):
+        said.append(
+            "Translation score: to be read against random weights of the same model, and between "
+            "models of the same kind of positions, as a relative table raises it by itself."
+        )
+        said += _unsupervised(models)
+    return said
 
 
-def _near(landscape: dict[str, Any]) -> float | None:
-    """Returns the mean over directions of the loss at steps of a tenth, both ways."""
-    near = [i for i, step in enumerate(landscape["steps"]) if abs(abs(step) - 0.1) < 1e-6]
-    return _mean([curve[i] for curve in landscape["curves"] for i in near])
+# ------------------------------------------------------------------------------------------------
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _unsupervised(models: list[Model]) -> list[str]:
+    """Says which model's score stands beside that of no model, alike, that learnt labels."""
+    said = []
+    for model in models:
+        beside = [
+            other["label"]
+            for other in models
+            if other["is_supervised"] and other["positions"] == model["positions"]
+        ]
+        if model["is_supervised"] or "relative" not in model["positions"] or not model["attention"]:
+            continue
+        if beside:
+            said.append(
+                f"{model['label']}: compare its score with that of {_and(beside)}, with "
+                f"{model['positions']} positions too, which learnt labels: what is above that, the "
+                "positions alone do not explain."
+            )
+        else:
+            said.append(
+                f"{model['label']}: no run with {model['positions']} positions that learnt labels "
+                "stands beside it; without one its score does not show what it learnt otherwise."
+            )
+    return said
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "none" if value is None else f"{value:z.{digits}f}"
+def _distance(layers: list[dict[str, Any]]) -> str:
+    means = [sum(layer["distance_pixels"]) / layer["heads"] for layer in layers]
+    return f"{sum(means) / len(means):.1f} px" if means else "none"
+
+
+def _mean(layers: list[dict[str, Any]], name: str) -> str:
+    known = [layer[name] for layer in layers if layer[name] is not None]
+    return f"{sum(known) / len(known):z.2f}" if known else "none"
+
+
+def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.ndarray]) -> str:
+    """The mean over batches, with their standard deviation."""
+    if part is None:
+        return "none"
+    values = values_of(part)
+    if not numpy.isfinite(values).all():
+        return "not finite"
+    mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+    # Three figures of the larger one.
+    size = max(abs(mean), spread)
+    digits = min(4, max(0, 2 - math.floor(math.log10(size)))) if size else 4
+    return f"{mean:z.{digits}f}" + (f" +- {spread:.{digits}f}" if len(values) > 1 else "")
+
+
+def _at_zero(part: Landscape) -> numpy.ndarray:
+    return numpy.array([math.nan if value is None else value for value in part["value"]])
+
+
+def _near(part: Landscape) -> numpy.ndarray:
+    """What steps of a tenth change on each batch: the mean over directions, both ways."""
+    near = [i for i, step in enumerate(part["steps"]) if abs(abs(step) - 0.1) < 1e-6]
+    return numpy.mean([changes(part, along)[:, near].mean(1) for along in part["curves"]], axis=0)
+
+
+def _and(labels: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))

@@ -65,6 +65,7 @@ class DistillationJob(Job):
 
     memory_remedy = "--teacher.placement sharded"
     learns_from_images_alone = True
+    loss_name = "the run's own objective"
     _teacher: PlacedTeacher | None = None
     _words: ClassVar = {
         "held_out/loss": "held-out loss",

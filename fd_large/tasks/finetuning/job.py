@@ -26,6 +26,7 @@ from fd_large.engine.heads import check_head
 from fd_large.engine.job import Job, StoredStudent, trained_at
 from fd_large.engine.predictions import Predictions
 from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
@@ -50,6 +51,7 @@ class FineTuningJob(Job):
         "test/top1": "test top-1 accuracy (%)",
         "test/top5": "test top-5 accuracy (%)",
     }
+    loss_name = "cross-entropy"
     # RandAugment changes colours, and evaluations see all test images.
     ignored_fields = (
         "data.color_jitter",
@@ -238,6 +240,18 @@ class FineTuningJob(Job):
     def classes(self) -> tuple[str, ...]:
         """Returns the names of the classes of the training images."""
         return self._training_images().classes
+
+    def losses_on(
+        self, task: Task, images: Tensor, labels: Tensor | None
+    ) -> Callable[[], Mapping[str, float]]:
+        """Returns what computes the cross-entropy and the accuracy; see `Job.losses_on`."""
+        prepared = task.prepare(images, labels, None)
+
+        def losses() -> dict[str, float]:
+            found = counted(task(**prepared)[1])
+            return {self.loss_name: found["loss"], "accuracy (%)": found["top1"]}
+
+        return losses
 
     def test_images(self) -> LabelledImages:
         """Returns the test images of `eval.root`, or if that is not set of `data.root`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -13,13 +14,20 @@ from PIL import Image
 from fd_large.backbones.statistics import OPENAI_CLIP, normalise
 from fd_large.backbones.token_positions import TokenPositions
 from fd_large.cli import main as cli
+from fd_large.diagnose import examine
 from fd_large.diagnose.attention_maps import maps_to
 from fd_large.diagnose.attention_measures import prefix_share
+from fd_large.diagnose.examine import Extent
 from fd_large.diagnose.models import load_model
 from fd_large.diagnose.sample import Sample
 from fd_large.report.diagnosis_page import SENTENCES
 
 ROOT = "builtin:photographs"
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine, "Extent", partial(Extent, points=11, seeds=2, side=3))
 
 
 def run(out: Path, *words: str) -> dict:
@@ -55,18 +63,29 @@ def test_two_nets_side_by_side(found, distillation) -> None:
             assert 0 < layer["head_similarity"] <= 1
             assert layer["translation_score"] <= 1
 
-    # The landscape sees the first batch: at zero, the loss of the task itself, to the bit.
-    landscape, task = student["landscape"], distillation[2]
-    views = next(Sample(ROOT, 9).batches(2, [32]))[32]
+    # The landscapes see every batch: at zero, the loss of the task itself, to the bit.
+    objective, drift = student["landscapes"]
+    task, batches = distillation[2], list(Sample(ROOT, 9).batches(2, [32]))
     with torch.no_grad():
-        expected = task(**task.prepare(views, None, None))[0].item()
-    zero = landscape["steps"].index(0)
-    assert landscape["images"] == 5
-    assert landscape["value"] == expected
-    assert {curve[zero] for curve in landscape["curves"]} == {expected}
-    assert landscape["map"][4][4] == expected
-    assert len({tuple(curve) for curve in landscape["curves"]}) == 3
-    assert vit["landscape"]["value"] == 0
+        expected = [
+            task(**task.prepare(batch.of_size[32], None, None))[0].item() for batch in batches
+        ]
+    zero = objective["steps"].index(0)
+    assert objective["images"] == [5, 4]
+    assert objective["value"] == expected
+    for along in objective["curves"]:
+        assert [of_batch[zero] for of_batch in along] == expected
+    assert objective["map"][1][1] == expected[0]
+    assert len({tuple(along[0]) for along in objective["curves"]}) == 2
+    (of_vit,) = vit["landscapes"]
+    assert of_vit["comparable"] == drift["comparable"] != objective["comparable"]
+    assert of_vit["value"] == drift["value"] == [0, 0]
+    # Each stands beside its random weights.
+    for model in diagnosis["models"]:
+        assert [layer["layer"] for layer in model["scratch"]] == [
+            layer["layer"] for layer in model["attention"]
+        ]
+        assert model["scratch"] != model["attention"]
 
     names, matrix = diagnosis["cka"]["layers"], numpy.array(diagnosis["cka"]["matrix"])
     assert names[1] == ["blocks.0", "blocks.1", "map"]
@@ -82,6 +101,7 @@ def test_two_nets_side_by_side(found, distillation) -> None:
         with Image.open(folder / f"{name}.png") as picture:
             assert min(picture.size) > 200
     assert "attention distance" in said
+    assert "no run with relative positions that learnt labels" in " ".join(said.split())
     assert "tiny" in said
 
 
@@ -98,15 +118,16 @@ def test_figures_do_not_depend_on_the_batches(vit_weights: Path, tmp_path: Path)
 
 def test_each_net_sees_images_by_its_own_statistics(found, vit_weights: Path) -> None:
     _, diagnosis, _ = found
-    loaded = load_model(str(vit_weights))
+    sample = Sample(ROOT, 9)
+    loaded = load_model(str(vit_weights), sample)
     shares = []
 
     def note(name: str, attention: torch.Tensor, positions: TokenPositions) -> None:
         shares.append(prefix_share(attention, positions))
 
-    for views in Sample(ROOT, 9).batches(1, [32]):
+    for views in sample.batches(1, [32]):
         with torch.no_grad(), maps_to(note, loaded.backbone, (4, 4)):
-            loaded.backbone(normalise(views[32], OPENAI_CLIP))
+            loaded.backbone(normalise(views.of_size[32], OPENAI_CLIP))
     for share, layer in zip(shares, diagnosis["models"][1]["attention"], strict=True):
         numpy.testing.assert_allclose(layer["prefix_share"], share.mean(0), rtol=1e-4)
 
@@ -115,7 +136,7 @@ def test_a_convolutional_net_has_landscape_and_cka_alone(tmp_path: Path) -> None
     diagnosis = run(tmp_path / "out", "timm:test_efficientnet=random", "--images", "4")
     (model,) = diagnosis["models"]
     assert model["attention"] == []
-    assert model["landscape"]["value"] == 0
+    assert model["landscapes"][0]["value"] == [0]
     pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {"landscape", "landscape_map", "cka"}
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.io import write_png
 
 from fd_large.diagnose.examine import num_batches
-from fd_large.diagnose.sample import Sample, centre_view
+from fd_large.diagnose.sample import Sample
 from fd_large.errors import DataError
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def greys(sample: Sample, batches: int) -> list[list[int]]:
-    return [views[4][:, 0, 0, 0].tolist() for views in sample.batches(batches, [4, 6])]
+    return [views.of_size[4][:, 0, 0, 0].tolist() for views in sample.batches(batches, [4, 6])]
 
 
 def test_every_picture_once_in_even_batches(folder: Path) -> None:
@@ -39,7 +39,7 @@ def test_no_more_than_wanted_and_all_sizes(folder: Path) -> None:
     sample = Sample(str(folder), 4)
     assert len(sample) == 4
     (views,) = sample.batches(1, [4, 6])
-    assert {size: tuple(images.shape) for size, images in views.items()} == {
+    assert {size: tuple(images.shape) for size, images in views.of_size.items()} == {
         4: (4, 3, 4, 4),
         6: (4, 3, 6, 6),
     }
@@ -61,13 +61,6 @@ def test_nothing_but_bad_pictures_is_an_error(folder: Path) -> None:
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="no image of a batch"):
         greys(Sample(str(folder), 10), 2)
-
-
-def test_the_square_in_the_middle() -> None:
-    picture = torch.zeros(3, 4, 8, dtype=torch.uint8)
-    picture[:, :, 2:6] = torch.arange(4, dtype=torch.uint8)
-    assert torch.equal(centre_view(picture, 4), picture[:, :, 2:6])
-    assert torch.equal(centre_view(picture.transpose(1, 2), 4), picture[:, :, 2:6].transpose(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from html_page import check_page
 
 from fd_large.report.diagnosis import draw_diagnosis, short
-from fd_large.report.diagnosis_page import SENTENCES, summary, write_html, write_page
+from fd_large.report.diagnosis_page import SENTENCES, notes, table, write_html, write_page
 
 
 def layer(name: str, **more: Any) -> dict[str, Any]:
@@ -30,25 +30,44 @@ def layer(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def model(label: str, attention: list[dict[str, Any]], **landscape: Any) -> dict[str, Any]:
-    seen = {
+def landscape(**more: Any) -> dict[str, Any]:
+    return {
         "loss": "change of its own map",
-        "images": 4,
-        "value": 0.0,
+        "comparable": "change of its own map",
+        "images": [4, 4],
+        "value": [0.0, 0.0],
         "steps": [-0.2, -0.1, 0.0, 0.1, 0.2],
-        "curves": [[0.4, 0.1, 0.0, 0.3, 0.6]],
+        "curves": [[[0.4, 0.1, 0.0, 0.3, 0.6], [0.4, 0.2, 0.0, 0.4, 0.6]]],
         "map_steps": [-0.2, 0.0, 0.2],
         "map": [[0.5, 0.4, 0.5], [0.4, 0.0, 0.6], [0.5, 0.4, 0.5]],
-        **landscape,
+        **more,
     }
+
+
+CROSS_ENTROPY = landscape(
+    loss="cross-entropy",
+    comparable="cross-entropy 1",
+    value=[1.0, 2.0],
+    curves=[[[1.5, 1.25, 1.0, 1.25, 1.5], [2.5, 2.25, 2.0, 2.25, 2.5]]],
+)
+
+
+def model(
+    label: str, attention: list[dict[str, Any]], *losses: dict[str, Any], **more: Any
+) -> dict[str, Any]:
     return {
         "label": label,
         "source": label,
         "net": "ViT",
         "parameters": 1_230_000,
         "image_size": 32,
+        "positions": "relative",
+        "is_supervised": False,
+        "left_out": "",
         "attention": attention,
-        "landscape": seen,
+        "scratch": [{**part, "translation_score": 0.5} for part in attention],
+        "landscapes": [*losses, landscape()],
+        **more,
     }
 
 
@@ -87,32 +106,57 @@ def drawn(tmp_path: Path):
 
 
 def test_every_picture_of_two_nets(drawn) -> None:
-    two = model("a", [layer("attn")]), model("b" * 60, [], loss="the run's own objective")
+    two = model("a", [layer("attn")]), model("b" * 60, [], CROSS_ENTROPY)
     assert drawn(diagnosis(*two)) == set(SENTENCES)
 
 
 def test_what_is_missing_is_left_out(drawn) -> None:
     bare = layer("attn", head_similarity=None, translation_score=None, average_variation=None)
-    one = model("a", [bare], curves=[[None, 0.1, 0.0, 0.1, None]], map=[[None] * 3] * 3)
+    curves = [[[None, 0.1, 0.0, 0.1, None]]]
+    gone = landscape(images=[4], value=[0.0], curves=curves, map=[[None] * 3] * 3)
+    one = model("a", [bare], landscapes=[gone])
     pictures = drawn(diagnosis(one, cka=False))
     assert pictures == set(SENTENCES) - {"average_attention", "cka"}
 
 
-def test_the_table_has_means_over_layers() -> None:
-    found = summary(model("a", [layer("0"), layer("1", distance_pixels=[20.0, 40.0])]))
+def test_the_table_has_means_over_layers_and_batches() -> None:
+    layers = [layer("0"), layer("1"), layer("2", distance_pixels=[20.0, 40.0], head_similarity=0.8)]
+    found = {name: cells for name, *cells in table([model("a", layers, CROSS_ENTROPY)])}
     assert found == {
-        "parameters": "1.23 M",
-        "images": "32 px",
-        "attention distance": "20.0 px",
-        "similarity of heads": "0.50",
-        "- in its deep third": "0.50",
-        "- among patches": "0.40",
-        "- both": "0.40",
-        "translation score": "0.75",
-        "loss": "0.0000",
-        "loss at 0.1": "0.2000",
+        "parameters": ["1.23 M"],
+        "images": ["32 px"],
+        "positions": ["relative"],
+        "attention distance": ["16.7 px"],
+        "similarity of heads": ["0.60"],
+        "similarity of heads, deep third": ["0.80"],
+        "- among patches alone": ["0.40"],
+        "- among patches alone, deep third": ["0.40"],
+        "translation score": ["0.75"],
+        "- of random weights": ["0.50"],
+        "cross-entropy": ["1.50 +- 0.71"],
+        "- changed at 0.1": ["0.250 +- 0.000"],
+        "change of its own map at 0.1": ["0.250 +- 0.071"],
     }
-    assert summary(model("a", []))["attention distance"] == "none"
+    bare = {name: cells for name, *cells in table([model("a", []), model("b", [], CROSS_ENTROPY)])}
+    assert bare["attention distance"] == ["none", "none"]
+    assert bare["cross-entropy"] == ["none", "1.50 +- 0.71"]
+
+
+def test_what_can_be_compared_is_said() -> None:
+    other = {**CROSS_ENTROPY, "comparable": "cross-entropy 2"}
+    layers = [layer("0")]
+    models = [
+        model("a", layers, CROSS_ENTROPY, is_supervised=True),
+        model("b", layers, CROSS_ENTROPY, positions="absolute", is_supervised=True),
+        model("c", layers, other, left_out="its objective is left out: gone"),
+    ]
+    said = notes(models)
+    assert "cross-entropy of a and b: can be compared." in said
+    assert "cross-entropy of c: can be compared with no other here." in said
+    assert "change of its own map of a, b and c: can be compared." in said
+    assert "c: its objective is left out: gone" in said
+    assert any(words.startswith("c: compare its score with that of a, with") for words in said)
+    assert any("c: no run with relative positions" in words for words in notes(models[1:]))
 
 
 def test_long_labels_are_cut() -> None:
