@@ -115,7 +115,8 @@ class Store:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 key = f"{prefix}{path.relative_to(folder)}"
-                client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+                body = path.read_bytes()
+                client.put_object(Bucket=bucket, Key=key, Body=body, ACL="public-read")
 
     def client(self):
         """A client of the store."""

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
+from fd_large.data.blocks import keep_blocks_in
 from fd_large.data.loader import ViewBatches, build_loader
 from fd_large.data.sampler import Portion, epoch_order
 from fd_large.data.source import ImageSource, open_images
@@ -103,3 +106,20 @@ def test_an_epoch_is_a_permutation_and_the_same_in_every_setting(forms):
                     setting = f"{form}, epoch {epoch}, {world_size} ranks, {workers} workers"
                     assert torch.equal(indices, expected[0]), setting
                     assert torch.equal(images, expected[1]), setting
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_parquet_files_are_the_same_in_every_setting(forms, tmp_path):
+    """Their order is one of blocks, that of no folder."""
+    loose = forms["loose"]
+    cells = [{"bytes": bytes(loose.read(number))} for number in range(len(loose))]
+    table = pyarrow.table({"image": cells})
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=10)
+    keep_blocks_in(str(tmp_path / "blocks"), 1)
+    source = open_images(str(tmp_path / "train.parquet"))
+    indices, images = epoch_of(source, 0, world_size=1, workers=0)
+    assert len(set(indices.tolist())) == NUM_USED
+    for world_size, workers in ((1, 3), (2, 0), (3, 3)):
+        again = epoch_of(source, 0, world_size=world_size, workers=workers)
+        assert torch.equal(indices, again[0])
+        assert torch.equal(images, again[1])

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import twin
 from kills import state
 from launch import Launcher, start_ranks
 from pictures import write_pictures
+from pyarrow import parquet
 from twin import losses, train
 
 from fd_large.cli.plan import workload
@@ -70,6 +72,19 @@ def test_the_same_losses_under_every_launcher(
     train(pictures, tmp_path / "run", "--optim.epochs", "3", launcher=launcher)
     assert losses(tmp_path / "run") == losses(reference)
     assert read(tmp_path / "run/environment.json")["launcher"] == launcher
+
+
+def test_parquet_files_give_the_same_run_on_one_rank_and_on_two(
+    pictures: Path, tmp_path: Path
+) -> None:
+    cells = [{"bytes": path.read_bytes()} for path in sorted(pictures.iterdir())]
+    table = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.table({"image": cells}), table, row_group_size=4)
+    for ranks in (1, 2):
+        words = ("--optim.max_steps", "3", "--data.cache", str(tmp_path / f"blocks-{ranks}"))
+        train(table, tmp_path / str(ranks), *words, ranks=ranks)
+    # The images are the same to the bit (test_data_order.py); sums in another order are not.
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-6)
 
 
 def test_resumes_at_the_last_checkpoint_and_knows_when_it_is_done(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
 from process_state import state
+from pyarrow import parquet
 
 import fd_large
 from fd_large.engine import run as engine_run
@@ -134,6 +137,30 @@ def test_models_are_evaluated_side_by_side(trained, images, tmp_path):
     assert html.count("100.00%") == 2
     assert "data:image/png;base64," in html
     assert state() == before
+
+
+def test_parquet_files_are_measured_as_the_folders_that_they_were_made_of(
+    trained, images, tmp_path
+):
+    found = {}
+    for part, numbers in (("train", range(30)), ("validation", range(30, 40))):
+        files = [next(images.glob(f"*/{number:02d}.png")) for number in numbers]
+        for file in files:
+            copy = tmp_path / "folders" / part.replace("idation", "") / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        cells = {"image": [{"bytes": file.read_bytes()} for file in files]}
+        cells["label"] = [file.parent.name for file in files]
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.table(cells), tmp_path / "tables" / f"{part}-0.parquet")
+    for kind in ("folders", "tables"):
+        root = {"root": tmp_path / kind, "workers": 0, "cache": str(tmp_path / "blocks")}
+        measured = fd_large.evaluate(
+            trained[0], data=root, task="knn", out=tmp_path / f"{kind} out", k=3
+        )
+        found[kind] = measured.accuracy
+    assert found["folders"] == found["tables"]
+    assert len(found["tables"]) == 2
 
 
 def test_a_result_shows_itself(trained):

@@ -74,16 +74,27 @@ def load(source, epoch=0, first=0, workers=0):
     return found
 
 
+# The store speaks plain HTTP as well: a web server with ranges, without listings.
+WEB = {
+    "shards": "{store}/{name}/shards/train-{{000..002}}.tar",
+    "tables": "{store}/{name}/tables/data/{{train,validation}}-00000-of-00001.parquet",
+}
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("kind", ["shards", "tables"])
 def test_nothing_is_lost_or_repeated_and_all_is_as_in_the_files(
-    store, bucket, shards, tables, kind, tmp_path
+    store, bucket, shards, tables, kind, scheme, tmp_path
 ):
+    root = f"{bucket}/{kind}/"
+    if scheme == "http":
+        root = WEB[kind].format(store=store.url, name=bucket.removeprefix("s3://"))
     store.suffer(*FAULTS)
-    source = open_images(f"{bucket}/{kind}/")
+    source = open_images(root)
     assert isinstance(source, RemoteShards if kind == "shards" else ParquetImages)
     store.suffer(*FAULTS)
     blocks.keep_blocks_in(str(tmp_path / "other"), 1)  # Nothing of it is here yet.
-    source = open_images(f"{bucket}/{kind}/")
+    source = open_images(root)
     got = load(source)
     store.suffer(*FAULTS)
     assert load(pickle.loads(pickle.dumps(source)), workers=2) == got
