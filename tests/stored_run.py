@@ -92,6 +92,7 @@ STUDENTS = {
     "plain vit": ("dino_vit_base_patch16", VIT),
     "swin": ("swin_base_esvit", {**SWIN, "image_size": 32}),
 }
+TEACHER = Architecture(embed_dim=6, depths=(1,), num_heads=(1,), patch_size=8, image_size=32)
 SUMMARY = {
     "updates": 3,
     "loss_start": 0.5,
@@ -108,7 +109,7 @@ def store_student(folder, name, fields, *, source="random", **options):
     run = replace(
         run,
         student=replace(run.student, model=name, architecture=architecture, **options),
-        teacher=replace(run.teacher, source=source),
+        teacher=replace(run.teacher, source=source, architecture=TEACHER),
         data=replace(run.data, root="/somewhere/images", image_size=32),
     )
     folder.mkdir()

@@ -82,9 +82,11 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .6r
   th, td { padding: .4rem .6rem; } figure img.wide { max-width: none; width: 40rem; } }
 @media print { :root { --ground: #fff; --card: #fff; --ink: #000; --muted: #444; --line: #bbb;
   --blue: #0072b2; --vermillion: #c65300; --green: #00805e; --mat: #fff; }
-  main { max-width: none; padding: 0; } h2 { break-after: avoid; }
+  html { font-size: 13px; } body { font-size: 1rem; } main { max-width: none; padding: 0; }
+  h2, h3 { break-after: avoid; } .charts { grid-template-columns: 1fr 1fr; }
   .card, .tile, figure, tr, pre { break-inside: avoid; } .scroll, figure .mat { overflow: visible; }
-  figure img.wide { max-width: 100%; width: auto; } }
+  figure img, figure img.wide { max-width: 100%; max-height: 20cm; width: auto; }
+  td:first-child { overflow-wrap: break-word; } }
 """
 
 

@@ -15,6 +15,7 @@ import pytest
 from page_examples import EXAMPLES
 
 from fd_large import doors, shipped
+from fd_large.checkpoint import store
 from fd_large.cli import arguments as cli_arguments
 from fd_large.cli.arguments import WithRecipe
 from fd_large.cli.main import main
@@ -183,7 +184,7 @@ LEFT_BEHIND = {
 # Flags that make the models of a recipe small; later flags win.
 TINY_VIT = """
     --student.architecture.embed_dim 32 --student.architecture.depths 2
-    --student.architecture.num_heads 2 --data.image_size 64
+    --student.architecture.num_heads 2 --student.architecture.patch_size 8 --data.image_size 32
 """
 TINY_RECIPES = {
     # The tiny file is of another model than the recipe's teacher.
@@ -193,6 +194,8 @@ TINY_RECIPES = {
         --student.architecture.embed_dim 16 --student.architecture.depths 1 2 2 1
         --student.architecture.num_heads 1 2 2 4 --student.architecture.window_size 4
         --student.architecture.patch_size 2 --data.image_size 64
+        --task.detection.proposals_per_image 8 --task.detection.rois_per_image 8
+        --task.detection.detections_per_image 2
     """,
 }
 
@@ -200,8 +203,10 @@ TINY_RECIPES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in which the files that the pages name exist."""
+    import timm
     from coco import unpack_coco_tiny
     from PIL import Image
+    from safetensors.torch import save_file
     from stored_run import FOUR, VIT, store_student
     from tiny_runs import vit_file
 
@@ -216,9 +221,11 @@ def folder(tmp_path_factory):
     (folder / "runs").mkdir()
     for run in ("RUN", "runs/mine", "runs/quickstart"):
         store_student(folder / run, "vit_base_patch16", VIT)
+        store.set_best(folder / run, 3)
     store_student(folder / "PYRAMID_RUN", "swinv2_base", FOUR)
     for name in ("FILE", "clip.pt", "ViT-B-16.pt", "vit.safetensors"):
         vit_file(folder / f"weights_{name}").rename(folder / name)
+    save_file(timm.create_model("resnet50").state_dict(), folder / "resnet50.safetensors")
     for name, text in EXAMPLES.items():
         (folder / name).write_text(text)
     unpack_coco_tiny(folder / "COCO")
@@ -236,6 +243,11 @@ def test_commands_of_the_pages_run(command, folder, tmp_path):
     for word in given:
         if word in LEFT_BEHIND:
             pytest.skip(f"run by {LEFT_BEHIND[word]}")
+    given = [str(tmp_path / "out") if word in ("OUT", "out") else word for word in given]
+    if given[0] == "evaluate" and "finetune" in given:
+        given += SHORT.split()
+    if given[0] in ("evaluate", "diagnose"):
+        given += ["--out", str(tmp_path / "out")]
     if given[0] == "train":
         recipe = given[given.index("--recipe") + 1] if "--recipe" in given else "quickstart"
         given += [*SHORT.split(), *TINY_RECIPES.get(recipe, "").split()]
@@ -245,7 +257,12 @@ def test_commands_of_the_pages_run(command, folder, tmp_path):
     finished = subprocess.run(
         [sys.executable, "-m", "fd_large", *given],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DS_ACCELERATOR": "cpu",
+            "WANDB_MODE": "offline",
+        },
         capture_output=True,
         text=True,
         timeout=600,
