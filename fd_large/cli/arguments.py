@@ -13,6 +13,7 @@ flags win; values may begin with a dash; `--switch False`.
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -379,7 +380,9 @@ class _Parser(Generic[Own]):
 
 
 def _program(command: str) -> str:
-    return f"python -m fd_large {command}".strip()
+    """The command as it was called: by the installed script or by the module."""
+    script = Path(sys.argv[0]).name
+    return f"{script if script == 'fd-large' else 'python -m fd_large'} {command}".strip()
 
 
 def _groups(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], bool]]:

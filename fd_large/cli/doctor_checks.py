@@ -195,7 +195,7 @@ def optional() -> Finding:
     found += ["NVIDIA apex"] if has_nvidia_apex() else []
     if wish := os.environ.get("FD_KERNELS"):
         found.append(f"FD_KERNELS={wish}")
-    said = ", ".join(found) or "none"
+    said = ", ".join(found) or "neither triton nor fairscale nor apex"
     if _has_gpu() and not find_spec("triton"):
         return Finding(f"{said}; no triton", "slow", "pip install triton: fused kernels on GPUs.")
     return Finding(said)

@@ -15,13 +15,15 @@ import pytest
 from page_examples import EXAMPLES
 
 from fd_large import doors, shipped
+from fd_large.backbones.statistics import IMAGENET
 from fd_large.checkpoint import store
 from fd_large.cli import arguments as cli_arguments
 from fd_large.cli.arguments import WithRecipe
 from fd_large.cli.main import main
 from fd_large.launch import RANK_VARIABLES
-from fd_large.recipes.architectures import resolve
+from fd_large.recipes.architectures import Architecture, resolve
 from fd_large.recipes.sections import AUTO
+from fd_large.weights.convert import write
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -195,7 +197,7 @@ TINY_RECIPES = {
         --student.architecture.num_heads 1 2 2 4 --student.architecture.window_size 4
         --student.architecture.patch_size 2 --data.image_size 64
         --task.detection.proposals_per_image 8 --task.detection.rois_per_image 8
-        --task.detection.detections_per_image 2
+        --task.detection.detections_per_image 2 --task.detection.head_width 8
     """,
 }
 
@@ -220,10 +222,12 @@ def folder(tmp_path_factory):
     Image.new("RGB", (80, 72), (200, 120, 40)).save(folder / "image.jpg")
     (folder / "runs").mkdir()
     for run in ("RUN", "runs/mine", "runs/quickstart"):
-        store_student(folder / run, "vit_base_patch16", VIT)
+        student = store_student(folder / run, "vit_base_patch16", VIT)
         store.set_best(folder / run, 3)
+    of_run = resolve("vit_base_patch16", Architecture(**VIT, image_size=32))
+    write(student.named_parameters(), of_run, "fd", folder / "vit.safetensors", statistics=IMAGENET)
     store_student(folder / "PYRAMID_RUN", "swinv2_base", FOUR)
-    for name in ("FILE", "clip.pt", "ViT-B-16.pt", "vit.safetensors"):
+    for name in ("FILE", "clip.pt", "ViT-B-16.pt"):
         vit_file(folder / f"weights_{name}").rename(folder / name)
     save_file(timm.create_model("resnet50").state_dict(), folder / "resnet50.safetensors")
     for name, text in EXAMPLES.items():
