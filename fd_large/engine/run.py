@@ -196,6 +196,7 @@ def _train(
         accumulation=opened.accumulation,
         world_size=launch.world_size,
         log_every=run.runtime.log_every,
+        max_seconds=run.optim.max_seconds,
         flops=_step_flops(job, size),
         checkpoint_bytes=checkpoints.bytes,
         start=lease.start,

@@ -80,6 +80,8 @@ class Setting:
         facts: First entries of summary.json (`Job.summary`).
         first_update: Steps done before this start, after which the run goes on.
         total_updates: Steps of the whole run.
+        max_seconds: Time after which the run ends, of which it makes its own number of steps, at
+            most `total_updates`; 0: it has none.
         global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.
@@ -104,6 +106,7 @@ class Setting:
     accumulation: int
     world_size: int
     log_every: int
+    max_seconds: float = 0.0
     flops: StepFlops | None = None
     checkpoint_bytes: int = 0
     start: str = ""

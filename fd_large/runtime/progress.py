@@ -8,6 +8,7 @@ be copied into forked loader processes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from fd_large import activity
@@ -31,11 +32,15 @@ class Progress(Tracker):
 
         self._images, self._metrics = setting.global_batch_size, setting.metrics
         self._total = setting.total_updates
+        self._ends = time.monotonic() + (setting.max_seconds or math.inf)
+        # Until it has set its own length, nobody knows how much there is to do.
+        self._open = setting.total_updates if setting.max_seconds else None
         self._seconds_per_update: float | None = None
         self._drawn = 0.0
         self._numbers = ""
         first = setting.first_update
-        self._work = activity.Work("training", self._total, "steps", done=first)
+        known = None if self._open else self._total
+        self._work = activity.Work("training", known, "steps", done=first)
         self._bar: Bar | None = None
         console = terminal.console()
         if console.is_terminal and not console.is_dumb_terminal:
@@ -77,7 +82,7 @@ class Progress(Tracker):
                 numbers=self._numbers,
             )
             self._draw(at_once=done == update.total)
-        self._work.reach(done, update.total)
+        self._work.reach(done, None if update.total == self._open else update.total)
 
     def on_rows(self, rows: list[Row]) -> None:
         """Shows the last of the rows."""
@@ -138,7 +143,8 @@ class Progress(Tracker):
     def _time_left(self, done: int) -> str:
         if self._seconds_per_update is None:
             return ""
-        return f"{clock((self._total - done) * self._seconds_per_update)} left"
+        seconds = (self._total - done) * self._seconds_per_update
+        return f"{clock(min(seconds, max(0.0, self._ends - time.monotonic())))} left"
 
 
 def _beside_speed(row: Row) -> str:

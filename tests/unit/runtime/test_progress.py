@@ -92,6 +92,18 @@ def test_the_bar_follows_a_time_box(shown, make_setting, run_updates):
     assert "6/6" in shown.text().splitlines()[-1]
 
 
+def test_a_time_box_says_how_long_it_takes_before_its_length_is_set(
+    shown, make_setting, run_updates
+):
+    shown.open(is_terminal=False)
+    setting = make_setting(total=10**9, log_every=1, max_seconds=240.0)
+    run_updates(hooks(), setting, 2, end=None)
+    assert re.findall(r"(\S+) left", shown.text()) == ["4:00", "4:00"]
+    *_, work = activity.current()
+    assert str(work) == "training, 2 steps"
+    work.end()
+
+
 def test_what_is_done_between_two_steps_takes_the_place_of_the_numbers(
     shown, make_setting, run_updates, monkeypatch
 ):
