@@ -27,11 +27,6 @@ STARTS = {
     "python": ["/home/u/fd_large/__main__.py", "train"],
     "srun": ["/usr/bin/fd-large", "train"],
 }
-OF_TASK = {
-    "distillation": ("quickstart", {"data.root": "my images"}),
-    "finetune": ("finetune_clip_vit_base", {"data.root": "labelled"}),
-    "detection": ("coco_mask_rcnn_swinv2_tiny", {"data.root": "coco"}),
-}
 OWN = {
     "diagnose": diagnose.Diagnose,
     "export": export.Export,
@@ -71,7 +66,8 @@ def pasted(command: str):
 @pytest.fixture
 def run_of(make_run):
     def make(task, launcher="deepspeed", *, status="done", words=(), command=None):
-        name, changes = OF_TASK[task]
+        name = next(name for name in registry.RECIPES if registry.get(name).task.name == task)
+        changes = {"data.root": "my images"}
         folder = make_run("runs/a run", status=status)
         recipe = override(registry.get(name), changes)
         recipe = replace(recipe, runtime=replace(recipe.runtime, run_dir=str(folder)))
