@@ -8,11 +8,12 @@ BIN := .venv/bin
 
 .PHONY: train test test-all check docs
 
-# One stamp an extra: the quick start does without the tests' packages.
+# One stamp an extra: the quick start does without the tests' packages. Errors alone are shown: a
+# build in place warns about a folder of the package's name, at length.
 .venv/%: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[$*]'
 	touch $@
 
 # Without a GPU, two CPU ranks; with some, the launcher starts one rank on each.
