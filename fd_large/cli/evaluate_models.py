@@ -72,12 +72,18 @@ _FIELDS = (
 )
 PROBES = {
     "knn": Test("k-NN", ("k", "temperature", *_FLAGS), _FIELDS),
-    "linear": Test("Linear probe", ("seeds", "probe_rates", "probe_epochs", *_FLAGS), _FIELDS),
+    "linear": Test(
+        "Linear probe", ("protocol", "seeds", "probe_rates", "probe_epochs", *_FLAGS), _FIELDS
+    ),
 }
 TRAININGS = {
     kind.name: Test(
         kind.title,
-        ("seeds", "recipe", "deepspeed_config", *(field.name for field in fields(SweepFlags))),
+        (
+            *(("protocol",) if kind.name in PROBES else ()),
+            *("seeds", "recipe", "deepspeed_config"),
+            *(field.name for field in fields(SweepFlags)),
+        ),
         None,
     )
     for kind in TASKS.values()
@@ -95,9 +101,12 @@ class ModelFlags(SweepFlags, AllowsCode):
     # whole model learns the labels; or the task of one run that is scored as it was trained, such
     # as detection. auto: that of the first run's task, else knn.
     task: str = "auto"
+    # How a linear probe is made. cached: in minutes, on features of the centre crops. official: as
+    # in Feature-Distillation, on random crops, by the recipe linear_probe, through the engine.
+    protocol: Literal["cached", "official"] = "cached"
     # Number of repetitions, with runtime.seed and the seeds after it; k-NN has no randomness.
     seeds: int = 1
-    # Folder for summary.json, the plot, and the runs of fine-tuning.
+    # Folder for summary.json, the plot, and the runs of what is trained.
     out: str = "evaluation"
     # Number of neighbours that vote.
     k: int = 20
@@ -113,9 +122,9 @@ class ModelFlags(SweepFlags, AllowsCode):
     probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     # Epochs of the linear probe.
     probe_epochs: int = 30
-    # Recipe of fine-tuning; empty: the published one that fits the model.
+    # Recipe of what is trained; empty: the published one that fits the model.
     recipe: str = ""
-    # DeepSpeed's JSON for fine-tuning, a path or a name; empty: zero1.
+    # DeepSpeed's JSON for what is trained, a path or a name; empty: zero1.
     deepspeed_config: str = ""
 
     def __post_init__(self) -> None:

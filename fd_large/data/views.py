@@ -30,6 +30,7 @@ class ViewSettings:
         color_jitter: Strength of the color jitter, in [0, 1]; 0 turns it off.
         grayscale_probability: Probability of a grey view, in [0, 1].
         interpolation: Interpolation of the resize, which is antialiased.
+        cuts_boxes: Whether a box that does not fit is cut, rather than drawn again.
     """
 
     image_size: int
@@ -38,6 +39,7 @@ class ViewSettings:
     color_jitter: float = 0.0
     grayscale_probability: float = 0.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    cuts_boxes: bool = False
 
 
 def random_view(
@@ -61,7 +63,9 @@ def random_view(
     if size is None:
         image = decode(encoded, where, max_pixels=settings.max_pixels)
         size = image.shape[-2:]
-    box = crop_box(*size, draws, min_crop_scale=settings.min_crop_scale)
+    box = crop_box(
+        *size, draws, min_crop_scale=settings.min_crop_scale, cuts_boxes=settings.cuts_boxes
+    )
     if image is None:
         bottom = box[0] + box[2]
         image = decode(encoded, where, max_pixels=settings.max_pixels, num_rows=bottom)
@@ -71,7 +75,12 @@ def random_view(
 
 
 def crop_box(
-    height: int, width: int, draws: Sequence[float], *, min_crop_scale: float
+    height: int,
+    width: int,
+    draws: Sequence[float],
+    *,
+    min_crop_scale: float,
+    cuts_boxes: bool = False,
 ) -> tuple[int, int, int, int]:
     """A random box: area and log aspect uniform, as in torchvision's RandomResizedCrop.
 
@@ -79,11 +88,14 @@ def crop_box(
     middle whose aspect is allowed. torchvision draws the place after the try that fits; one
     place drawn beforehand has the same distribution and a fixed number of draws.
 
+    BYOL's crop, which linear probes use, takes the first box and cuts it to the image.
+
     Args:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
         draws: `NUM_DRAWS` numbers in [0, 1).
         min_crop_scale: Smallest area, as a fraction of the image's.
+        cuts_boxes: Whether a box that does not fit is cut, as BYOL's.
 
     Returns: top, left, height, width of the box, in pixels.
     """
@@ -93,6 +105,11 @@ def crop_box(
         area = height * width * (min_crop_scale + (1 - min_crop_scale) * draw_area)
         aspect = math.exp(log_min + (log_max - log_min) * draw_aspect)
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if cuts_boxes:
+            box_width, box_height = (
+                max(1, min(side, limit))
+                for side, limit in ((box_width, width), (box_height, height))
+            )
         if 0 < box_width <= width and 0 < box_height <= height:
             top = int(draw_top * (height - box_height + 1))
             left = int(draw_left * (width - box_width + 1))

@@ -1,14 +1,20 @@
-"""Evaluations of a run: what a task measures, how often, and how an evaluation is interrupted."""
+"""Evaluations of a run: what a task measures, how often, in which precision; interruption."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from fd_large import distributed
+from fd_large.engine.task import Task
+from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
+from fd_large.engine.zero.state import whole_masters
 
 Panel = dict[str, Any]
 """Arrays to draw, by name."""
@@ -55,3 +61,28 @@ class evaluating:
     def __exit__(self, *error: object) -> None:
         self._no_grad.__exit__(*error)
         self._task.train()
+
+
+@contextmanager
+def in_float32(
+    engine: Engine, make_task: Callable[[], Task]
+) -> Iterator[Callable[[Tensor, Any], Any]]:
+    """Yields (images, targets) -> what the task's forward returns in evaluation, in float32.
+
+    Where the engine computes in bfloat16, a float32 copy of the task with the masters' values does,
+    of 4 bytes for each parameter within the block. ZeRO-3 computes as it trains: its memory may not
+    hold the whole model. Making the copy is a collective, and so is each call under ZeRO-3.
+
+    Args:
+        engine: The engine.
+        make_task: Constructs its task.
+    """
+    with evaluating(engine):
+        task, forward = engine.task, engine.deepspeed
+        if engine.stage < 3 and engine.config["bf16"]["enabled"]:
+            task = forward = partition.build(make_task, engine.config, partitioned=False, seed=0)
+            held = dict(task.named_parameters()) | partition.running_statistics(task)
+            for name, values in whole_masters(engine):
+                held[name].copy_(values.view_as(held[name]))
+            task.to(distributed.device()).eval()
+        yield lambda images, targets: forward(**task.prepare(images, targets, None))

@@ -39,6 +39,7 @@ from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.engine.zero.own_optimizer import moments_of
+from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import Exit, FDError, check_all
 from fd_large.kernels import check, choose
 from fd_large.kernels.precision import full_float32
@@ -211,6 +212,8 @@ def _train(
         return job.batches(samples, portion)
 
     evaluations = job.evaluations(engine, samples, size)
+    layer_rates = by_layer(engine, run.optim.layer_decay)
+    scale_by_norms(engine)
     try:
         trainer = Trainer(
             engine,
@@ -220,7 +223,7 @@ def _train(
             checkpoints=checkpoints,
             evaluations=evaluations,
             time_box=time_box,
-            layer_rates=by_layer(engine, run.optim.layer_decay),
+            layer_rates=layer_rates,
             ema=opened.ema,
             best=best,
             begun=watching,

@@ -183,6 +183,16 @@ def at_least(where: str, value: int, least: int, unit: str) -> None:
     require(value >= least, f"{where}: too small", value, f"{least} or more {unit}")
 
 
+def statistics_or_none(where: str, values: tuple[float, ...]) -> None:
+    """Raises ConfigError unless there are no values, or means and deviations of three channels."""
+    require(
+        len(values) in (0, 6) and all(value > 0 for value in values[3:]),
+        f"{where}: invalid means and standard deviations of three channels",
+        values,
+        "six numbers, the last three above 0, or no number",
+    )
+
+
 def plain(value: Any) -> Any:
     """Returns nested dicts with lists in place of tuples, as JSON has them."""
     if isinstance(value, dict):

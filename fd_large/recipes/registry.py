@@ -12,6 +12,7 @@ from fd_large.recipes import (
     distillation,
     distillation_swinv2,
     finetuning,
+    linear,
     segmentation,
 )
 from fd_large.recipes.quickstart import quickstart
@@ -40,6 +41,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
         finetuning.finetune_esvit_swin_base,
         finetuning.finetune_clip_vit_base_plain,
         finetuning.finetune_clip_vit_large_plain,
+        linear.linear_probe,
         detection.coco_mask_rcnn_vit_base,
         detection.coco_mask_rcnn_swinv2_tiny,
         detection.coco_mask_rcnn_swinv2_base,

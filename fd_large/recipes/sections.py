@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fd_large.recipes.architectures import Architecture
-from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
+from fd_large.recipes.fields import (
+    at_least,
+    check_types,
+    not_negative,
+    positive,
+    require,
+    statistics_or_none,
+)
 
 # Learning rates are stated per this many images of a global batch, as in the paper's
 # configurations.
@@ -93,12 +100,7 @@ class FrozenModel:
     def __post_init__(self) -> None:
         where = type(self).__name__.lower()
         check_types(self, where)
-        require(
-            len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
-            f"{where}.statistics: invalid means and standard deviations of three channels",
-            self.statistics,
-            "six numbers, the last three above 0, or no number",
-        )
+        statistics_or_none(f"{where}.statistics", self.statistics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,9 @@ class Optim:
     The three learning rates are per 512 images: a step uses value x global_batch_size / 512.
     """
 
-    # The optimiser. adamw; or your own, a torch.optim.Optimizer that acts element by element and
-    # takes (groups, lr): module:FILE.py:NAME (docs/extending.md).
+    # The optimiser. adamw; lars, for linear probes with large batches; or your own, a
+    # torch.optim.Optimizer that acts element by element and takes (groups, lr):
+    # module:FILE.py:NAME (docs/extending.md).
     name: str = ADAMW
     # Peak learning rate per 512 images.
     base_lr: float = 3e-4

@@ -14,6 +14,7 @@ from fd_large.recipes.task_kind import TaskKind
 FOLDERS = (
     "distillation",
     "finetuning",
+    "linear",
     "detection",
     "segmentation",
 )

@@ -275,7 +275,11 @@ def test_accuracy_on_test_images(card: Card, monkeypatch, tmp_path: Path) -> Non
     student = Student(model="swinv2_tiny", architecture=SWIN)
     task = engine_ready(lambda: FineTuning(make_student(student), 2, statistics=IMAGENET))
     found, predictions = job._measure(
-        Engine(task, task, 0, {}, None), images, BadImages(), 2, lambda: None
+        Engine(task, task, 0, {"bf16": {"enabled": False}}, None),
+        images,
+        BadImages(),
+        2,
+        lambda: None,
     )
     assert found.keys() == {"loss", "top1", "top5"}
     assert found["top5"] == 100

@@ -1,6 +1,7 @@
 """An optimiser of the user's own: it is tried on a few numbers before it is given a model.
 
-ZeRO steps flat parts of many tensors, so an optimiser must act element by element. The trial also
+ZeRO steps flat parts of many tensors, so an optimiser must act element by element; one that scales
+gradients by norms of whole tensors says so by a method (`trust_ratio.py`). The trial also
 shows what it keeps of each parameter, which checkpoints and layer-wise learning rates have to know.
 """
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
+from fd_large.engine.zero.lars import Lars
 from fd_large.errors import ConfigError
 from fd_large.recipes.sections import ADAMW, Optim
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMISERS: dict[str, Any] = {ADAMW: None}
+OPTIMISERS: dict[str, Any] = {ADAMW: None, "lars": Lars}
 """The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
 RESERVED = ("master", "ema")
 """Kinds in a checkpoint that are no moments."""

@@ -88,6 +88,22 @@ def shards(engine: Engine) -> Iterator[Piece]:
                 yield Piece(f"{kind}.{name}", buffer.float().view(-1)[start:stop])
 
 
+def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, flat float32 tensor) of all that belongs to the task's state; a collective.
+
+    With the average in the place of the weights it is the average.
+    """
+    for name, parameter in engine.task.named_parameters():
+        home, whole = _home(engine, parameter), torch.zeros(_numel(parameter))
+        whole = whole.to(distributed.device())
+        if home is not None:
+            whole[home.span.start : home.span.stop] = home.master
+        # Each element is another rank's than the zeros that are added to it.
+        yield name, distributed.sum_tensor(whole)
+    for name, buffer in _statistics(engine).items():
+        yield name, buffer.float().flatten()
+
+
 def owned(engine: Engine) -> Iterator[tuple[str, Tensor, int, int]]:
     """Yields (name, tensor that the optimiser steps, start, stop) of the elements of this rank.
 

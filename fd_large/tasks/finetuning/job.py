@@ -2,95 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fd_large import activity, distributed
-from fd_large.backbones.registry import statistics_of
-from fd_large.backbones.statistics import IMAGENET, Statistics
-from fd_large.data.bad_images import BadCount, BadImages, agreed_error
-from fd_large.data.centre_crops import NO_LABEL, CentralBatch, central_batches
-from fd_large.data.labelled import LabelledImages, open_labelled, open_split
+from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, build_loader
 from fd_large.data.sampler import Portion
 from fd_large.data.source import ImageSource
-from fd_large.data.views import ViewSettings
-from fd_large.engine.evaluation import Evaluation, evaluating
 from fd_large.engine.heads import check_head
-from fd_large.engine.job import Job, StoredStudent, trained_at
-from fd_large.engine.predictions import Predictions
-from fd_large.engine.student import make_student, student_weights
-from fd_large.engine.task import Task
-from fd_large.engine.zero.engine import Engine
-from fd_large.recipes.run import Run
-from fd_large.recipes.sections import FrozenModel, Student
-from fd_large.tasks.finetuning.named_model import named_student, recipe_name
-from fd_large.tasks.finetuning.task import DISCARDED, HEAD, FineTuning, counted
+from fd_large.engine.job import StoredStudent, trained_at
+from fd_large.engine.student import make_student
+from fd_large.tasks.classification.job import ClassificationJob
+from fd_large.tasks.finetuning.recipe_name import recipe_name
+from fd_large.tasks.finetuning.task import HEAD, FineTuning
 from fd_large.tasks.finetuning.views import TrainingBatches
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
-from fd_large.weights.source import Sources
-
-log = logging.getLogger(__name__)
-
-IMAGENET_CLASSES = 1000
 
 
-class FineTuningJob(Job):
-    """The student learns the labels of `data.root`/train and is tested on val or test."""
-
-    metrics: ClassVar = {
-        "loss": "cross-entropy",
-        "test/loss": "test loss",
-        "test/top1": "test top-1 accuracy (%)",
-        "test/top5": "test top-5 accuracy (%)",
-    }
-    loss_name = "cross-entropy"
-    # RandAugment changes colours, and evaluations see all test images.
-    ignored_fields = (
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    )
-
-    def open_samples(self) -> ImageSource:
-        """Opens the training images."""
-        return self._training_images()
-
-    def settle(self, sources: Sources) -> Run:
-        """Returns the recipe completed from the student's weights, their statistics included."""
-        run = super().settle(sources)
-        own, init = run.task.finetune, self.run.student.init
-        if own.statistics or not init:
-            return run
-        student = run.student_architecture()
-        found = sources.statistics(init, student, where="--student.init")
-        found = found or statistics_of(run.student.model, student)
-        own = replace(own, statistics=tuple(map(float, (*found.mean, *found.std))))
-        return replace(run, task=replace(run.task, finetune=own))
+class FineTuningJob(ClassificationJob):
+    """The whole student learns the labels."""
 
     def check(self) -> None:
-        """Opens the test images, and checks the headers of the weights."""
+        """Tries the classifier besides."""
         super().check()
-        self.test_images()
         with torch.device("meta"):
             task = self.make_task()
         name, classes = self.run.task.finetune.head, len(self.classes())
         check_head(task.head, name, (2, task.student.width), classes, where=HEAD)
-
-    def models_on_shapes(self) -> tuple[FineTuning, tuple[nn.Module, ...]]:
-        """Constructs the task; before the samples are open, with as many classes as ImageNet's."""
-        if self._training is None:
-            self._assumed_classes = IMAGENET_CLASSES
-        return self.make_task(), ()
 
     def make_task(self) -> FineTuning:
         """Constructs the student, without a ViT's final norm, and a classifier."""
@@ -103,13 +46,7 @@ class FineTuningJob(Job):
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns those of `student.init`, with shared position biases copied to every block."""
-        run = self.run
-        return student_weights(
-            run.student,
-            self.weights,
-            image_size=run.data.image_size,
-            without=self._discarded(),
-        )
+        return self.student_weights()
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields augmented and mixed images."""
@@ -119,12 +56,7 @@ class FineTuningJob(Job):
             cast(LabelledImages, samples),
             run.task.finetune,
             self.statistics(),
-            ViewSettings(
-                run.data.image_size,
-                run.data.min_crop_scale,
-                run.data.max_pixels,
-                interpolation="bicubic",
-            ),
+            self.view_settings(),
             run.runtime.seed,
             portion.epoch,
             size,
@@ -151,33 +83,13 @@ class FineTuningJob(Job):
             targets=torch.full((size, num_classes), 1 / num_classes),
         )
 
-    def evaluations(
-        self, engine: Engine, samples: ImageSource, micro_batch_size: int
-    ) -> Sequence[Evaluation]:
-        """Returns the accuracy on all test images, exact on any number of ranks.
-
-        Images that cannot be read are named in the log and not counted; more of them than
-        `data.max_bad_fraction` end the run.
-        """
-        images, bad = self.test_images(), BadImages()
-
-        def measure(
-            step: int, last: bool, between: Callable[[], None]
-        ) -> tuple[dict[str, float], None]:
-            found, predictions = self._measure(engine, images, bad, micro_batch_size, between)
-            if last and distributed.is_main():
-                predictions.write(Path(self.run.run_dir()))
-            return {f"test_{name}": value for name, value in found.items()}, None
-
-        return [Evaluation(measure, self.run.eval.every)]
-
     def stored_student(self) -> StoredStudent:
         """Describes the student with the statistics of this training.
 
         The classifier normalises the mean of a ViT's tokens rather than the tokens, so that
         checkpoints lack the ViT's final norm.
         """
-        return StoredStudent(trained_at(self.run), self._discarded(), self.statistics())
+        return StoredStudent(trained_at(self.run), self.discarded(), self.statistics())
 
     def learned(self, manifest: Mapping[str, Any]) -> Learned:
         """Returns what the model card says of the labels."""
@@ -187,138 +99,8 @@ class FineTuningJob(Job):
             super().learned(manifest),
             title=f"fine-tuned on {name}",
             intro="An image backbone, trained as a whole to name the class of an image; the "
-            f"classifier is left out.{norm if self._discarded() else ''}",
+            f"classifier is left out.{norm if self.discarded() else ''}",
             tag="image-classification-backbone",
         )
 
-    def _discarded(self) -> Mapping[str, float]:
-        return DISCARDED if self.run.student_architecture().mean_norm == "instead" else {}
-
     recipe_for = staticmethod(recipe_name)
-
-    def starting_from(
-        self,
-        model: FrozenModel,
-        *,
-        image_size: int,
-        trained_as: Student | None,
-        fields: Collection[str],
-    ) -> Run:
-        """Returns the recipe with a named model, and its statistics, in the student's place."""
-        run, own = self.run, self.run.task.finetune
-        student = named_student(
-            model, run.student, image_size=image_size, trained_as=trained_as, fields=fields
-        )
-        if not own.statistics and student.init:
-            own = replace(own, statistics=model.statistics)
-        return replace(
-            run,
-            student=student,
-            task=replace(run.task, finetune=own),
-            data=replace(run.data, image_size=image_size),
-        )
-
-    @staticmethod
-    def compared(summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Returns the accuracy and the loss on the test images."""
-        return summary["test_top1"], {"test_loss": summary["test_loss"]}
-
-    predictions = staticmethod(Predictions.read)
-
-    def statistics(self) -> Statistics:
-        """Returns the statistics by which images are normalised; ImageNet's for random weights."""
-        stated = self.run.task.finetune.statistics
-        return Statistics(tuple(stated[:3]), tuple(stated[3:])) if stated else IMAGENET
-
-    _assumed_classes = 0
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the training images."""
-        return self._assumed_classes or len(self.classes())
-
-    def classes(self) -> tuple[str, ...]:
-        """Returns the names of the classes of the training images."""
-        return self._training_images().classes
-
-    def losses_on(
-        self, task: Task, images: Tensor, labels: Tensor | None
-    ) -> Callable[[], Mapping[str, float]]:
-        """Returns what computes the cross-entropy and the accuracy; see `Job.losses_on`."""
-        prepared = task.prepare(images, labels, None)
-
-        def losses() -> dict[str, float]:
-            found = counted(task(**prepared)[1])
-            return {self.loss_name: found["loss"], "accuracy (%)": found["top1"]}
-
-        return losses
-
-    def test_images(self) -> LabelledImages:
-        """Returns the test images of `eval.root`, or if that is not set of `data.root`."""
-        if self._test is None:
-            root, classes = self.run.eval.root, self.classes()
-            if root:
-                self._test = open_labelled(root, classes, where="eval.root")
-            else:
-                data = self.run.data
-                self._test = open_split(data.root, "val", classes, val_fraction=data.val_fraction)
-        return self._test
-
-    _test: LabelledImages | None = None
-    _training: LabelledImages | None = None
-
-    def _training_images(self) -> LabelledImages:
-        if self._training is None:
-            data = self.run.data
-            self._training = open_split(data.root, "train", val_fraction=data.val_fraction)
-        return self._training
-
-    def _measure(
-        self,
-        engine: Engine,
-        images: LabelledImages,
-        bad: BadImages,
-        batch_size: int,
-        between: Callable[[], None],
-    ) -> tuple[dict[str, float], Predictions]:
-        rank, world = distributed.rank(), distributed.world_size()
-        run, device = self.run, distributed.device()
-        mine = central_batches(
-            images,
-            image_size=run.data.image_size,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world,
-            workers=run.data.workers,
-            max_pixels=run.data.max_pixels,
-        )
-        side = run.data.image_size
-        idle = CentralBatch(0, torch.zeros(1, 3, side, side).byte(), torch.full((1,), NO_LABEL), ())
-        totals: dict[str, Tensor] = {}
-        # One more than the class, and than the label: what no rank fills stays 0.
-        answers = torch.zeros(2, len(images), dtype=torch.int64, device=device)
-        num_bad = 0
-        # Under ZeRO-3 every rank must run as many forwards as the one with most batches.
-        rounds = -(-len(images) // (batch_size * world))
-        for _ in activity.counted(range(rounds), "test images", "batches"):
-            between()
-            batch = next(mine, idle)
-            bad.add(0, batch.bad)
-            num_bad += len(batch.bad)
-            prepared = engine.task.prepare(batch.images.to(device), batch.labels.to(device), None)
-            with evaluating(engine):
-                _, sums = engine.deepspeed(**prepared)
-            predicted = sums.pop("predicted")
-            if batch is not idle:
-                here = slice(batch.start, batch.start + len(predicted))
-                answers[:, here] = 1 + torch.stack([predicted, prepared["targets"]])
-            totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
-        # Sums in float64: counts are exact, and losses do not depend on the number of ranks.
-        totals["bad"] = torch.tensor(num_bad, dtype=torch.float64, device=device)
-        summed = distributed.sum_tensor(torch.stack(list(totals.values())))
-        sums = dict(zip(totals, summed, strict=True))
-        count = BadCount(int(sums.pop("bad")), len(images))
-        if error := agreed_error(count, run.data.max_bad_fraction, bad.names):
-            raise error
-        predicted, labels = (distributed.sum_tensor(answers) - 1).cpu().numpy()
-        return counted(sums), Predictions(predicted, labels)

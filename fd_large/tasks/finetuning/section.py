@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fd_large.recipes.fields import check_types, not_negative, require
+from fd_large.recipes.fields import check_types, not_negative, require, statistics_or_none
 from fd_large.recipes.task_kind import TaskKind
 
 
@@ -51,12 +51,7 @@ class FineTune:
             require(
                 0 <= value <= 1, f"task.finetune.{name}: out of range", value, "a number in [0, 1]"
             )
-        require(
-            len(self.statistics) in (0, 6) and all(value > 0 for value in self.statistics[3:]),
-            "task.finetune.statistics: invalid means and standard deviations of three channels",
-            self.statistics,
-            "six numbers, the last three above 0, or no number",
-        )
+        statistics_or_none("task.finetune.statistics", self.statistics)
 
 
 KIND = TaskKind(

@@ -1,9 +1,8 @@
 """Fine-tuning as a task: the whole model learns to name the class of an image.
 
-A ViT classifies the mean of its patch tokens, normalised by a norm of its own; the final norm that
-distillation trained is discarded. A Swin model keeps its norm. The map of a model of timm may be
-raw: its mean is normalised too, and what norms it has stay. Every block has its own copy of a
-position bias that blocks shared before (the families' `published.py` make the copies).
+What is classified is the mean of the patch tokens (`classification/mean_token.py`). Every block has
+its own copy of a position bias that blocks shared before (the families' `published.py` make the
+copies).
 
 Source: the official fine-tuning code (models/vision_transformer.py, main_finetune.py) of
 SwinTransformer/Feature-Distillation.
@@ -18,21 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.initialization import NORMAL
-from fd_large.backbones.layers import LayerNorm, Linear
+from fd_large.backbones.layers import Linear
 from fd_large.backbones.statistics import Statistics, normalise
-from fd_large.data.centre_crops import NO_LABEL
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
-from fd_large.recipes.family import FamilyArchitecture
+from fd_large.tasks.classification.mean_token import has_norm_instead, mean_token, norm_of_mean
+from fd_large.tasks.classification.scores import summed
 
-NORM_EPS = 1e-6
 # Published for ViT: predictions start all alike.
 HEAD_SCALE = 1e-3
 # The field of the recipe that names the classifier.
 HEAD = "task.finetune.head"
-# The student's final norm, which the task discards where it has a norm of its own instead, and the
-# values that a whole student has in its place.
-DISCARDED = {"norm.weight": 1.0, "norm.bias": 0.0}
 
 
 class FineTuning(Task):
@@ -56,15 +51,8 @@ class FineTuning(Task):
     ) -> None:
         super().__init__(student)
         self.statistics = statistics
-        self.fc_norm: LayerNorm | None = None
-        draw = NORMAL
-        kind = getattr(student, "mean_norm", FamilyArchitecture.mean_norm)
-        if kind == "instead":
-            self.fc_norm = LayerNorm(student.width, student.norm.eps)
-            student.norm = nn.Identity()
-            draw = NORMAL.divided(1 / HEAD_SCALE)
-        elif kind == "also":
-            self.fc_norm = LayerNorm(student.width, NORM_EPS)
+        self.fc_norm = norm_of_mean(student)
+        draw = NORMAL.divided(1 / HEAD_SCALE) if has_norm_instead(student) else NORMAL
         heads = {"linear": partial(Linear, draw=draw)}
         self.head = make_head(head, student.width, num_classes, built_in=heads, where=HEAD)
 
@@ -87,34 +75,10 @@ class FineTuning(Task):
         logits = self.logits(pixels, keep)
         if self.training:
             return -(targets * F.log_softmax(logits, -1)).sum(-1).mean(), {}
-        counted = targets != NO_LABEL
-        losses = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="none")
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-        best = ranked == targets[:, None]
-        sums = {
-            "loss": losses.sum(),
-            "top1": best[:, 0].sum(),
-            "top5": best.sum(),
-            "pictures": counted.sum(),
-        }
-        found = {name: value.double() for name, value in sums.items()}
-        return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": ranked[:, 0]}
+        return summed(logits, targets)
 
     def logits(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
         """Returns (B, K) float32."""
         dtype = next(self.student.parameters()).dtype
-        features = self.student(pixels.to(dtype), keep)
-        mean = features.tokens[:, features.num_prefix_tokens :].float().mean(1)  # (B, C)
-        if self.fc_norm is not None:
-            mean = self.fc_norm(mean)
+        mean = mean_token(self.student(pixels.to(dtype), keep), self.fc_norm)
         return self.head(mean.to(dtype)).float()
-
-
-def counted(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the mean loss and percentages of sums over all images."""
-    images = max(float(sums["pictures"]), 1.0)
-    return {
-        "loss": float(sums["loss"]) / images,
-        "top1": 100 * float(sums["top1"]) / images,
-        "top5": 100 * float(sums["top5"]) / images,
-    }

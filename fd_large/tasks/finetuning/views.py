@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fd_large.backbones.statistics import Statistics, normalise
-from fd_large.data import views
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.loader import Batch, load_samples
+from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import samples_at
+from fd_large.data.views import ViewSettings
+from fd_large.tasks.classification.views import LabelledViews
 from fd_large.tasks.finetuning import augment, mixing
 from fd_large.tasks.finetuning.section import FineTune
 
@@ -44,7 +44,7 @@ class TrainingBatches(Dataset):
     source: LabelledImages
     recipe: FineTune
     statistics: Statistics
-    settings: views.ViewSettings
+    settings: ViewSettings
     seed: int
     epoch: int
     global_batch_size: int
@@ -55,7 +55,11 @@ class TrainingBatches(Dataset):
         if recipe.mixup or recipe.cutmix:
             other = mixing.partners(positions, self.global_batch_size)
         every = np.concatenate([positions, np.setdiff1d(other, positions)])
-        images, indices, labels, bad = self._views(every, own)
+        views = LabelledViews(self.source, self.settings, self.seed, self.epoch)
+        augmentations = views.draws(every, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
+        loaded = views.load(every, lambda view, place: self._augmented(view, augmentations[place]))
+        images, labels = normalise(loaded.images, self.statistics), loaded.labels
+        self._erase(images, views.draws(every, "erasing", augment.NUM_ERASING_DRAWS), every)
         at = {position: place for place, position in enumerate(every.tolist())}
         others = torch.tensor([at[position] for position in other.tolist()])
         starts = mixing.group_starts(positions, self.global_batch_size)
@@ -85,50 +89,26 @@ class TrainingBatches(Dataset):
             torch.cat(mixed),
             self.epoch,
             torch.from_numpy(positions),
-            indices[:own],
-            bad,
+            loaded.indices[:own],
+            sum(loaded.bad[:own], ()),
             torch.cat(targets),
         )
 
-    def _views(
-        self, positions: NDArray[np.int64], own: int
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
-        """Images, samples, labels; and what was bad among the first `own`, a rank's to count."""
-        crops = self._draws(positions, "view", views.NUM_DRAWS)
-        augmentations = self._draws(positions, "augmentation", augment.NUM_AUGMENTATION_DRAWS)
-        loaded = load_samples(
-            lambda place, index: self._view(index, crops[place], augmentations[place]),
-            positions,
-            samples_at(self.source, self.seed, self.epoch, positions),
-            num_samples=len(self.source),
-            seed=self.seed,
-            epoch=self.epoch,
-            blocks=getattr(self.source, "blocks", None),
-        )
-        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
-        images = [black if sample.value is None else sample.value for sample in loaded]
-        indices = [sample.index for sample in loaded]
-        labels = torch.tensor([self.source.label(index) for index in indices])
-        bad = sum((sample.bad for sample in loaded[:own]), ())
-        pixels = normalise(torch.stack(images), self.statistics)
-        self._erase(pixels, positions)
-        return pixels, torch.tensor(indices), labels, bad
-
-    def _view(self, index: int, crop: list[float], augmentation: list[float]) -> Tensor:
-        view = views.random_view(self.source, index, crop, self.settings)
+    def _augmented(self, view: Tensor, draws: list[float]) -> Tensor:
         if self.recipe.randaugment == 0:
             return view
         return augment.augment(
             view,
-            augmentation,
+            draws,
             magnitude=self.recipe.randaugment,
             std=self.recipe.randaugment_std,
             statistics=self.statistics,
         )
 
-    def _erase(self, pixels: Tensor, positions: NDArray[np.int64]) -> None:
+    def _erase(
+        self, pixels: Tensor, draws: list[list[float]], positions: NDArray[np.int64]
+    ) -> None:
         """Fills a box of some images with standard normal noise, in place."""
-        draws = self._draws(positions, "erasing", augment.NUM_ERASING_DRAWS)
         for place, position in enumerate(positions.tolist()):
             box = augment.erasing_box(
                 *pixels.shape[-2:], draws[place], probability=self.recipe.erasing
@@ -141,6 +121,3 @@ class TrainingBatches(Dataset):
             )[0].reshape(3, rows, columns, 2)
             noise = augment.normals(pairs[..., 0], pairs[..., 1])
             pixels[place, :, top : top + rows, left : left + columns] = torch.from_numpy(noise)
-
-    def _draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
-        return uniforms(self.seed, self.epoch, positions, stream, count).tolist()

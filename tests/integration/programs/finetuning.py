@@ -35,8 +35,9 @@ from fd_large.engine.zero.partition import load_weights
 from fd_large.probes import knn
 from fd_large.probes.features import extract, pooled
 from fd_large.recipes.run import Run
+from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.finetuning.job import FineTuningJob
-from fd_large.tasks.finetuning.task import FineTuning, counted
+from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.tasks.jobs import job_of
 
 UPDATES, TEST_BATCH = 10, 4
@@ -107,7 +108,7 @@ def tested_alone(run: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]
             _, sums = task(**task.prepare(batch.images, batch.labels, None))
         sums.pop("predicted")  # Of each image.
         totals = {key: totals.get(key, 0) + value for key, value in sums.items()}
-    return {f"test_{name}": value for name, value in counted(totals).items()}
+    return {f"test_{name}": value for name, value in averaged(totals).items()}
 
 
 def in_engine(run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float]]:

@@ -50,6 +50,11 @@ def pictures(tmp_path):
         ([TINY, "--task", "knn", "--seeds", "3"], ["--seeds: not used by knn"]),
         ([TINY, "--task", "linear", "--recipe", "finetune_dino_vit_base"], ["--recipe: not used"]),
         ([TINY, "--task", "finetune", "--student.init", "x"], ["--student.init"]),
+        ([TINY, "--task", "finetune", "--protocol", "official"], ["--protocol: not used"]),
+        (
+            [TINY, "--task", "linear", "--protocol", "official", "--probe_epochs", "3"],
+            ["--probe_epochs: not used by linear"],
+        ),
         (
             [TINY, "--task", "finetune", "--seeds", "2", "--runtime.run_dir", "x"],
             ["--runtime.run_dir"],

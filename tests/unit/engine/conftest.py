@@ -72,12 +72,24 @@ def one_rank():
 
 @pytest.fixture
 def make_engine(one_rank):
-    """Returns (config's name, seed) -> a `Brightness` in its engine; destroyed after the test."""
+    """Returns (config, seed) -> a task in its engine; destroyed after the test.
+
+    A config is a name in `CONFIGS`, or a stage and whether parameters are bfloat16.
+    """
     engines = []
 
-    def make(config="whole", *, seed=0, accumulation=1, make_task=Brightness, optim=None, **more):
-        stage, bfloat16 = CONFIGS[config]
-        numbers = ds.RunNumbers(2, accumulation, 1, 1, 1.0, bfloat16, (8,))
+    def make(
+        config="whole",
+        *,
+        seed=0,
+        accumulation=1,
+        clip_norm=1.0,
+        make_task=Brightness,
+        optim=None,
+        **more,
+    ):
+        stage, bfloat16 = CONFIGS.get(config, config)
+        numbers = ds.RunNumbers(2, accumulation, 1, 1, clip_norm, bfloat16, (8,))
         filled = ds.fill({"zero_optimization": {"stage": stage}}, numbers)
         engine = build_engine(make_task, filled, optim=optim or Optim(), seed=seed, **more)
         engine.task.train()

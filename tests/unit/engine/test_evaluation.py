@@ -8,8 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from unit.engine.conftest import Brightness, batch_of
 
-from fd_large.engine.evaluation import Evaluation, Interrupted, evaluating, steps_between
+from fd_large.engine.ema import Ema
+from fd_large.engine.evaluation import (
+    Evaluation,
+    Interrupted,
+    evaluating,
+    in_float32,
+    steps_between,
+)
+from fd_large.engine.zero import partition, state
 
 
 @pytest.mark.parametrize(
@@ -38,3 +47,44 @@ def test_training_goes_on_after_it_whatever_happened(error):
             raise error
     assert task.training
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bfloat16_engine_is_tested_with_its_masters(make_engine, stage):
+    """Those of the average where there is one; under ZeRO-3 it is tested as it trains."""
+    engine = make_engine((stage, True))
+    average = Ema(engine, 0.5)
+    for _, owner, start, stop in state.owned(engine):
+        owner.data.view(-1)[start:stop] += 1e-5  # Less than bfloat16 shows.
+    images = batch_of(0).images
+    plain = partition.build(Brightness, {}, partitioned=False, seed=0).eval()
+
+    def exact(more):
+        with torch.no_grad():
+            for parameter, initial in zip(plain.parameters(), values, strict=True):
+                parameter.copy_(initial + more)
+            return plain(**plain.prepare(images, None, None))[0].item()
+
+    values = [parameter.detach().clone() for parameter in plain.parameters()]
+    with in_float32(engine, Brightness) as measured:
+        found = measured(images, None)[0].item()
+    with average.in_place_of_weights(), in_float32(engine, Brightness) as measured:
+        averaged = measured(images, None)[0].item()
+    assert engine.task.training
+    if stage < 3:
+        assert found == exact(1e-5)
+        assert averaged == exact(0)
+        assert found != averaged
+    else:
+        assert found != exact(1e-5)
+        assert found == pytest.approx(exact(1e-5), rel=1e-2)
+
+
+def test_a_float32_engine_is_tested_as_it_is(make_engine):
+    engine, batch = make_engine("whole"), batch_of(0)
+    engine.task.eval()
+    with torch.no_grad():
+        alone = engine.task(**engine.task.prepare(batch.images, None, None))[0]
+    engine.task.train()
+    with in_float32(engine, Brightness) as measured:
+        assert torch.equal(measured(batch.images, None)[0], alone)

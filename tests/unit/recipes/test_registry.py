@@ -62,9 +62,8 @@ OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
-    assert {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *SEGMENTATION, *OURS, "quickstart"} == set(
-        registry.RECIPES
-    )
+    published = {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *SEGMENTATION}
+    assert {*published, *OURS, "quickstart", "linear_probe"} == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
 
 
@@ -127,6 +126,15 @@ def test_clip_itself_is_fine_tuned_as_published(name):
     assert (augmentation.mixup, augmentation.cutmix, run.student.drop_path_rate) == (0, 0, 0)
     teacher = registry.get(name.replace("finetune", "fd").removesuffix("_plain")).teacher
     assert run.student.model == teacher.model
+
+
+def test_the_linear_probe_has_the_settings_of_its_source():
+    run = registry.get("linear_probe")
+    # MAE: 0.1 for 256 images.
+    peak, first, last = run.optim.rates(run.batch.global_batch_size)
+    assert peak == pytest.approx(0.1 * 16384 / 256)
+    assert (first, last, run.optim.weight_decay, run.optim.clip_norm) == (0, 0, 0, 0)
+    assert (run.optim.epochs, run.optim.warmup_epochs, run.optim.name) == (90, 10, "lars")
 
 
 @pytest.mark.parametrize("name", DETECTION)

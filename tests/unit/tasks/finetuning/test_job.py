@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny_runs
 import torch
+from labelled_folder import labelled_folder
 from loading import close
-from PIL import Image
 from stored_run import store_tensors
 
 from fd_large.backbones.statistics import OPENAI_CLIP
@@ -33,13 +32,7 @@ TINY = Architecture(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 7)):
-        for number in range(count):
-            folder = tmp_path / split / "ab"[number % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            levels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-            Image.fromarray(levels).save(folder / f"{number}.png")
+    labelled_folder(tmp_path)
     run = registry.get("finetune_clip_vit_base")
     return replace(
         run,
@@ -55,7 +48,9 @@ def measured(run: Run) -> dict[str, float]:
     torch.manual_seed(0)
     task = job.make_task().eval()
     torch.nn.init.normal_(task.head.weight)
-    engine = SimpleNamespace(task=task, deepspeed=task)
+    engine = SimpleNamespace(
+        task=task, deepspeed=task, stage=1, config={"bf16": {"enabled": False}}
+    )
     (evaluation,) = job.evaluations(engine, job.open_samples(), 3)
     return evaluation.measure(0, True, lambda: None)[0]
 

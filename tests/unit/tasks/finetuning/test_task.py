@@ -20,8 +20,10 @@ from fd_large.engine.zero.layer_decay import by_layer
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Optim
+from fd_large.tasks.classification.mean_token import DISCARDED
+from fd_large.tasks.classification.scores import averaged
 from fd_large.tasks.finetuning import mixing
-from fd_large.tasks.finetuning.task import DISCARDED, FineTuning, counted
+from fd_large.tasks.finetuning.task import FineTuning
 from fd_large.weights.source import Sources
 
 TINY = Architecture(embed_dim=16, depths=(2,), num_heads=(2,), patch_size=8, image_size=16)
@@ -124,7 +126,7 @@ def test_it_learns_as_in_the_official_code(make_engine, tmp_path):
         _, sums = engine.deepspeed(**prepared)
         logits = engine.task.logits(prepared["pixels"], None)
     sums.pop("predicted")
-    found = counted(sums)
+    found = averaged(sums)
     assert logits.flatten().tolist() == pytest.approx(expected["logits"], abs=1e-5)
     assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
     assert found["loss"] == pytest.approx(expected["test_loss"], abs=1e-5)

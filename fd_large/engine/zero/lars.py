@@ -1,0 +1,52 @@
+"""LARS: every matrix moves by a part of its own norm, whatever the size of its gradient.
+
+Here is what acts element by element, the momentum; `trust_ratio.py` scales the gradients before.
+
+Source: You et al., arXiv 1708.03888; class LARS of SwinTransformer/Feature-Distillation's utils.py,
+which is that of MoCo v3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.9
+TRUST_COEFFICIENT = 0.001
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum, of gradients that hold the weight decay and are scaled already.
+
+    Args:
+        groups: Groups of parameters.
+        lr: Learning rate.
+    """
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        # The decay is part of the gradient that `trust_ratio.py` makes.
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Moves the parameters against their momentum."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].mul_(MOMENTUM).add_(parameter.grad)
+                parameter.add_(momentum, alpha=-group["lr"])
+
+    @staticmethod
+    def trust_ratio(weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Returns the factor of a gradient, given norms of a matrix and of its decayed gradient.
+
+        It is 1 where one of them is 0.
+        """
+        ratio = TRUST_COEFFICIENT * weight_norm / gradient_norm
+        return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)

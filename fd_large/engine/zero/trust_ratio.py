@@ -1,0 +1,92 @@
+"""Gradients scaled by norms of whole tensors, at any ZeRO stage.
+
+An optimiser that has a method `trust_ratio(weight_norm, gradient_norm)` looks at whole tensors, of
+which ZeRO gives a rank only parts. Before it steps, the squares of the parts are added up over the
+ranks in one small all-reduce; then each matrix's gradient, with its weight decay, is multiplied by
+the ratio. Vectors keep their gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.engine.zero import state
+from fd_large.engine.zero.engine import Engine
+
+
+class _Part(NamedTuple):
+    """Elements [start, stop) of a flattened tensor, and which matrix they are of."""
+
+    matrix: int
+    start: int
+    stop: int
+
+
+class _TrustRatios:
+    """Steps in place of the inner optimiser, with scaled gradients."""
+
+    def __init__(
+        self,
+        inner: Any,
+        plain_step: Callable[..., Any],
+        parts: dict[int, list[_Part]],
+        num_matrices: int,
+        *,
+        is_split: bool,
+    ) -> None:
+        self._inner, self._plain_step, self._parts = inner, plain_step, parts
+        self._num_matrices, self._is_split = num_matrices, is_split
+
+    def step(self, *arguments: Any, **named: Any) -> None:
+        """Steps the groups as they are; DeepSpeed empties those that it does not want stepped."""
+        device = distributed.device()
+        squares = torch.zeros(2, self._num_matrices, dtype=torch.float64, device=device)
+        scaled: list[tuple[int, Tensor]] = []
+        for group in self._inner.param_groups:
+            for owner in group["params"]:
+                for matrix, start, stop in self._parts.get(id(owner), ()):
+                    if owner.grad is None:
+                        continue
+                    weight = owner.data.view(-1)[start:stop]
+                    gradient = owner.grad.view(-1)[start:stop]
+                    gradient.add_(weight, alpha=group["weight_decay"])
+                    for row, values in enumerate((weight, gradient)):
+                        norm = torch.linalg.vector_norm(values, dtype=torch.float64)
+                        squares[row, matrix] += norm.square().to(device)
+                    scaled.append((matrix, gradient))
+        norms = (distributed.sum_tensor(squares) if self._is_split else squares).sqrt()
+        ratios = self._inner.trust_ratio(*norms)
+        for matrix, gradient in scaled:
+            gradient.mul_(ratios[matrix].to(gradient))
+        self._plain_step(*arguments, **named)
+
+
+def scale_by_norms(engine: Engine) -> None:
+    """Lets an engine scale gradients before each step, if its optimiser asks for that.
+
+    Args:
+        engine: The engine, before its first step, its learning rates by layer installed.
+    """
+    inner = engine.gate.inner
+    if not hasattr(inner, "trust_ratio"):
+        return
+    # Under ZeRO-3 a parameter's own shape is empty; the full one is beside it.
+    matrices = [
+        name
+        for name, parameter in engine.task.named_parameters()
+        if len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+    ]
+    parts: dict[int, list[_Part]] = defaultdict(list)
+    for name, owner, start, stop in state.owned(engine):
+        if name in matrices:
+            parts[id(owner)].append(_Part(matrices.index(name), start, stop))
+    ratios = _TrustRatios(
+        inner, engine.gate.inner_step, parts, len(matrices), is_split=engine.stage > 0
+    )
+    engine.gate.inner_step = ratios.step

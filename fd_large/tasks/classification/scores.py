@@ -1,0 +1,39 @@
+"""Loss and accuracy of logits, as sums that add up over batches and ranks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fd_large.data.centre_crops import NO_LABEL
+
+
+def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the mean cross-entropy, and sums over the images with `predicted`, (B,).
+
+    Args:
+        logits: (B, K) float32.
+        labels: (B,) int64; images with `NO_LABEL` are not counted.
+    """
+    counted = labels != NO_LABEL
+    losses = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    best = ranked == labels[:, None]
+    sums = {
+        "loss": losses.sum(),
+        "top1": best[:, 0].sum(),
+        "top5": best.sum(),
+        "pictures": counted.sum(),
+    }
+    found = {name: value.double() for name, value in sums.items()}
+    return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": ranked[:, 0]}
+
+
+def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the mean loss and percentages of sums over all images."""
+    images = max(float(sums["pictures"]), 1.0)
+    return {
+        "loss": float(sums["loss"]) / images,
+        "top1": 100 * float(sums["top1"]) / images,
+        "top5": 100 * float(sums["top5"]) / images,
+    }

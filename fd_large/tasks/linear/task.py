@@ -1,0 +1,185 @@
+"""The linear probe as a task: features of a frozen model, a batch norm without affine, one layer.
+
+The feature is that of fine-tuning before its first step (`classification/mean_token.py`): of a ViT
+the mean of the patch tokens before the final norm, normalised without affine; of a Swin model the
+mean of what its final norm gives.
+
+Statistics of the norm are those of a group of neighbouring images of the global batch, so that they
+depend on no rank and no micro batch. The running statistics, by which tests normalise, move once a
+step that is taken, by the mean over all groups.
+
+Source: main_linear.py and models/vision_transformer.py of SwinTransformer/Feature-Distillation,
+after He et al. (MAE), arXiv 2111.06377, appendix A.1. There a group is the batch of a GPU, the
+running statistics of the first GPU count, and drop path of the frozen model is on in training where
+it is configured; here it is off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large import distributed
+from fd_large.backbones.initialization import NORMAL
+from fd_large.backbones.layers import Linear
+from fd_large.backbones.statistics import Statistics, normalise
+from fd_large.data.loader import Batch
+from fd_large.engine.task import Task
+from fd_large.tasks.classification.mean_token import mean_token, norm_of_mean
+from fd_large.tasks.classification.scores import summed
+
+NORM_EPS = 1e-6
+MOMENTUM = 0.1
+# The published standard deviation of the layer's first weights.
+HEAD_STD = 0.01
+
+
+class FrozenFeature(nn.Module):
+    """A frozen model: uint8 images to a feature of each; always in evaluation mode.
+
+    Args:
+        net: A backbone of `fd_large.backbones`.
+        statistics: The normalisation of its images.
+    """
+
+    def __init__(self, net: nn.Module, statistics: Statistics) -> None:
+        super().__init__()
+        self.net, self.norm, self.statistics = net, norm_of_mean(net), statistics
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenFeature:
+        """Stays in evaluation mode, whatever it is set to."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns (B, C) float32, without gradient."""
+        with torch.no_grad():
+            pixels = normalise(images, self.statistics)
+            features = self.net(pixels.to(next(self.net.parameters()).dtype))
+            return mean_token(features, self.norm)
+
+
+class Frozen(NamedTuple):
+    """A frozen model in the two types in which it computes; on a CPU both are the same.
+
+    Attributes:
+        learning: What the layer learns from, in the run's type.
+        tested: What it is tested with, in float32.
+    """
+
+    learning: FrozenFeature
+    tested: FrozenFeature
+
+
+class _NothingTrained(nn.Module):
+    """Stands where other tasks have the backbone that they train."""
+
+    drop_path_rates = ()
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def no_weight_decay(self) -> frozenset[str]:
+        return frozenset()
+
+    def no_weight_decay_keywords(self) -> frozenset[str]:
+        return frozenset()
+
+
+class LinearProbing(Task):
+    """The layer and the norm before it.
+
+    Args:
+        frozen: The model; it is no submodule, so that it is neither trained nor stored.
+        num_classes: K.
+        norm_batch: Images of a group.
+    """
+
+    def __init__(self, frozen: Frozen, num_classes: int, *, norm_batch: int) -> None:
+        super().__init__(_NothingTrained())
+        self._frozen, self._norm_batch = (frozen,), norm_batch
+        width = frozen.tested.net.width
+        draw = NORMAL.divided(NORMAL.std / HEAD_STD)
+        self.head = Linear(width, num_classes, draw=draw)
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_variance", torch.ones(width))
+        # Sums over the images of this step: of their groups' mean and variance, and their number.
+        self._seen: Tensor | None = None
+
+    def prepare(self, images: Tensor, targets: Any, keep: Tensor | None) -> dict[str, Any]:
+        """Returns features, labels and, in training, which of the images are this micro batch's.
+
+        Args:
+            images: (M, 3, H, W) uint8: in training whole groups, one after the other.
+            targets: In training {"labels": (B,), "places": (B,) in the images}; else (M,) labels.
+            keep: Nothing is dropped.
+        """
+        del keep
+        (frozen,) = self._frozen
+        if not self.training:
+            return {"features": frozen.tested(images), "labels": targets, "places": None}
+        return {"features": frozen.learning(images), **targets}
+
+    def forward(
+        self, *, features: Tensor, labels: Tensor, places: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the cross-entropy and, in evaluation, sums over the images.
+
+        Args:
+            features: (M, C) float32.
+            labels: (B,) int64; in evaluation as `scores.summed` takes them.
+            places: (B,) int64, the rows of the labels; None in evaluation, where they are all.
+        """
+        if places is None:
+            mean, variance = self.running_mean, self.running_variance
+            normed = (features - mean) * (variance + NORM_EPS).rsqrt()
+            return summed(self._logits(normed), labels)
+        rows, groups = [], features.split(self._norm_batch)
+        numbers = torch.arange(len(groups), device=places.device)
+        own = (places // self._norm_batch == numbers[:, None]).sum(1)
+        for count, group in zip(own, groups, strict=True):
+            variance, mean = torch.var_mean(group, 0, correction=0)
+            rows.append((group - mean) * (variance + NORM_EPS).rsqrt())
+            unbiased = variance * (len(group) / max(1, len(group) - 1))
+            ones = torch.ones(1, device=mean.device)
+            found = count * torch.cat([mean, unbiased, ones]).double()
+            self._seen = found if self._seen is None else self._seen + found
+        logits = self._logits(torch.cat(rows)[places])
+        return F.cross_entropy(logits, labels), {}
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        """(B, C) to (B, K) float32."""
+        return self.head(normed.to(self.head.weight.dtype)).float()
+
+    def before_step(self) -> None:
+        """Drops what was seen outside of a step, such as in a trial."""
+        self._seen = None
+
+    def after_step(self) -> None:
+        """Moves the running statistics."""
+        assert self._seen is not None
+        *sums, count = distributed.sum_tensor(self._seen).split([*[len(self.running_mean)] * 2, 1])
+        running = (self.running_mean, self.running_variance)
+        for statistic, total in zip(running, sums, strict=True):
+            statistic.lerp_((total / count).to(statistic), MOMENTUM)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Returns the frozen model and this task."""
+        return {"frozen.": self._frozen[0].learning, "": self}
+
+
+def probe_batch(size: int, image_size: int) -> Batch:
+    """Makes a batch of so many grey images of the first class.
+
+    Args:
+        size: Number of images.
+        image_size: Their side, in pixels.
+    """
+    positions = torch.arange(size)
+    images = torch.full((size, 3, image_size, image_size), 128, dtype=torch.uint8)
+    targets = {"labels": torch.zeros(size, dtype=torch.int64), "places": positions}
+    return Batch(images, 0, positions, positions, targets=targets)
