@@ -34,7 +34,7 @@ COMMON = """
 --batch.global_batch_size 8 --runtime.log_every 10 --runtime.save_every 100000
 """
 DETECTION = """
---recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256 --batch.micro_batch_size 4
+--recipe coco_mask_rcnn_swinv2_tiny --data.image_size 256
 --student.architecture.embed_dim 48 --student.architecture.depths 2 2 2 2
 --student.architecture.num_heads 3 6 12 24 --student.architecture.window_size 8
 --task.detection.head_width 64 --task.detection.rois_per_image 64
@@ -44,7 +44,7 @@ DETECTION = """
 --optim.warmup_epochs 20
 """
 SEGMENTATION = """
---data.image_size 128 --batch.micro_batch_size 4
+--data.image_size 128
 --task.segmentation.reduce_zero_label False --task.segmentation.num_classes 90
 --task.segmentation.head_width 64 --task.segmentation.scale_range 1 1
 --task.segmentation.cat_max_ratio 1 --task.segmentation.photometric False
@@ -194,6 +194,7 @@ def main() -> int:
         code = harness.start(
             str(ROOT / "fd_large/train.py"),
             *("--deepspeed_config", ROOT / "ds_configs/zero3.json", *given),
+            *("--batch.micro_batch_size", NUM_IMAGES // flags.ranks),
             *("--data.root", root, "--runtime.run_dir", run_dir),
             *("--optim.max_steps", flags.updates, "--eval.every", flags.every),
             ranks=flags.ranks,

@@ -94,7 +94,8 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
     if own.task == "auto" and (folder / FILE).is_file():
         kind = kind_of(read_recipe(folder, where="evaluate").task.name)
     if kind and kind.scores_runs:
-        _refuse(own, "a run that is scored by its own task", ("models",), changes, SCORING_FIELDS)
+        allowed = (*SCORING_FIELDS, *kind.scoring_fields)
+        _refuse(own, "a run that is scored by its own task", ("models",), changes, allowed)
         return _score_run(own, changes)
     from fd_large.engine.find_model import find_models
     from fd_large.tasks.jobs import job_of

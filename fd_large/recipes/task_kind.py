@@ -24,6 +24,8 @@ class TaskKind:
             the result.
         scores_runs: Whether its job scores a stored run (`Job.score_stored`); `evaluate RUN` then
             does that unless another test is named.
+        scoring_fields: Fields of the recipe, section.field, that such an evaluation may change,
+            besides those of the images.
         trains_models: Whether `evaluate` trains named models by it (`Job.recipe_for`,
             `Job.starting_from`, `Job.compared`).
         scored_files: Flags of `evaluate` that name files of results which are scored without a
@@ -41,6 +43,7 @@ class TaskKind:
     sections: tuple[str, ...] = ()
     may_change: tuple[str, ...] = ()
     scores_runs: bool = False
+    scoring_fields: tuple[str, ...] = ()
     trains_models: bool = False
     scored_files: type | None = None
     next_steps: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -98,20 +98,18 @@ class Segmentation:
         )
 
 
+HOW_TO_TEST = tuple(
+    f"task.segmentation.test_{name}" for name in ("mode", "stride", "size", "scales", "flip")
+)
 KIND = TaskKind(
     name="segmentation",
     folder="segmentation",
     job="SegmentationJob",
     title="Segmentation",
     section=Segmentation,
-    may_change=(
-        "task.segmentation.classes",
-        *(
-            f"task.segmentation.test_{name}"
-            for name in ("mode", "stride", "size", "scales", "flip")
-        ),
-    ),
+    may_change=("task.segmentation.classes", *HOW_TO_TEST),
     scores_runs=True,
+    scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size"),
     next_steps=(
         (
             "a score for each class, and pictures",
