@@ -6,7 +6,7 @@ Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_t
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
 largest, coco_mask_rcnn_swinv2_tiny at 256 px), `segmentation_swinv2` or `segmentation_vit` (the
 category of each pixel, smaller objects on top, all else ignored, of images that show at least two;
-UPerNet at 128 px). Writes benchmarks/results/memorise.json or memorise_TASK.json, the curves, and
+UPerNet at 64 px). Writes benchmarks/results/memorise.json or memorise_TASK.json, the curves, and
 the images with what is seen in them.
 """
 
@@ -44,7 +44,7 @@ DETECTION = """
 --optim.warmup_epochs 20
 """
 SEGMENTATION = """
---data.image_size 128
+--data.image_size 64
 --task.segmentation.reduce_zero_label False --task.segmentation.num_classes 90
 --task.segmentation.head_width 64 --task.segmentation.scale_range 1 1
 --task.segmentation.cat_max_ratio 1 --task.segmentation.photometric False
@@ -57,7 +57,8 @@ SWINV2 = """
 """
 VIT = """
 --recipe ade20k_upernet_vit_base --student.architecture.embed_dim 192
---student.architecture.depths 6 --student.architecture.num_heads 3 --optim.layer_decay 1
+--student.architecture.depths 6 --student.architecture.num_heads 3
+--student.architecture.patch_size 8 --optim.layer_decay 1
 """
 # Flags, what is aimed at, and a word for it.
 TASKS = {

@@ -111,7 +111,13 @@ def parse(kind: type[Own], arguments: Sequence[str], *, command: str) -> Own:
 
 
 def parse_with_recipe(
-    kind: type[Own], arguments: Sequence[str], *, command: str, recipe: str, in_help: bool = False
+    kind: type[Own],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    recipe: str,
+    in_help: bool = False,
+    base: Run | None = None,
 ) -> WithRecipe[Own]:
     """Reads the arguments of a command that takes a recipe and its fields as well.
 
@@ -121,10 +127,11 @@ def parse_with_recipe(
         command: Its name, for messages and the help.
         recipe: Name of the recipe where none is given.
         in_help: Whether the help lists the fields of the recipe with their values.
+        base: A recipe that stands in for that of the name.
 
     Raises: As `parse`.
     """
-    return _Parser(kind, command, recipe, in_help).parse(arguments)
+    return _Parser(kind, command, recipe, in_help, base).parse(arguments)
 
 
 def choose(
@@ -184,8 +191,14 @@ class _Parser(Generic[Own]):
     """One command's parser; it is used once."""
 
     def __init__(
-        self, kind: type[Own], command: str, recipe: str | None = None, in_help: bool = False
+        self,
+        kind: type[Own],
+        command: str,
+        recipe: str | None = None,
+        in_help: bool = False,
+        base: Run | None = None,
     ) -> None:
+        self._base = base
         self._kind, self._command, self._recipe, self._in_help = kind, command, recipe, in_help
         self._positional = {}
         for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -214,7 +227,7 @@ class _Parser(Generic[Own]):
         base = run = built = None
         if self._recipe is not None:
             try:
-                base = from_file or registry.get(own.get("recipe") or self._recipe)
+                base = from_file or self._base or registry.get(own.get("recipe") or self._recipe)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
                 self._mistakes.append(str(error))

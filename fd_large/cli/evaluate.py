@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -63,7 +64,9 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
 
 def main(arguments: list[str]) -> int:
     """Runs the command."""
-    given = parse_with_recipe(Evaluate, arguments, command="evaluate", recipe=RECIPE)
+    given = parse_with_recipe(
+        Evaluate, arguments, command="evaluate", recipe=RECIPE, base=_scored_run(arguments)
+    )
     return evaluate(given.own, given.fields, given.run)
 
 
@@ -115,6 +118,21 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def _scored_run(arguments: Sequence[str]) -> Run | None:
+    """The recipe of a run that its own task is to score, whose fields flags may change."""
+    named = (text for text in arguments if not text.startswith("--"))
+    folders = (folder for folder in map(run_of_checkpoint, named) if (folder / FILE).is_file())
+    folder = next(folders, None)
+    if folder is None or any(text.partition("=")[0] == "--task" for text in arguments):
+        return None
+    # What is wrong with it is said once all flags are read.
+    with suppress(ConfigError):
+        run = read_recipe(folder, where="evaluate")
+        kind = run.task.kind()
+        return run if kind and kind.scores_runs else None
+    return None
 
 
 def _refuse(

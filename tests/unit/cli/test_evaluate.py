@@ -15,6 +15,8 @@ from PIL import Image
 from fd_large import distributed
 from fd_large.cli import evaluate
 from fd_large.cli.main import main
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
 
 TINY = "vit_base_patch16=random"
 
@@ -179,3 +181,14 @@ def test_mistakes_in_detections_are_reported_before_the_work(eval_folder, tmp_pa
     for more, found in ((missing, "--json"), (["--annotations", results], "annotations")):
         assert main(["evaluate", "--detections", results, *more]) == 2
         assert found in capsys.readouterr().err
+
+
+def test_a_run_that_its_task_scores_is_tested_as_flags_say(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(registry.get("ade20k_linear").to_dict()))
+    run = evaluate._scored_run([str(tmp_path), "--task.segmentation.test_flip", "True"])
+    assert run.name == "ade20k_linear"
+    assert evaluate._scored_run([str(tmp_path), "--task", "knn"]) is None
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: not used by a run that is scored"):
+        evaluate.main(
+            [str(tmp_path), "--optim.base_lr", "1", "--task.segmentation.test_flip", "True"]
+        )
