@@ -124,7 +124,10 @@ def write_html(folder: Path, diagnosis: dict[str, Any], pictures: list[Path]) ->
 
 
 def table(models: list[Model]) -> list[list[str]]:
-    """Returns rows of a name and each model's figure in words: means over layers, and losses."""
+    """Returns rows of a name and each model's figure in words: means over layers, and losses.
+
+    What no model has is left out.
+    """
     heads = {"head_similarity": "similarity of heads", "patch_similarity": "- among patches alone"}
     found = [
         ["parameters", *(f"{model['parameters'] / 1e6:.2f} M" for model in models)],
@@ -144,7 +147,7 @@ def table(models: list[Model]) -> list[list[str]]:
             found.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
         else:  # A change is nothing where the weights are.
             found.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
-    return found
+    return [row for row in found if set(row[1:]) != {"none"}]
 
 
 def notes(models: list[Model]) -> list[str]:

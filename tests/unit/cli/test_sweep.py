@@ -112,4 +112,7 @@ def test_what_cannot_be_swept(images, trained, tmp_path, capsys):
     assert "--sweep: left out" in capsys.readouterr().err
     assert main(["evaluate", "vit_base_patch16=random", "--task", "knn", "--sweep"]) == 2
     assert "--sweep: not used by knn" in capsys.readouterr().err
+    official = ["--task", "linear", "--protocol", "official", "--sweep"]
+    assert main(["evaluate", "vit_base_patch16=random", *official]) == 2
+    assert "--sweep: not used by linear" in capsys.readouterr().err
     assert not trained
