@@ -363,10 +363,11 @@ def test_the_canary(card: Card, monkeypatch) -> None:
 
 def test_a_diagnosis(card: Card, distillation, tmp_path: Path) -> None:
     folder, *_ = distillation
-    models = [load_model(str(folder)), load_model("timm:test_vit=random")]
+    sample = Sample("builtin:photographs", 4)
+    models = [load_model(str(folder), sample), load_model("timm:test_vit=random", sample)]
     found = examine(
         models,
-        Sample("builtin:photographs", 4),
+        sample,
         batch_size=4,
         extent=Extent(points=3, seeds=1, side=3),
         progress=lambda what: None,

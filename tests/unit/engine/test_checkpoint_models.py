@@ -94,12 +94,13 @@ def test_another_net_is_refused(stored, tmp_path):
         student_run(tmp_path, "vit_base_patch16", 32)
 
 
-def test_a_damaged_checkpoint_is_passed_over(stored, tmp_path):
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(stored, tmp_path):
     for update in (3, 4):
         stored("vit_base_patch16", VIT, update)
     open_one = partial(student_of, tmp_path, "--teacher.source", job_of)
     (store.checkpoints_of(tmp_path) / store.name_of(4) / store.file_of(2)).unlink()
-    assert open_one().path.name == store.name_of(3)
+    with pytest.raises(CheckpointError, match=rf"{store.name_of(4)}.*{store.name_of(3)}"):
+        open_one()
 
 
 def test_no_sound_checkpoint(stored, tmp_path):
