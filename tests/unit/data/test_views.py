@@ -27,6 +27,20 @@ def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(below[0] - below[1]).max())
 
 
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (300, 100), (64, 64)])
+def test_a_cut_box_is_byols(height, width):
+    """Class RandomResizedCrop of SwinTransformer/Feature-Distillation's data_linear.py."""
+    for row in uniforms(0, 0, np.arange(200), "view", NUM_DRAWS).tolist():
+        _, at_top, at_left, share, aspect, *_ = row
+        area = (0.08 + 0.92 * share) * height * width
+        ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * aspect))
+        wide = min(round(np.sqrt(area * ratio)), width)
+        high = min(round(np.sqrt(area / ratio)), height)
+        place = int(at_top * (height - high + 1)), int(at_left * (width - wide + 1))
+        box = crop_box(height, width, row, min_crop_scale=0.08, cuts_boxes=True)
+        assert box == (*place, high, wide)
+
+
 @pytest.mark.parametrize(
     ("height", "width", "min_scale"), [(120, 160, 0.08), (300, 100, 0.08), (64, 64, 0.5)]
 )
