@@ -14,9 +14,11 @@ DATA_ROOT=${DATA_ROOT:-}
 #       --teacher.model swinv2_1b
 TEACHER_SOURCE=${TEACHER_SOURCE:-}
 
-# For slurm/coco_swinv2g.sh: a dataset in COCO's layout, and the run or file of weights that its
-# backbone comes from (docs/detection.md).
+# For slurm/coco_swinv2g.sh and slurm/ade20k_swinv2g.sh: a dataset in COCO's layout
+# (docs/detection.md) or in ADE20K's (docs/segmentation.md), and the run or file of weights that the
+# backbone comes from.
 COCO_ROOT=${COCO_ROOT:-}
+ADE20K_ROOT=${ADE20K_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}
 
 # ---- queue --------------------------------------------------------------------------------------
