@@ -1,8 +1,8 @@
 #!/bin/bash
 # UPerNet on a distilled SwinV2-G (3.0B), 640 px, under ZeRO-3 with hpZ on 32 GPUs.
 #
-#   ADE20K_ROOT=/data/ade20k STUDENT_INIT=runs/fd_swinv2g sbatch slurm/ade20k_swinv2g.sh
-#   ADE20K_ROOT=/data/ade20k STUDENT_INIT=runs/fd_swinv2_base \
+#   ADE_ROOT=/data/ade20k STUDENT_INIT=runs/fd_swinv2g sbatch slurm/ade20k_swinv2g.sh
+#   ADE_ROOT=/data/ade20k STUDENT_INIT=runs/fd_swinv2_base \
 #       sbatch --nodes=1 slurm/ade20k_swinv2g.sh --recipe ade20k_upernet_swinv2_base
 #
 # Submit from the repository's root, or from a folder that `fd-large init` wrote; data, weights and
@@ -32,6 +32,6 @@ fi
 source "$scripts/launch.sh"
 
 # shellcheck disable=SC2034 # launch reads it
-learns_from=(data.root ADE20K_ROOT student.init STUDENT_INIT)
+learns_from=(data.root ADE_ROOT student.init STUDENT_INIT)
 launch --recipe ade20k_upernet_swinv2_giant --deepspeed_config zero3_hpz \
     --runtime.notice_seconds 300 "$@"

@@ -99,7 +99,7 @@ check_settings() {
         case $setting in
             DATA_ROOT) what="a folder of images or tar files" ;;
             COCO_ROOT) what="the folder of a dataset with COCO's annotations" ;;
-            ADE20K_ROOT) what="the folder of ADE20K" ;;
+            ADE_ROOT) what="the folder of ADE20K" ;;
             TEACHER_SOURCE) what="the teacher's weights or \"random\"" ;;
             STUDENT_INIT) what="the folder of a run, or a file of weights" ;;
         esac

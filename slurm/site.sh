@@ -18,7 +18,7 @@ TEACHER_SOURCE=${TEACHER_SOURCE:-}
 # (docs/detection.md) or in ADE20K's (docs/segmentation.md), and the run or file of weights that the
 # backbone comes from.
 COCO_ROOT=${COCO_ROOT:-}
-ADE20K_ROOT=${ADE20K_ROOT:-}
+ADE_ROOT=${ADE_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}
 
 # ---- queue --------------------------------------------------------------------------------------
