@@ -213,6 +213,7 @@ def workload(run: Run, rates: Rates = CARDS["h100"], kernels: Kernels = "fused")
         global_batch_size=run.batch.global_batch_size,
         frozen_dtype=run.teacher.dtype if run.frozen_models else "auto",
         moments=_moments(run),
+        may_split_frozen=bool(run.frozen_models),
     )
 
 
@@ -299,9 +300,11 @@ def _heading(run: Run, load: Workload, machine: Machine) -> Text:
     teacher = ""
     if load.teacher_sizes:
         source, model = run.teacher.source, run.teacher.model
-        name = source if brings_model(source) else model
+        name = f"teacher {source if brings_model(source) else model}"
+        if not run.frozen_models:
+            name = "frozen model"
         teacher = (
-            f"  teacher {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
+            f"  {name}: {sum(load.teacher_sizes) / 1e6:,.1f}M parameters, "
             f"{counts.flops('inference', 1) / 1e9:,.1f} GFLOP\n"
         )
     return Text(

@@ -45,7 +45,9 @@ def search(load: Workload, machine: Machine) -> tuple[list[Estimate], list[Refus
         sizes = [counted]
     good: list[Estimate] = []
     bad: list[Refused] = []
-    for candidate in _candidates(machine, taught=bool(load.teacher_sizes)):
+    for candidate in _candidates(
+        machine, taught=bool(load.teacher_sizes) and load.may_split_frozen
+    ):
         memory = peak_memory(load, candidate, machine)
         if not memory.fits(machine.rates):
             bad.append(Refused(candidate=candidate, reason=_too_large(memory, machine)))

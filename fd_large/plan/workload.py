@@ -21,12 +21,14 @@ class Workload:
         global_batch_size: Images of a step.
         frozen_dtype: Data type of the teacher, as in the recipe: auto, float32 or bfloat16.
         moments: Float32 numbers that the optimiser keeps of each parameter.
+        may_split_frozen: Whether the frozen model may be split over ranks, as a teacher may.
     """
 
     counts: Mapping[bool, Counts]
     global_batch_size: int
     frozen_dtype: str = "auto"
     moments: int = 2
+    may_split_frozen: bool = True
 
     @cached_property
     def student_sizes(self) -> tuple[int, ...]:
