@@ -21,7 +21,7 @@ from fd_large.engine.checkpoint_models import stored_task
 from fd_large.engine.find_model import NamedModel, find_model
 from fd_large.engine.job import Job
 from fd_large.engine.task import Task
-from fd_large.errors import FDError
+from fd_large.errors import DataError, WeightsError
 from fd_large.recipes.sections import RANDOM
 from fd_large.tasks.jobs import job_of
 
@@ -102,7 +102,7 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         try:
             task, loss = _of_task(named, job, sample)
             losses.append(loss)
-        except FDError as error:
+        except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
             left_out = f"{job.loss_name} is left out: {error}"
             log.warning("%s: %s", named.label, left_out)
     if task is not None and job is not None and not job.stored_student().absent:
