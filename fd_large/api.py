@@ -282,10 +282,11 @@ def evaluate(
             raise ConfigError(
                 f"{name}: no such argument of evaluate; {nearest(name, [*known, *hints_of(Run)])}"
             )
-    base = registry.get(own.get("recipe") or command.RECIPE)
+    named = [os.fspath(model) for model in models]
+    base = command.scored_run(named, task) or registry.get(own.get("recipe") or command.RECIPE)
     run = _run_of(base, values)
     given = named_fields(Given(values), [])
-    own |= {"models": [os.fspath(model) for model in models], "task": task, "out": os.fspath(out)}
+    own |= {"models": named, "task": task, "out": os.fspath(out)}
     arguments = from_plain(command.Evaluate, {k: _listed(v) for k, v in own.items()}, "")
     summary = Path(out) / "summary.json"
     before = summary.stat().st_mtime_ns if summary.is_file() else None

@@ -117,7 +117,7 @@ def parse_with_recipe(
     command: str,
     recipe: str,
     in_help: bool = False,
-    base: Run | None = None,
+    base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
 ) -> WithRecipe[Own]:
     """Reads the arguments of a command that takes a recipe and its fields as well.
 
@@ -127,11 +127,12 @@ def parse_with_recipe(
         command: Its name, for messages and the help.
         recipe: Name of the recipe where none is given.
         in_help: Whether the help lists the fields of the recipe with their values.
-        base: A recipe that stands in for that of the name.
+        base_of: The command's own arguments that are given -> a recipe that stands in for that of
+            the name, if any.
 
     Raises: As `parse`.
     """
-    return _Parser(kind, command, recipe, in_help, base).parse(arguments)
+    return _Parser(kind, command, recipe, in_help, base_of).parse(arguments)
 
 
 def choose(
@@ -196,9 +197,9 @@ class _Parser(Generic[Own]):
         command: str,
         recipe: str | None = None,
         in_help: bool = False,
-        base: Run | None = None,
+        base_of: Callable[[Mapping[str, Any]], Run | None] = lambda own: None,
     ) -> None:
-        self._base = base
+        self._base_of = base_of
         self._kind, self._command, self._recipe, self._in_help = kind, command, recipe, in_help
         self._positional = {}
         for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -227,7 +228,8 @@ class _Parser(Generic[Own]):
         base = run = built = None
         if self._recipe is not None:
             try:
-                base = from_file or self._base or registry.get(own.get("recipe") or self._recipe)
+                base = from_file or self._base_of(own)
+                base = base or registry.get(own.get("recipe") or self._recipe)
                 base = base.with_fields({"task.name": own_task}) if own_task else base
             except ConfigError as error:
                 self._mistakes.append(str(error))

@@ -65,9 +65,34 @@ class Evaluate(*_SCORED_FILES, ModelFlags):  # type: ignore[misc]
 def main(arguments: list[str]) -> int:
     """Runs the command."""
     given = parse_with_recipe(
-        Evaluate, arguments, command="evaluate", recipe=RECIPE, base=_scored_run(arguments)
+        Evaluate,
+        arguments,
+        command="evaluate",
+        recipe=RECIPE,
+        base_of=lambda own: scored_run(own.get("models", ()), own.get("task", "auto")),
     )
     return evaluate(given.own, given.fields, given.run)
+
+
+def scored_run(models: Sequence[str], task: str) -> Run | None:
+    """Returns the recipe of the run that its own task is to score, whose fields flags may change.
+
+    Args:
+        models: What is measured, as the user names it.
+        task: As `--task`.
+
+    Returns: None where something else is measured, or the recipe cannot be read, which `evaluate`
+        says.
+    """
+    folder = run_of_checkpoint(models[0]) if models else None
+    if folder is None or not (folder / FILE).is_file():
+        return None
+    with suppress(ConfigError):
+        run = read_recipe(folder, where="evaluate")
+        kind = run.task.kind()
+        if kind and kind.scores_runs and task in ("auto", kind.name):
+            return run
+    return None
 
 
 def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
@@ -118,21 +143,6 @@ def evaluate(own: Evaluate, changes: Mapping[str, Any], run: Run) -> int:
 
 
 # ------------------------------------------------------------------------------------------------
-
-
-def _scored_run(arguments: Sequence[str]) -> Run | None:
-    """The recipe of a run that its own task is to score, whose fields flags may change."""
-    named = (text for text in arguments if not text.startswith("--"))
-    folders = (folder for folder in map(run_of_checkpoint, named) if (folder / FILE).is_file())
-    folder = next(folders, None)
-    if folder is None or any(text.partition("=")[0] == "--task" for text in arguments):
-        return None
-    # What is wrong with it is said once all flags are read.
-    with suppress(ConfigError):
-        run = read_recipe(folder, where="evaluate")
-        kind = run.task.kind()
-        return run if kind and kind.scores_runs else None
-    return None
 
 
 def _refuse(

@@ -64,7 +64,8 @@ class LoadedModel:
         statistics: The normalisation of its images.
         image_size: S, the side of its images, in pixels.
         positions: How it knows where a token is.
-        is_supervised: Whether it is the student of a run that learnt labels, or boxes.
+        is_supervised: Whether it is the student of a run that learnt labels, or boxes, and began
+            from random weights.
         losses: The task's of the run that it is of, if it can be computed; change of its own map.
         left_out: Why the task's is left out; empty: it is there, or there is none.
         scratch: The same model with random weights; None: it is that, or cannot be made.
@@ -118,7 +119,11 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         statistics=statistics,
         image_size=named.image_size,
         positions=_positions(backbone),
-        is_supervised=job is not None and not is_random and not job.learns_from_images_alone,
+        # What began from other weights has learnt their pre-training besides.
+        is_supervised=job is not None
+        and not is_random
+        and not job.learns_from_images_alone
+        and not job.run.student.init,
         losses=(*losses, _drift(backbone, statistics)),
         left_out=left_out,
         scratch=None if is_random or named.architecture.code else random,

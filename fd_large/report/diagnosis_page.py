@@ -183,7 +183,7 @@ def notes(models: list[Model]) -> list[str]:
 
 
 def _unsupervised(models: list[Model]) -> list[str]:
-    """Says which model's score stands beside that of no model, alike, that learnt labels."""
+    """Says which score stands beside that of no model, alike, that learnt from labels alone."""
     said = []
     for model in models:
         beside = [
@@ -196,13 +196,14 @@ def _unsupervised(models: list[Model]) -> list[str]:
         if beside:
             said.append(
                 f"{model['label']}: compare its score with that of {_and(beside)}, with "
-                f"{model['positions']} positions too, which learnt labels: what is above that, the "
-                "positions alone do not explain."
+                f"{model['positions']} positions too, which learnt labels from random weights: "
+                "what is above that, the positions alone do not explain."
             )
         else:
             said.append(
                 f"{model['label']}: no run with {model['positions']} positions that learnt labels "
-                "stands beside it; without one its score does not show what it learnt otherwise."
+                "from random weights stands beside it; without one its score does not show what it "
+                "learnt otherwise."
             )
     return said
 

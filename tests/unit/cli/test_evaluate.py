@@ -12,6 +12,7 @@ from coco import unpack_coco_tiny
 from html_page import check_page
 from PIL import Image
 
+import fd_large
 from fd_large import distributed
 from fd_large.cli import evaluate
 from fd_large.cli.main import main
@@ -185,10 +186,19 @@ def test_mistakes_in_detections_are_reported_before_the_work(eval_folder, tmp_pa
 
 def test_a_run_that_its_task_scores_is_tested_as_flags_say(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(registry.get("ade20k_linear").to_dict()))
-    run = evaluate._scored_run([str(tmp_path), "--task.segmentation.test_flip", "True"])
-    assert run.name == "ade20k_linear"
-    assert evaluate._scored_run([str(tmp_path), "--task", "knn"]) is None
+    assert evaluate.scored_run([str(tmp_path)], "auto").name == "ade20k_linear"
+    assert evaluate.scored_run([str(tmp_path)], "segmentation").name == "ade20k_linear"
+    assert evaluate.scored_run([str(tmp_path)], "knn") is None
     with pytest.raises(ConfigError, match=r"optim\.base_lr: not used by a run that is scored"):
         evaluate.main(
             [str(tmp_path), "--optim.base_lr", "1", "--task.segmentation.test_flip", "True"]
         )
+    with pytest.raises(ConfigError, match=r"optim\.base_lr: not used by a run that is scored"):
+        fd_large.evaluate(
+            tmp_path,
+            data=tmp_path,
+            **{"optim.base_lr": 1.0, "task.segmentation.test_flip": True},
+        )
+    # The value of a flag is no model.
+    with pytest.raises(ConfigError, match=r"task\.segmentation"):
+        evaluate.main(["no_run", "--out", str(tmp_path), "--task.segmentation.test_flip", "True"])

@@ -25,6 +25,7 @@ from fd_large.engine.find_model import NamedModel
 from fd_large.errors import ConfigError
 from fd_large.recipes import registry
 from fd_large.recipes.sections import Data, Student
+from fd_large.recipes.stored import read_recipe
 from fd_large.tasks.distillation.section import Teacher
 from fd_large.tasks.finetuning.job import FineTuningJob
 from fd_large.tasks.finetuning.task import FineTuning
@@ -128,6 +129,11 @@ def test_a_run_that_learnt_labels_has_its_cross_entropy_and_accuracy(
     # The classifier's weights move, too.
     assert "head.weight" in random_direction(loaded.losses[0].module, 0)
     assert loaded.losses[1].comparable == DRIFT
+    # What it began from taught it before.
+    run = read_recipe(folder, where="test")
+    run = replace(run, student=replace(run.student, init="teacher.pth"))
+    tiny_runs.store_task(folder.parent / "tuned", run, task)
+    assert not load(str(folder.parent / "tuned"), sample).is_supervised
 
 
 def test_a_cross_entropy_needs_images_of_the_classes(fine_tuned, labelled: Path, caplog) -> None:
