@@ -253,7 +253,11 @@ def check_iou(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     total = np.zeros((classes, classes), np.int64)
     for i in range(images):
         labels = class_labels(
-            tensors[f"raw.{i}"].numpy(), ignore_value=255, reduce_zero_label=reduces
+            tensors[f"raw.{i}"].numpy(),
+            num_classes=classes,
+            ignore_value=255,
+            reduce_zero_label=reduces,
+            where=f"raw.{i}",
         )
         same(f"label.{i}", np.where(labels == IGNORED, 255, labels))
         predicted = tensors[f"pred.{i}"]

@@ -44,7 +44,13 @@ def batch_of(numbers: list[int], side: int = 64, *, ignored: bool = False) -> Ba
     for number in numbers:
         image, values = picture(number)
         images.append(torch.from_numpy(image[:side, :side].copy()).permute(2, 0, 1))
-        of = class_labels(values[:side, :side], ignore_value=255, reduce_zero_label=True)
+        of = class_labels(
+            values[:side, :side],
+            num_classes=NUM_CLASSES,
+            ignore_value=255,
+            reduce_zero_label=True,
+            where=f"{number}",
+        )
         labels.append(torch.from_numpy(of))
     sizes = torch.tensor([[side, side]] * len(numbers))
     sizes[-1] -= torch.tensor([8, 24])

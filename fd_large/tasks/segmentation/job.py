@@ -24,7 +24,9 @@ from fd_large.engine.job import Job, Predicted, StoredScores, StoredStudent, tra
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
+from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.dense.pixels import PADDING, normalised
 from fd_large.tasks.dense.stages import is_of_one_size
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
@@ -32,7 +34,7 @@ from fd_large.tasks.segmentation.data.dataset import SegmentationSet, open_segme
 from fd_large.tasks.segmentation.data.loader import TrainingBatches
 from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
-from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep
+from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
 from fd_large.tasks.segmentation.stored import predict_images, segmenter
 from fd_large.tasks.segmentation.task import LEFT_OUT, ON_LAST_MAP, Segmentation
@@ -88,6 +90,7 @@ class SegmentationJob(Job):
                 f"task.segmentation.test_mode: {self.run.student.model} sees images of one size; "
                 "got whole, expected slide. Set --task.segmentation.test_mode slide."
             )
+        test_views(self.run)
 
     def make_task(self) -> Segmentation:
         """The student, its maps, and the heads."""
@@ -148,14 +151,6 @@ class SegmentationJob(Job):
         Nothing is tested before the first step, as new heads know no class.
         """
         run, task = self.run, cast(Segmentation, engine.task)
-        seen = micro_batch_size * distributed.world_size()
-        if seen < run.batch.global_batch_size and distributed.is_main():
-            log.warning(
-                "batch norms see the %d images of a pass, of the step's %d: another number of "
-                "passes is another run",
-                seen,
-                run.batch.global_batch_size,
-            )
 
         def logits(images: Tensor) -> Tensor:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
@@ -173,14 +168,20 @@ class SegmentationJob(Job):
                 outcome = evaluate(
                     model, self._test_images, workers=run.data.workers, between=between
                 )
+                some = predict_some(outcome, model, self._test_images) if last else None
+            if distributed.is_main():
                 try:
-                    keep(outcome, model, self._test_images, self._classes, folder, draw=last)
+                    keep(outcome, some, self._test_images, self._classes, folder)
                 except Exception:
                     # A full disk, a font: on rank 0 alone, and the scores stand without it.
                     log.exception("%s: NOT WRITTEN: scores or pictures of the test", folder)
             return {f"val_{name}": v for name, v in outcome.scores.numbers().items()}, None
 
         return [Evaluation(measure, run.eval.every)]
+
+    def hooks(self) -> Sequence[Hook]:
+        """Returns what warns of batch norms that see a part of a step."""
+        return (_PassWarning(),)
 
     def stored_student(self) -> StoredStudent:
         """On the grid of the crop, without the final norm where the head has no use for it."""
@@ -206,17 +207,19 @@ class SegmentationJob(Job):
     def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
         """The scores on the val split of `eval.root` or `data.root`."""
         run, micro = self.run, self.run.batch.micro_batch_size
+        views = test_views(run)
         images = meeting.meet(self.test_images)
         logits = distributed.together(
             lambda: segmenter(self.make_task, reader, precision=run.engine.precision)
         )
-        model = Model(logits, test_views(run), 1 if micro == "auto" else micro)
+        model = Model(logits, views, 1 if micro == "auto" else micro)
         out_folder(folder)
         classes = stored_classes(reader)
         outcome = evaluate(model, images, workers=run.data.workers)
-        drawn = keep(outcome, model, images, classes, folder, draw=True)
+        some = predict_some(outcome, model, images)
         if not distributed.is_main():
             return StoredScores((), ())
+        drawn = keep(outcome, some, images, classes, folder)
         tables = (
             numbers_table(outcome.scores, len(images)),
             classes_table(outcome.scores, classes.names),
@@ -227,9 +230,10 @@ class SegmentationJob(Job):
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
         """The class of each pixel, drawn over the image with a legend."""
+        views = test_views(self.run)
         logits = segmenter(self.make_task, reader, precision=self.run.engine.precision)
         return predict_images(
-            Model(logits, test_views(self.run)),
+            Model(logits, views),
             images,
             folder,
             stored_classes(reader),
@@ -260,6 +264,19 @@ class SegmentationJob(Job):
         return {} if self.run.task.segmentation.head in ON_LAST_MAP else LEFT_OUT
 
 
+class _PassWarning(Hook):
+    """Says at the start that a step has several passes, once their number is known."""
+
+    def on_start(self, setting: Setting) -> None:
+        if setting.accumulation > 1 and distributed.is_main():
+            log.warning(
+                "batch norms see the %d images of a pass, of the step's %d: another number of "
+                "passes is another run",
+                setting.micro_batch_size * setting.world_size,
+                setting.global_batch_size,
+            )
+
+
 def stored_classes(reader: Reader) -> Classes:
     """Returns the classes of a stored run."""
     stored = reader.manifest["classes"]
@@ -267,10 +284,19 @@ def stored_classes(reader: Reader) -> Classes:
 
 
 def test_views(run: Run) -> TestViews:
-    """Returns how the recipe's test sees an image."""
+    """Returns how the recipe's test sees an image.
+
+    Raises: ConfigError: if windows would leave pixels out between them.
+    """
     own, side = run.task.segmentation, run.data.image_size
     short, long = own.test_size if any(own.test_size) else (side, LONG_SIDE * side)
     slides = own.test_mode == "slide"
+    require(
+        not slides or own.test_stride <= side,
+        "task.segmentation.test_stride: windows leave gaps",
+        own.test_stride,
+        f"at most data.image_size = {side}, or 0",
+    )
     return TestViews(
         short,
         long,

@@ -8,6 +8,9 @@ from typing import Literal
 from fd_large.recipes.fields import at_least, check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
 
+# Labels are int16.
+MOST_CLASSES = 2**15
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
@@ -47,7 +50,7 @@ class Segmentation:
     # data.image_size, whose logits are averaged; needed for a student of one image size, such as a
     # ViT.
     test_mode: Literal["whole", "slide"] = "whole"
-    # Distance from window to window, in pixels. 0: two thirds of data.image_size.
+    # Distance from window to window, in pixels, at most data.image_size. 0: two thirds of that.
     test_stride: int = 0
     # Length of the shorter side of tested images, and the largest length of the longer side, in
     # pixels; windows limit no side. 0 0: data.image_size, and four times that.
@@ -59,9 +62,16 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         check_types(self, "task.segmentation")
-        at_least("task.segmentation.num_classes", self.num_classes, 2, "classes")
+        require(
+            2 <= self.num_classes <= MOST_CLASSES,
+            "task.segmentation.num_classes: invalid number of classes",
+            self.num_classes,
+            f"2 to {MOST_CLASSES}",
+        )
         at_least("task.segmentation.head_width", self.head_width, 1, "channels")
-        at_least("task.segmentation.ignore_value", self.ignore_value, 0, "and a number in labels")
+        at_least(
+            "task.segmentation.ignore_value", self.ignore_value, 0, "(a number in the label files)"
+        )
         at_least("task.segmentation.test_stride", self.test_stride, 0, "pixels")
         not_negative("task.segmentation.auxiliary_weight", self.auxiliary_weight)
         smallest, largest = self.scale_range

@@ -78,8 +78,9 @@ def _classes_in(file: str, count: int) -> Classes:
                 colors[number] = (red, green, blue)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where}: no list of names; got {type(error).__name__}: {error} in {file}, expected "
-            '["wall", ...] or [{"name": "wall", "color": [120, 120, 120]}, ...]. Correct the file.'
+            f"{where}: invalid list of names; got {type(error).__name__}: {error} in {file}, "
+            'expected ["wall", ...] or [{"name": "wall", "color": [120, 120, 120]}, ...]. '
+            "Correct the file."
         ) from error
     if len(names) != count:
         raise ConfigError(

@@ -131,24 +131,16 @@ class SegmentationSet:
     def labels(self, index: int) -> NDArray[np.int16]:
         """Reads the classes of the pixels of image `index`, (H, W), `IGNORED` among them.
 
-        Raises: DataError: if the file cannot be read, or has numbers of no class.
+        Raises: DataError: if the file cannot be read, or has invalid labels.
         """
         path = self.label_file(index)
-        numbers = read_labels(path, max_pixels=self._max_pixels)
-        labels = class_labels(
-            numbers,
+        return class_labels(
+            read_labels(path, max_pixels=self._max_pixels),
+            num_classes=self.num_classes,
             ignore_value=self._ignore_value,
             reduce_zero_label=self._reduce_zero_label,
+            where=path,
         )
-        if labels.max() >= self.num_classes:
-            first = int(self._reduce_zero_label)
-            raise DataError(
-                f"{path}: a number of no class; got {int(numbers[labels == labels.max()][0])}, "
-                f"expected {first} to {self.num_classes - 1 + first}, or {self._ignore_value} for "
-                "ignored pixels. Set --task.segmentation.num_classes, "
-                "--task.segmentation.ignore_value or --task.segmentation.reduce_zero_label."
-            )
-        return labels
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[np.int16]]:
         """Reads image `index`, (3, H, W) uint8, and its labels, (H, W).
@@ -181,8 +173,8 @@ def read_labels(path: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.intege
                 )
             if file.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise DataError(
-                    f"{path}: no label file; got colours (mode {file.mode}), expected one number a "
-                    "pixel. Convert the colours to the numbers of classes."
+                    f"{path}: invalid label file; got colours (mode {file.mode}), expected one "
+                    "number a pixel. Convert the colours to the numbers of classes."
                 )
             return np.array(file).astype(np.int32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -5,26 +5,42 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.errors import DataError
 from fd_large.tasks.segmentation.loss import IGNORED
 
 
 def class_labels(
-    numbers: NDArray[np.integer], *, ignore_value: int, reduce_zero_label: bool
+    numbers: NDArray[np.integer],
+    *,
+    num_classes: int,
+    ignore_value: int,
+    reduce_zero_label: bool,
+    where: str,
 ) -> NDArray[np.int16]:
     """Returns labels from the numbers of a file.
 
     Args:
         numbers: (H, W), as a file has them.
+        num_classes: K.
         ignore_value: The number of pixels that are neither learnt nor scored.
         reduce_zero_label: Whether 0 is ignored as well and class k has the number k + 1, as in
             ADE20K.
+        where: The file, for messages.
 
     Returns: (H, W), classes from 0, or `IGNORED`.
+    Raises: DataError: if a number is neither that of a class nor ignored.
     """
-    labels = numbers.astype(np.int16)
+    first = int(reduce_zero_label)
     ignored = numbers == ignore_value
     if reduce_zero_label:
         ignored |= numbers == 0
-        labels -= 1
-    labels[ignored] = IGNORED
-    return labels
+    # Before the cast, in which 65537 would become 1.
+    invalid = numbers[~ignored & ((numbers < first) | (numbers >= first + num_classes))]
+    if invalid.size:
+        raise DataError(
+            f"{where}: invalid label; got {int(invalid[0])}, expected {first} to "
+            f"{num_classes - 1 + first}, or {ignore_value} for ignored pixels. Set "
+            "--task.segmentation.num_classes, --task.segmentation.ignore_value or "
+            "--task.segmentation.reduce_zero_label."
+        )
+    return np.where(ignored, IGNORED, numbers.astype(np.int32) - first).astype(np.int16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from fd_large import activity, distributed
 from fd_large.atomic_files import write_json
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
-from fd_large.tasks.segmentation.data.loader import TestImages, build_test_loader
+from fd_large.tasks.segmentation.data.loader import TestImage, TestImages, build_test_loader
 from fd_large.tasks.segmentation.data.views import TestViews
 from fd_large.tasks.segmentation.scores.areas import Scores, confusion, scores_of
 from fd_large.tasks.segmentation.scores.pictures import Row, draw_confusion, draw_rows
@@ -26,9 +26,12 @@ log = logging.getLogger(__name__)
 
 SCORES = "scores.json"
 NUM_IMAGES = 4
-"""Images of a picture: the worst ones, and others that are always the same."""
+"""Rows of a plot of images: the worst ones, and others that are always the same."""
 NO_ACCURACY = -1.0
 """Accuracy of an image without a labelled pixel, or that could not be read."""
+
+Some = Mapping[str, Mapping[int, tuple[NDArray[np.integer], NDArray[np.integer]]]]
+"""Name of a plot -> number of an image -> its labels and what is predicted, (H, W)."""
 
 
 class Outcome(NamedTuple):
@@ -131,17 +134,11 @@ def evaluate(
         if item.bad:
             log.warning("left out of the test: %s", item.bad)
             unread += 1
-        size = (item.labels.shape[0], item.labels.shape[1])
-        planned = model.views.num_forwards(*size, model.at_once) if item.views else 0
-        # Under ZeRO-3 every rank makes as many forwards as the others.
-        most = int(distributed.max_rank(planned))
-        if item.views:
-            labels = item.labels.to(device)
-            table = confusion(model.predict(item.views, size), labels, count)
+        predicted = _predict_together(model, item)
+        if predicted is not None:
+            table = confusion(predicted, item.labels.to(device), count)
             counts += table
             pixels[:, item.index] = torch.stack([table.sum(), table.diagonal().sum()])
-        for _ in range(most - planned):
-            model.idle()
     counts, pixels, unread = (distributed.sum_tensor(t) for t in (counts, pixels, unread))
     labelled, right = pixels.cpu().numpy().astype(np.float64)
     accuracies = np.divide(
@@ -150,59 +147,78 @@ def evaluate(
     return Outcome(scores_of(counts.cpu().numpy()), accuracies, int(unread))
 
 
-def keep(
-    outcome: Outcome,
-    model: Model,
-    images: SegmentationSet,
-    classes: Classes,
-    folder: Path,
-    *,
-    draw: bool,
-) -> list[Path]:
-    """Writes scores.json and draws pictures, on rank 0; a collective.
+def predict_some(outcome: Outcome, model: Model, images: SegmentationSet) -> Some:
+    """Predicts the images that are drawn once more: the worst ones, and some others; a collective.
 
-    Args:
-        outcome: What the test found.
-        model: What was tested; it sees the images that are drawn once more.
-        images: The images.
-        classes: Names and colours.
-        folder: A folder, made if it is missing.
-        draw: Whether to draw the worst images, some others, and the confusion.
+    Rank 0 alone reads them, so that one that cannot be read any more ends no rank's part in it.
 
-    Returns: the pictures that were drawn, on rank 0.
+    Args: See `keep`.
     """
     known = np.flatnonzero(outcome.accuracies != NO_ACCURACY)
     worst = known[np.argsort(outcome.accuracies[known], kind="stable")][:NUM_IMAGES]
     spread = np.linspace(0, len(known) - 1, min(NUM_IMAGES, len(known))).round().astype(int)
-    groups = {"worst": worst, "chosen": known[spread]} if draw and len(known) else {}
+    groups = {"worst": worst.tolist(), "chosen": known[spread].tolist()}
     seen = {}
-    for index in dict.fromkeys(int(i) for group in groups.values() for i in group):
-        item = TestImages(images, model.views)[index]
-        if item.views:
-            size = (item.labels.shape[0], item.labels.shape[1])
-            seen[index] = item.labels.numpy(), model.predict(item.views, size).cpu().numpy()
-    if not distributed.is_main():
-        return []
+    for index in dict.fromkeys(groups["worst"] + groups["chosen"]):
+        item = TestImages(images, model.views)[index if distributed.is_main() else -1]
+        predicted = _predict_together(model, item)
+        if predicted is not None:
+            seen[index] = item.labels.numpy(), predicted.cpu().numpy()
+    return {name: {i: seen[i] for i in group if i in seen} for name, group in groups.items()}
+
+
+def keep(
+    outcome: Outcome,
+    some: Some | None,
+    images: SegmentationSet,
+    classes: Classes,
+    folder: Path,
+) -> list[Path]:
+    """Writes scores.json and draws images and the confusion; on rank 0 alone.
+
+    Args:
+        outcome: What the test found.
+        some: The images that are drawn, by `predict_some`; None: nothing is drawn.
+        images: The test images and their labels.
+        classes: Names and colours.
+        folder: A folder, made if it is missing.
+
+    Returns: the plots that were drawn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, classes))
+    if some is None:
+        return []
     drawn = []
-    for name, group in groups.items():
+    for name, seen in some.items():
         rows = [
             Row(
-                images.sample(int(i))[0].permute(1, 2, 0).numpy(),
-                *seen[int(i)],
-                f"{Path(images[int(i)]).name}: {100 * outcome.accuracies[i]:.1f}% right",
+                images.sample(index)[0].permute(1, 2, 0).numpy(),
+                labels,
+                predicted,
+                f"{Path(images[index]).name}: {100 * outcome.accuracies[index]:.1f}% right",
             )
-            for i in group
-            if int(i) in seen
+            for index, (labels, predicted) in seen.items()
         ]
         if rows:
             draw_rows(rows, classes, folder / f"{name}.png")
             drawn.append(folder / f"{name}.png")
-    if draw:
-        draw_confusion(outcome.scores.counts, classes, folder / "confusion.png")
-        drawn.append(folder / "confusion.png")
-    return drawn
+    draw_confusion(outcome.scores.counts, classes, folder / "confusion.png")
+    return [*drawn, folder / "confusion.png"]
+
+
+def _predict_together(model: Model, item: TestImage) -> Tensor | None:
+    """Predicts this rank's image, None if it has none; a collective.
+
+    Under ZeRO-3 every rank must make as many forwards as the others.
+    """
+    size = (item.labels.shape[0], item.labels.shape[1])
+    planned = model.views.num_forwards(*size, model.at_once) if item.views else 0
+    most = int(distributed.max_rank(planned))
+    predicted = model.predict(item.views, size) if item.views else None
+    for _ in range(most - planned):
+        model.idle()
+    return predicted
 
 
 def _plain(outcome: Outcome, classes: Classes) -> dict[str, Any]:

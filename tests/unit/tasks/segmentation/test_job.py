@@ -49,8 +49,10 @@ def test_a_whole_dataset_is_fine(root):
 def test_mistakes_name_their_field(root):
     with pytest.raises(ConfigError, match=r"test_mode.*images of one size; got whole"):
         check(run_of(root, VIT, test_mode="whole"))
-    with pytest.raises(DataError, match="a number of no class; got 4, expected 1 to 3"):
+    with pytest.raises(DataError, match="invalid label; got 4, expected 1 to 3"):
         check(run_of(root, num_classes=3))
+    with pytest.raises(ConfigError, match=r"test_stride: windows leave gaps; got 65, .* = 64"):
+        check(run_of(root, VIT, test_stride=65))
     run = run_of(root, LINEAR)
     with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
         check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
@@ -63,6 +65,7 @@ def test_mistakes_name_their_field(root):
         ("test_scales", ()),
         ("test_size", (9, 3)),
         ("num_classes", 1),
+        ("num_classes", 2**15 + 1),
     ):
         with pytest.raises(ConfigError, match=rf"task\.segmentation\.{field}"):
             Segmentation(**{field: value})

@@ -79,13 +79,13 @@ def test_mistakes_of_the_user_are_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.root: no images with labels of the split 'train'"):
         opened(tmp_path)
     root = write(tmp_path / "a", "folders")
-    with pytest.raises(DataError, match="a number of no class; got 2, expected 0 to 1"):
+    with pytest.raises(DataError, match="invalid label; got 2, expected 0 to 1"):
         opened(root, num_classes=2)
     (root / "labels/train/image_1.png").unlink()
     with pytest.raises(DataError, match=r"images without labels.*1 of 3 \(image_1\)"):
         opened(root)
     root = write(tmp_path / "b", "folders", labels=np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(DataError, match="no label file; got colours"):
+    with pytest.raises(DataError, match="invalid label file; got colours"):
         opened(root)
     root = write(tmp_path / "c", "folders")
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(root / "labels/train/image_0.png")
@@ -94,6 +94,18 @@ def test_mistakes_of_the_user_are_named(tmp_path):
     (root / "labels/train/image_0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="cannot be decoded"):
         opened(root)
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+@pytest.mark.parametrize("number", [65537, 65535, -1, -65535])
+def test_numbers_that_int16_would_change_are_refused(number, reduces, tmp_path):
+    root = write(tmp_path, "folders")
+    labels = np.array([[1, 2], [255, number]], dtype=np.int32)
+    for file in (root / "labels/train").iterdir():
+        # PIL reads by the content, and a PNG has no 32 bits.
+        Image.fromarray(labels).save(file, format="TIFF")
+    with pytest.raises(DataError, match=rf"invalid label; got {number}, expected {int(reduces)} "):
+        opened(root, reduce_zero_label=reduces)
 
 
 def test_classes_come_from_the_dataset_a_file_or_their_numbers(tmp_path):

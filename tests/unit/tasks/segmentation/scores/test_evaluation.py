@@ -10,11 +10,12 @@ import pytest
 import torch
 from segmentation_twin import pictures
 
+from fd_large.errors import DataError
 from fd_large.tasks.segmentation.data.classes import classes_of
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
 from fd_large.tasks.segmentation.data.views import TestViews
 from fd_large.tasks.segmentation.scores.areas import scores_of
-from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep
+from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
 
 COLORS = torch.tensor([[220, 40, 40], [40, 200, 40], [40, 40, 220], [128, 128, 128]])
 
@@ -75,13 +76,39 @@ def test_any_number_of_ranks_gives_the_same_and_makes_as_many_forwards(images, v
 def test_scores_and_pictures_are_kept(root, images, tmp_path):
     model = Model(nearest_color, TestViews(36, 200))
     outcome = evaluate(model, images, workers=0)
-    drawn = keep(outcome, model, images, classes_of(str(root), 4, ""), tmp_path, draw=True)
+    some = predict_some(outcome, model, images)
+    drawn = keep(outcome, some, images, classes_of(str(root), 4, ""), tmp_path)
     assert [path.name for path in drawn] == ["worst.png", "chosen.png", "confusion.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["mIoU"] == outcome.scores.m_iou
     assert [one["name"] for one in scores["classes"]] == ["red", "green", "blue", "grey"]
     assert sum(one["pixels"] for one in scores["classes"]) == np.sum(scores["confusion"])
+
+
+def test_ranks_make_as_many_forwards_where_an_image_cannot_be_read_again(images, monkeypatch):
+    forwards: Counter[int] = Counter()
+
+    def counted(pixels: torch.Tensor) -> torch.Tensor:
+        forwards[pretended_ranks.rank()] += 1
+        return nearest_color(pixels)
+
+    model = Model(counted, TestViews(72, 0, crop=48, stride=30))
+    outcome = evaluate(model, images, workers=0)
+    forwards.clear()
+    sample = images.sample
+
+    def flaky(index: int):
+        if index == 2:
+            raise DataError("gone")
+        return sample(index)
+
+    monkeypatch.setattr(images, "sample", flaky)
+    world = pretended_ranks.World(monkeypatch, 2)
+    some, nothing = world.run(lambda: predict_some(outcome, model, images))
+    assert {index for seen in some.values() for index in seen} == {0, 1, 3, 4}
+    assert not any(nothing.values())
+    assert forwards[0] == forwards[1] > 0
 
 
 def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
