@@ -190,8 +190,9 @@ def _store_of(launch: Launch, timeout_seconds: float) -> failures.Store:
 def _store_of_group(launch: Launch, timeout: timedelta) -> dist.Store:
     """Returns the store for the process group, once rank 0 of this very job holds it.
 
-    Where the port is another job's, this rank waits there until its launcher ends it, as rank 0
-    fails; it leaves nothing that could disturb the other job.
+    A port that another job holds has that job's store, in which rank 0 of this job never says that
+    it is there. This rank then waits, without writing anything that the other job reads, until
+    rank 0 has failed at the port and the launcher ends all ranks, or until the timeout.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
@@ -211,7 +212,9 @@ def _name_of(launch: Launch) -> str:
     if launch.launcher == "srun":
         job = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
     else:
-        one_node = launch.world_size == launch.local_world_size
+        # Several nodes have several launchers, and ranks set by hand may state no local size: then
+        # they count as one node.
+        one_node = launch.launcher != "python" and launch.world_size == launch.local_world_size
         job = str(nearest_launcher()) if one_node else ""
     # torchrun's own store lives on when it starts the ranks again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

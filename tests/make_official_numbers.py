@@ -85,8 +85,8 @@ def encoder() -> dict[str, Any]:
     """Shape of each parameter of the student in pre-training."""
     from models.vision_transformer import VisionTransformer
 
-    net = VisionTransformer(**VIT, num_classes=0, use_mean_pooling=False)
-    return {name: list(parameter.shape) for name, parameter in net.named_parameters()}
+    model = VisionTransformer(**VIT, num_classes=0, use_mean_pooling=False)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def model_of(config: Any, folder: Path) -> nn.Module:
@@ -182,7 +182,7 @@ def linear(folder: Path) -> dict[str, Any]:
         "features": listed(features),
         "weight_after_one_step": listed(after[0]),
         "running_mean": listed(norm.running_mean),
-        "running_variance": listed(norm.running_var),
+        "running_var": listed(norm.running_var),
     }
 
 

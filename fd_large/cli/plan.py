@@ -222,7 +222,7 @@ def _moments(run: Run) -> int:
     if run.optim.name == ADAMW:
         return 2
     # It imports torch, which a recipe of record does without.
-    from fd_large.engine.zero.own_optimizer import moments_of
+    from fd_large.engine.zero.optimizer import moments_of
 
     return len(moments_of(run.optim))
 

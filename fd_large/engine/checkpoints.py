@@ -17,8 +17,7 @@ from fd_large.checkpoint.write import Saver
 from fd_large.engine.time_box import TimeBox
 from fd_large.engine.zero import state
 from fd_large.engine.zero.engine import Engine
-from fd_large.engine.zero.optimizer import kept_by
-from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS
+from fd_large.engine.zero.optimizer import ADAMW_MOMENTS, kept_by
 from fd_large.errors import CheckpointError, FDError
 from fd_large.recipes.sections import Runtime
 from fd_large.watch import hold

@@ -38,7 +38,7 @@ from fd_large.engine.zero import config as ds
 from fd_large.engine.zero import start
 from fd_large.engine.zero.engine import Engine, build_engine
 from fd_large.engine.zero.layer_decay import by_layer
-from fd_large.engine.zero.own_optimizer import moments_of
+from fd_large.engine.zero.optimizer import moments_of
 from fd_large.engine.zero.trust_ratio import scale_by_norms
 from fd_large.errors import Exit, FDError, check_all
 from fd_large.kernels import check, choose

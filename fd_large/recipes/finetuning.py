@@ -11,8 +11,9 @@ per block, copied from the one that distillation shared. The official code norma
 students by ImageNet's statistics in training and by CLIP's in tests; here both are those that the
 weights were trained with.
 
-`--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from random
-weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.
+Train them with ds_configs/zero1.json: under ZeRO-3 in bfloat16 the tests are in bfloat16 too, else
+in float32. `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from
+random weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 """
 
 from __future__ import annotations

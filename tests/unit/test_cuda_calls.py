@@ -18,7 +18,7 @@ from fd_large.cli import diagnose, doctor, doctor_checks, evaluate_models, plan_
 from fd_large.data.loader import Batch, load_batches
 from fd_large.engine import block_wrappers, count, micro_batch, probe, run
 from fd_large.engine.prefetch import Prefetch
-from fd_large.engine.zero import config, engine, optimizer, own_optimizer, start
+from fd_large.engine.zero import config, engine, optimizer, start
 from fd_large.errors import LaunchError
 from fd_large.kernels.residual_norm_triton import on_device
 from fd_large.launch import Launch
@@ -142,7 +142,7 @@ def test_an_optimiser_of_the_user_s_own_is_tried_on_the_gpu(card: Card, monkeypa
         tried_on.append(groups[0]["params"][0].device.type)
         return torch.optim.SGD(groups, lr=lr, momentum=0.9)
 
-    monkeypatch.setitem(own_optimizer.OPTIMISERS, "sgd", sgd)
+    monkeypatch.setitem(optimizer.OPTIMISERS, "sgd", sgd)
     made = optimizer.make_optimizer(groups(), Optim(name="sgd"), on_gpu=True)
     assert optimizer.kept_by(made).moments == {"momentum_buffer": 0.0}
     assert set(tried_on[:-1]) == {"cuda"}

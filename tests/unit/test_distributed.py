@@ -7,6 +7,7 @@ import torch
 
 from fd_large import distributed
 from fd_large.errors import ConfigError
+from fd_large.launch import find_launch
 
 
 def test_without_a_group_there_is_one_rank() -> None:
@@ -28,3 +29,10 @@ def test_without_a_group_there_is_one_rank() -> None:
 def test_node_group_refuses_nodes_that_do_not_fill_the_ranks(node_size: int) -> None:
     with pytest.raises(ConfigError, match=f"got {node_size}, expected a divisor of the 1 ranks"):
         distributed.node_group(node_size)
+
+
+def test_ranks_that_are_set_by_hand_meet_on_any_nodes() -> None:
+    """They have no launcher in common, and may all count as those of one node."""
+    by_hand = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert distributed._name_of(find_launch(by_hand | meeting)) == "fd_large//0"

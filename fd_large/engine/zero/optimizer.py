@@ -1,4 +1,4 @@
-"""The optimiser in two parameter groups: AdamW by the fastest implementation, or the user's own."""
+"""The optimiser in two parameter groups: AdamW by the fastest implementation, or another."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fd_large import distributed
+from fd_large import distributed, doors
 from fd_large.engine.task import Task
 from fd_large.engine.zero import compiled_ops
-from fd_large.engine.zero.own_optimizer import ADAMW_MOMENTS, Kept, maker_of, tried
+from fd_large.engine.zero.lars import Lars
+from fd_large.engine.zero.own_optimizer import Kept, tried
 from fd_large.engine.zero.start import deepspeed
 from fd_large.errors import ConfigError
 from fd_large.kernels.choose import has_nvidia_apex
-from fd_large.recipes.sections import Optim
+from fd_large.recipes.sections import ADAMW, Optim
 
 log = logging.getLogger(__name__)
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMISERS: dict[str, Any] = {ADAMW: None, "lars": Lars}
+"""The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
 
 # Numbers of the tensors that a fused optimiser steps on trial; kernels cut them at powers of two.
 _TRIED = (1, 1000, 2**18 + 3)
@@ -32,6 +37,24 @@ _kept: WeakKeyDictionary[torch.optim.Optimizer, Kept] = WeakKeyDictionary()
 def kept_by(optimizer: torch.optim.Optimizer) -> Kept:
     """Returns what an optimiser of `make_optimizer` keeps of each tensor."""
     return _kept[optimizer]
+
+
+def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
+    """Returns the names of what a recipe's optimiser keeps of each parameter, 4 bytes each.
+
+    Args:
+        optim: The recipe's section.
+        device: Where an optimiser of the user's own is tried.
+
+    Raises: ConfigError: if there is no such optimiser, or it is not fit.
+    """
+    make = _maker_of(optim)
+    return tuple(tried(make, optim, torch.device(device)).moments) if make else ADAMW_MOMENTS
+
+
+def _maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
+    """Returns what makes an optimiser of (groups, lr=...); None for AdamW."""
+    return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
 def decays(
@@ -77,7 +100,7 @@ def make_optimizer(
     Raises: ConfigError: if the recipe names an implementation that does not work here, or an
         optimiser that does not act element by element.
     """
-    if make := maker_of(optim):
+    if make := _maker_of(optim):
         device = distributed.device() if on_gpu else torch.device("cpu")
         kept = tried(make, optim, device)
         optimizer = make(groups, lr=optim.base_lr)

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fd_large import doors
-from fd_large.engine.zero.lars import Lars
 from fd_large.errors import ConfigError
-from fd_large.recipes.sections import ADAMW, Optim
+from fd_large.recipes.sections import Optim
 
-ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMISERS: dict[str, Any] = {ADAMW: None, "lars": Lars}
-"""The built-in optimisers, each a function of (groups, lr); AdamW has a choice of its own."""
 RESERVED = ("master", "ema")
 """Kinds in a checkpoint that are no moments."""
 
@@ -35,24 +31,6 @@ class Kept(NamedTuple):
 
     moments: dict[str, float]
     count: Callable[[Tensor, int], Any] | None
-
-
-def moments_of(optim: Optim, device: str = "cpu") -> tuple[str, ...]:
-    """Returns the names of what a recipe's optimiser keeps of each parameter, 4 bytes each.
-
-    Args:
-        optim: The recipe's section.
-        device: Where an optimiser of the user's own is tried.
-
-    Raises: ConfigError: if there is no such optimiser, or it is not fit.
-    """
-    make = maker_of(optim)
-    return tuple(tried(make, optim, torch.device(device)).moments) if make else ADAMW_MOMENTS
-
-
-def maker_of(optim: Optim) -> Callable[..., torch.optim.Optimizer] | None:
-    """Returns what makes the user's optimiser of (groups, lr=...); None for AdamW."""
-    return doors.load(optim.name, kind="optimisers", where="optim.name", built_in=OPTIMISERS)
 
 
 def tried(make: Callable[..., Any], optim: Optim, device: torch.device) -> Kept:

@@ -33,8 +33,8 @@ def start() -> None:
     Raises: VersionError: if the installed DeepSpeed is not what this package works with.
     """
     # DeepSpeed asks compilers and linkers what they have, and silences the descriptor of sys.stderr
-    # meanwhile: in a notebook theirs is another.
-    with contextlib.redirect_stderr(sys.__stderr__):
+    # meanwhile: in a notebook theirs is another. A process without a terminal may have none.
+    with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
         distributed.together(private_names.check)
     if not torch.cuda.is_available():
         # Otherwise init_distributed compiles a shared-memory extension and dies without a C++

@@ -21,25 +21,25 @@ NORM_EPS = 1e-6
 DISCARDED = {"norm.weight": 1.0, "norm.bias": 0.0}
 
 
-def has_norm_instead(net: nn.Module) -> bool:
+def has_norm_instead(model: nn.Module) -> bool:
     """Returns whether a norm of the mean token takes the place of a model's final norm."""
-    return _kind(net) == "instead"
+    return _kind(model) == "instead"
 
 
-def norm_of_mean(net: nn.Module) -> LayerNorm | None:
+def norm_of_mean(model: nn.Module) -> LayerNorm | None:
     """Makes the norm of a model's mean token; takes a ViT's final norm away.
 
     Args:
-        net: A backbone of `fd_large.backbones`.
+        model: A backbone of `fd_large.backbones`.
 
     Returns: a norm that begins as the identity of normalised numbers; None for a model that keeps
         its own.
     """
-    if has_norm_instead(net):
-        norm = LayerNorm(net.width, net.norm.eps)
-        net.norm = nn.Identity()
+    if has_norm_instead(model):
+        norm = LayerNorm(model.width, model.norm.eps)
+        model.norm = nn.Identity()
         return norm
-    return LayerNorm(net.width, NORM_EPS) if _kind(net) == "also" else None
+    return LayerNorm(model.width, NORM_EPS) if _kind(model) == "also" else None
 
 
 def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
@@ -53,5 +53,5 @@ def mean_token(features: FeatureMap, norm: LayerNorm | None) -> Tensor:
     return mean if norm is None else norm(mean)
 
 
-def _kind(net: nn.Module) -> str:
-    return getattr(net, "mean_norm", FamilyArchitecture.mean_norm)
+def _kind(model: nn.Module) -> str:
+    return getattr(model, "mean_norm", FamilyArchitecture.mean_norm)

@@ -23,7 +23,7 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "loss": losses.sum(),
         "top1": best[:, 0].sum(),
         "top5": best.sum(),
-        "pictures": counted.sum(),
+        "images": counted.sum(),
     }
     found = {name: value.double() for name, value in sums.items()}
     return losses.sum() / counted.sum().clamp(min=1), found | {"predicted": ranked[:, 0]}
@@ -31,7 +31,7 @@ def summed(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 def averaged(sums: dict[str, Tensor]) -> dict[str, float]:
     """Returns the mean loss and percentages of sums over all images."""
-    images = max(float(sums["pictures"]), 1.0)
+    images = max(float(sums["images"]), 1.0)
     return {
         "loss": float(sums["loss"]) / images,
         "top1": 100 * float(sums["top1"]) / images,

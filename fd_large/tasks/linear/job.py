@@ -58,8 +58,8 @@ class LinearProbeJob(ClassificationJob):
         )
         weights = self.student_weights()
         if weights is not None:
-            partition.load_weights(tested.net, weights, where="--student.init")
-        self._hash = fingerprint(tested.net)
+            partition.load_weights(tested.model, weights, where="--student.init")
+        self._hash = fingerprint(tested.model)
         tested.to(distributed.device())
         learning = tested
         if bfloat16:
@@ -68,8 +68,8 @@ class LinearProbeJob(ClassificationJob):
         self._frozen = Frozen(learning, tested)
 
     def _feature(self) -> FrozenFeature:
-        net = make_student(self.run.student, image_size=self.run.data.image_size)
-        return FrozenFeature(net, self.statistics())
+        model = make_student(self.run.student, image_size=self.run.data.image_size)
+        return FrozenFeature(model, self.statistics())
 
     def make_task(self) -> LinearProbing:
         """Constructs norm and layer around the frozen model; before `build` around another."""

@@ -30,9 +30,9 @@ from fd_large.data.loader import Batch
 from fd_large.engine.task import Task
 from fd_large.tasks.classification.mean_token import mean_token, norm_of_mean
 from fd_large.tasks.classification.scores import summed
+from fd_large.tasks.dense.batch_norm import MOMENTUM
 
 NORM_EPS = 1e-6
-MOMENTUM = 0.1
 # The published standard deviation of the layer's first weights.
 HEAD_STD = 0.01
 
@@ -41,13 +41,13 @@ class FrozenFeature(nn.Module):
     """A frozen model: uint8 images to a feature of each; always in evaluation mode.
 
     Args:
-        net: A backbone of `fd_large.backbones`.
+        model: A backbone of `fd_large.backbones`.
         statistics: The normalisation of its images.
     """
 
-    def __init__(self, net: nn.Module, statistics: Statistics) -> None:
+    def __init__(self, model: nn.Module, statistics: Statistics) -> None:
         super().__init__()
-        self.net, self.norm, self.statistics = net, norm_of_mean(net), statistics
+        self.model, self.norm, self.statistics = model, norm_of_mean(model), statistics
         self.requires_grad_(False)
         super().train(False)
 
@@ -59,7 +59,7 @@ class FrozenFeature(nn.Module):
         """Returns (B, C) float32, without gradient."""
         with torch.no_grad():
             pixels = normalise(images, self.statistics)
-            features = self.net(pixels.to(next(self.net.parameters()).dtype))
+            features = self.model(pixels.to(next(self.model.parameters()).dtype))
             return mean_token(features, self.norm)
 
 
@@ -102,11 +102,11 @@ class LinearProbing(Task):
     def __init__(self, frozen: Frozen, num_classes: int, *, norm_batch: int) -> None:
         super().__init__(_NothingTrained())
         self._frozen, self._norm_batch = (frozen,), norm_batch
-        width = frozen.tested.net.width
+        width = frozen.tested.model.width
         draw = NORMAL.divided(NORMAL.std / HEAD_STD)
         self.head = Linear(width, num_classes, draw=draw)
         self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_variance", torch.ones(width))
+        self.register_buffer("running_var", torch.ones(width))
         # Sums over the images of this step: of their groups' mean and variance, and their number.
         self._seen: Tensor | None = None
 
@@ -135,7 +135,7 @@ class LinearProbing(Task):
             places: (B,) int64, the rows of the labels; None in evaluation, where they are all.
         """
         if places is None:
-            mean, variance = self.running_mean, self.running_variance
+            mean, variance = self.running_mean, self.running_var
             normed = (features - mean) * (variance + NORM_EPS).rsqrt()
             return summed(self._logits(normed), labels)
         rows, groups = [], features.split(self._norm_batch)
@@ -163,7 +163,7 @@ class LinearProbing(Task):
         """Moves the running statistics."""
         assert self._seen is not None
         *sums, count = distributed.sum_tensor(self._seen).split([*[len(self.running_mean)] * 2, 1])
-        running = (self.running_mean, self.running_variance)
+        running = (self.running_mean, self.running_var)
         for statistic, total in zip(running, sums, strict=True):
             statistic.lerp_((total / count).to(statistic), MOMENTUM)
 

@@ -12,10 +12,9 @@ from unit.engine.zero.test_state import restore, step, stored
 from fd_large import doors
 from fd_large.engine.ema import Ema
 from fd_large.engine.forward_backward import prepared
-from fd_large.engine.zero import own_optimizer, partition
+from fd_large.engine.zero import optimizer, partition
 from fd_large.engine.zero.layer_decay import by_layer
-from fd_large.engine.zero.optimizer import parameter_groups
-from fd_large.engine.zero.own_optimizer import moments_of
+from fd_large.engine.zero.optimizer import moments_of, parameter_groups
 from fd_large.errors import ConfigError
 from fd_large.recipes.sections import Optim
 
@@ -172,7 +171,7 @@ def test_what_is_kept_of_each_parameter(own):
 
 def test_a_built_in_one_is_a_line_in_its_table(monkeypatch, own, make_engine):
     lion = doors.load(own("Lion").name, kind="optimisers", where="")
-    monkeypatch.setitem(own_optimizer.OPTIMISERS, "lion", lion)
+    monkeypatch.setitem(optimizer.OPTIMISERS, "lion", lion)
     assert moments_of(Optim(name="lion")) == ("exp_avg",)
     engine = make_engine(optim=Optim(name="lion"))
     step(engine, 0)

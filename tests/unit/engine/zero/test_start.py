@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import deepspeed
 import pytest
 import torch
@@ -29,3 +31,9 @@ def test_torchs_linear_function_comes_back(one_rank: None) -> None:
         assert torch.nn.functional.linear is not own
         start.forget_engines()
         assert torch.nn.functional.linear is own
+
+
+def test_a_process_may_have_no_first_stderr(one_rank: None, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "__stderr__", None)
+    monkeypatch.setattr(private_names, "check", lambda: sys.stderr.write(""))
+    start.start()

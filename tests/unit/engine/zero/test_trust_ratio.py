@@ -17,7 +17,9 @@ from fd_large.recipes.sections import Optim
 DECAY = 0.05
 
 
-@pytest.mark.parametrize("config", [(0, False), (1, False), (2, False), (3, False)])
+@pytest.mark.parametrize(
+    "config", [(0, False), (1, False), (2, False), (3, False), (1, True), (3, True)]
+)
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_it_steps_as_on_whole_tensors(make_engine, config, layer_decay):
     """You et al., arXiv 1708.03888: w -= lr * m, m = .9 m + .001 |w| / |g + d w| (g + d w)."""
@@ -48,4 +50,7 @@ def test_it_steps_as_on_whole_tensors(make_engine, config, layer_decay):
         if kind == "master":
             moved = plain.get_parameter(name).detach() - before[name]
             found = values.view(-1) - before[name].view(-1)
-            torch.testing.assert_close(found, moved.view(-1), rtol=1e-3, atol=1e-8)
+            if config[1]:  # The gradients are those of a bfloat16 model.
+                assert (found - moved.view(-1)).norm() < 0.1 * moved.norm()
+            else:
+                torch.testing.assert_close(found, moved.view(-1), rtol=1e-3, atol=1e-8)

@@ -30,7 +30,7 @@ def frozen(tmp_path_factory):
     student = official.student(tmp_path_factory.mktemp("official"))
     feature = FrozenFeature(make_student(student, image_size=32), IMAGENET)
     weights = student_weights(student, Sources(), image_size=32, without=DISCARDED)
-    load_weights(feature.net, weights, where="student.init")
+    load_weights(feature.model, weights, where="student.init")
     return Frozen(feature, feature)
 
 
@@ -73,7 +73,7 @@ def test_it_learns_as_in_the_official_code(make_engine, frozen, config):
             after = whole(engine.task.head.weight)
             assert after == pytest.approx(expected["weight_after_one_step"], abs=1e-6)
     assert losses == pytest.approx(expected["losses"], abs=1e-5)
-    for name in ("running_mean", "running_variance"):
+    for name in ("running_mean", "running_var"):
         found = getattr(engine.task, name)
         assert found.tolist() == pytest.approx(expected[name], abs=1e-5)
 
@@ -104,7 +104,7 @@ def test_statistics_depend_on_no_micro_batch(frozen):
             targets = {"labels": labels[start:stop], "places": places}
             losses.append(task(**task.prepare(images[first:end], targets, None))[0])
         task.after_step()
-        found.append([torch.stack(losses).mean(), task.running_mean, task.running_variance])
+        found.append([torch.stack(losses).mean(), task.running_mean, task.running_var])
     for once, twice in zip(*found, strict=True):
         torch.testing.assert_close(once, twice)
     _, mean, variance = found[0]
