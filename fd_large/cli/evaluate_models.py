@@ -321,22 +321,28 @@ def _sweep(
     """Tries the grid for every row and puts the best into its recipe; returns the exit code."""
     from fd_large import distributed, meeting
     from fd_large.engine.find_model import slug
+    from fd_large.engine.node_consistency import weights_digest
     from fd_large.runtime import logs
 
     logs.start(distributed.start().rank)
-    part = meeting.meet(lambda: divisible_part(recipes[0].data.root))
+    images = meeting.meet(lambda: divisible_part(recipes[0].data.root))
+    pairs = list(zip(rows, recipes, strict=True))
+    digests = meeting.meet(
+        lambda: [weights_digest(recipe.student.init, row.model.weights) for row, recipe in pairs]
+    )
     folder = Path(own.out) / "sweep"
     grids = [
-        trials_of(recipe, own, part=part, folder=folder / slug(row.model.label))
-        for row, recipe in zip(rows, recipes, strict=True)
+        trials_of(recipe, own, images=images, weights=digest, folder=folder / slug(row.model.label))
+        for (row, recipe), digest in zip(pairs, digests, strict=True)
     ]
     done = sum(finished(trial) is not None for grid in grids for trial in grid)
     num_trials, num_runs = sum(map(len, grids)), len(rows) * own.seeds
     if distributed.is_main():
         tables().print(
             f"--sweep: {num_trials} trials ({done} of them done before) on nine tenths of the "
-            f"training images, {len(grids[0])} for each of {len(rows)} models; then {num_runs} "
-            f"runs on all of them: {num_trials - done + num_runs} runs in all",
+            f"training images, {' + '.join(str(len(grid)) for grid in grids)} for the models in "
+            f"turn, the point of each one's recipe among them; then {num_runs} runs on all of "
+            f"them: {num_trials - done + num_runs} runs in all",
             soft_wrap=True,
         )
     for place, (row, grid) in enumerate(zip(rows, grids, strict=True)):

@@ -3,11 +3,12 @@
 A small change of the learning rate moves fine-tuning by more than models differ, and the rate that
 suits one model does not suit another. So the same grid is tried for every model: a trial trains on
 nine tenths of the training images and is tested on the rest, held out by a hash of the names of the
-files (data/val_fraction.py). The best of the grid then trains on all training images, with every
-seed, and only these runs see the test images.
+files (data/val_fraction.py). The point of the model's own recipe is always in its grid. The best
+then trains on all training images, with every seed, and only these runs see the test images.
 
 Each trial is a run of its own below OUT/sweep. One that is finished leaves its accuracy and not its
-checkpoints, so the same command goes on where it stopped.
+checkpoints, so the same command goes on where it stopped; a trial of anything else is refused. One
+that diverges is a result, too.
 """
 
 from __future__ import annotations
@@ -17,16 +18,29 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_large.atomic_files import write_json
-from fd_large.errors import ConfigError, DataError
+from fd_large.atomic_files import out_folder, write_json
+from fd_large.errors import ConfigError, DataError, Exit
 from fd_large.recipes.fields import require
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import Run, difference
+
+if TYPE_CHECKING:
+    from fd_large.data.folder import ImageFolder
 
 HELD_OUT = 0.1
 """Fraction of the training images on which trials are tested."""
 _RECORD = "trial.json"
+# What two starts of a trial may have differently: it decides no accuracy.
+_FREE = frozenset(
+    {
+        "batch.micro_batch_size",
+        "data.cache",
+        "data.cache_gb",
+        "data.workers",
+        "runtime.run_dir",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +50,11 @@ class SweepFlags:
     # Try learning rates and layer decays for every model, on a tenth of the training images that is
     # held out, and train the best of them on all training images.
     sweep: bool = False
-    # Learning rates of the sweep, as multiples of the peak learning rate of each model's recipe.
+    # Learning rates of the sweep, as multiples of the peak learning rate of each model's recipe,
+    # which is always tried, too.
     sweep_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
-    # Layer decays of the sweep (optim.layer_decay).
+    # Layer decays of the sweep (optim.layer_decay); that of each model's recipe is always tried,
+    # too.
     sweep_decays: tuple[float, ...] = (0.6, 0.7, 0.8)
 
     def __post_init__(self) -> None:
@@ -84,13 +100,16 @@ class Trial(NamedTuple):
         rate: Multiple of the learning rate of the model's recipe.
         decay: The layer decay.
         run: The recipe of the trial.
-        accuracy: On the held-out images, in per cent.
+        inputs: What the recipe does not say of them: `images`, the fingerprint of the training
+            images; `weights`, the digest of those that it starts from.
+        accuracy: On the held-out images, in per cent; None: not trained yet, or diverged.
     """
 
     rate: float
     decay: float
     run: Run
-    accuracy: float = 0.0
+    inputs: Mapping[str, str]
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,8 @@ class Sweep:
     @property
     def winner(self) -> Trial:
         """The best trial; of equal ones that with the smaller rate, then the smaller decay."""
-        return max(self.trials, key=lambda trial: trial.accuracy)
+        ended = (trial for trial in self.trials if trial.accuracy is not None)
+        return max(ended, key=lambda trial: trial.accuracy or 0.0)
 
     def at_edge(self) -> list[str]:
         """Returns the names of what a wider grid might find better values of."""
@@ -137,6 +157,11 @@ def check_fields(changes: Mapping[str, Any]) -> None:
     mistakes = {
         "optim.layer_decay": "the sweep decides it; got a value of your own, expected none. Set "
         "--sweep_decays.",
+        **dict.fromkeys(
+            ("eval.best_metric", "eval.patience"),
+            "the last runs would be chosen by the test images; got a value of your own, expected "
+            "none. Leave it out.",
+        ),
         "data.val_fraction": "the sweep holds out a part of train/ by itself; got a folder without "
         "train/, expected train/ beside val/ or test/. Move the images into such folders.",
         "runtime.run_dir": "one folder for several runs; got a sweep, expected one run. Set --out, "
@@ -147,8 +172,8 @@ def check_fields(changes: Mapping[str, Any]) -> None:
         raise ConfigError("\n".join(found))
 
 
-def divisible_part(root: str) -> str:
-    """Returns the folder of the training images, a part of which can be held out.
+def divisible_part(root: str) -> ImageFolder:
+    """Returns the training images, a part of which can be held out.
 
     Args:
         root: The dataset (data.root).
@@ -166,29 +191,32 @@ def divisible_part(root: str) -> str:
             "class. Leave --sweep out, and name rates by --optim.base_lr."
         )
     open_split(images.root, "train", val_fraction=HELD_OUT)
-    return images.root
+    return images
 
 
-def trials_of(recipe: Run, flags: SweepFlags, *, part: str, folder: Path) -> list[Trial]:
+def trials_of(
+    recipe: Run, flags: SweepFlags, *, images: ImageFolder, weights: str, folder: Path
+) -> list[Trial]:
     """Returns the trials of one model, in the order of rates, then of decays.
 
     Args:
         recipe: The recipe that the model would be trained by without a sweep.
-        flags: The grid.
-        part: The folder of the training images, of which a tenth is held out.
+        flags: The grid, to which the recipe's own rate and decay are added.
+        images: The training images, of which a tenth is held out.
+        weights: The digest of the weights that the recipe starts from.
         folder: The folder of the trials' folders.
 
     Raises: ConfigError: if a rate falls below those at the ends of the recipe's schedule.
     """
-    trials = []
-    for rate in sorted(set(flags.sweep_rates)):
-        for decay in sorted(set(flags.sweep_decays)):
+    trials, inputs = [], {"images": images.fingerprint, "weights": weights}
+    for rate in sorted({*flags.sweep_rates, 1.0}):
+        for decay in sorted({*flags.sweep_decays, recipe.optim.layer_decay}):
             where = folder / f"rate_{rate:g}_decay_{decay:g}"
             try:
                 run = with_point(recipe, rate, decay)
             except ConfigError as error:
                 raise ConfigError(f"--sweep_rates {rate:g}: of {recipe.name}, {error}") from None
-            trials.append(Trial(rate, decay, _held_out(run, part, where)))
+            trials.append(Trial(rate, decay, _held_out(run, images.root, where), inputs))
     return trials
 
 
@@ -204,51 +232,67 @@ def run_trials(trials: Sequence[Trial], train: Callable[[Run], Trained]) -> tupl
     Args:
         trials: The grid.
         train: Trains a run.
+
+    Raises: ConfigError: if all of them diverge.
     """
     from fd_large import distributed
 
-    done = []
+    ended = []
     for trial in trials:
-        where = Path(trial.run.run_dir())
-        accuracy = finished(trial)
-        if accuracy is None:
+        found = finished(trial)
+        if found is None:
+            _record(trial)
             code, accuracy, _ = train(trial.run)
-            if code:
+            diverged = code == Exit.LOOK and _has_diverged(trial)
+            if code and not diverged:
                 return code, Sweep(())
-            if distributed.is_main():
-                write_json(
-                    where / _RECORD, {"recipe": trial.run.to_dict(), "held_out_accuracy": accuracy}
-                )
+            found = trial._replace(accuracy=None if diverged else accuracy)
+            status = "diverged" if diverged else "done"
+            _record(found, status=status, held_out_accuracy=found.accuracy)
         if distributed.is_main():
-            shutil.rmtree(where / "checkpoints", ignore_errors=True)
-        done.append(trial._replace(accuracy=accuracy))
-    return 0, Sweep(tuple(done))
+            shutil.rmtree(Path(trial.run.run_dir()) / "checkpoints", ignore_errors=True)
+        ended.append(found)
+    if all(trial.accuracy is None for trial in ended):
+        rates = sorted({trial.run.optim.base_lr for trial in ended})
+        raise ConfigError(
+            f"--sweep_rates: every trial of {ended[0].run.name} diverged; got the learning rates "
+            f"{', '.join(f'{rate:g}' for rate in rates)}, expected one that trains. Lower "
+            "--optim.base_lr."
+        )
+    return 0, Sweep(tuple(ended))
 
 
-def finished(trial: Trial) -> float | None:
-    """Returns the accuracy of a trial that an earlier start finished; None: it is not finished.
+def finished(trial: Trial) -> Trial | None:
+    """Returns a trial with the accuracy of an earlier start; None: it is not finished.
 
     A collective.
 
-    Raises: ConfigError: if its folder holds a trial of another recipe.
+    Raises: ConfigError: if its folder holds a trial of another recipe, or with other inputs.
     """
     from fd_large import distributed
 
     file = Path(trial.run.run_dir()) / _RECORD
 
-    def read() -> float | None:
+    def read() -> tuple[bool, float | None]:
         if not (distributed.is_main() and file.is_file()):
-            return None
+            return False, None
         record = json.loads(file.read_text())
-        if found := trial.run.changes_since(record["recipe"]):
-            changed = "; ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in found.items())
+        found = difference(Run.from_dict(record["recipe"]), trial.run)
+        found |= {name: (record.get(name), now) for name, now in trial.inputs.items()}
+        changed = "; ".join(
+            f"{name} {was!r} -> {now!r}"
+            for name, (was, now) in found.items()
+            if was != now and name not in _FREE
+        )
+        if changed:
             raise ConfigError(
-                f"{file.parent}: holds a trial of another recipe; got {changed}, expected the "
-                "same. Set --out to another folder."
+                f"{file.parent}: holds a trial of another recipe, other images or other weights; "
+                f"got {changed}, expected the same. Set --out to another folder."
             )
-        return float(record["held_out_accuracy"])
+        return "status" in record, record.get("held_out_accuracy")
 
-    return distributed.broadcast_object(distributed.together(read))
+    is_finished, accuracy = distributed.broadcast_object(distributed.together(read))
+    return trial._replace(accuracy=accuracy) if is_finished else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,6 +306,28 @@ def _held_out(recipe: Run, part: str, folder: Path) -> Run:
         eval=replace(recipe.eval, root=""),
         runtime=replace(recipe.runtime, run_dir=str(folder), keep_last=1, keep_every=0),
     )
+
+
+def _record(trial: Trial, **outcome: Any) -> None:
+    """Writes what a trial is, before it trains, and how it ended; rank 0 writes, a collective."""
+    from fd_large import distributed
+
+    def write() -> None:
+        if distributed.is_main():
+            known = {"recipe": trial.run.to_dict(), **trial.inputs}
+            write_json(out_folder(trial.run.run_dir()) / _RECORD, {**known, **outcome})
+
+    distributed.together(write)
+
+
+def _has_diverged(trial: Trial) -> bool:
+    """Whether the guard ended a trial, and not something that has to be mended; a collective."""
+    from fd_large import distributed
+    from fd_large.runtime.hooks import GUARD
+    from fd_large.runtime.run_folder import status_of
+
+    is_main = distributed.is_main()
+    return distributed.broadcast_object(is_main and status_of(Path(trial.run.run_dir())) == GUARD)
 
 
 def _as_json(trial: Trial) -> dict[str, Any]:

@@ -99,11 +99,12 @@ def _grid(models: list[dict[str, Any]]) -> Table:
         }
         for decay in sorted({trial["layer_decay"] for trial in sweep["trials"]}):
             best = f"rate x {sweep['rate']:g}" if decay == sweep["layer_decay"] else ""
-            cells = [f"{accuracy[rate, decay]:.2f}" for rate in rates]
+            found_here = (accuracy[rate, decay] for rate in rates)
+            cells = ["diverged" if one is None else f"{one:.2f}" for one in found_here]
             found.add_row(Text(model["label"]), f"{decay:g}", *cells, best)
     said = [
-        "Rates are multiples of that of each model's recipe. The best of each model was then "
-        "trained on all training images."
+        "Rates are multiples of that of each model's recipe, whose own rate (x 1) and decay are in "
+        "its grid. The best of each model was then trained on all training images."
     ]
     said += [
         f"{model['label']}: the best is at an edge of the grid "

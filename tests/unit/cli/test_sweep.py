@@ -1,15 +1,19 @@
-"""`evaluate --sweep`: what trials see, what wins, and where it goes on; without training."""
+"""`evaluate --sweep`: what trials see, what wins, and where it goes on."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_runs
 from html_page import check_page
 from PIL import Image
 
+import fd_large
 from fd_large.cli.main import main
+from fd_large.recipes import registry
 
 WORDS = ["vit_base_patch16=random", "--task", "finetune", "--sweep", "--sweep_rates", "1", "2", "4"]
 WORDS += ["--sweep_decays", "0.8", "1", "--optim.base_lr", "1e-3", "--seeds", "2"]
@@ -28,13 +32,16 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The recipes of the trainings, of which that with rate 2e-3 and decay 1 is the best."""
+    """The recipes of the trainings: rate 2e-3 with decay 1 is the best, 4e-3 diverges."""
     runs = []
 
     def train(run, *, deepspeed_config):
         runs.append(run)
         folder = Path(run.run_dir())
         (folder / "checkpoints").mkdir(parents=True)
+        if run.optim.base_lr == 4e-3:
+            (folder / "summary.json").write_text('{"status": "guard"}')
+            return 3
         accuracy = 50 - 1e4 * abs(run.optim.base_lr - 2e-3) + run.optim.layer_decay
         found = {"test_top1": accuracy, "test_loss": 1.0}
         (folder / "summary.json").write_text(json.dumps(found))
@@ -49,13 +56,15 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
 ):
     words = ["evaluate", *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    trials, runs = trained[:6], trained[6:]
-    assert "6 trials (0 of them done before)" in capsys.readouterr().out
+    trials, runs = trained[:9], trained[9:]
+    assert "9 trials (0 of them done before)" in capsys.readouterr().out
+    own = registry.get(trials[0].name).optim.layer_decay
+    assert own not in (0.8, 1.0)
     for run in trials:
         assert (run.data.root, run.data.val_fraction) == (str(images / "train"), 0.1)
         assert not (Path(run.run_dir()) / "checkpoints").exists()
     assert {(run.optim.base_lr, run.optim.layer_decay) for run in trials} == {
-        (rate, decay) for rate in (1e-3, 2e-3, 4e-3) for decay in (0.8, 1.0)
+        (rate, decay) for rate in (1e-3, 2e-3, 4e-3) for decay in (own, 0.8, 1.0)
     }
     for seed, run in enumerate(runs):
         assert (run.data.root, run.data.val_fraction) == (str(images), 0.0)
@@ -66,9 +75,11 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
     sweep = row["sweep"]
     assert (sweep["base_lr"], sweep["layer_decay"], sweep["held_out_accuracy"]) == (2e-3, 1.0, 51.0)
     assert sweep["at_edge"] == [], "no decay is above 1"
-    assert len(sweep["trials"]) == 6
+    accuracies = [trial["held_out_accuracy"] for trial in sweep["trials"]]
+    assert len(accuracies) == 9
+    assert accuracies[6:] == [None] * 3, "of rate 4e-3"
     page = check_page(tmp_path / "out" / "report.html")
-    assert {"0.002", "rate x 4", "rate x 2", "51.00"} <= set(page.words)
+    assert {"0.002", "rate x 4", "rate x 2", "51.00", "diverged"} <= set(page.words)
 
     # One trial was not finished when the first start ended.
     (Path(trials[3].run_dir()) / "trial.json").unlink()
@@ -78,15 +89,85 @@ def test_the_best_of_held_out_images_trains_on_all_with_every_seed(
     assert main(words) == 0
     assert trained == [trials[3], *runs]
 
-    # A grid below the best says so; its trials are not those of another recipe.
-    assert main([*words, "--optim.epochs", "30"]) == 2
-    assert "optim.epochs 100 -> 30" in capsys.readouterr().err
+    # Trials of anything else are not taken.
+    del trained[:]
+    shutil.copytree(images, tmp_path / "copy")
+    others = {
+        "optim.epochs 100 -> 30": ["--optim.epochs", "30"],
+        "optim.epochs 100 -> 130": ["--optim.epochs", "130"],
+        "data.root": ["--data.root", str(tmp_path / "copy")],
+    }
+    for said, more in others.items():
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    file = Path(trials[0].run_dir()) / "trial.json"
+    record = json.loads(file.read_text())
+    for name in ("images", "weights"):
+        file.write_text(json.dumps({**record, name: "another"}))
+        assert main(words) == 2
+        assert f"got {name} 'another' -> " in capsys.readouterr().err
+    file.write_text(json.dumps(record))
+    assert not trained
+
+    # A grid below the best says so, and has the recipe's own rate besides.
     other = words.index("--sweep_rates")
-    words[other + 1 : other + 4] = ["0.5", "1"]
+    words[other + 1 : other + 4] = ["0.5"]
     for run in runs:
         (Path(run.run_dir()) / "checkpoints").rmdir()
     assert main(words) == 0
     assert "at an edge of the grid (rate)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("code", "status"), [(3, "not saved"), (75, "preempted")])
+def test_what_is_no_divergence_ends_the_sweep(images, tmp_path, monkeypatch, code, status):
+    runs = []
+
+    def train(run, *, deepspeed_config):
+        runs.append(run)
+        (Path(run.run_dir()) / "summary.json").write_text(json.dumps({"status": status}))
+        return code
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    words = ["evaluate", *WORDS, "--data.root", str(images), "--out", str(tmp_path / "out")]
+    assert main(words) == code
+    assert main(words) == code
+    assert runs == runs[:1] * 2, "the trial is not finished"
+
+
+def test_a_sweep_that_trains(images, tmp_path):
+    run = tiny_runs.tiny_run()
+    tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run))
+
+    def evaluate():
+        return fd_large.evaluate(
+            tmp_path / "run",
+            data={"root": images, "workers": 0},
+            task="finetune",
+            out=tmp_path / "out",
+            sweep=True,
+            sweep_rates=(0.5,),
+            sweep_decays=(registry.get("finetune_esvit_swin_base").optim.layer_decay,),
+            recipe="finetune_esvit_swin_base",
+            batch={"global_batch_size": 4, "micro_batch_size": 4},
+            **{"optim.max_steps": 2, "optim.warmup_epochs": 0.0},
+        )
+
+    (row,) = evaluate().summary["nets"]
+    trials = row["sweep"]["trials"]
+    assert [trial["rate"] for trial in trials] == [0.5, 1.0]
+    for trial in trials:
+        folder = Path(trial["run"])
+        record = json.loads((folder / "trial.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        assert record["held_out_accuracy"] == summary["test_top1"] == trial["held_out_accuracy"]
+        assert record["weights"]
+        assert not (folder / "checkpoints").exists()
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["nets"]) == 1
+    # The run goes on: its weights are others.
+    run = tiny_runs.tiny_run()
+    tiny_runs.store_task(tmp_path / "run", run, tiny_runs.tiny_task(run), update=9)
+    with pytest.raises(fd_large.FDError, match=r"weights .\d+ bytes, hash"):
+        evaluate()
 
 
 def test_what_cannot_be_swept(images, trained, tmp_path, capsys):
@@ -101,6 +182,7 @@ def test_what_cannot_be_swept(images, trained, tmp_path, capsys):
     )
     cases = {
         "--optim.layer_decay: the sweep decides it": [*both, "--optim.layer_decay", "0.5"],
+        "--eval.best_metric: the last runs would be": [*both, "--eval.best_metric", "test_top1"],
         "--data.val_fraction: the sweep holds out": [*both, "--data.val_fraction", "0.2"],
         "--sweep_rates 1e-06: of finetune_clip_vit_base": [*both, "--sweep_rates", "1e-6"],
         "--sweep: only a folder of images": ["--data.root", f"module:{tmp_path}/source.py:Source"],
