@@ -45,7 +45,8 @@ from fd_large.plan.counts import (
 log = logging.getLogger(__name__)
 
 
-# The micro-batches that are counted. Not 1, where copies turn into views.
+# The micro-batches that are counted, times `Job.images_together`. Not 1, where copies turn into
+# views.
 SIZES = (2, 4)
 
 
@@ -185,19 +186,21 @@ def count(
         with torch.no_grad():  # Fills caches, whose tables would be counted with the first.
             task.shapes_only(job.probe_batch(SIZES[0]))
         images = 0
+        small, large = (size * job.images_together() for size in SIZES)
         for wrapped in checkpointing:
             if wrapped:
                 every = job.run.student.checkpoint_every
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
             if not images:
                 try:
-                    first = at(SIZES[0])
-                    second = at(SIZES[1], like=first)
+                    first = at(small)
+                    second = at(large, like=first)
                 except NotLinear:
                     images = micro_batch_size
             if images:
                 first = second = at(images)
-            result[wrapped] = _counts(first, second, images, task, frozen)
+            sizes = (0, images) if images else (small, large)
+            result[wrapped] = _counts(first, second, sizes, images, task, frozen)
     return result
 
 
@@ -222,7 +225,9 @@ def step_flops(job: Job, micro_batch_size: int, *, checkpointing: bool) -> StepF
                 checkpoint_blocks(task.student.blocks(), mode="every", every=every)
             recorder, batch = Recorder((task, *frozen)), job.probe_batch(micro_batch_size)
             one = run_on_shapes(task, frozen, batch, recorder)
-            return _counts(one, one, micro_batch_size, task, frozen).step_flops(micro_batch_size)
+            sizes = (0, micro_batch_size)
+            counts = _counts(one, one, sizes, micro_batch_size, task, frozen)
+            return counts.step_flops(micro_batch_size)
     except FDError as error:
         log.debug("FLOPs and utilisation are not reported: %s", error)
         return None
@@ -287,9 +292,13 @@ def on_shapes(device: choose.Device) -> Iterator[None]:
 
 
 def _counts(
-    first: _One, second: _One, images: int, task: Task, frozen: Iterable[nn.Module]
+    first: _One,
+    second: _One,
+    at: tuple[int, int],
+    images: int,
+    task: Task,
+    frozen: Iterable[nn.Module],
 ) -> Counts:
-    at = (0, images) if images else SIZES
     products: Counter[tuple] = Counter()
     moved: dict[str, Line] = {}
     again = NOTHING

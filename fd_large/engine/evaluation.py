@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fd_large import distributed
+from fd_large.engine.micro_batch import building_in_memory, out_of_memory_named
 from fd_large.engine.task import Task
 from fd_large.engine.zero import partition
 from fd_large.engine.zero.engine import Engine
@@ -76,13 +77,23 @@ def in_float32(
     Args:
         engine: The engine.
         make_task: Constructs its task.
+
+    Raises: OutOfMemory: if the copy or a test does not fit.
     """
     with evaluating(engine):
         task, forward = engine.task, engine.deepspeed
         if engine.stage < 3 and engine.config["bf16"]["enabled"]:
-            task = forward = partition.build(make_task, engine.config, partitioned=False, seed=0)
-            held = dict(task.named_parameters()) | partition.running_statistics(task)
-            for name, values in whole_masters(engine):
-                held[name].copy_(values.view_as(held[name]))
-            task.to(distributed.device()).eval()
-        yield lambda images, targets: forward(**task.prepare(images, targets, None))
+            with building_in_memory(what="a float32 copy for a test is"):
+                task = forward = partition.build(
+                    make_task, engine.config, partitioned=False, seed=0
+                )
+                held = dict(task.named_parameters()) | partition.running_statistics(task)
+                for name, values in whole_masters(engine):
+                    held[name].copy_(values.view_as(held[name]))
+                task.to(distributed.device()).eval()
+
+        def measured(images: Tensor, targets: Any) -> Any:
+            with out_of_memory_named(len(images)):
+                return forward(**task.prepare(images, targets, None))
+
+        yield measured

@@ -264,6 +264,10 @@ class Job:
         images = torch.full((size, 3, side, side), 128, dtype=torch.uint8)
         return Batch(images, 0, positions, positions)
 
+    def images_together(self) -> int:
+        """Returns of how many images the loaded ones are a multiple, whatever the micro batch."""
+        return 1
+
     def evaluations(
         self, engine: Engine, samples: ImageSource, micro_batch_size: int
     ) -> Sequence[Evaluation]:

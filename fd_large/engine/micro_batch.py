@@ -158,11 +158,12 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
 
 
 @contextmanager
-def building_in_memory(remedy: str = "") -> Iterator[None]:
+def building_in_memory(remedy: str = "", *, what: str = "the models are") -> Iterator[None]:
     """Turns an allocator's error while models are built into one sentence.
 
     Args:
         remedy: A flag that saves memory besides ZeRO; empty: there is none.
+        what: What is built, and its verb.
     """
     try:
         yield
@@ -170,7 +171,7 @@ def building_in_memory(remedy: str = "") -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"engine: out of memory on rank {distributed.rank()} while the models are built; got "
+            f"engine: out of memory on rank {distributed.rank()} while {what} built; got "
             "too little room for parameters and optimiser, expected enough. Use "
             f"ds_configs/zero3.json or zero3_offload.json, {remedy}{', ' if remedy else ''}or more "
             "ranks."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,10 +22,13 @@ from fd_large.engine.zero import partition
 from fd_large.engine.zero.fingerprint import fingerprint
 from fd_large.errors import CheckpointError, ConfigError
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.job import ClassificationJob
 from fd_large.tasks.classification.views import LabelledViews
 from fd_large.tasks.linear.task import Frozen, FrozenFeature, LinearProbing, probe_batch
 from fd_large.tasks.linear.views import GroupedBatches
+
+log = logging.getLogger(__name__)
 
 
 class LinearProbeJob(ClassificationJob):
@@ -108,8 +112,16 @@ class LinearProbeJob(ClassificationJob):
         )
 
     def probe_batch(self, size: int) -> Batch:
-        """Makes grey images."""
-        return probe_batch(size, self.run.data.image_size)
+        """Makes grey images, in whole groups."""
+        return probe_batch(size, self.run.data.image_size, norm_batch=self._group)
+
+    def images_together(self) -> int:
+        """Returns the images of a group."""
+        return self._group
+
+    def hooks(self) -> Sequence[Hook]:
+        """Returns what warns of micro batches that are parts of groups."""
+        return (_GroupWarning(self._group),)
 
     def facts(self) -> Mapping[str, Any]:
         """Returns the source and the hash of the frozen model."""
@@ -138,3 +150,23 @@ class LinearProbeJob(ClassificationJob):
     def recipe_for(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
         """Returns the one recipe of linear probes."""
         return "linear_probe"
+
+
+class _GroupWarning(Hook):
+    """Says at the start that images are loaded again, once the micro batch is known."""
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+
+    def on_start(self, setting: Setting) -> None:
+        size = setting.micro_batch_size
+        if size % self._group and distributed.is_main():
+            log.warning(
+                "batch.micro_batch_size: statistics of the batch norm want whole groups of %d "
+                "images (task.linear.norm_batch); got %d, so that each micro batch loads and "
+                "computes at least %d. Set a multiple of %d, or use fewer ranks.",
+                self._group,
+                size,
+                -(-size // self._group) * self._group,
+                self._group,
+            )

@@ -172,14 +172,15 @@ class LinearProbing(Task):
         return {"frozen.": self._frozen[0].learning, "": self}
 
 
-def probe_batch(size: int, image_size: int) -> Batch:
-    """Makes a batch of so many grey images of the first class.
+def probe_batch(size: int, image_size: int, *, norm_batch: int) -> Batch:
+    """Makes a micro batch of grey images of the first class, in whole groups as it is loaded.
 
     Args:
-        size: Number of images.
+        size: Images of the micro batch.
         image_size: Their side, in pixels.
+        norm_batch: Images of a group.
     """
-    positions = torch.arange(size)
-    images = torch.full((size, 3, image_size, image_size), 128, dtype=torch.uint8)
+    positions, loaded = torch.arange(size), -(-size // norm_batch) * norm_batch
+    images = torch.full((loaded, 3, image_size, image_size), 128, dtype=torch.uint8)
     targets = {"labels": torch.zeros(size, dtype=torch.int64), "places": positions}
     return Batch(images, 0, positions, positions, targets=targets)

@@ -18,6 +18,7 @@ from fd_large.engine.evaluation import (
     in_float32,
     steps_between,
 )
+from fd_large.engine.micro_batch import OutOfMemory
 from fd_large.engine.zero import partition, state
 
 
@@ -78,6 +79,15 @@ def test_a_bfloat16_engine_is_tested_with_its_masters(make_engine, stage):
     else:
         assert found != exact(1e-5)
         assert found == pytest.approx(exact(1e-5), rel=1e-2)
+
+
+def test_a_copy_that_does_not_fit_is_named(make_engine):
+    def make():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    expected = pytest.raises(OutOfMemory, match=r"a float32 copy for a test is built.*zero3\.json")
+    with expected, in_float32(make_engine("flat"), make):
+        pass
 
 
 def test_a_float32_engine_is_tested_as_it_is(make_engine):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from labelled_folder import labelled_folder
 
+from fd_large.engine.count import count, step_flops
 from fd_large.engine.find_model import find_model
 from fd_large.errors import CheckpointError, ConfigError
+from fd_large.kernels.choose import Device
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.jobs import job_of
@@ -36,6 +39,26 @@ def test_groups_have_to_divide_the_global_batch(run):
     task = replace(run.task, linear=replace(run.task.linear, norm_batch=3))
     with pytest.raises(ConfigError, match=r"task\.linear\.norm_batch: .*got 3"):
         LinearProbeJob(replace(run, task=task)).check()
+
+
+def test_parts_of_groups_are_counted_as_what_they_load_and_said(run, caplog):
+    job = LinearProbeJob(run)
+    part, whole = (step_flops(job, size, checkpointing=False).model for size in (1, 8))
+    # The layer alone is computed for one image: forward and the gradient of its weight.
+    assert whole - part == 7 * 2 * (2 * 16 * 1000)
+    (counts,) = count(
+        job,
+        Device((9, 0)),
+        bfloat16=True,
+        frozen_bfloat16=True,
+        checkpointing=[False],
+        micro_batch_size=8,
+    ).values()
+    assert counts.step_flops(8).model == whole
+    (hook,) = job.hooks()
+    for size, said in ((16, False), (4, True)):
+        hook.on_start(SimpleNamespace(micro_batch_size=size))
+        assert ("got 4, so that each micro batch loads" in caplog.text) == said
 
 
 def test_training_learns_from_bfloat16_and_tests_from_float32(run):

@@ -117,12 +117,14 @@ def test_only_the_layer_is_trained_and_any_number_of_images_probed(frozen):
     task = LinearProbing(frozen, 3, norm_batch=8)
     assert [name for name, _ in task.named_parameters()] == ["head.weight", "head.bias"]
     assert not task.train()._frozen[0].learning.training
-    for size in (1, 9):
-        task.shapes_only(probe_batch(size, 32)).backward()
+    for size, loaded in ((1, 8), (9, 16)):
+        batch = probe_batch(size, 32, norm_batch=8)
+        assert (len(batch.images), len(batch.targets["places"])) == (loaded, size)
+        task.shapes_only(batch).backward()
     with torch.device("meta"):
         feature = FrozenFeature(build("vit_base_patch16", TINY), IMAGENET)
         counted = LinearProbing(Frozen(feature, feature), 3, norm_batch=8)
-    counted.shapes_only(probe_batch(9, 16).to("meta")).backward()
+    counted.shapes_only(probe_batch(9, 16, norm_batch=8).to("meta")).backward()
     task.before_step()
     assert task._seen is None, "trials leave nothing behind"
 
