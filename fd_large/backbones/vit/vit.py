@@ -215,12 +215,15 @@ class ViT(nn.Module):
                 f"vit: not a batch of images; got shape {tuple(images.shape)}, expected "
                 "(B, channels, H, W). Add the batch dimension."
             )
-        for x in self.after_blocks(images, keep):  # noqa: B007 (the last one)
-            pass
+        grid = self.grid(*images.shape[-2:])
+        x, scales, table = self._before_blocks(images, keep)
+        # Not `after_blocks`, between whose blocks two of their outputs would be held.
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
         x = self.norm(x)
         if self.drop_distillation_token:
             x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
-        return FeatureMap(x, self.grid(*images.shape[-2:]), self.num_prefix_tokens)
+        return FeatureMap(x, grid, self.num_prefix_tokens)
 
     def after_blocks(self, images: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the residual stream after each block, without a norm.
@@ -228,8 +231,17 @@ class ViT(nn.Module):
         Args: See `forward`.
         Yields: (B, prefix tokens + N, C), the distillation token among them where there is one.
         """
-        batch_size = images.shape[0]
         grid = self.grid(*images.shape[-2:])
+        x, scales, table = self._before_blocks(images, keep)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
+            yield x
+
+    def _before_blocks(
+        self, images: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tokens, the scales of the branches, and the shared table of position biases."""
+        batch_size = images.shape[0]
         scales = branch_scales(keep, self.drop_path_rates, batch_size, images.device)
         dtype = residual_dtype(self.residual, self.patch_embed.proj.weight.dtype)
         patches = rearrange(self.patch_embed(images, dtype), "b h w c -> b (h w) c")
@@ -239,10 +251,7 @@ class ViT(nn.Module):
             x = x + self.pos_embed.to(dtype)
         if self.norm_pre is not None:
             x = self.norm_pre(x)
-        table = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
-            yield x
+        return x, scales, None if self.rel_pos_bias is None else self.rel_pos_bias()
 
 
 class Blocks(nn.ModuleList):
