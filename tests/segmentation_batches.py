@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from segmentation_twin import picture
+from segmentation_twin import image_and_labels
 
 from fd_large.data.loader import Batch
 from fd_large.recipes import registry
@@ -42,7 +42,7 @@ def batch_of(numbers: list[int], side: int = 64, *, ignored: bool = False) -> Ba
     """Made images of four classes; the last one is smaller than its canvas."""
     images, labels = [], []
     for number in numbers:
-        image, values = picture(number)
+        image, values = image_and_labels(number)
         images.append(torch.from_numpy(image[:side, :side].copy()).permute(2, 0, 1))
         of = class_labels(
             values[:side, :side],

@@ -19,11 +19,11 @@ FLAGS = """
 """
 
 
-def pictures(root: Path, count: int = 6, *, ignored: tuple[int, ...] = ()) -> Path:
+def write_images(root: Path, count: int = 6, *, ignored: tuple[int, ...] = ()) -> Path:
     """Writes rectangles of four classes; some training images have no labelled pixel."""
     for split in ("training", "validation"):
         for number in range(count):
-            image, labels = picture(number)
+            image, labels = image_and_labels(number)
             if split == "training" and number in ignored:
                 labels[:] = 0
             for kind, values, end in (("images", image, "jpg"), ("annotations", labels, "png")):
@@ -37,7 +37,7 @@ def pictures(root: Path, count: int = 6, *, ignored: tuple[int, ...] = ()) -> Pa
     return root
 
 
-def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
+def image_and_labels(number: int) -> tuple[np.ndarray, np.ndarray]:
     """An image (H, W, 3) and what its label file holds, (H, W): 0 is ignored, k + 1 is class k."""
     draw = np.random.default_rng(number)
     height, width = 72 + 8 * (number % 2), 64 + 16 * (number % 3)
@@ -51,7 +51,7 @@ def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
-def words(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
+def flags(root: Path, run_dir: Path, updates: int, *, ranks: int) -> list[str]:
     """The command's arguments; a step is one pass, for the batch norms."""
     return [
         *("--deepspeed_config", str(ROOT / "ds_configs/zero3.json"), *FLAGS.split()),

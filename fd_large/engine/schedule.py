@@ -68,7 +68,8 @@ class PolynomialSchedule(Schedule):
     """A power of the share of steps that are left, with a linear warm-up.
 
     Attributes:
-        power: The exponent; 1 is a straight line.
+        power: The exponent; 1 is a straight line, as in every recipe. Others are there for the
+            published schedules that hold this class to them.
         after_warmup: Whether the decay begins when the warm-up ends, as in mmengine; else it begins
             at once and the warm-up is multiplied into it, as in mmcv 1.x.
     """

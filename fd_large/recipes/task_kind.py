@@ -31,6 +31,8 @@ class TaskKind:
         scored_files: Flags of `evaluate` that name files of results which are scored without a
             model: a dataclass whose flags are empty texts by default. The function `score_files` of
             the folder's `score_files.py` takes it.
+        ignored_fields: Fields of the recipe, section.field, that no recipe of the task may set: its
+            job refuses them, and pages leave them out.
         next_steps: What is worth running after a run of it: why, and the words after the program's
             name, in which {run} is the run's folder and {data.root} its images.
     """
@@ -46,4 +48,5 @@ class TaskKind:
     scoring_fields: tuple[str, ...] = ()
     trains_models: bool = False
     scored_files: type | None = None
+    ignored_fields: tuple[str, ...] = ()
     next_steps: tuple[tuple[str, tuple[str, ...]], ...] = ()

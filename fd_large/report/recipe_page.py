@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from fd_large.recipes import registry
+from fd_large.tasks.registry import kind_of
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
@@ -86,10 +87,13 @@ def _recipe(name: str) -> list[str]:
     length = f"{run.optim.epochs} epochs"
     if run.optim.max_steps:
         length = f"at most {run.optim.max_steps} steps"
+    crops = f" crops of at least {run.data.min_crop_scale:g} of the area,"
+    if "data.min_crop_scale" in kind_of(run.task.name).ignored_fields:
+        crops = ""
     settings = (
-        f"{run.data.image_size} px, crops of at least {run.data.min_crop_scale:g} of the area,"
-        f" global batch {run.batch.global_batch_size}, {length}, peak learning rate"
-        f" {run.optim.base_lr:g} per 512 images, drop path {run.student.drop_path_rate:g}"
+        f"{run.data.image_size} px,{crops} global batch {run.batch.global_batch_size}, {length},"
+        f" peak learning rate {run.optim.base_lr:g} per 512 images, drop path"
+        f" {run.student.drop_path_rate:g}"
     )
     frozen = ", ".join(model.model for model in run.frozen_models.values())
     lines = [

@@ -11,7 +11,7 @@ import pytest
 from kills import resumed_from, state, updates_done
 from launch import ROOT, run_ranks, start_ranks
 from PIL import Image
-from segmentation_twin import pictures, words
+from segmentation_twin import flags, write_images
 from twin import TRAIN, losses
 
 from fd_large.data.sampler import epoch_order
@@ -23,13 +23,13 @@ IGNORED = tuple(epoch_order(8, 0, 0, np.arange(4)).tolist())
 
 @pytest.fixture(scope="module")
 def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("ade"), 8, ignored=IGNORED)
+    return write_images(tmp_path_factory.mktemp("ade"), 8, ignored=IGNORED)
 
 
 @pytest.fixture(scope="module")
 def calm(ade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("calm") / "run"
-    run_ranks(TRAIN, *words(ade, run_dir, UPDATES, ranks=2), ranks=2, timeout=240)
+    run_ranks(TRAIN, *flags(ade, run_dir, UPDATES, ranks=2), ranks=2, timeout=240)
     return run_dir
 
 
@@ -38,7 +38,7 @@ def scores(folder: Path) -> dict:
 
 
 def test_two_ranks_are_one_process(ade: Path, calm: Path, tmp_path: Path) -> None:
-    run_ranks(TRAIN, *words(ade, tmp_path / "one", UPDATES, ranks=1), ranks=1, timeout=240)
+    run_ranks(TRAIN, *flags(ade, tmp_path / "one", UPDATES, ranks=1), ranks=1, timeout=240)
     alone, together = losses(tmp_path / "one"), losses(calm)
     assert together == pytest.approx(alone, rel=1e-5)
     assert alone[0] == 0 < min(alone[1:])
@@ -49,7 +49,7 @@ def test_two_ranks_are_one_process(ade: Path, calm: Path, tmp_path: Path) -> Non
 
 
 def test_a_killed_run_goes_on_to_the_bit(ade: Path, calm: Path, tmp_path: Path) -> None:
-    given = words(ade, tmp_path, UPDATES, ranks=2)
+    given = flags(ade, tmp_path, UPDATES, ranks=2)
     started = start_ranks(TRAIN, *given, ranks=2)
     try:
         deadline = time.monotonic() + 180
@@ -92,10 +92,10 @@ def test_a_run_is_scored_on_any_number_of_ranks(ade: Path, calm: Path, tmp_path:
 
 def test_a_run_predicts(ade: Path, calm: Path, tmp_path: Path) -> None:
     image = next((ade / "images/validation").iterdir())
-    told = run_ranks(
+    finished = run_ranks(
         *(ROOT / "fd_large/__main__.py", "predict", calm, image, "--out", tmp_path), ranks=1
     )
-    assert "%" in told.outputs[0]
+    assert "%" in finished.outputs[0]
     seen = json.loads((tmp_path / "predictions.json").read_text())[str(image)]
     assert sum(seen["classes"].values()) == pytest.approx(1)
     labels = np.array(Image.open(tmp_path / seen["labels"]))

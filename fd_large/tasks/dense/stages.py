@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.errors import ConfigError
+from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.dense.pyramids import (
     FeaturePyramid,
     NormedStages,
@@ -22,7 +23,7 @@ from fd_large.tasks.dense.windowed_vit import check, windowed_map
 NUM_STAGES = 4
 # Parameters of a distilled student that `strip` takes out, with the values that a whole student has
 # in their place: its final norm then only normalises.
-LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0, "cls_token": 0.0, "dist_token": 0.0}
+LEFT_OUT = {**DISCARDED, "cls_token": 0.0, "dist_token": 0.0}
 
 
 def strip(student: nn.Module, *, windowed: bool = True) -> None:

@@ -25,6 +25,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.stages import LEFT_OUT
+from fd_large.tasks.dense.stored import task_to_test
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
@@ -32,7 +33,8 @@ from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, Shorte
 from fd_large.tasks.detection.heads.roi_heads import Detections
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
-from fd_large.tasks.detection.stored import detector, predict_images, score_stored
+from fd_large.tasks.detection.section import KIND
+from fd_large.tasks.detection.stored import predict_images, score_stored
 from fd_large.tasks.detection.task import Detection
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
@@ -51,15 +53,7 @@ class DetectionJob(Job):
         **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
         **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
     }
-    ignored_fields = (
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "data.min_crop_scale",
-        "data.val_fraction",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    )
+    ignored_fields = KIND.ignored_fields
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects."""
@@ -213,8 +207,8 @@ class DetectionJob(Job):
         classes = tuple(reader.manifest["categories"].values())
         images = meeting.meet(lambda: self.test_images(classes))
         detect = distributed.together(
-            lambda: detector(self.make_task, reader, precision=run.engine.precision)
-        )
+            lambda: task_to_test(self.make_task, reader, precision=run.engine.precision)
+        ).detect
         return score_stored(
             detect,
             images,
@@ -230,7 +224,7 @@ class DetectionJob(Job):
     ) -> Iterator[Predicted]:
         """Boxes and masks of objects."""
         return predict_images(
-            detector(self.make_task, reader, precision=self.run.engine.precision),
+            task_to_test(self.make_task, reader, precision=self.run.engine.precision).detect,
             images,
             folder,
             class_names=tuple(reader.manifest["categories"].values()),

@@ -101,6 +101,15 @@ KIND = TaskKind(
     title="Detection",
     section=Detection,
     scores_runs=True,
+    ignored_fields=(
+        "data.color_jitter",
+        "data.grayscale_probability",
+        "data.min_crop_scale",
+        "data.val_fraction",
+        "eval.views",
+        "eval.knn_root",
+        "eval.knn_every",
+    ),
     scored_files=ScoredFiles,
     next_steps=(
         ("all of COCO's numbers, and pictures", ("evaluate", "{run}", "--out", "{run}/evaluation")),

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from fd_large import distributed
-from fd_large.atomic_files import out_folder, write_json
-from fd_large.checkpoint import stream
-from fd_large.checkpoint.read import Reader
-from fd_large.data.decode import decode
-from fd_large.data.folder import read_image
-from fd_large.engine.checkpoint_models import stored_task
+from fd_large.atomic_files import out_folder
 from fd_large.engine.job import Predicted, StoredScores
-from fd_large.engine.zero.config import computes_in_bfloat16
-from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import resized_view
+from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.scores.annotated_images import draw_image, marks_of
 from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.scores.evaluation import Detect, evaluate, keep
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
-from fd_large.tasks.detection.task import Detection
-
-
-def detector(make: Callable[[], Detection], reader: Reader, *, precision: str) -> Detect:
-    """Builds the detector of a checkpoint, whole on this process's device.
-
-    Args:
-        make: Constructs the task.
-        reader: A checkpoint of it.
-        precision: `engine.precision` of its recipe.
-    """
-    task = stored_task(make, reader, kind=stream.outcome(reader))
-    if computes_in_bfloat16(precision):
-        task.bfloat16()
-    return task.to(distributed.device()).eval().detect
 
 
 def score_stored(
@@ -97,15 +76,9 @@ def predict_images(
         least_score: Least score of what is drawn and written.
     """
     device = distributed.device()
-    out_folder(folder)
     short, long = test_size
-    seen: dict[str, list[dict[str, Any]]] = {}
-    for path in dict.fromkeys(images):
-        try:
-            image = decode(read_image(path), path, max_pixels=max_pixels)
-        except DataError as error:
-            yield Predicted(path, problem=str(error))
-            continue
+
+    def see(image: Tensor, stem: str) -> Seen:
         view = resized_view(*image.shape[-2:], short_side=short, long_side=long)
         resized = view.image(image)
         size = torch.tensor([resized.shape[-2:]], device=device)
@@ -116,7 +89,7 @@ def predict_images(
             original_size=image.shape[-2:],
             category_ids=range(len(class_names)),
         )
-        seen[path] = [
+        found = [
             {
                 "class": class_names[result["category_id"]],
                 **{key: result[key] for key in ("score", "bbox", "segmentation")},
@@ -124,8 +97,8 @@ def predict_images(
             for result in results
             if result["score"] >= least_score
         ]
-        # Files with the same name in different folders are kept apart.
-        drawn = folder / f"{len(seen)}_{Path(path).stem}.png"
-        draw_image(image.permute(1, 2, 0).numpy(), marks_of(seen[path]), drawn)
-        yield Predicted(path, f"{len(seen[path])} objects", drawn)
-    write_json(folder / "predictions.json", seen)
+        drawn = folder / f"{stem}.png"
+        draw_image(image.permute(1, 2, 0).numpy(), marks_of(found), drawn)
+        return found, f"{len(found)} objects", drawn
+
+    return predict_files(see, images, folder, max_pixels=max_pixels)

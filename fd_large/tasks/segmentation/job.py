@@ -27,8 +27,10 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook, Setting
+from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.dense.pixels import PADDING, normalised
 from fd_large.tasks.dense.stages import is_of_one_size
+from fd_large.tasks.dense.stored import task_to_test
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet, open_segmentation
 from fd_large.tasks.segmentation.data.loader import TrainingBatches
@@ -36,8 +38,9 @@ from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
 from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
-from fd_large.tasks.segmentation.stored import predict_images, segmenter
-from fd_large.tasks.segmentation.task import LEFT_OUT, ON_LAST_MAP, Segmentation
+from fd_large.tasks.segmentation.section import KIND
+from fd_large.tasks.segmentation.stored import predict_images
+from fd_large.tasks.segmentation.task import ON_LAST_MAP, Segmentation
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
@@ -53,15 +56,7 @@ class SegmentationJob(Job):
         "val/mAcc": "mAcc (%)",
         "val/aAcc": "aAcc (%)",
     }
-    ignored_fields = (
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "data.min_crop_scale",
-        "data.val_fraction",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    )
+    ignored_fields = KIND.ignored_fields
 
     def open_samples(self) -> ImageSource:
         """Opens the training images and their labels."""
@@ -210,8 +205,8 @@ class SegmentationJob(Job):
         views = test_views(run)
         images = meeting.meet(self.test_images)
         logits = distributed.together(
-            lambda: segmenter(self.make_task, reader, precision=run.engine.precision)
-        )
+            lambda: task_to_test(self.make_task, reader, precision=run.engine.precision)
+        ).logits
         model = Model(logits, views, 1 if micro == "auto" else micro)
         out_folder(folder)
         classes = stored_classes(reader)
@@ -231,9 +226,9 @@ class SegmentationJob(Job):
     ) -> Iterator[Predicted]:
         """The class of each pixel, drawn over the image with a legend."""
         views = test_views(self.run)
-        logits = segmenter(self.make_task, reader, precision=self.run.engine.precision)
+        task = task_to_test(self.make_task, reader, precision=self.run.engine.precision)
         return predict_images(
-            Model(logits, views),
+            Model(task.logits, views),
             images,
             folder,
             stored_classes(reader),
@@ -261,7 +256,7 @@ class SegmentationJob(Job):
         )
 
     def _left_out(self) -> Mapping[str, float]:
-        return {} if self.run.task.segmentation.head in ON_LAST_MAP else LEFT_OUT
+        return {} if self.run.task.segmentation.head in ON_LAST_MAP else DISCARDED
 
 
 class _PassWarning(Hook):

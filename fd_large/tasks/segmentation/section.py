@@ -119,6 +119,15 @@ KIND = TaskKind(
     section=Segmentation,
     may_change=("task.segmentation.classes", *HOW_TO_TEST),
     scores_runs=True,
+    ignored_fields=(
+        "data.color_jitter",
+        "data.grayscale_probability",
+        "data.min_crop_scale",
+        "data.val_fraction",
+        "eval.views",
+        "eval.knn_root",
+        "eval.knn_every",
+    ),
     scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size"),
     next_steps=(
         (

@@ -47,9 +47,6 @@ the number of channels of which some are dropped."""
 ON_LAST_MAP = {"linear"}
 """Heads that take the student's last map alone, after its final norm."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
-LEFT_OUT = {"norm.weight": 1.0, "norm.bias": 0.0}
-"""Parameters of a distilled student that the task takes out, with the values that a whole student
-has in their place: its final norm then only normalises."""
 
 
 class Segmentation(Task):

@@ -17,6 +17,14 @@ def test_every_recipe_has_its_row_and_its_section():
     assert page.isascii()
 
 
+def test_a_setting_that_the_task_ignores_is_left_out():
+    sections = recipe_page().split("\n### ")
+    of = {name: next(s for s in sections if s.startswith(name + "\n")) for name in registry.RECIPES}
+    assert "crops of at least 0.08 of the area" in of["finetune_clip_vit_base"]
+    assert "- settings: 512 px, global batch 16, " in of["ade20k_linear"]
+    assert "crops of at least" not in of["coco_mask_rcnn_vit_base"]
+
+
 def test_reasons_by_section_become_items():
     lines = ["Why:", "student: small", "    and quick.", "optim: fast.", "", "note: no item"]
     expected = ["Why:", "", "- student: small", "    and quick.", "- optim: fast.", ""]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.report.style import GREY, LIGHT_GREY
 from fd_large.tasks.segmentation.data.classes import Classes
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ OPACITY = 0.6
 NAMED = 12
 # Classes of the confusion, those of most wrong pixels first.
 CONFUSED = 20
-GREY, LIGHT_GREY = "#5f5f5f", "#d9d9d9"
 # Inches, and the greatest height over width of an image in a row.
 ROW_WIDTH, HEADING, LEAST_HEIGHT = 13.0, 0.3, 2.0
 TALLEST = 1.4

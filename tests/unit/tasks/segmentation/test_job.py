@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from segmentation_batches import narrow_run
-from segmentation_twin import pictures
+from segmentation_twin import write_images
 from stored_run import store_tensors
 
 from fd_large.cli.export import export
@@ -25,7 +25,7 @@ test_views.__test__ = False
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return pictures(tmp_path_factory.mktemp("ade"))
+    return write_images(tmp_path_factory.mktemp("ade"))
 
 
 def run_of(root, name: str = SWIN, **own):

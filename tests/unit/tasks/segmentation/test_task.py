@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from segmentation_batches import NUM_CLASSES, batch_of, narrow_run
+from torch.utils.flop_counter import FlopCounterMode
 
 from fd_large.engine.count import step_flops
 from fd_large.recipes import registry
@@ -103,12 +104,13 @@ def test_heads_have_the_published_number_of_parameters(name):
     assert of_neck is None or count["neck"] == of_neck
 
 
-@pytest.mark.parametrize("name", [SWIN, VIT, "ade20k_linear"])
-def test_a_step_is_counted_on_shapes(name):
-    run = narrow_run(name)
-    counted = step_flops(SegmentationJob(run), 2, checkpointing=False)
+@pytest.mark.parametrize("name", [SWIN, "ade20k_linear"])
+def test_a_step_is_counted_on_shapes_as_torch_counts_it(name):
+    counted = step_flops(SegmentationJob(narrow_run(name)), 2, checkpointing=False)
+    with FlopCounterMode(display=False) as counter:
+        loss_of(segmentation(name), batch_of([0, 1]))[0].backward()
     assert counted is not None
-    assert counted.model > 0
+    assert counted.model == counter.get_total_flops()
 
 
 def test_a_vit_decays_its_positions_and_a_swin_keeps_its_exemptions():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from segmentation_twin import pictures
+from segmentation_twin import write_images
 
 from fd_large.errors import ConfigError, DataError
 from fd_large.tasks.segmentation.data.classes import CITYSCAPES_CLASSES, classes_of, colors_of
@@ -109,7 +109,7 @@ def test_numbers_that_int16_would_change_are_refused(number, reduces, tmp_path):
 
 
 def test_classes_come_from_the_dataset_a_file_or_their_numbers(tmp_path):
-    root = pictures(tmp_path / "ade")
+    root = write_images(tmp_path / "ade")
     assert classes_of(str(root), 4, "").names == ("red", "green", "blue", "grey")
     assert classes_of(str(root), 5, "").names[4] == "class 4"
     (tmp_path / "city/leftImg8bit").mkdir(parents=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from segmentation_twin import pictures
+from segmentation_twin import write_images
 
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
 from fd_large.tasks.segmentation.data.loader import TestImages, TrainingBatches, build_test_loader
@@ -15,7 +15,7 @@ VIEWS = TrainingViews(48, (0.5, 2.0), 0.75, True)
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = pictures(tmp_path_factory.mktemp("ade"))
+    root = write_images(tmp_path_factory.mktemp("ade"))
     return open_segmentation(
         str(root), "train", num_classes=4, ignore_value=255, reduce_zero_label=True
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pretended_ranks
 import pytest
 import torch
-from segmentation_twin import pictures
+from segmentation_twin import write_images
 
 from fd_large.errors import DataError
 from fd_large.tasks.segmentation.data.classes import classes_of
@@ -34,7 +34,7 @@ def nearest_color(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return pictures(tmp_path_factory.mktemp("ade"), 5)
+    return write_images(tmp_path_factory.mktemp("ade"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_ranks_make_as_many_forwards_where_an_image_cannot_be_read_again(images,
 
 
 def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
-    root = pictures(tmp_path, 3)
+    root = write_images(tmp_path, 3)
     images = open_segmentation(
         str(root), "val", num_classes=4, ignore_value=255, reduce_zero_label=True
     )
