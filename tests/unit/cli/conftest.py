@@ -1,4 +1,6 @@
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,19 @@ from fd_large.runtime import display
 def never_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command says on stderr while it lasts would stand among its errors here."""
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", float("inf"))
+
+
+@pytest.fixture(autouse=True)
+def own_process() -> Iterator[None]:
+    """A command that fails leaves its process group, and the environment of it, to its process."""
+    before = dict(os.environ)
+    yield
+    if "fd_large.engine.zero.start" in sys.modules:
+        sys.modules["fd_large.engine.zero.start"].stop()
+    if "fd_large.distributed" in sys.modules:
+        sys.modules["fd_large.distributed"].stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from fd_large.engine.job import Job
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes import registry
 from fd_large.tasks.jobs import job_of
+from fd_large.tasks.registry import TASKS
 
 
 def test_samples_that_cannot_be_staged_are_refused_and_not_forgotten():
@@ -24,8 +25,7 @@ def test_samples_that_cannot_be_staged_are_refused_and_not_forgotten():
 @pytest.mark.parametrize("name", sorted(registry.RECIPES))
 def test_every_recipe_has_a_job_of_its_task(name):
     run = registry.get(name)
-    names = {"distillation": "DistillationJob", "finetune": "FineTuningJob"}
-    assert type(job_of(run)).__name__ == names.get(run.task.name, "DetectionJob")
+    assert type(job_of(run)).__name__ == TASKS[run.task.name].job
 
 
 VALUES = {
