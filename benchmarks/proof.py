@@ -168,7 +168,7 @@ class Proof:
 
     def diagnose(self) -> None:
         """Compares attention, loss landscape and similarity of layers, on equal losses."""
-        models = ("teacher#student", "student#student", "student#scratch", "labels#student")
+        models = ("teacher", "student", "student#scratch", "labels")
         command = [sys.executable, "-m", "fd_large", "diagnose"]
         command += [str(self.work / model) for model in models]
         root, out = self._root / "test", self.work / "diagnosis"
