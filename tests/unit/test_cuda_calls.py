@@ -49,6 +49,7 @@ def test_a_rank_takes_its_own_gpu_and_nccl(card: Card, monkeypatch) -> None:
     monkeypatch.setattr(distributed, "watch_launcher", lambda: None)
     # Its thread would miss the other rank.
     monkeypatch.setattr(distributed.failures, "watch", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_store_of_group", lambda *_: None)
     monkeypatch.setattr(
         distributed.dist, "init_process_group", lambda backend, **_: called.append(backend)
     )
