@@ -46,7 +46,7 @@ class Loader:
 
 def as_on_a_gpu() -> None:
     """Lets code for GPUs and several ranks run in this process on the CPU."""
-    # Of logs.
+    # They only write logs.
     for name in ("wandb", "termcolor"):
         sys.modules[name] = SimpleNamespace(colored=str)  # type: ignore[assignment]
     Tensor.cuda = lambda self, **_: self  # type: ignore[method-assign,assignment]

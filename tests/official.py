@@ -113,7 +113,7 @@ def weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def images(name: str, count: int) -> Tensor:
-    """(count, 3, 32, 32) uint8, coarse enough to be told apart."""
+    """(count, 3, 32, 32) uint8, coarse enough to differ visibly."""
     coarse = drawn(name, (count, 3, 4, 4), 60.0, 128.0).clamp(0, 255)
     return coarse.round().byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
 

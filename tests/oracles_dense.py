@@ -25,7 +25,7 @@ from fd_large.tasks.segmentation.scores.areas import confusion, scores_of
 from fd_large.tasks.segmentation.scores.views import averaged, resized, slide, windows
 from fd_large.tasks.segmentation.task import Segmentation
 
-# Of a name that heads have in mmsegmentation or BEiT, and of ours.
+# Names of heads in mmsegmentation or BEiT, and ours.
 _NAMES = (
     (r"decode_head\.psp_modules\.(\d+)\.1\.", r"head.pools.\1."),
     (r"decode_head\.bottleneck\.", "head.pooled."),
@@ -51,16 +51,16 @@ def ours(name: str) -> str:
     return re.sub(r"\.bn\.", ".norm.", re.sub(r"\.conv\.", ".convolution.", name))
 
 
-def _load(net: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
-    """Fills a net with the weights and running statistics of a file."""
+def _load(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
+    """Fills a model with the weights and running statistics of a file."""
     held = {
         ours(name.partition(".")[2]): tensor
         for name, tensor in tensors.items()
         if name.startswith(("weights.", "buffers.")) and "relative_position_index" not in name
     }
-    net.load_state_dict(held, strict=True)
+    model.load_state_dict(held, strict=True)
     # `to` keeps statistics in float32 at least.
-    return net.to(dtype)
+    return model.to(dtype)
 
 
 class _Errors:
@@ -89,15 +89,15 @@ class _Errors:
             allowed = max(self._gradients, 8 * self._loose.get(label, 0.0))
             self.rows.append(Row(label, max_relative(held[own], expected), allowed))
 
-    def statistics(self, net: nn.Module, prefix: str) -> None:
-        held = dict(net.named_buffers())
+    def statistics(self, model: nn.Module, prefix: str) -> None:
+        held = dict(model.named_buffers())
         for label in self._tensors:
             if label.startswith(prefix) and "running_" in label:
                 self.out(label, held[ours(label.removeprefix(prefix))])
 
 
-def _move(net: nn.Module) -> None:
-    for module in net.modules():
+def _move(model: nn.Module) -> None:
+    for module in model.modules():
         if isinstance(module, BatchNorm):
             module.move()
 
@@ -114,7 +114,7 @@ def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
     widths, classes = config["in_channels"], config["num_classes"]
     head = UperHead(widths, config["channels"], classes, pools=config["pool_scales"])
     auxiliary = FcnHead(widths[2], config["aux_channels"], classes)
-    net = _load(_Heads(head, auxiliary), tensors, dtype)
+    model = _load(_Heads(head, auxiliary), tensors, dtype)
     maps = [nn.Parameter(tensors[f"input.{i}"].to(dtype)) for i in range(len(widths))]
     labels = tensors["label"].long()
     labels = labels.masked_fill(labels == 255, IGNORED)
@@ -127,7 +127,7 @@ def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
         for label, module in watched.items()
     ]
     for mode in ("eval", "train"):
-        net.train(mode == "train")
+        model.train(mode == "train")
         logits, second = head(maps), auxiliary(maps[2])
         errors.out(f"out.{mode}.logits", logits)
         errors.out(f"out.{mode}.aux_logits", second)
@@ -148,9 +148,9 @@ def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
         x.grad = None
     sum(losses).backward()
     inputs = {f"input.{i}": x for i, x in enumerate(maps)}
-    errors.gradients([*net.named_parameters(), *inputs.items()])
-    _move(net)
-    errors.statistics(net, "out.train.")
+    errors.gradients([*model.named_parameters(), *inputs.items()])
+    _move(model)
+    errors.statistics(model, "out.train.")
     for hook in hooks:
         hook.remove()
     return errors.rows
@@ -166,18 +166,18 @@ def check_vit_pyramid(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[
     """The rescaled maps, their gradients, and those of what they are made of."""
     config, errors = spec["config"], _Errors(spec, tensors)
     scales = config["rescales"]
-    net = _load(_Necked(RescaledMaps(config["embed_dim"], scales)), tensors, dtype)
+    model = _load(_Necked(RescaledMaps(config["embed_dim"], scales)), tensors, dtype)
     inputs = [nn.Parameter(tensors[f"input.{i}"].to(dtype)) for i in range(len(scales))]
     for mode in ("eval", "train"):
-        net.train(mode == "train")
-        outputs = net.neck([x.permute(0, 2, 3, 1) for x in inputs])
+        model.train(mode == "train")
+        outputs = model.neck([x.permute(0, 2, 3, 1) for x in inputs])
         for i, out in enumerate(outputs):
             errors.out(f"out.{mode}.{i}", out)
     _weighted(outputs, tensors).backward()
     named = {f"input.{i}": x for i, x in enumerate(inputs)}
-    errors.gradients([*net.named_parameters(), *named.items()])
-    _move(net)
-    errors.statistics(net, "out.train.")
+    errors.gradients([*model.named_parameters(), *named.items()])
+    _move(model)
+    errors.statistics(model, "out.train.")
     return errors.rows
 
 
@@ -220,12 +220,12 @@ def check_beit_backbone(spec: dict, tensors: Tensors, dtype: torch.dtype) -> lis
     )
     strip(vit, windowed=False)
     neck = RescaledMaps(config["embed_dim"], config.get("rescales", (4, 2, 1, 0.5)))
-    net = _load(_Plain(vit, neck), tensors, dtype)
-    for name, parameter in net.named_parameters(recurse=False):
+    model = _load(_Plain(vit, neck), tensors, dtype)
+    for name, parameter in model.named_parameters(recurse=False):
         setattr(vit, name, parameter)
     pixels = nn.Parameter(tensors["input"].to(dtype))
     for mode in ("eval", "train"):
-        net.train(mode == "train")
+        model.train(mode == "train")
         outputs = neck(maps_of_blocks(vit, pixels, None, config["out_indices"]))
         for i, out in enumerate(outputs):
             errors.out(f"out.{mode}.{i}", out)
@@ -234,7 +234,7 @@ def check_beit_backbone(spec: dict, tensors: Tensors, dtype: torch.dtype) -> lis
                 if f"out.eval.block{i}" in tensors:
                     errors.out(f"out.eval.block{i}", tokens)
     _weighted(outputs, tensors).backward()
-    errors.gradients([*net.named_parameters(), ("input", pixels)])
+    errors.gradients([*model.named_parameters(), ("input", pixels)])
     return errors.rows
 
 

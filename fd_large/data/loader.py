@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -221,6 +221,59 @@ def load_samples(
     return loaded
 
 
+class LoadedViews(NamedTuple):
+    """Views of some positions.
+
+    Attributes:
+        images: (B, 3, S, S) uint8; black where no image could be used.
+        indices: (B,) int64, the samples that were taken.
+        bad: For each position the messages of samples that were tried and cannot be used.
+    """
+
+    images: torch.Tensor
+    indices: torch.Tensor
+    bad: tuple[tuple[str, ...], ...]
+
+
+def load_views(
+    source: ImageSource,
+    positions: NDArray[np.int64],
+    settings: views.ViewSettings,
+    change: Callable[[torch.Tensor, int], torch.Tensor],
+    *,
+    seed: int,
+    epoch: int,
+) -> LoadedViews:
+    """Loads the random views of some positions of an epoch.
+
+    Args:
+        source: The images.
+        positions: (B,), places in the epoch's order.
+        settings: How an image becomes a view.
+        change: What else is done to a view, given its place in `positions`.
+        seed: The run's seed.
+        epoch: Epoch, counted from 0.
+    """
+    crops = uniforms(seed, epoch, positions, "view", views.NUM_DRAWS).tolist()
+    loaded = load_samples(
+        lambda place, index: change(
+            views.random_view(source, index, crops[place], settings), place
+        ),
+        positions,
+        samples_at(source, seed, epoch, positions),
+        num_samples=len(source),
+        seed=seed,
+        epoch=epoch,
+        blocks=getattr(source, "blocks", None),
+    )
+    black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
+    return LoadedViews(
+        torch.stack([black if sample.value is None else sample.value for sample in loaded]),
+        torch.tensor([sample.index for sample in loaded]),
+        tuple(sample.bad for sample in loaded),
+    )
+
+
 @dataclass(frozen=True)
 class ViewBatches(Dataset):
     """Positions to a `Batch` of views, (B, 3, S, S) uint8; runs in the workers.
@@ -239,32 +292,23 @@ class ViewBatches(Dataset):
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads the views; a black one stands where no sample can be used."""
-        of = (self.seed, self.epoch, positions)
-        crops = uniforms(*of, "view", views.NUM_DRAWS).tolist()
-        colors = uniforms(*of, "color", color.NUM_DRAWS).tolist()
+        colors = uniforms(self.seed, self.epoch, positions, "color", color.NUM_DRAWS).tolist()
 
-        def make(place: int, index: int) -> torch.Tensor:
+        def jittered(view: torch.Tensor, place: int) -> torch.Tensor:
             return color.jitter_color(
-                views.random_view(self.source, index, crops[place], self.settings),
+                view,
                 colors[place],
                 strength=self.settings.color_jitter,
                 grayscale_probability=self.settings.grayscale_probability,
             )
 
-        loaded = load_samples(
-            make,
-            positions,
-            samples_at(self.source, self.seed, self.epoch, positions),
-            num_samples=len(self.source),
-            seed=self.seed,
-            epoch=self.epoch,
-            blocks=getattr(self.source, "blocks", None),
+        loaded = load_views(
+            self.source, positions, self.settings, jittered, seed=self.seed, epoch=self.epoch
         )
-        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
         return Batch(
-            torch.stack([black if sample.value is None else sample.value for sample in loaded]),
+            loaded.images,
             self.epoch,
             torch.from_numpy(positions),
-            torch.tensor([sample.index for sample in loaded]),
-            sum((sample.bad for sample in loaded), ()),
+            loaded.indices,
+            sum(loaded.bad, ()),
         )

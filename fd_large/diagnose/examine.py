@@ -232,13 +232,13 @@ def _landscapes(
             "images": [len(batch.numbers) for batch in batches],
             "value": [_plain(of_batch[measured]) for of_batch in own],
             "steps": line,
-            # Of each direction, of each batch, at each step.
+            # By direction, batch and step.
             "curves": [
                 [[_plain(at[n][measured]) for at in along] for n in range(len(batches))]
                 for along in curves
             ],
             "map_steps": side,
-            # Of the first batch. Of a few images an accuracy has a few values.
+            # On the first batch. An accuracy on a few images takes few values: no map is drawn.
             "map": [[_plain(at[measured]) for at in row] for row in plane]
             if measured == name
             else [],

@@ -265,8 +265,10 @@ def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndar
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
-    """Of each direction, (3, steps): the mean over batches, and below and above it the standard
-    deviation of what a step changes. Batches differ more in their loss than in that."""
+    """Returns (3, steps) for each direction: the mean over batches, and a deviation around it.
+
+    It is the standard deviation of what a step changes: batches differ more in their loss itself.
+    """
     own, bands = _own(landscape), []
     for along in landscape["curves"]:
         change = changes(landscape, along)

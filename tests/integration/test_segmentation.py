@@ -43,9 +43,9 @@ def test_two_ranks_are_one_process(ade: Path, calm: Path, tmp_path: Path) -> Non
     assert together == pytest.approx(alone, rel=1e-5)
     assert alone[0] == 0 < min(alone[1:])
     last = f"evaluations/update_{UPDATES:08d}"
-    assert scores(calm / last)["mIoU"] == pytest.approx(
-        scores(tmp_path / "one" / last)["mIoU"], abs=0.2
-    )
+    counts = [np.array(scores(run / last)["confusion"]) for run in (calm, tmp_path / "one")]
+    # A pixel between two classes may go to either; none did where this was written.
+    assert np.abs(counts[0] - counts[1]).sum() <= 1e-3 * counts[0].sum()
 
 
 def test_a_killed_run_goes_on_to_the_bit(ade: Path, calm: Path, tmp_path: Path) -> None:

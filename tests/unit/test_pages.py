@@ -181,6 +181,7 @@ LEFT_BEHIND = {
     "DETECTION_RUN": "test_predict.py and test_evaluate.py",
     "INCIDENT": "test_replay.py",
     "RUN/incidents/update_NNNNNNNN": "test_replay.py",
+    "SEGMENTATION_RUN": "test_segmentation.py",
     "results.json": "test_evaluate.py",
 }
 # Flags that make the models of a recipe small; later flags win.
@@ -199,6 +200,9 @@ TINY_RECIPES = {
         --task.detection.proposals_per_image 8 --task.detection.rois_per_image 8
         --task.detection.detections_per_image 2 --task.detection.head_width 8
     """,
+    "ade20k_upernet_vit_base": f"""
+        {TINY_VIT} --task.segmentation.num_classes 4 --task.segmentation.head_width 8
+    """,
 }
 
 
@@ -209,6 +213,7 @@ def folder(tmp_path_factory):
     from coco import unpack_coco_tiny
     from PIL import Image
     from safetensors.torch import save_file
+    from segmentation_twin import write_images
     from stored_run import FOUR, VIT, store_student
     from tiny_runs import vit_file
 
@@ -233,6 +238,7 @@ def folder(tmp_path_factory):
     for name, text in EXAMPLES.items():
         (folder / name).write_text(text)
     unpack_coco_tiny(folder / "COCO")
+    write_images(folder / "ADE20K")
     return folder
 
 

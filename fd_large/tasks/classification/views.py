@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large.data import views
 from fd_large.data.labelled import LabelledImages
-from fd_large.data.loader import load_samples
+from fd_large.data.loader import load_views
 from fd_large.data.random_numbers import uniforms
-from fd_large.data.sampler import samples_at
+from fd_large.data.views import ViewSettings
 
 
 class Labelled(NamedTuple):
@@ -46,7 +45,7 @@ class LabelledViews:
     """
 
     source: LabelledImages
-    settings: views.ViewSettings
+    settings: ViewSettings
     seed: int
     epoch: int
 
@@ -61,28 +60,11 @@ class LabelledViews:
             positions: (B,) in the epoch's order.
             change: What else is done to a view, given which of the positions it is of.
         """
-        crops = self.draws(positions, "view", views.NUM_DRAWS)
-
-        def view(place: int, index: int) -> Any:
-            return change(views.random_view(self.source, index, crops[place], self.settings), place)
-
-        loaded = load_samples(
-            view,
-            positions,
-            samples_at(self.source, self.seed, self.epoch, positions),
-            num_samples=len(self.source),
-            seed=self.seed,
-            epoch=self.epoch,
-            blocks=getattr(self.source, "blocks", None),
+        loaded = load_views(
+            self.source, positions, self.settings, change, seed=self.seed, epoch=self.epoch
         )
-        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
-        indices = [sample.index for sample in loaded]
-        return Labelled(
-            torch.stack([black if sample.value is None else sample.value for sample in loaded]),
-            torch.tensor(indices),
-            torch.tensor([self.source.label(index) for index in indices]),
-            tuple(sample.bad for sample in loaded),
-        )
+        labels = [self.source.label(index) for index in loaded.indices.tolist()]
+        return Labelled(loaded.images, loaded.indices, torch.tensor(labels), loaded.bad)
 
     def draws(self, positions: NDArray[np.int64], stream: str, count: int) -> list[list[float]]:
         """Returns (B, count) numbers in [0, 1) of a stream."""

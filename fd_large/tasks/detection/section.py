@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fd_large.recipes.fields import at_least, check_types, require
 from fd_large.recipes.task_kind import TaskKind
+from fd_large.tasks.dense.section import IGNORED_FIELDS, check_scale_range, check_test_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,7 @@ class Detection:
             at_least(f"task.detection.{name}", getattr(self, name), 1, unit)
         at_least("task.detection.head_width", self.head_width, 4, "channels")
         at_least("task.detection.sequential_stages", self.sequential_stages, 0, "stages")
-        smallest, largest = self.scale_range
-        require(
-            0 < smallest <= largest,
-            "task.detection.scale_range: invalid range",
-            self.scale_range,
-            "two numbers above 0, the smaller first",
-        )
+        check_scale_range("task.detection", self.scale_range)
         least, most, longer = self.whole_size
         require(
             self.whole_size == (0, 0, 0) or 0 < least <= most <= longer,
@@ -73,13 +68,7 @@ class Detection:
             self.scale_range,
             "only one of the two to be set",
         )
-        shorter, longer = self.test_size
-        require(
-            self.test_size == (0, 0) or 0 < shorter <= longer,
-            "task.detection.test_size: invalid lengths",
-            self.test_size,
-            "two numbers of pixels, the smaller first, or 0 0",
-        )
+        check_test_size("task.detection", self.test_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +90,7 @@ KIND = TaskKind(
     title="Detection",
     section=Detection,
     scores_runs=True,
-    ignored_fields=(
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "data.min_crop_scale",
-        "data.val_fraction",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    ),
+    ignored_fields=IGNORED_FIELDS,
     scored_files=ScoredFiles,
     next_steps=(
         ("all of COCO's numbers, and pictures", ("evaluate", "{run}", "--out", "{run}/evaluation")),

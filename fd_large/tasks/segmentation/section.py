@@ -7,6 +7,7 @@ from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
+from fd_large.tasks.dense.section import IGNORED_FIELDS, check_scale_range, check_test_size
 
 # Labels are int16.
 MOST_CLASSES = 2**15
@@ -74,26 +75,14 @@ class Segmentation:
         )
         at_least("task.segmentation.test_stride", self.test_stride, 0, "pixels")
         not_negative("task.segmentation.auxiliary_weight", self.auxiliary_weight)
-        smallest, largest = self.scale_range
-        require(
-            0 < smallest <= largest,
-            "task.segmentation.scale_range: invalid range",
-            self.scale_range,
-            "two numbers above 0, the smaller first",
-        )
+        check_scale_range("task.segmentation", self.scale_range)
         require(
             0 < self.cat_max_ratio <= 1,
             "task.segmentation.cat_max_ratio: invalid fraction",
             self.cat_max_ratio,
             "a number in (0, 1]",
         )
-        shorter, longer = self.test_size
-        require(
-            self.test_size == (0, 0) or 0 < shorter <= longer,
-            "task.segmentation.test_size: invalid lengths",
-            self.test_size,
-            "two numbers of pixels, the smaller first, or 0 0",
-        )
+        check_test_size("task.segmentation", self.test_size)
         require(
             bool(self.test_scales) and all(scale > 0 for scale in self.test_scales),
             "task.segmentation.test_scales: invalid scales",
@@ -119,15 +108,7 @@ KIND = TaskKind(
     section=Segmentation,
     may_change=("task.segmentation.classes", *HOW_TO_TEST),
     scores_runs=True,
-    ignored_fields=(
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "data.min_crop_scale",
-        "data.val_fraction",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    ),
+    ignored_fields=IGNORED_FIELDS,
     scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size"),
     next_steps=(
         (

@@ -300,7 +300,7 @@ def test_a_run_that_an_error_ends_says_so_in_its_folder(
     again = json.loads((tmp_path / "run/summary.json").read_text())
     assert again["status"] == status
     assert again["start"] != summary["start"]
-    # Of a run with other settings it says nothing.
+    # A run with other settings is none of its business.
     with pytest.raises(ConfigError, match="other settings"):
         start(replace(recipe, optim=replace(recipe.optim, weight_decay=0.1)))
     assert json.loads((tmp_path / "run/summary.json").read_text()) == again

@@ -19,7 +19,7 @@ from fd_large.tasks.segmentation.scores.views import num_forwards
 CROPS = 11
 NUM_DRAWS = 2 + 2 * CROPS  # scale, flip, and top and left of each crop
 FLIP_PROBABILITY = 0.5
-# Of the longer side to the crop's: 2048 to 512.
+# The longer side is at most this many times the crop's: 2048 for 512.
 LONG_SIDE = 4
 
 

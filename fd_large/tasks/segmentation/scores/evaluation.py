@@ -73,7 +73,7 @@ class Model(NamedTuple):
         """
         logits = self._logits(seen)
         if len(seen) == 1 and not self.views.flip:
-            # Of one view, probabilities have the same order as logits.
+            # The probabilities of a single view are ordered as its logits are.
             return resized(next(logits)[0], size)[0].argmax(0)
         return averaged(logits, size)[0].argmax(0)
 
@@ -119,7 +119,7 @@ def evaluate(
     """
     device, count = _device(), images.num_classes
     counts = torch.zeros(count, count, dtype=torch.int64, device=device)
-    # Of each image: labelled pixels, and those that are right. One rank has each.
+    # For each image the labelled pixels and the right ones; one rank has each image.
     pixels = torch.zeros(2, len(images), dtype=torch.int64, device=device)
     unread = torch.zeros((), dtype=torch.int64, device=device)
     loader = build_test_loader(

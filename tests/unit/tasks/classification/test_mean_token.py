@@ -28,17 +28,17 @@ SWIN = Architecture(
     ],
 )
 def test_a_mean_that_is_normalised_where_the_map_is_not(name, shape, norms_mean):
-    net = build(name, shape, seed=0).eval()
+    model = build(name, shape, seed=0).eval()
     raw: list[torch.Tensor] = []
     if name.startswith("vit"):
-        net.norm.register_forward_hook(lambda norm, given, result: raw.append(given[0]))
+        model.norm.register_forward_hook(lambda norm, given, result: raw.append(given[0]))
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        features = net(pixels)
+        features = model(pixels)
         # A ViT's mean is of what its final norm is given.
         tokens = raw[0] if raw else features.tokens
         expected = tokens[:, features.num_prefix_tokens :].mean(1)
         if norms_mean:
             expected = layer_norm(expected, expected.shape[-1:], eps=1e-6)
-        norm = norm_of_mean(net)
-        torch.testing.assert_close(mean_token(net(pixels), norm), expected)
+        norm = norm_of_mean(model)
+        torch.testing.assert_close(mean_token(model(pixels), norm), expected)

@@ -14,7 +14,7 @@ from fd_large.tasks.segmentation.task import Segmentation
 
 RECIPES = [name for name in registry.RECIPES if name.startswith("ade20k_")]
 SWIN, VIT = "ade20k_upernet_swinv2_giant", "ade20k_upernet_vit_base"
-# Of UPerNet, the second head, and a ViT's maps, measured on mmsegmentation's own.
+# Parameters of UPerNet, the second head, and a ViT's maps, counted on mmsegmentation's own.
 PUBLISHED = {
     "ade20k_upernet_vit_base": (67_963_542, 1_808_534, 7_081_728),
     "ade20k_upernet_vit_large": (120_764_566, 2_398_358, 12_588_032),
@@ -45,7 +45,7 @@ def test_a_recipe_s_twin_trains_and_names_classes(name):
     frozen = {name for name, _ in task.named_parameters() if name.startswith("student.")}
     assert missing == (frozen if task.frozen else set())
     assert {task.layer_scale(name, 0.5) for name in missing} <= {0.0}
-    # Of smaller images too, and odd ones.
+    # Smaller images, of odd sizes, are taken too.
     logits = task.eval().logits(batch.images[..., :53, :47])
     assert logits.shape == (2, NUM_CLASSES, 53, 47)
 

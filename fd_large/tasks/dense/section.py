@@ -1,0 +1,44 @@
+"""What the sections of tasks with dense targets have in common; no torch."""
+
+from __future__ import annotations
+
+from fd_large.recipes.fields import require
+
+IGNORED_FIELDS = (
+    "data.color_jitter",
+    "data.grayscale_probability",
+    "data.min_crop_scale",
+    "data.val_fraction",
+    "eval.views",
+    "eval.knn_root",
+    "eval.knn_every",
+)
+"""Fields of the recipe that their own views and tests do not read."""
+
+
+def check_scale_range(where: str, scale_range: tuple[float, float]) -> None:
+    """Refuses scales of training images that are no range, smallest first.
+
+    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    """
+    smallest, largest = scale_range
+    require(
+        0 < smallest <= largest,
+        f"{where}.scale_range: invalid range",
+        scale_range,
+        "two numbers above 0, the smaller first",
+    )
+
+
+def check_test_size(where: str, test_size: tuple[int, int]) -> None:
+    """Refuses lengths of the sides of test images, in pixels, shorter side first.
+
+    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    """
+    shorter, longer = test_size
+    require(
+        test_size == (0, 0) or 0 < shorter <= longer,
+        f"{where}.test_size: invalid lengths",
+        test_size,
+        "two numbers of pixels, the smaller first, or 0 0",
+    )
