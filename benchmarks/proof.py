@@ -1,6 +1,6 @@
 """What makes a distilled student fine-tune well: which of its ingredients, or none of them?
 
-    python benchmarks/proof.py [--quick] [--parts data teacher students ... finetune knn diagnose]
+    python benchmarks/proof.py [--quick] [--parts data teacher student ... finetune knn diagnose]
 
 An ablation on the CIFAR-10 of FD_DATA: 10,000 of its training images, all 10,000 test images, two
 CPU cores. A small ViT with absolute positions learns the labels: the teacher. Others learn its

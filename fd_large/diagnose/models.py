@@ -106,8 +106,8 @@ def load_model(source: str, sample: Sample) -> LoadedModel:
         except (DataError, WeightsError) as error:  # They may be gone. Code of its own is refused.
             left_out = f"{job.loss_name} is left out: {error}"
             log.warning("%s: %s", named.label, left_out)
-    if task is not None and job is not None and not job.stored_student().absent:
-        backbone, statistics = task.student, job.stored_student().statistics
+    if task is not None and job is not None and not (stored := job.stored_student()).absent:
+        backbone, statistics = task.student, stored.statistics
     else:
         backbone, statistics = named.build()
     backbone.eval()

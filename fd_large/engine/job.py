@@ -121,7 +121,8 @@ class Job:
     memory_remedy: ClassVar[str] = ""
     """A flag that saves memory if the task's models do not fit; empty: there is none."""
     learns_from_images_alone: ClassVar[bool] = False
-    """Whether a step can be replayed from its images alone, without targets."""
+    """Whether a step can be replayed from its images alone, without targets. `diagnose` takes the
+    student of a task that needs targets for one that learnt labels."""
     loss_name: ClassVar[str] = ""
     """What `diagnose` calls the loss of a stored run (`losses_on`); empty: neither images alone nor
     images with a class each decide it."""

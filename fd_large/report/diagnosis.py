@@ -20,7 +20,7 @@ HEAT = "cividis"
 NO_ATTENTION = "no attention layer\nof a known kind"
 MOST_LAYERS = 5
 DEEP = 3
-"""A third of the layers, the last, is deep: of them the paper speaks."""
+"""The deep layers are the last third, which the paper describes."""
 NEARLY_UNIFORM = 0.1
 """Spread of an average map over its mean, below which there is little for a score to explain."""
 
@@ -213,8 +213,8 @@ def _cells(
 
     Args:
         models: The models.
-        height: Of a row, in inches.
-        of: What of a landscape is drawn; those without it are left out.
+        height: Height of a row, in inches.
+        of: Entry of a landscape that is drawn; losses for which no model has it are left out.
     """
     rows = [
         [(n, part) for n, model in enumerate(models) if (part := landscape_of(model, kind))]
@@ -260,8 +260,12 @@ def changes(landscape: Landscape, along: list[list[float | None]]) -> numpy.ndar
         landscape: What it is part of.
         along: One of its curves: of each batch, the loss at each step; NaN where it overflowed.
     """
-    own = numpy.array([[_nan(value)] for value in landscape["value"]])
-    return numpy.array([[_nan(value) for value in row] for row in along]) - own
+    return numpy.array(along, float) - own_losses(landscape)[:, None]
+
+
+def own_losses(landscape: Landscape) -> numpy.ndarray:
+    """Returns the loss of the model itself on each batch, (batches,); NaN where it overflowed."""
+    return numpy.array(landscape["value"], float)
 
 
 def _bands(landscape: Landscape) -> list[numpy.ndarray]:
@@ -279,17 +283,17 @@ def _bands(landscape: Landscape) -> list[numpy.ndarray]:
 
 
 def _own(landscape: Landscape) -> float:
-    """The loss of the model itself; NaN where it overflowed."""
-    return float(numpy.mean([_nan(value) for value in landscape["value"]]))
+    """The loss of the model itself, the mean over batches; NaN where one overflowed."""
+    return float(own_losses(landscape).mean())
 
 
 def _first(landscape: Landscape) -> float:
-    """The same of the first batch."""
-    return _nan(landscape["value"][0])
+    """The loss of the model itself on the first batch; NaN where it overflowed."""
+    return float(own_losses(landscape)[0])
 
 
 def _map(landscape: Landscape) -> list[numpy.ndarray]:
-    return [numpy.array([[_nan(value) for value in row] for row in landscape["map"]])]
+    return [numpy.array(landscape["map"], float)]
 
 
 def _surfaces(models: list[Model], averages: Any, cka: Any) -> Figure:
@@ -344,7 +348,7 @@ def _likeness(models: list[Model], averages: Any, cka: dict[str, Any]) -> Figure
         return None
     from matplotlib.ticker import MaxNLocator
 
-    whole = numpy.array([[_nan(v) for v in row] for row in cka["matrix"]])
+    whole = numpy.array(cka["matrix"], float)
     ends = numpy.cumsum([0, *(len(names) for names in cka["layers"])])
     count = len(models)
     side = 2.9 if count > 1 else 3.6

@@ -17,6 +17,7 @@ from fd_large.report.diagnosis import (
     deep_layers,
     kinds_of,
     landscape_of,
+    own_losses,
 )
 
 SENTENCES = {
@@ -57,8 +58,9 @@ SENTENCES = {
         "line is the mean over batches along a direction, its band the standard deviation, from "
         "batch to batch, of what a step changes, the dot the model itself; a model that is far "
         "steeper than others leaves its panel. Flat around the dot means that small changes of the "
-        "weights do little harm; scales of a row have one height where losses can be compared (the "
-        "list below the table), and those of different rows never can.",
+        "weights do little harm; panels of a row whose losses can be compared (see the list below "
+        "the table) have vertical axes that cover equally large ranges, and losses of different "
+        "rows cannot be compared.",
     ),
     "landscape_map": (
         "Loss landscapes, maps",
@@ -143,7 +145,7 @@ def table(models: list[Model]) -> list[list[str]]:
     for kind in kinds_of(models):
         parts = [landscape_of(model, kind) for model in models]
         if any(value for part in parts if part for value in part["value"]):
-            found.append([kind, *(_of_batches(part, _at_zero) for part in parts)])
+            found.append([kind, *(_of_batches(part, own_losses) for part in parts)])
             found.append(["- changed at 0.1", *(_of_batches(part, _near) for part in parts)])
         else:  # A change is nothing where the weights are.
             found.append([f"{kind} at 0.1", *(_of_batches(part, _near) for part in parts)])
@@ -175,15 +177,19 @@ def notes(models: list[Model]) -> list[str]:
             "Translation score: to be read against random weights of the same model, and between "
             "models of the same kind of positions, as a relative table raises it by itself."
         )
-        said += _unsupervised(models)
+        said += _supervised_controls(models)
     return said
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _unsupervised(models: list[Model]) -> list[str]:
-    """Says which score stands beside that of no model, alike, that learnt from labels alone."""
+def _supervised_controls(models: list[Model]) -> list[str]:
+    """Names the supervised controls of each model with relative positions.
+
+    They are the models of the same positions that learnt labels from random weights. Where there is
+    none, it says so.
+    """
     said = []
     for model in models:
         beside = [
@@ -230,10 +236,6 @@ def _of_batches(part: Landscape | None, values_of: Callable[[Landscape], numpy.n
     size = max(abs(mean), spread)
     digits = min(4, max(0, 2 - math.floor(math.log10(size)))) if size else 4
     return f"{mean:z.{digits}f}" + (f" +- {spread:.{digits}f}" if len(values) > 1 else "")
-
-
-def _at_zero(part: Landscape) -> numpy.ndarray:
-    return numpy.array([math.nan if value is None else value for value in part["value"]])
 
 
 def _near(part: Landscape) -> numpy.ndarray:

@@ -80,8 +80,8 @@ class Setting:
         facts: First entries of summary.json (`Job.summary`).
         first_update: Steps done before this start, after which the run goes on.
         total_updates: Steps of the whole run.
-        max_seconds: Time after which the run ends, of which it makes its own number of steps, at
-            most `total_updates`; 0: it has none.
+        max_seconds: Time limit of the run in seconds, which sets its number of steps (at most
+            `total_updates`); 0 turns it off.
         global_batch_size: Images a step, over all ranks.
         micro_batch_size: Images per rank and forward.
         accumulation: Micro batches per step.

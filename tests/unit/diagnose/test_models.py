@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from labelled_folder import labelled_folder
 from loading import scattered
 from stored_run import store_tensors
-from torchvision.io import read_image, write_png
+from torchvision.io import read_image
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.registry import build
@@ -80,18 +81,17 @@ def test_a_run_is_its_student_under_its_own_objective(distillation) -> None:
     assert (len(objectives), len(drifts)) == (2, 1)
 
 
+def test_the_student_alone_has_no_loss_of_its_run(distillation) -> None:
+    folder, _, _ = distillation
+    alone = load_model(f"{folder}#student")
+    assert names(alone) == [DRIFT]
+    assert alone.left_out == ""
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve images in folders of two classes, to learn from and to test on."""
-    root = tmp_path_factory.mktemp("labelled")
-    generator = torch.Generator().manual_seed(0)
-    for part in ("train", "val"):
-        for number in range(6):
-            folder = root / part / "ba"[number % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = torch.randint(0, 256, (3, 40, 36), dtype=torch.uint8, generator=generator)
-            write_png(pixels, str(folder / f"{number}.png"))
-    return root
+    return labelled_folder(tmp_path_factory.mktemp("labelled"), train=6, val=6, side=40)
 
 
 @pytest.fixture
