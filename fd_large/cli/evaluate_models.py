@@ -246,10 +246,10 @@ def train_models(
     from fd_large.engine.zero import start
     from fd_large.tasks.jobs import job_class
 
-    if "runtime.run_dir" in changes and not len(models) == own.seeds == 1:
+    if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
         raise ConfigError(
-            "--runtime.run_dir: one folder for several runs; got several models or seeds, expected "
-            "one. Set --out, in which each has a folder."
+            "--runtime.run_dir: one folder for several runs; got a sweep, or several models or "
+            "seeds, expected one run. Set --out, in which each has a folder."
         )
     if own.sweep:
         check_fields(changes)

@@ -164,8 +164,6 @@ def check_fields(changes: Mapping[str, Any]) -> None:
         ),
         "data.val_fraction": "the sweep holds out a part of train/ by itself; got a folder without "
         "train/, expected train/ beside val/ or test/. Move the images into such folders.",
-        "runtime.run_dir": "one folder for several runs; got a sweep, expected one run. Set --out, "
-        "in which each has a folder.",
     }
     found = [f"--{name}: {what}" for name, what in mistakes.items() if changes.get(name)]
     if found:
@@ -182,6 +180,7 @@ def divisible_part(root: str) -> ImageFolder:
     """
     from fd_large.data.folder import ImageFolder
     from fd_large.data.labelled import open_split
+    from fd_large.data.val_fraction import places_of
 
     images = open_split(root, "train").images
     if not isinstance(images, ImageFolder):
@@ -190,7 +189,7 @@ def divisible_part(root: str) -> ImageFolder:
             f"{type(images).__name__} for data.root, expected train/ with a folder for each "
             "class. Leave --sweep out, and name rates by --optim.base_lr."
         )
-    open_split(images.root, "train", val_fraction=HELD_OUT)
+    places_of(images, "train", HELD_OUT, where="data.root")  # Refuses an empty part.
     return images
 
 

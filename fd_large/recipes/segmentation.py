@@ -27,7 +27,8 @@ from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.segmentation.section import Segmentation
 
-# 1500 steps of 1263 (16 images) or 631 (32 images) an epoch.
+# 1500 steps, of 1263 (16 images) or 631 (32 images) an epoch; the half keeps the rounding down of a
+# fraction of an epoch from making them 1499.
 WARMUP_STEPS = 1500.5
 
 

@@ -6,6 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+OF_VIEWS_WITHOUT_LABELS = (
+    "data.color_jitter",
+    "data.grayscale_probability",
+    "eval.views",
+    "eval.knn_root",
+    "eval.knn_every",
+)
+"""Fields of the recipe that only a task whose images have no labels reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskKind:

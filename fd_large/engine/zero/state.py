@@ -94,8 +94,8 @@ def whole_masters(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     With the average in the place of the weights it is the average.
     """
     for name, parameter in engine.task.named_parameters():
-        home, whole = _home(engine, parameter), torch.zeros(_numel(parameter))
-        whole = whole.to(distributed.device())
+        home = _home(engine, parameter)
+        whole = torch.zeros(_numel(parameter), device=distributed.device())
         if home is not None:
             whole[home.span.start : home.span.stop] = home.master
         # Each element is another rank's than the zeros that are added to it.

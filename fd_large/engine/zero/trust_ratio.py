@@ -50,9 +50,8 @@ class _TrustRatios:
         scaled: list[tuple[int, Tensor]] = []
         for group in self._inner.param_groups:
             for owner in group["params"]:
-                for matrix, start, stop in self._parts.get(id(owner), ()):
-                    if owner.grad is None:
-                        continue
+                parts = () if owner.grad is None else self._parts.get(id(owner), ())
+                for matrix, start, stop in parts:
                     weight = owner.data.view(-1)[start:stop]
                     gradient = owner.grad.view(-1)[start:stop]
                     gradient.add_(weight, alpha=group["weight_decay"])
@@ -77,15 +76,16 @@ def scale_by_norms(engine: Engine) -> None:
     if not hasattr(inner, "trust_ratio"):
         return
     # Under ZeRO-3 a parameter's own shape is empty; the full one is beside it.
-    matrices = [
+    names = [
         name
         for name, parameter in engine.task.named_parameters()
         if len(getattr(parameter, "ds_shape", parameter.shape)) > 1
     ]
+    matrices = {name: number for number, name in enumerate(names)}
     parts: dict[int, list[_Part]] = defaultdict(list)
     for name, owner, start, stop in state.owned(engine):
         if name in matrices:
-            parts[id(owner)].append(_Part(matrices.index(name), start, stop))
+            parts[id(owner)].append(_Part(matrices[name], start, stop))
     ratios = _TrustRatios(
         inner, engine.gate.inner_step, parts, len(matrices), is_split=engine.stage > 0
     )

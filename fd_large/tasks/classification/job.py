@@ -48,14 +48,6 @@ class ClassificationJob(Job):
         "test/top5": "test top-5 accuracy (%)",
     }
     loss_name = "cross-entropy"
-    # Evaluations see all test images.
-    ignored_fields = (
-        "data.color_jitter",
-        "data.grayscale_probability",
-        "eval.views",
-        "eval.knn_root",
-        "eval.knn_every",
-    )
 
     def open_samples(self) -> ImageSource:
         """Opens the training images."""
@@ -89,7 +81,7 @@ class ClassificationJob(Job):
             self._assumed_classes = IMAGENET_CLASSES
         return super().models_on_shapes()
 
-    def student_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns those of `student.init`, with shared position biases copied to every block."""
         run = self.run
         return student_weights(
@@ -247,8 +239,15 @@ class ClassificationJob(Job):
     @property
     def _own(self) -> Any:
         """The task's section of the recipe."""
-        return getattr(self.run.task, self.run.task.name)
+        return getattr(self.run.task, self._section)
+
+    @property
+    def _section(self) -> str:
+        # A task of the user's own is named by the door that leads to it.
+        kind = self.run.task.kind()
+        assert kind is not None
+        return kind.name
 
     def _with_statistics(self, run: Run, statistics: Sequence[float]) -> Run:
         own = replace(self._own, statistics=tuple(map(float, statistics)))
-        return replace(run, task=replace(run.task, **{run.task.name: own}))
+        return replace(run, task=replace(run.task, **{self._section: own}))

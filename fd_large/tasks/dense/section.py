@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from fd_large.recipes.fields import require
+from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS
 
-IGNORED_FIELDS = (
-    "data.color_jitter",
-    "data.grayscale_probability",
-    "data.min_crop_scale",
-    "data.val_fraction",
-    "eval.views",
-    "eval.knn_root",
-    "eval.knn_every",
-)
+IGNORED_FIELDS = (*OF_VIEWS_WITHOUT_LABELS, "data.min_crop_scale", "data.val_fraction")
 """Fields of the recipe that their own views and tests do not read."""
 
 

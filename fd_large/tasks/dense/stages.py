@@ -111,8 +111,13 @@ def maps_of_blocks(
     """
     rows, columns = vit.image_grid
     pixels = at_own_size(vit, pixels).to(next(vit.parameters()).dtype)
-    tokens = list(vit.after_blocks(pixels, keep))
-    return [tokens[block][:, -rows * columns :].unflatten(1, (rows, columns)) for block in blocks]
+    taken = {
+        number: tokens[:, -rows * columns :].unflatten(1, (rows, columns))
+        for number, tokens in enumerate(vit.after_blocks(pixels, keep))
+        if number in blocks
+    }
+    # Of few blocks, one may be named several times.
+    return [taken[block] for block in blocks]
 
 
 def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from fd_large.data.labelled import LabelledImages
 from fd_large.data.loader import Batch, build_loader
@@ -18,6 +17,7 @@ from fd_large.engine.job import StoredStudent, trained_at
 from fd_large.engine.student import make_student
 from fd_large.tasks.classification.job import ClassificationJob
 from fd_large.tasks.finetuning.recipe_name import recipe_name
+from fd_large.tasks.finetuning.section import KIND
 from fd_large.tasks.finetuning.task import HEAD, FineTuning
 from fd_large.tasks.finetuning.views import TrainingBatches
 from fd_large.weights.model_card import Learned
@@ -26,6 +26,8 @@ from fd_large.weights.origin import without_folders
 
 class FineTuningJob(ClassificationJob):
     """The whole student learns the labels."""
+
+    ignored_fields = KIND.ignored_fields
 
     def check(self) -> None:
         """Tries the classifier besides."""
@@ -43,10 +45,6 @@ class FineTuningJob(ClassificationJob):
             statistics=self.statistics(),
             head=self.run.task.finetune.head,
         )
-
-    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
-        """Returns those of `student.init`, with shared position biases copied to every block."""
-        return self.student_weights()
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields augmented and mixed images."""

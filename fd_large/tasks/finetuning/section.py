@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fd_large.recipes.fields import check_types, not_negative, require, statistics_or_none
-from fd_large.recipes.task_kind import TaskKind
+from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ KIND = TaskKind(
     title="Fine-tuning",
     section=FineTune,
     trains_models=True,
+    ignored_fields=OF_VIEWS_WITHOUT_LABELS,
     next_steps=(
         (
             "its features by k-NN, without the classifier",

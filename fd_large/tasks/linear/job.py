@@ -25,6 +25,7 @@ from fd_large.recipes.family import FamilyArchitecture
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.job import ClassificationJob
 from fd_large.tasks.classification.views import LabelledViews
+from fd_large.tasks.linear.section import KIND
 from fd_large.tasks.linear.task import Frozen, FrozenFeature, LinearProbing, probe_batch
 from fd_large.tasks.linear.views import GroupedBatches
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 class LinearProbeJob(ClassificationJob):
     """A linear layer learns the labels from features of `student.init`, which stays as it is."""
+
+    ignored_fields = KIND.ignored_fields
 
     _frozen: Frozen | None = None
     _hash = ""
@@ -46,6 +49,7 @@ class LinearProbeJob(ClassificationJob):
                 f"{group}, expected a divisor. Change one of the two."
             )
         super().check()
+        super().initial_weights()  # Refuses wrong ones before the frozen model is built.
 
     @property
     def _group(self) -> int:
@@ -60,7 +64,7 @@ class LinearProbeJob(ClassificationJob):
         tested = partition.build(
             self._feature, {}, partitioned=False, seed=self.run.runtime.seed + 1
         )
-        weights = self.student_weights()
+        weights = super().initial_weights()
         if weights is not None:
             partition.load_weights(tested.model, weights, where="--student.init")
         self._hash = fingerprint(tested.model)
@@ -92,7 +96,6 @@ class LinearProbeJob(ClassificationJob):
 
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns None: what is trained starts from random weights."""
-        self.student_weights()  # For what is wrong with them.
         return None
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fd_large.recipes.fields import at_least, check_types, statistics_or_none
-from fd_large.recipes.task_kind import TaskKind
+from fd_large.recipes.task_kind import OF_VIEWS_WITHOUT_LABELS, TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,4 +33,5 @@ KIND = TaskKind(
     title="Linear probe",
     section=LinearProbe,
     trains_models=True,
+    ignored_fields=OF_VIEWS_WITHOUT_LABELS,
 )

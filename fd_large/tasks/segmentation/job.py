@@ -28,7 +28,7 @@ from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.mean_token import DISCARDED
-from fd_large.tasks.dense.pixels import PADDING, normalised
+from fd_large.tasks.dense.pixels import PADDING
 from fd_large.tasks.dense.stages import is_of_one_size
 from fd_large.tasks.dense.stored import task_to_test
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
@@ -38,9 +38,9 @@ from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
 from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
-from fd_large.tasks.segmentation.section import KIND
+from fd_large.tasks.segmentation.section import KIND, ON_LAST_MAP
 from fd_large.tasks.segmentation.stored import predict_images
-from fd_large.tasks.segmentation.task import ON_LAST_MAP, Segmentation
+from fd_large.tasks.segmentation.task import Segmentation
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
@@ -148,8 +148,7 @@ class SegmentationJob(Job):
         run, task = self.run, cast(Segmentation, engine.task)
 
         def logits(images: Tensor) -> Tensor:
-            sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-            return engine.deepspeed(pixels=normalised(images, sizes, task.statistics))
+            return engine.deepspeed(pixels=task.pixels(images))
 
         model = Model(logits, test_views(run), micro_batch_size)
 

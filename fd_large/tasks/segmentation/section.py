@@ -11,6 +11,8 @@ from fd_large.tasks.dense.section import IGNORED_FIELDS, check_scale_range, chec
 
 # Labels are int16.
 MOST_CLASSES = 2**15
+ON_LAST_MAP = {"linear"}
+"""Heads that take the student's last map alone, after its final norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +92,10 @@ class Segmentation:
             "at least one number above 0",
         )
         require(
-            self.head != "linear" or not self.auxiliary_weight,
-            "task.segmentation.auxiliary_weight: a linear head has one map and no second head",
+            self.head not in ON_LAST_MAP or not self.auxiliary_weight,
+            f"task.segmentation.auxiliary_weight: {self.head} has one map and no second head",
             self.auxiliary_weight,
-            "0 beside task.segmentation.head linear",
+            f"0 beside task.segmentation.head {self.head}",
         )
 
 

@@ -36,6 +36,7 @@ from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.linear_head import LinearHead
 from fd_large.tasks.segmentation.heads.uper_head import UperHead
 from fd_large.tasks.segmentation.loss import Pixels, pixel_loss
+from fd_large.tasks.segmentation.section import ON_LAST_MAP
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "uper": UperHead,
@@ -44,8 +45,6 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 """What makes logits of four maps, by the name that a recipe has for it (`task.segmentation.head`):
 made of (channels of the maps, channels of the head, number of classes). Its attribute `width` is
 the number of channels of which some are dropped."""
-ON_LAST_MAP = {"linear"}
-"""Heads that take the student's last map alone, after its final norm."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 
 
@@ -147,8 +146,12 @@ class Segmentation(Task):
 
     def logits(self, images: Tensor) -> Tensor:
         """Returns the logits of images (B, 3, H, W) uint8 of one size: (B, K, H, W) float32."""
+        return self(pixels=self.pixels(images))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalises images (B, 3, H, W) uint8 of one size to float32."""
         sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        return self(pixels=normalised(images, sizes, self.statistics))
+        return normalised(images, sizes, self.statistics)
 
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
         """What the neck takes; without one the last map, (B, C, h, w), in a list."""

@@ -52,6 +52,9 @@ def one_rank():
     before = dict(os.environ)
     patch = pytest.MonkeyPatch()
     patch.setattr(distributed, "watch_launcher", lambda: None)
+    # A command that failed in another test may have left its group to this process.
+    start.stop()
+    distributed.stop()
     alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

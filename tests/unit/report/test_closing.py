@@ -99,6 +99,8 @@ def test_after_a_finished_run(task, launcher, run_of):
         assert found["diagnose"].data.root == recipe.data.root
     elif TASKS[task].scores_runs:
         assert found["predict"]
+    elif task == "finetune":
+        assert found["evaluate"]
 
 
 @pytest.mark.parametrize("launcher", STARTS)

@@ -87,14 +87,10 @@ class SegmentationSet:
 
     Attributes:
         fingerprint: A hash of the names.
-        layout: The layout that the dataset has.
-        root: Its folder.
     """
 
     def __init__(
         self,
-        root: str,
-        layout: Layout,
         images: ImageFolder,
         labels: ImageFolder,
         pairs: NDArray[np.int64],
@@ -104,7 +100,6 @@ class SegmentationSet:
         reduce_zero_label: bool,
         max_pixels: int,
     ) -> None:
-        self.root, self.layout = root, layout
         self._images, self._labels, self._pairs = images, labels, pairs
         self.num_classes, self._max_pixels = num_classes, max_pixels
         self._ignore_value, self._reduce_zero_label = ignore_value, reduce_zero_label
@@ -227,8 +222,6 @@ def open_segmentation(
             "labels there, or take the images away."
         )
     opened = SegmentationSet(
-        root,
-        layout,
         images,
         labels,
         np.array([numbers[stem] for stem in stems]),

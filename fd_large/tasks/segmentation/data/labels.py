@@ -43,4 +43,4 @@ def class_labels(
             "--task.segmentation.num_classes, --task.segmentation.ignore_value or "
             "--task.segmentation.reduce_zero_label."
         )
-    return np.where(ignored, IGNORED, numbers.astype(np.int32) - first).astype(np.int16)
+    return np.where(ignored, IGNORED, numbers.astype(np.int32, copy=False) - first).astype(np.int16)

@@ -58,10 +58,11 @@ class TrainingBatches(Dataset):
             epoch=self.epoch,
         )
         side = self.views.image_size
-        nothing = torch.zeros(3, side, side, dtype=torch.uint8), np.full((side, side), IGNORED)
+        black = torch.zeros(3, side, side, dtype=torch.uint8)
+        nothing = black, np.full((side, side), IGNORED, np.int16)
         made = [sample.value or nothing for sample in loaded]
         images = [image for image, _ in made]
-        labels = [torch.from_numpy(seen.astype(np.int16)) for _, seen in made]
+        labels = [torch.from_numpy(seen) for _, seen in made]
         return Batch(
             torch.stack([padded(image, (side, side)) for image in images]),
             self.epoch,

@@ -81,13 +81,14 @@ class Model(NamedTuple):
         """Makes one forward of nothing, for ranks that others wait for."""
         side = self.views.crop or self.views.short_side
         with torch.no_grad():
-            self.logits(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=_device()))
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+            self.logits(black.to(distributed.device()))
 
     def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         side, stride = self.views.crop, self.views.stride
         for image in seen:
             for mirrored in (False, True) if self.views.flip else (False,):
-                pixels = image[None].to(_device(), non_blocking=True)
+                pixels = image[None].to(distributed.device(), non_blocking=True)
                 pixels = pixels.flip(-1) if mirrored else pixels
                 if side:
                     found = slide(
@@ -117,7 +118,7 @@ def evaluate(
         workers: Processes that load.
         between: Called before each image, on every rank alike. It may raise to end the test.
     """
-    device, count = _device(), images.num_classes
+    device, count = distributed.device(), images.num_classes
     counts = torch.zeros(count, count, dtype=torch.int64, device=device)
     # For each image the labelled pixels and the right ones; one rank has each image.
     pixels = torch.zeros(2, len(images), dtype=torch.int64, device=device)
@@ -238,7 +239,3 @@ def _plain(outcome: Outcome, classes: Classes) -> dict[str, Any]:
         ],
         "confusion": scores.counts.tolist(),
     }
-
-
-def _device() -> torch.device:
-    return distributed.device()
