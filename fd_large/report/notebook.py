@@ -9,7 +9,6 @@ from typing import Any
 from fd_large.recipes.architectures import full_name
 from fd_large.report import html
 from fd_large.report.closing import closing_rows, progress
-from fd_large.report.comparison import spread
 from fd_large.report.run_files import RunFiles
 
 
@@ -30,7 +29,7 @@ def run_html(files: RunFiles) -> str:
 
 def evaluation_html(summary: Mapping[str, Any], folder: Path) -> str:
     """Returns the accuracy of each model and their plot as HTML that needs no other file."""
-    rows = [(net["label"], f"{spread(net['accuracy'])['mean']:.2f}%") for net in summary["nets"]]
+    rows = [(net["label"], f"{net['mean']:.2f}%") for net in summary["nets"]]
     rows.append(("folder", str(folder)))
     title = f"{summary['task']}: accuracy on {summary['root']}"
     return _shown(title, rows, [folder / f"{summary['task']}.png"])

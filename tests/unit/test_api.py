@@ -176,7 +176,7 @@ def test_a_result_shows_itself(trained):
 def test_what_is_shown_is_escaped(tmp_path):
     from fd_large.report.notebook import evaluation_html
 
-    row = {"label": "<script>", "accuracy": [50.0, 51.0]}
+    row = {"label": "<script>", "accuracy": [50.0, 51.0], "mean": 50.5}
     html = evaluation_html({"nets": [row], "task": "knn", "root": "a&b"}, tmp_path)
     assert "&lt;script&gt;" in html
     assert "a&amp;b" in html

@@ -215,15 +215,12 @@ class ViT(nn.Module):
                 f"vit: not a batch of images; got shape {tuple(images.shape)}, expected "
                 "(B, channels, H, W). Add the batch dimension."
             )
-        grid = self.grid(*images.shape[-2:])
-        x, scales, table = self._before_blocks(images, keep)
-        # Not `after_blocks`, between whose blocks two of their outputs would be held.
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if scales is None else scales[2 * i : 2 * i + 2], table, grid)
+        for x in self.after_blocks(images, keep):  # noqa: B007 (the last one)
+            pass
         x = self.norm(x)
         if self.drop_distillation_token:
             x = torch.cat([x[:, :1], x[:, 2:]], dim=1)
-        return FeatureMap(x, grid, self.num_prefix_tokens)
+        return FeatureMap(x, self.grid(*images.shape[-2:]), self.num_prefix_tokens)
 
     def after_blocks(self, images: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
         """Yields the residual stream after each block, without a norm.
