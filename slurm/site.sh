@@ -15,8 +15,8 @@ DATA_ROOT=${DATA_ROOT:-}
 TEACHER_SOURCE=${TEACHER_SOURCE:-}
 
 # For slurm/coco_swinv2g.sh and slurm/ade20k_swinv2g.sh: a dataset in COCO's layout
-# (docs/detection.md) or in ADE20K's (docs/segmentation.md), and the run or file of weights that the
-# backbone comes from.
+# (docs/detection.md) or in ADE20K's (docs/segmentation.md). For these and for
+# slurm/finetune_swinv2g.sh: the run or file of weights that the backbone comes from.
 COCO_ROOT=${COCO_ROOT:-}
 ADE_ROOT=${ADE_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}

@@ -1,15 +1,16 @@
-"""Fine-tuning on ImageNet-1K: the paper's six students, and CLIP itself, as published.
+"""Fine-tuning on ImageNet: the paper's students, SwinV2 up to 3B, and CLIP itself.
 
-Source: the configurations of SwinTransformer/Feature-Distillation (finetune/*.yaml) and its README.
+Source, where a recipe names no other: the configurations of SwinTransformer/Feature-Distillation
+(finetune/*.yaml) and its README.
 
-Common to all six students: 224 px; AdamW with betas .9/.999 and weight decay .05; gradients clipped
-at a norm of 5.0; the learning rates that warm-up starts and the cosine ends at are equal; 100
-epochs with a warm-up of 20 (50 with 5 for the large model); RandAugment m9-mstd0.5-inc1, erasing
-.25, mixup .8, CutMix 1.0 (switched at .5), smoothing .1; tests on the middle crop of 256/224 of the
-size, bicubic. 128 images on each of 16 GPUs (README, and finetune/*esvit*.yaml). One position table
-per block, copied from the one that distillation shared. The official code normalises CLIP's
-students by ImageNet's statistics in training and by CLIP's in tests; here both are those that the
-weights were trained with.
+Common to the six students of these configurations: 224 px; AdamW with betas .9/.999 and weight
+decay .05; gradients clipped at a norm of 5.0; the learning rates that warm-up starts and the cosine
+ends at are equal; 100 epochs with a warm-up of 20 (50 with 5 for the large model); RandAugment
+m9-mstd0.5-inc1, erasing .25, mixup .8, CutMix 1.0 (switched at .5), smoothing .1; tests on the
+middle crop of 256/224 of the size, bicubic. 128 images on each of 16 GPUs (README, and
+finetune/*esvit*.yaml). One position table per block, copied from the one that distillation shared.
+The official code normalises CLIP's students by ImageNet's statistics in training and by CLIP's in
+tests; here both are those that the weights were trained with.
 
 Train them with ds_configs/zero1.json: under ZeRO-3 in bfloat16 the tests are in bfloat16 too, else
 in float32. `--student.init RUN_OR_FILE` names what is fine-tuned; without it the model starts from
@@ -25,37 +26,57 @@ from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.finetuning.section import FineTune
 
+# Windows of the stages at 192 px with windows of 12: the last map is smaller than one.
+DISTILLED_AT_192 = (12, 12, 12, 6)
+
 
 def _finetune(
     name: str,
     model: str,
     *,
     base_lr: float,
+    warmup_lr: float | None = None,
     end_lr: float = 2.5e-7,
     layer_decay: float,
     drop_path_rate: float,
+    image_size: int = 224,
     epochs: int = 100,
     warmup_epochs: int = 20,
     global_batch_size: int = 2048,
+    clip_norm: float = 5.0,
+    ema_decay: float = 0.0,
+    mixing: bool = True,
+    window_size: int | None = None,
+    pretrained_window_sizes: tuple[int, ...] | None = None,
+    checkpoint_blocks: bool = False,
 ) -> Run:
     named = resolve(model)
+    shape = overrides(named.with_own_position_biases(), named)
+    if pretrained_window_sizes:
+        shape = replace(
+            shape, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes
+        )
+    own = FineTune() if mixing else FineTune(mixup=0.0, cutmix=0.0)
     return Run(
         name=name,
         student=Student(
             model=model,
-            architecture=overrides(named.with_own_position_biases(), named),
+            architecture=shape,
             drop_path_rate=drop_path_rate,
+            activation_checkpointing="every" if checkpoint_blocks else "off",
         ),
-        data=Data(image_size=224, min_crop_scale=0.08),
-        task=Task(name="finetune"),
+        data=Data(image_size=image_size, min_crop_scale=0.08),
+        # The sections of tasks are fields that are made from the table of tasks.
+        task=Task(name="finetune", finetune=own),  # type: ignore[call-arg]
         optim=Optim(
             base_lr=base_lr,
-            warmup_lr=end_lr,
+            warmup_lr=end_lr if warmup_lr is None else warmup_lr,
             min_lr=end_lr,
             epochs=epochs,
             warmup_epochs=warmup_epochs,
-            clip_norm=5.0,
+            clip_norm=clip_norm,
             layer_decay=layer_decay,
+            ema_decay=ema_decay,
         ),
         batch=Batch(global_batch_size=global_batch_size),
     )
@@ -168,6 +189,178 @@ def finetune_esvit_swin_base() -> Run:
     )
 
 
+def finetune_clip_vit_large_22k() -> Run:
+    """Fine-tune the student of CLIP ViT-L/14 on ImageNet-22K, on its way to ImageNet-1K.
+
+    Hardware: 32 GPUs x 128 images; ImageNet-22K, a folder for each of its 21,841 classes
+    Duration: 311,940 steps; about 860 GPU-hours
+    Result: no figure of its own; ImageNet-1K 88.3 after finetune_clip_vit_large_22k_1k
+
+    The paper's settings are not published. These are those of BEiTv2's ViT-L, which was distilled
+    from CLIP too (beit2/get_started_for_image_classification.md of microsoft/unilm): 90 epochs, of
+    which 20 of warm-up from 0, 6e-4 at batch 4096 down to 1e-6, layer decay .75, drop path .2, no
+    clipping. The dataset has no test images: --data.val_fraction 0.002 holds some out.
+    Duration: 3 x 162 GFLOP x 14.2e6 images x 90 = 6.2e20 FLOP.
+    """
+    return _intermediate(
+        "finetune_clip_vit_large_22k",
+        peak=6e-4,
+        global_batch_size=4096,
+        layer_decay=0.75,
+        drop_path_rate=0.2,
+        epochs=90,
+        warmup_epochs=20,
+    )
+
+
+def finetune_clip_vit_large_22k_1k() -> Run:
+    """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K.
+
+    Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
+    Duration: 25,020 steps; about 17 GPU-hours
+    Result: ImageNet-1K 88.3
+
+    BEiTv2's settings for a ViT-L after ImageNet-22K: 20 epochs, 7e-5 at batch 1024, layer decay .8,
+    drop path .25, no mixing. --student.init RUN takes the backbone; the classifier, and the norm
+    before it, are new (BEiTv2 keeps that norm).
+    Duration: 3 x 162 GFLOP x 2.6e7 images = 1.2e19 FLOP.
+    """
+    return _after_intermediate("finetune_clip_vit_large_22k_1k", image_size=224)
+
+
+def finetune_clip_vit_large_22k_1k_336() -> Run:
+    """Fine-tune the ViT-L/14 of finetune_clip_vit_large_22k on ImageNet-1K at 336 px.
+
+    Hardware: 32 GPUs x 32 images; ImageNet-1K in train/ and val/
+    Duration: 25,020 steps; about 41 GPU-hours
+    Result: ImageNet-1K 89.0
+
+    As finetune_clip_vit_large_22k_1k: BEiT changes nothing but the size. The tables of relative
+    positions are resized from 16 x 16 to 24 x 24 patches, as published (docs/weights.md).
+    Duration: 3 x 382 GFLOP x 2.6e7 images = 2.9e19 FLOP.
+    """
+    return _after_intermediate("finetune_clip_vit_large_22k_1k_336", image_size=336)
+
+
+def _intermediate(
+    name: str,
+    *,
+    peak: float,
+    global_batch_size: int,
+    layer_decay: float,
+    drop_path_rate: float,
+    epochs: int,
+    warmup_epochs: int,
+    image_size: int = 224,
+    mixing: bool = True,
+) -> Run:
+    # BEiT states its rates for the batch that it has.
+    per_512 = 512 / global_batch_size
+    return _finetune(
+        name,
+        "vit_large_patch14",
+        base_lr=peak * per_512,
+        warmup_lr=0.0,
+        end_lr=1e-6 * per_512,
+        layer_decay=layer_decay,
+        drop_path_rate=drop_path_rate,
+        image_size=image_size,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        global_batch_size=global_batch_size,
+        clip_norm=0.0,
+        mixing=mixing,
+    )
+
+
+def _after_intermediate(name: str, *, image_size: int) -> Run:
+    return _intermediate(
+        name,
+        peak=7e-5,
+        global_batch_size=1024,
+        layer_decay=0.8,
+        drop_path_rate=0.25,
+        epochs=20,
+        warmup_epochs=5,
+        image_size=image_size,
+        mixing=False,
+    )
+
+
+def finetune_swinv2_base() -> Run:
+    """Fine-tune a SwinV2-B that was distilled at 192 px (fd_swinv2_base).
+
+    Hardware: 16 GPUs x 64 images; ImageNet-1K in train/ and val/
+    Duration: 125,100 steps; about 17 GPU-hours
+    Result: not published (the paper's SwinV2-B, a student of EsViT: 85.1)
+
+    The settings of the paper's SwinV2-B (finetune_esvit_swin_base), with windows of 14 after those
+    of 12 (6 in the last stage) in distillation, as SimMIM fine-tunes its SwinV2-B.
+    """
+    return _finetune(
+        "finetune_swinv2_base",
+        "swinv2_base",
+        base_lr=1.25e-3,
+        layer_decay=0.80,
+        drop_path_rate=0.4,
+        global_batch_size=1024,
+        window_size=14,
+        pretrained_window_sizes=DISTILLED_AT_192,
+    )
+
+
+def finetune_swinv2_large() -> Run:
+    """Fine-tune a SwinV2-L that was distilled at 192 px (fd_swinv2_large).
+
+    Hardware: 16 GPUs x 128 images; ImageNet-1K in train/ and val/
+    Duration: 62,500 steps; about 39 GPU-hours
+    Result: not published
+
+    SimMIM's settings of a Swin-L (configs/simmim of microsoft/Swin-Transformer): rates as of the
+    base models at batch 2048, layer decay .7, drop path .2.
+    Duration: 3 x 72 GFLOP x 1.28e8 images = 2.8e19 FLOP.
+    """
+    return _finetune(
+        "finetune_swinv2_large",
+        "swinv2_large",
+        base_lr=1.25e-3,
+        layer_decay=0.70,
+        drop_path_rate=0.2,
+        window_size=14,
+        pretrained_window_sizes=DISTILLED_AT_192,
+    )
+
+
+def finetune_swinv2_giant() -> Run:
+    """Fine-tune a SwinV2-G (3.0B) that was distilled at 192 px (fd_swinv2g), at 640 px.
+
+    Hardware: 64 GPUs of 80 GB x 9 images; ImageNet-1K in train/ and val/
+    Duration: 22,240 steps; about 660 GPU-hours
+    Result: ImageNet-1K 89.4 (paper); SwinV2-G itself 89.2, at a size that is not published
+
+    The only published settings of a SwinV2-G on ImageNet-1K are those of arXiv 2111.09883 (90.17
+    after labels of ImageNet-22K): 640 px, 10 epochs, 2.1e-5 at batch 576, drop path .5. Not
+    published: the window (40 here, which divides all maps but the last, one window of 20), warm-up
+    (1 epoch here), layer decay (.87 here, that of its training on ImageNet-22K), the rate's end.
+    Every block is checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/finetune_swinv2g.sh).
+    Duration: 4 x 9,297 GFLOP x 1.28e7 images = 4.8e20 FLOP.
+    """
+    return _finetune(
+        "finetune_swinv2_giant",
+        "swinv2_giant",
+        base_lr=2.1e-5 * 512 / 576,
+        layer_decay=0.87,
+        drop_path_rate=0.5,
+        image_size=640,
+        epochs=10,
+        warmup_epochs=1,
+        global_batch_size=576,
+        window_size=40,
+        pretrained_window_sizes=DISTILLED_AT_192,
+        checkpoint_blocks=True,
+    )
+
+
 def finetune_clip_vit_base_plain() -> Run:
     """Fine-tune CLIP ViT-B/16 itself, carefully: what a distilled student is held against.
 
@@ -212,7 +405,7 @@ def finetune_clip_vit_large_plain() -> Run:
 def _plain(
     name: str, model: str, *, base_lr: float, layer_decay: float, epochs: int, warmup_epochs: int
 ) -> Run:
-    run = _finetune(
+    return _finetune(
         name,
         model,
         base_lr=base_lr,
@@ -220,8 +413,7 @@ def _plain(
         drop_path_rate=0.0,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
+        clip_norm=0.0,
+        ema_decay=0.9998,
+        mixing=False,
     )
-    mixing = FineTune(mixup=0.0, cutmix=0.0)
-    # The sections of tasks are fields that are made from the table of tasks.
-    unmixed = Task(name="finetune", finetune=mixing)  # type: ignore[call-arg]
-    return replace(run, task=unmixed, optim=replace(run.optim, clip_norm=0.0, ema_decay=0.9998))

@@ -185,6 +185,7 @@ def test_other_scripts_and_arguments_that_win(script: Script) -> None:
         ("fd_swinv2g", (), {"TEACHER_SOURCE": ""}, "slurm/site.sh: TEACHER_SOURCE is empty;"),
         ("fd_vit", (), {"DATA_ROOT": ""}, "slurm/site.sh: DATA_ROOT is empty;"),
         ("coco_swinv2g", (), {"COCO_ROOT": ""}, "slurm/site.sh: COCO_ROOT is empty;"),
+        ("finetune_swinv2g", (), {"DATA_ROOT": ""}, "slurm/site.sh: DATA_ROOT is empty;"),
         ("ade20k_swinv2g", (), {"ADE_ROOT": ""}, "slurm/site.sh: ADE_ROOT is empty;"),
         ("coco_swinv2g", (), {"STUDENT_INIT": ""}, "slurm/site.sh: STUDENT_INIT is empty;"),
         ("fd_swinv2g", (), {"SLURM_SUBMIT_DIR": "/"}, "slurm: got /, "),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.registry import RECIPES
 
+# From this width of the first stage on: those of Swin-B and L are 128 and 192, of 1B and G 448 and
+# 512.
+_LARGE = ((352, "finetune_swinv2_giant"), (192, "finetune_swinv2_large"))
+
 
 def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> str:
     """Returns the name of the recipe whose settings a model takes where the user names none.
@@ -17,9 +21,10 @@ def recipe_name(architecture: FamilyArchitecture, *, run_recipe: str | None) -> 
     own = (run_recipe or "").replace("fd_", "finetune_", 1)
     if own in RECIPES and RECIPES[own]().task.name == "finetune":
         return own
-    if architecture.is_hierarchical:
-        return "finetune_esvit_swin_base"
     # Not every family states its width.
-    large = getattr(architecture, "embed_dim", 0) >= 1024
+    width = getattr(architecture, "embed_dim", 0)
+    if architecture.is_hierarchical:
+        return next((name for least, name in _LARGE if width >= least), "finetune_esvit_swin_base")
+    large = width >= 1024
     name = "finetune_clip_vit_large" if large else "finetune_clip_vit_base"
     return f"{name}_plain" if run_recipe is None else name

@@ -41,6 +41,17 @@ PLAIN = {
     "finetune_clip_vit_base_plain": (50, 10, 6e-4, 0.60),
     "finetune_clip_vit_large_plain": (30, 5, 4e-4, 0.65),
 }
+# By other sources' settings: image size, epochs, warm-up, batch and the learning rates at it, layer
+# decay, drop path: BEiTv2's three times, FD's Swin, SimMIM's, SwinV2's.
+AFTER_22K = (20, 5, 1024, (7e-5, 0, 1e-6), 0.8, 0.25)
+LARGER_FINE_TUNING = {
+    "finetune_clip_vit_large_22k": (224, 90, 20, 4096, (6e-4, 0, 1e-6), 0.75, 0.2),
+    "finetune_clip_vit_large_22k_1k": (224, *AFTER_22K),
+    "finetune_clip_vit_large_22k_1k_336": (336, *AFTER_22K),
+    "finetune_swinv2_base": (224, 100, 20, 1024, (2.5e-3, 5e-7, 5e-7), 0.8, 0.4),
+    "finetune_swinv2_large": (224, 100, 20, 2048, (5e-3, 1e-6, 1e-6), 0.7, 0.2),
+    "finetune_swinv2_giant": (640, 10, 1, 576, (2.1e-5, 2.8125e-7, 2.8125e-7), 0.87, 0.5),
+}
 # Peak learning rate at the batch of the source: ViTDet, Swin, Swin, SwinV2-G.
 DETECTION = {
     "coco_mask_rcnn_vit_base": (1e-4, 64),
@@ -62,7 +73,7 @@ OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
-    published = {*PAPER, *FINE_TUNING, *PLAIN, *DETECTION, *SEGMENTATION}
+    published = {*PAPER, *FINE_TUNING, *PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION}
     assert {*published, *OURS, "quickstart", "linear_probe"} == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
 
@@ -128,6 +139,29 @@ def test_clip_itself_is_fine_tuned_as_published(name):
     assert run.student.model == teacher.model
 
 
+@pytest.mark.parametrize("name", LARGER_FINE_TUNING)
+def test_a_larger_fine_tuning_has_its_source_s_settings(name):
+    run = registry.get(name)
+    optim, mixing, batch = run.optim, run.task.finetune, run.batch.global_batch_size
+    assert (
+        run.data.image_size,
+        optim.epochs,
+        optim.warmup_epochs,
+        batch,
+        pytest.approx(optim.rates(batch)),
+        optim.layer_decay,
+        run.student.drop_path_rate,
+    ) == LARGER_FINE_TUNING[name]
+    # BEiTv2 mixes no images after ImageNet-22K, and clips no gradients.
+    assert (mixing.mixup, mixing.cutmix) == ((0, 0) if "22k_1k" in name else (0.8, 1.0))
+    assert optim.clip_norm == (0 if "clip" in name else 5)
+    if "swinv2" in name:
+        shape = run.student_architecture()
+        assert shape.pretrained_window_sizes == (12, 12, 12, 6)
+        # The third map is one window.
+        assert run.data.image_size // 16 == shape.window_size
+
+
 def test_the_linear_probe_has_the_settings_of_its_source():
     run = registry.get("linear_probe")
     # MAE: 0.1 for 256 images.
@@ -173,8 +207,9 @@ def test_the_docstring_gives_hardware_duration_and_result(name):
     run, facts = registry.get(name), registry.facts(name)
     for line in (facts.summary, facts.hardware, facts.duration, facts.result):
         assert 0 < len(line) <= 100
-    # ImageNet-1K's images or COCO's, the last incomplete batch dropped.
-    images = 118_287 if name in DETECTION else 1_281_167
+    # The last incomplete batch is dropped.
+    in_22k = 14_197_122 if name.endswith("_22k") else 1_281_167
+    images = 118_287 if name in DETECTION else in_22k
     steps = run.optim.max_steps or run.optim.epochs * (images // run.batch.global_batch_size)
     assert f"{steps:,} steps" in facts.duration
 

@@ -20,10 +20,13 @@ TINY = "vit_base_patch16=random"
         (TINY, None, "finetune_clip_vit_base_plain"),
         ("vit_large_patch14=random", None, "finetune_clip_vit_large_plain"),
         ("swinv2_tiny=random", None, "finetune_esvit_swin_base"),
+        ("swinv2_large=random", None, "finetune_swinv2_large"),
         # Students: the recipe of what distilled them, where one is published.
         (TINY, "fd_dino_vit_base", "finetune_dino_vit_base"),
         (TINY, "fd_clip_vit_base_100ep", "finetune_clip_vit_base_100ep"),
         (TINY, "finetune_deit_vit_base", "finetune_deit_vit_base"),
+        ("swinv2_tiny=random", "fd_swinv2_base", "finetune_swinv2_base"),
+        ("swinv2_giant=random", "fd_swinv2g", "finetune_swinv2_giant"),
         (TINY, "my_own", "finetune_clip_vit_base"),
         ("swinv2_tiny=random", "quickstart", "finetune_esvit_swin_base"),
         ("swinv2_tiny=random", "coco_mask_rcnn_swinv2_tiny", "finetune_esvit_swin_base"),
