@@ -17,12 +17,13 @@ from fd_large.engine.zero.optimizer import decays
 from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pyramids import RescaledMaps
 from fd_large.tasks.dense.stages import maps_of_blocks, strip
+from fd_large.tasks.dense.windows import mean_of_windows, windows
 from fd_large.tasks.segmentation.data.labels import class_labels
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.uper_head import UperHead
 from fd_large.tasks.segmentation.loss import IGNORED, pixel_loss
 from fd_large.tasks.segmentation.scores.areas import confusion, scores_of
-from fd_large.tasks.segmentation.scores.views import averaged, resized, slide, windows
+from fd_large.tasks.segmentation.scores.views import averaged, resized
 from fd_large.tasks.segmentation.task import Segmentation
 
 # Names of heads in mmsegmentation or BEiT, and ours.
@@ -307,7 +308,7 @@ def check_slide(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
             count[top:bottom, left:right] += 1
         rows.append(Row(f"count.{i}", max_relative(count, tensors[f"count.{i}"]), 0.0))
         for at_once in (1, 3):
-            got = slide(image, logits_of, crop=tuple(crop), stride=tuple(stride), at_once=at_once)
+            got = mean_of_windows(image, logits_of, places, at_once=at_once)
             label = f"out.logits.{i}"
             error = max_relative(got, tensors[label])
             rows.append(

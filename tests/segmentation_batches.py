@@ -12,8 +12,8 @@ from fd_large.data.loader import Batch
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
+from fd_large.tasks.dense.target import Targets
 from fd_large.tasks.segmentation.data.labels import class_labels
-from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.loss import IGNORED
 
 NUM_CLASSES = 4

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+Number = TypeVar("Number", bound=np.number[Any])
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class View:
             pixels = (covered[0, 0] >= 0.5).to(torch.uint8)
         return self._cut(pixels).numpy()
 
-    def labels(self, labels: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Maps a number for each pixel (H, W) to the view's, each the nearest one's."""
+    def numbers(self, numbers: NDArray[Number]) -> NDArray[Number]:
+        """Maps a number for each pixel (H, W), a class or a depth, to the view's: the nearest's."""
         top, left, rows, columns = self.crop
         (height, width), (new_height, new_width) = self.original, self.resized
         down = (top + np.arange(rows)) * height // new_height
         across = (left + np.arange(columns)) * width // new_width
-        return labels[down[:, None], across[:: -1 if self.flipped else 1]]
+        return numbers[down[:, None], across[:: -1 if self.flipped else 1]]
 
     def points(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Maps points (n, 2), x and y in pixels, to the view, where they may lie outside."""

@@ -28,15 +28,16 @@ from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.mean_token import DISCARDED
+from fd_large.tasks.dense.evaluation import predict_some
+from fd_large.tasks.dense.loader import TrainingBatches
 from fd_large.tasks.dense.pixels import PADDING
 from fd_large.tasks.dense.stages import is_of_one_size
 from fd_large.tasks.dense.stored import task_to_test
+from fd_large.tasks.dense.target import Targets
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet, open_segmentation
-from fd_large.tasks.segmentation.data.loader import TrainingBatches
-from fd_large.tasks.segmentation.data.target import Targets
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
-from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
+from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
 from fd_large.tasks.segmentation.section import KIND, ON_LAST_MAP
 from fd_large.tasks.segmentation.stored import predict_images
@@ -162,7 +163,7 @@ class SegmentationJob(Job):
                 outcome = evaluate(
                     model, self._test_images, workers=run.data.workers, between=between
                 )
-                some = predict_some(outcome, model, self._test_images) if last else None
+                some = predict_some(outcome.errors, model, self._test_images) if last else None
             if distributed.is_main():
                 try:
                     keep(outcome, some, self._test_images, self._classes, folder)
@@ -210,7 +211,7 @@ class SegmentationJob(Job):
         out_folder(folder)
         classes = stored_classes(reader)
         outcome = evaluate(model, images, workers=run.data.workers)
-        some = predict_some(outcome, model, images)
+        some = predict_some(outcome.errors, model, images)
         if not distributed.is_main():
             return StoredScores((), ())
         drawn = keep(outcome, some, images, classes, folder)

@@ -30,7 +30,7 @@ from fd_large.tasks.dense.stages import (
     neck_of,
     strip,
 )
-from fd_large.tasks.segmentation.data.target import Targets
+from fd_large.tasks.dense.target import Targets
 from fd_large.tasks.segmentation.heads.classifier import DROPOUT
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.linear_head import LinearHead
@@ -106,7 +106,7 @@ class Segmentation(Task):
         return {
             "pixels": normalised(images, targets.sizes, self.statistics),
             "keep": keep,
-            "labels": targets.labels,
+            "labels": targets.truth,
             "channels": torch.from_numpy(draws >= DROPOUT).to(images.device),
         }
 

@@ -10,15 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fd_large.data.random_numbers import uniforms
 from fd_large.tasks.dense.geometry import View, resized_view
+from fd_large.tasks.dense.windows import Window, num_forwards, windows
 from fd_large.tasks.segmentation.data import photometric
 from fd_large.tasks.segmentation.loss import IGNORED
-from fd_large.tasks.segmentation.scores.views import num_forwards
 
 # Crops that are drawn where one class fills them; the last one is taken as it is.
 CROPS = 11
 NUM_DRAWS = 2 + 2 * CROPS  # scale, flip, and top and left of each crop
 FLIP_PROBABILITY = 0.5
+
+Drawn = tuple[Sequence[float], Sequence[float]]
 # The longer side is at most this many times the crop's: 2048 for 512.
 LONG_SIDE = 4
 
@@ -40,22 +43,28 @@ class TrainingViews(NamedTuple):
     cat_max_ratio: float
     photometric: bool
 
+    @property
+    def unknown(self) -> np.int16:
+        """The label of pixels beyond a view."""
+        return np.int16(IGNORED)
+
+    def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
+        """Draws what the view at each position depends on."""
+        crops = uniforms(seed, epoch, positions, "jitter", NUM_DRAWS).tolist()
+        colors = uniforms(seed, epoch, positions, "color", photometric.NUM_DRAWS).tolist()
+        return list(zip(crops, colors, strict=True))
+
     def view(
-        self,
-        image: Tensor,
-        labels: NDArray[np.int16],
-        draws: Sequence[float],
-        colors: Sequence[float],
+        self, image: Tensor, labels: NDArray[np.int16], drawn: Drawn
     ) -> tuple[Tensor, NDArray[np.int16]]:
         """Returns a random crop of an image and of its labels.
 
         Args:
             image: (3, H, W) uint8.
             labels: (H, W).
-            draws: `NUM_DRAWS` numbers in [0, 1).
-            colors: `photometric.NUM_DRAWS` numbers in [0, 1).
+            drawn: `NUM_DRAWS` numbers in [0, 1), and `photometric.NUM_DRAWS`.
         """
-        draw_scale, draw_flip, *corners = draws
+        (draw_scale, draw_flip, *corners), colors = drawn
         low, high = self.scale_range
         scale = low + (high - low) * draw_scale
         short, long = int(self.image_size * scale), int(LONG_SIDE * self.image_size * scale)
@@ -67,7 +76,7 @@ class TrainingViews(NamedTuple):
             left = int(corners[2 * number + 1] * (whole.resized[1] - columns + 1))
             crop = (top, left, rows, columns)
             view = View(size, whole.resized, crop, draw_flip < FLIP_PROBABILITY)
-            seen = view.labels(labels)
+            seen = view.numbers(labels)
             if self.cat_max_ratio == 1 or _is_mixed(seen, self.cat_max_ratio):
                 break
         pixels = view.image(image)
@@ -121,9 +130,11 @@ class TestViews(NamedTuple):
     def num_forwards(self, height: int, width: int, at_once: int) -> int:
         """Returns how many forwards an image takes, with so many windows in each."""
         of_scales = (
-            num_forwards(view.size, (self.crop,) * 2, (self.stride,) * 2, at_once)
-            if self.crop
-            else 1
+            num_forwards(self.windows(*view.size), at_once) if self.crop else 1
             for view in self.views(height, width)
         )
         return sum(of_scales) * (2 if self.flip else 1)
+
+    def windows(self, height: int, width: int) -> list[Window]:
+        """Returns the windows by which a view of this size is seen."""
+        return windows((height, width), (self.crop,) * 2, (self.stride,) * 2)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,26 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fd_large import activity, distributed
+from fd_large import distributed
 from fd_large.atomic_files import write_json
+from fd_large.tasks.dense.evaluation import Some, predict_all
+from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
-from fd_large.tasks.segmentation.data.loader import TestImage, TestImages, build_test_loader
 from fd_large.tasks.segmentation.data.views import TestViews
 from fd_large.tasks.segmentation.scores.areas import Scores, confusion, scores_of
 from fd_large.tasks.segmentation.scores.pictures import Row, draw_confusion, draw_rows
-from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized, slide
-
-log = logging.getLogger(__name__)
+from fd_large.tasks.segmentation.scores.views import Logits, averaged, resized
 
 SCORES = "scores.json"
-NUM_IMAGES = 4
-"""Rows of a plot of images: the worst ones, and others that are always the same."""
-NO_ACCURACY = -1.0
-"""Accuracy of an image without a labelled pixel, or that could not be read."""
-
-Some = Mapping[str, Mapping[int, tuple[NDArray[np.integer], NDArray[np.integer]]]]
-"""Name of a plot -> number of an image -> its labels and what is predicted, (H, W)."""
 
 
 class Outcome(NamedTuple):
@@ -39,13 +30,13 @@ class Outcome(NamedTuple):
 
     Attributes:
         scores: Over the whole dataset.
-        accuracies: (N,) float64, the share of each image's labelled pixels that is right, or
-            `NO_ACCURACY`.
+        errors: (N,) float64, the share of each image's labelled pixels that is wrong; NaN for an
+            image without labelled pixels, or that could not be read.
         unread: How many images could not be read; they are left out.
     """
 
     scores: Scores
-    accuracies: NDArray[np.float64]
+    errors: NDArray[np.float64]
     unread: int
 
 
@@ -62,6 +53,10 @@ class Model(NamedTuple):
     logits: Logits
     views: TestViews
     at_once: int = 1
+
+    def num_forwards(self, height: int, width: int) -> int:
+        """Returns how many forwards `predict` makes of an image."""
+        return self.views.num_forwards(height, width, self.at_once)
 
     @torch.no_grad()
     def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -85,19 +80,13 @@ class Model(NamedTuple):
             self.logits(black.to(distributed.device()))
 
     def _logits(self, seen: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-        side, stride = self.views.crop, self.views.stride
         for image in seen:
             for mirrored in (False, True) if self.views.flip else (False,):
                 pixels = image[None].to(distributed.device(), non_blocking=True)
                 pixels = pixels.flip(-1) if mirrored else pixels
-                if side:
-                    found = slide(
-                        pixels,
-                        self.logits,
-                        crop=(side, side),
-                        stride=(stride, stride),
-                        at_once=self.at_once,
-                    )
+                if self.views.crop:
+                    places = self.views.windows(image.shape[-2], image.shape[-1])
+                    found = mean_of_windows(pixels, self.logits, places, at_once=self.at_once)
                 else:
                     found = self.logits(pixels)
                 yield found, mirrored
@@ -123,49 +112,18 @@ def evaluate(
     # For each image the labelled pixels and the right ones; one rank has each image.
     pixels = torch.zeros(2, len(images), dtype=torch.int64, device=device)
     unread = torch.zeros((), dtype=torch.int64, device=device)
-    loader = build_test_loader(
-        images,
-        model.views,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=workers,
-    )
-    for item in activity.counted(loader, "test images", "images"):
-        between()
-        if item.bad:
-            log.warning("left out of the test: %s", item.bad)
-            unread += 1
-        predicted = _predict_together(model, item)
+    for item, predicted in predict_all(model, images, workers=workers, between=between):
+        unread += bool(item.bad)
         if predicted is not None:
-            table = confusion(predicted, item.labels.to(device), count)
+            table = confusion(predicted, item.truth.to(device), count)
             counts += table
             pixels[:, item.index] = torch.stack([table.sum(), table.diagonal().sum()])
     counts, pixels, unread = (distributed.sum_tensor(t) for t in (counts, pixels, unread))
-    labelled, right = pixels.cpu().numpy().astype(np.float64)
-    accuracies = np.divide(
-        right, labelled, out=np.full(len(labelled), NO_ACCURACY), where=labelled > 0
+    labelled, right = pixels.cpu().numpy()
+    errors = np.divide(
+        labelled - right, labelled, out=np.full(len(labelled), np.nan), where=labelled > 0
     )
-    return Outcome(scores_of(counts.cpu().numpy()), accuracies, int(unread))
-
-
-def predict_some(outcome: Outcome, model: Model, images: SegmentationSet) -> Some:
-    """Predicts the images that are drawn once more: the worst ones, and some others; a collective.
-
-    Rank 0 alone reads them, so that one that cannot be read any more ends no rank's part in it.
-
-    Args: See `keep`.
-    """
-    known = np.flatnonzero(outcome.accuracies != NO_ACCURACY)
-    worst = known[np.argsort(outcome.accuracies[known], kind="stable")][:NUM_IMAGES]
-    spread = np.linspace(0, len(known) - 1, min(NUM_IMAGES, len(known))).round().astype(int)
-    groups = {"worst": worst.tolist(), "chosen": known[spread].tolist()}
-    seen = {}
-    for index in dict.fromkeys(groups["worst"] + groups["chosen"]):
-        item = TestImages(images, model.views)[index if distributed.is_main() else -1]
-        predicted = _predict_together(model, item)
-        if predicted is not None:
-            seen[index] = item.labels.numpy(), predicted.cpu().numpy()
-    return {name: {i: seen[i] for i in group if i in seen} for name, group in groups.items()}
+    return Outcome(scores_of(counts.cpu().numpy()), errors, int(unread))
 
 
 def keep(
@@ -197,7 +155,7 @@ def keep(
                 images.sample(index)[0].permute(1, 2, 0).numpy(),
                 labels,
                 predicted,
-                f"{Path(images[index]).name}: {100 * outcome.accuracies[index]:.1f}% right",
+                f"{Path(images[index]).name}: {100 * (1 - outcome.errors[index]):.1f}% right",
             )
             for index, (labels, predicted) in seen.items()
         ]
@@ -206,20 +164,6 @@ def keep(
             drawn.append(folder / f"{name}.png")
     draw_confusion(outcome.scores.counts, classes, folder / "confusion.png")
     return [*drawn, folder / "confusion.png"]
-
-
-def _predict_together(model: Model, item: TestImage) -> Tensor | None:
-    """Predicts this rank's image, None if it has none; a collective.
-
-    Under ZeRO-3 every rank must make as many forwards as the others.
-    """
-    size = (item.labels.shape[0], item.labels.shape[1])
-    planned = model.views.num_forwards(*size, model.at_once) if item.views else 0
-    most = int(distributed.max_rank(planned))
-    predicted = model.predict(item.views, size) if item.views else None
-    for _ in range(most - planned):
-        model.idle()
-    return predicted
 
 
 def _plain(outcome: Outcome, classes: Classes) -> dict[str, Any]:

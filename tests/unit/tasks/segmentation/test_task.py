@@ -61,7 +61,7 @@ def test_a_batch_without_labels_has_no_loss_and_no_gradient(over):
 
 def test_what_a_loss_is_divided_by():
     batch = batch_of([0, 1])
-    share = (batch.targets.labels >= 0).float().mean().item()
+    share = (batch.targets.truth >= 0).float().mean().item()
     (of_all, _), (of_labelled, _) = (
         loss_of(segmentation(loss_over=over), batch) for over in ("all", "labelled")
     )

@@ -9,8 +9,9 @@ from PIL import Image
 from segmentation_twin import write_images
 
 from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.dense.pairs import read_numbers
 from fd_large.tasks.segmentation.data.classes import CITYSCAPES_CLASSES, classes_of, colors_of
-from fd_large.tasks.segmentation.data.dataset import open_segmentation, read_labels
+from fd_large.tasks.segmentation.data.dataset import MODES, open_segmentation
 from fd_large.tasks.segmentation.loss import IGNORED
 
 LAYOUTS = {
@@ -55,7 +56,7 @@ def test_every_layout_pairs_images_with_their_labels(layout, tmp_path):
     assert len(images) == 3
     for index in range(3):
         assert f"image_{index}" in images[index]
-        assert f"image_{index}" in images.label_file(index)
+        assert f"image_{index}" in images.truth_file(index)
     image, labels = images.sample(1)
     assert image.shape == (3, 2, 2)
     assert labels.tolist() == [[0, 1], [2, IGNORED]]
@@ -63,7 +64,7 @@ def test_every_layout_pairs_images_with_their_labels(layout, tmp_path):
 
 def test_the_zero_label_is_reduced(tmp_path):
     images = opened(write(tmp_path, "ade20k"), reduce_zero_label=True, num_classes=2)
-    assert images.labels(0).tolist() == [[IGNORED, 0], [1, IGNORED]]
+    assert images.truth(0).tolist() == [[IGNORED, 0], [1, IGNORED]]
 
 
 def test_labels_of_palettes_and_of_16_bits(tmp_path):
@@ -71,8 +72,9 @@ def test_labels_of_palettes_and_of_16_bits(tmp_path):
     of_palette.putpalette([7, 7, 7] * 256)
     of_palette.save(tmp_path / "palette.png")
     Image.fromarray(np.array([[0, 700]], dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_labels(str(tmp_path / "palette.png")).tolist() == [[0, 3]]
-    assert read_labels(str(tmp_path / "deep.png")).tolist() == [[0, 700]]
+    for name, numbers in (("palette", [0, 3]), ("deep", [0, 700])):
+        path = str(tmp_path / f"{name}.png")
+        assert read_numbers(path, MODES, "labels").tolist() == [numbers]
 
 
 def test_mistakes_of_the_user_are_named(tmp_path):
@@ -85,7 +87,7 @@ def test_mistakes_of_the_user_are_named(tmp_path):
     with pytest.raises(DataError, match=r"images without labels.*1 of 3 \(image_1\)"):
         opened(root)
     root = write(tmp_path / "b", "folders", labels=np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(DataError, match="invalid label file; got colours"):
+    with pytest.raises(DataError, match="got an image of mode RGB, expected a label file"):
         opened(root)
     root = write(tmp_path / "c", "folders")
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(root / "labels/train/image_0.png")

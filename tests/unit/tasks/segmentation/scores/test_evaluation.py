@@ -11,11 +11,12 @@ import torch
 from segmentation_twin import write_images
 
 from fd_large.errors import DataError
+from fd_large.tasks.dense.evaluation import predict_some
 from fd_large.tasks.segmentation.data.classes import classes_of
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
 from fd_large.tasks.segmentation.data.views import TestViews
 from fd_large.tasks.segmentation.scores.areas import scores_of
-from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep, predict_some
+from fd_large.tasks.segmentation.scores.evaluation import Model, evaluate, keep
 
 COLORS = torch.tensor([[220, 40, 40], [40, 200, 40], [40, 40, 220], [128, 128, 128]])
 
@@ -69,14 +70,14 @@ def test_any_number_of_ranks_gives_the_same_and_makes_as_many_forwards(images, v
         world = pretended_ranks.World(monkeypatch, ranks)
         for outcome in world.run(lambda: evaluate(model, images, workers=0)):
             assert np.array_equal(outcome.scores.counts, alone.scores.counts)
-            assert np.array_equal(outcome.accuracies, alone.accuracies)
+            assert np.array_equal(outcome.errors, alone.errors, equal_nan=True)
         assert len(set(forwards.values())) == 1
 
 
 def test_scores_and_pictures_are_kept(root, images, tmp_path):
     model = Model(nearest_color, TestViews(36, 200))
     outcome = evaluate(model, images, workers=0)
-    some = predict_some(outcome, model, images)
+    some = predict_some(outcome.errors, model, images)
     drawn = keep(outcome, some, images, classes_of(str(root), 4, ""), tmp_path)
     assert [path.name for path in drawn] == ["worst.png", "chosen.png", "confusion.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
@@ -105,7 +106,7 @@ def test_ranks_make_as_many_forwards_where_an_image_cannot_be_read_again(images,
 
     monkeypatch.setattr(images, "sample", flaky)
     world = pretended_ranks.World(monkeypatch, 2)
-    some, nothing = world.run(lambda: predict_some(outcome, model, images))
+    some, nothing = world.run(lambda: predict_some(outcome.errors, model, images))
     assert {index for seen in some.values() for index in seen} == {0, 1, 3, 4}
     assert not any(nothing.values())
     assert forwards[0] == forwards[1] > 0
@@ -119,7 +120,7 @@ def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
     (root / "images/validation/0001.jpg").write_bytes(b"broken")
     outcome = evaluate(Model(nearest_color, TestViews(36, 200)), images, workers=0)
     assert outcome.unread == 1
-    assert (outcome.accuracies < 0).tolist() == [False, True, False]
+    assert np.isnan(outcome.errors).tolist() == [False, True, False]
 
 
 def test_nothing_is_labelled():

@@ -1,4 +1,4 @@
-"""What the heads are taught: a class for each pixel.
+"""What heads are taught of each pixel: its class, its depth.
 
 A NamedTuple, because a batch is moved to the device and pinned by walking through tuples.
 """
@@ -16,14 +16,14 @@ class Targets(NamedTuple):
     """The targets of a batch.
 
     Attributes:
-        labels: (B, H, W) int16, a class or `IGNORED`.
+        truth: (B, H, W), what the dataset has at each pixel, or what it has where it knows nothing.
         sizes: (B, 2) int64, height and width of each image without its padding.
         positions: (B,) int64, in the epoch's order: what random choices of a sample depend on. No
             tensor, so that it stays on the host, where they are drawn.
         epoch: Counted from 0.
     """
 
-    labels: Tensor
+    truth: Tensor
     sizes: Tensor
     positions: NDArray[np.int64]
     epoch: int

@@ -5,8 +5,8 @@ import pytest
 import torch
 from segmentation_twin import write_images
 
+from fd_large.tasks.dense.loader import TestImages, TrainingBatches, build_test_loader
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
-from fd_large.tasks.segmentation.data.loader import TestImages, TrainingBatches, build_test_loader
 from fd_large.tasks.segmentation.data.views import TestViews, TrainingViews
 from fd_large.tasks.segmentation.loss import IGNORED
 
@@ -25,12 +25,12 @@ def test_a_view_follows_from_its_position_alone(images):
     batches = TrainingBatches(images, VIEWS, 3, 1)
     whole, half = batches[np.arange(6)], batches[np.arange(3, 6)]
     assert torch.equal(whole.images[3:], half.images)
-    assert torch.equal(whole.targets.labels[3:], half.targets.labels)
+    assert torch.equal(whole.targets.truth[3:], half.targets.truth)
     other = TrainingBatches(images, VIEWS, 3, 2)[np.arange(6)]
     assert not torch.equal(whole.images, other.images)
     assert whole.images.shape == (6, 3, 48, 48)
     for labels, (height, width) in zip(
-        whole.targets.labels, whole.targets.sizes.tolist(), strict=True
+        whole.targets.truth, whole.targets.sizes.tolist(), strict=True
     ):
         assert labels[height:].eq(IGNORED).all()
         assert labels[:, width:].eq(IGNORED).all()
@@ -46,7 +46,7 @@ def test_where_no_image_can_be_read_nothing_is_learnt(images, monkeypatch):
 
     monkeypatch.setattr(dataset.SegmentationSet, "sample", sample)
     batch = TrainingBatches(images, VIEWS, 0, 0)[np.arange(2)]
-    assert batch.targets.labels.eq(IGNORED).all()
+    assert batch.targets.truth.eq(IGNORED).all()
     assert len(batch.bad) == 20
     assert TestImages(images, TestViews(48, 96))[0].bad == "broken"
 

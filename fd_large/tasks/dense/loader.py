@@ -1,9 +1,10 @@
-"""Batches of images with labels: for training by position, for tests each image once."""
+"""Batches of images with a truth for each pixel: for training by position, for tests each once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,16 +13,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fd_large.data.loader import Batch, load_batches, load_samples
-from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import epoch_order
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import DataError
-from fd_large.tasks.dense.geometry import padded, sizes_of
-from fd_large.tasks.segmentation.data import photometric
-from fd_large.tasks.segmentation.data.dataset import SegmentationSet
-from fd_large.tasks.segmentation.data.target import Targets
-from fd_large.tasks.segmentation.data.views import NUM_DRAWS, TestViews, TrainingViews
-from fd_large.tasks.segmentation.loss import IGNORED
+from fd_large.tasks.dense.geometry import View, padded, sizes_of
+from fd_large.tasks.dense.pairs import PairedImages
+from fd_large.tasks.dense.target import Targets
+
+
+class TrainingViews(Protocol):
+    """How training images are seen."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that views are padded to, in pixels."""
+
+    @property
+    def unknown(self) -> np.number[Any]:
+        """What stands for the truth of a pixel of which nothing is known."""
+
+    def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> Sequence[Any]:
+        """Draws what the view at each position depends on."""
+
+    def view(self, image: Tensor, truth: NDArray[Any], drawn: Any) -> tuple[Tensor, NDArray[Any]]:
+        """Returns a view of an image, (3, h, w) uint8, and the truth of its pixels, (h, w).
+
+        Args:
+            image: (3, H, W) uint8.
+            truth: (H, W).
+            drawn: An item of `draws`.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,28 +50,22 @@ class TrainingBatches(Dataset):
     """Positions to a `Batch` of square crops; runs in the workers.
 
     Attributes:
-        source: Images with labels.
+        source: Images with their truth.
         views: How they are seen.
         seed: The run's seed.
         epoch: Counted from 0.
     """
 
-    source: SegmentationSet
+    source: PairedImages
     views: TrainingViews
     seed: int
     epoch: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """Loads the crops; a black one without labels stands where no sample can be used."""
-        of = (self.seed, self.epoch, positions)
-        draws = uniforms(*of, "jitter", NUM_DRAWS).tolist()
-        colors = uniforms(*of, "color", photometric.NUM_DRAWS).tolist()
-
-        def make(place: int, index: int) -> tuple[Tensor, NDArray[np.int16]]:
-            return self.views.view(*self.source.sample(index), draws[place], colors[place])
-
+        """Loads the crops; a black one of unknown truth stands where no sample can be used."""
+        drawn = self.views.draws(self.seed, self.epoch, positions)
         loaded = load_samples(
-            make,
+            lambda place, index: self.views.view(*self.source.sample(index), drawn[place]),
             positions,
             epoch_order(len(self.source), self.seed, self.epoch, positions),
             num_samples=len(self.source),
@@ -59,10 +74,10 @@ class TrainingBatches(Dataset):
         )
         side = self.views.image_size
         black = torch.zeros(3, side, side, dtype=torch.uint8)
-        nothing = black, np.full((side, side), IGNORED, np.int16)
+        nothing = black, np.full((side, side), self.views.unknown)
         made = [sample.value or nothing for sample in loaded]
         images = [image for image, _ in made]
-        labels = [torch.from_numpy(seen) for _, seen in made]
+        unknown = self.views.unknown.item()
         return Batch(
             torch.stack([padded(image, (side, side)) for image in images]),
             self.epoch,
@@ -70,7 +85,9 @@ class TrainingBatches(Dataset):
             torch.tensor([sample.index for sample in loaded]),
             sum((sample.bad for sample in loaded), ()),
             Targets(
-                torch.stack([padded(seen, (side, side), IGNORED) for seen in labels]),
+                torch.stack(
+                    [padded(torch.from_numpy(truth), (side, side), unknown) for _, truth in made]
+                ),
                 sizes_of(images),
                 positions,
                 self.epoch,
@@ -78,13 +95,22 @@ class TrainingBatches(Dataset):
         )
 
 
+class TestViews(Protocol):
+    """At which sizes images are tested."""
+
+    __test__ = False
+
+    def views(self, height: int, width: int) -> list[View]:
+        """Returns the views of an image of this size."""
+
+
 class TestImage(NamedTuple):
     """An image of a test.
 
     Attributes:
-        views: (3, h, w) uint8 at each scale; none for an image that only fills up, or that could
+        views: (3, h, w) uint8 at each size; none for an image that only fills up, or that could
             not be read.
-        labels: (H, W) int16, classes or `IGNORED`, of the image in its own size.
+        truth: (H, W), of the image in its own size.
         index: Its number in the dataset.
         bad: Why it could not be read; empty: it was.
     """
@@ -93,7 +119,7 @@ class TestImage(NamedTuple):
     __test__ = False
 
     views: list[Tensor]
-    labels: Tensor
+    truth: Tensor
     index: int
     bad: str = ""
 
@@ -104,30 +130,30 @@ class TestImages(Dataset):
 
     __test__ = False
 
-    source: SegmentationSet
+    source: PairedImages
     views: TestViews
 
     def __getitem__(self, index: int) -> TestImage:
-        """Reads an image, and its labels."""
-        none = torch.full((1, 1), IGNORED, dtype=torch.int16)
+        """Reads an image, and its truth."""
+        none = torch.zeros(1, 1)
         if index < 0:
             return TestImage([], none, index)
         try:
             with suppress_stderr():
-                image, labels = self.source.sample(index)
+                image, truth = self.source.sample(index)
         except DataError as error:
             return TestImage([], none, index, str(error))
-        seen = [view.image(image) for view in self.views.views(*labels.shape)]
-        return TestImage(seen, torch.from_numpy(labels), index)
+        seen = [view.image(image) for view in self.views.views(*truth.shape)]
+        return TestImage(seen, torch.from_numpy(truth), index)
 
 
 def build_test_loader(
-    source: SegmentationSet, views: TestViews, *, rank: int, world_size: int, workers: int
+    source: PairedImages, views: TestViews, *, rank: int, world_size: int, workers: int
 ) -> DataLoader:
     """All images once over the ranks, as many on every rank, one by one.
 
     Args:
-        source: Images with labels.
+        source: Images with their truth.
         views: At which sizes they are seen.
         rank: Counted from 0.
         world_size: The number of ranks.

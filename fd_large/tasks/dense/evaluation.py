@@ -1,0 +1,127 @@
+"""The loop of a test over the ranks: every image once, and some once more for pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import activity, distributed
+from fd_large.tasks.dense.loader import TestImage, TestImages, TestViews, build_test_loader
+from fd_large.tasks.dense.pairs import PairedImages
+
+log = logging.getLogger(__name__)
+
+NUM_IMAGES = 4
+"""Rows of a plot of images: the worst ones, and others that are always the same."""
+
+
+class Model(Protocol):
+    """What is tested; in evaluation mode, and called by all ranks alike where it is sharded."""
+
+    @property
+    def views(self) -> TestViews:
+        """At which sizes it sees an image."""
+
+    def num_forwards(self, height: int, width: int) -> int:
+        """Returns how many forwards `predict` makes of an image."""
+
+    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Predicts the pixels of an image: (H, W), on the device.
+
+        Args:
+            seen: (3, h, w) uint8, the views of the image.
+            size: Height and width of the result.
+        """
+
+    def idle(self) -> None:
+        """Makes one forward of nothing, for ranks that others wait for."""
+
+
+class Drawn(NamedTuple):
+    """An image that is drawn.
+
+    Attributes:
+        truth: (H, W), what the dataset has.
+        predicted: (H, W), what the model says.
+    """
+
+    truth: NDArray[Any]
+    predicted: NDArray[Any]
+
+
+Some = Mapping[str, Mapping[int, Drawn]]
+"""Name of a plot -> number of an image -> what is drawn."""
+
+
+def predict_all(
+    model: Model, images: PairedImages, *, workers: int, between: Callable[[], None]
+) -> Iterator[tuple[TestImage, Tensor | None]]:
+    """Yields this rank's test images, and what is predicted of each; a collective.
+
+    Images that could not be read are named in the log; of these, and of those that only fill up,
+    nothing is predicted.
+
+    Args:
+        model: What is tested.
+        images: The test images and their truth.
+        workers: Processes that load.
+        between: Called before each image, on every rank alike. It may raise to end the test.
+    """
+    loader = build_test_loader(
+        images,
+        model.views,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=workers,
+    )
+    for item in activity.counted(loader, "test images", "images"):
+        between()
+        if item.bad:
+            log.warning("left out of the test: %s", item.bad)
+        yield item, _predict_together(model, item)
+
+
+def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> Some:
+    """Predicts the images that are drawn once more: the worst ones, and some others; a collective.
+
+    The others are spread evenly over the dataset, the same ones in every test, so that they can be
+    compared. Rank 0 alone reads images, so that one that cannot be read any more ends no rank's
+    part in it.
+
+    Args:
+        errors: (N,), how wrong each image is; NaN for those that are not scored.
+        model: What is tested.
+        images: The test images and their truth.
+
+    Returns: on rank 0; plots without images elsewhere.
+    """
+    scored = np.flatnonzero(~np.isnan(errors))
+    worst = scored[np.argsort(-errors[scored], kind="stable")][:NUM_IMAGES]
+    spread = np.linspace(0, len(scored) - 1, min(NUM_IMAGES, len(scored))).round().astype(int)
+    groups = {"worst": worst.tolist(), "chosen": scored[spread].tolist()}
+    seen = {}
+    for index in dict.fromkeys(groups["worst"] + groups["chosen"]):
+        item = TestImages(images, model.views)[index if distributed.is_main() else -1]
+        predicted = _predict_together(model, item)
+        if predicted is not None:
+            seen[index] = Drawn(item.truth.numpy(), predicted.cpu().numpy())
+    return {name: {i: seen[i] for i in group if i in seen} for name, group in groups.items()}
+
+
+def _predict_together(model: Model, item: TestImage) -> Tensor | None:
+    """Predicts this rank's image, None if it has none; a collective.
+
+    Under ZeRO-3 every rank must make as many forwards as the others.
+    """
+    size = (item.truth.shape[0], item.truth.shape[1])
+    planned = model.num_forwards(*size) if item.views else 0
+    most = int(distributed.max_rank(planned))
+    predicted = model.predict(item.views, size) if item.views else None
+    for _ in range(most - planned):
+        model.idle()
+    return predicted

@@ -1,0 +1,223 @@
+"""Images with a file of numbers for each, one number a pixel: classes, depths."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fd_large.data.decode import MAX_PIXELS, decode
+from fd_large.data.folder import ImageFolder, read_image
+from fd_large.errors import DataError
+
+FILES_CHECKED = 8
+"""Files that are read before a run starts, spread over the dataset."""
+
+
+class Layout(NamedTuple):
+    """Where a dataset has its images and their files of numbers.
+
+    Attributes:
+        images: Folder of the images of a split.
+        truths: Folder of their files, in which the same folders lie.
+        train: What the dataset calls the split "train".
+        val: What it calls the split "val".
+        image_tail: What follows the common part of a name in an image's stem.
+        truth_tail: What follows it in a file's stem.
+    """
+
+    images: str
+    truths: str
+    train: str = "train"
+    val: str = "val"
+    image_tail: str = ""
+    truth_tail: str = ""
+
+    def folders(self, root: str, split: str) -> tuple[str, str]:
+        """Returns the folders of the images and of the files of a split."""
+        name = {"train": self.train, "val": self.val}.get(split, split)
+        images, truths = (part.format(split=name) for part in (self.images, self.truths))
+        return os.path.join(root, images), os.path.join(root, truths)
+
+
+class Pairs(NamedTuple):
+    """Images and their files.
+
+    Attributes:
+        images: Paths of the images.
+        truths: Paths of files.
+        places: (len(images),), the number of each image's file.
+        fingerprint: A hash of the names.
+    """
+
+    images: Sequence[str]
+    truths: Sequence[str]
+    places: NDArray[np.int64]
+    fingerprint: str
+
+
+class PairedImages(ABC):
+    """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.truth(i)`.
+
+    Args:
+        pairs: The images and their files.
+        max_pixels: Larger images are refused.
+
+    Attributes:
+        fingerprint: A hash of the names.
+    """
+
+    def __init__(self, pairs: Pairs, *, max_pixels: int) -> None:
+        self._pairs, self.max_pixels = pairs, max_pixels
+        self.fingerprint = pairs.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._pairs.images)
+
+    def __getitem__(self, index: int) -> str:
+        return self._pairs.images[index]
+
+    def read(self, index: int) -> bytearray:
+        """Reads the bytes of image `index`.
+
+        Raises: DataError: if the file cannot be read.
+        """
+        return read_image(self[index])
+
+    def truth_file(self, index: int) -> str:
+        """Returns the path of an image's file of numbers."""
+        return self._pairs.truths[int(self._pairs.places[index])]
+
+    @abstractmethod
+    def truth(self, index: int) -> NDArray[Any]:
+        """Reads what is known of each pixel of image `index`, (H, W).
+
+        Raises: DataError: if the file cannot be used.
+        """
+
+    def sample(self, index: int) -> tuple[Tensor, NDArray[Any]]:
+        """Reads image `index`, (3, H, W) uint8, and what is known of its pixels, (H, W).
+
+        Raises: DataError: if one cannot be read, or their sizes differ.
+        """
+        image = decode(self.read(index), self[index], max_pixels=self.max_pixels)
+        truth = self.truth(index)
+        if image.shape[-2:] != truth.shape:
+            raise DataError(
+                f"{self.truth_file(index)}: not the size of its image; got {truth.shape[1]} x "
+                f"{truth.shape[0]} pixels, expected {image.shape[-1]} x {image.shape[-2]}. Make "
+                "the file again."
+            )
+        return image, truth
+
+    def check_some(self) -> None:
+        """Reads some of the files of numbers, spread over the dataset.
+
+        Raises: DataError: if one cannot be used.
+        """
+        for index in np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self))).round():
+            self.truth(int(index))
+
+
+def read_numbers(
+    path: str,
+    modes: Collection[str],
+    expected: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> NDArray[np.int32]:
+    """Reads the numbers of a file, (H, W), one a pixel.
+
+    Args:
+        path: An image file.
+        modes: Pillow's modes that are taken.
+        expected: What such a file is, for messages.
+        max_pixels: Larger files are refused.
+
+    Raises: DataError: if the file cannot be read, or has another mode.
+    """
+    encoded = read_image(path)
+    try:
+        with Image.open(io.BytesIO(encoded)) as file:
+            if file.width * file.height > max_pixels:
+                raise DataError(
+                    f"{path}: too large; got {file.width} x {file.height} pixels, expected at most "
+                    f"{max_pixels:,}. Set --data.max_pixels."
+                )
+            if file.mode not in modes:
+                raise DataError(
+                    f"{path}: invalid file; got an image of mode {file.mode}, expected {expected}. "
+                    "Convert the file, or name another folder."
+                )
+            return np.array(file).astype(np.int32)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: cannot be decoded; got {error}, expected {expected}. Fetch it again."
+        ) from error
+
+
+def pairs_in_folders(
+    layouts: Sequence[Layout], root: str, split: str, *, what: str, where: str
+) -> Pairs:
+    """Finds the images of a split, and the file of each.
+
+    Args:
+        layouts: Where they may be; the first that is there is taken.
+        root: Folder of the dataset.
+        split: "train" or "val".
+        what: What the files hold, for messages: "labels".
+        where: The field that names the folder, for messages.
+
+    Raises: DataError: if there is no such split, or an image has no file.
+    """
+    layout = _layout_of(layouts, root, split, what, where)
+    image_root, truth_root = layout.folders(root, split)
+    images, truths = (ImageFolder(folder, where=where) for folder in (image_root, truth_root))
+    numbers = {}
+    for number in range(len(truths)):
+        stem = _stem(truths[number], truth_root)
+        if stem.endswith(layout.truth_tail):
+            numbers[stem.removesuffix(layout.truth_tail)] = number
+    stems = [
+        _stem(images[i], image_root).removesuffix(layout.image_tail) for i in range(len(images))
+    ]
+    missing = [stem for stem in stems if stem not in numbers]
+    if missing:
+        raise DataError(
+            f"{where}: images without {what} in {truth_root}; got {len(missing)} of {len(stems)} "
+            f"({missing[0]}), expected a file {missing[0]}{layout.truth_tail}.png. Unpack the "
+            f"{what} there, or take the images away."
+        )
+    both = images.fingerprint + truths.fingerprint
+    return Pairs(
+        images,
+        truths,
+        np.array([numbers[stem] for stem in stems]),
+        hashlib.sha256(both.encode()).hexdigest(),
+    )
+
+
+def _layout_of(layouts: Sequence[Layout], root: str, split: str, what: str, where: str) -> Layout:
+    for layout in layouts:
+        if all(os.path.isdir(folder) for folder in layout.folders(root, split)):
+            return layout
+    tried = ", ".join(
+        " with ".join(os.path.relpath(folder, root) for folder in layout.folders(root, split))
+        for layout in layouts
+    )
+    raise DataError(
+        f"{where}: no images with {what} of the split {split!r}; got {root!r}, expected a folder "
+        f"with one of these pairs: {tried}. Set --{where} to the folder that holds both."
+    )
+
+
+def _stem(path: str, root: str) -> str:
+    return os.path.splitext(os.path.relpath(path, root))[0]

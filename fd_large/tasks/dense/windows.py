@@ -1,0 +1,74 @@
+"""Images that are seen by windows: where these are, and the mean of what is found in them.
+
+Source: mmsegmentation, encoder_decoder.py (slide_inference); its oracle holds this to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Window = tuple[int, int, int, int]
+"""Top, left, bottom and right, in pixels."""
+
+
+def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> list[Window]:
+    """Returns the windows of an image, row by row.
+
+    The last one of a row or column is moved back to the border. A side that is smaller than the
+    crop has one window, of the side itself.
+
+    Args:
+        size: Height and width of the image.
+        crop: Height and width of a window.
+        stride: Distance from window to window, down and across.
+    """
+    starts = []
+    for length, side, step in zip(size, crop, stride, strict=True):
+        count = max(length - side + step - 1, 0) // step + 1
+        starts.append([max(min(i * step, length - side), 0) for i in range(count)])
+    (height, width), (rows, columns) = size, crop
+    return [
+        (top, left, min(top + rows, height), min(left + columns, width))
+        for top in starts[0]
+        for left in starts[1]
+    ]
+
+
+def mean_of_windows(
+    image: Tensor,
+    find: Callable[[Tensor], Tensor],
+    places: Sequence[Window],
+    *,
+    at_once: int = 1,
+) -> Tensor:
+    """Averages over each pixel what is found in all windows that hold it.
+
+    Args:
+        image: (B, 3, H, W).
+        find: Maps crops (B, 3, h, w) to (B, ..., h, w): the model.
+        places: The windows, all of one size.
+        at_once: Number of windows in a forward.
+
+    Returns: (B, ..., H, W), NaN where no window is.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    total: Tensor | None = None
+    count = torch.zeros(size, device=image.device)
+    for start in range(0, len(places), at_once):
+        some = places[start : start + at_once]
+        crops = torch.cat([image[..., a:c, b:d] for a, b, c, d in some])
+        for (a, b, c, d), found in zip(some, find(crops).split(len(image)), strict=True):
+            if total is None:
+                total = found.new_zeros(*found.shape[:-2], *size)
+            total[..., a:c, b:d] += found
+            count[a:c, b:d] += 1
+    assert total is not None
+    return total / count.to(total.dtype)
+
+
+def num_forwards(places: Sequence[Window], at_once: int) -> int:
+    """Returns how many forwards `mean_of_windows` makes."""
+    return -(-len(places) // at_once)
