@@ -12,7 +12,7 @@ from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
 from torch import Tensor, nn
 
 from fd_large.backbones.vit.vit import ViT
-from fd_large.engine.schedule import PolynomialSchedule
+from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pyramids import RescaledMaps
@@ -64,7 +64,7 @@ def _load(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-class _Errors:
+class Errors:
     """Rows of what is compared with a file, by the tolerances in its JSON."""
 
     def __init__(self, spec: dict, tensors: Tensors):
@@ -86,9 +86,12 @@ class _Errors:
         held = {n: p.grad for n, p in named}
         stored = {n: t for n, t in self._tensors.items() if n.startswith("grad.")}
         for label, expected in stored.items():
-            own = ours(label.removeprefix("grad."))
-            allowed = max(self._gradients, 8 * self._loose.get(label, 0.0))
-            self.rows.append(Row(label, max_relative(held[own], expected), allowed))
+            self.gradient(label, held[ours(label.removeprefix("grad."))], expected)
+
+    def gradient(self, label: str, got: Tensor | None, expected: Tensor) -> None:
+        allowed = max(self._gradients, 8 * self._loose.get(label, 0.0))
+        error = math.inf if got is None else max_relative(got, expected)
+        self.rows.append(Row(label, error, allowed))
 
     def statistics(self, model: nn.Module, prefix: str) -> None:
         held = dict(model.named_buffers())
@@ -97,7 +100,7 @@ class _Errors:
                 self.out(label, held[ours(label.removeprefix(prefix))])
 
 
-def _move(model: nn.Module) -> None:
+def move_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.move()
@@ -111,7 +114,7 @@ class _Heads(nn.Module):
 
 def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """Both heads: maps on the way, logits, losses over all and over labelled pixels, gradients."""
-    config, errors = spec["config"], _Errors(spec, tensors)
+    config, errors = spec["config"], Errors(spec, tensors)
     widths, classes = config["in_channels"], config["num_classes"]
     head = UperHead(widths, config["channels"], classes, pools=config["pool_scales"])
     auxiliary = FcnHead(widths[2], config["aux_channels"], classes)
@@ -150,7 +153,7 @@ def check_upernet(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
     sum(losses).backward()
     inputs = {f"input.{i}": x for i, x in enumerate(maps)}
     errors.gradients([*model.named_parameters(), *inputs.items()])
-    _move(model)
+    move_statistics(model)
     errors.statistics(model, "out.train.")
     for hook in hooks:
         hook.remove()
@@ -165,7 +168,7 @@ class _Necked(nn.Module):
 
 def check_vit_pyramid(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """The rescaled maps, their gradients, and those of what they are made of."""
-    config, errors = spec["config"], _Errors(spec, tensors)
+    config, errors = spec["config"], Errors(spec, tensors)
     scales = config["rescales"]
     model = _load(_Necked(RescaledMaps(config["embed_dim"], scales)), tensors, dtype)
     inputs = [nn.Parameter(tensors[f"input.{i}"].to(dtype)) for i in range(len(scales))]
@@ -177,7 +180,7 @@ def check_vit_pyramid(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[
     _weighted(outputs, tensors).backward()
     named = {f"input.{i}": x for i, x in enumerate(inputs)}
     errors.gradients([*model.named_parameters(), *named.items()])
-    _move(model)
+    move_statistics(model)
     errors.statistics(model, "out.train.")
     return errors.rows
 
@@ -200,7 +203,7 @@ class _Plain(nn.Module):
 
 def check_beit_backbone(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """A ViT's blocks into the rescaled maps."""
-    config, errors = spec["config"], _Errors(spec, tensors)
+    config, errors = spec["config"], Errors(spec, tensors)
     if config["use_rel_pos_bias"] and config["use_shared_rel_pos_bias"]:
         raise ValueError("two kinds of position tables at once are not known to this check")
     relative = "block" if config["use_rel_pos_bias"] else "none"
@@ -384,25 +387,37 @@ def check_dense_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> li
     """The learning rates of polynomial schedules, old and new, at every stored step."""
     rows = []
     for number, case in enumerate(spec["cases"]):
-        if case["kind"] not in ("old_poly", "new_poly"):
+        if case["kind"] not in ("old_poly", "new_poly", "mim"):
             continue
-        peak = case["lrs"][0]
-        schedule = PolynomialSchedule(
-            peak,
-            peak * case["ratio"],
-            case["min_lr"],
-            case["total"],
-            case["warmup"],
-            power=case["power"],
-            after_warmup=case["kind"] == "new_poly",
-        )
+        schedule, scales = _schedule(case)
         worst = 0.0
         for step, rates in case["lr_used"].items():
-            for of_group, expected in zip(case["lrs"], rates, strict=True):
-                got = schedule.scaled_at(int(step), of_group / peak)
-                worst = max(worst, abs(got - expected) / max(abs(expected), 1e-6 * of_group))
+            for scale, expected in zip(scales, rates, strict=True):
+                got = schedule.scaled_at(int(step), scale)
+                least = 1e-6 * scale * schedule.peak
+                worst = max(worst, abs(got - expected) / max(abs(expected), least))
         rows.append(Row(f"{case['kind']} {number}", worst, spec["tolerance_relative"]))
     return rows
+
+
+def _schedule(case: dict) -> tuple[Schedule, list[float]]:
+    """The schedule of a case, and the factor of each group's learning rates."""
+    if case["kind"] == "mim":
+        warmup = case["epochs"] // 2 * case["iters"]
+        total = case["epochs"] * case["iters"]
+        low = case["min_lr"]
+        return RiseAndFall(case["max_lr"], low, low, total, warmup), case["scales"]
+    peak = case["lrs"][0]
+    schedule = PolynomialSchedule(
+        peak,
+        peak * case["ratio"],
+        case["min_lr"],
+        case["total"],
+        case["warmup"],
+        power=case["power"],
+        after_warmup=case["kind"] == "new_poly",
+    )
+    return schedule, [rate / peak for rate in case["lrs"]]
 
 
 CHECKS = {

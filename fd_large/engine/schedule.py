@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then half a cosine or a power of what is left.
+"""The learning rate of a step: a warm-up, then half a cosine or a power of what is left.
 
 Counted in optimiser steps, so that neither ranks nor accumulation change a learning rate.
 """
@@ -102,9 +102,33 @@ class PolynomialSchedule(Schedule):
         return own.at_step(step)
 
 
+class RiseAndFall(Schedule):
+    """A power of the steps that are done up to the peak, and as long down again.
+
+    What is left of the run has the minimum.
+
+    Source: train.py of SwinTransformer/MIM-Depth-Estimation, which rises in half of the epochs.
+    """
+
+    power = 0.9
+
+    def at_step(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0; the source counts from 1."""
+        done = (step + 1) / max(self.warmup, 1)
+        if done < 1:
+            return self.warmup_start + (self.peak - self.warmup_start) * done**self.power
+        fallen = min(done - 1, 1) ** self.power
+        return self.peak + (self.minimum - self.peak) * fallen
+
+    def scaled_at(self, step: int, scale: float) -> float:
+        """Returns the learning rate of a layer, all of which is scaled."""
+        return scale * self.at_step(step)
+
+
 SCHEDULES: dict[str, Callable[[float, float, float, int, int], Schedule]] = {
     "cosine": CosineSchedule,
     "linear": PolynomialSchedule,
     "linear_after_warmup": partial(PolynomialSchedule, after_warmup=True),
+    "rise_and_fall": RiseAndFall,
 }
 """What makes a schedule of (peak, start, minimum, total, warm-up), by its name in a recipe."""

@@ -184,9 +184,11 @@ class Optim:
     # How the learning rate falls. cosine: half a cosine after the warm-up. linear: in a straight
     # line over all steps, with the warm-up multiplied into it, as in the published segmentation
     # runs of Swin, BEiT and MAE. linear_after_warmup: in a straight line from the warm-up's end,
-    # as in mmsegmentation 1.x. In the last two the layers' own learning rates (layer_decay) begin
-    # at their own share of warmup_lr.
-    schedule: Literal["cosine", "linear", "linear_after_warmup"] = "cosine"
+    # as in mmsegmentation 1.x. In these two the layers' own learning rates (layer_decay) begin at
+    # their own share of warmup_lr. rise_and_fall: with the power 0.9 up during the warm-up and as
+    # long down, then min_lr, as in the published depth runs of SwinV2; all of it is scaled for a
+    # layer.
+    schedule: Literal["cosine", "linear", "linear_after_warmup", "rise_and_fall"] = "cosine"
     # Decoupled weight decay. Norms, biases and SwinV2's position-bias MLPs are not decayed. 0 turns
     # it off.
     weight_decay: float = 0.05

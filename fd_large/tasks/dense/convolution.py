@@ -58,17 +58,43 @@ class Convolution(nn.Conv2d):
 
 
 class Doubling(nn.ConvTranspose2d):
-    """A transposed convolution of 2 x 2 pixels that doubles the sides of a map."""
+    """A transposed convolution that doubles the sides of a map.
 
-    def __init__(self, in_channels: int, out_channels: int, *, draw: Draw):
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        draw: How the weight is drawn.
+        kernel_size: 2, 3 or 4.
+        bias: Whether it has a bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        draw: Draw,
+        kernel_size: int = 2,
+        bias: bool = True,
+    ):
+        # Before the base constructor, which calls reset_parameters.
         self.draw = draw
-        super().__init__(in_channels, out_channels, 2, stride=2)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=2,
+            padding=(kernel_size - 1) // 2,
+            output_padding=kernel_size % 2,
+            bias=bias,
+        )
 
     def reset_parameters(self) -> None:
         """Draws the weight again and zeroes the bias."""
-        # Its weight is (in, out, 2, 2), and every output pixel is reached from `in` numbers.
+        # Its weight is (in, out, k, k); by a 2 x 2 kernel every pixel is reached from `in` numbers.
         fill(self.weight, self.draw, self.in_channels)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in, H, W) to (B, out, 2H, 2W) in the dtype of the weight."""

@@ -120,6 +120,32 @@ def maps_of_blocks(
     return [taken[block] for block in blocks]
 
 
+def normed_last_map(student: nn.Module, pixels: Tensor, keep: Tensor | None) -> Tensor:
+    """Maps normalised images to the last map of a whole student, after its final norm.
+
+    Args:
+        student: A backbone that `strip` took nothing of.
+        pixels: (B, 3, H, W), any float dtype; padded to the student's size if it has one.
+        keep: (num_sites, B) bool, drop path's draws; None: every branch is kept.
+
+    Returns: (B, C, h, w) without class tokens.
+    """
+    last = student(at_own_size(student, pixels).to(next(student.parameters()).dtype), keep)
+    tokens = last.tokens[:, last.num_prefix_tokens :]
+    return tokens.unflatten(1, last.grid).permute(0, 3, 1, 2)
+
+
+def to_pixels(student: nn.Module, logits: Tensor, pixels: Tensor) -> Tensor:
+    """Resizes a head's result (B, K, h, w) to the pixels (B, 3, H, W): (B, K, H, W), bilinear.
+
+    A map may show padding beside the pixels, which is cut off.
+    """
+    size = at_own_size(student, pixels).shape[-2:]
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits[..., : pixels.shape[-2], : pixels.shape[-1]]
+
+
 def at_own_size(student: nn.Module, pixels: Tensor) -> Tensor:
     """Pads pixels (B, 3, H, W) with zeros, right and bottom, to the size a student is made for.
 

@@ -12,25 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.heads import make_head
-from fd_large.engine.task import Task
-from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import (
-    at_own_size,
     blocks_taken,
     features,
     has_stages,
     maps_of_blocks,
     neck_of,
+    normed_last_map,
     strip,
+    to_pixels,
 )
 from fd_large.tasks.dense.target import Targets
+from fd_large.tasks.dense.task import DenseTask
 from fd_large.tasks.segmentation.heads.classifier import DROPOUT
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.linear_head import LinearHead
@@ -48,7 +47,7 @@ the number of channels of which some are dropped."""
 AUXILIARY_MAP, AUXILIARY_WIDTH = 2, 256
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """A head for the class of each pixel on a distilled student.
 
     Args:
@@ -78,7 +77,7 @@ class Segmentation(Task):
         seed: int = 0,
         statistics: Statistics = IMAGENET,
     ) -> None:
-        super().__init__(student)
+        super().__init__(student, frozen=frozen, statistics=statistics)
         self.neck: nn.Module | None = None
         widths: tuple[int, ...] = (student.width,)
         self.on_last_map = head in ON_LAST_MAP
@@ -96,8 +95,7 @@ class Segmentation(Task):
         self.auxiliary: FcnHead | None = None
         if auxiliary_weight:
             self.auxiliary = FcnHead(widths[AUXILIARY_MAP], AUXILIARY_WIDTH, num_classes)
-        self.auxiliary_weight, self.over, self.frozen = auxiliary_weight, over, frozen
-        self.seed, self.statistics = seed, statistics
+        self.auxiliary_weight, self.over, self.seed = auxiliary_weight, over, seed
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels, the labels, and the channels that stay in the heads."""
@@ -133,7 +131,7 @@ class Segmentation(Task):
         if self.neck is not None:
             maps = self.neck(maps)
         if labels is None:
-            return self._to_pixels(self.head(maps, None).float(), pixels)
+            return to_pixels(self.student, self.head(maps, None).float(), pixels)
         of_head = of_auxiliary = None
         if channels is not None:
             of_head, of_auxiliary = channels.tensor_split((self.head.width,), dim=1)
@@ -144,38 +142,14 @@ class Segmentation(Task):
             terms["auxiliary"] = self.auxiliary_weight * loss
         return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits of images (B, 3, H, W) uint8 of one size: (B, K, H, W) float32."""
-        return self(pixels=self.pixels(images))
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalises images (B, 3, H, W) uint8 of one size to float32."""
-        sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        return normalised(images, sizes, self.statistics)
-
     def _maps(self, pixels: Tensor, keep: Tensor | None) -> Any:
         """What the neck takes; without one the last map, (B, C, h, w), in a list."""
         if self.on_last_map:
-            pixels = at_own_size(self.student, pixels).to(next(self.student.parameters()).dtype)
-            last = self.student(pixels, keep)
-            tokens = last.tokens[:, last.num_prefix_tokens :]
-            return [tokens.unflatten(1, last.grid).permute(0, 3, 1, 2)]
+            return [normed_last_map(self.student, pixels, keep)]
         if has_stages(self.student):
             return features(self.student, pixels, keep)
         taken = blocks_taken(self.student.depths[0])
         return maps_of_blocks(self.student, pixels, keep, taken)
-
-    def _to_pixels(self, logits: Tensor, pixels: Tensor) -> Tensor:
-        """Resizes logits to the pixels; a map may show padding beside them."""
-        size = at_own_size(self.student, pixels).shape[-2:]
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits[..., : pixels.shape[-2], : pixels.shape[-1]]
-
-    def layer_scale(self, name: str, decay: float) -> float:
-        """Returns the factor of a parameter's learning rate; 0 for those of a frozen student."""
-        if self.frozen and name.startswith("student."):
-            return 0.0
-        return super().layer_scale(name, decay)
 
     def no_weight_decay(self) -> tuple[frozenset[str], tuple[str, ...]]:
         """Returns what is exempt from weight decay besides vectors.
@@ -186,16 +160,3 @@ class Segmentation(Task):
         if has_stages(self.student):
             return super().no_weight_decay()
         return frozenset(), ()
-
-    def before_step(self) -> None:
-        """Drops what batch norms noted outside of a step, such as in a trial."""
-        for norm in self._norms():
-            norm.forget()
-
-    def after_step(self) -> None:
-        """Moves the running statistics of the batch norms."""
-        for norm in self._norms():
-            norm.move()
-
-    def _norms(self) -> list[BatchNorm]:
-        return [module for module in self.modules() if isinstance(module, BatchNorm)]

@@ -29,6 +29,11 @@ def test_no_warm_up_and_past_the_end():
         # 1 - 0.9 * step / 100 after warm-up.
         ("linear", {0: 1e-3, 10: 0.91, 55: 0.505, 99: 0.109}),
         ("linear_after_warmup", {0: 1e-3, 9: 1.0, 10: 1.0, 99: 0.1}),
+        # As long down as up, then its end.
+        (
+            "rise_and_fall",
+            {0: 1e-3 + 0.999 * 0.1**0.9, 9: 1.0, 14: 1 - 0.9 * 0.5**0.9, 19: 0.1, 99: 0.1},
+        ),
     ],
 )
 def test_every_schedule_rises_to_its_peak_and_falls_to_its_end(name, expected):
@@ -40,7 +45,7 @@ def test_every_schedule_rises_to_its_peak_and_falls_to_its_end(name, expected):
 
 
 def test_every_schedule_of_the_table_is_tested():
-    assert SCHEDULES.keys() == {"cosine", "linear", "linear_after_warmup"}
+    assert SCHEDULES.keys() == {"cosine", "linear", "linear_after_warmup", "rise_and_fall"}
 
 
 def test_the_line_over_all_steps_has_the_warm_up_multiplied_into_it():

@@ -46,7 +46,7 @@ def test_a_recipe_s_twin_trains_and_names_classes(name):
     assert missing == (frozen if task.frozen else set())
     assert {task.layer_scale(name, 0.5) for name in missing} <= {0.0}
     # Smaller images, of odd sizes, are taken too.
-    logits = task.eval().logits(batch.images[..., :53, :47])
+    logits = task.eval().predict(batch.images[..., :53, :47])
     assert logits.shape == (2, NUM_CLASSES, 53, 47)
 
 

@@ -1,0 +1,246 @@
+"""What the jobs of segmentation and depth share: a target for each pixel, learnt and tested."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fd_large import distributed, meeting
+from fd_large.atomic_files import out_folder
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.checkpoint.read import Reader
+from fd_large.data.loader import Batch, build_loader
+from fd_large.data.sampler import Portion
+from fd_large.data.source import ImageSource
+from fd_large.engine.evaluation import Evaluation, evaluating
+from fd_large.engine.job import Job, StoredScores, StoredStudent, trained_at
+from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.zero.engine import Engine
+from fd_large.errors import ConfigError
+from fd_large.runtime.hooks import Hook, Setting
+from fd_large.tasks.classification.mean_token import DISCARDED
+from fd_large.tasks.dense.evaluation import predict_some
+from fd_large.tasks.dense.loader import TrainingBatches
+from fd_large.tasks.dense.pixels import PADDING
+from fd_large.tasks.dense.stages import is_of_one_size
+from fd_large.tasks.dense.stored import task_to_test
+from fd_large.tasks.dense.target import Targets
+from fd_large.tasks.dense.task import DenseTask
+
+log = logging.getLogger(__name__)
+
+
+class DenseJob(Job):
+    """The student learns the pixels of `data.root`'s train split, tested on its val split.
+
+    A subclass names itself, opens images, makes its task, and says how it is tested.
+
+    Attributes:
+        section: The recipe's section of the task.
+    """
+
+    on_last_map: ClassVar[Collection[str]] = ()
+    """The task's heads that take the student's last map after its final norm."""
+    truth: ClassVar[torch.dtype] = torch.float32
+    """Type of the target of a pixel."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run)
+        self.section = getattr(run.task, run.task.name)
+
+    def open_split(self, root: str, split: str, where: str) -> Any:
+        """Opens the images of a split and their targets.
+
+        Args:
+            root: The dataset's folder.
+            split: train or val.
+            where: The field that named the folder, for messages.
+
+        Raises: DataError: if they cannot be used.
+        """
+        raise NotImplementedError
+
+    def training_views(self) -> Any:
+        """Returns how the recipe sees a training image."""
+        raise NotImplementedError
+
+    def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
+        """Returns what is tested: a model, and how it sees an image.
+
+        Args:
+            forward: Maps images (B, 3, H, W) uint8 to what the task predicts of their pixels.
+            at_once: Number of windows in a forward.
+
+        Raises: ConfigError: if the recipe's way of testing does not fit.
+        """
+        raise NotImplementedError
+
+    def whole_images(self) -> str:
+        """Returns what is wrong with testing whole images, and the remedy; empty: none are."""
+        raise NotImplementedError
+
+    def measure(self, model: Any, images: Any, between: Callable[[], None]) -> Any:
+        """Tests a model on all images; a collective.
+
+        Returns: what has `scores.numbers()` and `errors`, (N,) float64, how wrong each image is.
+        """
+        raise NotImplementedError
+
+    def keep(self, outcome: Any, some: Any, images: Any, folder: Path) -> list[Path]:
+        """Writes scores, and draws what `predict_some` gave if it is not None; on rank 0 alone."""
+        raise NotImplementedError
+
+    def tables(self, outcome: Any, images: Any) -> Sequence[Any]:
+        """Returns the tables of a test for the terminal."""
+        raise NotImplementedError
+
+    def open_samples(self) -> ImageSource:
+        """Opens the training images and their targets."""
+        return cast(ImageSource, self.open_split(self.run.data.root, "train", "data.root"))
+
+    def test_images(self) -> Any:
+        """Opens the val split of `eval.root`, or if that is not set of `data.root`.
+
+        Raises: DataError: if the images cannot be used.
+        """
+        root = self.run.eval.root
+        where = "eval.root" if root else "data.root"
+        return self.open_split(root or self.run.data.root, "val", where)
+
+    def check(self) -> None:
+        """Opens the test images, and checks the headers of the weights and the way of testing."""
+        super().check()
+        self._test_images = self.test_images()
+        student, name = self.run.student, self.run.task.name
+        if self.section.frozen and student.drop_path_rate:
+            raise ConfigError(
+                "student.drop_path_rate: a frozen student is used as it is; got "
+                f"{student.drop_path_rate}, expected 0 beside task.{name}.frozen. "
+                "Set --student.drop_path_rate 0."
+            )
+        with torch.device("meta"):
+            one_size = is_of_one_size(self.make_task().student)
+        if one_size and (problem := self.whole_images()):
+            raise ConfigError(problem)
+        self.seeing(lambda images: images, 1)
+
+    def student_module(self) -> torch.nn.Module:
+        """Constructs the student for the crop."""
+        return make_student(self.run.student, image_size=self.run.data.image_size)
+
+    def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Returns those of `student.init`, positions resized to the crop."""
+        run = self.run
+        return student_weights(
+            run.student, self.weights, image_size=run.data.image_size, without=self.left_out()
+        )
+
+    def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
+        """Yields random crops with the targets of their pixels."""
+        run = self.run
+        return iter(
+            build_loader(
+                TrainingBatches(
+                    cast(Any, samples), self.training_views(), run.runtime.seed, portion.epoch
+                ),
+                len(samples),
+                portion,
+                global_batch_size=run.batch.global_batch_size,
+                workers=run.data.workers,
+            )
+        )
+
+    def probe_batch(self, size: int) -> Batch:
+        """Makes grey images of one target."""
+        side, positions = self.run.data.image_size, torch.arange(size)
+        targets = Targets(
+            torch.ones(size, side, side, dtype=self.truth),
+            torch.tensor([[side, side]] * size),
+            np.arange(size),
+            0,
+        )
+        images = torch.full((size, 3, side, side), PADDING, dtype=torch.uint8)
+        return Batch(images, 0, positions, positions, targets=targets)
+
+    def evaluations(
+        self, engine: Engine, samples: ImageSource, micro_batch_size: int
+    ) -> Sequence[Evaluation]:
+        """Returns the scores on all test images; scores and pictures go into RUN/evaluations.
+
+        Nothing is tested before the first step, as new heads know nothing.
+        """
+        run, task, images = self.run, cast(DenseTask, engine.task), self._test_images
+
+        def forward(pixels: Tensor) -> Tensor:
+            return engine.deepspeed(pixels=task.pixels(pixels))
+
+        model = self.seeing(forward, micro_batch_size)
+
+        def measure(
+            step: int, last: bool, between: Callable[[], None]
+        ) -> tuple[dict[str, float], None]:
+            if step == 0:
+                return {}, None
+            folder = Path(run.run_dir()) / "evaluations" / f"update_{step:08d}"
+            with evaluating(engine):
+                outcome = self.measure(model, images, between)
+                some = predict_some(outcome.errors, model, images) if last else None
+            if distributed.is_main():
+                try:
+                    self.keep(outcome, some, images, folder)
+                except Exception:
+                    # A full disk, a font: on rank 0 alone, and the scores stand without it.
+                    log.exception("%s: NOT WRITTEN: scores or pictures of the test", folder)
+            return {f"val_{name}": v for name, v in outcome.scores.numbers().items()}, None
+
+        return [Evaluation(measure, run.eval.every)]
+
+    def hooks(self) -> Sequence[Hook]:
+        """Returns what warns of batch norms that see a part of a step."""
+        return (_PassWarning(),)
+
+    def stored_student(self) -> StoredStudent:
+        """On the grid of the crop, without the final norm where the head has no use for it."""
+        return StoredStudent(trained_at(self.run), self.left_out(), IMAGENET)
+
+    def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
+        """The scores on the val split of `eval.root` or `data.root`."""
+        micro = self.run.batch.micro_batch_size
+        self.seeing(lambda images: images, 1)
+        images = meeting.meet(self.test_images)
+        task = distributed.together(lambda: self.stored_task(reader))
+        model = self.seeing(task.predict, 1 if micro == "auto" else micro)
+        out_folder(folder)
+        outcome = self.measure(model, images, lambda: None)
+        some = predict_some(outcome.errors, model, images)
+        if not distributed.is_main():
+            return StoredScores((), ())
+        drawn = self.keep(outcome, some, images, folder)
+        return StoredScores(self.tables(outcome, images), (folder / "scores.json", *drawn))
+
+    def stored_task(self, reader: Reader) -> Any:
+        """Builds the task of a checkpoint, to be tested."""
+        return task_to_test(self.make_task, reader, precision=self.run.engine.precision)
+
+    def left_out(self) -> Mapping[str, float]:
+        """Returns the student's tensors that the task does without, and what stands for them."""
+        return {} if self.section.head in self.on_last_map else DISCARDED
+
+
+class _PassWarning(Hook):
+    """Says at the start that a step has several passes, once their number is known."""
+
+    def on_start(self, setting: Setting) -> None:
+        if setting.accumulation > 1 and distributed.is_main():
+            log.warning(
+                "batch norms see the %d images of a pass, of the step's %d: another number of "
+                "passes is another run",
+                setting.micro_batch_size * setting.world_size,
+                setting.global_batch_size,
+            )

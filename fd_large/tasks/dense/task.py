@@ -1,0 +1,59 @@
+"""What tasks with dense targets have in common: a frozen student, statistics of batch norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.engine.task import Task
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.pixels import normalised
+
+
+class DenseTask(Task):
+    """A head with batch norms on a student, which may stay as it is.
+
+    Args:
+        student: A backbone of `fd_large.backbones`.
+        frozen: Whether the student stays as it is.
+        statistics: The student's normalisation.
+    """
+
+    def __init__(
+        self, student: nn.Module, *, frozen: bool = False, statistics: Statistics = IMAGENET
+    ) -> None:
+        super().__init__(student)
+        self.frozen, self.statistics = frozen, statistics
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalises images (B, 3, H, W) uint8 of one size to float32."""
+        sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
+        return normalised(images, sizes, self.statistics)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Returns what `forward` gives without a target of images (B, 3, H, W) uint8 of one size.
+
+        Args:
+            images: On the device.
+        """
+        return self(pixels=self.pixels(images))
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """Returns the factor of a parameter's learning rate; 0 for those of a frozen student."""
+        if self.frozen and name.startswith("student."):
+            return 0.0
+        return super().layer_scale(name, decay)
+
+    def before_step(self) -> None:
+        """Drops what batch norms noted outside of a step, such as in a trial."""
+        for norm in self._norms():
+            norm.forget()
+
+    def after_step(self) -> None:
+        """Moves the running statistics of the batch norms."""
+        for norm in self._norms():
+            norm.move()
+
+    def _norms(self) -> list[BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
