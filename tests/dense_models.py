@@ -26,12 +26,13 @@ def lively(net: nn.Module) -> nn.Module:
     return net
 
 
-def swin_of(model: str, **shape: object) -> nn.Module:
-    """A stripped Swin or SwinV2 of one head a stage."""
+def swin_of(model: str, rules: dict[str, object] | None = None, **shape: object) -> nn.Module:
+    """A stripped Swin or SwinV2 of one head a stage, with rules of windows."""
     torch.manual_seed(0)
     heads = {"num_heads": (1, 1, 1, 1), "embed_dim": 4, "mlp_ratio": 1.0}
     # As the giant's recipe has it: attention of the first two stages for few windows at a time.
-    net = build(model, Architecture(**(heads | shape)), size_rule="pad", sequential_stages=2)
+    options = {"size_rule": "pad", "sequential_stages": 2, **(rules or {})}
+    net = build(model, Architecture(**(heads | shape)), **options)
     strip(net)
     return lively(net).eval()
 

@@ -23,7 +23,7 @@ from fd_large.backbones.swinv2.published import shared_bias
 from fd_large.backbones.swinv2.swinv2 import SwinV2
 from fd_large.backbones.translation import expanded, translated
 from fd_large.backbones.vit.vit import ViT
-from fd_large.backbones.windows import coordinate_table, window_shift
+from fd_large.backbones.windows import StageWindows, coordinate_table
 from fd_large.kernels.whitened_loss import whiten, whitened_loss
 from fd_large.kernels.window_attention_reference import position_index, region_ids, region_mask
 from fd_large.weights.coverage import covered
@@ -327,7 +327,7 @@ def _buffer_error(net: nn.Module, name: str, expected: Tensor, trace: Trace) -> 
         stage, block = map(int, re.search(r"layers\.(\d+)\.blocks\.(\d+)", name).groups())
         height, width = trace.inputs[f"layers.{stage}.blocks.{block}"].shape[1:3]
         window = round(expected.shape[1] ** 0.5)
-        shift = window_shift(height, width, window, block)
+        shift = StageWindows(window).over(height, width, block).shift
         regions = region_ids(height, width, (window, window), shift, CPU)
         return max_relative(region_mask(regions, torch.float32), expected)
     return float("inf")

@@ -69,7 +69,7 @@ def with_query_bias(projected: Tensor, bias: Tensor | None) -> Tensor:
 def _in_windows(projected: Tensor, positions: TokenPositions) -> Tensor:
     """Gathers the tokens (B, N, C) of each window: (B, nW, T, C), padding as 0."""
     index = positions.index.to(projected.device)
-    if len(index) == 1 and index.shape[1] == projected.shape[1]:
+    if len(index) == 1 and bool(positions.whole[0]):
         return projected[:, None]
     # The last row is the padding's, whose number is -1.
     return F.pad(projected, (0, 0, 0, 1))[:, index]

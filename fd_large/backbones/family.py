@@ -15,9 +15,11 @@ from fd_large.backbones.initialization import Initialization
 from fd_large.backbones.published import Matched, Published, WeightFacts
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shapes
+from fd_large.backbones.windows import WindowRule
 from fd_large.kernels.window_attention_reference import Memory
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.sections import SIZE_FIELDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class Options:
     Attributes:
         drop_path_rate: Drop path of the last block, in [0, 1); blocks before rise linearly from 0.
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
+        window_rule: How a map is cut into windows, see `backbones.windows`; only Swin models are
+            cut otherwise than "masked".
+        shift_stages: Whether odd blocks of each stage shift their windows; empty: all do.
+        stage_windows: Side of a window in each stage, in tokens; empty: `window_size` in all.
         attention_memory: "keep" or "recompute" attention maps for backward.
         sequential_stages: Number of first stages that hold few windows' maps at a time; 0 is none.
         is_trained: Whether it is a student, which has to be deterministic in training.
@@ -36,6 +42,9 @@ class Options:
 
     drop_path_rate: float = 0.0
     size_rule: SizeRule = "drop"
+    window_rule: WindowRule = "masked"
+    shift_stages: tuple[bool, ...] = ()
+    stage_windows: tuple[int, ...] = ()
     attention_memory: Memory = "keep"
     sequential_stages: int = 0
     is_trained: bool = False
@@ -46,6 +55,10 @@ class Options:
         """Returns the options that every backbone here has."""
         names = ("drop_path_rate", "attention_memory", "residual_dtype", "initialization")
         return {name: getattr(self, name) for name in names}
+
+    def of_windows(self) -> dict[str, Any]:
+        """Returns the options that only Swin models have."""
+        return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
 class Loaded(NamedTuple):

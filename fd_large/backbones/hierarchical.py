@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from fd_large.backbones.drop_path import branch_scales, linear_rates
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.backbones.initialization import Scheme, fill
 from fd_large.backbones.layers import LayerNorm, PatchEmbed, residual_dtype
-from fd_large.backbones.windows import fit_window
+from fd_large.backbones.windows import StageWindows, WindowRule
 from fd_large.errors import ConfigError, ShapeError
 from fd_large.recipes.family import WindowedTransformer
 
@@ -35,6 +35,7 @@ class HierarchicalBackbone(nn.Module):
         stride: Pixels per token of the map, each way.
         stage_widths: Channels of the map of each stage.
         stage_strides: Pixels per token of the map of each stage.
+        stage_windows: How the maps of each stage are cut into windows.
         num_prefix_tokens: 0.
         drop_path_rates: One per site, attention then MLP of each block in order.
     """
@@ -54,6 +55,9 @@ class HierarchicalBackbone(nn.Module):
         drop_path_rate: float,
         size_rule: SizeRule,
         residual: str,
+        window_rule: WindowRule = "masked",
+        shift_stages: tuple[bool, ...] = (),
+        stage_windows: tuple[int, ...] = (),
     ):
         super().__init__()
         self.embed_dim, self.depths, self.window_size = embed_dim, tuple(depths), window_size
@@ -62,6 +66,21 @@ class HierarchicalBackbone(nn.Module):
         self.stage_strides = tuple(patch_size * 2**stage for stage in range(len(depths)))
         self.width, self.stride = self.stage_widths[-1], self.stage_strides[-1]
         self.drop_path_rates = linear_rates(drop_path_rate, sum(depths))
+        if window_rule == "official" and size_rule != "pad":
+            raise ConfigError(
+                "student.window_rule: official windows pad every map; got size_rule "
+                f"{size_rule!r}, expected 'pad'. Set --student.size_rule pad."
+            )
+        _one_per_stage("shift_stages", shift_stages, len(depths))
+        _one_per_stage("stage_windows", stage_windows, len(depths))
+        self.stage_windows = tuple(
+            StageWindows(side, shifts, window_rule)
+            for side, shifts in zip(
+                stage_windows or (window_size,) * len(depths),
+                shift_stages or (True,) * len(depths),
+                strict=True,
+            )
+        )
 
     def _build(
         self,
@@ -160,7 +179,7 @@ class HierarchicalBackbone(nn.Module):
         if self.size_rule == "pad":
             return ""
         for stage in range(len(self.depths)):
-            window = fit_window(rows, columns, self.window_size)
+            window = self.stage_windows[stage].over(rows, columns, 0).side
             if rows % window or columns % window:
                 return (
                     f"stage {stage}: the map does not divide into its windows; got a map of "
@@ -279,6 +298,14 @@ class PatchMerging(nn.Module):
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         return rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)
+
+
+def _one_per_stage(field: str, given: Sequence[int], stages: int) -> None:
+    if len(given) not in (0, stages):
+        raise ConfigError(
+            f"student.{field}: one value for each stage; got {len(given)} for a model of {stages} "
+            f"stages, expected {stages}, or none. Change --student.{field}."
+        )
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -107,6 +107,11 @@ def build(
             f"student.size_rule: a {architecture.family} model cannot pad; got 'pad', expected "
             "'drop'. Use an image size that fits."
         )
+    if chosen.window_rule != "masked" and not architecture.can_pad:
+        raise ConfigError(
+            f"student.window_rule: a {architecture.family} model has no windows of this kind; got "
+            f"{chosen.window_rule!r}, expected 'masked'. Leave it out."
+        )
     if seed is None:
         return family.build(architecture, chosen)
     with torch.random.fork_rng(devices=[]):

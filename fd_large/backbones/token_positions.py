@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from fd_large.backbones.windows import Windows
+
 # In place of a token's number in the grid.
 PREFIX, PADDING = -2, -1
 
@@ -42,6 +44,12 @@ def image_positions(grid: tuple[int, int], num_prefix_tokens: int) -> TokenPosit
     return TokenPositions(index[None], grid, grid, torch.ones(1, dtype=torch.bool))
 
 
+def positions_in(x: Tensor, windows: Windows) -> TokenPositions:
+    """Returns the positions of the tokens of (B, H, W, C) in windows; what pads the map is none."""
+    side, shift = (windows.side,) * 2, (windows.shift,) * 2
+    return window_positions((x.shape[1], x.shape[2]), side, shift, pad_first=True)
+
+
 def window_positions(
     grid: tuple[int, int],
     window: tuple[int, int],
@@ -67,7 +75,6 @@ def window_positions(
     index = rearrange(numbers, "(y i) (x j) -> (y x) (i j)", i=window[0], j=window[1])
     rows, columns = index // grid[1], index % grid[1]
     together = (index != PADDING).all(1)
-    for axis in (rows, columns):
-        spread = axis.max(1).values - axis.min(1).values
-        together &= spread < window[0 if axis is rows else 1]
+    for axis, side in ((rows, window[0]), (columns, window[1])):
+        together &= axis[:, -1] - axis[:, 0] == side - 1
     return TokenPositions(index, grid, window, together)

@@ -1,4 +1,12 @@
-"""Windows over a map: their size, their shift and their coordinates.
+"""Windows over a map: their size, their shift, what pads the map, and their coordinates.
+
+There are two rules for a map that its windows do not divide, or that is no larger than one.
+`masked`, that of the published classifiers and ours on any size: a window is never larger than the
+map, a single window is not shifted, and padding is hidden from attention. `official`, that of the
+published backbones of mmdetection, mmsegmentation and MIM-Depth-Estimation: windows keep their size
+and their shift, and the map is filled up with zero tokens that take part in attention.
+
+Source of `official`: github.com/SwinTransformer/MIM-Depth-Estimation, swin_transformer_v2.py.
 
 Tables are functions of (window, pretrained window, device), cached, and made outside the factories
 that `deepspeed.zero.Init` patches, so that no bf16 engine rounds a coordinate.
@@ -7,24 +15,68 @@ that `deepspeed.zero.Init` patches, so that no bf16 engine rounds a coordinate.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-
-def fit_window(height: int, width: int, window: int) -> int:
-    """Returns the window that a map gets: the wanted one, or the map's shorter side if smaller."""
-    return min(window, height, width)
+WindowRule = Literal["masked", "official"]
 
 
-def window_shift(height: int, width: int, window: int, block: int) -> int:
-    """Returns by how much a block's windows are shifted: half a window in odd blocks.
+class Windows(NamedTuple):
+    """The windows of one block over one map.
 
-    A map no larger than its window on either axis is not shifted.
+    Attributes:
+        side: Side w of a window in tokens.
+        shift: Offset of the windows from the map's corner, in tokens.
+        bottom: Rows of zero tokens below the map that take part in attention.
+        right: Columns of such tokens beside it.
     """
-    return window // 2 if block % 2 == 1 and min(height, width) > window else 0
+
+    side: int
+    shift: int
+    bottom: int = 0
+    right: int = 0
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Adds the zero tokens to (B, H, W, C)."""
+        return F.pad(x, (0, 0, 0, self.right, 0, self.bottom)) if self._pads else x
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Takes these tokens off (B, H + bottom, W + right, C)."""
+        height, width = x.shape[1] - self.bottom, x.shape[2] - self.right
+        return x[:, :height, :width] if self._pads else x
+
+    @property
+    def _pads(self) -> bool:
+        return self.bottom > 0 or self.right > 0
+
+
+@dataclass(frozen=True)
+class StageWindows:
+    """How the maps of a stage are cut into windows.
+
+    Attributes:
+        side: Side of a window in tokens, as wanted.
+        shifts: Whether odd blocks shift their windows, by half a side.
+        rule: "masked" or "official".
+    """
+
+    side: int
+    shifts: bool = True
+    rule: WindowRule = "masked"
+
+    def over(self, height: int, width: int, block: int) -> Windows:
+        """Returns the windows of a block of the stage, counted from 0, over a map of tokens."""
+        shift = self.side // 2 if self.shifts and block % 2 == 1 else 0
+        if self.rule == "official":
+            return Windows(self.side, shift, -height % self.side, -width % self.side)
+        shortest = min(height, width)
+        return Windows(min(self.side, shortest), shift if shortest > self.side else 0)
 
 
 @lru_cache(maxsize=64)

@@ -143,9 +143,14 @@ def export(
     recipe = read_recipe(run_of_checkpoint(folder), where="export")
     job = job_of(recipe)
     student = job.stored_student()
-    size_rule = recipe.student.size_rule
+    sizes = recipe.student.sizes()
     architecture = exports.resized(student.architecture, image_size)
-    into = exports.export_of(architecture, to, pads=size_rule == "pad")
+    into = exports.export_of(
+        architecture,
+        to,
+        pads=recipe.student.size_rule == "pad",
+        window_rule=recipe.student.window_rule,
+    )
     check_packages(to)
     check_new(Path(out), where="export")
     if repository:
@@ -179,7 +184,7 @@ def export(
                 architecture,
                 to,
                 Path(out),
-                size_rule=size_rule,
+                sizes=sizes,
                 statistics=student.statistics,
                 card=card,
             )

@@ -63,14 +63,13 @@ class NamedModel:
         Returns: the backbone, and the statistics by which its images are normalised.
         """
         weights = frozen_weights(self.section, self.weights, where=_WHERE)
-        make = frozen_maker(self.section, image_size=self.image_size)
+        # The weights do not say how it was trained on sizes that do not divide.
+        sizes = self.trained_by.run.student.sizes() if self.trained_by else {}
+        make = frozen_maker(self.section, image_size=self.image_size, **sizes)
         # The same random model as in a run of this seed.
         model = partition.build(make, {}, partitioned=False, seed=self.seed + 1)
         if weights is not None:
             load_weights(model.net, weights, where=self.source)
-        if self.trained_by and self.architecture.can_pad:
-            # The weights do not say how it was trained on sizes that do not divide.
-            model.net.size_rule = self.trained_by.run.student.size_rule
         return model.to(distributed.device()).net, model.statistics
 
 

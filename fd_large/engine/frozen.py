@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ def frozen_maker(
     own_image_size: int = 0,
     residual_dtype: Literal["compute", "float32"] = "compute",
     before_norm: bool = False,
+    **options: Any,
 ) -> Callable[[], Frozen]:
     """Returns a constructor of a settled section's model, with random weights.
 
@@ -82,6 +83,7 @@ def frozen_maker(
             resizes them to the one side that a table of positions allows.
         residual_dtype: As `Options` has it.
         before_norm: Whether the map is the one that the final norm is given.
+        options: Other `Options`.
 
     Raises: ConfigError: if the model has no final norm that can be left out.
     """
@@ -101,6 +103,7 @@ def frozen_maker(
             initialization="official",
             attention_memory=attention_memory("auto"),
             residual_dtype=residual_dtype,
+            **options,
         )
         if before_norm:
             # The norm stays, with its weights, and its result is not used.

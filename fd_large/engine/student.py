@@ -32,7 +32,7 @@ def make_student(student: Student, *, image_size: int = 0, sequential_stages: in
         architecture.at(image_size) if image_size else architecture,
         initialization=student.initialization,
         drop_path_rate=student.drop_path_rate,
-        size_rule=student.size_rule,
+        **student.sizes(),
         residual_dtype=student.residual_dtype,
         attention_memory=attention_memory(student.attention_memory),
         sequential_stages=sequential_stages,

@@ -291,7 +291,7 @@ class Run:
             if old and new and old.family != new.family:
                 plain_model = replace(section, architecture=Architecture())
                 if where == "student" and not new.can_pad:
-                    plain_model = replace(plain_model, size_rule="drop")
+                    plain_model = replace(plain_model, **Student(model="").sizes())
                 base = replace(base, **{where: plain_model})
         return override(base, values)
 

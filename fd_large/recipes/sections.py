@@ -7,7 +7,7 @@ on the command line.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.fields import (
@@ -24,6 +24,9 @@ from fd_large.recipes.fields import (
 RATE_BATCH_SIZE = 512
 
 AUTO, ADAMW, RANDOM = "auto", "adamw", "random"
+
+# Fields of the student that say what becomes of sizes that do not fit.
+SIZE_FIELDS = ("size_rule", "window_rule", "shift_stages", "stage_windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,20 @@ class Student:
     # random, or that the weights may hold in excess.
     init_allow: tuple[str, ...] = ()
     # What to do with an image size that is not a multiple of the patch size. drop: ignore the
-    # remainder, as published. pad: pad the image and mask the padding out of attention.
+    # remainder, as published. pad: pad the image, and maps as window_rule says.
     size_rule: Literal["drop", "pad"] = "drop"
+    # How a Swin model cuts a map that its windows do not divide, or that is no larger than one.
+    # masked: padding is hidden from attention, a window is never larger than the map, and a single
+    # window is not shifted. official: as the published backbones of mmdetection, mmsegmentation and
+    # MIM-Depth-Estimation, where padding takes part in attention and windows keep their size and
+    # shift; needs size_rule pad.
+    window_rule: Literal["masked", "official"] = "masked"
+    # Under window_rule official: whether odd blocks of each stage shift their windows, as True True
+    # False False (MIM-Depth-Estimation). Empty: those of all stages do.
+    shift_stages: tuple[bool, ...] = ()
+    # Under window_rule official: side of a window in each stage of a SwinV2, in tokens, as 30 30 30
+    # 15. Empty: architecture.window_size in all stages.
+    stage_windows: tuple[int, ...] = ()
     # Data type of the residual stream. compute: the data type of matrix products, which takes less
     # memory where that is bfloat16.
     residual_dtype: Literal["float32", "compute"] = "float32"
@@ -74,6 +89,20 @@ class Student:
             "a number in [0, 1)",
         )
         at_least("student.checkpoint_every", self.checkpoint_every, 1, "blocks")
+        for name in ("shift_stages", "stage_windows"):
+            require(
+                self.window_rule == "official" or not getattr(self, name),
+                f"student.{name}: only for student.window_rule official",
+                f"{getattr(self, name)} with window_rule {self.window_rule}",
+                "none",
+                f"Leave it out, or set --student.window_rule official --student.{name}",
+            )
+        for side in self.stage_windows:
+            at_least("student.stage_windows", side, 1, "tokens")
+
+    def sizes(self) -> dict[str, Any]:
+        """Returns the fields that say what becomes of sizes that do not fit, {name: value}."""
+        return {name: getattr(self, name) for name in SIZE_FIELDS}
 
 
 @dataclass(frozen=True, kw_only=True)

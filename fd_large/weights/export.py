@@ -25,6 +25,7 @@ from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import family_of, parameter_shapes
 from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.translation import Shape, Shapes
+from fd_large.backbones.windows import WindowRule
 from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.weights.coverage import check_finite
@@ -38,13 +39,16 @@ _BYTES = 4  # float32.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export | None:
+def export_of(
+    architecture: FamilyArchitecture, to: To, *, pads: bool, window_rule: WindowRule = "masked"
+) -> Export | None:
     """Returns what a model becomes in a library's files; None for a graph, which takes any model.
 
     Args:
         architecture: The student, with the image size of the export.
         to: One of LIBRARIES.
         pads: Whether the run pads images that do not fit.
+        window_rule: As the run has it.
 
     Raises: ConfigError: if the library has no such model, naming those that have it.
     """
@@ -55,6 +59,8 @@ def export_of(architecture: FamilyArchitecture, to: To, *, pads: bool) -> Export
     def lacks(form: str) -> str:
         if form not in exports:
             return f"a {architecture.family} model, of which it has none"
+        if exports[form].config and window_rule != "masked":
+            return f"window_rule {window_rule}, expected masked"
         return exports[form].lacks(architecture, pads)
 
     if reason := lacks(to):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from fd_large import doors
 from fd_large.atomic_files import write_json
 from fd_large.backbones.feature_map import FeatureMap
-from fd_large.backbones.hierarchical import SizeRule
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
 from fd_large.errors import ConfigError
@@ -58,7 +58,7 @@ def export_graph(
     to: To,
     out: Path,
     *,
-    size_rule: SizeRule,
+    sizes: Mapping[str, Any],
     statistics: Statistics,
     card: str,
 ) -> list[Path]:
@@ -71,7 +71,7 @@ def export_graph(
         architecture: The student, with the image size of the export.
         to: "onnx" or "program".
         out: Does not exist.
-        size_rule: What the student does with images that do not fit.
+        sizes: What the student does with sizes that do not fit (`Student.sizes`).
         statistics: Mean and deviation by which the student's images are normalised.
         card: Text of the model card.
 
@@ -79,7 +79,7 @@ def export_graph(
         for a tensor that holds NaN or infinity; ShapeError: if the image size does not fit.
     """
     with new_folder(out) as part, choose.references(), torch.no_grad(), _quiet():
-        net = build(architecture, initialization="none", size_rule=size_rule)
+        net = build(architecture, initialization="none", **sizes)
         fill(net, _finite(items))
         net.requires_grad_(False).eval()
         side = architecture.image_size

@@ -11,16 +11,27 @@ from torch import Tensor, nn
 from fd_large.backbones.hierarchical import SizeRule
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.windows import WindowRule
 from fd_large.errors import WeightsError
 from fd_large.weights.source import Sources
 
 
-def load_model(folder: str | Path, *, size_rule: SizeRule = "drop") -> tuple[nn.Module, Statistics]:
+def load_model(
+    folder: str | Path,
+    *,
+    size_rule: SizeRule = "drop",
+    window_rule: WindowRule = "masked",
+    shift_stages: tuple[bool, ...] = (),
+    stage_windows: tuple[int, ...] = (),
+) -> tuple[nn.Module, Statistics]:
     """Builds the model of an export and fills it, ready for inference.
 
     Args:
         folder: What `export --to fd`, `timm` or `hf` wrote, or `weights convert --to fd`.
         size_rule: "drop" or "pad" image sizes that do not fit; only Swin models pad.
+        window_rule: This and the next two as in the recipe of the model, `student.window_rule`.
+        shift_stages: See `backbones.family.Options`.
+        stage_windows: See there.
 
     Returns: the backbone, which maps normalised images (B, 3, H, W) to a `FeatureMap`, and the
         statistics by which images are normalised.
@@ -33,7 +44,14 @@ def load_model(folder: str | Path, *, size_rule: SizeRule = "drop") -> tuple[nn.
             f"{where}: {folder}: not an export of this project; got no config.json that describes "
             "one, expected a folder of export or of weights convert --to fd. Name another."
         )
-    net = build(stored.architecture, initialization="none", size_rule=size_rule)
+    net = build(
+        stored.architecture,
+        initialization="none",
+        size_rule=size_rule,
+        window_rule=window_rule,
+        shift_stages=shift_stages,
+        stage_windows=stage_windows,
+    )
     fill(net, sources.fitted(str(folder), stored.architecture, where=where))
     return net.requires_grad_(False).eval(), stored.statistics
 

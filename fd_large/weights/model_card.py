@@ -17,6 +17,7 @@ from fd_large.backbones.exports import Export
 from fd_large.backbones.registry import build
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.sections import SIZE_FIELDS, Student
 from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.origin import UNKNOWN, Origin, origin_of, without_folders
 
@@ -108,8 +109,8 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
     values = {**recipe, **_facts(recipe, manifest)}
     name, init = without_folders(recipe["student"]["model"]), recipe["student"]["init"]
     with torch.device("meta"):
-        rule = recipe["student"]["size_rule"]
-        net = build(architecture, initialization="none", size_rule=rule)
+        sizes = {name: recipe["student"][name] for name in SIZE_FIELDS}
+        net = build(architecture, initialization="none", **sizes)
     side = architecture.image_size
     rows, columns = net.grid(side, side)
     prefix = net.num_prefix_tokens
@@ -136,7 +137,7 @@ def card(recipe: Mapping[str, Any], exported: ExportedStudent, learned: Learned)
         _metadata(exported, learned, origins),
         f"# {name}, {learned.title}",
         f"{learned.intro} Made by fd_large.",
-        f"## Use\n\n{_use(exported, architecture, rule, rows * columns, prefix, net.width)}",
+        f"## Use\n\n{_use(exported, architecture, sizes, rows * columns, prefix, net.width)}",
         _images(side, exported.statistics),
         *(_table(title, rows) for title, rows in tables.items()),
         _metrics(manifest["update"], exported.summary, learned.metrics),
@@ -274,7 +275,7 @@ from fd_large.weights.load import load_model
 
 {{folder}}
 {_PIXELS}
-model, statistics = load_model(folder{{rule}})
+model, statistics = load_model(folder{{rules}})
 with torch.inference_mode():
     tokens = model(torch.from_numpy(pixels)).tokens
 """
@@ -304,7 +305,7 @@ with torch.inference_mode():
 def _use(
     exported: ExportedStudent,
     architecture: FamilyArchitecture,
-    size_rule: str,
+    sizes: Mapping[str, Any],
     places: int,
     prefix: int,
     width: int,
@@ -321,6 +322,7 @@ def _use(
         file = without_folders(architecture.code).removeprefix(doors.PREFIX).rpartition(":")[0]
         text = text.replace("from fd_large.w", "from fd_large import doors\nfrom fd_large.w")
         text = text.replace("model, ", f"doors.allow({json.dumps(file)})\nmodel, ")
+    usual = Student(model="").sizes()
     code = text.format(
         folder=folder,
         side=architecture.image_size,
@@ -330,7 +332,11 @@ def _use(
         name=name,
         # Its pooler is a head that no student has.
         options=", add_pooling_layer=False" if name == "ViTModel" else "",
-        rule=', size_rule="pad"' if size_rule == "pad" else "",
+        rules="".join(
+            f", {name}={json.dumps(value) if isinstance(value, str) else tuple(value)}"
+            for name, value in sizes.items()
+            if value and value != usual[name]
+        ),
     )
     tokens = ("", "the class token, then ", f"{prefix} class tokens, then ")[min(prefix, 2)]
     shape = f"`tokens` is (1, {prefix + places}, {width}): {tokens}the map, row by row."

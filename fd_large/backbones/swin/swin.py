@@ -8,6 +8,8 @@ Source: Liu et al., arXiv 2103.14030; Li et al., arXiv 2106.09785.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,9 @@ from fd_large.backbones.initialization import (
 )
 from fd_large.backbones.layers import AddNorm, LayerNorm, Linear, Mlp
 from fd_large.backbones.swin.architecture import SwinArchitecture
-from fd_large.backbones.token_positions import TokenPositions, window_positions
-from fd_large.backbones.windows import fit_window, window_shift
-from fd_large.errors import ShapeError
+from fd_large.backbones.token_positions import TokenPositions, positions_in
+from fd_large.backbones.windows import StageWindows, WindowRule, Windows
+from fd_large.errors import ConfigError, ShapeError
 from fd_large.kernels.residual_norm import add_branch
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
@@ -66,6 +68,8 @@ class Swin(HierarchicalBackbone):
         absolute_position: bool = False,
         drop_path_rate: float = 0.0,
         size_rule: SizeRule = "drop",
+        window_rule: WindowRule = "masked",
+        shift_stages: tuple[bool, ...] = (),
         attention_memory: Memory = "keep",
         residual_dtype: str = "compute",
         norm_eps: float = 1e-5,
@@ -79,6 +83,8 @@ class Swin(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             size_rule=size_rule,
             residual=residual_dtype,
+            window_rule=window_rule,
+            shift_stages=shift_stages,
         )
         self.grid(image_size, image_size)  # Refuses a size that does not fit.
         initial = scheme(_SCHEMES, initialization)
@@ -86,13 +92,14 @@ class Swin(HierarchicalBackbone):
 
         def stage(s: int) -> Stage:
             width = embed_dim * 2**s
+            windows = replace(self.stage_windows[s], side=min(window_size, side // 2**s))
             # Blocks first: random weights are drawn in the order of construction.
             blocks = [
                 Block(
                     width,
                     num_heads[s],
                     index=i,
-                    window_size=min(window_size, side // 2**s),
+                    windows=windows,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     attention_memory=attention_memory,
@@ -124,7 +131,7 @@ class Block(nn.Module):
         num_heads: int,
         *,
         index: int,
-        window_size: int,
+        windows: StageWindows,
         mlp_ratio: float,
         qkv_bias: bool,
         attention_memory: Memory,
@@ -132,12 +139,12 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        self.index, self.window_size = index, window_size
+        self.index, self.windows = index, windows
         self.norm1 = LayerNorm(width, norm_eps)
         self.attn = WindowAttention(
             width,
             num_heads,
-            window_size=window_size,
+            window_size=windows.side,
             qkv_bias=qkv_bias,
             memory=attention_memory,
             draw=scheme.linear,
@@ -149,15 +156,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) to the same shape; scales (2, B) are drop path's factors."""
         height, width = x.shape[1:3]
-        if fit_window(height, width, self.window_size) != self.window_size:
+        side, windows = self.windows.side, self.windows.over(height, width, self.index)
+        if windows.side != side:
             raise ShapeError(
                 f"swin: the map is smaller than the position table's window; got {height}x{width} "
-                f"tokens, expected at least {self.window_size}x{self.window_size}. Set "
+                f"tokens, expected at least {side}x{side}. Set "
                 "architecture.image_size to the image's size, or use larger images."
             )
-        shift = window_shift(height, width, self.window_size, self.index)
         compute = self.attn.qkv.weight.dtype
-        branch = self.attn(self.norm1(x, compute), shift)
+        branch = self.attn(self.norm1(x, compute), windows)
         first, second = (None, None) if scales is None else scales
         x, normed = self.norm2(x, branch, first, None, compute)
         return add_branch(x, self.mlp(normed), second)
@@ -178,42 +185,41 @@ class WindowAttention(nn.Module):
         table: Draw,
     ):
         super().__init__()
-        self.num_heads, self.window_size, self.memory = num_heads, window_size, memory
+        self.num_heads, self.memory = num_heads, memory
         rows = (2 * window_size - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, num_heads))
         fill(self.relative_position_bias_table, table)
         self.qkv = Linear(width, 3 * width, draw=draw, bias=qkv_bias)
         self.proj = Linear(width, width, draw=draw)
 
-    def forward(self, x: Tensor, shift: int) -> Tensor:
-        """Maps (B, H, W, C) to the same shape; windows are shifted by so many tokens."""
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        """Maps (B, H, W, C) to the same shape, given the windows over the map."""
         table = self.relative_position_bias_table
         out = window_attention(
-            self.qkv(x),
+            self.qkv(windows.pad(x)),
             num_heads=self.num_heads,
-            window=self.window_size,
-            shift=shift,
+            window=windows.side,
+            shift=windows.shift,
             scale=(x.shape[-1] // self.num_heads) ** -0.5,
             cosine=False,
             table=table.to(torch.promote_types(table.dtype, torch.float32)),
             memory=self.memory,
         )
-        return self.proj(out)
+        return self.proj(windows.crop(out))
 
-    def attention_maps(self, x: Tensor, shift: int) -> tuple[Tensor, TokenPositions]:
+    def attention_maps(self, x: Tensor, windows: Windows) -> tuple[Tensor, TokenPositions]:
         """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
-        window = (self.window_size, self.window_size)
-        positions = window_positions(tuple(x.shape[1:3]), window, (shift, shift), pad_first=True)
+        padded = windows.pad(x)
         maps = attention_maps(
-            self.qkv(x).flatten(1, 2),
-            positions,
+            self.qkv(padded).flatten(1, 2),
+            positions_in(padded, windows),
             num_heads=self.num_heads,
             scale=(x.shape[-1] // self.num_heads) ** -0.5,
             cosine=False,
             table=self.relative_position_bias_table,
-            shift=shift,
+            shift=windows.shift,
         )
-        return maps, positions
+        return maps, positions_in(x, windows)
 
 
 class Downsample(PatchMerging):
@@ -231,6 +237,15 @@ class Downsample(PatchMerging):
 
 
 def build(a: SwinArchitecture, options: Options) -> Swin:
-    """Builds a model with fresh weights."""
-    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", "size_rule": options.size_rule}
+    """Builds a model with fresh weights.
+
+    Raises: ConfigError: if windows are given that its position tables would have to follow.
+    """
+    rules = options.of_windows()
+    if own_windows := rules.pop("stage_windows"):
+        raise ConfigError(
+            "student.stage_windows: a swin model's windows are those of its position tables; got "
+            f"{own_windows}, expected none. Set --student.architecture.window_size."
+        )
+    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", **rules}
     return Swin(**own, **options.of_all())

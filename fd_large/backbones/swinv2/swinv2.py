@@ -36,8 +36,8 @@ from fd_large.backbones.layers import (
     ResidualNorm,
 )
 from fd_large.backbones.swinv2.architecture import SwinV2Architecture
-from fd_large.backbones.token_positions import TokenPositions, window_positions
-from fd_large.backbones.windows import coordinate_table, fit_window, window_shift
+from fd_large.backbones.token_positions import TokenPositions, positions_in
+from fd_large.backbones.windows import StageWindows, WindowRule, Windows, coordinate_table
 from fd_large.kernels.window_attention import window_attention
 from fd_large.kernels.window_attention_reference import Memory
 
@@ -88,6 +88,9 @@ class SwinV2(HierarchicalBackbone):
         shared_position_bias: bool = False,
         drop_path_rate: float = 0.0,
         size_rule: SizeRule = "drop",
+        window_rule: WindowRule = "masked",
+        shift_stages: tuple[bool, ...] = (),
+        stage_windows: tuple[int, ...] = (),
         attention_memory: Memory = "keep",
         sequential_stages: int = 0,
         residual_dtype: str = "compute",
@@ -102,6 +105,9 @@ class SwinV2(HierarchicalBackbone):
             drop_path_rate=drop_path_rate,
             size_rule=size_rule,
             residual=residual_dtype,
+            window_rule=window_rule,
+            shift_stages=shift_stages,
+            stage_windows=stage_windows,
         )
         pretrained = tuple(pretrained_window_sizes or (0,) * len(depths))
         initial = scheme(_SCHEMES, initialization)
@@ -115,7 +121,7 @@ class SwinV2(HierarchicalBackbone):
                     num_heads[s],
                     index=i,
                     number=sum(depths[:s]) + i + 1,
-                    window_size=window_size,
+                    windows=self.stage_windows[s],
                     pretrained_window=pretrained[s],
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
@@ -130,7 +136,7 @@ class SwinV2(HierarchicalBackbone):
             last = s + 1 == len(depths)
             downsample = None if last else Downsample(width, norm_eps, initial)
             bias = PositionBias(num_heads[s], initial) if shared_position_bias else None
-            return SwinV2Stage(blocks, downsample, bias, window_size, pretrained[s])
+            return SwinV2Stage(blocks, downsample, bias, self.stage_windows[s], pretrained[s])
 
         self._build(
             stage,
@@ -151,12 +157,12 @@ class SwinV2Stage(Stage):
         blocks: list[nn.Module],
         downsample: nn.Module | None,
         position_bias: PositionBias | None,
-        window_size: int,
+        windows: StageWindows,
         pretrained_window: int,
     ):
         super().__init__(blocks, downsample)
         self.position_bias = position_bias
-        self.window_size, self.pretrained_window = window_size, pretrained_window
+        self.windows, self.pretrained_window = windows, pretrained_window
 
     def forward(
         self, stream: tuple[Tensor, Tensor], scales: Tensor | None = None
@@ -168,7 +174,7 @@ class SwinV2Stage(Stage):
             scales: (2 * depth, B) float32, drop path's factors; None: none.
         """
         x, narrow = stream
-        window = fit_window(*x.shape[1:3], self.window_size)
+        window = self.windows.over(*x.shape[1:3], 0).side
         where = (window, self.pretrained_window, x.device)
         shared = None if self.position_bias is None else self.position_bias(*where)
         for i, block in enumerate(self.blocks):
@@ -186,6 +192,7 @@ class Block(nn.Module):
         width: C.
         num_heads: h.
         index: Within the stage; odd blocks shift their windows.
+        windows: Those of the stage.
         number: Over the whole model, from 1; it sets how much the branch ends are scaled down.
         extra_norm: Whether the block ends with a norm on the main path.
         own_position_bias: Whether the block owns a position-bias MLP.
@@ -198,7 +205,7 @@ class Block(nn.Module):
         *,
         index: int,
         number: int,
-        window_size: int,
+        windows: StageWindows,
         pretrained_window: int,
         mlp_ratio: float,
         qkv_bias: bool,
@@ -209,7 +216,7 @@ class Block(nn.Module):
         scheme: Scheme,
     ):
         super().__init__()
-        self.index, self.window_size = index, window_size
+        self.index, self.windows = index, windows
         end = scheme.branch_end(2 * number)
         self.attn = CosineAttention(
             width,
@@ -237,12 +244,9 @@ class Block(nn.Module):
             scales: (2, B) float32, drop path's factors of attention and MLP; None: none.
             position_table: ((2w - 1)^2, h) float32, of the block or its stage.
         """
-        height, width = x.shape[1:3]
-        window = fit_window(height, width, self.window_size)
-        shift = window_shift(height, width, self.window_size, self.index)
-
+        windows = self.windows.over(*x.shape[1:3], self.index)
         first, second = (None, None) if scales is None else scales
-        branch = self.attn(narrow, window, shift, position_table)
+        branch = self.attn(narrow, windows, position_table)
         x, narrow = self.norm1(x, branch, first, narrow.dtype)
         branch = self.mlp(narrow)
         if self.extra_norm is None:
@@ -280,47 +284,45 @@ class CosineAttention(nn.Module):
         self.proj = BranchEnd(width, width, draw=end)
 
     def forward(
-        self, x: Tensor, window: int, shift: int, position_table: Tensor
+        self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Maps (B, H, W, C) to the same shape, and what `BranchEnd` leaves.
 
         Args:
             x: (B, H, W, C).
-            window: Side w in tokens.
-            shift: Shift of the windows in tokens.
+            windows: Those over the map, of side w.
             position_table: ((2w - 1)^2, h) float32.
         """
         bias = None if self.q_bias is None else torch.stack([self.q_bias, self.v_bias])
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
         out = window_attention(
-            self.qkv(x),
+            self.qkv(windows.pad(x)),
             num_heads=self.num_heads,
-            window=window,
-            shift=shift,
+            window=windows.side,
+            shift=windows.shift,
             scale=self.logit_scale.to(wide).clamp(max=_MAX_LOG_SCALE).exp().flatten(),
             cosine=True,
             bias=bias,
             table=position_table,
             memory=self.memory,
         )
-        return self.proj(out)
+        return self.proj(windows.crop(out))
 
     def attention_maps(
-        self, x: Tensor, window: int, shift: int, position_table: Tensor
+        self, x: Tensor, windows: Windows, position_table: Tensor
     ) -> tuple[Tensor, TokenPositions]:
         """Returns the maps of the same arguments, (B, nW, h, T, T) float32, and token positions."""
-        grid = tuple(x.shape[1:3])
-        positions = window_positions(grid, (window, window), (shift, shift), pad_first=True)
+        padded = windows.pad(x)
         maps = attention_maps(
-            with_query_bias(self.qkv(x).flatten(1, 2), self.q_bias),
-            positions,
+            with_query_bias(self.qkv(padded).flatten(1, 2), self.q_bias),
+            positions_in(padded, windows),
             num_heads=self.num_heads,
             scale=self.logit_scale.float().clamp(max=math.log(100)).exp(),  # (h, 1, 1)
             cosine=True,
             table=position_table,
-            shift=shift,
+            shift=windows.shift,
         )
-        return maps, positions
+        return maps, positions_in(x, windows)
 
 
 class PositionMlp(nn.Sequential):
@@ -386,5 +388,5 @@ class Downsample(PatchMerging):
 
 def build(a: SwinV2Architecture, options: Options) -> SwinV2:
     """Builds a model with fresh weights."""
-    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", "size_rule": options.size_rule}
+    own = vars(a) | {"qkv_bias": a.qkv_bias != "none", **options.of_windows()}
     return SwinV2(**own, sequential_stages=options.sequential_stages, **options.of_all())

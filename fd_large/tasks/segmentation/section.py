@@ -111,7 +111,7 @@ KIND = TaskKind(
     may_change=("task.segmentation.classes", *HOW_TO_TEST),
     scores_runs=True,
     ignored_fields=IGNORED_FIELDS,
-    scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size"),
+    scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size", "student.stage_windows"),
     next_steps=(
         (
             "a score for each class, and pictures",

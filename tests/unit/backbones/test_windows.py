@@ -3,21 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fd_large.backbones.windows import (
-    coordinate_table,
-    fit_window,
-    window_shift,
-)
+from fd_large.backbones.windows import StageWindows, coordinate_table
 
 CPU = torch.device("cpu")
 
 
 def test_window_shrinks_to_the_shorter_side_and_drops_the_shift():
-    assert fit_window(6, 9, 12) == 6
-    assert window_shift(6, 9, 6, 1) == 0
-    assert window_shift(12, 12, 6, 0) == 0
-    assert window_shift(12, 12, 6, 1) == 3
-    assert window_shift(9, 9, 3, 1) == 1
+    assert StageWindows(12).over(6, 9, 1) == (6, 0, 0, 0)
+    assert StageWindows(6).over(6, 9, 1) == (6, 0, 0, 0)
+    assert StageWindows(6).over(12, 12, 0) == (6, 0, 0, 0)
+    assert StageWindows(6).over(12, 12, 1) == (6, 3, 0, 0)
+    assert StageWindows(3).over(9, 9, 1) == (3, 1, 0, 0)
+
+
+def test_official_windows_keep_side_and_shift_and_fill_the_map_up():
+    windows = StageWindows(6, rule="official").over(5, 9, 1)
+    assert windows == (6, 3, 1, 3)
+    x = torch.randn(1, 5, 9, 2)
+    assert windows.pad(x).shape == (1, 6, 12, 2)
+    assert torch.equal(windows.crop(windows.pad(x)), x)
+    assert StageWindows(6, shifts=False, rule="official").over(12, 6, 1) == (6, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

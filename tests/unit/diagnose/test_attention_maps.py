@@ -45,6 +45,23 @@ NETS: dict[str, tuple[Any, tuple[int, int]]] = {
         partial(SwinV2, 16, (2, 2), (2, 4), window_size=4, size_rule="pad"),
         (52, 38),
     ),
+    "swinv2, official windows": (
+        partial(SwinV2, 16, (2, 2), (2, 4), window_size=8, size_rule="pad", window_rule="official"),
+        (56, 32),
+    ),
+    "swin, official windows": (
+        partial(
+            Swin,
+            16,
+            (2, 2),
+            (2, 4),
+            window_size=4,
+            image_size=32,
+            size_rule="pad",
+            window_rule="official",
+        ),
+        (16, 40),
+    ),
     "timm vit": (partial(TimmBackbone, "vit_tiny_patch16_224", stride=16), (224, 224)),
     "timm deit, distilled": (
         partial(TimmBackbone, "deit_tiny_distilled_patch16_224", stride=16),
@@ -178,12 +195,14 @@ def test_maps_times_values_are_what_the_modules_give_out(
             # In the image's order, from before the block makes windows.
             given = inputs[block] if "v2" in name else modules[f"{block}.norm1"](inputs[block])
             output = output.unflatten(0, (len(images), -1))
-        if positions.index[0, 0] == PREFIX or positions.window == positions.grid:
+        one = positions.window == positions.grid and bool(positions.whole[0])
+        if positions.index[0, 0] == PREFIX or one:
             v, output = values(module, given).flatten(1, -2), output.reshape(len(images), -1, 1)
             v, output = v[:, None], output.view(len(images), 1, v.shape[-2], -1)
         else:
             v = in_windows(values(module, given.flatten(1, 2)), positions)
-            if "pad" in name and "timm" in name:  # timm's padding has a value: the bias.
+            if "official" in name or ("pad" in name and "timm" in name):
+                # What pads these has a value: the bias.
                 padding = (positions.index < 0)[None, :, :, None]
                 v = torch.where(padding, values(module, torch.zeros_like(v)), v)
             if not name.startswith("timm"):

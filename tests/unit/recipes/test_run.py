@@ -85,11 +85,20 @@ def test_any_model_of_timm_teaches_and_learns():
 
 
 def test_a_model_of_another_family_keeps_none_of_the_recipes_shape():
-    run = a_run(student=Student(model="swinv2_tiny", architecture=Architecture(window_size=4)))
+    student = Student(
+        model="swinv2_tiny",
+        architecture=Architecture(window_size=4),
+        size_rule="pad",
+        window_rule="official",
+        shift_stages=(True, False),
+    )
+    run = a_run(student=student)
     same = run.with_fields({"student.model": "swinv2_base"})
     assert same.student.architecture.window_size == 4
+    assert same.student.window_rule == "official"
     other = run.with_fields({"student.model": "timm:x", "student.architecture.feature_stride": 8})
     assert other.student.architecture == Architecture(feature_stride=8)
+    assert other.student.sizes() == Student(model="timm:x").sizes()
 
 
 def test_other_weights_of_a_teacher_bring_their_own_model():

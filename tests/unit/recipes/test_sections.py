@@ -16,6 +16,8 @@ from fd_large.tasks.distillation.section import Objective, Teacher
         (Student, "drop_path_rate", float("nan")),
         (Student, "checkpoint_every", 0),
         (Student, "size_rule", "crop"),
+        (Student, "shift_stages", (True, False)),  # Without the official rule.
+        (Student, "stage_windows", (30, 15)),
         (Teacher, "placement", "host"),
         (Data, "image_size", 0),
         (Data, "min_crop_scale", 0.0),

@@ -128,6 +128,7 @@ def test_names_of_feature_distillation(exported):
         ({"extra_norm_every": 2}, {}, "extra_norm_every 2"),
         ({"shared_position_bias": True}, {}, "shared position bias"),
         ({"window_size": 3}, {"size_rule": "pad"}, "size_rule pad"),
+        ({}, {"size_rule": "pad", "window_rule": "official"}, "window_rule official"),
     ],
 )
 def test_what_the_others_have_not(tmp_path, fields, options, words):

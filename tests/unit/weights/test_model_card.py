@@ -110,9 +110,12 @@ def test_its_code_runs(exported, tmp_path, what, to, size):
     close(tokens.flatten(1, 2) if tokens.dim() == 4 else tokens, net(image).tokens)
 
 
-def test_code_for_a_model_that_pads_its_images(tmp_path):
+@pytest.mark.parametrize(
+    "official", [{}, {"window_rule": "official", "shift_stages": (True, False)}]
+)
+def test_code_for_a_model_that_pads_its_images(tmp_path, official):
     net = store_student(
-        tmp_path / "run", "swinv2_base", {**SWIN, "window_size": 3}, size_rule="pad"
+        tmp_path / "run", "swinv2_base", {**SWIN, "window_size": 3}, size_rule="pad", **official
     )
     out = tmp_path / "out"
     assert command.main([str(tmp_path / "run"), "--to", "fd", str(out)]) == 0

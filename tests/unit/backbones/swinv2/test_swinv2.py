@@ -125,9 +125,9 @@ def dense_block(block, x, table_of):
     """A block on (H, W, C) by attention over all pairs of tokens, without rolls or windows."""
     attn = block.attn
     height, width, channels = x.shape
-    window = min(block.window_size, height, width)
+    window = min(block.windows.side, height, width)
     odd = block.index % 2 == 1
-    shift = window // 2 if odd and min(height, width) > block.window_size else 0
+    shift = window // 2 if odd and min(height, width) > block.windows.side else 0
     padded = [-(-n // window) * window for n in (height, width)]
     y, x_ = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     y, x_ = y.reshape(-1), x_.reshape(-1)
@@ -189,6 +189,22 @@ def by_hand(net, image):
             x = F.linear(torch.cat(four, -1), stage.downsample.reduction.weight)
             x = plain_norm(stage.downsample.norm, x)
     return plain_norm(net.norm, x)
+
+
+def test_rules_of_windows_fit_the_model_and_the_rule_of_sizes():
+    rules = {"window_rule": "official", "size_rule": "pad"}
+    with pytest.raises(ConfigError, match=r"window_rule.*size_rule 'drop'"):
+        tiny(window_rule="official")
+    with pytest.raises(ConfigError, match=r"shift_stages.*got 3.*2 stages"):
+        tiny(**rules, shift_stages=(True, True, False))
+    with pytest.raises(ConfigError, match=r"stage_windows.*got 1.*2 stages"):
+        tiny(**rules, stage_windows=(4,))
+
+
+def test_the_official_rule_changes_nothing_where_windows_divide_maps_of_several():
+    images = torch.randn(1, 3, 64, 32)
+    official = tiny(size_rule="pad", window_rule="official")(images).tokens
+    assert torch.equal(official, tiny()(images).tokens)
 
 
 @pytest.mark.parametrize("size", [(27, 35), (16, 16), (23, 9), (41, 18), (19, 50)])

@@ -18,12 +18,18 @@ from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import Architecture
 from fd_large.tasks.dense.stages import features, strip
 
+OFFICIAL = {"window_rule": "official"}
 
-def by_hand_attention(attention: nn.Module, x: Tensor, window: int, shift: int) -> Tensor:
+
+def by_hand_attention(
+    attention: nn.Module, x: Tensor, window: int, shift: int, *, hide: bool
+) -> Tensor:
     """One image (H, W, C), one head; windows are cut out of a padded and rolled map."""
     height, width, _ = x.shape
     whole = padded(x, window)
     real = padded(torch.ones(height, width, 1), window)[..., 0] > 0
+    if not hide:
+        real.fill_(True)
     regions = torch.zeros(whole.shape[:2])
     cuts = (slice(0, -window), slice(-window, -shift or None), slice(-shift, None))
     for i, rows in enumerate(cuts if shift else ()):
@@ -65,22 +71,27 @@ def by_hand_attention(attention: nn.Module, x: Tensor, window: int, shift: int) 
     return F.linear(out, attention.proj.weight, attention.proj.bias)
 
 
-def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
+def by_hand(net: nn.Module, image: Tensor, rules: dict) -> list[Tensor]:
     """The maps of the four stages of one image (3, H, W)."""
     p = net.patch_size
     image = padded(image.permute(1, 2, 0), p).permute(2, 0, 1)
     x = net.patch_embed.proj(image[None])[0].permute(1, 2, 0)
     x = norm(net.patch_embed.norm, x)
+    official = rules.get("window_rule") == "official"
+    shifted = rules.get("shift_stages", (True,) * 4)
     maps = []
-    for stage in net.layers:
+    for s, stage in enumerate(net.layers):
         for i, block in enumerate(stage.blocks):
-            window = min(block.window_size, *x.shape[:2])
-            shift = window // 2 if i % 2 and min(x.shape[:2]) > window else 0
+            window = rules["stage_windows"][s] if "stage_windows" in rules else net.window_size
+            if not official:
+                window = min(window, *x.shape[:2])
+            moves = i % 2 and shifted[s] and (official or min(x.shape[:2]) > window)
+            where = {"window": window, "shift": window // 2 if moves else 0, "hide": not official}
             if isinstance(net, SwinV2):
-                x = x + norm(block.norm1, by_hand_attention(block.attn, x, window, shift))
+                x = x + norm(block.norm1, by_hand_attention(block.attn, x, **where))
                 x = x + norm(block.norm2, mlp(block.mlp, x))
             else:
-                x = x + by_hand_attention(block.attn, norm(block.norm1, x), window, shift)
+                x = x + by_hand_attention(block.attn, norm(block.norm1, x), **where)
                 x = x + mlp(block.mlp, norm(block.norm2, x))
         maps.append(x)
         if stage.downsample is not None:
@@ -96,13 +107,14 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("model", "shape", "size", "grids"),
+    ("model", "shape", "size", "grids", "rules"),
     [
         pytest.param(
             "swinv2_tiny",
             {"window_size": 16, "depths": (2, 2, 2, 2), "pretrained_window_sizes": (12, 12, 12, 6)},
             (801, 1333),
             ((201, 334), (101, 167), (51, 84), (26, 42)),
+            {},
             id="801x1333-window-16",
         ),
         pytest.param(
@@ -110,6 +122,7 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
             {"window_size": 32, "depths": (1, 1, 1, 2)},
             (1536, 1536),
             ((384, 384), (192, 192), (96, 96), (48, 48)),
+            {},
             id="1536-window-32",
             marks=pytest.mark.sweep,
         ),
@@ -118,6 +131,7 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
             {"window_size": 8, "depths": (1, 1, 1, 2)},
             (384, 384),
             ((96, 96), (48, 48), (24, 24), (12, 12)),
+            {},
             id="384-window-8",
         ),
         pytest.param(
@@ -125,15 +139,32 @@ def by_hand(net: nn.Module, image: Tensor) -> list[Tensor]:
             {"window_size": 4, "depths": (2, 2, 2, 2), "image_size": 128},
             (131, 197),
             ((33, 50), (17, 25), (9, 13), (5, 7)),
+            {},
             id="first-swin",
+        ),
+        pytest.param(  # The second map is one window, which is shifted; the third is padded.
+            "swinv2_tiny",
+            {"depths": (1, 2, 2, 2), "pretrained_window_sizes": (6, 3, 3, 2)},
+            (61, 90),
+            ((16, 23), (8, 12), (4, 6), (2, 3)),
+            {"stage_windows": (8, 12, 4, 2), "shift_stages": (True, True, True, False), **OFFICIAL},
+            id="official-windows-of-stages",
+        ),
+        pytest.param(  # The last map is smaller than its window.
+            "swin_base_esvit",
+            {"window_size": 4, "depths": (2, 2, 2, 2), "image_size": 128},
+            (70, 90),
+            ((18, 23), (9, 12), (5, 6), (3, 3)),
+            OFFICIAL,
+            id="official-first-swin",
         ),
     ],
 )
-def test_odd_sizes_equal_padding_by_hand(model, shape, size, grids):
-    net = swin_of(model, **shape)
+def test_odd_sizes_equal_padding_by_hand(model, shape, size, grids, rules):
+    net = swin_of(model, rules, **shape)
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(2))
     maps = features(net, image[None], None)
-    wanted = by_hand(net, image)
+    wanted = by_hand(net, image, rules)
     for got, want, grid in zip(maps, wanted, grids, strict=True):
         assert got.shape[1:3] == grid
         torch.testing.assert_close(got[0], want, atol=1e-5, rtol=1e-5)
