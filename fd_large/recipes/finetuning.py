@@ -19,8 +19,6 @@ random weights. Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fd_large.recipes.architectures import overrides, resolve
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
@@ -51,17 +49,16 @@ def _finetune(
     checkpoint_blocks: bool = False,
 ) -> Run:
     named = resolve(model)
-    shape = overrides(named.with_own_position_biases(), named)
+    shape = named.with_own_position_biases()
     if pretrained_window_sizes:
-        shape = replace(
-            shape, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes
-        )
+        given = {"window_size": window_size, "pretrained_window_sizes": pretrained_window_sizes}
+        shape = shape.overridden(given)
     own = FineTune() if mixing else FineTune(mixup=0.0, cutmix=0.0)
     return Run(
         name=name,
         student=Student(
             model=model,
-            architecture=shape,
+            architecture=overrides(shape, named),
             drop_path_rate=drop_path_rate,
             activation_checkpointing="every" if checkpoint_blocks else "off",
         ),

@@ -30,7 +30,7 @@ from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections, Selection
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.section import KIND
@@ -91,7 +91,12 @@ class DetectionJob(Job):
             anchors_per_image=numbers.anchors_per_image,
             proposals_per_image=numbers.proposals_per_image,
             rois_per_image=numbers.rois_per_image,
-            detections_per_image=numbers.detections_per_image,
+            selection=Selection(
+                nms=numbers.nms,
+                iou=numbers.nms_iou,
+                least_score=numbers.least_score,
+                at_most=numbers.detections_per_image,
+            ),
             seed=self.run.runtime.seed,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, require
 from fd_large.recipes.task_kind import TaskKind
@@ -26,6 +27,14 @@ class Detection:
     proposals_per_image: int = 1000
     # Number of proposals per image that enter the losses of classes, boxes and masks.
     rois_per_image: int = 512
+    # How tests choose among overlapping boxes of a class. hard: only the best is kept. linear,
+    # gaussian: soft-NMS, which lowers the scores of the others; with a --task.detection.least_score
+    # of 0.001, as published for COCO.
+    nms: Literal["hard", "linear", "gaussian"] = "hard"
+    # Overlap (intersection over union) from which hard and linear act.
+    nms_iou: float = 0.5
+    # Boxes with this score or less are not reported.
+    least_score: float = 0.05
     # Largest number of boxes reported per image. COCO's evaluation counts 100.
     detections_per_image: int = 100
     # Smallest and largest scale of a training image before it is cropped to data.image_size, as
@@ -52,6 +61,10 @@ class Detection:
             ("detections_per_image", "boxes"),
         ):
             at_least(f"task.detection.{name}", getattr(self, name), 1, unit)
+        for name in ("nms_iou", "least_score"):
+            value = getattr(self, name)
+            where = f"task.detection.{name}"
+            require(0 <= value <= 1, f"{where}: out of range", value, "a number in [0, 1]")
         at_least("task.detection.head_width", self.head_width, 4, "channels")
         at_least("task.detection.sequential_stages", self.sequential_stages, 0, "stages")
         check_scale_range("task.detection", self.scale_range)

@@ -18,7 +18,7 @@ from fd_large.engine.task import Task
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
-from fd_large.tasks.detection.heads.roi_heads import Detections, RoIHeads, Terms
+from fd_large.tasks.detection.heads.roi_heads import RoIHeads, Terms
 from fd_large.tasks.detection.heads.rpn import (
     RpnHead,
     anchors_of,
@@ -26,6 +26,7 @@ from fd_large.tasks.detection.heads.rpn import (
     rpn_shapes_only,
     rpn_terms,
 )
+from fd_large.tasks.detection.heads.selection import Detections, Selection
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn": RoIHeads,
@@ -46,7 +47,7 @@ class Detection(Task):
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.
         rois_per_image: Proposals sampled for the losses of the heads.
-        detections_per_image: The most boxes that are returned.
+        selection: How the boxes that are returned are chosen.
         seed: What samples are drawn with, besides epoch and position.
         statistics: The student's normalisation.
 
@@ -63,7 +64,7 @@ class Detection(Task):
         anchors_per_image: int = 256,
         proposals_per_image: int = 1000,
         rois_per_image: int = 512,
-        detections_per_image: int = 100,
+        selection: Selection | None = None,
         seed: int = 0,
         statistics: Statistics = IMAGENET,
     ) -> None:
@@ -78,11 +79,11 @@ class Detection(Task):
             built_in=HEADS,
             where="task.detection.heads",
             rois_per_image=rois_per_image,
-            detections_per_image=detections_per_image,
         )
         self.strides = strides_of(student)
         self.anchors_per_image = anchors_per_image
         self.proposals_per_image = proposals_per_image
+        self.selection = selection or Selection()
         self.seed, self.statistics = seed, statistics
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Detection(Task):
             after_nms=self.proposals_per_image,
         )
         if targets is None:
-            return self.heads.detect(maps, self.strides, proposals, sizes)
+            return self._detect(maps, proposals, sizes)
         of_rpn = rpn_terms(
             torch.cat(logits, dim=1),
             torch.cat(deltas, dim=1),
@@ -167,6 +168,17 @@ class Detection(Task):
         maps = self.pyramid(features(self.student, pixels, keep))
         logits, deltas = zip(*(self.rpn(level) for level in maps), strict=True)
         return maps, list(logits), list(deltas)
+
+    def _detect(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Tensor
+    ) -> list[Detections]:
+        found = self.heads.candidates(maps, self.strides, proposals)
+        chosen = [
+            self.selection.of_candidates(*of, size) for of, size in zip(found, sizes, strict=True)
+        ]
+        boxes, labels = [of.boxes for of in chosen], [of.labels for of in chosen]
+        masks = self.heads.masks(maps, self.strides, boxes, labels)
+        return [Detections(*of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:

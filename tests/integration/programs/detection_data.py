@@ -20,7 +20,7 @@ from fd_large.data.sampler import Portion
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, build_training_loader
 from fd_large.tasks.detection.data.views import LargeScaleJitter, ShortestEdge
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 

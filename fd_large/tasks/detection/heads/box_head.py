@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from fd_large.backbones.initialization import Draw
 from fd_large.backbones.layers import Linear
@@ -20,14 +19,11 @@ from fd_large.engine.zero.private_names import get
 from fd_large.tasks.dense.convolution import NormedConvolution, he_uniform
 from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.matching import match, sample
-from fd_large.tasks.detection.heads.rpn import cut_to
 
 BOX_SIDE = 7
 NUM_CONVOLUTIONS = 4
 POSITIVE_IOU = 0.5
 POSITIVE_SHARE = 0.25
-LEAST_SCORE = 0.05
-NMS_IOU = 0.5
 CODER = get("torchvision.models.detection._utils:BoxCoder")(weights=(10.0, 10.0, 5.0, 5.0))
 
 
@@ -135,24 +131,3 @@ def box_losses(logits: Tensor, deltas: Tensor, sampled: Sampled) -> tuple[Tensor
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
     wanted = CODER.encode_single(sampled.boxes, torch.cat(sampled.rois)[foreground])
     return classes, (deltas[foreground, labels[foreground]] - wanted).abs().sum()
-
-
-def select(
-    boxes: Tensor, scores: Tensor, size: Tensor, *, at_most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses among the boxes of an image.
-
-    Args:
-        boxes: (R, K, 4) float32, one for each class.
-        scores: (R, K) float32.
-        size: (2,), height and width of the image without its padding.
-        at_most: The most boxes that are returned.
-
-    Returns: boxes (n, 4), scores (n,), labels (n,), best first.
-    """
-    cut = cut_to(boxes.flatten(0, 1)[None], size[None])[0].view_as(boxes)
-    whole = ((cut[..., 2:] - cut[..., :2]).amin(dim=-1) > 0) & (scores > LEAST_SCORE)
-    row, label = torch.where(whole)
-    box, score = cut[row, label], scores[row, label]
-    kept = batched_nms(box, score, label, NMS_IOU)[:at_most]
-    return box[kept], score[kept], label[kept]

@@ -1,8 +1,8 @@
 """The second half of a detector: proposals are sorted into classes, refined, and masked.
 
 `RoIHeads` are Mask R-CNN's. Other heads, a cascade for example, are another class with the same
-constructor and the same face (`draws_per_image`, `terms`, `detect`, `shapes_only`) in a file of
-their own, and one line of the table in `task.py`.
+constructor and the same face (`draws_per_image`, `terms`, `candidates`, `masks`, `shapes_only`) in
+a file of their own, and one line of the table in `task.py`.
 
 Every call runs the same modules in the same order on all ranks, whatever is in their images.
 
@@ -27,7 +27,6 @@ from fd_large.tasks.detection.heads.box_head import (
     Sampled,
     box_losses,
     sample_rois,
-    select,
 )
 from fd_large.tasks.detection.heads.mask_head import (
     MASK_SIDE,
@@ -42,20 +41,17 @@ Terms = Mapping[str, tuple[Tensor, int]]
 """Name -> a summed loss, a scalar with gradient, and the number of things that it sums over."""
 
 
-class Detections(NamedTuple):
-    """What was seen in one image, best first.
+class Candidates(NamedTuple):
+    """What the proposals of one image may be.
 
     Attributes:
-        boxes: (n, 4) float32, left, top, right, bottom in pixels.
-        scores: (n,) float32, 0 to 1.
-        labels: (n,) int64, 0 to K - 1.
-        masks: (n, M, M) float32, probabilities over each box.
+        boxes: (R, K, 4) float32, one for each class, or (R, 1, 4), the same for all; in pixels, not
+            cut to the image.
+        scores: (R, K) float32, 0 to 1.
     """
 
     boxes: Tensor
     scores: Tensor
-    labels: Tensor
-    masks: Tensor
 
 
 class RoIHeads(nn.Module):
@@ -65,16 +61,12 @@ class RoIHeads(nn.Module):
         num_classes: K.
         width: Channels of the pyramid and the heads.
         rois_per_image: Proposals sampled for training.
-        detections_per_image: The most that are returned.
     """
 
-    def __init__(
-        self, num_classes: int, width: int, *, rois_per_image: int, detections_per_image: int
-    ):
+    def __init__(self, num_classes: int, width: int, *, rois_per_image: int):
         super().__init__()
         self.num_classes = num_classes
         self.rois_per_image = rois_per_image
-        self.detections_per_image = detections_per_image
         self.box = BoxHead(num_classes, width)
         self.mask = MaskHead(num_classes, width)
 
@@ -158,33 +150,38 @@ class RoIHeads(nn.Module):
             "mask": (masks, len(wanted)),
         }
 
-    def detect(
-        self,
-        maps: Sequence[Tensor],
-        strides: Sequence[float],
-        proposals: Sequence[Tensor],
-        sizes: Tensor,
-    ) -> list[Detections]:
-        """What is seen in each image of a batch.
+    def candidates(
+        self, maps: Sequence[Tensor], strides: Sequence[float], proposals: Sequence[Tensor]
+    ) -> list[Candidates]:
+        """Returns what the proposals of each image may be, before the best are chosen.
 
         Args:
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             proposals: (n, 4) float32 of each image, possibly none.
-            sizes: (B, 2), height and width of each image without its padding.
         """
         counts = [len(proposal) for proposal in proposals]
         total = sum(counts)
         logits, deltas = self.box(pool(maps, strides, proposals, BOX_SIDE))
         boxes = CODER.decode_single(deltas[:total].flatten(1), torch.cat(list(proposals)))
         scores = logits[:total].softmax(dim=1)[:, : self.num_classes]
-        seen = [
-            select(box, score, size, at_most=self.detections_per_image)
-            for box, score, size in zip(
-                boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), sizes, strict=True
-            )
-        ]
-        masks = self.mask(pool(maps, strides, [box for box, _, _ in seen], MASK_SIDE)).sigmoid()
-        masks = of_class(masks, torch.cat([label for _, _, label in seen]))
-        parts = masks.split([len(box) for box, _, _ in seen])
-        return [Detections(*found, mask) for found, mask in zip(seen, parts, strict=True)]
+        parts = zip(boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), strict=True)
+        return [Candidates(*part) for part in parts]
+
+    def masks(
+        self,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Returns the masks of chosen boxes, (n, M, M) float32 of each image, probabilities.
+
+        Args:
+            maps: Levels of the pyramid, finest first.
+            strides: Pixels per place of each level.
+            boxes: (n, 4) float32 of each image, possibly none.
+            labels: (n,) int64 of each image, their classes.
+        """
+        masks = self.mask(pool(maps, strides, boxes, MASK_SIDE)).sigmoid()
+        return list(of_class(masks, torch.cat(list(labels))).split([len(box) for box in boxes]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fd_large import distributed
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.results import Result, merge, read_results, write_results
 
 # Masks of an image that are spread over its pixels at once: a hundred would fill the memory.

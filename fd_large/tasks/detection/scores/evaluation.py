@@ -19,7 +19,7 @@ from fd_large.atomic_files import write_json
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, read_image
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import Result, write_results

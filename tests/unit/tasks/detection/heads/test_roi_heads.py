@@ -15,7 +15,7 @@ from fd_large.tasks.detection.heads.roi_heads import RoIHeads
 
 def heads_and_maps(seed: int = 0) -> tuple[RoIHeads, list[torch.Tensor], tuple[float, ...]]:
     torch.manual_seed(seed)
-    heads = RoIHeads(5, 8, rois_per_image=16, detections_per_image=10)
+    heads = RoIHeads(5, 8, rois_per_image=16)
     maps = [torch.randn(2, 8, n, n, requires_grad=True) for n in (16, 8, 4, 2, 1)]
     return heads, maps, (4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -101,23 +101,24 @@ def test_a_set_of_boxes_alone_teaches_everything_but_masks():
 
 def test_detection_of_nothing_calls_both_heads():
     heads, maps, strides = heads_and_maps()
-    seen = heads.detect(maps, strides, [NO_BOXES, NO_BOXES], torch.tensor([[64, 64], [64, 64]]))
-    assert [tuple(len(part) for part in image) for image in seen] == [(0, 0, 0, 0)] * 2
-    assert seen[0].masks.shape == (0, 28, 28)
+    seen = heads.candidates(maps, strides, [NO_BOXES, NO_BOXES])
+    assert [(of.boxes.shape, of.scores.shape) for of in seen] == [((0, 5, 4), (0, 5))] * 2
+    none = torch.zeros(0, dtype=torch.int64)
+    masks = heads.masks(maps, strides, [NO_BOXES, NO_BOXES], [none, none])
+    assert [mask.shape for mask in masks] == [(0, 28, 28)] * 2
 
 
-def test_detections_belong_to_their_image():
+def test_candidates_and_masks_belong_to_their_image():
     heads, maps, strides = heads_and_maps()
-    with torch.no_grad():
-        heads.box.classes.bias[3] = 5.0  # One class is sure.
     proposals = [boxes((2, 2, 30, 30)), boxes((10, 5, 60, 40), (0, 30, 20, 60))]
-    sizes = torch.tensor([[64, 64], [64, 32]])
-    seen = heads.detect(maps, strides, proposals, sizes)
-    assert [image.labels.tolist() for image in seen] == [[3], [3, 3]]
-    assert seen[1].boxes[:, 2].max() <= 32
-    assert all((image.scores > 0.9).all() for image in seen)
-    alone = heads.detect([m[1:] for m in maps], strides, proposals[1:], sizes[1:])[0]
-    for both, one in zip(seen[1], alone, strict=True):
+    seen = heads.candidates(maps, strides, proposals)
+    assert [len(of.scores) for of in seen] == [1, 2]
+    second = [m[1:] for m in maps]
+    alone = heads.candidates(second, strides, proposals[1:])[0]
+    labels = [torch.tensor([3]), torch.tensor([3, 1])]
+    masks = heads.masks(maps, strides, proposals, labels)
+    own = heads.masks(second, strides, proposals[1:], labels[1:])
+    for both, one in zip((*seen[1], masks[1]), (*alone, own[0]), strict=True):
         torch.testing.assert_close(both, one, atol=1e-5, rtol=1e-5)
 
 

@@ -8,7 +8,7 @@ from detection_batches import boxes
 from fd_large import distributed
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data import masks
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.collect import gather, paste, to_results
 
 CATEGORIES = (3, 7, 90)

@@ -15,7 +15,7 @@ from fd_large.data.decode import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import open_coco
-from fd_large.tasks.detection.heads.roi_heads import Detections
+from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores import evaluation
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep
 

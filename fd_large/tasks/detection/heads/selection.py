@@ -1,0 +1,101 @@
+"""Which of the many boxes of an image a detector reports: one of each object, the best of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from fd_large.tasks.detection.heads.rpn import cut_to
+from fd_large.tasks.detection.heads.soft_nms import soft_nms
+
+MASK_THRESHOLD = 0.5
+
+
+class Detections(NamedTuple):
+    """What was seen in one image, best first.
+
+    Attributes:
+        boxes: (n, 4) float32, left, top, right, bottom in pixels.
+        scores: (n,) float32, 0 to 1.
+        labels: (n,) int64, 0 to K - 1.
+        masks: (n, M, M) float32, probabilities over each box.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+class Chosen(NamedTuple):
+    """The boxes of an image that are reported, best first, before their masks are made.
+
+    Attributes:
+        boxes: (n, 4) float32.
+        scores: (n,) float32.
+        labels: (n,) int64.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rule by which boxes are chosen.
+
+    Attributes:
+        nms: hard leaves out what overlaps a better box of its class by more than `iou`; linear and
+            gaussian lower its score (`soft_nms`).
+        iou: The overlap from which hard and linear act.
+        least_score: Scores up to it are no detections.
+        at_most: The most boxes of an image.
+    """
+
+    nms: Literal["hard", "linear", "gaussian"] = "hard"
+    iou: float = 0.5
+    least_score: float = 0.05
+    at_most: int = 100
+
+    def of_candidates(self, boxes: Tensor, scores: Tensor, size: Tensor) -> Chosen:
+        """Chooses among the proposals of an image.
+
+        Args:
+            boxes: (R, K, 4) float32, one for each class, or (R, 1, 4).
+            scores: (R, K) float32.
+            size: (2,), height and width of the image without its padding, to which boxes are cut.
+        """
+        cut = cut_to(boxes.flatten(0, 1)[None], size[None])[0].view_as(boxes)
+        whole = (cut[..., 2:] - cut[..., :2]).amin(dim=-1) > 0
+        row, label = torch.where(whole & (scores > self.least_score))
+        column = label if boxes.shape[1] > 1 else torch.zeros_like(label)
+        return self.of_boxes(cut[row, column], scores[row, label], label)
+
+    def of_boxes(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Chosen:
+        """Chooses among boxes (N, 4) with scores (N,) and labels (N,)."""
+        if self.nms == "hard":
+            kept = batched_nms(boxes, scores, labels, self.iou)[: self.at_most]
+            scores = scores[kept]
+        else:
+            kept, scores = soft_nms(
+                boxes, scores, labels, at_most=self.at_most, decay=self.nms, iou=self.iou
+            )
+        return Chosen(boxes[kept], scores, labels[kept])
+
+
+def rescored(scores: Tensor, masks: Tensor) -> Tensor:
+    """Returns scores times the mean probability inside their masks; of empty masks 0.
+
+    Args:
+        scores: (n,) float32.
+        masks: (n, M, M) float32, probabilities.
+
+    Source: "maskness" in baaivision/EVA (EVA-02/det/detectron2/modeling/roi_heads).
+    """
+    inside = (masks > MASK_THRESHOLD).to(masks.dtype)
+    return scores * (masks * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)
