@@ -165,30 +165,40 @@ def read_numbers(
 
 
 def pairs_in_folders(
-    layouts: Sequence[Layout], root: str, split: str, *, what: str, where: str
+    layouts: Sequence[Layout], root: str, split: str, *, what: str, where: str, otherwise: str = ""
 ) -> Pairs:
     """Finds the images of a split, and the file of each.
 
     Args:
-        layouts: Where they may be; the first that is there is taken.
+        layouts: Where they may be; the first that is there is taken. Where both lie in one folder,
+            files are the PNGs.
         root: Folder of the dataset.
         split: "train" or "val".
         what: What the files hold, for messages: "labels".
         where: The field that names the folder, for messages.
+        otherwise: What a dataset may have instead, for messages.
 
     Raises: DataError: if there is no such split, or an image has no file.
     """
-    layout = _layout_of(layouts, root, split, what, where)
+    layout = _layout_of(layouts, root, split, what, where, otherwise)
     image_root, truth_root = layout.folders(root, split)
-    images, truths = (ImageFolder(folder, where=where) for folder in (image_root, truth_root))
+    of_images, of_truths = (ImageFolder(folder, where=where) for folder in (image_root, truth_root))
+    images: Sequence[str] = of_images
+    truths: Sequence[str] = of_truths
+    if image_root == truth_root:
+        images = [path for path in of_images if not path.lower().endswith(".png")]
+        truths = [path for path in of_images if path.lower().endswith(".png")]
     numbers = {}
-    for number in range(len(truths)):
-        stem = _stem(truths[number], truth_root)
+    for number, path in enumerate(truths):
+        stem = _stem(path, truth_root)
         if stem.endswith(layout.truth_tail):
             numbers[stem.removesuffix(layout.truth_tail)] = number
-    stems = [
-        _stem(images[i], image_root).removesuffix(layout.image_tail) for i in range(len(images))
-    ]
+    stems = [_stem(path, image_root).removesuffix(layout.image_tail) for path in images]
+    if not stems:
+        raise DataError(
+            f"{where}: no images beside {what}; got PNGs alone in {image_root}, expected JPEGs, of "
+            f"which PNGs of the same stem hold the {what}. Set --{where} to another folder."
+        )
     missing = [stem for stem in stems if stem not in numbers]
     if missing:
         raise DataError(
@@ -196,7 +206,7 @@ def pairs_in_folders(
             f"({missing[0]}), expected a file {missing[0]}{layout.truth_tail}.png. Unpack the "
             f"{what} there, or take the images away."
         )
-    both = images.fingerprint + truths.fingerprint
+    both = of_images.fingerprint + of_truths.fingerprint
     return Pairs(
         images,
         truths,
@@ -205,17 +215,20 @@ def pairs_in_folders(
     )
 
 
-def _layout_of(layouts: Sequence[Layout], root: str, split: str, what: str, where: str) -> Layout:
+def _layout_of(
+    layouts: Sequence[Layout], root: str, split: str, what: str, where: str, otherwise: str
+) -> Layout:
     for layout in layouts:
         if all(os.path.isdir(folder) for folder in layout.folders(root, split)):
             return layout
-    tried = ", ".join(
-        " with ".join(os.path.relpath(folder, root) for folder in layout.folders(root, split))
+    pairs = (
+        dict.fromkeys(os.path.relpath(folder, root) for folder in layout.folders(root, split))
         for layout in layouts
     )
+    tried = ", ".join(" with ".join(folders) for folders in pairs)
     raise DataError(
         f"{where}: no images with {what} of the split {split!r}; got {root!r}, expected a folder "
-        f"with one of these pairs: {tried}. Set --{where} to the folder that holds both."
+        f"with one of these: {tried}{otherwise}. Set --{where} to the folder that holds both."
     )
 
 

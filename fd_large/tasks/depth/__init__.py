@@ -1,0 +1,1 @@
+"""The depth of every pixel with a distilled student: a decoder, a scale-invariant loss, tests."""

@@ -1,0 +1,1 @@
+"""Images with a depth for each pixel: datasets, training views."""

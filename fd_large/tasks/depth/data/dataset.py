@@ -1,0 +1,120 @@
+"""Images with depth files of 16 bits: NYUv2 and KITTI by lists, and plain folders."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.data.decode import MAX_PIXELS
+from fd_large.errors import DataError
+from fd_large.tasks.dense.pairs import Layout, PairedImages, Pairs, pairs_in_folders, read_numbers
+from fd_large.tasks.depth.data.lists import DEFAULT_NAMES, default_list, pairs_of_list
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = (
+    Layout("images/{split}", "depths/{split}"),
+    Layout("{split}/images", "{split}/depths"),
+    # JPEGs and the PNGs of their depths side by side.
+    Layout("{split}", "{split}"),
+)
+MODES = ("I", "I;16", "I;16B")
+FILE = "a depth file, one number of 16 bits a pixel"
+
+
+class DepthSet(PairedImages):
+    """The images of a split; `s.truth(i)` are the depths of an image's pixels.
+
+    Args:
+        pairs: The images and their depth files.
+        scale: The number of a file's units in a metre.
+        bottom_crop: Height and width of the part of an image, at the bottom and in the middle, that
+            is used; (0, 0): all of it.
+        max_pixels: Larger images are refused.
+    """
+
+    def __init__(
+        self, pairs: Pairs, *, scale: float, bottom_crop: tuple[int, int], max_pixels: int
+    ) -> None:
+        super().__init__(pairs, max_pixels=max_pixels)
+        self._scale, self._bottom_crop = scale, bottom_crop
+
+    def truth(self, index: int) -> NDArray[np.float32]:
+        """Reads the depths of the pixels of image `index`, (H, W) in metres, 0: unknown.
+
+        Raises: DataError: if the file cannot be read, or is no file of depths.
+        """
+        numbers = read_numbers(self.truth_file(index), MODES, FILE, max_pixels=self.max_pixels)
+        return numbers.astype(np.float32) / np.float32(self._scale)
+
+    def sample(self, index: int) -> tuple[Tensor, NDArray[np.float32]]:
+        """Reads the part that is used of image `index`, (3, H, W) uint8, and its depths, (H, W).
+
+        Raises: DataError: if one cannot be read, their sizes differ, or the image is smaller than
+            that part.
+        """
+        image, depths = super().sample(index)
+        rows, columns = self._bottom_crop
+        if not rows:
+            return image, depths
+        height, width = depths.shape
+        if height < rows or width < columns:
+            raise DataError(
+                f"{self[index]}: too small for task.depth.bottom_crop; got {width} x {height} "
+                f"pixels, expected at least {columns} x {rows}. Set --task.depth.bottom_crop 0 0, "
+                "or leave the image out."
+            )
+        left = (width - columns) // 2
+        part = np.s_[..., height - rows :, left : left + columns]
+        return image[part], depths[part]
+
+
+def open_depth(
+    root: str,
+    split: str,
+    *,
+    list_file: str = "",
+    depth_scale: float = 1000.0,
+    bottom_crop: tuple[int, int] = (0, 0),
+    max_pixels: int = MAX_PIXELS,
+    where: str = "data.root",
+) -> DepthSet:
+    """Opens a split of a dataset in a folder, and reads some of its depth files.
+
+    Args:
+        root: The folder: NYUv2's or KITTI's, whose images lists name, or one with images/SPLIT and
+            depths/SPLIT, SPLIT/images and SPLIT/depths, or JPEGs and PNGs of the same stems in
+            SPLIT.
+        split: "train" or "val".
+        list_file: A list of images and depth files (`lists.py`); empty: train_list.txt or
+            test_list.txt in `root`, if it is there.
+        depth_scale: The number of the depth files' units in a metre.
+        bottom_crop: See `DepthSet`.
+        max_pixels: Larger images are refused.
+        where: The field that names the folder, for messages.
+
+    Raises: DataError: if there is no such split, an image has no depth file, or one of those that
+        are read cannot be used.
+    """
+    field = f"task.depth.{split}_list"
+    path = list_file or default_list(root, split)
+    if path:
+        pairs = pairs_of_list(path, root, where=field)
+    else:
+        names = " or ".join(DEFAULT_NAMES[split])
+        pairs = pairs_in_folders(
+            LAYOUTS,
+            root,
+            split,
+            what="depths",
+            where=where,
+            otherwise=f'; or a list of lines "IMAGE DEPTH", as for NYUv2 and KITTI: {names} in '
+            f"that folder, or another one by --{field}",
+        )
+    opened = DepthSet(pairs, scale=depth_scale, bottom_crop=bottom_crop, max_pixels=max_pixels)
+    opened.check_some()
+    log.info("%s: %d images with depths in %s", where, len(opened), root)
+    return opened

@@ -1,0 +1,154 @@
+"""Lists of images and depth files, as the published NYUv2 and KITTI runs have them.
+
+A line holds the path of an image and that of its depth file, and perhaps more: "/kitchen_0028b/
+rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579". Images whose depth file is "None", as
+in KITTI's test list, are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, overload
+
+import numpy as np
+
+from fd_large.data.listing import Add, Listing, filled, listed, settled
+from fd_large.errors import DataError
+from fd_large.tasks.dense.pairs import Pairs
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NAMES = {"train": ("train_list.txt",), "val": ("test_list.txt", "val_list.txt")}
+"""Lists that are found in the folder of the dataset itself."""
+FOLDERS = ("", "sync", "official_splits/test", "raw_data", "data_depth_annotated")
+"""Where below it the paths of a list may start: NYUv2 of BTS and GLPDepth, KITTI of both."""
+NO_DEPTH = "None"
+# Missing files that a message names.
+NAMED = 3
+
+
+class _Paths(Sequence[str]):
+    """The images of a listing, or their depth files."""
+
+    def __init__(self, listing: Listing, root: str, part: int) -> None:
+        self._listing, self._root, self._part = listing, root, part
+
+    def __len__(self) -> int:
+        return len(self._listing)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name = self._listing.name(index).split(b"\n")[self._part]
+        return os.path.join(self._root, os.fsdecode(name))
+
+
+def default_list(root: str, split: str) -> str:
+    """Returns the path of a split's list in the folder of the dataset; empty: there is none."""
+    for name in DEFAULT_NAMES[split]:
+        if os.path.isfile(path := os.path.join(root, name)):
+            return path
+    return ""
+
+
+def pairs_of_list(path: str, root: str, *, where: str) -> Pairs:
+    """Returns the images of a list and their depth files, all of which must be there.
+
+    Args:
+        path: The list.
+        root: Folder of the dataset.
+        where: The field that names the list, for messages.
+
+    Raises: DataError: if the list cannot be used, or files of it are missing.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(
+            f"{where}: cannot be read; got {error.strerror} for {path!r}, expected a text file of "
+            f'lines "IMAGE DEPTH", paths below {root}. Set --{where} to it.'
+        ) from error
+    stamp = [status.st_mtime_ns, status.st_size]
+
+    def fill(add: Add) -> dict[str, Any]:
+        for image, depth in _found(_lines(path, where), path, root):
+            add(os.fsencode(image) + b"\n" + os.fsencode(depth))
+        return {"stamp": stamp}
+
+    listing = listed(
+        f"depths in {root}",
+        path,
+        make=partial(filled, (), fill),
+        is_current=lambda facts: facts["stamp"] == stamp and settled(stamp[0], facts["listed_at"]),
+    )
+    images, depths = (_Paths(listing, root, part) for part in (0, 1))
+    return Pairs(images, depths, np.arange(len(listing)), listing.fingerprint)
+
+
+def _lines(path: str, where: str) -> list[tuple[str, str]]:
+    """The paths of a list, without those of images that have no depth file."""
+    pairs, without = [], 0
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            words = line.split()
+            if not words:
+                continue
+            if len(words) < 2:
+                raise DataError(
+                    f"{where}: invalid line; got {line.strip()!r} as line {number} of {path}, "
+                    'expected "IMAGE DEPTH". Correct the list.'
+                )
+            if words[1] == NO_DEPTH:
+                without += 1
+            else:
+                pairs.append((words[0].lstrip("/"), words[1].lstrip("/")))
+    if not pairs:
+        raise DataError(
+            f"{where}: an empty list; got no image with a depth file in {path}, expected lines "
+            '"IMAGE DEPTH". Name another list.'
+        )
+    if without:
+        log.info("%s: %d images of %s have no depth and are left out", where, without, path)
+    return pairs
+
+
+def _found(pairs: list[tuple[str, str]], path: str, root: str) -> Iterator[tuple[str, str]]:
+    """The paths of images and depth files below the root; folders are looked into once each."""
+    starts = [_start(root, names) for names in zip(*pairs, strict=True)]
+    inside: dict[str, frozenset[str]] = {}
+    missing = []
+    whole = [
+        tuple(os.path.join(start, name) for start, name in zip(starts, pair, strict=True))
+        for pair in pairs
+    ]
+    for name in (name for pair in whole for name in pair):
+        folder, file = os.path.split(name)
+        if folder not in inside:
+            try:
+                inside[folder] = frozenset(os.listdir(os.path.join(root, folder)))
+            except OSError:
+                inside[folder] = frozenset()
+        if file not in inside[folder]:
+            missing.append(name)
+    if missing:
+        raise DataError(
+            f"data.root: files of {path} are missing in {root}; got none of {len(missing)} of "
+            f"{2 * len(pairs)} ({', '.join(missing[:NAMED])}), expected all of them. Unpack them "
+            "there, or take their lines out of the list."
+        )
+    yield from whole
+
+
+def _start(root: str, names: Sequence[str]) -> str:
+    """The folder below the root in which paths of a list start."""
+    for folder in FOLDERS:
+        if os.path.isdir(os.path.join(root, folder, os.path.dirname(names[0]))):
+            return folder
+    return ""

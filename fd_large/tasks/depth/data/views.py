@@ -1,0 +1,221 @@
+"""What is seen of an image: a random square in training, squares or all of it in tests.
+
+Sources: the training views of GLPDepth (arXiv 2201.07436) and MIM-Depth (arXiv 2205.13543), which
+take colours from albumentations; the test of MIM-Depth. Oracles hold the test to it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large.data.random_numbers import uniforms
+from fd_large.tasks.dense.color import linear, to_hsv, to_rgb
+from fd_large.tasks.dense.geometry import View, resized_view
+from fd_large.tasks.dense.windows import Window, num_forwards
+
+FLIP_PROBABILITY = 0.5
+# CutDepth: a strip is at most this share of the columns to its right.
+WIDEST_STRIP = 0.75
+# Each of the three changes of colour is made with this probability.
+COLOR_PROBABILITY = 0.5
+BRIGHTNESS, CONTRAST, GAMMAS = 0.2, 0.2, (0.8, 1.2)
+# Of 180 steps of hue, and of 255 of saturation and value.
+HUE, SATURATION, VALUE = 20.0, 30.0, 20.0
+# No side of an image limits the longer one.
+UNLIMITED = 1 << 30
+
+StripBytes = Literal["scaled", "wrapped"]
+
+
+class Drawn(NamedTuple):
+    """What a training view depends on: numbers in [0, 1).
+
+    Attributes:
+        place: Flip, top and left.
+        strip: Start and width of the strip that shows the depth; None: there is none.
+        colors: Of `changed_colors`.
+    """
+
+    place: tuple[float, float, float]
+    strip: tuple[float, float] | None
+    colors: tuple[float, ...]
+
+
+class TrainingViews(NamedTuple):
+    """How training images are resized, cropped, mirrored and changed.
+
+    Attributes:
+        image_size: Side of the square crop, in pixels; the shorter side of images is resized to it.
+        colors: Whether colours are changed.
+        cut_depth: Share of the images in which a strip of columns shows the depth (CutDepth).
+        cut_depth_bytes: What the strip shows. scaled: the depth, 255 at `max_depth`. wrapped: the
+            numbers of the depth file modulo 256, in every so many positions of an epoch, as
+            published.
+        max_depth: In metres.
+        depth_scale: The number of the depth files' units in a metre.
+    """
+
+    image_size: int
+    colors: bool = True
+    cut_depth: float = 0.25
+    cut_depth_bytes: StripBytes = "scaled"
+    max_depth: float = 10.0
+    depth_scale: float = 1000.0
+
+    @property
+    def unknown(self) -> np.float32:
+        """The depth of pixels of which nothing is known."""
+        return np.float32(0)
+
+    def draws(self, seed: int, epoch: int, positions: NDArray[np.int64]) -> list[Drawn]:
+        """Draws what the view at each position depends on."""
+        places = uniforms(seed, epoch, positions, "jitter", 6)
+        if self.cut_depth_bytes == "wrapped" and self.cut_depth:
+            cut = positions % round(1 / self.cut_depth) == 0
+        else:
+            cut = places[:, 3] < self.cut_depth
+        colors = uniforms(seed, epoch, positions, "color", 9)
+        return [
+            Drawn(tuple(place[:3]), tuple(place[4:]) if strip else None, tuple(color))
+            for place, strip, color in zip(
+                places.tolist(), cut.tolist(), colors.tolist(), strict=True
+            )
+        ]
+
+    def view(
+        self, image: Tensor, depths: NDArray[np.float32], drawn: Drawn
+    ) -> tuple[Tensor, NDArray[np.float32]]:
+        """Returns a random square of an image, (3, S, S) uint8, and its depths, (S, S).
+
+        Args:
+            image: (3, H, W) uint8.
+            depths: (H, W), in metres, 0: unknown.
+            drawn: An item of `draws`.
+        """
+        if drawn.strip is not None:
+            image = self._with_strip(image, depths, drawn.strip)
+        flip, *corner = drawn.place
+        side, size = self.image_size, (image.shape[-2], image.shape[-1])
+        whole = resized_view(*size, short_side=side, long_side=UNLIMITED)
+        top, left = (
+            int(draw * (length - side + 1))
+            for draw, length in zip(corner, whole.resized, strict=True)
+        )
+        view = View(size, whole.resized, (top, left, side, side), flip < FLIP_PROBABILITY)
+        pixels = view.image(image)
+        if self.colors:
+            changed = changed_colors(pixels.permute(1, 2, 0).numpy(), drawn.colors)
+            pixels = torch.from_numpy(changed).permute(2, 0, 1).contiguous()
+        return pixels, view.numbers(depths)
+
+    def _with_strip(
+        self, image: Tensor, depths: NDArray[np.float32], draws: tuple[float, float]
+    ) -> Tensor:
+        """Shows the depth in place of the image, in a strip from top to bottom."""
+        start, width = draws
+        columns = image.shape[-1]
+        first = int(start * columns)
+        last = first + int(max((columns - start * columns) * width * WIDEST_STRIP, 1))
+        strip = depths[:, first:last]
+        if self.cut_depth_bytes == "wrapped":
+            shown = np.rint(strip * np.float32(self.depth_scale)).astype(np.int64) % 256
+        else:
+            shown = np.minimum(strip / self.max_depth, 1) * 255
+        image = image.clone()
+        image[:, :, first:last] = torch.from_numpy(shown.astype(np.uint8))
+        return image
+
+
+def changed_colors(image: NDArray[np.uint8], draws: tuple[float, ...]) -> NDArray[np.uint8]:
+    """Changes brightness and contrast, gamma, and hue, saturation and value.
+
+    Each of the three is done with probability 1/2. Values are cut to 0..255 and rounded down.
+
+    Args:
+        image: (H, W, 3) uint8, red, green and blue.
+        draws: Nine numbers in [0, 1): for each of the three whether, and how much.
+
+    Source: RandomBrightnessContrast, RandomGamma and HueSaturationValue of albumentations 1.1.
+    """
+    is_linear, brightness, contrast, has_gamma, gamma, is_shifted, *shifts = draws
+    if is_linear < COLOR_PROBABILITY:
+        factor, shift = 1 + CONTRAST * (2 * contrast - 1), BRIGHTNESS * (2 * brightness - 1)
+        image = linear(image, factor, 255 * shift)
+    if has_gamma < COLOR_PROBABILITY:
+        low, high = GAMMAS
+        powers = (np.arange(256) / 255) ** (low + (high - low) * gamma)
+        image = (255 * powers).astype(np.uint8)[image]
+    if is_shifted < COLOR_PROBABILITY:
+        hue, saturation, value = (
+            most * (2 * draw - 1)
+            for most, draw in zip((HUE, SATURATION, VALUE), shifts, strict=True)
+        )
+        hsv = to_hsv(image)
+        hsv[..., 0] = ((hsv[..., 0] + hue) % 180).astype(np.uint8)
+        hsv[..., 1] = linear(hsv[..., 1], 1.0, saturation)
+        hsv[..., 2] = linear(hsv[..., 2], 1.0, value)
+        image = to_rgb(hsv)
+    return image
+
+
+class TestViews(NamedTuple):
+    """How an image is tested: at which size, whole or by squares, mirrored too or not.
+
+    Attributes:
+        image_size: Length of the shorter side, in pixels, to which images are resized.
+        windows: The number of squares along the longer side; 0: images are seen whole.
+        flip: Whether each is also seen mirrored.
+    """
+
+    # No test of pytest's.
+    __test__ = False
+
+    image_size: int
+    windows: int = 0
+    flip: bool = False
+
+    def views(self, height: int, width: int) -> list[View]:
+        """Returns the view of an image of this size, in a list."""
+        return [resized_view(height, width, short_side=self.image_size, long_side=UNLIMITED)]
+
+    def squares(self, height: int, width: int) -> list[Window]:
+        """Returns the squares of a view of this size, at equal distances, as published.
+
+        The distance is a whole number of pixels: the last pixels, or some between the squares, may
+        be in none.
+        """
+        side, longer = min(height, width), max(height, width)
+        step = (longer - side) // max(self.windows - 1, 1)
+        starts = dict.fromkeys(i * step for i in range(self.windows))
+        return [_square(start, side, height <= width) for start in starts]
+
+    def rest(self, height: int, width: int) -> list[Window]:
+        """Returns squares that hold the pixels that are in none of `squares`."""
+        side, longer = min(height, width), max(height, width)
+        seen, rest = np.zeros(longer, bool), []
+        for square in self.squares(height, width):
+            start = max(square[:2])
+            seen[start : start + side] = True
+        while not seen.all():
+            start = min(int(np.argmin(seen)), longer - side)
+            rest.append(_square(start, side, height <= width))
+            seen[start : start + side] = True
+        return rest
+
+    def num_forwards(self, height: int, width: int, at_once: int) -> int:
+        """Returns how many forwards an image takes, with so many squares in each."""
+        forwards = 1
+        if self.windows:
+            (view,) = self.views(height, width)
+            parts = self.squares(*view.size), self.rest(*view.size)
+            forwards = sum(num_forwards(part, at_once) for part in parts)
+        return 2 * forwards if self.flip else forwards
+
+
+def _square(start: int, side: int, across: bool) -> Window:
+    return (0, start, side, start + side) if across else (start, 0, start + side, side)

@@ -1,0 +1,1 @@
+"""The test of a depth: views, scores, pictures and tables."""

@@ -1,0 +1,210 @@
+"""The test of a depth: every image once over the ranks, nine scores each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fd_large import distributed
+from fd_large.atomic_files import write_json
+from fd_large.tasks.dense.evaluation import Some, predict_all
+from fd_large.tasks.dense.windows import mean_of_windows
+from fd_large.tasks.depth.data.dataset import DepthSet
+from fd_large.tasks.depth.data.views import TestViews
+from fd_large.tasks.depth.scores.metrics import NAMES, Crop, Scored, Scores, image_scores, mended
+from fd_large.tasks.depth.scores.pictures import Row, draw_rows
+
+SCORES = "scores.json"
+
+
+class Outcome(NamedTuple):
+    """What all ranks have after a test.
+
+    Attributes:
+        scores: Of the dataset.
+        scored: What of each image is scored.
+        unread: How many images could not be read; they are left out.
+    """
+
+    scores: Scores
+    scored: Scored
+    unread: int
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """The root mean square error of each image, (N,) in metres; NaN: it is not scored."""
+        return self.scores.of_images[:, NAMES.index("rmse")]
+
+    @property
+    def without_depth(self) -> int:
+        """How many images were read and have no depth that is scored; they are left out."""
+        return int((~self.scores.scored).sum()) - self.unread
+
+
+class Model(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        depths: Maps pixels (B, 3, h, w) uint8, on the device, to depths (B, h, w) in metres; in
+            evaluation, by all ranks alike where it is sharded.
+        views: How an image is seen.
+        at_once: Number of windows in a forward.
+    """
+
+    depths: Callable[[Tensor], Tensor]
+    views: TestViews
+    at_once: int = 1
+
+    def num_forwards(self, height: int, width: int) -> int:
+        """Returns how many forwards `predict` makes of an image."""
+        return self.views.num_forwards(height, width, self.at_once)
+
+    @torch.no_grad()
+    def predict(self, seen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Predicts the depths of an image: (H, W) float32 in metres, on the device.
+
+        Args:
+            seen: The view of the image, (3, h, w) uint8, in a list.
+            size: Height and width of the result.
+        """
+        (image,) = seen
+        depths = self.of_view(image[None].to(distributed.device(), non_blocking=True))
+        if depths.shape[-2:] != size:
+            depths = F.interpolate(depths[None], size, mode="bilinear", align_corners=False)[0]
+        return depths[0]
+
+    def of_view(self, pixels: Tensor) -> Tensor:
+        """Predicts the depths of a view (1, 3, h, w): (1, h, w)."""
+        if not self.views.windows:
+            return self._flipped_too(pixels)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        depths = self.of_squares(pixels)
+        if rest := self.views.rest(*size):
+            uncovered = mean_of_windows(pixels, self._flipped_too, rest, at_once=self.at_once)
+            inside = torch.zeros(size, dtype=torch.bool, device=pixels.device)
+            for top, left, bottom, right in self.views.squares(*size):
+                inside[top:bottom, left:right] = True
+            depths = depths.where(inside, uncovered)
+        return depths
+
+    def of_squares(self, pixels: Tensor) -> Tensor:
+        """Predicts (1, h, w) by the published squares alone: NaN where none of them is."""
+        places = self.views.squares(pixels.shape[-2], pixels.shape[-1])
+        return mean_of_windows(pixels, self._flipped_too, places, at_once=self.at_once)
+
+    def idle(self) -> None:
+        """Makes one forward of nothing, for ranks that others wait for."""
+        side = self.views.image_size
+        with torch.no_grad():
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+            self.depths(black.to(distributed.device()))
+
+    def _flipped_too(self, pixels: Tensor) -> Tensor:
+        depths = self.depths(pixels)
+        return (depths + self.depths(pixels.flip(-1)).flip(-1)) / 2 if self.views.flip else depths
+
+
+def evaluate(
+    model: Model,
+    images: DepthSet,
+    *,
+    limits: tuple[float, float],
+    crop: Crop,
+    workers: int,
+    between: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Tests on all images; a collective.
+
+    Args:
+        model: What is tested.
+        images: The test images and their depths.
+        limits: Only true depths strictly between these are scored, in metres.
+        crop: And only those in this part of the image.
+        workers: Processes that load.
+        between: Called before each image, on every rank alike. It may raise to end the test.
+    """
+    device, scored = distributed.device(), Scored(limits, crop)
+    # One rank has each image: the sums over ranks change no bit.
+    table = torch.zeros(len(images), len(NAMES), dtype=torch.float64)
+    pixels = torch.zeros(len(images), dtype=torch.int64)
+    unread = torch.zeros((), dtype=torch.int64)
+    for item, predicted in predict_all(model, images, workers=workers, between=between):
+        unread += bool(item.bad)
+        if predicted is None:
+            continue
+        truth = item.truth.numpy()
+        inside = scored.pixels(truth)
+        pixels[item.index] = int(inside.sum())
+        if pixels[item.index]:
+            depths = mended(predicted.float().cpu().numpy(), scored.limits)
+            table[item.index] = torch.from_numpy(image_scores(depths[inside], truth[inside]))
+    of_images, counts, of_unread = (
+        distributed.sum_tensor(part.to(device)).cpu().numpy() for part in (table, pixels, unread)
+    )
+    of_images[counts == 0] = np.nan
+    return Outcome(Scores(of_images, counts), scored, int(of_unread))
+
+
+def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) -> list[Path]:
+    """Writes scores.json and draws images; on rank 0 alone.
+
+    Args:
+        outcome: What the test found.
+        some: The images that are drawn, by `predict_some`; None: nothing is drawn.
+        images: The test images and their depths.
+        folder: A folder, made if it is missing.
+
+    Returns: the plots that were drawn.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCORES, _plain(outcome, images))
+    drawn = []
+    for name, seen in (some or {}).items():
+        rows = [
+            Row(
+                images.sample(index)[0].permute(1, 2, 0).numpy(),
+                depths,
+                mended(predicted, outcome.scored.limits),
+                outcome.scored.pixels(depths),
+                _title(images[index], outcome.scores.of_images[index]),
+            )
+            for index, (depths, predicted) in seen.items()
+        ]
+        if rows:
+            draw_rows(rows, folder / f"{name}.png")
+            drawn.append(folder / f"{name}.png")
+    return drawn
+
+
+def _title(path: str, scores: NDArray[np.float64]) -> str:
+    of = dict(zip(NAMES, scores, strict=True))
+    return f"{Path(path).name}: rmse {of['rmse']:.3f} m, d1 {of['d1']:.3f}"
+
+
+def _plain(outcome: Outcome, images: DepthSet) -> dict[str, Any]:
+    def number(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    scores = outcome.scores
+    return {
+        "crop": outcome.scored.crop,
+        "limits": list(outcome.scored.limits),
+        "images": int(scores.scored.sum()),
+        "unread_images": outcome.unread,
+        "images_without_depth": outcome.without_depth,
+        **{name: number(value) for name, value in scores.numbers().items()},
+        "of_images": {
+            images[index]: {
+                name: number(value)
+                for name, value in zip(NAMES, scores.of_images[index], strict=True)
+            }
+            for index in np.flatnonzero(scores.scored).tolist()
+        },
+    }

@@ -1,0 +1,134 @@
+"""The nine scores of depth, image by image; scores of a dataset are means over its images.
+
+They are computed in float64 on the host, each image by one rank, and averaged in the images' order,
+so that they do not depend on the number of ranks.
+
+Source: MIM-Depth-Estimation (metrics.py, as in GLPDepth and BTS); its oracle holds this to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+NAMES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+RATIO = 1.25
+SILOG_LAMBDA = 0.5
+
+Crop = Literal["none", "nyu", "kitti_garg", "kitti_eigen"]
+# NYUv2's images have black borders; in pixels, for 480 x 640.
+NYU_ROWS, NYU_COLUMNS = (45, 471), (41, 601)
+# Shares of height and width.
+KITTI = {
+    "kitti_garg": ((0.40810811, 0.99189189), (0.03594771, 0.96405229)),
+    "kitti_eigen": ((0.3324324, 0.91351351), (0.0359477, 0.96405229)),
+}
+
+
+class Scored(NamedTuple):
+    """What of an image is scored.
+
+    Attributes:
+        limits: Only true depths strictly between these are, in metres.
+        crop: And only those in this part of the image.
+    """
+
+    limits: tuple[float, float]
+    crop: Crop = "none"
+
+    def pixels(self, truth: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Returns which pixels of an image of these depths are scored: (H, W).
+
+        Args:
+            truth: (H, W) in metres, 0: unknown.
+        """
+        return scored_pixels(truth, self.limits, crop_of(self.crop, *truth.shape))
+
+
+def scored_pixels(
+    truth: NDArray[np.floating[Any]], limits: tuple[float, float], part: tuple[slice, slice]
+) -> NDArray[np.bool_]:
+    """Returns which pixels of some rows and columns have a depth strictly between limits."""
+    # In the precision of the depths, in which a file's 1 mm is not above the limit of 0.001 m.
+    low, high = (truth.dtype.type(limit) for limit in limits)
+    inside = np.zeros(truth.shape, bool)
+    inside[part] = True
+    return inside & (truth > low) & (truth < high)
+
+
+def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
+    """Returns the rows and columns of an image that a crop scores."""
+    if name == "none":
+        return slice(None), slice(None)
+    if name == "nyu":
+        return slice(*NYU_ROWS), slice(*NYU_COLUMNS)
+    (top, bottom), (left, right) = KITTI[name]
+    return (
+        slice(int(top * height), int(bottom * height)),
+        slice(int(left * width), int(right * width)),
+    )
+
+
+def mended(
+    predicted: NDArray[np.floating[Any]], limits: tuple[float, float]
+) -> NDArray[np.float64]:
+    """Returns predicted depths with the largest limit for infinite ones and the smallest for NaN.
+
+    Nothing else is clamped, as published.
+    """
+    low, high = limits
+    return np.nan_to_num(predicted.astype(np.float64), nan=low, posinf=high, neginf=high)
+
+
+def image_scores(
+    predicted: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
+    """Returns the nine scores of an image, in the order of `NAMES`.
+
+    Args:
+        predicted: (n,), the depths of the pixels that are scored, in metres; at least one.
+        truth: (n,), the true ones.
+    """
+    p, t = predicted.astype(np.float64), truth.astype(np.float64)
+    difference = p - t
+    # A head whose depths reach 0 has no logarithm there, and its scores show it.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.maximum(p / t, t / p)
+        logarithms = np.log(p) - np.log(t)
+        mean, mean_square = logarithms.mean(), np.square(logarithms).mean()
+        return np.array(
+            [
+                *((ratio < RATIO**power).mean() for power in (1, 2, 3)),
+                (np.abs(difference) / t).mean(),
+                (np.square(difference) / t).mean(),
+                np.sqrt(np.square(difference).mean()),
+                np.sqrt(mean_square),
+                np.abs(logarithms).mean() / np.log(10),
+                np.sqrt(mean_square - SILOG_LAMBDA * mean**2),
+            ]
+        )
+
+
+class Scores(NamedTuple):
+    """The scores of a dataset.
+
+    Attributes:
+        of_images: (N, 9) float64, in the order of `NAMES`; NaN for images that are not scored.
+        pixels: (N,) int64, the number of scored pixels of each image.
+    """
+
+    of_images: NDArray[np.float64]
+    pixels: NDArray[np.int64]
+
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """Which images have a pixel that is scored, (N,)."""
+        return self.pixels > 0
+
+    def numbers(self) -> dict[str, float]:
+        """Returns the mean of each score over the scored images, by its name; NaN if none is."""
+        rows = self.of_images[self.scored]
+        means = rows.mean(0) if len(rows) else np.full(len(NAMES), np.nan)
+        return dict(zip(NAMES, means.tolist(), strict=True))
