@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 from tyro.conf import Positional, arg
 
 from fd_large.atomic_files import out_folder, write_json
+from fd_large.cli import recorded_runs
 from fd_large.cli.arguments import AllowsCode
 from fd_large.cli.output import tables
 from fd_large.cli.sweep import (
@@ -241,9 +240,7 @@ def train_models(
     Returns: The exit code of the first training that fails; 0 if none does.
     """
     from fd_large import distributed
-    from fd_large.cli.train import train_run
     from fd_large.engine.find_model import slug
-    from fd_large.engine.zero import start
     from fd_large.tasks.jobs import job_class
 
     if "runtime.run_dir" in changes and (own.sweep or not len(models) == own.seeds == 1):
@@ -255,17 +252,13 @@ def train_models(
         check_fields(changes)
     config = own.deepspeed_config or "zero1"
     job = job_class(kind.name)
-    recipes = [
-        _recipe_of(
-            model,
-            registry.get(
-                own.recipe or job.recipe_for(model.architecture, run_recipe=_run_recipe(model))
-            ),
-            kind,
-            changes,
-        )
+    bases = [
+        registry.get(own.recipe or job.recipe_for(model.architecture, run_recipe=run_recipe(model)))
         for model in models
     ]
+    for base in bases:
+        refuse_other_task("--recipe", base, kind.name)
+    recipes = [started_from(m, base, changes) for m, base in zip(models, bases, strict=True)]
     seeds = _seeds(recipes[0].runtime.seed, own.seeds)
     rows = [
         _Row(model, [], [], [], recipe=recipe.name)
@@ -273,15 +266,8 @@ def train_models(
     ]
 
     def train(run: Run) -> Trained:
-        code = train_run(run, deepspeed_config=config)
-        start.forget_engines()
-        gc.collect()
-        if code:
-            return Trained(code)
-        # Rank 0 wrote it; the others may be here before it is written.
-        file = Path(run.run_dir()) / "summary.json"
-        text = file.read_text() if distributed.is_main() else "{}"
-        return Trained(0, *job.compared(distributed.broadcast_object(json.loads(text))))
+        code, summary = recorded_runs.train(run, config)
+        return Trained(code) if code else Trained(0, *job.compared(summary))
 
     if own.sweep:
         code = _sweep(rows, recipes, own, train)
@@ -354,25 +340,25 @@ def _sweep(
     return 0
 
 
-# ------------------------------------------------------------------------------------------------
-
-
-def _run_recipe(model: NamedModel) -> str | None:
-    """As `Job.recipe_for` takes it."""
+def run_recipe(model: NamedModel) -> str | None:
+    """Returns the name of the recipe of a named model's run, as `Job.recipe_for` takes it."""
     if model.trained_by:
         return model.trained_by.run.name
     return "" if model.section.source == RANDOM else None
 
 
-def _recipe_of(model: NamedModel, base: Run, kind: TaskKind, changes: Mapping[str, Any]) -> Run:
-    """A recipe with the given fields and a named model in the student's place."""
+def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Run:
+    """Returns a recipe with other values of some fields and a named model in the student's place.
+
+    Args:
+        model: What the training starts from.
+        base: The recipe.
+        changes: Its fields with other values.
+
+    Raises: ConfigError: for a field that does not exist, or that the model decides.
+    """
     from fd_large.tasks.jobs import job_of
 
-    if base.task.name != kind.name:
-        raise ConfigError(
-            f"--recipe: not one of the task {kind.name}; got {base.name}, expected a recipe of "
-            "that task. See python -m fd_large recipes."
-        )
     names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
     return job_of(override(base, changes)).starting_from(
         model.section,
@@ -380,6 +366,21 @@ def _recipe_of(model: NamedModel, base: Run, kind: TaskKind, changes: Mapping[st
         trained_as=model.trained_by.run.student if model.trained_by else None,
         fields=names,
     )
+
+
+def refuse_other_task(flag: str, recipe: Run, task: str) -> None:
+    """Refuses a recipe of another task.
+
+    Raises: ConfigError: naming the flag that chose it.
+    """
+    if recipe.task.name != task:
+        raise ConfigError(
+            f"{flag}: not one of the task {task}; got {recipe.name}, expected a recipe of that "
+            "task. See python -m fd_large recipes."
+        )
+
+
+# ------------------------------------------------------------------------------------------------
 
 
 def _seeds(first: int, count: int) -> list[int]:

@@ -13,17 +13,16 @@ that diverges is a result, too.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_large.atomic_files import out_folder, write_json
+from fd_large.cli.recorded_runs import read_record, write_record
 from fd_large.errors import ConfigError, DataError, Exit
 from fd_large.recipes.fields import require
-from fd_large.recipes.run import Run, difference
+from fd_large.recipes.run import Run
 
 if TYPE_CHECKING:
     from fd_large.data.folder import ImageFolder
@@ -31,16 +30,6 @@ if TYPE_CHECKING:
 HELD_OUT = 0.1
 """Fraction of the training images on which trials are tested."""
 _RECORD = "trial.json"
-# What two starts of a trial may have differently: it decides no accuracy.
-_FREE = frozenset(
-    {
-        "batch.micro_batch_size",
-        "data.cache",
-        "data.cache_gb",
-        "data.workers",
-        "runtime.run_dir",
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,24 +259,10 @@ def finished(trial: Trial) -> Trial | None:
     """
     from fd_large import distributed
 
-    file = Path(trial.run.run_dir()) / _RECORD
-
     def read() -> tuple[bool, float | None]:
-        if not (distributed.is_main() and file.is_file()):
+        if not distributed.is_main():
             return False, None
-        record = json.loads(file.read_text())
-        found = difference(Run.from_dict(record["recipe"]), trial.run)
-        found |= {name: (record.get(name), now) for name, now in trial.inputs.items()}
-        changed = "; ".join(
-            f"{name} {was!r} -> {now!r}"
-            for name, (was, now) in found.items()
-            if was != now and name not in _FREE
-        )
-        if changed:
-            raise ConfigError(
-                f"{file.parent}: holds a trial of another recipe, other images or other weights; "
-                f"got {changed}, expected the same. Set --out to another folder."
-            )
+        record = read_record(_RECORD, trial.run, trial.inputs, "a trial")
         return "status" in record, record.get("held_out_accuracy")
 
     is_finished, accuracy = distributed.broadcast_object(distributed.together(read))
@@ -313,8 +288,7 @@ def _record(trial: Trial, **outcome: Any) -> None:
 
     def write() -> None:
         if distributed.is_main():
-            known = {"recipe": trial.run.to_dict(), **trial.inputs}
-            write_json(out_folder(trial.run.run_dir()) / _RECORD, {**known, **outcome})
+            write_record(_RECORD, trial.run, trial.inputs, **outcome)
 
     distributed.together(write)
 

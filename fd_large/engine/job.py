@@ -26,10 +26,17 @@ from fd_large.data.staging import stage
 from fd_large.data.views import ViewSettings
 from fd_large.engine.evaluation import Evaluation
 from fd_large.engine.predictions import Predictions
-from fd_large.engine.student import make_student, student_weights
+from fd_large.engine.student import (
+    OWN_FIELDS,
+    as_student,
+    make_student,
+    refuse_decided,
+    student_weights,
+)
 from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.recipes.architectures import resolve
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
@@ -41,6 +48,9 @@ from fd_large.weights.source import Sources
 
 # Keys that summary.json has for every task, null where a task has no such number.
 _FOR_EVERY_TASK = ("held_out_loss_start", "held_out_loss", "held_out_cosine", "loss_best_constant")
+
+_WINDOW = "architecture.window_size"
+_OF_THE_MODEL = {"model", "init", "init_allow"}
 
 
 class StoredStudent(NamedTuple):
@@ -414,6 +424,9 @@ class Job:
     ) -> Run:
         """Returns the recipe with a named model in the student's place.
 
+        The window of its attention stays the recipe's, as does what the recipe says of images.
+        Blocks have position biases of their own where those of the recipe's student have.
+
         Args:
             model: The model and its weights, settled.
             image_size: Side of its images, in pixels.
@@ -423,7 +436,17 @@ class Job:
 
         Raises: ConfigError: if the user set a field that the named model decides.
         """
-        raise NotImplementedError
+        base, own = self.run.student, self.run.student_architecture()
+        decided = [f for f in fields if f in _OF_THE_MODEL or f.startswith("architecture.")]
+        refuse_decided(decided, (*OWN_FIELDS, "size_rule", _WINDOW))
+        architecture = resolve(model.model, model.architecture)
+        if own == own.with_own_position_biases():
+            architecture = architecture.with_own_position_biases()
+        window = base.architecture.window_size
+        if window and (hasattr(architecture, "window_size") or _WINDOW in fields):
+            architecture = architecture.overridden({"window_size": window})
+        student = as_student(model, architecture, base, trained_as=trained_as)
+        return replace(self.run, student=student)
 
     @staticmethod
     def compared(summary: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

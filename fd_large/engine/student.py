@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,9 +12,19 @@ from fd_large import distributed
 from fd_large.backbones.registry import build
 from fd_large.errors import ConfigError
 from fd_large.kernels import choose
-from fd_large.recipes.architectures import resolve
-from fd_large.recipes.sections import Student
+from fd_large.recipes.architectures import by_name, overrides, resolve
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.sections import RANDOM, FrozenModel, Student
 from fd_large.weights.source import Sources
+
+OWN_FIELDS = (
+    "drop_path_rate",
+    "residual_dtype",
+    "attention_memory",
+    "activation_checkpointing",
+    "checkpoint_every",
+)
+"""Fields of the section student that a user sets for named models; the others come with them."""
 
 
 def make_student(student: Student, *, image_size: int = 0, sequential_stages: int = 0) -> nn.Module:
@@ -73,6 +84,54 @@ def student_weights(
         remedy="Name the model of the file by --student.model and --student.architecture.*, or set "
         "--student.init_allow NAMES to do without.",
     )
+
+
+def as_student(
+    named: FrozenModel,
+    architecture: FamilyArchitecture,
+    section: Student,
+    *,
+    trained_as: Student | None,
+) -> Student:
+    """Returns a section of a student that starts as a named model.
+
+    Args:
+        named: The model and its weights, settled.
+        architecture: Its architecture, as it is trained.
+        section: Has the other fields.
+        trained_as: The student of the run that trained the model; None: it is not a run's student.
+    """
+    model = trained_as.model if trained_as else named.model
+    if by_name(model) is None:
+        model = architecture.example
+    is_random = named.source == RANDOM
+    return replace(
+        section,
+        model=model,
+        architecture=overrides(architecture, resolve(model)),
+        init="" if is_random else named.source,
+        init_allow=() if is_random else named.allow,
+    )
+
+
+def refuse_decided(fields: Collection[str], allowed: Collection[str]) -> None:
+    """Refuses fields of a student that a named model decides.
+
+    Args:
+        fields: Those that the user set.
+        allowed: Those that a user may set.
+
+    Raises: ConfigError: a line for each.
+    """
+    if mistakes := [name for name in fields if name not in allowed]:
+        raise ConfigError(
+            "\n".join(
+                f"--student.{name}: the named models decide it; got a value of your own, expected "
+                f"of student.* only {', '.join(allowed)}. Leave it out, or train: "
+                "docs/evaluation.md."
+                for name in mistakes
+            )
+        )
 
 
 def attention_memory(wanted: str) -> str:

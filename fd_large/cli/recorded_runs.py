@@ -1,0 +1,93 @@
+"""Runs that a command trains by the dozen: what each is made of, and how it ended.
+
+Each has a folder of its own and a record in it, written before it trains. So the same command goes
+on where it stopped, and a folder that holds a run of anything else is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fd_large.atomic_files import out_folder, write_json
+from fd_large.errors import ConfigError
+from fd_large.recipes.run import Run, difference
+
+# What two starts may have differently: it decides no score.
+_FREE = frozenset(
+    {
+        "batch.micro_batch_size",
+        "data.cache",
+        "data.cache_gb",
+        "data.workers",
+    }
+)
+
+
+def decides(field: str) -> bool:
+    """Returns whether a field of a recipe may decide a score."""
+    return field not in _FREE and (field == "runtime.seed" or not field.startswith("runtime."))
+
+
+def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
+    """Trains a run; returns the exit code and, where that is 0, its summary.json.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: DeepSpeed's JSON, a name or a path.
+    """
+    from fd_large import distributed
+    from fd_large.cli.train import train_run
+    from fd_large.engine.zero import start
+
+    try:
+        code = train_run(run, deepspeed_config=deepspeed_config)
+    finally:
+        # Others follow in this process.
+        start.forget_engines()
+        gc.collect()
+    if code:
+        return code, {}
+    # Rank 0 wrote it; the others may be here before it is written.
+    file = Path(run.run_dir()) / "summary.json"
+    text = file.read_text() if distributed.is_main() else "{}"
+    return 0, distributed.broadcast_object(json.loads(text))
+
+
+def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Returns the record of an earlier start; empty: there is none.
+
+    Args:
+        file: Its name in the run's folder.
+        run: The recipe.
+        inputs: What the recipe does not say: {"weights": a digest}.
+        what: Words for such a run.
+
+    Raises: ConfigError: if the folder holds a run of another recipe, or with other inputs.
+    """
+    path = Path(run.run_dir()) / file
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    found = difference(Run.from_dict(record["recipe"]), run)
+    found |= {name: (record.get(name), now) for name, now in inputs.items()}
+    changed = "; ".join(
+        f"{name} {was!r} -> {now!r}"
+        for name, (was, now) in found.items()
+        if was != now and decides(name)
+    )
+    if changed:
+        raise ConfigError(
+            f"{path.parent}: holds {what} of another recipe, other images or other weights; "
+            f"got {changed}, expected the same. Set --out to another folder."
+        )
+    return record
+
+
+def write_record(file: str, run: Run, inputs: Mapping[str, str], **outcome: Any) -> None:
+    """Writes what a run is, and how it ended where that is known; makes its folder."""
+    known = {"recipe": run.to_dict(), **inputs}
+    write_json(out_folder(run.run_dir()) / file, {**known, **outcome})

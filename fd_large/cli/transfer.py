@@ -1,0 +1,514 @@
+"""`python -m fd_large transfer RUN --imagenet DIR --ade20k DIR --coco DIR`: the paper's Table 1.
+
+A cell is a training of its own, in OUT/ROW/COLUMN/seed_N, a run folder that resumes: of a model (a
+row: a student, its teacher, random weights) by the recipe of a column. One that is finished is not
+trained again, so the same command goes on where it stopped; a folder that holds a training of
+another recipe, dataset or other weights is refused. A cell that fails is named and the others go
+on; the next start tries it after them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from tyro.conf import Positional, arg
+
+from fd_large.atomic_files import out_folder, write_json
+from fd_large.cli import recorded_runs
+from fd_large.cli.arguments import AllowsCode, parse_with_recipe
+from fd_large.cli.evaluate_models import refuse_other_task, run_recipe, started_from
+from fd_large.cli.output import tables
+from fd_large.cli.paths import require_paths
+from fd_large.cli.transfer_columns import COLUMNS, Column, ColumnName
+from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
+from fd_large.recipes import registry
+from fd_large.recipes.architectures import resolve
+from fd_large.recipes.fields import at_least, require
+from fd_large.recipes.run import Run
+from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
+from fd_large.report.transfer import DONE, FAILED, RECORD, SUMMARY, read_cell, write_table
+from fd_large.tasks.registry import kind_of
+
+if TYPE_CHECKING:
+    from fd_large.engine.find_model import NamedModel
+
+log = logging.getLogger(__name__)
+
+RowKind = Literal["student", "teacher", "scratch"]
+# The recipe whose fields have the defaults.
+RECIPE = "finetune_clip_vit_base"
+# Fields that the command itself sets.
+_SET_HERE = {
+    "data.root": "Name datasets by --imagenet, --ade20k and the like",
+    "eval.root": "Tests are those of the datasets",
+    "runtime.run_dir": "Set --out, in which each training has a folder",
+}
+# Fields of a distillation that may differ where its student is one of the paper's.
+_ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(AllowsCode):
+    """Carry students, their teachers and random weights on: the paper's Table 1.
+
+    python -m fd_large transfer RUN [RUN ...] --imagenet DIR --ade20k DIR --coco DIR
+
+    Each cell of the table is a training of its own that resumes: the same command goes on where it
+    stopped. Columns: finetune and linear (both on --imagenet), ade20k, coco; those whose dataset is
+    not named stay empty. Fields of a recipe follow as in training and count for all columns; with
+    the name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
+    --finetune.recipe finetune_clip_vit_large. docs/evaluation.md explains the figures.
+    """
+
+    # Folders of the runs that distilled the students.
+    runs: Annotated[tuple[str, ...], Positional, arg(metavar="RUN [RUN ...]")] = ()
+    # ImageNet, or any folder with train/ and val/ that hold a folder for each class.
+    imagenet: str = ""
+    # ADE20K, or any dataset that segmentation takes (docs/segmentation.md).
+    ade20k: str = ""
+    # COCO, or any dataset that detection takes (docs/detection.md).
+    coco: str = ""
+    # Columns that are trained; empty: all whose dataset is named.
+    only: tuple[ColumnName, ...] = ()
+    # Rows of each run: its student, its teacher, its student's architecture with random weights.
+    rows: tuple[RowKind, ...] = ("student", "teacher", "scratch")
+    # Number of repetitions of each cell, with runtime.seed and the seeds after it.
+    seeds: int = 1
+    # Folder of the table and of all trainings.
+    out: str = "transfer"
+    # DeepSpeed's JSON of the trainings, a name or a path.
+    deepspeed_config: str = "zero1"
+    # Make the table of what stands in --out by now, and train nothing.
+    table: bool = False
+
+    def __post_init__(self) -> None:
+        AllowsCode.__post_init__(self)
+        at_least("--seeds", self.seeds, 1, "repetitions")
+        require(bool(self.rows), "--rows: no row", "none", "at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnFlags:
+    """Flags of one column, besides the fields of its recipe."""
+
+    # Recipe of the column; empty: the one that fits the model.
+    recipe: str = ""
+
+
+class Changes(NamedTuple):
+    """What the user changes of a column's recipes.
+
+    Attributes:
+        recipe: The recipe's name; empty: the one that fits the model.
+        fields: Fields with other values, by name.
+    """
+
+    recipe: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table.
+
+    Attributes:
+        kind: What it is in its run.
+        model: Where it comes from.
+        run: The run that distilled it.
+        weights: Digest of its weights.
+        others: Names of the rows that a student is set against, by kind.
+    """
+
+    kind: RowKind
+    model: NamedModel
+    run: Run
+    weights: str
+    others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name as a folder."""
+        from fd_large.engine.find_model import slug
+
+        return slug(self.model.label)
+
+
+class Cell(NamedTuple):
+    """A training.
+
+    Attributes:
+        row: Its model.
+        column: What it is trained on.
+        run: The recipe.
+        unchanged: Whether the recipe is that of its name, but for what decides no score.
+    """
+
+    row: Row
+    column: Column
+    run: Run
+    unchanged: bool
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.run_dir())
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the recipe does not say of what is trained."""
+        return {"weights": self.row.weights}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    words, of_columns = split(arguments)
+    given = parse_with_recipe(Transfer, words, command="transfer", recipe=RECIPE)
+    found = check_all(
+        *(partial(changes_of, name, of_columns.get(name, []), given.fields) for name in COLUMNS)
+    )
+    return transfer(given.own, dict(zip(COLUMNS, found, strict=True)))
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Separates flags of single columns, --ade20k.optim.epochs 3, from the others.
+
+    Returns: the others; those of each column, without its name.
+    """
+    common: list[str] = []
+    of_columns: dict[str, list[str]] = {}
+    target = common
+    for word in arguments:
+        if word.startswith("--"):
+            column, dot, rest = word[2:].partition(".")
+            own = dot and column in COLUMNS
+            target = of_columns.setdefault(column, []) if own else common
+            word = f"--{rest}" if own else word
+        target.append(word)
+    return common, of_columns
+
+
+def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Changes:
+    """Reads the flags of a column.
+
+    Args:
+        name: Its name.
+        words: The flags, without its name.
+        common: Fields that are given for all columns.
+
+    Raises: ConfigError: naming the flags as they were typed.
+    """
+    # A field may be of one kind of models alone.
+    usual = [COLUMNS[name].recipe(resolve(m), "") for m in ("vit_base_patch16", "swinv2_base")]
+    parsed, mistakes = [], []
+    for recipe in usual:
+        try:
+            parsed.append(parse_with_recipe(ColumnFlags, words, command="transfer", recipe=recipe))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if not parsed:
+        lines = (f"--{name}.{line.removeprefix('--')}" for line in mistakes[0].splitlines())
+        raise ConfigError("\n".join(lines))
+    given = parsed[0]
+    if given.own.recipe:
+        own = registry.get(given.own.recipe)
+        refuse_other_task(f"--{name}.recipe", own, registry.get(usual[0]).task.name)
+    fields = {**common, **given.fields}
+    if set_here := [
+        f"--{one}: set by transfer itself; got a value of your own, expected none. {remedy}."
+        for one, remedy in _SET_HERE.items()
+        if one in fields
+    ]:
+        raise ConfigError("\n".join(set_here))
+    return Changes(given.own.recipe, fields)
+
+
+def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
+    """Trains what is missing of the table, and makes it; returns the exit code.
+
+    Args:
+        own: The command's own arguments.
+        changes: What is changed of the recipes of each column.
+
+    Raises: FDError: for the user's mistakes.
+    """
+    if own.table:
+        return show(Path(own.out))
+    if not own.runs:
+        raise ConfigError(
+            "transfer: RUN is missing; got none, expected the folder of a run. Name one, for "
+            "example runs/mine."
+        )
+    datasets = {column.data: getattr(own, column.data) for column in COLUMNS.values()}
+    require_paths(
+        {f"--{name}": folder for name, folder in datasets.items()}
+        | {f"run {run}": run for run in own.runs}
+    )
+    columns = [
+        column
+        for column in COLUMNS.values()
+        if datasets[column.data] and (not own.only or column.name in own.only)
+    ]
+    if not columns:
+        raise ConfigError(
+            "transfer: no column to train; got no dataset for "
+            f"{', '.join(own.only) or 'any'}, expected at least one of "
+            f"{', '.join(f'--{name}' for name in datasets)}. Name one."
+        )
+    from fd_large import distributed, meeting
+    from fd_large.runtime import logs
+
+    logs.start(distributed.start().rank)
+    rows = meeting.meet(lambda: rows_of(own))
+    cells = [
+        cell
+        for seed in range(own.seeds)
+        for column in columns
+        for cell in cells_of(own, rows, column, changes[column.name], seed)
+    ]
+    meeting.meet(lambda: check_all(*map(_opens, cells[: len(rows) * len(columns) : len(rows)])))
+    states = distributed.broadcast_object(
+        distributed.together(lambda: list(map(_state, cells)) if distributed.is_main() else [])
+    )
+    out, done = out_folder(own.out), states.count(DONE)
+    if distributed.is_main():
+        write_json(out / SUMMARY, described(out, rows, cells))
+        tables().print(f"transfer: {len(cells)} trainings, {done} of them done before")
+    # What failed before comes last: it may fail again, and end all ranks.
+    ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
+    code = train_all([cell for state, cell in ordered if state != DONE], own.deepspeed_config)
+    if distributed.is_main():
+        show(out)
+    return distributed.leave(code)
+
+
+def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
+    """Trains cells one after the other; returns the exit code.
+
+    Args:
+        cells: What is not finished.
+        deepspeed_config: DeepSpeed's JSON, a name or a path.
+
+    Returns: 0 if all are finished, 75 where the same command is to go on, else that of what failed.
+    Raises: FDError: where several ranks train and one of them fails, which ends all of them.
+    """
+    from fd_large import distributed
+
+    worst: int = Exit.DONE
+    for number, cell in enumerate(cells, 1):
+        log.info("transfer: %s (%d of %d)", cell.folder, number, len(cells))
+        _record(cell)
+        try:
+            code, _ = recorded_runs.train(cell.run, deepspeed_config)
+            reason = read_cell(cell.folder)[1] or f"exit code {code}"
+        except Exception as error:
+            code, reason = getattr(error, "exit_code", Exit.LOST), first_line(error)
+            if distributed.world_size() > 1:
+                if distributed.is_main():
+                    _write_record(cell, failure=reason)
+                raise
+            if not isinstance(error, FDError):
+                log.exception("%s: FAILED", cell.folder)
+        if code == Exit.AGAIN:
+            return code
+        if code:
+            _record(cell, failure=reason)
+            worst = max(worst, code)
+            log.error("%s: FAILED: %s; the others go on", cell.folder, reason)
+    return worst
+
+
+def show(folder: Path) -> int:
+    """Makes the table of what stands in a folder, and prints it; returns the exit code.
+
+    Raises: ConfigError: if it is not the folder of a table.
+    """
+    _, shown, files = write_table(folder)
+    console = tables()
+    for table in shown:
+        console.print(table)
+    console.print(", ".join(map(str, files)), soft_wrap=True)
+    return Exit.DONE
+
+
+def rows_of(own: Transfer) -> list[Row]:
+    """Finds the models of the rows; a model that several runs share comes once.
+
+    Raises: FDError: if one is not there.
+    """
+    from fd_large.engine.find_model import find_model, with_own_labels
+    from fd_large.engine.node_consistency import weights_digest
+    from fd_large.tasks.jobs import job_of
+
+    found: dict[tuple[Any, ...], Row] = {}
+    students: list[tuple[Row | None, dict[str, Row]]] = []
+    for run in own.runs:
+        folder = run_of_checkpoint(run)
+        recipe_file(folder, where="transfer")
+        of_run: dict[str, Row] = {}
+        for kind in own.rows:
+            model = find_model(run if kind == "student" else f"{run}#{kind}", job_of)
+            section = model.section
+            digest = weights_digest(section.source, model.weights)
+            # Of a student the run counts as well, which its recipes follow from.
+            key = (kind, section.model, section.architecture, section.source, digest)
+            row = Row(kind, model, read_recipe(folder, where="transfer"), digest)
+            of_run[kind] = found.setdefault(key, row)
+        students.append((of_run.pop("student", None), of_run))
+    rows = list(found.values())
+    labelled = with_own_labels([row.model for row in rows])
+    named = {id(row): replace(row, model=m) for row, m in zip(rows, labelled, strict=True)}
+    for student, others in students:
+        if student is not None:
+            own_others = {kind: named[id(other)].name for kind, other in others.items()}
+            named[id(student)].others.update(own_others)
+    return list(named.values())
+
+
+def cells_of(
+    own: Transfer, rows: Sequence[Row], column: Column, changes: Changes, seed: int
+) -> list[Cell]:
+    """Returns the cells of a column, one for each row.
+
+    Args:
+        own: The command's own arguments.
+        rows: The models.
+        column: The column.
+        changes: What the user changes of its recipes.
+        seed: Number of the repetition.
+
+    Raises: ConfigError: if a recipe cannot be changed so, or takes no such model; all of them.
+    """
+    return check_all(*(partial(_cell, own, row, column, changes, seed) for row in rows))
+
+
+def _cell(own: Transfer, row: Row, column: Column, changes: Changes, seed: int) -> Cell:
+    from fd_large.engine.find_model import find_model
+    from fd_large.tasks.jobs import job_of
+
+    model = row.model
+    base = registry.get(changes.recipe or column.recipe(model.architecture, run_recipe(model)))
+    size = changes.fields.get("data.image_size")
+    if size and kind_of(base.task.name).trains_models:
+        # The model's positions are resized, which other tasks do by themselves.
+        model = find_model(model.source, job_of, image_size=size)
+    fields = {**changes.fields, "data.root": getattr(own, column.data)}
+    if not hasattr(base.student_architecture(), "window_size"):
+        fields.pop("student.architecture.window_size", None)
+    started = started_from(model, base, fields)
+    seed += started.runtime.seed
+    folder = Path(own.out) / row.name / column.name / f"seed_{seed}"
+    run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
+    return Cell(row, column, run, not any(map(recorded_runs.decides, changes.fields)))
+
+
+def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
+    """Returns what summary.json says of the table before anything is read of its runs.
+
+    Cells of other columns that earlier starts have trained, of the same weights, are among them.
+    """
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
+            record = json.loads(file.read_text())
+            column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
+            if column in COLUMNS and record["weights"] == row.weights:
+                found[row.name, column, seed] = _described(record)
+    for cell in cells:
+        key = cell.row.name, cell.column.name, cell.run.runtime.seed
+        found[key] = _described({"recipe": cell.run.to_dict(), "unchanged": cell.unchanged})
+    return {
+        "rows": [
+            {"name": row.name, "label": row.model.label, "kind": row.kind}
+            | {"source": row.model.source, "weights": row.weights, **row.others}
+            for row in rows
+        ],
+        "columns": [
+            {"name": column.name, "title": column.title}
+            | {"scores": [score._asdict() for score in column.scores]}
+            for column in COLUMNS.values()
+        ],
+        "cells": [
+            {"row": row, "column": column, "seed": seed, **cell}
+            for (row, column, seed), cell in found.items()
+        ],
+        "published": [
+            one
+            for row in rows
+            for column in COLUMNS.values()
+            for one in _published(row, column, found)
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _described(record: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json says of a cell, by its record."""
+    recipe = record["recipe"]
+    return {
+        "recipe": recipe["name"],
+        "unchanged": record["unchanged"],
+        "run": recipe["runtime"]["run_dir"],
+        "data": recipe["data"]["root"],
+    }
+
+
+def _published(
+    row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The paper's figures of a row that is one of the paper's."""
+    paper = column.published.get(row.run.name)
+    if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
+        return
+    cells = [cell for key, cell in found.items() if key[:2] == (row.name, column.name)]
+    same = all(cell["unchanged"] and cell["recipe"] == paper.recipe for cell in cells)
+    figures = paper.student if row.kind == "student" else paper.teacher
+    yield {
+        "row": row.name,
+        "column": column.name,
+        "figures": {score.key: f for score, f in zip(column.scores, figures, strict=True)},
+        "same_settings": row.kind == "student" and bool(cells) and same,
+    }
+
+
+def _is_of_record(run: Run) -> bool:
+    """Whether a run has the settings of the recipe of its name, whatever file its teacher is."""
+    recipe = registry.get(run.name)
+    # Of two lengths one is the longer, which a resume might go on to.
+    changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
+    return changed.keys() <= _ANY_TEACHER_FILE
+
+
+def _opens(cell: Cell) -> Callable[[], object]:
+    """Opens the dataset of a cell, whose mistakes are said before hours of training."""
+    from fd_large.tasks.jobs import job_of
+
+    return job_of(cell.run).open_samples
+
+
+def _state(cell: Cell) -> str:
+    """How the run of a cell has ended.
+
+    Raises: ConfigError: if its folder holds another one.
+    """
+    recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training")
+    return read_cell(cell.folder)[0]
+
+
+def _record(cell: Cell, **outcome: Any) -> None:
+    """Writes what a cell is; rank 0 writes, a collective."""
+    from fd_large import distributed
+
+    distributed.together(lambda: _write_record(cell, **outcome) if distributed.is_main() else None)
+
+
+def _write_record(cell: Cell, **outcome: Any) -> None:
+    known = {"unchanged": cell.unchanged, **outcome}
+    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **known)

@@ -1,0 +1,176 @@
+"""The columns of `transfer`: what models are carried on to, the recipes, the paper's figures.
+
+Adding a column is an entry of `COLUMNS`, its name in `ColumnName`, and a flag of its dataset where
+that is new (cli/transfer.py).
+
+Source of the figures: Wei et al., arXiv 2205.14141: Table 1 for CLIP ViT-B/16, the ICCV text; for
+the others what the repository's README and, of ADE20K, a summary of the third version state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from fd_large.recipes import registry
+from fd_large.recipes.family import FamilyArchitecture
+from fd_large.tasks.finetuning.recipe_name import recipe_name
+
+ColumnName = Literal["finetune", "linear", "ade20k", "coco"]
+Figures = tuple[float, ...]
+
+
+class Score(NamedTuple):
+    """A number of a finished run.
+
+    Attributes:
+        key: Its name in summary.json.
+        title: Words for it, with its unit.
+        scale: What it is multiplied by for the table.
+        digits: Digits after the point.
+        lower_is_better: Whether less is better.
+    """
+
+    key: str
+    title: str
+    scale: float = 1.0
+    digits: int = 1
+    lower_is_better: bool = False
+
+
+class Published(NamedTuple):
+    """What the paper reports of a student and of its teacher, a figure for each score.
+
+    Attributes:
+        student: Of the student.
+        teacher: Of the teacher.
+        recipe: The recipe of this package that has the paper's settings for the student; empty:
+            the paper does not publish them.
+    """
+
+    student: Figures
+    teacher: Figures
+    recipe: str = ""
+
+
+class Column(NamedTuple):
+    """What every model of the table is trained and tested on.
+
+    Attributes:
+        name: Its name on the command line and of its folders.
+        data: The flag that names its dataset.
+        title: Words for it.
+        images: Training images of the published dataset, which decide the steps of an epoch.
+        scores: What is measured.
+        recipe: (a model's architecture, `run_recipe` as in `Job.recipe_for`) -> name of a recipe.
+        published: The paper's figures, by the recipe of the distillation.
+    """
+
+    name: str
+    data: str
+    title: str
+    images: int
+    scores: tuple[Score, ...]
+    recipe: Callable[[FamilyArchitecture, str | None], str]
+    published: Mapping[str, Published]
+
+
+def nearest_recipe(*prefixes: str) -> Callable[[FamilyArchitecture, str | None], str]:
+    """Returns what chooses the recipe whose model is nearest in kind, then in width and depth.
+
+    Args:
+        prefixes: Beginnings of the names of the recipes.
+    """
+    names = [name for name in registry.RECIPES if name.startswith(prefixes)]
+
+    def choose(architecture: FamilyArchitecture, run_recipe: str | None) -> str:
+        def distance(name: str) -> tuple[bool, float, float]:
+            own = registry.get(name).student_architecture()
+            differs = own.is_hierarchical != architecture.is_hierarchical
+            width, depth = (_ratio(own, architecture, of) for of in (_width, _depth))
+            return differs, width, depth
+
+        return min(names, key=distance)
+
+    return choose
+
+
+def _ratio(
+    a: FamilyArchitecture, b: FamilyArchitecture, of: Callable[[FamilyArchitecture], int]
+) -> float:
+    """How far two sizes are apart; 0 where a library alone knows one of them."""
+    sizes = of(a), of(b)
+    return abs(math.log(sizes[0] / sizes[1])) if all(sizes) else 0.0
+
+
+def _width(architecture: FamilyArchitecture) -> int:
+    return getattr(architecture, "embed_dim", 0)
+
+
+def _depth(architecture: FamilyArchitecture) -> int:
+    return sum(getattr(architecture, "depths", ()))
+
+
+COLUMNS = {
+    column.name: column
+    for column in (
+        Column(
+            "finetune",
+            "imagenet",
+            "ImageNet fine-tuning",
+            1_281_167,
+            (Score("test_top1", "fine-tuned, top-1 %"),),
+            lambda architecture, run_recipe: recipe_name(architecture, run_recipe=run_recipe),
+            {
+                "fd_clip_vit_base": Published((85.0,), (82.9,), "finetune_clip_vit_base"),
+                "fd_clip_vit_large": Published((87.7,), (86.1,), "finetune_clip_vit_large"),
+                "fd_dino_vit_base": Published((83.8,), (82.8,), "finetune_dino_vit_base"),
+                "fd_deit_vit_base": Published((83.0,), (81.8,), "finetune_deit_vit_base"),
+                "fd_esvit_swin_base": Published((85.1,), (83.9,), "finetune_esvit_swin_base"),
+                "fd_swinv2g": Published((89.4,), (89.2,)),
+            },
+        ),
+        Column(
+            "linear",
+            "imagenet",
+            "ImageNet linear probe",
+            1_281_167,
+            (Score("test_top1", "linear, top-1 %"),),
+            lambda architecture, run_recipe: "linear_probe",
+            {
+                "fd_clip_vit_base": Published((80.1,), (79.5,)),
+                "fd_dino_vit_base": Published((76.1,), (78.2,)),
+            },
+        ),
+        Column(
+            "ade20k",
+            "ade20k",
+            "ADE20K segmentation",
+            20_210,
+            (Score("val_mIoU", "ADE20K, mIoU %"),),
+            nearest_recipe("ade20k_upernet_"),
+            {
+                "fd_clip_vit_base": Published((51.7,), (49.5,)),
+                "fd_clip_vit_large": Published((55.7,), (53.5,)),
+                "fd_dino_vit_base": Published((47.7,), (46.2,)),
+                "fd_deit_vit_base": Published((48.0,), (47.0,)),
+                "fd_esvit_swin_base": Published((48.9,), (47.3,)),
+                "fd_swinv2g": Published((61.4,), (59.9,)),
+            },
+        ),
+        Column(
+            "coco",
+            "coco",
+            "COCO detection",
+            118_287,
+            (
+                Score("box_AP", "COCO, box AP", scale=100.0),
+                Score("mask_AP", "COCO, mask AP", scale=100.0),
+            ),
+            nearest_recipe("coco_mask_rcnn_"),
+            {"fd_clip_vit_base": Published((48.2, 42.5), (45.0, 39.8))},
+        ),
+    )
+}
+"""The columns in the order of the table, by name."""

@@ -1,0 +1,321 @@
+"""The table of `transfer`: models, what they were carried on to, differences, the paper's figures.
+
+All of it is made from summary.json and the folders of the runs that it names, while they train too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fd_large.atomic_files import replacing, write_json
+from fd_large.errors import ConfigError
+from fd_large.report import style
+from fd_large.report.evaluation_page import write_evaluation_page
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SUMMARY, RECORD = "summary.json", "cell.json"
+DONE, FAILED = "done", "failed"
+"""How a run of a cell has ended; "" for one that is to start or to go on."""
+# How a run says that the same command goes on with it.
+_GOES_ON = ("preempted", "interrupted")
+_TITLE = "Transfer"
+COLORS = {"student": style.BLUE, "teacher": style.VERMILLION, "scratch": style.GREY}
+
+
+class Value(NamedTuple):
+    """A number over seeds.
+
+    Attributes:
+        mean: Their mean.
+        deviation: The standard deviation of single seeds; None: there is one.
+        seeds: The value of each.
+    """
+
+    mean: float
+    deviation: float | None
+    seeds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Value:
+        """Returns the value of one or more seeds."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, tuple(values))
+
+    def text(self, digits: int, *, sign: str = "") -> str:
+        """Returns it as text, `sign` as in a format ("+" shows it)."""
+        found = f"{self.mean:{sign}.{digits}f}"
+        return found if self.deviation is None else f"{found} +- {self.deviation:.{digits}f}"
+
+
+def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """Returns how the run of a cell ended, why, and its summary.json.
+
+    Args:
+        folder: The run's folder.
+
+    Returns: the status is `DONE`, `FAILED` or "".
+    """
+    found = {}
+    for name in (SUMMARY, RECORD):
+        with suppress(OSError, ValueError):
+            found[name] = dict(json.loads((folder / name).read_text()))
+    summary = found.get(SUMMARY, {})
+    status = summary.get("status", "")
+    if status == DONE:
+        return DONE, "", summary
+    failure = found.get(RECORD, {}).get("failure", "")
+    if not failure and status and status not in _GOES_ON:
+        failure = f"{status}: {summary['reason']}" if summary.get("reason") else status
+    return (FAILED if failure else ""), failure, summary
+
+
+def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
+    """Reads all runs of a table again, and writes it as JSON, text, picture and page.
+
+    Args:
+        folder: Its folder, with a summary.json.
+
+    Returns: the content of summary.json, the tables, and what was written.
+    Raises: ConfigError: if it is not the folder of a table.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+        cells, columns = summary["cells"], {one["name"]: one for one in summary["columns"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--out: {folder}: no table; got {type(error).__name__} for its {SUMMARY}, expected "
+            "the folder of a transfer. Name the one that transfer was started with."
+        ) from error
+    for cell in cells:
+        cell["status"], cell["reason"], found = read_cell(Path(cell["run"]))
+        keys = [score["key"] for score in columns[cell["column"]]["scores"]]
+        cell["scores"] = {key: found[key] for key in keys} if cell["status"] == DONE else {}
+    summary["differences"] = [
+        {"of": a, "less": b, "column": column, "score": score["key"], **value._asdict()}
+        for a, b in _pairs(summary)
+        for column, score in _scores(summary)
+        if (value := _difference(summary, a, b, column, score))
+    ]
+    write_json(folder / SUMMARY, summary)
+    tables = tables_of(summary)
+    picture, text = folder / "transfer.png", folder / "transfer.txt"
+    draw(summary, picture)
+    with replacing(text) as aside:
+        aside.write_text(_as_text(tables), encoding="utf-8")
+    page = write_evaluation_page(
+        folder / "report.html",
+        _TITLE,
+        tables,
+        [picture],
+        facts=[(one["title"], _made_by(summary, one["name"])) for one in summary["columns"]],
+        below=", ".join(row["source"] for row in summary["rows"]),
+    )
+    return summary, tables, [folder / SUMMARY, text, picture, page]
+
+
+def tables_of(summary: dict[str, Any]) -> list[Table]:
+    """Returns the rich tables: the scores with the paper's, and the differences.
+
+    Args:
+        summary: Content of summary.json.
+    """
+    scores = list(_scores(summary))
+    found = _table(f"{_TITLE}: scores on the test images", scores)
+    for row in summary["rows"]:
+        cells = [_cell_text(summary, row["name"], column, score) for column, score in scores]
+        paper = [_paper_text(summary, row["name"], column, score) for column, score in scores]
+        found.add_row(row["label"], *cells, end_section=not any(paper))
+        if any(paper):
+            found.add_row("  in the paper", *paper, end_section=True)
+    found.caption, found.caption_justify = "\n".join(_notes(summary)), "left"
+    differences = _table("Differences", scores)
+    labels = {row["name"]: row["label"] for row in summary["rows"]}
+    for a, b in _pairs(summary):
+        values = [_difference(summary, a, b, column, score) for column, score in scores]
+        texts = [
+            value.text(score["digits"], sign="+") if value else ""
+            for value, (_, score) in zip(values, scores, strict=True)
+        ]
+        differences.add_row(f"{labels[a]} less {labels[b]}", *texts)
+    return [found, *([differences] if differences.row_count else [])]
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Draws a panel for each score: a dot for each seed, a line at their mean, the paper's ring.
+
+    Args:
+        summary: Content of summary.json.
+        path: The picture.
+    """
+    rows, scores = summary["rows"], list(_scores(summary))
+    columns = min(3, len(scores))
+    lines = -(-len(scores) // columns)
+    figure = style.new_figure(3.6 * columns + 1.2, lines * (1.1 + 0.42 * len(rows)) + 0.5)
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(scores) :]:
+        axes.set_visible(False)
+    for axes, (column, score) in zip(panels, scores, strict=False):
+        for place, row in enumerate(rows):
+            color = COLORS[row["kind"]]
+            if value := _value(summary, row["name"], column, score):
+                axes.plot([value.mean] * 2, [place - 0.25, place + 0.25], color=color, lw=2.5)
+                axes.plot(value.seeds, [place] * len(value.seeds), "o", color=color, markersize=5)
+                axes.annotate(
+                    value.text(score["digits"]).replace("+-", "\u00b1"),
+                    (max(value.seeds), place),
+                    xytext=(8, 7),
+                    textcoords="offset points",
+                    fontsize=style.SMALL_SIZE,
+                    color=color,
+                )
+            if paper := _paper(summary, row["name"], column, score):
+                axes.plot(paper[0], place, "o", mfc="none", mec=color, markersize=9)
+        better = ", less is better" if score["lower_is_better"] else ""
+        axes.set_title(score["title"] + better, fontsize=style.TEXT_SIZE, loc="left")
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        style.plain_axes(axes)
+        axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
+        axes.margins(x=0.3)
+    ring = "; a ring is the paper's figure" if summary["published"] else ""
+    figure.suptitle(
+        f"{_TITLE}: a dot is a seed, a line their mean{ring}",
+        fontsize=style.TITLE_SIZE,
+        x=0.01,
+        ha="left",
+    )
+    figure.savefig(path)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name of a column, and each of its scores."""
+    for column in summary["columns"]:
+        for score in column["scores"]:
+            yield column["name"], score
+
+
+def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any]]:
+    return [cell for cell in summary["cells"] if (cell["row"], cell["column"]) == (row, column)]
+
+
+def _by_seed(
+    summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
+) -> dict[int, float]:
+    """A score of each seed that is done, as the table shows it."""
+    return {
+        cell["seed"]: score["scale"] * cell["scores"][score["key"]]
+        for cell in _cells(summary, row, column)
+        if cell["scores"]
+    }
+
+
+def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> Value | None:
+    values = _by_seed(summary, row, column, score)
+    return Value.of(list(values.values())) if values else None
+
+
+def _difference(
+    summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
+) -> Value | None:
+    """Of one row less another, seed by seed."""
+    first, second = (_by_seed(summary, row, column, score) for row in (a, b))
+    values = [first[seed] - second[seed] for seed in first if seed in second]
+    return Value.of(values) if values else None
+
+
+def _pairs(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each student with its teacher, and with random weights."""
+    names = {row["name"] for row in summary["rows"]}
+    for row in summary["rows"]:
+        for other in (row.get("teacher"), row.get("scratch")):
+            if other in names:
+                yield row["name"], str(other)
+
+
+def _paper(
+    summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
+) -> tuple[float, bool] | None:
+    """The paper's figure, and whether the cell has the paper's settings."""
+    for one in summary["published"]:
+        if (one["row"], one["column"]) == (row, column):
+            return one["figures"][score["key"]], one["same_settings"]
+    return None
+
+
+def _paper_text(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> str:
+    found = _paper(summary, row, column, score)
+    if found is None:
+        return ""
+    figure = f"{found[0]:.{score['digits']}f}"
+    return figure if found[1] else f"({figure})"
+
+
+def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> str:
+    cells = _cells(summary, row, column)
+    value = _value(summary, row, column, score)
+    missing = sum(not cell["scores"] for cell in cells)
+    if value is None:
+        failed = any(cell["status"] == FAILED for cell in cells)
+        return "failed" if failed else "..." if cells else ""
+    return value.text(score["digits"]) + (f" ({missing} missing)" if missing else "")
+
+
+def _notes(summary: dict[str, Any]) -> Iterator[str]:
+    """Lines below the table."""
+    lower = [score["title"] for _, score in _scores(summary) if score["lower_is_better"]]
+    if lower:
+        yield f"Less is better: {', '.join(lower)}."
+    if any(not one["same_settings"] for one in summary["published"]):
+        yield (
+            "In brackets: a figure of the paper whose settings are not published, or are not those "
+            "of the cell above it."
+        )
+    if any(cell["status"] == "" for cell in summary["cells"]):
+        yield "...: not finished."
+    for cell in summary["cells"]:
+        if cell["status"] == FAILED:
+            yield f"FAILED {cell['run']}: {cell['reason']}"
+
+
+def _made_by(summary: dict[str, Any], column: str) -> str:
+    """The recipes of a column, and its dataset."""
+    cells = [cell for cell in summary["cells"] if cell["column"] == column]
+    if not cells:
+        return "no dataset was named"
+    recipes = dict.fromkeys(
+        cell["recipe"] + ("" if cell["unchanged"] else ", changed") for cell in cells
+    )
+    return f"{'; '.join(recipes)}; on {', '.join(dict.fromkeys(cell['data'] for cell in cells))}"
+
+
+def _table(title: str, scores: list[tuple[str, dict[str, Any]]]) -> Table:
+    from rich.table import Table
+
+    found = Table(title=title, title_justify="left")
+    found.add_column("model", overflow="fold")
+    for _, score in scores:
+        found.add_column(score["title"], justify="right")
+    return found
+
+
+def _as_text(tables: list[Table]) -> str:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=160, color_system=None, emoji=False)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,53 @@
+"""`transfer` from end to end on toy datasets in every layout, killed in the middle and finished."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import transfer_toy
+from html_page import check_page
+from launch import ROOT, run_ranks, start_ranks
+
+PROGRAM = ROOT / "fd_large/__main__.py"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return transfer_toy.write_toy(tmp_path_factory.mktemp("toy"))
+
+
+def scores(out: Path) -> dict[tuple[str, str], dict]:
+    cells = json.loads((out / "summary.json").read_text())["cells"]
+    return {(cell["row"], cell["column"]): cell["scores"] for cell in cells}
+
+
+def test_a_table_that_is_killed_in_the_middle_is_the_same(toy: Path, tmp_path: Path) -> None:
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    rows = ("--rows", "student", "teacher")
+    done = run_ranks(PROGRAM, *transfer_toy.words(toy, calm), *rows, ranks=1, timeout=300)
+    found = scores(calm)
+    assert len(found) == 2 * len(transfer_toy.COLUMNS)
+    assert all(found.values()), done.outputs[0]
+    page = check_page(calm / "report.html")
+    assert "mine less mine: teacher" in page.words
+
+    # The student's row alone, in the middle of its third training.
+    words = [*transfer_toy.words(toy, killed), "--rows", "student"]
+    third = killed / "mine" / "ade20k" / "seed_0"
+    started = start_ranks(PROGRAM, *words, ranks=1)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(third.glob("checkpoints/step_00000001")):
+            assert time.monotonic() < deadline, "".join(started.outputs())
+            assert started.processes[0].poll() is None, "".join(started.outputs())
+            time.sleep(0.01)
+    finally:
+        started.kill()
+    again = run_ranks(PROGRAM, *words, ranks=1, timeout=300)
+    assert "2 of them done before" in again.outputs[0]
+    assert "resumed after step" in again.outputs[0]
+    student = {key: value for key, value in found.items() if key[0] == "mine"}
+    assert scores(killed) == student

@@ -1,0 +1,238 @@
+"""`transfer`: what is trained by which recipe, in which folder, what goes on, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transfer_toy
+from html_page import check_page
+
+from fd_large.cli.main import main
+from fd_large.cli.transfer import Row, _published
+from fd_large.cli.transfer_columns import COLUMNS
+from fd_large.errors import Exit, ShapeError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import override
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return transfer_toy.write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The recipes of the trainings; each ends at once with scores that tell its weights."""
+    runs = []
+
+    def train(run, *, deepspeed_config):
+        runs.append(run)
+        better = 10 if "/mine/" in run.student.init else 0
+        scores = {"test_top1": 70 + better + run.runtime.seed, "val_mIoU": 40 + better}
+        scores |= {"box_AP": 0.3, "mask_AP": 0.2}
+        Path(run.run_dir(), "summary.json").write_text(json.dumps({"status": "done", **scores}))
+        return 0
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    # Nothing is built that would have to go, and it takes a second.
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    return runs
+
+
+def summary_of(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*transfer_toy.words(toy, out), "--seeds", "2"]) == 0
+    rows = ("mine", "mine_teacher", "mine_from_scratch")
+    columns = ("finetune", "linear", "ade20k", "coco")
+    cells = [(row, column, seed) for seed in (0, 1) for column in columns for row in rows]
+    assert [run.run_dir() for run in trained] == [f"{out}/{r}/{c}/seed_{s}" for r, c, s in cells]
+    names = {Path(run.run_dir()).parts[-3:-1]: run.name for run in trained}
+    assert names["mine", "finetune"] == "finetune_esvit_swin_base"
+    assert names["mine_teacher", "finetune"] == "finetune_clip_vit_base_plain"
+    assert names["mine_teacher", "linear"] == "linear_probe"
+    assert names["mine", "ade20k"] == "ade20k_upernet_swinv2_base"
+    assert names["mine_teacher", "ade20k"] == "ade20k_upernet_vit_base"
+    assert names["mine_from_scratch", "coco"] == "coco_mask_rcnn_swinv2_tiny"
+    for run in trained:
+        row, column, seed = Path(run.run_dir()).parts[-3:]
+        weights = {"mine": "mine/checkpoints/step_00000003", "mine_teacher": "vit"}.get(row)
+        assert run.student.init == (str(toy / weights) if weights else "")
+        assert run.data.root == str(toy / ("imagenet" if column in columns[:2] else column))
+        assert (run.optim.max_steps, f"seed_{run.runtime.seed}") == (3, seed)
+
+    found = summary_of(out)
+    assert {cell["status"] for cell in found["cells"]} == {"done"}
+    difference = next(d for d in found["differences"] if d["score"] == "val_mIoU")
+    assert (difference["of"], difference["less"], difference["mean"]) == (*rows[:2], 10.0)
+    assert found["published"] == []
+    told = capsys.readouterr().out
+    assert "24 trainings, 0 of them done before" in told
+    assert "80.5 +- 0.7" in told
+    assert "+10.0 +- 0.0" in (out / "transfer.txt").read_text()
+    page = check_page(out / "report.html")
+    assert {"mine: teacher", "30.0 +- 0.0"} <= set(page.words)
+    assert (out / "transfer.png").stat().st_size > 10_000
+
+    # Nothing is left to train, and columns of earlier starts stay in the table.
+    del trained[:]
+    before = found
+    some = [*transfer_toy.words(toy, out), "--seeds", "2", "--only", "coco"]
+    assert main(some) == 0
+    assert main(["transfer", "--table", "--out", str(out)]) == 0
+    assert not trained
+    after = summary_of(out)
+    key = lambda cell: cell["run"]  # noqa: E731
+    assert sorted(after.pop("cells"), key=key) == sorted(before.pop("cells"), key=key)
+    assert after == before
+
+
+def test_what_fails_is_named_and_the_others_go_on(toy, trained, tmp_path, monkeypatch, capsys):
+    from fd_large.cli import train as command
+
+    calm, fails = (
+        command.train_run,
+        {"linear": ShapeError("linear: does not fit; got 2."), "coco": 3},
+    )
+
+    def train(run, *, deepspeed_config):
+        column = Path(run.run_dir()).parts[-2]
+        if isinstance(fails.get(column), Exception):
+            raise fails[column]
+        code = calm(run, deepspeed_config=deepspeed_config)
+        if column in fails:
+            ended = {"status": "guard", "reason": "the loss is not finite"}
+            Path(run.run_dir(), "summary.json").write_text(json.dumps(ended))
+        return fails.get(column, code)
+
+    monkeypatch.setattr("fd_large.cli.train.train_run", train)
+    words = [*transfer_toy.words(toy, tmp_path), "--rows", "student"]
+    assert main(words) == Exit.LOOK
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"FAILED {tmp_path}/mine/linear/seed_0: linear: does not fit; got 2." in said
+    assert f"FAILED {tmp_path}/mine/coco/seed_0: guard: the loss is not finite" in said
+    assert [Path(run.run_dir()).parts[-2] for run in trained] == ["finetune", "ade20k", "coco"]
+
+    # The next start tries them again, after what has not failed.
+    fails.clear()
+    shutil.rmtree(tmp_path / "mine" / "ade20k")
+    del trained[:]
+    assert main(words) == 0
+    assert [Path(run.run_dir()).parts[-2] for run in trained] == ["ade20k", "linear", "coco"]
+    assert {cell["status"] for cell in summary_of(tmp_path)["cells"]} == {"done"}
+
+
+def test_a_run_that_is_stopped_ends_the_command(toy, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("fd_large.cli.train.train_run", lambda run, **_: Exit.AGAIN)
+    assert main(transfer_toy.words(toy, tmp_path)) == Exit.AGAIN
+    assert len(list(tmp_path.glob("*/*/*/cell.json"))) == 1
+
+
+def test_trainings_of_anything_else_are_not_taken(toy, trained, tmp_path, capsys):
+    words = [*transfer_toy.words(toy, tmp_path), "--rows", "student", "--only", "finetune"]
+    assert main(words) == 0
+    shutil.copytree(toy / "imagenet", tmp_path / "copy")
+    others = {
+        "optim.max_steps 3 -> 4": ["--finetune.optim.max_steps", "4"],
+        "optim.base_lr": ["--optim.base_lr", "0.5"],
+        "data.root": ["--imagenet", str(tmp_path / "copy")],
+    }
+    for said, more in others.items():
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    file = tmp_path / "mine/finetune/seed_0/cell.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "weights": "another"}))
+    assert main(words) == 2
+    assert "got weights 'another' -> " in capsys.readouterr().err
+    assert len(trained) == 1
+    # What decides no score may differ.
+    file.unlink()
+    assert main([*words, "--runtime.log_every", "7", "--data.workers", "1"]) == 0
+
+
+def test_a_teacher_that_runs_share_comes_once(toy, trained, tmp_path):
+    shutil.copytree(toy / "mine", toy / "other")
+    words = transfer_toy.words(toy, tmp_path)
+    words.insert(1, str(toy / "other"))
+    assert main([*words, "--only", "linear"]) == 0
+    rows = {row["name"]: row for row in summary_of(tmp_path)["rows"]}
+    assert set(rows) == {"other", "other_teacher", "other_from_scratch", "mine"}
+    assert rows["mine"]["teacher"] == rows["other"]["teacher"] == "other_teacher"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], ["RUN is missing"]),
+        (["RUN", "--only", "coco"], ["--coco"]),
+        (["RUN", "--imagenet", "no/where", "--coco", "gone/"], ["--imagenet:", "--coco:"]),
+        (["RUN", "--ade20k.optim.max_stepz", "3"], ["--ade20k.optim.max_stepz", "max_steps"]),
+        (["RUN", "--coco.optim.max_steps", "x"], ["--coco.optim.max_steps:", "got x"]),
+        (["RUN", "--coco.recipe", "linear_probe"], ["--coco.recipe:", "got linear_probe"]),
+        (["RUN", "--coco.recipe", "coco_mask"], ["--coco.recipe:", "nearest"]),
+        (["RUN", "--data.root", "x", "--runtime.run_dir", "y"], ["--data.root", "--out"]),
+        (["RUN", "--rows", "pupil"], ["pupil"]),
+        (["RUN", "--seeds", "0"], ["--seeds"]),
+        (["--table", "--out", "nowhere"], ["--out: nowhere: no table"]),
+        ([".", "--imagenet", "."], ["recipe.json"]),
+    ],
+)
+def test_mistakes_name_the_argument(words, found, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
+    assert main(["transfer", *words]) == 2
+    said = capsys.readouterr().err
+    for part in found:
+        assert part in said
+    assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
+
+
+def test_the_papers_figures_stand_beside_a_run_of_its_recipe():
+    run = registry.get("fd_clip_vit_base")
+    changed = override(run, {"optim.epochs": 30})
+    model = SimpleNamespace(label="a")
+    found = {}
+    for of, recipe, unchanged in (
+        (run, "finetune_clip_vit_base", True),
+        (run, "finetune_clip_vit_base", False),
+        (changed, "finetune_clip_vit_base", True),
+    ):
+        cells = {("a", "finetune", 0): {"recipe": recipe, "unchanged": unchanged}}
+        row = Row("student", model, replace(of, teacher=replace(of.teacher, source="x")), "")
+        found[of is run, unchanged] = list(_published(row, COLUMNS["finetune"], cells))
+    of_record = {"row": "a", "column": "finetune", "figures": {"test_top1": 85.0}}
+    assert found[True, True] == [of_record | {"same_settings": True}]
+    assert found[True, False] == [of_record | {"same_settings": False}]
+    assert found[False, True] == []
+    (teacher,) = _published(Row("teacher", model, run, ""), COLUMNS["coco"], {})
+    assert teacher["figures"] == {"box_AP": 45.0, "mask_AP": 39.8}
+    assert not teacher["same_settings"]
+    assert not list(_published(Row("scratch", model, run, ""), COLUMNS["coco"], {}))
+
+
+def test_a_window_is_that_of_models_that_have_one(toy, trained, tmp_path):
+    words = [*transfer_toy.words(toy, tmp_path), "--coco.student.architecture.window_size", "4"]
+    assert main([*words, "--only", "coco", "--rows", "student", "teacher"]) == 0
+    student, teacher = (run.student_architecture() for run in trained)
+    assert student.window_size == 4
+    assert teacher.family == "vit"
+
+
+def test_mistakes_in_datasets_and_in_what_the_models_decide(toy, trained, tmp_path, capsys):
+    words = transfer_toy.words(toy, tmp_path / "out")
+    wrong = [*words, "--ade20k", str(toy / "coco"), "--coco", str(toy / "ade20k")]
+    assert main(wrong) == 2
+    said = capsys.readouterr().err
+    assert "no annotations of the split" in said
+    assert "no images with labels" in said
+    assert main([*words, "--coco.student.architecture.mlp_ratio", "2"]) == 2
+    assert "--student.architecture.mlp_ratio: the named models decide" in capsys.readouterr().err
+    assert not trained
