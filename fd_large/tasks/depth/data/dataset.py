@@ -102,7 +102,7 @@ def open_depth(
     field = f"task.depth.{split}_list"
     path = list_file or default_list(root, split)
     if path:
-        pairs = pairs_of_list(path, root, where=field)
+        pairs = pairs_of_list(path, root, where=field, of_root=where)
     else:
         names = " or ".join(DEFAULT_NAMES[split])
         pairs = pairs_in_folders(

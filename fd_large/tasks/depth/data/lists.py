@@ -58,13 +58,14 @@ def default_list(root: str, split: str) -> str:
     return ""
 
 
-def pairs_of_list(path: str, root: str, *, where: str) -> Pairs:
+def pairs_of_list(path: str, root: str, *, where: str, of_root: str) -> Pairs:
     """Returns the images of a list and their depth files, all of which must be there.
 
     Args:
         path: The list.
         root: Folder of the dataset.
         where: The field that names the list, for messages.
+        of_root: The field that names the folder.
 
     Raises: DataError: if the list cannot be used, or files of it are missing.
     """
@@ -78,7 +79,7 @@ def pairs_of_list(path: str, root: str, *, where: str) -> Pairs:
     stamp = [status.st_mtime_ns, status.st_size]
 
     def fill(add: Add) -> dict[str, Any]:
-        for image, depth in _found(_lines(path, where), path, root):
+        for image, depth in _found(_lines(path, where), path, root, of_root):
             add(os.fsencode(image) + b"\n" + os.fsencode(depth))
         return {"stamp": stamp}
 
@@ -119,7 +120,9 @@ def _lines(path: str, where: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _found(pairs: list[tuple[str, str]], path: str, root: str) -> Iterator[tuple[str, str]]:
+def _found(
+    pairs: list[tuple[str, str]], path: str, root: str, of_root: str
+) -> Iterator[tuple[str, str]]:
     """The paths of images and depth files below the root; folders are looked into once each."""
     starts = [_start(root, names) for names in zip(*pairs, strict=True)]
     inside: dict[str, frozenset[str]] = {}
@@ -139,7 +142,7 @@ def _found(pairs: list[tuple[str, str]], path: str, root: str) -> Iterator[tuple
             missing.append(name)
     if missing:
         raise DataError(
-            f"data.root: files of {path} are missing in {root}; got none of {len(missing)} of "
+            f"{of_root}: files of {path} are missing in {root}; got none of {len(missing)} of "
             f"{2 * len(pairs)} ({', '.join(missing[:NAMED])}), expected all of them. Unpack them "
             "there, or take their lines out of the list."
         )

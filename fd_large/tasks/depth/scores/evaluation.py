@@ -173,7 +173,8 @@ def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) ->
                 depths,
                 mended(predicted, outcome.scored.limits),
                 outcome.scored.pixels(depths),
-                _title(images[index], outcome.scores.of_images[index]),
+                Path(images[index]).name,
+                _in_words(outcome.scores.of_images[index]),
             )
             for index, (depths, predicted) in seen.items()
         ]
@@ -183,9 +184,9 @@ def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) ->
     return drawn
 
 
-def _title(path: str, scores: NDArray[np.float64]) -> str:
+def _in_words(scores: NDArray[np.float64]) -> str:
     of = dict(zip(NAMES, scores, strict=True))
-    return f"{Path(path).name}: rmse {of['rmse']:.3f} m, d1 {of['d1']:.3f}"
+    return f"rmse {of['rmse']:.3f} m, d1 {of['d1']:.3f}"
 
 
 def _plain(outcome: Outcome, images: DepthSet) -> dict[str, Any]:

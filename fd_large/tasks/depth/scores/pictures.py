@@ -27,6 +27,8 @@ ROW_WIDTH, HEADING, LEAST_HEIGHT = 13.0, 0.32, 1.2
 TALLEST = 1.4
 # Widths of an image, of a colour bar with its numbers, and of the bar itself.
 IMAGE, BAR, BAR_ITSELF = 1.0, 0.2, 0.18
+# Letters above an image.
+LONGEST_NAME = 36
 
 
 class Row(NamedTuple):
@@ -37,14 +39,16 @@ class Row(NamedTuple):
         truth: (H, W), the depths in metres, 0: unknown.
         predicted: (H, W), what the model says.
         scored: (H, W), which pixels the scores are of.
-        title: Words above it.
+        name: The image's name.
+        found: Its scores, in a few words.
     """
 
     image: NDArray[np.uint8]
     truth: NDArray[np.floating[Any]]
     predicted: NDArray[np.floating[Any]]
     scored: NDArray[np.bool_]
-    title: str
+    name: str
+    found: str
 
 
 def draw_prediction(image: NDArray[np.uint8], depth: NDArray[np.floating[Any]], path: Path) -> None:
@@ -105,7 +109,8 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         error = np.where(row.scored, row.predicted - row.truth, np.nan)
         most = max(abs(side) for side in _range(error))
         wrong = _image(axes[4], error, ERROR_COLORS, (-most, most))
-        titles = (row.title, "true depth", "predicted depth", "", "predicted - true", "")
+        name = row.name if len(row.name) <= LONGEST_NAME else f"...{row.name[-LONGEST_NAME:]}"
+        titles = (name, "true depth", f"predicted: {row.found}", "", "predicted - true", "")
         for place, title in zip(axes, titles, strict=True):
             place.set_title(title, fontsize=9, loc="left", pad=3)
             place.set_axis_off()
