@@ -149,6 +149,18 @@ class HierarchicalBackbone(nn.Module):
             return sum(self.depths[: stage + 1])
         return sum(self.depths[:stage]) + int(block) + 1
 
+    def layers_above(self, name: str) -> int:
+        """Returns how many layers lie above a parameter's if each merging is a layer of its own.
+
+        Source: models/optimizer.py of SwinTransformer/MIM-Depth-Estimation.
+        """
+        above = self.last_layer - self.layer_id(name)
+        found = re.match(r"(?:patch_embed|layers\.(\d+)\.(blocks|downsample))\.", name)
+        if found is None:
+            return above
+        stage, is_merging = int(found[1] or 0), found[2] == "downsample"
+        return above + len(self.depths) - 1 - stage - is_merging
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns (rows, columns) of the map of an image of (height, width) pixels.
 

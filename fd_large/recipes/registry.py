@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fd_large.errors import ConfigError, nearest
 from fd_large.recipes import (
+    depth,
     detection,
     distillation,
     distillation_swinv2,
@@ -57,6 +58,11 @@ RECIPES: dict[str, Callable[[], Run]] = {
         segmentation.ade20k_upernet_swinv2_base,
         segmentation.ade20k_upernet_swinv2_giant,
         segmentation.ade20k_linear,
+        depth.nyuv2_vit_base,
+        depth.nyuv2_swinv2_base,
+        depth.nyuv2_swinv2_large,
+        depth.nyuv2_swinv2_giant,
+        depth.nyuv2_linear,
     )
 }
 

@@ -17,6 +17,7 @@ FOLDERS = (
     "linear",
     "detection",
     "segmentation",
+    "depth",
 )
 
 

@@ -1,0 +1,33 @@
+"""The linear head: what a map tells of the depth without a further layer.
+
+Source: Oquab et al., arXiv 2304.07193 (DINOv2), which classifies the depth into 256 bins; here one
+number is learnt at each place.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import Draw
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.convolution import Convolution
+
+# As the last layers of segmentation begin.
+_DRAW = Draw("normal", std=0.01)
+
+
+class LinearHead(nn.Module):
+    """Batch norm and a 1x1 convolution.
+
+    Args:
+        width: Channels of the map.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = BatchNorm(width)
+        self.convolution = Convolution(width, 1, 1, draw=_DRAW)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, h, w) to (B, 1, h, w), a depth before its sigmoid."""
+        return self.convolution(self.norm(x))

@@ -1,0 +1,70 @@
+"""MIM-Depth's decoder: transposed convolutions on the last map, and convolutions at full size.
+
+Source: Xie et al., arXiv 2205.13543, and models/model.py of SwinTransformer/MIM-Depth-Estimation
+(after GLPDepth, arXiv 2201.07436), to which its oracle holds this. It is published for Swin models
+of stride 32. How it was put on a ViT for the scores of the distilled ones is not public: here a map
+of stride 16 is doubled once by interpolation where one of stride 32 is doubled twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import Draw
+from fd_large.tasks.dense.batch_norm import BatchNorm
+from fd_large.tasks.dense.convolution import Convolution, Doubling
+
+FILTERS, KERNELS = (32, 32, 32), (2, 2, 2)
+_DRAW = Draw("normal", std=0.001)
+
+
+class MimHead(nn.Module):
+    """The decoder and the last layers of the published depth runs of SwinV2.
+
+    Args:
+        in_width: Channels of the map.
+        width: Channels behind the transposed convolutions.
+        stride: Pixels per place of the map.
+        filters: Channels of each transposed convolution.
+        kernels: Sides of their kernels: 2, 3 or 4.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        width: int,
+        stride: float,
+        *,
+        filters: Sequence[int] = FILTERS,
+        kernels: Sequence[int] = KERNELS,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after, side in zip((in_width, *filters), filters, kernels, strict=False):
+            layers.append(Doubling(before, after, draw=_DRAW, kernel_size=side, bias=False))
+            layers += [BatchNorm(after), nn.ReLU()]
+        self.deconvolutions = nn.Sequential(*layers)
+        self.convolution = nn.Sequential(
+            Convolution(filters[-1], width, 3, draw=_DRAW), BatchNorm(width), nn.ReLU()
+        )
+        # What is left of the stride is interpolated in doublings, as published.
+        self.doublings = max(0, round(math.log2(stride / 2 ** len(filters))))
+        self.last = nn.Sequential(
+            Convolution(width, width, 3, draw=_DRAW),
+            nn.ReLU(),
+            Convolution(width, 1, 3, draw=_DRAW),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, C, h, w) to (B, 1, H, W), a depth before its sigmoid, of about the image's size.
+
+        H and W are the image's if the stride is a power of two of at least 8.
+        """
+        x = self.convolution(self.deconvolutions(x))
+        for _ in range(self.doublings):
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.last(x)

@@ -1,0 +1,146 @@
+"""The job of depth: images with metres for each pixel, the student's weights, RMSE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.checkpoint.read import Reader
+from fd_large.engine.job import Predicted, StoredStudent
+from fd_large.tasks.dense.job import DenseJob
+from fd_large.tasks.depth.data.dataset import DepthSet, open_depth
+from fd_large.tasks.depth.data.views import TestViews, TrainingViews
+from fd_large.tasks.depth.scores.evaluation import Model, Outcome, evaluate, keep
+from fd_large.tasks.depth.scores.tables import numbers_table
+from fd_large.tasks.depth.section import KIND, ON_LAST_MAP
+from fd_large.tasks.depth.stored import predict_images
+from fd_large.tasks.depth.task import Depth
+from fd_large.weights.model_card import Learned
+from fd_large.weights.origin import without_folders
+
+# Pixels between 0 and 1.
+AS_THEY_ARE = Statistics((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class DepthJob(DenseJob):
+    """The student learns the depth of `data.root`'s train split, tested on its val split."""
+
+    metrics: ClassVar = {
+        "loss": "loss",
+        "val/rmse": "RMSE (m)",
+        "val/abs_rel": "relative error",
+        "val/d1": "share within a factor 1.25",
+    }
+    lower_is_better: ClassVar = (
+        *("loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"),
+    )
+    ignored_fields = KIND.ignored_fields
+    on_last_map = ON_LAST_MAP
+
+    def open_split(self, root: str, split: str, where: str) -> DepthSet:
+        """Opens the images of a split and their depth files."""
+        own = self.section
+        return open_depth(
+            root,
+            split,
+            list_file=own.train_list if split == "train" else own.val_list,
+            depth_scale=own.depth_scale,
+            bottom_crop=own.bottom_crop,
+            max_pixels=self.run.data.max_pixels,
+            where=where,
+        )
+
+    def training_views(self) -> TrainingViews:
+        """Returns how the recipe sees a training image."""
+        own = self.section
+        return TrainingViews(
+            image_size=self.run.data.image_size,
+            colors=own.colors,
+            cut_depth=own.cut_depth,
+            cut_depth_bytes=own.cut_depth_bytes,
+            max_depth=own.max_depth,
+            depth_scale=own.depth_scale,
+        )
+
+    def make_task(self) -> Depth:
+        """The student and its head."""
+        own = self.section
+        return Depth(
+            self.student_module(),
+            max_depth=own.max_depth,
+            head=own.head,
+            width=own.head_width,
+            over=own.loss_over,
+            forgiven=own.loss_lambda,
+            factor=own.loss_factor,
+            frozen=own.frozen,
+            statistics=self._statistics(),
+        )
+
+    def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
+        """Returns what is tested: a model, and how it sees an image."""
+        own = self.section
+        views = TestViews(self.run.data.image_size, own.test_windows, own.test_flip)
+        return Model(forward, views, at_once)
+
+    def whole_images(self) -> str:
+        """Returns what is wrong with testing whole images, and the remedy; empty: none are."""
+        if self.section.test_windows:
+            return ""
+        return (
+            f"task.depth.test_windows: {self.run.student.model} sees images of one size; got 0, "
+            "expected 2 or more. Set --task.depth.test_windows 2."
+        )
+
+    def measure(self, model: Model, images: DepthSet, between: Callable[[], None]) -> Outcome:
+        """Tests a model on all images; a collective."""
+        own = self.section
+        return evaluate(
+            model,
+            images,
+            limits=(own.min_depth, own.max_depth),
+            crop=own.test_crop,
+            workers=self.run.data.workers,
+            between=between,
+        )
+
+    def keep(self, outcome: Outcome, some: Any, images: DepthSet, folder: Path) -> list[Path]:
+        """Writes scores.json, and draws images with their depth and error."""
+        return keep(outcome, some, images, folder)
+
+    def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
+        """Returns the table of the nine scores."""
+        return [numbers_table(outcome.scores, len(images), self.section.test_crop)]
+
+    def stored_student(self) -> StoredStudent:
+        """As for all dense tasks, with the normalisation that it was trained with."""
+        return super().stored_student()._replace(statistics=self._statistics())
+
+    def learned(self, manifest: Mapping[str, Any]) -> Learned:
+        """Returns what the model card says of the depth."""
+        name = without_folders(self.run.data.root)
+        lacks = " It had no final norm, which only normalises here." if self.left_out() else ""
+        return replace(
+            super().learned(manifest),
+            title=f"trained to estimate depth on {name}",
+            intro="An image backbone that was trained to give the depth of each pixel; the head "
+            f"is left out.{lacks}",
+            tag="depth-estimation-backbone",
+        )
+
+    def predict(
+        self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
+    ) -> Iterator[Predicted]:
+        """The depth of each pixel, drawn beside the image with a colour bar, and as files."""
+        task = self.stored_task(reader)
+        return predict_images(
+            self.seeing(task.predict, 1), images, folder, max_pixels=self.run.data.max_pixels
+        )
+
+    def _statistics(self) -> Statistics:
+        return IMAGENET if self.section.normalise else AS_THEY_ARE

@@ -1,0 +1,131 @@
+"""What a recipe says of depth, and what others may know of it without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fd_large.recipes.fields import at_least, check_types, not_negative, positive, require
+from fd_large.recipes.task_kind import TaskKind
+from fd_large.tasks.dense.section import IGNORED_FIELDS
+
+ON_LAST_MAP = {"linear"}
+"""Heads that take the student's last map after its final norm, which others replace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """The depth of each pixel: a head on the student's last map; data.image_size is the crop."""
+
+    # Text file with a line for each training image: its path and that of its depth file, below
+    # data.root. Empty: the images and depth files of the folder itself (docs/depth.md).
+    train_list: str = ""
+    # The same for the images of the test.
+    val_list: str = ""
+    # Number of the depth files' units in a metre: 1000 where they hold millimetres, 256 in KITTI.
+    depth_scale: float = 1000.0
+    # Height and width of the part of an image, at the bottom and in the middle, that is used: 352
+    # 1216 for KITTI. 0 0: all of it.
+    bottom_crop: tuple[int, int] = (0, 0)
+    # Largest depth that the head can give, in metres; the test leaves out what lies beyond it.
+    max_depth: float = 10.0
+    # The test leaves out what is nearer than this, in metres.
+    min_depth: float = 0.001
+    # Whether pixels are normalised by ImageNet's statistics, as students are distilled. Without it
+    # they are between 0 and 1, as in the published runs.
+    normalise: bool = True
+    # What makes a depth of the student's last map. mim: the three transposed convolutions of
+    # MIM-Depth. linear: one layer. Your own, made of (channels of the map, head_width, pixels per
+    # place of the map): module:FILE.py:NAME.
+    head: str = "mim"
+    # Number of channels behind the transposed convolutions.
+    head_width: int = 128
+    # Scale-invariant loss of Eigen: loss_factor x sqrt(mean d^2 - loss_lambda x (mean d)^2), d
+    # being the difference of the logarithms. batch: one root over all pixels with a depth, of the
+    # images of a pass on all ranks, as published. image: the mean of the roots of the images.
+    loss_over: Literal["batch", "image"] = "batch"
+    # Share of the squared mean that is forgiven, in [0, 1]: 0.5 as published, 0.85 in BTS and
+    # AdaBins, which forgives more of a wrong scale.
+    loss_lambda: float = 0.5
+    # Factor of the loss: 1 as published, 10 in BTS and AdaBins.
+    loss_factor: float = 1.0
+    # Train the head alone; the student stays as it is. Set student.drop_path_rate to 0 with it.
+    frozen: bool = False
+    # Whether brightness, contrast, gamma, hue and saturation of training images are changed at
+    # random.
+    colors: bool = True
+    # Share of the training images in which a strip from top to bottom shows the depth in place of
+    # the image (CutDepth), in [0, 1]. 0 turns it off.
+    cut_depth: float = 0.25
+    # What such a strip shows. scaled: the depth, from 0 to 255 at max_depth. wrapped: millimetres
+    # modulo 256, as the published code does.
+    cut_depth_bytes: Literal["scaled", "wrapped"] = "scaled"
+    # Number of square windows of data.image_size, spread over the longer side, in which an image is
+    # tested, 2 or more; more where they would leave gaps. 0: whole, which a student of one image
+    # size, such as a ViT, cannot see.
+    test_windows: int = 0
+    # Whether each is also seen mirrored, and the depths averaged.
+    test_flip: bool = True
+    # Part of an image that is scored. nyu: without the borders of NYUv2's images. kitti_garg,
+    # kitti_eigen: what KITTI's published scores are of. none: all of it.
+    test_crop: Literal["none", "nyu", "kitti_garg", "kitti_eigen"] = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self, "task.depth")
+        for name in ("depth_scale", "max_depth", "loss_factor"):
+            positive(f"task.depth.{name}", getattr(self, name))
+        not_negative("task.depth.min_depth", self.min_depth)
+        require(
+            self.min_depth < self.max_depth,
+            "task.depth.min_depth: not below task.depth.max_depth",
+            self.min_depth,
+            f"less than {self.max_depth} metres",
+        )
+        at_least("task.depth.head_width", self.head_width, 1, "channels")
+        require(
+            self.test_windows == 0 or self.test_windows > 1,
+            "task.depth.test_windows: invalid number of windows",
+            self.test_windows,
+            "2 or more, or 0 for none",
+        )
+        require(
+            self.bottom_crop == (0, 0) or min(self.bottom_crop) > 0,
+            "task.depth.bottom_crop: invalid lengths",
+            self.bottom_crop,
+            "two numbers of pixels, or 0 0",
+        )
+        for name in ("loss_lambda", "cut_depth"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1,
+                f"task.depth.{name}: invalid fraction",
+                value,
+                "a number in [0, 1]",
+            )
+
+
+HOW_TO_TEST = tuple(
+    f"task.depth.{name}"
+    for name in ("val_list", "min_depth", "test_windows", "test_flip", "test_crop")
+)
+KIND = TaskKind(
+    name="depth",
+    folder="depth",
+    job="DepthJob",
+    title="Depth",
+    section=Depth,
+    may_change=("task.depth.train_list", *HOW_TO_TEST),
+    scores_runs=True,
+    ignored_fields=IGNORED_FIELDS,
+    scoring_fields=(*HOW_TO_TEST, "task.depth.depth_scale", "student.architecture.window_size"),
+    next_steps=(
+        (
+            "nine scores, and pictures of depth and error",
+            ("evaluate", "{run}", "--out", "{run}/evaluation"),
+        ),
+        (
+            "what it sees in an image of yours",
+            ("predict", "{run}", "IMAGE.jpg", "--out", "{run}/predictions"),
+        ),
+    ),
+)

@@ -1,0 +1,143 @@
+"""Depth as a task: a student, a head that gives the depth of each pixel, a loss.
+
+The head stands on the student's last map alone, after a new norm of its own.
+
+Source: Xie et al., arXiv 2205.13543, and its code, SwinTransformer/MIM-Depth-Estimation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.statistics import IMAGENET, Statistics
+from fd_large.engine.heads import make_head
+from fd_large.tasks.dense.convolution import NORM_EPS, ChannelNorm
+from fd_large.tasks.dense.pixels import normalised
+from fd_large.tasks.dense.stages import (
+    features,
+    has_stages,
+    maps_of_blocks,
+    normed_last_map,
+    strip,
+    to_pixels,
+)
+from fd_large.tasks.dense.target import Targets
+from fd_large.tasks.dense.task import DenseTask
+from fd_large.tasks.depth.heads.linear_head import LinearHead
+from fd_large.tasks.depth.heads.mim_head import MimHead
+from fd_large.tasks.depth.loss import Over, silog_loss
+from fd_large.tasks.depth.section import ON_LAST_MAP
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "mim": MimHead,
+    "linear": lambda in_width, width, stride: LinearHead(in_width),
+}
+"""What makes a depth of a map, by the name that a recipe has for it (`task.depth.head`): made of
+(channels of the map, channels of the head, pixels per place of the map). It maps (B, C, h, w) to
+(B, 1, H, W) of any size, the depth before its sigmoid."""
+
+
+class Depth(DenseTask):
+    """A head for the depth of each pixel on a distilled student.
+
+    Args:
+        student: A backbone; it loses its final norm, but for a linear head.
+        max_depth: Largest depth that can be given, in metres.
+        head: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        width: Channels of the head.
+        over: See `silog_loss`.
+        forgiven: See `silog_loss`.
+        factor: See `silog_loss`.
+        frozen: Whether the student stays as it is.
+        statistics: The student's normalisation.
+
+    Raises: ConfigError: for an unknown name, or a student that cannot carry the head.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        max_depth: float = 10.0,
+        head: str = "mim",
+        width: int = 128,
+        over: Over = "batch",
+        forgiven: float = 0.5,
+        factor: float = 1.0,
+        frozen: bool = False,
+        statistics: Statistics = IMAGENET,
+    ) -> None:
+        super().__init__(student, frozen=frozen, statistics=statistics)
+        self.norm: ChannelNorm | None = None
+        if head not in ON_LAST_MAP:
+            strip(student, windowed=False)
+            self.norm = ChannelNorm(student.width, NORM_EPS)
+        self.head = make_head(
+            head,
+            student.width,
+            width,
+            student.stride,
+            built_in=HEADS,
+            where="task.depth.head",
+        )
+        self.max_depth = max_depth
+        self.over, self.forgiven, self.factor = over, forgiven, factor
+
+    def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
+        """Returns the student's pixels and the depths."""
+        pixels = normalised(images, targets.sizes, self.statistics)
+        return {"pixels": pixels, "keep": keep, "depths": targets.truth}
+
+    def forward(
+        self, *, pixels: Tensor, keep: Tensor | None = None, depths: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
+        """Returns the loss and no terms, or without depths the predicted ones.
+
+        Args:
+            pixels: (B, 3, H, W) float32, normalised for the student.
+            keep: (num_sites, B) bool, or None.
+            depths: (B, H, W) metres; 0 where there is none.
+
+        Returns: without depths (B, H, W) float32, metres.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            last = self._map(pixels, keep)
+        if self.norm is not None:
+            last = self.norm(last)
+        logits = self.head(last)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = to_pixels(self.student, logits, pixels)[:, 0]
+        if depths is None:
+            return self.max_depth * logits.sigmoid()
+        # The logarithm of the sigmoid at once: a depth that rounds to 0 has one too.
+        log_depths = math.log(self.max_depth) + F.logsigmoid(logits)
+        loss = silog_loss(
+            log_depths, depths, over=self.over, forgiven=self.forgiven, factor=self.factor
+        )
+        return loss, {}
+
+    def _map(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
+        """The student's last map, (B, C, h, w)."""
+        if self.norm is None:
+            return normed_last_map(self.student, pixels, keep)
+        if has_stages(self.student):
+            last = features(self.student, pixels, keep)[-1]
+        else:
+            (last,) = maps_of_blocks(self.student, pixels, keep, [self.student.depths[0] - 1])
+        return last.permute(0, 3, 1, 2)
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """Returns the factor of a parameter's learning rate.
+
+        Of a Swin model each merging counts as a layer, as in the published runs.
+        """
+        inside = name.removeprefix("student.")
+        if self.frozen or inside == name or not hasattr(self.student, "layers_above"):
+            return super().layer_scale(name, decay)
+        return decay ** self.student.layers_above(inside)

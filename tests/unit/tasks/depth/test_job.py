@@ -1,0 +1,105 @@
+"""Depth as a job: mistakes that end before anything heavy, its stored student and predictions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from depth_batches import narrow_run
+from depth_images import write_images
+from stored_run import store_tensors
+
+from fd_large.backbones.statistics import IMAGENET
+from fd_large.cli.export import export
+from fd_large.errors import ConfigError, DataError
+from fd_large.tasks.depth.job import DepthJob
+from fd_large.tasks.depth.scores.evaluation import Model
+from fd_large.tasks.depth.section import Depth
+from fd_large.tasks.depth.stored import predict_images
+from fd_large.weights.load import load_model
+
+SWIN, VIT, LINEAR = "nyuv2_swinv2_giant", "nyuv2_vit_base", "nyuv2_linear"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("nyu"))
+
+
+def run_of(root, name: str = SWIN, **own):
+    run = narrow_run(name, **own)
+    return replace(run, data=replace(run.data, root=str(root)))
+
+
+def check(run) -> DepthJob:
+    job = DepthJob(run)
+    job.open_samples()
+    job.check()
+    return job
+
+
+@pytest.mark.parametrize("name", [SWIN, VIT, LINEAR])
+def test_a_whole_dataset_is_fine(name, root):
+    assert len(check(run_of(root, name)).test_images()) == 6
+
+
+def test_mistakes_name_their_field(root):
+    with pytest.raises(ConfigError, match=r"test_windows.*images of one size; got 0"):
+        check(run_of(root, VIT, test_windows=0))
+    with pytest.raises(DataError, match=r"task\.depth\.val_list"):
+        check(run_of(root, val_list="nowhere.txt"))
+    run = run_of(root, LINEAR)
+    with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
+        check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
+    run = run_of(root)
+    with pytest.raises(ConfigError, match=r"data\.color_jitter: depth ignores"):
+        check(replace(run, data=replace(run.data, color_jitter=0.4)))
+    for field, value in (
+        ("depth_scale", 0.0),
+        ("min_depth", 10.0),
+        ("loss_lambda", 1.5),
+        ("cut_depth", -0.1),
+        ("test_windows", 1),
+        ("bottom_crop", (352, 0)),
+        ("head_width", 0),
+    ):
+        with pytest.raises(ConfigError, match=rf"task\.depth\.{field}"):
+            Depth(**{field: value})
+
+
+@pytest.mark.parametrize(("name", "to"), [(SWIN, "fd"), (LINEAR, "fd")])
+def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path):
+    run = run_of("/somewhere/nyu", name)
+    torch.manual_seed(0)
+    tensors = {n: p.detach() for n, p in DepthJob(run).make_task().named_parameters()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(run.to_dict()))
+    store_tensors(tmp_path / "run", tensors, ranks=2, recipe=run.to_dict())
+    export(str(tmp_path / "run"), str(tmp_path / "out"), to)
+    net, facts = load_model(tmp_path / "out")
+    for key, parameter in net.named_parameters():
+        assert key.startswith("norm.") or torch.equal(parameter, tensors[f"student.{key}"]), key
+    # What trained between 0 and 1 is used so.
+    assert (facts == IMAGENET) == run.task.depth.normalise
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained to estimate depth on nyu" in card
+    assert "somewhere" not in card
+
+
+def test_predictions_are_drawn_and_written(root, tmp_path):
+    job = DepthJob(run_of(root))
+    seeing = job.seeing(lambda pixels: pixels[:, 0].float() / 100 + 1, 1)
+    assert isinstance(seeing, Model)
+    image = str(next((root / "official_splits/test").rglob("*.jpg")))
+    none = str(tmp_path / "none.jpg")
+    found = list(predict_images(seeing, [image, none], tmp_path / "out", max_pixels=10**8))
+    assert found[0].drawn.is_file()
+    assert found[1].problem
+    seen = json.loads((tmp_path / "out" / "predictions.json").read_text())[image]
+    depth = np.load(tmp_path / "out" / seen["depth"])
+    assert depth.shape == (72, 96)
+    assert depth.min() == pytest.approx(seen["nearest"])
+    assert 1 < seen["nearest"] <= seen["median"] <= seen["farthest"] < 4
