@@ -62,6 +62,9 @@ def _swinv2(model: str, drop_path_rate: float, **student: Any) -> Student:
         architecture=Architecture(window_size=30, pretrained_window_sizes=DISTILLED_AT_192),
         drop_path_rate=drop_path_rate,
         size_rule="pad",
+        window_rule="official",
+        shift_stages=(True, True, False, False),
+        stage_windows=(30, 30, 30, 15),
         **student,
     )
 

@@ -117,7 +117,12 @@ KIND = TaskKind(
     may_change=("task.depth.train_list", *HOW_TO_TEST),
     scores_runs=True,
     ignored_fields=IGNORED_FIELDS,
-    scoring_fields=(*HOW_TO_TEST, "task.depth.depth_scale", "student.architecture.window_size"),
+    scoring_fields=(
+        *HOW_TO_TEST,
+        "task.depth.depth_scale",
+        "student.architecture.window_size",
+        "student.stage_windows",
+    ),
     next_steps=(
         (
             "nine scores, and pictures of depth and error",
