@@ -35,8 +35,11 @@ GATHER = {"index", "index_select", "embedding", "gather"}
 
 
 def _convolution_backward(out: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
-    # torch's own (2.13) leaves out that groups share the channels.
-    return sum(rest[-1][:2]) * 2 * out.numel() * weight[0].numel()
+    # torch's own (2.13) leaves out that groups share the channels. A transposed one is the backward
+    # of another, which meets its kernel at each place of its result.
+    is_transposed = rest[4]
+    places = (x if is_transposed else out).numel()
+    return sum(rest[-1][:2]) * 2 * places * weight[0].numel()
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {
