@@ -100,6 +100,7 @@ check_settings() {
             DATA_ROOT) what="a folder of images or tar files" ;;
             COCO_ROOT) what="the folder of a dataset with COCO's annotations" ;;
             ADE_ROOT) what="the folder of ADE20K" ;;
+            NYU_ROOT) what="the folder of NYUv2" ;;
             TEACHER_SOURCE) what="the teacher's weights or \"random\"" ;;
             STUDENT_INIT) what="the folder of a run, or a file of weights" ;;
         esac

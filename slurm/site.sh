@@ -14,11 +14,12 @@ DATA_ROOT=${DATA_ROOT:-}
 #       --teacher.model swinv2_1b
 TEACHER_SOURCE=${TEACHER_SOURCE:-}
 
-# For slurm/coco_swinv2g.sh and slurm/ade20k_swinv2g.sh: a dataset in COCO's layout
-# (docs/detection.md) or in ADE20K's (docs/segmentation.md). For these and for
-# slurm/finetune_swinv2g.sh: the run or file of weights that the backbone comes from.
+# For slurm/coco_swinv2g.sh, slurm/ade20k_swinv2g.sh and slurm/nyuv2_swinv2g.sh: a dataset in COCO's
+# layout (docs/detection.md), ADE20K's (docs/segmentation.md) or NYUv2's (docs/depth.md). For these
+# and for slurm/finetune_swinv2g.sh: the run or file of weights that the backbone comes from.
 COCO_ROOT=${COCO_ROOT:-}
 ADE_ROOT=${ADE_ROOT:-}
+NYU_ROOT=${NYU_ROOT:-}
 STUDENT_INIT=${STUDENT_INIT:-}
 
 # ---- queue --------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def nyuv2_vit_base() -> Run:
     """MIM-Depth's decoder on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 0 GPU-hours
+    Duration: 25,225 steps; about 40 GPU-minutes
     Result: NYUv2 0.352 m RMSE (paper); CLIP itself 0.416
 
     How the paper put a depth head on a ViT is not public; what is here is ours: the decoder on the
@@ -97,7 +97,7 @@ def nyuv2_swinv2_base() -> Run:
     """MIM-Depth's decoder on a SwinV2-B, window 30 (for the student of fd_swinv2_base).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 0 GPU-hours
+    Duration: 25,225 steps; about 40 GPU-minutes
     Result: not published (SwinV2-B of SimMIM: 0.304 m RMSE)
 
     MIM-Depth's settings of a SwinV2-B: layer decay .9, drop path .3, windows of 30, 30, 30 and 15
@@ -110,7 +110,7 @@ def nyuv2_swinv2_large() -> Run:
     """MIM-Depth's decoder on a SwinV2-L, window 30 (for the student of fd_swinv2_large).
 
     Hardware: 8 GPUs x 3 images; NYUv2
-    Duration: 25,225 steps; about 0 GPU-hours
+    Duration: 25,225 steps; about 1.4 GPU-hours
     Result: not published (SwinV2-L of SimMIM: 0.287 m RMSE)
 
     MIM-Depth's settings of a SwinV2-L: layer decay .85, drop path .5.
@@ -124,7 +124,7 @@ def nyuv2_swinv2_giant() -> Run:
     """MIM-Depth's decoder on a SwinV2-G (3.0B), window 30 (for the student of fd_swinv2g).
 
     Hardware: 24 GPUs of 80 GB x 1 image; NYUv2
-    Duration: 25,225 steps; about 0 GPU-hours
+    Duration: 25,225 steps; about 20 GPU-hours
     Result: not published
 
     No settings of this size are published: MIM-Depth's of a SwinV2-L (layer decay .85, drop path
@@ -143,7 +143,7 @@ def nyuv2_linear() -> Run:
     """A linear layer on the last map of a frozen ViT-B/16: how much depth its features tell.
 
     Hardware: 8 GPUs x 2 images; NYUv2
-    Duration: 38,400 steps; about 0 GPU-minutes
+    Duration: 38,400 steps; about 9 GPU-minutes
     Result: not published
 
     The length, batch, rate and loss (lambda .85) of DINOv3's probe (configs/config-nyu.yaml), whose

@@ -68,9 +68,9 @@ class Task(_TaskSections):
 
     # What the student learns. distillation: the teacher's feature map. finetune: the labels of
     # images. linear: nothing; it stays as it is, and a linear layer on its features learns the
-    # labels. detection: the boxes and masks of objects. segmentation: the class of each pixel. Only
-    # the first has a teacher. Or a task of your own, module:PATH/TO/FILE.py:NAME
-    # (docs/extending.md).
+    # labels. detection: the boxes and masks of objects. segmentation: the class of each pixel.
+    # depth: the depth of each pixel. Only the first has a teacher. Or a task of your own,
+    # module:PATH/TO/FILE.py:NAME (docs/extending.md).
     name: str = "distillation"
 
     def __post_init__(self) -> None:

@@ -178,6 +178,7 @@ SHORT = """
 """
 # What only a long run leaves behind; these commands run in the tests of their files.
 LEFT_BEHIND = {
+    "DEPTH_RUN": "test_depth.py",
     "DETECTION_RUN": "test_predict.py and test_evaluate.py",
     "INCIDENT": "test_replay.py",
     "RUN/incidents/update_NNNNNNNN": "test_replay.py",
@@ -203,12 +204,14 @@ TINY_RECIPES = {
     "ade20k_upernet_vit_base": f"""
         {TINY_VIT} --task.segmentation.num_classes 4 --task.segmentation.head_width 8
     """,
+    "nyuv2_vit_base": f"{TINY_VIT} --task.depth.head_width 8",
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in which the files that the pages name exist."""
+    import depth_images
     import timm
     from coco import unpack_coco_tiny
     from PIL import Image
@@ -239,6 +242,7 @@ def folder(tmp_path_factory):
         (folder / name).write_text(text)
     unpack_coco_tiny(folder / "COCO")
     write_images(folder / "ADE20K")
+    depth_images.write_images(folder / "NYUV2")
     return folder
 
 

@@ -115,7 +115,7 @@ class DepthJob(DenseJob):
 
     def tables(self, outcome: Outcome, images: DepthSet) -> Sequence[Any]:
         """Returns the table of the nine scores."""
-        return [numbers_table(outcome.scores, len(images), self.section.test_crop)]
+        return [numbers_table(outcome)]
 
     def stored_student(self) -> StoredStudent:
         """As for all dense tasks, with the normalisation that it was trained with."""

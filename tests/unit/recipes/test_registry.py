@@ -68,12 +68,20 @@ SEGMENTATION = {
     "ade20k_upernet_swinv2_giant": (640, 4e-5, 32, 1.0, 0.4, 0.05, 80_000),
     "ade20k_linear": (512, 1e-3, 16, 1.0, 0.0, 0.001, 40_000),
 }
+# Drop path, layer decay, channels of the decoder: MIM-Depth's.
+DEPTH = {
+    "nyuv2_vit_base": (0.3, 0.9, 128),
+    "nyuv2_swinv2_base": (0.3, 0.9, 128),
+    "nyuv2_swinv2_large": (0.5, 0.85, 192),
+    "nyuv2_swinv2_giant": (0.5, 0.85, 512),
+}
 OURS = [name for name in registry.RECIPES if name.startswith("fd_swinv2")]
 
 
 def test_recipes_are_named_by_their_function_and_the_quick_start_is_the_default():
     assert all(registry.get(name).name == name for name in registry.RECIPES)
-    published = {*PAPER, *FINE_TUNING, *PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION}
+    others = {*PLAIN, *LARGER_FINE_TUNING, *DETECTION, *SEGMENTATION, *DEPTH}
+    published = {*PAPER, *FINE_TUNING, *others, "nyuv2_linear"}
     assert {*published, *OURS, "quickstart", "linear_probe"} == set(registry.RECIPES)
     assert registry.DEFAULT_RECIPE == "quickstart"
 
@@ -209,7 +217,7 @@ def test_the_docstring_gives_hardware_duration_and_result(name):
         assert 0 < len(line) <= 100
     # The last incomplete batch is dropped.
     in_22k = 14_197_122 if name.endswith("_22k") else 1_281_167
-    images = 118_287 if name in DETECTION else in_22k
+    images = 118_287 if name in DETECTION else 24_231 if name in DEPTH else in_22k
     steps = run.optim.max_steps or run.optim.epochs * (images // run.batch.global_batch_size)
     assert f"{steps:,} steps" in facts.duration
 
@@ -239,3 +247,27 @@ def test_a_segmentation_has_its_source_s_settings(name):
     own = run.task.segmentation
     assert (own.num_classes, own.reduce_zero_label, own.loss_over) == (150, True, "all")
     assert own.test_mode == ("slide" if "vit" in run.student.model else "whole")
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_a_depth_has_mim_depth_s_settings(name):
+    run = registry.get(name)
+    optim, own = run.optim, run.task.depth
+    assert (run.student.drop_path_rate, optim.layer_decay, own.head_width) == DEPTH[name]
+    assert optim.rates(24) == pytest.approx((5e-4, 3e-5, 3e-5))
+    assert (optim.schedule, optim.epochs, optim.warmup_epochs) == ("rise_and_fall", 25, 12)
+    assert (optim.weight_decay, optim.clip_norm, run.batch.global_batch_size) == (0.05, 0, 24)
+    assert (own.loss_over, own.loss_lambda, own.loss_factor) == ("batch", 0.5, 1)
+    assert (own.normalise, own.max_depth, own.test_crop) == (False, 10, "nyu")
+    assert (own.test_windows, own.test_flip, run.data.image_size) == (2, True, 480)
+    if "swinv2" in name:
+        assert run.student.stage_windows == (30, 30, 30, 15)
+        assert run.student.shift_stages == (True, True, False, False)
+        assert run.student_architecture().pretrained_window_sizes == (12, 12, 12, 6)
+
+
+def test_the_linear_depth_leaves_the_student_as_it_is():
+    run = registry.get("nyuv2_linear")
+    own = run.task.depth
+    assert (own.frozen, own.normalise, own.cut_depth, own.loss_lambda) == (True, True, 0, 0.85)
+    assert run.optim.rates(16)[0] == pytest.approx(3e-4)
