@@ -43,7 +43,7 @@ from fd_large.probes.features import Features, extract
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.sections import Student
-from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.detection.job import DetectionJob, model_of
 from fd_large.tasks.detection.scores.collect import to_results
 from fd_large.tasks.detection.stored import predict_images
 from fd_large.tasks.distillation.canary import seconds_of_product
@@ -199,22 +199,23 @@ def test_detection(card: Card, recipe: str) -> None:
     asking = {wait.partition(":")[0] for wait in waits}
     assert asking <= COUNTING, waits
     task.eval()
-    seen = task.detect(batch.images.to("cuda"), batch.targets.sizes.to("cuda"))
+    seen = task.see(batch.images.to("cuda"), batch.targets.sizes.to("cuda"))
     assert {tensor.device.type for found in seen for tensor in found} == {"cuda"}
-    sizes = {"size": batch.targets.sizes[0], "original_size": (80, 60)}
-    results = to_results(seen[0], image_id=0, category_ids=range(9), **sizes)
+    results = to_results(
+        seen[0], image_id=0, category_ids=range(9), original_size=batch.targets.sizes[0]
+    )
     assert len(results) == len(seen[0].boxes)
 
 
 def test_a_detector_s_pictures(card: Card, tmp_path: Path) -> None:
-    task = engine_ready(DetectionJob(detection_batches.narrow_run(DETECTORS[1])).make_task)
+    run = detection_batches.narrow_run(DETECTORS[1])
+    task = engine_ready(DetectionJob(run).make_task)
     Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
     (found,) = predict_images(
-        task.eval().detect,
+        model_of(run, task.eval().see),
         [str(tmp_path / "a.png")],
         tmp_path / "out",
         class_names="abcde",
-        test_size=(64, 96),
         max_pixels=2**20,
         least_score=0.5,
     )

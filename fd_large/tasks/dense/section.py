@@ -35,3 +35,16 @@ def check_test_size(where: str, test_size: tuple[int, int]) -> None:
         test_size,
         "two numbers of pixels, the smaller first, or 0 0",
     )
+
+
+def check_test_scales(where: str, scales: tuple[float, ...]) -> None:
+    """Refuses scales of test images that are none.
+
+    Raises: ConfigError: with `where`, the name of the section, before the field's.
+    """
+    require(
+        bool(scales) and all(scale > 0 for scale in scales),
+        f"{where}.test_scales: invalid scales",
+        scales,
+        "at least one number above 0",
+    )

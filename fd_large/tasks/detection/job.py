@@ -30,12 +30,13 @@ from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.data.views import Jitter, LargeScaleJitter, ShortestEdge
-from fd_large.tasks.detection.heads.selection import Detections, Selection
+from fd_large.tasks.detection.heads.selection import Selection
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
+from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.section import KIND
 from fd_large.tasks.detection.stored import predict_images, score_stored
-from fd_large.tasks.detection.task import Detection
+from fd_large.tasks.detection.task import Ask, Detection
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
@@ -91,12 +92,7 @@ class DetectionJob(Job):
             anchors_per_image=numbers.anchors_per_image,
             proposals_per_image=numbers.proposals_per_image,
             rois_per_image=numbers.rois_per_image,
-            selection=Selection(
-                nms=numbers.nms,
-                iou=numbers.nms_iou,
-                least_score=numbers.least_score,
-                at_most=numbers.detections_per_image,
-            ),
+            selection=selection_of(self.run),
             seed=self.run.runtime.seed,
         )
 
@@ -153,8 +149,10 @@ class DetectionJob(Job):
         run, images = self.run, self._test_images
         task = cast(Detection, engine.task)
 
-        def detect(pixels: Tensor, sizes: Tensor) -> list[Detections]:
-            return engine.deepspeed(pixels=task.pixels(pixels, sizes), sizes=sizes)
+        def see(pixels: Tensor, sizes: Tensor, ask: Ask | None) -> Any:
+            return engine.deepspeed(pixels=task.pixels(pixels, sizes), sizes=sizes, ask=ask)
+
+        model = model_of(run, see)
 
         def measure(
             step: int, last: bool, between: Callable[[], None]
@@ -164,10 +162,9 @@ class DetectionJob(Job):
             folder = self.folder / f"update_{step:08d}"
             with evaluating(engine):
                 outcome = evaluate(
-                    detect,
+                    model,
                     images,
                     folder,
-                    test_size=test_size(run),
                     batch_size=micro_batch_size,
                     workers=run.data.workers,
                     max_pixels=run.data.max_pixels,
@@ -211,14 +208,13 @@ class DetectionJob(Job):
         run, micro = self.run, self.run.batch.micro_batch_size
         classes = tuple(reader.manifest["categories"].values())
         images = meeting.meet(lambda: self.test_images(classes))
-        detect = distributed.together(
+        see = distributed.together(
             lambda: task_to_test(self.make_task, reader, precision=run.engine.precision)
-        ).detect
+        ).see
         return score_stored(
-            detect,
+            model_of(run, see),
             images,
             folder,
-            test_size=test_size(run),
             batch_size=1 if micro == "auto" else micro,
             workers=run.data.workers,
             max_pixels=run.data.max_pixels,
@@ -228,12 +224,12 @@ class DetectionJob(Job):
         self, reader: Reader, images: Sequence[str], folder: Path, *, least_score: float
     ) -> Iterator[Predicted]:
         """Boxes and masks of objects."""
+        task = task_to_test(self.make_task, reader, precision=self.run.engine.precision)
         return predict_images(
-            task_to_test(self.make_task, reader, precision=self.run.engine.precision).detect,
+            model_of(self.run, task.see),
             images,
             folder,
             class_names=tuple(reader.manifest["categories"].values()),
-            test_size=test_size(self.run),
             max_pixels=self.run.data.max_pixels,
             least_score=least_score,
         )
@@ -289,7 +285,25 @@ def jitter_of(run: Run) -> Jitter:
     return LargeScaleJitter(run.data.image_size, min_scale=smallest, max_scale=largest)
 
 
-def test_size(run: Run) -> tuple[int, int]:
-    """Returns the shorter side and the largest longer side of evaluated images, in pixels."""
-    side = run.data.image_size
-    return run.task.detection.test_size if any(run.task.detection.test_size) else (side, side)
+def selection_of(run: Run) -> Selection:
+    """Returns how the recipe chooses boxes."""
+    own = run.task.detection
+    return Selection(
+        nms=own.nms,
+        iou=own.nms_iou,
+        least_score=own.least_score,
+        at_most=own.detections_per_image,
+    )
+
+
+def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Model:
+    """Returns what the recipe tests, and how.
+
+    Args:
+        run: The recipe.
+        see: See `Model`.
+    """
+    own, side = run.task.detection, run.data.image_size
+    short, long = own.test_size if any(own.test_size) else (side, side)
+    views = TestViews(short, long, own.test_scales, own.test_flip, own.test_merge, own.test_areas)
+    return Model(see, views, selection_of(run), own.proposals_per_image)

@@ -7,7 +7,12 @@ from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, require
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.dense.section import IGNORED_FIELDS, check_scale_range, check_test_size
+from fd_large.tasks.dense.section import (
+    IGNORED_FIELDS,
+    check_scale_range,
+    check_test_scales,
+    check_test_size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,19 @@ class Detection:
     # Length of the shorter side of evaluated images, and the largest length of the longer side, in
     # pixels. 0 0 uses data.image_size for both.
     test_size: tuple[int, int] = (0, 0)
+    # Scales at which an image is tested, as multiples of the size above. What is seen at several is
+    # merged.
+    test_scales: tuple[float, ...] = (1.0,)
+    # Whether each of these is also seen mirrored.
+    test_flip: bool = False
+    # How several views are merged. average: the best proposals of all views are given to each, and
+    # boxes, scores and masks are averaged. areas: the boxes of all views are put together, those of
+    # each scale if they have its areas, before overlapping ones are chosen. union: what each view
+    # reports is put together, and chosen among once more.
+    test_merge: Literal["average", "areas", "union"] = "average"
+    # For `areas`: which boxes each scale gives, by letters: s up to 32 x 32 pixels of the file, m
+    # up to 96 x 96, l above. For example l ml sm for three scales. Empty: all.
+    test_areas: tuple[str, ...] = ()
     # Number of first stages of a SwinV2 student whose attention is computed for few windows at a
     # time, for attention maps that would fill the memory. 0 turns it off.
     sequential_stages: int = 0
@@ -82,6 +100,19 @@ class Detection:
             "only one of the two to be set",
         )
         check_test_size("task.detection", self.test_size)
+        check_test_scales("task.detection", self.test_scales)
+        require(
+            not self.test_areas
+            or (
+                self.test_merge == "areas"
+                and len(self.test_areas) == len(self.test_scales)
+                and all(areas and not set(areas) - set("sml") for areas in self.test_areas)
+            ),
+            "task.detection.test_areas: not one for each scale",
+            self.test_areas,
+            f"for each of {len(self.test_scales)} scales some of the letters s, m and l, with "
+            "--task.detection.test_merge areas",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +127,24 @@ class ScoredFiles:
     json: str = ""
 
 
+HOW_TO_TEST = tuple(
+    f"task.detection.{name}"
+    for name in (
+        *("nms", "nms_iou", "least_score", "detections_per_image", "proposals_per_image"),
+        *("test_size", "test_scales", "test_flip", "test_merge", "test_areas"),
+    )
+)
+
 KIND = TaskKind(
     name="detection",
     folder="detection",
     job="DetectionJob",
     title="Detection",
     section=Detection,
+    # What changes no training.
+    may_change=HOW_TO_TEST,
     scores_runs=True,
+    scoring_fields=HOW_TO_TEST,
     ignored_fields=IGNORED_FIELDS,
     scored_files=ScoredFiles,
     next_steps=(

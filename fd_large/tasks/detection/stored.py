@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import out_folder
 from fd_large.engine.job import Predicted, StoredScores
-from fd_large.tasks.dense.geometry import resized_view
+from fd_large.tasks.dense.geometry import resized_view, sizes_of
 from fd_large.tasks.dense.stored import Seen, predict_files
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.scores.annotated_images import draw_image, marks_of
 from fd_large.tasks.detection.scores.collect import to_results
-from fd_large.tasks.detection.scores.evaluation import Detect, evaluate, keep
+from fd_large.tasks.detection.scores.evaluation import evaluate, keep
 from fd_large.tasks.detection.scores.tables import classes_table, numbers_table
+from fd_large.tasks.detection.scores.views import Model
 
 
 def score_stored(
-    detect: Detect,
+    model: Model,
     images: CocoSet,
     folder: Path,
     *,
-    test_size: tuple[int, int],
     batch_size: int,
     workers: int,
     max_pixels: int,
@@ -37,10 +36,9 @@ def score_stored(
     """
     out_folder(folder)
     outcome = evaluate(
-        detect,
+        model,
         images,
         folder,
-        test_size=test_size,
         batch_size=batch_size,
         workers=workers,
         max_pixels=max_pixels,
@@ -55,37 +53,39 @@ def score_stored(
 
 
 def predict_images(
-    detect: Detect,
+    model: Model,
     images: Sequence[str],
     folder: Path,
     *,
     class_names: Sequence[str],
-    test_size: tuple[int, int],
     max_pixels: int,
     least_score: float,
 ) -> Iterator[Predicted]:
     """Draws what a detector sees and writes it to predictions.json.
 
     Args:
-        detect: The detector, in evaluation.
+        model: The detector, in evaluation, and how it is tested.
         images: Paths of image files.
         folder: Folder for predictions.json and the drawn images.
         class_names: Names by label.
-        test_size: Shorter side and longest side of a resized image, in pixels.
         max_pixels: Larger images are refused.
         least_score: Least score of what is drawn and written.
     """
     device = distributed.device()
-    short, long = test_size
 
     def see(image: Tensor, stem: str) -> Seen:
-        view = resized_view(*image.shape[-2:], short_side=short, long_side=long)
-        resized = view.image(image)
-        size = torch.tensor([resized.shape[-2:]], device=device)
+        resized = [
+            resized_view(*image.shape[-2:], short_side=short, long_side=long).image(image)
+            for short, long in model.views.sides
+        ]
+        (seen,) = model.detect(
+            [pixels[None].to(device) for pixels in resized],
+            [sizes_of([pixels]).to(device) for pixels in resized],
+            sizes_of([image]).to(device),
+        )
         results = to_results(
-            detect(resized[None].to(device), size)[0],
+            seen,
             image_id=0,
-            size=view.size,
             original_size=image.shape[-2:],
             category_ids=range(len(class_names)),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads, Terms
 from fd_large.tasks.detection.heads.rpn import (
+    Proposals,
     RpnHead,
     anchors_of,
     propose,
@@ -34,6 +35,22 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
 """What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
 BEFORE_NMS_TRAINING, BEFORE_NMS = 2000, 1000
+
+
+class Ask(NamedTuple):
+    """What a test that merges several views asks of the images of one.
+
+    Attributes:
+        what: "proposals" (`Proposals` of each image), "candidates" (`Candidates` of each), or
+            "masks" ((n, M, M) of each).
+        boxes: (n, 4) float32 of each image: proposals that take the place of its own, or the boxes
+            that masks are made of.
+        labels: (n,) int64 of each image, classes of the boxes of masks.
+    """
+
+    what: Literal["proposals", "candidates", "masks"]
+    boxes: Sequence[Tensor] | None = None
+    labels: Sequence[Tensor] | None = None
 
 
 class Detection(Task):
@@ -112,7 +129,8 @@ class Detection(Task):
         keep: Tensor | None = None,
         targets: list[Target] | None = None,
         draws: dict[str, NDArray] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]] | list[Detections]:
+        ask: Ask | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]] | list[Any]:
         """Returns the loss and its terms (a collective), or without targets what is seen.
 
         Args:
@@ -121,6 +139,7 @@ class Detection(Task):
             keep: (num_sites, B) bool, or None.
             targets: What is in each image.
             draws: "anchors" and "proposals", a row of uniform numbers for each image.
+            ask: In a test, what is wanted in place of `Detections`.
         """
         maps, logits, deltas = self._maps(pixels, keep)
         grids = tuple((level.shape[2], level.shape[3]) for level in maps)
@@ -134,7 +153,8 @@ class Detection(Task):
             after_nms=self.proposals_per_image,
         )
         if targets is None:
-            return self._detect(maps, proposals, sizes)
+            return self._answer(maps, proposals, sizes, ask)
+        boxes = [proposal.boxes for proposal in proposals]
         of_rpn = rpn_terms(
             torch.cat(logits, dim=1),
             torch.cat(deltas, dim=1),
@@ -143,7 +163,7 @@ class Detection(Task):
             draws["anchors"],
             anchors_per_image=self.anchors_per_image,
         )
-        of_heads = self.heads.terms(maps, self.strides, proposals, targets, draws["proposals"])
+        of_heads = self.heads.terms(maps, self.strides, boxes, targets, draws["proposals"])
         return combine({**of_rpn, **of_heads})
 
     def shapes_only(self, batch: Batch) -> Tensor:
@@ -169,26 +189,36 @@ class Detection(Task):
         logits, deltas = zip(*(self.rpn(level) for level in maps), strict=True)
         return maps, list(logits), list(deltas)
 
-    def _detect(
-        self, maps: list[Tensor], proposals: list[Tensor], sizes: Tensor
-    ) -> list[Detections]:
-        found = self.heads.candidates(maps, self.strides, proposals)
+    def _answer(
+        self, maps: list[Tensor], proposals: list[Proposals], sizes: Tensor, ask: Ask | None
+    ) -> list[Any]:
+        if ask is not None and ask.what == "proposals":
+            return proposals
+        if ask is not None and ask.what == "masks":
+            return self.heads.masks(maps, self.strides, ask.boxes, ask.labels)
+        own = [proposal.boxes for proposal in proposals]
+        candidates = self.heads.candidates(
+            maps, self.strides, own if ask is None or ask.boxes is None else ask.boxes
+        )
+        if ask is not None:
+            return candidates
         chosen = [
-            self.selection.of_candidates(*of, size) for of, size in zip(found, sizes, strict=True)
+            self.selection.of_candidates(*found, size)
+            for found, size in zip(candidates, sizes, strict=True)
         ]
         boxes, labels = [of.boxes for of in chosen], [of.labels for of in chosen]
         masks = self.heads.masks(maps, self.strides, boxes, labels)
         return [Detections(*of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
-    @torch.no_grad()
-    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+    def see(self, images: Tensor, sizes: Tensor, ask: Ask | None = None) -> list[Any]:
         """Returns what is seen in images, by the modules of training in one order on all ranks.
 
         Args:
             images: (B, 3, H, W) uint8, padded right and bottom.
             sizes: (B, 2) int64, height and width of each image without its padding.
+            ask: What is wanted in place of `Detections`.
         """
-        return self(pixels=self.pixels(images, sizes), sizes=sizes)
+        return self(pixels=self.pixels(images, sizes), sizes=sizes, ask=ask)
 
 
 def combine(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:

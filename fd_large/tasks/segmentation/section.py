@@ -7,7 +7,12 @@ from typing import Literal
 
 from fd_large.recipes.fields import at_least, check_types, not_negative, require
 from fd_large.recipes.task_kind import TaskKind
-from fd_large.tasks.dense.section import IGNORED_FIELDS, check_scale_range, check_test_size
+from fd_large.tasks.dense.section import (
+    IGNORED_FIELDS,
+    check_scale_range,
+    check_test_scales,
+    check_test_size,
+)
 
 # Labels are int16.
 MOST_CLASSES = 2**15
@@ -85,12 +90,7 @@ class Segmentation:
             "a number in (0, 1]",
         )
         check_test_size("task.segmentation", self.test_size)
-        require(
-            bool(self.test_scales) and all(scale > 0 for scale in self.test_scales),
-            "task.segmentation.test_scales: invalid scales",
-            self.test_scales,
-            "at least one number above 0",
-        )
+        check_test_scales("task.segmentation", self.test_scales)
         require(
             self.head not in ON_LAST_MAP or not self.auxiliary_weight,
             f"task.segmentation.auxiliary_weight: {self.head} has one map and no second head",

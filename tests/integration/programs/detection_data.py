@@ -55,8 +55,7 @@ def evaluation(pictures: CocoSet, folder: Path) -> dict[str, Any]:
     """Batches of this rank, and on rank 0 the boxes' numbers and the order of the results."""
     loader = build_evaluation_loader(
         pictures,
-        short_side=100,
-        long_side=160,
+        sides=[(100, 160)],
         batch_size=5,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -68,8 +67,7 @@ def evaluation(pictures: CocoSet, folder: Path) -> dict[str, Any]:
             if not batch.weights[place]:
                 continue
             objects = pictures.objects(index)
-            scale = (batch.sizes[place] / batch.original_sizes[place]).flip(0).repeat(2)
-            boxes = torch.from_numpy(objects.boxes) * scale + objects.image_id % 2 * 1.5
+            boxes = torch.from_numpy(objects.boxes) + objects.image_id % 2 * 1.5
             count = len(boxes)
             results += to_results(
                 Detections(
@@ -79,7 +77,6 @@ def evaluation(pictures: CocoSet, folder: Path) -> dict[str, Any]:
                     torch.ones(count, 28, 28),
                 ),
                 image_id=objects.image_id,
-                size=batch.sizes[place],
                 original_size=batch.original_sizes[place],
                 category_ids=pictures.category_ids,
             )

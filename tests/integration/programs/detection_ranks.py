@@ -156,7 +156,9 @@ def random_batches(run: Run, count: int) -> dict[str, Any]:
             engine.task.eval()
             # On one rank nothing is large enough to hold an object.
             sizes = batch.targets.sizes if rank else torch.zeros_like(batch.targets.sizes)
-            found += sum(len(seen.boxes) for seen in engine.task.detect(batch.images, sizes))
+            with torch.no_grad():
+                seen = engine.task.see(batch.images, sizes)
+            found += sum(len(of.boxes) for of in seen)
             engine.task.train()
     forget(engine)
     return {"losses": losses, "found": found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,8 +165,8 @@ class EvaluationBatch(NamedTuple):
     """Some images of an evaluation.
 
     Attributes:
-        images: (B, 3, H, W) uint8, padded with black at the right and the bottom.
-        sizes: (B, 2) int64, height and width of each image without its padding.
+        images: (B, 3, H, W) uint8 for each scale, padded with black at the right and the bottom.
+        sizes: (B, 2) int64 for each scale, height and width of the images without their padding.
         original_sizes: (B, 2) int64, height and width of the images in their files.
         indices: (B,) int64, their numbers in the dataset.
         weights: (B,) float32, 0 for images that only fill up the batch, or could not be read;
@@ -173,8 +174,8 @@ class EvaluationBatch(NamedTuple):
         bad: What is wrong with those that could not be read.
     """
 
-    images: Tensor
-    sizes: Tensor
+    images: tuple[Tensor, ...]
+    sizes: tuple[Tensor, ...]
     original_sizes: Tensor
     indices: Tensor
     weights: Tensor
@@ -184,8 +185,7 @@ class EvaluationBatch(NamedTuple):
 def build_evaluation_loader(
     source: CocoSet,
     *,
-    short_side: int,
-    long_side: int,
+    sides: Sequence[tuple[int, int]],
     batch_size: int,
     rank: int,
     world_size: int,
@@ -200,8 +200,8 @@ def build_evaluation_loader(
 
     Args:
         source: The images.
-        short_side: Length of the shorter side, in pixels.
-        long_side: The most that the longer side may be.
+        sides: For each scale the length of the shorter side, and the most that the longer one may
+            be, in pixels.
         batch_size: Images a batch.
         rank: Counted from 0.
         world_size: The number of ranks.
@@ -209,11 +209,11 @@ def build_evaluation_loader(
         max_pixels: Larger images are refused before they are decoded.
     """
     assert batch_size > 0
-    assert 0 < short_side <= long_side
+    assert all(0 < short <= long for short, long in sides)
     assert 0 <= rank < world_size
     order = np.argsort(~source.landscape(), kind="stable")
     batches = deal(len(order), batch_size=batch_size, rank=rank, world_size=world_size)
-    images = _Resized(source, order, short_side, long_side, max_pixels)
+    images = _Resized(source, order, tuple(sides), max_pixels)
     return load_batches(images, batches, workers=workers)
 
 
@@ -235,31 +235,35 @@ class _Resized(Dataset):
 
     source: CocoSet
     order: NDArray[np.int64]
-    short_side: int
-    long_side: int
+    sides: tuple[tuple[int, int], ...]
     max_pixels: int
 
     def __getitem__(self, places: NDArray[np.int64]) -> EvaluationBatch:
         # A filler has the size of the first image: it is as good as any other.
         indices = self.order[np.maximum(places, 0)]
         weights = (places >= 0).astype(np.float32)
-        images, bad = [], []
+        at_scales: list[list[Tensor]] = [[] for _ in self.sides]
+        bad = []
         with suppress_stderr():
             for place, index in enumerate(indices.tolist()):
                 size = self.source.size(index)
-                view = resized_view(*size, short_side=self.short_side, long_side=self.long_side)
-                image = torch.zeros(3, *view.size, dtype=torch.uint8)
+                image = None
                 if weights[place]:
                     try:
-                        image = view.image(read_image(self.source, index, self.max_pixels))
+                        image = read_image(self.source, index, self.max_pixels)
                     except DataError as error:
                         bad.append(str(error))
                         weights[place] = 0
-                images.append(image)
-        sizes = sizes_of(images)
-        canvas = tuple(sizes.amax(0).tolist())
+                for images, (short, long) in zip(at_scales, self.sides, strict=True):
+                    view = resized_view(*size, short_side=short, long_side=long)
+                    black = torch.zeros(3, *view.size, dtype=torch.uint8)
+                    images.append(black if image is None else view.image(image))
+        sizes = tuple(map(sizes_of, at_scales))
         return EvaluationBatch(
-            torch.stack([padded(image, canvas) for image in images]),
+            tuple(
+                torch.stack([padded(image, tuple(size.amax(0).tolist())) for image in images])
+                for images, size in zip(at_scales, sizes, strict=True)
+            ),
             sizes,
             torch.tensor([self.source.size(index) for index in indices.tolist()]),
             torch.from_numpy(indices),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,18 @@ def anchors_of(
         return tuple(generator.grid_anchors([list(grid) for grid in grids], steps))
 
 
+class Proposals(NamedTuple):
+    """Where objects may be in one image, best first.
+
+    Attributes:
+        boxes: (n, 4) float32, in pixels.
+        scores: (n,) float32, logits of objectness.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+
 @torch.no_grad()
 def propose(
     logits: Sequence[Tensor],
@@ -86,8 +99,8 @@ def propose(
     *,
     before_nms: int,
     after_nms: int,
-) -> list[Tensor]:
-    """Returns the proposals of each image, best first: (n, 4) float32, n from 0 to `after_nms`.
+) -> list[Proposals]:
+    """Returns the proposals of each image, best first, from none to `after_nms`.
 
     Args:
         logits: (B, A_l) float32 of each level.
@@ -114,7 +127,7 @@ def propose(
         some = ((box[:, 2:] - box[:, :2]).amin(dim=1) > 0) & score.isfinite()
         box, score, level = box[some], score[some], level[some]
         kept = batched_nms(box, score, level, NMS_IOU)[:after_nms]
-        proposals.append(box[kept])
+        proposals.append(Proposals(box[kept], score[kept]))
     return proposals
 
 

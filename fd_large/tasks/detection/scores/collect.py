@@ -25,28 +25,25 @@ def to_results(
     seen: Detections,
     *,
     image_id: int,
-    size: Tensor | Sequence[int],
     original_size: Tensor | Sequence[int],
     category_ids: Sequence[int],
 ) -> list[Result]:
     """Detections of one image in COCO's format.
 
     Args:
-        seen: What was seen, in pixels of the resized image.
+        seen: What was seen, in pixels of the image's file.
         image_id: The dataset's number of the image.
-        size: Height and width of the image without its padding.
         original_size: Height and width of the image in its file.
         category_ids: The dataset's number of each label.
     """
-    (height, width), (original_height, original_width) = map(_whole, (size, original_size))
-    scale = torch.tensor([original_width / width, original_height / height] * 2)
-    limit = torch.tensor([original_width, original_height] * 2)
-    boxes = torch.minimum((seen.boxes.float().cpu() * scale).clamp(min=0), limit)
+    height, width = (int(side) for side in original_size)
+    limit = torch.tensor([width, height] * 2)
+    boxes = torch.minimum(seen.boxes.float().cpu().clamp(min=0), limit)
     pasted: list[dict] = []
     for some, probabilities in zip(
         boxes.split(MASKS_AT_ONCE), seen.masks.float().cpu().split(MASKS_AT_ONCE), strict=True
     ):
-        on_image = paste(probabilities, some, original_height, original_width)
+        on_image = paste(probabilities, some, height, width)
         pasted += masks.encode(on_image.numpy().astype(np.uint8))
     sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
     return [
@@ -139,8 +136,3 @@ def gather(results: Sequence[Result], folder: Path) -> list[Result] | None:
 
 def _shard(folder: Path, rank: int | str) -> Path:
     return folder / f"results_of_rank_{rank}.json"
-
-
-def _whole(size: Tensor | Sequence[int]) -> tuple[int, int]:
-    height, width = (int(side) for side in size)
-    return height, width

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fd_large import activity, distributed
 from fd_large.atomic_files import write_json
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.loader import build_evaluation_loader, read_image
-from fd_large.tasks.detection.heads.selection import Detections
 from fd_large.tasks.detection.scores.collect import gather, to_results
 from fd_large.tasks.detection.scores.evaluation_pictures import draw_evaluation
 from fd_large.tasks.detection.scores.results import Result, write_results
 from fd_large.tasks.detection.scores.scoring import Scores, read_ground_truth, score
+from fd_large.tasks.detection.scores.views import Model
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,6 @@ SECONDS_BETWEEN_CALLS = 1.0
 """How often `between` is called while rank 0 scores."""
 
 T = TypeVar("T")
-
-Detect = Callable[[Tensor, Tensor], list[Detections]]
-"""(images (B, 3, H, W) uint8, sizes (B, 2)) on the device -> what is seen; by all ranks alike."""
 
 
 class Outcome(NamedTuple):
@@ -56,11 +52,10 @@ class Outcome(NamedTuple):
 
 
 def evaluate(
-    detect: Detect,
+    model: Model,
     images: CocoSet,
     folder: Path,
     *,
-    test_size: tuple[int, int],
     batch_size: int,
     workers: int,
     max_pixels: int,
@@ -69,10 +64,9 @@ def evaluate(
     """Detects in all images and scores; a collective.
 
     Args:
-        detect: The detector, in evaluation mode.
+        model: The detector, in evaluation mode, and how it is tested.
         images: The test images and their objects.
         folder: A folder that all ranks see, for results on their way.
-        test_size: Length of the shorter side, and the most that the longer may be, in pixels.
         batch_size: Images a forward.
         workers: Processes that load.
         max_pixels: Larger images are refused.
@@ -84,8 +78,7 @@ def evaluate(
     """
     loader = build_evaluation_loader(
         images,
-        short_side=test_size[0],
-        long_side=test_size[1],
+        sides=model.views.sides,
         batch_size=batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -100,15 +93,17 @@ def evaluate(
         unread += len(batch.bad)
         for problem in batch.bad:
             log.warning("its objects count as missed: %s", problem)
-        with torch.no_grad():
-            found = detect(batch.images.to(device, non_blocking=True), batch.sizes.to(device))
+        found = model.detect(
+            [pixels.to(device, non_blocking=True) for pixels in batch.images],
+            [sizes.to(device) for sizes in batch.sizes],
+            batch.original_sizes.to(device),
+        )
         for place, seen in enumerate(found):
             if batch.weights[place]:
                 index = int(batch.indices[place])
                 results += to_results(
                     seen,
                     image_id=images.image_id(index),
-                    size=batch.sizes[place],
                     original_size=batch.original_sizes[place],
                     category_ids=images.category_ids,
                 )

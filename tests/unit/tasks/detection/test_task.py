@@ -49,7 +49,7 @@ def test_a_recipe_s_twin_trains_and_detects_at_odd_sizes(name):
     missing = [name for name, p in task.named_parameters() if p.grad is None]
     assert missing == []
     task.eval()
-    for seen, size in zip(task.detect(batch.images, batch.targets.sizes), (83, 73), strict=True):
+    for seen, size in zip(task.see(batch.images, batch.targets.sizes), (83, 73), strict=True):
         assert len(seen.boxes) == len(seen.scores) == len(seen.labels) == len(seen.masks)
         assert seen.boxes[:, 3].max() <= size
         assert seen.labels.max() < NUM_CLASSES

@@ -28,7 +28,7 @@ SETTINGS = dict(
     world_size=1, workers=0,
 )  # fmt: skip
 JITTERS = [LargeScaleJitter(64), ShortestEdge(40, 60, 90)]
-EVALUATION = dict(short_side=48, long_side=80, batch_size=4, workers=0)
+EVALUATION = dict(sides=[(48, 80)], batch_size=4, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -204,23 +204,28 @@ def test_evaluation_shows_every_picture_once_on_any_number_of_ranks(val, world_s
         lengths.add(len(batches))
         assert len(loader) == len(batches)
         for batch in batches:
-            assert len(batch.images) == 4
+            assert [len(images) for images in batch.images] == [4]
             assert batch.bad == ()
             seen += batch.indices[batch.weights == 1].tolist()
     assert len(lengths) == 1
     assert sorted(seen) == list(range(54))
 
 
-def test_evaluation_resizes_the_whole_picture(val):
-    for batch in build_evaluation_loader(val, rank=0, world_size=1, **EVALUATION):
-        for place, index in enumerate(batch.indices.tolist()):
-            height, width = batch.sizes[place].tolist()
-            assert batch.original_sizes[place].tolist() == list(val.size(index))
-            assert min(height, width) == 48 or max(height, width) == 80
-            assert max(height, width) <= 80
-            if batch.weights[place]:
-                assert batch.images[place, :, :height, :width].any()
-            assert not batch.images[place, :, height:].any()
+def test_evaluation_resizes_the_whole_picture_to_each_scale(val):
+    sides = [(48, 80), (30, 60)]
+    for batch in build_evaluation_loader(
+        val, rank=0, world_size=1, sides=sides, batch_size=4, workers=0
+    ):
+        assert len(batch.images) == len(batch.sizes) == 2
+        for images, sizes, (short, long) in zip(batch.images, batch.sizes, sides, strict=True):
+            for place, index in enumerate(batch.indices.tolist()):
+                height, width = sizes[place].tolist()
+                assert batch.original_sizes[place].tolist() == list(val.size(index))
+                assert min(height, width) == short or max(height, width) == long
+                assert max(height, width) <= long
+                if batch.weights[place]:
+                    assert images[place, :, :height, :width].any()
+                assert not images[place, :, height:].any()
 
 
 def test_evaluation_goes_on_past_a_picture_that_cannot_be_read_and_tells_it(tmp_path):

@@ -32,7 +32,7 @@ def proposals_from(logits, deltas, anchors, size=(100, 100), *, before=100, afte
         torch.tensor([size]),
         before_nms=before,
         after_nms=after,
-    )[0]
+    )[0].boxes
 
 
 def test_proposals_are_cut_sorted_and_thinned():

@@ -25,11 +25,10 @@ def seen(boxes, *, probability: float = 1.0) -> Detections:
     )
 
 
-def test_boxes_and_masks_go_back_to_the_pictures_own_pixels():
+def test_boxes_and_masks_are_drawn_in_the_pictures_own_pixels():
     results = to_results(
-        seen([[10, 20, 30, 40], [0, 0, 50, 60]]),
+        seen([[40, 40, 120, 80], [0, 0, 200, 120]]),
         image_id=17,
-        size=torch.tensor([60, 50]),
         original_size=torch.tensor([120, 200]),
         category_ids=CATEGORIES,
     )
@@ -48,21 +47,17 @@ def test_boxes_and_masks_go_back_to_the_pictures_own_pixels():
 
 def test_boxes_are_cut_at_the_picture_and_no_masks_at_all_are_fine():
     (result,) = to_results(
-        seen([[-5, 10, 70, 40]]), image_id=1, size=(60, 50), original_size=(60, 50),
+        seen([[-5, 10, 70, 40]]), image_id=1, original_size=(60, 50),
         category_ids=CATEGORIES,
     )  # fmt: skip
     assert result["bbox"] == [0, 10, 50, 30]
-    nothing = to_results(
-        seen([]), image_id=1, size=(60, 50), original_size=(60, 50), category_ids=CATEGORIES
-    )
+    nothing = to_results(seen([]), image_id=1, original_size=(60, 50), category_ids=CATEGORIES)
     assert nothing == []
 
 
 def test_more_masks_than_are_pasted_at_once_keep_their_order():
     boxes = [[n, n, n + 10, n + 12] for n in range(25)]
-    results = to_results(
-        seen(boxes), image_id=1, size=(60, 60), original_size=(60, 60), category_ids=CATEGORIES
-    )
+    results = to_results(seen(boxes), image_id=1, original_size=(60, 60), category_ids=CATEGORIES)
     for (left, top, *_), result in zip(boxes, results, strict=True):
         mask = masks.decompress(result["segmentation"]["counts"].encode(), 60, 60)
         rows, columns = np.nonzero(mask)

@@ -15,16 +15,19 @@ from fd_large.data.decode import MAX_PIXELS
 from fd_large.engine.evaluation import Interrupted
 from fd_large.errors import DataError
 from fd_large.tasks.detection.data.annotations import open_coco
-from fd_large.tasks.detection.heads.selection import Detections
+from fd_large.tasks.detection.heads.selection import Detections, Selection
 from fd_large.tasks.detection.scores import evaluation
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep
+from fd_large.tasks.detection.scores.views import Model, TestViews
+from fd_large.tasks.detection.task import Ask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SIZES = {1: (40, 40), 2: (40, 40)}
 BOX = [4.0, 4.0, 30.0, 30.0]
 
 
-def knows(images: torch.Tensor, sizes: torch.Tensor) -> list[Detections]:
+def knows(images: torch.Tensor, sizes: torch.Tensor, ask: Ask | None) -> list[Detections]:
+    assert ask is None
     left, top, width, height = BOX
     seen = Detections(
         torch.tensor([[left, top, left + width, top + height]]),
@@ -35,12 +38,13 @@ def knows(images: torch.Tensor, sizes: torch.Tensor) -> list[Detections]:
     return [seen] * len(images)
 
 
+MODEL = Model(knows, TestViews(40, 40), Selection(), 100)
+
+
 def evaluated(root, folder):
     pictures = open_coco(str(root), "val")
     folder.mkdir(exist_ok=True)
-    outcome = evaluate(
-        knows, pictures, folder, test_size=(40, 40), batch_size=2, workers=0, max_pixels=MAX_PIXELS
-    )
+    outcome = evaluate(MODEL, pictures, folder, batch_size=2, workers=0, max_pixels=MAX_PIXELS)
     drawn = keep(outcome, pictures, folder, draw=True, max_pixels=MAX_PIXELS)
     return json.loads((folder / "scores.json").read_text()), {path.name for path in drawn}
 
@@ -87,7 +91,7 @@ def test_an_evaluation_that_is_left_leaves_nothing(root, tmp_path):
 
     try:
         evaluate(
-            knows, pictures, out, test_size=(40, 40), batch_size=1, workers=1,
+            MODEL, pictures, out, batch_size=1, workers=1,
             max_pixels=MAX_PIXELS, between=leave,
         )  # fmt: skip
         raise AssertionError("not left")
@@ -115,7 +119,7 @@ def slow_scores(monkeypatch):
 def scored(root, out, between):
     out.mkdir()
     return evaluate(
-        knows, open_coco(str(root), "val"), out, test_size=(40, 40), batch_size=1, workers=0,
+        MODEL, open_coco(str(root), "val"), out, batch_size=1, workers=0,
         max_pixels=MAX_PIXELS, between=between,
     )  # fmt: skip
 

@@ -1,0 +1,221 @@
+"""An image seen at several sizes and mirrored, and what was seen in all of these views as one.
+
+Views of an image are looked at one after another, and the maps of none are kept: a test of many
+views takes the memory of the largest one, and the time of each two or three times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from fd_large.tasks.detection.heads.roi_heads import Candidates
+from fd_large.tasks.detection.heads.rpn import NMS_IOU
+from fd_large.tasks.detection.heads.selection import Chosen, Detections, Selection
+from fd_large.tasks.detection.task import Ask
+
+Merge = Literal["average", "areas", "union"]
+AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, float("inf"))}
+"""COCO's small, medium and large: above the first and up to the second number of pixels."""
+
+
+class TestViews(NamedTuple):
+    """At which sizes an image is tested.
+
+    Attributes:
+        short_side: Length of the shorter side at scale 1, in pixels.
+        long_side: The most that the longer one may be there.
+        scales: The scales.
+        flip: Whether each is also seen mirrored.
+        merge: What is made of several views. average: proposals of all views are given to each,
+            and boxes, scores and masks are averaged (mmdetection 2). areas: boxes of all views
+            are put together, of each scale only those of some areas (ViT-Adapter). union: what
+            each view reports is put together (detectron2, mmdetection 3).
+        areas: For each scale the areas of its boxes, letters of `AREAS`; empty: all.
+    """
+
+    # No test of pytest's.
+    __test__ = False
+
+    short_side: int
+    long_side: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    merge: Merge = "average"
+    areas: tuple[str, ...] = ()
+
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """The shorter side and the most that the longer may be, in pixels, for each scale."""
+        return [
+            (int(self.short_side * scale), int(self.long_side * scale)) for scale in self.scales
+        ]
+
+
+class ShownView(NamedTuple):
+    """Images at one size, and how their pixels lie in the original ones."""
+
+    images: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+    mirrored: bool
+    areas: str
+
+    def to_original(self, boxes: Tensor, place: int) -> Tensor:
+        """Maps boxes (..., 4) of an image of this view to the pixels of its file."""
+        return self._mirror(boxes, place) * self._ratio(place)
+
+    def from_original(self, boxes: Tensor, place: int) -> Tensor:
+        """Maps boxes (..., 4) in pixels of an image's file to this view."""
+        return self._mirror(boxes / self._ratio(place), place)
+
+    def _ratio(self, place: int) -> Tensor:
+        return (self.original_sizes[place] / self.sizes[place]).flip(0).repeat(2)
+
+    def _mirror(self, boxes: Tensor, place: int) -> Tensor:
+        if not self.mirrored:
+            return boxes
+        left, top, right, bottom = boxes.unbind(-1)
+        width = self.sizes[place, 1]
+        return torch.stack([width - right, top, width - left, bottom], dim=-1)
+
+
+class Model(NamedTuple):
+    """What is tested.
+
+    Attributes:
+        see: Maps (images (B, 3, H, W) uint8, sizes (B, 2), what is asked of them) to the answer of
+            `Detection.forward`; in evaluation, by all ranks alike where it is sharded.
+        views: At which sizes an image is seen.
+        selection: How boxes are chosen after views were merged.
+        proposals_per_image: Proposals that are kept.
+    """
+
+    see: Callable[[Tensor, Tensor, Ask | None], Any]
+    views: TestViews
+    selection: Selection
+    proposals_per_image: int
+
+    @torch.no_grad()
+    def detect(
+        self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
+    ) -> list[Detections]:
+        """Returns what is seen in each image, in pixels of its file.
+
+        Args:
+            images: (B, 3, H, W) uint8 for each scale, padded right and bottom.
+            sizes: (B, 2) int64 for each scale, without the padding.
+            original_sizes: (B, 2) int64, height and width in the files.
+        """
+        seen = list(self._views(images, sizes, original_sizes))
+        if len(seen) == 1:
+            (view,) = seen
+            found: list[Detections] = self.see(view.images, view.sizes, None)
+            return [
+                one._replace(boxes=view.to_original(one.boxes, i)) for i, one in enumerate(found)
+            ]
+        of_views = self._candidates(seen)
+        chosen = [
+            merged([(view, found[i]) for view, found in of_views], i, self.views, self.selection)
+            for i in range(len(original_sizes))
+        ]
+        masks = [torch.zeros(())] * len(chosen)
+        for view in seen:
+            boxes = [view.from_original(of.boxes, i) for i, of in enumerate(chosen)]
+            ask = Ask("masks", boxes, [of.labels for of in chosen])
+            for i, mask in enumerate(self.see(view.images, view.sizes, ask)):
+                masks[i] = masks[i] + unmirrored(mask, view.mirrored) / len(seen)
+        return [Detections(*of, mask) for of, mask in zip(chosen, masks, strict=True)]
+
+    def _views(
+        self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
+    ) -> Iterator[ShownView]:
+        areas = self.views.areas or ("sml",) * len(self.views.scales)
+        for pixels, size, area in zip(images, sizes, areas, strict=True):
+            yield ShownView(pixels, size, original_sizes, False, area)
+            if self.views.flip:
+                yield ShownView(mirrored(pixels, size), size, original_sizes, True, area)
+
+    def _candidates(self, seen: Sequence[ShownView]) -> list[tuple[ShownView, list[Candidates]]]:
+        proposals: list[Tensor] | None = None
+        if self.views.merge == "average":
+            proposals = self._shared_proposals(seen)
+        found = []
+        for view in seen:
+            own = proposals and [view.from_original(of, i) for i, of in enumerate(proposals)]
+            found.append((view, self.see(view.images, view.sizes, Ask("candidates", own))))
+        return found
+
+    def _shared_proposals(self, seen: Sequence[ShownView]) -> list[Tensor]:
+        """The best proposals of all views, in pixels of the files."""
+        boxes: list[list[Tensor]] = []
+        scores: list[list[Tensor]] = []
+        for view in seen:
+            of_view = self.see(view.images, view.sizes, Ask("proposals"))
+            boxes.append([view.to_original(box, i) for i, (box, _) in enumerate(of_view)])
+            scores.append([score for _, score in of_view])
+        best = []
+        for of_image, score in zip(
+            zip(*boxes, strict=True), zip(*scores, strict=True), strict=True
+        ):
+            box = torch.cat(of_image)
+            best.append(box[nms(box, torch.cat(score), NMS_IOU)[: self.proposals_per_image]])
+        return best
+
+
+def merged(
+    found: Sequence[tuple[ShownView, Candidates]],
+    place: int,
+    views: TestViews,
+    selection: Selection,
+) -> Chosen:
+    """Chooses the boxes of one image among what was found in its views.
+
+    Args:
+        found: Each view, and the candidates in it.
+        place: Number of the image in its batch.
+        views: How they are merged.
+        selection: How boxes are chosen.
+    """
+    size = found[0][0].original_sizes[place]
+    boxes = [view.to_original(of.boxes, place) for view, of in found]
+    scores = [of.scores for _, of in found]
+    if views.merge == "average":
+        mean, score = torch.stack(boxes).mean(0), torch.stack(scores).mean(0)
+        return selection.of_candidates(mean, score, size)
+    if views.merge == "areas":
+        scores = [
+            score * in_areas(box, view.areas)
+            for (view, _), box, score in zip(found, boxes, scores, strict=True)
+        ]
+        return selection.of_candidates(torch.cat(boxes), torch.cat(scores), size)
+    of_views = [
+        selection.of_candidates(box, score, size) for box, score in zip(boxes, scores, strict=True)
+    ]
+    return selection.of_boxes(*(torch.cat(part) for part in zip(*of_views, strict=True)))
+
+
+def in_areas(boxes: Tensor, areas: str) -> Tensor:
+    """Returns whether boxes (..., 4) are of the areas that the letters name: (...) bool."""
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    inside = torch.zeros_like(area, dtype=torch.bool)
+    for low, high in map(AREAS.__getitem__, areas):
+        inside |= (area > low) & (area <= high)
+    return inside
+
+
+def unmirrored(masks: Tensor, are_mirrored: bool) -> Tensor:
+    """Turns masks (..., M, M) of boxes of a mirrored view back."""
+    return masks.flip(-1) if are_mirrored else masks
+
+
+def mirrored(images: Tensor, sizes: Tensor) -> Tensor:
+    """Exchanges left and right of images (B, 3, H, W), without their padding (B, 2)."""
+    flipped = images.clone()
+    for image, width in zip(flipped, sizes[:, 1].tolist(), strict=True):
+        image[..., :width] = image[..., :width].flip(-1)
+    return flipped
