@@ -6,8 +6,10 @@ Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_t
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
 largest, coco_mask_rcnn_swinv2_tiny at 256 px), `segmentation_swinv2` or `segmentation_vit` (the
 category of each pixel, smaller objects on top, all else ignored, of images that show at least two;
-UPerNet at 64 px). Writes benchmarks/results/memorise.json or memorise_TASK.json, the curves, and
-the images with what is seen in them.
+UPerNet at 64 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that
+scikit-image brings, random crops of 96 px, MIM-Depth's decoder). Writes
+benchmarks/results/memorise.json or memorise_TASK.json, the curves, and the images with what is seen
+in them.
 """
 
 from __future__ import annotations
@@ -50,21 +52,45 @@ SEGMENTATION = """
 --task.segmentation.cat_max_ratio 1 --task.segmentation.photometric False
 --optim.base_lr 0.128 --optim.warmup_lr 1e-4 --optim.warmup_epochs 20
 """
+DEPTH = """
+--data.image_size 96 --task.depth.head_width 32
+--task.depth.colors False --task.depth.cut_depth 0
+--task.depth.test_crop none --task.depth.test_flip False
+--optim.schedule cosine --optim.base_lr 0.128 --optim.warmup_lr 1e-4 --optim.warmup_epochs 20
+"""
 SWINV2 = """
---recipe ade20k_upernet_swinv2_base --student.architecture.embed_dim 48
+--student.architecture.embed_dim 48
 --student.architecture.depths 2 2 2 2 --student.architecture.num_heads 3 6 12 24
 --student.architecture.window_size 8
 """
 VIT = """
---recipe ade20k_upernet_vit_base --student.architecture.embed_dim 192
+--student.architecture.embed_dim 192
 --student.architecture.depths 6 --student.architecture.num_heads 3
 --student.architecture.patch_size 8 --optim.layer_decay 1
 """
 # Flags, what is aimed at, and a word for it.
 TASKS = {
     "detection": (DETECTION, {"box_AP50": 0.9, "mask_AP50": 0.8}, "AP50"),
-    "segmentation_swinv2": (SWINV2 + SEGMENTATION, {"val_mIoU": 90.0}, "mIoU (%)"),
-    "segmentation_vit": (VIT + SEGMENTATION, {"val_mIoU": 90.0}, "mIoU (%)"),
+    "segmentation_swinv2": (
+        f"--recipe ade20k_upernet_swinv2_base {SWINV2} {SEGMENTATION}",
+        {"val_mIoU": 90.0},
+        "mIoU (%)",
+    ),
+    "segmentation_vit": (
+        f"--recipe ade20k_upernet_vit_base {VIT} {SEGMENTATION}",
+        {"val_mIoU": 90.0},
+        "mIoU (%)",
+    ),
+    "depth_swinv2": (
+        f"--recipe nyuv2_swinv2_base {SWINV2} {DEPTH} --student.stage_windows 8 6 6 3",
+        {"val_d1": 0.9},
+        "share within a factor of 1.25",
+    ),
+    "depth_vit": (
+        f"--recipe nyuv2_vit_base {VIT} {DEPTH}",
+        {"val_d1": 0.9},
+        "share within a factor of 1.25",
+    ),
 }
 COLOURS = ("#4477aa", "#cc6677")
 IGNORED = 255
@@ -150,6 +176,30 @@ def painted(image: dict, annotations: list[dict]) -> np.ndarray:
     return labels
 
 
+def measure(root: Path) -> None:
+    """Writes 8 overlapping parts of the scene of scikit-image, 96 px high, and their depths.
+
+    Source: Middlebury 2014, "Motorcycle", a quarter of its size; its calibration stands in the
+    docstring of skimage.data.stereo_motorcycle.
+    """
+    from skimage.data import stereo_motorcycle
+
+    image, _, disparity = stereo_motorcycle()
+    known = np.isfinite(disparity)
+    metres = np.where(known, 994.978 * 0.193001 / (np.where(known, disparity, 0) + 31.086), 0)
+    for number in range(NUM_IMAGES):
+        top, left = 200 * (number // 4), 136 * (number % 4)
+        part = np.s_[top : top + 288 : 3, left : left + 333 : 3]
+        for split in ("train", "val"):
+            for kind, values in (
+                ("images", image[part]),
+                ("depths", np.rint(1000 * metres[part]).astype(np.uint16)),
+            ):
+                path = root / kind / split / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+
+
 def draw(
     rows: list[dict], evaluations: list[dict], aims: dict[str, float], what: str, path: Path
 ) -> None:
@@ -179,15 +229,19 @@ def main() -> int:
     of_task, aims, what = TASKS[flags.task]
     given = [*of_task.split(), *COMMON.split()]
     data = Path(os.environ.get("FD_DATA", ROOT / "../shared/data")) / "coco_tiny.tar"
-    if not data.is_file():
+    of_depth = flags.task.startswith("depth")
+    if not of_depth and not data.is_file():
         sys.exit(f"{data}: not there; set FD_DATA to the folder with coco_tiny.tar")
     with tempfile.TemporaryDirectory(prefix="memorise_") as folder:
-        root, run_dir = Path(folder) / "coco", Path(folder) / "run"
-        with tarfile.open(data) as archive:
-            archive.extractall(root, filter="data")
+        root, run_dir = Path(folder) / "data", Path(folder) / "run"
+        if of_depth:
+            measure(root)
+        else:
+            with tarfile.open(data) as archive:
+                archive.extractall(root, filter="data")
         if flags.task == "detection":
             choose(root)
-        else:
+        elif not of_depth:
             paint(root)
             root = root / "chosen"
             given += ["--task.segmentation.classes", str(root / "classes.json")]
