@@ -1,0 +1,76 @@
+"""What is asked of every dense task in real processes: trained, killed and resumed, scored."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kills import resumed_from, state, updates_done
+from launch import ROOT, Finished, run_ranks, start_ranks
+from twin import TRAIN, losses
+
+UPDATES = 5
+
+Flags = Callable[..., list[str]]
+"""Makes a command's arguments of (folder of the images, run folder, steps, ranks=...)."""
+
+
+def train(flags: Flags, root: Path, run_dir: Path, *, ranks: int) -> Path:
+    """Trains to the end; returns the run's folder."""
+    run_ranks(TRAIN, *flags(root, run_dir, UPDATES, ranks=ranks), ranks=ranks, timeout=240)
+    return run_dir
+
+
+def check_kill_and_resume(flags: Flags, root: Path, calm: Path, run_dir: Path) -> None:
+    """Kills two ranks and lets them go on: losses and state are those of the calm run."""
+    given = flags(root, run_dir, UPDATES, ranks=2)
+    started = start_ranks(TRAIN, *given, ranks=2)
+    try:
+        deadline = time.monotonic() + 180
+        while updates_done(started) < 3:
+            assert time.monotonic() < deadline, "".join(started.outputs())
+            assert started.processes[0].poll() is None, "".join(started.outputs())
+            time.sleep(0.02)
+    finally:
+        started.kill()
+    again = start_ranks(TRAIN, *given, ranks=2)
+    try:
+        assert [process.wait(timeout=240) for process in again.processes] == [0, 0]
+        assert 0 < resumed_from(again) < UPDATES
+    finally:
+        again.kill()
+    assert losses(run_dir) == losses(calm)
+    first, second = state(calm, UPDATES), state(run_dir, UPDATES)
+    assert first.keys() == second.keys()
+    assert any(name.endswith("running_var") for name in first)
+    for name, values in first.items():
+        assert values.equal(second[name]), name
+
+
+def scores(folder: Path) -> dict:
+    """The scores of a test that is kept in a folder."""
+    return json.loads((folder / "scores.json").read_text())
+
+
+def scores_in(run_dir: Path) -> dict:
+    """The scores of a run's last test."""
+    return scores(run_dir / f"evaluations/update_{UPDATES:08d}")
+
+
+def evaluate(run_dir: Path, root: Path, out: Path, *, ranks: int) -> Finished:
+    """Scores a run."""
+    return run_ranks(
+        *(ROOT / "fd_large/__main__.py", "evaluate", run_dir),
+        *("--data.root", root, "--out", out, "--data.workers", "0"),
+        ranks=ranks,
+    )
+
+
+def predict(run_dir: Path, image: Path, out: Path) -> tuple[str, dict]:
+    """Predicts an image; returns what is said, and what predictions.json holds of it."""
+    finished = run_ranks(
+        *(ROOT / "fd_large/__main__.py", "predict", run_dir, image, "--out", out), ranks=1
+    )
+    return finished.outputs[0], json.loads((out / "predictions.json").read_text())[str(image)]
