@@ -305,5 +305,14 @@ def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Mode
     """
     own, side = run.task.detection, run.data.image_size
     short, long = own.test_size if any(own.test_size) else (side, side)
-    views = TestViews(short, long, own.test_scales, own.test_flip, own.test_merge, own.test_areas)
+    views = TestViews(
+        short,
+        long,
+        own.test_scales,
+        own.test_flip,
+        own.test_merge,
+        own.test_areas,
+        # Swin models hide padding, or were published with it as it comes.
+        square=0 if run.student_architecture().is_hierarchical else side,
+    )
     return Model(see, views, selection_of(run), own.proposals_per_image)

@@ -73,9 +73,17 @@ def anchors_of(
         # Made here rather than in a constructor, where zero.Init rounds the tables of a bf16 run.
         sizes = tuple((ANCHOR_PLACES * stride,) for stride in strides)
         generator = AnchorGenerator(sizes, (RATIOS,) * len(strides))
-        generator.set_cell_anchors(torch.float32, device)
+        # torchvision would round them to whole pixels, detectron2 and mmdetection do not.
+        generator.cell_anchors = [_cell_anchors(*size).to(device) for size in sizes]
         steps = [[stride, stride] for stride in strides]
         return tuple(generator.grid_anchors([list(grid) for grid in grids], steps))
+
+
+def _cell_anchors(side: float) -> Tensor:
+    """The anchors of a place around its corner, of one area and each ratio: (A, 4) float32."""
+    height = torch.tensor(RATIOS).sqrt() * side
+    width = side**2 / height
+    return torch.stack([-width, -height, width, height], dim=1) / 2
 
 
 class Proposals(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from fd_large.tasks.dense.geometry import padded
 from fd_large.tasks.detection.heads.roi_heads import Candidates
 from fd_large.tasks.detection.heads.rpn import NMS_IOU
 from fd_large.tasks.detection.heads.selection import Chosen, Detections, Selection
@@ -36,6 +37,10 @@ class TestViews(NamedTuple):
             are put together, of each scale only those of some areas (ViT-Adapter). union: what
             each view reports is put together (detectron2, mmdetection 3).
         areas: For each scale the areas of its boxes, letters of `AREAS`; empty: all.
+        square: Side of the squares that images are padded to, or the longest side at their scale if
+            that is more; 0: they are padded to the largest of their batch. A backbone of learnt
+            positions sees padding, and fits its positions to the grid: on a square, neither depends
+            on what else is in the batch, nor on the aspect of the image.
     """
 
     # No test of pytest's.
@@ -47,6 +52,7 @@ class TestViews(NamedTuple):
     flip: bool = False
     merge: Merge = "average"
     areas: tuple[str, ...] = ()
+    square: int = 0
 
     @property
     def sides(self) -> list[tuple[int, int]]:
@@ -135,7 +141,12 @@ class Model(NamedTuple):
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor
     ) -> Iterator[ShownView]:
         areas = self.views.areas or ("sml",) * len(self.views.scales)
-        for pixels, size, area in zip(images, sizes, areas, strict=True):
+        for pixels, size, area, (_, long) in zip(
+            images, sizes, areas, self.views.sides, strict=True
+        ):
+            if self.views.square:
+                side = max(self.views.square, long)
+                pixels = padded(pixels, (side, side))
             yield ShownView(pixels, size, original_sizes, False, area)
             if self.views.flip:
                 yield ShownView(mirrored(pixels, size), size, original_sizes, True, area)

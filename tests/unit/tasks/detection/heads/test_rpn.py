@@ -20,8 +20,10 @@ def test_anchors_stand_on_the_strides_of_odd_maps():
     assert (coarse.view(2, 3, 3, 4)[1, 2, 1] + coarse.new_tensor([32, 32, -32, -32])).tolist() == [
         16, 8, 16, 8,
     ]  # fmt: skip
+    # Height to width as 2 to 1, of the square's area.
     tall = fine.view(3, 5, 3, 4)[0, 0, 2]
-    assert tall[3] - tall[1] > tall[2] - tall[0]
+    height, width = (tall[3] - tall[1]).item(), (tall[2] - tall[0]).item()
+    assert (height / width, height * width) == pytest.approx((2, 32**2))
 
 
 def proposals_from(logits, deltas, anchors, size=(100, 100), *, before=100, after=100):

@@ -6,16 +6,18 @@ import pytest
 import torch
 from detection_batches import boxes, narrow_run
 
+from fd_large.tasks.dense.geometry import padded
 from fd_large.tasks.detection.heads.roi_heads import Candidates
 from fd_large.tasks.detection.heads.rpn import Proposals
 from fd_large.tasks.detection.heads.selection import Selection
-from fd_large.tasks.detection.job import DetectionJob
+from fd_large.tasks.detection.job import DetectionJob, model_of
 from fd_large.tasks.detection.scores.views import Model, TestViews, in_areas, mirrored
 
 # An image of 40 x 60 pixels, seen at half its size and at its own, both ways round.
 ORIGINAL = torch.tensor([[40, 60]])
 HALVES = [torch.zeros(1, 3, 20, 30).byte(), torch.zeros(1, 3, 40, 60).byte()]
 SIZES = [torch.tensor([[20, 30]]), torch.tensor([[40, 60]])]
+SHAPES = [(40, 90), (96, 60)]
 OBJECT = boxes((12, 8, 36, 24))
 
 
@@ -97,3 +99,25 @@ def test_a_mirrored_image_is_seen_mirrored(merge):
         seen.boxes, back + torch.tensor([64.0, 0, 64, 0]), atol=1e-3, rtol=1e-4
     )
     torch.testing.assert_close(seen.masks, other.masks.flip(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_vit_sees_images_on_one_square_whatever_their_neighbours():
+    torch.manual_seed(0)
+    job = DetectionJob(narrow_run("coco_mask_rcnn_vit_base"))
+    task, shapes = job.make_task().eval(), []
+
+    def see(images, sizes, ask):
+        shapes.append(tuple(images.shape[-2:]))
+        return task.see(images, sizes, ask)
+
+    model = model_of(job.run, see)
+    low, high = (torch.randint(0, 255, (1, 3, *size), dtype=torch.uint8) for size in SHAPES)
+    sizes = torch.tensor(SHAPES)
+    (alone,) = model.detect([low], [sizes[:1]], sizes[:1])
+    both = model.detect(
+        [torch.cat([padded(image, (96, 90)) for image in (low, high)])], [sizes], sizes
+    )[0]
+    assert shapes == [(96, 96), (96, 96)]
+    for one, other in zip(alone, both, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert model_of(narrow_run("coco_mask_rcnn_swinv2_tiny"), see).views.square == 0
