@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from oracles_dense import CHECKS as DENSE_CHECKS
 from oracles_depth import CHECKS as DEPTH_CHECKS
+from oracles_detection import CHECKS as DETECTION_CHECKS
 from oracles_detection_views import CHECKS as DETECTION_VIEW_CHECKS
 from oracles_engine import CHECKS as ENGINE_CHECKS
 from oracles_models import CHECKS as MODEL_CHECKS
@@ -26,6 +27,7 @@ CHECKS = {
     **ENGINE_CHECKS,
     **DENSE_CHECKS,
     **DEPTH_CHECKS,
+    **DETECTION_CHECKS,
     **DETECTION_VIEW_CHECKS,
 }
 
@@ -36,7 +38,7 @@ NOT_YET_PARTS = {
 }
 # Kinds that no part of the package stands behind yet.
 NOT_YET = {
-    "det": "cascades, HTC and soft-NMS are not checked yet",
+    "det": "HTC is not in the detector yet",
 }
 
 _CLASSES = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,11 @@ def he_normal(out_channels: int, kernel_size: int) -> Draw:
 def he_uniform() -> Draw:
     """Kaiming's uniform distribution, +-sqrt(3 / fan in), for what no ReLU follows."""
     return Draw("fan_in_uniform", divide=1 / math.sqrt(3))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns what losses are computed of: in float32, or float64 if it is in that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Convolution(nn.Conv2d):

@@ -34,7 +34,7 @@ from fd_large.tasks.detection.heads.selection import Selection
 from fd_large.tasks.detection.scores.evaluation import evaluate, keep, metrics_of
 from fd_large.tasks.detection.scores.scoring import read_ground_truth, score
 from fd_large.tasks.detection.scores.views import Model, TestViews
-from fd_large.tasks.detection.section import KIND
+from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND
 from fd_large.tasks.detection.stored import predict_images, score_stored
 from fd_large.tasks.detection.task import Ask, Detection
 from fd_large.weights.model_card import Learned
@@ -50,7 +50,7 @@ class DetectionJob(Job):
     """The student learns boxes and masks of `data.root`'s train split, tested on its val split."""
 
     metrics: ClassVar = {
-        "loss": "sum of five losses",
+        "loss": "sum of all losses",
         **{f"box/{name}": f"box {name}" for name in ("AP", "AP50", "AP75")},
         **{f"mask/{name}": f"mask {name}" for name in ("AP", "AP50", "AP75")},
     }
@@ -88,6 +88,10 @@ class DetectionJob(Job):
             make_student(student, sequential_stages=numbers.sequential_stages),
             numbers.num_classes,
             heads=numbers.heads,
+            heads_settings={
+                argument: getattr(numbers, field)
+                for field, argument in HEADS_SETTINGS.get(numbers.heads, {}).items()
+            },
             width=numbers.head_width,
             anchors_per_image=numbers.anchors_per_image,
             proposals_per_image=numbers.proposals_per_image,

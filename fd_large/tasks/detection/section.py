@@ -14,6 +14,11 @@ from fd_large.tasks.dense.section import (
     check_test_size,
 )
 
+HEADS_SETTINGS: dict[str, dict[str, str]] = {
+    "cascade": {"cascade_form": "form", "box_loss": "box_loss", "class_agnostic": "class_agnostic"},
+}
+"""For built-in heads, the fields that are settings of theirs, and what they call them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
@@ -21,9 +26,18 @@ class Detection:
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
-    # Heads that make classes, boxes and masks of proposals: mask_rcnn. Your own, with the methods
-    # of RoIHeads (fd_large/tasks/detection/heads/roi_heads.py): module:FILE.py:NAME.
+    # Heads that make classes, boxes and masks of proposals: mask_rcnn or cascade (Cascade Mask
+    # R-CNN). Your own, with the methods of RoIHeads (fd_large/tasks/detection/heads/roi_heads.py):
+    # module:FILE.py:NAME.
     heads: str = "mask_rcnn"
+    # Published form of a cascade. mmdet: each stage draws its own sample and has its own mask head,
+    # logits are averaged. detectron2: one sample, one mask head, probabilities are averaged.
+    cascade_form: Literal["mmdet", "detectron2"] = "mmdet"
+    # How a cascade compares boxes with those of objects: l1 or smooth_l1 of the differences that it
+    # predicts, or giou (generalized intersection over union, times 10) of the boxes themselves.
+    box_loss: Literal["l1", "smooth_l1", "giou"] = "smooth_l1"
+    # Whether a cascade predicts one box for a proposal, instead of one for each class.
+    class_agnostic: bool = True
     # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256
     # Number of anchors per image that enter the losses of the proposal network.
@@ -85,6 +99,20 @@ class Detection:
             require(0 <= value <= 1, f"{where}: out of range", value, "a number in [0, 1]")
         at_least("task.detection.head_width", self.head_width, 4, "channels")
         at_least("task.detection.sequential_stages", self.sequential_stages, 0, "stages")
+        for name in ("cascade_form", "box_loss", "class_agnostic"):
+            value, default = getattr(self, name), getattr(type(self), name)
+            require(
+                value == default or name in HEADS_SETTINGS.get(self.heads, ()),
+                f"task.detection.{name}: not a setting of heads {self.heads!r}",
+                value,
+                f"{default!r}, or task.detection.heads cascade",
+            )
+        require(
+            self.cascade_form == "mmdet" or self.class_agnostic,
+            "task.detection.class_agnostic: excluded by cascade_form detectron2",
+            self.class_agnostic,
+            "true",
+        )
         check_scale_range("task.detection", self.scale_range)
         least, most, longer = self.whole_size
         require(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fd_large.engine.task import Task
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
+from fd_large.tasks.detection.heads.cascade import CascadeHeads
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads, Terms
 from fd_large.tasks.detection.heads.rpn import (
     Proposals,
@@ -31,6 +33,7 @@ from fd_large.tasks.detection.heads.selection import Detections, Selection
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn": RoIHeads,
+    "cascade": CascadeHeads,
 }
 """What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
@@ -60,6 +63,7 @@ class Detection(Task):
         student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
         heads: A name of the table `HEADS`, or one of the user's own that stands in for it.
+        heads_settings: What built-in heads are told besides, by the names of their arguments.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.
@@ -77,6 +81,7 @@ class Detection(Task):
         num_classes: int,
         *,
         heads: str = "mask_rcnn",
+        heads_settings: Mapping[str, Any] | None = None,
         width: int = 256,
         anchors_per_image: int = 256,
         proposals_per_image: int = 1000,
@@ -93,7 +98,7 @@ class Detection(Task):
             heads,
             num_classes,
             width,
-            built_in=HEADS,
+            built_in={name: partial(make, **heads_settings or {}) for name, make in HEADS.items()},
             where="task.detection.heads",
             rois_per_image=rois_per_image,
         )
@@ -163,7 +168,7 @@ class Detection(Task):
             draws["anchors"],
             anchors_per_image=self.anchors_per_image,
         )
-        of_heads = self.heads.terms(maps, self.strides, boxes, targets, draws["proposals"])
+        of_heads = self.heads.terms(maps, self.strides, boxes, sizes, targets, draws["proposals"])
         return combine({**of_rpn, **of_heads})
 
     def shapes_only(self, batch: Batch) -> Tensor:
@@ -198,7 +203,7 @@ class Detection(Task):
             return self.heads.masks(maps, self.strides, ask.boxes, ask.labels)
         own = [proposal.boxes for proposal in proposals]
         candidates = self.heads.candidates(
-            maps, self.strides, own if ask is None or ask.boxes is None else ask.boxes
+            maps, self.strides, own if ask is None or ask.boxes is None else ask.boxes, sizes
         )
         if ask is not None:
             return candidates

@@ -5,26 +5,30 @@ Sources: Ren et al., arXiv 1506.01497; sizes as ViTDet's, Li et al., arXiv 2203.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
 
 from fd_large.backbones.initialization import Draw
 from fd_large.backbones.layers import Linear
-from fd_large.engine.zero.private_names import get
-from fd_large.tasks.dense.convolution import NormedConvolution, he_uniform
+from fd_large.tasks.dense.convolution import NormedConvolution, at_least_float32, he_uniform
 from fd_large.tasks.detection.data.target import Target
-from fd_large.tasks.detection.heads.matching import match, sample
+from fd_large.tasks.detection.heads import box_coder
+from fd_large.tasks.detection.heads.matching import BACKGROUND, Sample, match, sample
 
 BOX_SIDE = 7
 NUM_CONVOLUTIONS = 4
 POSITIVE_IOU = 0.5
 POSITIVE_SHARE = 0.25
-CODER = get("torchvision.models.detection._utils:BoxCoder")(weights=(10.0, 10.0, 5.0, 5.0))
+CODER = box_coder.DETECTRON2[0]
+GIOU_WEIGHT = 10
+
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
 
 
 class BoxHead(nn.Module):
@@ -33,21 +37,24 @@ class BoxHead(nn.Module):
     Args:
         num_classes: K; class K is the background.
         width: Channels of the pyramid and the convolutions; the layer has four times as many.
+        class_agnostic: Whether a proposal has one box, or one for each class.
     """
 
-    def __init__(self, num_classes: int, width: int):
+    def __init__(self, num_classes: int, width: int, *, class_agnostic: bool = False):
         super().__init__()
         self.convolutions = nn.Sequential(
             *(NormedConvolution(width, width, 3, relu=True) for _ in range(NUM_CONVOLUTIONS))
         )
         self.whole = Linear(width * BOX_SIDE**2, 4 * width, draw=he_uniform())
         self.classes = Linear(4 * width, num_classes + 1, draw=Draw("normal", std=0.01))
-        self.boxes = Linear(4 * width, 4 * num_classes, draw=Draw("normal", std=0.001))
+        num_boxes = 1 if class_agnostic else num_classes
+        self.boxes = Linear(4 * width, 4 * num_boxes, draw=Draw("normal", std=0.001))
 
     def forward(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (R, width, 7, 7) to logits (R, K + 1) and deltas (R, K, 4), both float32."""
+        """Maps (R, width, 7, 7) to logits (R, K + 1) and deltas (R, K or 1, 4), both float32."""
         x = F.relu(self.whole(self.convolutions(cuts).flatten(1)))
-        return self.classes(x).float(), self.boxes(x).float().unflatten(1, (-1, 4))
+        deltas = at_least_float32(self.boxes(x)).unflatten(1, (-1, 4))
+        return at_least_float32(self.classes(x)), deltas
 
 
 class Sampled(NamedTuple):
@@ -58,12 +65,15 @@ class Sampled(NamedTuple):
         labels: (N,) int64, the classes of all rois; K for background.
         objects: (p,) int64 of each image, which object each of the first p rois is for.
         boxes: (P, 4) float32, the boxes of all these objects.
+        numbers: (n,) int64 of each image, where its rois stood among the proposals; numbers after
+            the last proposal are those of the objects themselves.
     """
 
     rois: list[Tensor]
     labels: Tensor
     objects: list[Tensor]
     boxes: Tensor
+    numbers: list[Tensor]
 
     @property
     def positives(self) -> list[Tensor]:
@@ -80,7 +90,6 @@ class Sampled(NamedTuple):
         return torch.cat(places)
 
 
-@torch.no_grad()
 def sample_rois(
     proposals: Sequence[Tensor],
     targets: Sequence[Target],
@@ -88,6 +97,7 @@ def sample_rois(
     *,
     rois_per_image: int,
     num_classes: int,
+    positive_iou: float = POSITIVE_IOU,
 ) -> Sampled:
     """Chooses the proposals that the losses look at; the objects themselves are proposals too.
 
@@ -97,37 +107,116 @@ def sample_rois(
         draws: (B, 2 * rois_per_image) uniform numbers in [0, 1).
         rois_per_image: The most that are chosen.
         num_classes: K.
+        positive_iou: Smallest IoU at which a proposal is for an object.
     """
-    rois, labels, objects, boxes = [], [], [], []
-    for proposal, target, own in zip(proposals, targets, draws, strict=True):
-        # An early model proposes little that is right.
-        candidates = torch.cat([proposal, target.boxes])
+    # An early model proposes little that is right.
+    candidates = [torch.cat([p, t.boxes]) for p, t in zip(proposals, targets, strict=True)]
+    rows = iter(draws)
+
+    def choose(matched: Tensor) -> Sample:
+        return sample(matched, rois_per_image, POSITIVE_SHARE, next(rows))
+
+    return _sampled(candidates, targets, choose, num_classes, positive_iou)
+
+
+def match_rois(
+    rois: Sequence[Tensor], targets: Sequence[Target], *, num_classes: int, positive_iou: float
+) -> Sampled:
+    """Takes all rois for what they are by now, but those in crowds that are for no object.
+
+    Args:
+        rois: (n, 4) float32 of each image, possibly none.
+        targets: What is in each image.
+        num_classes: K.
+        positive_iou: Smallest IoU at which a roi is for an object.
+    """
+
+    def choose(matched: Tensor) -> Sample:
+        return Sample(torch.where(matched >= 0)[0], torch.where(matched == BACKGROUND)[0])
+
+    return _sampled(rois, targets, choose, num_classes, positive_iou)
+
+
+@torch.no_grad()
+def _sampled(
+    candidates: Sequence[Tensor],
+    targets: Sequence[Target],
+    choose: Callable[[Tensor], Sample],
+    num_classes: int,
+    positive_iou: float,
+) -> Sampled:
+    rois, labels, objects, boxes, numbers = [], [], [], [], []
+    for own, target in zip(candidates, targets, strict=True):
         matched = match(
             target.boxes,
             target.crowd_boxes,
-            candidates,
-            positive_iou=POSITIVE_IOU,
-            negative_iou=POSITIVE_IOU,
+            own,
+            positive_iou=positive_iou,
+            negative_iou=positive_iou,
             best_for_each=False,
         )
-        chosen = sample(matched, rois_per_image, POSITIVE_SHARE, own)
-        rois.append(candidates[torch.cat([chosen.positives, chosen.negatives])])
+        chosen = choose(matched)
+        numbers.append(torch.cat([chosen.positives, chosen.negatives]))
+        rois.append(own[numbers[-1]])
         objects.append(matched[chosen.positives])
         background = torch.full_like(chosen.negatives, num_classes)
         labels += [target.labels[objects[-1]], background]
         boxes.append(target.boxes[objects[-1]])
-    return Sampled(rois, torch.cat(labels), objects, torch.cat(boxes))
+    return Sampled(rois, torch.cat(labels), objects, torch.cat(boxes), numbers)
 
 
-def box_losses(logits: Tensor, deltas: Tensor, sampled: Sampled) -> tuple[Tensor, Tensor]:
+def most_sampled(images: int, rois_per_image: int, like: Tensor) -> Sampled:
+    """Returns as many rois as are sampled at most, without a place, for shapes alone.
+
+    Args:
+        images: B.
+        rois_per_image: The most of an image; `POSITIVE_SHARE` of them are for an object.
+        like: A tensor of the device, the meta device too.
+    """
+    positives = int(rois_per_image * POSITIVE_SHARE)
+    boxes = like.new_zeros(images * rois_per_image, 4, dtype=torch.float32)
+    labels = torch.zeros_like(boxes[:, 0], dtype=torch.int64)
+    return Sampled(
+        list(boxes.split(rois_per_image)),
+        labels,
+        [labels[:positives]] * images,
+        boxes[: images * positives],
+        list(labels.split(rois_per_image)),
+    )
+
+
+def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
+    """Takes the deltas of its class of each row: (R, K or 1, 4), (R,) to (R, 4)."""
+    if deltas.shape[1] == 1:
+        return deltas[:, 0]
+    return deltas[torch.arange(len(labels), device=deltas.device), labels]
+
+
+def box_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    sampled: Sampled,
+    *,
+    coder: Any = CODER,
+    box_loss: BoxLoss = "l1",
+) -> tuple[Tensor, Tensor]:
     """Returns the summed losses of classes and of boxes over sampled proposals.
 
     Args:
         logits: (R, K + 1) float32; R may be above N, what follows is not looked at.
-        deltas: (R, K, 4) float32.
+        deltas: (R, K or 1, 4) float32.
         sampled: N proposals.
+        coder: What deltas are measured in.
+        box_loss: l1 and smooth_l1 (square below 1) compare deltas; giou boxes, times 10.
     """
     labels, foreground = sampled.labels, sampled.foreground
     classes = F.cross_entropy(logits[: len(labels)], labels, reduction="sum")
-    wanted = CODER.encode_single(sampled.boxes, torch.cat(sampled.rois)[foreground])
-    return classes, (deltas[foreground, labels[foreground]] - wanted).abs().sum()
+    own = deltas_of(deltas[foreground], labels[foreground])
+    rois = torch.cat(sampled.rois)[foreground]
+    if box_loss == "giou":
+        boxes = coder.decode_single(own, rois)
+        loss = generalized_box_iou_loss(boxes, sampled.boxes, reduction="sum")
+        return classes, GIOU_WEIGHT * loss
+    wanted = coder.encode_single(sampled.boxes, rois)
+    measure = F.l1_loss if box_loss == "l1" else F.smooth_l1_loss
+    return classes, measure(own, wanted, reduction="sum")

@@ -5,13 +5,24 @@ Source: He et al., arXiv 1703.06870; sizes as ViTDet's, Li et al., arXiv 2203.16
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from fd_large.backbones.initialization import Draw
-from fd_large.tasks.dense.convolution import Convolution, Doubling, NormedConvolution, he_uniform
+from fd_large.tasks.dense.convolution import (
+    Convolution,
+    Doubling,
+    NormedConvolution,
+    at_least_float32,
+    he_uniform,
+)
+from fd_large.tasks.detection.data.target import Target
+from fd_large.tasks.detection.heads.box_head import Sampled
 
 MASK_SIDE = 14
 NUM_CONVOLUTIONS = 4
@@ -35,12 +46,69 @@ class MaskHead(nn.Module):
 
     def forward(self, cuts: Tensor) -> Tensor:
         """Maps (R, width, 14, 14) to logits (R, K, 28, 28) float32."""
-        return self.masks(F.relu(self.doubling(self.convolutions(cuts)))).float()
+        return self.logits(self.convolutions(cuts))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Maps what the convolutions give, (R, width, 14, 14), to logits (R, K, 28, 28)."""
+        return at_least_float32(self.masks(F.relu(self.doubling(features))))
 
 
 def of_class(masks: Tensor, labels: Tensor) -> Tensor:
     """Takes the mask of its class of each of the first boxes: (R, K, M, M), (n,) to (n, M, M)."""
     return masks[torch.arange(len(labels), device=masks.device), labels]
+
+
+class Taught(NamedTuple):
+    """What a mask head is taught.
+
+    Attributes:
+        rois: (p, 4) float32 of each image, for an object each.
+        labels: (P,) int64, their classes.
+        masks: (P, 28, 28) float32, 0 or 1.
+    """
+
+    rois: list[Tensor]
+    labels: Tensor
+    masks: Tensor
+
+
+def taught(sampled: Sampled, targets: Sequence[Target]) -> Taught:
+    """Returns the masks of the sampled proposals that are for an object.
+
+    Of a dataset of boxes alone none: the mask head runs as everywhere, and learns nothing.
+    """
+    rois, objects = sampled.positives, sampled.objects
+    if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
+        rois, objects = [roi[:0] for roi in rois], [of[:0] for of in objects]
+    masks = torch.cat(
+        [
+            cut_masks(target.masks, of, roi, 2 * MASK_SIDE)
+            for target, of, roi in zip(targets, objects, rois, strict=True)
+        ]
+    )
+    return Taught(rois, sampled.labels[sampled.foreground[: len(masks)]], masks)
+
+
+def most_taught(sampled: Sampled) -> Taught:
+    """Returns masks of nothing for sampled proposals, for shapes alone."""
+    labels = sampled.labels[sampled.foreground]
+    side = 2 * MASK_SIDE
+    return Taught(sampled.positives, labels, sampled.boxes.new_zeros(len(labels), side, side))
+
+
+def mean_masks(
+    logits: Sequence[Tensor], labels: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
+    """Returns the masks of its class of each box, probabilities: (n, M, M) float32 of each image.
+
+    Args:
+        logits: (R, K, M, M) float32 of each mask head; the probabilities are averaged.
+        labels: (n,) int64 of each image.
+        counts: How many boxes each image has; R may be above their sum.
+    """
+    of = torch.cat(list(labels))
+    masks = torch.stack([of_class(each, of).sigmoid() for each in logits]).mean(0)
+    return list(masks.split(list(counts)))
 
 
 def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
@@ -68,5 +136,5 @@ def cut_masks(masks: Tensor, numbers: Tensor, boxes: Tensor, side: int) -> Tenso
     needed, place = numbers.unique(return_inverse=True)
     rois = torch.cat([place[:, None].to(boxes.dtype), boxes], dim=1)
     # As many samples in a cell as it has pixels: a mask is thin where a feature is smooth.
-    cuts = roi_align(masks[needed, None].float(), rois, (side, side), 1.0, 0, aligned=True)
-    return (cuts[:, 0] >= 0.5).float()
+    cuts = roi_align(masks[needed, None].to(boxes.dtype), rois, (side, side), 1.0, 0, aligned=True)
+    return (cuts[:, 0] >= 0.5).to(boxes.dtype)

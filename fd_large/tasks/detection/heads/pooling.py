@@ -22,7 +22,7 @@ NUM_LEVELS = 4
 _LEVELS = get("torchvision.ops.poolers:LevelMapper")(
     k_min=2, k_max=1 + NUM_LEVELS, canonical_scale=224, canonical_level=4
 )
-_SAMPLES = 2  # Points per cell, each way.
+_SAMPLES = 0  # Points per cell, each way: as many as it has places.
 
 
 def pool(
@@ -45,12 +45,13 @@ def pool(
         boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
     numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
     rois = torch.cat([torch.cat(numbers), torch.cat(list(boxes))], dim=1)  # (R, 5)
-    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=torch.float32)
+    # In float32: torchvision's kernels know no bfloat16, and places are fractions.
+    wide = torch.promote_types(maps[0].dtype, torch.float32)
+    pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=wide)
     for level, here in enumerate(_places_by_level(boxes)):
-        # In float32: torchvision's kernels know no bfloat16, and places are fractions.
         cuts = roi_align(
-            maps[level].float(),
-            rois[here],
+            maps[level].to(wide),
+            rois[here].to(wide),
             (side, side),
             1 / strides[level],
             _SAMPLES,

@@ -22,18 +22,20 @@ from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads.box_head import (
     BOX_SIDE,
     CODER,
-    POSITIVE_SHARE,
     BoxHead,
     Sampled,
     box_losses,
+    most_sampled,
     sample_rois,
 )
 from fd_large.tasks.detection.heads.mask_head import (
     MASK_SIDE,
     MaskHead,
-    cut_masks,
+    Taught,
     mask_loss,
-    of_class,
+    mean_masks,
+    most_taught,
+    taught,
 )
 from fd_large.tasks.detection.heads.pooling import pool
 
@@ -80,6 +82,7 @@ class RoIHeads(nn.Module):
         maps: Sequence[Tensor],
         strides: Sequence[float],
         proposals: Sequence[Tensor],
+        sizes: Tensor,
         targets: Sequence[Target],
         draws: NDArray,
     ) -> Terms:
@@ -89,6 +92,8 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             proposals: (n, 4) float32 of each image, possibly none.
+            sizes: (B, 2), height and width of each image without its padding; for heads that
+                refine boxes more than once.
             targets: What is in each image.
             draws: (B, draws_per_image) uniform numbers in [0, 1).
         """
@@ -99,15 +104,7 @@ class RoIHeads(nn.Module):
             rois_per_image=self.rois_per_image,
             num_classes=self.num_classes,
         )
-        positives, objects = sampled.positives, sampled.objects
-        if any(target.masks.shape[-1] == 0 for target in targets if len(target.labels)):
-            # A dataset of boxes alone: the mask head runs as everywhere, and learns nothing.
-            positives, objects = [roi[:0] for roi in positives], [of[:0] for of in objects]
-        wanted = [
-            cut_masks(target.masks, of, roi, 2 * MASK_SIDE)
-            for target, of, roi in zip(targets, objects, positives, strict=True)
-        ]
-        return self._terms(maps, strides, sampled, positives, torch.cat(wanted))
+        return self._terms(maps, strides, sampled, taught(sampled, targets))
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
         """The sum of the losses on as many proposals as are sampled at most, with any numbers.
@@ -116,42 +113,30 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first; also on the meta device.
             strides: Pixels per place of each level.
         """
-        images, rois = len(maps[0]), self.rois_per_image
-        positives = int(rois * POSITIVE_SHARE)
-        boxes = maps[0].new_zeros(images * rois, 4, dtype=torch.float32)
-        labels = torch.zeros_like(boxes[:, 0], dtype=torch.int64)
-        sampled = Sampled(
-            list(boxes.split(rois)),
-            labels,
-            [labels[:positives]] * images,
-            boxes[: images * positives],
-        )
-        wanted = boxes.new_zeros(images * positives, 2 * MASK_SIDE, 2 * MASK_SIDE)
-        terms = self._terms(maps, strides, sampled, sampled.positives, wanted)
+        sampled = most_sampled(len(maps[0]), self.rois_per_image, maps[0])
+        terms = self._terms(maps, strides, sampled, most_taught(sampled))
         return torch.stack([total for total, _ in terms.values()]).sum()
 
     def _terms(
-        self,
-        maps: Sequence[Tensor],
-        strides: Sequence[float],
-        sampled: Sampled,
-        positives: list[Tensor],
-        wanted: Tensor,
+        self, maps: Sequence[Tensor], strides: Sequence[float], sampled: Sampled, of_masks: Taught
     ) -> Terms:
-        """The losses of what was sampled; `wanted` are the masks (P, 28, 28) of `positives`."""
+        """The losses of what was sampled."""
         logits, deltas = self.box(pool(maps, strides, sampled.rois, BOX_SIDE))
         classes, boxes = box_losses(logits, deltas, sampled)
-        labels = sampled.labels[sampled.foreground[: len(wanted)]]
-        masks = mask_loss(self.mask(pool(maps, strides, positives, MASK_SIDE)), labels, wanted)
-        num_rois = len(sampled.labels)
+        masks = self.mask(pool(maps, strides, of_masks.rois, MASK_SIDE))
+        num_rois, num_masks = len(sampled.labels), len(of_masks.labels)
         return {
             "cls": (classes, num_rois),
             "box": (boxes, num_rois),
-            "mask": (masks, len(wanted)),
+            "mask": (mask_loss(masks, of_masks.labels, of_masks.masks), num_masks),
         }
 
     def candidates(
-        self, maps: Sequence[Tensor], strides: Sequence[float], proposals: Sequence[Tensor]
+        self,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        proposals: Sequence[Tensor],
+        sizes: Tensor,
     ) -> list[Candidates]:
         """Returns what the proposals of each image may be, before the best are chosen.
 
@@ -159,6 +144,7 @@ class RoIHeads(nn.Module):
             maps: Levels of the pyramid, finest first.
             strides: Pixels per place of each level.
             proposals: (n, 4) float32 of each image, possibly none.
+            sizes: (B, 2), height and width of each image without its padding.
         """
         counts = [len(proposal) for proposal in proposals]
         total = sum(counts)
@@ -183,5 +169,5 @@ class RoIHeads(nn.Module):
             boxes: (n, 4) float32 of each image, possibly none.
             labels: (n,) int64 of each image, their classes.
         """
-        masks = self.mask(pool(maps, strides, boxes, MASK_SIDE)).sigmoid()
-        return list(of_class(masks, torch.cat(list(labels))).split([len(box) for box in boxes]))
+        logits = self.mask(pool(maps, strides, boxes, MASK_SIDE))
+        return mean_masks([logits], labels, [len(box) for box in boxes])

@@ -1,0 +1,34 @@
+"""Boxes as differences from proposals, in units that shrink from stage to stage of a cascade.
+
+Sources: torchvision's coder, which is detectron2's; mmdetection's delta_xywh_bbox_coder.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fd_large.engine.zero.private_names import get
+
+BoxCoder = get("torchvision.models.detection._utils:BoxCoder")
+
+
+class TwoSidedBoxCoder(BoxCoder):  # type: ignore[misc, valid-type]
+    """mmdetection's: a box may not shrink by more than it may grow, 1000 / 16."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Maps differences (N, 4 k) and boxes (N, 4) to boxes (N, 4 k)."""
+        places, sizes = rel_codes.unflatten(1, (-1, 4)).split(2, dim=2)
+        least = -self.bbox_xform_clip * self.weights[2]  # The unit of height is that of width.
+        codes = torch.cat([places, sizes.clamp(min=least)], dim=2)
+        return super().decode_single(codes.flatten(1), boxes)
+
+
+DETECTRON2 = tuple(BoxCoder(weights=(n, n, n / 2, n / 2)) for n in (10.0, 20.0, 30.0))
+"""Of each stage; the first is that of Mask R-CNN."""
+# The third stage is no thirtieth but what the published configurations have.
+MMDET = tuple(
+    TwoSidedBoxCoder(weights=(1 / place, 1 / place, 1 / size, 1 / size))
+    for place, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
+)
+"""Of each stage: the published standard deviations of the differences, inverted."""

@@ -1,0 +1,347 @@
+"""Cascade Mask R-CNN: three box heads, each on the boxes of the one before, each more exacting.
+
+Two forms are published, whose scores are not the same function of the same weights:
+
+mmdet: every stage draws its own sample, with the objects among the proposals, weighs half of the
+one before, and has a mask head for its own boxes. A test takes the softmax of the mean logits and
+the mean of the masks' probabilities. The last stage measures boxes in 0.033 and 0.067.
+
+detectron2: the first stage draws a sample, which the others match anew. Stages weigh the same, and
+a third of their gradient goes on into the features of boxes. One mask head learns from the first
+sample. A test takes the mean of the probabilities. The last stage measures in 1/30 and 1/15.
+
+The layers of a head are the same in both here, ViTDet's with LayerNorm. mmdetection's own have none
+(two linear layers) or batch statistics, which would depend on what else is in the batch.
+
+Every call runs the same modules in the same order on all ranks, also in stages that have lost all
+their positives.
+
+Sources: Cai and Vasconcelos, arXiv 1712.00726; mmdetection 3.3 (roi_heads/cascade_roi_head.py);
+detectron2 (modeling/roi_heads/cascade_rcnn.py) as ViTDet uses it, Li et al., arXiv 2203.16527.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fd_large.tasks.detection.data.target import Target
+from fd_large.tasks.detection.heads import box_coder
+from fd_large.tasks.detection.heads.box_head import (
+    BOX_SIDE,
+    BoxHead,
+    BoxLoss,
+    Sampled,
+    box_losses,
+    deltas_of,
+    match_rois,
+    most_sampled,
+    sample_rois,
+)
+from fd_large.tasks.detection.heads.mask_head import (
+    MASK_SIDE,
+    MaskHead,
+    Taught,
+    mask_loss,
+    mean_masks,
+    most_taught,
+    taught,
+)
+from fd_large.tasks.detection.heads.pooling import pool
+from fd_large.tasks.detection.heads.roi_heads import Candidates, Terms
+from fd_large.tasks.detection.heads.rpn import cut_to
+
+POSITIVE_IOUS = (0.5, 0.6, 0.7)
+NUM_STAGES = len(POSITIVE_IOUS)
+
+FormName = Literal["mmdet", "detectron2"]
+
+
+class Form(NamedTuple):
+    """In what the published cascades differ.
+
+    Attributes:
+        coders: What each stage's deltas are measured in.
+        loss_weights: Of each stage.
+        samples_again: Whether every stage draws its own sample, and has a mask head.
+        gradient_scale: Share of the gradient that goes on into the features of boxes.
+        averages_logits: Whether logits are averaged over the stages, or probabilities.
+    """
+
+    coders: tuple[Any, ...]
+    loss_weights: tuple[float, ...]
+    samples_again: bool
+    gradient_scale: float
+    averages_logits: bool
+
+
+FORMS: dict[FormName, Form] = {
+    "mmdet": Form(box_coder.MMDET, (1.0, 0.5, 0.25), True, 1.0, True),
+    "detectron2": Form(box_coder.DETECTRON2, (1.0, 1.0, 1.0), False, 1 / NUM_STAGES, False),
+}
+
+
+class Stage(NamedTuple):
+    """What a box head made of rois.
+
+    Attributes:
+        rois: (n, 4) float32 of each image.
+        logits: (R, K + 1) float32; R may be above the number of rois.
+        deltas: (R, K or 1, 4) float32.
+    """
+
+    rois: Sequence[Tensor]
+    logits: Tensor
+    deltas: Tensor
+
+
+class CascadeHeads(nn.Module):
+    """Three box heads, and a mask head for each or for all.
+
+    Args:
+        num_classes: K.
+        width: Channels of the pyramid and the heads.
+        rois_per_image: Proposals sampled for training.
+        form: A name of the table `FORMS`.
+        box_loss: How boxes are compared (`box_losses`).
+        class_agnostic: Whether a proposal has one box, or one for each class.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        width: int,
+        *,
+        rois_per_image: int,
+        form: FormName = "mmdet",
+        box_loss: BoxLoss = "smooth_l1",
+        class_agnostic: bool = True,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.rois_per_image = rois_per_image
+        self.form, self.box_loss = FORMS[form], box_loss
+        self.boxes = nn.ModuleList(
+            BoxHead(num_classes, width, class_agnostic=class_agnostic) for _ in range(NUM_STAGES)
+        )
+        num_masks = NUM_STAGES if self.form.samples_again else 1
+        self.mask_heads = nn.ModuleList(MaskHead(num_classes, width) for _ in range(num_masks))
+
+    @property
+    def samples_per_image(self) -> int:
+        """How many samples `terms` draws from each image."""
+        return NUM_STAGES if self.form.samples_again else 1
+
+    @property
+    def draws_per_image(self) -> int:
+        """How many uniform numbers `terms` needs for each image."""
+        return 2 * self.rois_per_image * self.samples_per_image
+
+    def terms(
+        self,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        proposals: Sequence[Tensor],
+        sizes: Tensor,
+        targets: Sequence[Target],
+        draws: NDArray,
+    ) -> Terms:
+        """The losses of the stages, "cls_1" to "box_3", and of masks, "mask_1" to "mask_3".
+
+        Args:
+            maps: Levels of the pyramid, finest first.
+            strides: Pixels per place of each level.
+            proposals: (n, 4) float32 of each image, possibly none.
+            sizes: (B, 2), height and width of each image without its padding.
+            targets: What is in each image.
+            draws: (B, draws_per_image) uniform numbers in [0, 1).
+        """
+        terms: dict[str, tuple[Tensor, int]] = {}
+        samples = iter(draws.reshape(len(draws), self.samples_per_image, -1).swapaxes(0, 1))
+        for number, positive_iou in enumerate(POSITIVE_IOUS):
+            if number == 0 or self.form.samples_again:
+                sampled = self._sample(proposals, targets, next(samples), positive_iou)
+            else:
+                sampled = match_rois(
+                    proposals, targets, num_classes=self.num_classes, positive_iou=positive_iou
+                )
+            stage = self._stage(number, maps, strides, sampled.rois)
+            terms |= self._box_terms(number, stage, sampled)
+            if number < len(self.mask_heads):
+                terms |= self._mask_terms(number, maps, strides, taught(sampled, targets))
+            if number < NUM_STAGES - 1:
+                proposals = self._handed_on(number, stage, sampled, proposals, sizes)
+        return terms
+
+    def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
+        """The sum of the losses on as many proposals as are sampled at most, with any numbers.
+
+        Args:
+            maps: Levels of the pyramid, finest first; also on the meta device.
+            strides: Pixels per place of each level.
+        """
+        terms: dict[str, tuple[Tensor, int]] = {}
+        sampled = most_sampled(len(maps[0]), self.rois_per_image, maps[0])
+        for number in range(NUM_STAGES):
+            stage = self._stage(number, maps, strides, sampled.rois)
+            terms |= self._box_terms(number, stage, sampled)
+            if number < len(self.mask_heads):
+                terms |= self._mask_terms(number, maps, strides, most_taught(sampled))
+        return torch.stack([total for total, _ in terms.values()]).sum()
+
+    def candidates(
+        self,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        proposals: Sequence[Tensor],
+        sizes: Tensor,
+    ) -> list[Candidates]:
+        """Returns what the proposals of each image may be, before the best are chosen.
+
+        Args:
+            maps: Levels of the pyramid, finest first.
+            strides: Pixels per place of each level.
+            proposals: (n, 4) float32 of each image, possibly none.
+            sizes: (B, 2), height and width of each image without its padding.
+        """
+        counts, all_logits = [len(proposal) for proposal in proposals], []
+        for number in range(NUM_STAGES):
+            stage = self._stage(number, maps, strides, proposals)
+            all_logits.append(stage.logits[: sum(counts)])
+            if number < NUM_STAGES - 1:
+                proposals = self._refined(number, stage, all_logits[-1][:, :-1].argmax(1), sizes)
+        logits = torch.stack(all_logits)
+        if self.form.averages_logits:
+            scores = logits.mean(0).softmax(dim=1)
+        else:
+            scores = logits.softmax(dim=2).mean(0)
+        deltas = stage.deltas[: sum(counts)].flatten(1)
+        boxes = self.form.coders[-1].decode_single(deltas, torch.cat(list(proposals)))
+        parts = zip(
+            boxes.unflatten(1, (-1, 4)).split(counts), scores[:, :-1].split(counts), strict=True
+        )
+        return [Candidates(*part) for part in parts]
+
+    def masks(
+        self,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Returns the masks of chosen boxes, (n, M, M) float32 of each image, probabilities.
+
+        Args:
+            maps: Levels of the pyramid, finest first.
+            strides: Pixels per place of each level.
+            boxes: (n, 4) float32 of each image, possibly none.
+            labels: (n,) int64 of each image, their classes.
+        """
+        cuts = self._mask_cuts(maps, strides, boxes)
+        return mean_masks(self._all_masks(cuts), labels, [len(box) for box in boxes])
+
+    def _sample(
+        self,
+        proposals: Sequence[Tensor],
+        targets: Sequence[Target],
+        draws: NDArray,
+        positive_iou: float,
+    ) -> Sampled:
+        return sample_rois(
+            proposals,
+            targets,
+            draws,
+            rois_per_image=self.rois_per_image,
+            num_classes=self.num_classes,
+            positive_iou=positive_iou,
+        )
+
+    def _stage(
+        self,
+        number: int,
+        maps: Sequence[Tensor],
+        strides: Sequence[float],
+        rois: Sequence[Tensor],
+    ) -> Stage:
+        cuts = self._box_cuts(maps, strides, rois)
+        if self.form.gradient_scale != 1 and cuts.requires_grad:
+            cuts.register_hook(lambda gradient: gradient * self.form.gradient_scale)
+        return Stage(rois, *self.boxes[number](cuts))
+
+    def _box_cuts(
+        self, maps: Sequence[Tensor], strides: Sequence[float], rois: Sequence[Tensor]
+    ) -> Tensor:
+        return pool(maps, strides, rois, BOX_SIDE)
+
+    def _mask_cuts(
+        self, maps: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor]
+    ) -> Tensor:
+        return pool(maps, strides, boxes, MASK_SIDE)
+
+    def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
+        """The logits (R, K, M, M) of one mask head."""
+        return self.mask_heads[number](cuts)
+
+    def _all_masks(self, cuts: Tensor) -> list[Tensor]:
+        """The logits of all mask heads."""
+        return [head(cuts) for head in self.mask_heads]
+
+    def _box_terms(self, number: int, stage: Stage, sampled: Sampled) -> Terms:
+        classes, boxes = box_losses(
+            stage.logits,
+            stage.deltas,
+            sampled,
+            coder=self.form.coders[number],
+            box_loss=self.box_loss,
+        )
+        weight, count = self.form.loss_weights[number], len(sampled.labels)
+        # Boxes too are divided by all that was sampled, not by the positives.
+        return {
+            f"cls_{number + 1}": (weight * classes, count),
+            f"box_{number + 1}": (weight * boxes, count),
+        }
+
+    def _mask_terms(
+        self, number: int, maps: Sequence[Tensor], strides: Sequence[float], of_masks: Taught
+    ) -> Terms:
+        logits = self._masks_of(number, self._mask_cuts(maps, strides, of_masks.rois))
+        loss = mask_loss(logits, of_masks.labels, of_masks.masks)
+        weight = self.form.loss_weights[number]
+        return {f"mask_{number + 1}": (weight * loss, len(of_masks.labels))}
+
+    def _refined(self, number: int, stage: Stage, labels: Tensor, sizes: Tensor) -> list[Tensor]:
+        """The boxes that a stage makes of its rois, cut to their images."""
+        counts = [len(roi) for roi in stage.rois]
+        deltas = deltas_of(stage.deltas[: sum(counts)].detach(), labels)
+        boxes = self.form.coders[number].decode_single(deltas, torch.cat(list(stage.rois)))
+        return [
+            cut_to(own[None], size[None])[0]
+            for own, size in zip(boxes.split(counts), sizes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _handed_on(
+        self,
+        number: int,
+        stage: Stage,
+        sampled: Sampled,
+        proposals: Sequence[Tensor],
+        sizes: Tensor,
+    ) -> list[Tensor]:
+        """The refined boxes that the next stage starts from.
+
+        Where it adds the objects itself, those of this stage are left out; else boxes without area.
+        """
+        of_class = stage.logits[: len(sampled.labels), :-1].argmax(1)
+        labels = torch.where(sampled.labels < self.num_classes, sampled.labels, of_class)
+        refined = self._refined(number, stage, labels, sizes)
+        if self.form.samples_again:
+            return [
+                box[numbers < len(proposal)]
+                for box, numbers, proposal in zip(refined, sampled.numbers, proposals, strict=True)
+            ]
+        return [box[(box[:, 2:] > box[:, :2]).all(dim=1)] for box in refined]
