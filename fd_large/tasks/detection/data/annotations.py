@@ -32,6 +32,8 @@ LAYOUTS = (
     ("annotations/instances_{split}.json", "images/{split}"),
     # Objects365 v2
     ("annotations/zhiyuan_objv2_{split}.json", "{split}"),
+    # LVIS v1, whose splits share COCO's folders of images
+    ("annotations/lvis_v1_{split}.json", ""),
 )
 
 
@@ -112,7 +114,7 @@ def open_coco(root: str, split: str, *, where: str = "data.root") -> CocoSet:
 
     Args:
         root: The folder: COCO's (`train2017/`, `annotations/instances_train2017.json`), one with
-            `images/train/` and `annotations/instances_train.json`, or Objects365's.
+            `images/train/` and `annotations/instances_train.json`, Objects365's or LVIS's.
         split: "train", "val" ...
         where: The field that names the folder, for messages.
 

@@ -210,7 +210,7 @@ def read_objects(
         categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
         # Here, so that a missing key is met before hours of training.
         facts = {
-            int(image["id"]): (str(image["file_name"]), int(image["height"]), int(image["width"]))
+            int(image["id"]): (_name_of(image), int(image["height"]), int(image["width"]))
             for image in content["images"]
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -390,6 +390,15 @@ def _segmentation(given: Any, height: int, width: int) -> list[array[float]] | b
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(number, (int, float)) and math.isfinite(number) for number in value
+    )
+
+
+def _name_of(image: Mapping[str, Any]) -> str:
+    # LVIS names an image by its address alone, which ends as its path does: train2017/NAME.jpg.
+    return str(
+        image["coco_url"]
+        if "coco_url" in image and "file_name" not in image
+        else image["file_name"]
     )
 
 

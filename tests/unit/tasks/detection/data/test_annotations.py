@@ -178,6 +178,20 @@ def test_objects365_has_folders_in_its_names_and_no_masks(tmp_path):
     assert opened.target(0).masks.shape == (1, 0, 0)
 
 
+def test_lvis_names_images_by_their_address(tmp_path):
+    write_set(tmp_path, [annotation(1, 5, [1, 1, 9, 9])], sizes=SIZES)
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    path.unlink()
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.example.org/train2017/{image.pop('file_name')}"
+    # The images of its val split lie in both folders of COCO.
+    (path.parent / "lvis_v1_val.json").write_text(json.dumps(content))
+    opened = open_coco(str(tmp_path), "val")
+    assert opened[0] == str(tmp_path / "train2017" / "000000000005.png")
+    assert opened.target(0).masks.shape == (1, 40, 60)
+
+
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path):
     write_set(tmp_path, [annotation(1, 5, [1, 1, 9, 9])], sizes={5: (40, 60)})
     (tmp_path / "outside.png").write_bytes(b"")
