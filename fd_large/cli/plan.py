@@ -268,6 +268,19 @@ def shape_fields(run: Run) -> dict[str, Any]:
     }
 
 
+def steps_of(run: Run, images: int) -> int:
+    """Returns the steps of a run on a dataset of that many images."""
+    optim = run.optim
+    return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)
+
+
+def figure(value: float) -> str:
+    """Returns a number of hours or days as text."""
+    if value < 0.001:
+        return "<0.001"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def report(
     run: Run,
     load: Workload,
@@ -282,7 +295,7 @@ def report(
     """Returns what is printed."""
     parts: list[Table | Text] = [_heading(run, load, machine)]
     if good:
-        parts.append(_best_table(machine, good[:rows], _steps(run, images), narrow=narrow))
+        parts.append(_best_table(machine, good[:rows], steps_of(run, images), narrow=narrow))
         parts.append(_details(run, load, good[0], machine, images))
     else:
         parts.append(Text("No setting fits; use more GPUs, or cards with more memory.\n"))
@@ -348,11 +361,11 @@ def _best_table(machine: Machine, good: list[Estimate], steps: int, *, narrow: b
                 if narrow
                 else [f"{seconds.computation * 1e3:,.0f}", f"{seconds.communication * 1e3:,.0f}"]
             ),
-            _figure(seconds.total),
+            figure(seconds.total),
             f"{one.images_per_second:,.0f}",
             f"{100 * one.mfu:.1f}",
-            _figure(hours / 24),
-            _figure(hours * machine.cluster.gpus),
+            figure(hours / 24),
+            figure(hours * machine.cluster.gpus),
         )
     return table
 
@@ -380,7 +393,7 @@ def _details(run: Run, load: Workload, best: Estimate, machine: Machine, images:
         f"{100 * best.hardware_utilisation:.1f} % of {best.peak / 1e12:,.4g} TFLOP/s",
         f"Disk: {_size(stored)} per checkpoint; {_size(keep * stored)} for {keep}, of which one is "
         "being written",
-        f"Length: {_steps(run, images):,} steps",
+        f"Length: {steps_of(run, images):,} steps",
     ]
     if flags:
         lines += ["To train with it, pass:", *(f"  {flag}" for flag in flags)]
@@ -401,19 +414,8 @@ def _refused_table(bad: list[Refused], rows: int) -> Table:
     return table
 
 
-def _steps(run: Run, images: int) -> int:
-    optim = run.optim
-    return optim.max_steps or num_steps(optim.epochs, images, run.batch.global_batch_size)
-
-
 def _zero(candidate: Candidate) -> str:
     return f"{candidate.stage}{' + hpZ' if candidate.hpz else ''}"
-
-
-def _figure(value: float) -> str:
-    if value < 0.001:
-        return "<0.001"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _size(count: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from tyro.conf import Positional, arg
 
 from fd_large.atomic_files import out_folder, write_json
-from fd_large.cli import recorded_runs
+from fd_large.cli import recorded_runs, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
 from fd_large.cli.evaluate_models import refuse_other_task, run_recipe, started_from
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.cli.transfer_columns import COLUMNS, Column, ColumnName
+from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
+from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import at_least, require
@@ -86,11 +89,29 @@ class Transfer(AllowsCode):
     deepspeed_config: str = "zero1"
     # Make the table of what stands in --out by now, and train nothing.
     table: bool = False
+    # Submit every training as a job of Slurm, and a last one that makes the table.
+    slurm: bool = False
+    # Options of sbatch for these jobs, without dashes: nodes=2 partition=gpu time=12:00:00. They
+    # win over those of slurm/transfer.sh.
+    sbatch: tuple[str, ...] = ()
+    # Say what the table costs, and train nothing. Datasets are not read: they are taken to have the
+    # images of those that the columns are named after.
+    plan: bool = False
+    # GPUs of each training at most, for --plan; as many are taken as divide its images of a step.
+    gpus: int = 8
+    # Card, for --plan: h100, h200, b200, a100, a100_40 or l40s.
+    gpu: str = "h100"
 
     def __post_init__(self) -> None:
         AllowsCode.__post_init__(self)
         at_least("--seeds", self.seeds, 1, "repetitions")
         require(bool(self.rows), "--rows: no row", "none", "at least one")
+        at_least("--gpus", self.gpus, 1, "ranks")
+        rates_of(self.gpu)
+        transfer_slurm.check_options(self.sbatch)
+        require(
+            self.slurm or not self.sbatch, "--sbatch: no job is submitted", self.sbatch, "--slurm"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,14 +266,12 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
             "example runs/mine."
         )
     datasets = {column.data: getattr(own, column.data) for column in COLUMNS.values()}
-    require_paths(
-        {f"--{name}": folder for name, folder in datasets.items()}
-        | {f"run {run}": run for run in own.runs}
-    )
+    folders = {f"--{name}": folder for name, folder in datasets.items() if not own.plan}
+    require_paths(folders | {f"run {run}": run for run in own.runs})
     columns = [
         column
         for column in COLUMNS.values()
-        if datasets[column.data] and (not own.only or column.name in own.only)
+        if (datasets[column.data] or own.plan) and (not own.only or column.name in own.only)
     ]
     if not columns:
         raise ConfigError(
@@ -263,6 +282,8 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     from fd_large import distributed, meeting
     from fd_large.runtime import logs
 
+    # Jobs inherit it, and must not meet at the port of this process.
+    environ = dict(os.environ)
     logs.start(distributed.start().rank)
     rows = meeting.meet(lambda: rows_of(own))
     cells = [
@@ -271,6 +292,9 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
         for column in columns
         for cell in cells_of(own, rows, column, changes[column.name], seed)
     ]
+    if own.plan:
+        show_plan(own, cells[: len(rows) * len(columns)])
+        return distributed.leave(Exit.DONE)
     meeting.meet(lambda: check_all(*map(_opens, cells[: len(rows) * len(columns) : len(rows)])))
     states = distributed.broadcast_object(
         distributed.together(lambda: list(map(_state, cells)) if distributed.is_main() else [])
@@ -279,6 +303,11 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     if distributed.is_main():
         write_json(out / SUMMARY, described(out, rows, cells))
         tables().print(f"transfer: {len(cells)} trainings, {done} of them done before")
+    missing = [cell for state, cell in zip(states, cells, strict=True) if state != DONE]
+    if own.slurm:
+        if distributed.is_main():
+            submit(own, missing, environ)
+        return distributed.leave(Exit.DONE)
     # What failed before comes last: it may fail again, and end all ranks.
     ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
     code = train_all([cell for state, cell in ordered if state != DONE], own.deepspeed_config)
@@ -323,6 +352,38 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
     return worst
 
 
+def submit(own: Transfer, cells: Sequence[Cell], environ: Mapping[str, str]) -> None:
+    """Submits the trainings of cells, and the job that makes the table; prints what was submitted.
+
+    Args:
+        own: The command's own arguments.
+        cells: What is not finished; of these, what waits or runs as a job stays as it is.
+        environ: The environment that jobs inherit.
+    """
+    jobs, console = [], tables()
+    for cell in cells:
+        job = recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training").get("job")
+        if job and transfer_slurm.is_queued(job):
+            console.print(f"{cell.folder}: job {job}, submitted before", soft_wrap=True)
+        else:
+            _write_record(cell)
+            job = transfer_slurm.submit_training(
+                cell.run,
+                deepspeed_config=own.deepspeed_config,
+                allow_code=own.allow_code,
+                options=own.sbatch,
+                environ=environ,
+            )
+            _write_record(cell, job=job)
+            console.print(f"{cell.folder}: job {job}", soft_wrap=True)
+        jobs.append(job)
+    if not jobs:
+        show(Path(own.out))
+        return
+    last = transfer_slurm.submit_table(own.out, jobs, options=own.sbatch, environ=environ)
+    console.print(f"{own.out}: job {last} makes the table once they have ended", soft_wrap=True)
+
+
 def show(folder: Path) -> int:
     """Makes the table of what stands in a folder, and prints it; returns the exit code.
 
@@ -334,6 +395,17 @@ def show(folder: Path) -> int:
         console.print(table)
     console.print(", ".join(map(str, files)), soft_wrap=True)
     return Exit.DONE
+
+
+def show_plan(own: Transfer, cells: Sequence[Cell]) -> None:
+    """Prints what the trainings of one seed cost, and all of them."""
+    costs = [
+        (cell.row.model.label, cell.column.title, cell.run, cost)
+        for cell in cells
+        for cost in [cost_of(cell.run, cell.column.images, gpus=own.gpus, gpu=own.gpu)]
+    ]
+    titles = dict.fromkeys(cell.column.title for cell in cells)
+    tables().print(report(costs, columns=titles, seeds=own.seeds, gpu=own.gpu))
 
 
 def rows_of(own: Transfer) -> list[Row]:

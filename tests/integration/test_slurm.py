@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import NamedTuple
 
 import detection_twin
 import pytest
+import transfer_toy
 from launch import ROOT, read_results
 from pictures import write_pictures
 from slurm_cluster import Cluster, ended, missing
@@ -156,6 +159,39 @@ def test_detection_starts_from_that_run_and_goes_on_after_a_signal(
     summary = json.loads((job.run_dir / "summary.json").read_text())
     assert summary["status"] == "done"
     assert "box_AP" in summary
+
+
+def test_a_table_is_made_of_jobs_once_they_have_ended(cluster: Cluster, folder: Path) -> None:
+    toy, out = transfer_toy.write_toy(folder / "toy"), folder / "table"
+    given = ("nodes=1", "ntasks-per-node=1", "gres=none", "cpus-per-task=1", "time=20")
+    words = [*transfer_toy.words(toy, out), "--rows", "student", "--only", "linear", "ade20k"]
+
+    def transfer() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "fd_large", *words, "--slurm", "--sbatch", *given],
+            cwd=ROOT,
+            env=cluster.environ
+            | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+            | {"LOG_DIR": str(folder / "table-logs"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout
+
+    said = transfer()
+    *cells, table = map(int, re.findall(r": job (\d+)", said))
+    assert len(cells) == 2
+    assert cluster.show(table)["Dependency"].startswith("afterany:")
+    shown = cluster.wait(table, ended, 240)
+    logs = "\n".join(path.read_text() for path in out.rglob("slurm-*.out"))
+    assert shown["JobState"] == "COMPLETED", logs
+    summary = json.loads((out / "summary.json").read_text())
+    assert [cell["status"] for cell in summary["cells"]] == ["done"] * 2, logs
+    assert (out / "transfer.txt").is_file()
+    assert "job" not in transfer().split("done before")[1], "nothing is left to submit"
 
 
 def stand_in(folder: Path, name: str, text: str) -> Path:

@@ -1,0 +1,134 @@
+"""`transfer --slurm`: every training as a job, and a last one that makes the table."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fd_large.atomic_files import write_json
+from fd_large.errors import ConfigError
+from fd_large.recipes.fields import require
+from fd_large.recipes.run import Run
+
+RUN_FILE = "run.json"
+"""The recipe of a job, in the run's folder."""
+TRAINING, TABLE = "transfer.sh", "transfer_table.sh"
+# Options that hold for the last job too, which needs no GPUs.
+_OF_ALL = ("account", "partition", "qos")
+_OPTION = re.compile(r"[a-z][a-z-]*(=.+)?")
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Refuses what cannot be an option of sbatch without its dashes.
+
+    Raises: ConfigError: naming it.
+    """
+    for option in options:
+        require(
+            bool(_OPTION.fullmatch(option)),
+            "--sbatch: no option of sbatch",
+            repr(option),
+            "NAME=VALUE without dashes, such as nodes=2 or partition=gpu",
+        )
+
+
+def script(name: str) -> str:
+    """Returns the path of a batch script below the current folder.
+
+    Raises: ConfigError: if it is not there.
+    """
+    for path in (Path("slurm") / name, Path(name)):
+        if path.is_file():
+            return str(path)
+    raise ConfigError(
+        f"--slurm: no {name} here; got {Path.cwd()}, expected the repository or the folder of the "
+        "Slurm scripts. Write one: python -m fd_large init DIR."
+    )
+
+
+def submit_training(
+    run: Run,
+    *,
+    deepspeed_config: str,
+    allow_code: Sequence[str],
+    options: Sequence[str],
+    environ: Mapping[str, str],
+) -> int:
+    """Submits the training of a run; returns the number of the job.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: DeepSpeed's JSON, a name or a path.
+        allow_code: Files of the user's own that the recipe may import.
+        options: Options of sbatch, without their dashes.
+        environ: The environment that the job inherits.
+    """
+    folder = Path(run.run_dir())
+    write_json(folder / RUN_FILE, run.to_dict())
+    # The paths besides, which the script looks for on every node.
+    named = {
+        "config": folder / RUN_FILE,
+        "deepspeed_config": deepspeed_config,
+        "data.root": run.data.root,
+        "runtime.run_dir": folder,
+    }
+    if run.student.init:
+        named["student.init"] = run.student.init
+    words = [str(word) for name, value in named.items() for word in (f"--{name}", value)]
+    if allow_code:
+        words += ["--allow_code", *allow_code]
+    own = [f"job-name={'-'.join(folder.parts[-3:])}", f"output={folder}/slurm-%j.out"]
+    return _sbatch([*own, *options], script(TRAINING), words, environ)
+
+
+def submit_table(
+    out: str, jobs: Iterable[int], *, options: Sequence[str], environ: Mapping[str, str]
+) -> int:
+    """Submits the job that makes the table once others have ended; returns its number.
+
+    Args:
+        out: The folder of the table.
+        jobs: The others.
+        options, environ: As of the others.
+    """
+    after = [f"dependency=afterany:{':'.join(map(str, jobs))}", f"output={out}/slurm-%j.out"]
+    kept = [option for option in options if option.partition("=")[0] in _OF_ALL]
+    return _sbatch([*after, *kept], script(TABLE), ["--out", out], environ)
+
+
+def is_queued(job: int) -> bool:
+    """Returns whether a job waits or runs."""
+    done = _call(["squeue", "--noheader", "--format=%A", f"--jobs={job}"])
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _sbatch(
+    options: Sequence[str], path: str, words: Sequence[str], environ: Mapping[str, str]
+) -> int:
+    given = [f"--{option}" for option in options]
+    done = _call(["sbatch", "--parsable", *given, path, *words], environ)
+    number = done.stdout.strip().partition(";")[0]
+    if done.returncode or not number.isdigit():
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+        raise ConfigError(
+            f"--slurm: sbatch took no job; got {said[-1]}, expected its number. Change --sbatch or "
+            "site.sh; the jobs that were submitted before stay."
+        )
+    return int(number)
+
+
+def _call(
+    words: list[str], environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False, env=environ)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--slurm: no {words[0]} here; got a machine without Slurm, expected one that submits "
+            "jobs. Leave --slurm out, or log in there."
+        ) from None
