@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import depth_images
 import detection_twin
 import segmentation_twin
 import tiny_runs
@@ -21,8 +22,8 @@ SWIN = Architecture(
     patch_size=4,
     image_size=64,
 )
-COLUMNS = ("finetune", "linear", "ade20k", "coco")
-DATASETS = ("imagenet", "ade20k", "coco")
+COLUMNS = ("finetune", "linear", "ade20k", "coco", "nyuv2")
+DATASETS = ("imagenet", "ade20k", "coco", "nyuv2")
 SHORT = """
 --optim.max_steps 3 --optim.warmup_epochs 0 --batch.global_batch_size 4 --batch.micro_batch_size 4
 --data.workers 0 --runtime.log_every 1 --runtime.save_every 1 --student.drop_path_rate 0
@@ -32,6 +33,7 @@ SHORT = """
 --coco.data.image_size 64 --coco.task.detection.num_classes 3 --coco.task.detection.head_width 16
 --coco.task.detection.test_size 0 0 --coco.task.detection.proposals_per_image 40
 --coco.task.detection.rois_per_image 16 --coco.task.detection.detections_per_image 10
+--nyuv2.data.image_size 64 --nyuv2.task.depth.head_width 16 --nyuv2.task.depth.test_crop none
 """
 
 
@@ -40,6 +42,7 @@ def write_toy(folder: Path) -> Path:
     labelled_folder(folder / "imagenet", train=16, val=8, side=40)
     segmentation_twin.write_images(folder / "ade20k")
     detection_twin.pictures(folder / "coco")
+    depth_images.write_images(folder / "nyuv2", 4)
     run = tiny_runs.tiny_run()
     run = replace(
         run,

@@ -34,7 +34,7 @@ COMMANDS = {
     "replay": "Run a step again that the guard refused.",
     "predict": "Draw what a run's detector sees in images.",
     "evaluate": "Measure models on labelled images.",
-    "transfer": "Carry models on to classification, segmentation and detection: one table.",
+    "transfer": "Carry models on to labels, segmentation, detection and depth: one table.",
     "diagnose": "Show attention, loss landscape and similar layers of models.",
 }
 

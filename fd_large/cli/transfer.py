@@ -1,4 +1,4 @@
-"""`python -m fd_large transfer RUN --imagenet DIR --ade20k DIR --coco DIR`: the paper's Table 1.
+"""`python -m fd_large transfer RUN --imagenet DIR --ade20k DIR ...`: the paper's Table 1.
 
 A cell is a training of its own, in OUT/ROW/COLUMN/seed_N, a run folder that resumes: of a model (a
 row: a student, its teacher, random weights) by the recipe of a column. One that is finished is not
@@ -60,12 +60,12 @@ _ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "all
 class Transfer(AllowsCode):
     """Carry students, their teachers and random weights on: the paper's Table 1.
 
-    python -m fd_large transfer RUN [RUN ...] --imagenet DIR --ade20k DIR --coco DIR
+    python -m fd_large transfer RUN [RUN ...] --imagenet DIR --ade20k DIR --coco DIR --nyuv2 DIR
 
     Each cell of the table is a training of its own that resumes: the same command goes on where it
-    stopped. Columns: finetune and linear (both on --imagenet), ade20k, coco; those whose dataset is
-    not named stay empty. Fields of a recipe follow as in training and count for all columns; with
-    the name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
+    stopped. Columns: finetune and linear (both on --imagenet), ade20k, coco, nyuv2; those without a
+    dataset stay empty. Fields of a recipe follow as in training and count for all columns; with the
+    name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
     --finetune.recipe finetune_clip_vit_large. docs/evaluation.md explains the figures.
     """
 
@@ -77,6 +77,8 @@ class Transfer(AllowsCode):
     ade20k: str = ""
     # COCO, or any dataset that detection takes (docs/detection.md).
     coco: str = ""
+    # NYUv2, or any dataset that depth takes (docs/depth.md).
+    nyuv2: str = ""
     # Columns that are trained; empty: all whose dataset is named.
     only: tuple[ColumnName, ...] = ()
     # Rows of each run: its student, its teacher, its student's architecture with random weights.

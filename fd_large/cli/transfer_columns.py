@@ -17,7 +17,7 @@ from fd_large.recipes import registry
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.tasks.finetuning.recipe_name import recipe_name
 
-ColumnName = Literal["finetune", "linear", "ade20k", "coco"]
+ColumnName = Literal["finetune", "linear", "ade20k", "coco", "nyuv2"]
 Figures = tuple[float, ...]
 
 
@@ -170,6 +170,15 @@ COLUMNS = {
             ),
             nearest_recipe("coco_mask_rcnn_"),
             {"fd_clip_vit_base": Published((48.2, 42.5), (45.0, 39.8))},
+        ),
+        Column(
+            "nyuv2",
+            "nyuv2",
+            "NYUv2 depth",
+            24_231,
+            (Score("val_rmse", "NYUv2, RMSE m", digits=3, lower_is_better=True),),
+            nearest_recipe("nyuv2_vit_", "nyuv2_swinv2_"),
+            {"fd_clip_vit_base": Published((0.352,), (0.416,))},
         ),
     )
 }

@@ -37,7 +37,7 @@ from fd_large.engine.task import Task
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
 from fd_large.recipes.architectures import resolve
-from fd_large.recipes.family import FamilyArchitecture
+from fd_large.recipes.family import FamilyArchitecture, WindowedTransformer
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
@@ -443,8 +443,8 @@ class Job:
         if own == own.with_own_position_biases():
             architecture = architecture.with_own_position_biases()
         window = base.architecture.window_size
-        if window and (hasattr(architecture, "window_size") or _WINDOW in fields):
-            architecture = architecture.overridden({"window_size": window})
+        if window and isinstance(architecture, WindowedTransformer):
+            architecture = architecture.with_window(window)
         student = as_student(model, architecture, base, trained_as=trained_as)
         return replace(self.run, student=student)
 

@@ -232,6 +232,10 @@ class WindowedTransformer(Transformer):
         """Returns the window, too."""
         return {**super().summary(), "window": self.window_size}
 
+    def with_window(self, window_size: int) -> Self:
+        """Returns the model that a trained one becomes in windows of another size."""
+        return replace(self, window_size=window_size)
+
     def _check(self) -> None:
         super()._check()
         self._require(self.window_size >= 1, "window_size", "a positive whole number")

@@ -43,7 +43,11 @@ def write_evaluation_page(
 def as_html(table: Any) -> str:
     """Returns a rich table as one of a page."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-    shown = html.table(list(rows), head=[str(column.header) for column in table.columns])
+    shown = html.table(
+        list(rows),
+        head=[str(column.header) for column in table.columns],
+        right=[column.justify == "right" for column in table.columns],
+    )
     return shown + "".join(map(html.paragraph, str(table.caption or "").splitlines()))
 
 

@@ -147,11 +147,19 @@ def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{inside}</div>'
 
 
-def table(rows: Sequence[Sequence[object]], *, head: Sequence[str] = ()) -> str:
-    """Returns a table; without a head the first column names the rows. Numbers stand right."""
+def table(
+    rows: Sequence[Sequence[object]], *, head: Sequence[str] = (), right: Sequence[bool] = ()
+) -> str:
+    """Returns a table; without a head the first column names the rows.
+
+    Args:
+        rows: Its cells.
+        head: What stands above the columns.
+        right: Whether each column stands right; empty: where it holds numbers alone.
+    """
     if not rows:
         return ""
-    numeric = [all(_is_number(row[n]) for row in rows) for n in range(len(rows[0]))]
+    numeric = right or [all(_is_number(row[n]) for row in rows) for n in range(len(rows[0]))]
     kind = ['class="number"' if is_number else "" for is_number in numeric]
     lines = []
     if head:

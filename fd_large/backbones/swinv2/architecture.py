@@ -65,6 +65,23 @@ class SwinV2Architecture(WindowedTransformer):
             given = {"pretrained_window_sizes": (0,) * len(given["depths"]), **given}
         return replace(self, **given)
 
+    def with_window(self, window_size: int) -> Self:
+        """Returns the same model with another window.
+
+        The coordinates of its position biases stay scaled by the windows that it was trained with,
+        which are no larger than the maps.
+        """
+        if window_size == self.window_size:
+            return self
+        side = self.image_size // self.patch_size
+        windows = [min(self.window_size, side // 2**stage) for stage in range(len(self.depths))]
+        # Within windows of one token there is no distance to scale.
+        trained = tuple(
+            before or (window if window > 1 else 0)
+            for before, window in zip(self.pretrained_window_sizes, windows, strict=True)
+        )
+        return replace(self, window_size=window_size, pretrained_window_sizes=trained)
+
     def with_own_position_biases(self) -> Self:
         """Returns the model with a position-bias MLP in every block."""
         return replace(self, shared_position_bias=False)

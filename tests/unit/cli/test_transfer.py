@@ -34,7 +34,7 @@ def trained(monkeypatch):
         runs.append(run)
         better = 10 if "/mine/" in run.student.init else 0
         scores = {"test_top1": 70 + better + run.runtime.seed, "val_mIoU": 40 + better}
-        scores |= {"box_AP": 0.3, "mask_AP": 0.2}
+        scores |= {"box_AP": 0.3, "mask_AP": 0.2, "val_rmse": 0.4}
         Path(run.run_dir(), "summary.json").write_text(json.dumps({"status": "done", **scores}))
         return 0
 
@@ -52,7 +52,7 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*transfer_toy.words(toy, out), "--seeds", "2"]) == 0
     rows = ("mine", "mine_teacher", "mine_from_scratch")
-    columns = ("finetune", "linear", "ade20k", "coco")
+    columns = transfer_toy.COLUMNS
     cells = [(row, column, seed) for seed in (0, 1) for column in columns for row in rows]
     assert [run.run_dir() for run in trained] == [f"{out}/{r}/{c}/seed_{s}" for r, c, s in cells]
     names = {Path(run.run_dir()).parts[-3:-1]: run.name for run in trained}
@@ -61,6 +61,7 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     assert names["mine_teacher", "linear"] == "linear_probe"
     assert names["mine", "ade20k"] == "ade20k_upernet_swinv2_base"
     assert names["mine_teacher", "ade20k"] == "ade20k_upernet_vit_base"
+    assert names["mine_teacher", "nyuv2"] == "nyuv2_vit_base"
     assert names["mine_from_scratch", "coco"] == "coco_mask_rcnn_swinv2_tiny"
     for run in trained:
         row, column, seed = Path(run.run_dir()).parts[-3:]
@@ -75,7 +76,7 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     assert (difference["of"], difference["less"], difference["mean"]) == (*rows[:2], 10.0)
     assert found["published"] == []
     told = capsys.readouterr().out
-    assert "24 trainings, 0 of them done before" in told
+    assert "30 trainings, 0 of them done before" in told
     assert "80.5 +- 0.7" in told
     assert "+10.0 +- 0.0" in (out / "transfer.txt").read_text()
     page = check_page(out / "report.html")
@@ -119,7 +120,8 @@ def test_what_fails_is_named_and_the_others_go_on(toy, trained, tmp_path, monkey
     said = " ".join(capsys.readouterr().out.split())
     assert f"FAILED {tmp_path}/mine/linear/seed_0: linear: does not fit; got 2." in said
     assert f"FAILED {tmp_path}/mine/coco/seed_0: guard: the loss is not finite" in said
-    assert [Path(run.run_dir()).parts[-2] for run in trained] == ["finetune", "ade20k", "coco"]
+    begun = [Path(run.run_dir()).parts[-2] for run in trained]
+    assert begun == ["finetune", "ade20k", "coco", "nyuv2"]
 
     # The next start tries them again, after what has not failed.
     fails.clear()
@@ -223,6 +225,8 @@ def test_a_window_is_that_of_models_that_have_one(toy, trained, tmp_path):
     assert main([*words, "--only", "coco", "--rows", "student", "teacher"]) == 0
     student, teacher = (run.student_architecture() for run in trained)
     assert student.window_size == 4
+    # Coordinates stay those of the distillation's windows of 2, in maps of 16, 8, 4 and 2.
+    assert student.pretrained_window_sizes == (2, 2, 2, 2)
     assert teacher.family == "vit"
 
 
