@@ -159,7 +159,18 @@ def build_test_loader(
         world_size: The number of ranks.
         workers: Processes that load; 0: this one does.
     """
-    rounds = -(-len(source) // world_size)
-    places = np.arange(rounds) * world_size + rank
-    mine = np.where(places < len(source), places, -1).tolist()
-    return load_batches(TestImages(source, views), mine, workers=workers)
+    mine = deal(len(source), batch_size=1, rank=rank, world_size=world_size)
+    numbers = [int(batch[0]) for batch in mine]
+    return load_batches(TestImages(source, views), numbers, workers=workers)
+
+
+def deal(
+    num_images: int, *, batch_size: int, rank: int, world_size: int
+) -> list[NDArray[np.int64]]:
+    """A rank's batches of places in an order of images; -1 where there is none left.
+
+    Consecutive batches go to the ranks in turn, so that all work about as long.
+    """
+    share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
+    places = np.where(np.arange(share) < num_images, np.arange(share), -1)
+    return list(places.reshape(-1, world_size, batch_size)[:, rank])

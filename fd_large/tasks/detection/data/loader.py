@@ -19,6 +19,7 @@ from fd_large.data.sampler import Portion, epoch_order
 from fd_large.data.suppress_stderr import suppress_stderr
 from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import padded, resized_view, sizes_of
+from fd_large.tasks.dense.loader import deal
 from fd_large.tasks.detection.data.annotations import CocoSet
 from fd_large.tasks.detection.data.target import Target, Targets, make_target, nothing
 from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter
@@ -215,18 +216,6 @@ def build_evaluation_loader(
     batches = deal(len(order), batch_size=batch_size, rank=rank, world_size=world_size)
     images = _Resized(source, order, tuple(sides), max_pixels)
     return load_batches(images, batches, workers=workers)
-
-
-def deal(
-    num_images: int, *, batch_size: int, rank: int, world_size: int
-) -> list[NDArray[np.int64]]:
-    """A rank's batches of places in an order of images; -1 where there is none left.
-
-    Consecutive batches go to the ranks in turn, so that all work about as long.
-    """
-    share = -(-num_images // (batch_size * world_size)) * batch_size * world_size
-    places = np.where(np.arange(share) < num_images, np.arange(share), -1)
-    return list(places.reshape(-1, world_size, batch_size)[:, rank])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,12 @@ import pytest
 import torch
 from segmentation_twin import write_images
 
-from fd_large.tasks.dense.loader import TestImages, TrainingBatches, build_test_loader
+from fd_large.tasks.dense.loader import (
+    TestImages,
+    TrainingBatches,
+    build_test_loader,
+    deal,
+)
 from fd_large.tasks.segmentation.data.dataset import open_segmentation
 from fd_large.tasks.segmentation.data.views import TestViews, TrainingViews
 from fd_large.tasks.segmentation.loss import IGNORED
@@ -49,6 +54,14 @@ def test_where_no_image_can_be_read_nothing_is_learnt(images, monkeypatch):
     assert batch.targets.truth.eq(IGNORED).all()
     assert len(batch.bad) == 20
     assert TestImages(images, TestViews(48, 96))[0].bad == "broken"
+
+
+def test_batches_are_dealt_in_turn():
+    dealt = [deal(11, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert [[batch.tolist() for batch in of_rank] for of_rank in dealt] == [
+        [[0, 1], [4, 5], [8, 9]],
+        [[2, 3], [6, 7], [10, -1]],
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -16,7 +16,6 @@ from fd_large.tasks.detection.data.loader import (
     BLACK_SIDE,
     build_evaluation_loader,
     build_training_loader,
-    deal,
     grouped_order,
     read_image,
 )
@@ -237,14 +236,6 @@ def test_evaluation_goes_on_past_a_picture_that_cannot_be_read_and_tells_it(tmp_
     batches = list(build_evaluation_loader(source, rank=0, world_size=1, **EVALUATION))
     assert torch.cat([b.weights for b in batches]).tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
     assert [source[2] in text for b in batches for text in b.bad] == [True]
-
-
-def test_batches_are_dealt_in_turn():
-    dealt = [deal(11, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    assert [[batch.tolist() for batch in of_rank] for of_rank in dealt] == [
-        [[0, 1], [4, 5], [8, 9]],
-        [[2, 3], [6, 7], [10, -1]],
-    ]
 
 
 def test_mistaken_settings_are_refused(val):
