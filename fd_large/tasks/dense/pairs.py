@@ -118,13 +118,13 @@ class PairedImages(ABC):
             )
         return image, truth
 
-    def check_some(self) -> None:
+    def some_truths(self) -> list[NDArray[Any]]:
         """Reads some of the files of numbers, spread over the dataset.
 
         Raises: DataError: if one cannot be used.
         """
-        for index in np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self))).round():
-            self.truth(int(index))
+        some = np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self))).round()
+        return [self.truth(int(index)) for index in some]
 
 
 def read_numbers(

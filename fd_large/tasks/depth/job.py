@@ -50,7 +50,9 @@ class DepthJob(DenseJob):
             split,
             list_file=own.train_list if split == "train" else own.val_list,
             depth_scale=own.depth_scale,
+            valid_range=own.valid_range,
             bottom_crop=own.bottom_crop,
+            limits=(own.min_depth, own.max_depth),
             max_pixels=self.run.data.max_pixels,
             where=where,
         )

@@ -24,6 +24,9 @@ class Depth:
     val_list: str = ""
     # Number of the depth files' units in a metre: 1000 where they hold millimetres, 256 in KITTI.
     depth_scale: float = 1000.0
+    # Depths of the files that are farther than the second number or no farther than the first, in
+    # metres, are unknown, as 0 is. 0 0: none are.
+    valid_range: tuple[float, float] = (0.0, 0.0)
     # Height and width of the part of an image, at the bottom and in the middle, that is used: 352
     # 1216 for KITTI. 0 0: all of it.
     bottom_crop: tuple[int, int] = (0, 0)
@@ -81,6 +84,13 @@ class Depth:
             self.min_depth,
             f"less than {self.max_depth} metres",
         )
+        nearest, farthest = self.valid_range
+        require(
+            self.valid_range == (0, 0) or 0 <= nearest < farthest,
+            "task.depth.valid_range: invalid range",
+            self.valid_range,
+            "two numbers of metres, the smaller first, or 0 0",
+        )
         at_least("task.depth.head_width", self.head_width, 1, "channels")
         require(
             self.test_windows == 0 or self.test_windows > 1,
@@ -120,6 +130,7 @@ KIND = TaskKind(
     scoring_fields=(
         *HOW_TO_TEST,
         "task.depth.depth_scale",
+        "task.depth.valid_range",
         "student.architecture.window_size",
         "student.stage_windows",
     ),

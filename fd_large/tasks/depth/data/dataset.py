@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +32,24 @@ class DepthSet(PairedImages):
     Args:
         pairs: The images and their depth files.
         scale: The number of a file's units in a metre.
+        valid_range: Depths above the second number or not above the first are unknown; (0, 0): none
+            are.
         bottom_crop: Height and width of the part of an image, at the bottom and in the middle, that
             is used; (0, 0): all of it.
         max_pixels: Larger images are refused.
     """
 
     def __init__(
-        self, pairs: Pairs, *, scale: float, bottom_crop: tuple[int, int], max_pixels: int
+        self,
+        pairs: Pairs,
+        *,
+        scale: float,
+        valid_range: tuple[float, float],
+        bottom_crop: tuple[int, int],
+        max_pixels: int,
     ) -> None:
         super().__init__(pairs, max_pixels=max_pixels)
-        self._scale, self._bottom_crop = scale, bottom_crop
+        self._scale, self._bottom_crop, self._valid_range = scale, bottom_crop, valid_range
 
     def truth(self, index: int) -> NDArray[np.float32]:
         """Reads the depths of the pixels of image `index`, (H, W) in metres, 0: unknown.
@@ -48,7 +57,26 @@ class DepthSet(PairedImages):
         Raises: DataError: if the file cannot be read, or is no file of depths.
         """
         numbers = read_numbers(self.truth_file(index), MODES, FILE, max_pixels=self.max_pixels)
-        return numbers.astype(np.float32) / np.float32(self._scale)
+        depths = numbers.astype(np.float32) / np.float32(self._scale)
+        nearest, farthest = self._valid_range
+        if farthest:
+            depths[(depths <= nearest) | (depths > farthest)] = 0
+        return depths
+
+    def check_range(self, limits: tuple[float, float], where: str) -> None:
+        """Reads some of the depth files and refuses those of other units.
+
+        Raises: DataError: if one cannot be used, or the median depth is not within the limits.
+        """
+        known = np.concatenate([truth[truth > 0] for truth in self.some_truths()])
+        low, high = limits
+        if known.size and not low < np.median(known) < high:
+            raise DataError(
+                f"{where}: depths beyond the limits; got a median of {np.median(known):.4g} m in "
+                f"some of the files ({known.min():.4g} to {known.max():.4g} m), as "
+                f"{self.truth_file(0)}, expected more than {low} and less than {high} m. Set "
+                "--task.depth.depth_scale, --task.depth.max_depth or --task.depth.min_depth."
+            )
 
     def sample(self, index: int) -> tuple[Tensor, NDArray[np.float32]]:
         """Reads the part that is used of image `index`, (3, H, W) uint8, and its depths, (H, W).
@@ -78,6 +106,8 @@ def open_depth(
     *,
     list_file: str = "",
     depth_scale: float = 1000.0,
+    valid_range: tuple[float, float] = (0.0, 0.0),
+    limits: tuple[float, float] = (0.0, math.inf),
     bottom_crop: tuple[int, int] = (0, 0),
     max_pixels: int = MAX_PIXELS,
     where: str = "data.root",
@@ -92,6 +122,8 @@ def open_depth(
         list_file: A list of images and depth files (`lists.py`); empty: train_list.txt or
             test_list.txt in `root`, if it is there.
         depth_scale: The number of the depth files' units in a metre.
+        valid_range: See `DepthSet`.
+        limits: Between which the median depth must lie, in metres.
         bottom_crop: See `DepthSet`.
         max_pixels: Larger images are refused.
         where: The field that names the folder, for messages.
@@ -114,7 +146,13 @@ def open_depth(
             otherwise=f'; or a list of lines "IMAGE DEPTH", as for NYUv2 and KITTI: {names} in '
             f"that folder, or another one by --{field}",
         )
-    opened = DepthSet(pairs, scale=depth_scale, bottom_crop=bottom_crop, max_pixels=max_pixels)
-    opened.check_some()
+    opened = DepthSet(
+        pairs,
+        scale=depth_scale,
+        valid_range=valid_range,
+        bottom_crop=bottom_crop,
+        max_pixels=max_pixels,
+    )
+    opened.check_range(limits, where)
     log.info("%s: %d images with depths in %s", where, len(opened), root)
     return opened

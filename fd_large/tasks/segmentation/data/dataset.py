@@ -112,6 +112,6 @@ def open_segmentation(
         reduce_zero_label=reduce_zero_label,
         max_pixels=max_pixels,
     )
-    opened.check_some()
+    opened.some_truths()
     log.info("%s: %d images with labels in %s", where, len(opened), root)
     return opened

@@ -59,6 +59,7 @@ def test_mistakes_name_their_field(root):
         check(replace(run, data=replace(run.data, color_jitter=0.4)))
     for field, value in (
         ("depth_scale", 0.0),
+        ("valid_range", (3.0, 1.0)),
         ("min_depth", 10.0),
         ("loss_lambda", 1.5),
         ("cut_depth", -0.1),

@@ -92,6 +92,18 @@ def test_mistakes_are_named_all_at_once(tmp_path):
         open_depth(str(root), "val")
 
 
+def test_depths_of_other_units_are_refused_and_invalid_ones_unknown(nyu):
+    options = {"limits": (0.001, 10.0)}
+    open_depth(str(nyu), "train", **options)
+    with pytest.raises(DataError, match=r"data\.root: .*median of 4\d.* m .*less than 10\.0 m"):
+        open_depth(str(nyu), "train", depth_scale=100.0, **options)
+    images = open_depth(str(nyu), "train", valid_range=(2.0, 4.5), **options)
+    depths, expected = images.truth(1), image_and_depths(1)[1]
+    valid = (expected > 2.001) & (expected <= 4.499)
+    np.testing.assert_allclose(depths[valid], expected[valid], atol=0.00051)
+    assert not depths[(expected < 1.999) | (expected > 4.501)].any()
+
+
 def test_an_image_without_any_depth_is_a_sample(tmp_path):
     images = open_depth(str(write_images(tmp_path, 2, without=(1,))), "train")
     image, depths = images.sample(1)
