@@ -1,16 +1,16 @@
 #!/bin/bash
-# MIM-Depth's decoder on a distilled SwinV2-G (3.0B), 480 px, under ZeRO-3 with hpZ on 24 GPUs.
+# MIM-Depth's decoder on a distilled SwinV2-G (3.0B), 480 px, under ZeRO-3 on 8 GPUs.
 #
 #   NYU_ROOT=/data/nyu_depth_v2 STUDENT_INIT=runs/fd_swinv2g sbatch slurm/nyuv2_swinv2g.sh
 #   NYU_ROOT=/data/nyu_depth_v2 STUDENT_INIT=runs/fd_swinv2_base \
-#       sbatch --nodes=1 slurm/nyuv2_swinv2g.sh --recipe nyuv2_swinv2_base
+#       sbatch slurm/nyuv2_swinv2g.sh --recipe nyuv2_swinv2_base
 #
 # Submit from the repository's root, or from a folder that `fd-large init` wrote; data, weights and
 # the rest of the site: site.sh. The options below are explained in slurm/fd_swinv2g.sh, what
 # happens at an interruption in docs/clusters.md.
 
 #SBATCH --job-name=nyuv2_swinv2g
-#SBATCH --nodes=3
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=12
@@ -33,5 +33,5 @@ source "$scripts/launch.sh"
 
 # shellcheck disable=SC2034 # launch reads it
 learns_from=(data.root NYU_ROOT student.init STUDENT_INIT)
-launch --recipe nyuv2_swinv2_giant --deepspeed_config zero3_hpz \
+launch --recipe nyuv2_swinv2_giant --deepspeed_config zero3 \
     --runtime.notice_seconds 300 "$@"

@@ -18,8 +18,6 @@ Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_large.recipes.architectures import Architecture, overrides, resolve
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
@@ -56,7 +54,7 @@ def _nyuv2(name: str, student: Student, *, layer_decay: float, head_width: int) 
     )
 
 
-def _swinv2(model: str, drop_path_rate: float, **student: Any) -> Student:
+def _swinv2(model: str, drop_path_rate: float) -> Student:
     return Student(
         model=model,
         architecture=Architecture(window_size=30, pretrained_window_sizes=DISTILLED_AT_192),
@@ -65,7 +63,6 @@ def _swinv2(model: str, drop_path_rate: float, **student: Any) -> Student:
         window_rule="official",
         shift_stages=(True, True, False, False),
         stage_windows=(30, 30, 30, 15),
-        **student,
     )
 
 
@@ -123,17 +120,18 @@ def nyuv2_swinv2_large() -> Run:
 def nyuv2_swinv2_giant() -> Run:
     """MIM-Depth's decoder on a SwinV2-G (3.0B), window 30 (for the student of fd_swinv2g).
 
-    Hardware: 24 GPUs of 80 GB x 1 image; NYUv2
-    Duration: 25,225 steps; about 20 GPU-hours
+    Hardware: 8 GPUs of 80 GB x 3 images; NYUv2
+    Duration: 25,225 steps; about 15 GPU-hours
     Result: not published
 
     No settings of this size are published: MIM-Depth's of a SwinV2-L (layer decay .85, drop path
-    .5), with as many channels behind the decoder as the first stage has. Every block is
-    checkpointed. Run it with ds_configs/zero3_hpz.json (slurm/nyuv2_swinv2g.sh).
+    .5), with as many channels behind the decoder as the first stage has. It takes no checkpoints of
+    blocks: `plan` says 25 GB for each GPU. Run it with ds_configs/zero3.json
+    (slurm/nyuv2_swinv2g.sh).
     """
     return _nyuv2(
         "nyuv2_swinv2_giant",
-        _swinv2("swinv2_giant", 0.5, activation_checkpointing="every"),
+        _swinv2("swinv2_giant", 0.5),
         layer_decay=0.85,
         head_width=512,
     )

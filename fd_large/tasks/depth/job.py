@@ -34,7 +34,7 @@ class DepthJob(DenseJob):
         "loss": "loss",
         "val/rmse": "RMSE (m)",
         "val/abs_rel": "relative error",
-        "val/d1": "share within a factor 1.25",
+        "val/d1": "share within a factor of 1.25",
     }
     lower_is_better: ClassVar = (
         *("loss", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"),

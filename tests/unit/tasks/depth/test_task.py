@@ -85,3 +85,13 @@ def test_a_step_is_counted_on_shapes_as_torch_counts_it(name):
         loss_of(depth(name), batch_of([0, 1])).backward()
     assert counted is not None
     assert counted.model == counter.get_total_flops()
+
+
+def test_the_giant_has_three_billion_parameters():
+    with torch.device("meta"):
+        task = DepthJob(registry.get(SWIN)).make_task()
+    count = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in task.named_children()
+    }
+    # A SwinV2-G without its final norm, a new one, and a decoder of 512 channels.
+    assert count == {"student": 2_997_835_488, "norm": 8_192, "head": 3_046_081}
