@@ -76,7 +76,7 @@ class Result:
 
         Args:
             out: Folder to write; nothing may stand there.
-            to: timm, hf, fd, onnx or program.
+            to: timm, hf, fd, mmseg, upernet, onnx or program.
         """
         from fd_large.cli.export import export
 

@@ -22,34 +22,16 @@ from fd_large.tasks.segmentation.data.labels import class_labels
 from fd_large.tasks.segmentation.heads.fcn_head import FcnHead
 from fd_large.tasks.segmentation.heads.uper_head import UperHead
 from fd_large.tasks.segmentation.loss import IGNORED, pixel_loss
+from fd_large.tasks.segmentation.published import our_name
 from fd_large.tasks.segmentation.scores.areas import confusion, scores_of
 from fd_large.tasks.segmentation.scores.views import averaged, resized
 from fd_large.tasks.segmentation.task import Segmentation
 
-# Names of heads in mmsegmentation or BEiT, and ours.
-_NAMES = (
-    (r"decode_head\.psp_modules\.(\d+)\.1\.", r"head.pools.\1."),
-    (r"decode_head\.bottleneck\.", "head.pooled."),
-    (r"decode_head\.lateral_convs\.", "head.laterals."),
-    (r"decode_head\.fpn_convs\.", "head.outputs."),
-    (r"decode_head\.fpn_bottleneck\.", "head.fused."),
-    (r"decode_head\.conv_seg\.", "head.classifier.convolution."),
-    (r"auxiliary_head\.convs\.0\.", "auxiliary.convolution."),
-    (r"auxiliary_head\.conv_seg\.", "auxiliary.classifier.convolution."),
-    (r"upsample_4x\.|fpn1\.", "neck.fourfold."),
-    (r"upsample_2x\.0\.|fpn2\.0\.", "neck.twofold."),
-    (r"backbone\.", "student."),
-)
-
 
 def ours(name: str) -> str:
-    """Our name of a parameter of the published heads."""
-    name = name.removeprefix("backbone.") if "backbone.fpn" in name else name
-    for pattern, own in _NAMES:
-        name, count = re.subn(rf"^(?:{pattern})", own, name)
-        if count:
-            break
-    return re.sub(r"\.bn\.", ".norm.", re.sub(r"\.conv\.", ".convolution.", name))
+    """Our name of a parameter of a published model, or of a pyramid by itself."""
+    name = re.sub(r"^upsample_", "neck.upsample_", re.sub(r"^fpn", "backbone.fpn", name))
+    return our_name(name) or re.sub(r"^backbone\.", "student.", name)
 
 
 def _load(model: nn.Module, tensors: Tensors, dtype: torch.dtype) -> nn.Module:

@@ -51,6 +51,7 @@ class Export:
         class_name: Returns its class of the model.
         rename: Returns the name of a tensor in its state dict, where one of ours is one of theirs.
         lacks_place: Says for what of a model its state dict has no place; empty if for nothing.
+        window_rule: The rule of windows of its class; empty where it has none of its own.
     """
 
     names: Callable[[Any], str]
@@ -63,6 +64,7 @@ class Export:
     class_name: Callable[[Any], str] = lambda architecture: ""
     rename: Callable[[str, Any], str] = lambda name, architecture: name
     lacks_place: Callable[[Any], str] = lambda architecture: ""
+    window_rule: str = ""
 
 
 Exports = Mapping[str, Export]

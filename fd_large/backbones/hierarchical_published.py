@@ -64,6 +64,20 @@ def timm(name: str) -> Target | None:
     return None if name.endswith(".k_bias") else official(name)
 
 
+_MMSEG = (
+    ("patch_embed.projection.", "patch_embed.proj."),
+    (".attn.w_msa.", ".attn."),
+    (".ffn.layers.0.0.", ".mlp.fc1."),
+    (".ffn.layers.1.", ".mlp.fc2."),
+)
+
+
+def mmseg(name: str) -> Target | None:
+    """mmsegmentation's own Swin, which merges patches by nn.Unfold."""
+    target = official(replaced(re.sub(r"^stages\.", "layers.", name), _MMSEG))
+    return target and target._replace(form="unfolded" if ".downsample." in name else "")
+
+
 def hugging_face(name: str, *, fused_bias: bool) -> Target | None:
     """Hugging Face's Swin models; separate queries, keys and values become one tensor.
 

@@ -28,7 +28,8 @@ class Target(NamedTuple):
         third: 0, 1 or 2 for the rows of query, key or value in a fused tensor; None is the whole
             tensor.
         form: "token" reshapes (C) to (1, 1, C); "batched" (N, C) to (1, N, C); "matrix" a
-            convolution of side 1 to (out, in); "" leaves it as it is.
+            convolution of side 1 to (out, in); "unfolded" brings merged patches from the order of
+            nn.Unfold to ours; "" leaves it as it is.
     """
 
     name: str
@@ -78,6 +79,8 @@ class Piece:
             return torch.full((self.length,), self.value)
         parts = [tensors[name] for name in self.sources]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.form == "unfolded":
+            return from_unfolded(joined)
         return joined.reshape(self.shape(lambda name: tuple(tensors[name].shape)))
 
 
@@ -121,6 +124,20 @@ def translated(names: Iterable[str], rule: Rule) -> Translation:
             del pieces[ours]
             unfit += parts.values()
     return Translation(pieces, dropped, unfit)
+
+
+def to_unfolded(tensor: Tensor) -> Tensor:
+    """Gives the last axis of merged patches, 4C in our order, in that of nn.Unfold.
+
+    Ours has all channels of one token after another, down each column of the 2x2; nn.Unfold has
+    the four tokens of a channel side by side, row by row.
+    """
+    return tensor.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
+
+
+def from_unfolded(tensor: Tensor) -> Tensor:
+    """Undoes `to_unfolded`."""
+    return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -2).movedim(-3, -1).flatten(-3)
 
 
 def replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -40,7 +40,9 @@ class Export(AllowsCode):
     # Folder to write; nothing may stand there.
     out: Annotated[str, Positional, arg(metavar="OUT")]
     # timm; hf: transformers' Swinv2, BEiT or ViT; fd: Feature-Distillation's names; onnx: an ONNX
-    # graph; program: a torch.export program. The last two run without any model code.
+    # graph; program: a torch.export program. The last two run without any model code. Of a
+    # segmentation run the student with its heads: mmseg, in mmsegmentation's names; upernet,
+    # transformers' UperNetForSemanticSegmentation.
     to: To
     # Side in pixels of the images that the model is written for. 0: that of the training. Others
     # fit models without a table of positions.
@@ -145,12 +147,7 @@ def export(
     student = job.stored_student()
     sizes = recipe.student.sizes()
     architecture = exports.resized(student.architecture, image_size)
-    into = exports.export_of(
-        architecture,
-        to,
-        pads=recipe.student.size_rule == "pad",
-        window_rule=recipe.student.window_rule,
-    )
+    into = job.exported_into(architecture, to)
     check_packages(to)
     check_new(Path(out), where="export")
     if repository:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fd_large.backbones.custom.custom import check_map
+from fd_large.backbones.exports import Export
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
@@ -41,7 +42,8 @@ from fd_large.recipes.family import FamilyArchitecture, WindowedTransformer
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook
-from fd_large.weights.libraries import To
+from fd_large.weights.export import export_of
+from fd_large.weights.libraries import LIBRARIES, To
 from fd_large.weights.model_card import LOSSES, ExportedStudent, Learned, card
 from fd_large.weights.settle import settle_student
 from fd_large.weights.source import Sources
@@ -189,6 +191,7 @@ class Job:
             if self.run.optim.layer_decay != 1.0:
                 student.layer_id(next(name for name, _ in student.named_parameters()))
         self.initial_weights()
+        self.initial_heads()
 
     def sources(self) -> Mapping[str, str]:
         """Returns the sources of the weights that the recipe names, by field."""
@@ -241,6 +244,15 @@ class Job:
         Raises: WeightsError: if `student.init` does not fit the student.
         """
         return student_weights(self.run.student, self.weights, image_size=self.run.data.image_size)
+
+    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
+        """Returns (name, full tensor) of other modules of the task that do not start at random.
+
+        By the module's name, on every rank.
+
+        Raises: WeightsError: if they do not fit the task.
+        """
+        return {}
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields a rank's micro batches from a step of an epoch to the epoch's end.
@@ -348,6 +360,30 @@ class Job:
     def stored_student(self) -> StoredStudent:
         """Returns what describes the student in this run's checkpoints; builds nothing."""
         return StoredStudent(trained_at(self.run), {}, IMAGENET)
+
+    def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
+        """Returns what the student, or the whole task, becomes in a library's files.
+
+        Args:
+            architecture: The student, with the image size of the export.
+            to: The library.
+
+        Returns: None for a graph, which takes any model.
+        Raises: ConfigError: if the library has no such model.
+        """
+        if LIBRARIES[to].heads:
+            able = ", ".join(f"--to {form}" for form, it in LIBRARIES.items() if not it.heads)
+            raise ConfigError(
+                f"export: --to {to}: holds a model with its heads; got a run of the task "
+                f"{self.run.task.name}, expected segmentation. Use one of {able}."
+            )
+        return self.student_into(architecture, to)
+
+    def student_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
+        """Returns what the student alone becomes; see `exported_into`."""
+        student = self.run.student
+        pads = student.size_rule == "pad"
+        return export_of(architecture, to, pads=pads, window_rule=student.window_rule)
 
     def exported_beside(
         self, reader: Reader, student: Mapping[str, Shape], to: To

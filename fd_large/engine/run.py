@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -372,7 +372,13 @@ def open_run(
         write_environment(folder, config, launch.launcher, job.metrics)
 
     with activity.work("building the engine"), micro_batch.building_in_memory(job.memory_remedy):
-        engine = engine_of(run, job.make_task, config, initial=job.initial_weights())
+        engine = engine_of(
+            run,
+            job.make_task,
+            config,
+            initial=job.initial_weights(),
+            heads=job.initial_heads(),
+        )
     weights.forget()
     # Before any resume, which restores the average too.
     ema = Ema(engine, run.optim.ema_decay) if run.optim.ema_decay else None
@@ -570,6 +576,7 @@ def engine_of(
     config: dict[str, Any],
     *,
     initial: Iterable[tuple[str, Tensor]] | None = None,
+    heads: Mapping[str, Iterable[tuple[str, Tensor]]] | None = None,
 ) -> Engine:
     """Builds a task in its engine as the recipe says; see `build_engine`."""
     return build_engine(
@@ -582,6 +589,7 @@ def engine_of(
         checkpoint_every=run.student.checkpoint_every,
         whole_first=run.student_architecture().whole_first,
         initial=initial,
+        heads=heads,
     )
 
 

@@ -59,12 +59,17 @@ def export_of(
     def lacks(form: str) -> str:
         if form not in exports:
             return f"a {architecture.family} model, of which it has none"
-        if exports[form].config and window_rule != "masked":
-            return f"window_rule {window_rule}, expected masked"
+        rule = exports[form].window_rule
+        if rule and rule != window_rule:
+            return f"window_rule {window_rule}, expected {rule}"
         return exports[form].lacks(architecture, pads)
 
     if reason := lacks(to):
-        able = [f"--to {form}" for form, it in LIBRARIES.items() if it.graph or not lacks(form)]
+        able = [
+            f"--to {form}"
+            for form, it in LIBRARIES.items()
+            if it.graph or not (it.heads or lacks(form))
+        ]
         raise ConfigError(
             f"export: --to {to}: this student is not {LIBRARIES[to].holds}; got {reason}. Use "
             f"{', '.join(able[:-1])} or {able[-1]}."

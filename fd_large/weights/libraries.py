@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-To = Literal["timm", "hf", "fd", "onnx", "program"]
+To = Literal["timm", "hf", "fd", "mmseg", "upernet", "onnx", "program"]
 
 
 class Library(NamedTuple):
@@ -15,17 +15,21 @@ class Library(NamedTuple):
         holds: What its files hold, for messages.
         graph: Name of the file that holds the traced model, weights and all; empty where the files
             hold tensors for a model of the library's own.
+        heads: Whether the files hold the heads of a task too, and only runs that have them go out.
     """
 
     package: str
     holds: str
     graph: str = ""
+    heads: bool = False
 
 
 LIBRARIES: dict[To, Library] = {
     "timm": Library("timm", "a model of timm"),
     "hf": Library("transformers", "a model of transformers"),
     "fd": Library("fd_large", "the names of the Feature-Distillation repository"),
+    "mmseg": Library("mmsegmentation", "a segmentation model of mmsegmentation", heads=True),
+    "upernet": Library("transformers", "a segmentation model of transformers", heads=True),
     "onnx": Library("onnx", "an ONNX graph", graph="model.onnx"),
     "program": Library("pytorch", "a torch.export program", graph="model.pt2"),
 }

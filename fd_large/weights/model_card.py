@@ -151,7 +151,8 @@ def _metadata(exported: ExportedStudent, learned: Learned, origins: Mapping[str,
     bases += [origin.repository for origin in origins.values() if origin.repository]
     lines = [
         f"library_name: {LIBRARIES[exported.to].package}",
-        "pipeline_tag: image-feature-extraction",
+        "pipeline_tag: image-"
+        + ("segmentation" if LIBRARIES[exported.to].heads else "feature-extraction"),
         f"license: {exported.licence or UNKNOWN}",
     ]
     if bases:
@@ -262,6 +263,19 @@ pixels = processor(image, return_tensors="pt").pixel_values
 with torch.inference_mode():
     tokens = model(pixel_values=pixels).last_hidden_state
 """
+_UPERNET = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {name}
+
+{folder}
+processor = AutoImageProcessor.from_pretrained(folder)
+model = {name}.from_pretrained(folder).eval()
+image = Image.open("IMAGE.jpg").convert("RGB")
+pixels = processor(image, return_tensors="pt").pixel_values
+with torch.inference_mode():
+    logits = model(pixel_values=pixels).logits
+"""
 _PIXELS = """image = Image.open("IMAGE.jpg").convert("RGB").resize(({side}, {side}), Image.BICUBIC)
 pixels = np.asarray(image, dtype="float32") / 255
 pixels = (pixels - np.float32({mean})) / np.float32({std})
@@ -278,6 +292,38 @@ from fd_large.weights.load import load_model
 model, statistics = load_model(folder{{rules}})
 with torch.inference_mode():
     tokens = model(torch.from_numpy(pixels)).tokens
+"""
+# Of a backbone that mmsegmentation has; config.json has none of another.
+_MMSEG = f"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
+from safetensors.torch import load_file
+
+from PIL import Image
+
+{{folder}}
+{_PIXELS}
+register_all_modules()
+model = MODELS.build(json.loads(Path(folder, "config.json").read_text())["mmsegmentation"]).eval()
+files = Path(folder).glob("*.safetensors")
+held = {{{{name: t for file in files for name, t in load_file(file).items()}}}}
+model.load_state_dict(held, strict=False)  # Without tables of indices and counts of batches.
+with torch.inference_mode():
+    logits = model(torch.from_numpy(pixels))
+"""
+_TENSORS = """
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+{folder}
+files = Path(folder).glob("*.safetensors")
+tensors = {{name: t for file in files for name, t in load_file(file).items()}}
 """
 _ONNX = f"""
 import numpy as np
@@ -312,8 +358,17 @@ def _use(
 ) -> str:
     to, into = exported.to, exported.into
     name = into.class_name(architecture) if into else ""
-    texts = {"hf": _HUGGING_FACE, "fd": _OURS, "onnx": _ONNX, "program": _PROGRAM}
+    texts = {
+        "hf": _HUGGING_FACE,
+        "fd": _OURS,
+        "mmseg": _MMSEG,
+        "upernet": _UPERNET,
+        "onnx": _ONNX,
+        "program": _PROGRAM,
+    }
     text = texts.get(to, _TIMM_SHARDED if exported.sharded else _TIMM)
+    if to == "mmseg" and into and not into.config:
+        text = _TENSORS
     statistics, folder = exported.statistics, 'folder = "FOLDER"'
     if exported.repository:
         text = text.replace("from PIL", "from huggingface_hub import snapshot_download\nfrom PIL")
@@ -341,7 +396,16 @@ def _use(
     tokens = ("", "the class token, then ", f"{prefix} class tokens, then ")[min(prefix, 2)]
     shape = f"`tokens` is (1, {prefix + places}, {width}): {tokens}the map, row by row."
     ours = "With fd_large: `--teacher.source FOLDER` or `--student.init FOLDER`."
+    whole = (
+        "`logits` is (1, classes, rows, columns). With fd_large: `--student.init FOLDER "
+        "--task.segmentation.head_init FOLDER`."
+    )
     after = {
+        "mmseg": whole
+        if text is not _TENSORS
+        else "mmsegmentation has no such backbone: its "
+        "tensors are under `backbone.`, those of the heads have mmsegmentation's names.",
+        "upernet": whole,
         "timm": f"It is a `{name}` with config.json's `model_args`; `tokens` is what timm's "
         f"`forward_features` returns. {ours}",
         "hf": f"{shape} {ours}",

@@ -304,7 +304,10 @@ def _json(path: Path, where: str) -> dict[str, Any]:
             f"{where}: {path}: more blocks than a model has; got {too_deep}, expected at most "
             f"{MOST_BLOCKS}. Fetch the file again."
         )
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    # Of a whole segmentation model of transformers, that of its backbone.
+    inner = found.get("backbone_config") if found.get("model_type") == "upernet" else None
+    return found if OWN in found or not isinstance(inner, dict) else inner
 
 
 def _deeper(config: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ from fd_large.weights.sidecar import (
 log = logging.getLogger(__name__)
 
 _TEACHER = "feature_model."
+# What stands between a backbone and its heads, under the backbone's name.
+_OF_HEADS = re.compile(r"backbone\.(norm\d|hidden_states_norms|fpn\d|fpn)\.")
 _LONGEST_NAME = 255  # What file systems take.
 
 
@@ -343,9 +346,16 @@ class Sources:
             return own.file.path or own.path
         if family_of_source(source):
             return None
+        return self.tensors(source, where=where).path
+
+    def tensors(self, source: str, *, where: str = "weights") -> Tensors:
+        """Opens the tensors of a source under their own names.
+
+        Raises: WeightsError: if it cannot be fetched or read.
+        """
         if source not in self._files:
             self._files[source] = _foreign(source, where)
-        return self._files[source].path
+        return self._files[source]
 
     def fetch(self, source: str, *, where: str = "weights") -> None:
         """Downloads what a library would download once tensors are read; in a meeting of all ranks.
@@ -394,6 +404,8 @@ class Sources:
                 source = f"{source}#{taken}" if is_open else source
                 _tell_part(file, name, taken, where)
             file, ignored = _part(file, part, name, where)
+            file, heads = _backbone(file)
+            ignored += heads
         form = detect(file, where=where, wrapping=file.wrapping)
         if form == "open_clip" and part == "teacher":
             form = "openai_clip"  # The only CLIP that Feature-Distillation teaches with.
@@ -571,6 +583,19 @@ def _part(file: Tensors, part: str, name: str, where: str) -> tuple[Tensors, lis
         )
     rest = {n: n for n in file if not n.startswith(_TEACHER)}
     return file.under(rest), list(taught.values())
+
+
+def _backbone(file: Tensors) -> tuple[Tensors, list[str]]:
+    """The backbone of a whole segmentation model, and the names of its heads and their maps."""
+    if not any(name.startswith("decode_head.") for name in file):
+        return file, []
+    own = {
+        name.removeprefix("backbone."): name
+        for name in file
+        if name.startswith("backbone.") and not _OF_HEADS.match(name)
+    }
+    taken = set(own.values())
+    return file.under(own), [name for name in file if name not in taken]
 
 
 def _groups(names: list[str]) -> str:

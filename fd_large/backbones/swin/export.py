@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fd_large.backbones import hierarchical_export as shared
-from fd_large.backbones.exports import Export, Exports, same
+from fd_large.backbones.exports import (
+    Export,
+    Exports,
+    hugging_face,
+    hugging_face_config,
+    hugging_face_preprocessor,
+    same,
+)
+from fd_large.backbones.statistics import Statistics
 from fd_large.backbones.swin.architecture import SwinArchitecture
+
+_HUGGING_FACE = (
+    ("patch_embed.norm.", "embeddings.norm."),
+    ("layers.", "encoder.layers."),
+    (".attn.", ".attention.self."),
+)
 
 
 def _timm_has_no_place(a: SwinArchitecture) -> str:
     return "its Swin models have no absolute positions" if a.absolute_position else ""
+
+
+def _dense_lacks(a: SwinArchitecture, pads: bool) -> str:
+    """Says what of a model the Swin of a dense library has not; "" if it has all."""
+    side = a.image_size // a.patch_size // 2 ** (len(a.depths) - 1)
+    if side < a.window_size:
+        return f"position tables of fewer than {a.window_size} tokens, expected equal ones"
+    if a.absolute_position or not a.patch_norm:
+        return "absolute positions, or no norm after the patch embedding, expected a norm alone"
+    return "" if a.norm_eps == 1e-5 else f"norm_eps {a.norm_eps:g}, expected 1e-05"
+
+
+def _hugging_face_config(a: SwinArchitecture, statistics: Statistics) -> dict[str, Any]:
+    return hugging_face_config(a, "SwinBackbone") | {
+        "model_type": "swin",
+        "embed_dim": a.embed_dim,
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "window_size": a.window_size,
+        "mlp_ratio": a.mlp_ratio,
+        "qkv_bias": a.qkv_bias != "none",
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "drop_path_rate": 0.0,
+        "out_features": [f"stage{stage + 1}" for stage in range(len(a.depths))],
+    }
+
+
+def _mmseg_config(a: SwinArchitecture, statistics: Statistics) -> dict[str, Any]:
+    return {
+        "type": "SwinTransformer",
+        "pretrain_img_size": a.image_size,
+        "embed_dims": a.embed_dim,
+        "patch_size": a.patch_size,
+        "window_size": a.window_size,
+        "mlp_ratio": a.mlp_ratio,
+        "depths": list(a.depths),
+        "num_heads": list(a.num_heads),
+        "strides": [a.patch_size] + [2] * (len(a.depths) - 1),
+        "out_indices": list(range(len(a.depths))),
+        "qkv_bias": a.qkv_bias != "none",
+        "drop_path_rate": 0.0,
+    }
 
 
 EXPORTS: Exports = {
@@ -20,6 +79,22 @@ EXPORTS: Exports = {
         class_name=lambda a: "timm.models.swin_transformer.SwinTransformer",
         rename=shared.timm_name,
         lacks_place=_timm_has_no_place,
+        window_rule="masked",
+    ),
+    "mmseg": Export(
+        names=lambda a: "mmsegmentation's SwinTransformer",
+        outputs=shared.mmseg_outputs,
+        lacks=_dense_lacks,
+        config=_mmseg_config,
+        window_rule="official",
+    ),
+    "upernet": Export(
+        names=lambda a: "Hugging Face's SwinBackbone",
+        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        lacks=_dense_lacks,
+        config=_hugging_face_config,
+        preprocessor=hugging_face_preprocessor,
+        window_rule="official",
     ),
     # Feature-Distillation has no such model.
     "fd": Export(names=lambda a: shared.NAMES, outputs=lambda name, shape, a: same(name, shape)),

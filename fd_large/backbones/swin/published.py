@@ -35,6 +35,13 @@ FORMATS = {
         ask=("norm_eps",),
         library="hf",
     ),
+    "mmseg_swin": Format(
+        "mmsegmentation's Swin",
+        lambda n, w: any_has(n, "stages.", ".attn.w_msa" + _TABLE),
+        names.mmseg,
+        _EPS_5,
+        statistics=IMAGENET,
+    ),
     "simmim_swin": Format(
         "SimMIM's Swin",
         lambda n, w: any_starts(n, "encoder.layers.") and _has_tables(n),

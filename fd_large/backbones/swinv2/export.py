@@ -98,6 +98,7 @@ EXPORTS: Exports = {
         class_name=lambda a: "timm.models.swin_transformer_v2.SwinTransformerV2",
         rename=shared.timm_name,
         lacks_place=_timm_has_no_place,
+        window_rule="masked",
     ),
     "hf": Export(
         names=lambda a: "Hugging Face's Swinv2Model",
@@ -106,6 +107,9 @@ EXPORTS: Exports = {
         config=_hugging_face_config,
         preprocessor=hugging_face_preprocessor,
         class_name=lambda a: "Swinv2Model",
+        window_rule="masked",
     ),
+    # mmsegmentation has no SwinV2: names for code of the user's own.
+    "mmseg": Export(names=lambda a: shared.NAMES, outputs=lambda name, shape, a: same(name, shape)),
     "fd": Export(names=_fd_names, outputs=_fd_outputs),
 }

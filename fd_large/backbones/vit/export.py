@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fd_large.backbones.exports import (
     Export,
@@ -16,7 +20,7 @@ from fd_large.backbones.exports import (
     timm_config,
 )
 from fd_large.backbones.statistics import Statistics
-from fd_large.backbones.translation import Shape
+from fd_large.backbones.translation import Shape, replaced
 from fd_large.backbones.vit.architecture import ViTArchitecture
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -28,6 +32,16 @@ _HUGGING_FACE = (
     (".attn.relative", ".attn.relative_position_bias.relative"),
     (".attn.", ".attention.attention."),
     (".gamma_", ".lambda_"),
+)
+
+
+_MMSEG = (
+    ("blocks.", "layers."),
+    ("patch_embed.proj.", "patch_embed.projection."),
+    (".norm1.", ".ln1."),
+    (".norm2.", ".ln2."),
+    (".mlp.fc1.", ".ffn.layers.0.0."),
+    (".mlp.fc2.", ".ffn.layers.1."),
 )
 
 
@@ -43,9 +57,13 @@ def _timm_name(name: str, a: ViTArchitecture) -> str:
 
 
 def _timm_outputs(name: str, shape: Shape, a: ViTArchitecture) -> list[Output]:
+    return _in_blocks(_timm_name(name, a), shape, a)
+
+
+def _in_blocks(name: str, shape: Shape, a: ViTArchitecture) -> list[Output]:
+    """A tensor as it is; a shared table in every block, as timm's beit_* models have it."""
     if name != _SHARED_TABLE:
-        return same(_timm_name(name, a), shape)
-    # timm's beit_* models have a table in every block.
+        return same(name, shape)
     return [
         output
         for i in range(a.depths[0])
@@ -148,6 +166,58 @@ def _hugging_face_config(a: ViTArchitecture, statistics: Statistics) -> dict[str
     }
 
 
+def _mmseg_lacks(a: ViTArchitecture, pads: bool) -> str:
+    biases = ("fused",) if a.absolute_position else ("qv", "none")
+    fits = a.qkv_bias in biases and a.class_token and not a.distillation_token and a.patch_bias
+    if fits and not a.pre_norm_layer and a.activation == "gelu" and a.mlp_ratio % 1 == 0:
+        return ""
+    return (
+        "a vit model of another make, expected a BEiT (no absolute positions, q and v biases) or "
+        "an MAE (absolute positions, one bias), with a class token and a whole mlp_ratio"
+    )
+
+
+def _mmseg_added(a: ViTArchitecture) -> Mapping[str, Tensor]:
+    """Tables of zeros and factors of one, for a model that does without."""
+    side = a.image_size // a.patch_size
+    added = {}
+    for i in range(a.depths[0]):
+        if a.relative_position == "none":
+            rows = (2 * side - 1) ** 2 + 3
+            table = torch.zeros(rows, a.num_heads[0])
+            added[f"layers.{i}.attn.relative_position_bias_table"] = table
+        if not a.layer_scale:
+            added |= {f"layers.{i}.gamma_{n}": torch.ones(a.embed_dim) for n in (1, 2)}
+    return added
+
+
+def _mmseg_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
+    return {
+        "type": "MAE" if a.absolute_position else "BEiT",
+        "img_size": [a.image_size, a.image_size],
+        "patch_size": a.patch_size,
+        "embed_dims": a.embed_dim,
+        "num_layers": a.depths[0],
+        "num_heads": a.num_heads[0],
+        "mlp_ratio": int(a.mlp_ratio),
+        **({} if a.absolute_position else {"qv_bias": a.qkv_bias == "qv"}),
+        "norm_cfg": {"type": "LN", "eps": a.norm_eps},
+        "init_values": a.layer_scale or 1.0,
+    }
+
+
+def _upernet_lacks(a: ViTArchitecture, pads: bool) -> str:
+    if not is_beit(a):
+        return "a vit model without relative positions and biases of query and value alone"
+    if a.activation != "gelu":
+        return f"activation {a.activation}, expected gelu"
+    return _hugging_face_lacks(a, pads)
+
+
+def _upernet_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
+    return _hugging_face_config(a, statistics) | {"add_fpn": True, "reshape_hidden_states": True}
+
+
 EXPORTS: Exports = {
     "timm": Export(
         names=lambda a: "timm's BEiT" if is_beit(a) else "timm's ViT",
@@ -166,6 +236,24 @@ EXPORTS: Exports = {
         config=_hugging_face_config,
         preprocessor=hugging_face_preprocessor,
         class_name=_hugging_face_class,
+    ),
+    "mmseg": Export(
+        names=lambda a: f"mmsegmentation's {'MAE' if a.absolute_position else 'BEiT'}",
+        outputs=lambda name, shape, a: [
+            output._replace(name=replaced(output.name, _MMSEG))
+            for output in _in_blocks(name, shape, a)
+        ],
+        lacks=_mmseg_lacks,
+        added=_mmseg_added,
+        becomes=lambda a: a.with_own_position_biases(),
+        config=_mmseg_config,
+    ),
+    "upernet": Export(
+        names=lambda a: "Hugging Face's BeitBackbone",
+        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        lacks=_upernet_lacks,
+        config=_upernet_config,
+        preprocessor=hugging_face_preprocessor,
     ),
     "fd": Export(
         names=lambda a: "the names of the Feature-Distillation repository",

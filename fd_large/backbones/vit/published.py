@@ -174,6 +174,25 @@ def feature_distillation(name: str) -> Target | None:
     return Target(name)
 
 
+_MMSEG = (
+    ("patch_embed.projection.", "patch_embed.proj."),
+    (".ln1.", ".norm1."),
+    (".ln2.", ".norm2."),
+    (".ffn.layers.0.0.", ".mlp.fc1."),
+    (".ffn.layers.1.", ".mlp.fc2."),
+    (".attn.attn.in_proj_", ".attn.qkv."),
+    (".attn.attn.out_proj.", ".attn.proj."),
+)
+
+
+def mmseg(name: str) -> Target | None:
+    """mmsegmentation's BEiT, MAE and VisionTransformer."""
+    if name.endswith(RECOMPUTED):
+        return None
+    name = re.sub(r"^layers\.", "blocks.", name)
+    return Target(replaced(re.sub(r"^ln1\.", "norm.", name), _MMSEG))
+
+
 def _fused(name: str) -> Target:
     part = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", name)
     return Target(f"{part[1]}qkv.{part[3]}", _THIRDS[part[2]]) if part else Target(name)
@@ -262,6 +281,13 @@ FORMATS = {
         hugging_face_vit,
         ask=_ASK,
         library="hf",
+    ),
+    "mmseg_vit": Format(
+        "mmsegmentation's BEiT, MAE or VisionTransformer",
+        lambda n, w: "layers.0.ln1.weight" in n and "patch_embed.projection.weight" in n,
+        mmseg,
+        _GELU_6,
+        trained_with=_BEITS,
     ),
     # Shares a bias among its blocks, as Feature-Distillation's students do.
     "beit_pretraining": Format(

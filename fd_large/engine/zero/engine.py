@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,6 +55,7 @@ def build_engine(
     whole_first: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     initial: Iterable[tuple[str, Tensor]] | None = None,
+    heads: Mapping[str, Iterable[tuple[str, Tensor]]] | None = None,
 ) -> Engine:
     """Builds a task in its DeepSpeed engine.
 
@@ -69,6 +70,7 @@ def build_engine(
         whole_first: See `partition.build`.
         weights: (name, full tensor) of the whole task, on every rank; None for random weights.
         initial: (name, full tensor) of `task.student` alone.
+        heads: The same of other modules of the task, by the module's name.
     """
     stage = ds.stage_of(config)
     zero = config["zero_optimization"]
@@ -84,6 +86,8 @@ def build_engine(
         partition.load_weights(task, weights, where="--student.init")
     elif initial is not None:
         partition.load_weights(task.student, initial, where="--student.init")
+    for name, tensors in (heads or {}).items():
+        partition.load_weights(getattr(task, name), tensors, where=name)
     exact = partition.to_bfloat16(task) if config["bf16"]["enabled"] else None
     if stage < 3:
         task.to(distributed.device())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,22 +10,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fd_large.backbones.exports import Export
+from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
+from fd_large.checkpoint.stream import Shape
 from fd_large.data.source import ImageSource
 from fd_large.engine.job import Predicted, StoredScores
+from fd_large.engine.zero import partition
+from fd_large.errors import ConfigError
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.job import DenseJob
+from fd_large.tasks.dense.stages import blocks_taken, has_stages, neck_of, scales_of
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet, open_segmentation
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
+from fd_large.tasks.segmentation.published import Heads, fitted_heads, whole_export
 from fd_large.tasks.segmentation.scores.evaluation import Model, Outcome, evaluate, keep
 from fd_large.tasks.segmentation.scores.tables import classes_table, numbers_table
 from fd_large.tasks.segmentation.section import KIND, ON_LAST_MAP
 from fd_large.tasks.segmentation.stored import predict_images
 from fd_large.tasks.segmentation.task import Segmentation
-from fd_large.weights.model_card import Learned
+from fd_large.weights.libraries import LIBRARIES, To
+from fd_large.weights.model_card import ExportedStudent, Learned, card
 from fd_large.weights.origin import without_folders
+
+_HEAD_INIT = "task.segmentation.head_init"
 
 
 class SegmentationJob(DenseJob):
@@ -80,6 +91,70 @@ class SegmentationJob(DenseJob):
             frozen=own.frozen,
             seed=self.run.runtime.seed,
         )
+
+    def sources(self) -> Mapping[str, str]:
+        """Returns the sources of the student and of the heads."""
+        own = {_HEAD_INIT: self.section.head_init} if self.section.head_init else {}
+        return {**super().sources(), **own}
+
+    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
+        """Returns the heads and what makes their maps from `task.segmentation.head_init`."""
+        source = self.section.head_init
+        if not source:
+            return {}
+        file = self.weights.tensors(source, where=f"--{_HEAD_INIT}")
+        return fitted_heads(file, self._head_shapes(), what=source, where=f"--{_HEAD_INIT}")
+
+    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the task has beside the student, running statistics too."""
+        with torch.device("meta"):
+            task = self.make_task()
+        held = dict(task.named_parameters()) | partition.running_statistics(task)
+        return {n: tuple(t.shape) for n, t in held.items() if not n.startswith(stream.STUDENT)}
+
+    def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
+        """Returns what the student becomes, with its heads where the library's files have them."""
+        if not LIBRARIES[to].heads:
+            return super().exported_into(architecture, to)
+        own = self.section
+        if own.head != "uper":
+            raise ConfigError(
+                f"export: --to {to}: holds UPerNet; got task.segmentation.head {own.head}, "
+                "expected uper. Use another --to, which takes the backbone alone."
+            )
+        backbone = self.student_into(architecture, to)
+        assert backbone is not None
+        with torch.device("meta"):
+            task = self.make_task()
+        staged = has_stages(task.student)
+        count = own.num_classes
+        heads = Heads(
+            widths=neck_of(task.student)[1],
+            width=own.head_width,
+            names=classes_of(self.run.data.root, count, own.classes).names,
+            auxiliary_width=task.auxiliary.width if task.auxiliary else 0,
+            auxiliary_weight=own.auxiliary_weight,
+            scales=() if staged else scales_of(task.student.patch_size),
+            blocks=() if staged else blocks_taken(task.student.depths[0]),
+        )
+        return whole_export(backbone, to, heads)
+
+    def exported_beside(
+        self, reader: Reader, student: Mapping[str, Shape], to: To
+    ) -> Mapping[str, Shape]:
+        """Returns the heads, and what makes their maps, if the library's files hold them."""
+        return self._head_shapes() if LIBRARIES[to].heads else {}
+
+    def model_card(self, exported: ExportedStudent) -> str:
+        """Returns the model card; the heads are part of some exports."""
+        learned = self.learned(exported.manifest)
+        if LIBRARIES[exported.to].heads:
+            learned = replace(
+                learned,
+                intro="An image backbone with UPerNet, trained to name the class of each pixel.",
+                tag="image-segmentation",
+            )
+        return card(self.run.to_dict(), exported, learned)
 
     def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
         """Returns what is tested: logits, and how an image is seen."""

@@ -37,6 +37,9 @@ class Segmentation:
     # What makes classes of the student's maps. uper: UPerNet. linear: one layer on the last map.
     # Your own, made of (channels of the maps, head_width, number of classes): module:FILE.py:NAME.
     head: str = "uper"
+    # Weights that the heads start from: the file or folder of a whole segmentation model, in the
+    # names of mmsegmentation or transformers, often the same as student.init. Empty: random.
+    head_init: str = ""
     # Number of channels of UPerNet.
     head_width: int = 512
     # Weight of the loss of a second, small head on the third map. 0 turns it off.

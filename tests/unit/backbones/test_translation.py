@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fd_large.backbones.hierarchical import PatchMerging
 from fd_large.backbones.translation import (
     Piece,
     Target,
     fresh_norm,
+    from_unfolded,
     projection,
     replaced,
+    to_unfolded,
     translated,
 )
 
@@ -27,6 +31,17 @@ def test_a_query_without_its_key_makes_no_tensor():
     assert broken.unfit == ["q", "v"]
     twice = translated(["a", "b"], lambda name: Target("same"))
     assert twice.unfit == ["b"]
+
+
+def test_merging_in_the_order_of_unfold_is_the_same_function():
+    merging, x = PatchMerging(), torch.randn(1, 4, 6, 3, dtype=torch.float64)
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    unfolded = F.unfold(x.permute(0, 3, 1, 2), kernel_size=2, stride=2).transpose(1, 2)
+    got = unfolded @ to_unfolded(weight).T
+    torch.testing.assert_close(got, merging(x).flatten(1, 2) @ weight.T)
+    assert torch.equal(from_unfolded(to_unfolded(weight)), weight)
+    file = {"norm": to_unfolded(weight[0])}
+    assert torch.equal(Piece(("norm",), "unfolded").read(file), weight[0])
 
 
 @pytest.mark.parametrize(

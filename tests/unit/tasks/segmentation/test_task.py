@@ -104,7 +104,7 @@ def test_heads_have_the_published_number_of_parameters(name):
     assert of_neck is None or count["neck"] == of_neck
 
 
-@pytest.mark.parametrize("name", [SWIN, "ade20k_linear"])
+@pytest.mark.parametrize("name", [SWIN, VIT, "ade20k_linear"])
 def test_a_step_is_counted_on_shapes_as_torch_counts_it(name):
     counted = step_flops(SegmentationJob(narrow_run(name)), 2, checkpointing=False)
     with FlopCounterMode(display=False) as counter:

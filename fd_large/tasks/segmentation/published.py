@@ -1,0 +1,281 @@
+"""Whole segmentation models in the names of mmsegmentation and of transformers, both ways.
+
+The heads are the same functions there and here; only names differ. What a backbone is called is its
+family's matter (`backbones/FAMILY/export.py` and `published.py`).
+
+Sources: mmsegmentation 1.2 (UPerHead, FCNHead, Feature2Pyramid), Swin's and BEiT's own segmentation
+code (norms and pyramid under the backbone's name), transformers 5 (UperNetForSemanticSegmentation).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fd_large.backbones.exports import Export, Output, same
+from fd_large.backbones.statistics import Statistics
+from fd_large.backbones.translation import Piece, Shape, Shapes
+from fd_large.errors import ConfigError, WeightsError
+from fd_large.tasks.segmentation.heads.uper_head import POOLS
+from fd_large.weights.coverage import Fitted
+from fd_large.weights.libraries import To
+from fd_large.weights.read import Tensors
+
+CLASSIFIER = "head.classifier.convolution.weight"
+# A convolution with its norm: ours, theirs; {} is a number.
+_NORMED = (
+    ("head.pools.{}.", "decode_head.psp_modules.{}.1."),
+    ("head.pooled.", "decode_head.bottleneck."),
+    ("head.laterals.{}.", "decode_head.lateral_convs.{}."),
+    ("head.outputs.{}.", "decode_head.fpn_convs.{}."),
+    ("head.fused.", "decode_head.fpn_bottleneck."),
+    ("auxiliary.convolution.", "auxiliary_head.convs.0."),
+)
+_FPN = (("neck.fourfold.", "backbone.fpn1."), ("neck.twofold.", "backbone.fpn2.0."))
+Pairs = tuple[tuple[str, str], ...]
+
+
+def _pairs(norm: str, classifier: str, *maps: tuple[str, str]) -> Pairs:
+    """Starts of names, ours and theirs."""
+    normed = tuple(
+        (f"{ours}{part}.", f"{theirs}{name}.")
+        for ours, theirs in _NORMED
+        for part, name in (("convolution", "conv"), ("norm", norm))
+    )
+    last = (
+        ("head.classifier.convolution.", f"decode_head.{classifier}."),
+        ("auxiliary.classifier.convolution.", f"auxiliary_head.{classifier}."),
+    )
+    return (*normed, *last, *maps)
+
+
+_MMSEG = _pairs(
+    "bn",
+    "conv_seg",
+    ("neck.norm{}.", "backbone.norm{}."),
+    ("neck.fourfold.", "neck.upsample_4x."),
+    ("neck.twofold.", "neck.upsample_2x.0."),
+    # A linear head, as DINOv2 has it.
+    ("head.norm.", "decode_head.bn."),
+)
+_TRANSFORMERS = _pairs(
+    "batch_norm",
+    "classifier",
+    *((f"neck.norm{i}.", f"backbone.hidden_states_norms.stage{i + 1}.") for i in range(4)),
+    *_FPN,
+)
+LAYOUTS: Mapping[str, Pairs] = {"mmseg": _MMSEG, "upernet": _TRANSFORMERS}
+
+
+def their_name(name: str, pairs: Pairs) -> str | None:
+    """Returns the published name of one of our tensors of heads and neck; None if it has none."""
+    return _renamed(name, pairs)
+
+
+def our_name(name: str) -> str | None:
+    """Returns our name of a tensor of heads and neck in any published layout; None for others."""
+    if name.endswith(".num_batches_tracked"):  # Of no use to a norm of a fixed momentum.
+        return None
+    for pairs in (_MMSEG, _TRANSFORMERS):
+        if found := _renamed(name, tuple((theirs, ours) for ours, theirs in pairs)):
+            return found
+    return None
+
+
+def _renamed(name: str, pairs: Pairs) -> str | None:
+    for before, after in pairs:
+        pattern = re.escape(before).replace(r"\{\}", r"(\d+)")
+        if found := re.match(pattern, name):
+            return after.format(*found.groups()) + name[found.end() :]
+    return None
+
+
+class Heads(NamedTuple):
+    """The heads of a run, as configurations of the libraries describe them.
+
+    Attributes:
+        widths: Channels of the four maps.
+        width: Channels of the head.
+        names: Names of the classes.
+        auxiliary_width: Channels of the second head; 0: there is none.
+        auxiliary_weight: Weight of its loss.
+        scales: Factors by which a plain ViT's maps are rescaled; empty: it has stages.
+        blocks: Numbers of the ViT's blocks that they are from, counted from 0.
+    """
+
+    widths: tuple[int, ...]
+    width: int
+    names: tuple[str, ...]
+    auxiliary_width: int
+    auxiliary_weight: float
+    scales: tuple[float, ...]
+    blocks: tuple[int, ...]
+
+
+def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
+    """Returns what a student with its heads becomes in a library's files.
+
+    Args:
+        backbone: What the student alone becomes there.
+        to: A name of the table `LAYOUTS`.
+        heads: The heads.
+
+    Raises: ConfigError: if the library has no such heads.
+    """
+    pairs = LAYOUTS[to]
+    if len(set(heads.blocks)) < len(heads.blocks):
+        raise ConfigError(
+            f"export: --to {to}: takes four different blocks of a ViT; got {heads.blocks}, "
+            "expected a model of six blocks or more. Use another --to, which takes the backbone "
+            "alone."
+        )
+    if to == "upernet" and heads.scales and heads.scales != (4, 2, 1, 0.5):
+        raise ConfigError(
+            f"export: --to upernet: other maps of a ViT; got scales {heads.scales}, expected 4, 2, "
+            "1, 0.5, which a patch of more than 8 pixels gives. Use --to mmseg."
+        )
+
+    def outputs(name: str, shape: Shape, architecture: Any) -> list[Output]:
+        theirs = their_name(name, pairs)
+        if theirs is not None:
+            return same(theirs, shape)
+        if name.startswith("norm."):  # The final norm, which stands before no head.
+            return []
+        own = backbone.outputs(name, shape, architecture)
+        return [output._replace(name=f"backbone.{output.name}") for output in own]
+
+    def config(architecture: Any, statistics: Statistics) -> dict[str, Any]:
+        own = backbone.config(architecture, statistics)
+        if to == "upernet":
+            return _upernet(own, heads)
+        return {"mmsegmentation": _mmsegmentation(own, heads, statistics)}
+
+    return replace(
+        backbone,
+        names=lambda a: f"{backbone.names(a)}, with heads",
+        outputs=outputs,
+        added=lambda a: {f"backbone.{n}": t for n, t in backbone.added(a).items()},
+        config=config if backbone.config else None,
+        class_name=lambda a: "UperNetForSemanticSegmentation" if to == "upernet" else "",
+    )
+
+
+def _upernet(backbone: dict[str, Any], heads: Heads) -> dict[str, Any]:
+    if heads.blocks:
+        # Its numbers count what each block gives from 1.
+        backbone = backbone | {"out_indices": [block + 1 for block in heads.blocks]}
+    return {
+        "architectures": ["UperNetForSemanticSegmentation"],
+        "model_type": "upernet",
+        "dtype": "float32",
+        "backbone_config": backbone,
+        "hidden_size": heads.width,
+        "pool_scales": list(POOLS),
+        "use_auxiliary_head": heads.auxiliary_width > 0,
+        "auxiliary_loss_weight": heads.auxiliary_weight,
+        "auxiliary_channels": heads.auxiliary_width,
+        "auxiliary_num_convs": 1,
+        "auxiliary_concat_input": False,
+        "loss_ignore_index": 255,
+        "id2label": {str(i): name for i, name in enumerate(heads.names)},
+        "label2id": {name: i for i, name in enumerate(heads.names)},
+    }
+
+
+def _mmsegmentation(
+    backbone: dict[str, Any], heads: Heads, statistics: Statistics
+) -> dict[str, Any]:
+    common = {
+        "num_classes": len(heads.names),
+        "norm_cfg": {"type": "BN", "requires_grad": True},
+        "align_corners": False,
+        "dropout_ratio": 0.1,
+    }
+    model: dict[str, Any] = {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": [255 * value for value in statistics.mean],
+            "std": [255 * value for value in statistics.std],
+            "bgr_to_rgb": True,
+            "pad_val": 0,
+            "seg_pad_val": 255,
+        },
+        "backbone": backbone,
+        "decode_head": common
+        | {
+            "type": "UPerHead",
+            "in_channels": list(heads.widths),
+            "in_index": [0, 1, 2, 3],
+            "pool_scales": list(POOLS),
+            "channels": heads.width,
+        },
+        "test_cfg": {"mode": "whole"},
+    }
+    if heads.blocks:
+        model["backbone"] = backbone | {"out_indices": list(heads.blocks)}
+        model["neck"] = {
+            "type": "Feature2Pyramid",
+            "embed_dim": heads.widths[0],
+            "rescales": list(heads.scales),
+            "norm_cfg": common["norm_cfg"],
+        }
+    if heads.auxiliary_width:
+        model["auxiliary_head"] = common | {
+            "type": "FCNHead",
+            "in_channels": heads.widths[2],
+            "in_index": 2,
+            "channels": heads.auxiliary_width,
+            "num_convs": 1,
+            "concat_input": False,
+            "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": heads.auxiliary_weight},
+        }
+    return model
+
+
+def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> dict[str, Fitted]:
+    """Finds the heads of a run in the file of a whole segmentation model; reads headers only.
+
+    Args:
+        file: The tensors.
+        expected: Shapes of heads and neck, by our names.
+        what: The file in words, for messages.
+        where: The field that the user set.
+
+    Returns: for each module of the task, its (name, full tensor).
+    Raises: WeightsError: if the file has no such heads, or of another number of classes.
+    """
+    found = {ours: name for name in file if (ours := our_name(name)) is not None}
+    if CLASSIFIER not in found:
+        raise WeightsError(
+            f"{where}: {what}: no heads of segmentation; got {', '.join(sorted(file)[:3])}, ..., "
+            "expected decode_head.* in the names of mmsegmentation or transformers. Leave it out: "
+            "new heads start from random weights."
+        )
+    classes, wanted = file.shape(found[CLASSIFIER])[0], expected[CLASSIFIER][0]
+    if classes != wanted:
+        raise WeightsError(
+            f"{where}: {what}: heads for other classes; got {classes} classes, expected {wanted} "
+            "(task.segmentation.num_classes). Change that, or leave the heads out: new ones start "
+            "from random weights."
+        )
+    modules = dict.fromkeys(name.partition(".")[0] for name in expected)
+    return {
+        module: Fitted(
+            _under(module, {ours: Piece((name,)) for ours, name in found.items()}),
+            file,
+            _under(module, expected),
+            what=f"{what}, {module}",
+            where=where,
+            remedy="Set --task.segmentation.head, head_width and auxiliary_weight as the file has "
+            "them, or leave it out: new heads start from random weights.",
+        )
+        for module in modules
+    }
+
+
+def _under(module: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    start = f"{module}."
+    return {n.removeprefix(start): value for n, value in named.items() if n.startswith(start)}
