@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from fd_large.tasks.dense.loader import TestImage, TestImages, TestViews, build_
 from fd_large.tasks.dense.pairs import PairedImages
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NUM_IMAGES = 4
 """Rows of a plot of images: the worst ones, and others that are always the same."""
@@ -111,6 +114,29 @@ def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages
         if predicted is not None:
             seen[index] = Drawn(item.truth.numpy(), predicted.cpu().numpy())
     return {name: {i: seen[i] for i in group if i in seen} for name, group in groups.items()}
+
+
+def draw_some(
+    some: Some | None,
+    row: Callable[[int, Drawn], T],
+    draw: Callable[[list[T], Path], None],
+    folder: Path,
+) -> list[Path]:
+    """Draws each plot of `predict_some` as a PNG of its name; returns those that were drawn.
+
+    Args:
+        some: What is drawn; None: nothing is.
+        row: Makes the row of an image, given its number and what is drawn.
+        draw: Draws rows.
+        folder: A folder that exists.
+    """
+    drawn = []
+    for name, seen in (some or {}).items():
+        if seen:
+            path = folder / f"{name}.png"
+            draw([row(index, one) for index, one in seen.items()], path)
+            drawn.append(path)
+    return drawn
 
 
 def _predict_together(model: Model, item: TestImage) -> Tensor | None:

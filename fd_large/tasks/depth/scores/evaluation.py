@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Some, predict_all
+from fd_large.tasks.dense.evaluation import Drawn, Some, draw_some, predict_all
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.depth.data.dataset import DepthSet
 from fd_large.tasks.depth.data.views import TestViews
@@ -165,23 +165,18 @@ def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCORES, _plain(outcome, images))
-    drawn = []
-    for name, seen in (some or {}).items():
-        rows = [
-            Row(
-                images.sample(index)[0].permute(1, 2, 0).numpy(),
-                depths,
-                mended(predicted, outcome.scored.limits),
-                outcome.scored.pixels(depths),
-                Path(images[index]).name,
-                _in_words(outcome.scores.of_images[index]),
-            )
-            for index, (depths, predicted) in seen.items()
-        ]
-        if rows:
-            draw_rows(rows, folder / f"{name}.png")
-            drawn.append(folder / f"{name}.png")
-    return drawn
+
+    def row(index: int, seen: Drawn) -> Row:
+        return Row(
+            images.sample(index)[0].permute(1, 2, 0).numpy(),
+            seen.truth,
+            mended(seen.predicted, outcome.scored.limits),
+            outcome.scored.pixels(seen.truth),
+            Path(images[index]).name,
+            _in_words(outcome.scores.of_images[index]),
+        )
+
+    return draw_some(some, row, draw_rows, folder)
 
 
 def _in_words(scores: NDArray[np.float64]) -> str:

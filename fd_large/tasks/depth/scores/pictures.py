@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.report.style import GREY, LIGHT_GREY
+from fd_large.tasks.dense.headings import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +28,6 @@ ROW_WIDTH, HEADING, LEAST_HEIGHT = 13.0, 0.32, 1.2
 TALLEST = 1.4
 # Widths of an image, of a colour bar with its numbers, and of the bar itself.
 IMAGE, BAR, BAR_ITSELF = 1.0, 0.2, 0.18
-# Letters above an image.
-LONGEST_NAME = 36
 
 
 class Row(NamedTuple):
@@ -109,8 +108,14 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         error = np.where(row.scored, row.predicted - row.truth, np.nan)
         most = max(abs(side) for side in _range(error))
         wrong = _image(axes[4], error, ERROR_COLORS, (-most, most))
-        name = row.name if len(row.name) <= LONGEST_NAME else f"...{row.name[-LONGEST_NAME:]}"
-        titles = (name, "true depth", f"predicted: {row.found}", "", "predicted - true", "")
+        titles = (
+            shortened(row.name),
+            "true depth",
+            f"predicted: {row.found}",
+            "",
+            "predicted - true",
+            "",
+        )
         for place, title in zip(axes, titles, strict=True):
             place.set_title(title, fontsize=9, loc="left", pad=3)
             place.set_axis_off()

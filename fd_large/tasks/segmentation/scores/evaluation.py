@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Some, predict_all
+from fd_large.tasks.dense.evaluation import Drawn, Some, draw_some, predict_all
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
@@ -148,20 +148,17 @@ def keep(
     write_json(folder / SCORES, _plain(outcome, classes))
     if some is None:
         return []
-    drawn = []
-    for name, seen in some.items():
-        rows = [
-            Row(
-                images.sample(index)[0].permute(1, 2, 0).numpy(),
-                labels,
-                predicted,
-                f"{Path(images[index]).name}: {100 * (1 - outcome.errors[index]):.1f}% right",
-            )
-            for index, (labels, predicted) in seen.items()
-        ]
-        if rows:
-            draw_rows(rows, classes, folder / f"{name}.png")
-            drawn.append(folder / f"{name}.png")
+
+    def row(index: int, seen: Drawn) -> Row:
+        return Row(
+            images.sample(index)[0].permute(1, 2, 0).numpy(),
+            seen.truth,
+            seen.predicted,
+            Path(images[index]).name,
+            f"{100 * (1 - outcome.errors[index]):.1f}% right",
+        )
+
+    drawn = draw_some(some, row, lambda rows, path: draw_rows(rows, classes, path), folder)
     draw_confusion(outcome.scores.counts, classes, folder / "confusion.png")
     return [*drawn, folder / "confusion.png"]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fd_large.report.style import GREY, LIGHT_GREY
+from fd_large.tasks.dense.headings import shortened
 from fd_large.tasks.segmentation.data.classes import Classes
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ class Row(NamedTuple):
         image: (H, W, 3) uint8.
         labels: (H, W), the classes; below 0: ignored.
         predicted: (H, W), the classes that the model names.
-        title: Words above it.
+        name: The image's name.
+        found: How much of it is right, in a few words.
     """
 
     image: NDArray[np.uint8]
     labels: NDArray[np.integer]
     predicted: NDArray[np.integer]
-    title: str
+    name: str
+    found: str
 
 
 def painted(
@@ -105,9 +108,9 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
         wrong = row.image.copy() // 3 + 160
         wrong[known & (row.labels != row.predicted)] = (204, 51, 17)
         shown = (
-            (row.title, row.image),
+            (shortened(row.name), row.image),
             ("labels", painted(row.image, row.labels, of)),
-            ("prediction", painted(row.image, row.predicted, of)),
+            (f"prediction: {row.found}", painted(row.image, row.predicted, of)),
             ("wrong", wrong),
         )
         for (title, picture), place in zip(shown, axes, strict=False):
