@@ -6,7 +6,7 @@ Trains a narrow version of a recipe under ZeRO-3 on 8 images of FD_DATA's coco_t
 the same images. TASK is `detection` (boxes and masks of the images whose smallest object is
 largest, coco_mask_rcnn_swinv2_tiny at 256 px), `segmentation_swinv2` or `segmentation_vit` (the
 category of each pixel, smaller objects on top, all else ignored, of images that show at least two;
-UPerNet at 64 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that
+UPerNet at 128 px), `depth_swinv2` or `depth_vit` (the depth of 8 parts of the stereo pair that
 scikit-image brings, random crops of 96 px, MIM-Depth's decoder). Writes
 benchmarks/results/memorise.json or memorise_TASK.json, the curves, and the images with what is seen
 in them.
@@ -46,7 +46,7 @@ DETECTION = """
 --optim.warmup_epochs 20
 """
 SEGMENTATION = """
---data.image_size 64
+--data.image_size 128
 --task.segmentation.reduce_zero_label False --task.segmentation.num_classes 90
 --task.segmentation.head_width 64 --task.segmentation.scale_range 1 1
 --task.segmentation.cat_max_ratio 1 --task.segmentation.photometric False
