@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fd_large import distributed
@@ -16,8 +17,11 @@ from fd_large.data.decode import decode
 from fd_large.data.folder import read_image
 from fd_large.engine.checkpoint_models import AnyTask, stored_task
 from fd_large.engine.job import Predicted
+from fd_large.engine.task import Task
+from fd_large.engine.zero import partition
 from fd_large.engine.zero.config import computes_in_bfloat16
 from fd_large.errors import DataError
+from fd_large.weights.read import Tensors
 
 Seen = tuple[Any, str, Path]
 """What predictions.json holds of an image, the same in a few words, and the drawn image."""
@@ -35,6 +39,46 @@ def task_to_test(make: Callable[[], AnyTask], reader: Reader, *, precision: str)
     if computes_in_bfloat16(precision):
         task.bfloat16()
     return task.to(distributed.device()).eval()
+
+
+def head_shapes(make: Callable[[], Task]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what a task has beside its student, running statistics too, by name."""
+    with torch.device("meta"):
+        task = make()
+    held = dict(task.named_parameters()) | partition.running_statistics(task)
+    return {n: tuple(t.shape) for n, t in held.items() if not n.startswith(stream.STUDENT)}
+
+
+class HeadTensors(Tensors):
+    """What a checkpoint holds beside its student; each tensor is read when it is asked for.
+
+    Args:
+        reader: The checkpoint.
+        shapes: See `head_shapes`, of its recipe.
+    """
+
+    def __init__(self, reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__({})
+        self._reader, self._shapes = reader, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return stream.read(
+            self._reader, name, self._shapes[name], kind=stream.outcome(self._reader)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns a tensor's type: masters and averages are float32."""
+        return torch.float32
 
 
 def predict_files(

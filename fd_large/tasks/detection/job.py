@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fd_large import distributed, meeting
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.translation import Piece
+from fd_large.checkpoint import store, stream
 from fd_large.checkpoint.read import Reader
 from fd_large.data.loader import Batch
 from fd_large.data.sampler import Portion
@@ -25,7 +27,7 @@ from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError, DataError
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.stages import LEFT_OUT
-from fd_large.tasks.dense.stored import task_to_test
+from fd_large.tasks.dense.stored import HeadTensors, head_shapes, task_to_test
 from fd_large.tasks.detection.data.annotations import CocoSet, open_coco
 from fd_large.tasks.detection.data.loader import build_training_loader
 from fd_large.tasks.detection.data.target import Target, Targets
@@ -37,6 +39,7 @@ from fd_large.tasks.detection.scores.views import Model, TestViews
 from fd_large.tasks.detection.section import HEADS_SETTINGS, KIND
 from fd_large.tasks.detection.stored import predict_images, score_stored
 from fd_large.tasks.detection.task import Ask, Detection
+from fd_large.weights.coverage import Fitted
 from fd_large.weights.model_card import Learned
 from fd_large.weights.origin import without_folders
 
@@ -61,6 +64,7 @@ class DetectionJob(Job):
         images = open_coco(self.run.data.root, "train")
         check_classes(self.run, images)
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
+        self._has_masks = images.has_masks
         return cast(ImageSource, images)
 
     def check(self) -> None:
@@ -103,6 +107,38 @@ class DetectionJob(Job):
     def initial_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Returns those of `student.init`."""
         return student_weights(self.run.student, self.weights, without=LEFT_OUT)
+
+    def initial_heads(self) -> Mapping[str, Iterable[tuple[str, Tensor]]]:
+        """Returns pyramid and heads where `student.init` is a run of detection: what fits of them.
+
+        Layers for other classes, and heads of another kind, start from random weights.
+        """
+        source = self.run.student.init
+        stored = self.weights.ours(source, where="--student.init") if source else None
+        manifest = stored and store.manifest_of(stored.path)
+        if not manifest or manifest["recipe"]["task"]["name"] != KIND.name:
+            return {}
+        theirs = head_shapes(DetectionJob(Run.from_dict(manifest["recipe"])).make_task)
+        own = head_shapes(self.make_task)
+        file = HeadTensors(stream.newest(stored.path, where="--student.init"), theirs)
+        fits = {name for name, shape in own.items() if theirs.get(name) == shape}
+        if not manifest.get("masks", True):
+            # A dataset of boxes alone has taught no mask.
+            fits = {n for n in fits if not any(part.startswith("mask") for part in n.split("."))}
+        found = {}
+        for module in dict.fromkeys(name.partition(".")[0] for name in own):
+            start = f"{module}."
+            expected = {n.removeprefix(start): s for n, s in own.items() if n.startswith(start)}
+            found[module] = Fitted(
+                {n: Piece((start + n,)) for n in expected if start + n in fits},
+                file,
+                expected,
+                allow=tuple(n for n in expected if start + n not in fits),
+                what=f"{source}, {module}",
+                where="--student.init",
+                resize=False,
+            )
+        return found
 
     def batches(self, samples: ImageSource, portion: Portion) -> Iterator[Batch]:
         """Yields images under jitter, with the visible parts of their objects."""
@@ -204,8 +240,11 @@ class DetectionJob(Job):
         )
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the name of each class by its number in the annotations."""
-        return {"categories": {str(number): name for number, name in self._categories.items()}}
+        """Returns each class by its number in the annotations, and whether masks are learnt."""
+        return {
+            "categories": {str(number): name for number, name in self._categories.items()},
+            "masks": self._has_masks,
+        }
 
     def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
         """COCO's numbers on the val split of `eval.root` or `data.root`."""

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from fd_large.backbones.exports import Export
-from fd_large.checkpoint import stream
 from fd_large.checkpoint.read import Reader
 from fd_large.checkpoint.stream import Shape
 from fd_large.data.source import ImageSource
 from fd_large.engine.job import Predicted, StoredScores
-from fd_large.engine.zero import partition
 from fd_large.errors import ConfigError
 from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import require
 from fd_large.recipes.run import Run
 from fd_large.tasks.dense.job import DenseJob
 from fd_large.tasks.dense.stages import blocks_taken, has_stages, neck_of, scales_of
+from fd_large.tasks.dense.stored import head_shapes
 from fd_large.tasks.segmentation.data.classes import Classes, classes_of
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet, open_segmentation
 from fd_large.tasks.segmentation.data.views import LONG_SIDE, TestViews, TrainingViews
@@ -103,14 +102,7 @@ class SegmentationJob(DenseJob):
         if not source:
             return {}
         file = self.weights.tensors(source, where=f"--{_HEAD_INIT}")
-        return fitted_heads(file, self._head_shapes(), what=source, where=f"--{_HEAD_INIT}")
-
-    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the task has beside the student, running statistics too."""
-        with torch.device("meta"):
-            task = self.make_task()
-        held = dict(task.named_parameters()) | partition.running_statistics(task)
-        return {n: tuple(t.shape) for n, t in held.items() if not n.startswith(stream.STUDENT)}
+        return fitted_heads(file, head_shapes(self.make_task), what=source, where=f"--{_HEAD_INIT}")
 
     def exported_into(self, architecture: FamilyArchitecture, to: To) -> Export | None:
         """Returns what the student becomes, with its heads where the library's files have them."""
@@ -143,7 +135,7 @@ class SegmentationJob(DenseJob):
         self, reader: Reader, student: Mapping[str, Shape], to: To
     ) -> Mapping[str, Shape]:
         """Returns the heads, and what makes their maps, if the library's files hold them."""
-        return self._head_shapes() if LIBRARIES[to].heads else {}
+        return head_shapes(self.make_task) if LIBRARIES[to].heads else {}
 
     def model_card(self, exported: ExportedStudent) -> str:
         """Returns the model card; the heads are part of some exports."""

@@ -56,7 +56,7 @@ def edit(root, change, split: str = "val") -> None:
 
 def test_a_whole_data_set_is_fine(tmp_path):
     job = check(run_of(pictures(tmp_path)))
-    assert job.facts() == {"categories": {"3": "cat", "7": "dog", "90": "brush"}}
+    assert job.facts() == {"categories": {"3": "cat", "7": "dog", "90": "brush"}, "masks": True}
 
 
 def test_other_classes_in_the_test_are_refused(tmp_path):
@@ -196,3 +196,28 @@ def test_what_cannot_be_kept_or_drawn_of_an_evaluation_costs_neither_scores_nor_
     metrics, _ = evaluation.measure(8, True, lambda: None)
     assert metrics == {"box_AP": 0.5}
     assert "update_00000008: NOT WRITTEN" in caplog.text
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_detector_goes_on_from_another_with_what_fits_of_its_heads(tmp_path, masks):
+    torch.manual_seed(0)
+    run = run_of(tmp_path)
+    own = dict(DetectionJob(run).make_task().named_parameters())
+    facts = {"masks": masks}
+    store_tensors(tmp_path / "run", own, ranks=2, recipe=run.to_dict(), facts=facts)
+    more = replace(run.task.detection, num_classes=9)
+    after = replace(
+        run,
+        task=replace(run.task, detection=more),
+        student=replace(run.student, init=str(tmp_path / "run")),
+    )
+    job = DetectionJob(after)
+    job.weights = sources_of(job_of)
+    task = job.make_task()
+    before = {name: tensor.detach().clone() for name, tensor in task.named_parameters()}
+    for module, tensors in job.initial_heads().items():
+        load_weights(getattr(task, module), tensors, where=module)
+    for name, tensor in task.named_parameters():
+        of_classes = any(f"{layer}." in name for layer in ("classes", "boxes", "masks"))
+        new = of_classes or ("mask" in name and not masks) or name.startswith("student.")
+        assert tensor.equal(before[name] if new else own[name]), name
