@@ -9,12 +9,14 @@ import torch
 from detection_batches import NUM_CLASSES
 
 from fd_large.tasks.detection.heads.cascade import CascadeHeads
+from fd_large.tasks.detection.heads.htc import HtcHeads
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads
 
 HEADS = {
     "mask_rcnn": RoIHeads,
     "mmdet": CascadeHeads,
     "giou": partial(CascadeHeads, box_loss="giou", class_agnostic=False),
+    "htc": partial(HtcHeads, box_loss="giou", semantic_classes=9),
     "detectron2": partial(CascadeHeads, form="detectron2", box_loss="l1"),
 }
 ROIS, STRIDES = 16, (4.0, 8.0, 16.0, 32.0, 64.0)

@@ -1,4 +1,4 @@
-"""Checks of oracle files of detection: coding of boxes, soft-NMS and cascades."""
+"""Checks of oracle files of detection: coding of boxes, soft-NMS, cascades and HTC."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from torchvision.ops.poolers import LevelMapper
 
 from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.convolution import ChannelNorm, NormedConvolution
-from fd_large.tasks.detection.data.target import Target
+from fd_large.tasks.detection.data.target import SEMANTIC_STRIDE, Target
 from fd_large.tasks.detection.heads import box_coder, pooling
 from fd_large.tasks.detection.heads.box_head import Sampled, box_losses
 from fd_large.tasks.detection.heads.cascade import NUM_STAGES, CascadeHeads, Stage
+from fd_large.tasks.detection.heads.htc import HtcHeads
+from fd_large.tasks.detection.heads.mask_head import of_class
 from fd_large.tasks.detection.heads.roi_heads import Candidates
 from fd_large.tasks.detection.heads.rpn import cut_to
 from fd_large.tasks.detection.heads.selection import Chosen, Selection
@@ -195,7 +197,7 @@ _DETECTRON2_NAMES = (
 )
 
 
-def ours(name: str, names: Sequence[tuple[str, str]]) -> str:
+def ours(name: str, names: Sequence[tuple[str, Any]]) -> str:
     """Our name of a parameter of published heads."""
     for pattern, own in names:
         name, count = re.subn(rf"^(?:{pattern})", own, name)
@@ -255,9 +257,11 @@ def targets_of(spec: dict, tensors: Tensors, labels: str, dtype: torch.dtype) ->
             own = tensors[f"gt_masks.{i}"]
             masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
             masks[:, : own.shape[1], : own.shape[2]] = own
-        found.append(
-            Target(boxes, tensors[f"{labels}.{i}"].long(), masks, boxes.new_zeros(0, 4), i)
-        )
+        target = Target(boxes, tensors[f"{labels}.{i}"].long(), masks, boxes.new_zeros(0, 4), i)
+        if "gt_semantic" in tensors:
+            semantic = tensors["gt_semantic"][i, 0, ::SEMANTIC_STRIDE, ::SEMANTIC_STRIDE]
+            target = target._replace(semantic=semantic)
+        found.append(target)
     return found
 
 
@@ -439,6 +443,7 @@ def check_cascade(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
         box_loss=config["loss_bbox"],
         class_agnostic=config["class_agnostic"],
     )
+    heads.best_for_each = config["match_low_quality"]
     shape_box_heads(
         heads, config, convolutions=config["num_shared_convs"], layers=config["num_shared_fcs"]
     )
@@ -532,6 +537,79 @@ def _compare_test_detectron2(
             )
 
 
+_HTC_NAMES = (
+    *_MMDET_NAMES,
+    (r"mask_head\.(\d+)\.convs\.(\d+)\.conv\.", r"mask_heads.\1.convolutions.\2.0."),
+    (r"mask_head\.(\d+)\.upsample\.", r"mask_heads.\1.doubling."),
+    (r"mask_head\.(\d+)\.conv_logits\.", r"mask_heads.\1.masks."),
+    (r"mask_head\.(\d+)\.conv_res\.conv\.", lambda of: f"mask_flows.{int(of[1]) - 1}."),
+    (r"semantic_head\.lateral_convs\.(\d+)\.conv\.", r"semantic.laterals.\1."),
+    (r"semantic_head\.convs\.(\d+)\.conv\.", r"semantic.convolutions.\1."),
+    (r"semantic_head\.conv_embedding\.conv\.", r"semantic.embedding."),
+    (r"semantic_head\.conv_logits\.", r"semantic.classes."),
+)
+
+
+def check_htc(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """HTC with its semantic branch, training and test."""
+    config, errors = spec["config"], Errors(spec, tensors)
+    heads = HtcHeads(
+        config["num_classes"],
+        config["channels"],
+        rois_per_image=many(config),
+        box_loss=config["loss_bbox"],
+        class_agnostic=config["class_agnostic"],
+        semantic_classes=config.get("sem_classes", 0),
+    )
+    heads.best_for_each = config["match_low_quality"]
+    shape_box_heads(
+        heads, config, convolutions=config["num_shared_convs"], layers=config["num_shared_fcs"]
+    )
+    for head in heads.mask_heads:
+        head.convolutions = nn.Sequential(
+            *(nn.Sequential(_convolution(config), nn.ReLU()) for _ in range(config["mask_convs"]))
+        )
+    if heads.semantic:
+        heads.semantic.convolutions = nn.ModuleList(
+            _convolution(config) for _ in range(config["sem_convs"])
+        )
+    fill(heads, tensors, _HTC_NAMES, dtype)
+    with levels(4 * config["finest_scale"]):
+        maps = inputs_of(tensors, dtype)
+        compare_test(errors, spec, tensors, heads, maps, dtype)
+        _compare_masks(errors, spec, tensors, heads, maps, dtype)
+        compare_training(errors, spec, tensors, heads, maps, dtype)
+    gradients(errors, tensors, heads, maps, _HTC_NAMES)
+    return errors.rows
+
+
+def _convolution(config: dict) -> nn.Module:
+    return nn.Conv2d(config["channels"], config["channels"], 3, padding=1)
+
+
+@torch.no_grad()
+def _compare_masks(
+    errors: Errors,
+    spec: dict,
+    tensors: Tensors,
+    heads: HtcHeads,
+    maps: list[nn.Parameter],
+    dtype: torch.dtype,
+) -> None:
+    """The semantic branch, and the masks of all heads at the objects."""
+    features = heads._features(maps, spec["config"]["strides"])
+    if features.semantic:
+        errors.out("out.test.semantic_logits", features.semantic[0])
+        errors.out("out.test.semantic_feature", features.semantic[1])
+    targets = targets_of(spec, tensors, "gt_labels", dtype)
+    labels = torch.cat([target.labels for target in targets])
+    cuts = heads._mask_cuts(features, [target.boxes for target in targets])
+    logits = [of_class(each, labels) for each in heads._all_masks(cuts)]
+    for number, own in enumerate(logits):
+        errors.out(f"out.test.mask_logits_stage{number}_of_gt_class", own)
+    errors.out("out.test.mask_logits_last_stage_of_gt_class", logits[-1])
+
+
 def many(config: dict) -> int:
     """So many samples that none is left out, a quarter of them for objects."""
     return 8 * (config["proposals"] + max(config["gts"]))
@@ -541,5 +619,6 @@ CHECKS = {
     "det_box_coder_giou": check_box_coder,
     "det_soft_nms": check_soft_nms,
     "det_cascade": check_cascade,
+    "det_htc": check_htc,
     "det_cascade_detectron2": check_cascade_detectron2,
 }

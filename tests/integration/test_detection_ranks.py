@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parent / "programs" / "detection_ranks.py"
 def test_as_one_process_and_never_out_of_step(batches: int, tmp_path: Path) -> None:
     run_ranks(PROGRAM, tmp_path, batches, ranks=2, results=tmp_path, timeout=300)
     results = read_results(tmp_path, 2)
-    for name in ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base", "clip"):
+    for name in ("coco_mask_rcnn_swinv2_giant", "coco_mask_rcnn_vit_base", "clip", "htc"):
         for found in results:
             assert found[name]["together"] == pytest.approx(found[name]["alone"], abs=1e-4), name
             assert found[name]["alone"][2] < 0.6 * found[name]["alone"][0], name

@@ -63,6 +63,8 @@ class DetectionJob(Job):
         """Opens the training images and their objects."""
         images = open_coco(self.run.data.root, "train")
         check_classes(self.run, images)
+        if self.run.task.detection.semantic_classes:
+            images.semantic(0, self.run.task.detection.semantic_classes)
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
         self._has_masks = images.has_masks
         return cast(ImageSource, images)
@@ -100,6 +102,7 @@ class DetectionJob(Job):
             anchors_per_image=numbers.anchors_per_image,
             proposals_per_image=numbers.proposals_per_image,
             rois_per_image=numbers.rois_per_image,
+            extra_attention=numbers.extra_attention,
             selection=selection_of(self.run),
             seed=self.run.runtime.seed,
         )
@@ -152,6 +155,7 @@ class DetectionJob(Job):
                 global_batch_size=run.batch.global_batch_size,
                 workers=run.data.workers,
                 max_pixels=run.data.max_pixels,
+                semantic_classes=run.task.detection.semantic_classes,
             )
         )
 

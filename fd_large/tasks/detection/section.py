@@ -16,6 +16,7 @@ from fd_large.tasks.dense.section import (
 
 HEADS_SETTINGS: dict[str, dict[str, str]] = {
     "cascade": {"cascade_form": "form", "box_loss": "box_loss", "class_agnostic": "class_agnostic"},
+    "htc": {name: name for name in ("box_loss", "class_agnostic", "semantic_classes")},
 }
 """For built-in heads, the fields that are settings of theirs, and what they call them."""
 
@@ -26,18 +27,23 @@ class Detection:
 
     # Number of object classes. COCO has 80.
     num_classes: int = 80
-    # Heads that make classes, boxes and masks of proposals: mask_rcnn or cascade (Cascade Mask
-    # R-CNN). Your own, with the methods of RoIHeads (fd_large/tasks/detection/heads/roi_heads.py):
-    # module:FILE.py:NAME.
+    # Heads that make classes, boxes and masks of proposals: mask_rcnn, cascade (Cascade Mask R-CNN)
+    # or htc (Hybrid Task Cascade). Your own, with the methods of RoIHeads
+    # (fd_large/tasks/detection/heads/roi_heads.py): module:FILE.py:NAME.
     heads: str = "mask_rcnn"
     # Published form of a cascade. mmdet: each stage draws its own sample and has its own mask head,
     # logits are averaged. detectron2: one sample, one mask head, probabilities are averaged.
     cascade_form: Literal["mmdet", "detectron2"] = "mmdet"
-    # How a cascade compares boxes with those of objects: l1 or smooth_l1 of the differences that it
-    # predicts, or giou (generalized intersection over union, times 10) of the boxes themselves.
+    # How cascade and htc compare boxes with those of objects: l1 or smooth_l1 of the differences
+    # that they predict, or giou (generalized intersection over union, times 10) of the boxes.
     box_loss: Literal["l1", "smooth_l1", "giou"] = "smooth_l1"
-    # Whether a cascade predicts one box for a proposal, instead of one for each class.
+    # Whether cascade and htc predict one box for a proposal, instead of one for each class.
     class_agnostic: bool = True
+    # Number of classes of the semantic branch of htc, which learns them from
+    # stuffthingmaps/train2017/*.png beside the images; COCO-Stuff has 183. 0 leaves the branch out.
+    semantic_classes: int = 0
+    # Put a layer of attention over the whole map of stride 32 before the pyramid, as HTC++ does.
+    extra_attention: bool = False
     # Number of channels of the feature pyramid and of the convolutions in the heads.
     head_width: int = 256
     # Number of anchors per image that enter the losses of the proposal network.
@@ -98,14 +104,21 @@ class Detection:
             where = f"task.detection.{name}"
             require(0 <= value <= 1, f"{where}: out of range", value, "a number in [0, 1]")
         at_least("task.detection.head_width", self.head_width, 4, "channels")
+        require(
+            0 <= self.semantic_classes <= 255,
+            "task.detection.semantic_classes: out of range",
+            self.semantic_classes,
+            "0 to 255",
+        )
         at_least("task.detection.sequential_stages", self.sequential_stages, 0, "stages")
-        for name in ("cascade_form", "box_loss", "class_agnostic"):
+        for name in {name for names in HEADS_SETTINGS.values() for name in names}:
             value, default = getattr(self, name), getattr(type(self), name)
+            heads = [heads for heads, names in HEADS_SETTINGS.items() if name in names]
             require(
-                value == default or name in HEADS_SETTINGS.get(self.heads, ()),
+                value == default or self.heads in heads,
                 f"task.detection.{name}: not a setting of heads {self.heads!r}",
                 value,
-                f"{default!r}, or task.detection.heads cascade",
+                f"{default!r}, or task.detection.heads {' or '.join(heads)}",
             )
         require(
             self.cascade_form == "mmdet" or self.class_agnostic,

@@ -16,10 +16,13 @@ from fd_large.data.loader import Batch
 from fd_large.data.random_numbers import uniforms
 from fd_large.engine.heads import make_head
 from fd_large.engine.task import Task
+from fd_large.errors import ConfigError
 from fd_large.tasks.dense.pixels import normalised
-from fd_large.tasks.dense.stages import features, pyramid_of, strides_of, strip
+from fd_large.tasks.dense.stages import features, has_stages, pyramid_of, strides_of, strip
 from fd_large.tasks.detection.data.target import Target, Targets
+from fd_large.tasks.detection.extra_attention import ExtraAttention
 from fd_large.tasks.detection.heads.cascade import CascadeHeads
+from fd_large.tasks.detection.heads.htc import HtcHeads
 from fd_large.tasks.detection.heads.roi_heads import RoIHeads, Terms
 from fd_large.tasks.detection.heads.rpn import (
     Proposals,
@@ -34,6 +37,7 @@ from fd_large.tasks.detection.heads.selection import Detections, Selection
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn": RoIHeads,
     "cascade": CascadeHeads,
+    "htc": HtcHeads,
 }
 """What is made of proposals, by the name that a recipe has for it (`task.detection.heads`)."""
 # Best anchors of a level that are looked at: more in training, where objects are found late.
@@ -68,6 +72,7 @@ class Detection(Task):
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.
         rois_per_image: Proposals sampled for the losses of the heads.
+        extra_attention: Whether a layer of attention over the whole last map precedes the pyramid.
         selection: How the boxes that are returned are chosen.
         seed: What samples are drawn with, besides epoch and position.
         statistics: The student's normalisation.
@@ -86,12 +91,20 @@ class Detection(Task):
         anchors_per_image: int = 256,
         proposals_per_image: int = 1000,
         rois_per_image: int = 512,
+        extra_attention: bool = False,
         selection: Selection | None = None,
         seed: int = 0,
         statistics: Statistics = IMAGENET,
     ) -> None:
         super().__init__(student)
         strip(student)
+        if extra_attention and not has_stages(student):
+            raise ConfigError(
+                "task.detection.extra_attention: the student has no map of stride 32; got "
+                f"{type(student).__name__}, expected a Swin or SwinV2. Leave it out."
+            )
+        last_width = student.stage_widths[-1] if extra_attention else 0
+        self.attention = ExtraAttention(last_width) if extra_attention else None
         self.pyramid = pyramid_of(student, width)
         self.rpn = RpnHead(width)
         self.heads = make_head(
@@ -146,7 +159,7 @@ class Detection(Task):
             draws: "anchors" and "proposals", a row of uniform numbers for each image.
             ask: In a test, what is wanted in place of `Detections`.
         """
-        maps, logits, deltas = self._maps(pixels, keep)
+        maps, logits, deltas = self._maps(pixels, sizes, keep)
         grids = tuple((level.shape[2], level.shape[3]) for level in maps)
         anchors = anchors_of(grids, self.strides, pixels.device)
         proposals = propose(
@@ -179,7 +192,7 @@ class Detection(Task):
         """
         with torch.no_grad():
             pixels = self.pixels(batch.images, batch.targets.sizes)
-        maps, logits, deltas = self._maps(pixels, self.keep_all(pixels))
+        maps, logits, deltas = self._maps(pixels, batch.targets.sizes, self.keep_all(pixels))
         return self.heads.shapes_only(maps, self.strides) + rpn_shapes_only(
             torch.cat(logits, dim=1),
             torch.cat(deltas, dim=1),
@@ -187,10 +200,14 @@ class Detection(Task):
         )
 
     def _maps(
-        self, pixels: Tensor, keep: Tensor | None
+        self, pixels: Tensor, sizes: Tensor, keep: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Levels of the pyramid; objectness and boxes of each level's anchors."""
-        maps = self.pyramid(features(self.student, pixels, keep))
+        stages = features(self.student, pixels, keep)
+        if self.attention is not None:
+            *finer, last = stages
+            stages = (*finer, self.attention(last, sizes, self.student.stage_strides[-1]))
+        maps = self.pyramid(stages)
         logits, deltas = zip(*(self.rpn(level) for level in maps), strict=True)
         return maps, list(logits), list(deltas)
 

@@ -49,7 +49,18 @@ def global_batch(update: int) -> Batch:
     Among them are one without anything, and one with crowds alone.
     """
     objects = [0, 0, 3, 12] if update % 2 == 0 else [4, 0, 0, 7]
-    return batch_of(100 + update % 2, SIZE, objects, crowds=[0, 2, 1, 0])
+    batch = batch_of(100 + update % 2, SIZE, objects, crowds=[0, 2, 1, 0])
+    with_stuff = [
+        target._replace(semantic=torch.arange(6 * i, dtype=torch.uint8).view(-1, 6))
+        for i, target in enumerate(batch.targets.targets)
+    ]
+    return replace(batch, targets=batch.targets._replace(targets=with_stuff))
+
+
+def with_heads(run: Run, heads: str, **settings: Any) -> Run:
+    """A run with other heads."""
+    detection = replace(run.task.detection, heads=heads, **settings)
+    return replace(run, task=replace(run.task, detection=detection))
 
 
 def without_choice(run: Run) -> Run:
@@ -176,7 +187,11 @@ def main(folder: Path, batches: int) -> None:
     runs = {name: narrow_run(name) for name in (SWIN, VIT)}
     # CLIP's own model, whose position embedding no module but the whole model owns.
     clip = replace(runs[VIT].student, model="clip_vit_base_patch16")
-    runs["clip"] = replace(runs[VIT], student=clip)
+    runs["clip"] = with_heads(replace(runs[VIT], student=clip), "cascade")
+    runs[VIT] = with_heads(runs[VIT], "cascade", cascade_form="detectron2", box_loss="l1")
+    runs["htc"] = with_heads(
+        runs[SWIN], "htc", box_loss="giou", semantic_classes=18, extra_attention=True
+    )
     # Before the ranks meet: one rank does some runs, and the other one the others.
     mine = list(runs)[find_launch(os.environ).rank :: 2]
     with anchors_as_proposals():
@@ -188,7 +203,7 @@ def main(folder: Path, batches: int) -> None:
             name: {"alone": alone[name], "together": losses_of_ranks(without_choice(run))}
             for name, run in runs.items()
         }
-    result["random"] = random_batches(runs[SWIN], batches)
+    result["random"] = random_batches(runs["htc"], batches)
     write_result(folder, result)
     distributed.barrier()
 

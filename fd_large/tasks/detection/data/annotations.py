@@ -14,6 +14,7 @@ from fd_large.data.folder import read_image
 from fd_large.data.listing import Made, listed, settled
 from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import whole_view
+from fd_large.tasks.dense.pairs import read_numbers
 from fd_large.tasks.detection.data.masks import coco_masks
 from fd_large.tasks.detection.data.objects import (
     NO_FILE,
@@ -22,7 +23,7 @@ from fd_large.tasks.detection.data.objects import (
     Objects,
     read_objects,
 )
-from fd_large.tasks.detection.data.target import Target, make_target
+from fd_large.tasks.detection.data.target import UNLABELLED, Target, make_target
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,27 @@ class CocoSet:
     def target(self, index: int) -> Target:
         """Returns the objects of image `index` with filled masks, in its own pixels."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
+
+    def semantic(self, index: int, num_classes: int) -> NDArray[np.int32]:
+        """Reads the class of each pixel of image `index`, stuff included, 255 where it has none.
+
+        It lies in `stuffthingmaps/` under the path of the image, as a PNG.
+
+        Raises: DataError: if the file cannot be read, or has another size or other numbers.
+        """
+        name = os.path.splitext(self._objects.file_name(index))[0] + ".png"
+        path = os.path.join(self.root, "stuffthingmaps", name)
+        numbers = read_numbers(path, ("L", "P"), "a map of classes, one byte a pixel")
+        known = numbers[numbers != UNLABELLED]
+        if numbers.shape != self.size(index) or known.max(initial=0) >= num_classes:
+            height, width = self.size(index)
+            raise DataError(
+                f"{path}: not a map of the image; got {numbers.shape[1]} x {numbers.shape[0]} "
+                f"pixels up to {known.max(initial=0)}, expected {width} x {height} and classes "
+                f"below {num_classes}. Fetch COCO-Stuff's maps again, or set "
+                "--task.detection.semantic_classes."
+            )
+        return numbers
 
     def landscape(self) -> NDArray[np.bool_]:
         """Returns whether each image is at least as wide as high, (len,)."""

@@ -21,7 +21,13 @@ from fd_large.errors import DataError
 from fd_large.tasks.dense.geometry import padded, resized_view, sizes_of
 from fd_large.tasks.dense.loader import deal
 from fd_large.tasks.detection.data.annotations import CocoSet
-from fd_large.tasks.detection.data.target import Target, Targets, make_target, nothing
+from fd_large.tasks.detection.data.target import (
+    SEMANTIC_STRIDE,
+    Target,
+    Targets,
+    make_target,
+    nothing,
+)
 from fd_large.tasks.detection.data.views import NUM_DRAWS, Jitter
 
 # Side of the black image without objects that stands where no sample was usable.
@@ -37,6 +43,7 @@ def build_training_loader(
     global_batch_size: int,
     workers: int,
     max_pixels: int = MAX_PIXELS,
+    semantic_classes: int = 0,
 ) -> DataLoader:
     """The rest of an epoch for one rank.
 
@@ -49,6 +56,7 @@ def build_training_loader(
         global_batch_size: Images a step over all ranks.
         workers: Number of loading processes; 0 loads in this one.
         max_pixels: Larger images are refused before they are decoded.
+        semantic_classes: Classes of the semantic maps that targets have besides; 0: none are read.
 
     Returns: an iterable of `Batch`: images (B, 3, H, W) uint8, padded with black at the right and
         the bottom, and `Targets`. The same samples on any number of ranks and workers.
@@ -60,7 +68,7 @@ def build_training_loader(
     if jitter.canvas is None:
         order = grouped_order(source.landscape(), seed, portion.epoch, global_batch_size)
     return build_loader(
-        _Samples(source, jitter, order, seed, portion.epoch, max_pixels),
+        _Samples(source, jitter, order, seed, portion.epoch, max_pixels, semantic_classes),
         len(source),
         portion,
         global_batch_size=global_batch_size,
@@ -113,6 +121,7 @@ class _Samples(Dataset):
     seed: int
     epoch: int
     max_pixels: int
+    semantic_classes: int
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         if self.order is None:
@@ -154,6 +163,10 @@ class _Samples(Dataset):
         image = read_image(self.source, index, self.max_pixels)
         view = self.jitter.view(*image.shape[-2:], draws)
         target = make_target(self.source.objects(index), view, self.jitter.canvas or view.size)
+        if self.semantic_classes:
+            classes = view.numbers(self.source.semantic(index, self.semantic_classes))
+            every = classes[::SEMANTIC_STRIDE, ::SEMANTIC_STRIDE].astype(np.uint8)
+            target = target._replace(semantic=torch.from_numpy(every))
         return view.image(image), target
 
 

@@ -18,6 +18,9 @@ from fd_large.tasks.detection.data.objects import ImageObjects
 
 # Nothing can be learnt of an object of which less than a pixel is left.
 MIN_SIDE = 1.0
+# Pixels per place of a semantic map, and its number for what is not labelled.
+SEMANTIC_STRIDE, UNLABELLED = 8, 255
+NO_SEMANTIC = torch.zeros(0, 0, dtype=torch.uint8)
 
 
 class Target(NamedTuple):
@@ -29,6 +32,8 @@ class Target(NamedTuple):
         masks: (n, H, W) uint8, 0 or 1; (n, 0, 0) where the dataset has boxes alone.
         crowd_boxes: (m, 4) float32, regions in which single objects are not marked.
         image_id: The dataset's number of the image.
+        semantic: (H / 8, W / 8) uint8, the class of every eighth pixel, stuff included, 255 where
+            it is not known; (0, 0) where such maps are not read.
     """
 
     boxes: Tensor
@@ -36,6 +41,7 @@ class Target(NamedTuple):
     masks: Tensor
     crowd_boxes: Tensor
     image_id: int
+    semantic: Tensor = NO_SEMANTIC
 
 
 class Targets(NamedTuple):

@@ -5,7 +5,7 @@ Sources: Ren et al., arXiv 1506.01497; sizes as ViTDet's, Li et al., arXiv 2203.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from fd_large.backbones.layers import Linear
 from fd_large.tasks.dense.convolution import NormedConvolution, at_least_float32, he_uniform
 from fd_large.tasks.detection.data.target import Target
 from fd_large.tasks.detection.heads import box_coder
-from fd_large.tasks.detection.heads.matching import BACKGROUND, Sample, match, sample
+from fd_large.tasks.detection.heads.matching import BACKGROUND, Sample, give_best, match, sample
 
 BOX_SIDE = 7
 NUM_CONVOLUTIONS = 4
@@ -90,6 +90,7 @@ class Sampled(NamedTuple):
         return torch.cat(places)
 
 
+@torch.no_grad()
 def sample_rois(
     proposals: Sequence[Tensor],
     targets: Sequence[Target],
@@ -98,6 +99,7 @@ def sample_rois(
     rois_per_image: int,
     num_classes: int,
     positive_iou: float = POSITIVE_IOU,
+    best_for_each: bool = False,
 ) -> Sampled:
     """Chooses the proposals that the losses look at; the objects themselves are proposals too.
 
@@ -108,17 +110,23 @@ def sample_rois(
         rois_per_image: The most that are chosen.
         num_classes: K.
         positive_iou: Smallest IoU at which a proposal is for an object.
+        best_for_each: Whether the proposal that overlaps an object most is for it, even if it
+            overlaps another one more.
     """
-    # An early model proposes little that is right.
-    candidates = [torch.cat([p, t.boxes]) for p, t in zip(proposals, targets, strict=True)]
-    rows = iter(draws)
+    parts = []
+    for proposal, target, own in zip(proposals, targets, draws, strict=True):
+        # An early model proposes little that is right.
+        candidates = torch.cat([proposal, target.boxes])
+        matched = _matched(candidates, target, positive_iou)
+        if best_for_each:
+            of_proposals = matched[: len(proposal)]
+            give_best(of_proposals, target.boxes, proposal, positive_iou=positive_iou)
+        chosen = sample(matched, rois_per_image, POSITIVE_SHARE, own)
+        parts.append((candidates, target, matched, chosen))
+    return _sampled(parts, num_classes)
 
-    def choose(matched: Tensor) -> Sample:
-        return sample(matched, rois_per_image, POSITIVE_SHARE, next(rows))
 
-    return _sampled(candidates, targets, choose, num_classes, positive_iou)
-
-
+@torch.no_grad()
 def match_rois(
     rois: Sequence[Tensor], targets: Sequence[Target], *, num_classes: int, positive_iou: float
 ) -> Sampled:
@@ -130,34 +138,31 @@ def match_rois(
         num_classes: K.
         positive_iou: Smallest IoU at which a roi is for an object.
     """
+    parts = []
+    for roi, target in zip(rois, targets, strict=True):
+        matched = _matched(roi, target, positive_iou)
+        chosen = Sample(torch.where(matched >= 0)[0], torch.where(matched == BACKGROUND)[0])
+        parts.append((roi, target, matched, chosen))
+    return _sampled(parts, num_classes)
 
-    def choose(matched: Tensor) -> Sample:
-        return Sample(torch.where(matched >= 0)[0], torch.where(matched == BACKGROUND)[0])
 
-    return _sampled(rois, targets, choose, num_classes, positive_iou)
+def _matched(candidates: Tensor, target: Target, positive_iou: float) -> Tensor:
+    return match(
+        target.boxes,
+        target.crowd_boxes,
+        candidates,
+        positive_iou=positive_iou,
+        negative_iou=positive_iou,
+        best_for_each=False,
+    )
 
 
-@torch.no_grad()
-def _sampled(
-    candidates: Sequence[Tensor],
-    targets: Sequence[Target],
-    choose: Callable[[Tensor], Sample],
-    num_classes: int,
-    positive_iou: float,
-) -> Sampled:
+def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes: int) -> Sampled:
+    """Of each image its candidates, what is in it, the candidates' objects, and those chosen."""
     rois, labels, objects, boxes, numbers = [], [], [], [], []
-    for own, target in zip(candidates, targets, strict=True):
-        matched = match(
-            target.boxes,
-            target.crowd_boxes,
-            own,
-            positive_iou=positive_iou,
-            negative_iou=positive_iou,
-            best_for_each=False,
-        )
-        chosen = choose(matched)
+    for candidates, target, matched, chosen in parts:
         numbers.append(torch.cat([chosen.positives, chosen.negatives]))
-        rois.append(own[numbers[-1]])
+        rois.append(candidates[numbers[-1]])
         objects.append(matched[chosen.positives])
         background = torch.full_like(chosen.negatives, num_classes)
         labels += [target.labels[objects[-1]], background]

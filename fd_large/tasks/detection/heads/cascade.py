@@ -99,6 +99,20 @@ class Stage(NamedTuple):
     deltas: Tensor
 
 
+class Features(NamedTuple):
+    """What boxes are cut out of.
+
+    Attributes:
+        maps: Levels of the pyramid, finest first.
+        strides: Pixels per place of each level.
+        semantic: What a semantic branch gives (`SemanticBranch`), in heads that have one.
+    """
+
+    maps: Sequence[Tensor]
+    strides: Sequence[float]
+    semantic: tuple[Tensor, Tensor] | None = None
+
+
 class CascadeHeads(nn.Module):
     """Three box heads, and a mask head for each or for all.
 
@@ -110,6 +124,11 @@ class CascadeHeads(nn.Module):
         box_loss: How boxes are compared (`box_losses`).
         class_agnostic: Whether a proposal has one box, or one for each class.
     """
+
+    # Whether a stage's masks learn from a sample of its refined boxes, not of its first ones.
+    interleaved = False
+    # Whether an object has the proposal that overlaps it most (`sample_rois`).
+    best_for_each = False
 
     def __init__(
         self,
@@ -134,7 +153,8 @@ class CascadeHeads(nn.Module):
     @property
     def samples_per_image(self) -> int:
         """How many samples `terms` draws from each image."""
-        return NUM_STAGES if self.form.samples_again else 1
+        samples = NUM_STAGES if self.form.samples_again else 1
+        return 2 * samples if self.interleaved else samples
 
     @property
     def draws_per_image(self) -> int:
@@ -160,7 +180,8 @@ class CascadeHeads(nn.Module):
             targets: What is in each image.
             draws: (B, draws_per_image) uniform numbers in [0, 1).
         """
-        terms: dict[str, tuple[Tensor, int]] = {}
+        features = self._features(maps, strides)
+        terms = {**self._semantic_terms(features, targets)}
         samples = iter(draws.reshape(len(draws), self.samples_per_image, -1).swapaxes(0, 1))
         for number, positive_iou in enumerate(POSITIVE_IOUS):
             if number == 0 or self.form.samples_again:
@@ -169,12 +190,14 @@ class CascadeHeads(nn.Module):
                 sampled = match_rois(
                     proposals, targets, num_classes=self.num_classes, positive_iou=positive_iou
                 )
-            stage = self._stage(number, maps, strides, sampled.rois)
+            stage = self._stage(number, features, sampled.rois)
             terms |= self._box_terms(number, stage, sampled)
-            if number < len(self.mask_heads):
-                terms |= self._mask_terms(number, maps, strides, taught(sampled, targets))
-            if number < NUM_STAGES - 1:
+            if number < NUM_STAGES - 1 or self.interleaved:
                 proposals = self._handed_on(number, stage, sampled, proposals, sizes)
+            if self.interleaved:
+                sampled = self._sample(proposals, targets, next(samples), positive_iou)
+            if number < len(self.mask_heads):
+                terms |= self._mask_terms(number, features, taught(sampled, targets))
         return terms
 
     def shapes_only(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Tensor:
@@ -184,13 +207,14 @@ class CascadeHeads(nn.Module):
             maps: Levels of the pyramid, finest first; also on the meta device.
             strides: Pixels per place of each level.
         """
-        terms: dict[str, tuple[Tensor, int]] = {}
+        features = self._features(maps, strides)
+        terms = {**self._semantic_terms(features, [])}
         sampled = most_sampled(len(maps[0]), self.rois_per_image, maps[0])
         for number in range(NUM_STAGES):
-            stage = self._stage(number, maps, strides, sampled.rois)
+            stage = self._stage(number, features, sampled.rois)
             terms |= self._box_terms(number, stage, sampled)
             if number < len(self.mask_heads):
-                terms |= self._mask_terms(number, maps, strides, most_taught(sampled))
+                terms |= self._mask_terms(number, features, most_taught(sampled))
         return torch.stack([total for total, _ in terms.values()]).sum()
 
     def candidates(
@@ -208,9 +232,10 @@ class CascadeHeads(nn.Module):
             proposals: (n, 4) float32 of each image, possibly none.
             sizes: (B, 2), height and width of each image without its padding.
         """
+        features = self._features(maps, strides)
         counts, all_logits = [len(proposal) for proposal in proposals], []
         for number in range(NUM_STAGES):
-            stage = self._stage(number, maps, strides, proposals)
+            stage = self._stage(number, features, proposals)
             all_logits.append(stage.logits[: sum(counts)])
             if number < NUM_STAGES - 1:
                 proposals = self._refined(number, stage, all_logits[-1][:, :-1].argmax(1), sizes)
@@ -241,7 +266,7 @@ class CascadeHeads(nn.Module):
             boxes: (n, 4) float32 of each image, possibly none.
             labels: (n,) int64 of each image, their classes.
         """
-        cuts = self._mask_cuts(maps, strides, boxes)
+        cuts = self._mask_cuts(self._features(maps, strides), boxes)
         return mean_masks(self._all_masks(cuts), labels, [len(box) for box in boxes])
 
     def _sample(
@@ -258,29 +283,26 @@ class CascadeHeads(nn.Module):
             rois_per_image=self.rois_per_image,
             num_classes=self.num_classes,
             positive_iou=positive_iou,
+            best_for_each=self.best_for_each,
         )
 
-    def _stage(
-        self,
-        number: int,
-        maps: Sequence[Tensor],
-        strides: Sequence[float],
-        rois: Sequence[Tensor],
-    ) -> Stage:
-        cuts = self._box_cuts(maps, strides, rois)
+    def _features(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Features:
+        return Features(maps, strides)
+
+    def _semantic_terms(self, features: Features, targets: Sequence[Target]) -> Terms:
+        return {}
+
+    def _stage(self, number: int, features: Features, rois: Sequence[Tensor]) -> Stage:
+        cuts = self._box_cuts(features, rois)
         if self.form.gradient_scale != 1 and cuts.requires_grad:
             cuts.register_hook(lambda gradient: gradient * self.form.gradient_scale)
         return Stage(rois, *self.boxes[number](cuts))
 
-    def _box_cuts(
-        self, maps: Sequence[Tensor], strides: Sequence[float], rois: Sequence[Tensor]
-    ) -> Tensor:
-        return pool(maps, strides, rois, BOX_SIDE)
+    def _box_cuts(self, features: Features, rois: Sequence[Tensor]) -> Tensor:
+        return pool(features.maps, features.strides, rois, BOX_SIDE)
 
-    def _mask_cuts(
-        self, maps: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor]
-    ) -> Tensor:
-        return pool(maps, strides, boxes, MASK_SIDE)
+    def _mask_cuts(self, features: Features, boxes: Sequence[Tensor]) -> Tensor:
+        return pool(features.maps, features.strides, boxes, MASK_SIDE)
 
     def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
         """The logits (R, K, M, M) of one mask head."""
@@ -305,10 +327,8 @@ class CascadeHeads(nn.Module):
             f"box_{number + 1}": (weight * boxes, count),
         }
 
-    def _mask_terms(
-        self, number: int, maps: Sequence[Tensor], strides: Sequence[float], of_masks: Taught
-    ) -> Terms:
-        logits = self._masks_of(number, self._mask_cuts(maps, strides, of_masks.rois))
+    def _mask_terms(self, number: int, features: Features, of_masks: Taught) -> Terms:
+        logits = self._masks_of(number, self._mask_cuts(features, of_masks.rois))
         loss = mask_loss(logits, of_masks.labels, of_masks.masks)
         weight = self.form.loss_weights[number]
         return {f"mask_{number + 1}": (weight * loss, len(of_masks.labels))}

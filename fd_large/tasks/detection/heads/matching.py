@@ -62,6 +62,25 @@ def match(
     return matched
 
 
+def give_best(matched: Tensor, boxes: Tensor, candidates: Tensor, *, positive_iou: float) -> None:
+    """Gives each object the candidates that overlap it most, whichever they overlap most.
+
+    Args:
+        matched: (N,) int64, as `match` returns it; changed.
+        boxes: (n, 4) of the objects.
+        candidates: (N, 4).
+        positive_iou: Smallest IoU at which that is done.
+
+    Source: mmdetection's MaxIoUAssigner with match_low_quality.
+    """
+    if not len(candidates):
+        return
+    for number, box in enumerate(boxes):
+        overlap = box_iou(box[None], candidates)[0]
+        best = overlap.max()
+        matched[(overlap == best) & (best >= positive_iou)] = number
+
+
 class Sample(NamedTuple):
     """Numbers of the candidates that are looked at.
 

@@ -41,24 +41,34 @@ def pool(
 
     Returns: (R, C, side, side) in the dtype of the maps, R the number of boxes and at least 1.
     """
-    if not any(map(len, boxes)):
-        boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
-    numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
-    rois = torch.cat([torch.cat(numbers), torch.cat(list(boxes))], dim=1)  # (R, 5)
-    # In float32: torchvision's kernels know no bfloat16, and places are fractions.
+    boxes, rois = _rois(boxes)
     wide = torch.promote_types(maps[0].dtype, torch.float32)
     pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=wide)
     for level, here in enumerate(_places_by_level(boxes)):
-        cuts = roi_align(
-            maps[level].to(wide),
-            rois[here].to(wide),
-            (side, side),
-            1 / strides[level],
-            _SAMPLES,
-            aligned=True,
-        )
+        cuts = _cut(maps[level], strides[level], rois[here], side)
         pooled = pooled.index_add(0, here, cuts)
     return pooled.to(maps[0].dtype)
+
+
+def pool_one(level: Tensor, stride: float, boxes: Sequence[Tensor], side: int) -> Tensor:
+    """Cuts boxes of any size out of one map (B, C, H, W); else as `pool`."""
+    return _cut(level, stride, _rois(boxes)[1], side).to(level.dtype)
+
+
+def _rois(boxes: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+    """The boxes, one of nothing if there are none, and with their images' numbers (R, 5)."""
+    if not any(map(len, boxes)):
+        boxes = [boxes[0].new_tensor([[0.0, 0.0, 1.0, 1.0]]), *boxes[1:]]
+    numbers = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+    return boxes, torch.cat([torch.cat(numbers), torch.cat(list(boxes))], dim=1)
+
+
+def _cut(level: Tensor, stride: float, rois: Tensor, side: int) -> Tensor:
+    # In float32: torchvision's kernels know no bfloat16, and places are fractions.
+    wide = torch.promote_types(level.dtype, torch.float32)
+    return roi_align(
+        level.to(wide), rois.to(wide), (side, side), 1 / stride, _SAMPLES, aligned=True
+    )
 
 
 def _places_by_level(boxes: Sequence[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import torch
 from coco import annotation, write_set
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fd_large.data.loader import MAX_TRIES, Batch
 from fd_large.data.random_numbers import uniforms
@@ -192,6 +193,28 @@ def test_a_set_without_masks_loads(tmp_path):
         (batch,) = load(source, jitter, global_batch_size=2)
         for target in batch.targets.targets:
             assert target.masks.shape == (len(target.boxes), 0, 0)
+
+
+def test_semantic_maps_pass_through_the_view_of_their_image(tmp_path):
+    write_set(tmp_path, [annotation(1, 1, [8, 16, 20, 30])], sizes={1: (64, 64), 2: (64, 64)})
+    folder = tmp_path / "stuffthingmaps" / "train2017"
+    folder.mkdir(parents=True)
+    classes = np.full((64, 64), 255, dtype=np.uint8)
+    classes[:40], classes[16:46, 8:28] = 2, 5
+    Image.fromarray(classes).save(folder / f"{1:012}.png")
+    source, still = (
+        open_coco(str(tmp_path), "train"),
+        LargeScaleJitter(64, min_scale=1, max_scale=1),
+    )
+    few = dict(global_batch_size=1, micro_batch_size=1, semantic_classes=6)
+    target = load(source, still, **few)[0].targets.targets[0]
+    assert set(target.semantic.unique().tolist()) == {2, 5, 255}
+    assert torch.equal(target.semantic == 5, target.masks[0, ::8, ::8] == 1)
+    with pytest.raises(DataError, match=r"000001\.png.*up to 5.*semantic_classes"):
+        source.semantic(0, 5)
+    (folder / f"{1:012}.png").unlink()
+    with pytest.raises(DataError, match="stuffthingmaps"):
+        source.semantic(0, 6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

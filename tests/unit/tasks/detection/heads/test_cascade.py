@@ -56,6 +56,6 @@ def test_boxes_are_cut_to_their_image_between_stages():
     heads, maps = heads_and_maps("mmdet")
     torch.nn.init.constant_(heads.boxes[0].boxes.bias, 50.0)  # Very large.
     given = []
-    heads._stage = lambda *of, own=heads._stage: given.append(of[3]) or own(*of)
+    heads._stage = lambda *of, own=heads._stage: given.append(of[2]) or own(*of)
     heads.candidates(maps, STRIDES, [boxes(OBJECT)] * 2, torch.tensor([[64, 64], [40, 50]]))
     assert [roi.tolist() for roi in given[1]] == [[[0, 0, 64, 64]], [[0, 0, 50, 40]]]

@@ -6,7 +6,14 @@ from detection_batches import NO_BOXES, boxes
 from torchvision.ops import box_iou
 
 from fd_large.tasks.detection.heads import matching
-from fd_large.tasks.detection.heads.matching import BACKGROUND, IGNORED, choose, match, sample
+from fd_large.tasks.detection.heads.matching import (
+    BACKGROUND,
+    IGNORED,
+    choose,
+    give_best,
+    match,
+    sample,
+)
 
 
 def matched(objects, candidates, crowds=NO_BOXES, *, best=False, positive=0.7, negative=0.3):
@@ -30,6 +37,17 @@ def test_an_object_that_nothing_overlaps_well_takes_its_nearest():
     objects, candidates = boxes((0, 0, 10, 10)), boxes((0, 0, 4, 4), (0, 0, 5, 4), (8, 8, 20, 20))
     assert matched(objects, candidates) == [BACKGROUND] * 3
     assert matched(objects, candidates, best=True) == [BACKGROUND, 0, BACKGROUND]
+
+
+def test_an_object_may_have_its_best_candidate_though_another_overlaps_it_more():
+    objects = boxes((0, 0, 10, 10), (0, 0, 10, 8))
+    candidates = boxes((0, 0, 10, 8), (0, 0, 10, 6))
+    found = torch.tensor(matched(objects, candidates, positive=0.5, negative=0.5))
+    assert found.tolist() == [1, 1]
+    give_best(found, objects, candidates, positive_iou=0.9)
+    assert found.tolist() == [1, 1]
+    give_best(found, objects[:1], candidates, positive_iou=0.5)
+    assert found.tolist() == [0, 1]
 
 
 def test_an_object_that_nothing_touches_takes_none():

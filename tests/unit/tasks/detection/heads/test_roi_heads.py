@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from detection_batches import NO_BOXES, batch_of, boxes
 from detection_heads import HEADS, ROIS, SIZES, STRIDES, heads_and_maps, terms_of
 
+from fd_large.tasks.dense.convolution import Doubling
 from fd_large.tasks.detection.heads.box_head import BoxHead
-from fd_large.tasks.detection.heads.mask_head import MaskHead, cut_masks
+from fd_large.tasks.detection.heads.mask_head import cut_masks
 from fd_large.tasks.detection.heads.pooling import pool
 
 EVERY_KIND = pytest.mark.parametrize("kind", HEADS)
@@ -21,7 +22,7 @@ def watched(heads) -> tuple[list[str], list[int]]:
     sizes: list[int] = []
     for name, module in heads.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-        if isinstance(module, BoxHead | MaskHead):
+        if isinstance(module, BoxHead | Doubling):
             module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     return calls, sizes
 

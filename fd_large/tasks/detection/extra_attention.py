@@ -1,0 +1,67 @@
+"""One layer in which every place of the last map sees all others, before the pyramid (HTC++).
+
+The paper names "an extra global self-attention layer on the last stage's output" and no more; the
+layer is the open re-build's (czczup/ViT-Adapter, configs/htc++): norm first, 32 heads, an MLP four
+times as wide, a norm at the end. Its drop path of 0.3 is left out.
+
+Sources: Liu et al., arXiv 2103.14030, appendix A2.2; Chen et al., arXiv 2205.08534.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.backbones.initialization import Draw
+from fd_large.backbones.layers import LayerNorm, Linear
+
+NUM_HEADS, MLP_RATIO, EPS = 32, 4, 1e-6
+
+
+class ExtraAttention(nn.Module):
+    """x + attention(norm(x)), x + mlp(norm(x)), norm.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        draw = Draw("normal", std=0.02)
+        self.num_heads = math.gcd(NUM_HEADS, width)
+        self.norm1, self.norm2, self.norm = (LayerNorm(width, EPS) for _ in range(3))
+        self.qkv = Linear(width, 3 * width, draw=draw)
+        self.proj = Linear(width, width, draw=draw)
+        self.fc1 = Linear(width, MLP_RATIO * width, draw=draw)
+        self.fc2 = Linear(MLP_RATIO * width, width, draw=draw)
+
+    def forward(self, x: Tensor, sizes: Tensor, stride: float) -> Tensor:
+        """Maps the last map (B, H, W, C) to the same shape and dtype.
+
+        Args:
+            x: The map.
+            sizes: (B, 2), height and width of each image without its padding; places beyond are
+                not looked at, so that an image does not depend on what it is batched with.
+            stride: Pixels per place.
+        """
+        images, rows, columns, width = x.shape
+        seen = self._inside(rows, columns, sizes, stride)  # (B, 1, 1, N)
+        tokens = x.flatten(1, 2)
+        qkv = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, h, N, D) each
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        tokens = tokens + self.proj(mixed.transpose(1, 2).flatten(2))
+        tokens = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        return self.norm(tokens).view(images, rows, columns, width).to(x.dtype)
+
+    @staticmethod
+    def _inside(rows: int, columns: int, sizes: Tensor, stride: float) -> Tensor:
+        height, width = sizes.T[:, :, None]
+        down = torch.arange(rows, device=sizes.device) * stride < height  # (B, H)
+        across = torch.arange(columns, device=sizes.device) * stride < width
+        # Of an image without a pixel the first place: a softmax of nothing is none.
+        down[:, 0] = across[:, 0] = True
+        return (down[:, :, None] & across[:, None, :]).flatten(1)[:, None, None]

@@ -1,0 +1,106 @@
+"""Hybrid Task Cascade: a cascade whose mask heads see each other, and what is around an object.
+
+Against Cascade Mask R-CNN in mmdetection's form: the masks of a stage learn from a new sample of
+the boxes that it has refined; each mask head also takes what the one before made of the same cuts;
+and where the dataset has maps of classes (COCO-Stuff's), a branch learns these from all levels, and
+its embedding is added to the cuts of boxes and masks.
+
+A test averages the probabilities of the three mask heads, as mmdetection 2 does, with which the
+published scores of HTC++ and its open successors were made. mmdetection 3.3 takes those of the last
+head alone, because its list is filled after the loop.
+
+Source: Chen et al., arXiv 1901.07518; mmdetection 3.3 (roi_heads/htc_roi_head.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.tasks.dense.convolution import Convolution, he_normal
+from fd_large.tasks.detection.data.target import SEMANTIC_STRIDE, Target
+from fd_large.tasks.detection.heads.box_head import BOX_SIDE, BoxLoss
+from fd_large.tasks.detection.heads.cascade import NUM_STAGES, CascadeHeads, Features
+from fd_large.tasks.detection.heads.mask_head import MASK_SIDE
+from fd_large.tasks.detection.heads.pooling import pool_one
+from fd_large.tasks.detection.heads.roi_heads import Terms
+from fd_large.tasks.detection.heads.semantic import SemanticBranch, semantic_loss
+
+
+class HtcHeads(CascadeHeads):
+    """Three box heads, three mask heads in a row, and a semantic branch.
+
+    Args:
+        num_classes: K.
+        width: Channels of the pyramid and the heads.
+        rois_per_image: Proposals sampled for training, of boxes and again of masks.
+        box_loss: How boxes are compared (`box_losses`).
+        class_agnostic: Whether a proposal has one box, or one for each class.
+        semantic_classes: Classes of the semantic branch; 0: there is none.
+    """
+
+    interleaved = True
+    # The published configuration leaves its assigner's default.
+    best_for_each = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        width: int,
+        *,
+        rois_per_image: int,
+        box_loss: BoxLoss = "smooth_l1",
+        class_agnostic: bool = True,
+        semantic_classes: int = 0,
+    ):
+        super().__init__(
+            num_classes,
+            width,
+            rois_per_image=rois_per_image,
+            box_loss=box_loss,
+            class_agnostic=class_agnostic,
+        )
+        self.mask_flows = nn.ModuleList(
+            Convolution(width, width, 1, draw=he_normal(width, 1)) for _ in range(NUM_STAGES - 1)
+        )
+        self.semantic = SemanticBranch(width, semantic_classes) if semantic_classes else None
+
+    def _features(self, maps: Sequence[Tensor], strides: Sequence[float]) -> Features:
+        return Features(maps, strides, self.semantic(maps) if self.semantic else None)
+
+    def _semantic_terms(self, features: Features, targets: Sequence[Target]) -> Terms:
+        if features.semantic is None:
+            return {}
+        return {"semantic": semantic_loss(features.semantic[0], targets)}
+
+    def _box_cuts(self, features: Features, rois: Sequence[Tensor]) -> Tensor:
+        cuts = super()._box_cuts(features, rois)
+        if features.semantic is None:
+            return cuts
+        return cuts + F.adaptive_avg_pool2d(_around(features.semantic[1], rois), BOX_SIDE)
+
+    def _mask_cuts(self, features: Features, boxes: Sequence[Tensor]) -> Tensor:
+        cuts = super()._mask_cuts(features, boxes)
+        return cuts if features.semantic is None else cuts + _around(features.semantic[1], boxes)
+
+    def _masks_of(self, number: int, cuts: Tensor) -> Tensor:
+        return self.mask_heads[number].logits(self._flow(cuts, number + 1)[-1])
+
+    def _all_masks(self, cuts: Tensor) -> list[Tensor]:
+        found = self._flow(cuts, NUM_STAGES)
+        return [head.logits(x) for head, x in zip(self.mask_heads, found, strict=True)]
+
+    def _flow(self, cuts: Tensor, num_heads: int) -> list[Tensor]:
+        """What the first mask heads' convolutions give, each with what the one before gave."""
+        found = [self.mask_heads[0].convolutions(cuts)]
+        for number in range(1, num_heads):
+            passed = F.relu(self.mask_flows[number - 1](found[-1]))
+            found.append(self.mask_heads[number].convolutions(cuts + passed))
+        return found
+
+
+def _around(embedding: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+    """Cuts of the semantic embedding, (R, C, 14, 14)."""
+    return pool_one(embedding, SEMANTIC_STRIDE, boxes, MASK_SIDE)

@@ -1,0 +1,75 @@
+"""What each place of an image is of, stuff included, as a help for boxes and masks.
+
+Source: Chen et al., arXiv 1901.07518 (HTC), as mmdetection 3.3 has it (fused_semantic_head.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fd_large.tasks.dense.convolution import (
+    Convolution,
+    at_least_float32,
+    he_normal,
+    he_uniform,
+)
+from fd_large.tasks.detection.data.target import UNLABELLED, Target
+
+NUM_LEVELS = 5
+FUSED_LEVEL = 1  # Its stride is that of the labels, `SEMANTIC_STRIDE`.
+NUM_CONVOLUTIONS = 4
+LOSS_WEIGHT = 0.2
+
+
+class SemanticBranch(nn.Module):
+    """All levels on one, convolutions, and from there a class and an embedding of each place.
+
+    Args:
+        width: Channels of the pyramid and of the embedding.
+        num_classes: S.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.laterals = nn.ModuleList(
+            Convolution(width, width, 1, draw=he_normal(width, 1)) for _ in range(NUM_LEVELS)
+        )
+        self.convolutions = nn.ModuleList(
+            Convolution(width, width, 3, draw=he_normal(width, 3)) for _ in range(NUM_CONVOLUTIONS)
+        )
+        self.embedding = Convolution(width, width, 1, draw=he_normal(width, 1))
+        self.classes = Convolution(width, num_classes, 1, draw=he_uniform())
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps five levels (B, C, H, W) to logits (B, S, h, w) float32 and embedding (B, C, h, w).
+
+        Both at the stride of the second level.
+        """
+        size = maps[FUSED_LEVEL].shape[-2:]
+        x = torch.zeros_like(maps[FUSED_LEVEL])
+        for level, (lateral, own) in enumerate(zip(self.laterals, maps, strict=True)):
+            if level != FUSED_LEVEL:
+                own = F.interpolate(own, size=size, mode="bilinear", align_corners=True)
+            x = x + F.relu(lateral(own))
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        return at_least_float32(self.classes(x)), F.relu(self.embedding(x))
+
+
+def semantic_loss(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, int]:
+    """Returns the summed loss of places, and how many there are, those without a label too.
+
+    Args:
+        logits: (B, S, h, w) float32.
+        targets: What is in each image; one without a semantic map has no labels.
+    """
+    labels = torch.full_like(logits[:, 0], UNLABELLED, dtype=torch.int64)
+    for own, target in zip(labels, targets, strict=False):
+        rows, columns = (min(a, b) for a, b in zip(own.shape, target.semantic.shape, strict=True))
+        own[:rows, :columns] = target.semantic[:rows, :columns]
+    loss = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+    return LOSS_WEIGHT * loss, labels.numel()
