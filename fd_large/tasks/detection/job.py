@@ -63,8 +63,8 @@ class DetectionJob(Job):
         """Opens the training images and their objects."""
         images = open_coco(self.run.data.root, "train")
         check_classes(self.run, images)
-        if self.run.task.detection.semantic_classes:
-            images.semantic(0, self.run.task.detection.semantic_classes)
+        if classes := self.run.task.detection.semantic_classes:
+            images.check_semantic(classes, where="data.root")
         self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
         self._has_masks = images.has_masks
         return cast(ImageSource, images)

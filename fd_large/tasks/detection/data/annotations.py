@@ -37,6 +37,9 @@ LAYOUTS = (
     ("annotations/lvis_v1_{split}.json", ""),
 )
 
+# Maps of the classes of all pixels, under the names of the images.
+SEMANTIC_FOLDER = "stuffthingmaps"
+
 
 class CocoSet:
     """The images of a split: `len(s)`, `s[i]` (the path), `s.read(i)`, `s.target(i)`.
@@ -91,6 +94,15 @@ class CocoSet:
         """Returns the objects of image `index` with filled masks, in its own pixels."""
         return make_target(self.objects(index), whole_view(*self.size(index)), self.size(index))
 
+    def check_semantic(self, num_classes: int, *, where: str) -> None:
+        """Raises DataError unless there are semantic maps, and the first can be used."""
+        if not os.path.isdir(folder := os.path.join(self.root, SEMANTIC_FOLDER)):
+            raise DataError(
+                f"{where}: no maps of classes; got no folder {folder}, expected COCO-Stuff's. "
+                "Unpack it there, or set --task.detection.semantic_classes 0."
+            )
+        self.semantic(0, num_classes)
+
     def semantic(self, index: int, num_classes: int) -> NDArray[np.int32]:
         """Reads the class of each pixel of image `index`, stuff included, 255 where it has none.
 
@@ -99,7 +111,7 @@ class CocoSet:
         Raises: DataError: if the file cannot be read, or has another size or other numbers.
         """
         name = os.path.splitext(self._objects.file_name(index))[0] + ".png"
-        path = os.path.join(self.root, "stuffthingmaps", name)
+        path = os.path.join(self.root, SEMANTIC_FOLDER, name)
         numbers = read_numbers(path, ("L", "P"), "a map of classes, one byte a pixel")
         known = numbers[numbers != UNLABELLED]
         if numbers.shape != self.size(index) or known.max(initial=0) >= num_classes:

@@ -153,8 +153,8 @@ def test_heads_are_chosen_by_name(monkeypatch):
         numbers = replace(run.task.detection, heads=name)
         other = replace(run, task=replace(run.task, detection=numbers))
         assert type(DetectionJob(other).make_task().heads) is expected
-    numbers = replace(run.task.detection, heads="htc")
-    with pytest.raises(ConfigError, match=r"task\.detection\.heads.*'htc'.*mask_rcnn"):
+    numbers = replace(run.task.detection, heads="detr")
+    with pytest.raises(ConfigError, match=r"task\.detection\.heads.*'detr'.*mask_rcnn"):
         DetectionJob(replace(run, task=replace(run.task, detection=numbers))).make_task()
 
 
@@ -280,11 +280,29 @@ def test_a_distilled_student_is_loaded_as_it_is_for_any_window(name, shape, tmp_
         DetectionJob(job.run).initial_weights()
 
 
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("box_loss", dict(box_loss="giou")),
+        ("semantic_classes", dict(heads="cascade", semantic_classes=183)),
+        ("cascade_form", dict(heads="htc", cascade_form="detectron2")),
+        (
+            "class_agnostic",
+            dict(heads="cascade", cascade_form="detectron2", class_agnostic=False),
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_heads_are_refused(field, settings):
+    with pytest.raises(ConfigError, match=rf"^task\.detection\.{field}: "):
+        replace(registry.get(VIT).task.detection, **settings)
+
+
 def test_settings_that_do_not_fit_the_student_are_refused():
     run = narrow_run(VIT)
-    numbers = replace(run.task.detection, sequential_stages=1)
-    with pytest.raises(ConfigError, match="sequential_stages"):
-        DetectionJob(replace(run, task=replace(run.task, detection=numbers))).make_task()
+    for field, value in (("sequential_stages", 1), ("extra_attention", True)):
+        numbers = replace(run.task.detection, **{field: value})
+        with pytest.raises(ConfigError, match=field):
+            DetectionJob(replace(run, task=replace(run.task, detection=numbers))).make_task()
     run = narrow_run(SWIN)
     with pytest.raises(ConfigError, match="'pad'"):
         DetectionJob(replace(run, student=replace(run.student, size_rule="drop"))).make_task()

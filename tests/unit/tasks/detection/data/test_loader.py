@@ -198,10 +198,14 @@ def test_a_set_without_masks_loads(tmp_path):
 def test_semantic_maps_pass_through_the_view_of_their_image(tmp_path):
     write_set(tmp_path, [annotation(1, 1, [8, 16, 20, 30])], sizes={1: (64, 64), 2: (64, 64)})
     folder = tmp_path / "stuffthingmaps" / "train2017"
-    folder.mkdir(parents=True)
     classes = np.full((64, 64), 255, dtype=np.uint8)
     classes[:40], classes[16:46, 8:28] = 2, 5
+    source = open_coco(str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"^data\.root: .*stuffthingmaps"):
+        source.check_semantic(6, where="data.root")
+    folder.mkdir(parents=True)
     Image.fromarray(classes).save(folder / f"{1:012}.png")
+    source.check_semantic(6, where="data.root")
     source, still = (
         open_coco(str(tmp_path), "train"),
         LargeScaleJitter(64, min_scale=1, max_scale=1),
