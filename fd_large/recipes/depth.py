@@ -12,6 +12,9 @@ windows and flip, in the crop of NYUv2. An epoch is the 24,231 training images.
 
 Source: Xie et al., arXiv 2205.13543; SwinTransformer/MIM-Depth-Estimation @59ba08d.
 
+The published runs compute in float32; here `engine.precision` decides, which on GPUs is bfloat16
+with a float32 loss.
+
 `--student.init RUN_OR_FILE` names the backbone; without it the model starts from random weights.
 Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 """

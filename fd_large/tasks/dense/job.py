@@ -70,7 +70,7 @@ class DenseJob(Job):
         """Returns how the recipe sees a training image."""
         raise NotImplementedError
 
-    def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
+    def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Any:
         """Returns what is tested: a model, and how it sees an image.
 
         Args:
@@ -128,7 +128,7 @@ class DenseJob(Job):
             one_size = is_of_one_size(self.make_task().student)
         if one_size and (problem := self.whole_images()):
             raise ConfigError(problem)
-        self.seeing(lambda images: images, 1)
+        self.model_to_test(lambda images: images, 1)
 
     def student_module(self) -> torch.nn.Module:
         """Constructs the student for the crop."""
@@ -180,7 +180,7 @@ class DenseJob(Job):
         def forward(pixels: Tensor) -> Tensor:
             return engine.deepspeed(pixels=task.pixels(pixels))
 
-        model = self.seeing(forward, micro_batch_size)
+        model = self.model_to_test(forward, micro_batch_size)
 
         def measure(
             step: int, last: bool, between: Callable[[], None]
@@ -212,10 +212,10 @@ class DenseJob(Job):
     def score_stored(self, reader: Reader, folder: Path) -> StoredScores:
         """The scores on the val split of `eval.root` or `data.root`."""
         micro = self.run.batch.micro_batch_size
-        self.seeing(lambda images: images, 1)
+        self.model_to_test(lambda images: images, 1)
         images = meeting.meet(self.test_images)
         task = distributed.together(lambda: self.stored_task(reader))
-        model = self.seeing(task.predict, 1 if micro == "auto" else micro)
+        model = self.model_to_test(task.predict, 1 if micro == "auto" else micro)
         out_folder(folder)
         outcome = self.measure(model, images, lambda: None)
         some = predict_some(outcome.errors, model, images)
@@ -239,8 +239,8 @@ class _PassWarning(Hook):
     def on_start(self, setting: Setting) -> None:
         if setting.accumulation > 1 and distributed.is_main():
             log.warning(
-                "batch norms see the %d images of a pass, of the step's %d: another number of "
-                "passes is another run",
+                "batch norms, and losses of a whole batch, see the %d images of a pass, of the "
+                "step's %d: another number of passes is another run",
                 setting.micro_batch_size * setting.world_size,
                 setting.global_batch_size,
             )

@@ -84,7 +84,7 @@ class DepthJob(DenseJob):
             statistics=self._statistics(),
         )
 
-    def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
+    def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
         """Returns what is tested: a model, and how it sees an image."""
         own = self.section
         views = TestViews(self.run.data.image_size, own.test_windows, own.test_flip)
@@ -141,7 +141,7 @@ class DepthJob(DenseJob):
         """The depth of each pixel, drawn beside the image with a colour bar, and as files."""
         task = self.stored_task(reader)
         return predict_images(
-            self.seeing(task.predict, 1), images, folder, max_pixels=self.run.data.max_pixels
+            self.model_to_test(task.predict, 1), images, folder, max_pixels=self.run.data.max_pixels
         )
 
     def _statistics(self) -> Statistics:

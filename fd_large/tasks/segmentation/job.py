@@ -148,7 +148,7 @@ class SegmentationJob(DenseJob):
             )
         return card(self.run.to_dict(), exported, learned)
 
-    def seeing(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
+    def model_to_test(self, forward: Callable[[Tensor], Tensor], at_once: int) -> Model:
         """Returns what is tested: logits, and how an image is seen."""
         return Model(forward, test_views(self.run), at_once)
 

@@ -92,11 +92,11 @@ def test_the_backbone_is_exported_as_the_next_start_takes_it(name, to, tmp_path)
 
 def test_predictions_are_drawn_and_written(root, tmp_path):
     job = DepthJob(run_of(root))
-    seeing = job.seeing(lambda pixels: pixels[:, 0].float() / 100 + 1, 1)
-    assert isinstance(seeing, Model)
+    model = job.model_to_test(lambda pixels: pixels[:, 0].float() / 100 + 1, 1)
+    assert isinstance(model, Model)
     image = str(next((root / "official_splits/test").rglob("*.jpg")))
     none = str(tmp_path / "none.jpg")
-    found = list(predict_images(seeing, [image, none], tmp_path / "out", max_pixels=10**8))
+    found = list(predict_images(model, [image, none], tmp_path / "out", max_pixels=10**8))
     assert found[0].drawn.is_file()
     assert found[1].problem
     seen = json.loads((tmp_path / "out" / "predictions.json").read_text())[image]
