@@ -16,11 +16,11 @@ def linear(values: NDArray[np.uint8], factor: float, shift: float) -> NDArray[np
 
 def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Maps (H, W, 3) red, green, blue to hue in 0..179, saturation and value in 0..255."""
-    rgb = image.astype(np.float32)
-    value, least = rgb.max(-1), rgb.min(-1)
-    spread = value - least
-    safe = np.where(spread > 0, spread, 1)
-    red, green, blue = np.moveaxis(rgb, -1, 0)
+    # Plane by plane: NumPy is slow along an axis of three.
+    red, green, blue = (image[..., i].astype(np.float32) for i in range(3))
+    value = np.maximum(np.maximum(red, green), blue)
+    spread = value - np.minimum(np.minimum(red, green), blue)
+    safe = np.where(spread > 0, spread, np.float32(1))
     hue = np.where(
         value == red,
         (green - blue) / safe,
@@ -33,9 +33,12 @@ def to_hsv(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def to_rgb(hsv: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Maps what `to_hsv` returns back to red, green and blue."""
-    hue, saturation, value = np.moveaxis(hsv.astype(np.float32), -1, 0)
-    chroma = value * saturation / 255
-    # Distance of each colour from the hue, in sixths of the circle.
-    places = (np.array([5.0, 3.0, 1.0], np.float32) + hue[..., None] / 30) % 6
-    shares = np.clip(np.minimum(places, 4 - places), 0, 1)
-    return np.round(value[..., None] - chroma[..., None] * shares).astype(np.uint8)
+    hue, saturation, value = (hsv[..., i].astype(np.float32) for i in range(3))
+    chroma, sixths = value * saturation / 255, hue / 30
+    image = np.empty_like(hsv)
+    for channel, start in enumerate((5, 3, 1)):
+        # Distance of the colour from the hue, in sixths of the circle.
+        place = (start + sixths) % 6
+        share = np.clip(np.minimum(place, 4 - place), 0, 1)
+        image[..., channel] = np.round(value - chroma * share)
+    return image
