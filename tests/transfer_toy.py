@@ -37,12 +37,17 @@ SHORT = """
 """
 
 
-def write_toy(folder: Path) -> Path:
-    """Writes the datasets, weights of a teacher, and FOLDER/mine, a run that distilled it."""
-    labelled_folder(folder / "imagenet", train=16, val=8, side=40)
-    segmentation_twin.write_images(folder / "ade20k")
+def write_toy(folder: Path, *, count: int = 4) -> Path:
+    """Writes the datasets, weights of a teacher, and FOLDER/mine, a run that distilled it.
+
+    Args:
+        folder: Where to.
+        count: Images of each split, about.
+    """
+    labelled_folder(folder / "imagenet", train=4 * count, val=2 * count, side=40)
+    segmentation_twin.write_images(folder / "ade20k", count)
     detection_twin.pictures(folder / "coco")
-    depth_images.write_images(folder / "nyuv2", 4)
+    depth_images.write_images(folder / "nyuv2", count)
     run = tiny_runs.tiny_run()
     run = replace(
         run,

@@ -49,9 +49,15 @@ class Value(NamedTuple):
         return cls(statistics.fmean(values), deviation, tuple(values))
 
     def text(self, digits: int, *, sign: str = "") -> str:
-        """Returns it as text, `sign` as in a format ("+" shows it)."""
-        found = f"{self.mean:{sign}.{digits}f}"
-        return found if self.deviation is None else f"{found} +- {self.deviation:.{digits}f}"
+        """Returns it as text, of several seeds with one digit more.
+
+        Args:
+            digits: Digits after the point of one seed.
+            sign: As in a format; "+" shows it.
+        """
+        if self.deviation is None:
+            return f"{self.mean:{sign}.{digits}f}"
+        return f"{self.mean:{sign}.{digits + 1}f} +- {self.deviation:.{digits + 1}f}"
 
 
 def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
@@ -72,7 +78,8 @@ def read_cell(folder: Path) -> tuple[str, str, dict[str, Any]]:
         return DONE, "", summary
     failure = found.get(RECORD, {}).get("failure", "")
     if not failure and status and status not in _GOES_ON:
-        failure = f"{status}: {summary['reason']}" if summary.get("reason") else status
+        reason = summary.get("reason", "")
+        failure = reason if reason and status == FAILED else f"{status}: {reason}".rstrip(": ")
     return (FAILED if failure else ""), failure, summary
 
 
@@ -144,6 +151,9 @@ def tables_of(summary: dict[str, Any]) -> list[Table]:
             for value, (_, score) in zip(values, scores, strict=True)
         ]
         differences.add_row(f"{labels[a]} less {labels[b]}", *texts)
+    if lower := _lower_is_better(summary):
+        differences.caption = f"Below 0 is better: {', '.join(lower)}."
+        differences.caption_justify = "left"
     return [found, *([differences] if differences.row_count else [])]
 
 
@@ -274,8 +284,7 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
 
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
     """Lines below the table."""
-    lower = [score["title"] for _, score in _scores(summary) if score["lower_is_better"]]
-    if lower:
+    if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
     if any(not one["same_settings"] for one in summary["published"]):
         yield (
@@ -287,6 +296,10 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     for cell in summary["cells"]:
         if cell["status"] == FAILED:
             yield f"FAILED {cell['run']}: {cell['reason']}"
+
+
+def _lower_is_better(summary: dict[str, Any]) -> list[str]:
+    return [score["title"] for _, score in _scores(summary) if score["lower_is_better"]]
 
 
 def _made_by(summary: dict[str, Any], column: str) -> str:

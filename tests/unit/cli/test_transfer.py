@@ -77,10 +77,10 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     assert found["published"] == []
     told = capsys.readouterr().out
     assert "30 trainings, 0 of them done before" in told
-    assert "80.5 +- 0.7" in told
-    assert "+10.0 +- 0.0" in (out / "transfer.txt").read_text()
+    assert "80.50 +- 0.71" in told
+    assert "+10.00 +- 0.00" in (out / "transfer.txt").read_text()
     page = check_page(out / "report.html")
-    assert {"mine: teacher", "30.0 +- 0.0"} <= set(page.words)
+    assert {"mine: teacher", "30.00 +- 0.00"} <= set(page.words)
     assert (out / "transfer.png").stat().st_size > 10_000
 
     # Nothing is left to train, and columns of earlier starts stay in the table.

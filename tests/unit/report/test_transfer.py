@@ -70,21 +70,22 @@ def test_figures_differences_and_gaps(table: Path) -> None:
     cells = {
         label: row for label, *row in zip(*(column.cells for column in scores.columns), strict=True)
     }
-    assert cells["student"] == ["85.1 +- 0.1", "0.352", ""]
+    assert cells["student"] == ["85.10 +- 0.14", "0.352", ""]
     assert cells["  in the paper"] == ["85.0", "(0.352)", ""]
     assert cells["scratch"] == ["...", "failed", "..."]
     assert "Less is better: RMSE." in scores.caption
-    assert "depth/seed_0: failed: out of memory" in scores.caption
+    assert "depth/seed_0: out of memory" in scores.caption
     shown = list(zip(*(column.cells for column in differences.columns), strict=True))
-    assert shown[0] == ("student less teacher", "+2.2 +- 0.3", "-0.064", "")
+    assert shown[0] == ("student less teacher", "+2.20 +- 0.28", "-0.064", "")
     assert shown[1] == ("student less scratch", "", "", "")
+    assert "Below 0 is better: RMSE." in differences.caption
     (first, second) = summary["differences"]
     assert first["seeds"] == pytest.approx([2.0, 2.4])
     assert (second["column"], second["deviation"]) == ("depth", None)
     assert json.loads(files[0].read_text())["differences"][0]["mean"] == pytest.approx(2.2)
-    assert "85.1 +- 0.1" in files[1].read_text()
+    assert "85.10 +- 0.14" in files[1].read_text()
     assert Image.open(files[2]).size[0] > 900
-    assert {"+2.2 +- 0.3", "(0.352)", "failed"} <= set(check_page(files[3]).words)
+    assert {"+2.20 +- 0.28", "(0.352)", "failed"} <= set(check_page(files[3]).words)
 
 
 def test_it_is_made_again_as_runs_go_on(table: Path) -> None:

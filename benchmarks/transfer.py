@@ -1,0 +1,86 @@
+"""How long does a table of 3 rows and 5 columns take from end to end on two cores?
+
+    python benchmarks/transfer.py [--quick] [--ranks 2]
+
+Starts `transfer` on the stored run of a tiny SwinV2 and its teacher, a tiny ViT, with toy datasets
+that are made here in the layouts of ImageNet, ADE20K, COCO and NYUv2: fine-tuning, linear probe,
+segmentation, detection and depth for the student, its teacher and random weights, each a run of its
+own with a test at its end. Nothing was distilled, so that the scores say nothing; the seconds say
+what the command costs. Starts it a second time, when all is done. Writes
+benchmarks/results/transfer.json and the table's picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+from harness import RESULTS, ROOT
+
+COLUMNS = 5
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three steps of each training")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks where there is no GPU")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each training")
+    parser.add_argument("--out", type=Path, default=RESULTS / "transfer.json")
+    if parser.parse_args().quick:
+        parser.set_defaults(steps=3)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Makes the table twice, and keeps the seconds."""
+    flags = parse()
+    sys.path.insert(0, str(ROOT / "tests"))
+    import transfer_toy
+
+    with tempfile.TemporaryDirectory(prefix="transfer_") as folder:
+        toy, out = transfer_toy.write_toy(Path(folder), count=24), Path(folder) / "table"
+        words = [*transfer_toy.words(toy, out), "--optim.max_steps", flags.steps]
+        words += ["--batch.micro_batch_size", 4 // flags.ranks, "--runtime.save_every", 1000]
+        seconds = []
+        for _ in range(2):
+            begin = time.monotonic()
+            code = harness.start(str(ROOT / "fd_large/__main__.py"), *words, ranks=flags.ranks)
+            seconds.append(time.monotonic() - begin)
+            if code:
+                sys.exit(f"transfer: the ranks ended with {code}")
+        table = json.loads((out / "summary.json").read_text())
+        done = [cell for cell in table["cells"] if cell["status"] == "done"]
+        of_each = {f"{cell['row']}/{cell['column']}": _seconds(Path(cell["run"])) for cell in done}
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / "transfer.png", flags.out.with_suffix(".png"))
+        result = {
+            **harness.conditions(__file__, __doc__),
+            "ranks": flags.ranks,
+            "steps": flags.steps,
+            "rows": len(table["rows"]),
+            "columns": COLUMNS,
+            "trainings": len(done),
+            "seconds": seconds[0],
+            "seconds_of_a_second_start": seconds[1],
+            "seconds_of_each_training": of_each,
+        }
+        harness.write(result, flags.out)
+        print(f"{len(done)} trainings in {seconds[0]:.0f} s; again in {seconds[1]:.0f} s")
+    return 0
+
+
+def _seconds(run: Path) -> float:
+    """From the first file of a run to its last."""
+    times = [(run / name).stat().st_mtime for name in ("cell.json", "summary.json")]
+    return round(times[1] - times[0], 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
