@@ -87,7 +87,7 @@ TASKS = {
         "share within a factor of 1.25",
     ),
     "depth_vit": (
-        f"--recipe nyuv2_vit_base {VIT} {DEPTH}",
+        f"--recipe nyuv2_vit_base {VIT} {DEPTH} --optim.base_lr 0.064",
         {"val_d1": 0.9},
         "share within a factor of 1.25",
     ),
