@@ -59,7 +59,10 @@ class Errors:
         self.rows: list[Row] = []
 
     def out(self, label: str, got: Tensor) -> None:
-        expected = self._tensors[label]
+        self.add(label, got, self._tensors[label])
+
+    def add(self, label: str, got: Tensor, expected: Tensor) -> None:
+        """Adds what a file has elsewhere than in its tensors."""
         self.rows.append(
             Row(label, max_relative(got.detach().reshape(expected.shape), expected), self._outputs)
         )

@@ -28,8 +28,12 @@ def test_oracle(path):
 
 
 @needs_oracles
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("dense/*.json")), ids=lambda path: path.stem)
-def test_dense_oracle_in_float64(path):
+@pytest.mark.parametrize(
+    "path",
+    sorted([*FOLDER.glob("dense/*.json"), *FOLDER.glob("multi/*.json")]),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_oracle_in_float64(path):
     verdict = oracles.check_file(path, torch.float64)
     assert not verdict.failed, f"{verdict.text}, worst {verdict.worst}"
     if verdict.text.startswith("not yet"):

@@ -11,6 +11,8 @@ from torch import Tensor
 from fd_large.tasks.distillation.task import Distillation
 
 Prepared = dict[str, Any]
+MOST_PASSES = 12
+ENOUGH = 1e-3  # Share of the loss below which a step is the last one, from the third pass on.
 
 
 def constant_prediction_loss(
@@ -31,32 +33,33 @@ def constant_prediction_loss(
     mean: Tensor | None = None
     constant: Tensor | None = None
     loss = float("nan")
-    # Pass 0 gives the mean; passes 1 and 2 one Newton step each; the last pass the loss.
-    for step in range(4):
+    # Pass 0 gives the mean; each later one the loss by the constant before it, and a Newton step.
+    for step in range(MOST_PASSES):
         totals: Tensor | None = None
         moves = True
         for prepared, weight in batches():
-            tokens = task.reference(**prepared).flatten(0, 1)  # (B * N, C) float32
+            tokens = task.reference(**prepared)  # (B, N, C) float32
             if constant is None:
-                constant = torch.zeros_like(tokens[0])
-            rows = [tokens.sum(0), torch.zeros_like(tokens[0])]
+                constant = torch.zeros_like(tokens[0, 0])
+            rows = [tokens.sum((0, 1)), torch.zeros_like(constant)]
             if mean is not None and (slopes := task.loss.newton(constant, tokens)):
                 rows = list(slopes)
             else:
                 moves = mean is None
-            lost, terms = task.loss.total(constant.expand_as(tokens), tokens)
-            sums = torch.stack([*rows, lost.expand_as(tokens[0])]).double()
-            counts = sums.new_tensor([[len(tokens)], [terms]]).expand(2, sums.shape[1])
-            part = torch.cat([sums, counts]) * weight
+            lost = task.loss(constant.expand_as(tokens), tokens) * len(tokens)
+            sums = torch.stack([*rows, lost.expand_as(constant)]).double()
+            counts = sums.new_tensor([[len(tokens)], [tokens[..., 0].numel()]])
+            part = torch.cat([sums, counts.expand(2, sums.shape[1])]) * weight
             totals = part if totals is None else totals + part
         assert totals is not None
         assert constant is not None
-        first, second, lost_sum, count, terms_sum = summed(totals)
-        loss = (lost_sum[0] / terms_sum[0]).item()
+        first, second, lost_sum, images, places = summed(totals)
+        before, loss = loss, (lost_sum[0] / images[0]).item()
         if mean is None:
-            mean = constant = (first / count).float()
-        elif not moves:
+            mean = constant = (first / places).float()
+        elif not moves or (step >= 3 and not loss < before * (1 - ENOUGH)):
             break
-        elif step < 3:
-            constant = (constant - first / second.clamp(min=1.0)).float()
+        else:
+            step_down = torch.where(second > 0, first / second, 0.0)
+            constant = (constant - step_down).float()
     return loss

@@ -44,7 +44,7 @@ from fd_large.tasks.distillation.alignment import Grid, check_grids, teacher_sid
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.held_out import HeldOutViews
-from fd_large.tasks.distillation.losses import FunctionLoss, check_loss, make_loss
+from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
 from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser, make_normaliser
 from fd_large.tasks.distillation.task import Distillation
@@ -93,9 +93,9 @@ class DistillationJob(Job):
     def ignored_fields(self) -> tuple[str, ...]:
         """Fields that this recipe's loss or normaliser does not read."""
         objective = self.run.objective
-        is_function = isinstance(make_loss(objective.loss, beta=objective.beta), FunctionLoss)
+        no_beta = not make_loss(objective.loss, beta=objective.beta).reads_beta
         no_eps = objective.normaliser != WHITENING
-        fields = {"objective.beta": is_function, "objective.whitening_eps": no_eps}
+        fields = {"objective.beta": no_beta, "objective.whitening_eps": no_eps}
         return tuple(name for name, ignored in fields.items() if ignored)
 
     # --- before anything heavy ---

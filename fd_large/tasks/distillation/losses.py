@@ -1,13 +1,19 @@
 """The losses between projected student tokens and the normalised tokens of the teacher.
 
 Adding one is a line in `LOSSES`, or a file of the user's own, `objective.loss
-module:FILE.py:NAME`: a function of (projected, target), both (..., C) float32, that returns the
-mean over all tokens as a scalar, or a subclass of `Loss`.
+module:FILE.py:NAME`: a function of (projected, target), both (B, N, C) float32, that returns the
+mean over all tokens or images as a scalar, or a subclass of `Loss`. A recipe can also name a sum of
+built-in ones by weight: "0.9 cosine + 0.1 smooth_l1".
+
+A loss is a mean over the images of a micro batch of something that each image has alone, so that
+neither ranks nor micro batches change a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fd_large import doors
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, nearest
 from fd_large.kernels.whitened_loss import whitened_loss
 
 WHERE = "objective.loss"
+_SMALLEST = 1e-6  # For divisions, far below any difference that matters in units of the target.
+_TERM = re.compile(r"(\d+\.?\d*|\.\d+)\s+(\w+)")
 
 
 class Loss:
@@ -29,9 +37,11 @@ class Loss:
 
     Attributes:
         label: Its words in logs and plots.
+        reads_beta: Whether `beta` changes it; a recipe that sets it in vain is told.
     """
 
     label = "loss"
+    reads_beta = True
 
     def __init__(self, beta: float = 2.0) -> None:
         self.beta = beta
@@ -40,24 +50,21 @@ class Loss:
         """Returns the loss, a scalar.
 
         Args:
-            projected: (..., C) float32, student tokens after the head.
-            target: (..., C) float32, teacher tokens after the normaliser; takes no gradient.
+            projected: (B, N, C) float32, student tokens after the head.
+            target: (B, N, C) float32, teacher tokens after the normaliser; takes no gradient.
         """
         raise NotImplementedError
 
-    def total(self, projected: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        """Returns the sum of the loss over (tokens, C) and the number of its terms."""
-        return self(projected, target) * len(target), len(target)
-
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns slope and curvature by a constant prediction, each (C,), summed over tokens.
+        """Returns slope and curvature of the loss by a constant prediction, each (C,).
 
-        None leaves the constant-prediction baseline at the mean of the targets, which is the best
-        constant of a squared error, and of a cosine between tokens of equal length.
+        Both are summed over the images; the curvature is one that a step of slope / curvature can
+        trust, zero where a channel must stay. None leaves the constant-prediction baseline at the
+        mean of the targets.
 
         Args:
-            constant: (C,) float32.
-            target: (tokens, C) float32.
+            constant: (C,) float32, predicted for every token.
+            target: (B, N, C) float32.
         """
         return None
 
@@ -84,24 +91,128 @@ class SmoothL1(Loss):
         """Returns the mean over tokens and channels."""
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
-    def total(self, projected: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        """Returns the sum over tokens and channels, and their number."""
-        total = F.smooth_l1_loss(projected, target, beta=self.beta, reduction="sum")
-        return total, target.numel()
-
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns slope and curvature of the sum, which is convex."""
-        difference = constant - target
+        """Returns first and second derivative, summed over the images; the loss is convex."""
+        difference = (constant - target).flatten(0, -2)
         inside = difference.abs() < self.beta
         slope = difference.clamp(-self.beta, self.beta) / self.beta
-        return slope.sum(0), inside.float().sum(0) / self.beta
+        scale = len(target) / target.numel()
+        return slope.sum(0) * scale, inside.float().sum(0) * (scale / self.beta)
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor:
         """Returns the loss by the fused kernel, or by its plain twin."""
         return whitened_loss(projected, tokens, beta=self.beta, eps=eps)
 
 
-LOSSES: dict[str, Any] = {"smooth_l1": SmoothL1}
+class MeanSquaredError(Loss):
+    """The mean of the squared difference over tokens and channels."""
+
+    label = "mean squared error"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over tokens and channels."""
+        return F.mse_loss(projected, target)
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns first and second derivative, summed over the images."""
+        slope = 2 / constant.numel() * (constant - target).mean(-2).sum(0)
+        return slope, torch.full_like(constant, 2 / constant.numel() * len(target))
+
+
+class L1(Loss):
+    """The mean of the absolute difference over tokens and channels."""
+
+    label = "L1 loss"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over tokens and channels."""
+        return F.l1_loss(projected, target)
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the slope, and the curvature of the parabolas that lie above the differences.
+
+        A step is one of iteratively reweighted least squares, which goes towards the median.
+        """
+        difference = (constant - target).flatten(0, -2)
+        scale = len(target) / target.numel()
+        curvature = difference.abs().clamp(min=_SMALLEST).reciprocal().sum(0)
+        return difference.sign().sum(0) * scale, curvature * scale
+
+
+class Cosine(Loss):
+    """One minus the cosine of the two tokens at a place; the mean over tokens."""
+
+    label = "cosine loss"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over tokens."""
+        return 1 - F.cosine_similarity(projected, target, dim=-1).mean()
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns slope and curvature; one step leads to the best direction."""
+        directions = F.normalize(target, dim=-1).mean(-2).sum(0)
+        return _towards(constant, directions)
+
+
+class CosineOfMap(Loss):
+    """One minus the cosine of two maps, each taken as one long vector; the mean over images.
+
+    Long tokens count more than short ones, unlike in `Cosine`. Source: Shang et al. (Theia), arXiv
+    2407.20179, and Lu et al. (SAK), arXiv 2410.14633, in their code.
+    """
+
+    label = "map cosine loss"
+    reads_beta = False
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean over images."""
+        return 1 - F.cosine_similarity(projected.flatten(1), target.flatten(1), dim=-1).mean()
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns slope and curvature; one step leads to the best direction."""
+        units = F.normalize(target.flatten(1), dim=-1).view_as(target)
+        directions = units.sum((0, 1)) / math.sqrt(target.shape[1])
+        return _towards(constant, directions)
+
+
+class WeightedSum(Loss):
+    """A sum of losses by weight.
+
+    Args:
+        terms: (weight, loss) of each.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
+        super().__init__()
+        self.terms = tuple(terms)
+        words = (f"{weight:g} x {loss.label.replace(' loss', '')}" for weight, loss in terms)
+        self.label = f"{' + '.join(words)} loss"
+        self.reads_beta = any(loss.reads_beta for _, loss in terms)
+
+    def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
+        """Returns the sum of the means."""
+        losses = [weight * loss(projected, target) for weight, loss in self.terms]
+        return torch.stack(losses).sum()
+
+    def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sums of slopes and of curvatures."""
+        slope, curvature = torch.zeros_like(constant), torch.zeros_like(constant)
+        for weight, loss in self.terms:
+            if (part := loss.newton(constant, target)) is not None:
+                slope, curvature = slope + weight * part[0], curvature + weight * part[1]
+        return slope, curvature
+
+
+LOSSES: dict[str, Any] = {
+    "smooth_l1": SmoothL1,
+    "mse": MeanSquaredError,
+    "l1": L1,
+    "cosine": Cosine,
+    "cosine_of_map": CosineOfMap,
+}
 """The built-in losses: functions, or subclasses of `Loss`."""
 
 
@@ -109,11 +220,14 @@ def make_loss(name: str, *, beta: float) -> Loss:
     """Returns the loss that a recipe names.
 
     Args:
-        name: A name in `LOSSES`, or one of the user's own (fd_large/doors.py).
+        name: A name in `LOSSES`, one of the user's own (fd_large/doors.py), or a sum of names in
+            `LOSSES`, each with a weight before it.
         beta: `objective.beta`.
 
     Raises: ConfigError: if there is no such loss, or it cannot be made.
     """
+    if " " in name and not doors.is_own(name):
+        return WeightedSum(_terms(name, beta))
     found = doors.load(name, kind="losses", where=WHERE, built_in=LOSSES)
     if not (isinstance(found, type) and issubclass(found, Loss)):
         return FunctionLoss(found)
@@ -154,6 +268,8 @@ def check_loss(loss: Loss, name: str) -> None:
 class FunctionLoss(Loss):
     """A loss that is a function alone."""
 
+    reads_beta = False
+
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self._function = function
@@ -163,3 +279,38 @@ class FunctionLoss(Loss):
     def __call__(self, projected: Tensor, target: Tensor) -> Tensor:
         """Returns what the function does."""
         return self._function(projected, target)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _terms(name: str, beta: float) -> list[tuple[float, Loss]]:
+    """The terms of "0.9 cosine + 0.1 smooth_l1"."""
+    terms = []
+    for text in name.split(" + "):
+        found = _TERM.fullmatch(text.strip())
+        if found is None or not float(found[1]) > 0:
+            raise ConfigError(
+                f"{WHERE}: not a sum of losses by weight; got {text!r} in {name!r}, expected terms "
+                'as in "0.9 cosine + 0.1 smooth_l1", with weights above 0. Correct the term.'
+            )
+        if found[2] not in LOSSES:
+            raise ConfigError(
+                f"{WHERE}: no such loss for a sum; got {found[2]!r}, {nearest(found[2], LOSSES)}. "
+                "Take a built-in one; a function of your own can add what it likes itself."
+            )
+        terms.append((float(found[1]), make_loss(found[2], beta=beta)))
+    return terms
+
+
+def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and curvature of minus the cosine between a constant and a sum of unit vectors.
+
+    The curvature is the one that a turn towards the sum has at its end, |sum| / |constant|^2, and
+    the step from any constant on its side leads there.
+    """
+    length = constant.norm().clamp(min=_SMALLEST)
+    unit = constant / length
+    along = directions @ unit
+    slope = (along * unit - directions) / length
+    return slope, (along.clamp(min=0) / length.square()).expand_as(constant)

@@ -33,7 +33,9 @@ class Objective:
     # Which map of the teacher is learnt. last: the one after its final norm. before_norm: the one
     # that this norm is given, of models of this package's own families.
     layer: Literal["last", "before_norm"] = "last"
-    # The loss. smooth_l1: quadratic up to beta, linear above. A function of your own, from
+    # The loss. smooth_l1: quadratic up to beta, linear above. mse, l1: the mean squared or absolute
+    # difference. cosine: one minus the cosine of two tokens. cosine_of_map: that of two whole maps.
+    # A sum of these by weight: "0.9 cosine_of_map + 0.1 smooth_l1". A function of your own, from
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
     # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its

@@ -81,12 +81,41 @@ def test_smooth_l1_is_the_same_fused_and_written_out():
     projected, tokens = torch.randn(2, 2, 3, 8).unbind()
     loss, whiten = SmoothL1(0.5), make_normaliser("whitening", eps=1e-3)
     assert torch.equal(loss.fused(projected, tokens, 1e-3), loss(projected, whiten(tokens)))
-    total, terms = loss.total(projected.flatten(0, 1), tokens.flatten(0, 1))
-    assert (total / terms).item() == pytest.approx(loss(projected, tokens).item(), rel=1e-6)
-    constant = torch.zeros(8, requires_grad=True)
-    rows = tokens.flatten(0, 1)
-    loss.total(constant.expand_as(rows), rows)[0].backward()
-    assert torch.allclose(loss.newton(constant.detach(), rows)[0], constant.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
+    target = (torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)) + 0.3).exp()
+    loss = make_loss(name, beta=0.5)
+    check_loss(loss, name)
+    constant = target.mean((0, 1)).requires_grad_()
+
+    def value(rows: slice = slice(None)) -> torch.Tensor:
+        return loss(constant.expand_as(target[rows]), target[rows])
+
+    # Of any division into micro batches, and with the slope that the baseline takes.
+    parts = (value(slice(0, 1)) + 3 * value(slice(1, 4))) / 4
+    assert parts.item() == pytest.approx(value().item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(4 * value(), constant)
+    assert torch.allclose(loss.newton(constant.detach(), target)[0], slope, atol=1e-5)
+
+
+def test_a_sum_by_weight_is_the_sum_of_its_terms():
+    projected, target = torch.randn(2, 3, 4, 8).unbind()
+    both = make_loss("0.9 cosine_of_map + .1 smooth_l1", beta=1.0)
+    cosine, smooth = (make_loss(name, beta=1.0) for name in ("cosine_of_map", "smooth_l1"))
+    expected = 0.9 * cosine(projected, target) + 0.1 * smooth(projected, target)
+    assert both(projected, target).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert both.label == "0.9 x map cosine + 0.1 x smooth L1 loss"
+    assert both.reads_beta
+    assert not make_loss("1 mse + 2 l1", beta=1.0).reads_beta
+    for wrong, part in (
+        ("0.9 cosin + 1 l1", "nearest"),
+        ("-1 mse + 1 l1", "-1 mse"),
+        ("1 ", "'1 '"),
+    ):
+        with pytest.raises(ConfigError, match=rf"objective\.loss.*{part}"):
+            make_loss(wrong, beta=1.0)
 
 
 @pytest.mark.parametrize(
