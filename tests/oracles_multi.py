@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from oracles_dense import Errors
 from oracles_models import Row, Skipped, Tensors
@@ -9,18 +11,17 @@ from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
+from fd_large.tasks.distillation.heads import MLP, attention_mlp, block, mlp_relu
 from fd_large.tasks.distillation.losses import make_loss
 
 _TEACHERS = "the engine has one teacher"
 _STATISTICS = "running statistics of the targets"
 _RELATION = "losses against a queue or between tokens of an image"
-_RADIO = "heads of RADIO"
 _NORMALISER = "normalisers with statistics"
 
 # Kinds that nothing in the package stands behind, and why.
 NOT_YET = {
     "dinov3_exchange": "students in groups of ranks",
-    "dune_projector": "the transformer block as a head",
     "dune_statistics_two_ranks": _STATISTICS,
     "dune_teacher_norm": _NORMALISER,
     "featsharp_phi_standardize": _NORMALISER,
@@ -31,9 +32,6 @@ NOT_YET = {
     "lightly_v3_loss": _RELATION,
     "lightly_v3_student": _RELATION,
     "radio_hadamard": _NORMALISER,
-    "radio_head_attn": _RADIO,
-    "radio_head_v1": _RADIO,
-    "radio_head_v2": _RADIO,
     "radio_intermediate_normaliser": _NORMALISER,
     "radio_phi_s": _NORMALISER,
     "theia_translator": "heads that change the grid",
@@ -140,8 +138,122 @@ def check_unic_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
     return errors.rows
 
 
+# Names of RADIO's and DUNE's parameters, and ours, where Sequentials are numbered.
+_V1 = ((r"fc1\.", "0."), (r"norm\.", "1."), (r"fc2\.", "{last}."))
+_V2 = (
+    (r"pre_norm\.0\.", "first.0."),
+    (r"fc1\.", "first.{first}."),
+    (r"blocks\.", "inner."),
+    (r"final\.", "last."),
+)
+
+
+def _check_head(
+    spec: dict,
+    tensors: Tensors,
+    dtype: torch.dtype,
+    head: nn.Module,
+    names: dict[str, str],
+) -> list[Row]:
+    """What a head gives, and the gradients of its input and parameters.
+
+    Args:
+        names: Our name of each published parameter.
+    """
+    errors, prefix = Errors(spec, tensors), "weights."
+    published = [n.removeprefix(prefix) for n in tensors if n.startswith(prefix)]
+    held = {names[name]: tensors[f"{prefix}{name}"] for name in published}
+    head.load_state_dict(held, strict=True)
+    head.to(dtype)
+    tokens = nn.Parameter(tensors["input"].to(dtype))
+    out = head(tokens)
+    errors.out("out", out)
+    out.backward(tensors["cotangent"].to(dtype))
+    errors.gradient("grad.input", tokens.grad, tensors["grad.input"])
+    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+    for name in published:
+        got, expected = gradients[names[name]], tensors[f"grad.{name}"]
+        if name.endswith("qkv.bias"):  # That of the keys has no effect.
+            width = len(expected) // 3
+            got, expected = (torch.cat([t[:width], t[2 * width :]]) for t in (got, expected))
+        errors.gradient(f"grad.{name}", got, expected)
+    return errors.rows
+
+
+def _names(tensors: Tensors, rules: tuple[tuple[str, str], ...], **numbers: int) -> dict[str, str]:
+    """Our names of the published parameters."""
+    names = {}
+    for label in tensors:
+        if label.startswith("weights."):
+            name = ours = label.removeprefix("weights.")
+            for pattern, replacement in rules:
+                ours, count = re.subn(rf"^(?:{pattern})", replacement.format(**numbers), ours)
+                if count:
+                    break
+            names[name] = ours
+    return names
+
+
+def check_radio_head_v1(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    config = spec["config"]
+    inner = config["num_inner"]
+    head = mlp_relu(config["input"], config["output"], hidden=config["hidden"], inner=inner)
+    names = _names(tensors, _V1, last=3 * inner + 3)
+    for name in names:
+        if found := re.match(r"inner\.(\d+)\.", name):
+            names[name] = f"{int(found[1]) + 3}.{name[found.end() :]}"
+    return _check_head(spec, tensors, dtype, head, names)
+
+
+def check_radio_head_v2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
+    config = spec["config"]
+    if config.get("upsample_factor", 1) != 1:
+        return Skipped("not yet", "heads that change the grid")
+    pre_norm = config.get("pre_norm", False)
+    head = MLP(
+        config["input"],
+        config["output"],
+        hidden=config["hidden"],
+        inner=config["num_inner"],
+        pre_norm=pre_norm,
+    )
+    return _check_head(spec, tensors, dtype, head, _names(tensors, _V2, first=2 if pre_norm else 0))
+
+
+def check_radio_head_attn(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
+    config = spec["config"]
+    built = (config["blocks"], config["heads"], config["layer_scale_init"])
+    if built != (2, 16, 1e-5):
+        return Skipped("left out", f"RADIO has no such head: {built}")
+    pre_norm = config.get("pre_norm", False)
+    head = attention_mlp(
+        config["input"], config["output"], hidden=config["hidden"], pre_norm=pre_norm
+    )
+    rules = (
+        (r"blocks\.", ""),
+        *((rf"mlp\.{old}", f"2.{new}") for old, new in _V2),
+    )
+    names = _names(tensors, rules, first=2 if pre_norm else 0)
+    return _check_head(spec, tensors, dtype, head, names)
+
+
+def check_dune_projector(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
+    config = spec["config"]
+    built = (config["mlp_ratio"], config["layer_norm_eps"])
+    if built != (4.0, 1e-6):
+        return Skipped("left out", f"DUNE has no such head: {built}")
+    depth = config["num_blocks"]
+    head = block(config["input_dim"], config["output_dim"], heads=config["num_heads"], blocks=depth)
+    rules = ((r"blocks\.", ""), (r"\w+\.(?=weight|bias)", "{last}."))
+    return _check_head(spec, tensors, dtype, head, _names(tensors, rules, last=depth))
+
+
 CHECKS = {
     "dune_loss": check_unic_loss,
+    "dune_projector": check_dune_projector,
+    "radio_head_attn": check_radio_head_attn,
+    "radio_head_v1": check_radio_head_v1,
+    "radio_head_v2": check_radio_head_v2,
     "sak_loss": check_sak_loss,
     "theia_loss": check_theia_loss,
     "unic_loss": check_unic_loss,

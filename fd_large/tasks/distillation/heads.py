@@ -7,9 +7,13 @@ tokens (B, N, width) to (B, N, teacher_width).
 
 from __future__ import annotations
 
-from torch import nn
+from functools import partial
+
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
 from fd_large.engine.heads import Make
+from fd_large.errors import ConfigError
 
 WHERE = "objective.head"
 
@@ -19,5 +23,122 @@ def linear(width: int, teacher_width: int) -> nn.Module:
     return nn.Linear(width, teacher_width)
 
 
-HEADS: dict[str, Make] = {"linear": linear}
+class MLP(nn.Module):
+    """A linear layer, residual layers, and a norm, GELU and linear layer at the end.
+
+    Source: the second version of RADIO's heads (Ranzinger et al., arXiv 2312.06709, in its code).
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        hidden: Channels between; None: twice the student's, which is this package's choice.
+        inner: Number of residual layers.
+        pre_norm: Whether a norm and GELU come first.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        teacher_width: int,
+        *,
+        hidden: int | None = None,
+        inner: int = 0,
+        pre_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or 2 * width
+        first = nn.Linear(width, hidden)
+        self.first = (
+            nn.Sequential(nn.LayerNorm(width), nn.GELU(), first)
+            if pre_norm
+            else nn.Sequential(first)
+        )
+        self.inner = nn.ModuleList(_normed(hidden, hidden) for _ in range(inner))
+        self.last = _normed(hidden, teacher_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns (B, N, teacher_width) from tokens (B, N, width)."""
+        tokens = self.first(tokens)
+        for layer in self.inner:
+            tokens = tokens + layer(tokens)
+        return self.last(tokens)
+
+
+def mlp_relu(
+    width: int, teacher_width: int, *, hidden: int | None = None, inner: int = 0
+) -> nn.Module:
+    """Linear layers with a norm and ReLU between them.
+
+    Source: the first version of RADIO's heads.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        hidden: Channels between; None: twice the student's.
+        inner: Number of layers between the first and the last.
+    """
+    hidden = hidden or 2 * width
+    layers: list[nn.Module] = []
+    for channels in (width, *[hidden] * inner):
+        layers += [nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, teacher_width))
+
+
+def attention_mlp(
+    width: int, teacher_width: int, *, hidden: int | None = None, pre_norm: bool = False
+) -> nn.Module:
+    """Two transformer blocks of 16 heads, and an `MLP`; the third kind of RADIO's heads.
+
+    Raises: ConfigError: if the width does not divide into the heads.
+    """
+    blocks = [_block(width, heads=16, layer_scale=1e-5) for _ in range(2)]
+    return nn.Sequential(*blocks, MLP(width, teacher_width, hidden=hidden, pre_norm=pre_norm))
+
+
+def block(
+    width: int, teacher_width: int, *, heads: int | None = None, blocks: int = 1
+) -> nn.Module:
+    """Transformer blocks and a linear layer, over CLS token and patches alike.
+
+    Source: Sariyildiz et al. (DUNE), arXiv 2503.14405.
+
+    Args:
+        width: Channels of the student's tokens.
+        teacher_width: Channels of the teacher's.
+        heads: Heads of the attention; None: one for 64 channels.
+        blocks: Number of blocks.
+
+    Raises: ConfigError: if the width does not divide into the heads.
+    """
+    make = partial(
+        _block,
+        width,
+        heads=heads or max(1, width // 64),
+        layer_scale=1e-4,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    return nn.Sequential(*(make() for _ in range(blocks)), nn.Linear(width, teacher_width))
+
+
+HEADS: dict[str, Make] = {
+    "linear": linear,
+    "mlp": MLP,
+    "mlp_relu": mlp_relu,
+    "attention_mlp": attention_mlp,
+    "block": block,
+}
 """The built-in heads."""
+
+
+def _normed(width: int, out_width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, out_width))
+
+
+def _block(width: int, *, heads: int, layer_scale: float, **options: object) -> Block:
+    if width % heads:
+        raise ConfigError(
+            f"{WHERE}: attention does not fit the student; got a width of {width}, expected a "
+            f"multiple of its {heads} heads. Take mlp."
+        )
+    return Block(width, num_heads=heads, init_values=layer_scale, **options)

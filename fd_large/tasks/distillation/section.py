@@ -42,8 +42,9 @@ class Objective:
     # channels. none: nothing. A function of your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
     # What maps the student's tokens to the teacher's width; it is trained and then discarded.
-    # linear: one linear layer. A module of your own, made of (width, teacher_width):
-    # module:FILE.py:NAME.
+    # linear: one linear layer. mlp: two, with a norm and GELU between; mlp_relu: with a norm and
+    # ReLU. attention_mlp: two transformer blocks and mlp. block: one transformer block and a linear
+    # layer. A module of your own, made of (width, teacher_width): module:FILE.py:NAME.
     head: str = "linear"
     # Difference, in units of the target, above which smooth L1 is linear rather than quadratic.
     beta: float = 2.0

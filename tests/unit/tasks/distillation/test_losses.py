@@ -12,9 +12,11 @@ from fd_large import doors
 from fd_large.backbones.statistics import IMAGENET
 from fd_large.backbones.vit.vit import ViT
 from fd_large.engine.frozen import Frozen
+from fd_large.engine.heads import check_head
 from fd_large.errors import ConfigError
 from fd_large.tasks.distillation import losses
 from fd_large.tasks.distillation.constant_prediction import constant_prediction_loss
+from fd_large.tasks.distillation.heads import HEADS, WHERE
 from fd_large.tasks.distillation.losses import SmoothL1, check_loss, make_loss
 from fd_large.tasks.distillation.normalisers import check_normaliser, make_normaliser
 from fd_large.tasks.distillation.section import Objective
@@ -175,6 +177,20 @@ def test_a_head_of_the_users_own_is_trained(tmp_path):
     }
     task(**task.prepare(images(), None, None))[0].backward()
     assert task.projection[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_built_in_head_trains_all_that_it_has(name):
+    with torch.device("meta"):
+        check_head(HEADS[name](32, 12), name, (2, 3, 32), 12, where=WHERE)
+    head = HEADS[name](32, 12)
+    head(torch.randn(2, 3, 32)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_attention_that_does_not_fit_the_student_is_refused():
+    with pytest.raises(ConfigError, match=r"objective\.head.*24.*16 heads"):
+        HEADS["attention_mlp"](24, 12)
 
 
 def test_recipes_hold_the_path_of_a_file_absolute(tmp_path, monkeypatch):
