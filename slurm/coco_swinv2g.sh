@@ -1,7 +1,12 @@
 #!/bin/bash
-# Mask R-CNN on a distilled SwinV2-G (3.0B), 1536 px, under ZeRO-3 with hpZ on 96 GPUs.
+# Detectors on a distilled SwinV2-G (3.0B), 1536 px, under ZeRO-3 with hpZ on 96 GPUs: Mask R-CNN, or
+# with the recipes of a cascade on Objects365 and then HTC++ on COCO.
 #
 #   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2g sbatch slurm/coco_swinv2g.sh
+#   COCO_ROOT=/data/objects365 STUDENT_INIT=runs/fd_swinv2g \
+#       sbatch slurm/coco_swinv2g.sh --recipe o365_cascade_swinv2_giant
+#   COCO_ROOT=/data/coco STUDENT_INIT=runs/o365_cascade_swinv2_giant \
+#       sbatch slurm/coco_swinv2g.sh --recipe coco_htc_swinv2_giant
 #   COCO_ROOT=/data/coco STUDENT_INIT=runs/fd_swinv2_base \
 #       sbatch --nodes=2 slurm/coco_swinv2g.sh --recipe coco_mask_rcnn_swinv2_base
 #

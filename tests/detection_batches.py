@@ -11,7 +11,6 @@ from fd_large.recipes import registry
 from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run
 from fd_large.tasks.detection.data.target import Target, Targets
-from fd_large.tasks.detection.section import Detection
 
 NUM_CLASSES = 5
 NO_BOXES = torch.zeros(0, 4)
@@ -31,13 +30,15 @@ def narrow_run(recipe: str, *, image_size: int = 96, **changes: object) -> Run:
         engine=replace(run.engine, precision="float32"),
         task=replace(
             run.task,
-            detection=Detection(
+            detection=replace(
+                run.task.detection,
                 num_classes=NUM_CLASSES,
                 head_width=16,
                 anchors_per_image=32,
                 rois_per_image=16,
                 proposals_per_image=50,
-                sequential_stages=run.task.detection.sequential_stages,
+                test_size=(0, 0),
+                semantic_classes=min(run.task.detection.semantic_classes, 9),
             ),
         ),
         **changes,

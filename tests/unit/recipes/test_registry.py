@@ -52,12 +52,19 @@ LARGER_FINE_TUNING = {
     "finetune_swinv2_large": (224, 100, 20, 2048, (5e-3, 1e-6, 1e-6), 0.7, 0.2),
     "finetune_swinv2_giant": (640, 10, 1, 576, (2.1e-5, 2.8125e-7, 2.8125e-7), 0.87, 0.5),
 }
-# Peak learning rate at the batch of the source: ViTDet, Swin, Swin, SwinV2-G.
+# Peak learning rate at the batch of the source: ViTDet, Swin, Swin, SwinV2-G; the cascades ViTDet
+# twice, Swin, SwinV2-L, SwinV2-G twice.
 DETECTION = {
     "coco_mask_rcnn_vit_base": (1e-4, 64),
     "coco_mask_rcnn_swinv2_tiny": (1e-4, 16),
     "coco_mask_rcnn_swinv2_base": (1e-4, 16),
     "coco_mask_rcnn_swinv2_giant": (6e-4, 96),
+    "coco_cascade_vit_base": (1e-4, 64),
+    "coco_cascade_vit_large": (1e-4, 64),
+    "coco_cascade_swinv2_base": (1e-4, 16),
+    "coco_cascade_swinv2_large": (4e-4, 64),
+    "coco_htc_swinv2_giant": (6e-4, 96),
+    "o365_cascade_swinv2_giant": (1.2e-3, 96),
 }
 # Crop, peak learning rate, its batch, layer decay, drop path, weight decay, steps: BEiTv2's twice,
 # Swin's, SwinV2's, DINOv3's.

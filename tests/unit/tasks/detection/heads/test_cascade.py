@@ -6,7 +6,9 @@ import pytest
 import torch
 from detection_batches import batch_of, boxes
 from detection_heads import SIZES, STRIDES, heads_and_maps, terms_of
+from torchvision.ops import generalized_box_iou_loss
 
+from fd_large.tasks.detection.heads.box_head import giou_loss
 from fd_large.tasks.detection.heads.pooling import pool
 
 OBJECT = (10.0, 10.0, 30.0, 30.0)
@@ -50,6 +52,15 @@ def test_a_test_averages_logits_or_probabilities(kind):
     masks = torch.stack([head(pool(maps, STRIDES, proposals, 14)) for head in heads.mask_heads])
     expected = masks.sigmoid().mean(0)[torch.arange(5), torch.cat(labels)]
     torch.testing.assert_close(torch.cat(heads.masks(maps, STRIDES, proposals, labels)), expected)
+
+
+def test_the_loss_of_boxes_is_torchvision_s():
+    generator = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(2, 50, 2, generator=generator)
+    pair = torch.cat([corners, corners + 40 * torch.rand(2, 50, 2, generator=generator)], dim=2)
+    pair = pair.double()
+    torch.testing.assert_close(giou_loss(*pair), generalized_box_iou_loss(*pair))
+    assert giou_loss(pair[0], pair[0]).abs().max() < 1e-6
 
 
 def test_boxes_are_cut_to_their_image_between_stages():
