@@ -172,9 +172,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     for axes in panels[len(scores) :]:
         axes.set_visible(False)
     for axes, (column, score) in zip(panels, scores, strict=False):
+        drawn: list[float] = []
         for place, row in enumerate(rows):
             color = COLORS[row["kind"]]
             if value := _value(summary, row["name"], column, score):
+                drawn += value.seeds
                 axes.plot([value.mean] * 2, [place - 0.25, place + 0.25], color=color, lw=2.5)
                 axes.plot(value.seeds, [place] * len(value.seeds), "o", color=color, markersize=5)
                 axes.annotate(
@@ -186,6 +188,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
                     color=color,
                 )
             if paper := _paper(summary, row["name"], column, score):
+                drawn.append(paper[0])
                 axes.plot(paper[0], place, "o", mfc="none", mec=color, markersize=9)
         better = ", less is better" if score["lower_is_better"] else ""
         axes.set_title(score["title"] + better, fontsize=style.TEXT_SIZE, loc="left")
@@ -195,7 +198,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.grid(axis="x", color=style.LIGHT_GREY, linewidth=0.6)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", labelsize=style.TEXT_SIZE, length=0)
-        axes.margins(x=0.3)
+        if drawn:
+            # Room for the numbers to the right; what rounds to one number is one place.
+            span = max(max(drawn) - min(drawn), 10 * 10.0 ** -score["digits"])
+            axes.set_xlim(max(0.0, min(drawn) - 0.3 * span), max(drawn) + 0.5 * span)
+        axes.locator_params(axis="x", nbins=5)
     ring = "; a ring is the paper's figure" if summary["published"] else ""
     figure.suptitle(
         f"{_TITLE}: a dot is a seed, a line their mean{ring}",
