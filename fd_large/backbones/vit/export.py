@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -215,7 +216,8 @@ def _upernet_lacks(a: ViTArchitecture, pads: bool) -> str:
 
 
 def _upernet_config(a: ViTArchitecture, statistics: Statistics) -> dict[str, Any]:
-    return _hugging_face_config(a, statistics) | {"add_fpn": True, "reshape_hidden_states": True}
+    own = _hugging_face_config(a.with_own_position_biases(), statistics)
+    return own | {"add_fpn": True, "reshape_hidden_states": True}
 
 
 EXPORTS: Exports = {
@@ -245,13 +247,19 @@ EXPORTS: Exports = {
         ],
         lacks=_mmseg_lacks,
         added=_mmseg_added,
-        becomes=lambda a: a.with_own_position_biases(),
+        becomes=lambda a: replace(a, relative_position="block", layer_scale=a.layer_scale or 1.0),
         config=_mmseg_config,
     ),
     "upernet": Export(
         names=lambda a: "Hugging Face's BeitBackbone",
-        outputs=lambda name, shape, a: hugging_face(name, shape, _HUGGING_FACE),
+        # transformers 5 does not find a shared table under the backbone of another model.
+        outputs=lambda name, shape, a: [
+            output
+            for own in _in_blocks(name, shape, a)
+            for output in hugging_face(own.name, shape, _HUGGING_FACE)
+        ],
         lacks=_upernet_lacks,
+        becomes=lambda a: a.with_own_position_biases(),
         config=_upernet_config,
         preprocessor=hugging_face_preprocessor,
     ),

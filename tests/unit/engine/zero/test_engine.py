@@ -43,6 +43,9 @@ def test_given_weights_are_exact_masters(make_engine, config):
         assert torch.equal(found[f"student.{name}"], value.flatten()), name
     # The head is new: as the seed draws it.
     assert torch.equal(found["head.weight"], alone().head.weight.detach().flatten())
+    head = {"weight": torch.full((1, 8), 0.1), "bias": torch.full((1,), 0.1)}
+    found = masters(make_engine(config, heads={"head": list(head.items())}))
+    assert all(torch.equal(found[f"head.{name}"], v.flatten()) for name, v in head.items())
     whole = {f"student.{name}": value for name, value in given.items()}
     whole |= {"head.weight": torch.ones(1, 8), "head.bias": torch.ones(1)}
     again = masters(make_engine(config, weights=list(whole.items())))
