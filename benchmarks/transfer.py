@@ -7,23 +7,24 @@ that are made here in the layouts of ImageNet, ADE20K, COCO and NYUv2: fine-tuni
 segmentation, detection and depth for the student, its teacher and random weights, each a run of its
 own with a test at its end. Nothing was distilled, so that the scores say nothing; the seconds say
 what the command costs. Starts it a second time, when all is done. Writes
-benchmarks/results/transfer.json and the table's picture beside it.
+benchmarks/results/transfer.json and a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import harness
 from harness import RESULTS, ROOT
 
 COLUMNS = 5
+COLOURS = ("#0072B2", "#D55E00", "#5f5f5f")
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +60,6 @@ def main() -> int:
         done = [cell for cell in table["cells"] if cell["status"] == "done"]
         of_each = {f"{cell['row']}/{cell['column']}": _seconds(Path(cell["run"])) for cell in done}
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(out / "transfer.png", flags.out.with_suffix(".png"))
         result = {
             **harness.conditions(__file__, __doc__),
             "ranks": flags.ranks,
@@ -72,8 +72,34 @@ def main() -> int:
             "seconds_of_each_training": of_each,
         }
         harness.write(result, flags.out)
+        draw(result, flags.out.with_suffix(".png"))
         print(f"{len(done)} trainings in {seconds[0]:.0f} s; again in {seconds[1]:.0f} s")
     return 0
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draws the seconds of each training, a group of bars for each column."""
+    from matplotlib.figure import Figure
+
+    of_each = result["seconds_of_each_training"]
+    rows, columns = (list(dict.fromkeys(key.split("/")[n] for key in of_each)) for n in (0, 1))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (row, colour) in enumerate(zip(rows, COLOURS, strict=True)):
+        at = [number + 0.27 * (place - 1) for number in range(len(columns))]
+        values = [of_each[f"{row}/{column}"] for column in columns]
+        bars = axes.bar(at, values, width=0.25, color=colour, label=row.replace("_", " "))
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("seconds, test included")
+    axes.set_title(
+        f"{result['trainings']} trainings of {result['steps']} steps: {result['seconds']:.0f} s in "
+        f"all, on {result['machine']}",
+        loc="left",
+        fontsize=11,
+    )
+    axes.legend(frameon=False, loc="upper left")
+    harness.save(figure, path)
 
 
 def _seconds(run: Path) -> float:

@@ -305,14 +305,14 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     if distributed.is_main():
         write_json(out / SUMMARY, described(out, rows, cells))
         tables().print(f"transfer: {len(cells)} trainings, {done} of them done before")
-    missing = [cell for state, cell in zip(states, cells, strict=True) if state != DONE]
+    # What failed before comes last: it may fail again, and end all ranks.
+    ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
+    missing = [cell for state, cell in ordered if state != DONE]
     if own.slurm:
         if distributed.is_main():
             submit(own, missing, environ)
         return distributed.leave(Exit.DONE)
-    # What failed before comes last: it may fail again, and end all ranks.
-    ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
-    code = train_all([cell for state, cell in ordered if state != DONE], own.deepspeed_config)
+    code = train_all(missing, own.deepspeed_config)
     if distributed.is_main():
         show(out)
     return distributed.leave(code)
