@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable
 
 import torch
 from oracles_dense import Errors
@@ -13,34 +15,34 @@ from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
 from fd_large.tasks.distillation.heads import MLP, attention_mlp, block, mlp_relu
 from fd_large.tasks.distillation.losses import make_loss
+from fd_large.tasks.distillation.normalisers import Affine, standardise
+from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
+from fd_large.tasks.distillation.target_statistics import TargetStatistics, moments
 
 _TEACHERS = "the engine has one teacher"
 _STATISTICS = "running statistics of the targets"
 _RELATION = "losses against a queue or between tokens of an image"
-_NORMALISER = "normalisers with statistics"
 
 # Kinds that nothing in the package stands behind, and why.
 NOT_YET = {
     "dinov3_exchange": "students in groups of ranks",
     "dune_statistics_two_ranks": _STATISTICS,
-    "dune_teacher_norm": _NORMALISER,
-    "featsharp_phi_standardize": _NORMALISER,
     "lightly_mixup": "mixup of images without labels",
     "lightly_queue": _RELATION,
     "lightly_v1_loss": _RELATION,
     "lightly_v2": "the student's map is never resized",
     "lightly_v3_loss": _RELATION,
     "lightly_v3_student": _RELATION,
-    "radio_hadamard": _NORMALISER,
-    "radio_intermediate_normaliser": _NORMALISER,
-    "radio_phi_s": _NORMALISER,
     "theia_translator": "heads that change the grid",
     "unic_projector": "heads on the maps of all blocks",
-    "unic_standardise": _STATISTICS,
     "unic_statistics_two_ranks": _STATISTICS,
     "unic_training_run": _TEACHERS,
 }
 NOT_YET_PARTS = {
+    "dune_teacher_norm": f"training: {_STATISTICS}",
+    "featsharp_phi_standardize": "the way back, and rotation or scale alone",
+    "radio_intermediate_normaliser": "tokens that pass unchanged; the scale is apart",
+    "unic_standardise": f"training: {_STATISTICS}",
     "dune_loss": f"selection of teachers: {_TEACHERS}",
     "unic_loss": f"dropping of teachers: {_TEACHERS}",
 }
@@ -90,7 +92,7 @@ def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
         return Skipped("not yet", "the student's map is never resized")
 
     def tokens(map_: Tensor) -> FeatureMap:
-        return FeatureMap(map_.flatten(2).transpose(1, 2), tuple(map_.shape[-2:]), 0)
+        return FeatureMap(_tokens(map_), tuple(map_.shape[-2:]), 0)
 
     for case, name in _TERMS_OF_SAK.items():
         loss, losses = make_loss(name, beta=1.0), {}
@@ -248,7 +250,122 @@ def check_dune_projector(spec: dict, tensors: Tensors, dtype: torch.dtype) -> li
     return _check_head(spec, tensors, dtype, head, _names(tensors, rules, last=depth))
 
 
+def _tokens(map_: Tensor) -> Tensor:
+    """(B, N, C) of a map (B, C, H, W)."""
+    return map_.flatten(2).transpose(1, 2)
+
+
+def _scaled(mean: Tensor, deviation: Tensor) -> Callable[[Tensor], Tensor]:
+    """The package's standardisation by a mean and deviations."""
+    nothing = torch.zeros(0)
+    return standardise(TargetStatistics(mean, deviation, nothing, {}))
+
+
+def check_unic_standardise(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Tokens by statistics that stay, whose deviations have a thousandth at least or an epsilon."""
+    errors, is_dune = Errors(spec, tensors), spec["kind"] == "dune_teacher_norm"
+    cases = {"eval": 0, "zero_momentum": 1} if is_dune else {"eval": 0}
+    for kind in ("cls", "patch"):
+        for case, number in cases.items():
+            mean, deviation = (
+                tensors[f"out.{kind}.{name}.{case}"].to(dtype) for name in ("mean", "std")
+            )
+            tokens = tensors[f"input.{kind}.{number}"].to(dtype)
+            if is_dune:
+                got = _scaled(mean, deviation)(tokens)
+            else:
+                got = Affine(mean, (deviation + spec["config"]["eps"]).reciprocal())(tokens)
+            # The mean is stored in float32, and some channels have deviations near its rounding.
+            sure = mean.abs() * 2**-24 < 1e-7 * deviation
+            assert sure.sum() > 1
+            expected = tensors[f"out.{kind}.{case}"]
+            errors.add(f"out.{kind}.{case}", got[..., sure], expected[..., sure])
+    return errors.rows
+
+
+def check_radio_hadamard(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Signs of small matrices, and hashes of those of real widths."""
+    rows = []
+    for size, facts in spec["sizes"].items():
+        signs = hadamard(int(size))
+        if facts["construction"] != "exact":
+            rows.append(Row(f"{size}: no matrix", float(signs is not None), 0.0))
+            continue
+        assert signs is not None, size
+        digest = hashlib.sha256(signs.astype("int8").tobytes()).hexdigest()
+        same = digest == facts["sha256_of_int8_signs_row_major"]
+        rows.append(Row(f"{size}: hash", float(not same), 0.0))
+        if (label := f"out.sign.{size}") in tensors:
+            wrong = (torch.from_numpy(signs) != tensors[label]).sum().item()
+            rows.append(Row(label, float(wrong), 0.0))
+    return rows
+
+
+def check_radio_phi_s(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """What the signs of eigenvectors leave alone; and tokens by the file's own matrix."""
+    errors, samples = Errors(spec, tensors), tensors["input.samples"].to(dtype)
+    # In float64 as ever, in micro batches.
+    parts = [(part[None], 1) for part in samples.split(7)]
+    mean, covariance = moments(parts, lambda sums: sums)
+    errors.out("out.mean", mean)
+    matrix, size = phi_s_matrix(covariance), len(mean)
+    eigenvalue = spec["inverse_alpha_squared (mean eigenvalue)"]
+    one = torch.eye(size, dtype=torch.float64)
+    errors.add("W W^T", matrix @ matrix.T * eigenvalue, one)
+    if hadamard(size) is not None:
+        variances = (matrix @ covariance @ matrix.T).diagonal()
+        errors.add("variances", variances, torch.ones_like(variances))
+    rotations = [
+        orthogonal(size).T @ w.double() * eigenvalue**0.5 for w in (matrix, tensors["out.matrix"])
+    ]
+    ours, theirs = (
+        rows * rows.gather(1, rows.abs().argmax(1)[:, None]).sign() for rows in rotations
+    )
+    # Of neighbouring eigenvalues the directions are less certain than the rest.
+    errors.gradient("eigenvectors", ours, theirs)
+    published = Affine(tensors["out.mean"].to(dtype), tensors["out.matrix"].to(dtype))
+    errors.out("out.normalised", published(samples))
+    errors.out("out.tokens", published(tensors["input.tokens"].to(dtype)))
+    map_ = published(_tokens(tensors["input.map"].to(dtype)))
+    errors.add("out.map", map_, _tokens(tensors["out.map"]))
+    return errors.rows
+
+
+def check_featsharp(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Mean and scale of samples, and the map by the file's own rotation."""
+    errors = Errors(spec, tensors)
+    mean, covariance = moments([(tensors["input.samples"][None], 1)], lambda sums: sums)
+    errors.out("buffers.mean", mean)
+    scale = phi_s_matrix(covariance).square().sum(1).mean().sqrt()
+    errors.out("buffers.alpha", scale)
+    mean, scale, rotation = (
+        tensors[f"buffers.{name}"].to(dtype) for name in ("mean", "alpha", "rotation")
+    )
+    got = Affine(mean, scale * rotation)(_tokens(tensors["input.map"].to(dtype)))
+    errors.add("out.phi_s", got, _tokens(tensors["out.phi_s"]))
+    return errors.rows
+
+
+def check_radio_intermediate(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """Tokens and maps of each layer, which share a rotation or not."""
+    errors = Errors(spec, tensors)
+    for layer in range(spec["config"]["layers"]):
+        mean, rotation = (tensors[f"buffers.{name}"].to(dtype) for name in ("means", "rotation"))
+        each = rotation[layer] if spec["config"]["rotation_per_layer"] else rotation
+        normalise = Affine(mean[layer], each)
+        errors.out(f"out.tokens.{layer}", normalise(tensors["input.tokens"].to(dtype)))
+        got = normalise(_tokens(tensors["input.map"].to(dtype)))
+        errors.add(f"out.map.{layer}", got, _tokens(tensors[f"out.map.{layer}"]))
+    return errors.rows
+
+
 CHECKS = {
+    "dune_teacher_norm": check_unic_standardise,
+    "featsharp_phi_standardize": check_featsharp,
+    "radio_hadamard": check_radio_hadamard,
+    "radio_intermediate_normaliser": check_radio_intermediate,
+    "radio_phi_s": check_radio_phi_s,
+    "unic_standardise": check_unic_standardise,
     "dune_loss": check_unic_loss,
     "dune_projector": check_dune_projector,
     "radio_head_attn": check_radio_head_attn,

@@ -25,6 +25,7 @@ COMMANDS = {
     "init": "Write the Slurm scripts to a folder of yours.",
     "recipes": "List the recipes: what each needs, takes and should give; or show one.",
     "models": "List the models that a student or a teacher may be.",
+    "statistics": "Measure a teacher's channels, for targets that are standardised or rotated.",
     "plan": "Say whether a recipe fits a cluster, and how long it takes there.",
     "report": "Draw a run's curves and say what came out.",
     "checkpoint": "List, verify, prune, export or import a run's checkpoints.",

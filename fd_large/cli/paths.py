@@ -21,6 +21,7 @@ def paths_of(run: Run) -> dict[str, str]:
     """Returns {field: value} of a recipe's fields that may name a file or a folder."""
     named = {"data.root": run.data.root, "student.init": run.student.init}
     named |= {"eval.root": run.eval.root, "eval.knn_root": run.eval.knn_root}
+    named["objective.target_statistics"] = run.objective.target_statistics
     return named | {f"{name}.source": model.source for name, model in run.frozen_models.items()}
 
 

@@ -119,6 +119,13 @@ class HeldOutViews:
         with evaluating(engine):
             return constant_prediction_loss(engine.task, batches, distributed.sum_tensor)
 
+    def targets(self, engine: Engine) -> Iterator[tuple[Tensor, int]]:
+        """Yields the targets of a batch, (B, N, C) float32, and its weight, 0 for padding."""
+        assert isinstance(engine.task, Distillation)
+        with evaluating(engine):
+            for prepared, weight, _ in self._batches(engine):
+                yield engine.task.reference(**prepared), weight
+
     def panel(self, engine: Engine) -> dict[str, np.ndarray]:
         """Returns the maps of the first few views: see `feature_panel`."""
         assert isinstance(engine.task, Distillation)

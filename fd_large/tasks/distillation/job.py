@@ -39,14 +39,19 @@ from fd_large.recipes.architectures import resolve
 from fd_large.recipes.run import Run
 from fd_large.recipes.sections import AUTO, RANDOM, FrozenModel
 from fd_large.runtime.hooks import Hook
-from fd_large.tasks.distillation import heads
+from fd_large.tasks.distillation import heads, target_statistics
 from fd_large.tasks.distillation.alignment import Grid, check_grids, teacher_side
 from fd_large.tasks.distillation.canary import Canary
 from fd_large.tasks.distillation.feature_panel import FeaturePanel
 from fd_large.tasks.distillation.held_out import HeldOutViews
 from fd_large.tasks.distillation.losses import check_loss, make_loss
 from fd_large.tasks.distillation.model_card import learned
-from fd_large.tasks.distillation.normalisers import WHITENING, check_normaliser, make_normaliser
+from fd_large.tasks.distillation.normalisers import (
+    BY_STATISTICS,
+    WHITENING,
+    check_normaliser,
+    make_normaliser,
+)
 from fd_large.tasks.distillation.task import Distillation
 from fd_large.tasks.distillation.teacher import PlacedTeacher, place
 from fd_large.weights.libraries import To
@@ -95,7 +100,11 @@ class DistillationJob(Job):
         objective = self.run.objective
         no_beta = not make_loss(objective.loss, beta=objective.beta).reads_beta
         no_eps = objective.normaliser != WHITENING
-        fields = {"objective.beta": no_beta, "objective.whitening_eps": no_eps}
+        fields = {
+            "objective.beta": no_beta,
+            "objective.whitening_eps": no_eps,
+            "objective.target_statistics": not self._uses_statistics,
+        }
         return tuple(name for name, ignored in fields.items() if ignored)
 
     # --- before anything heavy ---
@@ -130,7 +139,11 @@ class DistillationJob(Job):
 
     def _check_normaliser(self) -> None:
         objective = self.run.objective
-        normaliser = make_normaliser(objective.normaliser, eps=objective.whitening_eps)
+        normaliser = make_normaliser(
+            objective.normaliser,
+            eps=objective.whitening_eps,
+            statistics=objective.target_statistics,
+        )
         check_normaliser(normaliser, objective.normaliser)
 
     def _check_head(self) -> None:
@@ -289,8 +302,34 @@ class DistillationJob(Job):
         )
 
     def make_task(self) -> Distillation:
-        """Constructs student, projection and loss around the run's teacher."""
-        return self.task_around(self.teacher)
+        """Constructs student, projection and loss around the run's teacher.
+
+        Raises: ConfigError: if the statistics in a file are of other targets.
+        """
+        task, path = self.task_around(self.teacher), self.run.objective.target_statistics
+        if self._uses_statistics:
+            stored = target_statistics.read(path).facts
+            target_statistics.require_same(stored, self.target_facts(task), path)
+        return task
+
+    def target_facts(self, task: Distillation) -> Mapping[str, Any]:
+        """Returns what decides the tokens that are learnt, besides the images.
+
+        Args:
+            task: The task around the run's teacher.
+        """
+        run = self._settled
+        size = run.data.image_size
+        return {
+            "teacher_hash": self.teacher.fingerprint,
+            "layer": run.objective.layer,
+            "image_size": size,
+            "teacher_image_size": run.objective.teacher_image_size,
+            "interpolation": run.objective.interpolation,
+            "grid": list(task.student.grid(size, size)),
+            "prefix_tokens": task.student.num_prefix_tokens,
+            "width": self.teacher.width,
+        }
 
     def models_on_shapes(self) -> tuple[Distillation, tuple[nn.Module, ...]]:
         """Constructs the task around a teacher of its own."""
@@ -315,6 +354,7 @@ class DistillationJob(Job):
             head=objective.head,
             beta=objective.beta,
             whitening_eps=objective.whitening_eps,
+            target_statistics=objective.target_statistics,
             interpolation=objective.interpolation,
         )
 
@@ -433,14 +473,21 @@ class DistillationJob(Job):
     # --- checkpoints, and what others take from them ---
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns the teacher's source and hash."""
+        """Returns the teacher's source and hash, and the hash of a file of statistics."""
         return {
             "teacher_source": self.run.teacher.source,
             "teacher_hash": self.teacher.fingerprint,
+            **({"target_statistics": self._statistics_digest} if self._uses_statistics else {}),
         }
 
     def check_stored(self, manifest: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that learned from another teacher."""
+        """Refuses a checkpoint that learned from another teacher, or by other statistics."""
+        if self._uses_statistics and manifest.get("target_statistics") != self._statistics_digest:
+            raise CheckpointError(
+                f"{target_statistics.WHERE}: not the file that this run began with; got hash "
+                f"{self._statistics_digest}, expected {manifest.get('target_statistics')}. Give "
+                "that file, or --fresh."
+            )
         if manifest.get("teacher_hash") != self.teacher.fingerprint:
             raise CheckpointError(
                 "teacher.source: not the teacher that this run began with; got hash "
@@ -478,6 +525,14 @@ class DistillationJob(Job):
             origin_of(teacher.source, teacher.model, architecture),
             teacher_hash=manifest.get("teacher_hash", "not recorded"),
         )
+
+    @property
+    def _uses_statistics(self) -> bool:
+        return self.run.objective.normaliser in BY_STATISTICS
+
+    @cached_property
+    def _statistics_digest(self) -> str:
+        return target_statistics.read(self.run.objective.target_statistics).digest
 
     @property
     def _projects(self) -> bool:

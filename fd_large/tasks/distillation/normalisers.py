@@ -2,7 +2,8 @@
 
 Adding a normaliser is a line in `NORMALISERS`, or a file of the user's own
 (`objective.normaliser module:FILE.py:NAME`): a function from tokens (..., C) to float32 of the same
-shape. It works on the tokens of a micro batch, and so must treat each token alone.
+shape. It works on the tokens of a micro batch, and so must treat each token alone. Two of the
+built-in ones read statistics of the teacher's channels from a file (target_statistics.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from fd_large import doors
 from fd_large.errors import ConfigError
 from fd_large.kernels.whitened_loss import whiten
+from fd_large.tasks.distillation import target_statistics
+from fd_large.tasks.distillation.target_statistics import TargetStatistics
 
 WHERE = "objective.normaliser"
 WHITENING = "whitening"
@@ -30,20 +33,71 @@ def none(tokens: Tensor) -> Tensor:
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
+class Affine:
+    """Tokens less a mean, then scaled or rotated by a constant.
+
+    Args:
+        mean: (C,).
+        factor: (C,), which scales each channel; or (C, C), whose rows give the new ones.
+
+    Attributes:
+        width: C.
+    """
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        self.width = len(mean)
+        self._constants = {(mean.device, mean.dtype): (mean, factor)}
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Returns (..., C) float32 (float64 stays) of tokens (..., C)."""
+        tokens = none(tokens)
+        key = (tokens.device, tokens.dtype)
+        if key not in self._constants:
+            first = next(iter(self._constants.values()))
+            mean, factor = (constant.to(*key) for constant in first)
+            self._constants[key] = mean, factor
+        mean, factor = self._constants[key]
+        centred = tokens - mean
+        return centred * factor if factor.ndim == 1 else centred @ factor.T
+
+
+def standardise(statistics: TargetStatistics) -> Affine:
+    """Gives every channel mean 0 and variance 1.
+
+    A deviation counts as at least a thousandth, as in DUNE (arXiv 2503.14405).
+    """
+    return Affine(statistics.mean, statistics.deviation.clamp(min=1e-3).reciprocal())
+
+
+def phi_s(statistics: TargetStatistics) -> Affine:
+    """Rotates so that every channel has variance 1; one number scales all: see rotations.py."""
+    return Affine(statistics.mean, statistics.phi_s)
+
+
 NORMALISERS: dict[str, Any] = {WHITENING: whiten, "none": none}
-"""The built-in normalisers."""
+"""The built-in normalisers that need no file."""
+BY_STATISTICS: dict[str, Callable[[TargetStatistics], Affine]] = {
+    "standardise": standardise,
+    "phi_s": phi_s,
+}
+"""Those that are made of statistics."""
 
 
-def make_normaliser(name: str, *, eps: float) -> Normaliser:
+def make_normaliser(name: str, *, eps: float, statistics: str = "") -> Normaliser:
     """Returns the normaliser that a recipe names.
 
     Args:
-        name: A name in `NORMALISERS`, or one of the user's own (fd_large/doors.py).
+        name: A name in `NORMALISERS` or `BY_STATISTICS`, or one of the user's own
+            (fd_large/doors.py).
         eps: `objective.whitening_eps`, for whitening.
+        statistics: `objective.target_statistics`, a file.
 
-    Raises: ConfigError: if there is no such normaliser.
+    Raises: ConfigError: if there is no such normaliser, or no such file.
     """
-    found = doors.load(name, kind="normalisers", where=WHERE, built_in=NORMALISERS)
+    known = NORMALISERS | BY_STATISTICS
+    found = doors.load(name, kind="normalisers", where=WHERE, built_in=known)
+    if name in BY_STATISTICS:
+        return found(target_statistics.read(statistics))
     return partial(whiten, eps=eps) if name == WHITENING else found
 
 
@@ -52,7 +106,8 @@ def check_normaliser(normaliser: Normaliser, name: str) -> None:
 
     Raises: ConfigError: if that fails, changes the shape, or mixes tokens.
     """
-    tokens = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    width = normaliser.width if isinstance(normaliser, Affine) else 8
+    tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
     try:
         given = normaliser(tokens)
         got = f"{tuple(given.shape)} of type {given.dtype}"

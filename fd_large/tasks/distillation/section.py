@@ -39,8 +39,12 @@ class Objective:
     # (projected, target) to a scalar: module:FILE.py:NAME (docs/extending.md).
     loss: str = "smooth_l1"
     # What is done to the teacher's tokens. whitening: each gets mean 0 and variance 1 over its
-    # channels. none: nothing. A function of your own: module:FILE.py:NAME.
+    # channels. none: nothing. standardise: each channel gets mean 0 and variance 1. phi_s: channels
+    # are rotated so that all have variance 1. A function of your own: module:FILE.py:NAME.
     normaliser: str = "whitening"
+    # File of means, deviations and the rotation of the teacher's channels, for standardise and
+    # phi_s: the command statistics writes it.
+    target_statistics: str = ""
     # What maps the student's tokens to the teacher's width; it is trained and then discarded.
     # linear: one linear layer. mlp: two, with a norm and GELU between; mlp_relu: with a norm and
     # ReLU. attention_mlp: two transformer blocks and mlp. block: one transformer block and a linear
@@ -76,7 +80,8 @@ KIND = TaskKind(
     job="DistillationJob",
     title="Distillation",
     sections=("teacher", "objective"),
-    may_change=("teacher.placement",),
+    # The hash of a file of statistics decides, not its place.
+    may_change=("teacher.placement", "objective.target_statistics"),
     next_steps=(
         (
             "what student and teacher attend to, and how alike their layers are",

@@ -36,6 +36,8 @@ class Distillation(Task):
         head: Name of what projects the student's tokens to the teacher's width (heads.py).
         beta: Difference above which the loss is linear rather than quadratic, in whitened units.
         whitening_eps: Constant added to the variance of a teacher's token.
+        target_statistics: File of statistics of the teacher's channels, for a normaliser that
+            needs them.
         interpolation: How the teacher's map is resized to the student's grid: "bilinear"; "none"
             refuses different grids.
         statistics: The student's normalisation; the paper uses ImageNet's for every student.
@@ -52,13 +54,16 @@ class Distillation(Task):
         head: str = "linear",
         beta: float = 2.0,
         whitening_eps: float = 1e-5,
+        target_statistics: str = "",
         interpolation: str = "none",
         statistics: Statistics = IMAGENET,
     ) -> None:
         super().__init__(student)
         self.projection = make_head(head, student.width, teacher_width, built_in=HEADS, where=WHERE)
         self.loss = make_loss(loss, beta=beta)
-        self.normalise = make_normaliser(normaliser, eps=whitening_eps)
+        self.normalise = make_normaliser(
+            normaliser, eps=whitening_eps, statistics=target_statistics
+        )
         self.whitening_eps = whitening_eps if normaliser == WHITENING else None
         self.interpolation, self.statistics = interpolation, statistics
         # In a tuple, so that nn.Module does not register a teacher that is a Module.

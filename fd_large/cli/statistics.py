@@ -1,0 +1,111 @@
+"""`python -m fd_large statistics`, started by the same launchers as `train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fd_large import activity
+from fd_large.atomic_files import check_new, out_folder
+from fd_large.cli.arguments import AllowsCode, TakesRunFile, parse_with_recipe
+from fd_large.cli.train import check_names
+from fd_large.errors import ConfigError
+from fd_large.recipes import registry
+from fd_large.recipes.fields import at_least
+from fd_large.recipes.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics(TakesRunFile, AllowsCode):
+    """Measure the teacher's channels on data.root, for objective.normaliser standardise and phi_s.
+
+    It takes the recipe and the flags of the run that is to use the file, and the same launcher:
+    a run refuses statistics of another teacher, layer or size.
+    """
+
+    # Recipe of the run that is to use the file.
+    recipe: str = registry.DEFAULT_RECIPE
+    # DeepSpeed's JSON: a name (zero0, zero1, zero2, zero3, zero3_hpz, ...) or a path.
+    deepspeed_config: str
+    # The file to write, of the format safetensors.
+    out: str
+    # Number of random crops that are measured; each gives all tokens of its map.
+    views: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("--views", self.views, 1, "crops")
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, writes the file and prints a line."""
+    given = parse_with_recipe(
+        Statistics, arguments, command="statistics", recipe=registry.DEFAULT_RECIPE
+    )
+    own = given.own
+    check_names(given.run, deepspeed_config=own.deepspeed_config)
+    check_new(Path(own.out), where="--out")
+    measure(given.run, deepspeed_config=own.deepspeed_config, out=own.out, views=own.views)
+    from fd_large import distributed
+
+    if distributed.is_main():
+        print(f"{own.out}: {own.views} crops")
+    return distributed.leave(0)
+
+
+def measure(run: Run, *, deepspeed_config: str, out: str, views: int) -> None:
+    """Measures the channels of a run's teacher; every rank calls it.
+
+    Args:
+        run: The recipe.
+        deepspeed_config: Path of DeepSpeed's JSON.
+        out: The file to write.
+        views: Number of random crops.
+
+    Raises: FDError: for the user's mistakes.
+    """
+    # torch and deepspeed: seconds.
+    from fd_large import distributed
+    from fd_large.engine.run import open_run
+    from fd_large.tasks.distillation import target_statistics
+    from fd_large.tasks.distillation.held_out import HeldOutViews
+    from fd_large.tasks.distillation.job import DistillationJob
+    from fd_large.tasks.distillation.section import Objective
+    from fd_large.tasks.distillation.task import Distillation
+    from fd_large.tasks.jobs import job_of
+
+    if not isinstance(job_of(run), DistillationJob):
+        raise ConfigError(
+            f"--recipe: it has no targets to measure; got a recipe of {run.task.name}, expected "
+            "one of distillation. Choose another."
+        )
+    out_folder(Path(out).parent)
+    usual = Objective()
+    objective = replace(
+        run.objective,
+        normaliser="none",
+        whitening_eps=usual.whitening_eps,
+        target_statistics=usual.target_statistics,
+    )
+    opened = open_run(replace(run, objective=objective), job_of, deepspeed_config=deepspeed_config)
+    assert isinstance(opened.job, DistillationJob)
+    crops = HeldOutViews(
+        "crops",
+        opened.samples,
+        views=views,
+        settings=opened.job.view_settings(),
+        micro_batch_size=opened.micro_batch_size,
+        seed=opened.run.runtime.seed,
+        skip_bad=True,
+    )
+    mean, covariance = target_statistics.moments(
+        crops.targets(opened.engine), distributed.sum_tensor
+    )
+    if distributed.is_main():
+        with activity.work("rotating"):
+            task = opened.engine.task
+            assert isinstance(task, Distillation)
+            facts = opened.job.target_facts(task)
+            found = target_statistics.statistics_of(mean, covariance, facts)
+        target_statistics.write(Path(out), found)
+    distributed.barrier()
