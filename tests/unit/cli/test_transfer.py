@@ -220,6 +220,19 @@ def test_the_papers_figures_stand_beside_a_run_of_its_recipe():
     assert not list(_published(Row("scratch", model, run, ""), COLUMNS["coco"], {}))
 
 
+def test_the_plan_needs_no_dataset_and_leaves_nothing(toy, trained, tmp_path, capsys):
+    words = ["transfer", str(toy / "mine"), "--out", str(tmp_path / "out"), "--plan"]
+    words += ["--only", "linear", "--rows", "student", "scratch", "--seeds", "2", "--gpus", "24"]
+    assert main([*words, "--linear.batch.global_batch_size", "128"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "linear_probe │ mine: from scratch │ 900,810 │ 8 │" in told, "90 x (1,281,167 // 128)"
+    assert "2 seeds: " in told
+    assert not trained
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--gpu", "h1000"]) == 2
+    assert "nearest: h100" in capsys.readouterr().err
+
+
 def test_a_window_is_that_of_models_that_have_one(toy, trained, tmp_path):
     words = [*transfer_toy.words(toy, tmp_path), "--coco.student.architecture.window_size", "4"]
     assert main([*words, "--only", "coco", "--rows", "student", "teacher"]) == 0
