@@ -53,7 +53,7 @@ class Detection:
     # Number of proposals per image that enter the losses of classes, boxes and masks.
     rois_per_image: int = 512
     # How tests choose among overlapping boxes of a class. hard: only the best is kept. linear,
-    # gaussian: soft-NMS, which lowers the scores of the others; with a --task.detection.least_score
+    # gaussian: soft-NMS, which lowers the scores of the others; with a task.detection.least_score
     # of 0.001, as published for COCO.
     nms: Literal["hard", "linear", "gaussian"] = "hard"
     # Overlap (intersection over union) from which hard and linear act.
