@@ -36,6 +36,10 @@ def student(**fields: Any) -> dict[str, Any]:
     return {"run": {"student": fields}, "zero": ZERO3, "updates": 3}
 
 
+# A loss of whole maps, and a head that mixes the tokens of an image.
+OTHER_OBJECTIVE = {
+    "objective": {"loss": "0.9 cosine_of_map + 0.1 smooth_l1", "head": "attention_mlp"}
+}
 NODES = {"engine": {"node_size": 2}, "teacher": {"placement": "node"}}
 SETTINGS: dict[int, dict[str, Any]] = {
     1: {
@@ -59,6 +63,7 @@ SETTINGS: dict[int, dict[str, Any]] = {
             "zero": {**ZERO3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST},
         },
         "zero2": {"zero": ZERO2},
+        "zero3 other objective": {"run": OTHER_OBJECTIVE, "zero": ZERO3, "updates": 3},
         "zero2 bf16": {"run": BF16, "zero": ZERO2},
         # As on so many ranks that bfloat16 sums would show.
         "zero1 bf16, float32 sums": {"run": BF16, "zero": ZERO1, **MANY},
@@ -89,6 +94,11 @@ def plain() -> list[float]:
 
 
 @pytest.fixture(scope="module")
+def plain_of_other() -> list[float]:
+    return scenarios.plain_losses(scenarios.tiny_run(**OTHER_OBJECTIVE), updates=3)
+
+
+@pytest.fixture(scope="module")
 def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
     """Runs all settings of so many ranks, once; returns each rank's results by setting."""
 
@@ -104,13 +114,17 @@ def results_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Resu
 
 @pytest.mark.parametrize("ranks", SETTINGS)
 def test_losses_masters_and_bytes(
-    ranks: int, plain: list[float], results_on: Callable[[int], Results]
+    ranks: int,
+    plain: list[float],
+    plain_of_other: list[float],
+    results_on: Callable[[int], Results],
 ) -> None:
     by_rank = results_on(ranks)
     for name, setting in SETTINGS[ranks].items():
         result, updates = by_rank[0][name], setting.get("updates", len(plain))
         bound = BFLOAT16_BOUND if "bf16" in name else FLOAT32_BOUND
-        losses = zip(result["losses"], plain[:updates], strict=True)
+        expected = plain_of_other if name == "zero3 other objective" else plain[:updates]
+        losses = zip(result["losses"], expected, strict=True)
         worst = max(abs(a - b) / b for a, b in losses)
         assert worst <= bound, f"{name}: losses {worst:.1e} from plain torch's"
         learns = updates < len(plain) or result["losses"][-1] < 0.5 * result["losses"][0]
