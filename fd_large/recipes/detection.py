@@ -274,12 +274,13 @@ def coco_htc_swinv2_giant() -> Run:
     Duration: 44,352 steps; about 1,270 GPU-hours
     Result: not published (paper's G: 64.2 box; SwinV2-G: 63.1 box, 54.4 mask; several scales)
 
-    `--student.init` is the run of o365_cascade_swinv2_giant, of which the backbone goes on. All but
-    the heads is coco_mask_rcnn_swinv2_giant: SwinV2's schedule, which trained HTC++. Of HTC++ what
-    is public: HTC, a layer of attention before the pyramid, soft-NMS. GIoU, one box for a proposal,
-    linear decay from an IoU of .5 and scores from .001 are those of the open re-builds (CBNetV2,
-    ViT-Adapter); InstaBoost is not here. The semantic branch learns COCO-Stuff's maps; without
-    them set --task.detection.semantic_classes 0. The paper's test takes several scales.
+    `--student.init` is the run of o365_cascade_swinv2_giant, of which backbone, pyramid and the
+    heads that fit go on. All but the heads is coco_mask_rcnn_swinv2_giant: SwinV2's schedule, which
+    trained HTC++. Of HTC++ what is public: HTC, a layer of attention before the pyramid, soft-NMS.
+    GIoU, one box for a proposal, linear decay from an IoU of .5 and scores from .001 are those of
+    the open re-builds (CBNetV2, ViT-Adapter); InstaBoost is not here. The semantic branch learns
+    COCO-Stuff's maps; without them set --task.detection.semantic_classes 0. The paper's test takes
+    several scales.
     Run it with ds_configs/zero3_hpz.json (slurm/coco_swinv2g.sh).
     Duration: (4 x 51.3 + 3 x 3.16) TFLOP x 4.26e6 images = 9.1e20 FLOP.
     """

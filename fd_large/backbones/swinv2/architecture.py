@@ -73,12 +73,8 @@ class SwinV2Architecture(WindowedTransformer):
         """
         if window_size == self.window_size:
             return self
-        side = self.image_size // self.patch_size
-        windows = [min(self.window_size, side // 2**stage) for stage in range(len(self.depths))]
-        # Within windows of one token there is no distance to scale.
-        trained = tuple(
-            before or (window if window > 1 else 0)
-            for before, window in zip(self.pretrained_window_sizes, windows, strict=True)
+        trained = trained_windows(
+            self.pretrained_window_sizes, self.window_size, self.image_size // self.patch_size
         )
         return replace(self, window_size=window_size, pretrained_window_sizes=trained)
 
@@ -90,6 +86,24 @@ class SwinV2Architecture(WindowedTransformer):
     def has_extra_norms(self) -> bool:
         """Whether any block ends with a norm on the main path."""
         return 0 < self.extra_norm_every <= max(self.depths)
+
+
+def trained_windows(
+    stated: tuple[int, ...], window_size: int, tokens_a_side: int
+) -> tuple[int, ...]:
+    """Returns the windows by which the coordinates of a trained model are scaled, stage by stage.
+
+    Args:
+        stated: Its `pretrained_window_sizes`; 0 is the window that it was trained with.
+        window_size: That window; none is larger than its map.
+        tokens_a_side: Side of the first stage's map.
+    """
+    windows = [min(window_size, tokens_a_side // 2**stage) for stage in range(len(stated))]
+    # Within windows of one token there is no distance to scale.
+    return tuple(
+        before or (window if window > 1 else 0)
+        for before, window in zip(stated, windows, strict=True)
+    )
 
 
 def _swinv2(

@@ -19,6 +19,7 @@ from fd_large.backbones.published import (
     any_starts,
 )
 from fd_large.backbones.statistics import IMAGENET
+from fd_large.backbones.swinv2.architecture import trained_windows
 from fd_large.backbones.translation import (
     Pieces,
     Shapes,
@@ -218,6 +219,13 @@ def _complete(values: dict[str, Any], settling: Settling) -> list[str]:
         ]
     if known is None:
         return []
+    before = settling.known
+    if before.window_size and before.image_size and before.patch_size:
+        if before.window_size == window:
+            values[field] = known
+            return []
+        # A run's own student, in another window than it was trained with.
+        known = trained_windows(known, before.window_size, before.image_size // before.patch_size)
     values[field] = tuple(known[: stages or len(known)])
     if window is None or max(known) == window:
         return []

@@ -340,6 +340,7 @@ def selection_of(run: Run) -> Selection:
         iou=own.nms_iou,
         least_score=own.least_score,
         at_most=own.detections_per_image,
+        rescored=own.rescore_by_masks,
     )
 
 
@@ -359,7 +360,7 @@ def model_of(run: Run, see: Callable[[Tensor, Tensor, Ask | None], Any]) -> Mode
         own.test_flip,
         own.test_merge,
         own.test_areas,
-        # Swin models hide padding, or were published with it as it comes.
-        square=0 if run.student_architecture().is_hierarchical else side,
+        # Whole images were padded as they came.
+        square=0 if any(own.whole_size) else side,
     )
     return Model(see, views, selection_of(run), own.proposals_per_image)

@@ -32,7 +32,7 @@ from fd_large.tasks.detection.heads.rpn import (
     rpn_shapes_only,
     rpn_terms,
 )
-from fd_large.tasks.detection.heads.selection import Detections, Selection
+from fd_large.tasks.detection.heads.selection import Selection
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "mask_rcnn": RoIHeads,
@@ -230,7 +230,7 @@ class Detection(Task):
         ]
         boxes, labels = [of.boxes for of in chosen], [of.labels for of in chosen]
         masks = self.heads.masks(maps, self.strides, boxes, labels)
-        return [Detections(*of, mask) for of, mask in zip(chosen, masks, strict=True)]
+        return [self.selection.detections(of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     def see(self, images: Tensor, sizes: Tensor, ask: Ask | None = None) -> list[Any]:
         """Returns what is seen in images, by the modules of training in one order on all ranks.

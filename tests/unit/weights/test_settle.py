@@ -10,16 +10,21 @@ import pytest
 import torch
 from loading import close, initial, loaded, scattered, settled, student_run, teacher_run
 from safetensors.torch import save_file
+from stored_run import FOUR, store_student
 
 from fd_large.backbones.registry import FAMILIES, build
 from fd_large.backbones.swin.swin import Swin
 from fd_large.backbones.vit.published import KNOWN_HEADS
 from fd_large.backbones.windows import coordinate_table
+from fd_large.engine.checkpoint_models import sources_of
 from fd_large.errors import ConfigError, WeightsError
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import ARCHITECTURES, Architecture, resolve
 from fd_large.recipes.run import Run
+from fd_large.recipes.sections import Student
 from fd_large.tasks.distillation.section import Objective, Teacher
+from fd_large.tasks.jobs import job_of
+from fd_large.weights.settle import settle_student
 from fd_large.weights.source import Sources
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -175,6 +180,18 @@ def test_swinv2_keeps_its_coordinates_at_another_window(tmp_path, caplog):
     small = cpb(coordinate_table(4, 4, torch.device("cpu"))).view(7, 7, -1)
     large = cpb(coordinate_table(8, 4, torch.device("cpu"))).view(15, 15, -1)
     assert torch.allclose(large[4:11, 4:11], small, atol=1e-6)
+
+
+def test_a_run_s_swinv2_keeps_the_windows_that_it_was_trained_with(tmp_path):
+    store_student(tmp_path / "run", "swinv2_tiny", FOUR)
+    found = []
+    for window in (4, 8):
+        shape = Architecture(**{**FOUR, "window_size": window})
+        section = Student(model="swinv2_tiny", init=str(tmp_path / "run"), architecture=shape)
+        settled = settle_student(section, sources_of(job_of))
+        found.append(resolve(settled.model, settled.architecture).pretrained_window_sizes)
+    # In its own window nothing is scaled otherwise; the last of its maps was half a window.
+    assert found == [(0, 0, 0, 0), (4, 4, 4, 2)]
 
 
 def tables(state):

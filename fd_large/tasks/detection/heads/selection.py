@@ -55,12 +55,14 @@ class Selection:
         iou: The overlap from which hard and linear act.
         least_score: Scores up to it are no detections.
         at_most: The most boxes of an image.
+        rescored: Whether a score is multiplied by the mean probability inside its mask.
     """
 
     nms: Literal["hard", "linear", "gaussian"] = "hard"
     iou: float = 0.5
     least_score: float = 0.05
     at_most: int = 100
+    rescored: bool = False
 
     def of_candidates(self, boxes: Tensor, scores: Tensor, size: Tensor) -> Chosen:
         """Chooses among the proposals of an image.
@@ -86,6 +88,13 @@ class Selection:
                 boxes, scores, labels, at_most=self.at_most, decay=self.nms, iou=self.iou
             )
         return Chosen(boxes[kept], scores, labels[kept])
+
+    def detections(self, chosen: Chosen, masks: Tensor) -> Detections:
+        """Puts chosen boxes and their masks (n, M, M) together, best first."""
+        if not self.rescored:
+            return Detections(*chosen, masks)
+        scores, order = rescored(chosen.scores, masks).sort(descending=True, stable=True)
+        return Detections(chosen.boxes[order], scores, chosen.labels[order], masks[order])
 
 
 def rescored(scores: Tensor, masks: Tensor) -> Tensor:

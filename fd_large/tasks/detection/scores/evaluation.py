@@ -79,7 +79,8 @@ def evaluate(
     loader = build_evaluation_loader(
         images,
         sides=model.views.sides,
-        batch_size=batch_size,
+        # Without a common size, images are seen one by one: others in the batch change nothing.
+        batch_size=batch_size if model.views.square else 1,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         workers=workers,

@@ -38,9 +38,9 @@ class TestViews(NamedTuple):
             each view reports is put together (detectron2, mmdetection 3).
         areas: For each scale the areas of its boxes, letters of `AREAS`; empty: all.
         square: Side of the squares that images are padded to, or the longest side at their scale if
-            that is more; 0: they are padded to the largest of their batch. A backbone of learnt
-            positions sees padding, and fits its positions to the grid: on a square, neither depends
-            on what else is in the batch, nor on the aspect of the image.
+            that is more; 0: they are padded to the largest of their batch. What is seen follows
+            from the size of the map, padding included: on a square it depends neither on what else
+            is in the batch, nor on the aspect of the image.
     """
 
     # No test of pytest's.
@@ -135,7 +135,7 @@ class Model(NamedTuple):
             ask = Ask("masks", boxes, [of.labels for of in chosen])
             for i, mask in enumerate(self.see(view.images, view.sizes, ask)):
                 masks[i] = masks[i] + unmirrored(mask, view.mirrored) / len(seen)
-        return [Detections(*of, mask) for of, mask in zip(chosen, masks, strict=True)]
+        return [self.selection.detections(of, mask) for of, mask in zip(chosen, masks, strict=True)]
 
     def _views(
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detection_batches import boxes
 
-from fd_large.tasks.detection.heads.selection import Selection, rescored
+from fd_large.tasks.detection.heads.selection import Chosen, Selection, rescored
 
 THREE = boxes((0, 0, 10, 10), (1, 0, 11, 10), (0, 0, 10, 10))
 SCORES = torch.tensor([[0.9, 0.2], [0.8, 0.02], [0.1, 0.6]])
@@ -35,3 +35,8 @@ def test_soft_nms_keeps_neighbours_with_lower_scores():
 def test_the_score_of_a_box_follows_its_mask():
     masks = torch.tensor([[[0.9, 0.7], [0.4, 0.0]], [[0.1, 0.2], [0.3, 0.5]]])
     assert rescored(torch.tensor([0.5, 1.0]), masks).tolist() == pytest.approx([0.4, 0.0])
+    chosen = Chosen(THREE[:2], torch.tensor([1.0, 0.5]), torch.tensor([0, 1]))
+    seen = Selection(rescored=True).detections(chosen, masks.flip(0))
+    assert seen.labels.tolist() == [1, 0]
+    assert seen.scores.tolist() == pytest.approx([0.4, 0.0])
+    assert Selection().detections(chosen, masks).scores.tolist() == [1.0, 0.5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detection_batches import boxes, narrow_run
@@ -101,9 +103,10 @@ def test_a_mirrored_image_is_seen_mirrored(merge):
     torch.testing.assert_close(seen.masks, other.masks.flip(-1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_vit_sees_images_on_one_square_whatever_their_neighbours():
+@pytest.mark.parametrize("recipe", ["coco_mask_rcnn_vit_base", "coco_mask_rcnn_swinv2_tiny"])
+def test_images_are_seen_on_one_square_whatever_their_neighbours(recipe):
     torch.manual_seed(0)
-    job = DetectionJob(narrow_run("coco_mask_rcnn_vit_base"))
+    job = DetectionJob(narrow_run(recipe))
     task, shapes = job.make_task().eval(), []
 
     def see(images, sizes, ask):
@@ -120,4 +123,10 @@ def test_a_vit_sees_images_on_one_square_whatever_their_neighbours():
     assert shapes == [(96, 96), (96, 96)]
     for one, other in zip(alone, both, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert model_of(narrow_run("coco_mask_rcnn_swinv2_tiny"), see).views.square == 0
+
+
+def test_images_that_were_trained_on_whole_are_seen_one_by_one():
+    run = narrow_run("coco_mask_rcnn_swinv2_tiny")
+    whole = replace(run.task.detection, whole_size=(40, 60, 90), scale_range=(0.1, 2.0))
+    run = replace(run, task=replace(run.task, detection=whole))
+    assert model_of(run, Knows()).views.square == 0
