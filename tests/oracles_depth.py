@@ -111,7 +111,7 @@ def check_depth_mim(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
             for label, got in seen.items():
                 errors.out(f"out.eval.{label}", got)
             log_depth = depth.log()
-            loss = silog_loss(log_depth, truth, forgiven=0.85)
+            loss = silog_loss(log_depth, truth, mean_share=0.85)
             errors.out("out.eval.loss_lambda_085", loss)
             pairs = zip(log_depth.split(1), truth.split(1), strict=True)
             losses = torch.stack([silog_loss(*pair, over="image") for pair in pairs])

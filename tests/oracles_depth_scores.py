@@ -15,8 +15,8 @@ from fd_large.tasks.depth.scores.metrics import (
     NAMES,
     Scores,
     crop_of,
+    finite_depths,
     image_scores,
-    mended,
     scored_pixels,
 )
 
@@ -33,7 +33,7 @@ def check_metrics(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]
         truth, predicted = (tensors[f"{name}.{i}"].double().numpy() / scale for name in _STORED)
         inside = scored_pixels(truth, limits, _part(spec["args"], truth.shape))
         pixels.append(int(inside.sum()))
-        tables.append(image_scores(mended(predicted, limits)[inside], truth[inside]))
+        tables.append(image_scores(finite_depths(predicted, limits)[inside], truth[inside]))
         expected = spec["per_image_float64"][i]
         rows += _compared(f"image {i}", dict(zip(NAMES, tables[-1], strict=True)), expected)
     wrong = sum(a != b for a, b in zip(pixels, spec["valid_pixels"], strict=True))
@@ -77,7 +77,7 @@ def check_tta(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
             rows.append(Row(f"{label}, beside the rest", rest.item(), 0.0))
             rows.append(Row(f"{label}, the rest", float(whole.isnan().sum()), 0.0))
         inside = scored_pixels(truth, limits, crop_of("none", *truth.shape))
-        scores = image_scores(mended(got.numpy(), limits)[inside], truth[inside])
+        scores = image_scores(finite_depths(got.numpy(), limits)[inside], truth[inside])
         named = dict(zip(NAMES, scores, strict=True))
         rows += _compared(f"scores {i}", named, spec["scores_float64"][str(i)], tolerance)
     return rows

@@ -51,6 +51,7 @@ def write_toy(folder: Path, *, count: int = 4) -> Path:
     run = tiny_runs.tiny_run()
     run = replace(
         run,
+        name="fd_swinv2_base",
         student=replace(run.student, architecture=SWIN),
         teacher=replace(run.teacher, source=str(tiny_runs.vit_file(folder))),
         data=replace(run.data, image_size=64),

@@ -15,20 +15,21 @@ from typing import Any
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.errors import ConfigError
 from fd_large.recipes.run import Run, difference
+from fd_large.tasks.registry import kind_of
 
 # What two starts may have differently: it decides no score.
-_FREE = frozenset(
-    {
-        "batch.micro_batch_size",
-        "data.cache",
-        "data.cache_gb",
-        "data.workers",
-    }
-)
+_FREE = frozenset({"data.cache", "data.cache_gb", "data.workers"})
 
 
-def decides(field: str) -> bool:
-    """Returns whether a field of a recipe may decide a score."""
+def decides(field: str, task: str) -> bool:
+    """Returns whether a field of a recipe may decide a score.
+
+    Args:
+        field: Its name, section.field.
+        task: The recipe's `task.name`.
+    """
+    if field == "batch.micro_batch_size":
+        return kind_of(task).depends_on_passes
     return field not in _FREE and (field == "runtime.seed" or not field.startswith("runtime."))
 
 
@@ -77,7 +78,7 @@ def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> di
     changed = "; ".join(
         f"{name} {was!r} -> {now!r}"
         for name, (was, now) in found.items()
-        if was != now and decides(name)
+        if was != now and decides(name, run.task.name)
     )
     if changed:
         raise ConfigError(

@@ -23,7 +23,7 @@ from tyro.conf import Positional, arg
 from fd_large.atomic_files import out_folder, write_json
 from fd_large.cli import recorded_runs, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
-from fd_large.cli.evaluate_models import refuse_other_task, run_recipe, started_from
+from fd_large.cli.evaluate_models import refuse_other_task, started_from
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
 from fd_large.cli.transfer_columns import COLUMNS, Column, ColumnName
@@ -429,9 +429,10 @@ def rows_of(own: Transfer) -> list[Row]:
             model = find_model(run if kind == "student" else f"{run}#{kind}", job_of)
             section = model.section
             digest = weights_digest(section.source, model.weights)
-            # Of a student the run counts as well, which its recipes follow from.
-            key = (kind, section.model, section.architecture, section.source, digest)
             row = Row(kind, model, read_recipe(folder, where="transfer"), digest)
+            # The recipes of students and of random weights follow from their run.
+            name = "" if kind == "teacher" else row.run.name
+            key = (kind, section.model, section.architecture, section.source, digest, name)
             of_run[kind] = found.setdefault(key, row)
         students.append((of_run.pop("student", None), of_run))
     rows = list(found.values())
@@ -466,7 +467,9 @@ def _cell(own: Transfer, row: Row, column: Column, changes: Changes, seed: int) 
     from fd_large.tasks.jobs import job_of
 
     model = row.model
-    base = registry.get(changes.recipe or column.recipe(model.architecture, run_recipe(model)))
+    # Random weights take the recipe of their run's student: the difference is one of weights.
+    of_run = None if row.kind == "teacher" else row.run.name
+    base = registry.get(changes.recipe or column.recipe(model.architecture, of_run))
     size = changes.fields.get("data.image_size")
     if size and kind_of(base.task.name).trains_models:
         # The model's positions are resized, which other tasks do by themselves.
@@ -478,7 +481,8 @@ def _cell(own: Transfer, row: Row, column: Column, changes: Changes, seed: int) 
     seed += started.runtime.seed
     folder = Path(own.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
-    return Cell(row, column, run, not any(map(recorded_runs.decides, changes.fields)))
+    changed = (recorded_runs.decides(name, run.task.name) for name in changes.fields)
+    return Cell(row, column, run, not any(changed))
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
@@ -555,7 +559,7 @@ def _published(
 def _is_of_record(run: Run) -> bool:
     """Whether a run has the settings of the recipe of its name, whatever file its teacher is."""
     recipe = registry.get(run.name)
-    # Of two lengths one is the longer, which a resume might go on to.
+    # Both ways: one of two lengths is the longer, which a resume might go on to.
     changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
     return changed.keys() <= _ANY_TEACHER_FILE
 

@@ -375,7 +375,7 @@ class Job:
             able = ", ".join(f"--to {form}" for form, it in LIBRARIES.items() if not it.heads)
             raise ConfigError(
                 f"export: --to {to}: holds a model with its heads; got a run of the task "
-                f"{self.run.task.name}, expected segmentation. Use one of {able}."
+                f"{self.run.task.name}, expected one whose heads it has. Use one of {able}."
             )
         return self.student_into(architecture, to)
 

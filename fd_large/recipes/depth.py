@@ -22,12 +22,10 @@ Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 from __future__ import annotations
 
 from fd_large.recipes.architectures import Architecture, overrides, resolve
+from fd_large.recipes.finetuning import DISTILLED_AT_192
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
 from fd_large.tasks.depth.section import Depth
-
-# Windows of the stages in distillation at 192 px with windows of 12: the last map is smaller.
-DISTILLED_AT_192 = (12, 12, 12, 6)
 
 
 def _nyuv2(name: str, student: Student, *, layer_decay: float, head_width: int) -> Run:

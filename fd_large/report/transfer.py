@@ -101,9 +101,14 @@ def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
             "the folder of a transfer. Name the one that transfer was started with."
         ) from error
     for cell in cells:
-        cell["status"], cell["reason"], found = read_cell(Path(cell["run"]))
+        # The folder may have been moved, or be named from another one.
+        run = folder / cell["row"] / cell["column"] / f"seed_{cell['seed']}"
+        cell["run"] = str(run)
+        cell["status"], cell["reason"], found = read_cell(run)
         keys = [score["key"] for score in columns[cell["column"]]["scores"]]
-        cell["scores"] = {key: found[key] for key in keys} if cell["status"] == DONE else {}
+        # A dataset without masks has no mask AP.
+        known = {key: found[key] for key in keys if found.get(key) is not None}
+        cell["scores"] = known if cell["status"] == DONE else {}
     summary["differences"] = [
         {"of": a, "less": b, "column": column, "score": score["key"], **value._asdict()}
         for a, b in _pairs(summary)
@@ -234,7 +239,7 @@ def _by_seed(
     return {
         cell["seed"]: score["scale"] * cell["scores"][score["key"]]
         for cell in _cells(summary, row, column)
-        if cell["scores"]
+        if score["key"] in cell["scores"]
     }
 
 
@@ -246,7 +251,7 @@ def _value(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]
 def _difference(
     summary: dict[str, Any], a: str, b: str, column: str, score: dict[str, Any]
 ) -> Value | None:
-    """Of one row less another, seed by seed."""
+    """A row's score less another row's, seed by seed."""
     first, second = (_by_seed(summary, row, column, score) for row in (a, b))
     values = [first[seed] - second[seed] for seed in first if seed in second]
     return Value.of(values) if values else None
@@ -282,10 +287,10 @@ def _paper_text(summary: dict[str, Any], row: str, column: str, score: dict[str,
 def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, Any]) -> str:
     cells = _cells(summary, row, column)
     value = _value(summary, row, column, score)
-    missing = sum(not cell["scores"] for cell in cells)
+    missing = sum(score["key"] not in cell["scores"] for cell in cells)
     if value is None:
-        failed = any(cell["status"] == FAILED for cell in cells)
-        return "failed" if failed else "..." if cells else ""
+        states = {cell["status"] for cell in cells}
+        return "failed" if FAILED in states else "..." if "" in states else ""
     return value.text(score["digits"]) + (f" ({missing} missing)" if missing else "")
 
 

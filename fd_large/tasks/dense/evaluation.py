@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
     predicted: NDArray[Any]
 
 
-Some = Mapping[str, Mapping[int, Drawn]]
+DrawnImages = Mapping[str, Mapping[int, Drawn]]
 """Name of a plot -> number of an image -> what is drawn."""
 
 
@@ -89,7 +89,7 @@ def predict_all(
         yield item, _predict_together(model, item)
 
 
-def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> Some:
+def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages) -> DrawnImages:
     """Predicts the images that are drawn once more: the worst ones, and some others; a collective.
 
     The others are spread evenly over the dataset, the same ones in every test, so that they can be
@@ -117,7 +117,7 @@ def predict_some(errors: NDArray[np.float64], model: Model, images: PairedImages
 
 
 def draw_some(
-    some: Some | None,
+    some: DrawnImages | None,
     row: Callable[[int, Drawn], T],
     draw: Callable[[list[T], Path], None],
     folder: Path,

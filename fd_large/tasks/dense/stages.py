@@ -116,7 +116,7 @@ def maps_of_blocks(
         for number, tokens in enumerate(vit.after_blocks(pixels, keep))
         if number in blocks
     }
-    # Of few blocks, one may be named several times.
+    # With few blocks, one may be named several times.
     return [taken[block] for block in blocks]
 
 

@@ -78,7 +78,7 @@ class DepthJob(DenseJob):
             head=own.head,
             width=own.head_width,
             over=own.loss_over,
-            forgiven=own.loss_lambda,
+            mean_share=own.loss_lambda,
             factor=own.loss_factor,
             frozen=own.frozen,
             statistics=self._statistics(),

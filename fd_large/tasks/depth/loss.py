@@ -17,10 +17,10 @@ def silog_loss(
     depths: Tensor,
     *,
     over: Over = "batch",
-    forgiven: float = 0.5,
+    mean_share: float = 0.5,
     factor: float = 1.0,
 ) -> Tensor:
-    """The root of mean d^2 - forgiven x (mean d)^2, d = log of true depth - log of predicted one.
+    """The root of mean d^2 - mean_share x (mean d)^2, d = log of true depth - log of predicted one.
 
     Args:
         log_depths: (B, H, W), natural logarithms of the predicted metres, float32 or float64.
@@ -28,7 +28,7 @@ def silog_loss(
         over: What the means and the root are of. batch: all pixels with a depth, of the images of
             this pass on all ranks, as in MIM-Depth; a collective. image: those of one image;
             the loss is the mean over the images, as in mmsegmentation.
-        forgiven: Share of the squared mean that is taken away, in [0, 1].
+        mean_share: Share of the squared mean that is taken away, in [0, 1].
         factor: What the loss is multiplied by.
 
     Returns: a scalar of the dtype of `log_depths`, the same on all ranks for `batch`; images, or
@@ -48,12 +48,12 @@ def silog_loss(
         ]
     )
     if over == "image":
-        loss = _root(*of_image, forgiven).mean()
+        loss = _root(*of_image, mean_share).mean()
     else:
         own = of_image.sum(1)
         whole = distributed.sum_tensor(own.detach().clone()).requires_grad_()
         with torch.enable_grad():
-            root = _root(*whole, forgiven)
+            root = _root(*whole, mean_share)
         # The root is of the sums of all ranks, and its slope in them is the slope in this rank's
         # own. The engine averages gradients over the ranks, where the root asks for their sum.
         (slope,) = torch.autograd.grad(root, whole)
@@ -61,8 +61,8 @@ def silog_loss(
     return (factor * loss).to(log_depths)
 
 
-def _root(count: Tensor, total: Tensor, squares: Tensor, forgiven: float) -> Tensor:
+def _root(count: Tensor, total: Tensor, squares: Tensor, mean_share: float) -> Tensor:
     """The root of the sums of some pixels; 0, without a slope, where it has none."""
     mean = total / count.clamp(min=1)
-    inside = squares / count.clamp(min=1) - forgiven * mean.square()
+    inside = squares / count.clamp(min=1) - mean_share * mean.square()
     return inside.where(inside > 0, 1).sqrt().where(inside > 0, 0)

@@ -47,8 +47,8 @@ class Depth:
     # being the difference of the logarithms. batch: one root over all pixels with a depth, of the
     # images of a pass on all ranks, as published. image: the mean of the roots of the images.
     loss_over: Literal["batch", "image"] = "batch"
-    # Share of the squared mean that is forgiven, in [0, 1]: 0.5 as published, 0.85 in BTS and
-    # AdaBins, which forgives more of a wrong scale.
+    # Share of the squared mean that is taken away, in [0, 1]: 0.5 as published, 0.85 in BTS and
+    # AdaBins, by which a wrong scale costs less.
     loss_lambda: float = 0.5
     # Factor of the loss: 1 as published, 10 in BTS and AdaBins.
     loss_factor: float = 1.0
@@ -60,8 +60,8 @@ class Depth:
     # Share of the training images in which a strip from top to bottom shows the depth in place of
     # the image (CutDepth), in [0, 1]. 0 turns it off.
     cut_depth: float = 0.25
-    # What such a strip shows. scaled: the depth, from 0 to 255 at max_depth. wrapped: millimetres
-    # modulo 256, as the published code does.
+    # What such a strip shows. scaled: the depth, from 0 to 255 at max_depth. wrapped: the
+    # numbers of the depth file modulo 256, as the published code does.
     cut_depth_bytes: Literal["scaled", "wrapped"] = "scaled"
     # Number of square windows of data.image_size, spread over the longer side, in which an image is
     # tested, 2 or more; more where they would leave gaps. 0: whole, which a student of one image
@@ -126,11 +126,13 @@ KIND = TaskKind(
     section=Depth,
     may_change=("task.depth.train_list", *HOW_TO_TEST),
     scores_runs=True,
+    depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
     scoring_fields=(
         *HOW_TO_TEST,
         "task.depth.depth_scale",
         "task.depth.valid_range",
+        "task.depth.bottom_crop",
         "student.architecture.window_size",
         "student.stage_windows",
     ),

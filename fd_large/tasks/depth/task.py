@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fd_large.backbones.statistics import IMAGENET, Statistics
 from fd_large.engine.heads import make_head
-from fd_large.tasks.dense.convolution import NORM_EPS, ChannelNorm
+from fd_large.tasks.dense.convolution import NORM_EPS, ChannelNorm, at_least_float32
 from fd_large.tasks.dense.pixels import normalised
 from fd_large.tasks.dense.stages import (
     features,
@@ -52,7 +52,7 @@ class Depth(DenseTask):
         head: A name of the table `HEADS`, or one of the user's own that stands in for it.
         width: Channels of the head.
         over: See `silog_loss`.
-        forgiven: See `silog_loss`.
+        mean_share: See `silog_loss`.
         factor: See `silog_loss`.
         frozen: Whether the student stays as it is.
         statistics: The student's normalisation.
@@ -68,7 +68,7 @@ class Depth(DenseTask):
         head: str = "mim",
         width: int = 128,
         over: Over = "batch",
-        forgiven: float = 0.5,
+        mean_share: float = 0.5,
         factor: float = 1.0,
         frozen: bool = False,
         statistics: Statistics = IMAGENET,
@@ -87,7 +87,7 @@ class Depth(DenseTask):
             where="task.depth.head",
         )
         self.max_depth = max_depth
-        self.over, self.forgiven, self.factor = over, forgiven, factor
+        self.over, self.mean_share, self.factor = over, mean_share, factor
 
     def prepare(self, images: Tensor, targets: Targets, keep: Tensor | None) -> dict[str, Any]:
         """Returns the student's pixels and the depths."""
@@ -110,15 +110,14 @@ class Depth(DenseTask):
             last = self._map(pixels, keep)
         if self.norm is not None:
             last = self.norm(last)
-        logits = self.head(last)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(self.head(last))
         logits = to_pixels(self.student, logits, pixels)[:, 0]
         if depths is None:
             return self.max_depth * logits.sigmoid()
         # The logarithm of the sigmoid at once: a depth that rounds to 0 has one too.
         log_depths = math.log(self.max_depth) + F.logsigmoid(logits)
         loss = silog_loss(
-            log_depths, depths, over=self.over, forgiven=self.forgiven, factor=self.factor
+            log_depths, depths, over=self.over, mean_share=self.mean_share, factor=self.factor
         )
         return loss, {}
 

@@ -113,6 +113,7 @@ KIND = TaskKind(
     section=Segmentation,
     may_change=("task.segmentation.classes", *HOW_TO_TEST),
     scores_runs=True,
+    depends_on_passes=True,
     ignored_fields=IGNORED_FIELDS,
     scoring_fields=(*HOW_TO_TEST, "student.architecture.window_size", "student.stage_windows"),
     next_steps=(

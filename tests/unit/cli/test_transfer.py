@@ -13,6 +13,7 @@ import transfer_toy
 from html_page import check_page
 
 from fd_large.cli.main import main
+from fd_large.cli.recorded_runs import decides
 from fd_large.cli.transfer import Row, _published
 from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.errors import Exit, ShapeError
@@ -56,7 +57,8 @@ def test_a_table_of_all_rows_and_columns(toy, trained, tmp_path, capsys):
     cells = [(row, column, seed) for seed in (0, 1) for column in columns for row in rows]
     assert [run.run_dir() for run in trained] == [f"{out}/{r}/{c}/seed_{s}" for r, c, s in cells]
     names = {Path(run.run_dir()).parts[-3:-1]: run.name for run in trained}
-    assert names["mine", "finetune"] == "finetune_esvit_swin_base"
+    assert names["mine", "finetune"] == "finetune_swinv2_base"
+    assert names["mine_from_scratch", "finetune"] == names["mine", "finetune"]
     assert names["mine_teacher", "finetune"] == "finetune_clip_vit_base_plain"
     assert names["mine_teacher", "linear"] == "linear_probe"
     assert names["mine", "ade20k"] == "ade20k_upernet_swinv2_base"
@@ -157,7 +159,14 @@ def test_trainings_of_anything_else_are_not_taken(toy, trained, tmp_path, capsys
     assert len(trained) == 1
     # What decides no score may differ.
     file.unlink()
-    assert main([*words, "--runtime.log_every", "7", "--data.workers", "1"]) == 0
+    free = ["--runtime.log_every", "7", "--data.workers", "1", "--batch.micro_batch_size", "1"]
+    assert main([*words, *free]) == 0
+
+
+def test_the_images_of_a_pass_decide_where_norms_or_losses_see_them():
+    names = ("finetune", "linear", "detection", "segmentation", "depth")
+    found = [decides("batch.micro_batch_size", name) for name in names]
+    assert found == [False, False, False, True, True]
 
 
 def test_a_teacher_that_runs_share_comes_once(toy, trained, tmp_path):

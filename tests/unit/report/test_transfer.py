@@ -16,7 +16,10 @@ ROWS = ("student", "teacher", "scratch")
 SCORES = {
     "finetune": [{"key": "top1", "title": "top-1 %", "scale": 1.0, "digits": 1}],
     "depth": [{"key": "rmse", "title": "RMSE", "scale": 1.0, "digits": 3}],
-    "coco": [{"key": "AP", "title": "box AP", "scale": 100.0, "digits": 1}],
+    "coco": [
+        {"key": "AP", "title": "box AP", "scale": 100.0, "digits": 1},
+        {"key": "mask_AP", "title": "mask AP", "scale": 100.0, "digits": 1},
+    ],
 }
 VALUES = {
     ("student", "finetune"): [85.0, 85.2],
@@ -70,14 +73,14 @@ def test_figures_differences_and_gaps(table: Path) -> None:
     cells = {
         label: row for label, *row in zip(*(column.cells for column in scores.columns), strict=True)
     }
-    assert cells["student"] == ["85.10 +- 0.14", "0.352", ""]
-    assert cells["  in the paper"] == ["85.0", "(0.352)", ""]
-    assert cells["scratch"] == ["...", "failed", "..."]
+    assert cells["student"] == ["85.10 +- 0.14", "0.352", "", ""]
+    assert cells["  in the paper"] == ["85.0", "(0.352)", "", ""]
+    assert cells["scratch"] == ["...", "failed", "...", "..."]
     assert "Less is better: RMSE." in scores.caption
     assert "depth/seed_0: out of memory" in scores.caption
     shown = list(zip(*(column.cells for column in differences.columns), strict=True))
-    assert shown[0] == ("student less teacher", "+2.20 +- 0.28", "-0.064", "")
-    assert shown[1] == ("student less scratch", "", "", "")
+    assert shown[0] == ("student less teacher", "+2.20 +- 0.28", "-0.064", "", "")
+    assert shown[1] == ("student less scratch", "", "", "", "")
     assert "Below 0 is better: RMSE." in differences.caption
     (first, second) = summary["differences"]
     assert first["seeds"] == pytest.approx([2.0, 2.4])
@@ -92,9 +95,22 @@ def test_it_is_made_again_as_runs_go_on(table: Path) -> None:
     write_table(table)
     run = table / "scratch" / "coco" / "seed_0"
     (run / "summary.json").write_text(json.dumps({"status": "done", "AP": 0.123}))
+    # Its dataset has no masks: there is no such score.
     summary, (scores, _), _ = write_table(table)
-    assert list(scores.columns[3].cells)[-1] == "12.3"
+    assert [list(column.cells)[-1] for column in scores.columns[3:]] == ["12.3", ""]
     assert summary["cells"][-1]["scores"] == {"AP": 0.123}
+
+
+def test_it_is_made_again_from_another_folder(table: Path, monkeypatch) -> None:
+    summary = json.loads((table / SUMMARY).read_text())
+    for cell in summary["cells"]:
+        cell["run"] = f"transfer/{cell['row']}/{cell['column']}/seed_{cell['seed']}"
+    (table / SUMMARY).write_text(json.dumps(summary))
+    moved = table.rename(table.with_name("moved"))
+    monkeypatch.chdir(moved.parent)
+    found, _, _ = write_table(Path("moved"))
+    assert found["cells"][0]["scores"] == {"top1": 85.0}
+    assert found["cells"][0]["run"] == "moved/student/finetune/seed_0"
 
 
 def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:

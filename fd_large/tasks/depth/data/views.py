@@ -24,7 +24,7 @@ WIDEST_STRIP = 0.75
 # Each of the three changes of colour is made with this probability.
 COLOR_PROBABILITY = 0.5
 BRIGHTNESS, CONTRAST, GAMMAS = 0.2, 0.2, (0.8, 1.2)
-# Of 180 steps of hue, and of 255 of saturation and value.
+# Out of 180 steps of hue, and out of 255 of saturation and value.
 HUE, SATURATION, VALUE = 20.0, 30.0, 20.0
 # No side of an image limits the longer one.
 UNLIMITED = 1 << 30

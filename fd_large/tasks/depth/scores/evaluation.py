@@ -14,11 +14,18 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Drawn, Some, draw_some, predict_all
+from fd_large.tasks.dense.evaluation import Drawn, DrawnImages, draw_some, predict_all
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.depth.data.dataset import DepthSet
 from fd_large.tasks.depth.data.views import TestViews
-from fd_large.tasks.depth.scores.metrics import NAMES, Crop, Scored, Scores, image_scores, mended
+from fd_large.tasks.depth.scores.metrics import (
+    NAMES,
+    Crop,
+    Scored,
+    Scores,
+    finite_depths,
+    image_scores,
+)
 from fd_large.tasks.depth.scores.pictures import Row, draw_rows
 
 SCORES = "scores.json"
@@ -143,7 +150,7 @@ def evaluate(
         inside = scored.pixels(truth)
         pixels[item.index] = int(inside.sum())
         if pixels[item.index]:
-            depths = mended(predicted.float().cpu().numpy(), scored.limits)
+            depths = finite_depths(predicted.float().cpu().numpy(), scored.limits)
             table[item.index] = torch.from_numpy(image_scores(depths[inside], truth[inside]))
     of_images, counts, of_unread = (
         distributed.sum_tensor(part.to(device)).cpu().numpy() for part in (table, pixels, unread)
@@ -152,7 +159,7 @@ def evaluate(
     return Outcome(Scores(of_images, counts), scored, int(of_unread))
 
 
-def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) -> list[Path]:
+def keep(outcome: Outcome, some: DrawnImages | None, images: DepthSet, folder: Path) -> list[Path]:
     """Writes scores.json and draws images; on rank 0 alone.
 
     Args:
@@ -170,7 +177,7 @@ def keep(outcome: Outcome, some: Some | None, images: DepthSet, folder: Path) ->
         return Row(
             images.sample(index)[0].permute(1, 2, 0).numpy(),
             seen.truth,
-            mended(seen.predicted, outcome.scored.limits),
+            finite_depths(seen.predicted, outcome.scored.limits),
             outcome.scored.pixels(seen.truth),
             Path(images[index]).name,
             _in_words(outcome.scores.of_images[index]),

@@ -71,7 +71,7 @@ def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
     )
 
 
-def mended(
+def finite_depths(
     predicted: NDArray[np.floating[Any]], limits: tuple[float, float]
 ) -> NDArray[np.float64]:
     """Returns predicted depths with the largest limit for infinite ones and the smallest for NaN.

@@ -20,7 +20,7 @@ MEANINGS = {
     "rmse": "root mean square error, m",
     "rmse_log": "root mean square error of the natural logarithms",
     "log10": "absolute error of the logarithms to base 10",
-    "silog": "scale-invariant error of the natural logarithms, half of the mean forgiven",
+    "silog": "scale-invariant error of the natural logarithms, half of the squared mean taken away",
 }
 PARTS = {
     "none": "the whole image",

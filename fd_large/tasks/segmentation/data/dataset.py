@@ -36,7 +36,6 @@ LAYOUTS = (
 )
 # Grey of 8 or 16 bits, or a palette's indices.
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-FILE = "a label file, one number a pixel"
 
 
 class SegmentationSet(PairedImages):

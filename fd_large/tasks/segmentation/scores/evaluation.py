@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fd_large import distributed
 from fd_large.atomic_files import write_json
-from fd_large.tasks.dense.evaluation import Drawn, Some, draw_some, predict_all
+from fd_large.tasks.dense.evaluation import Drawn, DrawnImages, draw_some, predict_all
 from fd_large.tasks.dense.windows import mean_of_windows
 from fd_large.tasks.segmentation.data.classes import Classes
 from fd_large.tasks.segmentation.data.dataset import SegmentationSet
@@ -128,7 +128,7 @@ def evaluate(
 
 def keep(
     outcome: Outcome,
-    some: Some | None,
+    some: DrawnImages | None,
     images: SegmentationSet,
     classes: Classes,
     folder: Path,

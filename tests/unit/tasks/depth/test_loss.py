@@ -19,24 +19,24 @@ def pair(images: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return predicted, depths.where(depths > 2, 0)
 
 
-def published(predicted: torch.Tensor, depths: torch.Tensor, forgiven: float) -> torch.Tensor:
+def published(predicted: torch.Tensor, depths: torch.Tensor, mean_share: float) -> torch.Tensor:
     """The loss as it is written in the source."""
     known = depths > 0
     d = depths[known].log() - predicted[known]
-    return (d.square().mean() - forgiven * d.mean().square()).sqrt()
+    return (d.square().mean() - mean_share * d.mean().square()).sqrt()
 
 
-@pytest.mark.parametrize("forgiven", [0.5, 0.85, 1.0])
-def test_it_is_the_published_function_and_slope(forgiven):
+@pytest.mark.parametrize("mean_share", [0.5, 0.85, 1.0])
+def test_it_is_the_published_function_and_slope(mean_share):
     predicted, depths = pair()
-    expected = 10 * published(predicted, depths, forgiven)
+    expected = 10 * published(predicted, depths, mean_share)
     (slope,) = torch.autograd.grad(expected, predicted)
-    found = silog_loss(predicted, depths, forgiven=forgiven, factor=10)
+    found = silog_loss(predicted, depths, mean_share=mean_share, factor=10)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, predicted)[0], slope)
-    # Depths that are wrong by a factor cost what is not forgiven.
-    wrong = silog_loss((2 * depths).where(depths > 0, 1).log(), depths, forgiven=forgiven)
-    assert wrong.item() == pytest.approx((1 - forgiven) ** 0.5 * math.log(2), abs=1e-7)
+    # Depths that are wrong by a factor cost the share that stays.
+    wrong = silog_loss((2 * depths).where(depths > 0, 1).log(), depths, mean_share=mean_share)
+    assert wrong.item() == pytest.approx((1 - mean_share) ** 0.5 * math.log(2), abs=1e-7)
 
 
 def test_of_images_it_is_the_mean_of_their_own():

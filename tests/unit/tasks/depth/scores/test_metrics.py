@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fd_large.tasks.depth.scores.metrics import NAMES, Scored, Scores, image_scores, mended
+from fd_large.tasks.depth.scores.metrics import NAMES, Scored, Scores, finite_depths, image_scores
 
 
 def by_hand(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -59,7 +59,9 @@ def test_the_part_that_is_scored(crop, size, rows, columns):
 
 
 def test_depths_that_are_no_numbers_are_limits():
-    found = mended(np.array([np.nan, np.inf, -np.inf, 20.0, -1.0], np.float32), (0.001, 10.0))
+    found = finite_depths(
+        np.array([np.nan, np.inf, -np.inf, 20.0, -1.0], np.float32), (0.001, 10.0)
+    )
     assert found.tolist() == [0.001, 10.0, 10.0, 20.0, -1.0]
 
 
