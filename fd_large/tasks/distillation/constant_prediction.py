@@ -23,7 +23,7 @@ def constant_prediction_loss(
     """Computes the loss of the best constant, one number per channel.
 
     A student that learnt only the mean of its targets has about this loss. Where the loss gives
-    slope and curvature (`Loss.newton`), Newton's method goes on from the mean to the minimum.
+    slope and curvature (`Loss.newton`), steps go on from the mean towards the minimum.
 
     Args:
         task: The task, in evaluation mode; gives the targets.
@@ -32,7 +32,7 @@ def constant_prediction_loss(
     """
     mean: Tensor | None = None
     constant: Tensor | None = None
-    loss = float("nan")
+    loss, least = float("nan"), float("inf")
     # Pass 0 gives the mean; each later one the loss by the constant before it, and a Newton step.
     for step in range(MOST_PASSES):
         totals: Tensor | None = None
@@ -55,6 +55,7 @@ def constant_prediction_loss(
         assert constant is not None
         first, second, lost_sum, images, places = summed(totals)
         before, loss = loss, (lost_sum[0] / images[0]).item()
+        least = least if mean is None else min(least, loss)
         if mean is None:
             mean = constant = (first / places).float()
         elif not moves or (step >= 3 and not loss < before * (1 - ENOUGH)):
@@ -62,4 +63,4 @@ def constant_prediction_loss(
         else:
             step_down = torch.where(second > 0, first / second, 0.0)
             constant = (constant - step_down).float()
-    return loss
+    return least

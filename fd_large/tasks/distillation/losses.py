@@ -92,12 +92,16 @@ class SmoothL1(Loss):
         return F.smooth_l1_loss(projected, target, beta=self.beta)
 
     def newton(self, constant: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns first and second derivative, summed over the images; the loss is convex."""
+        """Returns the slope, and the curvature of the parabolas that lie above the differences.
+
+        Where most tokens are further away than `beta`, the second derivative is that of the few
+        others, and its step would lead far beyond the minimum.
+        """
         difference = (constant - target).flatten(0, -2)
-        inside = difference.abs() < self.beta
         slope = difference.clamp(-self.beta, self.beta) / self.beta
+        curvature = difference.abs().clamp(min=self.beta).reciprocal()
         scale = len(target) / target.numel()
-        return slope.sum(0) * scale, inside.float().sum(0) * (scale / self.beta)
+        return slope.sum(0) * scale, curvature.sum(0) * scale
 
     def fused(self, projected: Tensor, tokens: Tensor, eps: float) -> Tensor:
         """Returns the loss by the fused kernel, or by its plain twin."""
@@ -306,11 +310,9 @@ def _terms(name: str, beta: float) -> list[tuple[float, Loss]]:
 def _towards(constant: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and curvature of minus the cosine between a constant and a sum of unit vectors.
 
-    The curvature is the one that a turn towards the sum has at its end, |sum| / |constant|^2, and
-    the step from any constant on its side leads there.
+    Those of the parabola whose minimum is the sum's direction at the constant's own length, from
+    wherever the constant points.
     """
-    length = constant.norm().clamp(min=_SMALLEST)
-    unit = constant / length
-    along = directions @ unit
-    slope = (along * unit - directions) / length
-    return slope, (along.clamp(min=0) / length.square()).expand_as(constant)
+    length, most = constant.norm().clamp(min=_SMALLEST), directions.norm()
+    slope = (most * constant / length - directions) / length
+    return slope, (most / length.square()).expand_as(constant)

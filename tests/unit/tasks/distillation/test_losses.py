@@ -99,7 +99,10 @@ def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
     parts = (value(slice(0, 1)) + 3 * value(slice(1, 4))) / 4
     assert parts.item() == pytest.approx(value().item(), rel=1e-5)
     (slope,) = torch.autograd.grad(4 * value(), constant)
-    assert torch.allclose(loss.newton(constant.detach(), target)[0], slope, atol=1e-5)
+    found, unit = loss.newton(constant.detach(), target)[0], F.normalize(constant.detach(), dim=0)
+    if name.startswith("cosine"):  # The length of a constant changes no cosine.
+        found = found - (found @ unit) * unit
+    assert torch.allclose(found, slope, atol=1e-5)
 
 
 def test_a_sum_by_weight_is_the_sum_of_its_terms():
