@@ -21,6 +21,7 @@ SWIN = Architecture(
     window_size=4,
     pretrained_window_sizes=(3, 3, 3, 2),
 )
+SMALL = {"head_width": 8, "test_crop": "none"}
 VIT = {"embed_dim": 16, "depths": (4,), "num_heads": (2,)}
 
 
@@ -38,7 +39,7 @@ def narrow_run(recipe: str, **own: object) -> Run:
         data=replace(run.data, image_size=64, workers=0),
         batch=replace(run.batch, global_batch_size=4, micro_batch_size=2),
         engine=replace(run.engine, precision="float32"),
-        task=replace(run.task, depth=replace(run.task.depth, **{"head_width": 8} | own)),
+        task=replace(run.task, depth=replace(run.task.depth, **SMALL | own)),
     )
 
 

@@ -360,12 +360,15 @@ def started_from(model: NamedModel, base: Run, changes: Mapping[str, Any]) -> Ru
     from fd_large.tasks.jobs import job_of
 
     names = [name.removeprefix("student.") for name in changes if name.startswith("student.")]
-    return job_of(override(base, changes)).starting_from(
+    started = job_of(override(base, changes)).starting_from(
         model.section,
         image_size=model.image_size,
         trained_as=model.trained_by.run.student if model.trained_by else None,
         fields=names,
     )
+    # A side that the user set stays; the job refuses it where it does not fit the model.
+    size = changes.get("data.image_size", started.data.image_size)
+    return replace(started, data=replace(started.data, image_size=size))
 
 
 def refuse_other_task(flag: str, recipe: Run, task: str) -> None:

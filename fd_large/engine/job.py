@@ -460,8 +460,9 @@ class Job:
     ) -> Run:
         """Returns the recipe with a named model in the student's place.
 
-        The window of its attention stays the recipe's, as does what the recipe says of images.
-        Blocks have position biases of their own where those of the recipe's student have.
+        The window of its attention stays the recipe's, as does what the recipe says of images, but
+        for rules that the model's family does not have. Blocks have position biases of their own
+        where those of the recipe's student have.
 
         Args:
             model: The model and its weights, settled.
@@ -481,6 +482,7 @@ class Job:
         window = base.architecture.window_size
         if window and isinstance(architecture, WindowedTransformer):
             architecture = architecture.with_window(window)
+        base = base.without_rules_unknown_to(architecture, kept=fields)
         student = as_student(model, architecture, base, trained_as=trained_as)
         return replace(self.run, student=student)
 

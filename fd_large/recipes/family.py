@@ -69,6 +69,8 @@ class FamilyArchitecture:
     """Whether the model has several stages, each at half the resolution of the one before."""
     can_pad: ClassVar[bool] = False
     """Whether image sizes that do not fit can be padded (`student.size_rule`)."""
+    has_stage_windows: ClassVar[bool] = False
+    """Whether the windows of a stage may be of another size (`student.stage_windows`)."""
     mean_norm: ClassVar[Literal["none", "instead", "also"]] = "also"
     """How fine-tuning normalises the mean of the tokens. none: the model's final norm is enough.
     instead: a new norm takes the place of the final norm, which is discarded. also: a new norm

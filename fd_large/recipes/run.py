@@ -290,8 +290,8 @@ class Run:
             old, new = (by_name(name) for name in (before, after or before))
             if old and new and old.family != new.family:
                 plain_model = replace(section, architecture=Architecture())
-                if where == "student" and not new.can_pad:
-                    plain_model = replace(plain_model, **Student(model="").sizes())
+                if where == "student":
+                    plain_model = plain_model.without_rules_unknown_to(new)
                 base = replace(base, **{where: plain_model})
         return override(base, values)
 

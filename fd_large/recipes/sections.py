@@ -6,10 +6,12 @@ on the command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fd_large.recipes.architectures import Architecture
+from fd_large.recipes.family import FamilyArchitecture
 from fd_large.recipes.fields import (
     at_least,
     check_types,
@@ -99,6 +101,20 @@ class Student:
             )
         for side in self.stage_windows:
             at_least("student.stage_windows", side, 1, "tokens")
+
+    def without_rules_unknown_to(
+        self, architecture: FamilyArchitecture, *, kept: Collection[str] = ()
+    ) -> Student:
+        """Returns the section with usual values of the size fields that a family does not have.
+
+        Args:
+            architecture: A model of the family.
+            kept: Fields that stay as they are.
+        """
+        usual = Student(model=self.model).sizes()
+        if architecture.can_pad:
+            usual = {} if architecture.has_stage_windows else {"stage_windows": ()}
+        return replace(self, **{name: v for name, v in usual.items() if name not in kept})
 
     def sizes(self) -> dict[str, Any]:
         """Returns the fields that say what becomes of sizes that do not fit, {name: value}."""

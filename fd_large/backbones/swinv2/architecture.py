@@ -38,6 +38,7 @@ class SwinV2Architecture(WindowedTransformer):
     family: ClassVar[str] = "swinv2"
     example: ClassVar[str] = "swinv2_base"
     has_sequential_stages: ClassVar[bool] = True
+    has_stage_windows: ClassVar[bool] = True
 
     def _check(self) -> None:
         super()._check()
@@ -66,13 +67,11 @@ class SwinV2Architecture(WindowedTransformer):
         return replace(self, **given)
 
     def with_window(self, window_size: int) -> Self:
-        """Returns the same model with another window.
+        """Returns the same model with windows of another size, or of the same on larger maps.
 
         The coordinates of its position biases stay scaled by the windows that it was trained with,
         which are no larger than the maps.
         """
-        if window_size == self.window_size:
-            return self
         trained = trained_windows(
             self.pretrained_window_sizes, self.window_size, self.image_size // self.patch_size
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,6 +24,8 @@ from fd_large.engine.job import Job, StoredScores, StoredStudent, trained_at
 from fd_large.engine.student import make_student, student_weights
 from fd_large.engine.zero.engine import Engine
 from fd_large.errors import ConfigError
+from fd_large.recipes.run import Run
+from fd_large.recipes.sections import FrozenModel, Student
 from fd_large.runtime.hooks import Hook, Setting
 from fd_large.tasks.classification.mean_token import DISCARDED
 from fd_large.tasks.dense.evaluation import predict_some
@@ -125,10 +128,39 @@ class DenseJob(Job):
                 "Set --student.drop_path_rate 0."
             )
         with torch.device("meta"):
-            one_size = is_of_one_size(self.make_task().student)
-        if one_size and (problem := self.whole_images()):
-            raise ConfigError(problem)
+            module = self.make_task().student
+        if is_of_one_size(module):
+            size, patch = self.run.data.image_size, module.patch_size
+            if size % patch:
+                raise ConfigError(
+                    f"data.image_size: {student.model} would see a part of the crop, stretched; "
+                    f"got {size} pixels, expected a multiple of its patch of {patch}. Set "
+                    f"--data.image_size {next_multiple(size, patch)}."
+                )
+            if problem := self.whole_images():
+                raise ConfigError(problem)
         self.model_to_test(lambda images: images, 1)
+
+    def starting_from(
+        self,
+        model: FrozenModel,
+        *,
+        image_size: int,
+        trained_as: Student | None,
+        fields: Collection[str],
+    ) -> Run:
+        """Returns the recipe with a named model, with the next larger crop that its patch divides.
+
+        A model of several stages sees crops of any size.
+        """
+        run = super().starting_from(
+            model, image_size=image_size, trained_as=trained_as, fields=fields
+        )
+        architecture = run.student_architecture()
+        # Other families do not state a patch, or take any size.
+        patch = 1 if architecture.is_hierarchical else getattr(architecture, "patch_size", 1)
+        side = next_multiple(run.data.image_size, patch)
+        return replace(run, data=replace(run.data, image_size=side))
 
     def student_module(self) -> torch.nn.Module:
         """Constructs the student for the crop."""
@@ -231,6 +263,11 @@ class DenseJob(Job):
     def left_out(self) -> Mapping[str, float]:
         """Returns the student's tensors that the task does without, and what stands for them."""
         return {} if self.section.head in self.on_last_map else DISCARDED
+
+
+def next_multiple(size: int, of: int) -> int:
+    """Returns the least multiple of `of` that is no smaller than a size."""
+    return -(-size // of) * of
 
 
 class _PassWarning(Hook):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from fd_large.tasks.dense.job import DenseJob
 from fd_large.tasks.depth.data.dataset import DepthSet, open_depth
 from fd_large.tasks.depth.data.views import TestViews, TrainingViews
 from fd_large.tasks.depth.scores.evaluation import Model, Outcome, evaluate, keep
+from fd_large.tasks.depth.scores.metrics import crop_of
 from fd_large.tasks.depth.scores.tables import numbers_table
 from fd_large.tasks.depth.section import KIND, ON_LAST_MAP
 from fd_large.tasks.depth.stored import predict_images
@@ -68,6 +69,13 @@ class DepthJob(DenseJob):
             max_depth=own.max_depth,
             depth_scale=own.depth_scale,
         )
+
+    def test_images(self) -> DepthSet:
+        """Opens the test images; some of them show whether `task.depth.test_crop` is theirs."""
+        images, own = super().test_images(), self.section
+        for truth in images.some_truths():
+            crop_of(own.test_crop, *(own.bottom_crop if any(own.bottom_crop) else truth.shape))
+        return cast(DepthSet, images)
 
     def make_task(self) -> Depth:
         """The student and its head."""

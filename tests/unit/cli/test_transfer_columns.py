@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from fd_large.cli.evaluate_models import started_from
 from fd_large.cli.transfer_columns import COLUMNS
+from fd_large.engine.find_model import find_model
+from fd_large.engine.student import make_student
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
+from fd_large.tasks.jobs import job_of
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,26 @@ def test_every_published_figure_has_a_score_and_a_recipe(column):
         assert not paper.recipe or paper.recipe == column.recipe(
             registry.get(run).student_architecture(), run
         )
+
+
+@pytest.mark.parametrize("model", ["swin_base_esvit", "vit_large_patch14", "swinv2_base"])
+def test_every_column_s_model_can_be_built(model):
+    named = find_model(f"{model}=random", job_of)
+    for column in COLUMNS.values():
+        run = started_from(named, registry.get(column.recipe(named.architecture, "")), {})
+        with torch.device("meta"):
+            if column.data == "imagenet":  # The head needs the images' classes.
+                make_student(run.student, image_size=run.data.image_size)
+            else:
+                job_of(run).make_task()
+        if run.student.model == "vit_large_patch14" and column.name != "coco":
+            assert run.data.image_size % 14 == 0, column.name
+
+
+def test_a_crop_that_the_user_set_stays():
+    base, named = registry.get("nyuv2_vit_base"), find_model("vit_large_patch14=random", job_of)
+    sides = [
+        started_from(named, base, fields).data.image_size
+        for fields in ({}, {"data.image_size": 480})
+    ]
+    assert sides == [490, 480]

@@ -51,6 +51,9 @@ def test_a_recipe_starts_from_a_named_model_with_a_window_of_its_own():
     assert (own.embed_dim, own.window_size) == (named.embed_dim, 30)
     # Trained in windows of 14; the last map of 224 pixels has 7 x 7 tokens.
     assert own.pretrained_window_sizes == (14, 14, 14, 7)
+    # As large a window on larger maps is another one in the last stage.
+    trained = replace(named, image_size=256, window_size=16)
+    assert trained.with_window(16).pretrained_window_sizes == (16, 16, 16, 8)
     assert replace(run, student=base.student) == base
     assert replace(run.student, model="", architecture=Architecture()) == replace(
         base.student, model="", architecture=Architecture()

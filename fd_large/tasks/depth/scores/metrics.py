@@ -13,12 +13,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fd_large.errors import ConfigError
+
 NAMES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 RATIO = 1.25
 SILOG_LAMBDA = 0.5
 
 Crop = Literal["none", "nyu", "kitti_garg", "kitti_eigen"]
-# NYUv2's images have black borders; in pixels, for 480 x 640.
+# NYUv2's images have black borders; in pixels.
+NYU_SIZE = (480, 640)
 NYU_ROWS, NYU_COLUMNS = (45, 471), (41, 601)
 # Shares of height and width.
 KITTI = {
@@ -59,10 +62,19 @@ def scored_pixels(
 
 
 def crop_of(name: Crop, height: int, width: int) -> tuple[slice, slice]:
-    """Returns the rows and columns of an image that a crop scores."""
+    """Returns the rows and columns of an image that a crop scores.
+
+    Raises: ConfigError: for an image of another size than the crop is for.
+    """
     if name == "none":
         return slice(None), slice(None)
     if name == "nyu":
+        if (height, width) != NYU_SIZE:
+            raise ConfigError(
+                "task.depth.test_crop: nyu is a part of NYUv2's images; got an image of "
+                f"{height} x {width} pixels, expected {NYU_SIZE[0]} x {NYU_SIZE[1]}. Set "
+                "--task.depth.test_crop none."
+            )
         return slice(*NYU_ROWS), slice(*NYU_COLUMNS)
     (top, bottom), (left, right) = KITTI[name]
     return (

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fd_large.errors import ConfigError
 from fd_large.tasks.depth.scores.metrics import NAMES, Scored, Scores, finite_depths, image_scores
 
 
@@ -56,6 +57,13 @@ def test_the_part_that_is_scored(crop, size, rows, columns):
     inside = Scored((0.1, 10.0), crop).pixels(np.ones(size))
     assert inside.sum() == (rows[1] - rows[0]) * (columns[1] - columns[0])
     assert inside[slice(*rows), slice(*columns)].all()
+
+
+def test_the_crop_of_nyuv2_is_of_images_of_its_size():
+    with pytest.raises(
+        ConfigError, match=r"test_crop: nyu .*240 x 320.*--task\.depth\.test_crop none"
+    ):
+        Scored((0.1, 10.0), "nyu").pixels(np.ones((240, 320)))
 
 
 def test_depths_that_are_no_numbers_are_limits():
