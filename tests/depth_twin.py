@@ -13,7 +13,7 @@ FLAGS = """
 --student.architecture.pretrained_window_sizes 3 3 3 2 --student.stage_windows 4 4 4 2
 --student.architecture.extra_norm_every 2
 --data.image_size 64 --data.workers 1 --runtime.log_every 1 --runtime.save_every 2
---task.depth.head_width 16
+--task.depth.head_width 16 --task.depth.test_crop none
 --optim.warmup_epochs 1 --optim.base_lr 0.1 --optim.warmup_lr 1e-2 --optim.min_lr 1e-2
 """
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -299,7 +300,7 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
         return distributed.leave(Exit.DONE)
     meeting.meet(lambda: check_all(*map(_opens, cells[: len(rows) * len(columns) : len(rows)])))
     states = distributed.broadcast_object(
-        distributed.together(lambda: list(map(_state, cells)) if distributed.is_main() else [])
+        distributed.together(lambda: _states(own.out, cells) if distributed.is_main() else [])
     )
     out, done = out_folder(own.out), states.count(DONE)
     if distributed.is_main():
@@ -571,13 +572,34 @@ def _opens(cell: Cell) -> Callable[[], object]:
     return job_of(cell.run).open_samples
 
 
-def _state(cell: Cell) -> str:
-    """How the run of a cell has ended.
+def _states(out: str, cells: Sequence[Cell]) -> list[str]:
+    """How the run of each cell has ended.
 
-    Raises: ConfigError: if its folder holds another one.
+    Raises: ConfigError: if its folder holds another one, or another folder holds it.
     """
-    recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training")
-    return read_cell(cell.folder)[0]
+    others = {}
+    for cell in cells:
+        if not recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training"):
+            others.update(dict.fromkeys(_elsewhere(Path(out), cell), cell.row.name))
+    rows = {cell.row.name for cell in cells}
+    if mistakes := [
+        f"{folder}: holds trainings of this start under another label, as which runs are named "
+        f"together decides a label; got {name}, expected {folder.name}. Rename the folder to "
+        f"{name}, or set --out to another one."
+        for folder, name in others.items()
+        if folder.name not in rows
+    ]:
+        raise ConfigError("\n".join(mistakes))
+    return [read_cell(cell.folder)[0] for cell in cells]
+
+
+def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
+    """Folders of other rows that hold the training of a cell."""
+    for file in sorted(out.glob(f"*/{cell.column.name}/{cell.folder.name}/{RECORD}")):
+        there = replace(cell.run, runtime=replace(cell.run.runtime, run_dir=str(file.parent)))
+        with suppress(ConfigError):
+            recorded_runs.read_record(RECORD, there, cell.inputs, "a training")
+            yield file.parents[2]
 
 
 def _record(cell: Cell, **outcome: Any) -> None:

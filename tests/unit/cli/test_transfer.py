@@ -16,6 +16,7 @@ from fd_large.cli.main import main
 from fd_large.cli.recorded_runs import decides
 from fd_large.cli.transfer import Row, _published
 from fd_large.cli.transfer_columns import COLUMNS
+from fd_large.engine.find_model import slug
 from fd_large.errors import Exit, ShapeError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
@@ -177,6 +178,25 @@ def test_a_teacher_that_runs_share_comes_once(toy, trained, tmp_path):
     rows = {row["name"]: row for row in summary_of(tmp_path)["rows"]}
     assert set(rows) == {"other", "other_teacher", "other_from_scratch", "mine"}
     assert rows["mine"]["teacher"] == rows["other"]["teacher"] == "other_teacher"
+
+
+def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_path, capsys):
+    shutil.copytree(toy / "mine", tmp_path / "b" / "mine")
+    out, more = tmp_path / "out", ["--rows", "student", "--only", "linear"]
+    words = [*transfer_toy.words(toy, out), *more]
+    assert main(words) == 0
+    words.insert(1, str(tmp_path / "b" / "mine"))
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{out}/mine: holds trainings of this start under another label" in said
+    name = slug(str(toy / "mine"))
+    (out / "mine").rename(out / name)
+    assert main(words) == 0
+    # Besides the first start's training, that of the other run alone.
+    assert [Path(run.student.init).parents[1] for run in trained] == [
+        toy / "mine",
+        tmp_path / "b" / "mine",
+    ]
 
 
 @pytest.mark.parametrize(
