@@ -204,7 +204,7 @@ TINY_RECIPES = {
     "ade20k_upernet_vit_base": f"""
         {TINY_VIT} --task.segmentation.num_classes 4 --task.segmentation.head_width 8
     """,
-    "nyuv2_vit_base": f"{TINY_VIT} --task.depth.head_width 8",
+    "nyuv2_vit_base": f"{TINY_VIT} --task.depth.head_width 8 --task.depth.test_crop none",
 }
 
 
