@@ -480,7 +480,9 @@ class Job:
         if own == own.with_own_position_biases():
             architecture = architecture.with_own_position_biases()
         window = base.architecture.window_size
-        if window and isinstance(architecture, WindowedTransformer):
+        # The windows of a Swin of the first version are those of its position tables.
+        takes_window = architecture.has_stage_windows or _WINDOW in fields
+        if window and takes_window and isinstance(architecture, WindowedTransformer):
             architecture = architecture.with_window(window)
         base = base.without_rules_unknown_to(architecture, kept=fields)
         student = as_student(model, architecture, base, trained_as=trained_as)

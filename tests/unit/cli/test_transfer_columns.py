@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fd_large.backbones.registry import parameter_shapes
 from fd_large.cli.evaluate_models import started_from
 from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import find_model
+from fd_large.engine.job import trained_at
 from fd_large.engine.student import make_student
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
@@ -54,6 +56,10 @@ def test_every_column_s_model_can_be_built(model):
                 make_student(run.student, image_size=run.data.image_size)
             else:
                 job_of(run).make_task()
+        # What its weights are fitted to.
+        assert parameter_shapes(trained_at(run))
+        if model == "swin_base_esvit":
+            assert run.student_architecture().window_size == 14, "those of its position tables"
         if run.student.model == "vit_large_patch14" and column.name != "coco":
             assert run.data.image_size % 14 == 0, column.name
 
