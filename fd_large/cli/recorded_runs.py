@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_large.atomic_files import out_folder, write_json
-from fd_large.errors import ConfigError
+from fd_large.errors import ConfigError, Exit
 from fd_large.recipes.run import Run, difference
 from fd_large.tasks.registry import kind_of
 
@@ -34,7 +34,9 @@ def decides(field: str, task: str) -> bool:
 
 
 def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
-    """Trains a run; returns the exit code and, where that is 0, its summary.json.
+    """Trains a run; returns the exit code and, where it is finished, its summary.json.
+
+    A finished run gives 75 where it was asked to stop while it ended: others are not to follow.
 
     Args:
         run: The recipe.
@@ -43,6 +45,7 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
     from fd_large import distributed
     from fd_large.cli.train import train_run
     from fd_large.engine.zero import start
+    from fd_large.runtime import preemption
 
     try:
         code = train_run(run, deepspeed_config=deepspeed_config)
@@ -55,7 +58,8 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
     # Rank 0 wrote it; the others may be here before it is written.
     file = Path(run.run_dir()) / "summary.json"
     text = file.read_text() if distributed.is_main() else "{}"
-    return 0, distributed.broadcast_object(json.loads(text))
+    code = Exit.AGAIN if distributed.any_rank(preemption.asked_too_late()) else Exit.DONE
+    return code, distributed.broadcast_object(json.loads(text))
 
 
 def read_record(file: str, run: Run, inputs: Mapping[str, str], what: str) -> dict[str, Any]:

@@ -48,6 +48,17 @@ SECONDS_AFTER_CTRL_C = {"deepspeed": 30.0, "torchrun": 30.0}
 """How long these launchers wait after a Ctrl-C until they kill their ranks (docs/recovery.md)."""
 
 
+_late: list[str] = []
+
+
+def asked_too_late() -> bool:
+    """Returns whether the last run of this process was asked to stop when it had only to end.
+
+    Who has more runs to train stops there.
+    """
+    return bool(_late)
+
+
 class Preemption(Hook):
     """Wishes to stop after a signal, for a file, or when the job's time is nearly up.
 
@@ -74,6 +85,7 @@ class Preemption(Hook):
         leave: Callable[[int], Any] = os._exit,
         ends_process: bool = True,
     ) -> None:
+        _late.clear()
         self._ends_process, self._pressed = ends_process, 0.0
         self._notice, self._launcher = notice_seconds, launcher
         self._leaving, self._leave = leaving, leave
@@ -196,6 +208,8 @@ class Preemption(Hook):
         if self._closed:
             return
         self._closed = True
+        if self._reason:
+            _late.append(self._reason)
         self._held.close()
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._pipe[1])

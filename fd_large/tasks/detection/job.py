@@ -62,11 +62,12 @@ class DetectionJob(Job):
     def open_samples(self) -> ImageSource:
         """Opens the training images and their objects."""
         images = open_coco(self.run.data.root, "train")
+        # First: what is wrong beside is said together with what `check` finds.
+        self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
+        self._has_masks = images.has_masks
         check_classes(self.run, images)
         if classes := self.run.task.detection.semantic_classes:
             images.check_semantic(classes, where="data.root")
-        self._categories = dict(zip(images.category_ids, images.category_names, strict=True))
-        self._has_masks = images.has_masks
         return cast(ImageSource, images)
 
     def check(self) -> None:

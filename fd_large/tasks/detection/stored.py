@@ -47,7 +47,7 @@ def score_stored(
         return StoredScores((), ())
     drawn = keep(outcome, images, folder, draw=True, max_pixels=max_pixels)
     return StoredScores(
-        (numbers_table(outcome.scores), classes_table(outcome.scores)),
+        (numbers_table(outcome.scores, tested=outcome.tested), classes_table(outcome.scores)),
         (folder / "results.json", folder / "scores.json", *drawn),
     )
 

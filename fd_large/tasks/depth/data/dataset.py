@@ -70,7 +70,13 @@ class DepthSet(PairedImages):
         """
         known = np.concatenate([truth[truth > 0] for truth in self.some_truths()])
         low, high = limits
-        if known.size and not low < np.median(known) < high:
+        if not known.size:
+            raise DataError(
+                f"{where}: no depth in any of the files that were read, such as "
+                f"{self.truth_file(0)}; got 0 in every pixel, expected some depths in "
+                "task.depth.valid_range. Check the files, or set that range."
+            )
+        if not low < np.median(known) < high:
             raise DataError(
                 f"{where}: depths beyond the limits; got a median of {np.median(known):.4g} m in "
                 f"some of the files ({known.min():.4g} to {known.max():.4g} m), as "

@@ -43,12 +43,14 @@ class Outcome(NamedTuple):
         results: The detections, in COCO's format.
         ground_truth: The annotations that they were scored against.
         unread: How many images could not be read; their objects count as missed.
+        tested: How the detections were found, in words.
     """
 
     scores: Scores
     results: list[Result]
     ground_truth: dict[str, Any]
     unread: int
+    tested: str
 
 
 def evaluate(
@@ -121,7 +123,7 @@ def evaluate(
         if merged is None:
             return None
         truth = read_ground_truth(images.annotations)
-        return Outcome(score(truth, merged), merged, truth, unread)
+        return Outcome(score(truth, merged), merged, truth, unread, model.in_words())
 
     with activity.work("scoring the detections"):
         return _beside(scored, lambda: between(len(loader), len(loader)))
@@ -165,7 +167,8 @@ def keep(
     Returns: the pictures that were drawn.
     """
     write_results(folder / RESULTS, outcome.results)
-    scores = {"unread_images": outcome.unread, **outcome.scores.to_dict()}
+    found = outcome.scores.to_dict()
+    scores = {"unread_images": outcome.unread, "tested": outcome.tested, **found}
     write_json(folder / SCORES, scores)
     if not draw:
         return []

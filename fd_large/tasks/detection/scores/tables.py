@@ -27,14 +27,17 @@ MEANINGS = {
 }
 
 
-def numbers_table(scores: Scores) -> Table:
-    """The twelve numbers of boxes and masks."""
+def numbers_table(scores: Scores, *, tested: str = "") -> Table:
+    """The twelve numbers of boxes and masks.
+
+    Args:
+        scores: The numbers.
+        tested: How the detections were found, in words; empty: nobody knows.
+    """
     from rich.table import Table
 
-    table = Table(
-        title=f"{scores.num_images:,} images, {scores.num_results:,} detections",
-        title_justify="left",
-    )
+    counts = f"{scores.num_images:,} images, {scores.num_results:,} detections"
+    table = Table(title=f"{counts}; {tested}" if tested else counts, title_justify="left")
     table.add_column("")
     for kind in scores.kinds:
         table.add_column(kind, justify="right")

@@ -106,6 +106,18 @@ class Model(NamedTuple):
     selection: Selection
     proposals_per_image: int
 
+    def in_words(self) -> str:
+        """Returns how images are tested, as beside a score."""
+        views, rule = self.views, self.selection
+        scales = " ".join(f"{scale:g}" for scale in views.scales)
+        words = [f"{views.short_side} px (at most {views.long_side})"]
+        words += [f"scales {scales}"] * (views.scales != (1.0,))
+        words += ["mirrored too"] * views.flip
+        words += [f"merged by {views.merge}"] * (len(views.scales) > 1 or views.flip)
+        words += [f"{rule.nms} NMS from IoU {rule.iou:g}", f"scores above {rule.least_score:g}"]
+        words += ["rescored by masks"] * rule.rescored
+        return ", ".join(words)
+
     @torch.no_grad()
     def detect(
         self, images: Sequence[Tensor], sizes: Sequence[Tensor], original_sizes: Tensor

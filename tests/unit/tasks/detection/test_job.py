@@ -54,6 +54,15 @@ def edit(root, change, split: str = "val") -> None:
     path.write_text(json.dumps(content))
 
 
+def test_missing_semantic_maps_are_told_beside_what_the_check_finds(tmp_path):
+    run = run_of(pictures(tmp_path))
+    htc = replace(run.task.detection, heads="htc", semantic_classes=9)
+    job = DetectionJob(replace(run, task=replace(run.task, detection=htc)))
+    with pytest.raises(DataError, match="stuffthingmaps"):
+        job.open_samples()
+    job.check()
+
+
 def test_a_whole_data_set_is_fine(tmp_path):
     job = check(run_of(pictures(tmp_path)))
     assert job.facts() == {"categories": {"3": "cat", "7": "dog", "90": "brush"}, "masks": True}

@@ -69,6 +69,15 @@ def test_folders_pair_images_with_depths(layout, tmp_path):
     np.testing.assert_allclose(images.truth(1), image_and_depths(1)[1], atol=0.0011)
 
 
+def test_files_without_any_depth_are_refused(tmp_path):
+    for number in range(2):
+        names = (tmp_path / name.format(f"image_{number}") for name in FOLDERS["kinds"])
+        image, depths = image_and_depths(number)
+        save(image, 0 * depths, tuple(names), 500)
+    with pytest.raises(DataError, match=r"no depth in any .*; got 0 in every pixel"):
+        open_depth(str(tmp_path), "train", depth_scale=500)
+
+
 def test_mistakes_are_named_all_at_once(tmp_path):
     with pytest.raises(DataError, match=r"data\.root: .*'val'.*test_list\.txt.*task\.depth\.val_"):
         open_depth(str(tmp_path), "val")

@@ -130,3 +130,13 @@ def test_images_that_were_trained_on_whole_are_seen_one_by_one():
     whole = replace(run.task.detection, whole_size=(40, 60, 90), scale_range=(0.1, 2.0))
     run = replace(run, task=replace(run.task, detection=whole))
     assert model_of(run, Knows()).views.square == 0
+
+
+def test_a_score_says_how_images_were_seen():
+    plain = Model(Knows(), TestViews(800, 1333), Selection(), 10)
+    assert plain.in_words() == "800 px (at most 1333), hard NMS from IoU 0.5, scores above 0.05"
+    views = TestViews(800, 1333, (0.5, 1.0), True, "union")
+    rule = Selection(nms="linear", least_score=0.001, rescored=True)
+    words = Model(Knows(), views, rule, 10).in_words()
+    for part in ("scales 0.5 1", "mirrored", "union", "linear NMS", "0.001", "masks"):
+        assert part in words

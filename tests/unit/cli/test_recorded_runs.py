@@ -1,0 +1,36 @@
+"""Runs that follow each other in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from fd_large.cli import recorded_runs, train
+from fd_large.errors import Exit
+from fd_large.recipes import registry
+from fd_large.runtime.preemption import Preemption
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_run_follows_one_that_was_asked_to_stop_while_it_ended(tmp_path, monkeypatch, asked):
+    run = registry.get("quickstart")
+    run = replace(run, runtime=replace(run.runtime, run_dir=str(tmp_path)))
+
+    def finished(run, *, deepspeed_config):
+        hook = Preemption(60, ends_process=False)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        hook.close()
+        (tmp_path / "summary.json").write_text('{"steps": 3}')
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "train_run", finished)
+    try:
+        code, summary = recorded_runs.train(run, "zero1")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, summary) == (Exit.AGAIN if asked else Exit.DONE, {"steps": 3})
