@@ -47,6 +47,7 @@ def train(run: Run, deepspeed_config: str) -> tuple[int, dict[str, Any]]:
     from fd_large.engine.zero import start
     from fd_large.runtime import preemption
 
+    preemption.asked_too_late()  # What an earlier run was asked.
     try:
         code = train_run(run, deepspeed_config=deepspeed_config)
     finally:

@@ -52,11 +52,13 @@ _late: list[str] = []
 
 
 def asked_too_late() -> bool:
-    """Returns whether the last run of this process was asked to stop when it had only to end.
+    """Returns once whether the last run of this process was asked to stop when it had only to end.
 
-    Who has more runs to train stops there.
+    Who has more runs to train asks after each, and stops there.
     """
-    return bool(_late)
+    late = bool(_late)
+    _late.clear()
+    return late
 
 
 class Preemption(Hook):
@@ -85,7 +87,6 @@ class Preemption(Hook):
         leave: Callable[[int], Any] = os._exit,
         ends_process: bool = True,
     ) -> None:
-        _late.clear()
         self._ends_process, self._pressed = ends_process, 0.0
         self._notice, self._launcher = notice_seconds, launcher
         self._leaving, self._leave = leaving, leave
