@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +34,7 @@ from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import at_least, require
-from fd_large.recipes.run import Run
+from fd_large.recipes.run import Run, difference
 from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
 from fd_large.report.transfer import DONE, FAILED, RECORD, SUMMARY, read_cell, write_table
 from fd_large.tasks.registry import kind_of
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 RowKind = Literal["student", "teacher", "scratch"]
 # The recipe whose fields have the defaults.
 RECIPE = "finetune_clip_vit_base"
+# What comes before the names that are nearest to a flag's.
+_UNKNOWN = "unknown flag; nearest: "
 # Fields that the command itself sets.
 _SET_HERE = {
     "data.root": "Name datasets by --imagenet, --ade20k and the like",
@@ -65,8 +67,8 @@ class Transfer(AllowsCode):
 
     Each cell of the table is a training of its own that resumes: the same command goes on where it
     stopped. Columns: finetune and linear (both on --imagenet), ade20k, coco, nyuv2; those without a
-    dataset stay empty. Fields of a recipe follow as in training and count for all columns; with the
-    name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
+    dataset are left out. Fields of a recipe follow as in training and count for all columns; with
+    the name of a column before them for that one alone: --ade20k.optim.max_steps 2000,
     --finetune.recipe finetune_clip_vit_large. docs/evaluation.md explains the figures.
     """
 
@@ -170,13 +172,19 @@ class Cell(NamedTuple):
         row: Its model.
         column: What it is trained on.
         run: The recipe.
-        unchanged: Whether the recipe is that of its name, but for what decides no score.
+        changed: What the user changes of the recipe of its name that may decide a score: the
+            recipe's own value and the user's, by field.
     """
 
     row: Row
     column: Column
     run: Run
-    unchanged: bool
+    changed: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What its record and the table say of its recipe."""
+        return {"unchanged": not self.changed, "changed": dict(self.changed)}
 
     @property
     def folder(self) -> Path:
@@ -236,7 +244,11 @@ def changes_of(name: str, words: Sequence[str], common: Mapping[str, Any]) -> Ch
         except ConfigError as error:
             mistakes.append(str(error))
     if not parsed:
-        lines = (f"--{name}.{line.removeprefix('--')}" for line in mistakes[0].splitlines())
+        lines = []
+        for line in mistakes[0].splitlines():
+            said, unknown, names = line.removeprefix("--").partition(_UNKNOWN)
+            close = ", ".join(f"--{name}.{one}" for one in names.split(", ")) if unknown else ""
+            lines.append(f"--{name}.{said}{unknown}{close}")
         raise ConfigError("\n".join(lines))
     given = parsed[0]
     if given.own.recipe:
@@ -298,7 +310,17 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     if own.plan:
         show_plan(own, cells[: len(rows) * len(columns)])
         return distributed.leave(Exit.DONE)
-    meeting.meet(lambda: check_all(*map(_opens, cells[: len(rows) * len(columns) : len(rows)])))
+    refused = meeting.meet(lambda: _untrainable(cells[: len(rows) * len(columns)]))
+    cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
+    if not cells:
+        raise ConfigError(
+            f"transfer: nothing can be trained; got {_named(refused)}; expected a cell that can. "
+            "Set --rows or --only to others, or name another run."
+        )
+    if refused and distributed.is_main():
+        log.warning("transfer: cannot be trained, and are left out: %s", _named(refused))
+    first = {cell.column.name: cell for cell in reversed(cells)}
+    meeting.meet(lambda: check_all(*map(_opens, reversed(first.values()))))
     states = distributed.broadcast_object(
         distributed.together(lambda: _states(own.out, cells) if distributed.is_main() else [])
     )
@@ -482,8 +504,13 @@ def _cell(own: Transfer, row: Row, column: Column, changes: Changes, seed: int) 
     seed += started.runtime.seed
     folder = Path(own.out) / row.name / column.name / f"seed_{seed}"
     run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
-    changed = (recorded_runs.decides(name, run.task.name) for name in changes.fields)
-    return Cell(row, column, run, not any(changed))
+    changed = {
+        name: values
+        for name, values in difference(base, run).items()
+        if name in changes.fields and recorded_runs.decides(name, run.task.name)
+    }
+    changed.pop("data.root", None)
+    return Cell(row, column, run, changed)
 
 
 def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
@@ -500,7 +527,7 @@ def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str
                 found[row.name, column, seed] = _described(record)
     for cell in cells:
         key = cell.row.name, cell.column.name, cell.run.runtime.seed
-        found[key] = _described({"recipe": cell.run.to_dict(), "unchanged": cell.unchanged})
+        found[key] = _described({"recipe": cell.run.to_dict(), **cell.known})
     return {
         "rows": [
             {"name": row.name, "label": row.model.label, "kind": row.kind}
@@ -534,6 +561,7 @@ def _described(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": recipe["name"],
         "unchanged": record["unchanged"],
+        "changed": record.get("changed", {}),
         "run": recipe["runtime"]["run_dir"],
         "data": recipe["data"]["root"],
     }
@@ -563,6 +591,36 @@ def _is_of_record(run: Run) -> bool:
     # Both ways: one of two lengths is the longer, which a resume might go on to.
     changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
     return changed.keys() <= _ANY_TEACHER_FILE
+
+
+def _untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
+    """Why models cannot carry the heads of columns, by the row's label and the column's name.
+
+    Said before hours of training of others; the heads of ImageNet stand on any model.
+    """
+    import torch
+
+    from fd_large.tasks.jobs import job_of
+
+    found = {}
+    for cell in cells:
+        if cell.column.data != "imagenet":
+            try:
+                with torch.device("meta"):
+                    job_of(cell.run).make_task()
+            except ConfigError as error:
+                # Its remedy is for who sets the student.
+                why = first_line(error).rsplit(". ", 1)[0]
+                found[cell.row.model.label, cell.column.name] = why
+    return found
+
+
+def _named(refused: Mapping[tuple[str, str], str]) -> str:
+    """Rows with the columns that they cannot be trained on, and why."""
+    columns: dict[tuple[str, str], list[str]] = {}
+    for (row, column), why in refused.items():
+        columns.setdefault((row, why), []).append(column)
+    return "; ".join(f"{row} on {', '.join(on)} ({why})" for (row, why), on in columns.items())
 
 
 def _opens(cell: Cell) -> Callable[[], object]:
@@ -610,5 +668,4 @@ def _record(cell: Cell, **outcome: Any) -> None:
 
 
 def _write_record(cell: Cell, **outcome: Any) -> None:
-    known = {"unchanged": cell.unchanged, **outcome}
-    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **known)
+    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **cell.known, **outcome)

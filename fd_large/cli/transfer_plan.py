@@ -84,17 +84,21 @@ def report(
     total = list(found.values())
     table.add_row("all", *map(_sum, of_columns), _sum(total))
     each = Table(title="Each training", title_justify="left")
-    for name in ("recipe", "model", "steps", "GPUs", "GB per rank", "days"):
+    for name in ("recipe", "model", "steps", "GPUs", "GB per rank", "time"):
         each.add_column(name, justify="left" if name in ("recipe", "model") else "right")
     for row, _, run, cost in costs:
-        days = figure(cost.hours / cost.gpus / 24) if cost.hours is not None else "-"
+        time = _time(cost.hours / cost.gpus) if cost.hours is not None else "-"
         memory = f"{cost.memory_bytes / 1e9:.1f}" if cost.hours is not None else "-"
-        each.add_row(run.name, row, f"{cost.steps:,}", str(cost.gpus), memory, days)
+        each.add_row(run.name, row, f"{cost.steps:,}", str(cost.gpus), memory, time)
     lines = ["Training alone: starts, tests and checkpoints are not in it."]
     if seeds > 1:
         lines.append(f"{seeds} seeds: {_sum(total, times=seeds)} GPU-hours.")
     lines += [f"{run.name}, {row}: {c.why}" for row, _, run, c in costs if c.hours is None]
     return Group(table, each, Text("\n".join(lines)))
+
+
+def _time(hours: float) -> str:
+    return f"{figure(hours)} h" if hours < 24 else f"{figure(hours / 24)} days"
 
 
 def _hours(cost: Cost | None) -> str:

@@ -96,9 +96,10 @@ def write_table(folder: Path) -> tuple[dict[str, Any], list[Table], list[Path]]:
         summary = json.loads((folder / SUMMARY).read_text())
         cells, columns = summary["cells"], {one["name"]: one for one in summary["columns"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"{'another' if (folder / SUMMARY).exists() else 'no'} {SUMMARY}"
         raise ConfigError(
-            f"--out: {folder}: no table; got {type(error).__name__} for its {SUMMARY}, expected "
-            "the folder of a transfer. Name the one that transfer was started with."
+            f"--out: {folder}: no table; got {got}, expected that of a transfer. Name the folder "
+            "that transfer was started with."
         ) from error
     for cell in cells:
         # The folder may have been moved, or be named from another one.
@@ -172,7 +173,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     rows, scores = summary["rows"], list(_scores(summary))
     columns = min(3, len(scores))
     lines = -(-len(scores) // columns)
-    figure = style.new_figure(3.6 * columns + 1.2, lines * (1.1 + 0.42 * len(rows)) + 0.5)
+    # Room for the rows' labels, and in a picture of one panel for the title.
+    labels = 0.09 * max(len(row["label"]) for row in rows)
+    figure = style.new_figure(
+        max(3.6 * columns + max(1.2, labels), 7.0), lines * (1.1 + 0.42 * len(rows)) + 0.5
+    )
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
     for axes in panels[len(scores) :]:
         axes.set_visible(False)
@@ -207,8 +212,10 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             # Room for the numbers to the right; what rounds to one number is one place.
             span = max(max(drawn) - min(drawn), 10 * 10.0 ** -score["digits"])
             axes.set_xlim(max(0.0, min(drawn) - 0.3 * span), max(drawn) + 0.5 * span)
-        axes.locator_params(axis="x", nbins=5)
-    ring = "; a ring is the paper's figure" if summary["published"] else ""
+            axes.locator_params(axis="x", nbins=5)
+        else:
+            axes.set_xticks([])
+    ring = "; a ring is the paper's figure" if _published(summary) else ""
     figure.suptitle(
         f"{_TITLE}: a dot is a seed, a line their mean{ring}",
         fontsize=style.TITLE_SIZE,
@@ -222,10 +229,21 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def _scores(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name of a column, and each of its scores."""
+    """The name of a column that has cells, and each of its scores."""
     for column in summary["columns"]:
-        for score in column["scores"]:
-            yield column["name"], score
+        if column["name"] in _trained(summary):
+            for score in column["scores"]:
+                yield column["name"], score
+
+
+def _trained(summary: dict[str, Any]) -> set[str]:
+    """Names of the columns that have cells."""
+    return {cell["column"] for cell in summary["cells"]}
+
+
+def _published(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The paper's figures of the columns that have cells."""
+    return [one for one in summary["published"] if one["column"] in _trained(summary)]
 
 
 def _cells(summary: dict[str, Any], row: str, column: str) -> list[dict[str, Any]]:
@@ -289,6 +307,8 @@ def _cell_text(summary: dict[str, Any], row: str, column: str, score: dict[str, 
     value = _value(summary, row, column, score)
     missing = sum(score["key"] not in cell["scores"] for cell in cells)
     if value is None:
+        if not cells:
+            return "-"
         states = {cell["status"] for cell in cells}
         return "failed" if FAILED in states else "..." if "" in states else ""
     return value.text(score["digits"]) + (f" ({missing} missing)" if missing else "")
@@ -298,13 +318,19 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     """Lines below the table."""
     if lower := _lower_is_better(summary):
         yield f"Less is better: {', '.join(lower)}."
-    if any(not one["same_settings"] for one in summary["published"]):
+    if any(not one["same_settings"] for one in _published(summary)):
         yield (
             "In brackets: a figure of the paper whose settings are not published, or are not those "
             "of the cell above it."
         )
     if any(cell["status"] == "" for cell in summary["cells"]):
         yield "...: not finished."
+    present = {(cell["row"], cell["column"]) for cell in summary["cells"]}
+    if len(present) < len(summary["rows"]) * len(_trained(summary)):
+        yield "-: not trained."
+    others = [o["title"] for o in summary["columns"] if o["name"] not in _trained(summary)]
+    if others:
+        yield f"Not trained: {', '.join(others)}."
     for cell in summary["cells"]:
         if cell["status"] == FAILED:
             yield f"FAILED {cell['run']}: {cell['reason']}"
@@ -315,20 +341,41 @@ def _lower_is_better(summary: dict[str, Any]) -> list[str]:
 
 
 def _made_by(summary: dict[str, Any], column: str) -> str:
-    """The recipes of a column, and its dataset."""
+    """The recipes of a column with what is changed of them, its dataset, and its seeds."""
     cells = [cell for cell in summary["cells"] if cell["column"] == column]
     if not cells:
-        return "no dataset was named"
-    recipes = dict.fromkeys(
-        cell["recipe"] + ("" if cell["unchanged"] else ", changed") for cell in cells
+        return "not trained"
+    recipes = dict.fromkeys(cell["recipe"] + _changes(cell) for cell in cells)
+    data = dict.fromkeys(cell["data"] for cell in cells)
+    seeds = len({cell["seed"] for cell in cells})
+    count = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    return f"{'; '.join(recipes)}; on {', '.join(data)}; {count}"
+
+
+def _changes(cell: dict[str, Any]) -> str:
+    """What is changed of a cell's recipe, with the recipe's own values in brackets."""
+    if cell["unchanged"]:
+        return ""
+    changed = cell.get("changed", {}).items()
+    return (
+        ", changed"
+        + ":" * bool(changed)
+        + ",".join(f" {name} {_plain(value)} ({_plain(own)})" for name, (own, value) in changed)
     )
-    return f"{'; '.join(recipes)}; on {', '.join(dict.fromkeys(cell['data'] for cell in cells))}"
+
+
+def _plain(value: Any) -> str:
+    """A field's value as it is typed."""
+    if isinstance(value, list):
+        return " ".join(map(_plain, value)) or "none"
+    return "none" if value in (None, "") else str(value)
 
 
 def _table(title: str, scores: list[tuple[str, dict[str, Any]]]) -> Table:
     from rich.table import Table
 
-    found = Table(title=title, title_justify="left")
+    # The lines below it are as wide as it is.
+    found = Table(title=title, title_justify="left", min_width=60)
     found.add_column("model", overflow="fold")
     for _, score in scores:
         found.add_column(score["title"], justify="right")

@@ -17,7 +17,7 @@ from fd_large.cli.recorded_runs import decides
 from fd_large.cli.transfer import Row, _published
 from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import slug
-from fd_large.errors import Exit, ShapeError
+from fd_large.errors import ConfigError, Exit, ShapeError
 from fd_large.recipes import registry
 from fd_large.recipes.fields import override
 
@@ -205,14 +205,17 @@ def test_a_label_that_other_runs_change_is_no_new_training(toy, trained, tmp_pat
         ([], ["RUN is missing"]),
         (["RUN", "--only", "coco"], ["--coco"]),
         (["RUN", "--imagenet", "no/where", "--coco", "gone/"], ["--imagenet:", "--coco:"]),
-        (["RUN", "--ade20k.optim.max_stepz", "3"], ["--ade20k.optim.max_stepz", "max_steps"]),
+        (
+            ["RUN", "--ade20k.optim.max_stepz", "3"],
+            ["--ade20k.optim.max_stepz: ", "nearest: --ade20k.optim.max_steps"],
+        ),
         (["RUN", "--coco.optim.max_steps", "x"], ["--coco.optim.max_steps:", "got x"]),
         (["RUN", "--coco.recipe", "linear_probe"], ["--coco.recipe:", "got linear_probe"]),
         (["RUN", "--coco.recipe", "coco_mask"], ["--coco.recipe:", "nearest"]),
         (["RUN", "--data.root", "x", "--runtime.run_dir", "y"], ["--data.root", "--out"]),
         (["RUN", "--rows", "pupil"], ["pupil"]),
         (["RUN", "--seeds", "0"], ["--seeds"]),
-        (["--table", "--out", "nowhere"], ["--out: nowhere: no table"]),
+        (["--table", "--out", "nowhere"], ["--out: nowhere: no table; got no summary.json"]),
         ([".", "--imagenet", "."], ["recipe.json"]),
     ],
 )
@@ -224,6 +227,22 @@ def test_mistakes_name_the_argument(words, found, capsys, tmp_path, monkeypatch)
     for part in found:
         assert part in said
     assert [path.name for path in tmp_path.iterdir()] == ["RUN"]
+
+
+def test_what_cannot_be_trained_is_said_first(toy, trained, tmp_path, monkeypatch, capsys):
+    def cannot(student, *args, **options):
+        raise ConfigError("student.model: no pyramid; got it, expected more. Set --student.model.")
+
+    monkeypatch.setattr("fd_large.tasks.segmentation.job.Segmentation", cannot)
+    words = [*transfer_toy.words(toy, tmp_path / "out"), "--rows", "student", "--only"]
+    assert main([*words, "ade20k", "linear"]) == 0
+    assert (
+        "mine on ade20k (student.model: no pyramid; got it, expected more)"
+        in capsys.readouterr().out
+    )
+    assert [Path(run.run_dir()).parts[-2] for run in trained] == ["linear"]
+    assert main([*words, "ade20k"]) == 2
+    assert "Set --rows or --only" in capsys.readouterr().err
 
 
 def test_the_papers_figures_stand_beside_a_run_of_its_recipe():

@@ -73,7 +73,7 @@ def test_figures_differences_and_gaps(table: Path) -> None:
     cells = {
         label: row for label, *row in zip(*(column.cells for column in scores.columns), strict=True)
     }
-    assert cells["student"] == ["85.10 +- 0.14", "0.352", "", ""]
+    assert cells["student"] == ["85.10 +- 0.14", "0.352", "-", "-"]
     assert cells["  in the paper"] == ["85.0", "(0.352)", "", ""]
     assert cells["scratch"] == ["...", "failed", "...", "..."]
     assert "Less is better: RMSE." in scores.caption
@@ -89,6 +89,25 @@ def test_figures_differences_and_gaps(table: Path) -> None:
     assert "85.10 +- 0.14" in files[1].read_text()
     assert Image.open(files[2]).size[0] > 900
     assert {"+2.20 +- 0.28", "(0.352)", "failed"} <= set(check_page(files[3]).words)
+
+
+def test_columns_without_cells_are_named_alone(table: Path) -> None:
+    summary = json.loads((table / SUMMARY).read_text())
+    summary["cells"] = [
+        cell | {"unchanged": False, "changed": {"optim.max_steps": [0, 3], "data.x": [None, 8]}}
+        for cell in summary["cells"]
+        if (cell["row"], cell["column"]) == ("student", "finetune")
+    ]
+    (table / SUMMARY).write_text(json.dumps(summary))
+    _, (scores, _), files = write_table(table)
+    assert [column.header for column in scores.columns] == ["model", "top-1 %"]
+    assert list(scores.columns[1].cells) == ["85.10 +- 0.14", "85.0", "-", "-"]
+    assert scores.caption == "-: not trained.\nNot trained: depth, coco."
+    words = set(check_page(files[3]).words)
+    assert {
+        "not trained",
+        "r, changed: optim.max_steps 3 (0), data.x 8 (none); on FOLDER; 2 seeds",
+    } <= words
 
 
 def test_it_is_made_again_as_runs_go_on(table: Path) -> None:
