@@ -314,7 +314,7 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
     if not cells:
         raise ConfigError(
-            f"transfer: nothing can be trained; got {_named(refused)}; expected a cell that can. "
+            f"transfer: nothing can be trained; got {_named(refused)}, expected a cell that can. "
             "Set --rows or --only to others, or name another run."
         )
     if refused and distributed.is_main():

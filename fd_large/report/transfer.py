@@ -359,7 +359,7 @@ def _changes(cell: dict[str, Any]) -> str:
     changed = cell.get("changed", {}).items()
     return (
         ", changed"
-        + ":" * bool(changed)
+        + " (the recipe's own in brackets):" * bool(changed)
         + ",".join(f" {name} {_plain(value)} ({_plain(own)})" for name, (own, value) in changed)
     )
 

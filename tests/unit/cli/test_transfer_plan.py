@@ -39,3 +39,4 @@ def test_sums_and_what_cannot_be_planned():
     assert f"3 seeds: {6 * ade.hours:.3g} GPU-hours." in text
     assert "ade20k_upernet_swinv2_giant, a: no setting fits" in text
     assert "160,000" in text
+    assert f"{ade.hours / 8:.3g} h " in text, "less than a day, on 8 GPUs"
