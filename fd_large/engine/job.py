@@ -179,7 +179,7 @@ class Job:
             given, default = (getattr(getattr(r, section), field) for r in (self.run, usual))
             if given != default:
                 raise ConfigError(
-                    f"{name}: {self.run.task.name} ignores this field; got {given!r}, expected "
+                    f"{name}: nothing in this recipe reads it; got {given!r}, expected "
                     f"{default!r}. Leave it out."
                 )
         is_own, size = bool(self.run.student_architecture().code), self.run.data.image_size

@@ -119,7 +119,7 @@ class SegmentationJob(DenseJob):
         with torch.device("meta"):
             task = self.make_task()
         staged = has_stages(task.student)
-        count = own.num_classes
+        count, views = own.num_classes, test_views(self.run)
         heads = Heads(
             widths=neck_of(task.student)[1],
             width=own.head_width,
@@ -128,6 +128,8 @@ class SegmentationJob(DenseJob):
             auxiliary_weight=own.auxiliary_weight,
             scales=() if staged else scales_of(task.student.patch_size),
             blocks=() if staged else blocks_taken(task.student.depths[0]),
+            window=views.crop,
+            window_stride=views.stride,
         )
         return whole_export(backbone, to, heads)
 

@@ -103,6 +103,8 @@ class Heads(NamedTuple):
         auxiliary_weight: Weight of its loss.
         scales: Factors by which a plain ViT's maps are rescaled; empty: it has stages.
         blocks: Numbers of the ViT's blocks that they are from, counted from 0.
+        window: Side of the windows of the test, in pixels; 0: it sees images whole.
+        window_stride: Pixels from one window to the next.
     """
 
     widths: tuple[int, ...]
@@ -112,6 +114,8 @@ class Heads(NamedTuple):
     auxiliary_weight: float
     scales: tuple[float, ...]
     blocks: tuple[int, ...]
+    window: int
+    window_stride: int
 
 
 def whole_export(backbone: Export, to: To, heads: Heads) -> Export:
@@ -212,7 +216,7 @@ def _mmsegmentation(
             "pool_scales": list(POOLS),
             "channels": heads.width,
         },
-        "test_cfg": {"mode": "whole"},
+        "test_cfg": _test(heads),
     }
     if heads.blocks:
         model["backbone"] = backbone | {"out_indices": list(heads.blocks)}
@@ -233,6 +237,14 @@ def _mmsegmentation(
             "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": heads.auxiliary_weight},
         }
     return model
+
+
+def _test(heads: Heads) -> dict[str, Any]:
+    """How mmsegmentation tests the model."""
+    if not heads.window:
+        return {"mode": "whole"}
+    size, stride = ([side, side] for side in (heads.window, heads.window_stride))
+    return {"mode": "slide", "crop_size": size, "stride": stride}
 
 
 def fitted_heads(file: Tensors, expected: Shapes, *, what: str, where: str) -> dict[str, Fitted]:

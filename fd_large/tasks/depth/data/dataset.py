@@ -160,5 +160,5 @@ def open_depth(
         max_pixels=max_pixels,
     )
     opened.check_range(limits, where)
-    log.info("%s: %d images with depths in %s", where, len(opened), root)
+    log.info("%s: %s: %d images with depths in %s", where, split, len(opened), root)
     return opened

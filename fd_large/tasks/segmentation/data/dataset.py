@@ -112,5 +112,5 @@ def open_segmentation(
         max_pixels=max_pixels,
     )
     opened.some_truths()
-    log.info("%s: %d images with labels in %s", where, len(opened), root)
+    log.info("%s: %s: %d images with labels in %s", where, split, len(opened), root)
     return opened

@@ -126,6 +126,19 @@ def test_a_file_of_ours_gives_the_same_model_to_the_bit(tmp_path, what, to):
         assert_equal(started(run, alone(tmp_path / "out")), task)
 
 
+def test_a_vit_is_tested_there_by_the_windows_of_its_run(tmp_path):
+    run = RUNS["vit"]()
+    stored(tmp_path / "run", run)
+    export(str(tmp_path / "run"), str(tmp_path / "out"), "mmseg")
+    model = json.loads((tmp_path / "out/config.json").read_text())["mmsegmentation"]
+    side, stride = run.data.image_size, run.task.segmentation.test_stride
+    assert model["test_cfg"] == {
+        "mode": "slide",
+        "crop_size": [side, side],
+        "stride": [stride, stride],
+    }
+
+
 def test_what_a_vit_lacks_is_zeros_and_ones_in_mmsegmentation(tmp_path):
     run = RUNS["mae"]()
     task = stored(tmp_path / "run", run)
