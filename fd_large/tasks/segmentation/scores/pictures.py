@@ -187,15 +187,20 @@ def _shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
 
 
 def _legend(
-    axes: Axes, shares: Sequence[tuple[int, float]], names: Sequence[str], of: Classes
+    axes: Axes,
+    shares: Sequence[tuple[int, float]],
+    names: Sequence[str],
+    of: Classes,
+    *,
+    named: int = NAMED,
 ) -> None:
     from matplotlib.patches import Patch
 
     axes.set_axis_off()
     patches = [
         Patch(color=np.array(of.colors[number]) / 255, label=name)
-        for (number, _), name in zip(shares[:NAMED], names, strict=False)
+        for (number, _), name in zip(shares[:named], names, strict=False)
     ]
-    if len(shares) > NAMED:
-        patches.append(Patch(color="none", label=f"and {len(shares) - NAMED} more"))
+    if len(shares) > named:
+        patches.append(Patch(color="none", label=f"and {len(shares) - named} more"))
     axes.legend(handles=patches, loc="upper left", fontsize=9, frameon=False, borderaxespad=0.8)
