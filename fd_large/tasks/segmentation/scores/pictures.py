@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OPACITY = 0.6
-# Classes that a legend names, those of most pixels first.
-NAMED = 12
+# Classes that a legend names, those of most pixels first, and the inches that a line of it takes.
+NAMED, LINE = 12, 0.2
 # Classes of the confusion, those of most wrong pixels first.
 CONFUSED = 20
 # Inches, and the greatest height over width of an image in a row.
@@ -103,7 +103,7 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
         },
     )
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - HEADING / sum(heights))
-    for row, axes in zip(rows, places, strict=True):
+    for row, axes, height in zip(rows, places, heights, strict=True):
         known = row.labels >= 0
         wrong = row.image.copy() // 3 + 160
         wrong[known & (row.labels != row.predicted)] = (204, 51, 17)
@@ -120,7 +120,10 @@ def draw_rows(rows: Sequence[Row], of: Classes, path: Path) -> None:
             place.set_anchor("NW")
         both = np.concatenate([row.labels[known], row.predicted.ravel()])
         shares = _shares(both)
-        _legend(axes[-1], shares, [of.names[number] for number, _ in shares], of)
+        # The last line says how many there are besides.
+        named = min(NAMED, int((height - HEADING) / LINE) - 1)
+        names = [of.names[number] for number, _ in shares]
+        _legend(axes[-1], shares, names, of, named=named)
     figure.savefig(path)
 
 

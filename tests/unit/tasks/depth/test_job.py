@@ -61,7 +61,7 @@ def test_mistakes_name_their_field(root):
     with pytest.raises(ConfigError, match=r"student\.drop_path_rate: a frozen student"):
         check(replace(run, student=replace(run.student, drop_path_rate=0.1)))
     run = run_of(root)
-    with pytest.raises(ConfigError, match=r"data\.color_jitter: depth ignores"):
+    with pytest.raises(ConfigError, match=r"data\.color_jitter: nothing"):
         check(replace(run, data=replace(run.data, color_jitter=0.4)))
     for field, value in (
         ("depth_scale", 0.0),
