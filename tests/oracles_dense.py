@@ -12,7 +12,7 @@ from oracles_models import GRADIENT_FACTOR, Row, Tensors, max_relative
 from torch import Tensor, nn
 
 from fd_large.backbones.vit.vit import ViT
-from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule
+from fd_large.engine.schedule import PolynomialSchedule, RiseAndFall, Schedule, StepSchedule
 from fd_large.engine.zero.optimizer import decays
 from fd_large.tasks.dense.batch_norm import BatchNorm
 from fd_large.tasks.dense.pyramids import RescaledMaps
@@ -369,11 +369,9 @@ def _tables(names: set[str]) -> str:
 
 
 def check_dense_schedule(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
-    """The learning rates of polynomial schedules, old and new, at every stored step."""
+    """The learning rates of every schedule at every stored step."""
     rows = []
     for number, case in enumerate(spec["cases"]):
-        if case["kind"] not in ("old_poly", "new_poly", "mim"):
-            continue
         schedule, scales = _schedule(case)
         worst = 0.0
         for step, rates in case["lr_used"].items():
@@ -392,16 +390,16 @@ def _schedule(case: dict) -> tuple[Schedule, list[float]]:
         total = case["epochs"] * case["iters"]
         low = case["min_lr"]
         return RiseAndFall(case["max_lr"], low, low, total, warmup), case["scales"]
-    peak = case["lrs"][0]
-    schedule = PolynomialSchedule(
-        peak,
-        peak * case["ratio"],
-        case["min_lr"],
-        case["total"],
-        case["warmup"],
-        power=case["power"],
-        after_warmup=case["kind"] == "new_poly",
-    )
+    peak, total = case["lrs"][0], case["total"]
+    numbers = peak, peak * case["ratio"], case.get("min_lr", 0.0), total, case["warmup"]
+    schedule: Schedule
+    if case["kind"] == "old_step":
+        assert case["gamma"] == 0.1
+        schedule = StepSchedule(*numbers, drops=tuple(step / total for step in case["steps"]))
+    else:
+        assert case["kind"] in ("old_poly", "new_poly")
+        late = case["kind"] == "new_poly"
+        schedule = PolynomialSchedule(*numbers, power=case["power"], after_warmup=late)
     return schedule, [rate / peak for rate in case["lrs"]]
 
 

@@ -176,7 +176,9 @@ def _train(
             total,
             warmup,
         )
-    schedule = SCHEDULES[run.optim.schedule](peak, warmup_start, minimum, total, warmup)
+    drops = {"drops": run.optim.drops} if run.optim.drops else {}
+    make = SCHEDULES[run.optim.schedule]
+    schedule = make(peak, warmup_start, minimum, total, warmup, **drops)
     if first:
         _log_other_length(checkpoints.stored_recipe, run, folder, schedule, first)
     plan = TrainingPlan(

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a warm-up, then half a cosine or a power of what is left.
+"""The learning rate of a step: a warm-up, then a cosine, a power of what is left, or drops.
 
 Counted in optimiser steps, so that neither ranks nor accumulation change a learning rate.
 """
@@ -36,6 +36,13 @@ class Schedule:
     def scaled_at(self, step: int, scale: float) -> float:
         """Returns the learning rate of a layer whose peak is scaled."""
         raise NotImplementedError
+
+    def _warm(self, step: int) -> float:
+        """The share of the learning rate that the warm-up lets through, as in mmcv 1.x."""
+        if step >= self.warmup:
+            return 1.0
+        start = self.warmup_start / self.peak if self.peak else 1.0
+        return 1 - (1 - step / self.warmup) * (1 - start)
 
 
 class CosineSchedule(Schedule):
@@ -85,12 +92,7 @@ class PolynomialSchedule(Schedule):
                 share = step / max(self.warmup - 1, 1)
                 return self.warmup_start + share * (self.peak - self.warmup_start)
             return self._decayed(step - self.warmup, self.total - self.warmup - 1)
-        value = self._decayed(step, self.total)
-        if step < self.warmup:
-            start = self.warmup_start / self.peak if self.peak else 1.0
-            missing = (1 - step / self.warmup) * (1 - start)
-            value *= 1 - missing
-        return value
+        return self._decayed(step, self.total) * self._warm(step)
 
     def _decayed(self, done: int, steps: int) -> float:
         left = 1 - min(done / max(steps, 1), 1)
@@ -125,10 +127,35 @@ class RiseAndFall(Schedule):
         return scale * self.at_step(step)
 
 
-SCHEDULES: dict[str, Callable[[float, float, float, int, int], Schedule]] = {
+@dataclass(frozen=True)
+class StepSchedule(Schedule):
+    """The peak, divided by ten at each drop, with a linear warm-up multiplied into it.
+
+    Attributes:
+        drops: Shares of the run after which the learning rate falls, rising.
+
+    Source: the detectors of mmdetection and detectron2.
+    """
+
+    drops: tuple[float, ...] = ()
+
+    def at_step(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0."""
+        fallen = sum(step >= round(drop * self.total) for drop in self.drops)
+        return max(self.peak * 0.1**fallen, self.minimum) * self._warm(step)
+
+    def scaled_at(self, step: int, scale: float) -> float:
+        """Returns the learning rate of a layer whose peak and start are scaled; the end is not."""
+        own = replace(self, peak=self.peak * scale, warmup_start=self.warmup_start * scale)
+        return own.at_step(step)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": CosineSchedule,
     "linear": PolynomialSchedule,
     "linear_after_warmup": partial(PolynomialSchedule, after_warmup=True),
     "rise_and_fall": RiseAndFall,
+    "steps": StepSchedule,
 }
-"""What makes a schedule of (peak, start, minimum, total, warm-up), by its name in a recipe."""
+"""What makes a schedule of (peak, start, minimum, total, warm-up), by its name in a recipe; steps
+of `drops` besides."""

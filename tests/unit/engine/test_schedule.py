@@ -45,7 +45,16 @@ def test_every_schedule_rises_to_its_peak_and_falls_to_its_end(name, expected):
 
 
 def test_every_schedule_of_the_table_is_tested():
-    assert SCHEDULES.keys() == {"cosine", "linear", "linear_after_warmup", "rise_and_fall"}
+    assert SCHEDULES.keys() == {
+        *("cosine", "linear", "linear_after_warmup", "rise_and_fall", "steps"),
+    }
+
+
+def test_steps_fall_to_a_tenth_after_their_shares_of_the_run():
+    steps = SCHEDULES["steps"](1.0, 1e-3, 0.02, 100, 10, drops=(0.75, 0.9))
+    rates = [steps.at_step(step) for step in (0, 5, 10, 74, 75, 89, 90, 99)]
+    assert rates == pytest.approx([1e-3, 0.5005, 1, 1, 0.1, 0.1, 0.02, 0.02])
+    assert steps.scaled_at(75, 0.5) == pytest.approx(0.05)
 
 
 def test_the_line_over_all_steps_has_the_warm_up_multiplied_into_it():

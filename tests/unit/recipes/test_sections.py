@@ -35,6 +35,7 @@ from fd_large.tasks.distillation.section import Objective, Teacher
         (Optim, "betas", (0.9,)),
         (Optim, "warmup_epochs", 300.0),  # As long as the run.
         (Optim, "max_steps", -1),
+        (Optim, "drops", (0.75,)),  # Without steps.
         (Batch, "global_batch_size", 0),
         (Batch, "micro_batch_size", "big"),
         (Batch, "micro_batch_size", 1000),  # Does not divide 2048.
