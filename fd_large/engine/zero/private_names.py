@@ -106,7 +106,6 @@ NAMES = {
     f"{_BOXES}:BoxCoder.decode_single": "(self, rel_codes, boxes)",
     f"{_BOXES}:Matcher": "(high_threshold, low_threshold, allow_low_quality_matches)",
     _ANCHORS: "(sizes, aspect_ratios)",
-    f"{_ANCHORS}.set_cell_anchors": "(self, dtype, device)",
     f"{_ANCHORS}.grid_anchors": "(self, grid_sizes, strides)",
     "torchvision.ops.poolers:LevelMapper": "(k_min, k_max, canonical_scale, canonical_level, eps)",
 }
