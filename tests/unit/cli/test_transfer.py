@@ -29,8 +29,8 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def trained(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")  # Wide enough for all columns in one line.
     """The recipes of the trainings; each ends at once with scores that tell its weights."""
+    monkeypatch.setenv("COLUMNS", "300")  # Wide enough for all columns in one line.
     runs = []
 
     def train(run, *, deepspeed_config):
