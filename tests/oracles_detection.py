@@ -109,7 +109,7 @@ def check_soft_nms(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
             rows.append(_scores_row(f"{label}.{number}", boxes[kept], got, expected))
 
         for method in ("linear", "gaussian"):
-            # By class they are told no offset.
+            # Those that go class by class take no offset.
             for label, at, of in ((method, wide, one), (f"batched_{method}", boxes, labels)):
                 kept = soft_nms(at, scores, of, at_most=len(boxes), decay=method, **rule)
                 same(label, *kept)

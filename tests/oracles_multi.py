@@ -175,7 +175,7 @@ def _check_head(
     gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
     for name in published:
         got, expected = gradients[names[name]], tensors[f"grad.{name}"]
-        if name.endswith("qkv.bias"):  # That of the keys has no effect.
+        if name.endswith("qkv.bias"):  # The bias of the keys has no effect.
             width = len(expected) // 3
             got, expected = (torch.cat([t[:width], t[2 * width :]]) for t in (got, expected))
         errors.gradient(f"grad.{name}", got, expected)
@@ -321,7 +321,7 @@ def check_radio_phi_s(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[
     ours, theirs = (
         rows * rows.gather(1, rows.abs().argmax(1)[:, None]).sign() for rows in rotations
     )
-    # Of neighbouring eigenvalues the directions are less certain than the rest.
+    # Directions of neighbouring eigenvalues are less certain than the rest.
     errors.gradient("eigenvectors", ours, theirs)
     published = Affine(tensors["out.mean"].to(dtype), tensors["out.matrix"].to(dtype))
     errors.out("out.normalised", published(samples))

@@ -43,8 +43,8 @@ class Published(NamedTuple):
     """What the paper reports of a student and of its teacher, a figure for each score.
 
     Attributes:
-        student: Of the student.
-        teacher: Of the teacher.
+        student: The figures of the student.
+        teacher: The figures of the teacher.
         recipe: The recipe of this package that has the paper's settings for the student; empty:
             the paper does not publish them.
     """

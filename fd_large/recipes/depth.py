@@ -21,10 +21,10 @@ Durations are calculated, at an assumed 200 TFLOP/s per GPU.
 
 from __future__ import annotations
 
-from fd_large.recipes.architectures import Architecture, overrides, resolve
-from fd_large.recipes.finetuning import DISTILLED_AT_192
+from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
+from fd_large.recipes.students import DISTILLED_AT_192, vit
 from fd_large.tasks.depth.section import Depth
 
 
@@ -67,15 +67,6 @@ def _swinv2(model: str, drop_path_rate: float) -> Student:
     )
 
 
-def _vit(model: str, drop_path_rate: float) -> Student:
-    named = resolve(model)
-    return Student(
-        model=model,
-        architecture=overrides(named.with_own_position_biases(), named),
-        drop_path_rate=drop_path_rate,
-    )
-
-
 def nyuv2_vit_base() -> Run:
     """MIM-Depth's decoder on the student of CLIP ViT-B/16 (fd_clip_vit_base).
 
@@ -88,7 +79,7 @@ def nyuv2_vit_base() -> Run:
     doubled once less by interpolation. MIM-Depth's settings of a SwinV2-B: layer decay .9, drop
     path .3. A table of relative positions for each block, resized to 30 x 30 patches.
     """
-    return _nyuv2("nyuv2_vit_base", _vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
+    return _nyuv2("nyuv2_vit_base", vit("vit_base_patch16", 0.3), layer_decay=0.9, head_width=128)
 
 
 def nyuv2_swinv2_base() -> Run:
@@ -161,7 +152,7 @@ def nyuv2_linear() -> Run:
     )
     return Run(
         name="nyuv2_linear",
-        student=_vit("vit_base_patch16", 0.0),
+        student=vit("vit_base_patch16", 0.0),
         data=Data(image_size=480),
         task=Task(name="depth", depth=own),  # type: ignore[call-arg]
         optim=Optim(

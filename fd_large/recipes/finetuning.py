@@ -22,10 +22,8 @@ from __future__ import annotations
 from fd_large.recipes.architectures import overrides, resolve
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
+from fd_large.recipes.students import DISTILLED_AT_192
 from fd_large.tasks.finetuning.section import FineTune
-
-# Windows of the stages at 192 px with windows of 12: the last map is smaller than one.
-DISTILLED_AT_192 = (12, 12, 12, 6)
 
 
 def _finetune(

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_large.recipes.architectures import Architecture, overrides, resolve
+from fd_large.recipes.architectures import Architecture
 from fd_large.recipes.run import Run, Task
 from fd_large.recipes.sections import Batch, Data, Optim, Student
+from fd_large.recipes.students import vit
 from fd_large.tasks.segmentation.section import Segmentation
 
 # 1500 steps, of 1263 (16 images) or 631 (32 images) an epoch; the half keeps the rounding down of a
@@ -67,15 +68,6 @@ def _ade20k(
     )
 
 
-def _vit(model: str, drop_path_rate: float) -> Student:
-    named = resolve(model)
-    return Student(
-        model=model,
-        architecture=overrides(named.with_own_position_biases(), named),
-        drop_path_rate=drop_path_rate,
-    )
-
-
 def ade20k_upernet_vit_base() -> Run:
     """UPerNet on the student of CLIP ViT-B/16 (fd_clip_vit_base), the paper's comparison.
 
@@ -90,7 +82,7 @@ def ade20k_upernet_vit_base() -> Run:
     """
     return _ade20k(
         "ade20k_upernet_vit_base",
-        _vit("vit_base_patch16", 0.15),
+        vit("vit_base_patch16", 0.15),
         image_size=512,
         peak=5e-5,
         weight_decay=0.05,
@@ -112,7 +104,7 @@ def ade20k_upernet_vit_large() -> Run:
     """
     return _ade20k(
         "ade20k_upernet_vit_large",
-        _vit("vit_large_patch14", 0.2),
+        vit("vit_large_patch14", 0.2),
         image_size=518,
         peak=4e-5,
         weight_decay=0.05,
@@ -191,7 +183,7 @@ def ade20k_linear() -> Run:
     """
     return _ade20k(
         "ade20k_linear",
-        _vit("vit_base_patch16", 0.0),
+        vit("vit_base_patch16", 0.0),
         image_size=512,
         peak=1e-3,
         weight_decay=0.001,

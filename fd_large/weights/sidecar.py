@@ -305,7 +305,7 @@ def _json(path: Path, where: str) -> dict[str, Any]:
             f"{MOST_BLOCKS}. Fetch the file again."
         )
     found = found if isinstance(found, dict) else {}
-    # Of a whole segmentation model of transformers, that of its backbone.
+    # The backbone's, where the file is a whole segmentation model of transformers.
     inner = found.get("backbone_config") if found.get("model_type") == "upernet" else None
     return found if OWN in found or not isinstance(inner, dict) else inner
 

@@ -62,6 +62,6 @@ class ExtraAttention(nn.Module):
         height, width = sizes.T[:, :, None]
         down = torch.arange(rows, device=sizes.device) * stride < height  # (B, H)
         across = torch.arange(columns, device=sizes.device) * stride < width
-        # Of an image without a pixel the first place: a softmax of nothing is none.
+        # An image without a pixel keeps its first place: a softmax over nothing is not a number.
         down[:, 0] = across[:, 0] = True
         return (down[:, :, None] & across[:, None, :]).flatten(1)[:, None, None]

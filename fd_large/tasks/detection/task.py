@@ -67,7 +67,7 @@ class Detection(Task):
         student: A backbone; a Swin, SwinV2 or ViT loses its final norm and its class tokens.
         num_classes: K.
         heads: A name of the table `HEADS`, or one of the user's own that stands in for it.
-        heads_settings: What built-in heads are told besides, by the names of their arguments.
+        heads_settings: Further settings of built-in heads, by the names of their arguments.
         width: Channels of the pyramid and the heads.
         anchors_per_image: Anchors sampled for the losses of the proposals.
         proposals_per_image: Proposals that are kept.

@@ -76,7 +76,7 @@ def their_name(name: str, pairs: Pairs) -> str | None:
 
 def our_name(name: str) -> str | None:
     """Returns our name of a tensor of heads and neck in any published layout; None for others."""
-    if name.endswith(".num_batches_tracked"):  # Of no use to a norm of a fixed momentum.
+    if name.endswith(".num_batches_tracked"):  # A norm with a fixed momentum has no use for it.
         return None
     for pairs in (_MMSEG, _TRANSFORMERS):
         if found := _renamed(name, tuple((theirs, ours) for ours, theirs in pairs)):

@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
     Attributes:
         place: Flip, top and left.
         strip: Start and width of the strip that shows the depth; None: there is none.
-        colors: Of `changed_colors`.
+        colors: Random numbers for `changed_colors`.
     """
 
     place: tuple[float, float, float]

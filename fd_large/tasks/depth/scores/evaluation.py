@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     """What all ranks have after a test.
 
     Attributes:
-        scores: Of the dataset.
+        scores: The scores of each image and of the dataset.
         scored: What of each image is scored.
         unread: How many images could not be read; they are left out.
     """

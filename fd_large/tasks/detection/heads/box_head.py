@@ -158,7 +158,12 @@ def _matched(candidates: Tensor, target: Target, positive_iou: float) -> Tensor:
 
 
 def _sampled(parts: Sequence[tuple[Tensor, Target, Tensor, Sample]], num_classes: int) -> Sampled:
-    """Of each image its candidates, what is in it, the candidates' objects, and those chosen."""
+    """Puts together what was chosen in each image.
+
+    Args:
+        parts: Candidates of each image, what is in it, their objects (`match`), and those chosen.
+        num_classes: K.
+    """
     rois, labels, objects, boxes, numbers = [], [], [], [], []
     for candidates, target, matched, chosen in parts:
         numbers.append(torch.cat([chosen.positives, chosen.negatives]))

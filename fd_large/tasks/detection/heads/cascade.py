@@ -52,7 +52,7 @@ from fd_large.tasks.detection.heads.mask_head import (
     taught,
 )
 from fd_large.tasks.detection.heads.pooling import pool
-from fd_large.tasks.detection.heads.roi_heads import Candidates, Terms
+from fd_large.tasks.detection.heads.roi_heads import Candidates, Terms, of_images
 from fd_large.tasks.detection.heads.rpn import cut_to
 
 POSITIVE_IOUS = (0.5, 0.6, 0.7)
@@ -66,7 +66,7 @@ class Form(NamedTuple):
 
     Attributes:
         coders: What each stage's deltas are measured in.
-        loss_weights: Of each stage.
+        loss_weights: Weight of the losses of each stage.
         samples_again: Whether every stage draws its own sample, and has a mask head.
         gradient_scale: Share of the gradient that goes on into the features of boxes.
         averages_logits: Whether logits are averaged over the stages, or probabilities.
@@ -246,10 +246,7 @@ class CascadeHeads(nn.Module):
             scores = logits.softmax(dim=2).mean(0)
         deltas = stage.deltas[: sum(counts)].flatten(1)
         boxes = self.form.coders[-1].decode_single(deltas, torch.cat(list(proposals)))
-        parts = zip(
-            boxes.unflatten(1, (-1, 4)).split(counts), scores[:, :-1].split(counts), strict=True
-        )
-        return [Candidates(*part) for part in parts]
+        return of_images(boxes, scores[:, :-1], counts)
 
     def masks(
         self,

@@ -56,6 +56,12 @@ class Candidates(NamedTuple):
     scores: Tensor
 
 
+def of_images(boxes: Tensor, scores: Tensor, counts: Sequence[int]) -> list[Candidates]:
+    """Divides boxes (N, 4 C) and scores (N, K) of a batch among its images, `counts` for each."""
+    parts = zip(boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), strict=True)
+    return [Candidates(*part) for part in parts]
+
+
 class RoIHeads(nn.Module):
     """One box head and one mask head.
 
@@ -151,8 +157,7 @@ class RoIHeads(nn.Module):
         logits, deltas = self.box(pool(maps, strides, proposals, BOX_SIDE))
         boxes = CODER.decode_single(deltas[:total].flatten(1), torch.cat(list(proposals)))
         scores = logits[:total].softmax(dim=1)[:, : self.num_classes]
-        parts = zip(boxes.unflatten(1, (-1, 4)).split(counts), scores.split(counts), strict=True)
-        return [Candidates(*part) for part in parts]
+        return of_images(boxes, scores, counts)
 
     def masks(
         self,

@@ -95,7 +95,7 @@ def test_built_in_losses_are_means_over_images_and_have_the_best_constant(name):
     def value(rows: slice = slice(None)) -> torch.Tensor:
         return loss(constant.expand_as(target[rows]), target[rows])
 
-    # Of any division into micro batches, and with the slope that the baseline takes.
+    # Whatever the division into micro batches, and with the slope that the baseline takes.
     parts = (value(slice(0, 1)) + 3 * value(slice(1, 4))) / 4
     assert parts.item() == pytest.approx(value().item(), rel=1e-5)
     (slope,) = torch.autograd.grad(4 * value(), constant)

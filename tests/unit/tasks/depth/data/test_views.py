@@ -70,7 +70,7 @@ def test_a_quarter_of_the_images_has_a_strip():
 def test_colors_change_as_published():
     image = image_and_depths(0)[0]
     assert np.array_equal(changed_colors(image, UNCHANGED), image)
-    # By hand: contrast 1.1 and brightness .1 of 255, a gamma of 1.12, and shifts of the HSV.
+    # Worked out: contrast 1.1 and brightness .1 of 255, a gamma of 1.12, and shifts of the HSV.
     bright = changed_colors(image, (0.0, 0.75, 0.75, *UNCHANGED[3:]))
     assert np.array_equal(bright, np.clip(image * np.float32(1.1) + 25.5, 0, 255).astype(np.uint8))
     power = changed_colors(image, (*UNCHANGED[:3], 0.0, 0.8, *UNCHANGED[5:]))

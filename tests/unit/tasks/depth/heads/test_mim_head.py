@@ -11,7 +11,7 @@ from fd_large.tasks.depth.heads.mim_head import MimHead
 @pytest.mark.parametrize(("stride", "side"), [(32, 64), (16, 32), (14, 32), (8, 16)])
 def test_a_map_becomes_as_large_as_its_image(stride, side):
     head = MimHead(6, 4, stride, kernels=(4, 3, 2))
-    # Of a stride that is no power of two, the task resizes what is left.
+    # Where the stride is no power of two, the task resizes what is left.
     assert head(torch.randn(2, 6, 2, 2)).shape == (2, 1, side, side)
 
 

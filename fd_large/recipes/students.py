@@ -1,0 +1,19 @@
+"""Distilled students as the recipes of other tasks take them on."""
+
+from __future__ import annotations
+
+from fd_large.recipes.architectures import overrides, resolve
+from fd_large.recipes.sections import Student
+
+# Windows of the stages at 192 px with windows of 12: the last map is smaller than one.
+DISTILLED_AT_192 = (12, 12, 12, 6)
+
+
+def vit(model: str, drop_path_rate: float) -> Student:
+    """Returns a ViT whose blocks each have a copy of the shared table of relative positions."""
+    named = resolve(model)
+    return Student(
+        model=model,
+        architecture=overrides(named.with_own_position_biases(), named),
+        drop_path_rate=drop_path_rate,
+    )
