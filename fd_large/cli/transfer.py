@@ -9,42 +9,37 @@ on; the next start tries it after them.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from fd_large.atomic_files import out_folder, write_json
-from fd_large.cli import recorded_runs, transfer_slurm
+from fd_large.cli import recorded_runs, transfer_cells, transfer_slurm
 from fd_large.cli.arguments import AllowsCode, parse_with_recipe
-from fd_large.cli.evaluate_models import refuse_other_task, started_from
+from fd_large.cli.evaluate_models import refuse_other_task
 from fd_large.cli.output import tables
 from fd_large.cli.paths import require_paths
-from fd_large.cli.transfer_columns import COLUMNS, Column, ColumnName
+from fd_large.cli.transfer_cells import Cell, Changes, RowKind, cells_of, rows_of
+from fd_large.cli.transfer_columns import COLUMNS, ColumnName
 from fd_large.cli.transfer_plan import cost_of, report
 from fd_large.errors import ConfigError, Exit, FDError, check_all, first_line
 from fd_large.plan.rates import rates_of
 from fd_large.recipes import registry
 from fd_large.recipes.architectures import resolve
 from fd_large.recipes.fields import at_least, require
-from fd_large.recipes.run import Run, difference
-from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
 from fd_large.report.transfer import DONE, FAILED, RECORD, SUMMARY, read_cell, write_table
-from fd_large.tasks.registry import kind_of
 
 if TYPE_CHECKING:
-    from fd_large.engine.find_model import NamedModel
+    pass
 
 log = logging.getLogger(__name__)
 
-RowKind = Literal["student", "teacher", "scratch"]
 # The recipe whose fields have the defaults.
 RECIPE = "finetune_clip_vit_base"
 # What comes before the names that are nearest to a flag's.
@@ -55,8 +50,6 @@ _SET_HERE = {
     "eval.root": "Tests are those of the datasets",
     "runtime.run_dir": "Set --out, in which each training has a folder",
 }
-# Fields of a distillation that may differ where its student is one of the paper's.
-_ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,76 +118,6 @@ class ColumnFlags:
 
     # Recipe of the column; empty: the one that fits the model.
     recipe: str = ""
-
-
-class Changes(NamedTuple):
-    """What the user changes of a column's recipes.
-
-    Attributes:
-        recipe: The recipe's name; empty: the one that fits the model.
-        fields: Fields with other values, by name.
-    """
-
-    recipe: str
-    fields: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model of the table.
-
-    Attributes:
-        kind: What it is in its run.
-        model: Where it comes from.
-        run: The run that distilled it.
-        weights: Digest of its weights.
-        others: Names of the rows that a student is set against, by kind.
-    """
-
-    kind: RowKind
-    model: NamedModel
-    run: Run
-    weights: str
-    others: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Its name as a folder."""
-        from fd_large.engine.find_model import slug
-
-        return slug(self.model.label)
-
-
-class Cell(NamedTuple):
-    """A training.
-
-    Attributes:
-        row: Its model.
-        column: What it is trained on.
-        run: The recipe.
-        changed: What the user changes of the recipe of its name that may decide a score: the
-            recipe's own value and the user's, by field.
-    """
-
-    row: Row
-    column: Column
-    run: Run
-    changed: Mapping[str, tuple[Any, Any]]
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """What its record and the table say of its recipe."""
-        return {"unchanged": not self.changed, "changed": dict(self.changed)}
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.run.run_dir())
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """What the recipe does not say of what is trained."""
-        return {"weights": self.row.weights}
 
 
 def main(arguments: list[str]) -> int:
@@ -300,33 +223,43 @@ def transfer(own: Transfer, changes: Mapping[str, Changes]) -> int:
     # Jobs inherit it, and must not meet at the port of this process.
     environ = dict(os.environ)
     logs.start(distributed.start().rank)
-    rows = meeting.meet(lambda: rows_of(own))
+    rows = meeting.meet(lambda: rows_of(own.runs, own.rows))
     cells = [
         cell
         for seed in range(own.seeds)
         for column in columns
-        for cell in cells_of(own, rows, column, changes[column.name], seed)
+        for cell in cells_of(
+            rows,
+            column,
+            changes[column.name],
+            root=datasets[column.data],
+            out=own.out,
+            seed=seed,
+        )
     ]
     if own.plan:
         show_plan(own, cells[: len(rows) * len(columns)])
         return distributed.leave(Exit.DONE)
-    refused = meeting.meet(lambda: _untrainable(cells[: len(rows) * len(columns)]))
+    refused = meeting.meet(lambda: transfer_cells.untrainable(cells[: len(rows) * len(columns)]))
     cells = [c for c in cells if (c.row.model.label, c.column.name) not in refused]
+    why = transfer_cells.named(refused)
     if not cells:
         raise ConfigError(
-            f"transfer: nothing can be trained; got {_named(refused)}, expected a cell that can. "
+            f"transfer: nothing can be trained; got {why}, expected a cell that can. "
             "Set --rows or --only to others, or name another run."
         )
     if refused and distributed.is_main():
-        log.warning("transfer: cannot be trained, and are left out: %s", _named(refused))
+        log.warning("transfer: cannot be trained, and are left out: %s", why)
     first = {cell.column.name: cell for cell in reversed(cells)}
-    meeting.meet(lambda: check_all(*map(_opens, reversed(first.values()))))
+    meeting.meet(lambda: check_all(*map(transfer_cells.opens, reversed(first.values()))))
     states = distributed.broadcast_object(
-        distributed.together(lambda: _states(own.out, cells) if distributed.is_main() else [])
+        distributed.together(
+            lambda: transfer_cells.states_of(own.out, cells) if distributed.is_main() else []
+        )
     )
     out, done = out_folder(own.out), states.count(DONE)
     if distributed.is_main():
-        write_json(out / SUMMARY, described(out, rows, cells))
+        write_json(out / SUMMARY, transfer_cells.described(out, rows, cells))
         tables().print(f"transfer: {len(cells)} trainings, {done} of them done before")
     # What failed before comes last: it may fail again, and end all ranks.
     ordered = sorted(zip(states, cells, strict=True), key=lambda pair: pair[0] == FAILED)
@@ -356,7 +289,7 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
     worst: int = Exit.DONE
     for number, cell in enumerate(cells, 1):
         log.info("transfer: %s (%d of %d)", cell.folder, number, len(cells))
-        _record(cell)
+        transfer_cells.record(cell)
         try:
             code, _ = recorded_runs.train(cell.run, deepspeed_config)
             reason = read_cell(cell.folder)[1] or f"exit code {code}"
@@ -364,14 +297,14 @@ def train_all(cells: Sequence[Cell], deepspeed_config: str) -> int:
             code, reason = getattr(error, "exit_code", Exit.LOST), first_line(error)
             if distributed.world_size() > 1:
                 if distributed.is_main():
-                    _write_record(cell, failure=reason)
+                    transfer_cells.write_record(cell, failure=reason)
                 raise
             if not isinstance(error, FDError):
                 log.exception("%s: FAILED", cell.folder)
         if code == Exit.AGAIN:
             return code
         if code:
-            _record(cell, failure=reason)
+            transfer_cells.record(cell, failure=reason)
             worst = max(worst, code)
             log.error("%s: FAILED: %s; the others go on", cell.folder, reason)
     return worst
@@ -391,7 +324,7 @@ def submit(own: Transfer, cells: Sequence[Cell], environ: Mapping[str, str]) -> 
         if job and transfer_slurm.is_queued(job):
             console.print(f"{cell.folder}: job {job}, submitted before", soft_wrap=True)
         else:
-            _write_record(cell)
+            transfer_cells.write_record(cell)
             job = transfer_slurm.submit_training(
                 cell.run,
                 deepspeed_config=own.deepspeed_config,
@@ -399,7 +332,7 @@ def submit(own: Transfer, cells: Sequence[Cell], environ: Mapping[str, str]) -> 
                 options=own.sbatch,
                 environ=environ,
             )
-            _write_record(cell, job=job)
+            transfer_cells.write_record(cell, job=job)
             console.print(f"{cell.folder}: job {job}", soft_wrap=True)
         jobs.append(job)
     if not jobs:
@@ -431,241 +364,3 @@ def show_plan(own: Transfer, cells: Sequence[Cell]) -> None:
     ]
     titles = dict.fromkeys(cell.column.title for cell in cells)
     tables().print(report(costs, columns=titles, seeds=own.seeds, gpu=own.gpu))
-
-
-def rows_of(own: Transfer) -> list[Row]:
-    """Finds the models of the rows; a model that several runs share comes once.
-
-    Raises: FDError: if one is not there.
-    """
-    from fd_large.engine.find_model import find_model, with_own_labels
-    from fd_large.engine.node_consistency import weights_digest
-    from fd_large.tasks.jobs import job_of
-
-    found: dict[tuple[Any, ...], Row] = {}
-    students: list[tuple[Row | None, dict[str, Row]]] = []
-    for run in own.runs:
-        folder = run_of_checkpoint(run)
-        recipe_file(folder, where="transfer")
-        of_run: dict[str, Row] = {}
-        for kind in own.rows:
-            model = find_model(run if kind == "student" else f"{run}#{kind}", job_of)
-            section = model.section
-            digest = weights_digest(section.source, model.weights)
-            row = Row(kind, model, read_recipe(folder, where="transfer"), digest)
-            # The recipes of students and of random weights follow from their run.
-            name = "" if kind == "teacher" else row.run.name
-            key = (kind, section.model, section.architecture, section.source, digest, name)
-            of_run[kind] = found.setdefault(key, row)
-        students.append((of_run.pop("student", None), of_run))
-    rows = list(found.values())
-    labelled = with_own_labels([row.model for row in rows])
-    named = {id(row): replace(row, model=m) for row, m in zip(rows, labelled, strict=True)}
-    for student, others in students:
-        if student is not None:
-            own_others = {kind: named[id(other)].name for kind, other in others.items()}
-            named[id(student)].others.update(own_others)
-    return list(named.values())
-
-
-def cells_of(
-    own: Transfer, rows: Sequence[Row], column: Column, changes: Changes, seed: int
-) -> list[Cell]:
-    """Returns the cells of a column, one for each row.
-
-    Args:
-        own: The command's own arguments.
-        rows: The models.
-        column: The column.
-        changes: What the user changes of its recipes.
-        seed: Number of the repetition.
-
-    Raises: ConfigError: if a recipe cannot be changed so, or takes no such model; all of them.
-    """
-    return check_all(*(partial(_cell, own, row, column, changes, seed) for row in rows))
-
-
-def _cell(own: Transfer, row: Row, column: Column, changes: Changes, seed: int) -> Cell:
-    from fd_large.engine.find_model import find_model
-    from fd_large.tasks.jobs import job_of
-
-    model = row.model
-    # Random weights take the recipe of their run's student: the difference is one of weights.
-    of_run = None if row.kind == "teacher" else row.run.name
-    base = registry.get(changes.recipe or column.recipe(model.architecture, of_run))
-    size = changes.fields.get("data.image_size")
-    if size and kind_of(base.task.name).trains_models:
-        # The model's positions are resized, which other tasks do by themselves.
-        model = find_model(model.source, job_of, image_size=size)
-    fields = {**changes.fields, "data.root": getattr(own, column.data)}
-    if not hasattr(base.student_architecture(), "window_size"):
-        fields.pop("student.architecture.window_size", None)
-    started = started_from(model, base, fields)
-    seed += started.runtime.seed
-    folder = Path(own.out) / row.name / column.name / f"seed_{seed}"
-    run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
-    changed = {
-        name: values
-        for name, values in difference(base, run).items()
-        if name in changes.fields and recorded_runs.decides(name, run.task.name)
-    }
-    changed.pop("data.root", None)
-    return Cell(row, column, run, changed)
-
-
-def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Returns what summary.json says of the table before anything is read of its runs.
-
-    Cells of other columns that earlier starts have trained, of the same weights, are among them.
-    """
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for row in rows:
-        for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
-            record = json.loads(file.read_text())
-            column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
-            if column in COLUMNS and record["weights"] == row.weights:
-                found[row.name, column, seed] = _described(record)
-    for cell in cells:
-        key = cell.row.name, cell.column.name, cell.run.runtime.seed
-        found[key] = _described({"recipe": cell.run.to_dict(), **cell.known})
-    return {
-        "rows": [
-            {"name": row.name, "label": row.model.label, "kind": row.kind}
-            | {"source": row.model.source, "weights": row.weights, **row.others}
-            for row in rows
-        ],
-        "columns": [
-            {"name": column.name, "title": column.title}
-            | {"scores": [score._asdict() for score in column.scores]}
-            for column in COLUMNS.values()
-        ],
-        "cells": [
-            {"row": row, "column": column, "seed": seed, **cell}
-            for (row, column, seed), cell in found.items()
-        ],
-        "published": [
-            one
-            for row in rows
-            for column in COLUMNS.values()
-            for one in _published(row, column, found)
-        ],
-    }
-
-
-# ------------------------------------------------------------------------------------------------
-
-
-def _described(record: dict[str, Any]) -> dict[str, Any]:
-    """What summary.json says of a cell, by its record."""
-    recipe = record["recipe"]
-    return {
-        "recipe": recipe["name"],
-        "unchanged": record["unchanged"],
-        "changed": record.get("changed", {}),
-        "run": recipe["runtime"]["run_dir"],
-        "data": recipe["data"]["root"],
-    }
-
-
-def _published(
-    row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """The paper's figures of a row that is one of the paper's."""
-    paper = column.published.get(row.run.name)
-    if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
-        return
-    cells = [cell for key, cell in found.items() if key[:2] == (row.name, column.name)]
-    same = all(cell["unchanged"] and cell["recipe"] == paper.recipe for cell in cells)
-    figures = paper.student if row.kind == "student" else paper.teacher
-    yield {
-        "row": row.name,
-        "column": column.name,
-        "figures": {score.key: f for score, f in zip(column.scores, figures, strict=True)},
-        "same_settings": row.kind == "student" and bool(cells) and same,
-    }
-
-
-def _is_of_record(run: Run) -> bool:
-    """Whether a run has the settings of the recipe of its name, whatever file its teacher is."""
-    recipe = registry.get(run.name)
-    # Both ways: one of two lengths is the longer, which a resume might go on to.
-    changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
-    return changed.keys() <= _ANY_TEACHER_FILE
-
-
-def _untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
-    """Why models cannot carry the heads of columns, by the row's label and the column's name.
-
-    Said before hours of training of others; the heads of ImageNet stand on any model.
-    """
-    import torch
-
-    from fd_large.tasks.jobs import job_of
-
-    found = {}
-    for cell in cells:
-        if cell.column.data != "imagenet":
-            try:
-                with torch.device("meta"):
-                    job_of(cell.run).make_task()
-            except ConfigError as error:
-                # Its remedy is for who sets the student.
-                why = first_line(error).rsplit(". ", 1)[0]
-                found[cell.row.model.label, cell.column.name] = why
-    return found
-
-
-def _named(refused: Mapping[tuple[str, str], str]) -> str:
-    """Rows with the columns that they cannot be trained on, and why."""
-    columns: dict[tuple[str, str], list[str]] = {}
-    for (row, column), why in refused.items():
-        columns.setdefault((row, why), []).append(column)
-    return "; ".join(f"{row} on {', '.join(on)} ({why})" for (row, why), on in columns.items())
-
-
-def _opens(cell: Cell) -> Callable[[], object]:
-    """Opens the dataset of a cell, whose mistakes are said before hours of training."""
-    from fd_large.tasks.jobs import job_of
-
-    return job_of(cell.run).open_samples
-
-
-def _states(out: str, cells: Sequence[Cell]) -> list[str]:
-    """How the run of each cell has ended.
-
-    Raises: ConfigError: if its folder holds another one, or another folder holds it.
-    """
-    others = {}
-    for cell in cells:
-        if not recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training"):
-            others.update(dict.fromkeys(_elsewhere(Path(out), cell), cell.row.name))
-    rows = {cell.row.name for cell in cells}
-    if mistakes := [
-        f"{folder}: holds trainings of this start under another label, as which runs are named "
-        f"together decides a label; got {name}, expected {folder.name}. Rename the folder to "
-        f"{name}, or set --out to another one."
-        for folder, name in others.items()
-        if folder.name not in rows
-    ]:
-        raise ConfigError("\n".join(mistakes))
-    return [read_cell(cell.folder)[0] for cell in cells]
-
-
-def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
-    """Folders of other rows that hold the training of a cell."""
-    for file in sorted(out.glob(f"*/{cell.column.name}/{cell.folder.name}/{RECORD}")):
-        there = replace(cell.run, runtime=replace(cell.run.runtime, run_dir=str(file.parent)))
-        with suppress(ConfigError):
-            recorded_runs.read_record(RECORD, there, cell.inputs, "a training")
-            yield file.parents[2]
-
-
-def _record(cell: Cell, **outcome: Any) -> None:
-    """Writes what a cell is; rank 0 writes, a collective."""
-    from fd_large import distributed
-
-    distributed.together(lambda: _write_record(cell, **outcome) if distributed.is_main() else None)
-
-
-def _write_record(cell: Cell, **outcome: Any) -> None:
-    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **cell.known, **outcome)

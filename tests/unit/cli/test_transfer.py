@@ -14,7 +14,7 @@ from html_page import check_page
 
 from fd_large.cli.main import main
 from fd_large.cli.recorded_runs import decides
-from fd_large.cli.transfer import Row, _published
+from fd_large.cli.transfer_cells import Row, _published
 from fd_large.cli.transfer_columns import COLUMNS
 from fd_large.engine.find_model import slug
 from fd_large.errors import ConfigError, Exit, ShapeError

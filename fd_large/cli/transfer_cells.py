@@ -1,0 +1,343 @@
+"""The cells of `transfer`'s table: which model is trained on what, and what is known of it.
+
+A row is a model, a column what it is carried on to, and a cell a training in a folder of its own,
+with a record of what it is (`recorded_runs`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fd_large.cli import recorded_runs
+from fd_large.cli.evaluate_models import started_from
+from fd_large.cli.transfer_columns import COLUMNS, Column
+from fd_large.errors import ConfigError, check_all, first_line
+from fd_large.recipes import registry
+from fd_large.recipes.run import Run, difference
+from fd_large.recipes.stored import read_recipe, recipe_file, run_of_checkpoint
+from fd_large.report.transfer import RECORD, read_cell
+from fd_large.tasks.registry import kind_of
+
+if TYPE_CHECKING:
+    from fd_large.engine.find_model import NamedModel
+
+RowKind = Literal["student", "teacher", "scratch"]
+# Fields of a distillation that may differ where its student is one of the paper's.
+_ANY_TEACHER_FILE = {f"teacher.{name}" for name in ("source", "statistics", "allow", "placement")}
+
+
+class Changes(NamedTuple):
+    """What the user changes of a column's recipes.
+
+    Attributes:
+        recipe: The recipe's name; empty: the one that fits the model.
+        fields: Fields with other values, by name.
+    """
+
+    recipe: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table.
+
+    Attributes:
+        kind: What it is in its run.
+        model: Where it comes from.
+        run: The run that distilled it.
+        weights: Digest of its weights.
+        others: Names of the rows that a student is set against, by kind.
+    """
+
+    kind: RowKind
+    model: NamedModel
+    run: Run
+    weights: str
+    others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name as a folder."""
+        from fd_large.engine.find_model import slug
+
+        return slug(self.model.label)
+
+
+class Cell(NamedTuple):
+    """A training.
+
+    Attributes:
+        row: Its model.
+        column: What it is trained on.
+        run: The recipe.
+        changed: What the user changes of the recipe of its name that may decide a score: the
+            recipe's own value and the user's, by field.
+    """
+
+    row: Row
+    column: Column
+    run: Run
+    changed: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What its record and the table say of its recipe."""
+        return {"unchanged": not self.changed, "changed": dict(self.changed)}
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.run_dir())
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the recipe does not say of what is trained."""
+        return {"weights": self.row.weights}
+
+
+def rows_of(runs: Sequence[str], kinds: Sequence[RowKind]) -> list[Row]:
+    """Finds the models of the rows; a model that several runs share comes once.
+
+    Args:
+        runs: Folders of the runs that distilled the students.
+        kinds: The rows of each run.
+
+    Raises: FDError: if one is not there.
+    """
+    from fd_large.engine.find_model import find_model, with_own_labels
+    from fd_large.engine.node_consistency import weights_digest
+    from fd_large.tasks.jobs import job_of
+
+    found: dict[tuple[Any, ...], Row] = {}
+    students: list[tuple[Row | None, dict[str, Row]]] = []
+    for run in runs:
+        folder = run_of_checkpoint(run)
+        recipe_file(folder, where="transfer")
+        of_run: dict[str, Row] = {}
+        for kind in kinds:
+            model = find_model(run if kind == "student" else f"{run}#{kind}", job_of)
+            section = model.section
+            digest = weights_digest(section.source, model.weights)
+            row = Row(kind, model, read_recipe(folder, where="transfer"), digest)
+            # The recipes of students and of random weights follow from their run.
+            name = "" if kind == "teacher" else row.run.name
+            key = (kind, section.model, section.architecture, section.source, digest, name)
+            of_run[kind] = found.setdefault(key, row)
+        students.append((of_run.pop("student", None), of_run))
+    rows = list(found.values())
+    labelled = with_own_labels([row.model for row in rows])
+    named = {id(row): replace(row, model=m) for row, m in zip(rows, labelled, strict=True)}
+    for student, others in students:
+        if student is not None:
+            own_others = {kind: named[id(other)].name for kind, other in others.items()}
+            named[id(student)].others.update(own_others)
+    return list(named.values())
+
+
+def cells_of(
+    rows: Sequence[Row], column: Column, changes: Changes, *, root: str, out: str, seed: int
+) -> list[Cell]:
+    """Returns the cells of a column, one for each row.
+
+    Args:
+        rows: The models.
+        column: The column.
+        changes: What the user changes of its recipes.
+        root: Folder of its dataset.
+        out: Folder of the table.
+        seed: Number of the repetition.
+
+    Raises: ConfigError: if a recipe cannot be changed so, or takes no such model; all of them.
+    """
+    return check_all(*(partial(_cell, row, column, changes, root, out, seed) for row in rows))
+
+
+def _cell(row: Row, column: Column, changes: Changes, root: str, out: str, seed: int) -> Cell:
+    from fd_large.engine.find_model import find_model
+    from fd_large.tasks.jobs import job_of
+
+    model = row.model
+    # Random weights take the recipe of their run's student: the difference is one of weights.
+    of_run = None if row.kind == "teacher" else row.run.name
+    base = registry.get(changes.recipe or column.recipe(model.architecture, of_run))
+    size = changes.fields.get("data.image_size")
+    if size and kind_of(base.task.name).trains_models:
+        # The model's positions are resized, which other tasks do by themselves.
+        model = find_model(model.source, job_of, image_size=size)
+    fields = {**changes.fields, "data.root": root}
+    if not hasattr(base.student_architecture(), "window_size"):
+        fields.pop("student.architecture.window_size", None)
+    started = started_from(model, base, fields)
+    seed += started.runtime.seed
+    folder = Path(out) / row.name / column.name / f"seed_{seed}"
+    run = replace(started, runtime=replace(started.runtime, run_dir=str(folder), seed=seed))
+    changed = {
+        name: values
+        for name, values in difference(base, run).items()
+        if name in changes.fields and recorded_runs.decides(name, run.task.name)
+    }
+    changed.pop("data.root", None)
+    return Cell(row, column, run, changed)
+
+
+def described(out: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
+    """Returns what summary.json says of the table before anything is read of its runs.
+
+    Cells of other columns that earlier starts have trained, of the same weights, are among them.
+    """
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        for file in sorted(out.glob(f"{row.name}/*/seed_*/{RECORD}")):
+            record = json.loads(file.read_text())
+            column, seed = file.parts[-3], record["recipe"]["runtime"]["seed"]
+            if column in COLUMNS and record["weights"] == row.weights:
+                found[row.name, column, seed] = _described(record)
+    for cell in cells:
+        key = cell.row.name, cell.column.name, cell.run.runtime.seed
+        found[key] = _described({"recipe": cell.run.to_dict(), **cell.known})
+    return {
+        "rows": [
+            {"name": row.name, "label": row.model.label, "kind": row.kind}
+            | {"source": row.model.source, "weights": row.weights, **row.others}
+            for row in rows
+        ],
+        "columns": [
+            {"name": column.name, "title": column.title}
+            | {"scores": [score._asdict() for score in column.scores]}
+            for column in COLUMNS.values()
+        ],
+        "cells": [
+            {"row": row, "column": column, "seed": seed, **cell}
+            for (row, column, seed), cell in found.items()
+        ],
+        "published": [
+            one
+            for row in rows
+            for column in COLUMNS.values()
+            for one in _published(row, column, found)
+        ],
+    }
+
+
+def _described(record: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json says of a cell, by its record."""
+    recipe = record["recipe"]
+    return {
+        "recipe": recipe["name"],
+        "unchanged": record["unchanged"],
+        "changed": record.get("changed", {}),
+        "run": recipe["runtime"]["run_dir"],
+        "data": recipe["data"]["root"],
+    }
+
+
+def _published(
+    row: Row, column: Column, found: Mapping[tuple[str, str, int], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The paper's figures of a row that is one of the paper's."""
+    paper = column.published.get(row.run.name)
+    if paper is None or row.kind == "scratch" or not _is_of_record(row.run):
+        return
+    cells = [cell for key, cell in found.items() if key[:2] == (row.name, column.name)]
+    same = all(cell["unchanged"] and cell["recipe"] == paper.recipe for cell in cells)
+    figures = paper.student if row.kind == "student" else paper.teacher
+    yield {
+        "row": row.name,
+        "column": column.name,
+        "figures": {score.key: f for score, f in zip(column.scores, figures, strict=True)},
+        "same_settings": row.kind == "student" and bool(cells) and same,
+    }
+
+
+def _is_of_record(run: Run) -> bool:
+    """Whether a run has the settings of the recipe of its name, whatever file its teacher is."""
+    recipe = registry.get(run.name)
+    # Both ways: one of two lengths is the longer, which a resume might go on to.
+    changed = recipe.changes_since(run.to_dict()) | run.changes_since(recipe.to_dict())
+    return changed.keys() <= _ANY_TEACHER_FILE
+
+
+def untrainable(cells: Iterable[Cell]) -> dict[tuple[str, str], str]:
+    """Why models cannot carry the heads of columns, by the row's label and the column's name.
+
+    Said before hours of training of others; the heads of ImageNet stand on any model.
+    """
+    import torch
+
+    from fd_large.tasks.jobs import job_of
+
+    found = {}
+    for cell in cells:
+        if cell.column.data != "imagenet":
+            try:
+                with torch.device("meta"):
+                    job_of(cell.run).make_task()
+            except ConfigError as error:
+                # Its remedy is for who sets the student.
+                why = first_line(error).rsplit(". ", 1)[0]
+                found[cell.row.model.label, cell.column.name] = why
+    return found
+
+
+def named(refused: Mapping[tuple[str, str], str]) -> str:
+    """Rows with the columns that they cannot be trained on, and why."""
+    columns: dict[tuple[str, str], list[str]] = {}
+    for (row, column), why in refused.items():
+        columns.setdefault((row, why), []).append(column)
+    return "; ".join(f"{row} on {', '.join(on)} ({why})" for (row, why), on in columns.items())
+
+
+def opens(cell: Cell) -> Callable[[], object]:
+    """Opens the dataset of a cell, whose mistakes are said before hours of training."""
+    from fd_large.tasks.jobs import job_of
+
+    return job_of(cell.run).open_samples
+
+
+def states_of(out: str, cells: Sequence[Cell]) -> list[str]:
+    """How the run of each cell has ended.
+
+    Raises: ConfigError: if its folder holds another one, or another folder holds it.
+    """
+    others = {}
+    for cell in cells:
+        if not recorded_runs.read_record(RECORD, cell.run, cell.inputs, "a training"):
+            others.update(dict.fromkeys(_elsewhere(Path(out), cell), cell.row.name))
+    rows = {cell.row.name for cell in cells}
+    if mistakes := [
+        f"{folder}: holds trainings of this start under another label, as which runs are named "
+        f"together decides a label; got {name}, expected {folder.name}. Rename the folder to "
+        f"{name}, or set --out to another one."
+        for folder, name in others.items()
+        if folder.name not in rows
+    ]:
+        raise ConfigError("\n".join(mistakes))
+    return [read_cell(cell.folder)[0] for cell in cells]
+
+
+def _elsewhere(out: Path, cell: Cell) -> Iterator[Path]:
+    """Folders of other rows that hold the training of a cell."""
+    for file in sorted(out.glob(f"*/{cell.column.name}/{cell.folder.name}/{RECORD}")):
+        there = replace(cell.run, runtime=replace(cell.run.runtime, run_dir=str(file.parent)))
+        with suppress(ConfigError):
+            recorded_runs.read_record(RECORD, there, cell.inputs, "a training")
+            yield file.parents[2]
+
+
+def record(cell: Cell, **outcome: Any) -> None:
+    """Writes what a cell is; rank 0 writes, a collective."""
+    from fd_large import distributed
+
+    distributed.together(lambda: write_record(cell, **outcome) if distributed.is_main() else None)
+
+
+def write_record(cell: Cell, **outcome: Any) -> None:
+    """Writes what a cell is, and how it ended where that is known."""
+    recorded_runs.write_record(RECORD, cell.run, cell.inputs, **cell.known, **outcome)
