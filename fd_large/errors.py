@@ -70,6 +70,10 @@ class CheckpointError(FDError):
     """Checkpoints that cannot be read back or written."""
 
 
+class CacheError(FDError):
+    """Cached targets that are missing, damaged, or of another teacher or other images."""
+
+
 class StorageError(FDError):
     """A file system that does not answer; nobody's mistake, and nothing is lost.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -55,6 +56,34 @@ class Checksums(NamedTuple):
     kinds: dict[str, str]
 
 
+def header_of(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, dict[str, Place]]:
+    """Returns the bytes before the first tensor of a file, and where its tensors lie, in order.
+
+    Args:
+        tensors: Data type and shape by name.
+        metadata: Text by name that goes into the file beside them.
+    """
+    # As the library does: the widest first, so that each lies on a multiple of its own width.
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        (dtype, shape), start = tensors[name], end
+        end += math.prod(shape) * dtype.itemsize
+        table[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    header = len(header).to_bytes(8, "little") + header
+    return header, _places(table, len(header))
+
+
 def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
     """Writes and flushes a file with the mode that the user's umask gives.
 
@@ -64,20 +93,8 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Checksums:
 
     Raises: OSError: if it cannot be written; what is there then is not whole.
     """
-    # As the library does: the widest first, so that each lies on a multiple of its own width.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    table, end = {}, 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        table[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    header = len(header).to_bytes(8, "little") + header
+    header, places = header_of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    order = list(places)
     whole, kinds = zlib.crc32(header), dict.fromkeys(map(_kind, order), 0)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fd_large.data import color, views
+from fd_large.data import views
 from fd_large.data.parcel import parcel
 from fd_large.data.random_numbers import uniforms
 from fd_large.data.sampler import Blocks, MicroBatches, Portion, check_batch_sizes, samples_at
@@ -255,16 +255,14 @@ def load_views(
         epoch: Epoch, counted from 0.
     """
     crops = uniforms(seed, epoch, positions, "view", views.NUM_DRAWS).tolist()
-    loaded = load_samples(
+    loaded = _load_at(
         lambda place, index: change(
             views.random_view(source, index, crops[place], settings), place
         ),
+        source,
         positions,
-        samples_at(source, seed, epoch, positions),
-        num_samples=len(source),
         seed=seed,
         epoch=epoch,
-        blocks=getattr(source, "blocks", None),
     )
     black = torch.zeros(3, *[settings.image_size] * 2, dtype=torch.uint8)
     return LoadedViews(
@@ -272,6 +270,39 @@ def load_views(
         torch.tensor([sample.index for sample in loaded]),
         tuple(sample.bad for sample in loaded),
     )
+
+
+def _load_at(
+    make: Callable[[int, int], T],
+    source: ImageSource,
+    positions: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+) -> list[Loaded[T]]:
+    """`load_samples` of the samples that the epoch's order has at some positions."""
+    return load_samples(
+        make,
+        positions,
+        samples_at(source, seed, epoch, positions),
+        num_samples=len(source),
+        seed=seed,
+        epoch=epoch,
+        blocks=getattr(source, "blocks", None),
+    )
+
+
+class Beside(Protocol):
+    """What is stored of the views of images, and goes into a batch's targets."""
+
+    def of(self, index: int, view: torch.Tensor) -> Any:
+        """Returns what belongs to the view of image `index`: tensors, in tuples or dicts.
+
+        Raises: DataError: if there is nothing for that image, which a stand-in then replaces.
+        """
+
+    def blank(self) -> Any:
+        """Returns tensors of the same shapes, for a place where no image can be used."""
 
 
 @dataclass(frozen=True)
@@ -283,32 +314,42 @@ class ViewBatches(Dataset):
         settings: How an image becomes a view.
         seed: The run's seed.
         epoch: Epoch, counted from 0.
+        fixed: Draws the views, whatever the position; None: each position of an epoch draws one.
+        beside: What is stored of the views; None: a batch has no targets.
     """
 
     source: ImageSource
     settings: views.ViewSettings
     seed: int
     epoch: int
+    fixed: views.FixedViews | None = None
+    beside: Beside | None = None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """Loads the views; a black one stands where no sample can be used."""
-        colors = uniforms(self.seed, self.epoch, positions, "color", color.NUM_DRAWS).tolist()
+        draws_at = self._draws(positions)
 
-        def jittered(view: torch.Tensor, place: int) -> torch.Tensor:
-            return color.jitter_color(
-                view,
-                colors[place],
-                strength=self.settings.color_jitter,
-                grayscale_probability=self.settings.grayscale_probability,
-            )
+        def make(place: int, index: int) -> tuple[torch.Tensor, Any]:
+            view = views.jittered_view(self.source, index, draws_at(place, index), self.settings)
+            return view, self.beside.of(index, view) if self.beside else None
 
-        loaded = load_views(
-            self.source, positions, self.settings, jittered, seed=self.seed, epoch=self.epoch
-        )
+        loaded = _load_at(make, self.source, positions, seed=self.seed, epoch=self.epoch)
+        black = torch.zeros(3, *[self.settings.image_size] * 2, dtype=torch.uint8)
+        blank = black, self.beside.blank() if self.beside else None
+        pairs = [blank if one.value is None else one.value for one in loaded]
         return Batch(
-            loaded.images,
+            torch.stack([view for view, _ in pairs]),
             self.epoch,
             torch.from_numpy(positions),
-            loaded.indices,
-            sum(loaded.bad, ()),
+            torch.tensor([one.index for one in loaded]),
+            sum((one.bad for one in loaded), ()),
+            default_collate([stored for _, stored in pairs]) if self.beside else None,
         )
+
+    def _draws(self, positions: NDArray[np.int64]) -> Callable[[int, int], views.Draws]:
+        """Returns what draws the view of a place in `positions` and the image taken for it."""
+        fixed = self.fixed
+        if fixed is not None:
+            return lambda _place, index: fixed.draws(self.epoch, index)
+        drawn = views.view_draws(self.seed, self.epoch, positions)
+        return lambda place, _index: drawn[place]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch.nn import functional as F
 
+from fd_large.data import color
 from fd_large.data.decode import MAX_PIXELS, decode, size_before_decoding
+from fd_large.data.random_numbers import uniforms
 from fd_large.data.source import ImageSource
 
 NUM_TRIES = 10
@@ -40,6 +43,65 @@ class ViewSettings:
     grayscale_probability: float = 0.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     cuts_boxes: bool = False
+
+
+class Draws(NamedTuple):
+    """The random numbers of one view, each in [0, 1).
+
+    Attributes:
+        crop: `NUM_DRAWS` numbers for box and flip.
+        color: `color.NUM_DRAWS` numbers.
+    """
+
+    crop: Sequence[float]
+    color: Sequence[float]
+
+
+def view_draws(seed: int, epoch: int, places: ArrayLike) -> list[Draws]:
+    """Returns the draws of some places, each a function of (seed, epoch, place).
+
+    Args:
+        seed: 0 to 2**64 - 1.
+        epoch: Epoch, counted from 0.
+        places: (B,), whole numbers from 0, such as positions in the epoch's order.
+    """
+    crops = uniforms(seed, epoch, places, "view", NUM_DRAWS).tolist()
+    colors = uniforms(seed, epoch, places, "color", color.NUM_DRAWS).tolist()
+    return [Draws(*one) for one in zip(crops, colors, strict=True)]
+
+
+class FixedViews(NamedTuple):
+    """Views that come again: an image is seen in epoch e as its view number e modulo `count`.
+
+    A view is a function of (seed, its number, image), flip included, and of nothing else: the order
+    of images may change from epoch to epoch.
+
+    Attributes:
+        count: Views of each image.
+        seed: Their seed, which need not be the run's.
+    """
+
+    count: int
+    seed: int
+
+    def draws(self, epoch: int, index: int) -> Draws:
+        """Returns the draws of image `index` in an epoch, counted from 0."""
+        return view_draws(self.seed, epoch % self.count, [index])[0]
+
+
+def jittered_view(
+    source: ImageSource, index: int, draws: Draws, settings: ViewSettings
+) -> torch.Tensor:
+    """Reads an image and returns its view, (3, image_size, image_size) uint8, colours changed.
+
+    Raises: DataError: if the image cannot be used.
+    """
+    return color.jitter_color(
+        random_view(source, index, draws.crop, settings),
+        draws.color,
+        strength=settings.color_jitter,
+        grayscale_probability=settings.grayscale_probability,
+    )
 
 
 def random_view(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fd_large.data.folder import ImageFolder
 from fd_large.data.loader import MAX_TRIES, Batch, ViewBatches, build_loader
 from fd_large.data.sampler import Portion, epoch_order
-from fd_large.data.views import ViewSettings
+from fd_large.data.views import FixedViews, ViewSettings
 from fd_large.errors import ConfigError, DataError
 
 VIEWS = ViewSettings(32, 0.3)
@@ -246,3 +246,47 @@ def test_all_tensors_of_a_target_travel(picture_folder):
     assert [tensor.device.type for tensor in moved.tensors()] == ["meta"] * 3
     assert isinstance(moved.targets, Objects)
     assert moved.targets.number == 7
+
+
+def by_image(batches: ViewBatches) -> dict[int, torch.Tensor]:
+    """The views of an epoch in its order, by image."""
+    batch = batches[np.arange(len(batches.source))]
+    return dict(zip(batch.indices.tolist(), batch.images, strict=True))
+
+
+def test_fixed_views_come_again_whatever_the_order(picture_folder):
+    folder, fixed = ImageFolder(picture_folder), FixedViews(2, seed=7)
+
+    def views(epoch: int, seed: int) -> dict[int, torch.Tensor]:
+        return by_image(ViewBatches(folder, VIEWS, seed, epoch, fixed))
+
+    first, again, other = views(0, seed=1), views(2, seed=5), views(1, seed=1)
+    assert list(first) != list(again)
+    assert sorted(first) == sorted(again) == sorted(other)
+    assert all(torch.equal(first[index], again[index]) for index in first)
+    assert sum(torch.equal(first[index], other[index]) for index in first) < len(first) / 2
+
+
+class _Stored:
+    """Beside each view stands its image's number and first pixel; image 3 has nothing."""
+
+    def of(self, index: int, view: torch.Tensor) -> dict[str, torch.Tensor]:
+        if index == 3:
+            raise DataError("3: nothing is stored")
+        return {"index": torch.tensor(index), "pixel": view[:, 0, 0]}
+
+    def blank(self) -> dict[str, torch.Tensor]:
+        return {"index": torch.tensor(-1), "pixel": torch.zeros(3, dtype=torch.uint8)}
+
+
+def test_what_is_stored_of_views_goes_with_them(picture_folder):
+    folder, fixed = ImageFolder(picture_folder), FixedViews(1, seed=0)
+    batch = ViewBatches(folder, VIEWS, 1, 0, fixed, _Stored())[np.arange(len(folder))]
+    assert torch.equal(batch.targets["index"], batch.indices)
+    assert torch.equal(batch.targets["pixel"], batch.images[:, :, 0, 0])
+    assert 3 not in batch.indices
+    assert batch.bad == ("3: nothing is stored",)
+    # A stand-in's view is its own.
+    usual = by_image(ViewBatches(folder, VIEWS, 9, 4, fixed))
+    for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+        assert torch.equal(usual[index], image)
