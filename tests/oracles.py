@@ -23,6 +23,7 @@ from oracles_models import Row, Skipped, Tensors
 from oracles_multi import CHECKS as MULTI_CHECKS
 from oracles_multi import NOT_YET as MULTI_NOT_YET
 from oracles_multi import NOT_YET_PARTS as MULTI_NOT_YET_PARTS
+from oracles_multi_heads import CHECKS as MULTI_HEAD_CHECKS
 from safetensors.torch import load_file
 
 CHECKS = {
@@ -33,6 +34,7 @@ CHECKS = {
     **DETECTION_CHECKS,
     **DETECTION_VIEW_CHECKS,
     **MULTI_CHECKS,
+    **MULTI_HEAD_CHECKS,
 }
 
 # Parts of files whose other parts are checked.

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 
 import torch
 from oracles_dense import Errors
-from oracles_models import Row, Skipped, Tensors
+from oracles_models import Row, Tensors
 from torch import Tensor, nn
 
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.tasks.distillation.alignment import align
-from fd_large.tasks.distillation.heads import MLP, attention_mlp, block, mlp_relu
 from fd_large.tasks.distillation.losses import make_loss
 from fd_large.tasks.distillation.normalisers import Affine, standardise
 from fd_large.tasks.distillation.rotations import hadamard, orthogonal, phi_s_matrix
+from fd_large.tasks.distillation.similarity import (
+    pushed,
+    queue_divergence,
+    relation_divergence,
+)
 from fd_large.tasks.distillation.target_statistics import TargetStatistics, moments
 
 _TEACHERS = "the engine has one teacher"
 _STATISTICS = "running statistics of the targets"
-_RELATION = "losses against a queue or between tokens of an image"
 
 # Kinds that nothing in the package stands behind, and why.
 NOT_YET = {
     "dinov3_exchange": "students in groups of ranks",
     "dune_statistics_two_ranks": _STATISTICS,
     "lightly_mixup": "mixup of images without labels",
-    "lightly_queue": _RELATION,
-    "lightly_v1_loss": _RELATION,
-    "lightly_v2": "the student's map is never resized",
-    "lightly_v3_loss": _RELATION,
-    "lightly_v3_student": _RELATION,
-    "theia_translator": "heads that change the grid",
-    "unic_projector": "heads on the maps of all blocks",
     "unic_statistics_two_ranks": _STATISTICS,
     "unic_training_run": _TEACHERS,
 }
@@ -84,12 +79,10 @@ def check_theia_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[R
     return errors.rows
 
 
-def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
+def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
     """Each level of each teacher, their sum, and its gradients."""
     errors = Errors(spec, tensors)
     students, teachers = (_maps(tensors, whose, dtype) for whose in ("student", "teacher"))
-    if any(map_.shape[-1] < teachers[name].shape[-1] for name, map_ in students.items()):
-        return Skipped("not yet", "the student's map is never resized")
 
     def tokens(map_: Tensor) -> FeatureMap:
         return FeatureMap(_tokens(map_), tuple(map_.shape[-2:]), 0)
@@ -97,7 +90,7 @@ def check_sak_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row
     for case, name in _TERMS_OF_SAK.items():
         loss, losses = make_loss(name, beta=1.0), {}
         for level, student in students.items():
-            pair = align(tokens(student), tokens(teachers[level]), interpolation="bilinear")
+            pair = align(tokens(student), tokens(teachers[level]), interpolation="bilinear_larger")
             teacher, _, number = level.rpartition(".")
             term = f"{teacher}_level{int(number) + 1}"
             losses[level] = loss(*pair)
@@ -138,116 +131,6 @@ def check_unic_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Ro
             expected = tensors[f"grad.{case}.student.{part}"]
             errors.gradient(f"grad.{case}.student.{part}", slope, expected)
     return errors.rows
-
-
-# Names of RADIO's and DUNE's parameters, and ours, where Sequentials are numbered.
-_V1 = ((r"fc1\.", "0."), (r"norm\.", "1."), (r"fc2\.", "{last}."))
-_V2 = (
-    (r"pre_norm\.0\.", "first.0."),
-    (r"fc1\.", "first.{first}."),
-    (r"blocks\.", "inner."),
-    (r"final\.", "last."),
-)
-
-
-def _check_head(
-    spec: dict,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    head: nn.Module,
-    names: dict[str, str],
-) -> list[Row]:
-    """What a head gives, and the gradients of its input and parameters.
-
-    Args:
-        names: Our name of each published parameter.
-    """
-    errors, prefix = Errors(spec, tensors), "weights."
-    published = [n.removeprefix(prefix) for n in tensors if n.startswith(prefix)]
-    held = {names[name]: tensors[f"{prefix}{name}"] for name in published}
-    head.load_state_dict(held, strict=True)
-    head.to(dtype)
-    tokens = nn.Parameter(tensors["input"].to(dtype))
-    out = head(tokens)
-    errors.out("out", out)
-    out.backward(tensors["cotangent"].to(dtype))
-    errors.gradient("grad.input", tokens.grad, tensors["grad.input"])
-    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
-    for name in published:
-        got, expected = gradients[names[name]], tensors[f"grad.{name}"]
-        if name.endswith("qkv.bias"):  # The bias of the keys has no effect.
-            width = len(expected) // 3
-            got, expected = (torch.cat([t[:width], t[2 * width :]]) for t in (got, expected))
-        errors.gradient(f"grad.{name}", got, expected)
-    return errors.rows
-
-
-def _names(tensors: Tensors, rules: tuple[tuple[str, str], ...], **numbers: int) -> dict[str, str]:
-    """Our names of the published parameters."""
-    names = {}
-    for label in tensors:
-        if label.startswith("weights."):
-            name = ours = label.removeprefix("weights.")
-            for pattern, replacement in rules:
-                ours, count = re.subn(rf"^(?:{pattern})", replacement.format(**numbers), ours)
-                if count:
-                    break
-            names[name] = ours
-    return names
-
-
-def check_radio_head_v1(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
-    config = spec["config"]
-    inner = config["num_inner"]
-    head = mlp_relu(config["input"], config["output"], hidden=config["hidden"], inner=inner)
-    names = _names(tensors, _V1, last=3 * inner + 3)
-    for name in names:
-        if found := re.match(r"inner\.(\d+)\.", name):
-            names[name] = f"{int(found[1]) + 3}.{name[found.end() :]}"
-    return _check_head(spec, tensors, dtype, head, names)
-
-
-def check_radio_head_v2(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
-    config = spec["config"]
-    if config.get("upsample_factor", 1) != 1:
-        return Skipped("not yet", "heads that change the grid")
-    pre_norm = config.get("pre_norm", False)
-    head = MLP(
-        config["input"],
-        config["output"],
-        hidden=config["hidden"],
-        inner=config["num_inner"],
-        pre_norm=pre_norm,
-    )
-    return _check_head(spec, tensors, dtype, head, _names(tensors, _V2, first=2 if pre_norm else 0))
-
-
-def check_radio_head_attn(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
-    config = spec["config"]
-    built = (config["blocks"], config["heads"], config["layer_scale_init"])
-    if built != (2, 16, 1e-5):
-        return Skipped("left out", f"RADIO has no such head: {built}")
-    pre_norm = config.get("pre_norm", False)
-    head = attention_mlp(
-        config["input"], config["output"], hidden=config["hidden"], pre_norm=pre_norm
-    )
-    rules = (
-        (r"blocks\.", ""),
-        *((rf"mlp\.{old}", f"2.{new}") for old, new in _V2),
-    )
-    names = _names(tensors, rules, first=2 if pre_norm else 0)
-    return _check_head(spec, tensors, dtype, head, names)
-
-
-def check_dune_projector(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row] | Skipped:
-    config = spec["config"]
-    built = (config["mlp_ratio"], config["layer_norm_eps"])
-    if built != (4.0, 1e-6):
-        return Skipped("left out", f"DUNE has no such head: {built}")
-    depth = config["num_blocks"]
-    head = block(config["input_dim"], config["output_dim"], heads=config["num_heads"], blocks=depth)
-    rules = ((r"blocks\.", ""), (r"\w+\.(?=weight|bias)", "{last}."))
-    return _check_head(spec, tensors, dtype, head, _names(tensors, rules, last=depth))
 
 
 def _tokens(map_: Tensor) -> Tensor:
@@ -359,7 +242,43 @@ def check_radio_intermediate(spec: dict, tensors: Tensors, dtype: torch.dtype) -
     return errors.rows
 
 
+def check_lightly_queue(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The queue after each batch, exactly."""
+    rows, config = [], spec["config"]
+    queue = torch.zeros(config["queue"], config["dim"])
+    for number in range(len(config["batches"])):
+        queue = pushed(queue, tensors[f"input.{number}"])
+        label = f"out.queue.{number}"
+        rows.append(Row(label, float(not torch.equal(queue, tensors[label])), 0.0))
+    return rows
+
+
+def check_lightly_loss(spec: dict, tensors: Tensors, dtype: torch.dtype) -> list[Row]:
+    """The divergence against a queue, of version 1, and between tokens, of version 3 alone."""
+    errors = Errors(spec, tensors)
+    queue = tensors["input.queue"].to(dtype)
+    students, teachers = (_maps(tensors, whose, dtype) for whose in ("student", "teacher"))
+    if spec["kind"] == "lightly_v1_loss":
+        student = nn.Parameter(tensors["input.student"].to(dtype))
+        loss = queue_divergence(student, tensors["input.teacher"].to(dtype), queue).mean()
+        errors.out("out.loss", loss)
+        (slope,) = torch.autograd.grad(loss, student)
+        errors.gradient("grad.student", slope, tensors["grad.student"])
+        return errors.rows
+    summary = queue_divergence(students["global"], teachers["global"], queue).mean()
+    local = relation_divergence(students["local"], teachers["local"]).mean()
+    errors.out("out.global_loss", summary)
+    errors.out("out.local_loss", local)
+    slopes = torch.autograd.grad(summary + local, list(students.values()))
+    for name, slope in zip(students, slopes, strict=True):
+        errors.gradient(f"grad.student.{name}", slope, tensors[f"grad.student.{name}"])
+    return errors.rows
+
+
 CHECKS = {
+    "lightly_queue": check_lightly_queue,
+    "lightly_v1_loss": check_lightly_loss,
+    "lightly_v3_loss": check_lightly_loss,
     "dune_teacher_norm": check_unic_standardise,
     "featsharp_phi_standardize": check_featsharp,
     "radio_hadamard": check_radio_hadamard,
@@ -367,10 +286,6 @@ CHECKS = {
     "radio_phi_s": check_radio_phi_s,
     "unic_standardise": check_unic_standardise,
     "dune_loss": check_unic_loss,
-    "dune_projector": check_dune_projector,
-    "radio_head_attn": check_radio_head_attn,
-    "radio_head_v1": check_radio_head_v1,
-    "radio_head_v2": check_radio_head_v2,
     "sak_loss": check_sak_loss,
     "theia_loss": check_theia_loss,
     "unic_loss": check_unic_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fd_large.backbones.feature_map import FeatureMap
 from fd_large.errors import ConfigError, ShapeError
 
-INTERPOLATIONS = ("none", "bilinear")
+INTERPOLATIONS = ("none", "bilinear", "bilinear_student", "bilinear_larger")
 
 Grid = tuple[int, int]
 
@@ -23,10 +24,10 @@ def check_grids(student: Grid, teacher: Grid, *, interpolation: str = "none") ->
     Args:
         student: Rows and columns of the student's map.
         teacher: Rows and columns of the teacher's map.
-        interpolation: "none" or "bilinear".
+        interpolation: One of `INTERPOLATIONS`.
 
-    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is
-        neither of the two.
+    Raises: ShapeError: if the grids differ and interpolation is "none"; ConfigError: if it is none
+        of these.
     """
     if interpolation not in INTERPOLATIONS:
         raise ConfigError(
@@ -78,35 +79,70 @@ def teacher_side(
 
 
 def align(
-    student: FeatureMap, teacher: FeatureMap, *, interpolation: str = "none"
+    student: FeatureMap,
+    teacher: FeatureMap,
+    *,
+    interpolation: str = "none",
+    with_prefix: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Returns the tokens of two maps, (B, N, Cs) and (B, N, Ct), that stand for the same places.
 
-    Equal numbers of prefix tokens (CLS) are matched one to one; otherwise both maps drop theirs.
+    See `match_prefixes` and `match_grids`.
+
+    Raises: ShapeError: if the grids differ and interpolation is "none".
+    """
+    matched = match_prefixes(student, teacher, with_prefix=with_prefix)
+    student, teacher = match_grids(*matched, interpolation=interpolation)
+    return student.tokens, teacher.tokens
+
+
+def match_prefixes(
+    student: FeatureMap, teacher: FeatureMap, *, with_prefix: bool = True
+) -> tuple[FeatureMap, FeatureMap]:
+    """Returns two maps with equally many prefix tokens.
+
+    Equal numbers of prefix tokens (CLS) are matched one to one; otherwise, and where they are not
+    wanted (`with_prefix`), both maps drop theirs.
+    """
+    if with_prefix and student.num_prefix_tokens == teacher.num_prefix_tokens:
+        return student, teacher
+    patches = [FeatureMap(_split(map_)[1], map_.grid, 0) for map_ in (student, teacher)]
+    return patches[0], patches[1]
+
+
+def match_grids(
+    student: FeatureMap, teacher: FeatureMap, *, interpolation: str = "none"
+) -> tuple[FeatureMap, FeatureMap]:
+    """Returns two maps on one grid; prefix tokens stay as they are.
+
     With "bilinear" interpolation the teacher's map is resized to the student's grid, before
-    whitening, so that the targets have unit variance per token.
+    whitening, so that the targets have unit variance per token. With "bilinear_student" the
+    student's goes to the teacher's grid, after its head, as in lightly-train; with
+    "bilinear_larger" the map of fewer places is resized, as in SAK.
 
     Raises: ShapeError: if the grids differ and interpolation is "none".
     """
     check_grids(student.grid, teacher.grid, interpolation=interpolation)
-    prefixes_agree = student.num_prefix_tokens == teacher.num_prefix_tokens
-    if prefixes_agree and student.grid == teacher.grid:
-        return student.tokens, teacher.tokens
-    student_prefix, student_patches = _split(student)
-    teacher_prefix, teacher_patches = _split(teacher)
-    if student.grid != teacher.grid:
-        h, w = teacher.grid
-        image = rearrange(teacher_patches.float(), "b (h w) c -> b c h w", h=h, w=w)
-        image = F.interpolate(
-            image, size=student.grid, mode="bilinear", align_corners=False, antialias=True
-        )
-        teacher_patches = rearrange(image, "b c h w -> b (h w) c").to(teacher.tokens.dtype)
-    if not prefixes_agree:
-        return student_patches, teacher_patches
-    return (
-        torch.cat([student_prefix, student_patches], dim=1),
-        torch.cat([teacher_prefix, teacher_patches], dim=1),
+    if student.grid == teacher.grid:
+        return student, teacher
+    is_coarser = math.prod(student.grid) < math.prod(teacher.grid)
+    if interpolation == "bilinear_student" or (interpolation == "bilinear_larger" and is_coarser):
+        return _resized(student, teacher.grid, antialias=False), teacher
+    return student, _resized(teacher, student.grid, antialias=True)
+
+
+def _resized(map_: FeatureMap, grid: Grid, *, antialias: bool) -> FeatureMap:
+    prefix, patches = _split(map_)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    h, w = map_.grid
+    image = rearrange(patches.to(wide), "b (h w) c -> b c h w", h=h, w=w)
+    image = F.interpolate(
+        image, size=grid, mode="bilinear", align_corners=False, antialias=antialias
     )
+    patches = rearrange(image, "b c h w -> b (h w) c").to(map_.tokens.dtype)
+    if map_.num_prefix_tokens:
+        patches = torch.cat([prefix, patches], dim=1)
+    return FeatureMap(patches, grid, map_.num_prefix_tokens)
 
 
 def _split(feature_map: FeatureMap) -> tuple[Tensor, Tensor]:

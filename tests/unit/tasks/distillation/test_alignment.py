@@ -49,6 +49,24 @@ def test_interpolation_gives_the_teachers_map_the_students_grid():
     assert torch.allclose(t, by_hand, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("interpolation", "student", "wanted"),
+    [
+        ("bilinear_student", (2, 3), (4, 4)),
+        ("bilinear_student", (6, 5), (4, 4)),
+        ("bilinear_larger", (2, 3), (4, 4)),
+        ("bilinear_larger", (6, 5), (6, 5)),
+    ],
+)
+def test_the_students_map_is_resized_where_it_is_asked_for(interpolation, student, wanted):
+    maps = [_map(student, 1), _map((4, 4), 1)]
+    pair = align(*maps, interpolation=interpolation)
+    for resized, map_ in zip(pair, maps, strict=True):
+        assert resized.shape[1] == 1 + wanted[0] * wanted[1]
+        assert torch.equal(resized[:, 0], map_.tokens[:, 0])
+        assert torch.equal(resized, map_.tokens) == (map_.grid == wanted)
+
+
 def grids(stride, *sizes):
     """The grid of a model of a stride; it takes the sizes alone, or all multiples of the stride."""
 

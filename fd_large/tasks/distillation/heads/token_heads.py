@@ -1,21 +1,15 @@
-"""What maps a student's tokens to the teacher's width, trained and then thrown away.
-
-Adding a head is a line in `HEADS`, or a file of the user's own (`objective.head
-module:FILE.py:NAME`): a function or Module class of (width, teacher_width) that gives a Module from
-tokens (B, N, width) to (B, N, teacher_width).
-"""
+"""Heads that map each token of the student to the teacher's width, or all tokens of an image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fd_large.engine.heads import Make
 from fd_large.errors import ConfigError
-
-WHERE = "objective.head"
+from fd_large.tasks.distillation.heads.map_head import WHERE
 
 
 def linear(width: int, teacher_width: int) -> nn.Module:
@@ -65,22 +59,29 @@ class MLP(nn.Module):
 
 
 def mlp_relu(
-    width: int, teacher_width: int, *, hidden: int | None = None, inner: int = 0
+    width: int,
+    teacher_width: int,
+    *,
+    hidden: int | None = None,
+    inner: int = 0,
+    activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Module:
     """Linear layers with a norm and ReLU between them.
 
-    Source: the first version of RADIO's heads.
+    Source: the first version of RADIO's heads; with GELU, the head of the second version of
+    distillation in lightly-train.
 
     Args:
         width: Channels of the student's tokens.
         teacher_width: Channels of the teacher's.
         hidden: Channels between; None: twice the student's.
         inner: Number of layers between the first and the last.
+        activation: Makes what follows each norm.
     """
     hidden = hidden or 2 * width
     layers: list[nn.Module] = []
     for channels in (width, *[hidden] * inner):
-        layers += [nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+        layers += [nn.Linear(channels, hidden), nn.LayerNorm(hidden), activation()]
     return nn.Sequential(*layers, nn.Linear(hidden, teacher_width))
 
 
@@ -119,16 +120,6 @@ def block(
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     return nn.Sequential(*(make() for _ in range(blocks)), nn.Linear(width, teacher_width))
-
-
-HEADS: dict[str, Make] = {
-    "linear": linear,
-    "mlp": MLP,
-    "mlp_relu": mlp_relu,
-    "attention_mlp": attention_mlp,
-    "block": block,
-}
-"""The built-in heads."""
 
 
 def _normed(width: int, out_width: int) -> nn.Sequential:

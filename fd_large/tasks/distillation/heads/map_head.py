@@ -1,0 +1,94 @@
+"""The contract of heads that read a whole map of the student, with its grid, or several maps."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from fd_large.backbones.feature_map import FeatureMap
+from fd_large.errors import ConfigError
+
+WHERE = "objective.head"
+
+Grid = tuple[int, int]
+
+
+class Maps(NamedTuple):
+    """What a head is made for besides the two widths.
+
+    Attributes:
+        student_grid: Rows and columns of the student's map.
+        teacher_grid: Rows and columns of the teacher's map.
+        num_prefix_tokens: Tokens before the patches of the student's map, the first being CLS.
+        num_blocks: Blocks of the student.
+    """
+
+    student_grid: Grid
+    teacher_grid: Grid
+    num_prefix_tokens: int
+    num_blocks: int
+
+
+class MapHead(nn.Module):
+    """A head made of (width, teacher_width, maps), which gives a map of its own grid.
+
+    Attributes:
+        reads_blocks: Whether `forward` takes a tuple of the maps after each block of the student,
+            without a norm, in place of its last map.
+    """
+
+    reads_blocks: ClassVar[bool] = False
+
+    def __init__(self, width: int, teacher_width: int, maps: Maps) -> None:
+        super().__init__()
+
+    def forward(self, student: Any) -> FeatureMap:
+        """Returns a map of `teacher_width` channels.
+
+        Args:
+            student: The student's map, or the maps after its blocks.
+        """
+        raise NotImplementedError
+
+
+def patches_of(map_: FeatureMap) -> Tensor:
+    """Returns the tokens (B, H * W, C) of a map without the prefix."""
+    return map_.tokens[:, map_.num_prefix_tokens :]
+
+
+def with_blocks(student: nn.Module, *arguments: Any) -> tuple[FeatureMap, tuple[FeatureMap, ...]]:
+    """Returns a student's map and the maps after its blocks.
+
+    The blocks are heard by hooks of their modules, so that checkpointed, compiled and sharded ones
+    are heard as well.
+
+    Args:
+        student: A backbone whose blocks all give tokens (B, N, C) of one shape.
+        arguments: Those of its forward.
+
+    Raises: ConfigError: if the blocks' maps are not of one shape.
+    """
+    heard: list[Any] = []
+    with ExitStack() as hooks:
+        for block in student.blocks():
+            hook = block.register_forward_hook(lambda _m, _i, output: heard.append(output))
+            hooks.callback(hook.remove)
+        last = student(*arguments)
+    rows, columns = last.grid
+    shapes = {tuple(getattr(output, "shape", ())) for output in heard}
+    tokens = {shape[1] for shape in shapes if len(shape) == 3}
+    if len(shapes) != 1 or not tokens or min(tokens) < rows * columns:
+        raise ConfigError(
+            f"{WHERE}: the head reads the maps of all blocks; got blocks that give "
+            f"{sorted(shapes)}, expected tokens of one shape, as a ViT's. Take another head."
+        )
+    prefix = min(tokens) - rows * columns
+    return last, tuple(FeatureMap(output, last.grid, prefix) for output in heard)
+
+
+def grids_named(maps: Maps) -> str:
+    """Returns the two grids in words."""
+    grids = (maps.student_grid, maps.teacher_grid)
+    return " and ".join(f"{rows}x{columns}" for rows, columns in grids)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from fd_large.backbones.swinv2.swinv2 import SwinV2
+from fd_large.backbones.vit.vit import ViT
+from fd_large.engine.block_wrappers import checkpoint_blocks
+from fd_large.errors import ConfigError
+from fd_large.tasks.distillation.heads.convolutional import Convolutional
+from fd_large.tasks.distillation.heads.ladder import Ladder
+from fd_large.tasks.distillation.heads.map_head import Maps, with_blocks
+from fd_large.tasks.distillation.heads.resizing import ResizedMLP, UpsamplingMLP
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return ViT(16, 2, 2, patch_size=8, image_size=32)
+
+
+def test_the_maps_after_the_blocks_are_heard_with_their_gradients(vit):
+    images = torch.randn(2, 3, 32, 32)
+    checkpoint_blocks(vit.blocks(), mode="every")
+    last, maps = with_blocks(vit, images)
+    for heard, tokens in zip(maps, vit.after_blocks(images), strict=True):
+        assert torch.equal(heard.tokens, tokens)
+        assert (heard.grid, heard.num_prefix_tokens) == (last.grid, last.num_prefix_tokens)
+    maps[0].tokens.sum().backward()
+    assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert not vit.blocks[0]._forward_hooks
+
+
+def test_blocks_of_several_grids_carry_no_ladder():
+    with pytest.raises(ConfigError, match=r"objective\.head.*blocks"):
+        with_blocks(SwinV2(8, (1, 1), (1, 2), window_size=4), torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("make", "teacher_grid"),
+    [
+        (Ladder, (4, 4)),
+        (ResizedMLP, (3, 5)),
+        (UpsamplingMLP, (8, 8)),
+        *((Convolutional, (side, side)) for side in (4, 6, 16, 24, 2, 1)),
+    ],
+)
+def test_a_head_gives_the_teachers_width_and_trains_all_that_it_has(vit, make, teacher_grid):
+    last, maps = with_blocks(vit, torch.randn(2, 3, 32, 32))
+    head = make(16, 5, Maps((4, 4), teacher_grid, last.num_prefix_tokens, 2))
+    out = head(maps if head.reads_blocks else last)
+    assert out.grid == (last.grid if make is Ladder else teacher_grid)
+    assert out.tokens.shape == (2, out.num_prefix_tokens + out.grid[0] * out.grid[1], 5)
+    # A sum would be blind to what stands before a norm.
+    (out.tokens * torch.randn_like(out.tokens)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+@pytest.mark.parametrize("make", [Convolutional, UpsamplingMLP])
+def test_grids_that_a_head_cannot_reach_are_named(make):
+    with pytest.raises(ConfigError, match=r"14x14 and 37x37"):
+        make(16, 5, Maps((14, 14), (37, 37), 1, 2))

@@ -1,0 +1,34 @@
+import torch
+
+from fd_large.tasks.distillation.similarity import (
+    pushed,
+    queue_divergence,
+    relation_divergence,
+    units,
+)
+
+
+def random_units(*shape):
+    return units(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
+
+
+def test_a_student_like_its_teacher_has_no_divergence_and_one_turned_against_it_has():
+    teacher, queue = random_units(3, 8), random_units(2, 5, 8)[0]
+    assert queue_divergence(teacher, teacher, queue).abs().max() < 1e-6
+    assert (queue_divergence(-teacher, teacher, queue) > 0.1).all()
+
+
+def test_relations_know_neither_rotations_nor_widths():
+    tokens = random_units(2, 5, 8)
+    rotation = torch.linalg.qr(torch.randn(12, 12))[0][:8]
+    assert relation_divergence(tokens @ rotation, tokens).abs().max() < 1e-6
+    assert (relation_divergence(tokens.flip(1), tokens) > 1e-4).all()
+
+
+def test_a_queue_holds_the_newest_whatever_the_batches():
+    summaries = torch.arange(1.0, 7.0)[:, None]
+    queue = torch.zeros(4, 1)
+    for batch in summaries.split(2):
+        queue = pushed(queue, batch)
+    assert queue.flatten().tolist() == [5, 6, 3, 4]
+    assert pushed(queue, summaries).flatten().tolist() == [1, 2, 3, 4]
