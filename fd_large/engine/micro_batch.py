@@ -4,7 +4,9 @@ A rank that runs out of memory leaves the others waiting in a collective, and th
 (`fd_large.failures`). So the probe climbs: after a step of one image, which makes the optimiser's
 moments, it runs a real step at 1, 2, 4 ... images, measures the peak of each phase, and tries the
 next size only if straight lines through the last two peaks predict that every phase fits on every
-rank. Each phase has its own line, because their maximum bends where one overtakes the other.
+rank. Each phase has its own line, because their maximum bends where one overtakes the other. So
+many times the images need at most so many times the memory: where there is that much, the climb
+ends at once.
 """
 
 from __future__ import annotations
@@ -103,9 +105,14 @@ def largest_that_fits(
     with out_of_memory_named(1):
         for phase in phases:
             phase(1)
+    largest = candidates(share)[-1]
     for size in candidates(share):
+        if measured:
+            s1, last = measured[-1]
+            if distributed.max_rank(max(last) * largest / s1 / memory.capacity()) <= HEADROOM:
+                return largest
         if len(measured) >= 2:
-            (s0, before), (s1, last) = measured[-2:]
+            s0, before = measured[-2]
             predicted = max(
                 p1 + (p1 - p0) / (s1 - s0) * (size - s1)
                 for p0, p1 in zip(before, last, strict=True)
@@ -154,7 +161,14 @@ def probe(engine: Engine, batch_of: Callable[[int], Batch], *, share: int, seed:
 
     engine.task.train()
     memory = GpuMemory() if distributed.device().type == "cuda" else HostMemory()
-    return largest_that_fits(share, (through, step), memory)
+    # What is there now stays: half a million objects of modules alone, through which each of the
+    # collections before a measurement would go.
+    gc.collect()
+    gc.freeze()
+    try:
+        return largest_that_fits(share, (through, step), memory)
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from types import ModuleType
 
 import torch
 
@@ -22,9 +23,25 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed.*")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+
+# DeepSpeed's autotuner asks for MLflow, whose import takes as long as all else of DeepSpeed.
+_unseen = "mlflow" not in sys.modules
+if _unseen:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # As Python marks what is not there.
 import deepspeed  # noqa: E402
 
+if _unseen:
+    del sys.modules["mlflow"]
+
 _LINEAR = torch.nn.functional.linear
+_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
+
+
+class _NoMuon(ModuleType):
+    """Stands in for the module of DeepSpeed's Muon, which nothing here is optimised by."""
+
+    class MuonWithAuxAdam:
+        """No optimiser is one."""
 
 
 def start() -> None:
@@ -36,6 +53,10 @@ def start() -> None:
     # meanwhile: in a notebook theirs is another. A process without a terminal may have none.
     with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
         distributed.together(private_names.check)
+    # ZeRO asks of each optimiser whether it is DeepSpeed's Muon, and imports that to ask, and with
+    # it torch's whole compiler: a second or two of every start.
+    if _MUON not in sys.modules:
+        sys.modules[_MUON] = _NoMuon(_MUON)
     if not torch.cuda.is_available():
         # Otherwise init_distributed compiles a shared-memory extension and dies without a C++
         # compiler; gloo's collectives serve.
@@ -54,6 +75,8 @@ def stop() -> None:
     Without that a later `start` would find collectives of a group that is gone.
     """
     forget_engines()
+    if isinstance(sys.modules.get(_MUON), _NoMuon):
+        del sys.modules[_MUON]
     private_names.replace(private_names.get("deepspeed.comm:comm"), "cdb", None)
     groups = private_names.get("deepspeed.utils:groups")
     private_names.replace(groups, "_WORLD_GROUP", None)

@@ -49,8 +49,14 @@ def test_candidates_are_powers_of_two_that_divide_the_share():
 def test_takes_the_largest_that_fits_and_never_runs_one_that_would_not():
     # 8 images need 180; 16 would need 260 of 250.
     assert _climb(64, 250, (100, 10)) == (8, [1, 2, 4, 8])
-    assert _climb(64, 10_000, (100, 10)) == (64, [1, 2, 4, 8, 16, 32, 64])
-    assert _climb(12, 10_000, (100, 10)) == (4, [1, 2, 4])
+    assert _climb(64, 810, (100, 10)) == (64, [1, 2, 4, 8, 16, 32, 64])
+    assert _climb(12, 300, (100, 10)) == (4, [1, 2])
+
+
+def test_ends_at_once_where_there_is_room_for_so_many_times_the_memory():
+    # 110 times 64 are 92% of 7,652.
+    assert _climb(64, 7_653, (100, 10)) == (64, [1])
+    assert _climb(64, 7_651, (100, 10)) == (64, [1, 2])
 
 
 def test_a_phase_that_overtakes_another_is_foreseen():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pkgutil import resolve_name
 
 import deepspeed
 import pytest
@@ -37,3 +38,12 @@ def test_a_process_may_have_no_first_stderr(one_rank: None, monkeypatch) -> None
     monkeypatch.setattr(sys, "__stderr__", None)
     monkeypatch.setattr(private_names, "check", lambda: sys.stderr.write(""))
     start.start()
+
+
+def test_a_start_does_without_deepspeeds_muon_and_a_stop_gives_it_back(one_rank: None) -> None:
+    start.start()
+    stand_in = sys.modules[start._MUON]
+    assert stand_in is resolve_name(start._MUON)
+    assert not isinstance(torch.optim.AdamW([torch.zeros(1)]), stand_in.MuonWithAuxAdam)
+    start.stop()
+    assert start._MUON not in sys.modules
